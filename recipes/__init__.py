@@ -1,0 +1,1 @@
+"""Recipes: the tasks that subclass `trainer.Brain`, one folder each."""

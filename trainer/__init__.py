@@ -1,0 +1,1 @@
+"""Brain-style trainer for speech."""
