@@ -1,0 +1,40 @@
+"""A polite stop: SIGTERM and Ctrl-C ask for one, the loop saves and leaves at its next safe point."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+_received: int | None = None
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop, has saved a checkpoint, and leaves (exit code 128 + signal)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    global _received
+    if number == signal.SIGINT and _received == signal.SIGINT:
+        raise KeyboardInterrupt  # The second Ctrl-C means now.
+    _received = number
+
+
+def install() -> None:
+    """Turn SIGTERM and SIGINT into requests that `requested` reports."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _note)
+
+
+def requested() -> int | None:
+    """The signal that asked for a stop, or None."""
+    return _received
+
+
+def reset() -> None:
+    """Forget a request."""
+    global _received
+    _received = None

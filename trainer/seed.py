@@ -1,0 +1,62 @@
+"""One seed for a whole run, and the state of every random generator for exact resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def derive(seed: int, *parts: int | str) -> int:
+    """A seed for one purpose, from the run's seed and what names the purpose.
+
+    The same in every process and on every machine (unlike Python's ``hash``), and 63 bits wide, so
+    that it fits ``torch.Generator.manual_seed``.
+
+    >>> derive(1, "epoch", 2) == derive(1, "epoch", 2) != derive(1, "epoch", 3)
+    True
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed Python, NumPy (where it is loaded) and torch on every device.
+
+    Rank 0 gets ``seed`` itself; other ranks get seeds derived from it, so that their dropout differs.
+    """
+    value = seed if rank == 0 else derive(seed, "rank", rank)
+    random.seed(value)
+    torch.manual_seed(value)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(value % 2**32)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator that a step may draw from, as tensors and plain values."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        name, keys, position, has_gauss, gauss = sys.modules["numpy"].random.get_state()
+        # As a tensor: NumPy's own array would need pickle to be read back.
+        keys = torch.from_numpy(keys.astype("int64"))
+        state["numpy"] = [str(name), keys, int(position), int(has_gauss), float(gauss)]
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` gave. Generators absent from ``state`` are left alone."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        # A machine with fewer GPUs than the one that saved restores those it has.
+        for device in range(min(len(state["cuda"]), torch.cuda.device_count())):
+            torch.cuda.set_rng_state(state["cuda"][device], device)
+    if "numpy" in state and "numpy" in sys.modules:
+        name, keys, *rest = state["numpy"]
+        sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
