@@ -1,7 +1,7 @@
 """The processes of a run: who I am, and how all ranks decide as one.
 
-Launched by ``torchrun --nproc_per_node=N recipes/<task>/train.py …``; without it there is one process,
-and every function here is free of communication.
+Launched by ``torchrun --nproc_per_node=N recipes/<task>/train.py …``; without it there is one
+process, and every function here is free of communication.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def agree(*flags: bool) -> tuple[bool, ...]:
 
 def smallest(value: int) -> int:
     """The least of all ranks' values."""
-    return min(gather(value))
+    return int(min(gather(value)))
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM and Ctrl-C ask for one, the loop saves and leaves at its next safe point."""
+"""A polite stop: SIGTERM and Ctrl-C ask for it; the loop saves and leaves at a safe point."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def derive(seed: int, *parts: int | str) -> int:
 def seed_everything(seed: int, rank: int = 0) -> None:
     """Seed Python, NumPy (where it is loaded) and torch on every device.
 
-    Rank 0 gets ``seed`` itself; other ranks get seeds derived from it, so that their dropout differs.
+    Rank 0 gets ``seed`` itself, other ranks one derived from it, so that their dropout differs.
     """
     value = seed if rank == 0 else derive(seed, "rank", rank)
     random.seed(value)
