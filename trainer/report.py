@@ -7,7 +7,6 @@ lines of `metrics.jsonl`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +14,17 @@ Outcome = Literal["stepped", "accumulated", "overflowed", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skipped")
 
 # Keys of a stage line that belong to the framework; a metric of that name would hide one of them.
-RESERVED = ("kind", "stage", "epoch", "step", "steps", "seconds", "examples", "skipped")
+RESERVED = (
+    "kind",
+    "stage",
+    "epoch",
+    "step",
+    "steps",
+    "examples",
+    "seconds",
+    "skipped",
+    "overflowed",
+)
 
 
 @dataclass(slots=True)
@@ -78,11 +87,10 @@ class StageReport:
         it); any other name of the framework's own is refused with a ValueError.
         """
         for name in self.metrics:
-            if name in RESERVED or name == "overflowed":
+            if name in RESERVED:
                 raise ValueError(
-                    f"on_stage_end of stage {self.stage!r} returned a metric named {name!r}, which is "
-                    f"a key of every stage line; give it another name than {', '.join(RESERVED)} "
-                    "or overflowed"
+                    f"on_stage_end of stage {self.stage!r} returned a metric named {name!r}, which "
+                    f"every stage line uses already; name it otherwise than {', '.join(RESERVED)}"
                 )
         return {
             "kind": "stage",
@@ -145,17 +153,3 @@ class Tally:
         }
         self._clear()
         return entry
-
-
-def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a nested record under dotted names: {"loss": {"d": 1}} -> {"loss.d": 1}."""
-    flat: dict[str, float] = {}
-    for key, value in record.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            number = float(value)
-            if number - number == 0.0:  # false for NaN and for both infinities
-                flat[name] = number
-    return flat
