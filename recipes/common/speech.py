@@ -1,0 +1,166 @@
+"""Embedded speech: transcribed utterances by many voices, without a download.
+
+    from recipes.common.speech import embedded_speech, to_cuts
+
+    cuts = to_cuts(embedded_speech("train", 2000))
+
+The first use synthesises (about half a minute for 2,000 utterances); later uses find the files in
+the user's cache folder: ``~/.cache/cortex-speech`` on Linux, its equivalents elsewhere, or the
+environment variable ``CORTEX_CACHE``. A file is named by a hash of all that made it (text, voice,
+rate of samples, version), so the same request finds the same files whatever was asked for before,
+and no request can find a stale one.
+
+The speech is that of espeak-ng, from the PyPI package ``espeakng-loader``, which brings the library
+and its voices in the wheel. espeak-ng is under the GPL-3, hence the optional extra (``pip install
+'cortex-speech[demo]'``) and the child process (`recipes.common.synthesiser`): it is neither part of
+this project nor loaded into the process that trains. The sound that a program makes is not covered
+by its licence: it may be used freely.
+
+Train, valid and test share no voice (`recipes.common.voices`) and no sentence
+(`recipes.common.sentences`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes.common import speech_cache
+from recipes.common.sentences import sentences
+from recipes.common.voices import READER, VOICES, Voice
+from trainer import distributed
+from trainer.seed import derive
+
+if TYPE_CHECKING:
+    from lhotse import CutSet
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One spoken sentence, in a 16-bit mono WAV file."""
+
+    id: str
+    text: str  # lower-case letters, apostrophes and single spaces
+    speaker: str
+    gender: str  # "female" or "male"
+    path: Path
+    samples: int
+    sample_rate: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.samples / self.sample_rate
+
+
+def embedded_speech(
+    split: str,
+    utterances: int,
+    style: str = "commands",
+    sample_rate: int = 16000,
+    speakers: int | None = None,
+    seed: int = 0,
+) -> list[Utterance]:
+    """So many utterances of a split, the voices taking turns, synthesised where the cache lacks
+    them.
+
+    ``style`` is "commands" (numbers, dates and orders from about a hundred words, 3 s each) or
+    "prose" (about 330 words, 4 s each). ``speakers`` takes only the first so many of the split's
+    voices. A longer list begins with the shorter one. Raises ``ValueError`` for an unknown split or
+    style, and for more speakers than there are.
+    """
+    voices = _voices(split, speakers)
+    texts = list(islice(sentences(split, style, seed), utterances))
+    spoken = [(_delivered(voices[i % len(voices)], text), text) for i, text in enumerate(texts)]
+    return _speak(spoken, sample_rate)
+
+
+def one_voice_reading(
+    split: str, utterances: int, sample_rate: int = 16000, seed: int = 0
+) -> list[Utterance]:
+    """So many sentences of prose by one reader, the same in every split; the sentences differ."""
+    texts = islice(sentences(split, "prose", seed), utterances)
+    return _speak([(READER, text) for text in texts], sample_rate)
+
+
+def to_cuts(utterances: Sequence[Utterance]) -> CutSet:
+    """The utterances as lhotse's cuts, each with one supervision: its text, speaker and gender."""
+    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+    from lhotse.audio import AudioSource
+
+    cuts = []
+    for one in utterances:
+        source = AudioSource(type="file", channels=[0], source=str(one.path))
+        recording = Recording(one.id, [source], one.sample_rate, one.samples, one.duration)
+        said = SupervisionSegment(
+            id=one.id,
+            recording_id=one.id,
+            start=0.0,
+            duration=one.duration,
+            text=one.text,
+            language="English",
+            speaker=one.speaker,
+            gender=one.gender,
+        )
+        cuts.append(
+            MonoCut(
+                id=one.id,
+                start=0.0,
+                duration=one.duration,
+                channel=0,
+                supervisions=[said],
+                recording=recording,
+            )
+        )
+    return CutSet.from_cuts(cuts)
+
+
+def _voices(split: str, speakers: int | None) -> tuple[Voice, ...]:
+    voices = VOICES.get(split, ())
+    if not voices:
+        raise ValueError(f"split of the embedded speech is {split!r}, not one of {list(VOICES)}")
+    if speakers is not None and not 1 <= speakers <= len(voices):
+        raise ValueError(f"{split} has 1 to {len(voices)} speakers, not {speakers}")
+    return voices[:speakers]
+
+
+def _delivered(voice: Voice, text: str) -> Voice:
+    """The voice as it says this text: nobody says everything equally fast and high."""
+    draw = derive(0, voice.name, text)
+    faster, higher = draw % 1000 / 500 - 1, draw // 1000 % 1000 / 500 - 1  # each from -1 to 1
+    rate, pitch = voice.rate * (1 + 0.1 * faster), voice.pitch + 4 * higher
+    return replace(voice, rate=round(rate), pitch=round(pitch))
+
+
+def _speak(spoken: Sequence[tuple[Voice, str]], sample_rate: int) -> list[Utterance]:
+    lines = [speech_cache.Line(voice, text, sample_rate) for voice, text in spoken]
+    speech_cache.fill(lines)
+    result = []
+    for line in lines:
+        samples = speech_cache.length(line.path)
+        if samples is None:
+            raise FileNotFoundError(f"{line.path} was removed while it was wanted")
+        name = line.voice.name
+        result.append(
+            Utterance(
+                id=f"{name}-{line.key[:16]}",
+                text=line.text,
+                speaker=name,
+                gender=line.voice.gender,
+                path=line.path,
+                samples=samples,
+                sample_rate=sample_rate,
+            )
+        )
+    if distributed.is_main():
+        hours = sum(one.duration for one in result) / 3600
+        where = speech_cache.folder()
+        print(
+            f"embedded speech: {len(result)} utterances, {hours:.2f} h, cached in {where}",
+            file=sys.stderr,
+        )
+    return result

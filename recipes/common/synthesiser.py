@@ -1,0 +1,106 @@
+"""The child process that speaks: espeak-ng behind a pipe, the same bytes for the same request.
+
+`recipes.common.speech` starts this file as a program of its own,
+
+    python -I synthesiser.py FOLDER_OF_ESPEAKNG_LOADER
+
+so that espeak-ng, which is under the GPL-3, is never loaded into the process that trains. It
+imports the standard library alone. A request is a line of JSON on standard input:
+
+    {"voice": "en-us+f1", "rate": 170, "pitch": 50, "range": 50, "text": "turn the light on"}
+
+and its answer on standard output the number of bytes (four, little-endian), then that many bytes of
+16-bit samples at 22,050 Hz. What it cannot do it says on standard error, and exits with status 1.
+
+The noise and the flutter of a voice come from counters inside the library that run on from
+utterance to utterance: neither `espeak_ng_SetRandSeed` alone nor ending and initialising the
+library again resets them. Loading the library anew does. Each request therefore gets a freshly
+loaded library (5 ms); where the system does not really unload it, the whole process starts itself
+again.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import json
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+SAMPLE_RATE = 22050  # Hz; espeak-ng knows no other
+SEED = 1
+SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to the callback, before espeak_Synth returns
+DO_NOT_EXIT = 0x8000  # espeakINITIALIZE_DONT_EXIT: report a missing voice folder instead
+UTF8 = 1  # espeakCHARS_UTF8
+PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}  # espeak_PARAMETER
+LIBRARIES = {"win32": "espeak-ng.dll", "darwin": "libespeak-ng.dylib"}
+
+Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
+
+
+def load(folder: Path) -> ctypes.CDLL:
+    """A library that has said nothing yet, so that what it says depends on the request alone."""
+    path = str(folder / LIBRARIES.get(sys.platform, "libespeak-ng.so"))
+    library = ctypes.CDLL(path)
+    if library.espeak_ng_GetSampleRate() != 0:  # 0 until initialised: this one was in use before
+        os.execv(sys.executable, [sys.executable, "-I", *sys.argv])
+    data = str(folder / "espeak-ng-data")
+    if library.espeak_Initialize(SYNCHRONOUS, 0, data.encode(), DO_NOT_EXIT) != SAMPLE_RATE:
+        raise RuntimeError(f"espeak-ng could not read its voices in {data}")
+    return library
+
+
+def unload(library: ctypes.CDLL) -> None:
+    """Forget the library with all its counters."""
+    library.espeak_Terminate()
+    close = _ctypes.FreeLibrary if sys.platform == "win32" else _ctypes.dlclose
+    close(library._handle)
+
+
+def speak(library: ctypes.CDLL, request: dict[str, Any]) -> bytes:
+    """The 16-bit samples of one request, spoken by a library that was just loaded."""
+    samples = bytearray()
+
+    def collect(wave: Any, count: int, events: Any) -> int:
+        if wave and count > 0:
+            samples.extend(ctypes.string_at(wave, 2 * count))
+        return 0  # go on
+
+    callback = Callback(collect)
+    library.espeak_SetSynthCallback(callback)
+    if library.espeak_SetVoiceByName(request["voice"].encode()) != 0:
+        raise RuntimeError(f"espeak-ng has no voice {request['voice']!r}")
+    for name, number in PARAMETERS.items():
+        library.espeak_SetParameter(number, request[name], 0)
+    library.espeak_ng_SetRandSeed(SEED)
+    text = request["text"].encode()
+    library.espeak_Synth(text, len(text) + 1, 0, 0, 0, UTF8, None, None)
+    library.espeak_Synchronize()
+    if not samples:
+        raise RuntimeError(f"espeak-ng said nothing for {request['text']!r}")
+    return bytes(samples)
+
+
+def main(folder: Path) -> None:
+    # Ctrl-C reaches this process too; the parent decides, by closing the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    library = load(folder)
+    for line in iter(sys.stdin.buffer.readline, b""):
+        samples = speak(library, json.loads(line))
+        sys.stdout.buffer.write(struct.pack("<I", len(samples)) + samples)
+        sys.stdout.buffer.flush()
+        unload(library)
+        library = load(folder)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
