@@ -1,0 +1,169 @@
+"""From a loss to a step: the one place that moves weights.
+
+    scale → backward → (window full?) → unscale → measure → guard → clip → step → scaler update
+    → schedule → zero → StepReport
+
+Measuring comes before clipping: clipping first turns one infinity into zeros everywhere and one NaN
+into NaN everywhere. Nothing moves before everything about the step is known, on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import distributed
+from trainer.clipping import Gradients
+from trainer.reduction import sum_gradients
+from trainer.report import Outcome, StepReport
+from trainer.update import Update
+
+# An fp16 scale this low cannot be what made a gradient overflow.
+LOWEST_SCALE = 1.0
+
+
+def optimize(
+    updates: Sequence[Update],
+    loss: Tensor,
+    weight: float = 1.0,
+    retain_graph: bool = False,
+    last: bool = False,
+) -> list[StepReport]:
+    """Take a loss back through the graph and, where that fills the window, step.
+
+    Args:
+        updates: the optimizers that this loss trains, usually one. Several step together or not
+            at all.
+        loss: a scalar, the mean over what ``weight`` counts.
+        weight: how many examples the mean is over: the share of this batch in its window.
+        retain_graph: keep the graph for a second backward pass.
+        last: close the window even if it is not full.
+    """
+    _check(loss, updates[0].name)
+    lead = updates[0]
+    first = lead.window.count == 0
+    reference = (weight or 1.0) if first else lead.window.reference
+    share = weight / reference
+    scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
+    if len(updates) == 1 and lead.alone:
+        scaled.backward(retain_graph=retain_graph)
+    else:
+        inputs = [p for update in updates for p in update.params]
+        scaled.backward(retain_graph=retain_graph, inputs=inputs)
+    loss = loss.detach()
+    for update in updates:
+        update.add(loss, weight, reference)
+    if lead.window.count < lead.size and not last:
+        return [update.report("accumulated", weight=weight) for update in updates]
+    return close(updates)
+
+
+def close(updates: Sequence[Update]) -> list[StepReport]:
+    """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
+    scaler = updates[0].scaler
+    facts = _join_ranks(updates) if distributed.world_size() > 1 else None
+    if scaler.is_enabled():
+        for update in updates:
+            if any(p.grad is not None for p in update.params):
+                scaler.unscale_(update.optimizer)
+    gradients = [Gradients(update.optimizer.param_groups) for update in updates]
+    loss, weight, scale = _read(updates[0], gradients, facts)
+    if not math.isfinite(loss) or weight <= 0:
+        return _refuse(updates, "skipped", weight=weight, scale=scale)
+    for update, grads in zip(updates, gradients, strict=True):
+        if update.skip_nonfinite_grads and not grads.finite:
+            grads.keep([math.isfinite(norm) for norm in grads.norms])
+    if not all(grads.finite for grads in gradients):
+        overflow = scaler.is_enabled() and scale > LOWEST_SCALE
+        outcome: Outcome = "overflowed" if overflow else "skipped"
+        return _refuse(updates, outcome, loss=loss, weight=weight, scale=scale)
+    reports = [u.step(g, loss, weight, scale) for u, g in zip(updates, gradients, strict=True)]
+    if scaler.is_enabled() and any(grads.tensors for grads in gradients):
+        scaler.update()
+    return reports
+
+
+def _join_ranks(updates: Sequence[Update]) -> Tensor:
+    """Sum the gradients over ranks; returns (2 + P,): loss, weight, ranks with each gradient."""
+    window = updates[0].window
+    params = [p for update in updates for p in update.params]
+    if window.loss is None:  # This rank has nothing to give, and says so by a weight of 0.
+        window.loss = torch.zeros((), device=params[0].device)
+    loss = window.loss * window.reference
+    facts = torch.stack([loss, loss.new_full((), window.weight)])
+    return torch.cat(sum_gradients(params, window.reference, facts))
+
+
+def _read(
+    lead: Update, gradients: list[Gradients], facts: Tensor | None
+) -> tuple[float, float, float]:
+    """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
+    window, scaler = lead.window, lead.scaler
+    assert window.loss is not None
+    scalars = [window.loss.reshape(())]
+    if scaler.is_enabled():
+        scalars.append(scaler.scale(torch.ones((), device=window.loss.device)))
+    counts = [0]
+    for grads in gradients:
+        scalars += grads.measure()
+        counts.append(len(scalars))
+    device = window.loss.device
+    if any(scalar.device != device for scalar in scalars):
+        scalars = [scalar.to(device) for scalar in scalars]
+    joined = torch.stack(scalars)
+    if facts is not None:
+        joined = torch.cat([joined, facts.to(joined.dtype)])
+    values = joined.tolist()  # The host-device sync of the step.
+    start = 2 if scaler.is_enabled() else 1
+    for grads, stop in zip(gradients, counts[1:], strict=True):
+        grads.take(values[start:stop])
+        start = stop
+    weight, factor = window.weight, window.reference / (window.weight or 1.0)
+    loss = values[0] * factor
+    if facts is not None:
+        total, weight, *had = values[stop:]
+        factor = 1.0 / (weight or 1.0)
+        loss = total * factor
+        for grads in gradients:
+            grads.keep([ranks > 0 for ranks in had[: len(grads.params)]])
+            del had[: len(grads.params)]
+    if factor != 1.0:
+        for grads in gradients:
+            grads.rescale(factor)
+    return loss, weight, values[1] if scaler.is_enabled() else 1.0
+
+
+def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
+    """Drop the window; nothing moves. An overflow lowers the scale, anything else leaves it."""
+    scaler = updates[0].scaler
+    if scaler.is_enabled():
+        # Naming a scale also makes the scaler forget that these gradients were unscaled.
+        scaler.update(None if outcome == "overflowed" else facts["scale"])
+    for update in updates:
+        update.drop()
+    return [update.report(outcome, **facts) for update in updates]
+
+
+def _check(loss: Tensor, name: str) -> None:
+    """Refuse what cannot be a loss.
+
+    Raises ValueError for something else than a scalar tensor, and for one without a graph.
+    """
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"optimize({name!r}) got a {type(loss).__name__} as its loss; allowed: a scalar tensor"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"optimize({name!r}) got a loss of shape {tuple(loss.shape)}; allowed: a scalar "
+            "(use loss.mean())"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"optimize({name!r}) got a loss without a graph: no parameter that requires a gradient "
+            "led to it. Was it detached, computed under torch.no_grad(), or is every module frozen?"
+        )
