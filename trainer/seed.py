@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,3 +61,52 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if "numpy" in state and "numpy" in sys.modules:
         name, keys, *rest = state["numpy"]
         sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+def reseed(value: int) -> None:
+    """Seed the generators of Python, NumPy (where it is loaded) and torch's CPU; not CUDA's."""
+    torch.default_generator.manual_seed(value)
+    random.seed(value)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(value % 2**32)
+
+
+class Private:
+    """A block whose random numbers are its own: outside, every generator is as if it never ran.
+
+    Entered again, the block continues where it left off. ``generators`` are shielded as well.
+    """
+
+    def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
+        self._generators = [torch.default_generator, *generators]
+        self._seed = seed
+        self._inside: list[Any] | None = None
+
+    def __enter__(self) -> None:
+        self._outside = self._states()
+        if self._inside is not None:
+            self._restore(self._inside)
+            return
+        reseed(self._seed)
+        for generator in self._generators:
+            generator.manual_seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        self._inside = self._states()
+        self._restore(self._outside)
+
+    def _states(self) -> list[Any]:
+        numpy = sys.modules.get("numpy")
+        return [
+            random.getstate(),
+            numpy.random.get_state(legacy=False) if numpy else None,
+            *(generator.get_state() for generator in self._generators),
+        ]
+
+    def _restore(self, states: list[Any]) -> None:
+        python, numpy, *rest = states
+        random.setstate(python)
+        if numpy is not None:  # None: it was imported inside the block.
+            sys.modules["numpy"].random.set_state(numpy)
+        for generator, state in zip(self._generators, rest, strict=True):
+            generator.set_state(state)
