@@ -10,22 +10,32 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
-from typing import Any, NoReturn
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
 
 from .batch import collate
 from .items import BadItem, Policy, now, report_bad
-from .order import Plan, Shuffled, Task, generators, set_epoch
+from .order import Plan, Shuffled, Stream, Task, set_epoch
 from .seed import Private, derive, reseed
 
 
-class _Items(torch.utils.data.Dataset[Any]):
+class _Items(Dataset[Any]):
     """A dataset of batches around the user's dataset of items; what workers hold."""
 
     def __init__(
@@ -33,6 +43,7 @@ class _Items(torch.utils.data.Dataset[Any]):
     ) -> None:
         self.dataset, self.join = dataset, join
         self.seed, self.train, self.single = seed, train, single
+        self.board = torch.empty(0)  # In shared memory: which item each worker is loading.
         self._epoch: int | None = None
 
     def __getitem__(self, task: Task) -> tuple[Any, list[tuple[str, str]]]:
@@ -46,6 +57,7 @@ class _Items(torch.utils.data.Dataset[Any]):
             if not items:
                 return None, now.bad
             reseed(derive(self.seed, "batch", task.epoch, task.number))
+            self._announce(None)
             try:
                 return self.join(items[0] if self.single else items), now.bad
             except Exception as error:
@@ -59,6 +71,7 @@ class _Items(torch.utils.data.Dataset[Any]):
             known = isinstance(index, int | str)
             key = ("item", task.epoch, index) if known else ("task", task.epoch, task.number)
             reseed(derive(self.seed, *key))
+            self._announce(index)
             try:
                 items.append(self.dataset[index])
             except BadItem as bad:
@@ -82,6 +95,16 @@ class _Items(torch.utils.data.Dataset[Any]):
             f"a good item ({listed})"
         )
 
+    def _announce(self, index: Any) -> None:
+        worker = get_worker_info()
+        if worker is not None:
+            self.board[worker.id] = index if isinstance(index, int) else -1
+
+    def being_loaded(self) -> str:
+        """What the workers were busy with when one of them died or hung."""
+        items = [index for index in self.board.tolist() if index >= 0]
+        return f" while workers loaded {self._names(items)}" if items else ""
+
     def _names(self, indices: Iterable[Any]) -> str:
         """Items in words; a dataset may tell more by a method ``name_of(index) -> str``."""
         name_of = getattr(self.dataset, "name_of", repr)
@@ -101,8 +124,10 @@ class Loader:
     """Batches of a dataset, epoch by epoch; made by `make_loader`."""
 
     def __init__(self, items: _Items, plan: Plan, policy: Policy, options: dict[str, Any]) -> None:
-        self._plan, self._policy = plan, policy
+        self._items, self._plan, self._policy = items, plan, policy
         self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
+        weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
+        items.board = torch.full((options.get("num_workers", 0),), -1).share_memory_()
         own_start = options.pop("worker_init_fn", None)
         self._loader: DataLoader[Any] = DataLoader(
             items,
@@ -142,8 +167,9 @@ class Loader:
                     batch, reports = next(iterator)
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    self._explain(error, number)
+                except Exception as error:
+                    self._explain(error, getattr(iterator, "_workers", []), number)
+                    raise
                 self._policy.judge(reports)
                 if batch is not None:
                     yield batch
@@ -151,17 +177,27 @@ class Loader:
             self._closing.fill_(True)
             raise
 
-    def _explain(self, error: RuntimeError, number: int) -> NoReturn:
-        """Add which batch was waited for to what torch says about its workers."""
-        where = f"waiting for batch {number} of epoch {self._plan.epoch}"
+    def _explain(self, error: Exception, workers: Sequence[BaseProcess], number: int) -> None:
+        """Raise what torch knows of workers that died or hang in clearer words."""
+        where = (
+            f"waiting for batch {number} of epoch {self._plan.epoch}{self._items.being_loaded()}"
+        )
         if str(error).startswith("DataLoader timed out"):
             raise RuntimeError(
                 f"no batch from the loader's workers within {self._loader.timeout:g} s, {where}: "
                 "a worker hangs, or the loader option timeout is too small"
             ) from None
-        if str(error).startswith("DataLoader worker"):
-            _note(error, where)
-        raise error
+        if not workers or str(error).startswith("Caught "):  # The dataset's own error.
+            return
+        # A broken connection to a worker may be noticed just before its end.
+        connection.wait([worker.sentinel for worker in workers], timeout=0.5)
+        for worker in workers:
+            if worker.exitcode is not None and worker.exitcode < 0:
+                name = signal.Signals(-worker.exitcode).name
+                hint = " (out of memory?)" if name == "SIGKILL" else ""
+                raise RuntimeError(
+                    f"a worker of the loader (pid {worker.pid}) died of {name}{hint}, {where}"
+                ) from None
 
 
 def _as_it_is(loaded: Any) -> Any:
@@ -247,43 +283,6 @@ def _plan(dataset: Any, options: dict[str, Any], **run: Any) -> Plan:
 
 def _join(items: list[Any]) -> Any:
     return collate(items) if isinstance(items[0], Mapping) else default_collate(items)
-
-
-class Stream:
-    """Any iterable of batches with the manners of a `Loader`: made by `resumable`."""
-
-    def __init__(self, source: Iterable[Any], seed: int = 0) -> None:
-        self._source, self._seed = source, seed
-        self._epoch, self._start = 0, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Later iterations give this epoch; sampler and dataset are told if they ask to be."""
-        self._epoch = epoch
-        set_epoch(self._source, epoch)
-
-    def skip(self, batches: int) -> None:
-        """The next iteration starts at this batch; those before it are made and thrown away."""
-        self._start = batches
-
-    def __len__(self) -> int:
-        return len(self._source)  # type: ignore[arg-type]  # TypeError where there is no length
-
-    def __iter__(self) -> Iterator[Any]:
-        start, self._start = self._start, 0
-        if isinstance(self._source, list | tuple):
-            yield from self._source[start:]
-            return
-        private = Private(derive(self._seed, "stream", self._epoch), generators(self._source))
-        with private:
-            iterator = iter(self._source)
-        for number in count():
-            with private:
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            if number >= start:
-                yield batch
 
 
 def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:

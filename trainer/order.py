@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -199,3 +199,40 @@ def _deals_to(sampler: Any, world_size: int) -> int:
                 )
             return int(dealt)
     return 1
+
+
+class Stream:
+    """Any iterable of batches with the manners of a `Loader`: made by `resumable`."""
+
+    def __init__(self, source: Iterable[Any], seed: int = 0) -> None:
+        self._source, self._seed = source, seed
+        self._epoch, self._start = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Later iterations give this epoch; sampler and dataset are told if they ask to be."""
+        self._epoch = epoch
+        set_epoch(self._source, epoch)
+
+    def skip(self, batches: int) -> None:
+        """The next iteration starts at this batch; those before it are made and thrown away."""
+        self._start = batches
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]  # TypeError where there is no length
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self._start = self._start, 0
+        if isinstance(self._source, list | tuple):
+            yield from self._source[start:]
+            return
+        private = Private(derive(self._seed, "stream", self._epoch), generators(self._source))
+        with private:
+            iterator = iter(self._source)
+        for number in count():
+            with private:
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            if number >= start:
+                yield batch
