@@ -199,23 +199,6 @@ def as_json(value: Any) -> Any:
     return str(value)
 
 
-def describe(record: Mapping[str, Any]) -> str:
-    """A stage record as a line for people: "epoch 2 valid: loss 1.234, wer 3.21, 12.3 s"."""
-    hidden = ("kind", "stage", "epoch", "step", "steps", "examples", "seconds")
-    plain = as_json(record)
-    parts = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in _numbers({k: v for k, v in plain.items() if k not in hidden})
-        if value or name not in ("skipped", "overflowed")
-    ]
-    if "loss" in plain and plain["loss"] is None:
-        parts.insert(0, "no finite loss")
-    if plain.get("seconds") is not None:
-        parts.append(f"{plain['seconds']:.1f} s")
-    epoch = "" if plain.get("epoch") is None else f"epoch {plain['epoch']} "
-    return f"{epoch}{plain.get('stage', '')}: {', '.join(parts)}"
-
-
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of a nested record with their dotted names."""
     for key, value in record.items():

@@ -7,8 +7,12 @@ lines of `metrics.jsonl`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from trainer import checks
 
 Outcome = Literal["stepped", "accumulated", "overflowed", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skipped")
@@ -111,45 +115,55 @@ class Tally:
     """The reports of one optimizer since the last line of `metrics.jsonl`, as that line's entry.
 
     `add` is called once a step and must cost next to nothing; `record` is called at the log
-    interval and starts the next count.
+    interval and starts the next count. `norm` and `clipped` are over the steps that were taken.
     """
 
     def __init__(self) -> None:
-        self._last: StepReport | None = None
+        self._now: dict[str, float | None] = {"lr": None, "limit": None, "scale": None}
         self._clear()
 
     def _clear(self) -> None:
-        self._measured = 0
         self._clipped = 0
-        self._norm_sum = 0.0
-        self._norm_max: float | None = None
+        self._norms: list[float] = []
         self._counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
 
     def add(self, report: StepReport) -> None:
         """Count one report."""
-        self._last = report
+        now = self._now
+        now["lr"], now["limit"], now["scale"] = report.lr, report.limit, report.scale
         self._counts[report.outcome] += 1
-        norm = report.norm
-        if norm is not None and report.outcome == "stepped":
-            self._measured += 1
+        if report.norm is not None and report.outcome == "stepped":
+            self._norms.append(report.norm)
             self._clipped += report.clipped
-            self._norm_sum += norm
-            if self._norm_max is None or norm > self._norm_max:
-                self._norm_max = norm
 
     def record(self) -> dict[str, Any]:
-        """LR, scale and limit as they are now; mean and largest norm, share clipped, and counts."""
-        last, measured = self._last, self._measured
+        """LR, limit and scale as they are; mean and largest norm, share clipped, and counts."""
+        measured = len(self._norms)
         entry: dict[str, Any] = {
-            "lr": None if last is None else last.lr,
-            "norm": self._norm_sum / measured if measured else None,
-            "norm_max": self._norm_max,
-            "limit": None if last is None else last.limit,
+            "lr": self._now["lr"],
+            "norm": math.fsum(self._norms) / measured if measured else None,
+            "norm_max": max(self._norms, default=None),
+            "limit": self._now["limit"],
             "clipped": self._clipped / measured if measured else None,
             "stepped": self._counts["stepped"],
             "skipped": self._counts["skipped"],
             "overflowed": self._counts["overflowed"],
-            "scale": None if last is None else last.scale,
+            "scale": self._now["scale"],
         }
         self._clear()
         return entry
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted since the last record."""
+        return {
+            "now": dict(self._now),
+            "clipped": self._clipped,
+            "norms": list(self._norms),
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        checks.same_keys("Tally", state, ("now", "clipped", "norms", "counts"))
+        self._now, self._clipped = dict(state["now"]), state["clipped"]
+        self._norms, self._counts = list(state["norms"]), dict(state["counts"])

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.log import RunLog, as_json, describe
+from trainer.log import RunLog, as_json
 
 
 def refuse(constant: str) -> None:
@@ -268,13 +268,6 @@ def test_tensorboard_that_is_missing_is_a_sentence(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="tensorboard was asked for and is not installed; pip"):
         RunLog(tmp_path, tensorboard=True)
-
-
-def test_a_stage_in_a_line_for_people() -> None:
-    record = {"stage": "valid", "epoch": 2, "step": 9, "loss": {"d": 1.23456, "g": math.nan}}
-    record |= {"wer": 3.21, "examples": 100, "seconds": 12.34, "skipped": 2, "overflowed": 0}
-    assert describe(record) == "epoch 2 valid: loss.d 1.235, wer 3.21, skipped 2, 12.3 s"
-    assert describe({"stage": "test", "epoch": None, "loss": None}) == "test: no finite loss"
 
 
 def test_the_files_of_a_closed_log_are_closed(tmp_path: Path) -> None:
