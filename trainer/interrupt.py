@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+DEFAULT = int(signal.SIGTERM)  # What a rank is told that another one received.
 _received: int | None = None
 
 

@@ -69,6 +69,7 @@ class Update:
         self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
         self.window = Window()
         self.last_norm: float | None = None
+        self.stepping = False
 
     @property
     def params(self) -> list[Tensor]:
@@ -103,7 +104,9 @@ class Update:
         """Clip and step with finite gradients, then move the schedule on."""
         clipped = self.clip(gradients)
         lr = self.lr
+        self.stepping = True
         self.optimizer.step()
+        self.stepping = False
         if self.schedule is not None and getattr(self.schedule, "every", None) == "step":
             self.schedule.step()
         for p in gradients.params:

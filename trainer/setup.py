@@ -1,0 +1,129 @@
+"""What a Brain makes once: its device, its modules, and an `Update` for each optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import distributed
+from trainer.clipping import Clipper, NormClip, ValueClip, by_name
+from trainer.options import RunOptions, nearest
+from trainer.update import Update
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process: "auto" is CUDA where there is one, one GPU a rank.
+
+    Raises ValueError for a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:0, mps …") from None
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        index = device.index if device.index is not None else distributed.local_rank()
+        if index >= found:
+            raise ValueError(
+                f"device {name!r} asks for GPU {index}, but this machine has "
+                f"{found or 'no'} GPU{'s' if found != 1 else ''} that torch can use; "
+                "use --device cpu, or auto to take what there is"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not available on this machine; use --device cpu or auto")
+    return device
+
+
+def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn.ModuleDict:
+    """The modules by name, compiled in place where the options say so.
+
+    Raises ValueError for something that is no module and for an unknown name in compile_modules.
+    """
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"modules[{name!r}] is a {type(module).__name__}; allowed: a torch.nn.Module"
+            )
+    chosen = options.compile_modules
+    for name in chosen or ():
+        if name not in modules:
+            raise ValueError(
+                f"compile_modules names {name!r}, which is not among the modules "
+                f"{', '.join(modules)}{nearest(name, modules)}"
+            )
+    if options.compile or chosen:
+        for name in modules if chosen is None else chosen:
+            modules[name].compile(mode=options.compile_mode)
+    return nn.ModuleDict(modules)
+
+
+def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str, Update]:
+    """An `Update` for every optimizer that ``init_optimizers`` made.
+
+    ``on_hand_step`` is called before a step that a recipe takes past `Brain.optimize`.
+    """
+    optimizers = getattr(brain, "optimizers_dict", None)
+    if optimizers is None:
+        optimizer = getattr(brain, "optimizer", None)
+        optimizers = {} if optimizer is None else {"main": optimizer}
+    options, names = brain.options, list(optimizers)
+    schedules = getattr(brain.hparams, "schedule", None)
+    every = {id(p) for p in brain.modules.parameters()}
+    updates = {}
+    for name, optimizer in optimizers.items():
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        schedule = _schedule(by_name(schedules, name, names, "schedule"), optimizer, options)
+        updates[name] = Update(
+            name,
+            optimizer,
+            brain.precision.scaler(),
+            _clipper(brain, name, names),
+            schedule,
+            options.grad_accumulation_factor,
+            options.skip_nonfinite_grads,
+            alone=len(names) == 1 and every <= own,
+        )
+        _watch(updates[name], on_hand_step)
+    return updates
+
+
+def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOptions) -> Any:
+    if factory is None:
+        return None
+    if not callable(factory):
+        raise ValueError(
+            f"schedule is a {type(factory).__name__}; allowed: what makes one from an optimizer, "
+            "such as !name:trainer.schedules.WarmupDecay {…}, or a mapping of these by optimizer"
+        )
+    schedule = factory(optimizer)
+    if not hasattr(schedule, "every"):
+        schedule.every = options.schedule_every  # One of torch's own, which do not say.
+    return schedule
+
+
+def _clipper(brain: Any, name: str, names: list[str]) -> Clipper:
+    kind = by_name(brain.options.clip, name, names, "clip")
+    limit = by_name(brain.options.max_grad_norm, name, names, "max_grad_norm")
+    if kind == "norm":
+        return NormClip(limit)
+    if kind == "value":
+        return ValueClip(limit)
+    if callable(kind) and hasattr(kind, "limit"):
+        return kind  # type: ignore[no-any-return]  # a clipper from the YAML
+    raise ValueError(f"clip is {kind!r}; allowed: norm, value, or a clipper of trainer.clipping")
+
+
+def _watch(update: Update, on_hand_step: Callable[[Update], None]) -> None:
+    """Notice steps that are taken past the `Update`."""
+
+    def before_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if not update.stepping:
+            on_hand_step(update)
+
+    update.optimizer.register_step_pre_hook(before_step)

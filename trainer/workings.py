@@ -1,0 +1,221 @@
+"""How a `Brain` does what its loop says: feeding, counting, averaging, and the ends of stages."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from trainer import distributed, seed, step
+from trainer.averages import Mean, WeightAverage
+from trainer.feeding import Feed, feed
+from trainer.hooks import Hooks, Stage
+from trainer.journal import Journal
+from trainer.keeping import Keeper
+from trainer.nonfinite import Patience
+from trainer.profiling import Profiler
+from trainer.reduction import sum_gradients
+from trainer.report import StageReport, StepReport
+from trainer.setup import make_updates
+from trainer.update import Update
+
+logger = logging.getLogger("trainer")
+
+
+class Workings(Hooks):
+    """The part of `Brain` that neither its users nor its recipes call."""
+
+    device: torch.device
+    updates: dict[str, Update]
+    epoch: int
+    step: int
+    optimizer_step: int
+    average: Mean
+    weight_average: WeightAverage | None
+    patience: Patience
+    journal: Journal
+    profiler: Profiler
+    keeper: Keeper
+
+    def _prepare(self) -> None:
+        """The state of the loop between its calls; everything public is the constructor's."""
+        self._stage = Stage.TRAIN
+        self._reports: list[StepReport] = []
+        self._joint: list[Update] | None = None
+        self._batch: Any = None
+        self._weight, self._last, self._has_valid = 1.0, False, False
+        self._guarded = self._by_hand = False
+
+    def _feed(
+        self,
+        source: Any,
+        stage: Stage,
+        options: Mapping[str, Any] | None,
+        progressbar: bool | None,
+        train: Feed | None = None,
+    ) -> Any:
+        """Batches of what was given; to overfit, those of training are for validation too."""
+        self.journal.shown = self.options.progressbar if progressbar is None else progressbar
+        if source is None and stage is Stage.VALID:
+            return None
+        if train is not None and self.options.overfit_batches:
+            return train
+        return feed(self, source, stage is Stage.TRAIN, stage, options or {})
+
+    def _start_fit(self, has_valid: bool) -> None:
+        self._has_valid = has_valid
+        if not self.updates:
+            self.init_optimizers()
+            self.updates = make_updates(self, self._on_hand_step)
+            if self.options.ema_decay is not None:
+                self.weight_average = WeightAverage(self.modules, self.options.ema_decay)
+            if distributed.world_size() > 1:  # Equal weights, different dropout.
+                tensors = [*self.modules.parameters(), *self.modules.buffers()]
+                distributed.broadcast_([tensor.detach() for tensor in tensors])
+                seed.seed_everything(self.options.seed, distributed.rank())
+            self.keeper.recover()
+        self.keeper.trained = True
+        self.on_fit_start()
+
+    def _updates_for(self, name: str | None) -> list[Update]:
+        if name is not None:
+            if name not in self.updates:
+                known = ", ".join(map(repr, self.updates)) or "none yet: fit makes them"
+                raise ValueError(f"there is no optimizer {name!r}; this Brain has {known}")
+            return [self.updates[name]]
+        if self._joint is None or not self._joint[0].window.count:
+            optimizers = {name: update.optimizer for name, update in self.updates.items()}
+            self._joint = [self.updates[name] for name in self.freeze_optimizers(optimizers)]
+            if not self._joint:
+                raise ValueError(
+                    "there is no optimizer to train with: give opt_class, set self.optimizer in "
+                    "init_optimizers, or let freeze_optimizers leave one"
+                )
+        return self._joint
+
+    def _begin_batch(self, batch: Any, last: bool) -> None:
+        self._batch, self._last, self._weight = batch, last, self.count_examples(batch)
+        self.step += 1
+        self._reports = []
+
+    def _note(self, reports: list[StepReport]) -> None:
+        """Take in what became of a loss: counts, and patience where it was not finite."""
+        self._reports += reports
+        for report in reports:
+            self.journal.note(report)
+        report = reports[0]
+        if report.outcome == "skipped":
+            ids = self.batch_ids(self._batch)
+            logger.warning(
+                "epoch %d, batch %d: %s of %r not finite, step skipped (batch %s)",
+                self.epoch, self.step, "loss" if report.loss is None else "gradients",
+                report.name, ", ".join(ids) or "without ids",
+            )  # fmt: skip
+            norm = self.updates[report.name].last_norm
+            self.patience.spend(report.name, norm, self.epoch, self.step, ids)
+
+    def _end_batch(self, loss: Any) -> None:
+        """Averages, counters and log lines after `fit_batch`."""
+        stepped = skipped = False
+        for report in self._reports:
+            stepped |= report.outcome == "stepped"
+            skipped |= report.outcome == "skipped"
+        self._guarded |= bool(self._reports)
+        if isinstance(loss, StepReport):
+            if loss.outcome == "stepped" and loss.loss is not None:
+                # Loss and weight are already those of all ranks, which will be summed again.
+                share = loss.weight / distributed.world_size()
+                self.average.update(loss.loss, share)
+                self.journal.mean.update(loss.loss, share)
+            self.journal.tick(loss.loss)
+        else:
+            if loss is not None and not skipped:
+                self.average.update(loss, self._weight)
+                self.journal.mean.update(loss, self._weight)
+            self.journal.tick()
+        self.journal.examples += self._weight
+        if stepped or (self._by_hand and not self._reports):
+            self.optimizer_step += 1
+            if self.weight_average is not None:
+                self.weight_average.update(self.modules)
+            if self.optimizer_step % self.options.log_interval == 0:
+                self.journal.line(self.epoch, self.optimizer_step)
+        self.profiler.step()
+
+    def _end_training(self) -> None:
+        """Step with windows that the epoch's end left open, and check that anything trained."""
+        self._last = False
+        joint = self._joint or []
+        groups = [joint, *([update] for update in self.updates.values() if update not in joint)]
+        for updates in groups:
+            if any(update.window.count for update in updates):
+                self._reports = []
+                self._note(step.close(updates))
+                self._weight = 0.0
+                self._end_batch(self._reports[0] if updates is joint else None)
+        if self.step and not self._guarded and not self._by_hand:
+            raise ValueError(
+                f"{type(self).__name__}.fit_batch ran {self.step} times and never called "
+                "self.optimize(loss, name): nothing was trained"
+            )
+        distributed.broadcast_([b.detach() for b in self.modules.buffers()])
+
+    def _end_stage(self, stage: Stage, mean: Mean, epoch: int | None, steps: int) -> StageReport:
+        """The stage's average and metrics, on all ranks; its line in the log; saves that waited."""
+        if stage is Stage.TRAIN:
+            self.keeper.phase = "valid" if self._has_valid else "done"
+        average = mean.reduce().value()
+        loss = math.nan if average is None else average
+        metrics = self.on_stage_end(stage, loss, epoch)
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise ValueError(
+                f"on_stage_end returned a {type(metrics).__name__}; allowed: a mapping from names "
+                "of metrics to numbers, or None"
+            )
+        counts = self.journal.counts if stage is Stage.TRAIN else {}
+        report = StageReport(
+            stage.value, epoch, loss, dict(metrics or {}), self.optimizer_step, steps,
+            mean.weight(), self.journal.stage_seconds(), **counts,
+        )  # fmt: skip
+        self.journal.finish(report, [update.lr for update in self.updates.values()])
+        if stage is Stage.TRAIN and self._has_valid:
+            self.keeper.save_waiting()
+        return report
+
+    @contextmanager
+    def _evaluating(self, stage: Stage) -> Iterator[None]:
+        """Evaluation changes nothing: modes and random generators are as before."""
+        modes = [(module, module.training) for module in self.modules.modules()]
+        generators, before = seed.rng_state(), self._stage
+        self._stage = stage
+        self.modules.eval()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                if self.weight_average is not None and stage is Stage.VALID:
+                    stack.enter_context(self.weight_average.applied(self.modules))
+                yield
+        finally:
+            self._stage = before
+            for module, mode in modes:
+                module.training = mode
+            seed.set_rng_state(generators)
+
+    def _on_hand_step(self, update: Update) -> None:
+        """A recipe steps an optimizer itself: it may, unprotected, and ranks still stay equal."""
+        if not self._by_hand:
+            self._by_hand = True
+            warnings.warn(
+                f"{type(self).__name__}.fit_batch calls backward() and the step of {update.name!r} "
+                "itself: precision, clipping, the non-finite guard and accumulation do not apply. "
+                f"self.optimize(loss, {update.name!r}) in their place has all of them",
+                stacklevel=4,
+            )
+        if distributed.world_size() > 1:
+            share = 1 / distributed.world_size()
+            sum_gradients(update.params, share, torch.zeros(1, device=self.device))
