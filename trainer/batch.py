@@ -86,7 +86,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        # Leaving the host may always overlap; arriving there must be waited for, or be asked for.
+        return self._map(lambda each: each.to(device, non_blocking=non_blocking or each.is_cpu))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a copy to a GPU need not wait."""

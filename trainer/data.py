@@ -8,18 +8,15 @@ epoch can be entered in its middle, and an item that cannot be read is named, sk
 from __future__ import annotations
 
 import inspect
-import os
-import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count, islice
-from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -29,10 +26,13 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from . import workers
 from .batch import collate
-from .items import BadItem, Policy, now, report_bad
+from .items import BadItem, Policy, note, now, report_bad
 from .order import Plan, Shuffled, Stream, Task, set_epoch
 from .seed import Private, derive, reseed
+
+__all__ = ["Loader", "Stream", "make_loader", "resumable"]
 
 
 class _Items(Dataset[Any]):
@@ -61,23 +61,25 @@ class _Items(Dataset[Any]):
             try:
                 return self.join(items[0] if self.single else items), now.bad
             except Exception as error:
-                _note(error, f"while joining {self._names(task.indices)} to a batch")
+                note(error, f"while joining {self._names(task.indices)} to a batch")
                 raise
 
     def _load(self, indices: Iterable[Any], task: Task) -> list[Any]:
         """The good ones of some items."""
         items = []
-        for index in indices:
-            known = isinstance(index, int | str)
-            key = ("item", task.epoch, index) if known else ("task", task.epoch, task.number)
-            reseed(derive(self.seed, *key))
+        for position, index in enumerate(indices):
+            if isinstance(index, Integral | str):
+                name: tuple[int | str, ...] = (index if isinstance(index, str) else int(index),)
+            else:
+                name = ("at", task.number, position)
+            reseed(derive(self.seed, "item", task.epoch, *name))
             self._announce(index)
             try:
                 items.append(self.dataset[index])
             except BadItem as bad:
                 report_bad(bad.path, bad.reason)
             except Exception as error:
-                _note(error, f"while loading {self._names([index])}")
+                note(error, f"while loading {self._names([index])}")
                 raise
         return items
 
@@ -98,7 +100,7 @@ class _Items(Dataset[Any]):
     def _announce(self, index: Any) -> None:
         worker = get_worker_info()
         if worker is not None:
-            self.board[worker.id] = index if isinstance(index, int) else -1
+            self.board[worker.id] = int(index) if isinstance(index, Integral) else -1
 
     def being_loaded(self) -> str:
         """What the workers were busy with when one of them died or hung."""
@@ -109,15 +111,8 @@ class _Items(Dataset[Any]):
         """Items in words; a dataset may tell more by a method ``name_of(index) -> str``."""
         name_of = getattr(self.dataset, "name_of", repr)
         shown = [str(name_of(index))[:200] for index in islice(indices, 9)]
-        return "item " + ", ".join(shown[:8]) + (" …" if len(shown) > 8 else "")
-
-
-def _note(error: BaseException, text: str) -> None:
-    """Say more about an error without changing its type."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
-    elif error.args and isinstance(error.args[0], str):  # Python 3.10
-        error.args = (f"{error.args[0]} ({text})", *error.args[1:])
+        word = "item " if len(shown) == 1 else "items "
+        return word + ", ".join(shown[:8]) + (" …" if len(shown) > 8 else "")
 
 
 class Loader:
@@ -129,16 +124,18 @@ class Loader:
         weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
         items.board = torch.full((options.get("num_workers", 0),), -1).share_memory_()
         own_start = options.pop("worker_init_fn", None)
-        self._loader: DataLoader[Any] = DataLoader(
+        self._make = partial(
+            DataLoader,
             items,
             sampler=plan,
             batch_size=None,
             collate_fn=_as_it_is,
             # Without a generator of its own, DataLoader draws from the global one.
             generator=torch.Generator().manual_seed(derive(items.seed, "workers")),
-            worker_init_fn=partial(_start_worker, self._closing, own_start),
+            worker_init_fn=partial(workers.start, self._closing, own_start),
             **options,
         )
+        self._loader: DataLoader[Any] = self._make()
 
     @property
     def bad(self) -> dict[str, str]:
@@ -160,60 +157,43 @@ class Loader:
         self._policy.new_epoch()
         self._closing.fill_(False)
         first = self._plan.start
+        processes: list[BaseProcess] = []
         try:
             iterator = iter(self._loader)
+            processes += getattr(iterator, "_workers", [])
             for number in count(first):
                 try:
                     batch, reports = next(iterator)
                 except StopIteration:
                     return
                 except Exception as error:
-                    self._explain(error, getattr(iterator, "_workers", []), number)
+                    self._explain(error, processes, number)
                     raise
                 self._policy.judge(reports)
                 if batch is not None:
                     yield batch
-        except BaseException:  # GeneratorExit too: whoever left early waits for no slow worker.
+        except BaseException:  # GeneratorExit too: the epoch was left early.
             self._closing.fill_(True)
+            for process in processes:  # At once: torch would wait for what they are loading.
+                process.terminate()
+            self._loader = self._make()
             raise
 
-    def _explain(self, error: Exception, workers: Sequence[BaseProcess], number: int) -> None:
+    def _explain(self, error: Exception, processes: list[BaseProcess], number: int) -> None:
         """Raise what torch knows of workers that died or hang in clearer words."""
-        where = (
-            f"waiting for batch {number} of epoch {self._plan.epoch}{self._items.being_loaded()}"
-        )
+        busy = self._items.being_loaded()
+        where = f"waiting for batch {number} of epoch {self._plan.epoch}{busy}"
         if str(error).startswith("DataLoader timed out"):
             raise RuntimeError(
                 f"no batch from the loader's workers within {self._loader.timeout:g} s, {where}: "
                 "a worker hangs, or the loader option timeout is too small"
             ) from None
-        if not workers or str(error).startswith("Caught "):  # The dataset's own error.
-            return
-        # A broken connection to a worker may be noticed just before its end.
-        connection.wait([worker.sentinel for worker in workers], timeout=0.5)
-        for worker in workers:
-            if worker.exitcode is not None and worker.exitcode < 0:
-                name = signal.Signals(-worker.exitcode).name
-                hint = " (out of memory?)" if name == "SIGKILL" else ""
-                raise RuntimeError(
-                    f"a worker of the loader (pid {worker.pid}) died of {name}{hint}, {where}"
-                ) from None
+        if not str(error).startswith("Caught ") and (cause := workers.death(processes)):
+            raise RuntimeError(f"{cause}, {where}") from None  # "Caught": the dataset's own error.
 
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
-
-
-def _start_worker(closing: Tensor, own_start: Callable[[int], None] | None, worker: int) -> None:
-    """Make a worker serve until the main process closes it.
-
-    Ctrl-C, and torchrun's SIGTERM, reach the workers too; a worker that died of them would break
-    the main process in the middle of the step after which it wants to save.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)
-    if own_start is not None:
-        own_start(worker)
 
 
 def make_loader(
@@ -239,7 +219,9 @@ def make_loader(
 
     An ``IterableDataset`` gives less: it deals among ranks and workers by itself. See `resumable`.
     """
-    _check_options(options)
+    known = set(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
+    if unknown := set(options) - known:
+        raise ValueError(f"unknown loader options {sorted(unknown)}; known are {sorted(known)}")
     if options.get("num_workers", 0) == 0:  # Options about workers mean nothing without any.
         for name in ("timeout", "persistent_workers", "prefetch_factor", "worker_init_fn"):
             options.pop(name, None)
@@ -253,12 +235,6 @@ def make_loader(
     join = options.pop("collate_fn", None) or (default_convert if single else _join)
     items = _Items(dataset, join, seed, train, single)
     return Loader(items, plan, Policy(on_bad, max_bad, len(dataset) / world_size), options)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    known = set(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
-    if unknown := set(options) - known:
-        raise ValueError(f"unknown loader options {sorted(unknown)}; known are {sorted(known)}")
 
 
 def _plan(dataset: Any, options: dict[str, Any], **run: Any) -> Plan:

@@ -47,6 +47,14 @@ def report_bad(path: str | os.PathLike[str], reason: str) -> None:
     now.bad.append((str(path), reason))
 
 
+def note(error: BaseException, text: str) -> None:
+    """Say more about an error without changing its type."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    elif error.args and isinstance(error.args[0], str):  # Python 3.10
+        error.args = (f"{error.args[0]} ({text})", *error.args[1:])
+
+
 @dataclass
 class Policy:
     """What follows a bad item."""

@@ -141,6 +141,12 @@ class Plan:
             with self._private():
                 order = list(self.sampler)
             self._known = self.epoch, list(self._deal(order))
+            if self.train and not self._known[1]:
+                raise ValueError(
+                    f"{len(order)} {'batches' if self.batch_size is None else 'items'} are too few "
+                    f"to train {self.world_size} processes (batch_size={self.batch_size}, "
+                    f"drop_last={self.drop_last})"
+                )
         return self._known[1]
 
     def _rounds(self) -> Iterator[Sequence[Any]]:
@@ -184,7 +190,9 @@ class Plan:
         elif rest and not self._told:
             self._told = True
             what = "items" if splits else "batches"
-            logger.info("each epoch leaves out its last %d %s: too few for all", len(rest), what)
+            logger.info(
+                "each epoch leaves out its last %d %s: too few for all ranks", len(rest), what
+            )
 
 
 def _deals_to(sampler: Any, world_size: int) -> int:

@@ -1,0 +1,577 @@
+"""The order of an epoch, its randomness, its ranks, its workers and its bad items."""
+
+import logging
+import os
+import random
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+
+from trainer.data import make_loader, resumable
+from trainer.items import BadItem, item_generator, report_bad
+from trainer.order import Plan
+from trainer.seed import rng_state
+
+
+class Items(Dataset):
+    """Items that draw from every generator a dataset may use."""
+
+    def __init__(self, size: int = 13, bad: tuple[int, ...] = ()) -> None:
+        self.size, self.bad, self.loaded = size, bad, []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.loaded.append(index)
+        if index in self.bad:
+            raise BadItem(f"{index}.wav", "it is empty")
+        return {
+            "id": f"{index}",
+            "signal": torch.randn(2 + index % 3),
+            "draws": torch.tensor([random.random(), numpy.random.rand()]),
+            "own": torch.rand(1, generator=item_generator(f"{index}")),
+        }
+
+
+def content(loader: Any) -> list[Any]:
+    """Everything in the batches of an epoch, comparable."""
+    fields = ("signal", "draws", "own")
+    return [(b.id, *(b[name].data.tolist() for name in fields)) for b in loader]
+
+
+def ids(loader: Any) -> list[list[str]]:
+    return [batch.id for batch in loader]
+
+
+def epoch(number: int = 1, skip: int = 0, size: int = 13, **options: Any) -> list[Any]:
+    loader = make_loader(Items(size), **{"train": True, "seed": 3, "batch_size": 3} | options)
+    loader.set_epoch(number)
+    loader.skip(skip)
+    return content(loader)
+
+
+def flat(batches: list[list[str]]) -> list[str]:
+    return [each for batch in batches for each in batch]
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+# Order and randomness
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_from_any_batch_with_any_number_of_workers(workers: int) -> None:
+    whole = epoch()
+    assert len(whole) == 5
+    options = {"persistent_workers": True} if workers else {}
+    loader = make_loader(Items(), train=True, seed=3, batch_size=3, num_workers=workers, **options)
+    for start in range(6):
+        loader.set_epoch(1)
+        loader.skip(start)
+        assert content(loader) == whole[start:]
+    assert content(loader) == whole  # A skip holds for one iteration.
+
+
+def test_what_is_skipped_is_not_loaded() -> None:
+    items = Items()
+    loader = make_loader(items, train=True, seed=3, batch_size=3)
+    loader.skip(4)
+    assert sum(map(len, ids(loader))) == len(items.loaded) == 1
+
+
+def test_persistent_workers_learn_each_epoch() -> None:
+    loader = make_loader(
+        Items(), train=True, seed=3, batch_size=3, num_workers=2, persistent_workers=True
+    )
+    for number in (1, 2, 1):
+        loader.set_epoch(number)
+        assert content(loader) == epoch(number)
+
+
+def test_each_epoch_sees_every_item_once_in_a_new_order() -> None:
+    orders = [[batch[0] for batch in epoch(number)] for number in range(1, 6)]
+    assert all(sorted(map(int, flat(order))) == list(range(13)) for order in orders)
+    assert len({tuple(flat(order)) for order in orders}) == 5
+    assert epoch(1) != epoch(1, seed=4)
+
+
+def test_augmentation_changes_with_the_epoch_and_not_with_the_order() -> None:
+    def draws(number: int, **options: Any) -> dict[str, Any]:
+        return {
+            name: value
+            for names, _, *values in epoch(number, **options)
+            for name, value in zip(names, zip(*values, strict=True), strict=True)
+        }
+
+    assert draws(1) == draws(1, batch_size=5) == draws(1, shuffle=False)
+    assert all(draws(1)[name] != draws(2)[name] for name in draws(1))
+    assert len({str(value) for value in draws(1).values()}) == 13
+
+
+def test_evaluation_keeps_the_order_and_sees_the_same_randomness_in_every_epoch() -> None:
+    first, second = epoch(1, train=False), epoch(2, train=False)
+    assert first == second
+    assert flat([batch[0] for batch in first]) == [f"{index}" for index in range(13)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_loading_leaves_every_generator_of_the_process_alone(workers: int, sampled: bool) -> None:
+    own = torch.Generator().manual_seed(7)
+    options: dict[str, Any] = {"generator": own}
+    if sampled:
+        options["sampler"] = RandomSampler(range(13), generator=own)
+    numpy.random.randn()  # Leaves a second normal number in NumPy's generator.
+    torch.rand(3)
+    before, mine = rng_state(), own.get_state()
+    epoch(num_workers=workers, **options)
+    assert same(rng_state(), before)
+    assert torch.equal(own.get_state(), mine)
+
+
+def test_the_random_numbers_of_the_main_process_do_not_reach_the_batches() -> None:
+    torch.manual_seed(1)
+    first = epoch(sampler=RandomSampler(range(13)))
+    torch.manual_seed(2)
+    assert epoch(sampler=RandomSampler(range(13))) == first
+    assert epoch(2, sampler=RandomSampler(range(13))) != first
+
+
+def test_loader_options_stay_as_the_caller_wrote_them() -> None:
+    options = {"batch_size": 3, "num_workers": 0, "timeout": 5, "pin_memory": True, "shuffle": True}
+    before = dict(options)
+    list(make_loader(Items(), train=True, **options))
+    assert options == before
+
+
+# Ranks
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 60),
+    batch=st.integers(1, 7),
+    world=st.integers(1, 4),
+    given_batches=st.booleans(),
+    number=st.integers(0, 3),
+)
+def test_ranks_train_on_disjoint_and_equally_many_batches(
+    size: int, batch: int, world: int, given_batches: bool, number: int
+) -> None:
+    order = [int(index) for index in torch.randperm(size)]
+    sampler: Any = BatchSampler(order, batch, drop_last=False) if given_batches else order
+    rows = []
+    for rank in range(world):
+        plan = Plan(
+            sampler,
+            None if given_batches else batch,
+            given_batches,
+            train=True,
+            seed=0,
+            rank=rank,
+            world_size=world,
+        )
+        plan.set_epoch(number)
+        if size < world:
+            with pytest.raises(ValueError, match=f"too few to train {world} processes"):
+                list(plan)
+            return
+        rows.append([list(task.indices) for task in plan])
+        assert len(plan) == len(rows[-1])
+    assert len({len(row) for row in rows}) == 1
+    seen = Counter(index for row in rows for each in row for index in each)
+    assert set(seen.values()) == {1}
+    assert size - len(seen) < world
+    assert all(each for row in rows for each in row)
+    if not given_batches:  # Together as one process with `world` times the batch.
+        together = [sorted(sum(round_, [])) for round_ in zip(*rows, strict=True)]
+        one = [order[i : i + batch * world] for i in range(0, size, batch * world)]
+        one = one if len(one[-1]) >= world else one[:-1]
+        assert together == [sorted(each) for each in one]
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 40), batch=st.integers(1, 7), world=st.integers(1, 4))
+def test_ranks_evaluate_each_item_exactly_once(size: int, batch: int, world: int) -> None:
+    seen: Counter[int] = Counter()
+    for rank in range(world):
+        plan = Plan(range(size), batch, train=False, seed=0, rank=rank, world_size=world)
+        tasks = list(plan)
+        assert len(tasks) == len(plan)
+        seen.update(index for task in tasks for index in task.indices)
+    assert seen == Counter(range(size))
+
+
+def test_ranks_augment_an_item_as_one_process_does() -> None:
+    ranks = [epoch(size=16, world_size=2, rank=rank) for rank in range(2)]
+    alone = epoch(size=16, batch_size=6)
+    assert len(alone) == 3
+    for left, right, both in zip(*ranks, alone, strict=True):
+        assert left[0] + right[0] == both[0]
+        assert left[2] + right[2] == both[2]
+
+
+def test_items_too_few_for_each_rank_are_left_out_and_said_once(caplog: Any) -> None:
+    with caplog.at_level(logging.INFO, "trainer.data"):
+        loader = make_loader(Items(7), train=True, batch_size=3, world_size=2)
+        for number in range(3):
+            loader.set_epoch(number)
+            assert sum(map(len, ids(loader))) == 3
+    assert caplog.messages == ["each epoch leaves out its last 1 items: too few for all ranks"]
+
+
+def test_a_sampler_that_knows_its_rank_deals_by_itself() -> None:
+    rows = []
+    for rank in range(2):
+        sampler = DistributedSampler(range(12), num_replicas=2, rank=rank, seed=5)
+        loader = make_loader(
+            Items(12), train=True, batch_size=2, sampler=sampler, rank=rank, world_size=2
+        )
+        orders = []
+        for number in range(2):
+            loader.set_epoch(number)
+            orders.append(flat(ids(loader)))
+        assert orders[0] != orders[1]
+        rows.append(orders[0])
+    assert sorted(map(int, rows[0] + rows[1])) == list(range(12))
+    wrong = DistributedSampler(range(12), num_replicas=3, rank=0)
+    with pytest.raises(ValueError, match="DistributedSampler deals to 3 ranks; the run has 2"):
+        make_loader(Items(12), train=True, sampler=wrong, world_size=2)
+
+
+# Samplers
+
+
+class Batches:
+    """Batches as lhotse's samplers give them: no length, an epoch, a whole batch an index."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        for index in range(5):
+            yield (self.epoch, index)
+
+
+class Whole(Dataset):
+    """A dataset whose index is a whole batch, and which leaves one item out."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: tuple[int, int]) -> Any:
+        if index[1] == 2:
+            report_bad("two.wav", "it is cut")
+        return *index, torch.rand(1).item()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_index_may_be_a_whole_batch_from_a_sampler_without_length(workers: int) -> None:
+    def loader(**options: Any) -> Any:
+        return make_loader(
+            Whole(), train=True, sampler=Batches(), batch_size=None, num_workers=workers, **options
+        )
+
+    one = loader()
+    one.set_epoch(4)
+    whole = list(one)
+    assert [batch[:2] for batch in whole] == [[4, index] for index in range(5)]
+    assert len({batch[2] for batch in whole}) == 5
+    assert one.bad == {"two.wav": "it is cut"}
+    one.skip(3)
+    assert list(one) == whole[3:]
+    with pytest.raises(TypeError):
+        len(one)
+    ranks = [[batch[1] for batch in loader(rank=rank, world_size=2)] for rank in range(2)]
+    assert ranks == [[0, 2], [1, 3]]
+
+
+def test_a_batch_sampler_says_the_batches() -> None:
+    loader = make_loader(Items(), train=True, batch_sampler=[[3, 1], [4], [0, 2, 5]])
+    assert ids(loader) == [["3", "1"], ["4"], ["0", "2", "5"]]
+    assert len(loader) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sampler": [1], "shuffle": True}, "a sampler excludes shuffle and batch_sampler"),
+        ({"batch_sampler": [[1]], "drop_last": True}, "a batch_sampler excludes batch_size"),
+        ({"batch_size": 0}, "batch_size must be a whole number, 1 or more, or None; got 0"),
+        ({"batchsize": 3}, r"unknown loader options \['batchsize'\]; known are \['batch_sampler'"),
+        ({"on_bad": "ignore"}, "on_bad must be 'skip' or 'raise', got 'ignore'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_loader(Items(), train=True, **options)
+
+
+def test_data_that_give_no_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="the dataset Items has no items"):
+        make_loader(Items(0), train=False)
+    with pytest.raises(ValueError, match=r"13 items are too few to train 1 processes .*batch_si"):
+        epoch(batch_size=20, drop_last=True)
+
+
+def test_a_position_outside_the_epoch_is_refused() -> None:
+    with pytest.raises(ValueError, match="epoch 1 has 5 batches, so that it cannot start at batch"):
+        epoch(skip=6)
+
+
+# Bad items
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_items_are_left_out_logged_once_and_counted(workers: int, caplog: Any) -> None:
+    loader = make_loader(
+        Items(40, bad=(3, 5)), train=True, seed=3, batch_size=4, num_workers=workers
+    )
+    for number in range(2):
+        loader.set_epoch(number)
+        assert sorted(map(int, flat(ids(loader)))) == [i for i in range(40) if i not in (3, 5)]
+        assert loader.bad == {"3.wav": "it is empty", "5.wav": "it is empty"}
+    logged = [f"skipped {index}.wav: it is empty" for index in (3, 5)]
+    assert sorted(caplog.messages) == logged
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_batch_of_bad_items_gets_the_next_good_item(workers: int) -> None:
+    options = {"seed": 3, "max_bad": 0.9, "num_workers": workers}
+    plain = flat(ids(make_loader(Items(), train=True, seed=3)))
+    bad = (int(plain[0]), int(plain[1]), int(plain[12]))
+    loader = make_loader(Items(bad=bad), train=True, **options)
+    assert flat(ids(loader)) == [plain[2], plain[2], *plain[2:12], plain[2]]
+    assert len(loader.bad) == 3
+    for start in range(13):  # The stand-in does not depend on where the epoch was entered.
+        loader.skip(start)
+        assert next(iter(loader)).id[0] == [plain[2], plain[2], *plain[2:12], plain[2]][start]
+    assert sorted(ids(make_loader(Items(bad=bad), train=False, **options))) == sorted(
+        [each] for each in plain if int(each) not in bad
+    )
+
+
+def test_ranks_keep_equally_many_batches_around_bad_items() -> None:
+    for world in (1, 2, 3):
+        lengths = set()
+        for rank in range(world):
+            bad = tuple(range(0, 30, 4))
+            loader = make_loader(
+                Items(30, bad), train=True, batch_size=2, rank=rank, world_size=world, max_bad=0.5
+            )
+            lengths.add(len(ids(loader)))
+            assert lengths == {len(loader)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_items_end_the_run_with_their_list(workers: int) -> None:
+    items = Items(40, bad=(3, 5, 7))
+    loader = make_loader(items, train=False, batch_size=4, num_workers=workers)
+    listed = "  3.wav: it is empty\n  5.wav: it is empty\n  7.wav: it is empty"
+    with pytest.raises(ValueError, match="3 of 40 items are bad so far.*5.0% that may") as caught:
+        list(loader)
+    assert str(caught.value).endswith(listed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_item_ends_the_run_when_that_is_asked_for(workers: int) -> None:
+    loader = make_loader(
+        Items(40, bad=(3,)), train=False, batch_size=4, num_workers=workers, on_bad="raise"
+    )
+    with pytest.raises(BadItem, match="3.wav: it is empty") as caught:
+        list(loader)
+    assert caught.value.path == "3.wav"
+
+
+def test_an_epoch_of_bad_items_alone_is_an_error() -> None:
+    loader = make_loader(Items(4, bad=(0, 1, 2, 3)), train=True, batch_size=2, max_bad=1.0)
+    with pytest.raises(ValueError, match="neither a batch nor the 16 items after it have a good"):
+        list(loader)
+
+
+# Workers
+
+
+class Trouble(Items):
+    """Item 5 does what it is told."""
+
+    def __init__(self, do: Any) -> None:
+        super().__init__()
+        self.do = do
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 5:
+            self.do()
+        return super().__getitem__(index)
+
+    def name_of(self, index: int) -> str:
+        return f"{index} (take{index}.wav)"
+
+
+def _missing() -> None:
+    raise FileNotFoundError(2, "No such file", "gone.wav")
+
+
+def _timed(loader: Any) -> tuple[BaseException, float]:
+    """The error that ends an epoch, and how long it came after the last batch."""
+    last = time.monotonic()
+    try:
+        for _ in loader:
+            last = time.monotonic()
+    except (RuntimeError, OSError) as error:
+        return error, time.monotonic() - last
+    raise AssertionError("the epoch ended well")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_dataset_keeps_its_type_and_names_the_item(workers: int) -> None:
+    loader = make_loader(Trouble(_missing), train=True, batch_size=3, num_workers=workers)
+    error, _ = _timed(loader)
+    assert type(error) is FileNotFoundError
+    told = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    assert "gone.wav" in told
+    assert "while loading item 5 (take5.wav)" in told
+
+
+def test_a_killed_worker_is_an_error_within_a_second_that_names_its_item() -> None:
+    loader = make_loader(
+        Trouble(lambda: os.kill(os.getpid(), signal.SIGKILL)), train=True, num_workers=2
+    )
+    error, seconds = _timed(loader)
+    assert seconds < 1
+    assert "died of SIGKILL (out of memory?), waiting for batch" in str(error)
+    assert "5 (take5.wav)" in str(error)
+
+
+def test_a_hanging_worker_is_an_error_at_the_timeout_that_names_its_item() -> None:
+    loader = make_loader(
+        Trouble(lambda: time.sleep(60)), train=True, num_workers=2, timeout=1, batch_size=3
+    )
+    error, seconds = _timed(loader)
+    assert 0.9 < seconds < 2
+    assert "no batch from the loader's workers within 1 s, waiting for batch" in str(error)
+    assert "5 (take5.wav)" in str(error)
+
+
+def test_workers_live_through_the_signals_that_ask_the_main_process_to_stop() -> None:
+    def signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    loader = make_loader(Trouble(signals), train=True, seed=3, batch_size=3, num_workers=2)
+    assert ids(loader) == [batch[0] for batch in epoch(0)]
+
+
+def test_leaving_an_epoch_early_leaves_no_worker_behind() -> None:
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    for _ in make_loader(Items(), train=True, num_workers=2):
+        assert len(set(multiprocessing.active_children()) - before) == 2
+        break
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_an_error_while_joining_a_batch_names_its_items() -> None:
+    class Ragged(Items):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"x": torch.zeros(2, 1 + index)}
+
+    with pytest.raises(ValueError, match="only the first dimension may differ") as caught:
+        list(make_loader(Ragged(), train=False, batch_size=3))
+    assert "while joining items 0, 1, 2 to a batch" in getattr(caught.value, "__notes__", [""])[0]
+
+
+# Everything else that gives batches
+
+
+class Endless(IterableDataset):
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        for index in range(6):
+            yield torch.rand(1) + 10 * self.epoch + index
+
+
+def _sources() -> dict[str, Any]:
+    drawn = TensorDataset(torch.arange(12.0))
+    return {
+        "list": [torch.rand(2) for _ in range(4)],
+        "loader": DataLoader(drawn, batch_size=2, shuffle=True),
+        "own generator": DataLoader(
+            drawn, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3)
+        ),
+        "no batches": DataLoader(drawn, batch_size=None, sampler=RandomSampler(drawn)),
+        "subset": DataLoader(drawn, batch_size=2, sampler=SubsetRandomSampler([1, 5, 6, 7])),
+        "stream": DataLoader(Endless(), batch_size=2),
+        "made": make_loader(Endless(), train=True, batch_size=2),
+        "other loader": type("Other", (DataLoader,), {})(drawn, batch_size=2, shuffle=True),
+    }
+
+
+@pytest.mark.parametrize("name", list(_sources()))
+def test_any_iterable_of_batches_goes_on_exactly(name: str) -> None:
+    loader = resumable(_sources()[name], seed=1, train=True)
+
+    def run(number: int, start: int = 0) -> list[Any]:
+        torch.rand(1)  # What else is drawn does not matter.
+        loader.set_epoch(number)
+        loader.skip(start)
+        return [[tensor.tolist() for tensor in batch] for batch in loader]
+
+    before = rng_state()["torch"]
+    whole = [run(0), run(1)]
+    assert run(0) == whole[0]
+    assert run(1, 2) == whole[1][2:]
+    assert (whole[0] == whole[1]) == (name == "list")
+    torch.set_rng_state(before)
+    loader.set_epoch(1)
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_plain_dataloader_is_dealt_to_ranks() -> None:
+    source = DataLoader(TensorDataset(torch.arange(12.0)), batch_size=2, shuffle=True)
+    rows = [resumable(source, train=True, rank=rank, world_size=2) for rank in range(2)]
+    seen = [value for row in rows for (batch,) in row for value in batch.tolist()]
+    assert sorted(seen) == list(range(12))
+
+
+def test_a_subset_never_gets_a_stand_in_from_outside() -> None:
+    source = DataLoader(Items(20, bad=(2, 3)), sampler=SubsetRandomSampler([1, 2, 3, 4]))
+    source.collate_fn = None
+    loader = resumable(source, train=True, max_bad=1.0)
+    assert set(flat(ids(loader))) == {"1", "4"}
