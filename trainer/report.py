@@ -75,7 +75,7 @@ class StageReport:
 
     stage: str
     epoch: int | None = None
-    loss: float | dict[str, float] | None = None
+    loss: float | Mapping[str, float | None] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     steps: int = 0

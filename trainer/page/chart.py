@@ -1,0 +1,270 @@
+"""Line charts as inline SVG with a legend in HTML: no script, no colour that carries meaning alone.
+
+Colours come from the page's style sheet (`.c0` … `.c6`), so that one chart serves light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 640.0, 290.0
+LEFT, RIGHT, TOP, BOTTOM = 64.0, 14.0, 10.0, 44.0  # what ticks and labels need around the lines
+COLOURS = 7
+BUCKETS = 340  # a chart is some 600 pixels wide: more points cannot be told apart
+MARKED = 40  # up to so many points each have a marker that says its value
+SMOOTHED = 100  # from so many points on, a noisy line has a running mean over it
+
+Point = tuple[float, float]
+
+
+@dataclass(slots=True)
+class Series:
+    """One line, x ascending; NaN is a gap. `style` is "solid", "faint" or "limit" (dashed)."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    colour: int = 0
+    style: str = "solid"
+    noisy: bool = False
+
+
+@dataclass(slots=True)
+class Chart:
+    """Lines over common axes. Positive values that span more than 1:50 get a logarithmic one."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series] = field(default_factory=list)
+    from_zero: bool = False
+    note: str = ""
+
+
+class Axis:
+    """Maps the values of a range to pixels, and knows the range's round values."""
+
+    def __init__(
+        self, values: Iterable[float], pixels: Point, from_zero: bool = False, whole: bool = False
+    ) -> None:
+        known = list(values)
+        low, high = min(known, default=0.0), max(known, default=1.0)
+        self.start, self.end = pixels
+        self.whole = whole
+        self.log = not from_zero and not whole and low > 0 and high / low >= 50
+        if self.log:
+            low, high = math.log10(low), math.log10(high)
+        low = min(low, 0.0) if from_zero else low
+        if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
+            room = 0.5 if whole else 0.1 * abs(high) or 1.0
+            low, high = low - room * (not from_zero or low < 0), high + room
+        elif not whole:
+            room = 0.04 * (high - low)
+            low, high = low - room * (not from_zero or low < 0), high + room
+        self.low, self.high = low, high
+
+    def at(self, value: float) -> float:
+        """The pixel of a value; NaN where the axis cannot show it."""
+        if not math.isfinite(value) or (self.log and value <= 0):
+            return math.nan
+        place = math.log10(value) if self.log else value
+        share = (place - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self, count: int) -> list[tuple[float, str]]:
+        """Some `count` round values within the range, with their labels."""
+        if self.log:
+            return self._decades()
+        step = _round_up((self.high - self.low) / count)
+        step = max(1.0, step) if self.whole else step
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(n * step, number(n * step, step)) for n in range(first, last + 1)]
+
+    def _decades(self) -> list[tuple[float, str]]:
+        low, high = math.floor(self.low), math.ceil(self.high)
+        every = math.ceil((high - low) / 6)
+        parts = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
+        ticks = [part * 10.0**n for n in range(low, high + 1, every) for part in parts]
+        return [(tick, number(tick)) for tick in ticks if self.low <= math.log10(tick) <= self.high]
+
+
+def _round_up(step: float) -> float:
+    """The least of 1, 2 and 5 times a power of ten that is not below `step`."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next((part * power for part in (1, 2, 5) if part * power >= step), 10 * power)
+
+
+def number(value: float, step: float | None = None) -> str:
+    """A number for people: to the digit of `step`, or with four digits."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    size = math.floor(math.log10(abs(value)) + 1e-9)
+    digits = 4 if step is None else max(1, size - math.floor(math.log10(step) + 1e-9) + 1)
+    if size < -3:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        text = f"{_short(mantissa)}e{int(exponent)}"
+    elif size >= 4 and size < 15:
+        unit = size // 3
+        scaled = value / 10.0 ** (3 * unit)
+        text = _short(f"{scaled:.{max(0, digits - 1 - size + 3 * unit)}f}") + " kMGT"[unit]
+    else:
+        text = f"{value:.{max(0, digits - 1 - size)}f}"
+        text = _short(text) if step is None else text
+    return text.replace("-", "−")
+
+
+def _short(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def decimate(points: Sequence[Point]) -> Sequence[Point]:
+    """At most about a thousand points, with every peak, dip and gap of all of them.
+
+    Each of `BUCKETS` stretches keeps its lowest and highest point and one gap, in their order.
+    """
+    if len(points) <= 3 * BUCKETS:
+        return points
+    kept: list[Point] = []
+    for n in range(BUCKETS):
+        part = points[n * len(points) // BUCKETS : (n + 1) * len(points) // BUCKETS]
+        known = [point for point in part if not math.isnan(point[1])]
+        chosen = {min(known, key=_y), max(known, key=_y)} if known else set()
+        if len(known) < len(part):
+            chosen.add(next(point for point in part if math.isnan(point[1])))
+        kept += sorted(chosen, key=_x)
+    return kept
+
+
+def running_mean(points: Sequence[Point]) -> list[Point]:
+    """The mean over a fiftieth of the points around each; gaps stay gaps."""
+    reach = max(1, len(points) // 100)
+    sums, counts = [0.0], [0]
+    for _, y in points:
+        sums.append(sums[-1] + (0.0 if math.isnan(y) else y))
+        counts.append(counts[-1] + (not math.isnan(y)))
+    mean = []
+    for n, (x, y) in enumerate(points):
+        low, high = max(0, n - reach), min(len(points), n + reach + 1)
+        value = (sums[high] - sums[low]) / max(1, counts[high] - counts[low])
+        mean.append((x, math.nan if math.isnan(y) else value))
+    return mean
+
+
+def _x(point: Point) -> float:
+    return point[0]
+
+
+def _y(point: Point) -> float:
+    return point[1]
+
+
+def draw(chart: Chart) -> str:
+    """A figure: heading, drawing and legend."""
+    values = [y for each in chart.series for y in each.ys if math.isfinite(y)]
+    places = [end for each in chart.series for end in (*each.xs[:1], *each.xs[-1:])]
+    x = Axis(places, (LEFT, WIDTH - RIGHT), whole=True)
+    y = Axis(values, (HEIGHT - BOTTOM, TOP), from_zero=chart.from_zero)
+    summary = "; ".join(f"{each.name}: {_facts(each, chart.x_label)}" for each in chart.series)
+    label = escape(f"{chart.title}. {chart.y_label} by {chart.x_label}. {summary}", quote=True)
+    lines = "".join(_line(each, x, y, chart.x_label) for each in chart.series)
+    y_label = f"{chart.y_label}, log scale" if y.log else chart.y_label
+    note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
+    return (
+        f"<figure><figcaption><h3>{escape(chart.title)}</h3>{note}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">'
+        f"{_frame(x, y, chart.x_label, y_label)}{lines}</svg>{_legend(chart)}</figure>"
+    )
+
+
+def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
+    """Grid, ticks and labels."""
+    parts = []
+    for value, text in y.ticks(5):
+        at = y.at(value)
+        parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{WIDTH - RIGHT:g}"/>')
+        parts.append(f'<text class="tick end" x="{LEFT - 8:g}" y="{at + 4:.1f}">{text}</text>')
+    floor = HEIGHT - BOTTOM
+    parts.append(f'<path class="axis" d="M{LEFT:g} {floor:g}H{WIDTH - RIGHT:g}"/>')
+    for value, text in x.ticks(7):
+        at = x.at(value)
+        parts.append(f'<path class="axis" d="M{at:.1f} {floor:g}v5"/>')
+        parts.append(f'<text class="tick mid" x="{at:.1f}" y="{floor + 18:g}">{text}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="mid" x="{middle:g}" y="{HEIGHT - 6:g}">{escape(x_label)}</text>')
+    middle = (TOP + floor) / 2
+    place = f'transform="translate(14 {middle:g}) rotate(-90)"'
+    parts.append(f'<text class="mid" {place}>{escape(y_label)}</text>')
+    return "".join(parts)
+
+
+def _line(series: Series, x: Axis, y: Axis, x_label: str) -> str:
+    points = list(zip(series.xs, series.ys, strict=True))
+    colour = f"c{series.colour % COLOURS}" if series.style != "limit" else "limit"
+    faint = series.style == "faint"
+    text = ""
+    if series.noisy and len(points) >= SMOOTHED:
+        text = f'<path class="line faint {colour}" d="{_path(decimate(points), x, y)}"/>'
+        points = running_mean(points)
+    style = "line faint" if faint else "line"
+    text += f'<path class="{style} {colour}" d="{_path(decimate(points), x, y)}"/>'
+    if len(points) <= MARKED and series.style == "solid":
+        text += "".join(_marker(series, point, x, y, x_label) for point in points)
+    return text
+
+
+def _path(points: Iterable[Point], x: Axis, y: Axis) -> str:
+    """The way of the pen, lifted at every gap; a point between two gaps is a dot."""
+    parts, drawing = [], False
+    for place, value in points:
+        across, up = x.at(place), y.at(value)
+        if math.isnan(up):
+            drawing = False
+            continue
+        parts.append(f"L{across:.1f} {up:.1f}" if drawing else f"M{across:.1f} {up:.1f}h0")
+        drawing = True
+    return "".join(parts)
+
+
+def _marker(series: Series, point: Point, x: Axis, y: Axis, x_label: str) -> str:
+    across, up = x.at(point[0]), y.at(point[1])
+    if math.isnan(up):
+        return ""
+    said = escape(f"{series.name}, {x_label} {number(point[0])}: {number(point[1])}")
+    corner = 0 if series.colour % 2 else 4  # a square or a disc: the shape tells lines apart too
+    return (
+        f'<rect class="mark c{series.colour % COLOURS}" x="{across - 3.5:.1f}" y="{up - 3.5:.1f}" '
+        f'width="7" height="7" rx="{corner}"><title>{said}</title></rect>'
+    )
+
+
+def _facts(series: Series, x_label: str) -> str:
+    """The last, lowest and highest value in words."""
+    known = [(v, x) for x, v in zip(series.xs, series.ys, strict=True) if math.isfinite(v)]
+    if not known:
+        return "no value"
+    last = f"last {number(series.ys[-1])}" if math.isfinite(series.ys[-1]) else "last value lost"
+    if series.style == "limit" or len(known) == 1:
+        return last
+    (low, low_x), (high, high_x) = min(known), max(known)
+    at = f"at {x_label.split(' (')[0]}"
+    return (
+        f"{last}, lowest {number(low)} {at} {number(low_x)}, "
+        f"highest {number(high)} {at} {number(high_x)}"
+    )
+
+
+def _legend(chart: Chart) -> str:
+    items = []
+    for each in chart.series:
+        colour = "limit" if each.style == "limit" else f"c{each.colour % COLOURS}"
+        faint = " faint" if each.style == "faint" else ""
+        swatch = (
+            f'<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">'
+            f'<path class="line {colour}{faint}" d="M2 6H26"/></svg>'
+        )
+        facts = escape(_facts(each, chart.x_label))
+        items.append(f"<li>{swatch}<span><b>{escape(each.name)}</b> {facts}</span></li>")
+    return f'<ul class="legend">{"".join(items)}</ul>'

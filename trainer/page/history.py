@@ -1,0 +1,176 @@
+"""What a run has logged, read back from `metrics.jsonl` as curves and stages.
+
+Reading never fails on what is in the file: lines that are not records are counted and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Curve:
+    """Numbers over steps or epochs, ascending; a number that was lost is NaN, which is a gap."""
+
+    __slots__ = ("xs", "ys")
+
+    def __init__(self) -> None:
+        self.xs = array("d")
+        self.ys = array("d")
+
+    def add(self, x: float, y: float | None) -> None:
+        """Append a point. One at or before an earlier x replaces all from there on."""
+        while self.xs and self.xs[-1] >= x:
+            self.xs.pop()
+            self.ys.pop()
+        self.xs.append(x)
+        self.ys.append(math.nan if y is None else y)
+
+    def __len__(self) -> int:
+        return len(self.xs)
+
+    def known(self) -> list[tuple[float, float]]:
+        """The points without the gaps."""
+        return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if math.isfinite(y)]
+
+    def total(self) -> Curve:
+        """The running sum; a gap adds nothing."""
+        sums, so_far = Curve(), 0.0
+        for x, y in zip(self.xs, self.ys, strict=True):
+            so_far += y if math.isfinite(y) else 0.0
+            sums.add(x, so_far)
+        return sums
+
+    def scaled(self, factor: float) -> Curve:
+        """Every value times a factor."""
+        scaled = Curve()
+        scaled.xs, scaled.ys = self.xs, array("d", (y * factor for y in self.ys))
+        return scaled
+
+
+@dataclass(slots=True)
+class History:
+    """Curves of the step lines by dotted name, such as "optimizers.main.lr", and the stage lines.
+
+    Of several lines of one stage and epoch (a run that was resumed, a test that was repeated) the
+    last one counts.
+    """
+
+    steps: dict[str, Curve] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    last_step: int = 0
+    seconds: float = 0.0
+    unreadable: int = 0
+
+    def optimizers(self) -> list[str]:
+        """The optimizers' names, in the order of the file."""
+        names = [key.split(".") for key in self.steps if key.startswith("optimizers.")]
+        return list(dict.fromkeys(".".join(parts[1:-1]) for parts in names))
+
+    def of_optimizer(self, optimizer: str, key: str) -> Curve:
+        """A curve of one optimizer, empty where it was not logged."""
+        return self.steps.get(f"optimizers.{optimizer}.{key}", Curve())
+
+    def stage_names(self) -> list[str]:
+        """The stages there are, in the order of the file."""
+        return list(dict.fromkeys(str(record["stage"]) for record in self.stages))
+
+    def measures(self) -> list[str]:
+        """The dotted names of losses and metrics of the stage lines."""
+        known: dict[str, None] = {}
+        for record in self.stages:
+            known |= dict.fromkeys(name for name, _ in measured(record))
+        return list(known)
+
+    def by_epoch(self, stage: str, measure: str) -> Curve:
+        """A loss or metric of a stage over the epochs."""
+        curve = Curve()
+        for record in self.stages:
+            values = dict(measured(record))
+            if record["stage"] == stage and _is_number(record.get("epoch")) and measure in values:
+                curve.add(record["epoch"], values[measure])
+        return curve
+
+
+# Keys of a stage line that count instead of measuring.
+COUNTS = (
+    "kind",
+    "stage",
+    "epoch",
+    "step",
+    "steps",
+    "examples",
+    "seconds",
+    "skipped",
+    "overflowed",
+)
+
+
+def measured(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """The losses and metrics of a stage line with their dotted names."""
+    return list(_numbers({key: value for key, value in record.items() if key not in COUNTS}))
+
+
+def read_history(path: Path) -> History:
+    """Read a `metrics.jsonl`; a missing one is an empty history."""
+    history = History()
+    stages: dict[tuple[str, Any], dict[str, Any]] = {}
+    if not path.exists():
+        return history
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                history.unreadable += 1
+            elif record.get("kind") == "step" and _is_number(record.get("step")):
+                _add_step(history, record)
+            elif "stage" in record:
+                key = (str(record["stage"]), str(record.get("epoch")))
+                stages.pop(key, None)  # the last one counts, at its own place
+                stages[key] = record
+                _advance(history, record)
+            else:
+                history.unreadable += 1
+    history.stages = list(stages.values())
+    return history
+
+
+def _add_step(history: History, record: Mapping[str, Any]) -> None:
+    step = record["step"]
+    for name, value in _numbers({k: v for k, v in record.items() if k not in ("kind", "step")}):
+        curve = history.steps.get(name)
+        if curve is None:
+            curve = history.steps[name] = Curve()
+        curve.add(step, value)
+    if _is_number(record.get("seconds")):
+        history.seconds = record["seconds"]
+    _advance(history, record)
+
+
+def _advance(history: History, record: Mapping[str, Any]) -> None:
+    if _is_number(record.get("step")):
+        history.last_step = int(record["step"])
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+    """Numbers and nulls of a nested record with their dotted names."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif value is None or isinstance(value, float):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", float(value) if abs(value) < 1e300 else None

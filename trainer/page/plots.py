@@ -1,0 +1,140 @@
+"""Which charts a run's report shows, and what each is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from trainer.page.chart import Chart, Series
+from trainer.page.history import Curve, History
+
+STEP = "optimizer step"
+
+
+def sections(history: History) -> list[tuple[str, list[Chart]]]:
+    """The charts by heading; those without a line are for the page to leave out."""
+    return [
+        ("Losses and metrics", [_training_loss(history), *_by_epoch(history)]),
+        ("Optimization", _optimization(history)),
+        ("Speed", [_speed(history)]),
+    ]
+
+
+def _series(name: str, curve: Curve, colour: int = 0, style: str = "solid") -> Series:
+    return Series(name, curve.xs, curve.ys, colour, style)
+
+
+def _colour(history: History, name: str) -> int:
+    """An optimizer and the loss of its name have one colour in all charts."""
+    losses = [key[5:] for key in history.steps if key.startswith("loss.")]
+    names = list(dict.fromkeys([*history.optimizers(), *losses]))
+    return names.index(name) if name in names else 0
+
+
+def _training_loss(history: History) -> Chart:
+    chart = Chart("Training loss", STEP, "loss")
+    for key, curve in history.steps.items():
+        if key.split(".")[0] == "loss" and curve.known():
+            name = key[5:] or "loss"
+            chart.series.append(_series(name, curve, _colour(history, name)))
+            chart.series[-1].noisy = True
+    return chart
+
+
+def _by_epoch(history: History) -> list[Chart]:
+    """A chart over the epochs for each loss and metric, training beside validation."""
+    charts = []
+    for measure in history.measures():
+        name = measure.replace("loss.", "loss of ", 1) if measure.startswith("loss.") else measure
+        chart = Chart(f"{name[:1].upper()}{name[1:]} by epoch", "epoch", name)
+        for stage in history.stage_names():
+            curve = history.by_epoch(stage, measure)
+            if curve.known():
+                chart.series.append(_series(stage, curve, 0 if stage == "train" else 1))
+        charts.append(chart)
+    return charts
+
+
+def _optimization(history: History) -> list[Chart]:
+    names = history.optimizers()
+    rates = _per_optimizer(history, Chart("Learning rate", STEP, "learning rate"), "lr")
+    shares = _per_optimizer(
+        history,
+        Chart("Clipped gradients", STEP, "% of steps", from_zero=True),
+        "clipped",
+        lambda curve: curve.scaled(100),
+        any_above_zero,
+    )
+    lost = Chart("Steps not taken, so far", STEP, "steps", from_zero=True)
+    for shift, kind in enumerate(("skipped", "overflowed")):
+        for name in names:
+            total = history.of_optimizer(name, kind).total()
+            if any_above_zero(total):
+                colour = len(names) * shift + _colour(history, name)
+                chart_name = f"{name} {kind}" if len(names) > 1 else kind
+                lost.series.append(_series(chart_name, total, colour))
+    scales = _per_optimizer(
+        history, Chart("Loss scale (fp16)", STEP, "scale"), "scale", worth=_changes
+    )
+    return [rates, *(_norms(history, name, len(names)) for name in names), shares, lost, scales]
+
+
+def any_above_zero(curve: Curve) -> bool:
+    """Whether there is anything to see."""
+    return any(y > 0 for y in curve.ys)
+
+
+def _changes(curve: Curve) -> bool:
+    return len({y for _, y in curve.known()}) > 1
+
+
+def _per_optimizer(
+    history: History,
+    chart: Chart,
+    key: str,
+    change: Callable[[Curve], Curve] = lambda curve: curve,
+    worth: Callable[[Curve], bool] = lambda curve: bool(curve.known()),
+) -> Chart:
+    """A line for each optimizer for which it is worth one."""
+    for name in history.optimizers():
+        curve = change(history.of_optimizer(name, key))
+        if worth(curve):
+            chart.series.append(_series(name, curve, _colour(history, name)))
+    return chart
+
+
+def _norms(history: History, name: str, optimizers: int) -> Chart:
+    """The gradient norm before clipping, its peaks, the limit, and how often that held."""
+    of = f" of {name}" if optimizers > 1 else ""
+    chart = Chart(f"Gradient norm{of}", STEP, "L2 norm before clipping")
+    colour = _colour(history, name)
+    for label, key, style in (
+        ("largest", "norm_max", "faint"),
+        ("mean", "norm", "solid"),
+        ("limit", "limit", "limit"),
+    ):
+        curve = history.of_optimizer(name, key)
+        if curve.known():
+            chart.series.append(_series(label, curve, colour, style))
+    shares = history.of_optimizer(name, "clipped")
+    counts = history.of_optimizer(name, "stepped")
+    if len(shares) == len(counts) and chart.series:
+        pairs = [
+            (share * count, count)
+            for share, count in zip(shares.ys, counts.ys, strict=True)
+            if math.isfinite(share) and math.isfinite(count)
+        ]
+        steps = sum(count for _, count in pairs)
+        clipped = sum(part for part, _ in pairs)
+        if steps:
+            chart.note = f"{100 * clipped / steps:.1f} % of {steps:,.0f} logged steps were clipped."
+    return chart
+
+
+def _speed(history: History) -> Chart:
+    chart = Chart("Throughput", STEP, "examples per second", from_zero=True)
+    curve = history.steps.get("examples_per_second", Curve())
+    if curve.known():
+        chart.series.append(_series("all ranks", curve))
+        chart.series[-1].noisy = True
+    return chart
