@@ -1,0 +1,569 @@
+"""YAML to objects: what may be named, what is refused, and the sentence for every mistake."""
+
+import re
+import sys
+import textwrap
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from trainer.configuration.guard import Guard
+from trainer.configuration.references import arithmetic
+from trainer.hparams import Configuration, Text, describe, load_hparams
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a YAML, dedented, and gives its path."""
+
+    def _write(text: str, name: str = "demo.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return _write
+
+
+RECIPE = """\
+    # python train.py demo.yaml
+
+    # Of everything random.
+    seed: 1234
+    lr: 1e-3  # peak
+    width: 8
+    model: !new:torch.nn.Linear  # the network
+      in_features: !ref <width>  # channels
+      out_features: 2
+    opt_class: !name:torch.optim.Adam
+      lr: !ref <lr>
+    modules: {net: !ref <model>}
+    folder: !ref results/<seed>
+    double: !ref <width> * 2
+    shape: (3, 4)
+    note: "(laughs)"
+    sizes: [1, 2]
+    shuffle: true
+    loader: {}
+    limit: null
+"""
+
+
+def test_objects_references_and_values_are_built(write: Write) -> None:
+    hparams = load_hparams(write(RECIPE))
+    assert isinstance(hparams["model"], torch.nn.Linear)
+    assert hparams["modules"]["net"] is hparams["model"]
+    assert hparams["opt_class"].func is torch.optim.Adam
+    assert hparams["opt_class"].keywords == {"lr": 1e-3}
+    assert (hparams["folder"], hparams["double"]) == ("results/1234", 16)
+    assert hparams["shape"] == (3, 4)
+    assert hparams["note"] == "(laughs)"
+
+
+def test_references_chain_point_forward_and_reach_into_objects(write: Write) -> None:
+    hparams = load_hparams(
+        write("""\
+            first: !ref <second>
+            second: !ref <third[a][1]>
+            third: {a: [1, !ref <width>]}
+            width: 8
+            dotted: !ref <third.a[0]>
+            layer: !new:torch.nn.Linear [3, !ref <width>]
+            weight: !ref <layer.weight>
+            counter: !new:collections.Counter
+            same: !ref <counter>
+            other: !copy <counter>
+            sizes: !applyref:sorted
+              _args: [[3, 1, !ref <width>]]
+              _kwargs: {reverse: true}
+            """)
+    )
+    assert (hparams["first"], hparams["second"], hparams["dotted"]) == (8, 8, 1)
+    assert hparams["weight"] is hparams["layer"].weight
+    assert hparams["same"] is hparams["counter"]
+    assert hparams["other"] is not hparams["counter"]
+    assert hparams["sizes"] == [8, 3, 1]
+
+
+def test_sums_are_bounded() -> None:
+    assert arithmetic("2 * (3 + 4) // 2 - -1") == 8
+    assert arithmetic("10 ** -2") == 0.01
+    for bomb in ("9 ** 9 ** 9", "(2 ** 60) ** 60 * 2 ** 60", "1 / 0"):
+        with pytest.raises(ArithmeticError):
+            arithmetic(bomb)
+    for other in ("__import__('os')", "'x' * 1000", "a / b", "1 if 1 else 2"):
+        with pytest.raises(TypeError):
+            arithmetic(other)
+
+
+# ---------------------------------------------------------------- variants and includes
+
+
+def test_a_variant_says_only_what_differs(write: Write, tmp_path: Path) -> None:
+    write(RECIPE, "asr/demo.yaml")
+    variant = write(
+        """\
+        base: ../asr/demo.yaml
+        width: 16  # wider
+        model: {bias: false}
+        opt_class: !name:torch.optim.SGD {lr: 0.1}
+        """,
+        "variants/wide.yaml",
+    )
+    hparams = load_hparams(variant)
+    assert hparams["model"].weight.shape == (2, 16)
+    assert hparams["model"].bias is None
+    assert hparams["opt_class"].func is torch.optim.SGD
+    assert hparams["folder"] == "results/1234"
+    assert "base" not in hparams
+    comments = {key.name: key.comment for key in describe(variant)}
+    assert comments["width"] == "wider"
+    assert comments["lr"] == "peak"
+    with pytest.raises(ValueError, match=r"demo\.yaml, line 5"):
+        load_hparams(variant, {"lr": "fast"})
+
+
+def test_an_included_file_keeps_its_own_references(write: Write) -> None:
+    write("width: 4\nlayer: !new:torch.nn.Linear [!ref <width>, 1]\n", "encoder.yaml")
+    main = write(
+        """\
+        width: 99
+        encoder: !include:encoder.yaml
+        wide: !include:encoder.yaml
+          width: !ref <width>
+        used: !ref <encoder[layer]>
+        """
+    )
+    hparams = load_hparams(main)
+    assert hparams["encoder"]["layer"].in_features == 4
+    assert hparams["wide"]["layer"].in_features == 99
+    assert hparams["used"] is hparams["encoder"]["layer"]
+    assert load_hparams(main, {"encoder": {"width": 7}})["encoder"]["layer"].in_features == 7
+
+
+@pytest.mark.parametrize("keyword", ["base: {}", "x: !include:{}"])
+def test_files_that_name_each_other_in_a_circle_are_refused(write: Write, keyword: str) -> None:
+    write(keyword.format("b.yaml"), "a.yaml")
+    write(keyword.format("a.yaml"), "b.yaml")
+    with pytest.raises(ValueError, match=r"name each other in a circle: .*a\.yaml -> .*b\.yaml"):
+        load_hparams(write(keyword.format("a.yaml")))
+
+
+def test_a_base_that_is_missing_is_named_with_the_line(write: Write) -> None:
+    with pytest.raises(ValueError, match=r"demo\.yaml, line 2: gone\.yaml cannot be read: No such"):
+        load_hparams(write("a: 1\nbase: gone.yaml\n"))
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def test_overrides_reach_below_objects_and_add_arguments_and_run_options(write: Write) -> None:
+    hparams = load_hparams(
+        write(RECIPE),
+        {"model": {"out_features": 5, "bias": False}, "precision": "bf16", "loader": {"a": 1}},
+    )
+    assert hparams["model"].out_features == 5
+    assert hparams["model"].bias is None
+    assert (hparams["precision"], hparams["loader"]) == ("bf16", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"lrr": 1}, "there is no key or run option 'lrr'; did you mean 'lr'?"),
+        ({"precison": 1}, "no key or run option 'precison'; did you mean 'precision'?"),
+        ({"model": {"biass": 1}}, "torch.nn.Linear has no argument 'biass'; did you mean 'bias'?"),
+        ({"modules": {"nett": 1}}, "there is no key 'modules.nett' below modules"),
+        ({"width": "many"}, "width must be a number, as its default 8 is ({}, line 6), not 'many'"),
+        (
+            {"width": {"a": 1}},
+            "width must be a number, as its default 8 is ({}, line 6), not a map",
+        ),
+        ({"shuffle": 1}, "shuffle must be true or false, as its default true is"),
+        ({"sizes": 3}, "sizes must be a list, as its default [1, 2] is"),
+        ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, not 'fp8'"),
+        (
+            {"modules": {"net": {"bias": 1}}},
+            "modules.net is !ref <model> ({}, line 12): change tha",
+        ),
+        ({"lr": object()}, "is a object; a YAML value must be a number, a text"),
+    ],
+)
+def test_a_wrong_override_gets_a_sentence(
+    write: Write, overrides: dict[str, Any], sentence: str
+) -> None:
+    path = write(RECIPE)
+    with pytest.raises(ValueError, match=re.escape(sentence.replace("{}", str(path)))):
+        load_hparams(path, overrides)
+
+
+def test_typed_values_take_the_type_of_their_key(write: Write) -> None:
+    configuration = Configuration(write("name: demo\nlr: 1\nlimit: null\nok: 'a'\nmax: 3\n"))
+    typed = {"name": "007", "lr": "1e-4", "limit": "[1, {a: b}]", "ok": "null", "max": "inf"}
+    configuration.override({key: Text(value) for key, value in typed.items()})
+    assert configuration.build() == {
+        "name": "007",
+        "lr": 1e-4,
+        "limit": [1, {"a": "b"}],
+        "ok": None,
+        "max": float("inf"),
+    }
+
+
+def test_the_dump_is_a_yaml_of_its_own(write: Write, tmp_path: Path) -> None:
+    write(RECIPE, "base.yaml")
+    write("size: 3\ntwice: !ref <size> * 2\n", "part.yaml")
+    path = write("base: base.yaml\nwidth: 16\npart: !include:part.yaml\n")
+    configuration = Configuration(path)
+    configuration.override({"model": {"bias": False}, "seed": 7, "part": {"size": 5}})
+    alone = write(configuration.dump(), "alone/hyperparams.yaml")
+    first, second = configuration.build(), load_hparams(alone)
+    assert list(first) == list(second)
+    assert second["part"] == {"size": 5, "twice": 10}
+    assert second["model"].bias is None
+    assert second["folder"] == "results/7"
+    assert second["note"] == "(laughs)"
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_keys_are_described_without_building_anything(write: Write) -> None:
+    keys = {key.name: key for key in describe(write(RECIPE))}
+    assert len(keys) == 18
+    assert keys["seed"][1:] == ("1234", "Of everything random.")
+    assert keys["lr"][1:] == ("1e-3", "peak")
+    assert keys["model"][1:] == ("!new:torch.nn.Linear", "the network")
+    assert keys["model.in_features"][1:] == ("!ref <width>", "channels")
+    assert keys["sizes"].default == "[1, 2]"
+    nowhere = describe(write("x: !new:not.there.AtAll {a: 1}\ny: !PLACEHOLDER  # a folder\n"))
+    assert nowhere[0].default == "!new:not.there.AtAll"
+    assert nowhere[2] == ("y", "!PLACEHOLDER", "a folder")
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", "{}, line 3: not valid YAML: "),
+        ("a: b: c\n", "{}, line 1: not valid YAML: mapping values are not allowed here"),
+        ("a: 1\na: 2\n", "{}, line 2: the key 'a' is there twice"),
+        ("- 1\n", "{}, line 1: the file must be a mapping of keys to values"),
+        ("a: 1\n--- \nb: 2\n", "{}, line 2: a second document begins; there must be one"),
+        ("1: a\n", "{}, line 1: the key '1' must be text; quote it"),
+        ("a: \x07\n", "{}: not valid YAML: "),
+        ("a: !!python/name:os.system\n", "{}, line 1: the tag !!python/name:os.system is not"),
+        ("a: !neww:x\n", "{}, line 1: the tag !neww:x is not allowed; allowed are !ref, !copy"),
+        ("a: !new:torch.nn.Linear 3\n", "{}, line 1: the arguments of !new:torch.nn.Linear must"),
+        (
+            "data_folder: !PLACEHOLDER\nx:\n  y: !PLACEHOLDER\n",
+            "no value for data_folder ({}, line 1), x.y ({}, line 3), which the YAML leaves open "
+            "(!PLACEHOLDER); "
+            "give them as --data_folder … --x.y …",
+        ),
+        ("a: !ref <bb>\nbbb: 1\n", "line 1: the reference <bb> leads nowhere: there is no 'bb'"),
+        ("a: !ref <b>\nb: !ref <a>\n", "line 1: the reference is circular: {}, line 1 -> {}"),
+        ("a: {b: !ref <a>}\n", "line 1: the reference is circular"),
+        ("a: !ref <b>x\nb: !new:dict\n", "line 1: <b> is an object (!new:dict), which cannot be"),
+        ("a: !ref <b>/0\nb: 1\n", "line 1: 1/0 cannot be worked out: division by zero"),
+        (
+            "x:\n  y: !new:torch.nn.Liner\n",
+            "x.y ({}, line 2): torch.nn.Liner is not there: torch.nn has no 'Liner'; did you mean "
+            "'Linear'?",
+        ),
+        ("x: !new:torch.optimm.Adam\n", "torch has no 'optimm'; did you mean 'optim'?"),
+        ("x: !new:recipes.asr.modle.X\n", "recipes.asr has no 'modle'; did you mean 'model'?"),
+        ("x: !new:recipies.asr.X\n", "allow=['package']); did you mean 'recipes'?"),
+        (
+            "x: !new:torch.nn.Linear {in_features: 1, out_feature: 2}\n",
+            "x ({}, line 1): torch.nn.Linear: missing a required argument: 'out_features'",
+        ),
+        (
+            "x: !new:torch.nn.Linear {in_features: 1, out_features: 2, biass: 2}\n",
+            "torch.nn.Linear: got an unexpected keyword argument 'biass'; did you mean 'bias'?; "
+            "its arguments are: in_features, out_features, bias=True, device=None, dtype=None",
+        ),
+        ("x: !name:torch.optim.Adam {beta: 1}\n", "keyword argument 'beta'; did you mean 'betas'?"),
+        (
+            "x: !new:torch.nn.Dropout [2]\n",
+            "x ({}, line 1): torch.nn.Dropout could not be built: dr",
+        ),
+        ("x: !new:torch.nn.Linear [a, b]\n", "x ({}, line 1): torch.nn.Linear could not be built"),
+        ("x: !new:torch.relu [1]\n", "could not be built: !new:torch.relu should be a class"),
+        (
+            "a: !new:torch.nn.ReLU\nb: !ref <a.inplce>\n",
+            "has no attribute 'inplce'; did you mean 'inp",
+        ),
+        ("x: !applyref:torch.zeros [2]\n", "is a Tensor; a YAML value must be"),
+        ("x: (1, [2)\n", "x ({}, line 1): (1, [2) is no tuple; quote it if it is text"),
+        ("base: 16\n", "line 1: base is the YAML that this file varies: a path that ends in .yaml"),
+    ],
+)
+def test_a_mistake_gets_a_sentence_that_says_where(write: Write, text: str, sentence: str) -> None:
+    path = write(text)
+    with pytest.raises(ValueError, match=re.escape(sentence.replace("{}", str(path)))):
+        load_hparams(path)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        load_hparams(tmp_path / "none.yaml")
+
+
+def test_a_module_that_fails_to_import_says_why(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "brokenmodule.py").write_text("import a_package_that_is_not_there\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(
+            ValueError, match="brokenmodule, whose import failed: ModuleNotFoundErr"
+        ):
+            load_hparams(write("x: !new:brokenmodule.X\n"), allow=["brokenmodule"])
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_a_failed_load_leaves_yaml_libraries_as_they_were(write: Write) -> None:
+    before = yaml.constructor.BaseConstructor.construct_object.__defaults__
+    with pytest.raises(ValueError, match="could not be built"):
+        load_hparams(write("shape: (1, 2)\nx: !new:torch.nn.Dropout [2]\n"))
+    assert yaml.constructor.BaseConstructor.construct_object.__defaults__ == before
+    assert describe(write("shape: (1, 2)\n"))[0].default == "(1, 2)"
+
+
+# ---------------------------------------------------------------- the guard
+
+
+CANARY = """
+import pathlib
+pathlib.Path(__file__).with_suffix(".ran").write_text("imported")
+def fire(*args, **kwargs):
+    pathlib.Path(__file__).with_suffix(".ran").write_text("called")
+class Fire:
+    def __init__(self, *args, **kwargs):
+        fire()
+"""
+
+ATTACKS = [
+    # Names of other packages, directly and through what an allowed module has imported.
+    "x: !apply:os.system ['touch {ran}']",
+    "x: !apply:logging.os.system ['touch {ran}']",
+    'x: !apply:builtins.eval [\'open("{ran}", "w")\']',
+    'x: !apply:eval [\'open("{ran}", "w")\']',
+    'x: !apply:exec [\'open("{ran}", "w")\']',
+    "x: !apply:open ['{ran}', w]",
+    "x: !new:functools.partial [!name:os.system , 'touch {ran}']",
+    "x: !name:functools.partial [!name:subprocess.run , 'touch {ran}']",
+    "x: !apply:pickle.loads ['cos']",
+    "x: !apply:importlib.import_module [canary]",
+    "x: !module:canary",
+    "x: !new:canary.Fire",
+    "x: !name:canary.fire",
+    "x: !apply:canary.fire",
+    "x: !apply:torch.os.system ['touch {ran}']",
+    "x: !apply:torch.sys.modules.get [os]",
+    "x: !apply:torch.nn.modules.module.torch.os.system ['touch {ran}']",
+    "x: !apply:torch.nn.functional.importlib.import_module [canary]",
+    "x: !apply:torch.utils.data.dataloader.os.system ['touch {ran}']",
+    "x: !apply:recipes.common.synthesiser.subprocess.run [[touch, '{ran}']]",
+    "x: !apply:trainer.distributed.os.system ['touch {ran}']",
+    "x: !new:torch.nn.modules.container.OrderedDict.fromkeys [[1]]",
+    "x: !apply:operator.attrgetter ['system']",
+    "x: !apply:torch.nn.modules.container.operator.attrgetter ['system']",
+    "x: !apply:codecs.encode ['a', rot13]",
+    "x: !apply:pydoc.locate [canary.fire]",
+    # What allowed packages hold that runs code or commands, or reads pickles.
+    "x: !apply:torch.load ['{pickle}']",
+    "x: !apply:torch.serialization.load ['{pickle}', weights_only, false]",
+    "x: !apply:torch.hub.load ['{folder}', fire]",
+    "x: !apply:torch.utils.collect_env.run ['touch {ran}']",
+    "x: !apply:torch.utils.cpp_extension.load_inline [a, b]",
+    'x: !new:torch.utils.benchmark.Timer [\'open("{ran}", "w")\']',
+    "x: !new:torch.package.PackageImporter ['{pickle}']",
+    "x: !apply:torch.ops.load_library ['{pickle}']",
+    "x: !apply:torch.jit.load ['{pickle}']",
+    "x: !apply:torch.from_file ['{ran}', true, 10]",
+    "x: !apply:torch.multiprocessing.spawn [1]",
+    "x: !new:torch.utils.data.datapipes.iter.FileOpener [['{pickle}']]",
+    "x: !apply:lhotse.serialization.open_best ['pipe:touch {ran}']",
+    "x: !apply:lhotse.load_manifest ['pipe:touch {ran}']",
+    "x: !apply:trainer.hparams.load_hparams {{path: '{payload}', allow: [os]}}",
+    # Dunders, private names, spelling.
+    "x: !apply:torch.nn.Linear.__init__.__globals__.get [os]",
+    "x: !apply:torch.nn.Module.__subclasses__",
+    "x: !apply:torch._utils._rebuild_tensor [1]",
+    "x: !apply:os%2Esystem ['touch {ran}']",
+    "x: !apply:оs.system ['touch {ran}']",  # the first letter is Cyrillic
+    "x: !apply:tоrch.os.system ['touch {ran}']",
+    "x: !apply:ｏｓ.system ['touch {ran}']",  # full-width letters, which Python would normalise
+    "x: !apply:torch..os.system ['touch {ran}']",
+    # References that read attributes.
+    "m: !module:torch.nn\nx: !ref <m.modules.module.torch.os.system>",
+    "m: !new:torch.nn.Linear [1, 1]\nx: !ref <m.__init__.__globals__>",
+    "m: !new:torch.nn.Linear [1, 1]\nx: !ref <m.forward.__func__.__globals__>",
+    "m: !module:canary\nx: !ref <m.fire>",
+    "x: !apply:getattr [!module:os , system]",
+    "x: !attribute [!module:os , system]",
+    # Tags of Python's own, also where HyperPyYAML reads with an unsafe loader, and hidden ones.
+    "x: !!python/object/apply:os.system ['touch {ran}']",
+    "x: !!python/object/new:canary.Fire {{}}",
+    "x: !!python/name:canary.fire ''",
+    "x: !!python/module:canary ''",
+    "x: !<tag:yaml.org,2002:python/object/apply:os.system> ['touch {ran}']",
+    "%TAG !p! tag:yaml.org,2002:python/\n---\nx: !p!object/apply:os.system ['touch {ran}']",
+    "x: (!!python/object/apply:os.system ['touch {ran}'])",
+    "x: !tuple '(!!python/object/apply:os.system [touch {ran}])'",
+    "x: (!new:canary.Fire )",
+    "? !apply:os.system ['touch {ran}']\n: 1",
+    "x: {{? !new:canary.Fire : 1}}",
+    "x: &a !new:canary.Fire\ny: *a",
+    "__x: !new:canary.Fire",
+    # During the resolving of references, before anything is built.
+    "x: !applyref:os.system ['touch {ran}']",
+    "x: !applyref:canary.fire",
+    "x: !applyref:canary.fire {{_args: [], _kwargs: {{}}}}\ny: !ref <x>",
+    # From another file.
+    "x: !include:{payload}",
+    "base: {payload}",
+    "x: !include:/etc/passwd",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_outside_the_allow_list_is_imported_or_called(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    (tmp_path / "canary.py").write_text(CANARY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ran = tmp_path / "canary.ran"
+    pickle = tmp_path / "payload.pt"
+    pickle.write_bytes(b"cos\nsystem\n(Vtouch " + str(ran).encode() + b"\ntR.")
+    payload = write(f"y: !apply:os.system ['touch {ran}']\n", "payload.yaml")
+    places = {"ran": ran, "pickle": pickle, "payload": payload, "folder": tmp_path}
+    with pytest.raises(ValueError, match=r"demo\.yaml|payload\.yaml|/etc/passwd"):
+        load_hparams(write(attack.format(**places) + "\n"))
+    assert not ran.exists()
+    assert "canary" not in sys.modules
+
+
+def test_attacks_through_overrides_are_refused_too(write: Write, tmp_path: Path) -> None:
+    path = write("x: null\ny: (1, 2)\nmodel: !new:torch.nn.ReLU\n")
+    ran = tmp_path / "ran"
+    for key, text in {
+        "x": f"!apply:os.system ['touch {ran}']",
+        "y": f"(!!python/object/apply:os.system ['touch {ran}'])",
+        "model": f"!!python/object/apply:os.system ['touch {ran}']",
+    }.items():
+        with pytest.raises(ValueError, match="not allowed"):
+            load_hparams(path, {key: Text(text)})
+    assert not ran.exists()
+
+
+def test_the_number_of_attacks() -> None:
+    assert len(ATTACKS) == len(set(ATTACKS)) > 60
+
+
+def test_a_package_of_ones_own_is_allowed_by_name(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ownpackage").mkdir()
+    (tmp_path / "ownpackage" / "__init__.py").write_text(
+        "import os\nfrom os import getcwd\n\nclass Net:\n"
+        "    width = 3\n    cwd = staticmethod(getcwd)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write("net: !new:ownpackage.Net\nwidth: !ref <net.width>\n")
+    with pytest.raises(ValueError, match=r"ownpackage\.Net is not allowed; .* allow=\['package'\]"):
+        load_hparams(path)
+    assert load_hparams(path, allow=["ownpackage"])["width"] == 3
+    for attack in ("!apply:ownpackage.getcwd", "!apply:ownpackage.os.getcwd"):
+        with pytest.raises(ValueError, match="is not allowed"):
+            load_hparams(write(f"x: {attack}\n"), allow=["ownpackage"])
+    with pytest.raises(ValueError, match="is not allowed"):
+        load_hparams(write("net: !new:ownpackage.Net\nx: !ref <net.cwd>\n"), allow=["ownpackage"])
+
+
+def test_allowing_all_of_torch_does_not_allow_its_loaders() -> None:
+    guard = Guard(["torch"])
+    assert guard.locate("torch.manual_seed") is torch.manual_seed
+    for name in ("torch.load", "torch.hub.load", "torch.utils.collect_env.run", "torch.os.system"):
+        with pytest.raises(ValueError, match="is not allowed"):
+            guard.locate(name)
+
+
+def test_what_recipes_use_is_allowed() -> None:
+    guard = Guard()
+    names = """
+        torch.nn.Linear torch.nn.functional.relu torch.nn.functional.conv1d torch.optim.AdamW
+        torch.optim.lr_scheduler.LambdaLR torch.utils.data.DataLoader torch.hann_window
+        torch.float32 torch.device torch.Generator torch.fft.rfft torch.zeros dict range sorted
+        collections.Counter math.pi trainer.schedules.Noam trainer.EpochCounter
+    """
+    assert len([guard.locate(name) for name in names.split()]) == 19
+    with pytest.raises(ValueError, match="allow must hold names"):
+        Guard(["../x"])
+
+
+# ---------------------------------------------------------------- bombs
+
+BOMBS = {
+    "aliases": "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n"
+    + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)),
+    "recursive alias": "a: &a [*a]\n",
+    "a million keys": "".join(f"k{i}: 1\n" for i in range(10**6)),
+    "a million items in one line": "a: [" + "1," * 10**6 + "]\n",
+    "as many keys as the file may hold": "".join(f"k{i}: 1\n" for i in range(10_000)),
+    "ten thousand levels": "a: " + "[" * 10**4 + "]" * 10**4 + "\n",
+    "ten thousand levels of mappings": "a: " + "{a: " * 10**4 + "}" * 10**4 + "\n",
+    "ten thousand levels of dashes": "a:\n  " + "- " * 10**4 + "\n",
+    "texts in texts": "a0: xxxxxxxxxx\n"
+    + "".join(f"a{i}: !ref {f'<a{i - 1}>' * 10}\n" for i in range(1, 20)),
+    "copies of copies": "a0: [1,1,1,1,1,1,1,1,1,1]\n"
+    + "".join(f"a{i}: [{','.join([f'!copy <a{i - 1}>'] * 10)}]\n" for i in range(1, 12)),
+    "references to references": "a0: [1,1,1,1,1,1,1,1,1,1]\n"
+    + "".join(f"a{i}: [{','.join([f'!ref <a{i - 1}>'] * 10)}]\n" for i in range(1, 12)),
+    "a long chain": "".join(f"a{i}: !ref <a{i + 1}>\n" for i in range(4000)) + "a4000: 1\n",
+    "a sum": "a: 99\nb: !ref <a>**<a>**<a>\n",
+    "a text times a number": "a: 999999999\nb: !ref '(x) * <a>'\nc: !ref \"<b><b>\"\nd: [1, 2\n",
+    "one huge text": "a: " + "x" * 10**7 + "\n",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_within_a_second(write: Write, name: str) -> None:
+    path = write(BOMBS[name])
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"demo\.yaml"):
+        load_hparams(path)
+    assert time.process_time() - started < 1
+
+
+def test_includes_cannot_multiply(write: Write) -> None:
+    for depth in range(6):
+        lines = [f"k{i}: !include:level{depth + 1}.yaml" for i in range(10)]
+        write("\n".join(lines) + "\n", f"level{depth}.yaml")
+    write("a: 1\n", "level6.yaml")
+    with pytest.raises(ValueError, match="more than 50 YAML files are read for one run"):
+        load_hparams(write("x: !include:level0.yaml\n"))
+
+
+@pytest.mark.parametrize(
+    "name", ["aliases", "a million keys", "ten thousand levels", "texts in texts", "a long chain"]
+)
+def test_a_bomb_takes_little_memory(write: Write, name: str) -> None:
+    path = write(BOMBS[name])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"demo\.yaml"):
+        load_hparams(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
