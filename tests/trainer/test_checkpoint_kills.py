@@ -1,0 +1,147 @@
+"""Processes that are killed, exit, run out of disk or fail one at a time while they save."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.checkpoint import Checkpointer, files
+
+from . import checkpoint_torture
+from .checkpoint_torture import Uniform, temporaries, two_checkpoints
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module")
+def torture() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a command of `checkpoint_torture.py`, in a process of its own that serves them all."""
+    with subprocess.Popen(
+        [sys.executable, str(checkpoint_torture.__file__)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        asking, answering = server.stdin, server.stdout
+
+        def run(command: str, folder: Path, *arguments: int) -> dict[str, Any]:
+            asking.write(json.dumps([command, str(folder), *arguments]) + "\n")
+            asking.flush()
+            report: dict[str, Any] = json.loads(answering.readline())
+            return report
+
+        yield run
+        asking.close()
+
+
+@pytest.fixture(params=["disk", "shared memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk, and one in memory where there is such a place."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    if not SHARED_MEMORY.is_dir():
+        pytest.skip("there is no /dev/shm here")
+    place = SHARED_MEMORY / f"checkpoints-{os.getpid()}"
+    place.mkdir()
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(30, id="30"), pytest.param(500, id="500", marks=pytest.mark.long)]
+)
+def test_a_killed_process_loses_at_most_the_save_it_was_in(
+    torture: Callable[..., dict[str, Any]], folder: Path, count: int
+) -> None:
+    report = torture("kills", folder / "checkpoints", count)
+    assert report["resumed"] == count
+    assert report["lost"] == 0
+    assert report["during_a_save"] >= count // 4  # The kills did hit what they were aimed at.
+    assert report["saves"] >= count // 10  # And some saves were finished before their kill.
+    assert report["stale_after"] == 0
+
+
+def test_a_hard_exit_before_any_operation_leaves_a_checkpoint_that_loads(
+    torture: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    report = torture("exits", tmp_path)
+    operations = report["operations"]
+    assert {"open", "write", "fsync", "rename", "mkdir", "rmtree", "unlink", "rmdir"} == set(
+        operations
+    )
+    published = operations.index("rename")
+    assert len(report["recovered"]) == len(operations) >= 25
+    for at, (status, value) in enumerate(report["recovered"]):
+        assert status == 9
+        assert value == (3 if at > published else 2), (at, operations[at])
+    # The next start and save leave the two newest, and nothing of what was interrupted.
+    for at, left in enumerate(report["left"]):
+        before = "step-00000003" if at > published else "step-00000002"
+        assert left == [before, "step-00000004"], (at, operations[at])
+
+
+def test_a_full_disk_is_told_with_path_and_bytes_and_changes_nothing(
+    torture: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    results = torture("limits", tmp_path)["results"]
+    for result in results[:-1]:
+        assert re.search(
+            r"the checkpoint .*/step-00000002 could not be saved: brain\.modules\.pt needs "
+            r"52\d{4} bytes, \d+ of them were stored, \d+ are free on the disk \(File too large\)",
+            result["sentence"],
+        )
+        assert result["value"] == 1
+        assert result["left"] == ["step-00000001"]
+    assert results[-1] == {"sentence": "", "value": 2, "left": ["step-00000002"]}
+    assert len(results) == 4
+
+
+def test_two_ranks_save_fail_and_fall_back_as_one(
+    torture: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    report = torture("ranks", tmp_path)
+    assert report["left"] == ["step-00000001", "step-00000002"]
+    for rank, seen in enumerate(report["reports"]):
+        assert seen["files"][-2:] == ["rank-0.pt", "rank-1.pt"]
+        for failing in (0, 1):
+            own = r"OSError: .*step-00000003 could not be saved: .*No space left on device"
+            others = rf"RuntimeError: rank {failing} failed \(OSError: .*No space left on device"
+            assert re.match(own if rank == failing else others, seen[f"failing_{failing}"])
+            assert seen[f"left_{failing}"] == ["step-00000001", "step-00000002"]
+        assert seen["recovered"] == ["step-00000002", 2]
+        # Only rank 1 reads the broken file; both use the checkpoint before, and nothing else.
+        assert seen["fallback"] == ["step-00000001", 1, [1]]
+        assert seen["average"] == [1.0]
+
+
+def test_a_hundred_killed_saves_leave_nothing_after_one_clean_start(tmp_path: Path) -> None:
+    two_checkpoints(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for index in range(100):
+        verb = ("saving", "deleting")[index % 2]
+        left = tmp_path / f".{verb}-{dead.pid}@{files.HOST}-step-{index:08d}"
+        left.mkdir()
+        (left / "brain.pt").write_bytes(b"half")
+    alive = tmp_path / f".saving-{os.getppid()}@{files.HOST}-step-00000009"
+    elsewhere = tmp_path / f".saving-{dead.pid}@elsewhere-step-00000009"
+    abandoned = tmp_path / f".saving-{dead.pid}@elsewhere-step-00000008"
+    for each in (alive, elsewhere, abandoned):
+        each.mkdir()
+    os.utime(abandoned, (time.time() - 7200,) * 2)
+    Checkpointer(tmp_path, recoverables={"brain": Uniform()}).recover_if_possible()
+    # A process that is alive, or of another machine and active within the hour, keeps its folder.
+    assert sorted(temporaries(tmp_path)) == sorted([alive.name, elsewhere.name])
