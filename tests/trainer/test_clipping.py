@@ -1,0 +1,261 @@
+"""Norms are right at every scale, limits hold wherever they are set, and "off" is off."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trainer.clipping import Gradients, NormClip, ValueClip, by_name, limit_of
+
+HALF = {torch.float16: 65504.0, torch.bfloat16: 3e38, torch.float32: 3e38}
+SCALES = [1e-30, 1e-22, 1e-15, 1e-8, 1e-3, 1.0, 1e3, 1e4, 1e15, 1e19, 1e30]
+
+
+def measured(*grads: Tensor, elementwise: bool = False, **group: Any) -> Gradients:
+    """The gradients of an optimizer with one group, measured as a step does."""
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+    return take(Gradients([{"params": params, **group}], elementwise))
+
+
+def take(gradients: Gradients) -> Gradients:
+    scalars = gradients.measure()
+    gradients.take(torch.stack(scalars).tolist() if scalars else [])
+    return gradients
+
+
+def truth(*grads: Tensor) -> float:
+    """The joint L2 norm in float64, with the scale taken out."""
+    wide = [grad.double().reshape(-1) for grad in grads]
+    largest = max(float(each.abs().max()) for each in wide)
+    return largest * math.hypot(*(float((each / largest).norm()) for each in wide))
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def test_the_norm_is_that_of_float64_in_every_dtype_and_scale() -> None:
+    torch.manual_seed(0)
+    covered = 0
+    for dtype, most in HALF.items():
+        for scale in SCALES:
+            if dtype is torch.float16 and scale < 1e-3:
+                continue  # Hardly anything of that scale is left in it.
+            for size in (1, 1000, 1025, 70_000):
+                grad = (torch.randn(size) * scale).clamp(-most, most).to(dtype)
+                assert measured(grad).norm == pytest.approx(truth(grad), rel=1e-6)
+                covered += 1
+    assert covered == (11 + 11 + 7) * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_four_million_elements_keeps_its_sixth_digit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for grad in (
+        torch.randn(4_000_000),
+        torch.full((4_000_000,), 1.7),
+        torch.full((4000, 1000), 1e-4),
+    ):
+        grad = grad.to(dtype)
+        assert measured(grad).norm == pytest.approx(truth(grad), rel=1e-6)
+
+
+@given(
+    exponents=st.lists(st.integers(-30, 30), min_size=1, max_size=5),
+    dtypes=st.lists(st.sampled_from([*HALF, torch.float64]), min_size=5, max_size=5),
+    sizes=st.lists(st.sampled_from([1, 3, 257, 3000]), min_size=5, max_size=5),
+)
+@settings(max_examples=60, deadline=None)
+def test_tensors_of_any_scales_and_dtypes_have_one_right_norm(
+    exponents: list[int], dtypes: list[torch.dtype], sizes: list[int]
+) -> None:
+    grads = []
+    for exponent, dtype, size in zip(exponents, dtypes, sizes, strict=False):
+        most = HALF.get(dtype, math.inf)
+        grads.append((torch.randn(size, dtype=torch.float64) * 10.0**exponent).clamp(-most, most))
+        grads[-1] = grads[-1].to(dtype)
+    if any(grad.any() for grad in grads):
+        assert measured(*grads).norm == pytest.approx(truth(*grads), rel=1e-6)
+
+
+def test_zero_is_zero_and_what_is_not_finite_is_not_finite() -> None:
+    assert measured(torch.zeros(5), torch.zeros(70_000)).norm == 0.0
+    assert measured().norm == 0.0
+    for bad in (math.nan, math.inf, -math.inf):
+        for size in (3, 70_000):
+            grad = torch.ones(size)
+            grad[-1] = bad
+            gradients = measured(torch.ones(4), grad, torch.full((2,), 1e30))
+            assert not gradients.finite
+            assert [math.isfinite(norm) for norm in gradients.norms] == [True, False, True]
+
+
+def test_a_sparse_gradient_is_measured_over_its_coalesced_values() -> None:
+    embedding = nn.Embedding(10, 3, sparse=True)
+    embedding(torch.tensor([1, 1, 2])).sum().backward()
+    for factor in (1.0, 1e20):
+        assert embedding.weight.grad is not None
+        embedding.weight.grad *= factor
+        gradients = take(Gradients([{"params": list(embedding.parameters())}]))
+        assert gradients.norm == pytest.approx(math.sqrt(15) * factor, rel=1e-6)
+    NormClip(2.0)(gradients)
+    assert float(gradients.tensors[0].to_dense().norm()) == pytest.approx(2.0, rel=1e-5)
+
+
+# --- clipping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(HALF))
+@pytest.mark.parametrize("limit", [5.0, 0.1])
+def test_finite_huge_gradients_are_scaled_to_the_limit_and_never_to_zero(
+    dtype: torch.dtype, limit: float
+) -> None:
+    torch.manual_seed(0)
+    covered = 0
+    for scale in (scale for scale in SCALES if scale >= 1):
+        plain = [torch.randn(100), torch.randn(20, 30) * 1e-3]
+        grads = [(grad * scale).clamp(-HALF[dtype], HALF[dtype]).to(dtype) for grad in plain]
+        gradients = measured(*grads)
+        assert NormClip(limit)(gradients)
+        for after, grad in zip(gradients.tensors, grads, strict=True):
+            expected = grad.double() / truth(*grads) * limit
+            torch.testing.assert_close(after, expected.to(dtype))
+            assert after.any()
+        assert gradients.norm_after == pytest.approx(limit, rel=1e-5)
+        covered += 1
+    assert covered == 6
+
+
+def test_even_the_largest_gradients_of_float32_keep_their_direction() -> None:
+    grad = torch.linspace(-3, 3, 4097) * 1e38
+    gradients = measured(grad)
+    assert NormClip(1e-3)(gradients)
+    expected = grad.double() / truth(grad) * 1e-3
+    torch.testing.assert_close(gradients.tensors[0].double(), expected, rtol=1e-5, atol=1e-12)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+@settings(max_examples=50, deadline=None)
+def test_clipping_is_that_of_torch(limit: float, scale: float) -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(30) * scale, torch.randn(4, 5) * scale]
+    theirs = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for param, grad in zip(theirs, grads, strict=True):
+        param.grad = grad.clone()
+    torch.nn.utils.clip_grad_norm_(theirs, limit)
+    ours = measured(*grads)
+    assert NormClip(limit)(ours) == (ours.norm > limit)
+    for mine, param in zip(ours.tensors, theirs, strict=True):
+        assert param.grad is not None
+        torch.testing.assert_close(mine, param.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("off", [None, math.inf, 0, 0.0, -1, -math.inf])
+@pytest.mark.parametrize("kind", [NormClip, ValueClip])
+def test_no_limit_measures_and_leaves_every_bit(
+    kind: Callable[[float | None], NormClip | ValueClip], off: float | None
+) -> None:
+    grad = torch.tensor([3e4, -4e4])
+    gradients = measured(grad, elementwise=True)
+    clip = kind(off)
+    assert clip.limit == math.inf
+    assert not clip(gradients)
+    assert torch.equal(gradients.tensors[0], grad)
+    assert gradients.norm == gradients.norm_after == pytest.approx(5e4)
+
+
+def test_a_limit_that_is_no_number_is_refused() -> None:
+    for bad in (math.nan, "5", True, [1.0]):
+        with pytest.raises(
+            ValueError, match=r"max_grad_norm is .*; allowed: a number; null, inf, 0"
+        ):
+            limit_of(bad)  # type: ignore[arg-type]
+
+
+def groups_of(**limits: float | None) -> list[dict[str, Any]]:
+    """Three groups of gradients with norm 10 each: "a" and "b" with limits if given, and a rest."""
+    made: list[dict[str, Any]] = []
+    for name in ("a", "b", "rest"):
+        param = nn.Parameter(torch.zeros(4))
+        param.grad = torch.full((4,), 5.0)
+        made.append({"params": [param, nn.Parameter(torch.zeros(2))]})  # One without a gradient.
+        if name in limits:
+            made[-1]["max_grad_norm"] = limits[name]
+    return made
+
+
+def norms_of(groups: list[dict[str, Any]]) -> list[float]:
+    return [float(group["params"][0].grad.norm()) for group in groups]
+
+
+def test_one_limit_is_over_every_group() -> None:
+    groups = groups_of()
+    gradients = take(Gradients(groups))
+    assert NormClip(1.0)(gradients)
+    assert math.hypot(*norms_of(groups)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_group_with_a_limit_of_its_own_is_clipped_alone() -> None:
+    groups = groups_of(a=1.0, b=None)
+    gradients = take(Gradients(groups))
+    assert NormClip(2.0)(gradients)
+    assert norms_of(groups) == pytest.approx([1.0, 10.0, 2.0], rel=1e-5)
+    assert gradients.norm == pytest.approx(math.hypot(10, 10, 10))
+    assert gradients.norm_after == pytest.approx(math.hypot(1, 10, 2), rel=1e-5)
+
+
+def test_limits_of_groups_hold_where_the_optimizer_has_none() -> None:
+    groups = groups_of(b=3.0)
+    assert NormClip(None)(take(Gradients(groups)))
+    assert norms_of(groups) == pytest.approx([10.0, 3.0, 10.0], rel=1e-5)
+    groups = groups_of(a=-1, b=20.0)
+    assert not NormClip(0)(take(Gradients(groups)))
+    assert norms_of(groups) == [10.0, 10.0, 10.0]
+
+
+def test_clipping_by_value_clamps_each_element_and_says_truly_whether_it_did() -> None:
+    grad = torch.tensor([-7.0, 0.5, 3.0])
+    gradients = measured(grad, torch.full((2000,), 0.9), elementwise=True)
+    assert ValueClip(2.0)(gradients)
+    assert gradients.tensors[0].tolist() == [-2.0, 0.5, 2.0]
+    assert gradients.norm_after is None  # Not measured again.
+    # The norm is above the limit, but no element is.
+    untouched = measured(torch.full((2000,), 0.9), elementwise=True)
+    assert untouched.norm > 2.0
+    assert not ValueClip(2.0)(untouched)
+    assert untouched.norm_after == untouched.norm
+
+
+def test_a_group_with_a_limit_of_its_own_is_clamped_to_that() -> None:
+    groups = groups_of(a=1.0, b=None)
+    assert ValueClip(3.0)(take(Gradients(groups, elementwise=True)))
+    assert [float(group["params"][0].grad.max()) for group in groups] == [1.0, 5.0, 3.0]
+
+
+def test_leaving_parameters_out_and_rescaling_keep_the_norms_true() -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(5), torch.full((3,), math.nan), torch.randn(2000)]
+    gradients = measured(*grads, elementwise=True)
+    gradients.keep([math.isfinite(norm) for norm in gradients.norms])
+    gradients.rescale(0.25)
+    assert gradients.norm == pytest.approx(truth(grads[0], grads[2]) / 4, rel=1e-6)
+    assert gradients.norm == pytest.approx(truth(*gradients.tensors), rel=1e-6)
+    assert gradients.maxima == pytest.approx([float(t.abs().max()) for t in gradients.tensors])
+
+
+def test_a_setting_by_optimizer_must_name_those_that_exist() -> None:
+    assert by_name(2.0, "generator", ["generator", "critic"], "max_grad_norm") == 2.0
+    assert by_name({"critic": None}, "critic", ["critic"], "max_grad_norm", 5.0) is None
+    assert (
+        by_name({"critic": 1.0}, "generator", ["generator", "critic"], "max_grad_norm", 5.0) == 5.0
+    )
+    with pytest.raises(
+        ValueError, match="max_grad_norm names the optimizer 'genrator', which does not"
+    ):
+        by_name({"genrator": 1.0}, "generator", ["generator"], "max_grad_norm")
