@@ -22,57 +22,23 @@ from torch import Tensor, nn
 
 from trainer import checks, distributed
 
+# Tensors that wait to be read, at most: what they hold stays small in the longest epoch.
+MOST_WAITING = 4096
 
-class _HostSum:
-    """A weighted sum of Python floats, in which nothing that is not finite enters."""
+
+class _Sum:
+    """A weighted sum in which nothing that is not finite enters."""
 
     __slots__ = ("total", "weight")
 
     def __init__(self, total: float = 0.0, weight: float = 0.0) -> None:
         self.total, self.weight = total, weight
 
-    def add(self, value: float | Tensor, weight: float) -> None:
-        term = (value.item() if isinstance(value, Tensor) else value) * weight
+    def add(self, value: float, weight: float) -> None:
+        term = value * weight
         if term - term == 0.0:  # false for NaN and for both infinities
             self.total += term
             self.weight += weight
-
-    def read(self) -> tuple[float, float]:
-        return self.total, self.weight
-
-
-class _DeviceSum:
-    """The same on an accelerator, where no addition waits for the device.
-
-    In float64; where the device has none (mps), in float32 with Neumaier's correction, which
-    holds the relative error near 1e-7 however many values there are.
-    """
-
-    def __init__(self, device: torch.device, start: _HostSum, exact: bool) -> None:
-        dtype = torch.float64 if exact else torch.float32
-        self.total = torch.tensor(start.total, dtype=dtype, device=device)
-        self.weight = torch.tensor(start.weight, dtype=dtype, device=device)
-        self.correction = None if exact else torch.zeros_like(self.total)
-
-    @torch.no_grad()
-    def add(self, value: float | Tensor, weight: float) -> None:
-        term = torch.as_tensor(value, dtype=self.total.dtype, device=self.total.device) * weight
-        finite = torch.isfinite(term)
-        term = torch.where(finite, term, 0.0).reshape(())
-        self.weight += finite.reshape(()).to(self.weight.dtype) * weight
-        total = self.total + term
-        if self.correction is not None:
-            larger = self.total.abs() >= term.abs()
-            big = torch.where(larger, self.total, term)
-            small = torch.where(larger, term, self.total)
-            self.correction += (big - total) + small
-        self.total = total
-
-    def read(self) -> tuple[float, float]:
-        """Total and weight; waits for the device."""
-        correction = torch.zeros_like(self.total) if self.correction is None else self.correction
-        total, weight, rest = torch.stack((self.total, self.weight, correction)).tolist()
-        return total + rest, weight
 
 
 class Mean:
@@ -80,13 +46,15 @@ class Mean:
 
     Values are floats, scalar tensors, or mappings from names to these. A value that is not finite
     never enters, nor does one of weight 0; `value` is None where nothing has entered, and never 0
-    for want of a number. Values on an accelerator are summed there without waiting for it; only
-    `value`, `weight`, `reduce` and `state_dict` do.
+    for want of a number. Tensors are not read when they come, wherever they live: `read` (as well
+    as `value`, `weight`, `reduce` and `state_dict`, which call it) fetches all of them at once, and
+    adds them in float64 in the order in which they came, so that when it is called changes no bit.
     """
 
     def __init__(self) -> None:
         self._named: bool | None = None  # whether the values are mappings; the first one decides
-        self._sums: dict[str, _HostSum | _DeviceSum] = {}
+        self._sums: dict[str, _Sum] = {}
+        self._waiting: list[tuple[_Sum, float | Tensor, float]] = []
 
     def update(
         self, value: float | Tensor | Mapping[str, float | Tensor], weight: float = 1.0
@@ -94,19 +62,19 @@ class Mean:
         """Take in the average `value` of `weight` examples."""
         if not 0.0 <= weight < math.inf:
             raise ValueError(f"the weight of a value must be finite, 0 or more; got {weight!r}")
-        if type(value) is float and self._named is False:  # the usual case, in half the time
-            self._sums[""].add(value, weight)
+        if type(value) is float and self._named is False and not self._waiting:
+            self._sums[""].add(value, weight)  # the usual case, in half the time
             return
-        named = not isinstance(value, (float, Tensor, int))
+        named = isinstance(value, Mapping)
         if named is not self._named:
-            self._settle(named)
-        if isinstance(value, (float, Tensor, int)):
-            self._add("", value, weight)
-        else:
+            self._decide(named)
+        if isinstance(value, Mapping):
             for name, part in value.items():
                 self._add(name, part, weight)
+        else:
+            self._add("", value, weight)
 
-    def _settle(self, named: bool) -> None:
+    def _decide(self, named: bool) -> None:
         if self._named is not None:
             raise ValueError(
                 "an average is either of plain values or of mappings; got "
@@ -115,29 +83,48 @@ class Mean:
         self._named = named
 
     def _add(self, name: str, value: float | Tensor, weight: float) -> None:
-        known = self._sums.get(name)
-        if known is None:
-            known = self._sums[name] = _HostSum()
+        of = f" of {name!r}" if name else ""
         if isinstance(value, Tensor):
             if value.numel() != 1:
-                of = f" of {name!r}" if name else ""
                 raise ValueError(
                     f"an average is of scalars; got a tensor{of} of shape {list(value.shape)}"
                 )
-            device = value.device.type
-            if device != "cpu" and isinstance(known, _HostSum):
-                known = self._sums[name] = _DeviceSum(value.device, known, exact=device != "mps")
-        known.add(value, weight)
+            # A copy, since whoever made it may go on computing in place.
+            value = value.detach().clone()
+            value = value.reshape(()) if value.dim() else value
+        elif not isinstance(value, (int, float)):
+            raise ValueError(f"an average is of numbers; got a {type(value).__name__}{of}")
+        total = self._sums.get(name)
+        if total is None:
+            total = self._sums[name] = _Sum()
+        if self._waiting or isinstance(value, Tensor):
+            self._waiting.append((total, value, weight))
+            if len(self._waiting) >= MOST_WAITING:
+                self.read()
+        else:
+            total.add(value, weight)
+
+    def read(self) -> None:
+        """Fetch the tensors that wait: one host-device sync for each device that has some."""
+        waiting, self._waiting = self._waiting, []
+        devices: dict[torch.device, list[Tensor]] = {}
+        for _, value, _ in waiting:
+            if isinstance(value, Tensor):
+                devices.setdefault(value.device, []).append(value)
+        read = {device: iter(torch.stack(t).tolist()) for device, t in devices.items()}
+        for total, value, weight in waiting:
+            total.add(next(read[value.device]) if isinstance(value, Tensor) else value, weight)
 
     def value(self) -> float | dict[str, float | None] | None:
         """The average so far: None without any value, a mapping where the values were mappings."""
-        sums = {name: each.read() for name, each in self._sums.items()}
-        means = {name: total / weight if weight else None for name, (total, weight) in sums.items()}
+        self.read()
+        means = {name: s.total / s.weight if s.weight else None for name, s in self._sums.items()}
         return means if self._named else means.get("")
 
     def weight(self) -> float:
         """How many examples have entered: the most of any name."""
-        return max((each.read()[1] for each in self._sums.values()), default=0.0)
+        self.read()
+        return max((each.weight for each in self._sums.values()), default=0.0)
 
     def reduce(self) -> Mean:
         """Make this the average over all ranks, and return it. Every rank must call it, once.
@@ -159,14 +146,15 @@ class Mean:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: what has been summed so far."""
-        sums = {name: list(each.read()) for name, each in self._sums.items()}
+        self.read()
+        sums = {name: [each.total, each.weight] for name, each in self._sums.items()}
         return {"named": self._named, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, to the bit."""
         checks.same_keys("Mean", state, ("named", "sums"))
-        self._named = state["named"]
-        self._sums = {name: _HostSum(*pair) for name, pair in state["sums"].items()}
+        self._named, self._waiting = state["named"], []
+        self._sums = {name: _Sum(*pair) for name, pair in state["sums"].items()}
 
 
 class WeightAverage:
