@@ -1,0 +1,272 @@
+"""Corpora of the recogniser as lhotse's cuts of train, valid and test, and datasets made of them.
+
+Each corpus is a function that a YAML names with its arguments:
+
+    corpus: !name:recipes.asr.data.digits {data_folder: !ref <data_folder>, …}
+
+and that returns ``{"train": cuts, "valid": cuts, "test": cuts}``, each cut with a transcript.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.asr.text import Codec, check_texts
+from recipes.common.audio import Header, check_recordings
+from recipes.common.loading import Speech, keep, transcript
+from recipes.common.speech import embedded_speech, to_cuts
+from trainer import distributed
+from trainer.seed import derive
+
+try:
+    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+    from lhotse.audio import AudioSource
+    from lhotse.cut import MixedCut, MixTrack
+    from lhotse.recipes.librispeech import prepare_librispeech
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+logger = logging.getLogger(__name__)
+
+Corpus = Mapping[str, CutSet]
+
+
+# ------------------------------------------------------------------------------ embedded sentences
+
+
+def embedded(train: int, valid: int, test: int, sample_rate: int = 16000) -> Corpus:
+    """So many synthesised sentences each: numbers, dates and commands by unlike voices."""
+    counts = {"train": train, "valid": valid, "test": test}
+    return {
+        split: to_cuts(embedded_speech(split, count, "commands", sample_rate))
+        for split, count in counts.items()
+    }
+
+
+# -------------------------------------------------------------------------------- connected digits
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TAKE = re.compile(r"(?P<digit>\d)_(?P<speaker>.+)_(?P<take>\d+)")
+
+
+def digits(
+    data_folder: str,
+    sample_rate: int,
+    strings: Mapping[str, int],
+    takes: Mapping[str, Sequence[int]],
+    longest: int = 7,
+    pause: float = 0.2,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """Connected digits: strings of 1 to ``longest``, joined from single takes of one speaker.
+
+    Every string of a split is drawn at random, the same in every run: its speaker, its length, its
+    digits, a take of each, and the silence before it, from 0 to ``pause`` seconds.
+
+    Args:
+        data_folder: the Free Spoken Digit Dataset, or a folder of files named as there,
+            ``digit_speaker_take.wav``, perhaps in a subfolder ``recordings``.
+        strings: how many there are in each split.
+        takes: which takes a split is made of, as [first, last].
+        on_bad, max_bad: what happens to unusable files, as in the run options.
+
+    Raises ValueError for a folder that is missing or has another layout, for a take that two splits
+    would share, and for a split without any.
+    """
+    _check_disjoint(takes)
+    recorded = _recorded_digits(data_folder, sample_rate, on_bad, max_bad)
+    corpus = {}
+    for split, count in strings.items():
+        first, last = takes[split]
+        choices: dict[str, dict[str, list[MonoCut]]] = {}  # by speaker and digit
+        for speaker, digit, take, cut in recorded:
+            if first <= take <= last:
+                choices.setdefault(speaker, {}).setdefault(digit, []).append(cut)
+        if not choices:
+            raise ValueError(f"{split} is made of takes {first} to {last}; {data_folder} has none")
+        rng = random.Random(derive(0, "digits", split))
+        drawn = (_string(choices, longest, pause, rng) for _ in range(count))
+        corpus[split] = CutSet.from_cuts(
+            MixedCut(f"{split}-{number}-{name}", tracks)
+            for number, (name, tracks) in enumerate(drawn)
+        )
+    return corpus
+
+
+def _check_disjoint(takes: Mapping[str, Sequence[int]]) -> None:
+    ordered = sorted((first, last, split) for split, (first, last) in takes.items())
+    for (_, end, one), (start, _, other) in zip(ordered, ordered[1:], strict=False):
+        if start <= end:
+            raise ValueError(f"{one} and {other} share take {start}; their takes must not overlap")
+
+
+def _recorded_digits(
+    data_folder: str, sample_rate: int, on_bad: str, max_bad: float
+) -> list[tuple[str, str, int, MonoCut]]:
+    """A folder's recordings: speaker, digit, take, cut."""
+    expected = "recordings named digit_speaker_take.wav, such as 7_theo_32.wav"
+    folder = _existing(data_folder, expected)
+    folder = folder / "recordings" if (folder / "recordings").is_dir() else folder
+    names = {path: TAKE.fullmatch(path.stem) for path in sorted(folder.glob("*.wav"))}
+    paths = [path for path, name in names.items() if name]
+    if not paths:
+        raise ValueError(f"{folder} has another layout: expected were {expected}")
+    good = check_recordings(paths, sample_rate, on_bad=on_bad, max_bad=max_bad)
+    found = []
+    for path, header in good.items():
+        name = names[path]
+        assert name is not None  # `paths` has no others
+        cut = _cut(path, header, DIGITS[int(name["digit"])], name["speaker"])
+        found.append((name["speaker"], name["digit"], int(name["take"]), cut))
+    return found
+
+
+def _cut(path: Path, header: Header, text: str, speaker: str) -> MonoCut:
+    name, duration = path.stem, header.duration
+    source = AudioSource(type="file", channels=[0], source=str(path))
+    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
+    said = SupervisionSegment(name, name, 0.0, duration, text=text, speaker=speaker)
+    return MonoCut(name, 0.0, duration, 0, supervisions=[said], recording=recording)
+
+
+def _string(
+    choices: Mapping[str, Mapping[str, Sequence[MonoCut]]],
+    longest: int,
+    pause: float,
+    rng: random.Random,
+) -> tuple[str, list[MixTrack]]:
+    """A string of digits by one speaker: its name, and its takes one after the other."""
+    speaker = rng.choice(list(choices))
+    said = [rng.choice(list(choices[speaker])) for _ in range(rng.randint(1, longest))]
+    end, tracks = 0.0, []
+    for digit in said:
+        take = rng.choice(choices[speaker][digit])
+        tracks.append(MixTrack(take, offset=end + rng.uniform(0.0, pause)))
+        end = tracks[-1].offset + take.duration
+    return f"{speaker}-{''.join(said)}", tracks
+
+
+# ------------------------------------------------------------------------------------- LibriSpeech
+
+
+def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests: str) -> Corpus:
+    """LibriSpeech, or any parts of it, prepared by lhotse; the texts in small letters.
+
+    Args:
+        data_folder: where the folders ``train-clean-100``, ``dev-clean`` and so on are.
+        parts: which of these make up each split; those that are not there are left out.
+        manifests: the folder for what was prepared, which later runs read.
+
+    Raises ValueError for a folder that is missing or has another layout, and for a split of which
+    no part is there.
+    """
+    folder = _existing(data_folder, "folders such as train-clean-100 with a *.trans.txt in each")
+    there = {each.name for each in folder.iterdir() if each.is_dir()}
+    wanted = {part for names in parts.values() for part in names}
+    for split, names in parts.items():
+        if not there & set(names):
+            raise ValueError(
+                f"{split} is made of {', '.join(names)}; {folder} has none of these, but "
+                f"{', '.join(sorted(there)[:10]) or 'no folders'}"
+            )
+    if missing := wanted - there:
+        logger.warning("%s has no %s: going on without", folder, ", ".join(sorted(missing)))
+    prepare = partial(
+        prepare_librispeech,
+        folder,
+        dataset_parts=sorted(wanted & there),
+        output_dir=manifests,
+        normalize_text="lower",
+    )
+    if distributed.is_main():
+        prepare()
+    distributed.barrier()
+    prepared = prepare()  # reads what was written
+    return {
+        split: CutSet.from_cuts(
+            cut
+            for part in names
+            if part in prepared
+            for cut in CutSet.from_manifests(**prepared[part])
+        )
+        for split, names in parts.items()
+    }
+
+
+def _existing(data_folder: str, expected: str) -> Path:
+    folder = Path(data_folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"data_folder {folder} is not there; expected was a folder of {expected}")
+    return folder
+
+
+# --------------------------------------------------------------------------------- cuts to datasets
+
+
+def datasets(
+    corpus: Corpus,
+    codec: Codec,
+    sample_rate: int,
+    frames: Callable[[int], int],
+    lengths: Sequence[float] = (0.0, float("inf")),
+    speeds: Sequence[float] = (1.0,),
+) -> dict[str, Speech]:
+    """The datasets of train, valid and test; their items are id, sig, text and tokens.
+
+    To train are left out what does not last ``lengths`` = [shortest, longest] seconds, and what is
+    spoken too fast for CTC at the highest of ``speeds``: ``frames`` tells how many tokens so many
+    samples can be at most. Nothing is left out of valid and test.
+
+    Raises ValueError for characters that the codec does not know, and when nothing is left.
+    """
+    shortest, longest = lengths
+    cuts = {**corpus, "train": keep(corpus["train"], shortest, longest)}
+    codec.fit(_text(cut) for cut in cuts["train"])
+    for each in cuts.values():
+        check_texts({cut.id: _text(cut) for cut in each}, codec)
+    cuts["train"] = _possible(cuts["train"], codec, frames, max(speeds))
+    return {
+        split: Speech(
+            each,
+            sample_rate,
+            partial(_labels, codec),
+            speeds if split == "train" else (1.0,),
+        )
+        for split, each in cuts.items()
+    }
+
+
+def _text(cut: Any) -> str:
+    return str(transcript(cut)["text"])
+
+
+def _labels(codec: Codec, cut: Any) -> dict[str, Any]:
+    text = _text(cut)
+    return {"text": text, "tokens": torch.tensor(codec.encode(text), dtype=torch.long)}
+
+
+def _possible(cuts: CutSet, codec: Codec, frames: Callable[[int], int], speed: float) -> CutSet:
+    """The cuts that have a CTC path: a frame for each token, and a blank between equal ones."""
+    good, bad = [], []
+    for cut in cuts:
+        tokens = codec.encode(_text(cut))
+        needed = len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+        (good if frames(int(cut.num_samples / speed)) >= needed else bad).append(cut)
+    if not good:
+        raise ValueError(
+            f"all {len(bad)} utterances are spoken too fast: at speed {speed:g} they have fewer "
+            "frames than tokens; use a smaller hop or fewer halvings of the frames"
+        )
+    if bad:
+        names = ", ".join(cut.id for cut in bad[:5]) + (" …" if len(bad) > 5 else "")
+        logger.info("%d utterances have more tokens than frames, left out: %s", len(bad), names)
+    return CutSet.from_cuts(good)

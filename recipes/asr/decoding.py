@@ -1,0 +1,59 @@
+"""From frames of log probabilities to token sequences: the best path, or a beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BLANK = 0
+
+Decoder = Callable[[Tensor, Tensor], list[list[int]]]
+
+
+def make_decoder(name: str, tokens: Sequence[str], beam_size: int = 50) -> Decoder:
+    """The decoder of this name, "greedy" or "beam"; ``tokens`` are the vocabulary, blank first.
+
+    It takes log probabilities (B, T, V) and frames (B,) and returns token numbers by utterance.
+    """
+    if name == "greedy":
+        return greedy
+    if name == "beam":
+        return beam(tokens, beam_size)
+    raise ValueError(f"decoder is {name!r}; allowed: greedy, beam")
+
+
+def greedy(log_probs: Tensor, frames: Tensor) -> list[list[int]]:
+    """The likeliest token of each frame, with repetitions joined and blanks removed."""
+    best = log_probs.argmax(-1).cpu()
+    paths = [torch.unique_consecutive(path[:n]) for path, n in zip(best, frames.cpu(), strict=True)]
+    return [path[path != BLANK].tolist() for path in paths]
+
+
+def beam(tokens: Sequence[str], size: int) -> Decoder:
+    """The likeliest token sequence, summed over its paths, among the ``size`` best prefixes.
+
+    torchaudio's decoder, without lexicon and language model; it runs on the CPU.
+    """
+    try:
+        from torchaudio.models.decoder import ctc_decoder
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            "decoder: beam needs flashlight-text: pip install flashlight-text (or set "
+            "decoder: greedy, which needs nothing)"
+        ) from error
+    search = ctc_decoder(
+        lexicon=None,
+        tokens=list(tokens),
+        beam_size=size,
+        blank_token=tokens[BLANK],
+        sil_token=tokens[BLANK],  # it pads both ends of a hypothesis with it, which is removed below
+        log_add=True,
+    )
+
+    def decode(log_probs: Tensor, frames: Tensor) -> list[list[int]]:
+        best = search(log_probs.float().cpu().contiguous(), frames.cpu())
+        return [[t for t in found[0].tokens.tolist() if t != BLANK] for found in best]
+
+    return decode

@@ -1,0 +1,150 @@
+"""The recogniser: log-mel features, a small convolutional front end, torchaudio's Conformer, CTC.
+
+An utterance gets the same result alone and in a batch: every layer sees zeros where a batch is
+padded, as it would beyond the end of the utterance itself. torchaudio's Conformer does not offer
+that (its convolutions read the padding, its batch norm mixes utterances), so `ConformerCTC` silences
+the padding before each depthwise convolution and normalises each frame alone.
+
+Shapes: B utterances, S samples, F frames of 10 ms, M mel bands, T frames after subsampling,
+D the width of the encoder, V the size of the vocabulary.
+"""
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+
+
+class LogMel(nn.Module):
+    """Waveforms to log-mel energies, each band with mean 0 and deviation 1 over its utterance.
+
+    Windows of 25 ms every `hop_ms`, centred, so that S samples give `S // hop + 1` frames. Computed in
+    fp32 whatever autocast says: power spectra span more than fp16 can hold.
+    """
+
+    def __init__(self, sample_rate: int, bands: int = 80, hop_ms: float = 10.0):
+        super().__init__()
+        window = round(0.025 * sample_rate)
+        self.hop = round(hop_ms / 1000 * sample_rate)
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate,
+            n_fft=1 << (window - 1).bit_length(),
+            win_length=window,
+            hop_length=self.hop,
+            n_mels=bands,
+            f_min=20.0,
+            pad_mode="constant",  # zeros at the edges, which is what the padding of a batch holds too
+        )
+
+    def forward(self, wav: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) and samples (B,) to (B, F, M), zero beyond each utterance, and frames (B,)."""
+        with torch.autocast(wav.device.type, enabled=False):
+            energies = (self.mel(wav.float()) + 1e-6).log().transpose(1, 2)  # (B, F, M)
+        frames = lengths // self.hop + 1
+        valid = padding_mask(frames, energies.shape[1]).logical_not().unsqueeze(-1)  # (B, F, 1)
+        count = frames.view(-1, 1, 1)
+        mean = (energies * valid).sum(1, keepdim=True) / count
+        centred = (energies - mean) * valid
+        deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
+        return centred / (deviation + 1e-2), frames
+
+
+class Subsampling(nn.Module):
+    """Convolutions of stride 2 in time and frequency, each halving the number of frames (rounded up)."""
+
+    def __init__(self, bands: int, width: int, channels: int = 32, halvings: int = 2):
+        super().__init__()
+        ins = [1] + [channels] * (halvings - 1)
+        self.convs = nn.ModuleList(nn.Conv2d(i, channels, 3, stride=2, padding=1) for i in ins)
+        for _ in range(halvings):
+            bands = (bands + 1) // 2
+        self.project = nn.Linear(channels * bands, width)
+
+    def forward(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, F, M) and frames (B,) to (B, T, D) and the frames (B,) that are left."""
+        x = features.unsqueeze(1)  # (B, 1, F, M)
+        for conv in self.convs:
+            x = nn.functional.silu(conv(x))
+            frames = (frames + 1) // 2
+            x = x.masked_fill(padding_mask(frames, x.shape[2])[:, None, :, None], 0.0)
+        return self.project(x.transpose(1, 2).flatten(2)), frames
+
+
+class FrameNorm(nn.LayerNorm):
+    """Layer norm over the channels of (B, D, T): each frame for itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ConformerCTC(nn.Module):
+    """Waveforms to log probabilities of CTC over `vocabulary` tokens, token 0 being the blank.
+
+    `encoder` is a `torchaudio.models.Conformer` (Gulati et al., 2020) with `input_dim` equal to the
+    width that `front` gives; its batch norm is replaced and its convolutions stop seeing the padding.
+    `augment` changes the features, (B, M, F) as torchaudio has them, in training alone.
+    """
+
+    def __init__(
+        self,
+        features: LogMel,
+        front: Subsampling,
+        encoder: torchaudio.models.Conformer,
+        vocabulary: int,
+        augment: nn.Module | None = None,
+    ):
+        super().__init__()
+        width = front.project.out_features
+        self.features = features
+        self.augment = augment or nn.Identity()
+        self.front = front
+        self.encoder = encoder
+        self.classify = nn.Linear(width, vocabulary)
+        for layer in encoder.conformer_layers:
+            _, _, depthwise, _, *_ = convolution = layer.conv_module.sequential
+            depthwise.register_forward_pre_hook(self._silence)
+            convolution[3] = FrameNorm(width)
+
+    def _silence(self, depthwise: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].masked_fill(self._padding[:, None, :], 0.0)  # (B, D, T)
+
+    def frames(self, samples: int) -> int:
+        """How many frames of output so many samples give."""
+        frames = samples // self.features.hop + 1
+        for _ in self.front.convs:
+            frames = (frames + 1) // 2
+        return frames
+
+    def forward(self, wav: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) zero-padded and samples (B,) to log probabilities (B, T, V) and their frames (B,)."""
+        features, frames = self.features(wav, lengths)
+        if self.training:
+            features = self.augment(features.transpose(1, 2)).transpose(1, 2)
+        x, frames = self.front(features, frames)
+        self._padding = padding_mask(frames, x.shape[1])  # (B, T), read by _silence
+        x = x.transpose(0, 1)  # (T, B, D)
+        for layer in self.encoder.conformer_layers:  # not encoder(x): its mask costs a device sync
+            x = layer(x, self._padding)
+        return self.classify(x.transpose(0, 1)).float().log_softmax(-1), frames
+
+
+def ctc_loss(log_probs: Tensor, frames: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """CTC's negative log likelihood (Graves et al., 2006), the mean over utterances.
+
+    An utterance with more tokens than its frames can hold has no path, and an infinite loss: it is
+    left out of the mean. None is in training, from which `recipes.asr.data.datasets` leaves them
+    out, but valid and test may have some. A loss that is not finite for another reason stays so.
+
+    Args: log probabilities (B, T, V), frames (B,), tokens (B, L) padded, and their lengths (B,).
+    """
+    losses = nn.functional.ctc_loss(
+        log_probs.transpose(0, 1), tokens, frames, lengths, reduction="none", zero_infinity=True
+    )
+    repeats = tokens[:, 1:].eq(tokens[:, :-1])
+    repeats &= padding_mask(lengths - 1, repeats.shape[1]).logical_not()
+    possible = lengths + repeats.sum(1) <= frames
+    return losses.sum() / possible.sum().clamp(min=1)
+
+
+def padding_mask(lengths: Tensor, longest: int) -> Tensor:
+    """(B,) to (B, longest), true beyond each length."""
+    return torch.arange(longest, device=lengths.device) >= lengths.unsqueeze(1)

@@ -1,0 +1,95 @@
+"""Word and character error rates, over all processes, and what the errors look like."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer import distributed
+
+try:
+    import jiwer
+except ImportError as error:
+    raise ImportError("error rates need jiwer: pip install 'cortex-speech[recipes]'") from error
+
+
+class Transcribed(NamedTuple):
+    """An utterance with what was said and what was recognised."""
+
+    id: str
+    said: str
+    heard: str
+
+
+class Scores:
+    """The errors of a set of utterances: substitutions, deletions and insertions over what was said.
+
+    Rates are of the whole set (all errors over all words), not means over utterances.
+    """
+
+    def __init__(self) -> None:
+        self.utterances: list[Transcribed] = []
+
+    def add(self, ids: Sequence[str], said: Sequence[str], heard: Sequence[str]) -> None:
+        """Take in a batch."""
+        self.utterances += map(Transcribed, ids, said, heard)
+
+    def gather(self) -> Scores:
+        """The utterances of all processes, in the order of their ids. A collective."""
+        every = Scores()
+        for part in distributed.gather(self.utterances):
+            every.utterances += (Transcribed(*each) for each in part)
+        every.utterances.sort()
+        return every
+
+    def rates(self) -> dict[str, float]:
+        """Word and character error rate in per cent: ``{"wer": 3.21, "cer": 1.1}``.
+
+        Raises ValueError where nothing was said, since there is nothing to divide by.
+        """
+        said, heard = [u.said for u in self.utterances], [u.heard for u in self.utterances]
+        if not any(said):
+            raise ValueError(f"no error rate: {len(said)} utterances, none with a transcript")
+        return {
+            "wer": _per_cent(jiwer.process_words(said, heard)),
+            "cer": _per_cent(jiwer.process_characters(said, heard)),
+        }
+
+    def write(self, path: Path, worst: int = 20, chosen: int = 20) -> None:
+        """Write rates, the worst utterances and some chosen at random, each aligned, as text."""
+        rates = self.rates()
+        bad_first = sorted(self.utterances, key=lambda u: -_per_cent(_words(u)))
+        wrong = [u for u in bad_first if u.said != u.heard]
+        sample = random.Random(len(self.utterances)).sample(
+            self.utterances, min(chosen, len(self.utterances))
+        )
+        parts = [
+            f"{len(self.utterances)} utterances, {len(wrong)} with errors; "
+            f"WER {rates['wer']:.2f} %, CER {rates['cer']:.2f} %",
+            f"The {len(wrong[:worst])} worst utterances",
+            *map(_aligned, wrong[:worst]),
+            f"{len(sample)} utterances chosen at random",
+            *map(_aligned, sorted(sample)),
+        ]
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _words(utterance: Transcribed) -> jiwer.WordOutput:
+    return jiwer.process_words(utterance.said, utterance.heard)
+
+
+def _per_cent(counts: jiwer.WordOutput | jiwer.CharacterOutput) -> float:
+    errors = counts.substitutions + counts.deletions + counts.insertions
+    said = counts.hits + counts.substitutions + counts.deletions
+    return 100.0 * errors / max(said, 1)  # 1: an utterance without words, heard as some
+
+
+def _aligned(utterance: Transcribed) -> str:
+    """Reference over hypothesis, with S, D and I below what was substituted, deleted, inserted."""
+    counts = _words(utterance)
+    shown = jiwer.visualize_alignment(counts, show_measures=False, skip_correct=False)
+    return f"{utterance.id}: {_per_cent(counts):.0f} %\n" + "\n".join(
+        line.rstrip() for line in shown.splitlines() if line[:4] in ("REF:", "HYP:", "    ")
+    )

@@ -1,0 +1,100 @@
+"""Train a recogniser: Conformer with CTC. Prints the test's word and character error rate.
+
+    python recipes/asr/train.py hparams/asr/demo.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import trainer
+from recipes.asr.data import datasets
+from recipes.asr.decoding import make_decoder
+from recipes.asr.model import ctc_loss
+from recipes.asr.scoring import Scores
+from recipes.common.loading import DurationBatches, Speech
+from trainer import Brain, Stage, distributed
+
+
+class Recogniser(Brain):
+    """Learns by CTC; valid and test are scored in words and characters.
+
+    Reads from the YAML ``codec``, ``decoder`` and ``beam_size``; writes ``wer_valid.txt`` and
+    ``wer_test.txt`` into the run folder.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        own = self.hparams
+        self.decode = make_decoder(own.decoder, own.codec.tokens, own.beam_size)
+
+    def compute_forward(self, batch: Any, stage: Stage) -> tuple[Tensor, Tensor]:
+        return self.modules.model(*batch.sig)  # log probabilities (B, T, V), frames (B,)
+
+    def compute_objectives(
+        self, predictions: tuple[Tensor, Tensor], batch: Any, stage: Stage
+    ) -> Tensor:
+        if stage is not Stage.TRAIN:
+            heard = map(self.hparams.codec.decode, self.decode(*predictions))
+            self.scores.add(batch.id, batch.text, list(heard))
+        return ctc_loss(*predictions, *batch.tokens)
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        self.scores = Scores()
+
+    def on_stage_end(
+        self, stage: Stage, stage_loss: Any, epoch: int | None = None
+    ) -> Mapping[str, float] | None:
+        if stage is Stage.TRAIN:
+            return None
+        scores = self.scores.gather()
+        if distributed.is_main():
+            scores.write(Path(self.hparams.output_folder) / f"wer_{stage.value}.txt")
+        return scores.rates()
+
+
+def train(run: trainer.Run) -> dict[str, float]:
+    """Train as the YAML says, and test the best checkpoint (or the mean of the best)."""
+    hparams = run.hparams
+    sets = datasets(
+        hparams["corpus"](),
+        hparams["codec"],
+        hparams["sample_rate"],
+        frames=hparams["modules"]["model"].frames,
+        lengths=hparams["lengths"],
+        speeds=hparams["speeds"],
+    )
+    brain = Recogniser(
+        hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
+    )
+    loading = {split: _loading(each, split, hparams) for split, each in sets.items()}
+    brain.fit(
+        hparams["epoch_counter"],
+        sets["train"],
+        sets["valid"],
+        train_loader_kwargs=loading["train"],
+        valid_loader_kwargs=loading["valid"],
+    )
+    brain.evaluate(sets["test"], min_key="wer", test_loader_kwargs=loading["test"])
+    return brain.test_metrics
+
+
+def _loading(dataset: Speech, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """How a split is batched: by seconds; an utterance to test may be longer than a batch."""
+    training = split == "train"
+    most = hparams["batch_seconds"]
+    batches = DurationBatches(
+        dataset.durations,
+        most if training else max(most, *dataset.durations),
+        seed=hparams["seed"],
+        shuffle=training,
+    )
+    return {"batch_sampler": batches, "num_workers": hparams["num_workers"]}
+
+
+if __name__ == "__main__":
+    trainer.main(train)
