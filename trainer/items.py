@@ -87,6 +87,6 @@ class Policy:
         if self.count > self.max_bad * self.items:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in self.skipped.items())
             raise ValueError(
-                f"{self.count} of {self.items:g} items are bad so far in this epoch, more "
-                f"than the {self.max_bad:.1%} that may be skipped:\n{listed}"
+                f"{self.count} of {self.items:g} items are bad, more than the {self.max_bad:.1%} "
+                f"that may be skipped:\n{listed}"
             )

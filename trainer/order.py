@@ -153,7 +153,9 @@ class Plan:
         """The same, a round of all ranks at a time, for samplers that may never end."""
         private = self._private()
         with private:
-            iterator = iter(self.sampler)
+            # Not `iter` alone: lhotse's samplers are their own iterators, and start over each time
+            # that somebody (islice below) asks them for one.
+            iterator = (each for each in self.sampler)
         size = self.ranks_dealt * (self.batch_size or 1)
         while True:
             with private:

@@ -1,0 +1,227 @@
+"""Audio files, read by soundfile, with every way to be unusable told apart.
+
+A file that cannot be used raises `trainer.items.BadItem` with its path and the reason, so that the
+loader can skip, log and count it. `check_recordings` finds most of them before training starts,
+from the headers alone; samples that are not finite, and cut FLAC or MP3 data, show when read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from trainer.items import BadItem, Policy
+
+try:
+    import soundfile
+except ImportError as error:
+    raise ImportError(
+        "reading audio needs soundfile: pip install 'cortex-speech[recipes]'"
+    ) from error
+
+File = TypeVar("File", bound=Hashable)
+Result = TypeVar("Result")
+
+_MP3 = (b"ID3", b"\xff\xfb", b"\xff\xf3")
+_MAGIC = (*_MP3, b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"NIST")
+# What libsndfile logs when the header of a WAV promises more bytes than the file has.
+_CUT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN = 2**31 - 1024  # Sizes from here on are those of a stream whose end was never written.
+
+
+class Expected(NamedTuple):
+    """What a file should be, where that is known."""
+
+    sample_rate: int | None = None  # Hz
+    channels: int | None = None
+    samples: int | None = None  # per channel
+
+
+class Header(NamedTuple):
+    """What an audio file says of itself."""
+
+    samples: int  # per channel
+    sample_rate: int  # Hz
+    channels: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.samples / self.sample_rate
+
+
+def read_audio(
+    path: str | Path,
+    sample_rate: int | None = None,
+    *,
+    start: float = 0.0,
+    duration: float | None = None,
+    channel: int | str | None = None,
+    resample: bool = False,
+) -> Tensor:
+    """Read a file, or ``duration`` seconds of it from ``start`` on, as float32 samples (T,).
+
+    Args:
+        sample_rate: what is expected, in Hz. Another one is bad, or resampled with ``resample``.
+        channel: the one to take of several, or ``"mean"`` of all. None: one channel is expected.
+
+    Raises BadItem.
+    """
+    expected = Expected(None if resample else sample_rate, 1 if channel is None else None)
+    data, rate = read_channels(path, start, duration, expected)
+    if channel == "mean":
+        signal = data.mean(dim=0)
+    elif isinstance(channel, str) or not 0 <= (channel or 0) < len(data):
+        raise BadItem(path, f"it has {len(data)} channels, asked for was {channel!r}")
+    else:
+        signal = data[channel or 0].clone()
+    if resample and sample_rate not in (None, rate):
+        from torchaudio.functional import resample as to_rate
+
+        signal = to_rate(signal, rate, sample_rate)
+    return signal
+
+
+def read_channels(
+    path: str | Path,
+    start: float = 0.0,
+    duration: float | None = None,
+    expected: Expected | None = None,
+) -> tuple[Tensor, int]:
+    """All channels of (a part of) a file, (C, T), and their rate in Hz. Raises BadItem."""
+    with _opened(path) as file:
+        header = Header(file.frames, file.samplerate, file.channels)
+        _compare(path, header, expected or Expected())
+        first = round(start * header.sample_rate)
+        count = header.samples - first
+        if duration is not None:
+            count = round(duration * header.sample_rate)
+            if 0 < first + count - header.samples <= header.sample_rate // 1000:
+                count = header.samples - first  # Manifests round their seconds.
+        if count <= 0 or first + count > header.samples:
+            wanted = f"{start:.3f} s to {start + (duration or 0):.3f} s"
+            raise BadItem(path, f"it lasts {header.duration:.3f} s, asked for was {wanted}")
+        try:
+            file.seek(first)
+            data = torch.from_numpy(file.read(count, dtype="float32", always_2d=True))  # (T, C)
+        except soundfile.SoundFileError as error:
+            raise BadItem(path, f"its data are cut or broken ({error})") from error
+    if len(data) < count:
+        raise BadItem(path, f"its data are cut: {len(data)} of {count} samples")
+    check_finite(path, data)
+    return data.T, header.sample_rate
+
+
+def check_finite(path: str | Path, samples: Tensor) -> None:
+    """Raise BadItem for samples that are NaN or infinite."""
+    if math.isfinite(samples.sum()):  # Many times faster than looking at each of them.
+        return
+    wrong = samples.numel() - int(torch.isfinite(samples).sum())
+    if wrong:
+        raise BadItem(path, f"{wrong} of its samples are not finite numbers")
+
+
+def read_header(path: str | Path, expected: Expected | None = None) -> Header:
+    """What a file says of itself; BadItem when it is no audio file, is cut, or not as expected."""
+    with _opened(path) as file:
+        header = Header(file.frames, file.samplerate, file.channels)
+    _compare(path, header, expected or Expected())
+    return header
+
+
+def check_recordings(
+    paths: Iterable[str | Path],
+    sample_rate: int | None = None,
+    channels: int | None = 1,
+    *,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> dict[Path, Header]:
+    """Read the headers of all files, and return those of the good ones, in the order given.
+
+    Each bad one is logged with its reason. Raises BadItem at the first with ``on_bad="raise"``, and
+    a ValueError with the whole list when more than the share ``max_bad`` is bad.
+    """
+
+    def probe(path: Path) -> Header:
+        return read_header(path, Expected(sample_rate, channels))
+
+    return good_ones(map(Path, paths), probe, on_bad, max_bad)
+
+
+def good_ones(
+    files: Iterable[File], probe: Callable[[File], Result], on_bad: str, max_bad: float
+) -> dict[File, Result]:
+    """What ``probe`` says of each file that it does not call bad, asked by several threads."""
+
+    def ask(file: File) -> Result | BadItem:
+        try:
+            return probe(file)
+        except BadItem as bad:
+            return bad
+
+    files = list(dict.fromkeys(files))
+    with ThreadPoolExecutor(8) as pool:  # Mostly waiting for disks.
+        found = dict(zip(files, pool.map(ask, files), strict=True))
+    bad = [(each.path, each.reason) for each in found.values() if isinstance(each, BadItem)]
+    Policy(on_bad, max_bad, len(found)).judge(bad)
+    return {file: each for file, each in found.items() if not isinstance(each, BadItem)}
+
+
+def _compare(path: str | Path, header: Header, expected: Expected) -> None:
+    rate, channels, samples = expected
+    if rate is not None and header.sample_rate != rate:
+        raise BadItem(path, f"it is sampled at {header.sample_rate} Hz, not at {rate} Hz")
+    if channels is not None and header.channels != channels:
+        raise BadItem(path, f"it has {header.channels} channels, expected: {channels}")
+    # Decoders of lossy formats may differ by some samples.
+    if samples is not None and abs(header.samples - samples) > header.sample_rate // 100:
+        raise BadItem(path, f"it holds {header.samples} samples, its manifest says {samples}")
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """The file, opened; BadItem where that fails or its size belies its header."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise BadItem(path, "it does not exist") from None
+    except (OSError, ValueError) as error:
+        raise BadItem(path, f"it cannot be read ({error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BadItem(path, "it is no regular file")
+    if status.st_size == 0:
+        raise BadItem(path, "it is empty (0 bytes)")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.SoundFileError as error:
+        raise BadItem(path, _unreadable(path, error)) from error
+    with file:
+        for promised, present in _CUT.findall(file.extra_info):
+            if int(present) < int(promised) < _UNKNOWN:
+                raise BadItem(path, f"its data are cut: {present} of {promised} bytes")
+        if file.frames == 0:
+            raise BadItem(path, "it holds no samples")
+        yield file
+
+
+def _unreadable(path: str | Path, error: soundfile.SoundFileError) -> str:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as cause:
+        return f"it cannot be read ({cause})"
+    told = str(error).rpartition(": ")[2].rstrip(".")
+    if start.startswith(_MAGIC):
+        return f"its header is cut or broken ({told})"
+    return f"it is not an audio file ({told}; it begins with {start!r})"

@@ -1,0 +1,147 @@
+"""Every way in which an audio file can be unusable is told apart."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from recipes.common.audio import Expected, Header, check_recordings, read_audio, read_header
+from trainer.items import BadItem
+
+RATE = 16000
+
+
+def tone(path: Path, samples: int = 1600, rate: int = RATE, **options: str) -> Path:
+    soundfile.write(path, 0.5 * np.sin(np.arange(samples) / 9), rate, **options)
+    return path
+
+
+def _cut(path: Path, size: int | float) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: size if isinstance(size, int) else round(size * len(whole))])
+
+
+def _cut_flac(path: Path) -> None:
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 8000), RATE, format="FLAC")
+    _cut(path, 0.5)
+
+
+def _nan(path: Path) -> None:
+    samples = np.zeros(1600, "float32")
+    samples[[3, 5]] = np.nan, np.inf
+    soundfile.write(path, samples, RATE, subtype="FLOAT")
+
+
+# name: (what happens to a good file, what is said of it, whether its header says so)
+WAYS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
+    "missing": (Path.unlink, "it does not exist", True),
+    "empty": (lambda path: path.write_bytes(b""), r"it is empty \(0 bytes\)", True),
+    "cut header": (lambda path: _cut(path, 30), r"its header is cut or broken \(Error in", True),
+    "only header": (lambda path: _cut(path, 44), "its data are cut: 0 of 3200 bytes", True),
+    "cut data": (lambda path: _cut(path, 0.5), "its data are cut: 1578 of 3200 bytes", True),
+    "cut flac": (_cut_flac, r"its data are cut or broken \(", False),
+    "text": (
+        lambda path: path.write_text("not a sound\n" * 99),
+        r"it is not an audio file \(Format not recognised; it begins with b'not '\)",
+        True,
+    ),
+    "not finite": (_nan, "2 of its samples are not finite numbers", False),
+    "rate": (
+        lambda path: tone(path, rate=8000),
+        "it is sampled at 8000 Hz, not at 16000 Hz",
+        True,
+    ),
+    "channels": (
+        lambda path: soundfile.write(path, np.zeros((1600, 2)), RATE),
+        "it has 2 channels, expected: 1",
+        True,
+    ),
+    "no samples": (lambda path: tone(path, 0), "it holds no samples", True),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "it is no regular file", True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bad_file_is_named_with_its_reason(way: str, tmp_path: Path) -> None:
+    spoil, sentence, shows = WAYS[way]
+    path = tone(tmp_path / "one.wav")
+    spoil(path)
+    with pytest.raises(BadItem, match=sentence) as caught:
+        read_audio(path, RATE)
+    assert caught.value.path == str(path)
+    if shows:
+        with pytest.raises(BadItem, match=sentence):
+            read_header(path, Expected(RATE, 1))
+    else:
+        read_header(path, Expected(RATE, 1))
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3"])
+def test_a_good_file_is_read_whole_or_in_part(ending: str, tmp_path: Path) -> None:
+    path = tone(tmp_path / f"one.{ending}", 8000)
+    expected = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    assert read_header(path) == Header(8000, RATE, 1)
+    assert read_header(path).duration == 0.5
+    signal = read_audio(path, RATE)
+    assert signal.dtype == torch.float32
+    assert torch.equal(signal, expected)
+    part = read_audio(path, RATE, start=0.1, duration=0.2)
+    torch.testing.assert_close(part, expected[1600:4800], atol=1e-3, rtol=0)
+    assert torch.equal(read_audio(path, RATE, duration=0.50004), expected)
+    with pytest.raises(BadItem, match=r"it lasts 0.500 s, asked for was 0.400 s to 0.600 s"):
+        read_audio(path, RATE, start=0.4, duration=0.2)
+
+
+def test_a_stream_that_never_learnt_its_length_is_good(tmp_path: Path) -> None:
+    path = tone(tmp_path / "one.wav")
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = b"\xff" * 4  # As a program that writes to a pipe leaves it.
+    path.write_bytes(data)
+    assert len(read_audio(path, RATE)) == 1600
+
+
+def test_one_of_several_channels_or_their_mean_can_be_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "two.wav"
+    soundfile.write(path, np.stack([np.full(100, 0.25), np.full(100, -0.5)], 1), RATE, "FLOAT")
+    for channel, value in ((0, 0.25), (1, -0.5), ("mean", -0.125)):
+        signal = read_audio(path, RATE, channel=channel)
+        assert signal.tolist() == [value] * 100
+        assert signal.is_contiguous()
+    with pytest.raises(BadItem, match="it has 2 channels, asked for was 2"):
+        read_audio(path, RATE, channel=2)
+
+
+def test_another_rate_is_resampled_where_that_is_allowed(tmp_path: Path) -> None:
+    time = np.arange(8000) / 8000
+    path = tmp_path / "low.wav"
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * 440 * time), 8000, "FLOAT")
+    signal = read_audio(path, RATE, resample=True)
+    expected = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16000) / RATE)
+    assert signal.shape == (16000,)
+    torch.testing.assert_close(signal[200:-200], expected[200:-200], atol=2e-3, rtol=0)
+
+
+def test_recordings_are_checked_before_anything_is_trained(tmp_path: Path, caplog: object) -> None:
+    paths = [tone(tmp_path / f"{index}.wav", 100 + index) for index in range(40)]
+    shown = [way for way in WAYS if WAYS[way][2]][:2]
+    for way, path in zip(shown, paths[5:], strict=False):
+        WAYS[way][0](path)
+    with caplog.at_level(logging.WARNING):
+        good = check_recordings(paths, RATE)
+    assert list(good) == paths[:5] + paths[7:]
+    assert good[paths[9]] == Header(109, RATE, 1)
+    assert caplog.messages == [
+        f"skipped {paths[5]}: it does not exist",
+        f"skipped {paths[6]}: it is empty (0 bytes)",
+    ]
+    with pytest.raises(BadItem, match="5.wav: it does not exist"):
+        check_recordings(paths, RATE, on_bad="raise")
+    paths[20].unlink()
+    with pytest.raises(ValueError, match="3 of 40 items are bad, more than the 5.0%") as caught:
+        check_recordings(paths, RATE)
+    assert str(caught.value).count("\n") == 3
+    assert f"{paths[20]}: it does not exist" in str(caught.value)
