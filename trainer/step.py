@@ -39,52 +39,104 @@ def optimize(
         updates: the optimizers that this loss trains, usually one. Several step together or not
             at all.
         loss: a scalar, the mean over what ``weight`` counts.
-        weight: how many examples the mean is over: the share of this batch in its window.
+        weight: how many examples the mean is over: the share of this batch in its window. A batch
+            of weight 0 gives nothing, whatever its loss.
         retain_graph: keep the graph for a second backward pass.
         last: close the window even if it is not full.
     """
-    _check(loss, updates[0].name)
+    backward(updates, loss, weight, retain_graph)
+    return finish(updates, weight, last)
+
+
+def backward(
+    updates: Sequence[Update], loss: Tensor, weight: float, retain_graph: bool = False
+) -> None:
+    """Add the gradients of a loss to the window."""
     lead = updates[0]
-    first = lead.window.count == 0
-    reference = (weight or 1.0) if first else lead.window.reference
-    share = weight / reference
-    scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
-    if len(updates) == 1 and lead.alone:
-        scaled.backward(retain_graph=retain_graph)
-    else:
-        inputs = [p for update in updates for p in update.params]
-        scaled.backward(retain_graph=retain_graph, inputs=inputs)
+    _check(loss, weight, lead.name)
+    reference = lead.window.reference if lead.window.weight else weight
+    share = weight / reference if weight else 0.0
+    if weight:
+        scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
+        _differentiate(updates, scaled, retain_graph)
     loss = loss.detach()
+    if loss.dtype.itemsize < 4:
+        loss = loss.float()  # Half precision is for networks, not for sums.
     for update in updates:
         update.add(loss, weight, reference)
+
+
+def finish(updates: Sequence[Update], weight: float, last: bool = False) -> list[StepReport]:
+    """Step if the window is full."""
+    lead = updates[0]
     if lead.window.count < lead.size and not last:
         return [update.report("accumulated", weight=weight) for update in updates]
     return close(updates)
+
+
+def _differentiate(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:
+    """Backward into the parameters of these optimizers, and of no other."""
+    name, inputs = updates[0].name, None
+    if len(updates) > 1 or not updates[0].alone:
+        inputs = [p for update in updates for p in update.params]
+        if not inputs:
+            raise ValueError(
+                f"optimize({name!r}): no parameter of this optimizer requires a gradient; is it "
+                "within frozen()?"
+            )
+    try:
+        scaled.backward(retain_graph=retain_graph, inputs=inputs)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ValueError(
+            f"optimize({name!r}): the graph of this loss holds weights that another optimizer has "
+            "moved since. Compute the loss after that step, or give both losses in one call, "
+            f"optimize({{…: …, {name!r}: loss}}), which steps after both backward passes"
+        ) from error
 
 
 def close(updates: Sequence[Update]) -> list[StepReport]:
     """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
     scaler = updates[0].scaler
     facts = _join_ranks(updates) if distributed.world_size() > 1 else None
-    if scaler.is_enabled():
-        for update in updates:
-            if any(p.grad is not None for p in update.params):
-                scaler.unscale_(update.optimizer)
-    gradients = [Gradients(update.optimizer.param_groups) for update in updates]
-    loss, weight, scale = _read(updates[0], gradients, facts)
+    factor, unscaled = _unscale(updates)
+    gradients = [Gradients(u.optimizer.param_groups, u.elementwise) for u in updates]
+    loss, weight, scale = _read(updates[0], gradients, factor, facts)
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
+    if not any(grads.tensors for grads in gradients):
+        raise ValueError(
+            f"the loss given to optimize({updates[0].name!r}) reaches none of this optimizer's "
+            "parameters: is it another optimizer's loss, or was something detached?"
+        )
     for update, grads in zip(updates, gradients, strict=True):
         if update.skip_nonfinite_grads and not grads.finite:
             grads.keep([math.isfinite(norm) for norm in grads.norms])
-    if not all(grads.finite for grads in gradients):
+    nothing = not any(grads.tensors for grads in gradients)
+    if nothing or not all(grads.finite for grads in gradients):
         overflow = scaler.is_enabled() and scale > LOWEST_SCALE
         outcome: Outcome = "overflowed" if overflow else "skipped"
         return _refuse(updates, outcome, loss=loss, weight=weight, scale=scale)
     reports = [u.step(g, loss, weight, scale) for u, g in zip(updates, gradients, strict=True)]
-    if scaler.is_enabled() and any(grads.tensors for grads in gradients):
+    if unscaled:
         scaler.update()
     return reports
+
+
+def _unscale(updates: Sequence[Update]) -> tuple[list[Tensor], bool]:
+    """Divide gradients by the fp16 scale; returns it (if any) and whether anything was divided."""
+    scaler, unscaled = updates[0].scaler, False
+    if not scaler.is_enabled():
+        return [], False
+    assert updates[0].window.loss is not None
+    # Asked for first: a scaler that has not scaled yet does not have its scale either.
+    scale = scaler.scale(torch.ones((), device=updates[0].window.loss.device))
+    for update in updates:
+        if any(p.grad is not None for p in update.params):
+            scaler.unscale_(update.optimizer)
+            unscaled = True
+    return [scale], unscaled
 
 
 def _join_ranks(updates: Sequence[Update]) -> Tensor:
@@ -99,14 +151,12 @@ def _join_ranks(updates: Sequence[Update]) -> Tensor:
 
 
 def _read(
-    lead: Update, gradients: list[Gradients], facts: Tensor | None
+    lead: Update, gradients: list[Gradients], scale: list[Tensor], facts: Tensor | None
 ) -> tuple[float, float, float]:
     """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
-    window, scaler = lead.window, lead.scaler
+    window = lead.window
     assert window.loss is not None
-    scalars = [window.loss.reshape(())]
-    if scaler.is_enabled():
-        scalars.append(scaler.scale(torch.ones((), device=window.loss.device)))
+    scalars = [window.loss.reshape(()), *scale]
     counts = [0]
     for grads in gradients:
         scalars += grads.measure()
@@ -118,7 +168,7 @@ def _read(
     if facts is not None:
         joined = torch.cat([joined, facts.to(joined.dtype)])
     values = joined.tolist()  # The host-device sync of the step.
-    start = 2 if scaler.is_enabled() else 1
+    start = 1 + len(scale)
     for grads, stop in zip(gradients, counts[1:], strict=True):
         grads.take(values[start:stop])
         start = stop
@@ -134,7 +184,7 @@ def _read(
     if factor != 1.0:
         for grads in gradients:
             grads.rescale(factor)
-    return loss, weight, values[1] if scaler.is_enabled() else 1.0
+    return loss, weight, values[1] if scale else 1.0
 
 
 def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
@@ -148,10 +198,11 @@ def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[S
     return [update.report(outcome, **facts) for update in updates]
 
 
-def _check(loss: Tensor, name: str) -> None:
+def _check(loss: Tensor, weight: float, name: str) -> None:
     """Refuse what cannot be a loss.
 
-    Raises ValueError for something else than a scalar tensor, and for one without a graph.
+    Raises ValueError for something else than a scalar tensor, for one without a graph, and for a
+    weight that is negative or not finite.
     """
     if not isinstance(loss, Tensor):
         raise ValueError(
@@ -162,8 +213,12 @@ def _check(loss: Tensor, name: str) -> None:
             f"optimize({name!r}) got a loss of shape {tuple(loss.shape)}; allowed: a scalar "
             "(use loss.mean())"
         )
-    if not loss.requires_grad:
+    if weight and not loss.requires_grad:
         raise ValueError(
             f"optimize({name!r}) got a loss without a graph: no parameter that requires a gradient "
             "led to it. Was it detached, computed under torch.no_grad(), or is every module frozen?"
+        )
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(
+            f"optimize({name!r}) got the weight {weight!r}; allowed: a finite number, 0 or more"
         )

@@ -67,6 +67,7 @@ class Update:
         self.name, self.optimizer, self.scaler = name, optimizer, scaler
         self.clip, self.schedule, self.size = clip, schedule, window
         self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
+        self.elementwise = bool(getattr(clip, "elementwise", False))
         self.window = Window()
         self.last_norm: float | None = None
         self.stepping = False
@@ -86,9 +87,11 @@ class Update:
     def add(self, loss: Tensor, weight: float, reference: float) -> None:
         """Count a batch whose backward pass is done."""
         window = self.window
-        if window.loss is None:
-            window.loss, window.reference = loss, reference
-        else:
+        if not window.weight:
+            window.reference = reference or 1.0
+            window.loss = loss if weight else torch.zeros_like(loss)
+        elif weight:
+            assert window.loss is not None
             window.loss = window.loss + loss * (weight / window.reference)
         window.count += 1
         window.weight += weight

@@ -1,0 +1,463 @@
+"""From a loss to a step: a window is one big batch, fp16 is true, what is lost moves nothing."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.trainer.small import poison, same, snapshot
+from trainer import step
+from trainer.clipping import Clipper, Gradients, NormClip
+from trainer.report import StepReport
+from trainer.update import Update
+
+
+def scaler(precision: str) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(4, 3).to(dtype)
+
+
+class Watched(NormClip):
+    """Clips as its parent does, and keeps the gradients that the optimizer then sees."""
+
+    def __init__(self, limit: float | None = None) -> None:
+        super().__init__(limit)
+        self.seen: list[list[Tensor]] = []
+
+    def __call__(self, gradients: Gradients) -> bool:
+        clipped = super().__call__(gradients)
+        self.seen.append([tensor.clone() for tensor in gradients.tensors])
+        return clipped
+
+
+def update(
+    *modules: nn.Module, name: str = "main", precision: str = "fp32", window: int = 1,
+    clip: Clipper | None = None, kind: Any = torch.optim.Adam, **options: Any
+) -> Update:  # fmt: skip
+    params = [p for module in modules for p in module.parameters()]
+    optimizer = kind(params, lr=0.01)
+    return Update(name, optimizer, scaler(precision), clip or Watched(), None, window, **options)
+
+
+def test_poison_is_poison() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    assert poison(parameter).item() == 0.0
+    poison(parameter).backward()
+    assert parameter.grad is not None
+    assert parameter.grad.isnan().sum() == 1
+
+
+# --- accumulation --------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(sum),
+    wide=st.booleans(),
+    precision=st.sampled_from(["fp32", "fp16"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_window_of_ragged_batches_is_one_big_batch(
+    sizes: list[int], wide: bool, precision: str
+) -> None:
+    dtype, tolerance = (
+        (torch.float64, 1e-12) if wide and precision == "fp32" else (torch.float32, 1e-6)
+    )
+    torch.manual_seed(sum(sizes))
+    x, y = torch.randn(sum(sizes), 4, dtype=dtype), torch.randn(sum(sizes), 3, dtype=dtype)
+    parted, whole = net(dtype=dtype), net(dtype=dtype)
+    one = update(parted, window=len(sizes), precision=precision)
+    two = update(whole)
+    for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+        # The mean over no example is NaN, of weight 0.
+        report = step.optimize([one], (parted(a) - b).square().mean(), len(a))[0]
+    expected = step.optimize([two], (whole(x) - y).square().mean(), len(x))[0]
+    assert report.outcome == expected.outcome == "stepped"
+    assert report.weight == sum(sizes)
+    assert report.loss == pytest.approx(expected.loss, rel=tolerance)
+    assert report.norm == pytest.approx(expected.norm, rel=max(tolerance, 1e-7))
+    for mine, truth in zip(one.clip.seen[0], two.clip.seen[0], strict=True):
+        torch.testing.assert_close(mine, truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("filled", [1, 2, 3, 4])
+def test_a_short_last_window_steps_with_what_is_in_it(filled: int) -> None:
+    model = net()
+    x = torch.randn(filled, 5, 4)
+    expected = net()
+    expected(x.reshape(-1, 4)).square().mean().backward()
+    short = update(model, window=5)
+    for number in range(filled):
+        reports = step.optimize([short], model(x[number]).square().mean(), 5)
+        assert reports[0].outcome == "accumulated"
+    report = step.close([short])[0]
+    assert (report.outcome, report.weight) == ("stepped", 5.0 * filled)
+    assert expected.weight.grad is not None
+    torch.testing.assert_close(short.clip.seen[0][0], expected.weight.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_the_last_batch_closes_its_window_when_it_is_said_to_be_the_last() -> None:
+    model = net()
+    one = update(model, window=4)
+    loss = [model(torch.randn(2, 4)).square().mean() for _ in range(2)]
+    assert step.optimize([one], loss[0])[0].outcome == "accumulated"
+    assert step.optimize([one], loss[1], last=True)[0].outcome == "stepped"
+    assert one.window.count == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_window_without_any_example_moves_nothing() -> None:
+    model = net()
+    one = update(model)
+    before = snapshot(model, one)
+    report = step.optimize([one], model(torch.zeros(0, 4)).mean(), 0)[0]
+    assert (report.outcome, report.weight) == ("skipped", 0.0)
+    assert same(snapshot(model, one), before)
+
+
+def test_half_precision_losses_are_summed_in_full() -> None:
+    model = net()
+    one = update(model, window=8)
+    losses = [1000.0 + number for number in range(8)]
+    for number in losses:
+        zero = (model.weight * 0).sum().to(torch.bfloat16)
+        report = step.optimize([one], zero + torch.tensor(number, dtype=torch.bfloat16), 1)[0]
+    held = [float(torch.tensor(number, dtype=torch.bfloat16)) for number in losses]
+    assert report.loss == pytest.approx(sum(held) / 8, rel=1e-6)
+
+
+# --- what is not finite --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, -1])
+def test_a_loss_that_is_not_finite_never_happened(
+    bad: float, precision: str, window: int, where: int
+) -> None:
+    model = net()
+    one = update(model, window=window, precision=precision, kind=torch.optim.AdamW)
+    torch.manual_seed(1)
+    batches = torch.randn(3, window, 5, 4)
+
+    def run(batch: Tensor, factor: float) -> StepReport:
+        return step.optimize([one], model(batch).square().mean() * factor, 5)[0]
+
+    for batch in batches[0]:
+        assert run(batch, 1.0).outcome in ("stepped", "accumulated")
+    before = snapshot(model, one)
+    factors = [1.0] * window
+    factors[where] = bad
+    for batch, factor in zip(batches[1], factors, strict=True):
+        report = run(batch, factor)
+    assert (report.outcome, report.loss, report.norm) == ("skipped", None, None)
+    assert same(snapshot(model, one), before)
+    assert one.window.count == 0
+    assert all(p.grad is None for p in model.parameters())
+    for batch in batches[2]:
+        report = run(batch, 1.0)
+    assert report.outcome == "stepped"
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_bad_element_of_one_gradient_stops_the_step(bad: float, window: int) -> None:
+    model = net()
+    one = update(model, window=window)
+    before = snapshot(model, one)
+    for number in range(window):
+        loss = model(torch.ones(2, 4)).mean()
+        if number == 0:
+            loss = loss + poison(model.bias, bad)
+        report = step.optimize([one], loss)[0]
+    assert report.outcome == "skipped"
+    assert report.loss is not None
+    assert math.isfinite(report.loss)
+    assert report.norm is None
+    assert same(snapshot(model, one), before)
+
+
+def test_under_fp16_a_bad_gradient_is_an_overflow_until_the_scale_cannot_be_its_cause() -> None:
+    model = net()
+    one = update(model, precision="fp16")
+    before = copy.deepcopy(model.state_dict())
+    outcomes, scales = [], []
+    for _ in range(19):
+        report = step.optimize([one], model(torch.ones(2, 4)).mean() + poison(model.bias))[0]
+        outcomes.append(report.outcome)
+        scales.append(report.scale)
+    assert outcomes == ["overflowed"] * 16 + ["skipped"] * 3
+    assert scales == [65536.0 / 2**number for number in range(17)] + [1.0, 1.0]
+    assert same(model.state_dict(), before)
+    assert not one.optimizer.state
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_skipping_gradients_freezes_exactly_the_parameters_that_are_not_finite(window: int) -> None:
+    """The others move as if those had been frozen: the norm that is clipped is theirs alone."""
+    poisoned, frozen = nn.Sequential(net(0), net(1)), nn.Sequential(net(0), net(1))
+    frozen[1].weight.requires_grad_(False)
+    options = {"window": window, "kind": torch.optim.AdamW}
+    one = update(poisoned, clip=Watched(0.01), skip_nonfinite_grads=True, **options)
+    two = update(frozen, clip=Watched(0.01), **options)
+    for number in range(window):
+        x = torch.randn(3, 4)
+        for each, model in ((one, poisoned), (two, frozen)):
+            loss = (model[0](x) + model[1](x)).square().mean()
+            if model is poisoned and number == 0:
+                loss = loss + poison(model[1].weight)
+            report = step.optimize([each], loss, 3)[0]
+            assert report.outcome == ("stepped" if number + 1 == window else "accumulated")
+    assert same(poisoned.state_dict(), frozen.state_dict())
+    assert one.clip.seen[0][0].shape == (3, 4)
+    assert same(one.clip.seen, two.clip.seen)
+    assert torch.equal(poisoned[1].weight, net(1).weight)
+
+
+def test_skipping_gradients_where_none_is_finite_skips_the_step() -> None:
+    model = net()
+    one = update(model, skip_nonfinite_grads=True)
+    before = snapshot(model, one)
+    loss = model(torch.ones(1, 4)).mean() + poison(model.weight) + poison(model.bias)
+    report = step.optimize([one], loss)[0]
+    assert (report.outcome, report.norm) == ("skipped", None)
+    assert same(snapshot(model, one), before)
+
+
+def test_skipping_gradients_is_ignored_under_a_scaler_with_a_warning() -> None:
+    model = net()
+    with pytest.warns(UserWarning, match="skip_nonfinite_grads is ignored under precision fp16"):
+        one = update(model, precision="fp16", skip_nonfinite_grads=True)
+    before = copy.deepcopy(model.state_dict())
+    loss = model(torch.ones(1, 4)).mean() + poison(model.weight)
+    assert step.optimize([one], loss)[0].outcome == "overflowed"
+    assert same(model.state_dict(), before)
+
+
+# --- fp16 with two optimizers --------------------------------------------------------------------
+
+
+class Two:
+    """Two networks with an optimizer each, and the same in full precision beside them."""
+
+    def __init__(self, window: int = 1) -> None:
+        self.nets = {"a": net(0), "b": net(1)}
+        self.truth = {"a": net(0), "b": net(1)}
+        self.updates = {
+            name: update(each, name=name, precision="fp16", window=window)
+            for name, each in self.nets.items()
+        }
+
+    def losses(self, x: Tensor, nets: dict[str, nn.Linear]) -> dict[str, Tensor]:
+        """Each network learns, and "b" is judged by "a"."""
+        a = nets["a"](x).square().mean()
+        return {"a": a, "b": nets["a"](nets["b"](x).tanh() @ torch.ones(3, 4)).square().mean()}
+
+    def check(self, batches: list[Tensor], name: str) -> None:
+        """What the optimizer saw last is the true gradient of the window, to 1e-6."""
+        params = list(self.truth[name].parameters())
+        for x in batches:
+            loss = self.losses(x, self.truth)[name] / len(batches)
+            for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
+                p.grad = grad if p.grad is None else p.grad + grad
+        for mine, p in zip(self.updates[name].clip.seen[-1], params, strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(mine, p.grad, rtol=1e-6, atol=1e-6)
+            p.grad = None
+        self.truth[name].load_state_dict(self.nets[name].state_dict())
+
+    def steps(self, name: str) -> int:
+        """How often this scaler has been told of a good step (it doubles after 2000)."""
+        return int(self.updates[name].scaler.state_dict()["_growth_tracker"])
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_both_backward_then_both_step_sees_true_gradients(window: int) -> None:
+    two = Two(window)
+    for _ in range(3):
+        torch.manual_seed(2)
+        batches = list(torch.randn(window, 5, 4))
+        for number, x in enumerate(batches):
+            losses = two.losses(x, two.nets)
+            step.backward([two.updates["a"]], losses["a"], 5, retain_graph=True)
+            step.backward([two.updates["b"]], losses["b"], 5)
+            for each in two.updates.values():
+                report = step.finish([each], 5)[0]
+                assert report.stepped == (number + 1 == window)
+        for name in ("b", "a"):  # "b" is judged by "a" as it was before the step.
+            two.check(batches, name)
+    assert [two.steps(name) for name in "ab"] == [3, 3]
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_an_overflow_of_one_leaves_the_other_alone(window: int) -> None:
+    two = Two(window)
+    before = snapshot(two.nets["a"], two.updates["a"].optimizer)
+    batches = list(torch.randn(window, 5, 4))
+    for x in batches:
+        losses = two.losses(x, two.nets)
+        bad = losses["a"] + poison(two.nets["a"].bias, math.inf)
+        first = step.optimize([two.updates["a"]], bad, 5)[0]
+        second = step.optimize([two.updates["b"]], two.losses(x, two.nets)["b"], 5)[0]
+    assert (first.outcome, second.outcome) == ("overflowed", "stepped")
+    assert same(snapshot(two.nets["a"], two.updates["a"].optimizer), before)
+    two.check(batches, "b")
+    scales = [two.updates[name].scaler.get_scale() for name in "ab"]
+    assert scales == [65536.0 / 2, 65536.0]
+    assert [two.steps(name) for name in "ab"] == [0, 1]
+
+
+def test_one_that_is_left_out_keeps_its_scaler() -> None:
+    two = Two()
+    for number in range(4):
+        x = torch.randn(5, 4)
+        step.optimize([two.updates["b"]], two.losses(x, two.nets)["b"], 5)
+        two.check([x], "b")
+        if number == 2:
+            step.optimize([two.updates["a"]], two.losses(x, two.nets)["a"], 5)
+            two.check([x], "a")
+    assert [two.steps(name) for name in "ab"] == [1, 4]
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_joint_step_of_two_optimizers_sees_true_gradients(window: int) -> None:
+    two = Two(window)
+    both = list(two.updates.values())
+    for _ in range(2):
+        batches = list(torch.randn(window, 5, 4))
+        for x in batches:
+            loss = sum(two.losses(x, two.nets).values())
+            reports = step.optimize(both, loss, 5)
+        assert [report.outcome for report in reports] == ["stepped", "stepped"]
+        truth = {name: [torch.zeros_like(p) for p in two.truth[name].parameters()] for name in "ab"}
+        for x in batches:
+            joint = sum(two.losses(x, two.truth).values()) / window
+            params = [p for name in "ab" for p in two.truth[name].parameters()]
+            flat = [grad for name in "ab" for grad in truth[name]]
+            for total, grad in zip(flat, torch.autograd.grad(joint, params), strict=True):
+                total += grad
+        for name in "ab":
+            for mine, grad in zip(two.updates[name].clip.seen[-1], truth[name], strict=True):
+                torch.testing.assert_close(mine, grad, rtol=1e-6, atol=1e-6)
+            two.truth[name].load_state_dict(two.nets[name].state_dict())
+    # The loss has one scale: the first one's, updated once a step.
+    assert [two.steps(name) for name in "ab"] == [2, 0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_joint_step_moves_all_or_nothing(precision: str) -> None:
+    nets = [net(0), net(1)]
+    both = [update(each, precision=precision) for each in nets]
+    before = snapshot(*nets, *(each.optimizer for each in both))
+    loss = sum(each(torch.ones(2, 4)).mean() for each in nets) + poison(nets[1].bias)
+    reports = step.optimize(both, loss)
+    outcome = "overflowed" if precision == "fp16" else "skipped"
+    assert [report.outcome for report in reports] == [outcome] * 2
+    assert same(snapshot(*nets, *(each.optimizer for each in both)), before)
+    loss = sum(each(torch.ones(2, 4)).mean() for each in nets)
+    assert [report.outcome for report in step.optimize(both, loss)] == ["stepped"] * 2
+
+
+def test_a_joint_step_may_leave_one_without_gradients() -> None:
+    nets = [net(0), net(1)]
+    both = [update(each, precision="fp16") for each in nets]
+    report = step.optimize(both, nets[1](torch.ones(2, 4)).mean())
+    assert [each.outcome for each in report] == ["stepped"] * 2
+    assert torch.equal(nets[0].weight, net(0).weight)
+    assert not torch.equal(nets[1].weight, net(1).weight)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def refused(sentence: str, loss: Any, one: Update, weight: float = 1.0) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        step.optimize([one], loss, weight)
+
+
+def test_what_is_no_loss_is_refused_with_a_sentence() -> None:
+    model = net()
+    one = update(model)
+    loss = model(torch.ones(2, 4))
+    refused(
+        r"optimize\('main'\) got a dict as its loss; allowed: a scalar tensor", {"a": loss}, one
+    )
+    refused(r"optimize\('main'\) got a float as its loss", 1.0, one)
+    refused(r"got a loss of shape \(2, 3\); allowed: a scalar \(use loss.mean\(\)\)", loss, one)
+    refused(
+        "got a loss without a graph: no parameter that requires a gr", loss.mean().detach(), one
+    )
+    for weight in (-1.0, math.nan, math.inf):
+        refused("got the weight .*; allowed: a finite number, 0 or more", loss.mean(), one, weight)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_reaches_none_of_the_optimizers_parameters_is_refused() -> None:
+    model, other = net(0), net(1)
+    for window in (1, 4):
+        one = update(model, window=window)
+        for _ in range(window - 1):
+            step.optimize([one], other(torch.ones(2, 4)).mean())
+        refused("reaches none of this optimizer's parameters", other(torch.ones(2, 4)).mean(), one)
+    assert all(p.grad is None for p in other.parameters())
+
+
+def test_an_optimizer_whose_parameters_are_all_frozen_is_refused() -> None:
+    model, other = net(0), net(1)
+    one = update(model)
+    model.requires_grad_(False)
+    refused(
+        "no parameter of this optimizer requires a gradient", other(torch.ones(1, 4)).mean(), one
+    )
+
+
+def test_weights_that_moved_under_a_loss_are_named() -> None:
+    first, second = net(0), net(1)
+    one, two = update(first, name="one"), update(second, name="two")
+    x = torch.ones(2, 4)
+    judged = first(second(x) @ torch.ones(3, 4)).square().mean()
+    step.optimize([one], first(x).square().mean())
+    refused(
+        r"optimize\('two'\): the graph of this loss holds weights that another opt", judged, two
+    )
+
+
+# --- gradients that are not one's own ------------------------------------------------------------
+
+
+def test_a_loss_leaves_gradients_in_its_own_optimizer_alone() -> None:
+    first, second = net(0), net(1)
+    one = update(first, window=2)
+    loss = (first(torch.ones(2, 4)) * second(torch.ones(2, 4))).mean()
+    assert step.optimize([one], loss, retain_graph=True)[0].outcome == "accumulated"
+    assert all(p.grad is None for p in second.parameters())
+    assert all(p.grad is not None for p in first.parameters())
+    assert step.optimize([one], loss)[0].outcome == "stepped"
+    assert all(p.grad is None for p in (*first.parameters(), *second.parameters()))
+
+
+def test_a_report_says_what_was_measured() -> None:
+    model = net()
+    one = update(model, clip=Watched(0.5))
+    loss = model(torch.ones(2, 4)).square().sum() * 10
+    model_norm = torch.cat(
+        [
+            grad.reshape(-1)
+            for grad in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        ]
+    ).norm()
+    report = step.optimize([one], loss, 2)[0]
+    assert report == StepReport(
+        "main", "stepped", pytest.approx(loss.item()), 2, pytest.approx(float(model_norm)),
+        pytest.approx(0.5, rel=1e-5), 0.5, True, 1.0, 0.01,
+    )  # fmt: skip
+    assert one.last_norm == report.norm
