@@ -48,7 +48,7 @@ def beam(tokens: Sequence[str], size: int) -> Decoder:
         tokens=list(tokens),
         beam_size=size,
         blank_token=tokens[BLANK],
-        sil_token=tokens[BLANK],  # it pads both ends of a hypothesis with it, which is removed below
+        sil_token=tokens[BLANK],  # added at both ends of what is found, and removed below
         log_add=True,
     )
 

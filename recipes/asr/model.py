@@ -2,8 +2,8 @@
 
 An utterance gets the same result alone and in a batch: every layer sees zeros where a batch is
 padded, as it would beyond the end of the utterance itself. torchaudio's Conformer does not offer
-that (its convolutions read the padding, its batch norm mixes utterances), so `ConformerCTC` silences
-the padding before each depthwise convolution and normalises each frame alone.
+that (its convolutions read the padding, its batch norm mixes utterances), so `ConformerCTC`
+silences the padding before each depthwise convolution, and normalises each frame alone.
 
 Shapes: B utterances, S samples, F frames of 10 ms, M mel bands, T frames after subsampling,
 D the width of the encoder, V the size of the vocabulary.
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class LogMel(nn.Module):
     """Waveforms to log-mel energies, each band with mean 0 and deviation 1 over its utterance.
 
-    Windows of 25 ms every `hop_ms`, centred, so that S samples give `S // hop + 1` frames. Computed in
-    fp32 whatever autocast says: power spectra span more than fp16 can hold.
+    Windows of 25 ms every `hop_ms`, centred, so that S samples give `S // hop + 1` frames. Computed
+    in fp32 whatever autocast says: power spectra span more than fp16 can hold.
     """
 
     def __init__(self, sample_rate: int, bands: int = 80, hop_ms: float = 10.0):
@@ -32,7 +32,7 @@ class LogMel(nn.Module):
             hop_length=self.hop,
             n_mels=bands,
             f_min=20.0,
-            pad_mode="constant",  # zeros at the edges, which is what the padding of a batch holds too
+            pad_mode="constant",  # zeros at the edges, as in the padding of a batch
         )
 
     def forward(self, wav: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class LogMel(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """Convolutions of stride 2 in time and frequency, each halving the number of frames (rounded up)."""
+    """Convolutions of stride 2 in time and frequency: each halves the frames, rounded up."""
 
     def __init__(self, bands: int, width: int, channels: int = 32, halvings: int = 2):
         super().__init__()
@@ -79,9 +79,9 @@ class FrameNorm(nn.LayerNorm):
 class ConformerCTC(nn.Module):
     """Waveforms to log probabilities of CTC over `vocabulary` tokens, token 0 being the blank.
 
-    `encoder` is a `torchaudio.models.Conformer` (Gulati et al., 2020) with `input_dim` equal to the
-    width that `front` gives; its batch norm is replaced and its convolutions stop seeing the padding.
-    `augment` changes the features, (B, M, F) as torchaudio has them, in training alone.
+    `encoder` is a Conformer (Gulati et al., 2020) with `input_dim` equal to the width that `front`
+    gives; its batch norm is replaced, and its convolutions stop seeing the padding. `augment`
+    changes the features in training, (B, M, F) as torchaudio's SpecAugment wants them.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class ConformerCTC(nn.Module):
         return frames
 
     def forward(self, wav: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) zero-padded and samples (B,) to log probabilities (B, T, V) and their frames (B,)."""
+        """(B, S), zero-padded, and samples (B,) to log probabilities (B, T, V) and frames (B,)."""
         features, frames = self.features(wav, lengths)
         if self.training:
             features = self.augment(features.transpose(1, 2)).transpose(1, 2)

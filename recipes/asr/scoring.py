@@ -24,7 +24,7 @@ class Transcribed(NamedTuple):
 
 
 class Scores:
-    """The errors of a set of utterances: substitutions, deletions and insertions over what was said.
+    """The errors of a set of utterances: what was substituted, deleted and inserted.
 
     Rates are of the whole set (all errors over all words), not means over utterances.
     """

@@ -103,7 +103,7 @@ class Pieces:
                 **settings,
             )
         except RuntimeError as error:  # too few different texts for so many tokens
-            raise ValueError(f"sentencepiece could not learn {self.size} tokens: {error}") from error
+            raise ValueError(f"no {self.size} tokens could be learned: {error}") from error
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_bytes(model.getvalue())
 

@@ -1,6 +1,6 @@
 """Train a recogniser: Conformer with CTC. Prints the test's word and character error rate.
 
-    python recipes/asr/train.py hparams/asr/demo.yaml
+python recipes/asr/train.py hparams/asr/demo.yaml
 """
 
 from __future__ import annotations
