@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,11 @@ def ranks(folder: Path) -> dict[str, Any]:
         def work(report: int) -> None:
             warnings.simplefilter("ignore")
             torch.distributed.init_process_group(
-                "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+                "gloo",
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=2,
+                timeout=timedelta(seconds=60),
             )
             os.write(report, json.dumps(together(folder / "checkpoints")).encode())
             distributed.stop()
