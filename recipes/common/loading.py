@@ -14,8 +14,8 @@ a second where theirs takes half a minute (281,000 utterances).
 from __future__ import annotations
 
 import logging
+import os
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -64,10 +64,9 @@ class _Reader(LibsndfileBackend):
 
 _reader = _Reader()
 lhotse.set_current_audio_backend(_reader)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    # By default lhotse fills up to half a second that a file lacks with a mirror image of the rest.
-    lhotse.set_audio_duration_mismatch_tolerance(0.01)
+# By default lhotse fills up to half a second that a file lacks with a mirror image of the rest.
+# (Its function to set this would configure the whole process's logging on the way.)
+os.environ.setdefault("LHOTSE_AUDIO_DURATION_MISMATCH_TOLERANCE", "0.01")
 
 
 def keep(cuts: Iterable[Cut], shortest: float = 0.0, longest: float = float("inf")) -> CutSet:
