@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
 from multiprocessing.process import BaseProcess
@@ -52,7 +53,8 @@ class _Items(Dataset[Any]):
             self._epoch = task.epoch
             set_epoch(self.dataset, task.epoch)
         now.seed, now.epoch, now.bad = self.seed, task.epoch, []
-        with Private(0):
+        # In the main process, what an item draws must not be missing from the training's own.
+        with Private(0) if get_worker_info() is None else nullcontext():
             items = self._load(task.indices, task) or (self._stand_in(task) if self.train else [])
             if not items:
                 return None, now.bad
