@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,17 +180,10 @@ def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests:
             )
     if missing := wanted - there:
         logger.warning("%s has no %s: going on without", folder, ", ".join(sorted(missing)))
-    prepare = partial(
-        prepare_librispeech,
-        folder,
-        dataset_parts=sorted(wanted & there),
-        output_dir=manifests,
-        normalize_text="lower",
-    )
     if distributed.is_main():
-        prepare()
+        _prepare(folder, wanted & there, manifests)
     distributed.barrier()
-    prepared = prepare()  # reads what was written
+    prepared = _prepare(folder, wanted & there, manifests)  # reads what was written
     return {
         split: CutSet.from_cuts(
             cut
@@ -200,6 +193,18 @@ def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests:
         )
         for split, names in parts.items()
     }
+
+
+def _prepare(folder: Path, parts: Iterable[str], manifests: str) -> dict[str, Any]:
+    try:
+        return prepare_librispeech(
+            folder, dataset_parts=sorted(parts), output_dir=manifests, normalize_text="lower"
+        )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"lhotse could not prepare {folder} ({error}); expected were, as in LibriSpeech, "
+            "folders part/speaker/chapter with a *.trans.txt and the *.flac that it names"
+        ) from error
 
 
 def _existing(data_folder: str, expected: str) -> Path:

@@ -1,0 +1,103 @@
+"""Transcribe sound files with a trained recogniser.
+
+    python recipes/asr/infer.py results/asr/demo/1234 FILE...
+
+Prints a line ``path<TAB>text`` for each file, of any rate, length and number of channels. All it
+needs is the run folder: its hyperparams.yaml and its checkpoints, of which it takes those that the
+test took. A file that cannot be read is named on stderr and the others are still transcribed; the
+exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from torchaudio.functional import resample
+
+from recipes.asr.train import Recogniser
+from recipes.common.audio import read_audio, read_header
+from trainer.hparams import load_hparams
+from trainer.items import BadItem
+from trainer.testing import best_weights
+
+LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
+SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut where it is quiet
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a run, such as results/asr/demo/1234")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files of any kind")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser.add_argument("--decoder", choices=("greedy", "beam"), help="default: the run's")
+    given = parser.parse_args(argv)
+    try:
+        brain = load(given.run, given.device, given.decoder)
+        with best_weights(brain, None, "wer"):
+            return transcribe_all(brain, given.files)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def load(run: Path, device: str = "auto", decoder: str | None = None) -> Recogniser:
+    """The recogniser of a run folder, wherever that lies now; its weights are still to be read.
+
+    Raises ValueError for a folder that is no run's.
+    """
+    file = run / "hyperparams.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
+    changes = {"output_folder": str(run), "device": device}
+    hparams = load_hparams(file, changes | ({"decoder": decoder} if decoder else {}))
+    return Recogniser(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])
+
+
+def transcribe_all(brain: Recogniser, files: Sequence[str]) -> int:
+    """Print the transcript of each file; 1 if one could not be read."""
+    failed = False
+    for path in files:
+        try:
+            text = transcribe(brain, path)
+        except BadItem as bad:
+            print(f"error: {bad}", file=sys.stderr)
+            failed = True
+        else:
+            print(f"{path}\t{text}", flush=True)
+    return int(failed)
+
+
+def transcribe(brain: Recogniser, path: str | Path) -> str:
+    """What is said in a file; of several channels, in their mean. Raises BadItem."""
+    texts = [brain.transcribe(piece) for piece in pieces(path, brain.hparams.sample_rate)]
+    return " ".join(filter(None, texts))
+
+
+def pieces(path: str | Path, sample_rate: int) -> Iterator[Tensor]:
+    """A file as samples (S,) at this rate, up to ``LONGEST`` seconds each, cut in quiet places."""
+    header = read_header(path)
+    rate, first = header.sample_rate, 0
+    while first < header.samples:
+        count = min(round(LONGEST * rate), header.samples - first)
+        piece = read_audio(path, start=first / rate, duration=count / rate, channel="mean")
+        if first + count < header.samples:
+            piece = piece[: quietest(piece, rate)]
+        first += len(piece)
+        yield resample(piece, rate, sample_rate)
+
+
+def quietest(signal: Tensor, rate: int) -> int:
+    """The middle of the quietest tenth of a second in the last ``SEARCHED`` seconds."""
+    window = round(0.1 * rate)
+    start = len(signal) - round(SEARCHED * rate)
+    power = signal[start:].unfold(0, window, 1 + window // 4).square().mean(-1)
+    return start + int(power.argmin()) * (1 + window // 4) + window // 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
