@@ -24,7 +24,7 @@ FLOORS = [
     {"update"},
     {"step"},
     {"attributes", "feeding", "hooks", "journal", "setup", "state"},
-    {"keeping"},
+    {"keeping", "testing"},
     {"workings"},
     {"brain"},
     {"run"},

@@ -190,6 +190,15 @@ class WeightAverage:
         _overwrite(averages, tensors, self._copied)
         self.count += 1
 
+    def copy_buffers(self, modules: nn.Module) -> None:
+        """Take over what is not averaged, as it is now."""
+        _overwrite(self._average, _tensors(modules), self._copied)
+
+    def restart(self, modules: nn.Module) -> None:
+        """Begin anew, with the weights as they are now."""
+        _overwrite(self._average, _tensors(modules), self._average)
+        self.count = 0
+
     def decay_now(self) -> float:
         """The decay of the next update."""
         if not self.warmup:

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer import distributed, step
+from trainer.attributes import Attributes
 from trainer.averages import Mean, WeightAverage
 from trainer.data import make_loader
 from trainer.feeding import Feed
@@ -36,6 +37,7 @@ from trainer.precision import Precision
 from trainer.profiling import Profiler
 from trainer.report import StageReport, StepReport
 from trainer.setup import pick_device, prepare_modules
+from trainer.testing import best_weights
 from trainer.update import Update
 from trainer.workings import Workings
 
@@ -68,6 +70,7 @@ class Brain(Workings):
         run_opts: Mapping[str, Any] | RunOptions | None = None,
         checkpointer: Any = None,
     ) -> None:
+        recipe = frozenset(vars(self))  # What a subclass set before it called this.
         self.options = RunOptions.build(hparams or {}, run_opts)
         self.device = pick_device(self.options.device)
         self.precision = Precision(self.options.precision, self.device)
@@ -86,7 +89,8 @@ class Brain(Workings):
         self.weight_average: WeightAverage | None = None
         self.framework: frozenset[str] = frozenset()
         self.keeper = Keeper(self)
-        self.framework = frozenset(vars(self)) | {"optimizer", "optimizers_dict"}
+        self.attributes = Attributes(self)
+        self.framework = frozenset(vars(self)) - recipe | {"optimizer", "optimizers_dict"}
 
     # ------------------------------------------------------------------ the loop, on one screen
 
@@ -124,7 +128,7 @@ class Brain(Workings):
         self.on_stage_start(Stage.TRAIN, epoch)
         self.keeper.begin_training()
         with self.journal.stage("train", epoch, feed.length(), self.step), self.profiler:
-            for batch, last in feed.from_batch(epoch, self.step):
+            for batch, last in self.keeper.rest_of(feed, epoch):
                 self._begin_batch(batch, last)
                 loss = self.fit_batch(batch)
                 self._end_batch(loss)
@@ -205,7 +209,7 @@ class Brain(Workings):
         not trained. Where ``average_checkpoints`` is above 1, the mean of so many of them is used.
         """
         feed = self._feed(test_set, Stage.TEST, test_loader_kwargs, progressbar)
-        with self.journal.running(), self.keeper.best_weights(max_key, min_key):
+        with self.journal.running(), best_weights(self, max_key, min_key):
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
             report = self._evaluate(feed, Stage.TEST, None)
         self.test_metrics = report.metrics or {"loss": report.loss}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 
 from trainer import distributed, interrupt, state
+from trainer.feeding import Feed
 from trainer.report import StageReport
 
 logger = logging.getLogger("trainer")
@@ -32,8 +34,13 @@ class Keeper:
         self.phase: Phase = "done"
         self.stopped = False
         self.trained = False
+        self.fits = 0  # Calls of `fit`: each goes through epochs of its own.
         self._resumed = False
+        self._resumed_fit = 0
+        self._objects: Mapping[str, Any] = {}  # Saved ones that are still to restore.
+        self._late: list[str] = []  # Those that hooks must have made by the next stage.
         self._own: Mapping[str, Any] | None = None
+        self._before_valid: tuple[Any, Any] | None = None
         self._saved_at, self._saved_step = time.monotonic(), 0
         self.checkpointer = brain.checkpointer
         if self.checkpointer is not None:
@@ -50,7 +57,7 @@ class Keeper:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore the Brain; its position becomes the saved one."""
         state.load_common(self.brain, saved)
-        self._resumed = True
+        self._objects, self._resumed = saved["objects"], True
 
     def local_state_dict(self) -> dict[str, Any]:
         """This rank's own part of it."""
@@ -62,13 +69,37 @@ class Keeper:
 
     def position(self) -> dict[str, Any]:
         """Which part of the epoch comes next, and whether the run is over."""
-        return {"phase": self.phase, "stopped": self.stopped}
+        return {
+            "phase": self.phase,
+            "stopped": self.stopped,
+            "fits": self.fits,
+            "processes": distributed.world_size(),
+            "log_lines": self.brain.journal.log.lines(),
+        }
 
     def go_to(self, position: Mapping[str, Any]) -> None:
         """Restore what `position` gave."""
         self.phase, self.stopped = position["phase"], position["stopped"]
+        self._resumed_fit = position["fits"]
+        # An epoch has as many more batches a rank as there are fewer ranks.
+        self.brain.step = self.brain.step * position["processes"] // distributed.world_size()
+        self.brain.journal.log.truncate(self.brain.optimizer_step, position["log_lines"])
 
-    def recover(self) -> None:
+    def begin_fit(self) -> None:
+        """Another `fit` begins; the first one resumes."""
+        self.fits += 1
+        if self.fits != self._resumed_fit:
+            self.stopped = False
+        if self.fits == 1:
+            self._recover()
+        self.trained = True
+
+    def fit_started(self) -> None:
+        """The hook has run: what it did to a resumed run's state is undone."""
+        if self.fits == self._resumed_fit and self.phase != "train":
+            self._restore(strict=False)
+
+    def _recover(self) -> None:
         """Restore the newest sound checkpoint, if there is one, and say so."""
         brain = self.brain
         if self.checkpointer is None or not self.checkpointer.enabled:
@@ -77,15 +108,26 @@ class Keeper:
         checkpoint = self.checkpointer.recover_if_possible()
         if checkpoint is None:
             return
-        brain.journal.log.truncate(brain.optimizer_step)
+        self._saved_step = brain.optimizer_step
         logger.info(
             "resuming after epoch %d, batch %d (optimizer step %d) from %s",
             brain.epoch, brain.step, brain.optimizer_step, checkpoint.path,
         )  # fmt: skip
-        if self.phase != "train":
-            self._restore_own()
 
-    def _restore_own(self) -> None:
+    def _restore(self, strict: bool) -> None:
+        """Restore what hooks may have made anew since the checkpoint was read.
+
+        ``strict``: every saved object must exist by now. Else the hook of the next stage may make
+        those that do not, and they are to be as new as it makes them.
+        """
+        if self._objects or self._late:
+            found = state.objects(self.brain)
+            wanted = [*self._objects, *self._late]
+            self._late = [name for name in wanted if name not in found]
+            if strict:
+                state.check_objects([name for name in wanted if name in found], wanted)
+            state.load_objects(self.brain, self._objects)
+            self._objects = {}
         if self._own is not None:
             state.load_own(self.brain, self._own)
             self._own = None
@@ -95,12 +137,17 @@ class Keeper:
     def epochs(self, counter: Iterable[int]) -> Iterator[int]:
         """The epochs that are still to do; each is entered where it was left."""
         brain = self.brain
+        if self.fits < self._resumed_fit:
+            logger.info("fit number %d was over before: nothing to do", self.fits)
+            return
         resumed, self._resumed = self._resumed, False
+        if self.phase == "valid" and not brain.has_valid:
+            self.phase = "done"
         if resumed and hasattr(counter, "current"):
             counter.current = brain.epoch - (self.phase != "done")
         first = True
         for number, epoch in enumerate(counter, 1):
-            if self.stopped or self._limit_reached():
+            if self.stopped or (self.limit_reached() and self.phase == "done"):
                 return
             if resumed and (epoch < brain.epoch or (epoch == brain.epoch and self.phase == "done")):
                 continue
@@ -113,10 +160,22 @@ class Keeper:
 
     def begin_training(self) -> None:
         """The stage's hook has run; the first batch comes next."""
-        if self.brain.step == 0 and self._own is None:
+        if self.brain.step == 0:
             self.brain.average = type(self.brain.average)()
             self.brain.patience.reset()
-        self._restore_own()
+        self._restore(strict=True)
+
+    def rest_of(self, feed: Feed, epoch: int) -> Iterable[tuple[Any, bool]]:
+        """The batches of the epoch that are still to train on."""
+        return () if self.limit_reached() else feed.from_batch(epoch, self.brain.step)
+
+    def begin_validation(self) -> None:
+        """To be stopped within the validation is to have stopped before it."""
+        brain = self.brain
+        self._before_valid = (
+            copy.deepcopy(state.light(state.objects(brain))),
+            brain.attributes.state_dict(),
+        )
 
     def after_batch(self) -> bool:
         """Save and stop where that is due; whether the training ends here."""
@@ -130,7 +189,7 @@ class Keeper:
             self._save_waiting()
         if signal is not None:
             raise interrupt.Interrupted(signal)
-        return self._limit_reached()
+        return self.limit_reached()
 
     def after_evaluated_batch(self) -> None:
         """Stop where that was asked for. Ranks cannot agree here: their batches are not paired."""
@@ -152,9 +211,10 @@ class Keeper:
         self.phase = "done"
         if self.checkpointer is not None and not self._save_waiting():
             self.save(metrics, end_of_epoch=True)
-        return self.stopped or self._limit_reached()
+        return self.stopped or self.limit_reached()
 
-    def _limit_reached(self) -> bool:
+    def limit_reached(self) -> bool:
+        """Whether the run has all the optimizer steps that it may have."""
         limit = self.brain.options.optimizer_step_limit
         return limit is not None and self.brain.optimizer_step >= limit
 
@@ -170,6 +230,10 @@ class Keeper:
         try:
             yield
         except interrupt.Interrupted as stop:
+            if self.phase == "valid" and self._before_valid is not None:
+                objects, attributes = self._before_valid
+                state.load_objects(self.brain, objects)
+                self.brain.attributes.load_state_dict(attributes)
             self.save({}, end_of_epoch=False)
             logger.info("saved and stopping (%s); the same command goes on from here", stop.signal)
             raise
@@ -203,61 +267,6 @@ class Keeper:
             return True
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-    @contextmanager
-    def best_weights(self, max_key: str | None, min_key: str | None) -> Iterator[None]:
-        """Within it, the modules have the weights to test; after it, their own again.
-
-        Those of the best checkpoint by a metric, or of the newest where this Brain has not trained;
-        the mean of several where ``average_checkpoints`` says so; the exponential average where
-        there is one.
-        """
-        brain = self.brain
-        saved = self._weights_to_test(max_key, min_key)
-        with ExitStack() as stack:
-            if saved is not None:
-                stack.enter_context(_swapped(brain.modules, saved))
-            elif brain.weight_average is not None:
-                stack.enter_context(brain.weight_average.applied(brain.modules))
-            yield
-
-    def _weights_to_test(self, max_key: str | None, min_key: str | None) -> Any:
-        brain, checkpointer = self.brain, self.checkpointer
-        number = brain.options.average_checkpoints
-        if checkpointer is None or not checkpointer.enabled:
-            return None
-        if self.trained and number == 1 and not (max_key or min_key):
-            return None
-        found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)
-        path = ("modules",) if brain.options.ema_decay is None else ("weight_average", "average")
-        while found:
-            try:
-                weights = checkpointer.average(found[:number], "brain", path)
-            except ValueError as broken:
-                warnings.warn(str(broken), stacklevel=2)
-                found = found[number:]
-                continue
-            names = ", ".join(each.path.name for each in found[:number])
-            logger.info("testing with the weights of %s", names)
-            return weights
-        if not self.trained:
-            raise ValueError(
-                f"there is nothing to test: this Brain has not trained, and {checkpointer.folder} "
-                "has no sound checkpoint"
-            )
-        return None
-
-
-@contextmanager
-def _swapped(modules: torch.nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
-    own = {name: tensor.clone() for name, tensor in modules.state_dict().items()}
-    weights = {name: weights[name] for name in own if name in weights}
-    state.check_modules(modules, weights)
-    modules.load_state_dict(weights)
-    try:
-        yield
-    finally:
-        modules.load_state_dict(own)
-
 
 def _metrics(report: StageReport) -> dict[str, Any]:
     """Loss and metrics of a stage in one mapping; several losses under their names."""
@@ -280,4 +289,8 @@ def _advance(schedule: Any, metrics: Mapping[str, Any]) -> None:
     if getattr(schedule, "needs_metric", isinstance(schedule, plateau)):
         schedule.step(_pick(metrics, getattr(schedule, "metric", "loss"), "schedule"))
     else:
-        schedule.step()
+        with warnings.catch_warnings():
+            # Torch's own ask whether the optimizer has stepped, in this process and ever: not so
+            # right after a resume, nor where fp16 overflowed for a whole epoch.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            schedule.step()

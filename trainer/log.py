@@ -131,14 +131,23 @@ class RunLog:
         if self._text is not None:
             self._text.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
-    def truncate(self, step: int) -> None:
-        """Forget the records of steps after `step`: a resumed run is about to log them again."""
+    def lines(self) -> int | None:
+        """How many records there are; None where none are kept."""
+        if self._metrics is None:
+            return None
+        with self._metrics.path.open("rb") as file:
+            return sum(1 for _ in file)
+
+    def truncate(self, step: int, lines: int | None = None) -> None:
+        """Forget the records of steps after `step`, and all after the first `lines`: a resumed run
+        is about to log them again.
+        """
         if self._metrics is None:
             return
         with self._metrics.path.open("rb") as file:
-            lines = list(file)
-        wanted = [line for line in lines if _step_of(line) <= step]
-        if len(wanted) < len(lines):
+            known = list(file)
+        wanted = [line for line in known[:lines] if _step_of(line) <= step]
+        if len(wanted) < len(known):
             self._metrics.keep(wanted)
         if self._curves is not None:
             self._curves.purge_step = step + 1

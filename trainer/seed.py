@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -61,6 +61,34 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if "numpy" in state and "numpy" in sys.modules:
         name, keys, *rest = state["numpy"]
         sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+class _Saved:
+    """A generator of random numbers with the protocol of everything else that is saved."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
+        self._get, self._put = get, put
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self._get()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._put(saved["state"])
+
+
+def as_stateful(value: Any) -> Any:
+    """A random generator of torch, Python or NumPy with ``state_dict`` and ``load_state_dict``.
+
+    None for anything else, and for generators of NumPy whose state is not made of plain numbers.
+    """
+    if isinstance(value, torch.Generator):
+        return _Saved(value.get_state, value.set_state)
+    if isinstance(value, random.Random):
+        return _Saved(value.getstate, value.setstate)
+    bits = getattr(value, "bit_generator", None)  # NumPy's Generator; PCG64 unless chosen.
+    if bits is not None and type(bits).__name__.startswith("PCG64"):
+        return _Saved(lambda: bits.state, lambda state: setattr(bits, "state", state))
+    return None
 
 
 def reseed(value: int) -> None:

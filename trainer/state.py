@@ -2,18 +2,20 @@
 
 Common to all ranks are the modules, the updates (optimizer, schedule, scaler, clipper), the
 position in the run and every object among the hparams and the Brain's own attributes that offers
-``state_dict`` and ``load_state_dict``. Each rank's own are its random generators, open windows,
-averages, and the numbers that hooks keep as attributes of the Brain (``self.train_stats``).
+``state_dict`` and ``load_state_dict``, or is a random generator. Each rank's own are its random
+generators, open windows, averages, buffers, objects without parameters, and what hooks keep as
+plain attributes of the Brain (``self.train_stats``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 
-from trainer import checks, seed
+from trainer import checks, distributed, seed
 
 POSITION = ("epoch", "step", "optimizer_step")
 
@@ -28,16 +30,27 @@ def objects(brain: Any) -> dict[str, Any]:
     named |= {name: value for name, value in vars(brain).items() if name not in brain.framework}
     found = {}
     for name, value in named.items():
-        stateful = hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
-        if not stateful or isinstance(value, type) or id(value) in known:
+        part = seed.as_stateful(value) or value
+        stateful = hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+        # Where a sampler or a loader is, the position in the epoch says.
+        if not stateful or isinstance(part, (type, Sampler, DataLoader)) or id(value) in known:
             continue
-        if isinstance(value, nn.Module) and all(
-            id(t) in tensors for t in (*value.parameters(), *value.buffers())
+        if isinstance(part, nn.Module) and all(
+            id(t) in tensors for t in part.state_dict(keep_vars=True).values()
         ):
             continue  # The same networks once more, as in a ModuleList of all.
         known.add(id(value))
-        found[name] = value
+        found[name] = part
     return found
+
+
+def light(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of those objects that may differ per rank: of all but further networks."""
+    return {
+        name: part.state_dict()
+        for name, part in found.items()
+        if not (isinstance(part, nn.Module) and any(True for _ in part.parameters()))
+    }
 
 
 def common(brain: Any) -> dict[str, Any]:
@@ -51,27 +64,31 @@ def common(brain: Any) -> dict[str, Any]:
             **brain.keeper.position(),
             "patience": brain.patience.state_dict(),
         },
-        "objects": {name: value.state_dict() for name, value in objects(brain).items()},
+        "objects": {name: part.state_dict() for name, part in objects(brain).items()},
         "weight_average": {} if average is None else average.state_dict(),
     }
 
 
 def load_common(brain: Any, state: Mapping[str, Any]) -> None:
-    """Restore what `common` gave.
+    """Restore what `common` gave; of the objects, those that exist by now.
 
     Raises ValueError, before anything is changed, where the state is another model's.
     """
     check_modules(brain.modules, state["modules"])
     checks.same_keys("the optimizers of this Brain", state["updates"], brain.updates)
+    for name, update in brain.updates.items():
+        update.check_state_dict(state["updates"][name])
     found = objects(brain)
-    checks.same_keys("the stateful objects of this Brain", state["objects"], found)
-    if brain.weight_average is not None and state["weight_average"]:
-        brain.weight_average.load_state_dict(state["weight_average"])
+    check_objects(found, [name for name in state["objects"] if name in found])
     brain.modules.load_state_dict(state["modules"])
+    if brain.weight_average is not None:
+        if state["weight_average"]:
+            brain.weight_average.load_state_dict(state["weight_average"])
+        else:  # Averaging begins now, with these weights.
+            brain.weight_average.restart(brain.modules)
     for name, update in brain.updates.items():
         update.load_state_dict(state["updates"][name])
-    for name, value in found.items():
-        value.load_state_dict(state["objects"][name])
+    load_objects(brain, state["objects"])
     position = dict(state["position"])
     brain.patience.load_state_dict(position.pop("patience"))
     for name in POSITION:
@@ -79,12 +96,24 @@ def load_common(brain: Any, state: Mapping[str, Any]) -> None:
     brain.keeper.go_to(position)
 
 
+def load_objects(brain: Any, states: Mapping[str, Any]) -> None:
+    """Restore the objects that exist."""
+    for name, part in objects(brain).items():
+        if name in states:
+            part.load_state_dict(states[name])
+
+
+def check_objects(found: Iterable[str], saved: Iterable[str]) -> None:
+    """Raise ValueError where a Brain's objects are not those that were saved."""
+    checks.same_keys("the stateful objects of this Brain", dict.fromkeys(saved), found)
+
+
 def check_modules(modules: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raise ValueError where saved weights do not fit: the first that differs, and how."""
     own = modules.state_dict()
     checks.same_keys("the modules of this Brain", state, own)
     for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
+        if isinstance(tensor, Tensor) and tensor.shape != state[name].shape:
             raise ValueError(
                 f"the saved parameter {name!r} has shape {tuple(state[name].shape)}, this Brain's "
                 f"has {tuple(tensor.shape)}: the checkpoint was made with other settings"
@@ -92,37 +121,33 @@ def check_modules(modules: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def own(brain: Any) -> dict[str, Any]:
-    """The part that differs per rank."""
-    return {
+    """The part that differs per rank; rank 0's objects and buffers are the common ones."""
+    joint = None if brain._joint is None else [update.name for update in brain._joint]
+    state = {
         "rng": seed.rng_state(),
         "windows": {name: update.window_state() for name, update in brain.updates.items()},
+        "joint": joint,
         "average": brain.average.state_dict(),
         "journal": brain.journal.state_dict(),
-        "attributes": {
-            name: value
-            for name, value in vars(brain).items()
-            if name not in brain.framework and not name.startswith("_") and _numbers(value)
-        },
+        "attributes": brain.attributes.state_dict(),
     }
+    if distributed.rank() > 0:
+        state["objects"] = light(objects(brain))
+        state["buffers"] = dict(brain.modules.named_buffers())
+    return state
 
 
 def load_own(brain: Any, state: Mapping[str, Any]) -> None:
     """Restore what `own` gave."""
     for name, update in brain.updates.items():
         update.load_window_state(state["windows"][name])
+    if state["joint"] is not None:
+        brain._joint = [brain.updates[name] for name in state["joint"]]
     brain.average.load_state_dict(state["average"])
     brain.journal.load_state_dict(state["journal"])
-    vars(brain).update(state["attributes"])
+    brain.attributes.load_state_dict(state["attributes"])
+    load_objects(brain, state.get("objects", {}))
+    for name, buffer in brain.modules.named_buffers():
+        if name in state.get("buffers", {}):
+            buffer.copy_(state["buffers"][name])
     seed.set_rng_state(state["rng"])
-
-
-def _numbers(value: Any) -> bool:
-    """Whether a value is made of numbers, with names at most as keys: what a hook counts.
-
-    Texts alone are not: paths and names are settings, and a moved run has new ones.
-    """
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _numbers(part) for key, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_numbers(part) for part in value)
-    return isinstance(value, (int, float, Tensor)) or value is None

@@ -15,6 +15,9 @@ from torch import Tensor
 from trainer.clipping import Clipper, Gradients
 from trainer.report import Outcome, StepReport
 
+# What an `Update` saves beside its scaler, in the order in which it is restored.
+PARTS = ("optimizer", "schedule", "clip")
+
 
 @dataclass(slots=True)
 class Window:
@@ -98,9 +101,8 @@ class Update:
 
     def drop(self) -> None:
         """Forget the window and its gradients."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        for p in self._all_params():
+            p.grad = None
         self.window = Window()
 
     def step(self, gradients: Gradients, loss: float, weight: float, scale: float) -> StepReport:
@@ -135,40 +137,63 @@ class Update:
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, schedule, scaler and clipper; the same on every rank."""
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        for name in ("schedule", "clip"):
-            part = getattr(self, name)
-            state[name] = part.state_dict() if hasattr(part, "state_dict") else {}
-        return {**state, "last_norm": self.last_norm}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        kinds = {name: type(part).__name__ for name, part in self._parts().items()}
+        scaler = self.scaler.state_dict()
+        return {**parts, "kinds": kinds, "scaler": scaler, "last_norm": self.last_norm}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where a saved state is that of another optimizer or schedule."""
+        kinds = {name: type(part).__name__ for name, part in self._parts().items()}
+        for name in PARTS:
+            saved, own = state["kinds"].get(name, "none"), kinds.get(name, "none")
+            if saved != own:
+                raise ValueError(
+                    f"the saved {name} of the optimizer {self.name!r} is {saved}, this Brain's is "
+                    f"{own}: the checkpoint was made with other settings"
+                )
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        saved_sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"the saved optimizer {self.name!r} has groups of {saved_sizes} parameters, this "
+                f"Brain's of {sizes}: the checkpoint was made with other settings"
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         if state["scaler"]:  # Empty if the run was not in fp16 until now: the scaler starts anew.
             self.scaler.load_state_dict(state["scaler"])
-        for name in ("schedule", "clip"):
-            part = getattr(self, name)
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(state[name])
         self.last_norm = state["last_norm"]
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state, the optimizer first: a schedule changes its learning rate."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
 
     def window_state(self) -> dict[str, Any]:
         """The open window with its gradients; each rank has its own."""
         w = self.window
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         return {
             "count": w.count, "weight": w.weight, "reference": w.reference,
             "loss": None if w.loss is None else w.loss.detach().clone(),
-            "grads": grads if w.count else [],
+            "grads": [p.grad for p in self._all_params()],  # Without a window: a recipe's own.
+            "scale": float(self.scaler.get_scale()),
         }  # fmt: skip
 
     def load_window_state(self, state: dict[str, Any]) -> None:
-        """Reopen a saved window."""
+        """Reopen a saved window, under the loss scale of now."""
         self.drop()
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if state["count"]:
-            for p, grad in zip(params, state["grads"], strict=True):
-                p.grad = None if grad is None else grad.to(p.device)
-        device = params[0].device
-        loss = None if state["loss"] is None else state["loss"].to(device)
+        params = self._all_params()
+        self.scaler.scale(torch.ones((), device=params[0].device))  # It wakes up at its first use.
+        factor = float(self.scaler.get_scale()) / state["scale"] if state["count"] else 1.0
+        for p, grad in zip(params, state["grads"], strict=True):
+            if grad is not None:
+                p.grad = grad.to(p.device) if factor == 1.0 else grad.to(p.device) * factor
+        loss = None if state["loss"] is None else state["loss"].to(params[0].device)
         self.window = Window(state["count"], state["weight"], state["reference"], loss)
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trainer import distributed, seed, step
+from trainer.attributes import Attributes
 from trainer.averages import Mean, WeightAverage
 from trainer.feeding import Feed, feed
 from trainer.hooks import Hooks, Stage
@@ -38,6 +39,7 @@ class Workings(Hooks):
     average: Mean
     weight_average: WeightAverage | None
     patience: Patience
+    attributes: Attributes
     journal: Journal
     profiler: Profiler
     keeper: Keeper
@@ -48,8 +50,9 @@ class Workings(Hooks):
         self._reports: list[StepReport] = []
         self._joint: list[Update] | None = None
         self._batch: Any = None
-        self._weight, self._last, self._has_valid = 1.0, False, False
-        self._guarded = self._by_hand = False
+        self._weight, self._last, self.has_valid = 1.0, False, False
+        self._batches = 0  # In this process and epoch.
+        self._guarded = self._by_hand = self._hand_stepped = False
 
     def _feed(
         self,
@@ -68,8 +71,9 @@ class Workings(Hooks):
         return feed(self, source, stage is Stage.TRAIN, stage, options or {})
 
     def _start_fit(self, has_valid: bool) -> None:
-        self._has_valid = has_valid
+        self.has_valid = has_valid
         if not self.updates:
+            self.attributes.begin()
             self.init_optimizers()
             self.updates = make_updates(self, self._on_hand_step)
             if self.options.ema_decay is not None:
@@ -78,9 +82,9 @@ class Workings(Hooks):
                 tensors = [*self.modules.parameters(), *self.modules.buffers()]
                 distributed.broadcast_([tensor.detach() for tensor in tensors])
                 seed.seed_everything(self.options.seed, distributed.rank())
-            self.keeper.recover()
-        self.keeper.trained = True
+        self.keeper.begin_fit()
         self.on_fit_start()
+        self.keeper.fit_started()
 
     def _updates_for(self, name: str | None) -> list[Update]:
         if name is not None:
@@ -101,7 +105,8 @@ class Workings(Hooks):
     def _begin_batch(self, batch: Any, last: bool) -> None:
         self._batch, self._last, self._weight = batch, last, self.count_examples(batch)
         self.step += 1
-        self._reports = []
+        self._batches += 1
+        self._reports, self._hand_stepped = [], False
 
     def _note(self, reports: list[StepReport]) -> None:
         """Take in what became of a loss: counts, and patience where it was not finite."""
@@ -139,7 +144,7 @@ class Workings(Hooks):
                 self.journal.mean.update(loss, self._weight)
             self.journal.tick()
         self.journal.examples += self._weight
-        if stepped or (self._by_hand and not self._reports):
+        if stepped or self._hand_stepped:
             self.optimizer_step += 1
             if self.weight_average is not None:
                 self.weight_average.update(self.modules)
@@ -152,23 +157,29 @@ class Workings(Hooks):
         self._last = False
         joint = self._joint or []
         groups = [joint, *([update] for update in self.updates.values() if update not in joint)]
+        self._reports, report = [], None
         for updates in groups:
             if any(update.window.count for update in updates):
-                self._reports = []
-                self._note(step.close(updates))
-                self._weight = 0.0
-                self._end_batch(self._reports[0] if updates is joint else None)
-        if self.step and not self._guarded and not self._by_hand:
+                reports = step.close(updates)
+                report = reports[0] if updates is joint else report
+                self._note(reports)
+        if self._reports:
+            self._weight, self._hand_stepped = 0.0, False
+            self._end_batch(report)
+        if self._batches and not (self._guarded or self._by_hand or self.optimizer_step):
             raise ValueError(
-                f"{type(self).__name__}.fit_batch ran {self.step} times and never called "
+                f"{type(self).__name__}.fit_batch ran {self._batches} times and never called "
                 "self.optimize(loss, name): nothing was trained"
             )
-        distributed.broadcast_([b.detach() for b in self.modules.buffers()])
+        if distributed.world_size() > 1:
+            distributed.broadcast_([b.detach() for b in self.modules.buffers()])
+            if self.weight_average is not None:
+                self.weight_average.copy_buffers(self.modules)
 
     def _end_stage(self, stage: Stage, mean: Mean, epoch: int | None, steps: int) -> StageReport:
         """The stage's average and metrics, on all ranks; its line in the log; saves that waited."""
         if stage is Stage.TRAIN:
-            self.keeper.phase = "valid" if self._has_valid else "done"
+            self.keeper.phase = "valid" if self.has_valid else "done"
         average = mean.reduce().value()
         loss = math.nan if average is None else average
         metrics = self.on_stage_end(stage, loss, epoch)
@@ -183,7 +194,7 @@ class Workings(Hooks):
             mean.weight(), self.journal.stage_seconds(), **counts,
         )  # fmt: skip
         self.journal.finish(report, [update.lr for update in self.updates.values()])
-        if stage is Stage.TRAIN and self._has_valid:
+        if stage is Stage.TRAIN and self.has_valid:
             self.keeper.save_waiting()
         return report
 
@@ -193,6 +204,8 @@ class Workings(Hooks):
         modes = [(module, module.training) for module in self.modules.modules()]
         generators, before = seed.rng_state(), self._stage
         self._stage = stage
+        if stage is Stage.VALID:
+            self.keeper.begin_validation()
         self.modules.eval()
         try:
             with ExitStack() as stack:
@@ -208,6 +221,7 @@ class Workings(Hooks):
 
     def _on_hand_step(self, update: Update) -> None:
         """A recipe steps an optimizer itself: it may, unprotected, and ranks still stay equal."""
+        self._hand_stepped = True
         if not self._by_hand:
             self._by_hand = True
             warnings.warn(
