@@ -10,6 +10,7 @@ file may vary another one: see `trainer.configuration.document`.
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from trainer.configuration.nodes import (
     where,
 )
 from trainer.configuration.references import resolve
-from trainer.options import HINTS, RunOptions, allowed, checked, nearest
+from trainer.options import HINTS, RunOptions, checked, nearest
 
 NUMBER = ("a number", (INT, FLOAT, NULL))
 KINDS = {
@@ -83,7 +84,7 @@ def load_hparams(
 
 def describe(path: str | os.PathLike[str]) -> list[Key]:
     """The keys of a YAML, nested ones dotted, with defaults and comments; nothing is built."""
-    return Configuration(path).keys()
+    return Configuration(path).described()
 
 
 class Configuration:
@@ -94,16 +95,16 @@ class Configuration:
         self.document = document.read(path)
         self.root = self.document.root
 
-    def keys(self) -> list[Key]:
+    def described(self) -> list[Key]:
         """All keys with defaults and comments, in the order of the file."""
-        return list(self._keys(self.root, ()))
+        return list(self._described(self.root, ()))
 
-    def _keys(self, node: MappingNode, at: tuple[str, ...]) -> Iterable[Key]:
+    def _described(self, node: MappingNode, at: tuple[str, ...]) -> Iterable[Key]:
         for key, value in node.value:
             path = (*at, str(key.value))
             yield Key(".".join(path), brief(value), self.document.comments.get(path, ""))
             if isinstance(value, MappingNode):
-                yield from self._keys(value, path)
+                yield from self._described(value, path)
 
     def is_flag(self, name: str) -> bool:
         """Whether `name`, dotted, is a run option or a key of the YAML that is true or false."""
@@ -130,7 +131,7 @@ class Configuration:
             if isinstance(value, Mapping) and isinstance(old, MappingNode):
                 self._override(old, value, path)
             elif len(path) == 1 and key in HINTS:
-                put(node, str(key), _option(str(key), value))
+                put(node, str(key), option(str(key), value))
             else:
                 put(node, str(key), _fitting(old, value, ".".join(path)))
 
@@ -186,12 +187,12 @@ class Configuration:
         return dump(self.root)
 
 
-def _option(name: str, value: Any) -> Node:
-    """The value of a run option as a node."""
+def option(name: str, value: Any) -> Node:
+    """The value of a run option as a node, checked unless it is a reference."""
     if isinstance(value, Text):
-        optional = "null" in allowed(name)
-        if "str" in str(HINTS[name]) and not value.startswith(("!", "[")):
-            value = None if optional and value in ("null", "~") else str(value)
+        kinds = (HINTS[name], *typing.get_args(HINTS[name]))
+        if str in kinds and not value.startswith("!"):
+            value = None if type(None) in kinds and value in ("null", "~") else str(value)
         else:
             value = _node(value, name)
     if isinstance(value, Node):

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trainer.configuration.guard import Guard
 from trainer.configuration.references import arithmetic
@@ -231,6 +233,28 @@ def test_the_dump_is_a_yaml_of_its_own(write: Write, tmp_path: Path) -> None:
     assert second["model"].bias is None
     assert second["folder"] == "results/7"
     assert second["note"] == "(laughs)"
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=20).filter(
+    lambda text: not re.fullmatch(r"\(.*\)", text)  # those are tuples
+)
+KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,9}", fullmatch=True)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(value=VALUES)
+def test_any_plain_value_comes_back_as_it_was(write: Write, value: Any) -> None:
+    configuration = Configuration(write("x: null\n"))
+    configuration.override({"x": value})
+    assert configuration.build() == {"x": value}
+    assert load_hparams(write(configuration.dump(), "dumped.yaml")) == {"x": value}
 
 
 # ---------------------------------------------------------------- help

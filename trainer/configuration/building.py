@@ -21,6 +21,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from trainer.configuration.document import compose
 from trainer.configuration.guard import Guard
 from trainer.configuration.nodes import (
+    FLOAT,
     MAP,
     SEQ,
     STR,
@@ -35,6 +36,7 @@ from trainer.configuration.nodes import (
 from trainer.configuration.references import ATTRIBUTE
 from trainer.options import nearest
 
+EXACT = "!float"  # ours: HyperPyYAML writes numbers once more, and loses the last digit of some
 Constructor = Callable[[Any, str, Any], Any]
 
 
@@ -52,6 +54,10 @@ def build(root: MappingNode, guard: Guard) -> dict[str, Any]:
         bare = isinstance(node, ScalarNode) and tag(node) == STR and not node.style
         if bare and re.fullmatch(r"\(.*\)", node.value):
             node.tag = TUPLE
+        elif tag(node) == FLOAT:
+            node.tag = EXACT
+        elif isinstance(node, (MappingNode, SequenceNode)):
+            node.flow_style = not node.value  # In {} and [] some texts do not survive rewriting.
     try:
         values: dict[str, Any] = load_hyperpyyaml(dump(root), loader=_loader(root, guard))
     finally:
@@ -120,6 +126,7 @@ def _loader(root: MappingNode, guard: Guard) -> type[SafeLoader]:
             guarded = _guarded(tag_prefix, multi_constructor, guard)
             super().add_multi_constructor(tag_prefix, guarded)
 
+    Loader.add_constructor(EXACT, lambda loader, node: loader.construct_yaml_float(node))
     Loader.add_constructor(ATTRIBUTE, lambda loader, node: _attribute(loader, node, guard))
     return Loader
 

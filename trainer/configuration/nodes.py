@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.representer import RepresenterError
 
 # Far above any real configuration, and low enough that hostile ones are refused at once.
 MAX_NODES = 5_000  # shared nodes counted as often as they are used
@@ -77,7 +77,7 @@ def put(node: MappingNode, key: str, value: Node) -> None:
         if each.value == key:
             node.value[slot] = (each, value)
             return
-    node.value.append((ScalarNode(tag=STR, value=key), value))
+    node.value.append((represent(key), value))
 
 
 def pop(node: MappingNode, key: str) -> Any:
@@ -131,26 +131,33 @@ def represent(value: Any, near: Node | None = None) -> Node:
     """A plain Python value as a node, placed where `near` is; ValueError for an object."""
     if isinstance(value, Node):
         return value
-    try:
-        node: Node = YAML(typ="safe", pure=True).representer.represent_data(_listed(value))
-    except RepresenterError:
-        place = "" if near is None else f"{where(near)}: "
-        raise ValueError(
-            f"{place}{value!r} is a {type(value).__name__}; a YAML value must be a number, a text, "
-            "true, false, null, a list or a mapping (!apply: builds objects, !applyref: does not)"
-        ) from None
-    for each in nodes(node) if near is not None else ():
-        each.start_mark, each.end_mark = near.start_mark, near.end_mark  # type: ignore[union-attr]
-    return node
-
-
-def _listed(value: Any) -> Any:
-    """Tuples as the text that YAML reads as tuples."""
+    mark: dict[str, Any] = {}
+    if near is not None:
+        mark = {"start_mark": near.start_mark, "end_mark": near.end_mark}
+    if isinstance(value, Mapping):
+        pairs = [(represent(key, near), represent(each, near)) for key, each in value.items()]
+        return MappingNode(MAP, pairs, flow_style=not pairs, **mark)
+    if isinstance(value, list):
+        items = [represent(each, near) for each in value]
+        return SequenceNode(SEQ, items, flow_style=True, **mark)
+    if value is None or isinstance(value, bool):
+        text = "null" if value is None else str(value).lower()
+        return ScalarNode(NULL if value is None else BOOL, text, **mark)
+    if isinstance(value, int):
+        return ScalarNode(INT, int.__repr__(value), **mark)
+    if isinstance(value, float):
+        text = float.__repr__(value).replace("inf", ".inf").replace("nan", ".nan")
+        return ScalarNode(FLOAT, text, **mark)
     if isinstance(value, tuple):
-        return str(value).replace(",)", ")")
-    if isinstance(value, dict):
-        return {key: _listed(each) for key, each in value.items()}
-    return [_listed(each) for each in value] if isinstance(value, list) else value
+        return ScalarNode(STR, str(value).replace(",)", ")"), **mark)  # what is read as a tuple
+    if isinstance(value, (str, os.PathLike)):
+        simple = re.fullmatch(r"[\w./][\w./ -]*|\(.*\)", str(value))
+        return ScalarNode(STR, str(value), style=None if simple else '"', **mark)
+    place = "" if near is None else f"{where(near)}: "
+    raise ValueError(
+        f"{place}{value!r} is a {type(value).__name__}; a YAML value must be a number, a text, "
+        "true, false, null, a list or a mapping (!apply: builds objects, !applyref: does not)"
+    )
 
 
 def plain(node: Node) -> Any:

@@ -1,0 +1,593 @@
+"""From a command line to a run folder: the grammar, the records, and how errors are told."""
+
+import json
+import logging
+import os
+import re
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import arguments
+from trainer.cli import Run, configure, main
+from trainer.environment import environment, git
+from trainer.hparams import Configuration, Text, load_hparams
+from trainer.interrupt import Interrupted
+from trainer.options import RunOptions
+from trainer.runfolder import OWN, RunFolder, differences
+from trainer.speechbrain_names import create_experiment_directory, parse_arguments
+
+DEMO = """\
+    # python train.py hparams/toy/demo.yaml
+
+    # Of everything random.
+    seed: 7
+    width: 2  # channels
+    model: !new:torch.nn.Linear
+      in_features: 3
+      out_features: !ref <width>
+    shuffle: true
+    precision: bf16
+    name: demo
+    inner: {flag: false, rate: 0.5}
+    sizes: [1, 2]
+    folder: !ref <output_folder>/checkpoints
+"""
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of a small YAML, relative to the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    path = tmp_path / "hparams" / "toy" / "demo.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(textwrap.dedent(DEMO))
+    return "hparams/toy/demo.yaml"
+
+
+def keep(runs: list[Run]) -> Callable[[Run], dict[str, Any]]:
+    """A `train` that keeps what it is given."""
+
+    def train(run: Run) -> dict[str, Any]:
+        runs.append(run)
+        return {"wer": 3.2149, "cer": 0.123456, "words": torch.tensor(12)}
+
+    return train
+
+
+def fails(capsys: pytest.CaptureFixture[str], train: Any, *argv: str) -> str:
+    """What a run that ends with exit code 2 says on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        main(train, argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+# ---------------------------------------------------------------- a run and its folder
+
+
+def test_a_run_leaves_its_records_and_its_metrics(
+    demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[Run] = []
+    argv = [demo, "--model.bias", "false", "--width=5", "--name", "it's"]
+    assert main(keep(runs), argv) == {"wer": 3.2149, "cer": 0.123456, "words": 12}
+    assert capsys.readouterr().out == "test: wer=3.21 cer=0.1235 words=12\n"
+
+    (run,) = runs
+    folder = Path("results/toy/demo/7")
+    assert (run.folder, run.options.output_folder, run.argv) == (folder, str(folder), argv)
+    assert run.hparams["model"].weight.shape == (5, 3)
+    assert run.hparams["folder"] == "results/toy/demo/7/checkpoints"
+    assert (run.options.seed, run.options.precision) == (7, "bf16")
+
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last == {"kind": "stage", "stage": "test", "wer": 3.2149, "cer": 0.123456, "words": 12}
+    command = (folder / "command.txt").read_text()
+    assert command.endswith(
+        "hparams/toy/demo.yaml --model.bias false --width=5 --name 'it'\"'\"'s'\n"
+    )
+    record = json.loads((folder / "environment.json").read_text())
+    assert record["torch"] == torch.__version__
+    assert record["packages"]["torch"]
+    assert record["ranks"] == len(record["machines"]) == 1
+    assert (folder / "train.log").exists()
+
+    alone = load_hparams(folder / "hyperparams.yaml")
+    assert alone["model"].weight.shape == (5, 3)
+    assert alone["model"].bias is None
+    assert (alone["output_folder"], alone["name"]) == (str(folder), "it's")
+
+
+def test_the_same_command_builds_the_same_weights(demo: str) -> None:
+    runs: list[Run] = []
+    for _ in range(2):
+        main(keep(runs), [demo])
+    assert torch.equal(runs[0].hparams["model"].weight, runs[1].hparams["model"].weight)
+    main(keep(runs), [demo, "--seed", "8"])
+    assert runs[2].folder == Path("results/toy/demo/8")
+    assert not torch.equal(runs[0].hparams["model"].weight, runs[2].hparams["model"].weight)
+
+
+def test_a_second_start_keeps_everything_and_says_what_changed(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[Run] = []
+    main(keep(runs), [demo])
+    folder = runs[0].folder
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "one").write_text("weights")
+    capsys.readouterr()
+    main(keep(runs), [demo])
+    assert capsys.readouterr().err == ""
+    main(keep(runs), [demo, "--width", "4", "--no-shuffle"])
+    said = "other hyperparameters than at the last start: shuffle: true -> false; width: 2 -> 4"
+    assert said in capsys.readouterr().err
+    assert said in (folder / "train.log").read_text()
+    assert (folder / "checkpoints" / "one").read_text() == "weights"
+    assert len((folder / "command.txt").read_text().splitlines()) == 3
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(demo: str, tmp_path: Path) -> None:
+    runs: list[Run] = []
+    main(keep(runs), [demo])
+    folder = runs[0].folder
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (outside / "precious").write_text("mine")
+    (folder / "checkpoints").symlink_to(outside.resolve())
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "events").write_text("x")
+    (folder / "notes.txt").write_text("mine")
+    main(keep(runs), [demo, "--overwrite"])
+    assert (outside / "precious").read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "tensorboard").exists()
+    assert len((folder / "command.txt").read_text().splitlines()) == 1
+    assert "overwrite" not in (folder / "hyperparams.yaml").read_text()
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", OWN)
+def test_a_folder_that_is_not_a_runs_is_left_alone(
+    demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: list[str], name: str
+) -> None:
+    folder = tmp_path / "theses"
+    folder.mkdir()
+    (folder / name).write_text("the work of years")
+    said = fails(capsys, keep([]), demo, "--output_folder", str(folder), *flag)
+    assert f"{folder} is not a run's folder, but holds {name}" in said
+    assert (folder / name).read_text() == "the work of years"
+    assert sorted(each.name for each in folder.iterdir()) == sorted([".lock", name])
+
+
+def test_a_debug_run_keeps_nothing(demo: str, tmp_path: Path) -> None:
+    runs: list[Run] = []
+    main(keep(runs), [demo, "--debug"])
+    assert runs[0].options.debug is True
+    assert runs[0].hparams["folder"] == f"{runs[0].folder}/checkpoints"
+    assert not runs[0].folder.exists()
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_folder_is_for_one_command_at_a_time(
+    demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    code = (
+        "import pathlib, sys, time; from trainer.runfolder import RunFolder; "
+        "RunFolder(pathlib.Path(sys.argv[1])).open(); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        said = fails(capsys, keep([]), demo, "--output_folder", str(folder))
+        assert f"the run folder {folder} is in use by process {other.pid} on" in said
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    main(keep([]), [demo, "--output_folder", str(folder)])
+    main(keep([]), [demo, "--output_folder", str(folder)])
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(
+    demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        said = fails(capsys, keep([]), demo, "--output_folder", str(folder))
+        assert f"the run folder {folder} cannot be written: {tmp_path / 'file'} is a file" in said
+    if Path("/proc/self").exists():
+        said = fails(capsys, keep([]), demo, "--output_folder", "/proc/nowhere")
+        assert "the run folder /proc/nowhere cannot be written: " in said
+        assert "choose another with --output_folder" in said
+
+
+def test_a_full_disk_is_a_sentence_and_spoils_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.record("a: 1\n", ["train.py"], {})
+    before = (folder.path / "hyperparams.yaml").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what a full disk looks like
+    try:
+        with pytest.raises(OSError, match=r"hyperparams\.yaml could not be written: .*free some"):
+            folder.record("a: 1\n" + "# \n" * 1000, ["train.py"], {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        folder.close()
+    assert (folder.path / "hyperparams.yaml").read_bytes() == before
+    assert not list(folder.path.glob(".*.new"))
+
+
+def test_differences_are_named_by_key() -> None:
+    before = "a: 1\nb: {c: !new:x.Y {d: 2}, e: [1, 2]}\ngone: true\n"
+    after = "a: 1\nb: {c: !new:x.Z {d: 3}, e: [1, 3]}\nnew: !ref <a>\n"
+    assert differences(before, after) == [
+        "b.c: !new:x.Y -> !new:x.Z",
+        "b.c.d: 2 -> 3",
+        "b.e.1: 2 -> 3",
+        "gone: true -> absent",
+        "new: absent -> !ref <a>",
+    ]
+    assert differences(before, before) == []
+    assert "could not be read" in differences("a: [", after)[0]
+
+
+# ---------------------------------------------------------------- the grammar
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes"),
+    [
+        ("--width 3", [("width", "3")]),
+        ("--width=3", [("width", "3")]),
+        ("--width -3", [("width", "-3")]),
+        ("--name=a=b", [("name", "a=b")]),
+        ("--name a=b", [("name", "a=b")]),
+        ("--name=", [("name", "")]),
+        ("--name=--x", [("name", "--x")]),
+        ("--model.bias=false", [("model.bias", "false")]),
+        ("--inner.flag", [("inner.flag", True)]),
+        ("--no-inner.flag", [("inner.flag", False)]),
+        ("--shuffle", [("shuffle", True)]),
+        ("--no-shuffle", [("shuffle", False)]),
+        ("--shuffle false --width 3", [("shuffle", "false"), ("width", "3")]),
+        ("--debug --no-progressbar", [("debug", True), ("progressbar", False)]),
+        ("--sizes [3,4]", [("sizes", "[3,4]")]),
+        ("--width 3 --width 4", [("width", "3"), ("width", "4")]),
+    ],
+)
+def test_arguments_say_what_to_change(demo: str, argv: str, changes: list[Any]) -> None:
+    assert arguments.parse(argv.split(), Configuration(demo)) == changes
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--widht 3", "there is no key or run option 'widht'; did you mean 'width'?"),
+        ("--prec fp16", "there is no key or run option 'prec'"),
+        (
+            "--output-folder x",
+            "no key or run option 'output-folder'; did you mean 'output_folder'?",
+        ),
+        ("--model.biass 1", "torch.nn.Linear has no argument 'biass'; did you mean 'bias'?"),
+        ("--inner.rat 1", "there is no key 'inner.rat' below inner"),
+        ("--no-width", "--no-width: width is not a key that is true or false"),
+        ("--no-shufle", "there is no key or run option 'no-shufle'"),
+        ("--no-shuffle=true", "there is no key or run option 'no-shuffle'"),
+        ("--width", "--width needs a value; one that begins with -- is given as --width=…"),
+        ("--width --debug", "--width needs a value"),
+        ("stray", "what does 'stray' belong to? Values follow their key, as in --key value"),
+        ("--shuffle 3", "what does '3' belong to?"),
+        ("-w 3", "what does '-w' belong to?"),
+        ("--", "what does '--' belong to?"),
+        ("--width many", "width must be a number, as its default 2 is ({}, line 5), not 'many'"),
+        ("--shuffle=1", "shuffle must be true or false, as its default true is"),
+        ("--sizes 3", "sizes must be a list, as its default [1, 2] is"),
+        ("--precision fp8", "precision must be one of fp32, fp16, bf16, not 'fp8'"),
+        ("--optimizer_step_limit three", "optimizer_step_limit must be a whole number of at leas"),
+        ("--debug=1", "debug must be true or false, not 1"),
+        ("--sizes [3", "--sizes: not valid YAML: "),
+        ("--device cuda:99", "device 'cuda:99' asks for GPU 99, but this machine has"),
+        ("--device gpu", "device is 'gpu'; allowed: "),
+    ],
+)
+def test_wrong_arguments_get_a_sentence_and_exit_code_2(
+    demo: str, capsys: pytest.CaptureFixture[str], argv: str, said: str
+) -> None:
+    assert said.replace("{}", demo) in fails(capsys, keep([]), demo, *argv.split())
+    assert not Path("results").exists()
+
+
+def test_a_gpu_where_there_is_none_is_a_sentence(
+    demo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    said = fails(capsys, keep([]), demo, "--device", "cuda")
+    assert "but this machine has no GPUs that torch can use; use --device cpu" in said
+
+
+def test_the_first_argument_is_the_yaml(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the first argument must be the YAML file; --help" in fails(capsys, keep([]))
+    assert "must be the YAML file, not '--seed'" in fails(capsys, keep([]), "--seed", "3", demo)
+    assert "gone.yaml: No such file or directory" in fails(capsys, keep([]), "gone.yaml")
+
+
+def test_values_take_the_types_of_their_keys(demo: str) -> None:
+    configuration, options = configure(
+        [
+            *(demo, "--optimizer_step_limit", "3", "--max_grad_norm", "{g: 1, d: null}"),
+            *(
+                "--output_folder",
+                "2024",
+                "--device",
+                "cpu",
+                "--name",
+                "007",
+                "--inner.rate",
+                "-1e-3",
+            ),
+            *("--sizes", "[3, 4]", "--no-shuffle", "--inner.flag", "--eval_precision", "null"),
+        ]
+    )
+    assert options.optimizer_step_limit == 3
+    assert options.max_grad_norm == {"g": 1.0, "d": None}
+    assert (options.output_folder, options.device, options.eval_precision) == ("2024", "cpu", None)
+    built = configuration.build()
+    assert (built["name"], built["sizes"], built["shuffle"]) == ("007", [3, 4], False)
+    assert built["inner"] == {"flag": True, "rate": -1e-3}
+    assert configure([demo, "--max_grad_norm=inf"])[1].max_grad_norm == float("inf")
+
+
+def test_precedence_is_default_then_yaml_then_command_line(demo: str) -> None:
+    assert RunOptions().precision == "fp32"
+    assert configure([demo])[1].precision == "bf16"
+    assert configure([demo, "--precision", "fp16"])[1].precision == "fp16"
+    assert configure([demo, "--precision", "fp16"])[0].build()["precision"] == "fp16"
+    assert configure([demo, "--log_interval", "9"])[0].build()["log_interval"] == 9
+
+
+def test_options_of_one_command_are_not_written_down(demo: str) -> None:
+    configuration, options = configure(
+        [demo, "--test_only", "--no-progressbar", "--overwrite=true"]
+    )
+    assert (options.test_only, options.progressbar, options.overwrite) == (True, False, True)
+    assert "test_only" not in configuration.build()
+
+
+def test_seed_and_output_folder_are_in_every_yaml(demo: str) -> None:
+    Path("plain.yaml").write_text("file: !ref <output_folder>/<seed>.txt\n")
+    configuration, options = configure(["plain.yaml", "--seed", "5"])
+    name = f"results/{Path.cwd().name}/plain/5"
+    assert configuration.build() == {"file": f"{name}/5.txt", "seed": 5, "output_folder": name}
+    assert (options.seed, options.output_folder) == (5, name)
+    Path("again.yaml").write_text(configuration.dump())
+    assert configure(["again.yaml", "--seed", "6"])[1].output_folder == name.replace("/5", "/6")
+
+
+def test_help_lists_options_and_keys_without_building(
+    demo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with Path(demo).open("a") as file:
+        file.write("other: !new:not.there.AtAll\nopen: !PLACEHOLDER  # a folder\n")
+    assert main(keep([]), [demo, "--help"]) == {}
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: train.py FILE [--key value | --key=value")
+    assert all(re.search(rf"^  --{name} ", shown, re.M) for name in RunOptions.names())
+    assert re.search(r"^  --width 2 +channels$", shown, re.M)
+    assert re.search(r"^  --seed 7 +Of everything random\.$", shown, re.M)
+    assert re.search(r"^  --precision bf16 +of the forward pass", shown, re.M)
+    assert re.search(r"^  --model\.out_features !ref <width>$", shown, re.M)
+    assert re.search(r"^  --open !PLACEHOLDER +a folder$", shown, re.M)
+    assert "not.there.AtAll" in shown
+    main(keep([]), ["-h"])
+    assert "train.py FILE --help lists the keys of a YAML too." in capsys.readouterr().out
+    assert not Path("results").exists()
+
+
+# ---------------------------------------------------------------- how a run ends
+
+
+def test_a_mistake_in_the_yaml_is_a_sentence_and_its_traceback_is_in_the_log(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(capsys, keep([]), demo, "--model.in_features", "-1.5")
+    assert "model (hparams/toy/demo.yaml, line 6): torch.nn.Linear could not be built" in said
+    assert "(its traceback is in results/toy/demo/7/train.log)" in said
+    log = Path("results/toy/demo/7/train.log").read_text()
+    assert "Traceback (most recent call last)" in log
+    assert "Misbuilt" in log
+
+
+def test_a_missing_placeholder_is_a_sentence(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("open.yaml").write_text("data_folder: !PLACEHOLDER\n")
+    said = fails(capsys, keep([]), "open.yaml")
+    assert "no value for data_folder (open.yaml, line 1)" in said
+    assert "give it as --data_folder …" in said
+
+
+def test_an_error_of_the_system_is_a_sentence(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(_run: Run) -> None:
+        Path("gone/data.wav").read_bytes()
+
+    assert "gone/data.wav: No such file or directory" in fails(capsys, train, demo)
+
+
+def test_a_bug_keeps_its_traceback_and_is_in_the_log(demo: str) -> None:
+    def train(_run: Run) -> None:
+        int("three")
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(train, [demo])
+    log = Path("results/toy/demo/7/train.log").read_text()
+    assert "invalid literal for int()" in log
+    assert 'int("three")' in log
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ([3.2], "train must return test metrics by name, as in {'wer': 3.2}, not [3.2]"),
+        ({"wer": "low"}, "the test metric 'wer' must be a number, not 'low'"),
+    ],
+)
+def test_metrics_that_are_none_get_a_sentence(
+    demo: str, capsys: pytest.CaptureFixture[str], result: Any, said: str
+) -> None:
+    assert said in fails(capsys, lambda _run: result, demo)
+
+
+def test_a_run_without_a_test_says_nothing(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(lambda _run: None, [demo]) == {}
+    assert capsys.readouterr().out == ""
+
+
+def test_interrupts_end_with_the_code_of_their_signal(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def polite(_run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # Only noted: the loop asks for it.
+        raise Interrupted(signal.SIGTERM)
+
+    def impatient(_run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for train, code in ((polite, 143), (impatient, 130)):
+        with pytest.raises(SystemExit) as stopped:
+            main(train, [demo])
+        assert stopped.value.code == code
+    assert "stopped with exit code 143" in Path("results/toy/demo/7/train.log").read_text()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    main(keep([]), [demo])  # The lock and the request are gone.
+
+
+def test_messages_reach_the_terminal_and_the_log(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(_run: Run) -> None:
+        logging.getLogger("trainer").info("epoch 1 valid: wer 3.21")
+        logging.getLogger("recipes.asr").warning("two\nlines")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("careful", stacklevel=1)
+
+    main(train, [demo])
+    said, log = capsys.readouterr().err, Path("results/toy/demo/7/train.log").read_text()
+    for each in ("epoch 1 valid: wer 3.21", "two", "lines", "careful"):
+        assert said.count(each) >= 1
+        assert log.count(each) >= 1
+    assert "warning: two" in said
+    assert logging.getLogger("trainer").handlers == []
+
+
+def test_modules_beside_train_py_may_be_named(
+    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toymodel.py").write_text("class Net:\n    width = 3\n")
+    (tmp_path / "train.py").write_text(
+        "import trainer.cli\n"
+        "def train(run):\n    return {'width': run.hparams['net'].width}\n"
+        "if __name__ == '__main__':\n    METRICS = trainer.cli.main(train)\n"
+    )
+    (tmp_path / "os.py").write_text("raise SystemExit('not Python\\'s own')\n")
+    Path("toy.yaml").write_text("net: !new:toymodel.Net\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "toy.yaml"])
+    assert runpy.run_path("train.py", run_name="__main__")["METRICS"] == {"width": 3}
+    Path("toy.yaml").write_text("net: !apply:os.getcwd\n")
+    with pytest.raises(SystemExit):
+        runpy.run_path("train.py", run_name="__main__")
+
+
+def test_a_package_of_ones_own_is_allowed_by_main(
+    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ownnets.py").write_text("class Net:\n    width = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("toy.yaml").write_text("net: !new:ownnets.Net\n")
+    assert "ownnets.Net is not allowed" in fails(capsys, keep([]), "toy.yaml")
+    runs: list[Run] = []
+    main(keep(runs), ["toy.yaml"], allow=["ownnets"])
+    assert runs[0].hparams["net"].width == 3
+
+
+# ---------------------------------------------------------------- environment, SpeechBrain's names
+
+
+def test_the_environment_knows_the_code(tmp_path: Path) -> None:
+    assert git(tmp_path) is None
+    for command in (
+        "init -q",
+        "-c user.name=a -c user.email=a@b commit -q --allow-empty -m start",
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True)
+    clean = git(tmp_path)
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{40}", clean["revision"])
+    assert clean["dirty"] is False
+    (tmp_path / "train.py").write_text("")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "train.py"], check=True)
+    assert environment(tmp_path / "train.py")["git"] == {**clean, "dirty": True}
+
+
+def test_speechbrains_head_of_a_recipe(demo: str) -> None:
+    argv = [demo, "--width=4", "--precision", "fp16", "--model.bias", "false", "--log_interval=9"]
+    path, run_opts, overrides = parse_arguments([*argv, "--name", "007"])
+    assert path == demo
+    assert run_opts == {"precision": "fp16", "log_interval": 9}
+    assert overrides == {
+        "width": 4,
+        "precision": "fp16",
+        "model": {"bias": False},
+        "name": "007",
+    }
+    create_experiment_directory("results/sb", demo, overrides={"width": 4})
+    create_experiment_directory("results/sb", demo, overrides={"width": 5})
+    assert load_hparams("results/sb/hyperparams.yaml", {"output_folder": "x"})["width"] == 5
+    assert len(Path("results/sb/command.txt").read_text().splitlines()) == 2
+    assert Configuration(demo).is_flag("shuffle")
+    assert Text("x") == "x"
+
+
+@pytest.mark.long
+def test_two_processes_share_one_folder_and_one_sentence(demo: str, tmp_path: Path) -> None:
+    Path("train.py").write_text(
+        "import trainer.cli\nfrom trainer import distributed\n"
+        "def train(run):\n"
+        "    return {'ranks': distributed.world_size(), 'seed': run.options.seed}\n"
+        "trainer.cli.main(train)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, "train.py", demo], capture_output=True, text=True)
+    assert done.stdout == "test: ranks=2 seed=7\n"
+    record = json.loads(Path("results/toy/demo/7/environment.json").read_text())
+    assert record["ranks"] == len(record["machines"]) == 2
+    Path("file").write_text("")
+    done = subprocess.run(
+        [*command, "train.py", demo, "--output_folder", "file"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "error: the run folder file cannot be written: file is a file" in done.stderr
