@@ -111,15 +111,14 @@ def fill(lines: Sequence[Line]) -> None:
     Raises ``OSError`` where the folder cannot be written, ``RuntimeError`` where the synthesiser
     fails.
     """
-    if not (missing := _missing(lines)):
-        return
-    from filelock import FileLock  # comes with torch
+    from filelock import FileLock
 
     try:
-        folder().mkdir(parents=True, exist_ok=True)
-        with FileLock(folder() / "speech.lock"):
-            if missing := _missing(missing):  # another process may have made them meanwhile
-                _synthesise(missing)
+        if missing := _missing(lines):
+            folder().mkdir(parents=True, exist_ok=True)
+            with FileLock(folder() / "speech.lock"):
+                if missing := _missing(missing):  # another process may have made them meanwhile
+                    _synthesise(missing)
     except OSError as error:
         raise OSError(
             f"cannot write the embedded speech into {folder()} ({error}); the environment variable"
@@ -232,6 +231,6 @@ def write(path: Path, samples: Tensor, sample_rate: int) -> None:
     content = io.BytesIO()
     soundfile.write(content, samples.numpy(), sample_rate, subtype="PCM_16", format="WAV")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(".part")  # a killed run's is overwritten by the next that wants it
     part.write_bytes(content.getvalue())
     os.replace(part, path)
