@@ -37,6 +37,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 Corpus = Mapping[str, CutSet]
+SPLITS = ("train", "valid", "test")
 
 
 # ------------------------------------------------------------------------------ embedded sentences
@@ -82,6 +83,8 @@ def digits(
     Raises ValueError for a folder that is missing or has another layout, for a take that two splits
     would share, and for a split without any.
     """
+    _check_splits("strings", strings)
+    _check_splits("takes", takes)
     _check_disjoint(takes)
     recorded = _recorded_digits(data_folder, sample_rate, on_bad, max_bad)
     corpus = {}
@@ -100,6 +103,11 @@ def digits(
             for number, (name, tracks) in enumerate(drawn)
         )
     return corpus
+
+
+def _check_splits(name: str, given: Mapping[str, Any]) -> None:
+    if set(given) != set(SPLITS):
+        raise ValueError(f"{name} must be given for {', '.join(SPLITS)}; got {dict(given)}")
 
 
 def _check_disjoint(takes: Mapping[str, Sequence[int]]) -> None:
@@ -169,6 +177,7 @@ def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests:
     Raises ValueError for a folder that is missing or has another layout, and for a split of which
     no part is there.
     """
+    _check_splits("parts", parts)
     folder = _existing(data_folder, "folders such as train-clean-100 with a *.trans.txt in each")
     there = {each.name for each in folder.iterdir() if each.is_dir()}
     wanted = {part for names in parts.values() for part in names}

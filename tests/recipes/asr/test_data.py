@@ -16,7 +16,11 @@ from trainer.items import BadItem
 RATE = 8000
 STRINGS = {"train": 40, "valid": 10, "test": 20}
 TAKES = {"train": (4, 99), "valid": (2, 3), "test": (0, 1)}
-PARTS = {"train": ["train-clean-100", "train-clean-360"], "valid": ["dev-clean"]}
+PARTS = {
+    "train": ["train-clean-100", "train-clean-360"],
+    "valid": ["dev-clean"],
+    "test": ["dev-clean"],
+}
 
 
 def write(path: Path, seconds: float, level: float, rate: int = RATE) -> None:
@@ -88,6 +92,11 @@ def test_the_same_strings_in_every_run(fsdd: Path) -> None:
 def test_takes_of_two_splits_must_not_overlap(fsdd: Path) -> None:
     with pytest.raises(ValueError, match="test and valid share take 2; their takes must not"):
         make(fsdd, takes={**TAKES, "test": (0, 2)})
+
+
+def test_every_split_must_be_described(fsdd: Path) -> None:
+    with pytest.raises(ValueError, match="takes must be given for train, valid, test; got {'test'"):
+        make(fsdd, takes={"test": (0, 1)})
 
 
 def test_a_split_without_takes_is_told(fsdd: Path) -> None:

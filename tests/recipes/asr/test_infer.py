@@ -1,0 +1,116 @@
+"""Transcribing files with nothing but a run folder."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from recipes.asr import infer
+from recipes.asr.scoring import Scores
+from recipes.asr.train import train
+from tests.recipes.asr.test_train import HPARAMS, TINY
+from trainer import cli
+
+
+@pytest.fixture(scope="module")
+def run(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, moved to where it was not made."""
+    folder = tmp_path_factory.mktemp("made")
+    cli.main(
+        train,
+        [
+            str(HPARAMS / "fsdd.yaml"), "--output_folder", str(folder / "run"), *TINY,
+            "--data_folder", str(tones), "--corpus.strings", "{train: 12, valid: 4, test: 5}",
+            "--average_checkpoints", "2", "--checkpointer.keep_last", "2", "--opt_class.lr", "0.1",
+            "--batch_seconds", "60",
+        ],
+    )  # fmt: skip
+    shutil.move(folder / "run", folder / "elsewhere")
+    return folder / "elsewhere"
+
+
+def sound(path: Path, seconds: float, rate: int, channels: int = 1) -> Path:
+    noise = np.random.default_rng(0).normal(0.0, 0.1, (round(seconds * rate), channels))
+    soundfile.write(path, noise, rate)
+    return path
+
+
+def test_every_rate_channel_and_length_is_transcribed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        sound(tmp_path / "one.wav", 1.0, 8000),
+        sound(tmp_path / "stereo.flac", 1.5, 44100, channels=2),
+        sound(tmp_path / "short.wav", 0.001, 16000),
+        sound(tmp_path / "two words.ogg", 2.0, 16000),
+    ]
+    assert infer.main([str(run), *map(str, files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [str(file) for file in files]
+    assert all(line.count("\t") == 1 for line in lines)
+
+
+def test_transcripts_are_those_of_the_test(run: Path, tones: Path) -> None:
+    """The weights, the decoding and the precision are the same: so are the error rates."""
+    brain = infer.load(run)
+    hparams = vars(brain.hparams)
+    scores = Scores()
+    with infer.best_weights(brain, None, "wer"):
+        corpus = hparams["corpus"]()
+        for cut in corpus["test"]:
+            said = " ".join(each.text for each in cut.supervisions)
+            scores.add([cut.id], [said], [brain.transcribe(torch.from_numpy(cut.load_audio())[0])])
+    first = (run / "wer_test.txt").read_text().splitlines()[0]
+    rates = scores.rates()
+    assert first.endswith(f"WER {rates['wer']:.2f} %, CER {rates['cer']:.2f} %")
+    assert any(utterance.heard for utterance in scores.utterances)
+
+
+def test_unusable_files_are_named_and_the_others_transcribed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.wav").write_text("no sound at all")
+    good = sound(tmp_path / "good.wav", 1.0, 8000)
+    missing = tmp_path / "missing.wav"
+    assert infer.main([str(run), str(missing), str(tmp_path / "text.wav"), str(good)]) == 1
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{good}\t")
+    assert told.out.count("\n") == 1
+    assert f"error: {missing}: it does not exist" in told.err
+    assert "text.wav: it is not an audio file" in told.err
+
+
+def test_a_folder_that_is_no_run_is_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = str(sound(tmp_path / "good.wav", 1.0, 8000))
+    assert infer.main([str(tmp_path), good]) == 2
+    assert f"error: {tmp_path} is no run folder: it has no hyperparams.yaml" in (
+        capsys.readouterr().err
+    )
+    shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
+    assert infer.main([str(tmp_path / "empty"), good]) == 2
+    assert "has no sound checkpoint" in capsys.readouterr().err
+
+
+def test_a_long_file_is_cut_where_it_is_quiet(tmp_path: Path) -> None:
+    rate = 8000
+    signal = np.random.default_rng(0).normal(0.0, 0.1, 45 * rate).astype(np.float32)
+    quiet = [(18.0, 18.3), (35.0, 35.3)]  # each in the last four of 20 s from the cut before
+    for start, end in quiet:
+        signal[round(start * rate) : round(end * rate)] *= 1e-3
+    soundfile.write(tmp_path / "long.wav", signal, rate, subtype="FLOAT")
+    pieces = list(infer.pieces(tmp_path / "long.wav", rate))
+    assert torch.equal(torch.cat(pieces), torch.from_numpy(signal))
+    ends = np.cumsum([len(piece) for piece in pieces]) / rate
+    assert len(ends) == 3
+    for end, (start, stop) in zip(ends, quiet, strict=False):
+        assert start < end < stop
+
+
+def test_pieces_have_the_rate_that_is_asked_for(tmp_path: Path) -> None:
+    path = sound(tmp_path / "long.wav", 50.0, 11025)
+    assert sum(len(piece) for piece in infer.pieces(path, 8000)) == pytest.approx(50 * 8000, abs=3)
