@@ -16,7 +16,7 @@ def tone(digit: int, seconds: float, rate: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits 0 to 9 by two speakers, takes 0 to 9, in the layout of the Free Spoken Digit Dataset."""
+    """Ten takes of ten digits by two speakers, as the Free Spoken Digit Dataset has them."""
     folder = tmp_path_factory.mktemp("tones") / "recordings"
     folder.mkdir()
     for digit in range(10):

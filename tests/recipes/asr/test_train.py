@@ -13,11 +13,11 @@ from trainer import cli
 from trainer.hparams import load_hparams
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "asr"
-TINY = """
-    --width 16 --bands 32 --model.front.channels 4 --model.encoder.num_layers 1
-    --model.encoder.num_heads 2 --steps 2 --schedule.warmup_steps 1 --batch_seconds 10
-    --num_workers 0 --device cpu --no-progressbar --log_interval 1
-""".split()
+TINY = [
+    "--width=16", "--bands=32", "--model.front.channels=4", "--model.encoder.num_layers=1",
+    "--model.encoder.num_heads=2", "--steps=2", "--schedule.warmup_steps=1", "--batch_seconds=10",
+    "--num_workers=0", "--device=cpu", "--no-progressbar", "--log_interval=1",
+]  # fmt: skip
 
 
 def run(name: str, folder: Path, *arguments: str) -> dict[str, float]:
