@@ -24,14 +24,15 @@ from typing import Any
 from ruamel.yaml.nodes import ScalarNode
 from torch import Tensor
 
-from trainer import arguments, distributed, session
+from trainer import distributed
 from trainer.configuration.guard import NAME
 from trainer.configuration.nodes import NULL, get, plain, tag
-from trainer.environment import environment
 from trainer.hparams import Configuration, describe, option
 from trainer.log import RunLog
 from trainer.options import RunOptions
-from trainer.runfolder import RunFolder
+from trainer.run import arguments, session
+from trainer.run.environment import environment
+from trainer.run.folder import RunFolder
 from trainer.seed import seed_everything
 from trainer.setup import pick_device
 

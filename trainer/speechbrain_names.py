@@ -17,12 +17,13 @@ from typing import Any
 
 from ruamel.yaml.nodes import MappingNode
 
-from trainer import arguments, distributed
+from trainer import distributed
 from trainer.configuration.nodes import get, plain
-from trainer.environment import environment
 from trainer.hparams import Configuration, option
 from trainer.options import RunOptions
-from trainer.runfolder import RunFolder
+from trainer.run import arguments
+from trainer.run.environment import environment
+from trainer.run.folder import RunFolder
 
 _held: list[RunFolder] = []  # Their locks last as long as the process.
 

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import arguments
 from trainer.cli import Run, configure, main
-from trainer.environment import environment, git
 from trainer.hparams import Configuration, Text, load_hparams
 from trainer.interrupt import Interrupted
 from trainer.options import RunOptions
-from trainer.runfolder import OWN, RunFolder, differences
+from trainer.run import arguments
+from trainer.run.environment import environment, git
+from trainer.run.folder import OWN, RunFolder, differences
 from trainer.speechbrain_names import create_experiment_directory, parse_arguments
 
 DEMO = """\
@@ -191,7 +191,7 @@ def test_a_run_folder_is_for_one_command_at_a_time(
 ) -> None:
     folder = tmp_path / "run"
     code = (
-        "import pathlib, sys, time; from trainer.runfolder import RunFolder; "
+        "import pathlib, sys, time; from trainer.run.folder import RunFolder; "
         "RunFolder(pathlib.Path(sys.argv[1])).open(); print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(folder)]
