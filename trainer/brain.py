@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer import distributed, step
+from trainer import distributed
 from trainer.attributes import Attributes
 from trainer.averages import Mean, WeightAverage
 from trainer.data import make_loader
@@ -31,7 +31,7 @@ from trainer.feeding import Feed
 from trainer.hooks import Stage
 from trainer.journal import Journal
 from trainer.keeping import Keeper
-from trainer.nonfinite import Patience
+from trainer.nonfinite import Patience, Statistics
 from trainer.options import RunOptions
 from trainer.precision import Precision
 from trainer.profiling import Profiler
@@ -51,7 +51,8 @@ class Brain(Workings):
         modules: networks by name; reached as ``self.modules.name``, on the run's device.
         opt_class: makes an optimizer from parameters, for the default `init_optimizers`.
         hparams: anything by name; reached as ``self.hparams.name``. Run options among them count,
-            as do ``schedule`` (a factory that takes an optimizer), ``early_stopping`` and ``clip``.
+            as do ``schedule`` (a factory that takes an optimizer), ``early_stopping`` and
+            ``clipper``; ``schedule`` and ``clipper`` may be mappings by optimizer.
         run_opts: run options that win over ``hparams``: a mapping or a complete `RunOptions`.
         checkpointer: where and which checkpoints are kept; None keeps none.
 
@@ -85,6 +86,7 @@ class Brain(Workings):
         self.average, self.patience = Mean(), Patience(self.options.nonfinite_patience)
         self.journal, self.profiler = Journal(self.options), Profiler(self.options)
         self.test_metrics: dict[str, Any] = {}
+        self.statistics = Statistics(self.modules)
         self._prepare()
         self.weight_average: WeightAverage | None = None
         self.framework: frozenset[str] = frozenset()
@@ -142,7 +144,7 @@ class Brain(Workings):
 
         Returns what is averaged over the epoch: a `StepReport`, a scalar, or a dict of scalars.
         """
-        should_step = self.closes_window()
+        should_step = self._last or self.closes_window()
         self.on_fit_batch_start(batch, should_step)
         with self.autocast():
             outputs = self.compute_forward(batch, Stage.TRAIN)
@@ -153,7 +155,7 @@ class Brain(Workings):
 
     def optimize(
         self,
-        loss: Tensor,
+        loss: Tensor | Mapping[str, Tensor],
         name: str | None = None,
         weight: float | None = None,
         retain_graph: bool = False,
@@ -163,19 +165,21 @@ class Brain(Workings):
         guard, clip, step, schedule and zero. The only way in which weights move.
 
         Args:
-            loss: a scalar with a graph, the mean over ``weight`` examples.
+            loss: a scalar with a graph, the mean over ``weight`` examples; or one for each of
+                several optimizers by name, all of which go backward before any of them steps.
             name: which optimizer; None for all that `freeze_optimizers` leaves, together.
             weight: the examples that the loss is a mean over; by default those of the batch.
             retain_graph: keep the graph for another loss that shares it.
             last: close the accumulation window even if it is not full.
 
+        Returns the report of the first optimizer.
         Raises ValueError for an unknown name, something else than a scalar, or a loss without a
         graph; NonFiniteError when patience has run out.
         """
+        losses = loss.items() if isinstance(loss, Mapping) else [(name, loss)]
+        parts = [(self._updates_for(each), part) for each, part in losses]
         weight = self._weight if weight is None else weight
-        reports = step.optimize(self._updates_for(name), loss, weight, retain_graph, last)
-        self._note(reports)
-        return reports[0]
+        return self._optimize(parts, weight, retain_graph, last)
 
     def _evaluate(self, feed: Feed, stage: Stage, epoch: int | None) -> StageReport:
         mean, steps = Mean(), 0
@@ -184,7 +188,9 @@ class Brain(Workings):
             with self.journal.stage(stage.value, epoch, feed.length(), 0):
                 for batch, _ in feed.from_batch(epoch or 0, 0):
                     steps += 1
-                    mean.update(self.evaluate_batch(batch, stage), self.count_examples(batch))
+                    loss = self.evaluate_batch(batch, stage)
+                    if loss is not None:
+                        mean.update(loss, self.count_examples(batch))
                     self.journal.tick()
                     self.keeper.after_evaluated_batch()
             return self._end_stage(stage, mean, epoch, steps)
@@ -226,9 +232,11 @@ class Brain(Workings):
     def frozen(self, *names: str) -> Iterator[None]:
         """Within it, the parameters of these optimizers require no gradient: they are constants.
 
-        Gradients still flow through them to what comes before.
+        Gradients still flow through them to what comes before. Where nothing trains, as in a test
+        alone, there are no optimizers, and nothing to do.
         """
-        params = [p for name in names for p in self._updates_for(name)[0].params]
+        trained = names if self.updates else ()
+        params = [p for name in trained for p in self._updates_for(name)[0].params]
         for p in params:
             p.requires_grad_(False)
         try:
@@ -240,7 +248,7 @@ class Brain(Workings):
     def closes_window(self, name: str | None = None) -> bool:
         """Whether the next `optimize` of this optimizer steps, rather than accumulates."""
         lead = self._updates_for(name)[0]
-        return self._last or lead.window.count + 1 >= lead.size
+        return lead.window.count + 1 >= lead.size
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients and open windows. `optimize` needs no call of it."""

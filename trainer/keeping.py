@@ -160,7 +160,9 @@ class Keeper:
 
     def begin_training(self) -> None:
         """The stage's hook has run; the first batch comes next."""
+        self.brain.statistics.begin()
         if self.brain.step == 0:
+            self.brain.zero_grad()  # What an error in an earlier epoch, or the user, left there.
             self.brain.average = type(self.brain.average)()
             self.brain.patience.reset()
         self._restore(strict=True)

@@ -1,8 +1,11 @@
-"""Patience with losses and gradients that are not finite: how many, and what is said then."""
+"""Losses and gradients that are not finite: how many are borne, and what they must not leave."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class NonFiniteError(RuntimeError):
@@ -52,3 +55,72 @@ class Patience:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from a saved state."""
         self.count = state["count"]
+
+
+class Statistics:
+    """The buffers that forward passes change, such as the running means of a batch norm.
+
+    A NaN in an input is in them before any loss tells of it, and it never leaves: `put_back` makes
+    them what they were at the last `keep`. Only those that have changed since are copied.
+    """
+
+    def __init__(self, modules: nn.Module) -> None:
+        self._modules = modules
+        self.begin()
+
+    def begin(self) -> None:
+        """Look for the buffers (anew: modules may have been exchanged), and keep them."""
+        found = [
+            (f"{path}.{name}", module, name, buffer)
+            for path, module in self._modules.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._names = [full_name for full_name, *_ in found]
+        self._places = [(module._buffers, name) for _, module, name, _ in found]
+        # torch's own norms change theirs without counting it as a new version.
+        self._silent = [isinstance(module, _NormBase) for _, module, *_ in found]
+        self._seen: list[Tensor] = [buffer for *_, buffer in found]
+        self._versions = [buffer._version for buffer in self._seen]
+        self._kept = [buffer.detach().clone() for buffer in self._seen]
+
+    def keep(self) -> None:
+        """The buffers are as they should be."""
+        for i in self._changed():
+            buffers, name = self._places[i]
+            buffer = buffers[name]
+            assert buffer is not None
+            if buffer.shape == self._kept[i].shape:
+                self._kept[i].copy_(buffer.detach())
+            else:
+                self._kept[i] = buffer.detach().clone()
+            self._seen[i], self._versions[i] = buffer, buffer._version
+
+    def put_back(self) -> None:
+        """Undo what happened to the buffers since `keep`."""
+        for i in self._changed():
+            buffers, name = self._places[i]
+            buffers[name] = self._seen[i]
+            self._seen[i].detach().copy_(self._kept[i])
+            self._versions[i] = self._seen[i]._version
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the changed ones were."""
+        return {self._names[i]: self._kept[i] for i in self._changed()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state: some of the buffers have changed since `keep`."""
+        for i, name in enumerate(self._names):
+            if name in state:
+                self._kept[i].copy_(state[name])
+                self._versions[i] = -1
+
+    def _changed(self) -> list[int]:
+        """Which have been computed in place, or exchanged for another tensor."""
+        return [
+            i
+            for i, (buffers, name) in enumerate(self._places)
+            if self._silent[i]
+            or (buffer := buffers[name]) is not self._seen[i]
+            or buffer._version != self._versions[i]
+        ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ class Profiler:
             self._profile.step()
 
     def __exit__(self, *error: object) -> None:
-        if self._profile is not None:
-            self._profile.__exit__(*error)
-            self._profile = None
+        if self._profile is None:
+            return
+        self._profile.__exit__(*error)  # Writes what it has, if the trace has begun.
+        self._profile = None
+        if self._wanted and error[0] is None:
+            options = self._options
+            warnings.warn(
+                f"profile_training: the epoch ended within the {options.profile_warmup} steps of "
+                "warm-up and nothing was traced; lower profile_warmup, or wait for a longer epoch",
+                stacklevel=2,
+            )

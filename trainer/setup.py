@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer import distributed
-from trainer.clipping import Clipper, NormClip, ValueClip, by_name
+from trainer.clipping import Clipper, NormClip, ValueClip, by_name, limit_of
 from trainer.options import RunOptions, nearest
 from trainer.update import Update
 
@@ -68,10 +68,7 @@ def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str
 
     ``on_hand_step`` is called before a step that a recipe takes past `Brain.optimize`.
     """
-    optimizers = getattr(brain, "optimizers_dict", None)
-    if optimizers is None:
-        optimizer = getattr(brain, "optimizer", None)
-        optimizers = {} if optimizer is None else {"main": optimizer}
+    optimizers = _optimizers(brain)
     options, names = brain.options, list(optimizers)
     schedules = getattr(brain.hparams, "schedule", None)
     every = {id(p) for p in brain.modules.parameters()}
@@ -93,6 +90,27 @@ def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str
     return updates
 
 
+def _optimizers(brain: Any) -> dict[str, torch.optim.Optimizer]:
+    """What ``init_optimizers`` made: ``optimizers_dict``, or ``optimizer``, or any attributes.
+
+    Raises ValueError for something that is no optimizer, and for a limit that is none.
+    """
+    found = getattr(brain, "optimizers_dict", None)
+    if found is None:
+        found = {n: v for n, v in vars(brain).items() if isinstance(v, torch.optim.Optimizer)}
+        if list(found) == ["optimizer"]:
+            found = {"main": found["optimizer"]}
+    for name, optimizer in found.items():
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizers_dict[{name!r}] is {optimizer!r}; allowed: a torch.optim.Optimizer, "
+                "made by calling its class with the parameters"
+            )
+        for group in optimizer.param_groups:
+            limit_of(group.get("max_grad_norm"))
+    return dict(found)
+
+
 def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOptions) -> Any:
     if factory is None:
         return None
@@ -102,21 +120,25 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
             "such as !name:trainer.schedules.WarmupDecay {…}, or a mapping of these by optimizer"
         )
     schedule = factory(optimizer)
-    if not hasattr(schedule, "every"):
-        schedule.every = options.schedule_every  # One of torch's own, which do not say.
+    if not hasattr(schedule, "every"):  # One of torch's own, which do not say.
+        by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        schedule.every = "epoch" if by_metric else options.schedule_every
     return schedule
 
 
 def _clipper(brain: Any, name: str, names: list[str]) -> Clipper:
-    kind = by_name(brain.options.clip, name, names, "clip")
-    limit = by_name(brain.options.max_grad_norm, name, names, "max_grad_norm")
-    if kind == "norm":
-        return NormClip(limit)
-    if kind == "value":
-        return ValueClip(limit)
-    if callable(kind) and hasattr(kind, "limit"):
-        return kind  # type: ignore[no-any-return]  # a clipper from the YAML
-    raise ValueError(f"clip is {kind!r}; allowed: norm, value, or a clipper of trainer.clipping")
+    own = by_name(getattr(brain.hparams, "clipper", None), name, names, "clipper")
+    if own is not None:
+        if callable(own) and hasattr(own, "limit"):
+            return own  # type: ignore[no-any-return]
+        raise ValueError(
+            f"clipper is {own!r}; allowed: an object that is called with gradients and has a "
+            "limit, as those of trainer.clipping, or a mapping of these by optimizer"
+        )
+    # An optimizer that a mapping leaves out has the default.
+    usual = RunOptions().max_grad_norm
+    limit = by_name(brain.options.max_grad_norm, name, names, "max_grad_norm", usual)
+    return NormClip(limit) if brain.options.clip == "norm" else ValueClip(limit)
 
 
 def _watch(update: Update, on_hand_step: Callable[[Update], None]) -> None:

@@ -127,6 +127,8 @@ def own(brain: Any) -> dict[str, Any]:
         "rng": seed.rng_state(),
         "windows": {name: update.window_state() for name, update in brain.updates.items()},
         "joint": joint,
+        "averaged": brain._averaged,
+        "statistics": brain.statistics.state_dict() if brain.in_window() else {},
         "average": brain.average.state_dict(),
         "journal": brain.journal.state_dict(),
         "attributes": brain.attributes.state_dict(),
@@ -143,6 +145,8 @@ def load_own(brain: Any, state: Mapping[str, Any]) -> None:
         update.load_window_state(state["windows"][name])
     if state["joint"] is not None:
         brain._joint = [brain.updates[name] for name in state["joint"]]
+    brain._averaged = state["averaged"]
+    brain.statistics.load_state_dict(state["statistics"])
     brain.average.load_state_dict(state["average"])
     brain.journal.load_state_dict(state["journal"])
     brain.attributes.load_state_dict(state["attributes"])

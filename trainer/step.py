@@ -44,14 +44,14 @@ def optimize(
         retain_graph: keep the graph for a second backward pass.
         last: close the window even if it is not full.
     """
-    backward(updates, loss, weight, retain_graph)
+    accumulate(updates, loss, weight, retain_graph)
     return finish(updates, weight, last)
 
 
-def backward(
+def accumulate(
     updates: Sequence[Update], loss: Tensor, weight: float, retain_graph: bool = False
 ) -> None:
-    """Add the gradients of a loss to the window."""
+    """Take a loss back through the graph: its gradients join those of the window."""
     lead = updates[0]
     _check(loss, weight, lead.name)
     reference = lead.window.reference if lead.window.weight else weight

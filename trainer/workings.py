@@ -18,7 +18,7 @@ from trainer.feeding import Feed, feed
 from trainer.hooks import Hooks, Stage
 from trainer.journal import Journal
 from trainer.keeping import Keeper
-from trainer.nonfinite import Patience
+from trainer.nonfinite import NonFiniteError, Patience, Statistics
 from trainer.profiling import Profiler
 from trainer.reduction import sum_gradients
 from trainer.report import StageReport, StepReport
@@ -39,6 +39,7 @@ class Workings(Hooks):
     average: Mean
     weight_average: WeightAverage | None
     patience: Patience
+    statistics: Statistics
     attributes: Attributes
     journal: Journal
     profiler: Profiler
@@ -52,6 +53,8 @@ class Workings(Hooks):
         self._batch: Any = None
         self._weight, self._last, self.has_valid = 1.0, False, False
         self._batches = 0  # In this process and epoch.
+        self._averaged: str | None = None
+        self._spent = self._spoilt = False
         self._guarded = self._by_hand = self._hand_stepped = False
 
     def _feed(
@@ -92,7 +95,7 @@ class Workings(Hooks):
                 known = ", ".join(map(repr, self.updates)) or "none yet: fit makes them"
                 raise ValueError(f"there is no optimizer {name!r}; this Brain has {known}")
             return [self.updates[name]]
-        if self._joint is None or not self._joint[0].window.count:
+        if self._joint is None:
             optimizers = {name: update.optimizer for name, update in self.updates.items()}
             self._joint = [self.updates[name] for name in self.freeze_optimizers(optimizers)]
             if not self._joint:
@@ -102,11 +105,42 @@ class Workings(Hooks):
                 )
         return self._joint
 
+    def in_window(self) -> bool:
+        """Whether any optimizer has an accumulation window open."""
+        return any(update.window.count for update in self.updates.values())
+
     def _begin_batch(self, batch: Any, last: bool) -> None:
-        self._batch, self._last, self._weight = batch, last, self.count_examples(batch)
+        if not self.in_window():
+            self.statistics.keep()
+            self._joint = None
+        self._batch, self._last, self._weight = batch, last, float(self.count_examples(batch))
+        if not 0.0 <= self._weight < math.inf:
+            raise ValueError(
+                f"count_examples returned {self._weight}; allowed: a finite number, 0 or more"
+            )
         self.step += 1
+        self._spent = False
         self._batches += 1
         self._reports, self._hand_stepped = [], False
+
+    def _optimize(
+        self,
+        parts: list[tuple[list[Update], Any]],
+        weight: float,
+        retain_graph: bool,
+        last: bool,
+    ) -> StepReport:
+        """All backward passes, then all steps."""
+        for number, (updates, loss) in enumerate(parts, 1):
+            step.accumulate(updates, loss, weight, retain_graph or number < len(parts))
+        found: list[StepReport] = []
+        for updates, _ in parts:
+            reports = step.finish(updates, weight, last)
+            if reports[0].outcome != "accumulated" and updates is self._joint:
+                self._joint = None
+            self._note(reports)
+            found += reports
+        return found[0]
 
     def _note(self, reports: list[StepReport]) -> None:
         """Take in what became of a loss: counts, and patience where it was not finite."""
@@ -114,58 +148,75 @@ class Workings(Hooks):
         for report in reports:
             self.journal.note(report)
         report = reports[0]
-        if report.outcome == "skipped":
+        self._spoilt |= report.outcome == "skipped"
+        if report.outcome == "skipped" and report.weight > 0:
             ids = self.batch_ids(self._batch)
             logger.warning(
                 "epoch %d, batch %d: %s of %r not finite, step skipped (batch %s)",
                 self.epoch, self.step, "loss" if report.loss is None else "gradients",
                 report.name, ", ".join(ids) or "without ids",
             )  # fmt: skip
-            norm = self.updates[report.name].last_norm
-            self.patience.spend(report.name, norm, self.epoch, self.step, ids)
+            if self._spent:
+                return  # One bad batch is one, however many losses it spoils.
+            self._spent, norm = True, self.updates[report.name].last_norm
+            try:
+                self.patience.spend(report.name, norm, self.epoch, self.step, ids)
+            except NonFiniteError:
+                self.statistics.put_back()
+                raise
 
     def _end_batch(self, loss: Any) -> None:
         """Averages, counters and log lines after `fit_batch`."""
-        stepped = skipped = False
-        for report in self._reports:
-            stepped |= report.outcome == "stepped"
-            skipped |= report.outcome == "skipped"
-        self._guarded |= bool(self._reports)
+        self._averaged = loss.name if isinstance(loss, StepReport) else None
+        self._take_in(loss)
+        self.journal.tick(loss.loss if isinstance(loss, StepReport) else None)
+        self.profiler.step()
+
+    def _take_in(self, loss: Any) -> None:
+        """The averages, and the step if one was taken."""
+        if self._spoilt:  # Only now: until here the graphs of other losses held them.
+            self.statistics.put_back()
+            self._spoilt = False
+        outcomes = [report.outcome for report in self._reports]
+        self._guarded |= bool(outcomes)
         if isinstance(loss, StepReport):
-            if loss.outcome == "stepped" and loss.loss is not None:
+            if loss.outcome in ("stepped", "overflowed") and loss.loss is not None:
                 # Loss and weight are already those of all ranks, which will be summed again.
                 share = loss.weight / distributed.world_size()
                 self.average.update(loss.loss, share)
                 self.journal.mean.update(loss.loss, share)
-            self.journal.tick(loss.loss)
-        else:
-            if loss is not None and not skipped:
-                self.average.update(loss, self._weight)
-                self.journal.mean.update(loss, self._weight)
-            self.journal.tick()
+        elif loss is not None and "skipped" not in outcomes:
+            self.average.update(loss, self._weight)
+            self.journal.mean.update(loss, self._weight)
         self.journal.examples += self._weight
-        if stepped or self._hand_stepped:
+        if "stepped" in outcomes or self._hand_stepped:
             self.optimizer_step += 1
             if self.weight_average is not None:
                 self.weight_average.update(self.modules)
             if self.optimizer_step % self.options.log_interval == 0:
+                self.average.read()  # With the line's own, which waits for the device anyway.
                 self.journal.line(self.epoch, self.optimizer_step)
-        self.profiler.step()
 
     def _end_training(self) -> None:
         """Step with windows that the epoch's end left open, and check that anything trained."""
-        self._last = False
+        if not self.step:
+            raise ValueError(
+                f"the train set gave no batch in epoch {self.epoch}: is it empty, or a generator, "
+                "which can be read only once?"
+            )
         joint = self._joint or []
         groups = [joint, *([update] for update in self.updates.values() if update not in joint)]
-        self._reports, report = [], None
+        self._last, self._reports, self._weight = False, [], 0.0
+        self._spent = self._hand_stepped = False
         for updates in groups:
             if any(update.window.count for update in updates):
-                reports = step.close(updates)
-                report = reports[0] if updates is joint else report
-                self._note(reports)
+                if self.keeper.limit_reached():  # No step more, not even a short one.
+                    for update in updates:
+                        update.drop()
+                else:
+                    self._note(step.close(updates))
         if self._reports:
-            self._weight, self._hand_stepped = 0.0, False
-            self._end_batch(report)
+            self._take_in(next((r for r in self._reports if r.name == self._averaged), None))
         if self._batches and not (self._guarded or self._by_hand or self.optimizer_step):
             raise ValueError(
                 f"{type(self).__name__}.fit_batch ran {self._batches} times and never called "

@@ -288,8 +288,8 @@ def test_both_backward_then_both_step_sees_true_gradients(window: int) -> None:
         batches = list(torch.randn(window, 5, 4))
         for number, x in enumerate(batches):
             losses = two.losses(x, two.nets)
-            step.backward([two.updates["a"]], losses["a"], 5, retain_graph=True)
-            step.backward([two.updates["b"]], losses["b"], 5)
+            step.accumulate([two.updates["a"]], losses["a"], 5, retain_graph=True)
+            step.accumulate([two.updates["b"]], losses["b"], 5)
             for each in two.updates.values():
                 report = step.finish([each], 5)[0]
                 assert report.stepped == (number + 1 == window)
