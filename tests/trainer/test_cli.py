@@ -364,6 +364,16 @@ def test_precedence_is_default_then_yaml_then_command_line(demo: str) -> None:
     assert configure([demo, "--log_interval", "9"])[0].build()["log_interval"] == 9
 
 
+def test_a_wrong_option_in_the_yaml_is_named_with_its_line(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("wrong.yaml").write_text("width: 3\nlog_interval: often\n")
+    said = fails(capsys, keep([]), "wrong.yaml")
+    assert (
+        "wrong.yaml, line 2: log_interval must be a whole number of at least 1, not 'often'" in said
+    )
+
+
 def test_options_of_one_command_are_not_written_down(demo: str) -> None:
     configuration, options = configure(
         [demo, "--test_only", "--no-progressbar", "--overwrite=true"]

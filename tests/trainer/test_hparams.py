@@ -420,6 +420,11 @@ ATTACKS = [
     "x: !new:torch.utils.data.datapipes.iter.FileOpener [['{pickle}']]",
     "x: !apply:lhotse.serialization.open_best ['pipe:touch {ran}']",
     "x: !apply:lhotse.load_manifest ['pipe:touch {ran}']",
+    "x: !apply:recipes.common.synthesiser.load ['{folder}']",
+    "x: !apply:trainer.load_hparams {{path: '{payload}', allow: [os]}}",
+    "x: !apply:trainer.main [!name:canary.fire ]",
+    "x: !apply:trainer.checkpoint.files.write ['{ran}']",
+    "x: !new:trainer.run.folder.RunFolder ['{folder}']",
     "x: !apply:trainer.hparams.load_hparams {{path: '{payload}', allow: [os]}}",
     # Dunders, private names, spelling.
     "x: !apply:torch.nn.Linear.__init__.__globals__.get [os]",

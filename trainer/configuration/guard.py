@@ -61,6 +61,7 @@ REFUSED = """
     lhotse.audio.backend lhotse.bin lhotse.caching lhotse.features.io lhotse.hf lhotse.kaldi
     lhotse.lazy lhotse.recipes lhotse.serialization lhotse.shar lhotse.tools lhotse.utils
     lhotse.workflows lhotse.dataset.signal_transforms.GlobalMVN.from_file lhotse.dataset.webdataset
+    recipes.common.speech_cache recipes.common.synthesiser
     trainer.configuration trainer.hparams trainer.cli trainer.main
 """
 
