@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
-from multiprocessing.process import BaseProcess
 from numbers import Integral
 from typing import Any
 
@@ -125,6 +124,7 @@ class Loader:
         self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
         weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
         items.board = torch.full((options.get("num_workers", 0),), -1).share_memory_()
+        self._timeout = options.pop("timeout", 0)
         own_start = options.pop("worker_init_fn", None)
         self._make = partial(
             DataLoader,
@@ -159,39 +159,25 @@ class Loader:
         self._policy.new_epoch()
         self._closing.fill_(False)
         first = self._plan.start
-        processes: list[BaseProcess] = []
+        watched = workers.Watched(iter(self._loader), self._timeout)
         try:
-            iterator = iter(self._loader)
-            processes += getattr(iterator, "_workers", [])
             for number in count(first):
-                try:
-                    batch, reports = next(iterator)
-                except StopIteration:
+                loaded = watched.next(partial(self._doing, number))
+                if loaded is None:
                     return
-                except Exception as error:
-                    self._explain(error, processes, number)
-                    raise
+                batch, reports = loaded
                 self._policy.judge(reports)
                 if batch is not None:
                     yield batch
         except BaseException:  # GeneratorExit too: the epoch was left early.
             self._closing.fill_(True)
-            for process in processes:  # At once: torch would wait for what they are loading.
-                process.terminate()
+            watched.close()
             self._loader = self._make()
             raise
 
-    def _explain(self, error: Exception, processes: list[BaseProcess], number: int) -> None:
-        """Raise what torch knows of workers that died or hang in clearer words."""
+    def _doing(self, number: int) -> str:
         busy = self._items.being_loaded()
-        where = f"waiting for batch {number} of epoch {self._plan.epoch}{busy}"
-        if str(error).startswith("DataLoader timed out"):
-            raise RuntimeError(
-                f"no batch from the loader's workers within {self._loader.timeout:g} s, {where}: "
-                "a worker hangs, or the loader option timeout is too small"
-            ) from None
-        if not str(error).startswith("Caught ") and (cause := workers.death(processes)):
-            raise RuntimeError(f"{cause}, {where}") from None  # "Caught": the dataset's own error.
+        return f"waiting for batch {number} of epoch {self._plan.epoch}{busy}"
 
 
 def _as_it_is(loaded: Any) -> Any:

