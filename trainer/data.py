@@ -30,7 +30,7 @@ from . import workers
 from .batch import collate
 from .items import BadItem, Policy, note, now, report_bad
 from .order import Plan, Shuffled, Stream, Task, set_epoch
-from .seed import Private, derive, reseed
+from .seed import derive, reseed, shielded
 
 __all__ = ["Loader", "Stream", "make_loader", "resumable"]
 
@@ -53,7 +53,7 @@ class _Items(Dataset[Any]):
             set_epoch(self.dataset, task.epoch)
         now.seed, now.epoch, now.bad = self.seed, task.epoch, []
         # In the main process, what an item draws must not be missing from the training's own.
-        with Private(0) if get_worker_info() is None else nullcontext():
+        with shielded() if get_worker_info() is None else nullcontext():
             items = self._load(task.indices, task) or (self._stand_in(task) if self.train else [])
             if not items:
                 return None, now.bad

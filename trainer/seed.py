@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,42 +100,54 @@ def reseed(value: int) -> None:
         sys.modules["numpy"].random.seed(value % 2**32)
 
 
-class Private:
-    """A block whose random numbers are its own: outside, every generator is as if it never ran.
+@contextmanager
+def shielded(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """A block after which every CPU generator is as if the block had never run."""
+    outside = _states(generators)
+    try:
+        yield
+    finally:
+        _restore(outside, generators)
 
-    Entered again, the block continues where it left off. ``generators`` are shielded as well.
+
+class Private:
+    """A shielded block with random numbers of its own; entered again, it goes on where it left off.
+
+    ``generators`` are shielded, and seeded, as well.
     """
 
     def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
-        self._generators = [torch.default_generator, *generators]
+        self._generators = tuple(generators)
         self._seed = seed
         self._inside: list[Any] | None = None
 
     def __enter__(self) -> None:
-        self._outside = self._states()
+        self._outside = _states(self._generators)
         if self._inside is not None:
-            self._restore(self._inside)
+            _restore(self._inside, self._generators)
             return
         reseed(self._seed)
         for generator in self._generators:
             generator.manual_seed(self._seed)
 
     def __exit__(self, *_: object) -> None:
-        self._inside = self._states()
-        self._restore(self._outside)
+        self._inside = _states(self._generators)
+        _restore(self._outside, self._generators)
 
-    def _states(self) -> list[Any]:
-        numpy = sys.modules.get("numpy")
-        return [
-            random.getstate(),
-            numpy.random.get_state(legacy=False) if numpy else None,
-            *(generator.get_state() for generator in self._generators),
-        ]
 
-    def _restore(self, states: list[Any]) -> None:
-        python, numpy, *rest = states
-        random.setstate(python)
-        if numpy is not None:  # None: it was imported inside the block.
-            sys.modules["numpy"].random.set_state(numpy)
-        for generator, state in zip(self._generators, rest, strict=True):
-            generator.set_state(state)
+def _states(generators: Iterable[torch.Generator]) -> list[Any]:
+    numpy = sys.modules.get("numpy")
+    return [
+        random.getstate(),
+        numpy.random.get_state(legacy=False) if numpy else None,
+        *(generator.get_state() for generator in (torch.default_generator, *generators)),
+    ]
+
+
+def _restore(states: list[Any], generators: Iterable[torch.Generator]) -> None:
+    python, numpy, *rest = states
+    random.setstate(python)
+    if numpy is not None:  # None: it was imported inside the block.
+        sys.modules["numpy"].random.set_state(numpy)
+    for generator, state in zip((torch.default_generator, *generators), rest, strict=True):
+        generator.set_state(state)
