@@ -116,16 +116,16 @@ COMMANDS: Mapping[str, Rule] = {
 }
 
 PROSE: Mapping[str, Rule] = {
-    "sentence": "<when> <clause>|<clause> <where>|<clause> and <clause>|<clause> because <clause>"
+    "sentence": "<when> <clause>|<clause> <when>|<clause> and <clause>|<clause> because <clause>"
     "|<clause> while <clause>|when <clause> <clause>|<clause> but <clause>"
     "|<who> said that <clause>",
     "clause": "<who> <moved> <where>|<who> <did> <what>|<who> <did> <what> <where>"
-    "|<what> <was> <state>|<who> <how> <did> <what>|<who> <felt> <state>",
+    "|<what> <was> <state>|<who> <how> <did> <what>|<who> <felt> <mood>",
     "when": "in the morning|late at night|last winter|after the storm|on a quiet afternoon"
     "|every summer|at noon|before breakfast|one cold evening|during the long journey"
     "|early in the spring|for many years|at the end of the week|shortly before dawn",
-    "who": "the <person>|the <adjective> <person>|an old <person>|my <relative>|his <relative>"
-    "|her <relative>|our <person>|the <animal>|a <adjective> <animal>",
+    "who": "the <person>|the <manner> <person>|an old <person>|my <relative>|his <relative>"
+    "|her <relative>|our <person>|the <animal>|a <manner> <animal>",
     "person": "baker|captain|doctor|farmer|teacher|painter|judge|nurse|sailor|shepherd|singer"
     "|soldier|student|tailor|driver|gardener|fisherman|carpenter|stranger|visitor|mayor|pilot"
     "|watchmaker|librarian|musician|prisoner|author|queen|village priest|young engineer",
@@ -149,16 +149,19 @@ PROSE: Mapping[str, Rule] = {
     "|piano|ribbon|ring|rope|shovel|spoon|table|ticket|trumpet|umbrella|violin|wagon|wheel"
     "|photograph|newspaper|telescope|engine|garment|treasure|garden chair"
     "|glass of water|fishing boat",
-    "adjective": "ancient|beautiful|broken|brown|careful|cheap|clever|curious|dark|dusty|enormous"
-    "|famous|foolish|fresh|gentle|golden|green|happy|heavy|huge|little|lonely|modern|narrow"
-    "|nervous|patient|pleasant|polite|proud|quiet|red|rough|round|sharp|silent|simple|smooth"
-    "|strange|thin|thick|tiny|useful|warm|white|wooden|yellow",
+    "adjective": "ancient|beautiful|broken|brown|cheap|dark|dusty|enormous|fresh|golden|green"
+    "|heavy|huge|little|modern|narrow|red|rough|round|sharp|simple|smooth|thin|thick|tiny|useful"
+    "|warm|white|wooden|yellow",
+    "manner": "careful|clever|curious|famous|foolish|gentle|happy|lonely|nervous|patient|pleasant"
+    "|polite|proud|quiet|silent|strange",
     "how": "slowly|quickly|gladly|suddenly|carefully|secretly|always|never|often|finally|gently"
     "|bravely|usually|hardly ever|easily|quietly|soon|almost",
     "was": "was|seemed|looked|became|remained",
     "felt": "felt|was|seemed|became|grew",
     "state": "very <adjective>|quite <adjective>|too <adjective>|rather <adjective>"
-    "|as <adjective> as before|<adjective> and <adjective>",
+    "|as <adjective> as before|<adjective> but expensive",
+    "mood": "very <manner>|quite <manner>|too <manner>|rather <manner>|as <manner> as before"
+    "|<manner> and tired|<manner> but hungry",
 }
 
 GRAMMARS = {"commands": COMMANDS, "prose": PROSE}

@@ -74,7 +74,7 @@ def embedded_speech(
     style, and for more speakers than there are.
     """
     voices = _voices(split, speakers)
-    texts = list(islice(sentences(split, style, seed), utterances))
+    texts = _texts(split, utterances, style, seed)
     spoken = [(_delivered(voices[i % len(voices)], text), text) for i, text in enumerate(texts)]
     return _speak(spoken, sample_rate)
 
@@ -83,7 +83,7 @@ def one_voice_reading(
     split: str, utterances: int, sample_rate: int = 16000, seed: int = 0
 ) -> list[Utterance]:
     """So many sentences of prose by one reader, the same in every split; the sentences differ."""
-    texts = islice(sentences(split, "prose", seed), utterances)
+    texts = _texts(split, utterances, "prose", seed)
     return _speak([(READER, text) for text in texts], sample_rate)
 
 
@@ -126,6 +126,12 @@ def _voices(split: str, speakers: int | None) -> tuple[Voice, ...]:
     if speakers is not None and not 1 <= speakers <= len(voices):
         raise ValueError(f"{split} has 1 to {len(voices)} speakers, not {speakers}")
     return voices[:speakers]
+
+
+def _texts(split: str, utterances: int, style: str, seed: int) -> list[str]:
+    if utterances < 1:
+        raise ValueError(f"embedded speech has at least 1 utterance, not {utterances}")
+    return list(islice(sentences(split, style, seed), utterances))
 
 
 def _delivered(voice: Voice, text: str) -> Voice:

@@ -193,6 +193,12 @@ def test_an_unknown_split_or_style_is_named() -> None:
         embedded_speech("train", 1, style="verse")
 
 
+@pytest.mark.parametrize("utterances", [0, -3])
+def test_no_utterances_is_an_error(utterances: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 1 utterance, not {utterances}"):
+        embedded_speech("train", utterances)
+
+
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CORTEX_CACHE")
     home = Path.home()
