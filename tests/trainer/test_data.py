@@ -378,7 +378,9 @@ def test_a_training_batch_of_bad_items_gets_the_next_good_item(workers: int) -> 
     loader = make_loader(Items(bad=bad), train=True, **options)
     assert flat(ids(loader)) == [plain[2], plain[2], *plain[2:12], plain[2]]
     assert len(loader.bad) == 3
-    for start in range(13):  # The stand-in does not depend on where the epoch was entered.
+    for start in (
+        (0, 1, 6, 12) if workers else range(13)
+    ):  # The stand-in does not depend on where the epoch was entered.
         loader.skip(start)
         assert next(iter(loader)).id[0] == [plain[2], plain[2], *plain[2:12], plain[2]][start]
     assert sorted(ids(make_loader(Items(bad=bad), train=False, **options))) == sorted(
