@@ -97,8 +97,8 @@ class Hooks:
     def count_examples(self, batch: Any) -> float:
         """How much a batch weighs in averages and windows: what its loss is a mean over.
 
-        By default its number of examples: ``len`` of a batch object, else the first dimension of
-        the first tensor in it.
+        By default its number of examples: the first dimension of the first tensor in a tensor,
+        list, tuple or mapping; the length of a list of mappings, and of anything else.
         """
         return float(_count(batch))
 
@@ -109,12 +109,21 @@ class Hooks:
 
 
 def _count(batch: Any) -> int:
+    tensor = _first_tensor(batch)
+    if tensor is not None:
+        return tensor.shape[0]
+    if isinstance(batch, Mapping):
+        return next((len(part) for part in batch.values() if isinstance(part, (list, tuple))), 1)
+    return len(batch) if hasattr(batch, "__len__") and not isinstance(batch, (Tensor, str)) else 1
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    """The first one that has dimensions."""
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, (list, tuple, Mapping)):
-        parts = batch.values() if isinstance(batch, Mapping) else batch
-        for part in parts:
-            if isinstance(part, (Tensor, list, tuple, Mapping)) and (n := _count(part)):
-                return n
-        return 1 if isinstance(batch, Mapping) else max(len(batch), 1)
-    return len(batch) if hasattr(batch, "__len__") else 1
+        return batch if batch.dim() else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, (Mapping, list, tuple)):
+        return None
+    if not isinstance(batch, Mapping) and any(isinstance(part, Mapping) for part in batch):
+        return None  # Examples that nobody has joined.
+    return next((t for part in parts if (t := _first_tensor(part)) is not None), None)
