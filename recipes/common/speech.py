@@ -65,11 +65,10 @@ def embedded_speech(
     speakers: int | None = None,
     seed: int = 0,
 ) -> list[Utterance]:
-    """So many utterances of a split, the voices taking turns, synthesised where the cache lacks
-    them.
+    """Utterances of a split, its voices taking turns, synthesised where the cache lacks them.
 
-    ``style`` is "commands" (numbers, dates and orders from about a hundred words, 3 s each) or
-    "prose" (about 330 words, 4 s each). ``speakers`` takes only the first so many of the split's
+    ``style`` is "commands" (numbers, dates and orders from about a hundred words, 2.3 s each) or
+    "prose" (about 330 words, 4.2 s each). ``speakers`` takes only the first so many of the split's
     voices. A longer list begins with the shorter one. Raises ``ValueError`` for an unknown split or
     style, and for more speakers than there are.
     """
