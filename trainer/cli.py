@@ -29,6 +29,7 @@ from trainer.configuration.guard import NAME
 from trainer.configuration.nodes import NULL, get, plain, tag
 from trainer.hparams import Configuration, describe, option
 from trainer.log import RunLog
+from trainer.nonfinite import NonFiniteError
 from trainer.options import RunOptions
 from trainer.run import arguments, session
 from trainer.run.environment import environment
@@ -74,7 +75,7 @@ def main(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         if not session.meant_for_users(error):
             raise
         place = f"\n(its traceback is in {folder[0] / 'train.log'})" if folder else ""
