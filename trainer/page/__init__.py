@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.page.chart import Chart, draw, number
 from trainer.page.history import History, measured, read_history
-from trainer.page.plots import sections
+from trainer.page.plots import sections, spoken
 from trainer.page.style import STYLE
 
 ROWS = 30  # of the table of stages
@@ -95,17 +95,20 @@ def _tiles(history: History) -> str:
     tiles = []
     for record in history.stages:
         if record["stage"] == "test":
-            tiles += [(f"test {n}", number(v), "") for n, v in measured(record) if v is not None]
+            results = [(name, value) for name, value in measured(record) if value is not None]
+            results.sort(key=lambda result: result[0].split(".")[0] == "loss")  # metrics first
+            tiles += [(f"test {spoken(name)}", number(value), "") for name, value in results]
     for name in history.measures():
         known = history.by_epoch("valid", name).known()
         if name.split(".")[0] == "loss" and known:
             epoch, value = min(known, key=lambda point: point[1])
-            tiles.append((f"lowest valid {name}", number(value), f"epoch {number(epoch)}"))
-    for optimizer in history.optimizers():
-        for kind in ("skipped", "overflowed"):
-            count = sum(y for _, y in history.of_optimizer(optimizer, kind).known())
-            if count:
-                tiles.append((f"steps {kind}", f"{count:,.0f}", optimizer))
+            tiles.append((f"lowest valid {spoken(name)}", number(value), f"epoch {number(epoch)}"))
+    for kind in ("skipped", "overflowed"):
+        counts = {n: history.of_optimizer(n, kind).sum() for n in history.optimizers()}
+        lost = {name: count for name, count in counts.items() if count}
+        if lost:
+            shares = ", ".join(f"{name} {count:,.0f}" for name, count in lost.items())
+            tiles.append((f"steps {kind}", f"{sum(lost.values()):,.0f}", shares))
     cells = (
         f"<li><span>{escape(name)}</span><strong>{escape(value)}</strong>"
         f"<small>{escape(more)}</small></li>"
@@ -128,9 +131,8 @@ def _table(history: History) -> str:
         return ""
     counts = ("step", "examples", "skipped", "overflowed", "seconds")
     measures = history.measures()
-    head = "".join(
-        f'<th scope="col">{escape(name)}</th>' for name in ("stage", "epoch", *measures, *counts)
-    )
+    names = ("stage", "epoch", *(spoken(name) for name in measures), *counts)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     rows = []
     for record in reversed(history.stages[-ROWS:]):
         values = {**record, **dict(measured(record))}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 640.0, 290.0
-LEFT, RIGHT, TOP, BOTTOM = 64.0, 14.0, 10.0, 44.0  # what ticks and labels need around the lines
+LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # what ticks and labels need around the lines
 COLOURS = 7
 BUCKETS = 340  # a chart is some 600 pixels wide: more points cannot be told apart
 MARKED = 40  # up to so many points each have a marker that says its value
@@ -58,12 +58,13 @@ class Axis:
         if self.log:
             low, high = math.log10(low), math.log10(high)
         low = min(low, 0.0) if from_zero else low
-        if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-            room = 0.5 if whole else 0.1 * abs(high) or 1.0
-            low, high = low - room * (not from_zero or low < 0), high + room
-        elif not whole:
+        if whole:
+            room = 0.5 if high - low < 1 else 0.0
+        elif high - low <= 1e-4 * max(abs(low), abs(high)):  # as good as constant
+            room = 0.1 * abs(high) or 1.0
+        else:
             room = 0.04 * (high - low)
-            low, high = low - room * (not from_zero or low < 0), high + room
+        low, high = low - room * (not from_zero or low < 0), high + room
         self.low, self.high = low, high
 
     def at(self, value: float) -> float:
@@ -101,19 +102,24 @@ def number(value: float, step: float | None = None) -> str:
     """A number for people: to the digit of `step`, or with four digits."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
-    size = math.floor(math.log10(abs(value)) + 1e-9)
-    digits = 4 if step is None else max(1, size - math.floor(math.log10(step) + 1e-9) + 1)
-    if size < -3:
+    size = _exponent(value)
+    digits = 4 if step is None else max(1, size - _exponent(step) + 1)
+    size = _exponent(float(f"{value:.{digits - 1}e}"))  # 9999.9 is rounded up to 10k
+    if not -4 < size < 15:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         text = f"{_short(mantissa)}e{int(exponent)}"
-    elif size >= 4 and size < 15:
+    elif size >= 4:
         unit = size // 3
-        scaled = value / 10.0 ** (3 * unit)
-        text = _short(f"{scaled:.{max(0, digits - 1 - size + 3 * unit)}f}") + " kMGT"[unit]
+        decimals = max(0, digits - 1 - size + 3 * unit)
+        text = _short(f"{value / 10.0 ** (3 * unit):.{decimals}f}") + " kMGT"[unit]
     else:
         text = f"{value:.{max(0, digits - 1 - size)}f}"
         text = _short(text) if step is None else text
     return text.replace("-", "−")
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value)) + 1e-9)
 
 
 def _short(text: str) -> str:
@@ -167,7 +173,7 @@ def draw(chart: Chart) -> str:
     places = [end for each in chart.series for end in (*each.xs[:1], *each.xs[-1:])]
     x = Axis(places, (LEFT, WIDTH - RIGHT), whole=True)
     y = Axis(values, (HEIGHT - BOTTOM, TOP), from_zero=chart.from_zero)
-    summary = "; ".join(f"{each.name}: {_facts(each, chart.x_label)}" for each in chart.series)
+    summary = "; ".join(_facts(each) for each in chart.series)
     label = escape(f"{chart.title}. {chart.y_label} by {chart.x_label}. {summary}", quote=True)
     lines = "".join(_line(each, x, y, chart.x_label) for each in chart.series)
     y_label = f"{chart.y_label}, log scale" if y.log else chart.y_label
@@ -240,31 +246,45 @@ def _marker(series: Series, point: Point, x: Axis, y: Axis, x_label: str) -> str
     )
 
 
-def _facts(series: Series, x_label: str) -> str:
-    """The last, lowest and highest value in words."""
-    known = [(v, x) for x, v in zip(series.xs, series.ys, strict=True) if math.isfinite(v)]
+def _extremes(series: Series) -> tuple[str, Point, Point] | None:
+    """The last value, and the lowest and highest with their places; None where there is none."""
+    known = [(x, y) for x, y in zip(series.xs, series.ys, strict=True) if math.isfinite(y)]
     if not known:
-        return "no value"
-    last = f"last {number(series.ys[-1])}" if math.isfinite(series.ys[-1]) else "last value lost"
-    if series.style == "limit" or len(known) == 1:
-        return last
-    (low, low_x), (high, high_x) = min(known), max(known)
-    at = f"at {x_label.split(' (')[0]}"
-    return (
-        f"{last}, lowest {number(low)} {at} {number(low_x)}, "
-        f"highest {number(high)} {at} {number(high_x)}"
-    )
+        return None
+    last = series.ys[-1]
+    return number(last) if math.isfinite(last) else "lost", min(known, key=_y), max(known, key=_y)
+
+
+def _facts(series: Series) -> str:
+    """The extremes in words, for who does not see the drawing."""
+    extremes = _extremes(series)
+    if extremes is None:
+        return f"{series.name} has no value"
+    last, low, high = extremes
+    return f"{series.name} from {number(low[1])} to {number(high[1])}, last {last}"
 
 
 def _legend(chart: Chart) -> str:
-    items = []
+    """Which line is which, with the values that one would look for in the drawing."""
+    rows, heads = [], ["last"]
     for each in chart.series:
         colour = "limit" if each.style == "limit" else f"c{each.colour % COLOURS}"
         faint = " faint" if each.style == "faint" else ""
         swatch = (
-            f'<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">'
+            '<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">'
             f'<path class="line {colour}{faint}" d="M2 6H26"/></svg>'
         )
-        facts = escape(_facts(each, chart.x_label))
-        items.append(f"<li>{swatch}<span><b>{escape(each.name)}</b> {facts}</span></li>")
-    return f'<ul class="legend">{"".join(items)}</ul>'
+        last, *ends = _extremes(each) or ("–",)
+        cells = ""
+        if len({value for _, value in ends}) > 1:  # of a constant the last value says it all
+            heads = ["last", "lowest", "highest"]
+            cells = "".join(
+                f"<td>{number(value)} <small>at {place:,.0f}</small></td>" for place, value in ends
+            )
+        name = f'<th scope="row">{swatch}{escape(each.name)}</th>'
+        rows.append(f"<tr>{name}<td>{last}</td>{cells}</tr>")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    return (
+        f'<table class="legend"><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )

@@ -38,6 +38,10 @@ class Curve:
         """The points without the gaps."""
         return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if math.isfinite(y)]
 
+    def sum(self) -> float:
+        """Of the values that are known."""
+        return math.fsum(y for _, y in self.known())
+
     def total(self) -> Curve:
         """The running sum; a gap adds nothing."""
         sums, so_far = Curve(), 0.0
@@ -161,8 +165,8 @@ def _advance(history: History, record: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    """Whether it can be a place in time; a count of 1e15 steps is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
@@ -170,7 +174,9 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}.")
-        elif value is None or isinstance(value, float):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield f"{prefix}{key}", float(value) if abs(value) < 1e300 else None
+        elif value is None:
+            yield f"{prefix}{key}", None
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            # beyond 1e300 the distance of two numbers overflows: no chart could show them
+            shown = float(value) if abs(value) < 1e300 else None
+            yield f"{prefix}{key}", 0.0 if shown is not None and abs(shown) < 1e-300 else shown

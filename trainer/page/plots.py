@@ -20,8 +20,15 @@ def sections(history: History) -> list[tuple[str, list[Chart]]]:
     ]
 
 
-def _series(name: str, curve: Curve, colour: int = 0, style: str = "solid") -> Series:
-    return Series(name, curve.xs, curve.ys, colour, style)
+def _series(
+    name: str, curve: Curve, colour: int = 0, style: str = "solid", noisy: bool = False
+) -> Series:
+    return Series(name, curve.xs, curve.ys, colour, style, noisy)
+
+
+def spoken(measure: str) -> str:
+    """A dotted name for people: "loss.generator" is the loss of the generator."""
+    return measure.replace("loss.", "loss of ", 1) if measure.startswith("loss.") else measure
 
 
 def _colour(history: History, name: str) -> int:
@@ -36,8 +43,7 @@ def _training_loss(history: History) -> Chart:
     for key, curve in history.steps.items():
         if key.split(".")[0] == "loss" and curve.known():
             name = key[5:] or "loss"
-            chart.series.append(_series(name, curve, _colour(history, name)))
-            chart.series[-1].noisy = True
+            chart.series.append(_series(name, curve, _colour(history, name), noisy=True))
     return chart
 
 
@@ -45,8 +51,8 @@ def _by_epoch(history: History) -> list[Chart]:
     """A chart over the epochs for each loss and metric, training beside validation."""
     charts = []
     for measure in history.measures():
-        name = measure.replace("loss.", "loss of ", 1) if measure.startswith("loss.") else measure
-        chart = Chart(f"{name[:1].upper()}{name[1:]} by epoch", "epoch", name)
+        name = spoken(measure)  # as the recipe calls it: pesq may be PESQ, but si_snr is not SI_SNR
+        chart = Chart(f"{name.replace('loss', 'Loss', 1)} by epoch", "epoch", name)
         for stage in history.stage_names():
             curve = history.by_epoch(stage, measure)
             if curve.known():
@@ -99,7 +105,8 @@ def _per_optimizer(
     for name in history.optimizers():
         curve = change(history.of_optimizer(name, key))
         if worth(curve):
-            chart.series.append(_series(name, curve, _colour(history, name)))
+            noisy = key == "clipped"
+            chart.series.append(_series(name, curve, _colour(history, name), noisy=noisy))
     return chart
 
 
@@ -115,7 +122,7 @@ def _norms(history: History, name: str, optimizers: int) -> Chart:
     ):
         curve = history.of_optimizer(name, key)
         if curve.known():
-            chart.series.append(_series(label, curve, colour, style))
+            chart.series.append(_series(label, curve, colour, style, noisy=key == "norm"))
     shares = history.of_optimizer(name, "clipped")
     counts = history.of_optimizer(name, "stepped")
     if len(shares) == len(counts) and chart.series:
@@ -135,6 +142,5 @@ def _speed(history: History) -> Chart:
     chart = Chart("Throughput", STEP, "examples per second", from_zero=True)
     curve = history.steps.get("examples_per_second", Curve())
     if curve.known():
-        chart.series.append(_series("all ranks", curve))
-        chart.series[-1].noisy = True
+        chart.series.append(_series("all ranks", curve, noisy=True))
     return chart

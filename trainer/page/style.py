@@ -43,10 +43,6 @@ svg text { fill: var(--soft); font: 13px system-ui, "Segoe UI", Roboto, "Noto Sa
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }
 .c6 { stroke: var(--c6); }
 .mark { fill: var(--card); stroke-width: 2; }
-.legend { margin: .4rem 0 0; padding: 0; list-style: none; color: var(--soft); font-size: .85rem; }
-.legend li { display: flex; gap: .5rem; align-items: baseline; }
-.legend b { color: var(--text); font-weight: 600; }
-.swatch { flex: none; width: 28px; height: 12px; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; white-space: nowrap; }
 th, td { padding: .35rem .8rem; text-align: right; }
@@ -55,10 +51,18 @@ thead th { border-bottom: 1px solid var(--line); background: var(--tint); color:
   font-weight: 600; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 tbody th { font-weight: 600; }
+.legend { margin-top: .5rem; color: var(--soft); font-size: .85rem; }
+.legend th, .legend td { padding: .1rem 0 .1rem .75rem; border: 0; background: none; }
+.legend tbody th { padding-left: 0; color: var(--text); }
+.legend thead th { font-weight: 400; }
+.legend td { color: var(--text); }
+.legend small { color: var(--soft); }
+.swatch { width: 28px; height: 12px; margin-right: .5rem; vertical-align: -1px; }
 details { margin-top: .5rem; border: 1px solid var(--line); border-radius: .5rem; }
 summary { padding: .5rem .9rem; cursor: pointer; font-weight: 600; }
 summary small { margin-left: .4rem; color: var(--soft); font-weight: 400; }
 pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border-top: 1px solid
   var(--line); background: var(--tint); font-size: .85rem; line-height: 1.45; }
+@media (max-width: 38rem) { svg text { font-size: 15px; } }
 @media print { body { max-width: none; } figure, .wide { break-inside: avoid; } }
 """
