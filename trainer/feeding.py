@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trainer import distributed
-from trainer.data import resumable
-from trainer.order import Stream, parts
+from trainer.data import Stream, parts, resumable
 
 
 def move(batch: Any, device: torch.device) -> Any:

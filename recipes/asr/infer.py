@@ -20,8 +20,8 @@ from torchaudio.functional import resample
 
 from recipes.asr.train import Recogniser
 from recipes.common.audio import read_audio, read_header
+from trainer.data import BadItem
 from trainer.hparams import load_hparams
-from trainer.items import BadItem
 from trainer.testing import best_weights
 
 LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on

@@ -1,6 +1,6 @@
 """Audio files, read by soundfile, with every way to be unusable told apart.
 
-A file that cannot be used raises `trainer.items.BadItem` with its path and the reason, so that the
+A file that cannot be used raises `trainer.data.BadItem` with its path and the reason, so that the
 loader can skip, log and count it. `check_recordings` finds most of them before training starts,
 from the headers alone; samples that are not finite, and cut FLAC or MP3 data, show when read.
 """
@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.items import BadItem, Policy
+from trainer.data import BadItem, Policy
 
 try:
     import soundfile

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import Expected, good_ones, read_channels, read_header
 from trainer import distributed
-from trainer.items import BadItem
+from trainer.data import BadItem
 from trainer.seed import derive
 
 try:
@@ -197,7 +197,7 @@ class DurationBatches:
     """Batches of indices, of up to ``max_duration`` seconds each with their padding.
 
     What is padded together lasts about equally long, and for several processes so do the batches
-    that they train on at the same time (`trainer.order.Plan` deals them). With ``shuffle`` each
+    that they train on at the same time (`trainer.data.Plan` deals them). With ``shuffle`` each
     epoch joins other neighbours and has another order, by (seed, epoch); without it batches go from
     short to long. The share of padding is logged once.
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.batch import Batch, collate, pad
+from trainer.data import Batch, collate, pad
 
 
 @settings(max_examples=30, deadline=None)

@@ -24,9 +24,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from trainer.data import make_loader, resumable
-from trainer.items import BadItem, item_generator, report_bad
-from trainer.order import Plan
+from trainer.data import BadItem, Plan, item_generator, make_loader, report_bad, resumable
 from trainer.seed import rng_state
 
 

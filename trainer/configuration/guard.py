@@ -39,8 +39,8 @@ ALLOWED = """
     lhotse.dataset.signal_transforms lhotse.features.fbank lhotse.features.kaldi
     lhotse.features.mfcc lhotse.features.spectrogram
     recipes
-    trainer.averages trainer.batch trainer.checkpoint.checkpointer trainer.clipping trainer.data
-    trainer.epochs trainer.items trainer.order trainer.schedules
+    trainer.averages trainer.checkpoint.checkpointer trainer.clipping trainer.data trainer.epochs
+    trainer.schedules
 """
 
 # The longest prefix decides, so these hold inside what is allowed above, and inside the whole of a

@@ -11,7 +11,7 @@ from lhotse import CutSet
 
 from recipes.asr.data import DIGITS, datasets, digits, librispeech
 from recipes.asr.text import Characters
-from trainer.items import BadItem
+from trainer.data import BadItem
 
 RATE = 8000
 STRINGS = {"train": 40, "valid": 10, "test": 20}

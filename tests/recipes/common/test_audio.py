@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from recipes.common.audio import Expected, Header, check_recordings, read_audio, read_header
-from trainer.items import BadItem
+from trainer.data import BadItem
 
 RATE = 16000
 

@@ -12,19 +12,14 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.audio import AudioSource
+from lhotse.dataset import DynamicBucketingSampler, SimpleCutSampler
 from torch.utils.data import Dataset
 
-lhotse = pytest.importorskip("lhotse")
-
-from lhotse import CutSet, MonoCut, Recording, SupervisionSegment  # noqa: E402
-from lhotse.audio import AudioSource  # noqa: E402
-from lhotse.dataset import DynamicBucketingSampler, SimpleCutSampler  # noqa: E402
-
-from recipes.common.loading import DurationBatches, Speech, keep, load, without_bad  # noqa: E402
-from tests.recipes.common.test_audio import WAYS  # noqa: E402
-from trainer.data import make_loader  # noqa: E402
-from trainer.items import BadItem  # noqa: E402
-from trainer.order import Plan  # noqa: E402
+from recipes.common.loading import DurationBatches, Speech, keep, load, without_bad
+from tests.recipes.common.test_audio import WAYS
+from trainer.data import BadItem, Plan, make_loader
 
 RATE = 16000
 

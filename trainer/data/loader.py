@@ -26,13 +26,11 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from . import workers
-from .batch import collate
-from .items import BadItem, Policy, note, now, report_bad
-from .order import Plan, Shuffled, Stream, Task, set_epoch
-from .seed import derive, reseed, shielded
-
-__all__ = ["Loader", "Stream", "make_loader", "resumable"]
+from trainer.data import workers
+from trainer.data.batch import collate
+from trainer.data.items import BadItem, Policy, note, now, report_bad
+from trainer.data.order import Plan, Shuffled, Stream, Task, set_epoch
+from trainer.seed import derive, reseed, shielded
 
 
 class _Items(Dataset[Any]):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .seed import Private, derive
+from trainer.seed import Private, derive
 
 logger = logging.getLogger("trainer.data")
 

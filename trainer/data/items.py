@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .seed import derive
+from trainer.seed import derive
 
 logger = logging.getLogger("trainer.data")
 
