@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"update"},
     {"step"},
-    {"attributes", "feeding", "hooks", "journal", "setup", "state"},
+    {"attributes", "feeding", "hooks", "journal", "setup", "state", "verdict"},
     {"keeping", "testing"},
     {"workings"},
     {"brain"},

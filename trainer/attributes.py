@@ -20,18 +20,21 @@ class Attributes:
     """Those attributes of a Brain that are state: numbers, texts, tensors and containers of these
     that have changed since its first ``fit`` began.
 
-    What nothing has changed is a setting, of which a resumed run may have another.
+    What nothing has changed is a setting, of which a resumed run may have another. So it is with
+    which parameters require gradients: ``trainable`` says it for the beginning.
     """
 
     def __init__(self, brain: Any) -> None:
         self._brain = brain
         self._start: dict[str, Any] = {}
+        self.trainable: dict[str, bool] = {}
         # Which containers cannot be saved, and their lengths; None once that has been told.
         self._unsaved: dict[str, tuple[int, int] | None] = {}
 
     def begin(self) -> None:
         """What the attributes are now, they are without any state restored."""
         self._start = self._all(tell=False)
+        self.trainable = {n: p.requires_grad for n, p in self._brain.modules.named_parameters()}
 
     def state_dict(self) -> dict[str, Any]:
         """The changed ones; those among them that are not on the CPU are named beside."""

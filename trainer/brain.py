@@ -186,13 +186,12 @@ class Brain(Workings):
         with self._evaluating(stage):
             self.on_stage_start(stage, epoch)
             with self.journal.stage(stage.value, epoch, feed.length(), 0):
-                for batch, _ in feed.from_batch(epoch or 0, 0):
+                for batch, _ in self.keeper.until_stopped(feed.from_batch(epoch or 0, 0)):
                     steps += 1
                     loss = self.evaluate_batch(batch, stage)
                     if loss is not None:
                         mean.update(loss, self.count_examples(batch))
                     self.journal.tick()
-                    self.keeper.after_evaluated_batch()
             return self._end_stage(stage, mean, epoch, steps)
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Any:

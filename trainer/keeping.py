@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
-
-import torch
+from typing import Any, Literal, TypeVar
 
 from trainer import distributed, interrupt, state
 from trainer.feeding import Feed
 from trainer.report import StageReport
+from trainer.verdict import judge
 
 logger = logging.getLogger("trainer")
 
 Phase = Literal["train", "valid", "done"]
+T = TypeVar("T")
 
 
 class Keeper:
@@ -38,6 +37,7 @@ class Keeper:
         self._resumed = False
         self._resumed_fit = 0
         self._objects: Mapping[str, Any] = {}  # Saved ones that are still to restore.
+        self._trainable: Mapping[str, bool] | None = None
         self._late: list[str] = []  # Those that hooks must have made by the next stage.
         self._own: Mapping[str, Any] | None = None
         self._before_valid: tuple[Any, Any] | None = None
@@ -57,7 +57,8 @@ class Keeper:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore the Brain; its position becomes the saved one."""
         state.load_common(self.brain, saved)
-        self._objects, self._resumed = saved["objects"], True
+        self._objects, self._trainable = saved["objects"], saved["trainable"]
+        self._resumed = True
 
     def local_state_dict(self) -> dict[str, Any]:
         """This rank's own part of it."""
@@ -128,6 +129,9 @@ class Keeper:
                 state.check_objects([name for name in wanted if name in found], wanted)
             state.load_objects(self.brain, self._objects)
             self._objects = {}
+        if self._trainable is not None:
+            state.load_trainable(self.brain, self._trainable)
+            self._trainable = None
         if self._own is not None:
             state.load_own(self.brain, self._own)
             self._own = None
@@ -181,35 +185,38 @@ class Keeper:
 
     def after_batch(self) -> bool:
         """Save and stop where that is due; whether the training ends here."""
-        signal, due = interrupt.requested(), self._due()
-        if distributed.world_size() > 1:
-            asked, due = distributed.agree(signal is not None, due)
-            signal = signal or (interrupt.DEFAULT if asked else None)
+        signal = interrupt.requested()
+        asked, due = distributed.agree(signal is not None, self._due())
         if self.checkpointer is not None:
             if due:
                 self.save({}, end_of_epoch=False)
             self._save_waiting()
-        if signal is not None:
-            raise interrupt.Interrupted(signal)
+        if asked:
+            raise interrupt.Interrupted(signal or interrupt.DEFAULT)
         return self.limit_reached()
 
-    def after_evaluated_batch(self) -> None:
-        """Stop where that was asked for. Ranks cannot agree here: their batches are not paired."""
-        if distributed.world_size() == 1 and (signal := interrupt.requested()) is not None:
-            raise interrupt.Interrupted(signal)
+    def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches of an evaluation, of which ranks may have different numbers.
+
+        After each, all ranks ask each other whether to stop, also those that have no more.
+        """
+        for batch in batches:
+            yield batch
+            self._vote(working=True)
+        while self._vote(working=False):
+            pass
+
+    def _vote(self, working: bool) -> bool:
+        """Stop where any rank was asked to; whether any rank still works."""
+        signal = interrupt.requested()
+        asked, working = distributed.agree(signal is not None, working)
+        if asked:
+            raise interrupt.Interrupted(signal or interrupt.DEFAULT)
+        return working
 
     def end_epoch(self, report: StageReport) -> bool:
-        """Schedules, early stopping and the epoch's checkpoint; whether the run is over."""
-        brain = self.brain
-        metrics = _metrics(report)
-        for update in brain.updates.values():
-            if update.schedule is not None and update.schedule.every == "epoch":
-                _advance(update.schedule, metrics)
-        stopping = getattr(brain.hparams, "early_stopping", None)
-        if stopping is not None:
-            self.stopped = stopping.update(_pick(metrics, stopping.metric, "early_stopping"))
-            if self.stopped:
-                logger.info("stopping early: %s has not improved", stopping.metric)
+        """What the epoch's metrics decide, and its checkpoint; whether the run is over."""
+        metrics, self.stopped = judge(self.brain, report)
         self.phase = "done"
         if self.checkpointer is not None and not self._save_waiting():
             self.save(metrics, end_of_epoch=True)
@@ -268,31 +275,3 @@ class Keeper:
         if steps is not None and self.brain.optimizer_step - self._saved_step >= steps:
             return True
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-
-
-def _metrics(report: StageReport) -> dict[str, Any]:
-    """Loss and metrics of a stage in one mapping; several losses under their names."""
-    loss = report.loss
-    return {**(loss if isinstance(loss, dict) else {"loss": loss}), **report.metrics}
-
-
-def _pick(metrics: Mapping[str, Any], name: str, asker: str) -> float:
-    if name not in metrics:
-        raise ValueError(
-            f"{asker} watches the metric {name!r}, which the stage did not give; it gave "
-            f"{', '.join(metrics)}: return it from on_stage_end"
-        )
-    value = metrics[name]
-    return float("nan") if value is None else float(value)
-
-
-def _advance(schedule: Any, metrics: Mapping[str, Any]) -> None:
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-    if getattr(schedule, "needs_metric", isinstance(schedule, plateau)):
-        schedule.step(_pick(metrics, getattr(schedule, "metric", "loss"), "schedule"))
-    else:
-        with warnings.catch_warnings():
-            # Torch's own ask whether the optimizer has stepped, in this process and ever: not so
-            # right after a resume, nor where fp16 overflowed for a whole epoch.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            schedule.step()

@@ -65,6 +65,11 @@ def common(brain: Any) -> dict[str, Any]:
             "patience": brain.patience.state_dict(),
         },
         "objects": {name: part.state_dict() for name, part in objects(brain).items()},
+        "trainable": {
+            name: p.requires_grad
+            for name, p in brain.modules.named_parameters()
+            if p.requires_grad != brain.attributes.trainable.get(name)
+        },
         "weight_average": {} if average is None else average.state_dict(),
     }
 
@@ -94,6 +99,13 @@ def load_common(brain: Any, state: Mapping[str, Any]) -> None:
     for name in POSITION:
         setattr(brain, name, position.pop(name))
     brain.keeper.go_to(position)
+
+
+def load_trainable(brain: Any, changed: Mapping[str, bool]) -> None:
+    """Freeze and thaw the parameters as the hooks had until the save."""
+    flags = {**brain.attributes.trainable, **changed}
+    for name, p in brain.modules.named_parameters():
+        p.requires_grad_(flags.get(name, p.requires_grad))
 
 
 def load_objects(brain: Any, states: Mapping[str, Any]) -> None:

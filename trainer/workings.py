@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from trainer.reduction import sum_gradients
 from trainer.report import StageReport, StepReport
 from trainer.setup import make_updates
 from trainer.update import Update
+from trainer.verdict import agreed
 
 logger = logging.getLogger("trainer")
 
@@ -77,14 +79,14 @@ class Workings(Hooks):
         self.has_valid = has_valid
         if not self.updates:
             self.attributes.begin()
-            self.init_optimizers()
-            self.updates = make_updates(self, self._on_hand_step)
-            if self.options.ema_decay is not None:
-                self.weight_average = WeightAverage(self.modules, self.options.ema_decay)
             if distributed.world_size() > 1:  # Equal weights, different dropout.
                 tensors = [*self.modules.parameters(), *self.modules.buffers()]
                 distributed.broadcast_([tensor.detach() for tensor in tensors])
                 seed.seed_everything(self.options.seed, distributed.rank())
+            self.init_optimizers()
+            self.updates = make_updates(self, self._on_hand_step)
+            if self.options.ema_decay is not None:
+                self.weight_average = WeightAverage(self.modules, self.options.ema_decay)
         self.keeper.begin_fit()
         self.on_fit_start()
         self.keeper.fit_started()
@@ -150,7 +152,7 @@ class Workings(Hooks):
         report = reports[0]
         self._spoilt |= report.outcome == "skipped"
         if report.outcome == "skipped" and report.weight > 0:
-            ids = self.batch_ids(self._batch)
+            ids = list(chain(*distributed.gather(self.batch_ids(self._batch))))
             logger.warning(
                 "epoch %d, batch %d: %s of %r not finite, step skipped (batch %s)",
                 self.epoch, self.step, "loss" if report.loss is None else "gradients",
@@ -241,7 +243,7 @@ class Workings(Hooks):
             )
         counts = self.journal.counts if stage is Stage.TRAIN else {}
         report = StageReport(
-            stage.value, epoch, loss, dict(metrics or {}), self.optimizer_step, steps,
+            stage.value, epoch, loss, agreed(metrics or {}), self.optimizer_step, steps,
             mean.weight(), self.journal.stage_seconds(), **counts,
         )  # fmt: skip
         self.journal.finish(report, [update.lr for update in self.updates.values()])
@@ -283,4 +285,6 @@ class Workings(Hooks):
             )
         if distributed.world_size() > 1:
             share = 1 / distributed.world_size()
-            sum_gradients(update.params, share, torch.zeros(1, device=self.device))
+            _, had = sum_gradients(update.params, share, torch.zeros(1, device=self.device))
+            for p, ranks in zip(update.params, had.tolist(), strict=True):
+                p.grad = p.grad if ranks else None  # As without ranks: it does not move at all.

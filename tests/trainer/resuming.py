@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from trainer import Brain, Stage, interrupt, state
+from trainer import Brain, Stage, distributed, interrupt, state
 from trainer.checkpoint import Checkpointer
 from trainer.schedules import EarlyStopping, NewBob, WarmupDecay
 
@@ -148,8 +148,10 @@ class Learner(Brain):
 
     def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
         if stage is Stage.TRAIN:
-            return {"largest": self.longest, "total": self.stage_total.total}
-        return {"validations": self.validations, "rand": torch.rand(()).item()}
+            totals = distributed.gather([self.longest, self.stage_total.total])
+            return {"largest": max(each[0] for each in totals), "total": totals[0][1]}
+        numbers = distributed.gather(torch.rand(()).item())
+        return {"validations": self.validations, "rand": numbers[-1]}
 
 
 class Adversary(Learner):

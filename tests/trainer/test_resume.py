@@ -284,6 +284,18 @@ def test_a_setting_that_changed_is_not_undone(tmp_path: Path) -> None:
     assert resumed.early == 22
 
 
+def test_what_hooks_freeze_stays_frozen(tmp_path: Path) -> None:
+    class Freezing(Learner):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+            if epoch == 1:
+                self.modules.net[0].requires_grad_(False)
+            return super().on_stage_end(stage, stage_loss, epoch)
+
+    straight = check(Setting(Freezing, **FEW), tmp_path, (3, 14, 22))
+    assert not straight.modules.net[0].weight.requires_grad
+    assert straight.modules.net[4].weight.requires_grad
+
+
 def test_what_cannot_be_saved_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
