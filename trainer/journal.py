@@ -15,7 +15,7 @@ from trainer import distributed
 from trainer.averages import Mean
 from trainer.log import RunLog
 from trainer.options import RunOptions
-from trainer.page import write_html
+from trainer.page import Page
 from trainer.report import StageReport, StepReport, Tally
 
 logger = logging.getLogger("trainer")
@@ -35,6 +35,7 @@ class Journal:
         if options.debug:
             self.folder = None
         self.log = RunLog()
+        self.page = Page(None)
         self.tallies: dict[str, Tally] = {}
         self.mean = Mean()
         self.seconds = 0.0  # of the whole run, before this process or stage
@@ -50,6 +51,7 @@ class Journal:
         self._depth += 1
         if self._depth == 1:
             self.log = RunLog(self.folder, self.options.tensorboard, distributed.is_main())
+            self.page = Page(self.log.folder)
             self._started = self._line_started = time.perf_counter()
         try:
             yield
@@ -59,6 +61,7 @@ class Journal:
                 self.seconds = self.elapsed()
                 self.log.close()
                 self.log = RunLog()
+                self.page.finish()
 
     def elapsed(self) -> float:
         """Seconds of the run so far, those before a resume included."""
@@ -124,8 +127,7 @@ class Journal:
         if report.stage == "train":
             text += ", lr " + " ".join(f"{rate:.3g}" for rate in rates)
         logger.info(text)
-        if self.log.folder is not None:
-            write_html(self.log.folder)
+        self.page.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything since the last line, so that a resumed run writes the same ones."""

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.log import RunLog
-from trainer.page import render, write_html
+from trainer.page import Page, render, write_html
 from trainer.page.chart import BUCKETS, Axis, Chart, Series, decimate, draw, number, running_mean
 from trainer.page.history import read_history
 
@@ -282,6 +282,24 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_old_report(tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (folder / "report.html").read_text() == old
     assert not [path for path in folder.iterdir() if path.name.endswith(".new")]
+
+
+def test_a_page_is_written_again_when_that_is_cheap_and_in_the_end(tmp_path: Path) -> None:
+    report = logged(tmp_path, step(1, 1.5)) / "report.html"
+    page = Page(tmp_path)
+    page.finish()
+    assert not report.exists()  # nothing was logged through it
+    page.refresh()
+    first = report.stat().st_mtime_ns
+    logged(tmp_path, step(2, 2.5))
+    page.refresh()  # at once after the first, which took longer than a hundredth of that
+    assert report.stat().st_mtime_ns == first
+    page.finish()
+    assert "2.5" in report.read_text()
+    last = report.stat().st_mtime_ns
+    page.finish()
+    assert report.stat().st_mtime_ns == last
+    Page(None).refresh()
 
 
 def test_a_long_run_has_a_small_report_soon(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """The report of a run as a page: `report.html` beside `metrics.jsonl`, complete in one file.
 
 It needs no network and no script, follows the reader's light or dark setting, and is written anew
-after each stage, so that it can be looked at while the run goes on.
+after the stages, so that it can be looked at while the run goes on. By hand:
+
+    python -c "from trainer.page import write_html; write_html('results/asr/demo/1234')"
 
 `history` reads the log, `plots` chooses what to show, `chart` draws it, `style` colours it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -28,11 +31,12 @@ FILES = (
 )
 
 
-def write_html(folder: Path) -> Path:
+def write_html(folder: Path | str) -> Path:
     """Write `report.html` into a run's folder from what has been logged so far, all or nothing.
 
     An OSError with a sentence where the folder cannot be written.
     """
+    folder = Path(folder)
     path, temporary = folder / "report.html", folder / ".report.html.new"
     page = render(folder)
     try:
@@ -47,6 +51,34 @@ def write_html(folder: Path) -> Path:
             str(path),
         ) from error
     return path
+
+
+class Page:
+    """Keeps a run's report up to date for about a hundredth of the run's time.
+
+    Reading a long log takes seconds, and a stage may be short: so a stage refreshes the page only
+    when a hundred times of what the last writing took has passed, and `finish` writes what is left.
+    Without a folder nothing happens.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._stale = False
+        self._written, self._cost = -math.inf, 0.0
+
+    def refresh(self) -> None:
+        """Something was logged."""
+        self._stale = True
+        if time.perf_counter() - self._written >= 100 * self._cost:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write the page unless it is up to date."""
+        if self.folder is not None and self._stale:
+            started = time.perf_counter()
+            write_html(self.folder)
+            self._written = time.perf_counter()
+            self._cost, self._stale = self._written - started, False
 
 
 def render(folder: Path) -> str:

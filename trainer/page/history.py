@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+Number = tuple[str, float | None]
 
 
 class Curve:
@@ -25,10 +27,11 @@ class Curve:
 
     def add(self, x: float, y: float | None) -> None:
         """Append a point. One at or before an earlier x replaces all from there on."""
-        while self.xs and self.xs[-1] >= x:
-            self.xs.pop()
+        xs = self.xs
+        while xs and xs[-1] >= x:
+            xs.pop()
             self.ys.pop()
-        self.xs.append(x)
+        xs.append(x)
         self.ys.append(math.nan if y is None else y)
 
     def __len__(self) -> int:
@@ -115,9 +118,9 @@ COUNTS = (
 )
 
 
-def measured(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+def measured(record: Mapping[str, Any]) -> list[Number]:
     """The losses and metrics of a stage line with their dotted names."""
-    return list(_numbers({key: value for key, value in record.items() if key not in COUNTS}))
+    return _numbers({key: value for key, value in record.items() if key not in COUNTS})
 
 
 def read_history(path: Path) -> History:
@@ -149,7 +152,7 @@ def read_history(path: Path) -> History:
 
 def _add_step(history: History, record: Mapping[str, Any]) -> None:
     step = record["step"]
-    for name, value in _numbers({k: v for k, v in record.items() if k not in ("kind", "step")}):
+    for name, value in _numbers(record):
         curve = history.steps.get(name)
         if curve is None:
             curve = history.steps[name] = Curve()
@@ -169,14 +172,19 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+def _numbers(
+    record: Mapping[str, Any], prefix: str = "", into: list[Number] | None = None
+) -> list[Number]:
     """Numbers and nulls of a nested record with their dotted names."""
+    found: list[Number] = [] if into is None else into
     for key, value in record.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
+            _numbers(value, f"{prefix}{key}.", found)
         elif value is None:
-            yield f"{prefix}{key}", None
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((prefix + key, None))
+        elif isinstance(value, (float, int)) and value is not True and value is not False:
             # beyond 1e300 the distance of two numbers overflows: no chart could show them
-            shown = float(value) if abs(value) < 1e300 else None
-            yield f"{prefix}{key}", 0.0 if shown is not None and abs(shown) < 1e-300 else shown
+            size = abs(value)
+            shown = None if not size < 1e300 else float(value) if size > 1e-300 else 0.0
+            found.append((prefix + key, shown))
+    return found
