@@ -128,7 +128,10 @@ def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
 
 
 def _files(cut: Cut) -> dict[str, Expected]:
-    """The audio files of a cut, each with what its manifest says of it."""
+    """The audio files of a cut, each with what its manifest says of it.
+
+    Raises BadItem for a source that is no file.
+    """
     parts = [track.cut for track in cut.tracks] if hasattr(cut, "tracks") else [cut]
     found = {}
     for part in parts:
@@ -136,6 +139,11 @@ def _files(cut: Cut) -> dict[str, Expected]:
         for source in recording.sources if recording is not None else ():
             if source.type == "file":
                 found[str(source.source)] = _original(recording, len(source.channels))
+            elif source.type != "memory":
+                # lhotse would run a "command" in a shell: a manifest must not be a program.
+                raise BadItem(
+                    cut.id, f"its source is of type {source.type!r}; allowed: file, memory"
+                )
     return found
 
 

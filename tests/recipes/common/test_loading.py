@@ -299,3 +299,14 @@ def test_lhotses_samplers_reshuffle_resume_and_give_ranks_equally_many_batches(
     ranks = [run(1, rank=rank, world=2) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1])
     assert sorted(map(int, sum(ranks[0] + ranks[1], []))) == list(range(31))
+
+
+@pytest.mark.parametrize("use", [lambda cut: load(cut, 16000), lambda cut: without_bad([cut])])
+def test_a_manifest_that_names_a_command_is_refused_and_not_run(use: Any, tmp_path: Path) -> None:
+    canary = tmp_path / "ran"
+    source = AudioSource("command", [0], f"touch {canary}")
+    recording = Recording("evil", [source], 16000, 16000, 1.0)
+    cut = MonoCut("evil", 0.0, 1.0, 0, recording=recording)
+    with pytest.raises(BadItem, match="type 'command'; allowed: file, memory"):
+        use(cut)
+    assert not canary.exists()
