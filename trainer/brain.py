@@ -192,6 +192,7 @@ class Brain(Workings):
                     if loss is not None:
                         mean.update(loss, self.count_examples(batch))
                     self.journal.tick()
+            self._check_some(steps, stage)
             return self._end_stage(stage, mean, epoch, steps)
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
@@ -260,7 +261,7 @@ class Brain(Workings):
 
         The epoch's own average is weighted by examples. A loss that is not finite is left out.
         """
-        value = float(loss)
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if not math.isfinite(value):
             return avg_loss
         return avg_loss + (value - avg_loss) / max(self.step, 1)

@@ -56,6 +56,8 @@ def accumulate(
     _check(loss, weight, lead.name)
     reference = lead.window.reference if lead.window.weight else weight
     share = weight / reference if weight else 0.0
+    for update in updates:
+        update.open()
     if weight:
         scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
         _differentiate(updates, scaled, retain_graph)

@@ -36,6 +36,12 @@ def best_weights(brain: Any, max_key: str | None, min_key: str | None) -> Iterat
 def _weights_to_test(brain: Any, max_key: str | None, min_key: str | None) -> Any:
     checkpointer, number = brain.checkpointer, brain.options.average_checkpoints
     trained = brain.keeper.trained
+    if checkpointer is None and (max_key or min_key):
+        warnings.warn(
+            f"{f'min_key={min_key!r}' if min_key else f'max_key={max_key!r}'} asks for the best "
+            "checkpoint, but this Brain has no checkpointer: its weights are tested as they are",
+            stacklevel=5,
+        )
     if checkpointer is None or not checkpointer.enabled:
         return None
     if trained and number == 1 and not (max_key or min_key):

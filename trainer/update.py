@@ -73,7 +73,7 @@ class Update:
         self.elementwise = bool(getattr(clip, "elementwise", False))
         self.window = Window()
         self.last_norm: float | None = None
-        self.stepping = False
+        self.stepping = self._told = False
 
     @property
     def params(self) -> list[Tensor]:
@@ -86,6 +86,22 @@ class Update:
     def lr(self) -> float:
         """The learning rate of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def open(self) -> None:
+        """Begin a window, if none is open: what is in the gradients by now is not of it."""
+        if self.window.count:
+            return
+        foreign = False
+        for p in self._all_params():
+            if p.grad is not None:
+                p.grad, foreign = None, True
+        if foreign and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the parameters of the optimizer {self.name!r} had gradients that no optimize() "
+                "made (a backward() by hand, perhaps of another player's loss): they are dropped",
+                stacklevel=6,
+            )
 
     def add(self, loss: Tensor, weight: float, reference: float) -> None:
         """Count a batch whose backward pass is done."""

@@ -201,11 +201,7 @@ class Workings(Hooks):
 
     def _end_training(self) -> None:
         """Step with windows that the epoch's end left open, and check that anything trained."""
-        if not self.step:
-            raise ValueError(
-                f"the train set gave no batch in epoch {self.epoch}: is it empty, or a generator, "
-                "which can be read only once?"
-            )
+        self._check_some(self.step, Stage.TRAIN)
         joint = self._joint or []
         groups = [joint, *([update] for update in self.updates.values() if update not in joint)]
         self._last, self._reports, self._weight = False, [], 0.0
@@ -228,6 +224,15 @@ class Workings(Hooks):
             distributed.broadcast_([b.detach() for b in self.modules.buffers()])
             if self.weight_average is not None:
                 self.weight_average.copy_buffers(self.modules)
+
+    def _check_some(self, steps: int, stage: Stage) -> None:
+        """Raise ValueError where a stage had nothing to do."""
+        if not steps and (stage is Stage.TRAIN or distributed.world_size() == 1):
+            where = "" if stage is Stage.TEST else f" in epoch {self.epoch}"
+            raise ValueError(
+                f"the {stage.value} set gave no batch{where}: is it empty, or a generator, which "
+                "can be read only once?"
+            )
 
     def _end_stage(self, stage: Stage, mean: Mean, epoch: int | None, steps: int) -> StageReport:
         """The stage's average and metrics, on all ranks; its line in the log; saves that waited."""

@@ -1,0 +1,305 @@
+"""What cannot work is refused with a sentence: what was wrong, where, and what is allowed."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.trainer.small import Players, Regressor, batches, make, net
+from trainer import Brain, Stage
+from trainer.checkpoint import Checkpointer
+from trainer.clipping import NormClip
+
+
+def refused(sentence: str, brain: Brain, **fit: Any) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        brain.fit([1], fit.pop("data", batches(2)), **fit)
+
+
+# --- a fit_batch and its losses ------------------------------------------------------------------
+
+
+class Lossy(Regressor):
+    """Returns what it is told to as its loss."""
+
+    def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Any:
+        return self.make_loss(predictions)
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "sentence"),
+    [
+        (lambda x: 1.0, "got a float as its loss; allowed: a scalar tensor"),
+        (lambda x: None, "got a NoneType as its loss"),
+        (lambda x: (x.mean(), x.mean()), "got a tuple as its loss"),
+        (lambda x: {"ctc": x.mean()}, "there is no optimizer 'ctc'; this Brain has 'main'"),
+        (lambda x: x, r"got a loss of shape \(3, 2\); allowed: a scalar \(use loss.mean\(\)\)"),
+        (lambda x: x.mean(1), r"got a loss of shape \(3,\)"),
+        (lambda x: x.mean().detach(), "got a loss without a graph"),
+        (lambda x: torch.tensor(1.0, requires_grad=True), "reaches none of this optimizer's param"),
+    ],
+)
+def test_what_is_no_loss(make_loss: Any, sentence: str) -> None:
+    brain = make(Lossy)
+    brain.make_loss = make_loss
+    refused(sentence, brain)
+
+
+def test_an_optimizer_that_does_not_exist() -> None:
+    class Typo(Players):
+        def fit_batch(self, batch: Any) -> Any:
+            return self.optimize(self.loss_g(batch, self.modules.generator(batch["x"])), "genrator")
+
+    refused(
+        "there is no optimizer 'genrator'; this Brain has 'discriminator', 'generator'", make(Typo)
+    )
+
+    class Frozen(Players):
+        def fit_batch(self, batch: Any) -> Any:
+            with self.frozen("critic"):
+                pass
+
+    refused("there is no optimizer 'critic'; this Brain has", make(Frozen))
+
+
+def test_optimizing_outside_of_a_fit() -> None:
+    brain = make()
+    with pytest.raises(
+        ValueError, match="there is no optimizer 'main'; this Brain has none yet: fit"
+    ):
+        brain.optimize(brain.modules.net(torch.ones(1, 4)).mean(), "main")
+    with pytest.raises(
+        ValueError, match="there is no optimizer to train with: give opt_class, set"
+    ):
+        brain.optimize(brain.modules.net(torch.ones(1, 4)).mean())
+
+
+def test_a_fit_batch_that_never_optimizes() -> None:
+    class Idle(Regressor):
+        def fit_batch(self, batch: Any) -> Tensor:
+            return self.compute_objectives(self.modules.net(batch["x"]), batch, Stage.TRAIN)
+
+    refused(r"Idle.fit_batch ran 2 times and never called self.optimize\(loss, name\)", make(Idle))
+
+
+def test_no_optimizer_at_all() -> None:
+    brain = Regressor({"net": net()}, None, {}, {"device": "cpu", "progressbar": False})
+    refused("there is no optimizer to train with: give opt_class, set self.optimizer in", brain)
+
+    class AllFrozen(Regressor):
+        def freeze_optimizers(self, optimizers: dict[str, Any]) -> dict[str, Any]:
+            return {}
+
+    refused(
+        "there is no optimizer to train with.*or let freeze_optimizers leave one", make(AllFrozen)
+    )
+
+
+def test_something_that_is_no_optimizer() -> None:
+    class Classy(Players):
+        def init_optimizers(self) -> None:
+            self.optimizers_dict = {"generator": torch.optim.Adam}
+
+    refused(
+        r"optimizers_dict\['generator'\] is .*Adam.*; allowed: a torch.optim.Optimizer",
+        make(Classy),
+    )
+
+
+def test_a_frozen_player_cannot_be_optimized() -> None:
+    class Stuck(Players):
+        def fit_batch(self, batch: Any) -> Any:
+            with self.frozen("discriminator"):
+                self.optimize(
+                    self.loss_g(batch, self.modules.generator(batch["x"])), "discriminator"
+                )
+
+    refused("no parameter of this optimizer requires a gradient; is it within frozen", make(Stuck))
+
+
+def test_a_fit_batch_that_returns_what_has_no_average() -> None:
+    class Wordy(Regressor):
+        def fit_batch(self, batch: Any) -> Any:
+            super().fit_batch(batch)
+            return "fine"
+
+    refused("an average is of numbers; got a str", make(Wordy))
+
+    class Vector(Wordy):
+        def fit_batch(self, batch: Any) -> Any:
+            super().fit_batch(batch)
+            return {"a": torch.ones(2)}
+
+    refused(r"an average is of scalars; got a tensor of 'a' of shape \[2\]", make(Vector))
+
+
+def test_a_fit_batch_may_return_nothing_and_an_evaluation_too() -> None:
+    class Silent(Regressor):
+        def fit_batch(self, batch: Any) -> None:
+            super().fit_batch(batch)
+
+        def evaluate_batch(self, batch: Any, stage: Stage) -> None:
+            super().evaluate_batch(batch, stage)
+
+    brain = make(Silent)
+    brain.fit([1], batches(2), batches(1))
+    assert brain.optimizer_step == 2
+    assert math.isnan(brain.evaluate(batches(1)))
+
+
+def test_metrics_that_are_no_mapping() -> None:
+    class Odd(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+            return 3.2
+
+    refused("on_stage_end returned a float; allowed: a mapping from names of metrics", make(Odd))
+
+
+def test_the_hooks_that_a_recipe_must_write() -> None:
+    options = {"device": "cpu", "progressbar": False}
+    brain = Brain({"net": net()}, torch.optim.Adam, {}, options)
+    with pytest.raises(NotImplementedError, match=r"Brain has no compute_forward\(batch, stage\)"):
+        brain.fit([1], batches(1))
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def test_data_of_no_kind() -> None:
+    refused(
+        "the train set is a int; allowed: a Dataset, a DataLoader or any iterable", make(), data=3
+    )
+    refused(
+        r"loader options \['batch_size'\] were given for the valid set, but a list is no Dataset",
+        make(), valid_set=batches(1), valid_loader_kwargs={"batch_size": 2},
+    )  # fmt: skip
+
+
+def test_data_without_a_batch() -> None:
+    refused("the train set gave no batch in epoch 1: is it empty, or a generator", make(), data=[])
+    refused("the valid set gave no batch in epoch 1: is it empty, or a", make(), valid_set=[])
+    brain = make()
+    with pytest.raises(ValueError, match="the train set gave no batch in epoch 2"):
+        brain.fit([1, 2], iter(batches(2)))
+    with pytest.raises(ValueError, match="the valid set gave no batch in epoch 2: is it empty"):
+        make().fit([1, 2], batches(1), iter(batches(2)))
+    with pytest.raises(ValueError, match="the test set gave no batch"):
+        make().evaluate([])
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, "five", True, [5.0], {"main": "five"}])
+def test_limits_that_are_no_numbers(bad: Any) -> None:
+    with pytest.raises(
+        ValueError, match="max_grad_norm must be a number, a mapping of names to num"
+    ):
+        make(max_grad_norm=bad)
+
+
+def test_limits_of_optimizers_that_do_not_exist() -> None:
+    refused(
+        "max_grad_norm names the optimizer 'generator', which does not exist; this Brain has 'mai",
+        make(max_grad_norm={"generator": 1.0}),
+    )
+    schedule = {"generator": partial(torch.optim.lr_scheduler.StepLR, step_size=1)}
+    refused("schedule names the optimizer 'generator'", make(hparams={"schedule": schedule}))
+    refused("clipper names the optimizer 'g'", make(hparams={"clipper": {"g": NormClip()}}))
+
+
+def test_limits_of_groups_that_are_no_numbers() -> None:
+    def grouped(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": list(params), "max_grad_norm": "1.0"}], lr=0.1)
+
+    refused("max_grad_norm is '1.0'; allowed: a number; null, inf, 0", make(optimizer=grouped))
+
+
+@pytest.mark.parametrize("off", [None, math.inf, 0, -1.0, "inf"])
+def test_limits_that_mean_none(off: Any) -> None:
+    brain = make(max_grad_norm=off)
+    brain.fit([1], batches(1))
+    assert brain.updates["main"].clip.limit == math.inf
+
+
+def test_something_that_is_no_clipper_and_no_schedule() -> None:
+    refused(
+        "clipper is 5.0; allowed: an object that is called with gra", make(hparams={"clipper": 5.0})
+    )
+    refused(
+        "schedule is a float; allowed: what makes one from an opti", make(hparams={"schedule": 0.5})
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"precision": "fp64"}, "precision must be one of fp32, fp16, bf16, not 'fp64'"),
+        ({"device": "abacus"}, "device is 'abacus'; allowed: auto, cpu, cuda"),
+        ({"nonfinite_patience": -1}, "nonfinite_patience must be a whole number of at least 0"),
+        (
+            {"grad_accumulation_factor": 0},
+            "grad_accumulation_factor must be a whole number of at l",
+        ),
+        ({"clip": "median"}, "clip must be one of norm, value, not 'median'"),
+        ({"optimizer_step_limit": "3"}, "optimizer_step_limit must be .* not '3'"),
+        ({"gradient_accumulation": 2}, "'gradient_accumulation' is not a run option; did you mean"),
+    ],
+)
+def test_options_that_do_not_exist(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_where_there_is_none() -> None:
+    with pytest.raises(
+        ValueError, match="device 'cuda:1' asks for GPU 1, but this machine has no GPUs"
+    ):
+        make(device="cuda:1")
+
+
+def test_modules_that_are_none() -> None:
+    with pytest.raises(ValueError, match=r"modules\['net'\] is a dict; allowed: a torch.nn.Module"):
+        Regressor({"net": {}}, None, {}, {"device": "cpu"})
+
+
+def test_modules_to_compile_that_do_not_exist() -> None:
+    with pytest.raises(
+        ValueError, match="compile_modules names 'ent', which is not among the modules net; did you"
+    ):
+        make(compile=True, compile_modules=["ent"])
+
+
+def test_precision_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.amp.autocast_mode, "is_autocast_available", lambda device: False)
+    with pytest.raises(
+        ValueError, match="precision 'fp16' is not supported on the device 'cpu' by"
+    ):
+        make(precision="fp16")
+    make(precision="fp32")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_other_shapes_names_the_parameter(tmp_path: Path) -> None:
+    make(checkpointer=Checkpointer(tmp_path)).fit([1], batches(1))
+    wider = make(checkpointer=Checkpointer(tmp_path))
+    wider.modules.net[2] = nn.Linear(6, 3)
+    refused(
+        r"the saved parameter 'net.2.weight' has shape \(2, 6\), this Brain's has \(3, 6\)", wider
+    )
+
+
+def test_a_best_checkpoint_where_none_is_kept_is_not_silently_the_last() -> None:
+    brain = make()
+    brain.fit([1], batches(1), batches(1))
+    with pytest.warns(
+        UserWarning, match="min_key='wer' asks for the best checkpoint, but this Brain"
+    ):
+        brain.evaluate(batches(1), min_key="wer")
