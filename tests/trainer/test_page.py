@@ -269,6 +269,13 @@ def test_a_repeated_stage_and_a_repeated_step_count_once(tmp_path: Path) -> None
     assert [record["wer"] for record in history.stages] == [40.0]
 
 
+def test_a_summary_of_the_test_does_not_hide_its_loss(tmp_path: Path) -> None:
+    logged(tmp_path, stage("test", None, 1.25, wer=4.0), {"stage": "test", "wer": 3.5})
+    text = " ".join(read(render(tmp_path)).words)
+    assert "test wer 3.5" in text
+    assert "test loss 1.25" in text
+
+
 def test_a_full_disk_is_a_sentence_and_keeps_the_old_report(tmp_path: Path) -> None:
     folder = logged(tmp_path, step(1))
     old = write_html(folder).read_text()

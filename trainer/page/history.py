@@ -64,8 +64,8 @@ class Curve:
 class History:
     """Curves of the step lines by dotted name, such as "optimizers.main.lr", and the stage lines.
 
-    Of several lines of one stage and epoch (a run that was resumed, a test that was repeated) the
-    last one counts.
+    Of several lines of one stage and epoch (a run that was resumed, a test that was repeated or
+    summed up) the last one counts.
     """
 
     steps: dict[str, Curve] = field(default_factory=dict)
@@ -141,8 +141,8 @@ def read_history(path: Path) -> History:
                 _add_step(history, record)
             elif "stage" in record:
                 key = (str(record["stage"]), str(record.get("epoch")))
-                stages.pop(key, None)  # the last one counts, at its own place
-                stages[key] = record
+                # the last one counts, at its own place, and keeps what only an earlier one said
+                stages[key] = stages.pop(key, {}) | record
                 _advance(history, record)
             else:
                 history.unreadable += 1
