@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 DEFAULT = int(signal.SIGTERM)  # What a rank is told that another one received.
 _received: int | None = None
+_waiting = 0
 
 
 class Interrupted(SystemExit):
@@ -17,8 +20,21 @@ class Interrupted(SystemExit):
         self.signal = signal.Signals(number).name
 
 
+@contextmanager
+def at_safe_points() -> Iterator[None]:
+    """While it lasts requests wait until they are asked for; outside they are followed at once."""
+    global _waiting
+    _waiting += 1
+    try:
+        yield
+    finally:
+        _waiting -= 1
+
+
 def _note(number: int, _frame: FrameType | None) -> None:
     global _received
+    if not _waiting:
+        raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(number)
     if number == signal.SIGINT and _received == signal.SIGINT:
         raise KeyboardInterrupt  # The second Ctrl-C means now.
     _received = number

@@ -233,11 +233,13 @@ class Keeper:
     def holding(self) -> Iterator[None]:
         """While it lasts, saves wait for a safe point; a run that is asked to stop saves itself."""
         if self.checkpointer is None:
-            yield
+            with interrupt.at_safe_points():
+                yield
             return
         self.checkpointer.hold()
         try:
-            yield
+            with interrupt.at_safe_points():
+                yield
         except interrupt.Interrupted as stop:
             if self.phase == "valid" and self._before_valid is not None:
                 objects, attributes = self._before_valid
