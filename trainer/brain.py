@@ -36,7 +36,7 @@ from trainer.options import RunOptions
 from trainer.precision import Precision
 from trainer.profiling import Profiler
 from trainer.report import StageReport, StepReport
-from trainer.setup import pick_device, prepare_modules
+from trainer.setup import pick_device, prepare_modules, use_threads
 from trainer.testing import best_weights
 from trainer.update import Update
 from trainer.workings import Workings
@@ -73,6 +73,7 @@ class Brain(Workings):
     ) -> None:
         recipe = frozenset(vars(self))  # What a subclass set before it called this.
         self.options = RunOptions.build(hparams or {}, run_opts)
+        use_threads(self.options.threads)
         self.device = pick_device(self.options.device)
         self.precision = Precision(self.options.precision, self.device)
         self.eval_precision = Precision(

@@ -40,6 +40,11 @@ class RunOptions:
     """
 
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1 …")
+    threads: int | None = _option(
+        None,
+        "of a CPU, for torch; null: as many as torch takes, too many for small models",
+        at_least=1,
+    )
     precision: str = _option(
         "fp32", "of the forward pass in training", choices=("fp32", "fp16", "bf16")
     )

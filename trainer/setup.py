@@ -14,6 +14,12 @@ from trainer.options import RunOptions, nearest
 from trainer.update import Update
 
 
+def use_threads(number: int | None) -> None:
+    """Let torch compute with so many CPU threads; None leaves them as they are."""
+    if number is not None:
+        torch.set_num_threads(number)
+
+
 def pick_device(name: str) -> torch.device:
     """The device of this process: "auto" is CUDA where there is one, one GPU a rank.
 
