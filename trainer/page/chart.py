@@ -15,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # what ticks and labels need 
 COLOURS = 7
 BUCKETS = 340  # a chart is some 600 pixels wide: more points cannot be told apart
 MARKED = 40  # up to so many points each have a marker that says its value
+TINY = 1e-290  # below it powers of ten lose their digits
 SMOOTHED = 100  # from so many points on, a noisy line has a running mean over it
 
 Point = tuple[float, float]
@@ -54,14 +55,14 @@ class Axis:
         low, high = min(known, default=0.0), max(known, default=1.0)
         self.start, self.end = pixels
         self.whole = whole
-        self.log = not from_zero and not whole and low > 0 and high / low >= 50
+        self.log = not from_zero and not whole and low > TINY and high / low >= 50
         if self.log:
             low, high = math.log10(low), math.log10(high)
         low = min(low, 0.0) if from_zero else low
         if whole:
             room = 0.5 if high - low < 1 else 0.0
-        elif high - low <= 1e-4 * max(abs(low), abs(high)):  # as good as constant
-            room = 0.1 * abs(high) or 1.0
+        elif high - low <= max(1e-4 * max(abs(low), abs(high)), TINY):  # as good as constant
+            room = 0.1 * abs(high) if abs(high) > TINY else 1.0
         else:
             room = 0.04 * (high - low)
         low, high = low - room * (not from_zero or low < 0), high + room
