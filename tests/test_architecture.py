@@ -26,6 +26,7 @@ FLOORS = [
     {"step"},
     {"attributes", "feeding", "hooks", "journal", "setup", "state", "verdict"},
     {"keeping", "testing"},
+    {"training"},
     {"workings"},
     {"brain"},
     {"run"},

@@ -179,11 +179,11 @@ class Brain(Workings):
         """
         losses = loss.items() if isinstance(loss, Mapping) else [(name, loss)]
         parts = [(self._updates_for(each), part) for each, part in losses]
-        weight = self._weight if weight is None else weight
+        weight = self._weight if weight is None else float(weight)
         return self._optimize(parts, weight, retain_graph, last)
 
     def _evaluate(self, feed: Feed, stage: Stage, epoch: int | None) -> StageReport:
-        mean, steps = Mean(), 0
+        mean, steps, examples = Mean(), 0, 0.0
         with self._evaluating(stage):
             self.on_stage_start(stage, epoch)
             with self.journal.stage(stage.value, epoch, feed.length(), 0):
@@ -191,9 +191,12 @@ class Brain(Workings):
                     steps += 1
                     loss = self.evaluate_batch(batch, stage)
                     if loss is not None:
-                        mean.update(loss, self.count_examples(batch))
+                        weight = self.count_examples(batch)
+                        examples += weight
+                        mean.update(loss, weight)
                     self.journal.tick()
             self._check_some(steps, stage)
+            self._tell_lost(stage, examples - mean.weight(), examples)
             return self._end_stage(stage, mean, epoch, steps)
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
@@ -255,6 +258,7 @@ class Brain(Workings):
         """Forget all gradients and open windows. `optimize` needs no call of it."""
         for update in self.updates.values():
             update.drop()
+        self._suspects.clear()
         self.modules.zero_grad(set_to_none)
 
     def update_average(self, loss: Any, avg_loss: float) -> float:

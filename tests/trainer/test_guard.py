@@ -168,6 +168,28 @@ def test_a_batch_that_several_losses_of_one_fit_batch_find_bad_is_one_of_them() 
     assert brain.patience.count == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_skipped_window_names_the_batch_that_spoilt_it(
+    kind: type[Brain], endless: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = batches(7)
+    data[1] = spoilt(data[1], "input")  # Of the first window,
+    data[5] = spoilt(data[5], "gradient")  # and of the second, which is short.
+    brain = make(kind, grad_accumulation_factor=4, nonfinite_patience=1)
+    with (
+        caplog.at_level("WARNING", "trainer"),
+        pytest.raises(
+            NonFiniteError, match="the last time at step 7, .* batch utt4-0, .*utt6-2. Its"
+        ),
+    ):
+        brain.fit([1], iter(data) if endless else data)
+    told = [record.getMessage() for record in caplog.records]
+    named = [message.split("(batch ")[1].split(")")[0].split(", ")[::3] for message in told]
+    assert named[0] == ["utt1-0"]
+    assert named[-1] == ["utt4-0", "utt5-0", "utt6-0"]  # A loss that is finite tells of none.
+
+
 def test_without_ids_and_before_any_norm_the_message_says_so() -> None:
     data = [{"x": torch.full((2, 4), math.nan), "y": torch.zeros(2, 2)}]
     with pytest.raises(NonFiniteError, match="batch without ids. Its last .* norm was never seen"):
@@ -202,6 +224,20 @@ def test_overflow_uses_no_patience_and_moves_no_schedule(kind: type[Brain], fact
     for update in brain.updates.values():
         assert update.lr == 0.01
         assert update.scaler.get_scale() == 65536.0 / 4
+
+
+def test_an_evaluation_says_how_much_its_average_leaves_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = batches(4)
+    data[2] = spoilt(data[2], "input")
+    brain = make()
+    with caplog.at_level("WARNING", "trainer"):
+        loss = brain.evaluate(data)
+    assert loss == brain.evaluate([data[0], data[1], data[3]])
+    assert [record.getMessage() for record in caplog.records] == [
+        "test: the loss of 3 of 12 examples was not finite; the average leaves them out"
+    ]
 
 
 # --- skipping gradients alone --------------------------------------------------------------------
