@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from trainer import distributed, interrupt, state
 from trainer.feeding import Feed
 from trainer.report import StageReport
+from trainer.resumption import Resumption, place_kept
 from trainer.verdict import judge
 
 logger = logging.getLogger("trainer")
@@ -36,10 +36,8 @@ class Keeper:
         self.fits = 0  # Calls of `fit`: each goes through epochs of its own.
         self._resumed = False
         self._resumed_fit = 0
-        self._objects: Mapping[str, Any] = {}  # Saved ones that are still to restore.
-        self._trainable: Mapping[str, bool] | None = None
-        self._late: list[str] = []  # Those that hooks must have made by the next stage.
-        self._own: Mapping[str, Any] | None = None
+        self._depth = 0  # A hook of one `fit` may call another.
+        self._resumption = Resumption(brain)
         self._before_valid: tuple[Any, Any] | None = None
         self._saved_at, self._saved_step = time.monotonic(), 0
         self.checkpointer = brain.checkpointer
@@ -56,8 +54,7 @@ class Keeper:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore the Brain; its position becomes the saved one."""
-        state.load_common(self.brain, saved)
-        self._objects, self._trainable = saved["objects"], saved["trainable"]
+        self._resumption.take(saved)
         self._resumed = True
 
     def local_state_dict(self) -> dict[str, Any]:
@@ -66,7 +63,7 @@ class Keeper:
 
     def load_local_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Kept until the moment that it was saved at comes round again."""
-        self._own = saved
+        self._resumption.take_own(saved)
 
     def position(self) -> dict[str, Any]:
         """Which part of the epoch comes next, and whether the run is over."""
@@ -88,6 +85,8 @@ class Keeper:
 
     def begin_fit(self) -> None:
         """Another `fit` begins; the first one resumes."""
+        if self._depth > 1:
+            return
         self.fits += 1
         if self.fits != self._resumed_fit:
             self.stopped = False
@@ -96,9 +95,9 @@ class Keeper:
         self.trained = True
 
     def fit_started(self) -> None:
-        """The hook has run: what it did to a resumed run's state is undone."""
-        if self.fits == self._resumed_fit and self.phase != "train":
-            self._restore(strict=False)
+        """The hook has run."""
+        if self._depth == 1 and self.fits == self._resumed_fit:
+            self._resumption.fit_started(within_training=self.phase == "train")
 
     def _recover(self) -> None:
         """Restore the newest sound checkpoint, if there is one, and say so."""
@@ -115,36 +114,16 @@ class Keeper:
             brain.epoch, brain.step, brain.optimizer_step, checkpoint.path,
         )  # fmt: skip
 
-    def _restore(self, strict: bool) -> None:
-        """Restore what hooks may have made anew since the checkpoint was read.
-
-        ``strict``: every saved object must exist by now. Else the hook of the next stage may make
-        those that do not, and they are to be as new as it makes them.
-        """
-        if self._objects or self._late:
-            found = state.objects(self.brain)
-            wanted = [*self._objects, *self._late]
-            self._late = [name for name in wanted if name not in found]
-            if strict:
-                state.check_objects([name for name in wanted if name in found], wanted)
-            state.load_objects(self.brain, self._objects)
-            self._objects = {}
-        if self._trainable is not None:
-            state.load_trainable(self.brain, self._trainable)
-            self._trainable = None
-        if self._own is not None:
-            state.load_own(self.brain, self._own)
-            self._own = None
-
     # ------------------------------------------------------------------------------- the position
 
     def epochs(self, counter: Iterable[int]) -> Iterator[int]:
         """The epochs that are still to do; each is entered where it was left."""
-        brain = self.brain
-        if self.fits < self._resumed_fit:
-            logger.info("fit number %d was over before: nothing to do", self.fits)
-            return
-        resumed, self._resumed = self._resumed, False
+        brain, resumed = self.brain, False
+        if self._depth == 1:
+            if self.fits < self._resumed_fit:
+                logger.info("fit number %d was over before: nothing to do", self.fits)
+                return
+            resumed, self._resumed = self._resumed, False
         if self.phase == "valid" and not brain.has_valid:
             self.phase = "done"
         if resumed and hasattr(counter, "current"):
@@ -169,7 +148,8 @@ class Keeper:
             self.brain.zero_grad()  # What an error in an earlier epoch, or the user, left there.
             self.brain.average = type(self.brain.average)()
             self.brain.patience.reset()
-        self._restore(strict=True)
+        if self._depth == 1:
+            self._resumption.training_started()
 
     def rest_of(self, feed: Feed, epoch: int) -> Iterable[tuple[Any, bool]]:
         """The batches of the epoch that are still to train on."""
@@ -177,17 +157,14 @@ class Keeper:
 
     def begin_validation(self) -> None:
         """To be stopped within the validation is to have stopped before it."""
-        brain = self.brain
-        self._before_valid = (
-            copy.deepcopy(state.light(state.objects(brain))),
-            brain.attributes.state_dict(),
-        )
+        objects = state.copied(state.light(state.objects(self.brain)))
+        self._before_valid = objects, self.brain.attributes.state_dict()
 
     def after_batch(self) -> bool:
         """Save and stop where that is due; whether the training ends here."""
         signal = interrupt.requested()
         asked, due = distributed.agree(signal is not None, self._due())
-        if self.checkpointer is not None:
+        if self._saves():
             if due:
                 self.save({}, end_of_epoch=False)
             self._save_waiting()
@@ -218,7 +195,7 @@ class Keeper:
         """What the epoch's metrics decide, and its checkpoint; whether the run is over."""
         metrics, self.stopped = judge(self.brain, report)
         self.phase = "done"
-        if self.checkpointer is not None and not self._save_waiting():
+        if self._saves() and not self._save_waiting():
             self.save(metrics, end_of_epoch=True)
         return self.stopped or self.limit_reached()
 
@@ -232,14 +209,22 @@ class Keeper:
     @contextmanager
     def holding(self) -> Iterator[None]:
         """While it lasts, saves wait for a safe point; a run that is asked to stop saves itself."""
-        if self.checkpointer is None:
-            with interrupt.at_safe_points():
+        self._depth += 1
+        whole = self._depth == 1
+        try:
+            with interrupt.at_safe_points(), self._saving() if whole else place_kept(self.brain):
                 yield
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        if self.checkpointer is None:
+            yield
             return
         self.checkpointer.hold()
         try:
-            with interrupt.at_safe_points():
-                yield
+            yield
         except interrupt.Interrupted as stop:
             if self.phase == "valid" and self._before_valid is not None:
                 objects, attributes = self._before_valid
@@ -268,8 +253,12 @@ class Keeper:
 
     def save_waiting(self) -> None:
         """A stage is over: a moment at which the state is whole."""
-        if self.checkpointer is not None:
+        if self._saves():
             self._save_waiting()
+
+    def _saves(self) -> bool:
+        """Whether now may be a moment to save: within a hook's own `fit` none is."""
+        return self.checkpointer is not None and self._depth == 1
 
     def _due(self) -> bool:
         options = self.brain.options

@@ -9,6 +9,7 @@ plain attributes of the Brain (``self.train_stats``).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,10 +56,8 @@ def light(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def common(brain: Any) -> dict[str, Any]:
     """The part that all ranks share."""
-    average = brain.weight_average
     return {
-        "modules": brain.modules.state_dict(),
-        "updates": {name: update.state_dict() for name, update in brain.updates.items()},
+        **weights(brain),
         "position": {
             **{name: getattr(brain, name) for name in POSITION},
             **brain.keeper.position(),
@@ -70,6 +69,15 @@ def common(brain: Any) -> dict[str, Any]:
             for name, p in brain.modules.named_parameters()
             if p.requires_grad != brain.attributes.trainable.get(name)
         },
+    }
+
+
+def weights(brain: Any) -> dict[str, Any]:
+    """The part of it that is trained: modules, their average, the updates."""
+    average = brain.weight_average
+    return {
+        "modules": brain.modules.state_dict(),
+        "updates": {name: update.state_dict() for name, update in brain.updates.items()},
         "weight_average": {} if average is None else average.state_dict(),
     }
 
@@ -85,6 +93,13 @@ def load_common(brain: Any, state: Mapping[str, Any]) -> None:
         update.check_state_dict(state["updates"][name])
     found = objects(brain)
     check_objects(found, [name for name in state["objects"] if name in found])
+    load_weights(brain, state)
+    load_objects(brain, state["objects"])
+    load_position(brain, state["position"])
+
+
+def load_weights(brain: Any, state: Mapping[str, Any]) -> None:
+    """Restore what `weights` gave."""
     brain.modules.load_state_dict(state["modules"])
     if brain.weight_average is not None:
         if state["weight_average"]:
@@ -93,12 +108,28 @@ def load_common(brain: Any, state: Mapping[str, Any]) -> None:
             brain.weight_average.restart(brain.modules)
     for name, update in brain.updates.items():
         update.load_state_dict(state["updates"][name])
-    load_objects(brain, state["objects"])
-    position = dict(state["position"])
+
+
+def load_position(brain: Any, saved: Mapping[str, Any]) -> None:
+    """Go to a saved place in the run."""
+    position = dict(saved)
     brain.patience.load_state_dict(position.pop("patience"))
     for name in POSITION:
         setattr(brain, name, position.pop(name))
     brain.keeper.go_to(position)
+
+
+def copied(state: Any) -> Any:
+    """A copy that shares no memory, in that of the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, OrderedDict):  # Of a module: it carries versions as an attribute.
+        copies = OrderedDict((key, copied(value)) for key, value in state.items())
+        vars(copies).update(vars(state))
+        return copies
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    return type(state)(map(copied, state)) if isinstance(state, (list, tuple)) else state
 
 
 def load_trainable(brain: Any, changed: Mapping[str, bool]) -> None:

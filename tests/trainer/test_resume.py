@@ -296,6 +296,47 @@ def test_what_hooks_freeze_stays_frozen(tmp_path: Path) -> None:
     assert straight.modules.net[4].weight.requires_grad
 
 
+def test_what_a_hook_does_once_is_done_once(tmp_path: Path) -> None:
+    """The hook of a stage runs again in a resumed run, and must not act a second time."""
+
+    class Decaying(Learner):
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            super().on_stage_start(stage, epoch)
+            if stage is Stage.TRAIN:
+                self.optimizer.param_groups[0]["lr"] *= 0.5
+                with torch.no_grad():
+                    self.modules.net[0].weight.mul_(0.9)
+                self.counting.total += 100
+
+    straight = check(Setting(Decaying, schedule="newbob", window=4, **FEW), tmp_path, (3, 11, 14))
+    assert straight.optimizer.param_groups[0]["lr"] == 0.05 / 8  # Twice here, once by NewBob.
+
+
+def test_a_fit_within_a_fit(tmp_path: Path) -> None:
+    """As recipes do that train one player on a set of its own before each epoch."""
+
+    class Nested(Learner):
+        inside = False
+
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            if not Nested.inside:
+                super().on_stage_start(stage, epoch)
+            if stage is Stage.TRAIN and not Nested.inside:
+                Nested.inside = True
+                self.fit(range(1), batches()[:3])
+                Nested.inside = False
+
+        def count(self, loss: float, ids: list[str]) -> None:
+            if not Nested.inside:
+                super().count(loss, ids)
+
+    straight = check(Setting(Nested, **FEW), tmp_path, (1, 5, 11, 14, 22))
+    assert [t[:2] for t in straight.test.trace] == [(e, s) for e in (1, 2) for s in range(1, 12)]
+    assert straight.optimizer_step == 2 * (3 + 11)
+    names = {each.name for each in straight.checkpointer.list_checkpoints()}
+    assert names == {f"stop-{stop}" for stop in (1, 5, 11, 14, 22)} | {"step-00000028"}
+
+
 def test_what_cannot_be_saved_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
