@@ -117,7 +117,7 @@ class Brain(Workings):
         train = self._feed(train_set, Stage.TRAIN, train_loader_kwargs, progressbar)
         valid = self._feed(valid_set, Stage.VALID, valid_loader_kwargs, progressbar, train)
         with self.journal.running(), self.keeper.holding():
-            self._start_fit(has_valid=valid is not None)
+            self._start_fit(epoch_counter, has_valid=valid is not None)
             for epoch in self.keeper.epochs(epoch_counter):
                 if self.keeper.phase == "train":
                     report = self._fit_train(train, epoch)

@@ -232,6 +232,8 @@ class ValueClip:
         clipped = False
         for limit, members in gradients.parts(self.limit):
             over = [gradients.tensors[i] for i in members if gradients.maxima[i] > limit]
+            if any(tensor.is_sparse or tensor.is_complex() for tensor in over):
+                raise ValueError("clip: value knows no sparse or complex gradients; use norm")
             if over:
                 torch._foreach_clamp_max_(over, limit)
                 torch._foreach_clamp_min_(over, -limit)

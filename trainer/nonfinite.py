@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -86,15 +87,20 @@ class Statistics:
 
     def keep(self) -> None:
         """The buffers are as they should be."""
+        copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for i in self._changed():
             buffers, name = self._places[i]
             buffer = buffers[name]
             assert buffer is not None
             if buffer.shape == self._kept[i].shape:
-                self._kept[i].copy_(buffer.detach())
+                targets, sources = copies.setdefault(buffer.dtype, ([], []))
+                targets.append(self._kept[i])
+                sources.append(buffer.detach())
             else:
                 self._kept[i] = buffer.detach().clone()
             self._seen[i], self._versions[i] = buffer, buffer._version
+        for targets, sources in copies.values():  # On a GPU, one kernel for many buffers.
+            torch._foreach_copy_(targets, sources)
 
     def put_back(self) -> None:
         """Undo what happened to the buffers since `keep`."""

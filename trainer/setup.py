@@ -114,6 +114,13 @@ def _optimizers(brain: Any) -> dict[str, torch.optim.Optimizer]:
             )
         for group in optimizer.param_groups:
             limit_of(group.get("max_grad_norm"))
+            if brain.precision.name == "fp16" and any(
+                p.dtype is torch.float16 for p in group["params"]
+            ):
+                raise ValueError(
+                    f"the optimizer {name!r} has weights in float16; precision fp16 computes in "
+                    "float16 and needs weights in float32: leave out .half()"
+                )
     return dict(found)
 
 

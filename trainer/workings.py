@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -41,7 +41,12 @@ class Workings(Training):
             return train
         return feed(self, source, stage is Stage.TRAIN, stage, options or {})
 
-    def _start_fit(self, has_valid: bool) -> None:
+    def _start_fit(self, epochs: Any, has_valid: bool) -> None:
+        if not isinstance(epochs, Iterable):
+            raise ValueError(
+                f"the epoch_counter is {epochs!r}; allowed: an iterable of epochs, such as "
+                "range(1, 11) or EpochCounter(10)"
+            )
         self.has_valid = has_valid
         if not self.updates:
             self.attributes.begin()

@@ -166,6 +166,34 @@ def test_the_hooks_that_a_recipe_must_write() -> None:
         brain.fit([1], batches(1))
 
 
+def test_weights_that_are_in_half_precision_already() -> None:
+    brain = make(precision="fp16")
+    brain.modules.half()
+    refused("the optimizer 'main' has weights in float16; precision fp16 computes in", brain)
+
+
+def test_clipping_by_value_what_has_no_order() -> None:
+    class Embedding(Regressor):
+        def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+            return self.modules.net(self.modules.table(torch.tensor([1, 2, 1])))
+
+    options = {"device": "cpu", "progressbar": False, "max_grad_norm": 1e-6}
+    for clip in ("norm", "value"):
+        modules = {"net": net(), "table": nn.Embedding(3, 4, sparse=True)}
+        brain = Embedding(modules, partial(torch.optim.SGD, lr=0.1), {}, {**options, "clip": clip})
+        if clip == "norm":
+            brain.fit([1], batches(2))
+        else:
+            refused("clip: value knows no sparse or complex gradients; use norm", brain)
+
+
+def test_epochs_that_are_a_number() -> None:
+    with pytest.raises(
+        ValueError, match=r"the epoch_counter is 10; allowed: an iterable of epochs"
+    ):
+        make().fit(10, batches(1))
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 
