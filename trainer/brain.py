@@ -219,7 +219,7 @@ class Brain(Workings):
         not trained. Where ``average_checkpoints`` is above 1, the mean of so many of them is used.
         """
         feed = self._feed(test_set, Stage.TEST, test_loader_kwargs, progressbar)
-        with self.journal.running(), best_weights(self, max_key, min_key):
+        with self.journal.running(), self.keeper.testing(), best_weights(self, max_key, min_key):
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
             report = self._evaluate(feed, Stage.TEST, None)
         self.test_metrics = report.metrics or {"loss": report.loss}

@@ -236,6 +236,21 @@ class Keeper:
         finally:
             self.checkpointer.drop_waiting()
 
+    @contextmanager
+    def testing(self) -> Iterator[None]:
+        """While it lasts saves wait: the weights are not those of the run."""
+        if self.checkpointer is None or self._depth:
+            yield
+            return
+        self.checkpointer.hold()
+        try:
+            yield
+            if self.trained:
+                self._save_waiting()
+        finally:
+            if self.checkpointer.drop_waiting():
+                logger.warning("a save within a test was left out: this Brain has not trained")
+
     def save(self, metrics: Mapping[str, Any], end_of_epoch: bool) -> None:
         """Save the Brain as it is now."""
         brain = self.brain

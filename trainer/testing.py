@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer import state
+from trainer import seed, state
 
 logger = logging.getLogger("trainer")
 
@@ -22,10 +22,11 @@ def best_weights(brain: Any, max_key: str | None, min_key: str | None) -> Iterat
 
     Those of the best checkpoint by a metric, or of the newest where this Brain has not trained;
     the mean of several where ``average_checkpoints`` says so; the exponential average where
-    there is one.
+    there is one. Random generators are as before, too.
     """
-    saved = _weights_to_test(brain, max_key, min_key)
+    saved, generators = _weights_to_test(brain, max_key, min_key), seed.rng_state()
     with ExitStack() as stack:
+        stack.callback(seed.set_rng_state, generators)
         if saved is not None:
             stack.enter_context(_swapped(brain.modules, saved))
         elif brain.weight_average is not None:

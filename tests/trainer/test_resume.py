@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from trainer import EpochCounter, Stage, interrupt, state
+from trainer import Brain, EpochCounter, Stage, interrupt, seed, state
 
 from .resuming import (
     ITEMS,
@@ -335,6 +337,32 @@ def test_a_fit_within_a_fit(tmp_path: Path) -> None:
     assert straight.optimizer_step == 2 * (3 + 11)
     names = {each.name for each in straight.checkpointer.list_checkpoints()}
     assert names == {f"stop-{stop}" for stop in (1, 5, 11, 14, 22)} | {"step-00000028"}
+
+
+def test_a_test_changes_nothing_and_saves_the_weights_of_the_run(tmp_path: Path) -> None:
+    class Testing(Learner):
+        evaluate_batch = Brain.evaluate_batch  # The other one counts.
+
+        def on_evaluate_start(self, max_key: str | None = None, min_key: str | None = None) -> None:
+            torch.rand(3), random.random(), np.random.rand()
+
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+            if stage is Stage.TEST:
+                self.checkpointer.save_checkpoint(name="within")
+            return super().on_stage_end(stage, stage_loss, epoch)
+
+    brain = run(Setting(Testing, **FEW), tmp_path, (), Setting.fit)
+    (end,) = brain.checkpointer.list_checkpoints()
+    before, generators = whole(brain), seed.rng_state()
+    brain.evaluate(batches(), min_key="loss")
+    assert not list(differences(generators, seed.rng_state()))
+    after = whole(brain)
+    del before["log"], after["log"]
+    assert not list(differences(before, after))
+    within = brain.checkpointer.find_checkpoint()
+    assert within.name == "within"
+    states = [brain.checkpointer.read(each)["brain"]["modules"] for each in (end, within)]
+    assert not list(differences(*states))
 
 
 def test_what_cannot_be_saved_is_told_once(

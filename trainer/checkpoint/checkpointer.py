@@ -111,13 +111,13 @@ class Checkpointer:
 
     def release(self) -> list[Checkpoint]:
         """Do the saves that waited, with the state as it is now."""
-        self._held = False
-        waiting, self._waiting = self._waiting, []
+        waiting, self._held, self._waiting = self._waiting, False, []
         return [self._save(request) for request in waiting]
 
-    def drop_waiting(self) -> None:
-        """Forget the saves that waited, and let later ones be done at once."""
-        self._held, self._waiting = False, []
+    def drop_waiting(self) -> int:
+        """Forget the saves that waited, and let later ones be done at once; how many there were."""
+        waiting, self._held, self._waiting = self._waiting, False, []
+        return len(waiting)
 
     def prepare(self) -> None:
         """Make the folder and remove what killed saves left; ValueError where it is not writable.
