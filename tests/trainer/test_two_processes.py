@@ -20,6 +20,7 @@ Results = Callable[[str], list[dict[str, Any]]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes have left what they found."""
     folder = tmp_path_factory.mktemp("two")
+    resuming.run(two_processes.ONE, folder / "one", (5,), resuming.Setting.fit)
     two_processes.launch(folder)
     return folder
 
@@ -239,6 +240,29 @@ def test_what_only_one_cannot_read_neither_uses(results: Results) -> None:
         assert "every checkpoint in" in found["error"]
         assert "on rank 1: " in found["error"] or "rank-1.pt is broken" in found["error"]
     assert [len(found["warnings"]) for found in ranks] == [1, 0]
+
+
+def test_two_go_on_where_one_was_stopped(results: Results, tmp_path: Path) -> None:
+    """With a batch more than needed rather than with one too few: five do not divide by two."""
+    ranks = results("widened")
+    only(ranks)
+    before = resuming.run(two_processes.ONE, tmp_path, (), resuming.Setting.fit).test.trace[:4]
+    seen = [id for entry in before for id in entry[2]] + [
+        id for each in ranks for id in each["ids"]
+    ]
+    assert sorted(seen) == sorted(f"s{i}" for i in range(48))
+    assert [found["steps"] for found in ranks] == [[3, 4, 5, 6]] * 2
+
+
+def test_both_test_the_best_weights(results: Results) -> None:
+    ranks = results("tests_of_the_best")
+    both = only(ranks)
+    assert both["loss"] == max(both["losses"]) > min(both["losses"])
+    for found in ranks:
+        assert found["unchanged"]
+        assert torch.equal(found["tested"], both["tested"])
+        assert not torch.equal(found["tested"], both["weights"])
+        assert (found["loss"], found["losses"]) == (both["loss"], both["losses"])
 
 
 def test_one_goes_on_where_two_were_stopped(folder: Path, results: Results, tmp_path: Path) -> None:

@@ -487,6 +487,7 @@ RESUMED = {
         ),
         (3, 6),
     ),
+    "workers": (resuming.Setting(workers=1, data=even, epochs=lambda: range(1, 2)), (2,)),
     "list": (
         resuming.Setting(
             precision="fp16", schedule="newbob", data=resuming.batches, loader=None,
@@ -515,6 +516,40 @@ def resumptions(folder: Path) -> dict[str, Any]:
             "found": found, "weights": weights(straight), "trace": straight.test.trace,
         }  # fmt: skip
     return results
+
+
+ONE = resuming.Setting(data=lambda: resuming.Sentences(48), epochs=lambda: range(1, 2))
+
+
+def widened(folder: Path) -> dict[str, Any]:
+    """Two go on where one was stopped, after five batches."""
+    if distributed.is_main():
+        resuming.stopped(folder.parent / "one", "stop-5", folder)
+    distributed.barrier()
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        brain = ONE.fit(ONE.make(folder, seed=distributed.rank()))
+    return {
+        "ids": [id for entry in brain.test.trace for id in entry[2]],
+        "steps": [entry[1] for entry in brain.test.trace],
+        "weights": weights(brain),
+    }
+
+
+def tests_of_the_best(folder: Path) -> dict[str, Any]:
+    """Both test with the weights of the same checkpoint, and have their own again."""
+    brain = make(Reader, folder=folder)
+    parts = [{**b, "id": [f"{i}"] * len(b["x"])} for i, b in enumerate(batches())]
+    brain.fit(range(1, 4), parts, parts[:5])
+    before = weights(brain)
+    tested: list[Tensor] = []
+    brain.on_evaluate_start = lambda **_: tested.append(weights(brain))
+    loss = brain.evaluate(parts[:5], max_key="loss")
+    losses = [each.meta["loss"] for each in brain.checkpointer.list_checkpoints()]
+    return {
+        "weights": weights(brain), "unchanged": torch.equal(before, weights(brain)),
+        "tested": tested[0], "loss": loss, "losses": losses,
+    }  # fmt: skip
 
 
 def interruptions(folder: Path) -> dict[str, Any]:
@@ -590,10 +625,10 @@ PROPERTIES: dict[str, Callable[..., dict[str, Any]]] = {
     each.__name__: each
     for each in (
         verbs, same_as_one, skips, patience, masked, half, stopping, limits, evaluations,
-        statistics, resumptions, interruptions, disagreements,
+        statistics, resumptions, widened, tests_of_the_best, interruptions, disagreements,
     )
 }  # fmt: skip
-WITH_FOLDER = (limits, resumptions, interruptions, disagreements)
+WITH_FOLDER = (limits, resumptions, widened, tests_of_the_best, interruptions, disagreements)
 
 
 def main(folder: Path) -> None:
@@ -616,7 +651,10 @@ def main(folder: Path) -> None:
 
 
 def launch(folder: Path, seconds: float = 240) -> None:
-    """Start both and wait for them; what they gave lies in ``folder``."""
+    """Start both and wait for them; what they gave lies in ``folder``.
+
+    A run of one process, which they widen, must lie in its folder "one".
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
