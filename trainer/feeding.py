@@ -68,6 +68,11 @@ class Feed:
             size = min(size, most) if most else size
         return size
 
+    def begin(self, epoch: int) -> int | None:
+        """Be ready for an epoch; its number of batches, where that is known."""
+        self.loader.set_epoch(epoch)
+        return self.length()
+
     def from_batch(self, epoch: int, start: int) -> Iterator[tuple[Any, bool]]:
         """The epoch's batches from ``start`` on; with each, whether it is known to be the last."""
         if self.repeat and self._fixed is None:

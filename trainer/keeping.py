@@ -36,6 +36,7 @@ class Keeper:
         self.fits = 0  # Calls of `fit`: each goes through epochs of its own.
         self._resumed = False
         self._resumed_fit = 0
+        self._batches: int | None = None  # Of the epoch, where known.
         self._depth = 0  # A hook of one `fit` may call another.
         self._resumption = Resumption(brain)
         self._before_valid: tuple[Any, Any] | None = None
@@ -72,15 +73,16 @@ class Keeper:
             "stopped": self.stopped,
             "fits": self.fits,
             "processes": distributed.world_size(),
+            "batches": self._batches,
             "log_lines": self.brain.journal.log.lines(),
         }
 
     def go_to(self, position: Mapping[str, Any]) -> None:
         """Restore what `position` gave."""
         self.phase, self.stopped = position["phase"], position["stopped"]
-        self._resumed_fit = position["fits"]
-        # An epoch has as many more batches a rank as there are fewer ranks.
-        self.brain.step = self.brain.step * position["processes"] // distributed.world_size()
+        self._resumed_fit, self._batches = position["fits"], position["batches"]
+        if self.phase == "train":
+            self._resumption.go_to_batch(position["batches"], position["processes"])
         self.brain.journal.log.truncate(self.brain.optimizer_step, position["log_lines"])
 
     def begin_fit(self) -> None:
@@ -153,7 +155,13 @@ class Keeper:
 
     def rest_of(self, feed: Feed, epoch: int) -> Iterable[tuple[Any, bool]]:
         """The batches of the epoch that are still to train on."""
-        return () if self.limit_reached() else feed.from_batch(epoch, self.brain.step)
+        if self.limit_reached():
+            return ()
+        length = feed.begin(epoch)
+        if self._depth == 1:
+            self._resumption.epoch_begun(epoch, length)
+            self._batches = length
+        return feed.from_batch(epoch, self.brain.step)
 
     def begin_validation(self) -> None:
         """To be stopped within the validation is to have stopped before it."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from trainer import state
+from trainer import distributed, state
+
+logger = logging.getLogger("trainer")
 
 # What a `fit` within a hook of another one leaves as it was.
 PLACE = (
@@ -27,6 +30,7 @@ class Resumption:
         self._common: Mapping[str, Any] | None = None
         self._own: Mapping[str, Any] | None = None
         self._weights: Mapping[str, Any] | None = None
+        self._place: tuple[int, int | None, int] | None = None
         self._late: list[str] = []  # Objects that hooks must have made by the next stage.
 
     def take(self, common: Mapping[str, Any]) -> None:
@@ -37,6 +41,26 @@ class Resumption:
     def take_own(self, own: Mapping[str, Any]) -> None:
         """Keep this rank's own part until the place is reached."""
         self._own = own
+
+    def go_to_batch(self, batches: int | None, processes: int) -> None:
+        """Go to the Brain's step, saved by so many processes in an epoch of so many batches."""
+        self._place = self._brain.step, batches, processes
+        # An epoch has as many more batches a rank as there are fewer ranks.
+        self._brain.step = self._brain.step * processes // distributed.world_size()
+
+    def epoch_begun(self, epoch: int, length: int | None) -> None:
+        """Where the epoch has other batches than when it was left, leave out the same share."""
+        place, self._place = self._place, None
+        step, batches, processes = place or (0, None, 1)
+        if length is None or not batches:
+            return
+        ranks = distributed.world_size()
+        if abs(length * ranks - batches * processes) >= max(ranks, processes):
+            self._brain.step = step * length // batches
+            logger.warning(
+                "epoch %d has %d batches now, and had %d when it was left after %d: going on after "
+                "%d", epoch, length, batches, step, self._brain.step,
+            )  # fmt: skip
 
     def fit_started(self, within_training: bool) -> None:
         """`on_fit_start` has run; within an epoch's training, the stage's hook still has to."""

@@ -482,6 +482,23 @@ def test_precision_may_change_within_a_window(tmp_path: Path, old: str, new: str
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
+@pytest.mark.parametrize(("size", "step"), [(2, 13), (8, 4), (4, 7)])
+def test_the_size_of_batches_may_change_within_an_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int, step: int
+) -> None:
+    """The same share of the epoch is left out; what rounding leaves over is seen twice."""
+    setting = Setting(data=lambda: Sentences(44), epochs=lambda: range(1, 3))
+    straight = run(setting, tmp_path / "straight", (6,), Setting.fit)
+    other = replace(setting, loader={"batch_size": size})
+    resumed = resume(other, tmp_path / "straight", "stop-6", tmp_path / "resumed", Setting.fit)
+    assert resumed.test.trace[0][:2] == (1, step)
+    seen = [id for entry in straight.test.trace[:6] for id in entry[2]]
+    rest = [id for entry in resumed.test.trace if entry[0] == 1 for id in entry[2]]
+    assert set(seen + rest) == {f"s{i}" for i in range(44)}
+    assert len(seen + rest) - 44 < size
+    assert ("when it was left after 6" in caplog.text) == (size != 4)
+
+
 def test_an_average_of_weights_may_begin_later(tmp_path: Path) -> None:
     without = Setting(options={"ema_decay": None}, **FEW)
     run(without, tmp_path / "straight", (22,), Setting.fit)
