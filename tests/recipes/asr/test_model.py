@@ -32,8 +32,9 @@ def test_frames_are_as_many_as_foretold(halvings: int) -> None:
     lengths = (8000, 7999, 79, 80, 1, 4321)
     log_probs, frames = model(*padded(*lengths))
     assert frames.tolist() == [model.frames(length) for length in lengths]
-    assert log_probs.shape == (6, max(frames), 7)
-    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(6, max(frames)))
+    assert log_probs.shape[0::2] == (6, 7)
+    assert log_probs.shape[1] >= max(frames)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(log_probs.shape[:2]))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -44,7 +45,7 @@ def test_an_utterance_is_heard_alike_alone_and_in_a_batch(training: bool) -> Non
     for item in range(4):
         alone, _ = model(wav[item : item + 1, : lengths[item]], lengths[item : item + 1])
         torch.testing.assert_close(
-            alone[0], together[item, : frames[item]], atol=1e-5, rtol=0, msg=f"item {item}"
+            alone[0, : frames[item]], together[item, : frames[item]], atol=1e-5, rtol=0
         )
 
 
