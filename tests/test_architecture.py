@@ -189,3 +189,23 @@ def test_every_yaml_says_how_it_is_run() -> None:
         relative = path.relative_to(ROOT).as_posix()
         first = "\n".join(path.read_text().splitlines()[:4])
         assert f"train.py {relative}" in first, path
+
+
+def test_the_readme_maps_every_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    modules = {
+        path.relative_to(ROOT).parts
+        for folder in ("trainer", "recipes")
+        for path in sources(ROOT / folder)
+    }
+    names = set()
+    for parts in modules:
+        if parts[-1] == "__init__.py":
+            continue
+        names.add(
+            "/".join(parts[:2]) + "/"
+            if parts[0] == "trainer" and len(parts) > 2
+            else "/".join(parts)
+        )
+    assert len(names) > 40
+    assert [name for name in sorted(names) if f"`{name}`" not in readme] == []

@@ -232,7 +232,7 @@ def _report(metrics: dict[str, Any], folder: Path) -> None:
 
 
 def _readable(value: float) -> str:
-    """Two decimals, or four digits of a number below one."""
+    """Two decimals, or four digits of a number below a tenth."""
     if isinstance(value, int):
         return str(value)
-    return f"{value:.2f}" if value == 0 or abs(value) >= 1 else f"{value:.4g}"
+    return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4g}"

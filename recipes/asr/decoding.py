@@ -1,10 +1,12 @@
-"""From frames of log probabilities to token sequences: the best path, or a beam search."""
+"""From frames of log probabilities to tokens and words: the best path, or a beam search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import extractOne
 from torch import Tensor
 
 BLANK = 0
@@ -29,6 +31,20 @@ def greedy(log_probs: Tensor, frames: Tensor) -> list[list[int]]:
     best = log_probs.argmax(-1).cpu()
     paths = [torch.unique_consecutive(path[:n]) for path, n in zip(best, frames.cpu(), strict=True)]
     return [path[path != BLANK].tolist() for path in paths]
+
+
+def known_words(text: str, lexicon: Collection[str]) -> str:
+    """The text with each word that ``lexicon`` lacks made the nearest that it has.
+
+    Nearest by the number of edits, as a share of the longer word's letters. For a closed
+    vocabulary: what a network spells wrong, "hirteen", can only be one of the words that are said.
+    """
+    ordered = sorted(lexicon)  # of several that are equally near, the first
+
+    def nearest(word: str) -> str:
+        return str(extractOne(word, ordered, scorer=Levenshtein.normalized_similarity)[0])
+
+    return " ".join(word if word in lexicon else nearest(word) for word in text.split())
 
 
 def beam(tokens: Sequence[str], size: int) -> Decoder:

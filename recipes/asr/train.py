@@ -16,7 +16,7 @@ from torch import Tensor
 
 import trainer
 from recipes.asr.data import datasets
-from recipes.asr.decoding import make_decoder
+from recipes.asr.decoding import known_words, make_decoder
 from recipes.asr.model import ctc_loss
 from recipes.asr.scoring import Scores
 from recipes.common.loading import DurationBatches, Speech
@@ -26,8 +26,8 @@ from trainer import Brain, Stage, distributed
 class Recogniser(Brain):
     """Learns by CTC; valid and test are scored in words and characters.
 
-    Reads from the YAML ``codec``, ``decoder`` and ``beam_size``; writes ``wer_valid.txt`` and
-    ``wer_test.txt`` into the run folder.
+    Reads from the YAML ``codec``, ``decoder``, ``beam_size`` and ``lexicon`` (the words that can be
+    said, null for any); writes ``wer_valid.txt`` and ``wer_test.txt`` into the run folder.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,9 +42,14 @@ class Recogniser(Brain):
         self, predictions: tuple[Tensor, Tensor], batch: Any, stage: Stage
     ) -> Tensor:
         if stage is not Stage.TRAIN:
-            heard = map(self.hparams.codec.decode, self.decode(*predictions))
-            self.scores.add(batch.id, batch.text, list(heard))
+            self.scores.add(batch.id, batch.text, self.texts(predictions))
         return ctc_loss(*predictions, *batch.tokens)
+
+    def texts(self, predictions: tuple[Tensor, Tensor]) -> list[str]:
+        """What was heard in each utterance."""
+        heard = [self.hparams.codec.decode(tokens) for tokens in self.decode(*predictions)]
+        lexicon = self.hparams.lexicon
+        return heard if lexicon is None else [known_words(text, lexicon) for text in heard]
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         self.scores = Scores()
@@ -66,7 +71,7 @@ class Recogniser(Brain):
         wav, lengths = signal[None], torch.tensor([len(signal)])
         with self.eval_precision.autocast():
             predictions = self.modules.model(wav.to(self.device), lengths.to(self.device))
-        return self.hparams.codec.decode(self.decode(*predictions)[0])
+        return self.texts(predictions)[0]
 
 
 def train(run: trainer.Run) -> dict[str, float]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from recipes.asr.decoding import greedy, make_decoder
+from recipes.asr.decoding import greedy, known_words, make_decoder
 
 TOKENS = ["<blank>", "a", "b", " "]
 
@@ -53,3 +53,9 @@ class TestBeam:
         log_probs = torch.stack([path_of("aa-abb- a-"), path_of("babababab-")])
         found = make_decoder("beam", TOKENS, 10)(log_probs, torch.tensor([10, 4]))
         assert found == [[1, 1, 2, 3, 1], [2, 1, 2, 1]]
+
+
+def test_misspelt_words_become_the_nearest_known_ones() -> None:
+    lexicon = frozenset({"number", "thirteen", "thirty", "eighth", "the"})
+    assert known_words("munmber hirteen the ighth", lexicon) == "number thirteen the eighth"
+    assert known_words("", lexicon) == ""
