@@ -45,6 +45,12 @@ ROOT = Path(__file__).parents[2]
 FEW = {"data": batches, "loader": None, "epochs": lambda: range(1, 3)}  # 22 batches, quickly
 
 
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much of the time here would go into drawing the log, which is compared as it is."""
+    monkeypatch.setattr("trainer.page.write_html", lambda folder: folder)
+
+
 @pytest.fixture
 def signals() -> Iterator[None]:
     """Signals are noted while the test runs."""
