@@ -13,12 +13,13 @@ from torch import Tensor
 logger = logging.getLogger("trainer")
 
 SCALARS = (int, float, str, bool, type(None))
+HPARAMS = "hparams."
 DICTS = (dict, OrderedDict, Counter)
 
 
 class Attributes:
     """Those attributes of a Brain that are state: numbers, texts, tensors and containers of these
-    that have changed since its first ``fit`` began.
+    that have changed since its first ``fit`` began. Numbers and texts among its hparams, too.
 
     What nothing has changed is a setting, of which a resumed run may have another. So it is with
     which parameters require gradients: ``trainable`` says it for the beginning.
@@ -53,11 +54,16 @@ class Attributes:
         for name, value in values.items():
             if name in saved["on_device"]:
                 value = _moved(value, self._brain.device)
-            setattr(self._brain, name, _refill(getattr(self._brain, name, None), value))
+            owner = self._brain.hparams if name.startswith(HPARAMS) else self._brain
+            name = name.removeprefix(HPARAMS)
+            setattr(owner, name, _refill(getattr(owner, name, None), value))
 
     def _all(self, tell: bool = True) -> dict[str, Any]:
         """Copies of all that can be saved; tells of containers that change and cannot."""
-        found = {}
+        numbers = vars(self._brain.hparams).items()
+        found: dict[str, Any] = {
+            HPARAMS + name: value for name, value in numbers if type(value) in SCALARS
+        }
         for name, value in vars(self._brain).items():
             if name in self._brain.framework:
                 continue

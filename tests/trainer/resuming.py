@@ -136,6 +136,7 @@ class Learner(Brain):
         self.kinds[ids[0][-1]] += 1
         self.distinct.add(ids[0])
         self.flag, self.early = False, self.early + 1
+        self.hparams.level *= 0.99
         for each in (self.stage_total, self.counting, self.made_late, self.hparams.shared):
             each.total += loss
         self.test.trace.append((self.epoch, self.step, ids, loss, torch.rand(()).item()))
@@ -249,6 +250,7 @@ class Setting:
             "schedule": {"d": schedule, "g": SCHEDULES["step"]} if several else schedule,
             "early_stopping": EarlyStopping("loss", patience=self.patience, min_delta=0.01),
             "shared": Counting(),
+            "level": 1.0,
             "generator": torch.Generator().manual_seed(seed),
             "numbers": np.random.default_rng(seed),
             "epoch_counter": self.epochs(),
@@ -336,6 +338,7 @@ def whole(brain: Learner) -> dict[str, Any]:
     }
     kept = {name: value for name, value in plain.items() if not hasattr(value, "state_dict")}
     del kept["dice"]  # Among the objects.
+    kept["level"] = brain.hparams.level
     return {"common": state.common(brain), "own": own, "kept": kept, "log": log(brain)}
 
 

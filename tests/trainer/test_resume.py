@@ -537,5 +537,6 @@ def test_the_state_of_a_run_has_every_part(tmp_path: Path) -> None:
     assert own["average"]["sums"][""][1] == 16.0  # The examples of the first window.
     assert set(own["attributes"]["values"]) == {
         "train_stats", "longest", "best", "recent", "history", "kinds", "distinct", "early",
+        "hparams.level",
     }  # fmt: skip
     assert state.own(brain)["windows"]["main"]["count"] == 0

@@ -192,7 +192,9 @@ def train(
 PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32}
 SAME = {
     "default": {},
-    "window": {"grad_accumulation_factor": 3},
+    "window": {"grad_accumulation_factor": 3},  # The last one of an epoch is of 1 batch,
+    "window-of-4": {"grad_accumulation_factor": 4},  # 3 batches,
+    "window-of-5": {"grad_accumulation_factor": 5},  # 2 batches.
     "value-clip": {"clip": "value", "max_grad_norm": 0.05},
     "forwards": {"kind": Twice},
     "players": {"kind": Players},
