@@ -71,10 +71,19 @@ class Hooks:
         return optimizers
 
     def on_fit_start(self) -> None:
-        """Before the first epoch, after the last checkpoint was restored."""
+        """Before the first epoch, after the last checkpoint was restored.
+
+        In a resumed run, numbers and stateful objects are as they were saved once it has run,
+        whatever it does to them. What it does to weights and optimizers stays.
+        """
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
-        """Before each pass over data; the place to make metrics anew."""
+        """Before each pass over data; the place to make metrics anew.
+
+        It runs again when a run resumes in the middle of a pass. Then everything is as it was saved
+        once it has run: nothing is done a second time. An object with a state that is to outlive
+        the pass is made before, in the constructor or in `on_fit_start`.
+        """
 
     def on_stage_end(
         self, stage: Stage, stage_loss: Any, epoch: int | None = None
