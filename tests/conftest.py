@@ -1,4 +1,4 @@
-"""Every test runs on one thread, and leaves the environment and the process group as it found them."""
+"""Every test runs on one thread and leaves environment and process group as it found them."""
 
 import os
 from collections.abc import Iterator
