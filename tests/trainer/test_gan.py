@@ -168,6 +168,20 @@ def test_frozen_optimizers_collect_nothing_and_are_asked_once_a_window(
         assert steps == {"discriminator": 4, "generator": 12}
 
 
+def test_who_is_frozen_is_asked_anew_as_long_as_no_window_is_open() -> None:
+    class Looking(Alternating):
+        def fit_batch(self, batch: Any) -> Any:
+            assert self.closes_window()
+            if self.step == 3:
+                return super().fit_batch(batch)
+            return None
+
+    brain = make(Looking)
+    brain.fit([1], batches(3))
+    assert len(brain.turns) == 3
+    assert not brain.updates["discriminator"].optimizer.state  # Its turn was the first.
+
+
 def test_the_default_fit_batch_trains_those_that_are_not_frozen() -> None:
     class Default(Players):
         fit_batch = Brain.fit_batch

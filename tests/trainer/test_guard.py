@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.trainer.small import (
     spoilt,
 )
 from trainer import Brain, NonFiniteError
+from trainer.checkpoint import Checkpointer
 from trainer.clipping import Gradients, NormClip
 
 KINDS = [Regressor, Players]
@@ -113,6 +115,35 @@ def test_one_player_is_skipped_alone(factor: int, precision: str) -> None:
     assert len(moved) == 4
     assert not brain.updates["discriminator"].optimizer.state
     assert brain.optimizer_step == 1
+
+
+def test_a_run_stopped_inside_a_window_forgets_a_later_bad_batch_of_it(tmp_path: Path) -> None:
+    """Back to the statistics of the window's start, which the checkpoint has to have."""
+
+    class Saving(Regressor):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            if self.step == self.stop_at:
+                raise KeyboardInterrupt
+
+        def on_fit_batch_end(self, *_: Any) -> None:
+            if self.checkpointer is not None and self.step == 6:
+                self.checkpointer.save_checkpoint()
+
+    def prepared(checkpointer: Any, stop_at: int) -> Any:
+        brain = make(Saving, norm=True, grad_accumulation_factor=4, checkpointer=checkpointer)
+        brain.stop_at = stop_at
+        return brain
+
+    data = batches(12)
+    data[7] = spoilt(data[7], "input")
+    straight = prepared(None, 0)
+    straight.fit([1], data)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(Checkpointer(tmp_path), 8).fit([1], data)
+    resumed = prepared(Checkpointer(tmp_path), 0)
+    resumed.fit([1], data)
+    assert resumed.optimizer_step == straight.optimizer_step == 2
+    assert same(everything(resumed), everything(straight))
 
 
 # --- patience ------------------------------------------------------------------------------------
@@ -219,6 +250,7 @@ def test_overflow_uses_no_patience_and_moves_no_schedule(kind: type[Brain], fact
     assert {report.outcome for report in closed} == {"overflowed"}
     assert len(closed) == 2 * len(brain.updates)
     assert all(report.loss is not None and report.norm is None for report in closed)
+    assert brain.average.weight() == 3 * 2 * factor  # Their losses are known, and were of the data.
     assert same(brain.modules.state_dict(), start)
     assert brain.patience.count == brain.optimizer_step == brain.weight_average.count == 0
     for update in brain.updates.values():

@@ -74,7 +74,7 @@ def test_a_line_of_the_log_reads_all_losses_at_once(kind: type[Brain]) -> None:
     quiet, _ = syncs(kind, 32, log_interval=1000)
     lines, _ = syncs(kind, 32, log_interval=16)
     each = 0 if kind is Regressor else 2  # The line's own average and the epoch's.
-    assert lines - quiet <= 2 * each
+    assert lines - quiet == 2 * each
 
 
 def test_validation_waits_at_its_end_alone() -> None:
