@@ -10,7 +10,7 @@ plain attributes of the Brain (``self.train_stats``).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Sampler
 from trainer import checks, distributed, seed
 
 POSITION = ("epoch", "step", "optimizer_step")
+LONGEST = 100  # entries of a container in which stateful objects are looked for
 
 
 def objects(brain: Any) -> dict[str, Any]:
-    """The stateful objects of a Brain by name: "hparams.early_stopping", "scheduler_g"."""
+    """The stateful objects of a Brain by name: "hparams.early_stopping", "metrics.wer"."""
     known = {id(brain), id(brain.checkpointer), *(id(part) for part in brain.modules.modules())}
     for update in brain.updates.values():
         known |= {id(part) for part in (update.optimizer, update.schedule, update.clip, update)}
@@ -30,7 +31,7 @@ def objects(brain: Any) -> dict[str, Any]:
     named = {f"hparams.{name}": value for name, value in vars(brain.hparams).items()}
     named |= {name: value for name, value in vars(brain).items() if name not in brain.framework}
     found = {}
-    for name, value in named.items():
+    for name, value in _flat(named):
         part = seed.as_stateful(value) or value
         stateful = hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
         # Where a sampler or a loader is, the position in the epoch says.
@@ -43,6 +44,18 @@ def objects(brain: Any) -> dict[str, Any]:
         known.add(id(value))
         found[name] = part
     return found
+
+
+def _flat(named: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in a mapping and in the containers in it, with dotted names."""
+    for name, value in named.items():
+        if type(value) in (list, tuple):
+            value = dict(enumerate(value))
+        # A longer one is data, and not a handful of metrics or schedules.
+        if type(value) is not dict:
+            yield f"{prefix}{name}", value
+        elif len(value) <= LONGEST:
+            yield from _flat(value, f"{prefix}{name}.")
 
 
 def light(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class Learner(Brain):
         self.recent, self.kinds = deque([0.0], maxlen=4), defaultdict(int)
         self.distinct: set[str] = set()
         self.flag = False
+        self.metrics = {"a": Counting(), "b": [Counting()]}
 
     def on_fit_start(self) -> None:
         torch.rand(3), random.random(), np.random.rand()  # A resumed run must not notice.
@@ -137,7 +138,8 @@ class Learner(Brain):
         self.distinct.add(ids[0])
         self.flag, self.early = False, self.early + 1
         self.hparams.level *= 0.99
-        for each in (self.stage_total, self.counting, self.made_late, self.hparams.shared):
+        several = [self.metrics["a"], *self.metrics["b"], self.stage_total, self.counting]
+        for each in (*several, self.made_late, self.hparams.shared):
             each.total += loss
         self.test.trace.append((self.epoch, self.step, ids, loss, torch.rand(()).item()))
         self.test.after(self)
@@ -337,7 +339,7 @@ def whole(brain: Learner) -> dict[str, Any]:
         if name not in brain.framework and name not in ("test", "optimizers_dict")
     }
     kept = {name: value for name, value in plain.items() if not hasattr(value, "state_dict")}
-    del kept["dice"]  # Among the objects.
+    del kept["dice"], kept["metrics"]  # Among the objects.
     kept["level"] = brain.hparams.level
     return {"common": state.common(brain), "own": own, "kept": kept, "log": log(brain)}
 

@@ -524,7 +524,7 @@ def test_the_state_of_a_run_has_every_part(tmp_path: Path) -> None:
     saved = brain.checkpointer.read(checkpoint)["brain"]
     assert set(saved["objects"]) == {
         "hparams.early_stopping", "hparams.shared", "hparams.generator", "hparams.numbers",
-        "counting", "dice", "made_late", "stage_total",
+        "counting", "dice", "made_late", "stage_total", "metrics.a", "metrics.b.0",
     }  # fmt: skip
     assert saved["position"]["optimizer_step"] == 1
     assert saved["weight_average"]["count"] == 1
