@@ -273,6 +273,29 @@ def test_validation_does_not_change_the_training(kind: type[Brain]) -> None:
     assert same(everything(with_valid), everything(without))
 
 
+def test_testing_the_best_checkpoint_leaves_the_training_where_it_was(tmp_path: Path) -> None:
+    """Neither weights nor optimizer nor counters become those of that checkpoint."""
+
+    class Worse(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+            return {"wer": float(epoch or 0)} if stage is not Stage.TRAIN else None
+
+        def on_evaluate_start(self, max_key: str | None = None, min_key: str | None = None) -> None:
+            self.tested = copy.deepcopy(self.modules.state_dict())
+
+    keeping = Checkpointer(tmp_path, keep_best={"wer": "min"})
+    brain = make(Worse, checkpointer=keeping, ema_decay=None)
+    brain.fit([1], batches(3), batches(1))
+    best = copy.deepcopy(brain.modules.state_dict())
+    brain.fit([2, 3], batches(3), batches(1))
+    before = copy.deepcopy(everything(brain))
+    brain.evaluate(batches(1), min_key="wer")
+    assert same(brain.tested, best)
+    assert not same(brain.modules.state_dict(), best)
+    assert same(everything(brain), before)
+    assert (brain.epoch, brain.step, brain.optimizer_step) == (3, 3, 9)
+
+
 def test_an_evaluation_that_fails_gives_the_modes_back() -> None:
     brain = make()
     brain.fit([1], batches(1))
