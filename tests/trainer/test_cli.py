@@ -86,7 +86,7 @@ def test_a_run_leaves_its_records_and_its_metrics(
     runs: list[Run] = []
     argv = [demo, "--model.bias", "false", "--width=5", "--name", "it's"]
     assert main(keep(runs), argv) == {"wer": 3.2149, "cer": 0.123456, "words": 12}
-    assert capsys.readouterr().out == "test: wer=3.21 cer=0.1235 words=12\n"
+    assert capsys.readouterr().out == "test: wer=3.21 cer=0.12 words=12\n"
 
     (run,) = runs
     folder = Path("results/toy/demo/7")
