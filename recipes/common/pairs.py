@@ -1,0 +1,214 @@
+"""Pairs of clean and noisy speech, recorded or mixed, as a dataset for enhancement.
+
+    sources = voicebank(data_folder)["train"]
+    train = Pairs(sources, sample_rate=16000, segment=16384)
+    test = Pairs(sources, sample_rate=16000, fixed=True)
+
+A source is one clip: `Recorded` (two files) or `Mixed` (speech with noise at a signal-to-noise
+ratio drawn anew each time). What a source draws comes from (seed, epoch, item) in training, and
+from the clip's name alone where ``fixed``: valid and test are the same in every epoch and run.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from recipes.common.loading import load
+from trainer.data import BadItem
+from trainer.seed import derive
+
+try:
+    from lhotse.audio.mixer import AudioMixer
+    from lhotse.cut import MonoCut
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+logger = logging.getLogger(__name__)
+
+SILENT = 1e-4  # of full scale (-80 dB): a clip without a sample above it says nothing
+LOUDEST = 0.99  # of full scale: what would be above is turned down, clean and noisy alike
+
+Pair = tuple[Tensor, Tensor]  # clean and noisy, (T,) each
+
+
+class Source(Protocol):
+    """One clip of clean speech that can be had with noise."""
+
+    id: str
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+
+    def load(self, sample_rate: int, rng: random.Random) -> Pair:
+        """Clean and noisy at this rate, equally long. Raises BadItem."""
+
+
+class Noise(Protocol):
+    """What gives noise to mix with speech."""
+
+    def __call__(self, cut: MonoCut, samples: int, sample_rate: int, rng: random.Random) -> Tensor:
+        """So many samples (T,) of noise to put behind ``cut``, of any level. Raises BadItem."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A clip that was recorded (or mixed by others) twice: clean, and the same with noise."""
+
+    clean: MonoCut
+    noisy: MonoCut
+
+    @property
+    def id(self) -> str:
+        return str(self.clean.id)
+
+    @property
+    def duration(self) -> float:
+        return float(self.clean.duration)
+
+    def load(self, sample_rate: int, rng: random.Random) -> Pair:
+        """Both files. Raises BadItem for another length of each, and for a silent clean side."""
+        clean, noisy = (load(cut, sample_rate, resample=True) for cut in (self.clean, self.noisy))
+        if len(clean) != len(noisy):
+            raise BadItem(
+                path_of(self.noisy),
+                f"it gives {len(noisy)} samples, its clean partner {path_of(self.clean)} "
+                f"{len(clean)}: a pair must be equally long",
+            )
+        check_heard(path_of(self.clean), clean)
+        return clean, noisy
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Clean speech with noise behind it, at a ratio drawn from ``snr`` = [lowest, highest] in dB.
+
+    The ratio is that of the mean powers of the whole clip.
+    """
+
+    cut: MonoCut
+    noise: Noise
+    snr: tuple[float, float]
+
+    @property
+    def id(self) -> str:
+        return str(self.cut.id)
+
+    @property
+    def duration(self) -> float:
+        return float(self.cut.duration)
+
+    def load(self, sample_rate: int, rng: random.Random) -> Pair:
+        """The speech, and the speech with noise. Raises BadItem where the speech is silent."""
+        clean = load(self.cut, sample_rate, resample=True)
+        check_heard(path_of(self.cut), clean)
+        snr = rng.uniform(*self.snr)
+        return mix(clean, self.noise(self.cut, len(clean), sample_rate, rng), snr, sample_rate)
+
+
+def mix(clean: Tensor, noise: Tensor, snr: float, sample_rate: int) -> Pair:
+    """``clean`` (T,) alone and with ``noise`` (T,) at this ratio in dB, both of one gain.
+
+    The gain is 1, and less where the mixture would leave full scale.
+    """
+    mixer = AudioMixer(clean[None].numpy(), sample_rate)
+    mixer.add_to_mix(noise[None].numpy().astype(np.float32), snr=snr)
+    noisy = torch.from_numpy(mixer.mixed_audio[0])
+    gain = min(1.0, LOUDEST / float(noisy.abs().max()))
+    return clean * gain, noisy * gain
+
+
+def path_of(cut: MonoCut) -> str:
+    """The file of a cut, or its id where it has none."""
+    sources = cut.recording.sources if cut.recording is not None else []
+    return str(sources[0].source) if sources and sources[0].type == "file" else str(cut.id)
+
+
+def check_heard(path: str, samples: Tensor) -> None:
+    """Raise BadItem for samples (T,) in which there is nothing to hear."""
+    if not len(samples) or float(samples.abs().max()) < SILENT:
+        raise BadItem(path, "it is silent: there is nothing that could be enhanced")
+
+
+class Pairs(Dataset[dict[str, Any]]):
+    """Clips as ``{"id", "noisy", "clean"}``, the latter (T,) float32 each.
+
+    Args:
+        sources: the clips, see `recipes.common.noisy_speech`.
+        sample_rate: in Hz, of what is given; sources of another one are resampled.
+        segment: give so many samples from a place drawn at random; None gives the whole clip.
+            Clips that are shorter are left out, and counted in the log.
+        fixed: draw everything from the clip's name, not from (seed, epoch, item).
+
+    Raises ValueError when no clip is left.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        sample_rate: int,
+        segment: int | None = None,
+        fixed: bool = False,
+    ) -> None:
+        self.sample_rate, self.segment, self.fixed = sample_rate, segment, fixed
+        self.sources = _at_least(sources, (segment or 1) / sample_rate)
+
+    @property
+    def durations(self) -> list[float]:
+        """Seconds of each item, for `recipes.common.loading.DurationBatches`."""
+        if self.segment is not None:
+            return [self.segment / self.sample_rate] * len(self.sources)
+        return [source.duration for source in self.sources]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        source = self.sources[index]
+        # The loader has seeded the global generators by (seed, epoch, item).
+        seed = derive(0, "pair", source.id) if self.fixed else random.getrandbits(63)
+        rng = random.Random(seed)
+        clean, noisy = source.load(self.sample_rate, rng)
+        if self.segment is not None:
+            if len(clean) < self.segment:  # Its header promised more.
+                raise BadItem(
+                    source.id, f"it has {len(clean)} samples, a segment has {self.segment}"
+                )
+            start = rng.randint(0, len(clean) - self.segment)
+            clean, noisy = (side[start : start + self.segment] for side in (clean, noisy))
+        return {"id": source.id, "noisy": noisy, "clean": clean}
+
+    def name_of(self, index: int) -> str:
+        """A clip in an error message."""
+        return f"{index} ({self.sources[index].id})"
+
+
+def _at_least(sources: Sequence[Source], shortest: float) -> list[Source]:
+    """The clips that last so many seconds."""
+    good = [source for source in sources if source.duration >= shortest]
+    if not good:
+        found = "there are no clips at all"
+        if sources:
+            longest = max(source.duration for source in sources)
+            found = f"the longest of {len(sources)} clips lasts {longest:.3f} s"
+        raise ValueError(f"no clip is as long as a segment of {shortest:.3f} s: {found}")
+    if len(good) < len(sources):
+        logger.info(
+            "%d of %d clips are shorter than a segment of %.3f s: left out",
+            len(sources) - len(good),
+            len(sources),
+            shortest,
+        )
+    return good
+
+
+Corpus = Mapping[str, Sequence[Source]]
