@@ -1,0 +1,182 @@
+"""Log-mel spectrograms as neural vocoders use them, and files of them that say how they were made.
+
+One convention for whoever makes mels and whoever turns them into sound: the magnitude of an STFT
+under a Hann window, triangular bands of equal area on Slaney's mel scale, clamped at 1e-5, natural
+logarithm (the setting of Kong et al. 2020, arXiv 2010.05646). S samples give S // hop frames: frame
+f is centred at sample (f + 1/2) * hop, and the edges are mirrored.
+
+A mel file holds one spectrogram (M, F): a `.pt` with ``{"mel": …, "config": …}``, or a `.npy` with
+its configuration beside it, `name.json` for `name.npy`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
+
+FLOOR = 1e-5  # of a band's magnitude, before the logarithm
+
+
+class LogMel(nn.Module):
+    """Waveforms to log-mel spectrograms, computed in fp32 whatever autocast says.
+
+    Args:
+        sample_rate: Hz.
+        bands: M, the number of mel bands.
+        n_fft: samples of a window, and of its FFT.
+        hop: samples between two frames; ``n_fft - hop`` must be even.
+        f_min, f_max: the range of the bands in Hz; f_max None is half of the sample rate.
+
+    Raises ValueError for a hop or a range that is impossible.
+    """
+
+    window: Tensor
+    filters: Tensor
+
+    def __init__(
+        self,
+        sample_rate: int,
+        bands: int = 80,
+        n_fft: int = 1024,
+        hop: int = 256,
+        f_min: float = 0.0,
+        f_max: float | None = None,
+    ) -> None:
+        super().__init__()
+        f_max = sample_rate / 2 if f_max is None else float(f_max)
+        if not 0 < hop <= n_fft or (n_fft - hop) % 2:
+            raise ValueError(f"hop is {hop}; allowed: 1 to n_fft={n_fft}, and n_fft - hop even")
+        if not 0 <= f_min < f_max <= sample_rate / 2:
+            raise ValueError(
+                f"f_min={f_min:g} and f_max={f_max:g} Hz; allowed: 0 <= f_min < f_max <= "
+                f"{sample_rate / 2:g}, half of the sample rate"
+            )
+        self.sample_rate, self.bands, self.n_fft, self.hop = sample_rate, bands, n_fft, hop
+        self.f_min, self.f_max = float(f_min), f_max
+        self.edge = (n_fft - hop) // 2  # samples that the first frame sees before the signal
+        filters = melscale_fbanks(
+            n_fft // 2 + 1, self.f_min, f_max, bands, sample_rate, norm="slaney", mel_scale="slaney"
+        )
+        # Recomputed, not saved: they follow from the arguments.
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("filters", filters.T.contiguous(), persistent=False)  # (M, n_fft/2+1)
+
+    @property
+    def config(self) -> dict[str, float]:
+        """All that decides what a number of the spectrogram means."""
+        names = ("sample_rate", "bands", "n_fft", "hop", "f_min", "f_max")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(self, wav: Tensor) -> Tensor:
+        """(…, S) to (…, M, S // hop).
+
+        Raises ValueError for fewer samples than the mirrored edges need.
+        """
+        if wav.shape[-1] <= self.edge:
+            raise ValueError(
+                f"a signal of {wav.shape[-1]} samples is too short for a window of {self.n_fft}; "
+                f"allowed: {self.edge + 1} or more"
+            )
+        flat = wav.reshape(1, -1, wav.shape[-1])  # Mirroring wants (1, N, S).
+        padded = nn.functional.pad(flat, (self.edge, self.edge), mode="reflect")
+        return self.of_padded(padded).reshape(*wav.shape[:-1], self.bands, -1)
+
+    def of_padded(self, wav: Tensor) -> Tensor:
+        """(…, S + n_fft - hop), with what is before and after it, to (…, M, S // hop)."""
+        with torch.autocast(wav.device.type, enabled=False):
+            flat = wav.float().reshape(-1, wav.shape[-1])
+            spectrum = torch.view_as_real(
+                torch.stft(
+                    flat, self.n_fft, self.hop, window=self.window, center=False,
+                    return_complex=True,
+                )
+            )  # fmt: skip
+            # The small number keeps the gradient of the root finite where there is silence.
+            magnitude = spectrum.square().sum(-1).add(1e-9).sqrt()  # (N, n_fft/2+1, F)
+            mel = (self.filters @ magnitude).clamp(min=FLOOR).log()
+        return mel.reshape(*wav.shape[:-1], *mel.shape[1:])
+
+    def check(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        """Raise ValueError for mels that were made otherwise, naming the first such parameter."""
+        for name, own in self.config.items():
+            if name not in config:
+                raise ValueError(f"{path}: its configuration does not say its {name}")
+            if config[name] != own:
+                raise ValueError(
+                    f"{path}: its mel was made with {name}={config[name]!r}; expected: {own!r}"
+                )
+
+
+def write_mel(path: str | Path, mel: Tensor, config: Mapping[str, Any]) -> None:
+    """Write (M, F) as a `.pt`, or as a `.npy` with its configuration in a `.json` beside it."""
+    path = Path(path)
+    if path.suffix == ".pt":
+        torch.save({"mel": mel.detach().cpu().contiguous(), "config": dict(config)}, path)
+    elif path.suffix == ".npy":
+        import numpy as np
+
+        np.save(path, mel.detach().cpu().float().numpy(), allow_pickle=False)
+        path.with_suffix(".json").write_text(json.dumps(dict(config), indent=1) + "\n", "utf-8")
+    else:
+        raise ValueError(f"{path}: a mel is written as .pt or .npy, not as {path.suffix!r}")
+
+
+def read_mel(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
+    """A mel file's spectrogram (M, F), left on the disk where it is a `.npy`, and configuration.
+
+    Raises ValueError with the path and the reason; nothing in a file is run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: it does not exist")
+    if path.suffix not in (".pt", ".npy"):
+        raise ValueError(f"{path}: a mel file ends in .pt or .npy")
+    mel, config = (_read_pt if path.suffix == ".pt" else _read_npy)(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: its configuration is a {type(config).__name__}, not a mapping")
+    if not isinstance(mel, Tensor) or mel.dim() != 2 or not mel.is_floating_point():
+        found = f"{tuple(mel.shape)} of {mel.dtype}" if isinstance(mel, Tensor) else type(mel)
+        raise ValueError(f"{path}: a mel is a matrix (bands, frames) of floats, not {found}")
+    if not mel.shape[1]:
+        raise ValueError(f"{path}: its mel has no frames")
+    if "bands" in config and config["bands"] != mel.shape[0]:
+        raise ValueError(
+            f"{path}: its configuration says bands={config['bands']!r}, its mel has {mel.shape[0]}"
+        )
+    return mel, config
+
+
+def _read_pt(path: Path) -> tuple[Any, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever the broken bytes lead to.
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: it cannot be read as a .pt of plain tensors ({told})") from error
+    if not isinstance(saved, dict) or not {"mel", "config"} <= saved.keys():
+        raise ValueError(f'{path}: a mel file holds {{"mel": …, "config": …}}; this one does not')
+    return saved["mel"], saved["config"]
+
+
+def _read_npy(path: Path) -> tuple[Any, Any]:
+    import numpy as np
+
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path}: it cannot be read as a .npy of plain numbers ({error})"
+        ) from None
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise ValueError(f"{path}: how it was made is unknown; expected beside it: {beside.name}")
+    try:
+        config = json.loads(beside.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{beside}: it is not JSON ({error})") from None
+    return (torch.from_numpy(array) if array.dtype.kind == "f" else array), config
