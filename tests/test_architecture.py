@@ -19,8 +19,8 @@ FLOORS = [
     {"checks", "distributed", "epochs", "interrupt", "options", "seed"},
     {"configuration"},
     {
-        "averages", "checkpoint", "clipping", "data", "hparams", "log", "nonfinite", "page",
-        "precision", "profiling", "reduction", "report", "schedules",
+        "averages", "checkpoint", "clipping", "data", "drift", "hparams", "log", "nonfinite",
+        "page", "precision", "profiling", "reduction", "report", "schedules",
     },
     {"update"},
     {"step"},

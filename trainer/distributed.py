@@ -93,6 +93,13 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest_(tensor: Tensor) -> Tensor:
+    """The largest over ranks of each element, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def broadcast_(tensors: list[Tensor]) -> None:
     """Overwrite every rank's tensors with rank 0's, in place."""
     if world_size() > 1:

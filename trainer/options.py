@@ -67,6 +67,9 @@ class RunOptions:
     optimizer_step_limit: int | None = _option(
         None, "optimizer steps after which training ends", at_least=1
     )
+    drift_check_every: int = _option(
+        100, "batches between two comparisons of the ranks' weights; 0: never", at_least=0
+    )
     seed: int = _option(1234, "of everything random", at_least=0, at_most=2**63 - 1)
     schedule_every: str = _option(
         "epoch", "when torch's own learning-rate schedules move", choices=("step", "epoch")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import distributed, step
+from trainer import distributed, drift, step
 from trainer.attributes import Attributes
 from trainer.averages import Mean, WeightAverage
 from trainer.hooks import Hooks, Stage
@@ -150,6 +150,11 @@ class Training(Hooks):
         """Averages, counters and log lines after `fit_batch`."""
         self._averaged = loss.name if isinstance(loss, StepReport) else None
         self._take_in(loss)
+        every = self.options.drift_check_every
+        if every and (self._batches == 1 or self._batches % every == 0):  # As many on every rank.
+            drift.check(
+                dict(self.modules.named_parameters()), f"epoch {self.epoch}, batch {self.step}:"
+            )
         self.journal.tick(loss.loss if isinstance(loss, StepReport) else None)
         self.profiler.step()
 

@@ -159,6 +159,23 @@ def test_the_fp16_scale_is_the_same_on_both(results: Results) -> None:
     assert both["steps"] == both["schedule"] == two_processes.ROUNDS - 1
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(("every", "found_at"), [(1, 3), (3, 3), (5, 5), (0, None)])
+def test_a_rank_that_drifts_by_one_bit_is_found_at_the_next_check(
+    results: Results, every: int, found_at: int | None, dtype: str
+) -> None:
+    for found in results("drifting"):
+        message, step = found[f"{every}-{dtype}"]["message"], found[f"{every}-{dtype}"]["step"]
+        if found_at is None:
+            assert (message, step) == ("", two_processes.ROUNDS)
+            continue
+        assert step == found_at
+        assert message.startswith(
+            f"epoch 1, batch {found_at}: the ranks have different weights: net."
+        )
+        assert "Something moved them on one rank alone" in message
+
+
 # ------------------------------------------------------------------------- what decides the run
 
 

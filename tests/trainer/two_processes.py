@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from torch.utils.data import Dataset
 from trainer import Brain, NonFiniteError, Stage, distributed, interrupt, state
 from trainer.averages import Mean
 from trainer.checkpoint import Checkpointer
+from trainer.drift import DriftError
 from trainer.schedules import EarlyStopping, WarmupDecay
 
 from . import resuming
@@ -365,6 +367,30 @@ def half() -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Drifting(Line):
+    """On rank 1 one element becomes the next larger number, behind the framework's back."""
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if self.step == 3 and distributed.rank() == 1:
+            element = self.modules.net[2].weight.data[0, 1]
+            element.copy_(torch.nextafter(element, element.new_tensor(math.inf)))
+
+
+def drifting() -> dict[str, Any]:
+    """The smallest difference between ranks ends the run of both, at the next check."""
+    results: dict[str, Any] = {}
+    for every in (1, 3, 5, 0):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            brain = make(Drifting, dtype, drift_check_every=every)
+            key = f"{every}-{str(dtype)[6:]}"
+            try:
+                brain.fit(range(1, 2), batches(dtype))
+                results[key] = {"message": "", "step": brain.step}
+            except DriftError as error:
+                results[key] = {"message": str(error), "step": brain.step}
+    return results
+
+
 # --------------------------------------------------------------------------- what decides a run
 
 
@@ -626,7 +652,7 @@ def disagreements(folder: Path) -> dict[str, Any]:
 PROPERTIES: dict[str, Callable[..., dict[str, Any]]] = {
     each.__name__: each
     for each in (
-        verbs, same_as_one, skips, patience, masked, half, stopping, limits, evaluations,
+        verbs, same_as_one, skips, patience, masked, half, drifting, stopping, limits, evaluations,
         statistics, resumptions, widened, tests_of_the_best, interruptions, disagreements,
     )
 }  # fmt: skip
