@@ -46,6 +46,9 @@ class _Task(NamedTuple):
     work: tuple[Any, ...]  # the arguments of `_measured`
     future: Future[Measured] | None  # None: there is no pool, it is measured when asked for
 
+    def is_done(self) -> bool:
+        return self.future is None or self.future.done()
+
 
 class Judges:
     """A pool of processes that measure clips, one thread each.
@@ -79,11 +82,13 @@ class Judges:
         self._done: dict[str, Scores] = {}
         self._told: set[str] = set()
 
-    def submit(self, id: str, clean: Tensor, heard: Tensor) -> None:
+    def submit(
+        self, id: str, clean: Tensor, heard: Tensor, measures: Sequence[str] | None = None
+    ) -> None:
         """Have ``heard`` (T,) measured against ``clean`` (T,); both may change afterwards.
 
-        Returns at once, unless so many clips wait already that the oldest must be waited for.
-        Raises ValueError for clips of different length.
+        ``measures`` are by default all of these judges'. Returns at once, unless so many clips wait
+        already that the oldest must be waited for. Raises ValueError for clips of different length.
         """
         if clean.shape != heard.shape or clean.dim() != 1:
             raise ValueError(
@@ -91,17 +96,18 @@ class Judges:
                 "same shape (T,)"
             )
         arrays = (np.array(side.detach().float().cpu()) for side in (clean, heard))
-        work = (*arrays, self.measures, self.sample_rate, self.timeout)
+        work = (*arrays, tuple(measures or self.measures), self.sample_rate, self.timeout)
         if self.workers and len(self._waiting) >= WAITING * self.workers:
             self._finish(self._waiting.pop(0))
         self._waiting.append(_Task(id, work, self._start(work) if self.workers else None))
 
-    def collect(self) -> dict[str, Scores]:
-        """Wait for all that was submitted; the scores by id, in the order of submission.
+    def collect(self, wait: bool = True) -> dict[str, Scores]:
+        """The scores by id, in the order of submission, of all that was submitted since the last
+        call; without ``wait`` of those that are there by now.
 
         A clip of which nothing could be measured is not in it.
         """
-        while self._waiting:
+        while self._waiting and (wait or self._waiting[0].is_done()):
             self._finish(self._waiting.pop(0))
         done, self._done = self._done, {}
         return done

@@ -1,0 +1,260 @@
+"""Enhancement of signals and files of any length, in overlapping chunks.
+
+    enhanced = enhance_signal(noisy, network, Chunks(16384, 4096))   # (C, T), in memory
+    enhance_file("in.flac", "out.flac", network, 16000, Chunks(16384, 4096))
+
+A network sees chunks of one length, N of them at once: it takes and gives (N, T). Neighbours
+overlap, and are faded into each other there, so that they join without clicks. A file is read,
+resampled, enhanced, resampled back and written block by block: an hour needs no more memory than a
+minute, and gets what it would get at once. Channels are enhanced one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recipes.common.audio import Header, check_finite, read_header
+from trainer.data import BadItem
+
+try:
+    import soundfile
+except ImportError as error:
+    raise ImportError(
+        "reading audio needs soundfile: pip install 'cortex-speech[recipes]'"
+    ) from error
+
+Network = Callable[[Tensor], Tensor]  # (N, T) to (N, T)
+
+BLOCK = 1 << 16  # samples of a file that are read at once
+LARGEST_FILTER = 1 << 25  # entries of a resampler: 128 MB
+KEPT = {".wav": "WAV", ".flac": "FLAC"}  # written as they are read; all others become WAV
+
+
+class Chunks(NamedTuple):
+    """How a signal is cut: lengths in samples at the rate of the network."""
+
+    length: int
+    overlap: int  # of two neighbours, at most half of the length
+    at_once: int = 8  # chunks (of one channel) that the network gets together
+
+    def check(self) -> None:
+        """Raise ValueError for lengths that cannot be."""
+        if not 0 <= 2 * self.overlap <= self.length or self.length < 1 or self.at_once < 1:
+            raise ValueError(
+                f"chunks of {self.length} samples cannot overlap by {self.overlap}: allowed is up "
+                "to half of their length"
+            )
+
+
+def enhance_signal(signal: Tensor, network: Network, chunks: Chunks) -> Tensor:
+    """A whole signal (C, T) enhanced, (C, T)."""
+    return torch.cat(list(enhanced_blocks([signal], network, chunks)), dim=1)
+
+
+def enhanced_blocks(blocks: Iterable[Tensor], network: Network, chunks: Chunks) -> Iterator[Tensor]:
+    """A signal that comes in blocks (C, ·), enhanced; what is given is as long together.
+
+    The result does not depend on how the signal is cut into blocks.
+    """
+    chunks.check()
+    length, overlap, _ = chunks
+    step = length - overlap
+    waiting: Tensor | None = None  # (C, ·), from the start of the next chunk on
+    tail: Tensor | None = None  # (C, overlap), the end of the last chunk
+    for block in blocks:
+        waiting = block if waiting is None else torch.cat([waiting, block], dim=1)
+        while (count := (waiting.shape[1] - overlap) // step) > 0:
+            count = min(count, chunks.at_once)
+            used = waiting[:, : count * step + overlap]
+            waiting = waiting[:, count * step :]
+            for chunk in _enhanced(used.unfold(1, length, step), network):
+                tail, done = _join(tail, chunk, overlap)
+                yield done
+    if waiting is None:
+        return
+    left = waiting.shape[1]
+    if tail is not None and left <= overlap:
+        yield tail[:, :left]
+        return
+    padded = torch.nn.functional.pad(waiting, (0, length - left))
+    (chunk,) = _enhanced(padded[:, None], network)
+    tail, done = _join(tail, chunk, overlap)
+    yield torch.cat([done, tail], dim=1)[:, :left]
+
+
+def _enhanced(pieces: Tensor, network: Network) -> Iterator[Tensor]:
+    """Chunks (C, n, T) of a signal, enhanced, one by one: (C, T)."""
+    channels, count, length = pieces.shape
+    found = network(pieces.reshape(channels * count, length)).float().cpu()
+    if found.shape != (channels * count, length):
+        raise ValueError(
+            f"the network made {tuple(found.shape)} of chunks {(channels * count, length)}; "
+            "it must keep their shape"
+        )
+    yield from found.view(channels, count, length).unbind(1)
+
+
+def _join(tail: Tensor | None, chunk: Tensor, overlap: int) -> tuple[Tensor, Tensor]:
+    """Fade from the last chunk's end into this one; its end, and what comes before it."""
+    if tail is not None and overlap:
+        rise = (torch.arange(overlap) + 0.5) / overlap
+        start = tail * (1 - rise) + chunk[:, :overlap] * rise
+        chunk = torch.cat([start, chunk[:, overlap:]], dim=1)
+    cut = chunk.shape[1] - overlap
+    return chunk[:, cut:], chunk[:, :cut]
+
+
+# --------------------------------------------------------------------------------------- resampling
+
+
+def resampled(blocks: Iterable[Tensor], source: int, target: int) -> Iterator[Tensor]:
+    """A signal that comes in blocks (C, ·) at one rate in Hz, at another one.
+
+    Together they are what torchaudio makes of the whole signal. Raises ValueError for rates that
+    share too little.
+    """
+    if source == target:
+        yield from blocks
+        return
+    from torchaudio.transforms import Resample
+
+    unit, given = (rate // math.gcd(source, target) for rate in (source, target))
+    reach = math.ceil(6 / 0.99 * unit / min(unit, given))  # of the filter, samples to each side
+    if given * (2 * reach + unit) > LARGEST_FILTER:
+        raise ValueError(
+            f"{source} Hz and {target} Hz share too small a unit to convert one into the other "
+            "block by block; resample it to a common rate before, such as 48000 Hz"
+        )
+    convert = Resample(source, target)
+    margin = math.ceil(reach / unit)  # units of `unit` samples, each of which gives `given`
+    waiting: Tensor | None = None
+    behind = 0  # units at the beginning of `waiting` that have been converted
+    for block in blocks:
+        waiting = block if waiting is None else torch.cat([waiting, block], dim=1)
+        ready = waiting.shape[1] // unit - margin - behind
+        if ready > 0:
+            used = waiting[:, : (behind + ready + margin) * unit]
+            yield convert(used)[:, behind * given : (behind + ready) * given]
+            drop = max(0, behind + ready - margin)
+            waiting, behind = waiting[:, drop * unit :], behind + ready - drop
+    if waiting is not None:
+        yield convert(waiting)[:, behind * given :]
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def enhance_file(
+    source: str | Path, target: str | Path, network: Network, sample_rate: int, chunks: Chunks
+) -> None:
+    """Write a file enhanced: of the same rate, length and channels, in blocks.
+
+    WAV and FLAC stay what they are, with their number of bits; anything else becomes a 16-bit WAV.
+    ``target`` appears whole or not at all. Raises BadItem for a file that cannot be used.
+    """
+    header = read_header(source)
+    target = Path(target)
+    part = target.with_name(target.name + ".part")
+    try:
+        with _written(source, part, target.suffix, header) as file:
+            left = header.samples
+            for block in _blocks(source, header, network, sample_rate, chunks):
+                block = block[:, :left]
+                file.write(block.clamp(-1.0, 1.0).T.contiguous().numpy())
+                left -= block.shape[1]
+        os.replace(part, target)
+    finally:
+        with suppress(FileNotFoundError):
+            part.unlink()
+
+
+def _blocks(
+    source: str | Path, header: Header, network: Network, sample_rate: int, chunks: Chunks
+) -> Iterator[Tensor]:
+    """The file enhanced, at its own rate."""
+    rate = header.sample_rate
+    try:
+        heard = resampled(_read(source, header), rate, sample_rate)
+        yield from resampled(enhanced_blocks(heard, network, chunks), sample_rate, rate)
+    except ValueError as error:
+        if isinstance(error, BadItem) or "share too small a unit" not in str(error):
+            raise
+        raise BadItem(source, str(error)) from error
+
+
+def _read(source: str | Path, header: Header) -> Iterator[Tensor]:
+    """The file in blocks (C, ·). Raises BadItem for data that are cut or not finite."""
+    read = 0
+    with soundfile.SoundFile(source) as file:
+        while True:
+            try:
+                data = torch.from_numpy(file.read(BLOCK, dtype="float32", always_2d=True))
+            except soundfile.SoundFileError as error:
+                raise BadItem(source, f"its data are cut or broken ({error})") from error
+            if not len(data):
+                break
+            check_finite(source, data)
+            read += len(data)
+            yield data.T
+    if read < header.samples:
+        raise BadItem(source, f"its data are cut: {read} of {header.samples} samples")
+
+
+def _written(source: str | Path, part: Path, suffix: str, header: Header) -> soundfile.SoundFile:
+    kind = KEPT.get(suffix.lower(), "WAV")
+    with soundfile.SoundFile(source) as file:
+        same = file.format == kind and soundfile.check_format(kind, file.subtype)
+        subtype = file.subtype if same else "PCM_16"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    return soundfile.SoundFile(
+        part, "w", header.sample_rate, header.channels, subtype=subtype, format=kind
+    )
+
+
+def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:
+    """Where each file goes when it is enhanced into a folder, by its name.
+
+    Raises ValueError where two would become one, or a file would overwrite itself.
+    """
+    found: dict[str, Path] = {}
+    for name in files:
+        path = Path(name)
+        suffix = path.suffix if path.suffix.lower() in KEPT else ".wav"
+        target = Path(folder) / (path.stem + suffix)
+        if target in found.values():
+            other = next(each for each, its in found.items() if its == target)
+            raise ValueError(f"{other} and {name} would both become {target}; give them one by one")
+        if target.resolve() == path.resolve():
+            raise ValueError(f"{name} would overwrite itself; choose another folder than {folder}")
+        found[name] = target
+    return found
+
+
+def enhance_files(
+    files: Sequence[str], folder: str | Path, network: Network, sample_rate: int, chunks: Chunks
+) -> int:
+    """Enhance files into a folder, and print where each went; 1 if one could not be used, else 0.
+
+    A file that cannot be used is named on stderr, and the others are still enhanced. Raises
+    ValueError as `targets`.
+    """
+    failed = False
+    for source, target in targets(files, folder).items():
+        try:
+            with torch.inference_mode():
+                enhance_file(source, target, network, sample_rate, chunks)
+        except BadItem as bad:
+            print(f"error: {bad}", file=sys.stderr)
+            failed = True
+        else:
+            print(f"{source}\t{target}", flush=True)
+    return int(failed)
