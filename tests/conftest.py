@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +21,13 @@ def _restore_process_state() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def speech_data() -> Path:
+    """The folder of recorded speech that tests marked `real` read; they skip where it is not."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SPEECH_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no recorded speech in {folder}: say where it is by SPEECH_DATA")
+    return folder
