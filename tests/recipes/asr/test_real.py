@@ -1,4 +1,4 @@
-"""The recogniser on recorded speech: the layouts of real corpora, from files to a word error rate."""
+"""The recogniser on recorded speech, in the layouts of real corpora, from files to errors."""
 
 import json
 import math
@@ -44,8 +44,8 @@ def test_takes_of_six_speakers_make_strings_that_share_no_take(speech_data: Path
 
 def test_recorded_digits_train_and_are_tested(speech_data: Path, tmp_path: Path) -> None:
     lines = run(
-        tmp_path, "fsdd.yaml", "--data_folder", str(speech_data / "fsdd"), "--steps", "3", "--schedule.warmup_steps", "1",
-        "--corpus.strings", "{train: 60, valid: 10, test: 10}",
+        tmp_path, "fsdd.yaml", "--data_folder", str(speech_data / "fsdd"), "--steps", "3",
+        "--schedule.warmup_steps", "1", "--corpus.strings", "{train: 60, valid: 10, test: 10}",
     )  # fmt: skip
     assert lines[-1]["stage"] == "test"
     assert 0.0 <= lines[-1]["wer"] < math.inf
