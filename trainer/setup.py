@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,6 +112,12 @@ def _optimizers(brain: Any) -> dict[str, torch.optim.Optimizer]:
             raise ValueError(
                 f"optimizers_dict[{name!r}] is {optimizer!r}; allowed: a torch.optim.Optimizer, "
                 "made by calling its class with the parameters"
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"the optimizer {name!r} is {type(optimizer).__name__}, which computes its loss "
+                "several times a step; allowed: one that steps with gradients, such as Adam or SGD"
             )
         for group in optimizer.param_groups:
             limit_of(group.get("max_grad_norm"))

@@ -86,6 +86,11 @@ def test_a_fit_batch_that_never_optimizes() -> None:
     refused(r"Idle.fit_batch ran 2 times and never called self.optimize\(loss, name\)", make(Idle))
 
 
+def test_an_optimizer_that_needs_a_closure() -> None:
+    brain = Regressor({"net": net()}, torch.optim.LBFGS, {}, {"device": "cpu"})
+    refused("the optimizer 'main' is LBFGS, which computes its loss several times a step", brain)
+
+
 def test_no_optimizer_at_all() -> None:
     brain = Regressor({"net": net()}, None, {}, {"device": "cpu", "progressbar": False})
     refused("there is no optimizer to train with: give opt_class, set self.optimizer in", brain)

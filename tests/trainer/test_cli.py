@@ -151,14 +151,16 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(demo: str, tmp_path
     outside.mkdir()
     (outside / "precious").write_text("mine")
     (folder / "checkpoints").symlink_to(outside.resolve())
-    (folder / "tensorboard").mkdir()
-    (folder / "tensorboard" / "events").write_text("x")
+    for name in ("tensorboard", "prepared"):
+        (folder / name).mkdir()
+        (folder / name / "contents").write_text("x")
     (folder / "notes.txt").write_text("mine")
     main(keep(runs), [demo, "--overwrite"])
     assert (outside / "precious").read_text() == "mine"
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "checkpoints").exists()
     assert not (folder / "tensorboard").exists()
+    assert not (folder / "prepared").exists()
     assert len((folder / "command.txt").read_text().splitlines()) == 1
     assert "overwrite" not in (folder / "hyperparams.yaml").read_text()
 

@@ -42,6 +42,7 @@ OWN = (
     "metrics.jsonl",
     "report.html",
     "checkpoints",
+    "prepared",
     "tensorboard",
     "profile",
 )
