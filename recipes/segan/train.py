@@ -1,0 +1,166 @@
+"""Train a speech enhancer: SEGAN, a generator of waveforms against a discriminator.
+
+    python recipes/segan/train.py hparams/segan/demo.yaml
+
+Prints ``test: pesq=… pesq_noisy=… stoi=… stoi_noisy=… si_snr=… si_snr_noisy=…``: the means over the
+test set, enhanced and as it was, by the best checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trainer
+from recipes.common.judges import Judges
+from recipes.common.pairs import Pairs
+from recipes.common.scoreboard import Scoreboard
+from recipes.common.streaming import enhance_signal
+from recipes.segan.model import adversarial_loss, deemphasise, discriminator_loss, emphasise
+from trainer import Brain, Stage
+from trainer.data import BadItem
+from trainer.seed import derive
+
+
+class Enhancer(Brain):
+    """Two players with an optimizer each; valid and test enhance whole clips.
+
+    Reads from the YAML ``opt_g``, ``opt_d``, ``pre_emphasis``, ``l1_weight``, ``chunks``,
+    ``valid_measures`` and ``extremes``.
+    """
+
+    board: Scoreboard  # set before anything is evaluated
+
+    def init_optimizers(self) -> None:
+        self.optimizers_dict = {
+            "discriminator": self.hparams.opt_d(self.modules.discriminator.parameters()),
+            "generator": self.hparams.opt_g(self.modules.generator.parameters()),
+        }
+
+    def fit_batch(self, batch: Any) -> dict[str, Tensor]:
+        """D on the real pairs, D on the fake ones, then G by the scores of the D that has moved.
+
+        The generator runs once: the graph of its pass serves both losses. The discriminator runs
+        again after its step, since its first scores are those of weights that are gone.
+        """
+        generator, discriminator = self.modules.generator, self.modules.discriminator
+        coefficient = self.hparams.pre_emphasis
+        clean, noisy = (emphasise(batch[each].data, coefficient) for each in ("clean", "noisy"))
+        with self.autocast():
+            fake = generator(noisy, self.latents(batch.id))  # (B, T)
+            real_score = discriminator(torch.stack([clean, noisy], 1))
+            fake_score = discriminator(torch.stack([fake.float(), noisy], 1))
+            loss_d = discriminator_loss(real_score, fake_score)
+        self.optimize(loss_d, "discriminator", retain_graph=True)
+        with self.frozen("discriminator"), self.autocast():
+            score = discriminator(torch.stack([fake.float(), noisy], 1))
+            distance = (fake.float() - clean).abs().mean()
+            loss_g = adversarial_loss(score) + self.hparams.l1_weight * distance
+        self.optimize(loss_g, "generator")
+        return {"discriminator": loss_d, "generator": loss_g, "l1": distance}
+
+    def latents(self, ids: list[str]) -> Tensor:
+        """A z for each clip (B, C, L), drawn from (seed, epoch, clip): whoever trains on it, and in
+        whatever company, draws the same.
+        """
+        shape, drawn = self.modules.generator.latent, torch.Generator()
+        seeds = (derive(self.options.seed, "z", self.epoch, each) for each in ids)
+        z = [torch.randn(shape, generator=drawn.manual_seed(seed)) for seed in seeds]
+        return torch.stack(z).to(self.device)
+
+    @torch.inference_mode()
+    def enhance(self, chunks: Tensor) -> Tensor:
+        """Noisy chunks (N, T) to enhanced ones, with the z that is always the same."""
+        self.modules.generator.eval()
+        coefficient = self.hparams.pre_emphasis
+        with self.eval_precision.autocast():
+            found = self.modules.generator(emphasise(chunks.to(self.device), coefficient))
+        return deemphasise(found.float(), coefficient)
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        if stage is Stage.VALID:
+            self.board.start("valid", self.hparams.valid_measures)
+        elif stage is Stage.TEST:
+            self.board.start("test", extremes=self.hparams.extremes)
+
+    def evaluate_batch(self, batch: Any, stage: Stage) -> Tensor:
+        """The mean absolute difference to the clean clips; their scores go to the board."""
+        (clean, lengths), (noisy, _) = batch.clean, batch.noisy
+        found = torch.zeros(noisy.shape)
+        for row, signal, length in zip(found, noisy.cpu(), lengths.tolist(), strict=True):
+            whole = enhance_signal(signal[None, :length], self.enhance, self.hparams.chunks)
+            row[:length] = whole[0]
+        self.board.add(batch.id, clean, lengths, noisy, found)
+        different = (found - clean.cpu()).abs().sum(1) / lengths.cpu()
+        return different.mean()
+
+    def on_stage_end(
+        self, stage: Stage, stage_loss: Any, epoch: int | None = None
+    ) -> Mapping[str, float] | None:
+        return None if stage is Stage.TRAIN else self.board.finish()
+
+
+def train(run: trainer.Run) -> dict[str, float]:
+    """Train as the YAML says, and test the best checkpoint."""
+    hparams = run.hparams
+    judges = Judges(hparams["measures"], hparams["sample_rate"], hparams["judges"])
+    with judges:
+        corpus, modules = hparams["corpus"](), hparams["modules"]
+        sets = datasets(corpus, hparams["sample_rate"], modules["generator"].samples)
+        references = len(modules["discriminator"].reference)
+        modules["discriminator"].remember(
+            reference_pairs(sets["train"], references, hparams["pre_emphasis"])
+        )
+        brain = Enhancer(
+            modules, hparams=hparams, run_opts=run.options, checkpointer=hparams["checkpointer"]
+        )
+        brain.board = Scoreboard(judges, hparams["output_folder"])
+        whole = {"batch_size": 1, "num_workers": hparams["num_workers"]}
+        brain.fit(
+            hparams["epoch_counter"],
+            sets["train"],
+            sets["valid"],
+            train_loader_kwargs={**whole, "batch_size": hparams["batch_size"], "drop_last": True},
+            valid_loader_kwargs=whole,
+        )
+        brain.evaluate(sets["test"], max_key=hparams["best"], test_loader_kwargs=whole)
+    return brain.test_metrics
+
+
+def datasets(corpus: Mapping[str, Any], sample_rate: int, segment: int) -> dict[str, Pairs]:
+    """Chunks of the length that the generator takes to train, whole clips to valid and test."""
+    return {
+        "train": Pairs(corpus["train"], sample_rate, segment),
+        "valid": Pairs(corpus["valid"], sample_rate, fixed=True),
+        "test": Pairs(corpus["test"], sample_rate, fixed=True),
+    }
+
+
+def reference_pairs(dataset: Pairs, number: int, pre_emphasis: float) -> Tensor:
+    """The reference batch (R, 2, T) of the discriminator: the first good clips of a training set.
+
+    The same in every run and process. Raises ValueError for a set that has too few.
+    """
+    fixed = Pairs(dataset.sources, dataset.sample_rate, dataset.segment, fixed=True)
+    found = []
+    for index in range(len(fixed)):
+        if len(found) == number:
+            break
+        try:
+            item = fixed[index]
+        except BadItem:  # Training comes to it, and says so.
+            continue
+        found.append(torch.stack([item["clean"], item["noisy"]]))
+    if len(found) < number:
+        raise ValueError(
+            f"the reference batch takes {number} clips, and there are {len(found)} to train on; "
+            "set references to fewer"
+        )
+    return emphasise(torch.stack(found), pre_emphasis)
+
+
+if __name__ == "__main__":
+    trainer.main(train)
