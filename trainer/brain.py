@@ -51,8 +51,8 @@ class Brain(Workings):
         modules: networks by name; reached as ``self.modules.name``, on the run's device.
         opt_class: makes an optimizer from parameters, for the default `init_optimizers`.
         hparams: anything by name; reached as ``self.hparams.name``. Run options among them count,
-            as do ``schedule`` (a factory that takes an optimizer), ``early_stopping`` and
-            ``clipper``; ``schedule`` and ``clipper`` may be mappings by optimizer.
+            as do ``schedule`` (a factory that takes an optimizer) and ``early_stopping``;
+            ``schedule`` and ``clip`` may be mappings by optimizer.
         run_opts: run options that win over ``hparams``: a mapping or a complete `RunOptions`.
         checkpointer: where and which checkpoints are kept; None keeps none.
 

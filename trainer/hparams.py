@@ -167,11 +167,11 @@ class Configuration:
         return resolve(self.root, lambda name, node: building.call(name, node, self.guard))
 
     def options(self) -> dict[str, Any]:
-        """The run options among the keys, checked."""
+        """The run options among the keys, checked; objects are not built by now."""
         values, root = {}, self.resolved()
         for name in RunOptions.names():
             node = get(root, name)
-            if node is not None:
+            if node is not None and not (Any in typing.get_args(HINTS[name]) and _builds(node)):
                 try:
                     values[name] = checked(name, plain(node))
                 except ValueError as error:
@@ -196,10 +196,15 @@ def option(name: str, value: Any) -> Node:
         else:
             value = _node(value, name)
     if isinstance(value, Node):
-        if any(tag(each) not in PLAIN for each in [value, *children(value)]):
+        if _builds(value):
             return value  # A reference: checked once it is resolved.
         value = plain(value)
     return represent(checked(name, value))
+
+
+def _builds(node: Node) -> bool:
+    """Whether a value is, or holds, an object or a reference."""
+    return any(tag(each) not in PLAIN for each in [node, *children(node)])
 
 
 def _fitting(old: Node | None, value: Any, name: str) -> Node:

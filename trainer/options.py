@@ -12,7 +12,7 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -54,8 +54,10 @@ class RunOptions:
     max_grad_norm: float | None | dict[str, float | None] = _option(
         5.0, "largest gradient, or one a name of optimizer; null, inf, 0: measure only"
     )
-    clip: str = _option(
-        "norm", "scale the whole gradient, or cut each element", choices=("norm", "value")
+    clip: str | Any = _option(
+        "norm",
+        "scale the whole gradient, or cut each element; a YAML may hold any trainer.clipping kind",
+        choices=("norm", "value"),
     )
     nonfinite_patience: int = _option(
         3, "losses or gradients that are not finite, an epoch, before the run stops", at_least=0
@@ -132,10 +134,12 @@ class RunOptions:
     ) -> RunOptions:
         """Defaults, beneath the keys of `hparams` that are options, beneath `run_opts`.
 
-        A `RunOptions` is complete as it is and is returned itself. Unknown keys of `hparams` are
+        A `RunOptions` is complete as it is, but for a clipper object. Unknown keys of `hparams` are
         the recipe's own; an unknown key of `run_opts` is a ValueError that names the nearest one.
         """
         if isinstance(run_opts, RunOptions):
+            if not isinstance(hparams.get("clip", "norm"), str) and run_opts.clip == "norm":
+                return replace(run_opts, clip=hparams["clip"])  # An object, built since.
             return run_opts
         known = cls.names()
         for name in run_opts or {}:
@@ -162,7 +166,7 @@ def checked(name: str, value: Any) -> Any:
         value = _fit(value, HINTS[name])
     except TypeError:
         raise ValueError(_refusal(name, value)) from None
-    if value is None or isinstance(value, (dict, list)):
+    if not isinstance(value, (str, int, float)):
         return value
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(_refusal(name, value))
@@ -173,6 +177,8 @@ def checked(name: str, value: Any) -> Any:
 
 def _fit(value: Any, hint: Any) -> Any:
     """`value` as an instance of the type `hint`, or TypeError."""
+    if hint is Any:
+        return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for each in inner:
@@ -220,6 +226,8 @@ def allowed(name: str) -> str:
 
 
 def _words(hint: Any) -> str:
+    if hint is Any:
+        return "an object"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if typing.get_origin(hint) is list:
         return "a list of texts"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainer import distributed
-from trainer.clipping import Clipper, NormClip, ValueClip, by_name, limit_of
+from trainer.clipping import by_name, clippers, limit_of
 from trainer.options import RunOptions, nearest
 from trainer.update import Update
 
@@ -78,20 +78,22 @@ def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str
     optimizers = _optimizers(brain)
     options, names = brain.options, list(optimizers)
     schedules = getattr(brain.hparams, "schedule", None)
-    every = {id(p) for p in brain.modules.parameters()}
+    parameters = {p: name for name, p in brain.modules.named_parameters()}
+    usual = RunOptions().max_grad_norm  # Of an optimizer that a mapping leaves out.
+    clips = clippers(options.clip, options.max_grad_norm, usual, optimizers, parameters)
     updates = {}
     for name, optimizer in optimizers.items():
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = {p for group in optimizer.param_groups for p in group["params"]}
         schedule = _schedule(by_name(schedules, name, names, "schedule"), optimizer, options)
         updates[name] = Update(
             name,
             optimizer,
             brain.precision.scaler(),
-            _clipper(brain, name, names),
+            clips[name],
             schedule,
             options.grad_accumulation_factor,
             options.skip_nonfinite_grads,
-            alone=len(names) == 1 and every <= own,
+            alone=len(names) == 1 and parameters.keys() <= own,
         )
         _watch(updates[name], on_hand_step)
     return updates
@@ -144,21 +146,6 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
         by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
         schedule.every = "epoch" if by_metric else options.schedule_every
     return schedule
-
-
-def _clipper(brain: Any, name: str, names: list[str]) -> Clipper:
-    own = by_name(getattr(brain.hparams, "clipper", None), name, names, "clipper")
-    if own is not None:
-        if callable(own) and hasattr(own, "limit"):
-            return own  # type: ignore[no-any-return]
-        raise ValueError(
-            f"clipper is {own!r}; allowed: an object that is called with gradients and has a "
-            "limit, as those of trainer.clipping, or a mapping of these by optimizer"
-        )
-    # An optimizer that a mapping leaves out has the default.
-    usual = RunOptions().max_grad_norm
-    limit = by_name(brain.options.max_grad_norm, name, names, "max_grad_norm", usual)
-    return NormClip(limit) if brain.options.clip == "norm" else ValueClip(limit)
 
 
 def _watch(update: Update, on_hand_step: Callable[[Update], None]) -> None:

@@ -103,7 +103,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     scaler = updates[0].scaler
     facts = _join_ranks(updates) if distributed.world_size() > 1 else None
     factor, unscaled = _unscale(updates)
-    gradients = [Gradients(u.optimizer.param_groups, u.elementwise) for u in updates]
+    gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
     loss, weight, scale = _read(updates[0], gradients, factor, facts)
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
@@ -160,8 +160,9 @@ def _read(
     assert window.loss is not None
     scalars = [window.loss.reshape(()), *scale]
     counts = [0]
+    weight, factor = window.weight, window.reference / (window.weight or 1.0)
     for grads in gradients:
-        scalars += grads.measure()
+        scalars += grads.measure(factor if facts is None else 1.0 / facts[1])
         counts.append(len(scalars))
     device = window.loss.device
     if any(scalar.device != device for scalar in scalars):
@@ -174,7 +175,6 @@ def _read(
     for grads, stop in zip(gradients, counts[1:], strict=True):
         grads.take(values[start:stop])
         start = stop
-    weight, factor = window.weight, window.reference / (window.weight or 1.0)
     loss = values[0] * factor
     if facts is not None:
         total, weight, *had = values[stop:]

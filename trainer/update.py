@@ -70,7 +70,6 @@ class Update:
         self.name, self.optimizer, self.scaler = name, optimizer, scaler
         self.clip, self.schedule, self.size = clip, schedule, window
         self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
-        self.elementwise = bool(getattr(clip, "elementwise", False))
         self.window = Window()
         self.last_norm: float | None = None
         self.stepping = self._told = False

@@ -16,12 +16,12 @@ HALF = {torch.float16: 65504.0, torch.bfloat16: 3e38, torch.float32: 3e38}
 SCALES = [1e-30, 1e-22, 1e-15, 1e-8, 1e-3, 1.0, 1e3, 1e4, 1e15, 1e19, 1e30]
 
 
-def measured(*grads: Tensor, elementwise: bool = False, **group: Any) -> Gradients:
+def measured(*grads: Tensor, clip: Any = None, **group: Any) -> Gradients:
     """The gradients of an optimizer with one group, measured as a step does."""
     params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad.clone()
-    return take(Gradients([{"params": params, **group}], elementwise))
+    return take(Gradients([{"params": params, **group}], clip))
 
 
 def take(gradients: Gradients) -> Gradients:
@@ -162,8 +162,8 @@ def test_no_limit_measures_and_leaves_every_bit(
     kind: Callable[[float | None], NormClip | ValueClip], off: float | None
 ) -> None:
     grad = torch.tensor([3e4, -4e4])
-    gradients = measured(grad, elementwise=True)
     clip = kind(off)
+    gradients = measured(grad, clip=clip)
     assert clip.limit == math.inf
     assert not clip(gradients)
     assert torch.equal(gradients.tensors[0], grad)
@@ -221,12 +221,12 @@ def test_limits_of_groups_hold_where_the_optimizer_has_none() -> None:
 
 def test_clipping_by_value_clamps_each_element_and_says_truly_whether_it_did() -> None:
     grad = torch.tensor([-7.0, 0.5, 3.0])
-    gradients = measured(grad, torch.full((2000,), 0.9), elementwise=True)
+    gradients = measured(grad, torch.full((2000,), 0.9), clip=ValueClip())
     assert ValueClip(2.0)(gradients)
     assert gradients.tensors[0].tolist() == [-2.0, 0.5, 2.0]
     assert gradients.norm_after is None  # Not measured again.
     # The norm is above the limit, but no element is.
-    untouched = measured(torch.full((2000,), 0.9), elementwise=True)
+    untouched = measured(torch.full((2000,), 0.9), clip=ValueClip())
     assert untouched.norm > 2.0
     assert not ValueClip(2.0)(untouched)
     assert untouched.norm_after == untouched.norm
@@ -234,19 +234,21 @@ def test_clipping_by_value_clamps_each_element_and_says_truly_whether_it_did() -
 
 def test_a_group_with_a_limit_of_its_own_is_clamped_to_that() -> None:
     groups = groups_of(a=1.0, b=None)
-    assert ValueClip(3.0)(take(Gradients(groups, elementwise=True)))
+    assert ValueClip(3.0)(take(Gradients(groups, ValueClip())))
     assert [float(group["params"][0].grad.max()) for group in groups] == [1.0, 5.0, 3.0]
 
 
 def test_leaving_parameters_out_and_rescaling_keep_the_norms_true() -> None:
     torch.manual_seed(0)
     grads = [torch.randn(5), torch.full((3,), math.nan), torch.randn(2000)]
-    gradients = measured(*grads, elementwise=True)
+    gradients = measured(*grads, clip=ValueClip())
     gradients.keep([math.isfinite(norm) for norm in gradients.norms])
     gradients.rescale(0.25)
     assert gradients.norm == pytest.approx(truth(grads[0], grads[2]) / 4, rel=1e-6)
     assert gradients.norm == pytest.approx(truth(*gradients.tensors), rel=1e-6)
-    assert gradients.maxima == pytest.approx([float(t.abs().max()) for t in gradients.tensors])
+    assert gradients.extra[0] == pytest.approx(
+        [4 * float(t.abs().max()) for t in gradients.tensors]
+    )
 
 
 def test_a_setting_by_optimizer_must_name_those_that_exist() -> None:

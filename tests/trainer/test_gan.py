@@ -239,7 +239,7 @@ class Keeping(NormClip):
 def test_losses_of_one_call_go_backward_before_any_step(factor: int, precision: str) -> None:
     clips = {name: Keeping() for name in OTHER}
     brain = make(
-        AtOnce, hparams={"clipper": clips}, grad_accumulation_factor=factor, precision=precision
+        AtOnce, hparams={"clip": clips}, grad_accumulation_factor=factor, precision=precision
     )
     brain.autocast = torch.enable_grad  # The scaler alone: its gradients are exact.
     data = batches(factor)

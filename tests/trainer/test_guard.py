@@ -52,7 +52,7 @@ def trained(kind: type[Brain], data: list[Any], factor: int, precision: str) -> 
         norm=True,
         hparams={
             "schedule": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
-            "clipper": {name: History() for name in names},
+            "clip": {name: History() for name in names},
         },
         schedule_every="step",
         ema_decay=0.9,

@@ -1,0 +1,167 @@
+"""Kinds made of others: a limit that changes over the steps, and several kinds in order."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import checks
+from trainer.clipping.clip import Clip, has_state
+from trainer.clipping.fixed import NormClip, PatternClip, ValueClip
+from trainer.clipping.gradients import Gradients, limit_of, measured
+
+
+class GradualClip(Clip):
+    """A limit that changes over the optimizer's steps, for a kind that has one.
+
+    ``limits`` maps numbers of steps to limits: ``{0: 10.0, 5000: 1.0}``. Between two of them the
+    limit moves by ``shape``: "linear", "cosine" (half a wave) or "stepwise" (it stays until the
+    next). Before the first and after the last it is theirs. ``clip`` is a `NormClip` where it is
+    None; a `LayerClip` or `ValueClip` may be given. Steps that were skipped do not count.
+    """
+
+    by_group = True
+    SHAPES = ("linear", "cosine", "stepwise")
+
+    def __init__(
+        self,
+        limits: Mapping[int, float | None],
+        shape: str = "linear",
+        clip: NormClip | ValueClip | None = None,
+    ) -> None:
+        if not isinstance(limits, Mapping) or not limits:
+            raise ValueError(
+                f"GradualClip: limits is {limits!r}; allowed: a mapping of steps to limits, such "
+                "as {0: 10.0, 5000: 1.0}"
+            )
+        self.shape = checks.one_of("GradualClip", "shape", shape, self.SHAPES)
+        steps = sorted((checks.whole("GradualClip", "a step", k, 0), k) for k in limits)
+        self._steps = [step for step, _ in steps]
+        self._limits = [limit_of(limits[k], f"GradualClip: limit at {k}") for _, k in steps]
+        if shape != "stepwise" and not all(map(math.isfinite, self._limits)):
+            raise ValueError(
+                f"GradualClip: a {shape} limit cannot pass through infinity; use stepwise, or a "
+                "large number"
+            )
+        self.clip = NormClip() if clip is None else clip
+        if not isinstance(self.clip, (NormClip, ValueClip)) or isinstance(self.clip, PatternClip):
+            raise ValueError(
+                f"GradualClip: clip is {clip!r}; allowed: a kind with one limit, that is NormClip, "
+                "LayerClip or ValueClip"
+            )
+        self.steps = 0
+        self.limit = self.limit_at(0)
+
+    def limit_at(self, step: int) -> float:
+        """The limit of a step, of which the first is 0."""
+        right = bisect.bisect_right(self._steps, step)
+        if right == 0 or right == len(self._steps) or self.shape == "stepwise":
+            return self._limits[max(right - 1, 0)]
+        start, stop = self._steps[right - 1 : right + 1]
+        before, after = self._limits[right - 1 : right + 1]
+        share = (step - start) / (stop - start)
+        if self.shape == "cosine":
+            share = (1.0 - math.cos(math.pi * share)) / 2.0
+        return before + (after - before) * share
+
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+        """What the kind measures."""
+        return self.clip.measure(gradients, factor)
+
+    def __call__(self, gradients: Gradients) -> bool:
+        self.limit = self.clip.limit = self.limit_at(self.steps)
+        self.steps += 1
+        return self.clip(gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps there have been."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        checks.same_keys("GradualClip", state, ("steps",))
+        self.steps = state["steps"]
+        self.limit = self.limit_at(self.steps)
+
+
+class MixedClip(Clip):
+    """Several kinds in order, each on what the one before it left: per layer, then by value.
+
+    ``limit`` is that of the last one that clipped in this step, else of the first. A kind after one
+    that changed directions (`ValueClip`, `AGC`, `SPAM`), and `AGC` and `SPAM` after any, have to
+    measure again: a second host-device sync, in the steps in which that one clipped.
+    """
+
+    by_group = True
+
+    def __init__(self, clips: Sequence[Any]) -> None:
+        if not isinstance(clips, (list, tuple)) or not clips:
+            raise ValueError(f"MixedClip: clips is {clips!r}; allowed: a list of clippers")
+        for each in clips:
+            if not isinstance(each, Clip) or isinstance(each, MixedClip):
+                raise ValueError(
+                    f"MixedClip: one of its clips is {each!r}; allowed: kinds of trainer.clipping "
+                    "but MixedClip itself"
+                )
+        if len({id(each) for each in clips}) < len(clips):
+            raise ValueError("MixedClip: the same object is there twice; make two")
+        self.clips: list[Clip] = list(clips)
+        self.limit = self.clips[0].limit
+        self._slices: list[tuple[int, int]] = []
+
+    def bind(
+        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let each learn what it is for."""
+        for clip in self.clips:
+            clip.bind(owner, names, optimizer)
+
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+        """What all of them measure."""
+        found: list[list[Tensor]] = []
+        self._slices = []
+        for clip in self.clips:
+            start, measure = len(found), getattr(clip, "measure", None)
+            found += [] if measure is None else measure(gradients, factor)
+            self._slices.append((start, len(found)))
+        return found
+
+    def __call__(self, gradients: Gradients) -> bool:
+        self.limit, clipped = self.clips[0].limit, False
+        base, stale, factors = gradients, False, [1.0] * len(gradients.tensors)
+        for i, clip in enumerate(self.clips):
+            if stale or (clipped and not clip.scales):
+                base, stale = measured(gradients.groups, self), False  # The further sync.
+                factors = [1.0] * len(base.tensors)
+            stage = base.stage(*self._slices[i], factors)
+            if clip(stage):
+                clipped, self.limit = True, clip.limit
+                stale = stage.factors is None  # Something else than a scaling.
+                factors = [f * g for f, g in zip(factors, stage.factors or factors, strict=True)]
+            gradients.norm_after = stage.norm_after
+        return clipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of those that have one, and what they are."""
+        return {
+            "kinds": [type(clip).__name__ for clip in self.clips],
+            "clips": [getattr(clip, "state_dict", dict)() for clip in self.clips],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; ValueError where it is that of other kinds."""
+        checks.same_keys("MixedClip", state, ("kinds", "clips"))
+        kinds = [type(clip).__name__ for clip in self.clips]
+        if list(state["kinds"]) != kinds:
+            raise ValueError(
+                f"the saved MixedClip has {', '.join(state['kinds'])}, this Brain's has "
+                f"{', '.join(kinds)}: the checkpoint was made with other settings"
+            )
+        for clip, each in zip(self.clips, state["clips"], strict=True):
+            if has_state(clip):
+                clip.load_state_dict(each)  # type: ignore[attr-defined]

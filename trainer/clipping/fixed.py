@@ -1,0 +1,166 @@
+"""Kinds with limits that are given: by norm, by layer, by name, by value."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from trainer import checks
+from trainer.clipping.clip import Clip, matching, multiplied, refuse_complex
+from trainer.clipping.gradients import Gradients, limit_of
+from trainer.clipping.norms import is_safe, joint, norms, safe_norm
+
+logger = logging.getLogger("trainer")
+
+
+class NormClip(Clip):
+    """Scale the gradients of an optimizer down so that their joint norm is at most ``limit``.
+
+    g ← g · min(1, c / (‖g‖ + 1e-6)), with ‖g‖ over every parameter group of the optimizer (Pascanu
+    et al. 2013). A parameter group with its own ``max_grad_norm`` is measured and clipped alone.
+    ``p`` is the order of the norm: 2, any other above 0, or inf, the largest element.
+    """
+
+    by_group = True
+
+    def __init__(self, limit: float | None = 5.0, p: float = 2.0) -> None:
+        self.limit = limit_of(limit, f"{type(self).__name__}: limit")
+        p = float(p) if isinstance(p, str) and p == "inf" else p
+        self.p = checks.within(type(self).__name__, "p", p, 0.0, math.inf, "(]")
+
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+        """The p-norms, unless those are measured anyway."""
+        return [] if self.p == 2.0 else [multiplied(norms(gradients.tensors, self.p), factor)]
+
+    def p_norms(self, gradients: Gradients) -> list[float]:
+        """The p-norm of each tensor."""
+        if self.p == 2.0:
+            return gradients.norms
+        if not is_safe(joint(gradients.extra[0], self.p), self.p):  # As for L2: rare; syncs.
+            return [safe_norm(tensor, self.p) for tensor in gradients.tensors]
+        return gradients.extra[0]
+
+    def __call__(self, gradients: Gradients) -> bool:
+        if any("max_grad_norm" in group for group in gradients.groups):
+            return self.clip_parts(gradients, gradients.parts(self.limit))
+        each = self.p_norms(gradients)
+        norm = gradients.norm if self.p == 2.0 else joint(each, self.p)
+        if norm <= self.limit:
+            return False
+        gradients.scale(self.limit / (norm + 1e-6))
+        return True
+
+    def clip_parts(self, gradients: Gradients, parts: list[tuple[float, list[int]]]) -> bool:
+        """Clip each part, of these tensors, alone."""
+        each, clipped = self.p_norms(gradients), False
+        for limit, members in parts:
+            norm = joint([each[i] for i in members], self.p)
+            if norm > limit:
+                gradients.scale(limit / (norm + 1e-6), members)
+                clipped = True
+        return clipped
+
+
+class LayerClip(NormClip):
+    """Scale each gradient tensor down so that its own norm is at most ``limit``.
+
+    The norm rule for each parameter alone: one layer's spike leaves the others as they are. A
+    parameter group with its own ``max_grad_norm`` has that for each of its tensors.
+    """
+
+    def __init__(self, limit: float | None = 1.0, p: float = 2.0) -> None:
+        super().__init__(limit, p)
+
+    def __call__(self, gradients: Gradients) -> bool:
+        limits = [self.limit] * len(gradients.tensors)
+        if any("max_grad_norm" in group for group in gradients.groups):
+            for limit, members in gradients.parts(self.limit):
+                for i in members:
+                    limits[i] = limit
+        coefficients = [
+            limit / (norm + 1e-6) if norm > limit else 1.0
+            for norm, limit in zip(self.p_norms(gradients), limits, strict=True)
+        ]
+        clipped = any(coefficient != 1.0 for coefficient in coefficients)
+        if clipped:
+            gradients.scale_each(coefficients)
+        return clipped
+
+
+class PatternClip(NormClip):
+    """Norm clipping with a limit for each pattern of parameter names.
+
+    ``limits`` maps patterns, with ``*``, ``?`` and ``[…]`` as in file names, to limits:
+    ``{"encoder.*": 1.0, "*.bias": null, "*": 5.0}``. A parameter belongs to the first pattern that
+    its name matches; those of one pattern are measured and clipped together, those of none are
+    left as they are. ``limit`` is the largest norm that all limits together let through.
+    """
+
+    by_group = False
+
+    def __init__(self, limits: Mapping[str, float | None], p: float = 2.0) -> None:
+        super().__init__(None, p)
+        if not isinstance(limits, Mapping) or not limits:
+            raise ValueError(
+                f"PatternClip: limits is {limits!r}; allowed: a mapping of patterns of parameter "
+                'names to limits, such as {"encoder.*": 1.0, "*": 5.0}'
+            )
+        self.limits = {str(k): limit_of(v, f"PatternClip: limit of {k}") for k, v in limits.items()}
+        self.limit = joint(list(self.limits.values()), self.p)
+        self._pattern: dict[Tensor, str] | None = None
+
+    def bind(
+        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Find the parameters of each pattern, and log them."""
+        super().bind(owner, names, optimizer)
+        self._pattern = matching(owner, "PatternClip: the pattern", list(self.limits), names)
+        found = list(self._pattern.values())
+        parts = [f"{k} {v:g} ({found.count(k)} parameters)" for k, v in self.limits.items()]
+        if len(found) < len(names):
+            parts.append(f"no limit for {len(names) - len(found)} others")
+        logger.info("clipping of the optimizer %r: %s", owner, ", ".join(parts))
+
+    def __call__(self, gradients: Gradients) -> bool:
+        if self._pattern is None:
+            raise ValueError("PatternClip has not been told the names of the parameters: call bind")
+        members: dict[str, list[int]] = {pattern: [] for pattern in self.limits}
+        for i, param in enumerate(gradients.params):
+            pattern = self._pattern.get(param)
+            if pattern is not None:
+                members[pattern].append(i)
+        parts = [(self.limits[pattern], where) for pattern, where in members.items() if where]
+        return self.clip_parts(gradients, parts)
+
+
+class ValueClip(Clip):
+    """Clamp every element of the gradients to [-limit, limit]; this may change their direction.
+
+    A parameter group with its own ``max_grad_norm`` is clamped to that.
+    """
+
+    by_group = True
+
+    def __init__(self, limit: float | None = 5.0) -> None:
+        self.limit = limit_of(limit, "ValueClip: limit")
+
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+        """The largest element of each tensor."""
+        refuse_complex(self, gradients)
+        return [multiplied(norms(gradients.tensors, math.inf), factor)]
+
+    def __call__(self, gradients: Gradients) -> bool:
+        clipped = False
+        for limit, members in gradients.parts(self.limit):
+            over = [gradients.tensors[i] for i in members if gradients.extra[0][i] > limit]
+            if over:
+                torch._foreach_clamp_max_(over, limit)
+                torch._foreach_clamp_min_(over, -limit)
+                clipped = True
+        if clipped:
+            gradients.norm_after = None  # Measuring again would cost a host-device sync.
+        return clipped

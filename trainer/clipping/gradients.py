@@ -1,0 +1,221 @@
+"""Gradients measured once, safely: what a clipper is given, between ``backward`` and a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.clipping.norms import is_safe, joint, norms, safe_norm
+
+# A coefficient this small is near the end of float32's range, where it has few digits left.
+SMALLEST_FACTOR = 1e-30
+
+
+class Gradients:
+    """The gradients of one optimizer at the end of a window, and their L2 norms.
+
+    ``params`` are those with a gradient; ``tensors`` are the gradients, of a sparse one its
+    coalesced values. ``norms`` has a float for every tensor, ``norm`` is over all of them; both are
+    known after `take`. ``groups`` are the optimizer's parameter groups. Norms are right to 1e-6 of
+    the float64 value for gradients of scale 1e-30 to 1e30, whatever their dtype.
+
+    What a clipper wants to know beside it offers as ``measure(gradients, factor)``: lists of a
+    scalar for every tensor, of the gradients times ``factor``. They travel in the same transfer and
+    are in ``extra``, one list of floats for each.
+    """
+
+    __slots__ = (
+        "_meter", "extra", "factors", "groups", "norm", "norm_after", "norms", "params", "tensors",
+    )  # fmt: skip
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], clip: object = None) -> None:
+        self.groups = groups
+        self._meter = getattr(clip, "measure", None)
+        self.params: list[Tensor] = [
+            p for group in groups for p in group["params"] if p.grad is not None
+        ]
+        self.tensors: list[Tensor] = [_dense(p) for p in self.params]
+        self.norms: list[float] = []
+        self.extra: list[list[float]] = []
+        self.norm = math.nan
+        self.norm_after: float | None = None
+        self.factors: list[float] | None = None
+
+    @property
+    def indices(self) -> list[int]:
+        """The place of each tensor's parameter among all of the optimizer's."""
+        every = (p for group in self.groups for p in group["params"])
+        return [i for i, p in enumerate(every) if p.grad is not None]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any of them is in a sparse layout."""
+        return any(p.grad is not None and p.grad.is_sparse for p in self.params)
+
+    def measure(self, factor: float | Tensor = 1.0) -> list[Tensor]:
+        """Scalars on the device from which `take` makes the norms; no sync.
+
+        ``factor`` is what the gradients will be multiplied by, from sums to means.
+        """
+        scalars = norms(self.tensors)
+        if self._meter is not None and self.tensors:
+            for quantity in self._meter(self, factor):
+                scalars += quantity
+        return scalars
+
+    def take(self, values: list[float]) -> None:
+        """Turn the values of `measure`'s scalars into ``norms``, ``norm`` and ``extra``."""
+        number = len(self.tensors)
+        self.norms = values[:number]
+        self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
+        self.norm = joint(self.norms)
+        if not is_safe(self.norm):
+            # Squares overflow or vanish, or something is not finite (rare; syncs).
+            self.norms = [safe_norm(t) for t in self.tensors]
+            self.norm = joint(self.norms)
+        self.norm_after = self.norm
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient is finite."""
+        return math.isfinite(self.norm)
+
+    def keep(self, flags: Sequence[bool]) -> None:
+        """Leave out the parameters whose flag is false, as if they were frozen."""
+        if all(flags):
+            return
+        for param, kept in zip(self.params, flags, strict=True):
+            if not kept:
+                param.grad = None
+        self.params = [p for p, kept in zip(self.params, flags, strict=True) if kept]
+        self.tensors = [t for t, kept in zip(self.tensors, flags, strict=True) if kept]
+        self.norms = [n for n, kept in zip(self.norms, flags, strict=True) if kept]
+        self.extra = [
+            [n for n, kept in zip(each, flags, strict=True) if kept] for each in self.extra
+        ]
+        self.norm = self.norm_after = joint(self.norms)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply gradients and norms: from sums to means."""
+        self._multiply(factor, self.tensors)
+        self.norms = [norm * factor for norm in self.norms]
+        self.norm *= factor
+        self.norm_after = self.norm
+
+    def parts(self, limit: float) -> list[tuple[float, list[int]]]:
+        """Limits, and the indices into ``tensors`` of what each is over.
+
+        A parameter group with its own ``max_grad_norm`` is a part alone; ``limit`` is for the rest.
+        """
+        found: list[tuple[float, list[int]]] = []
+        rest: list[int] = []
+        start = 0
+        for group in self.groups:
+            stop = start + sum(p.grad is not None for p in group["params"])
+            if "max_grad_norm" in group:
+                found.append((limit_of(group["max_grad_norm"]), list(range(start, stop))))
+            else:
+                rest += range(start, stop)
+            start = stop
+        return [*found, (limit, rest)]
+
+    def scale(self, coefficient: float, where: Sequence[int] | None = None) -> None:
+        """Multiply the gradients (those with the indices ``where``) in place, and say so.
+
+        ``factors`` are what each tensor has been multiplied by; `norm_after` follows.
+        """
+        tensors = self.tensors if where is None else [self.tensors[i] for i in where]
+        self._multiply(coefficient, tensors)
+        factors = self.factors or [1.0] * len(self.tensors)
+        for i in range(len(factors)) if where is None else where:
+            factors[i] *= coefficient
+        self.factors = factors
+        if where is None and self.norm_after is not None:
+            self.norm_after *= coefficient
+        else:
+            self.norm_after = joint(self.norms_after())
+
+    def scale_each(self, coefficients: Sequence[float]) -> None:
+        """Multiply each gradient in place by its own coefficient."""
+        wide: list[tuple[Tensor, float]] = []
+        for tensor, coefficient in zip(self.tensors, coefficients, strict=True):
+            if coefficient == 1.0:
+                continue
+            if tensor.dtype.itemsize < 4 or coefficient < SMALLEST_FACTOR:
+                self._multiply(coefficient, [tensor])
+            else:
+                wide.append((tensor, coefficient))
+        if wide:
+            torch._foreach_mul_([t for t, _ in wide], [c for _, c in wide])
+        old = self.factors or [1.0] * len(self.tensors)
+        self.factors = [f * c for f, c in zip(old, coefficients, strict=True)]
+        self.norm_after = joint(self.norms_after())
+
+    def norms_after(self) -> list[float]:
+        """The norm of each tensor after what `scale` did."""
+        if self.factors is None:
+            return self.norms
+        return [norm * factor for norm, factor in zip(self.norms, self.factors, strict=True)]
+
+    def stage(self, start: int, stop: int, factors: Sequence[float]) -> Gradients:
+        """The same tensors after each was multiplied by a factor, with the extras start to stop."""
+        found = copy.copy(self)
+        found.factors = None
+        if any(factor != 1.0 for factor in factors):
+            found.norms = [n * f for n, f in zip(self.norms, factors, strict=True)]
+            found.norm = joint(found.norms)
+        found.extra = [
+            [n * f for n, f in zip(each, factors, strict=True)] for each in self.extra[start:stop]
+        ]
+        found.norm_after = found.norm
+        return found
+
+    def _multiply(self, coefficient: float, tensors: list[Tensor]) -> None:
+        times = 1
+        if 0.0 < coefficient < SMALLEST_FACTOR:
+            coefficient, times = math.sqrt(coefficient), 2
+        for _ in range(times):
+            wide = [t for t in tensors if t.dtype.itemsize >= 4]
+            if wide:
+                torch._foreach_mul_(wide, coefficient)
+            if len(wide) < len(tensors):
+                for t in tensors:
+                    if t.dtype.itemsize < 4:  # The foreach of a CPU rounds the coefficient too.
+                        t.mul_(coefficient)
+
+
+def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradients:
+    """The gradients as they are now, measured for a clipper (syncs)."""
+    gradients = Gradients(groups, clip)
+    scalars = gradients.measure()
+    gradients.take(torch.stack(scalars).tolist() if scalars else [])
+    return gradients
+
+
+def _dense(param: Tensor) -> Tensor:
+    """The numbers of a gradient; of a sparse one, of which rows may come twice, their sums."""
+    grad = param.grad
+    assert grad is not None
+    if not grad.is_sparse:
+        return grad
+    param.grad = grad = grad.coalesce()
+    return grad.values()
+
+
+def limit_of(value: float | None, name: str = "max_grad_norm") -> float:
+    """A limit as users write it: None, infinity, 0 and below mean "measure, do not clip".
+
+    A negative limit would turn descent into ascent, and 0 would freeze the weights.
+    """
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(
+            f"{name} is {value!r}; allowed: a number; null, inf, 0 or below mean no clipping"
+        )
+    return float(value) if value > 0 else math.inf

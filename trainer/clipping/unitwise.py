@@ -1,0 +1,224 @@
+"""Kinds that look into a tensor, on its device: against its weights, or its own usual square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trainer import checks
+from trainer.clipping.clip import Clip, matching, refuse_complex, refuse_sparse
+from trainer.clipping.gradients import Gradients
+from trainer.clipping.norms import is_safe, joint, norms, safe_norm
+
+# Where torch.optim keeps the running mean of squares.
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
+WITH_MOMENTS = (
+    torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.RMSprop, torch.optim.Adadelta,
+)  # fmt: skip
+
+
+class AGC(Clip):
+    """Clip each unit's gradient in proportion to its weights (Brock et al. 2021, 2102.06171).
+
+    For each row i of dimension 0 (a tensor of one dimension is one unit): where
+    ‖G_i‖ / max(‖W_i‖, ε) > λ, G_i ← G_i · λ · max(‖W_i‖, ε) / max(‖G_i‖, 1e-6). Without ε, weights
+    that begin at zero would never move. ``exclude`` are patterns of parameter names that are left
+    alone; the paper leaves out the last linear layer. Sparse gradients are refused. ``limit`` is
+    the joint norm of all bounds.
+    """
+
+    scales = False
+
+    def __init__(
+        self, clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()
+    ) -> None:
+        self.clipping = checks.within("AGC", "clipping", clipping, 0.0, math.inf, "()")
+        self.eps = checks.within("AGC", "eps", eps, 0.0, math.inf, "()")
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self._excluded: set[Tensor] = set()
+        self._coefficients: dict[Tensor, Tensor] = {}
+
+    def bind(
+        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Find the parameters that are left alone."""
+        super().bind(owner, names, optimizer)
+        self._excluded = set(matching(owner, "AGC: exclude", self.exclude, names))
+
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+        """For each tensor the norm after clipping, the bound, and the largest share that goes."""
+        refuse_sparse(self, gradients)
+        return self._plan(gradients, factor, torch.float32)
+
+    def _plan(
+        self, gradients: Gradients, factor: float | Tensor, dtype: torch.dtype
+    ) -> list[list[Tensor]]:
+        """Make the coefficients, on the device."""
+        places = [i for i, p in enumerate(gradients.params) if p not in self._excluded]
+        params = [gradients.params[i] for i in places]
+        units = [unit_norms(gradients.tensors[i], dtype) for i in places]
+        if isinstance(factor, Tensor) or factor != 1.0:
+            units = list(torch._foreach_mul(units, factor))
+        bounds = [unit_norms(p.detach(), dtype) for p in params]
+        torch._foreach_clamp_min_(bounds, self.eps)
+        torch._foreach_mul_(bounds, self.clipping)
+        # No bound is below the product: a norm that small has the coefficient 1.
+        smallest = min(1e-6, self.clipping * self.eps)
+        shares = list(torch._foreach_div(bounds, torch._foreach_clamp_min(units, smallest)))
+        torch._foreach_clamp_max_(shares, 1.0)
+        self._coefficients = dict(zip(params, shares, strict=True))
+        after = torch._foreach_norm(torch._foreach_mul(units, shares))
+        gone = torch._foreach_norm(torch._foreach_sub(shares, 1.0), math.inf)
+        found = [after, torch._foreach_norm(bounds), gone]
+        return [_spread(each, places, gradients.tensors) for each in found]
+
+    def __call__(self, gradients: Gradients) -> bool:
+        extra = gradients.extra
+        if not is_safe(gradients.norm) and gradients.norm > 0.0:  # As for the norms: rare; syncs.
+            plan = self._plan(gradients, 1.0, torch.float64)
+            extra = [torch.stack(each).tolist() for each in plan]
+        after, bounds, gone = extra
+        self.limit = joint(bounds)
+        clipped = [i for i, share in enumerate(gone) if share > 0.0]
+        if not clipped:
+            return False
+        for i in clipped:
+            gradients.tensors[i].mul_(self._coefficients[gradients.params[i]])
+        kept = set(clipped)
+        gradients.norm_after = joint(
+            [after[i] if i in kept else norm for i, norm in enumerate(gradients.norms)]
+        )
+        return True
+
+
+class SPAM(Clip):
+    """Clip the elements that are far above their own usual square (Huang et al. 2025, 2501.06842).
+
+    Where g² > θ·v, g ← sign(g)·√(θ·v), with v the optimizer's running mean of squares (Adam's
+    second moment). The first ``warmup_steps`` clip nothing, since v is not there yet (the authors'
+    code waits as long); nor is an element clipped that has had no gradient yet, which would never
+    move. The paper's resets of the momentum are not part of clipping. Sparse gradients are refused.
+    ``limit`` is the joint norm of all bounds √(θ·v).
+    """
+
+    scales = False
+
+    def __init__(self, theta: float = 5000.0, warmup_steps: int = 20) -> None:
+        self.theta = checks.within("SPAM", "theta", theta, 0.0, math.inf, "()")
+        self.warmup_steps = checks.whole("SPAM", "warmup_steps", warmup_steps, 0)
+        self._steps = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._bounds: dict[Tensor, Tensor] = {}
+
+    def bind(
+        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Find the second moments, or refuse an optimizer that has none."""
+        super().bind(owner, names, optimizer)
+        known = type(optimizer).__module__.startswith("torch.optim")
+        if known and not isinstance(optimizer, WITH_MOMENTS):
+            raise no_moments(optimizer)
+        self._optimizer = optimizer
+
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+        """For each tensor the norm after clipping, the square of the bound, and the largest cut."""
+        refuse_sparse(self, gradients)
+        refuse_complex(self, gradients)
+        moments = [self._moment(p) for p in gradients.params]
+        places = [i for i, v in enumerate(moments) if v is not None]
+        if self._steps < self.warmup_steps or not places:
+            return []
+        params = [gradients.params[i] for i in places]
+        squares = [v for v in moments if v is not None]
+        bounds = list(torch._foreach_sqrt(squares))
+        torch._foreach_mul_(bounds, math.sqrt(self.theta))
+        for bound in bounds:
+            bound.masked_fill_(bound == 0, math.inf)
+        self._bounds = dict(zip(params, bounds, strict=True))
+        whole = [gradients.tensors[i] for i in places]
+        if isinstance(factor, Tensor) or factor != 1.0:
+            whole = list(torch._foreach_mul(whole, factor))
+        cut = torch._foreach_minimum(whole, bounds)
+        torch._foreach_maximum_(cut, torch._foreach_neg(bounds))
+        after = norms(list(cut))
+        gone = norms(list(torch._foreach_sub(whole, cut)), math.inf)
+        found = [after, norms(squares, 1.0), gone]
+        return [_spread(each, places, gradients.tensors) for each in found]
+
+    def _moment(self, param: Tensor) -> Tensor | None:
+        """The running mean of squares of a parameter; None before its first step."""
+        if self._optimizer is None:
+            raise ValueError("SPAM has not been told the optimizer: call bind")
+        state = self._optimizer.state.get(param)
+        if not state:
+            return None
+        for name in SECOND_MOMENTS:
+            if name in state:
+                moment: Tensor = state[name]
+                return moment
+        raise no_moments(self._optimizer)
+
+    def __call__(self, gradients: Gradients) -> bool:
+        self._steps += 1
+        self.limit = math.inf
+        if not gradients.extra:
+            return False
+        after, squares, gone = gradients.extra
+        self.limit = math.sqrt(self.theta * math.fsum(squares))
+        clipped = [i for i, cut in enumerate(gone) if cut > 0.0]
+        if not clipped:
+            return False
+        safe, kept = is_safe(gradients.norm), set(clipped)
+        for i in clipped:
+            tensor, bound = gradients.tensors[i], self._bounds[gradients.params[i]]
+            tensor.copy_(torch.maximum(torch.minimum(tensor, bound), -bound))
+        gradients.norm_after = joint(
+            [
+                norm if i not in kept else after[i] if safe else safe_norm(gradients.tensors[i])
+                for i, norm in enumerate(gradients.norms)
+            ]
+        )
+        return True
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps there have been."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a saved state."""
+        checks.same_keys("SPAM", state, ("steps",))
+        self._steps = state["steps"]
+
+
+def unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of each row of dimension 0, as (rows, 1, …); of one dimension or none, of all."""
+    wide = torch.promote_types(tensor.dtype, dtype)
+    dims = tuple(range(1, tensor.dim())) or None
+    found: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=dims is not None, dtype=wide)
+    return found
+
+
+def _spread(
+    scalars: Sequence[Tensor], places: Sequence[int], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Scalars put at the places of their tensors, and 0 at the others."""
+    if len(places) == len(tensors):
+        return list(scalars)
+    zero = torch.zeros((), device=tensors[0].device)
+    found = [zero] * len(tensors)
+    for place, scalar in zip(places, scalars, strict=True):
+        found[place] = scalar
+    return found
+
+
+def no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
+    """Why SPAM cannot work with this optimizer."""
+    return ValueError(
+        f"SPAM needs the running mean of squares that Adam, AdamW, NAdam, RAdam, RMSprop and "
+        f"Adadelta keep; {type(optimizer).__name__} has none: use another optimizer, or another "
+        "kind of clipping, such as trainer.clipping.ZClip"
+    )
