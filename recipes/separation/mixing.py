@@ -1,0 +1,329 @@
+"""Mixtures of people who talk at once: drawn anew from single recordings, or as a corpus has them.
+
+Items are ``{"id", "mixture", "sources"}``: samples (T,) and (T, S), time first, so that a batch pads
+them. In training all randomness of an item comes from (seed, epoch, index) by way of the loader,
+whichever process or worker makes it; in evaluation a mixture is the same every time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from recipes.common.audio import read_audio
+from recipes.common.loading import load
+from trainer.data import BadItem
+from trainer.seed import derive
+
+try:
+    from lhotse import CutSet
+    from lhotse.cut import Cut
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+LEVEL = 0.05  # root mean square of a source before its gain: -26 dB of full scale
+PEAK = 0.95  # a louder mixture is turned down, with its sources
+SILENT = 1e-4  # root mean square of what nobody can hear: -80 dB
+TRIES = 8  # places in a recording at which it is tried before it counts as silent
+UNEQUAL = 0.01  # of a mixture's level: by more it is not the sum of its sources (-40 dB)
+ROUNDING = 1e-4  # of full scale: what 16-bit files of a mixture and its sources may differ by
+
+Rng = random.Random
+Noise = Callable[[Rng, int], Tensor]  # so many samples of some noise, at any level
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How mixtures are drawn.
+
+    Args:
+        sample_rate: Hz.
+        speakers: how many different people talk.
+        seconds: how long.
+        gains: loudness of each source, dB around an equal level, drawn from this range.
+        speeds: factors of the speed (and pitch) of each source, in training.
+        pairs: "any" two people, or "unlike": one female, one male.
+        noise_snr: the louder speaker over the noise, dB, drawn from this range (as in WHAM,
+            Wichern et al. 2019, arXiv 1907.01160).
+        resample: take recordings of other rates, too.
+    """
+
+    sample_rate: int
+    speakers: int = 2
+    seconds: float = 3.0
+    gains: Sequence[float] = (-2.5, 2.5)
+    speeds: Sequence[float] = (0.95, 1.0, 1.05)
+    pairs: str = "any"
+    noise_snr: Sequence[float] = (-6.0, 3.0)
+    resample: bool = False
+
+    def __post_init__(self) -> None:
+        if self.speakers < 2:
+            raise ValueError(f"speakers is {self.speakers}; allowed: 2 or more")
+        if self.pairs not in ("any", "unlike"):
+            raise ValueError(f"pairs is {self.pairs!r}; allowed: any, unlike")
+        if self.pairs == "unlike" and self.speakers != 2:
+            raise ValueError(f"pairs: unlike is for 2 speakers, not for {self.speakers}")
+        for name in ("gains", "noise_snr"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} is [{low:g}, {high:g}]; allowed: [lowest, highest] in dB")
+
+    @property
+    def samples(self) -> int:
+        """Of a mixture."""
+        return round(self.seconds * self.sample_rate)
+
+
+class Drawn(Dataset[dict[str, Any]]):
+    """Mixtures that no file holds: ``size`` of them, drawn from recordings of single speakers.
+
+    With ``train`` every epoch has others. Recordings that are too short for the highest speed are
+    left out.
+
+    Raises ValueError for recordings without a speaker, and for too few speakers.
+    """
+
+    def __init__(
+        self,
+        cuts: Iterable[Cut],
+        mixing: Mixing,
+        size: int,
+        train: bool = False,
+        noise: Noise | None = None,
+    ) -> None:
+        self.mixing, self.size, self.train, self.noise = mixing, size, train, noise
+        self.speeds = tuple(mixing.speeds) if train else (1.0,)
+        self.people = _by_speaker(cuts, mixing.seconds * max(self.speeds))
+        self.names = sorted(self.people)
+        self._check_people()
+
+    def _check_people(self) -> None:
+        wanted, found = self.mixing.speakers, len(self.names)
+        if found < wanted:
+            raise ValueError(
+                f"mixtures of {wanted} speakers need as many; there are recordings of at least "
+                f"{self.mixing.seconds:g} s by {found}: {', '.join(self.names) or 'nobody'}"
+            )
+        if self.mixing.pairs == "unlike":
+            genders = {_gender(cuts[0]) for cuts in self.people.values()}
+            if genders != {"female", "male"}:
+                raise ValueError(
+                    "pairs: unlike needs female and male speakers; the recordings are said to be "
+                    f"by {', '.join(sorted(map(str, genders)))} ones"
+                )
+
+    def __len__(self) -> int:
+        return self.size
+
+    def name_of(self, index: int) -> str:
+        """A mixture in an error message."""
+        return f"mixture {index}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # The loader has seeded Python's generator with (seed, epoch, index).
+        rng = Rng(random.getrandbits(63) if self.train else derive(0, "mixture", index))
+        cuts = [rng.choice(self.people[name]) for name in self._speakers(rng)]
+        sources = torch.stack([self._spoken(cut, rng) for cut in cuts], 1)  # (T, S)
+        mixture = sources.sum(1)
+        if self.noise is not None:
+            mixture = mixture + self._noise(sources, rng)
+        scale = min(1.0, PEAK / max(float(mixture.abs().max()), float(sources.abs().max()), 1e-9))
+        name = "_".join([f"{index:05d}", *(cut.id for cut in cuts)])
+        return {"id": name, "mixture": scale * mixture, "sources": scale * sources}
+
+    def _speakers(self, rng: Rng) -> list[str]:
+        if self.mixing.pairs == "any":
+            return rng.sample(self.names, self.mixing.speakers)
+        first = rng.choice(self.names)
+        others = [n for n in self.names if _gender(self.people[n][0]) != self._gender_of(first)]
+        return [first, rng.choice(others)]
+
+    def _gender_of(self, name: str) -> str | None:
+        return _gender(self.people[name][0])
+
+    def _spoken(self, cut: Cut, rng: Rng) -> Tensor:
+        """A part of a recording, at some speed and gain: (T,).
+
+        Raises BadItem for a recording in which nothing can be heard.
+        """
+        mixing, speed = self.mixing, rng.choice(self.speeds)
+        gain = 10 ** (rng.uniform(*mixing.gains) / 20)
+        seconds = min(mixing.seconds * speed, cut.duration)
+        for _ in range(TRIES):
+            start = rng.uniform(0.0, cut.duration - seconds)
+            part = cut.truncate(offset=start, duration=seconds)
+            part = part if speed == 1.0 else part.perturb_speed(speed)
+            signal = fitted(load(part, mixing.sample_rate, mixing.resample), mixing.samples)
+            level = float(signal.square().mean().sqrt())
+            if level > SILENT:
+                return signal * (LEVEL * gain / level)
+        raise BadItem(_path(cut), "it is silent: nothing in it is louder than -80 dB")
+
+    def _noise(self, sources: Tensor, rng: Rng) -> Tensor:
+        """Noise behind (T, S), so much below the loudest of the sources: (T,)."""
+        assert self.noise is not None
+        wave = self.noise(rng, len(sources))
+        loudest = sources.square().mean(0).max().sqrt()
+        snr = rng.uniform(*self.mixing.noise_snr)
+        return wave * loudest / wave.square().mean().sqrt().clamp(min=1e-9) * 10 ** (-snr / 20)
+
+
+def _by_speaker(cuts: Iterable[Cut], shortest: float) -> dict[str, list[Cut]]:
+    people: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        speaker = cut.supervisions[0].speaker if cut.supervisions else None
+        if not speaker:
+            raise ValueError(f"nobody is named as the speaker of {cut.id}; mixtures need to know")
+        if cut.duration >= shortest:
+            people.setdefault(speaker, []).append(cut)
+    return people
+
+
+def _gender(cut: Cut) -> str | None:
+    gender: str | None = cut.supervisions[0].gender
+    return gender
+
+
+def _path(cut: Cut) -> str:
+    return str(cut.recording.sources[0].source) if cut.has_recording else str(cut.id)
+
+
+def fitted(signal: Tensor, samples: int) -> Tensor:
+    """(T,) with so many samples: cut, or filled with zeros at its end."""
+    return torch.nn.functional.pad(signal[:samples], (0, max(0, samples - len(signal))))
+
+
+# ------------------------------------------------------------------------------ recorded mixtures
+
+
+class Mixture(NamedTuple):
+    """The files of one mixture."""
+
+    id: str
+    mixture: Path
+    sources: tuple[Path, ...]
+    noise: Path | None = None
+
+
+class Recorded(Dataset[dict[str, Any]]):
+    """Mixtures as their files have them, whole; or to train, ``seconds`` of each from anywhere.
+
+    To train, each source is spoken at one of ``speeds``, and the mixture is made anew of them.
+
+    An item raises BadItem where a file cannot be used, has another rate or length than the others,
+    is silent, or where the mixture is not the sum of its sources (and its noise).
+    """
+
+    def __init__(
+        self,
+        mixtures: Sequence[Mixture],
+        sample_rate: int,
+        seconds: float | None = None,
+        speeds: Sequence[float] = (1.0,),
+    ) -> None:
+        self.mixtures, self.sample_rate = list(mixtures), sample_rate
+        self.seconds, self.speeds = seconds, tuple(speeds)
+
+    def __len__(self) -> int:
+        return len(self.mixtures)
+
+    def name_of(self, index: int) -> str:
+        """A mixture in an error message."""
+        return f"{index} ({self.mixtures[index].id})"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        files = self.mixtures[index]
+        mixture, sources, noise = read_mixture(files, self.sample_rate)
+        if self.seconds is not None:
+            mixture, sources = self._for_training(sources, noise)
+        return {"id": files.id, "mixture": mixture, "sources": sources}
+
+    def _for_training(self, sources: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A part of (T, S) sources and (T,) noise, at other speeds: its mixture, its sources."""
+        assert self.seconds is not None
+        changed = [_at_speed(source, random.choice(self.speeds)) for source in sources.T]
+        samples = min(len(noise), *map(len, changed))
+        sources = torch.stack([each[:samples] for each in changed], 1)
+        length = round(self.seconds * self.sample_rate)
+        start = random.randint(0, max(0, samples - length))
+        sources, noise = sources[start : start + length], noise[start : start + length]
+        return sources.sum(1) + noise, sources
+
+
+def _at_speed(signal: Tensor, speed: float) -> Tensor:
+    if speed == 1.0:
+        return signal
+    from torchaudio.functional import resample
+
+    return resample(signal, round(100 * speed), 100)  # whole per cent: small filters
+
+
+def read_mixture(files: Mixture, sample_rate: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples of a mixture (T,), its sources (T, S) and its noise (T,), zeros without any.
+
+    Raises BadItem, which names the file.
+    """
+    mixture = read_audio(files.mixture, sample_rate)
+    parts = [*files.sources, *([files.noise] if files.noise else [])]
+    signals = [read_audio(path, sample_rate) for path in parts]
+    for path, signal in zip(parts, signals, strict=True):
+        if len(signal) != len(mixture):
+            raise BadItem(
+                path,
+                f"it has {len(signal)} samples, its mixture {files.mixture} has {len(mixture)}",
+            )
+    for path, signal in zip(files.sources, signals, strict=False):
+        if float(signal.square().mean().sqrt()) <= SILENT:
+            raise BadItem(path, "it is silent, and a mixture's sources must all be heard")
+    rest = mixture - torch.stack(signals).sum(0)
+    level, left = (float(each.square().mean().sqrt()) for each in (mixture, rest))
+    if left > max(UNEQUAL * level, ROUNDING):
+        names = ", ".join(str(path) for path in parts)
+        raise BadItem(
+            files.mixture,
+            f"it is not the sum of {names}: {left / max(level, 1e-9):.1%} of "
+            "its level is left",
+        )
+    count = len(files.sources)
+    noise = signals[count] if files.noise else torch.zeros_like(mixture)
+    return mixture, torch.stack(signals[:count], 1), noise
+
+
+# ------------------------------------------------------------------------------------ as datasets
+
+
+def drawn(
+    corpus: Callable[[], Mapping[str, CutSet]],
+    mixing: Mixing,
+    mixtures: Mapping[str, int],
+    noise: Callable[[], Mapping[str, Noise]] | None = None,
+) -> dict[str, Drawn]:
+    """Datasets of train, valid and test, of so many ``mixtures`` each, from a corpus of speech."""
+    cuts, noises = corpus(), noise() if noise is not None else {}
+    return {
+        split: Drawn(cuts[split], mixing, size, split == "train", noises.get(split))
+        for split, size in mixtures.items()
+    }
+
+
+def recorded(
+    corpus: Callable[[], Mapping[str, Sequence[Mixture]]],
+    sample_rate: int,
+    seconds: float,
+    speeds: Sequence[float] = (1.0,),
+) -> dict[str, Recorded]:
+    """Datasets of train (``seconds`` of each mixture), valid and test (whole) from its files."""
+    return {
+        split: Recorded(mixtures, sample_rate, seconds, speeds)
+        if split == "train"
+        else Recorded(mixtures, sample_rate)
+        for split, mixtures in corpus().items()
+    }

@@ -1,0 +1,277 @@
+"""Recordings of single speakers, from which mixtures are drawn, and noise to put behind them.
+
+Each corpus is a function that a YAML names with its arguments,
+
+    corpus: !name:recipes.separation.speech.librispeech {data_folder: !ref <data_folder>, …}
+
+and that returns ``{"train": cuts, "valid": cuts, "test": cuts}``: lhotse's cuts, each with its
+speaker, and with the speaker's gender where that is known. No speaker is in two splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from recipes.common.audio import Header, check_recordings
+from recipes.common.loading import load
+from recipes.common.noise import coloured_noise
+from recipes.common.paths import inside
+from recipes.common.speech import embedded_speech, to_cuts
+from recipes.separation.mixing import fitted
+from trainer import distributed
+from trainer.seed import derive
+
+try:
+    from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment
+    from lhotse.audio import AudioSource
+    from lhotse.recipes.librispeech import prepare_librispeech
+    from lhotse.recipes.wham import prepare_wham
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+logger = logging.getLogger(__name__)
+
+Corpus = Mapping[str, CutSet]
+SPLITS = ("train", "valid", "test")
+TABLE = "utterances.csv"
+GENDERS = {"f": "female", "m": "male"}
+
+
+def embedded(train: int, valid: int, test: int, sample_rate: int = 8000) -> Corpus:
+    """So many synthesised sentences each, of prose, by unlike voices (28, 6 and 6 of them)."""
+    counts = {"train": train, "valid": valid, "test": test}
+    return {
+        split: to_cuts(embedded_speech(split, count, "prose", sample_rate))
+        for split, count in counts.items()
+    }
+
+
+def recorded(data_folder: str, parts: Mapping[str, Sequence[str]], manifests: str) -> Corpus:
+    """What a folder has: `listed` where there is a table ``utterances.csv``, else `librispeech`."""
+    if (Path(data_folder).expanduser() / TABLE).is_file():
+        return listed(data_folder)
+    return librispeech(data_folder, parts, manifests)
+
+
+def existing(data_folder: str | Path, expected: str) -> Path:
+    """The folder; ValueError, which says what was expected in it, where it is not there."""
+    folder = Path(data_folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"data_folder {folder} is not there; expected was a folder of {expected}")
+    return folder
+
+
+# ------------------------------------------------------------------------------------- LibriSpeech
+
+
+def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests: str) -> Corpus:
+    """LibriSpeech, or any folder of its layout, prepared by lhotse.
+
+    Args:
+        data_folder: where the folders ``train-clean-100``, ``dev-clean`` and so on are, and
+            ``SPEAKERS.TXT``, which tells genders.
+        parts: which of these make up each split; those that are not there are left out. A part
+            that several splits name is dealt to them by its speakers: of ten, eight to train.
+        manifests: the folder for what was prepared, which later runs read.
+
+    Raises ValueError for a folder that is missing or has another layout, for a split of which no
+    part is there, and for too few speakers to deal.
+    """
+    folder = existing(data_folder, "folders such as train-clean-100 with a *.trans.txt in each")
+    there = {each.name for each in folder.iterdir() if each.is_dir()}
+    for split, names in parts.items():
+        if not there & set(names):
+            raise ValueError(
+                f"{split} is made of {', '.join(names)}; {folder} has none of these, but "
+                f"{', '.join(sorted(there)[:10]) or 'no folders'}"
+            )
+    wanted = {part for names in parts.values() for part in names} & there
+    if distributed.is_main():
+        _prepare(folder, wanted, manifests)
+    distributed.barrier()
+    prepared = _prepare(folder, wanted, manifests)  # reads what was written
+    genders = _genders(folder)
+    found: dict[str, list[MonoCut]] = {split: [] for split in parts}
+    for part in sorted(wanted):
+        cuts = [_with_gender(cut, genders) for cut in prepared[part]]
+        users = [split for split, names in parts.items() if part in names]
+        for split, dealt in by_speakers(cuts, users, part).items():
+            found[split] += dealt
+    return {split: CutSet.from_cuts(cuts) for split, cuts in found.items()}
+
+
+def _prepare(folder: Path, parts: Iterable[str], manifests: str) -> dict[str, CutSet]:
+    try:
+        made = prepare_librispeech(folder, dataset_parts=sorted(parts), output_dir=manifests)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"lhotse could not prepare {folder} ({error}); expected were, as in LibriSpeech, "
+            "folders part/speaker/chapter with a *.trans.txt and the *.flac that it names"
+        ) from error
+    return {part: CutSet.from_manifests(**each) for part, each in made.items()}
+
+
+def _genders(folder: Path) -> dict[str, str]:
+    """By speaker, from lines such as ``19 | F | train-clean-100 | …``; empty without the file."""
+    file = folder / "SPEAKERS.TXT"
+    if not file.is_file():
+        return {}
+    lines = [line.split("|") for line in file.read_text(encoding="utf-8").splitlines()]
+    told = [(one.strip(), sex.strip().lower()) for one, sex, *_ in (x for x in lines if x[1:])]
+    return {speaker: GENDERS[sex] for speaker, sex in told if sex in GENDERS}
+
+
+def _with_gender(cut: MonoCut, genders: Mapping[str, str]) -> MonoCut:
+    cut.supervisions[0].gender = genders.get(cut.supervisions[0].speaker)
+    return cut
+
+
+def by_speakers(
+    cuts: Sequence[MonoCut], splits: Sequence[str], what: str
+) -> dict[str, list[MonoCut]]:
+    """Deal recordings to splits such that none shares a speaker: a tenth of them to valid and test.
+
+    At least two to each, so that there are mixtures. Raises ValueError for too few.
+    """
+    if len(splits) == 1:
+        return {splits[0]: list(cuts)}
+    names = sorted({cut.supervisions[0].speaker for cut in cuts})
+    if len(names) < 2 * len(splits):
+        raise ValueError(
+            f"{what} has {len(names)} speakers; {', '.join(splits)} need two each that no other "
+            f"has, {2 * len(splits)} in all"
+        )
+    random.Random(derive(0, "speakers", what)).shuffle(names)
+    few = max(2, len(names) // 10)
+    dealt: dict[str, set[str]] = {}
+    for split in sorted(splits, key=SPLITS.index, reverse=True):  # train last, and what is left
+        last = len(dealt) == len(splits) - 1
+        dealt[split], names = (set(names), []) if last else (set(names[:few]), names[few:])
+    return {
+        split: [cut for cut in cuts if cut.supervisions[0].speaker in dealt[split]]
+        for split in splits
+    }
+
+
+# ------------------------------------------------------------------------------ any table of files
+
+
+def listed(
+    data_folder: str,
+    table: str = TABLE,
+    audio: str = "audio",
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """Recordings that a table lists: ``id``, ``split``, ``speaker`` and, if known, ``gender``.
+
+    Cells are separated by ``|`` or ``,``; a recording is the file of that id in the folder
+    ``audio``, of any kind and rate. Where no row is of the split valid, a tenth of the speakers of
+    train are.
+
+    Raises ValueError for a missing folder, table or column, and for a recording that is not there.
+    """
+    folder = existing(data_folder, f"a table {table} and the recordings that it names in {audio}/")
+    rows = _rows(folder / table)
+    files = {path.stem: path for path in sorted((folder / audio).glob("*")) if path.is_file()}
+    if missing := [row["id"] for row in rows if row["id"] not in files]:
+        raise ValueError(
+            f"{folder / table} names {len(missing)} recordings that {folder / audio} does not "
+            f"have, such as {missing[0]!r}"
+        )
+    wanted = [inside(folder, str(files[row["id"]].relative_to(folder))) for row in rows]
+    good = check_recordings(wanted, on_bad=on_bad, max_bad=max_bad)
+    found: dict[str, list[MonoCut]] = {}
+    for row, path in zip(rows, wanted, strict=True):
+        if path in good:
+            found.setdefault(row["split"], []).append(_cut(row, path, good[path]))
+    if "valid" not in found and "train" in found:
+        found |= by_speakers(found["train"], ["train", "valid"], "train")
+    if lacking := set(SPLITS) - set(found):
+        raise ValueError(f"{folder / table} has no recording of {', '.join(sorted(lacking))}")
+    return {split: CutSet.from_cuts(found[split]) for split in SPLITS}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; expected was a table with id, split and speaker")
+    with path.open(newline="", encoding="utf-8") as file:
+        first = file.readline()
+        file.seek(0)
+        rows = list(csv.DictReader(file, delimiter="|" if "|" in first else ","))
+    if lacking := {"id", "split", "speaker"} - set(rows[0] if rows else ()):
+        raise ValueError(f"{path} has no column {', '.join(sorted(lacking))}, or no rows")
+    return rows
+
+
+def _cut(row: Mapping[str, str], path: Path, header: Header) -> MonoCut:
+    name, duration = row["id"], header.duration
+    source = AudioSource(type="file", channels=[0], source=str(path))
+    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
+    gender = row.get("gender") or ""
+    said = SupervisionSegment(
+        name,
+        name,
+        0.0,
+        duration,
+        speaker=row["speaker"],
+        gender=GENDERS.get(gender[:1].lower()),
+    )
+    return MonoCut(name, 0.0, duration, 0, supervisions=[said], recording=recording)
+
+
+# ------------------------------------------------------------------------------------------- noise
+
+
+class Coloured:
+    """Noise whose power falls as 1/f^``exponent``, another one each time."""
+
+    def __init__(self, exponent: float = 1.0) -> None:
+        self.exponent = exponent
+
+    def __call__(self, rng: random.Random, samples: int) -> Tensor:
+        return coloured_noise(rng.getrandbits(63), samples, self.exponent)
+
+
+class Ambient:
+    """Parts of recorded noise."""
+
+    def __init__(self, recordings: RecordingSet, sample_rate: int, seconds: float) -> None:
+        ordered = sorted(recordings, key=lambda each: each.id)  # lhotse lists as the disk does
+        cuts = [recording.to_cut() for recording in ordered]
+        self.cuts = [cut for cut in cuts if cut.duration >= seconds]
+        self.sample_rate = sample_rate
+        if not self.cuts:
+            raise ValueError(f"none of the {len(cuts)} recordings of noise lasts {seconds:g} s")
+
+    def __call__(self, rng: random.Random, samples: int) -> Tensor:
+        cut = rng.choice(self.cuts)
+        seconds = samples / self.sample_rate
+        part = cut.truncate(offset=rng.uniform(0.0, cut.duration - seconds), duration=seconds)
+        if isinstance(part.channel, list):  # WHAM is recorded by two microphones.
+            part = part.with_channels([part.channel[0]])
+        return fitted(load(part, self.sample_rate, resample=True), samples)
+
+
+def coloured(exponent: float = 1.0) -> Mapping[str, Coloured]:
+    """The same kind of noise for every split."""
+    return {split: Coloured(exponent) for split in SPLITS}
+
+
+def wham(data_folder: str, sample_rate: int, seconds: float) -> Mapping[str, Ambient]:
+    """The noise of WHAM (``wham_noise`` with tr, cv and tt), found by lhotse."""
+    folder = existing(data_folder, "recordings of noise, in the folders tr, cv and tt")
+    if missing := [name for name in ("tr", "cv", "tt") if not (folder / name).is_dir()]:
+        raise ValueError(f"{folder} has no folder {', '.join(missing)}; expected: tr, cv, tt")
+    made = prepare_wham(folder)
+    names = dict(zip(SPLITS, ("tr", "cv", "tt"), strict=True))
+    return {
+        split: Ambient(made[name]["recordings"], sample_rate, seconds)
+        for split, name in names.items()
+    }
