@@ -12,7 +12,7 @@ its configuration beside it, `name.json` for `name.npy`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,28 @@ class LogMel(nn.Module):
         flat = wav.reshape(1, -1, wav.shape[-1])  # Mirroring wants (1, N, S).
         padded = nn.functional.pad(flat, (self.edge, self.edge), mode="reflect")
         return self.of_padded(padded).reshape(*wav.shape[:-1], self.bands, -1)
+
+    def stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """A signal that comes in blocks (…, ·) as frames (…, M, ·): joined, those of the whole."""
+        held: Tensor | None = None
+        begun = False
+        for block in blocks:
+            held = block if held is None else torch.cat([held, block], -1)
+            if not begun and held.shape[-1] > self.edge:
+                held = torch.cat([held[..., 1 : self.edge + 1].flip(-1), held], -1)
+                begun = True
+            frames = (held.shape[-1] - self.n_fft) // self.hop + 1
+            if begun and frames > 0:
+                yield self.of_padded(held[..., : (frames - 1) * self.hop + self.n_fft])
+                held = held[..., frames * self.hop :]
+        if held is None:
+            return
+        if not begun:
+            self(held)  # Too short: says so.
+        mirrored = held[..., held.shape[-1] - self.edge - 1 : -1].flip(-1)
+        held = torch.cat([held, mirrored], -1)
+        if held.shape[-1] >= self.n_fft:
+            yield self.of_padded(held)
 
     def of_padded(self, wav: Tensor) -> Tensor:
         """(…, S + n_fft - hop), with what is before and after it, to (…, M, S // hop)."""

@@ -33,6 +33,7 @@ except ImportError as error:
     ) from error
 
 Network = Callable[[Tensor], Tensor]  # (N, T) to (N, T)
+Convert = Callable[[Iterable[Tensor]], Iterator[Tensor]]  # blocks (C, ·) to as many samples
 
 BLOCK = 1 << 16  # samples of a file that are read at once
 LARGEST_FILTER = 1 << 25  # entries of a resampler: 128 MB
@@ -156,7 +157,19 @@ def resampled(blocks: Iterable[Tensor], source: int, target: int) -> Iterator[Te
 def enhance_file(
     source: str | Path, target: str | Path, network: Network, sample_rate: int, chunks: Chunks
 ) -> None:
-    """Write a file enhanced: of the same rate, length and channels, in blocks.
+    """Write a file enhanced, in blocks; see `convert_file`."""
+
+    def convert(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        return enhanced_blocks(blocks, network, chunks)
+
+    convert_file(source, target, convert, sample_rate)
+
+
+def convert_file(
+    source: str | Path, target: str | Path, convert: Convert, sample_rate: int
+) -> None:
+    """Write what ``convert`` makes of a file at ``sample_rate`` (Hz), block by block: of the same
+    rate, length and channels.
 
     WAV and FLAC stay what they are, with their number of bits; anything else becomes a 16-bit WAV.
     ``target`` appears whole or not at all. Raises BadItem for a file that cannot be used.
@@ -167,7 +180,7 @@ def enhance_file(
     try:
         with _written(source, part, target.suffix, header) as file:
             left = header.samples
-            for block in _blocks(source, header, network, sample_rate, chunks):
+            for block in _converted(source, header, convert, sample_rate):
                 block = block[:, :left]
                 file.write(block.clamp(-1.0, 1.0).T.contiguous().numpy())
                 left -= block.shape[1]
@@ -177,14 +190,14 @@ def enhance_file(
             part.unlink()
 
 
-def _blocks(
-    source: str | Path, header: Header, network: Network, sample_rate: int, chunks: Chunks
+def _converted(
+    source: str | Path, header: Header, convert: Convert, sample_rate: int
 ) -> Iterator[Tensor]:
-    """The file enhanced, at its own rate."""
+    """The file converted, at its own rate."""
     rate = header.sample_rate
     try:
         heard = resampled(_read(source, header), rate, sample_rate)
-        yield from resampled(enhanced_blocks(heard, network, chunks), sample_rate, rate)
+        yield from resampled(convert(heard), sample_rate, rate)
     except ValueError as error:
         if isinstance(error, BadItem) or "share too small a unit" not in str(error):
             raise

@@ -223,6 +223,25 @@ class Vocoder:
         if held is not None and held.shape[-1] > before:
             yield self(held)[..., before * hop :]
 
+    def resynthesise(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """A signal in blocks (C, ·) from its mels: as many samples, in constant memory."""
+        given = done = 0
+
+        def completed() -> Iterator[Tensor]:
+            nonlocal given
+            channels = 1
+            for block in blocks:
+                given, channels = given + block.shape[1], len(block)
+                yield block
+            # Silence completes the last frame, and what is too short for a window.
+            hop, least = self.mel.hop, max(given, self.mel.edge + 1)
+            if given:
+                yield torch.zeros(channels, -(-least // hop) * hop - given)
+
+        for wave in self.stream(self.mel.stream(completed())):
+            yield wave[:, : given - done]
+            done += wave.shape[1]
+
 
 def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     """The vocoder of a run's folder, wherever that lies now, with the weights that its test took.
