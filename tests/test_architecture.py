@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"update"},
     {"step"},
-    {"attributes", "feeding", "hooks", "journal", "setup", "state", "verdict"},
+    {"attributes", "feeding", "hooks", "journal", "monitor", "setup", "state", "verdict"},
     {"resumption", "testing"},
     {"keeping"},
     {"training"},

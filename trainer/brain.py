@@ -31,6 +31,7 @@ from trainer.feeding import Feed
 from trainer.hooks import Stage
 from trainer.journal import Journal
 from trainer.keeping import Keeper
+from trainer.monitor import make_monitor
 from trainer.nonfinite import Patience, Statistics
 from trainer.options import RunOptions
 from trainer.precision import Precision
@@ -87,7 +88,7 @@ class Brain(Workings):
         self.average, self.patience = Mean(), Patience(self.options.nonfinite_patience)
         self.journal, self.profiler = Journal(self.options), Profiler(self.options)
         self.test_metrics: dict[str, Any] = {}
-        self.statistics = Statistics(self.modules)
+        self.statistics, self.monitor = Statistics(self.modules), make_monitor(self)
         self._prepare()
         self.weight_average: WeightAverage | None = None
         self.framework: frozenset[str] = frozenset()

@@ -2,8 +2,9 @@
 
 A line of `metrics.jsonl` is one JSON object: {"kind": "step", "step": 120, "loss": 1.2, …} for a
 logged step, {"kind": "stage", "stage": "valid", "epoch": 2, "step": 120, "wer": 3.2, …} for a
-stage. `step` is the number of optimizer steps since the run began. What is not a finite number is
-null: the file is strict JSON, and a lost number is never 0.
+stage, {"kind": "monitor", "step": 100, "layers": {…}, …} for a look at the gradients. `step` is the
+number of optimizer steps since the run began. What is not a finite number is null: the file is
+strict JSON, and a lost number is never 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,21 @@ class RunLog:
         """A finished stage. `record` has "stage", "epoch", "step", the loss and the metrics."""
         self._record({"kind": "stage", **record})
 
+    def monitor(self, record: Mapping[str, Any]) -> None:
+        """A look at the gradients. `record` has "step", "optimizers" and "layers"."""
+        self._record({"kind": "monitor", **record})
+
+    @property
+    def draws(self) -> bool:
+        """Whether histograms go anywhere."""
+        return self._curves is not None
+
+    def histograms(self, samples: Iterable[tuple[str, Any]], step: int) -> None:
+        """Distributions by name, from tensors on the host."""
+        if self._curves is not None:
+            for name, values in samples:
+                self._curves.histogram(name, values, step)
+
     def _record(self, record: Mapping[str, Any]) -> None:
         if self._metrics is None:
             return
@@ -175,14 +191,24 @@ class _Curves:
         self.folder = folder
         self.purge_step: int | None = None
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        """Values that are not finite have no place in a histogram."""
+        finite = values[values.isfinite()]
+        if len(finite):
+            self._opened().add_histogram(name, finite, step)
+
+    def _opened(self) -> Any:
         if self._writer is None:
             with _saying(self.folder):
                 self._writer = self._open(str(self.folder), purge_step=self.purge_step)
+        return self._writer
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        writer = self._opened()
         stage = f"{record.get('stage', 'train')}_{record['kind']}"
         for name, value in _numbers(record):
             if name != "step":
-                self._writer.add_scalar(f"{stage}/{name}", value, record.get("step"))
+                writer.add_scalar(f"{stage}/{name}", value, record.get("step"))
 
     def close(self) -> None:
         if self._writer is not None:

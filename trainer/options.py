@@ -82,6 +82,9 @@ class RunOptions:
     log_interval: int = _option(50, "steps between two lines of metrics.jsonl", at_least=1)
     progressbar: bool = _option(True, "show progress on the terminal")
     tensorboard: bool = _option(False, "write curves for TensorBoard too")
+    monitor_every: int = _option(
+        50, "optimizer steps between two looks at the layers; 0: no monitors", at_least=0
+    )
     checkpoint_every_steps: int | None = _option(
         None, "save inside an epoch, every so many optimizer steps", at_least=1
     )

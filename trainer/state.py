@@ -187,6 +187,7 @@ def own(brain: Any) -> dict[str, Any]:
         "statistics": brain.statistics.state_dict() if brain.in_window() else {},
         "average": brain.average.state_dict(),
         "journal": brain.journal.state_dict(),
+        "monitor": brain.monitor.state_dict(),
         "attributes": brain.attributes.state_dict(),
     }
     if distributed.rank() > 0:
@@ -205,6 +206,7 @@ def load_own(brain: Any, state: Mapping[str, Any]) -> None:
     brain.statistics.load_state_dict(state["statistics"])
     brain.average.load_state_dict(state["average"])
     brain.journal.load_state_dict(state["journal"])
+    brain.monitor.load_state_dict(state.get("monitor", {}))
     brain.attributes.load_state_dict(state["attributes"])
     load_objects(brain, state.get("objects", {}))
     for name, buffer in brain.modules.named_buffers():

@@ -105,6 +105,8 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     factor, unscaled = _unscale(updates)
     gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
     loss, weight, scale = _read(updates[0], gradients, factor, facts)
+    for update, grads in zip(updates, gradients, strict=True):
+        update.seen = grads.params, grads.norms
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
     if not any(grads.tensors for grads in gradients):

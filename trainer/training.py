@@ -17,6 +17,7 @@ from trainer.averages import Mean, WeightAverage
 from trainer.hooks import Hooks, Stage
 from trainer.journal import Journal
 from trainer.keeping import Keeper
+from trainer.monitor import Off
 from trainer.nonfinite import NonFiniteError, Patience, Statistics
 from trainer.profiling import Profiler
 from trainer.reduction import sum_gradients
@@ -40,6 +41,7 @@ class Training(Hooks):
     statistics: Statistics
     attributes: Attributes
     journal: Journal
+    monitor: Off
     profiler: Profiler
     keeper: Keeper
 
@@ -124,6 +126,7 @@ class Training(Hooks):
         self._reports += reports
         for report in reports:
             self.journal.note(report)
+            self.monitor.take(report)
         report = reports[0]
         self._spoilt |= report.outcome == "skipped"
         if report.outcome == "skipped" and report.weight > 0:

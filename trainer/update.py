@@ -72,6 +72,8 @@ class Update:
         self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
         self.window = Window()
         self.last_norm: float | None = None
+        # Parameters and their gradients' norms, as last measured.
+        self.seen: tuple[list[Tensor], list[float]] = [], []
         self.stepping = self._told = False
 
     @property

@@ -56,6 +56,7 @@ class Workings(Training):
                 seed.seed_everything(self.options.seed, distributed.rank())
             self.init_optimizers()
             self.updates = make_updates(self, self._on_hand_step)
+            self.monitor.watch()
             if self.options.ema_decay is not None:
                 self.weight_average = WeightAverage(self.modules, self.options.ema_decay)
         self.keeper.begin_fit()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from trainer.page.chart import Chart, draw, number
 from trainer.page.history import History, measured, read_history
+from trainer.page.layers import layer_table, warning_list
 from trainer.page.plots import sections, spoken
 from trainer.page.style import STYLE
 
@@ -92,7 +93,7 @@ def render(folder: Path) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{name}</title><style>{STYLE}</style></head><body>\n"
         f"<header><h1>{name}</h1><p>{escape(_status(history))}</p>{_tiles(history)}</header>\n"
-        f"<main>{charts}{_table(history)}{_files(folder)}</main></body></html>\n"
+        f"<main>{warning_list(history)}{charts}{layer_table(history)}{_table(history)}{_files(folder)}</main></body></html>\n"
     )
 
 

@@ -69,6 +69,9 @@ class History:
     """
 
     steps: dict[str, Curve] = field(default_factory=dict)
+    norms: dict[str, dict[str, Curve]] = field(default_factory=dict)  # of every step, by optimizer
+    layers: dict[str, dict[str, Curve]] = field(default_factory=dict)
+    warnings: list[tuple[float, str]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     last_step: int = 0
     seconds: float = 0.0
@@ -139,6 +142,8 @@ def read_history(path: Path) -> History:
                 history.unreadable += 1
             elif record.get("kind") == "step" and _is_number(record.get("step")):
                 _add_step(history, record)
+            elif record.get("kind") == "monitor" and _is_number(record.get("step")):
+                _add_look(history, record)
             elif "stage" in record:
                 key = (str(record["stage"]), str(record.get("epoch")))
                 # the last one counts, at its own place, and keeps what only an earlier one said
@@ -160,6 +165,35 @@ def _add_step(history: History, record: Mapping[str, Any]) -> None:
     if _is_number(record.get("seconds")):
         history.seconds = record["seconds"]
     _advance(history, record)
+
+
+def _add_look(history: History, record: Mapping[str, Any]) -> None:
+    """The norms of all steps of an optimizer until this one, and its layers at it."""
+    step = record["step"]
+    for name, facts in _parts(record.get("optimizers")).items():
+        curves = history.norms.setdefault(name, {})
+        for key in ("norms", "norms_after", "limits"):
+            values = facts.get(key)
+            if isinstance(values, list):
+                curve = curves.setdefault(key, Curve())
+                for number, value in enumerate(values, step - len(values) + 1):
+                    curve.add(number, float(value) if _is_number(value) else None)
+        for key, value in _numbers(facts):
+            curves.setdefault(key, Curve()).add(step, value)
+    for name, facts in _parts(record.get("layers")).items():
+        layer = history.layers.setdefault(name, {})
+        for key, value in _numbers(facts):
+            layer.setdefault(key, Curve()).add(step, value)
+    warnings = record.get("warnings")
+    if isinstance(warnings, list):
+        history.warnings += [(step, text) for text in warnings if isinstance(text, str)]
+    _advance(history, record)
+
+
+def _parts(value: Any) -> dict[str, dict[str, Any]]:
+    """The mappings in a mapping, by name."""
+    found = value if isinstance(value, dict) else {}
+    return {name: part for name, part in found.items() if isinstance(part, dict)}
 
 
 def _advance(history: History, record: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from trainer.page.chart import Chart, Series
 from trainer.page.history import Curve, History
+from trainer.page.layers import layer_charts
 
 STEP = "optimizer step"
 
@@ -82,7 +83,37 @@ def _optimization(history: History) -> list[Chart]:
     scales = _per_optimizer(
         history, Chart("Loss scale (fp16)", STEP, "scale"), "scale", worth=_changes
     )
-    return [rates, *(_norms(history, name, len(names)) for name in names), shares, lost, scales]
+    norms = [_norms(history, name, len(names)) for name in names]
+    every = [_every_step(history, name, len(names)) for name in history.norms]
+    return [rates, *norms, *every, shares, *_windows(history), lost, scales, *layer_charts(history)]
+
+
+def _every_step(history: History, name: str, optimizers: int) -> Chart:
+    """The norms of all steps, before and after clipping."""
+    of = f" of {name}" if optimizers > 1 else ""
+    chart = Chart(f"Gradient norm{of}, every step", STEP, "L2 norm")
+    spikes = history.norms[name].get("spikes", Curve()).sum()
+    if spikes:
+        chart.note = f"{spikes:,.0f} spikes: above four times the median of the steps before."
+    for label, key, style, colour in (
+        ("before clipping", "norms", "solid", 0),
+        ("after", "norms_after", "solid", 1),
+        ("limit", "limits", "limit", 0),
+    ):
+        curve = history.norms[name].get(key, Curve())
+        if curve.known():
+            chart.series.append(_series(label, curve, colour, style, noisy=style == "solid"))
+    return chart
+
+
+def _windows(history: History) -> list[Chart]:
+    """How much of the recent past was clipped, at each look."""
+    chart = Chart("Clipped, of the last 100 steps", STEP, "% of steps", from_zero=True)
+    for name, curves in history.norms.items():
+        curve = curves.get("clipped_share", Curve())
+        if any_above_zero(curve):
+            chart.series.append(_series(name, curve.scaled(100), _colour(history, name)))
+    return [chart]
 
 
 def any_above_zero(curve: Curve) -> bool:

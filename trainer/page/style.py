@@ -44,6 +44,12 @@ svg text { fill: var(--soft); font: 13px system-ui, "Segoe UI", Roboto, "Noto Sa
 .c6 { stroke: var(--c6); }
 .mark { fill: var(--card); stroke-width: 2; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+.tall { max-height: 34rem; overflow-y: auto; }
+.tall thead th { position: sticky; top: 0; }
+.spark { width: 96px; height: 22px; vertical-align: middle; }
+.spark .line { stroke-width: 1.5; }
+.warnings { margin: 0; padding: .6rem 1rem .6rem 2rem; border-left: 4px solid var(--c1);
+  border-radius: .25rem; background: var(--tint); }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; white-space: nowrap; }
 th, td { padding: .35rem .8rem; text-align: right; }
 th:first-child { text-align: left; }
