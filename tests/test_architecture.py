@@ -29,6 +29,7 @@ FLOORS = [
     {"keeping"},
     {"training"},
     {"workings"},
+    {"finding"},
     {"brain"},
     {"run"},
     {"cli", "speechbrain_names"},

@@ -28,6 +28,7 @@ from trainer.attributes import Attributes
 from trainer.averages import Mean, WeightAverage
 from trainer.data import make_loader
 from trainer.feeding import Feed
+from trainer.finding import search
 from trainer.hooks import Stage
 from trainer.journal import Journal
 from trainer.keeping import Keeper
@@ -110,13 +111,16 @@ class Brain(Workings):
         """Train for the epochs of ``epoch_counter``, validating after each; resumes by itself.
 
         ``train_set`` and ``valid_set`` are a Dataset (made into a loader with the kwargs), a
-        DataLoader, or any iterable of batches.
+        DataLoader, or any iterable of batches. With ``find_clip`` or ``find_lr`` it only looks for
+        settings, and ends the program by `trainer.finding.SearchOver`.
         """
         if self.options.test_only:
             logger.info("test_only: no training")
             return
         train = self._feed(train_set, Stage.TRAIN, train_loader_kwargs, progressbar)
         valid = self._feed(valid_set, Stage.VALID, valid_loader_kwargs, progressbar, train)
+        if self.options.searching:
+            raise search(self, train, epoch_counter)
         with self.journal.running(), self.keeper.holding():
             self._start_fit(epoch_counter, has_valid=valid is not None)
             for epoch in self.keeper.epochs(epoch_counter):

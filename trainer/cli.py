@@ -27,6 +27,7 @@ from torch import Tensor
 from trainer import distributed
 from trainer.configuration.guard import NAME
 from trainer.configuration.nodes import NULL, get, plain, tag
+from trainer.finding import SearchOver
 from trainer.hparams import Configuration, describe, option
 from trainer.log import RunLog
 from trainer.nonfinite import NonFiniteError
@@ -38,7 +39,10 @@ from trainer.seed import seed_everything
 from trainer.setup import pick_device
 
 # Options of one command rather than of the run: they are not written to its hyperparams.yaml.
-ONCE = ("overwrite", "test_only", "debug", "progressbar", "profile_training")
+ONCE = (
+    "overwrite", "test_only", "debug", "progressbar", "profile_training",
+    "find_clip", "find_lr", "find_steps", "find_trials",
+)  # fmt: skip
 
 logger = logging.getLogger("trainer")
 
@@ -72,6 +76,8 @@ def main(
             print(_help(given))
             return {}
         return _run(train, given, [*allow, *_own_modules(train)], folder)
+    except SearchOver:
+        return {}
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -158,8 +164,11 @@ def _folder(
     if distributed.is_main():
         command = [sys.executable, sys.argv[0], *given]
         try:
-            folder.open(options.overwrite)
-            changes = folder.record(configuration.dump(), command, where)
+            folder.open(options.overwrite and not options.searching)
+            if options.searching and folder.recorded():
+                folder.note(command)  # A search leaves the run that is there as it is.
+            else:
+                changes = folder.record(configuration.dump(), command, where)
         except (ValueError, OSError) as error:
             problem = session.sentence(error)
     problem = distributed.broadcast_object(problem)

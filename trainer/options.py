@@ -101,6 +101,12 @@ class RunOptions:
         0, "train on the first so many batches alone; 0: on all", at_least=0
     )
     test_only: bool = _option(False, "no training: test the best checkpoint")
+    find_clip: bool = _option(False, "no training: look for the clip limit of each optimizer")
+    find_lr: bool = _option(False, "no training: look for the learning rate of each optimizer")
+    find_steps: int = _option(
+        60, "optimizer steps of a trial; --find_lr takes twice as many", at_least=10
+    )
+    find_trials: int = _option(12, "at most so many trials for each limit", at_least=4)
     profile_training: bool = _option(False, "write a torch.profiler trace of some steps")
     profile_warmup: int = _option(5, "steps before the trace", at_least=0)
     profile_steps: int = _option(5, "steps in the trace", at_least=1)
@@ -125,6 +131,13 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             setattr(self, name, checked(name, value))
+        if self.searching and self.test_only:
+            raise ValueError("find_clip and find_lr train for a while: leave out test_only")
+
+    @property
+    def searching(self) -> bool:
+        """Whether `fit` looks for settings instead of training."""
+        return self.find_clip or self.find_lr
 
     @classmethod
     def names(cls) -> list[str]:

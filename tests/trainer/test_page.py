@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from trainer.log import RunLog
 from trainer.page import Page, render, write_html
-from trainer.page.chart import BUCKETS, Axis, Chart, Series, decimate, draw, number, running_mean
+from trainer.page.axis import Axis, number
+from trainer.page.chart import BUCKETS, Chart, Series, decimate, draw, running_mean
 from trainer.page.history import read_history
 
 FINITE = st.floats(-1e12, 1e12)

@@ -5,7 +5,7 @@ after the stages, so that it can be looked at while the run goes on. By hand:
 
     python -c "from trainer.page import write_html; write_html('results/asr/demo/1234')"
 
-`history` reads the log, `plots` chooses what to show, `chart` draws it, `style` colours it.
+`history` reads the log, `plots` chooses what to show, `chart` draws it over `axis`, `style` colours it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from trainer.page.chart import Chart, draw, number
+from trainer.page.axis import number
+from trainer.page.chart import Chart, draw
 from trainer.page.history import History, measured, read_history
 from trainer.page.layers import layer_table, warning_list
 from trainer.page.plots import sections, spoken

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from trainer.page.axis import Axis, number
+
 WIDTH, HEIGHT = 640.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # what ticks and labels need around the lines
 COLOURS = 7
 BUCKETS = 340  # a chart is some 600 pixels wide: more points cannot be told apart
 MARKED = 40  # up to so many points each have a marker that says its value
-TINY = 1e-290  # below it powers of ten lose their digits
 SMOOTHED = 100  # from so many points on, a noisy line has a running mean over it
 
 Point = tuple[float, float]
@@ -35,7 +36,11 @@ class Series:
 
 @dataclass(slots=True)
 class Chart:
-    """Lines over common axes. Positive values that span more than 1:50 get a logarithmic one."""
+    """Lines over common axes. Positive values that span more than 1:50 get a logarithmic one.
+
+    ``counts`` says that x is a number of steps or epochs, whose axis is linear and has whole
+    numbers. ``marks`` are places on x that are named and have an upright line.
+    """
 
     title: str
     x_label: str
@@ -43,88 +48,8 @@ class Chart:
     series: list[Series] = field(default_factory=list)
     from_zero: bool = False
     note: str = ""
-
-
-class Axis:
-    """Maps the values of a range to pixels, and knows the range's round values."""
-
-    def __init__(
-        self, values: Iterable[float], pixels: Point, from_zero: bool = False, whole: bool = False
-    ) -> None:
-        known = list(values)
-        low, high = min(known, default=0.0), max(known, default=1.0)
-        self.start, self.end = pixels
-        self.whole = whole
-        self.log = not from_zero and not whole and low > TINY and high / low >= 50
-        if self.log:
-            low, high = math.log10(low), math.log10(high)
-        low = min(low, 0.0) if from_zero else low
-        if whole:
-            room = 0.5 if high - low < 1 else 0.0
-        elif high - low <= max(1e-4 * max(abs(low), abs(high)), TINY):  # as good as constant
-            room = 0.1 * abs(high) if abs(high) > TINY else 1.0
-        else:
-            room = 0.04 * (high - low)
-        low, high = low - room * (not from_zero or low < 0), high + room
-        self.low, self.high = low, high
-
-    def at(self, value: float) -> float:
-        """The pixel of a value; NaN where the axis cannot show it."""
-        if not math.isfinite(value) or (self.log and value <= 0):
-            return math.nan
-        place = math.log10(value) if self.log else value
-        share = (place - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
-
-    def ticks(self, count: int) -> list[tuple[float, str]]:
-        """Some `count` round values within the range, with their labels."""
-        if self.log:
-            return self._decades()
-        step = _round_up((self.high - self.low) / count)
-        step = max(1.0, step) if self.whole else step
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [(n * step, number(n * step, step)) for n in range(first, last + 1)]
-
-    def _decades(self) -> list[tuple[float, str]]:
-        low, high = math.floor(self.low), math.ceil(self.high)
-        every = math.ceil((high - low) / 6)
-        parts = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
-        ticks = [part * 10.0**n for n in range(low, high + 1, every) for part in parts]
-        return [(tick, number(tick)) for tick in ticks if self.low <= math.log10(tick) <= self.high]
-
-
-def _round_up(step: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is not below `step`."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next((part * power for part in (1, 2, 5) if part * power >= step), 10 * power)
-
-
-def number(value: float, step: float | None = None) -> str:
-    """A number for people: to the digit of `step`, or with four digits."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "–"
-    size = _exponent(value)
-    digits = 4 if step is None else max(1, size - _exponent(step) + 1)
-    size = _exponent(float(f"{value:.{digits - 1}e}"))  # 9999.9 is rounded up to 10k
-    if not -4 < size < 15:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        text = f"{_short(mantissa)}e{int(exponent)}"
-    elif size >= 4:
-        unit = size // 3
-        decimals = max(0, digits - 1 - size + 3 * unit)
-        text = _short(f"{value / 10.0 ** (3 * unit):.{decimals}f}") + " kMGT"[unit]
-    else:
-        text = f"{value:.{max(0, digits - 1 - size)}f}"
-        text = _short(text) if step is None else text
-    return text.replace("-", "−")
-
-
-def _exponent(value: float) -> int:
-    return math.floor(math.log10(abs(value)) + 1e-9)
-
-
-def _short(text: str) -> str:
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    counts: bool = True
+    marks: dict[str, float] = field(default_factory=dict)
 
 
 def decimate(points: Sequence[Point]) -> Sequence[Point]:
@@ -172,17 +97,21 @@ def draw(chart: Chart) -> str:
     """A figure: heading, drawing and legend."""
     values = [y for each in chart.series for y in each.ys if math.isfinite(y)]
     places = [end for each in chart.series for end in (*each.xs[:1], *each.xs[-1:])]
-    x = Axis(places, (LEFT, WIDTH - RIGHT), whole=True)
+    x = Axis([*places, *chart.marks.values()], (LEFT, WIDTH - RIGHT), whole=chart.counts)
     y = Axis(values, (HEIGHT - BOTTOM, TOP), from_zero=chart.from_zero)
     summary = "; ".join(_facts(each) for each in chart.series)
     label = escape(f"{chart.title}. {chart.y_label} by {chart.x_label}. {summary}", quote=True)
     lines = "".join(_line(each, x, y, chart.x_label) for each in chart.series)
-    y_label = f"{chart.y_label}, log scale" if y.log else chart.y_label
+    lines += "".join(_mark(name, x.at(place)) for name, place in chart.marks.items())
+    x_label, y_label = (
+        f"{text}, log scale" if axis.log else text
+        for axis, text in ((x, chart.x_label), (y, chart.y_label))
+    )
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
     return (
         f"<figure><figcaption><h3>{escape(chart.title)}</h3>{note}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">'
-        f"{_frame(x, y, chart.x_label, y_label)}{lines}</svg>{_legend(chart)}</figure>"
+        f"{_frame(x, y, x_label, y_label)}{lines}</svg>{_legend(chart)}</figure>"
     )
 
 
@@ -220,6 +149,12 @@ def _line(series: Series, x: Axis, y: Axis, x_label: str) -> str:
     if len(points) <= MARKED and series.style == "solid":
         text += "".join(_marker(series, point, x, y, x_label) for point in points)
     return text
+
+
+def _mark(name: str, at: float) -> str:
+    said = escape(name)
+    way = f"M{at:.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
+    return f'<path class="line limit" d="{way}"><title>{said}</title></path>'
 
 
 def _path(points: Iterable[Point], x: Axis, y: Axis) -> str:
@@ -280,12 +215,23 @@ def _legend(chart: Chart) -> str:
         if len({value for _, value in ends}) > 1:  # of a constant the last value says it all
             heads = ["last", "lowest", "highest"]
             cells = "".join(
-                f"<td>{number(value)} <small>at {place:,.0f}</small></td>" for place, value in ends
+                f"<td>{number(value)} <small>at {_place(chart, place)}</small></td>"
+                for place, value in ends
             )
         name = f'<th scope="row">{swatch}{escape(each.name)}</th>'
         rows.append(f"<tr>{name}<td>{last}</td>{cells}</tr>")
+    for text, value in chart.marks.items():
+        swatch = (
+            '<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">'
+            '<path class="line limit" d="M14 0V12"/></svg>'
+        )
+        rows.append(f'<tr><th scope="row">{swatch}{escape(text)}</th><td>{number(value)}</td></tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return (
         f'<table class="legend"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def _place(chart: Chart, x: float) -> str:
+    return f"{x:,.0f}" if chart.counts else number(x)

@@ -41,6 +41,10 @@ OWN = (
     "train.log",
     "metrics.jsonl",
     "report.html",
+    "find_clip.html",
+    "find_clip.json",
+    "find_lr.html",
+    "find_lr.json",
     "checkpoints",
     "prepared",
     "tensorboard",
@@ -120,13 +124,21 @@ class RunFolder:
         changes = [] if before is None else differences(before, hyperparams)
         _write(path, f"{MARK}\n{hyperparams}")
         _write(self.path / "environment.json", json.dumps(where, indent=1) + "\n")
+        self.note(command)
+        return changes
+
+    def recorded(self) -> bool:
+        """Whether a run has been started here before."""
+        return (self.path / HYPERPARAMS).exists()
+
+    def note(self, command: Sequence[str]) -> None:
+        """Write down a command that was run here."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n"
         try:
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             raise _unwritten(self.path / "command.txt", error) from error
-        return changes
 
 
 def differences(before: str, after: str) -> list[str]:

@@ -1,0 +1,94 @@
+"""From values to pixels: linear and logarithmic axes, their round values, numbers for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+TINY = 1e-290  # below it powers of ten lose their digits
+
+
+class Axis:
+    """Maps the values of a range to pixels, and knows the range's round values."""
+
+    def __init__(
+        self,
+        values: Iterable[float],
+        pixels: tuple[float, float],
+        from_zero: bool = False,
+        whole: bool = False,
+    ) -> None:
+        known = list(values)
+        low, high = min(known, default=0.0), max(known, default=1.0)
+        self.start, self.end = pixels
+        self.whole = whole
+        self.log = not from_zero and not whole and low > TINY and high / low >= 50
+        if self.log:
+            low, high = math.log10(low), math.log10(high)
+        low = min(low, 0.0) if from_zero else low
+        if whole:
+            room = 0.5 if high - low < 1 else 0.0
+        elif high - low <= max(1e-4 * max(abs(low), abs(high)), TINY):  # as good as constant
+            room = 0.1 * abs(high) if abs(high) > TINY else 1.0
+        else:
+            room = 0.04 * (high - low)
+        low, high = low - room * (not from_zero or low < 0), high + room
+        self.low, self.high = low, high
+
+    def at(self, value: float) -> float:
+        """The pixel of a value; NaN where the axis cannot show it."""
+        if not math.isfinite(value) or (self.log and value <= 0):
+            return math.nan
+        place = math.log10(value) if self.log else value
+        share = (place - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self, count: int) -> list[tuple[float, str]]:
+        """Some `count` round values within the range, with their labels."""
+        if self.log:
+            return self._decades()
+        step = _round_up((self.high - self.low) / count)
+        step = max(1.0, step) if self.whole else step
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(n * step, number(n * step, step)) for n in range(first, last + 1)]
+
+    def _decades(self) -> list[tuple[float, str]]:
+        low, high = math.floor(self.low), math.ceil(self.high)
+        every = math.ceil((high - low) / 6)
+        parts = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
+        ticks = [part * 10.0**n for n in range(low, high + 1, every) for part in parts]
+        return [(tick, number(tick)) for tick in ticks if self.low <= math.log10(tick) <= self.high]
+
+
+def _round_up(step: float) -> float:
+    """The least of 1, 2 and 5 times a power of ten that is not below `step`."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next((part * power for part in (1, 2, 5) if part * power >= step), 10 * power)
+
+
+def number(value: float, step: float | None = None) -> str:
+    """A number for people: to the digit of `step`, or with four digits."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    size = _exponent(value)
+    digits = 4 if step is None else max(1, size - _exponent(step) + 1)
+    size = _exponent(float(f"{value:.{digits - 1}e}"))  # 9999.9 is rounded up to 10k
+    if not -4 < size < 15:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        text = f"{_short(mantissa)}e{int(exponent)}"
+    elif size >= 4:
+        unit = size // 3
+        decimals = max(0, digits - 1 - size + 3 * unit)
+        text = _short(f"{value / 10.0 ** (3 * unit):.{decimals}f}") + " kMGT"[unit]
+    else:
+        text = f"{value:.{max(0, digits - 1 - size)}f}"
+        text = _short(text) if step is None else text
+    return text.replace("-", "−")
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value)) + 1e-9)
+
+
+def _short(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text else text
