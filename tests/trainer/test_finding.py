@@ -1,5 +1,6 @@
 """Searches find what is known to be best, and leave a Brain as if they had never been."""
 
+import copy
 import json
 import math
 from functools import partial
@@ -14,6 +15,7 @@ from tests.trainer.small import Players, Regressor, batches, everything, make, s
 from tests.trainer.test_page import read
 from trainer import Brain, Checkpointer, Stage, seed
 from trainer.cli import main
+from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip
 from trainer.finding import SearchOver
 from trainer.finding.course import Course
 from trainer.finding.limit import advise, find_limit, percentile
@@ -82,10 +84,35 @@ def test_the_limit_of_a_bowl_that_is_too_steep_for_its_rate(scale: float) -> Non
 def test_the_limit_of_elements_is_looked_for_where_elements_are_clipped() -> None:
     brain = bowl(lr=0.25, clip="value")
     advice = found(brain, nothing(40), find_clip=True, find_steps=40, find_trials=14)["find_clip"]
-    assert advice["main"].kind == "value"
+    assert advice["main"].kind == "ValueClip"
     # Of four equal elements, each has half of the norm.
     assert all(0.5 <= limit <= 4 for limit in advice["main"].good)
     assert advice["main"].percentiles[1] >= 50  # the first gradient: 10 · 5 an element
+
+
+@pytest.mark.parametrize(
+    ("clip", "kind", "measure"),
+    [
+        (LayerClip(2.0), "LayerClip", "Largest norm of a layer"),
+        (NormClip(2.0, math.inf), "NormClip", "Norm of the gradient"),
+        (AutoClip(), "NormClip", "Norm of the gradient"),
+        (MixedClip([LayerClip(1.0), NormClip(1.0)]), "NormClip", "Norm of the gradient"),
+    ],
+)
+def test_a_kind_with_a_limit_keeps_it_and_others_make_room_for_a_joint_norm(
+    clip: Any, kind: str, measure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brain = make(Regressor, hparams={"clip": clip})
+    advice = found(brain, batches(12), find_clip=True)["find_clip"]["main"]
+    assert advice.kind == kind
+    assert measure in capsys.readouterr().out
+    assert brain.updates["main"].clip is clip
+    largest = advice.percentiles[100]
+    usual = found(make(Regressor), batches(12), find_clip=True)["find_clip"]["main"]
+    if isinstance(clip, (LayerClip, NormClip)):
+        assert largest < 0.95 * usual.percentiles[100]
+    else:
+        assert largest == usual.percentiles[100]
 
 
 def test_where_clipping_is_not_needed_the_limit_is_a_guard() -> None:
@@ -158,7 +185,7 @@ def test_a_search_tries_1_then_percentiles_then_bisects() -> None:
     assert limits[2] == pytest.approx(percentile(range(1, 101), 50), abs=1)
     assert limits[2] < limits[3] < 100
     assert len(limits) == len(set(limits)) <= 10
-    advice = advise("norm", courses, 0.1)
+    advice = advise("NormClip", courses, 0.1)
     assert 20 < advice.limit < 50
     assert advice.needed
 
@@ -169,7 +196,7 @@ def test_failing_trials_are_worse_than_any_other() -> None:
             return Course(losses=[1.0] * 5, norms=[1e6] * 5, skipped=4, over=True)
         return Course(losses=[5.0] * 2 + [4.0 - limit / 10] * 18, norms=[50.0] * 20)
 
-    advice = advise("norm", find_limit(trial, 9), 0.1)
+    advice = advise("NormClip", find_limit(trial, 9), 0.1)
     assert advice.needed
     assert advice.limit <= 3
     assert "training without clipping failed" in advice.reason
@@ -178,7 +205,7 @@ def test_failing_trials_are_worse_than_any_other() -> None:
 def test_nothing_is_recommended_where_nothing_was_learned() -> None:
     flat = Course(losses=[1.0] * 20, norms=[1.0] * 20)
     courses = find_limit(lambda limit: Course(losses=[1.0] * 20, norms=[1.0] * 20), 5)
-    advice = advise("norm", courses, 0.1)
+    advice = advise("NormClip", courses, 0.1)
     assert advice.setting() is None
     assert "--find_steps" in advice.sentence()
     suggestion = suggest(rates_of_test(20), flat, flat, 0.1, math.inf)
@@ -193,6 +220,7 @@ SETTINGS = [
     {"grad_accumulation_factor": 3},
     {"precision": "fp16", "norm": True},
     {"ema_decay": 0.9, "norm": True},
+    {"hparams": {"clip": AutoClip()}},
     {"clip": "value", "hparams": {"schedule": partial(WarmupDecay, warmup_steps=5, total_steps=9)}},
 ]
 
@@ -214,7 +242,7 @@ def test_a_brain_that_searched_trains_to_the_same_bits(
     kind: type[Brain], settings: dict[str, Any]
 ) -> None:
     torch.manual_seed(5)
-    searched, plain = (make(kind, **settings) for _ in range(2))
+    searched, plain = (make(kind, **copy.deepcopy(settings)) for _ in range(2))
     factor = settings.get("grad_accumulation_factor", 1)
     data = batches(20 * factor)
     torch.manual_seed(6)

@@ -19,16 +19,17 @@ from functools import partial
 from typing import Any
 
 from trainer import distributed
-from trainer.clipping import Gradients, NormClip, ValueClip
 from trainer.feeding import Feed
 from trainer.finding.course import Course
 from trainer.finding.limit import Advice, advise, find_limit
 from trainer.finding.page import write_findings
 from trainer.finding.rate import Suggestion, base_rates, rates_of_test, scaled, set_rates, suggest
 from trainer.finding.trials import Bench
+from trainer.finding.watched import Watched, like
 
 logger = logging.getLogger("trainer")
 
+OPTIONS = ("NormClip", "ValueClip")  # the kinds whose limit is the option max_grad_norm
 AGAINST = (
     "The losses of players that train against each other do not say which limit is better, only "
     "which fail: trust the percentiles more than the order."
@@ -76,22 +77,21 @@ def search(brain: Any, feed: Feed, epochs: Iterable[int]) -> SearchOver:
 def _limit(bench: Bench, name: str, ratios: dict[str, float]) -> Advice:
     """Trials of one optimizer under limits, the others clipped as the recipe has it."""
     options, update = bench.brain.options, bench.brain.updates[name]
-    by_value = isinstance(update.clip, ValueClip)
+    make = like(update.clip)
 
     def trial(limit: float) -> Course:
         logger.info("find_clip: %s under limit %.3g", name, limit)
-        clip = _Watched(limit) if by_value else NormClip(limit)
+        clip = Watched(make(limit))
         with bench.clipping(name, clip):
             course = bench.run(name, options.find_steps, partial(scaled, bench.brain, ratios))
-        if isinstance(clip, _Watched):
-            course.norms = clip.seen
+        course.norms = clip.seen
         return course
 
     courses = find_limit(trial, options.find_trials)
     with bench.restored():
         scaled(bench.brain, ratios, 0)
         rate = float(base_rates(update)[0])
-    return advise("value" if by_value else "norm", courses, rate)
+    return advise(type(make(1.0)).__name__, courses, rate)
 
 
 def _rate(bench: Bench, name: str) -> Suggestion:
@@ -117,18 +117,6 @@ def _rate(bench: Bench, name: str) -> Suggestion:
     return suggest(rates, still, course, base[0], limit)
 
 
-class _Watched(ValueClip):
-    """Keeps the largest elements of the gradients, from which limits for elements are chosen."""
-
-    def __init__(self, limit: float) -> None:
-        super().__init__(limit)
-        self.seen: list[float] = []
-
-    def __call__(self, gradients: Gradients) -> bool:
-        self.seen.append(max(gradients.maxima))
-        return super().__call__(gradients)
-
-
 def _tell(brain: Any, findings: dict[str, dict[str, Any]]) -> None:
     """What is recommended, in words and as settings for the command line; the page's place."""
     several = len(brain.updates) > 1
@@ -136,11 +124,8 @@ def _tell(brain: Any, findings: dict[str, dict[str, Any]]) -> None:
     for kind, found in findings.items():
         for name, each in found.items():
             print(f"{kind}: {f'{name}: ' if several else ''}{each.sentence()}", flush=True)
-        settings = {name: each.setting() for name, each in found.items()}
-        if kind == "find_clip" and any(value is not None for value in settings.values()):
-            values = ", ".join(f"{name}: {_written(value)}" for name, value in settings.items())
-            text = f"'{{{values}}}'" if several else _written(next(iter(settings.values())))
-            print(f"{kind}: --max_grad_norm {text}", flush=True)
+        if kind == "find_clip" and all(each.kind in OPTIONS for each in found.values()):
+            print(f"{kind}: {_option(found)}", flush=True)
     for note in notes:
         print(note, flush=True)
     folder = brain.journal.folder
@@ -149,5 +134,9 @@ def _tell(brain: Any, findings: dict[str, dict[str, Any]]) -> None:
             logger.info("written: %s", path)
 
 
-def _written(value: float | None) -> str:
-    return "null" if value is None else f"{value:g}"
+def _option(found: dict[str, Advice]) -> str:
+    """The recommendations as an option for the command line."""
+    limits = {n: "null" if each.limit is None else f"{each.limit:g}" for n, each in found.items()}
+    if len(limits) == 1:
+        return f"--max_grad_norm {next(iter(limits.values()))}"
+    return f"--max_grad_norm '{{{', '.join(f'{n}: {value}' for n, value in limits.items())}}}'"

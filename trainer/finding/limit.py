@@ -17,6 +17,12 @@ TRIED = (50, 90)  # percentiles that are tried whatever the others gave
 # A trial is as good as the best where it lags behind it by less than a tenth of the steps, or by
 # so much of the best one's progress: less is chance in so few steps.
 LAG, CHANCE = 0.1, 0.01
+# What a limit of each kind is compared with.
+MEASURES = {
+    "NormClip": "norm of the gradient",
+    "LayerClip": "largest norm of a layer",
+    "ValueClip": "largest element",
+}
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Advice:
 
     ``limit`` is None where nothing can be recommended. ``good`` are the limits that are as good as
     the best one, ``needed`` says that no clipping at all is not among them. ``percentiles`` are of
-    the unclipped gradients' norms, or of their largest elements for ``kind`` "value".
+    what a clipper of this ``kind`` compares with its limit, where nothing is clipped.
     """
 
     kind: str
@@ -46,7 +52,7 @@ class Advice:
         """The recommendation in words."""
         what = "no limit can be recommended" if self.limit is None else f"limit {self.limit:g}"
         seen = ", ".join(f"{p} %: {self.percentiles[p]:.3g}" for p in (10, 50, 90, 99))
-        measure = "Largest elements" if self.kind == "value" else "Norms"
+        measure = MEASURES[self.kind].capitalize()
         return f"{what}: {self.reason}. {measure} without clipping at {seen}; lr {self.rate:.3g}."
 
     def record(self) -> dict[str, Any]:

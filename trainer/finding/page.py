@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.finding.course import Course
-from trainer.finding.limit import Advice
+from trainer.finding.limit import MEASURES, Advice
 from trainer.finding.rate import Suggestion
 from trainer.page.axis import number
 from trainer.page.chart import Chart, Series, draw
 from trainer.page.style import STYLE
 
 TITLES = {"find_clip": "Clip limit", "find_lr": "Learning rate"}
-SHOWN = 5  # trials whose losses are drawn
 
 
 def write_findings(
@@ -127,17 +126,13 @@ def _of_limit(found: Advice) -> list[Chart]:
         )
     ends.note = "A trial that failed is a gap." if any(math.isinf(e.end) for e in finite) else ""
     ends.marks = {} if found.limit is None else {"recommended": found.limit}
-    norms = Chart("Gradients without clipping", "step of the trial", _measure(found))
+    norms = Chart("Gradients without clipping", "step of the trial", MEASURES[found.kind])
     norms.series = [Series("as they are", range(1, len(free.norms) + 1), free.norms, noisy=True)]
     if found.limit is not None and free.norms:
         norms.series.append(
             Series("recommended", [1, len(free.norms)], [found.limit] * 2, style="limit")
         )
     return [ends, _losses(found, free), norms]
-
-
-def _measure(found: Advice) -> str:
-    return "largest element" if found.kind == "value" else "L2 norm"
 
 
 def _losses(found: Advice, free: Course) -> Chart:
@@ -175,7 +170,8 @@ def _table(found: Advice) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     percents = " · ".join(f"{p} %: {number(value)}" for p, value in found.percentiles.items())
     return (
-        f"<h3>Trials</h3><p>Percentiles of the {_measure(found)} without clipping: {percents}</p>"
+        f"<h3>Trials</h3><p>Percentiles of the {MEASURES[found.kind]} without clipping: "
+        f"{percents}</p>"
         '<div class="wide" tabindex="0" role="region" aria-label="Trials"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

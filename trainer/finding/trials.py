@@ -146,12 +146,11 @@ class Bench:
     def clipping(self, name: str, clip: Any) -> Iterator[None]:
         """While it lasts an optimizer has another clipper."""
         update = self.brain.updates[name]
-        own = update.clip, update.elementwise
-        update.clip, update.elementwise = clip, bool(getattr(clip, "elementwise", False))
+        own, update.clip = update.clip, clip
         try:
             yield
         finally:
-            update.clip, update.elementwise = own
+            update.clip = own
 
     @contextmanager
     def constant_rates(self) -> Iterator[None]:

@@ -5,7 +5,8 @@ after the stages, so that it can be looked at while the run goes on. By hand:
 
     python -c "from trainer.page import write_html; write_html('results/asr/demo/1234')"
 
-`history` reads the log, `plots` chooses what to show, `chart` draws it over `axis`, `style` colours it.
+`history` reads the log, `plots` chooses what to show, `chart` draws it on `axis`, `style` colours
+it.
 """
 
 from __future__ import annotations
