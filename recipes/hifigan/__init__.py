@@ -1,0 +1,1 @@
+"""HiFi-GAN: a vocoder trained against discriminators of periods and scales."""

@@ -1,0 +1,149 @@
+"""Corpora of the vocoder as lhotse's cuts of train, valid and test, and datasets made of them.
+
+Each corpus is a function that a YAML names with its arguments:
+
+    corpus: !name:recipes.hifigan.data.folder {data_folder: !ref <data_folder>, …}
+
+and that returns ``{"train": cuts, "valid": cuts, "test": cuts}``. A vocoder learns from sound
+alone: no texts are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from recipes.common.audio import Header, check_recordings
+from recipes.common.loading import keep, load
+from recipes.common.speech import embedded_speech, to_cuts
+from trainer.data import BadItem
+from trainer.seed import derive
+
+try:
+    from lhotse import CutSet, MonoCut, Recording
+    from lhotse.audio import AudioSource
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+logger = logging.getLogger(__name__)
+
+Corpus = Mapping[str, CutSet]
+SPLITS = ("train", "valid", "test")
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+
+
+def embedded(train: int, valid: int, test: int, sample_rate: int = 16000) -> Corpus:
+    """So many synthesised sentences of prose each; train, valid and test share no voice."""
+    counts = zip(SPLITS, (train, valid, test), strict=True)
+    return {
+        split: to_cuts(embedded_speech(split, count, "prose", sample_rate))
+        for split, count in counts
+    }
+
+
+def folder(
+    data_folder: str,
+    valid: int,
+    test: int,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """Any folder of sound files, subfolders too: LJSpeech's ``wavs``, or one's own recordings.
+
+    Which files are held out depends on their names alone: a larger corpus holds out others, the
+    same one always the same.
+
+    Args:
+        data_folder: has the files, as .wav, .flac, .ogg, .opus or .mp3, of one channel.
+        valid, test: how many are held out for each.
+        on_bad, max_bad: what happens to unusable files, as in the run options.
+
+    Raises ValueError for a folder that is missing or has too few files.
+    """
+    top = Path(data_folder).expanduser()
+    if not top.is_dir():
+        raise ValueError(f"data_folder {top} is not there; expected was a folder of sound files")
+    paths = sorted(path for path in top.rglob("*") if path.suffix.lower() in SOUNDS)
+    headers = check_recordings(paths, on_bad=on_bad, max_bad=max_bad)
+    if len(headers) < valid + test + 1:
+        raise ValueError(
+            f"{top} has {len(headers)} usable sound files ({', '.join(SOUNDS)}); needed are "
+            f"{valid} for valid, {test} for test and at least 1 to train on"
+        )
+    names = {path: path.relative_to(top).with_suffix("").as_posix() for path in headers}
+    drawn = sorted(headers, key=lambda path: derive(0, "held out", names[path]))
+    shares = drawn[valid + test :], drawn[:valid], drawn[valid : valid + test]
+    return {
+        split: CutSet.from_cuts(_cut(path, names[path], headers[path]) for path in sorted(share))
+        for split, share in zip(SPLITS, shares, strict=True)
+    }
+
+
+def _cut(path: Path, name: str, header: Header) -> MonoCut:
+    source = AudioSource(type="file", channels=[0], source=str(path))
+    recording = Recording(name, [source], header.sample_rate, header.samples, header.duration)
+    return MonoCut(name, 0.0, header.duration, 0, recording=recording)
+
+
+class Clips(Dataset[dict[str, Any]]):
+    """Sounds as ``{"id", "wav"}``: an id, and samples (S,) at ``sample_rate``.
+
+    With ``segment`` a part of so many samples, drawn anew in every epoch; else the whole, of at
+    least ``shortest`` samples. A file of another rate is bad, or resampled with ``resample``.
+    """
+
+    def __init__(
+        self,
+        cuts: Iterable[MonoCut],
+        sample_rate: int,
+        segment: int | None = None,
+        shortest: int = 1,
+        resample: bool = False,
+    ) -> None:
+        self.cuts, self.sample_rate = list(cuts), sample_rate
+        self.segment, self.shortest, self.resample = segment, shortest, resample
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        cut = self.cuts[index]
+        if self.segment is None:
+            wav = load(cut, self.sample_rate, self.resample)
+            if len(wav) < self.shortest:
+                raise BadItem(
+                    cut.id, f"it holds {len(wav)} samples; a mel takes {self.shortest} or more"
+                )
+            return {"id": cut.id, "wav": wav}
+        # A little more than a segment, for seconds that are rounded, and cut to it.
+        lasting = min(cut.duration, self.segment / self.sample_rate + 0.01)
+        start = random.uniform(0.0, cut.duration - lasting)
+        wav = load(cut.truncate(offset=start, duration=lasting), self.sample_rate, self.resample)
+        if len(wav) < self.segment:
+            raise BadItem(cut.id, f"it gives {len(wav)} of a segment's {self.segment} samples")
+        return {"id": cut.id, "wav": wav[: self.segment]}
+
+    def name_of(self, index: int) -> str:
+        """A clip in an error message."""
+        return f"{index} ({self.cuts[index].id})"
+
+
+def datasets(
+    corpus: Corpus, sample_rate: int, segment: int, shortest: int, resample: bool = False
+) -> dict[str, Clips]:
+    """Segments to train on, whole clips to valid and test.
+
+    To train, clips that are shorter than a segment are left out. Raises ValueError when none is
+    left.
+    """
+    least = (segment + 1) / sample_rate
+    cuts = {**corpus, "train": keep(corpus["train"], shortest=least)}
+    return {
+        split: Clips(each, sample_rate, segment if split == "train" else None, shortest, resample)
+        for split, each in cuts.items()
+    }
