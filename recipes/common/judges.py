@@ -25,8 +25,6 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from recipes.common.quality import measure, require
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ class Judges:
                 f"{id}: clean {tuple(clean.shape)} and enhanced {tuple(heard.shape)} must have the "
                 "same shape (T,)"
             )
-        arrays = (np.array(side.detach().float().cpu()) for side in (clean, heard))
+        arrays = (side.detach().float().cpu().numpy().copy() for side in (clean, heard))
         work = (*arrays, tuple(measures or self.measures), self.sample_rate, self.timeout)
         if self.workers and len(self._waiting) >= WAITING * self.workers:
             self._finish(self._waiting.pop(0))

@@ -182,7 +182,7 @@ def convert_file(
             left = header.samples
             for block in _converted(source, header, convert, sample_rate):
                 block = block[:, :left]
-                file.write(block.clamp(-1.0, 1.0).T.contiguous().numpy())
+                file.write(block.clamp(-1.0, 1.0).mT.contiguous().numpy())
                 left -= block.shape[1]
         os.replace(part, target)
     finally:
@@ -217,7 +217,7 @@ def _read(source: str | Path, header: Header) -> Iterator[Tensor]:
                 break
             check_finite(source, data)
             read += len(data)
-            yield data.T
+            yield data.mT
     if read < header.samples:
         raise BadItem(source, f"its data are cut: {read} of {header.samples} samples")
 

@@ -1,0 +1,181 @@
+"""Signals and files of any length come out as long as they were, whole, and without clicks."""
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+from torchaudio.functional import resample
+
+from recipes.common import streaming
+from recipes.common.streaming import (
+    Chunks,
+    enhance_file,
+    enhance_files,
+    enhance_signal,
+    enhanced_blocks,
+    resampled,
+    targets,
+)
+from tests.recipes.common.speakers import noise, write
+from trainer.data import BadItem
+
+CHUNKS = Chunks(1000, 250, 3)
+
+
+def half(chunks: Tensor) -> Tensor:
+    assert chunks.shape[1] == CHUNKS.length
+    assert len(chunks) <= 3 * CHUNKS.at_once  # of up to three channels
+    return chunks / 2
+
+
+def edgy(chunks: Tensor) -> Tensor:
+    """What it gives depends on where in a chunk a sample lies."""
+    return chunks * torch.linspace(0.5, 1.5, chunks.shape[1])
+
+
+def blocks(signal: Tensor, size: int) -> Iterator[Tensor]:
+    return iter(signal.split(size, dim=1))
+
+
+@pytest.mark.parametrize("samples", [1, 249, 250, 251, 999, 1000, 1001, 1750, 1751, 12345])
+def test_what_comes_out_is_as_long_and_in_its_place(samples: int) -> None:
+    signal = torch.stack([noise(samples, 1), noise(samples, 2)])
+    found = enhance_signal(signal, half, CHUNKS)
+    torch.testing.assert_close(found, signal / 2)
+
+
+@pytest.mark.parametrize("overlap", [0, 250, 500])
+@pytest.mark.parametrize("size", [100, 1000, 1001, 5000])
+def test_blocks_do_not_change_the_result(overlap: int, size: int) -> None:
+    chunks, signal = Chunks(1000, overlap, 3), noise(12345)[None]
+    whole = enhance_signal(signal, edgy, chunks)
+    pieces = list(enhanced_blocks(blocks(signal, size), edgy, chunks))
+    assert torch.equal(torch.cat(pieces, dim=1), whole)
+    assert torch.equal(whole, enhance_signal(signal, edgy, chunks._replace(at_once=1)))
+
+
+def test_chunks_are_joined_without_clicks() -> None:
+    """A level that drops by a factor of three within a chunk, from its start to its end."""
+    found = enhance_signal(torch.ones(1, 10000), edgy, CHUNKS)[0]
+    assert found.diff().abs().max() < 0.01
+    assert enhance_signal(torch.ones(1, 10000), edgy, Chunks(1000, 0))[0].diff().abs().max() > 0.9
+
+
+def test_impossible_chunks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"chunks of 10 samples cannot overlap by 6: allowed"):
+        enhance_signal(torch.ones(1, 100), half, Chunks(10, 6))
+    with pytest.raises(ValueError, match=r"the network made \(3, 999\) of chunks \(3, 1000\)"):
+        enhance_signal(torch.ones(1, 9000), lambda chunks: chunks[:, 1:], CHUNKS)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(44100, 16000), (16000, 44100), (48000, 16000), (8000, 16000)]
+)
+@pytest.mark.parametrize("size", [100, 777, 50000])
+def test_blocks_are_resampled_as_the_whole_would_be(source: int, target: int, size: int) -> None:
+    signal = torch.stack([noise(20011, 1), noise(20011, 2)])
+    found = torch.cat(list(resampled(blocks(signal, size), source, target)), dim=1)
+    whole = resample(signal, source, target)
+    torch.testing.assert_close(found, whole, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels", "subtype"),
+    [
+        ("plain.wav", 16000, 1, "PCM_16"),
+        ("studio.wav", 44100, 2, "PCM_24"),
+        ("floats.wav", 48000, 1, "FLOAT"),
+        ("packed.flac", 8000, 3, "PCM_16"),
+        ("lossy.ogg", 22050, 2, "VORBIS"),
+    ],
+)
+@pytest.mark.parametrize("samples", [1, 3000, 70001])
+def test_a_file_keeps_rate_length_channels_and_bits(
+    tmp_path: Path, name: str, rate: int, channels: int, subtype: str, samples: int
+) -> None:
+    source = tmp_path / name
+    time = np.arange(samples)[:, None] / rate
+    sound = 0.5 * np.sin(2 * np.pi * 200 * (1 + np.arange(channels)) * time)
+    soundfile.write(source, sound, rate, subtype=subtype)
+    target = targets([str(source)], tmp_path / "out")[str(source)]
+    enhance_file(source, target, half, 16000, CHUNKS)
+    before, after = soundfile.info(source), soundfile.info(target)
+    assert (after.samplerate, after.channels, after.frames) == (rate, channels, before.frames)
+    if subtype != "VORBIS":
+        assert (after.format, after.subtype) == (before.format, before.subtype)
+    if samples > 1:
+        heard, _ = soundfile.read(source, always_2d=True)
+        found, _ = soundfile.read(target, always_2d=True)
+        inner = slice(100, -100)
+        assert np.abs(found[inner] - heard[inner] / 2).max() < 5e-3
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [target.name]
+
+
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty times the length, with another rate and two channels, and no larger pieces."""
+    monkeypatch.setattr(streaming, "BLOCK", 4096)
+    largest: dict[int, int] = {}
+    peaks = {}
+    for seconds in (2, 40):
+        file = write(tmp_path / f"{seconds}.wav", 0.1 * noise(2 * seconds * 8000).view(2, -1), 8000)
+        waiting = []
+
+        def watched(chunks: Tensor, waiting: list[int] = waiting) -> Tensor:
+            waiting.append(chunks.untyped_storage().nbytes())
+            return chunks
+
+        tracemalloc.start()
+        enhance_file(file, tmp_path / "out" / file.name, watched, 16000, CHUNKS)
+        peaks[seconds] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        largest[seconds] = max(waiting)
+        assert len(waiting) > 2 * seconds
+        assert soundfile.info(tmp_path / "out" / file.name).frames == seconds * 8000
+    assert max(largest.values()) < 100_000  # of a file of 10 MB at this rate
+    # NumPy's blocks, which soundfile reads, are traced; 40 s of them would be 2.5 MB.
+    assert peaks[40] < 1.2 * peaks[2] < 1_000_000
+
+
+def test_a_cut_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    file = write(tmp_path / "cut.flac", 0.1 * noise(200000))
+    file.write_bytes(file.read_bytes()[:-100000])
+    with pytest.raises(BadItem, match=r"cut.flac: its data are cut"):
+        enhance_file(file, tmp_path / "out" / "cut.flac", half, 16000, CHUNKS)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_odd_rates_are_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "odd.wav", noise(100), 44101)
+    with pytest.raises(BadItem, match="16000 Hz and 44101 Hz share too small a unit to convert"):
+        enhance_file(file, tmp_path / "out.wav", half, 16000, CHUNKS)
+
+
+def test_files_that_cannot_be_used_are_named_and_the_others_enhanced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write(tmp_path / "good.wav", 0.1 * noise(5000))
+    (tmp_path / "text.wav").write_text("no sound")
+    nan = tmp_path / "nan.wav"
+    soundfile.write(nan, np.array([0.0, np.nan]), 16000, subtype="FLOAT")
+    files = [tmp_path / "none.wav", tmp_path / "text.wav", nan, good]
+    assert enhance_files([*map(str, files)], tmp_path / "out", half, 16000, CHUNKS) == 1
+    told = capsys.readouterr()
+    assert told.out == f"{good}\t{tmp_path / 'out' / 'good.wav'}\n"
+    assert [line.partition(".wav: ")[2][:14] for line in told.err.splitlines()] == [
+        "it does not ex", "it is not an a", "1 of its sampl",
+    ]  # fmt: skip
+    assert enhance_files([str(good)], tmp_path / "out", half, 16000, CHUNKS) == 0
+
+
+def test_no_file_overwrites_another_or_itself(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a/x.wav and b/x.ogg would both become .*x.wav"):
+        targets(["a/x.wav", "b/x.ogg"], tmp_path)
+    with pytest.raises(ValueError, match=r"x.flac would overwrite itself; choose another folder"):
+        targets([str(tmp_path / "x.flac")], tmp_path)
