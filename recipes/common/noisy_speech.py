@@ -12,9 +12,11 @@ for corpora that are split by chapter), no sentence, no recording of noise.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,6 +202,8 @@ def speech_and_noise(
     splits: Mapping[str, Sequence[str]] | None = None,
     noise_shares: Mapping[str, float] | None = None,
     snr: Sequence[float] = (0.0, 10.0),
+    longest: float = float("inf"),
+    most: Mapping[str, int] | None = None,
     on_bad: str = "skip",
     max_bad: float = 0.05,
 ) -> Corpus:
@@ -214,6 +218,8 @@ def speech_and_noise(
         noise_shares: how many of the recordings of noise each split gets; by default 0.6, 0.2, 0.2.
             Which ones is drawn, the same in every run.
         snr: lowest and highest signal-to-noise ratio, in dB.
+        longest: seconds; what is longer to train is cut into equal pieces that are not.
+        most: how many clips of a split are taken at most, evenly from all: ``{test: 50}``.
         on_bad, max_bad: what happens to unusable files, as in the run options.
 
     Raises ValueError for a folder that is missing or has another layout, for a split without clips
@@ -226,8 +232,11 @@ def speech_and_noise(
     chosen = _split_clips(clips, splits or LIBRISPEECH, root)
     corpus: dict[str, Sequence[Source]] = {}
     for split, paths in chosen.items():
+        paths = _evenly(paths, (most or {}).get(split, len(paths)))
         good = check_recordings(paths, None, on_bad=on_bad, max_bad=max_bad)
         cuts = [_cut(path, header, path.stem) for path, header in good.items()]
+        if split == "train":
+            cuts = [piece for cut in cuts for piece in _pieces(cut, longest)]
         corpus[split] = [Mixed(cut, noises[split], (low, high)) for cut in cuts]
     return _filled(corpus, data_folder)
 
@@ -360,6 +369,26 @@ def _cut(path: Path, header: Header, name: str) -> MonoCut:
     recording = Recording(name, [source], header.sample_rate, header.samples, duration)
     speaker = SupervisionSegment(name, name, 0.0, duration, speaker=re.split("[-_]", name)[0])
     return MonoCut(name, 0.0, duration, 0, supervisions=[speaker], recording=recording)
+
+
+def _pieces(cut: MonoCut, longest: float) -> list[MonoCut]:
+    """A cut in as few equal pieces as last ``longest`` seconds at most."""
+    number = max(1, math.ceil(cut.duration / longest))
+    if number == 1:
+        return [cut]
+    bounds = [part * cut.num_samples // number / cut.sampling_rate for part in range(number + 1)]
+    return [
+        cut.truncate(offset=start, duration=end - start).with_id(f"{cut.id}-{part}")
+        for part, (start, end) in enumerate(pairwise(bounds))
+    ]
+
+
+def _evenly(paths: list[Path], most: int) -> list[Path]:
+    """At most so many of them, from the first to the last at equal distances."""
+    if most < 1:
+        raise ValueError(f"most must be whole numbers of at least 1, not {most}")
+    taken = min(most, len(paths))
+    return [paths[number * len(paths) // taken] for number in range(taken)]
 
 
 def _existing(folder: Path) -> Path:

@@ -148,6 +148,8 @@ class Pairs(Dataset[dict[str, Any]]):
         segment: give so many samples from a place drawn at random; None gives the whole clip.
             Clips that are shorter are left out, and counted in the log.
         fixed: draw everything from the clip's name, not from (seed, epoch, item).
+        times: how often an epoch has each clip, every time with other draws (and ``#1``, ``#2`` …
+            behind its id from the second time on).
 
     Raises ValueError when no clip is left.
     """
@@ -158,24 +160,25 @@ class Pairs(Dataset[dict[str, Any]]):
         sample_rate: int,
         segment: int | None = None,
         fixed: bool = False,
+        times: int = 1,
     ) -> None:
         self.sample_rate, self.segment, self.fixed = sample_rate, segment, fixed
-        self.sources = _at_least(sources, (segment or 1) / sample_rate)
+        self.sources, self.times = _at_least(sources, (segment or 1) / sample_rate), times
 
     @property
     def durations(self) -> list[float]:
         """Seconds of each item, for `recipes.common.loading.DurationBatches`."""
         if self.segment is not None:
-            return [self.segment / self.sample_rate] * len(self.sources)
-        return [source.duration for source in self.sources]
+            return [self.segment / self.sample_rate] * len(self)
+        return [source.duration for source in self.sources] * self.times
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.sources) * self.times
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        source = self.sources[index]
+        source, id = self.sources[index % len(self.sources)], self._id(index)
         # The loader has seeded the global generators by (seed, epoch, item).
-        seed = derive(0, "pair", source.id) if self.fixed else random.getrandbits(63)
+        seed = derive(0, "pair", id) if self.fixed else random.getrandbits(63)
         rng = random.Random(seed)
         clean, noisy = source.load(self.sample_rate, rng)
         if self.segment is not None:
@@ -185,11 +188,15 @@ class Pairs(Dataset[dict[str, Any]]):
                 )
             start = rng.randint(0, len(clean) - self.segment)
             clean, noisy = (side[start : start + self.segment] for side in (clean, noisy))
-        return {"id": source.id, "noisy": noisy, "clean": clean}
+        return {"id": id, "noisy": noisy, "clean": clean}
+
+    def _id(self, index: int) -> str:
+        time, number = divmod(index, len(self.sources))
+        return self.sources[number].id + (f"#{time}" if time else "")
 
     def name_of(self, index: int) -> str:
         """A clip in an error message."""
-        return f"{index} ({self.sources[index].id})"
+        return f"{index} ({self._id(index)})"
 
 
 def _at_least(sources: Sequence[Source], shortest: float) -> list[Source]:

@@ -109,7 +109,9 @@ def train(run: trainer.Run) -> dict[str, float]:
     judges = Judges(hparams["measures"], hparams["sample_rate"], hparams["judges"])
     with judges:
         corpus, modules = hparams["corpus"](), hparams["modules"]
-        sets = datasets(corpus, hparams["sample_rate"], modules["generator"].samples)
+        sets = datasets(
+            corpus, hparams["sample_rate"], modules["generator"].samples, hparams["times"]
+        )
         references = len(modules["discriminator"].reference)
         modules["discriminator"].remember(
             reference_pairs(sets["train"], references, hparams["pre_emphasis"])
@@ -130,10 +132,14 @@ def train(run: trainer.Run) -> dict[str, float]:
     return brain.test_metrics
 
 
-def datasets(corpus: Mapping[str, Any], sample_rate: int, segment: int) -> dict[str, Pairs]:
-    """Chunks of the length that the generator takes to train, whole clips to valid and test."""
+def datasets(
+    corpus: Mapping[str, Any], sample_rate: int, segment: int, times: int = 1
+) -> dict[str, Pairs]:
+    """To train, chunks of the length that the generator takes, so many of each clip an epoch; whole
+    clips to validate and test.
+    """
     return {
-        "train": Pairs(corpus["train"], sample_rate, segment),
+        "train": Pairs(corpus["train"], sample_rate, segment, times=times),
         "valid": Pairs(corpus["valid"], sample_rate, fixed=True),
         "test": Pairs(corpus["test"], sample_rate, fixed=True),
     }

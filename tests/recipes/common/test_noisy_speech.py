@@ -223,6 +223,21 @@ def test_speech_is_split_by_part_speaker_or_chapter(books: Path, noises: Path) -
         names(train=["19"])
 
 
+def test_long_clips_are_cut_to_train_and_the_others_chosen_evenly(
+    books: Path, noises: Path
+) -> None:
+    corpus = speech_and_noise(str(books), str(noises), longest=0.2, most={"train": 1, "test": 2})
+    names = {split: [each.id for each in sources] for split, sources in corpus.items()}
+    assert names["train"] == [f"19-1-0000-{part}" for part in range(3)]
+    assert names["test"] == ["61-1-0000", "61-2-0000"]
+    assert len(names["valid"]) == 4
+    parts = [each.load(RATE, random.Random(0))[0] for each in corpus["train"]]
+    assert [len(part) for part in parts] == [2666, 2667, 2667]
+    torch.testing.assert_close(torch.cat(parts), voice(0.5), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="most must be whole numbers of at least 1, not 0"):
+        speech_and_noise(str(books), str(noises), most={"test": 0})
+
+
 def test_missing_folders_are_told(books: Path, noises: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data_folder .* has another layout: expected were, as"):
         speech_and_noise(str(noises), str(noises))

@@ -79,6 +79,15 @@ def test_a_segment_is_the_same_place_of_both_sides(tmp_path: Path) -> None:
     assert dataset.durations == [5000 / RATE]
 
 
+def test_a_clip_may_be_in_an_epoch_several_times(mixed: list[Mixed]) -> None:
+    dataset = Pairs(mixed[:2], RATE, segment=8000, times=3)
+    assert len(dataset) == len(dataset.durations) == 6
+    found = epoch(dataset)
+    assert list(found) == ["0", "0#1", "0#2", "1", "1#1", "1#2"]
+    assert not torch.equal(found["0"], found["0#1"])
+    assert dataset.name_of(5) == "5 (1#2)"
+
+
 def test_other_rates_are_resampled(tmp_path: Path) -> None:
     tones = {rate: 0.5 * torch.sin(torch.arange(rate) * 2000 / rate) for rate in (48000, RATE)}
     sides = [write(tmp_path / f"{n}.wav", tones[48000], 48000) for n in range(2)]
