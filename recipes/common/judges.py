@@ -20,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 Scores = dict[str, float]
 Measured = tuple[Scores, dict[str, str]]
 
-WAITING = 8  # clips a worker: who submits faster than they are measured waits
+WAITING = 8  # clips a worker
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -56,6 +56,7 @@ class Judges:
         sample_rate: of the clips, in Hz.
         workers: processes; 0 measures in this one, when `collect` is called.
         timeout: seconds after which a clip is given up.
+        waiting: clips a worker that may wait; who submits faster waits for the oldest.
 
     Attributes:
         failed: the reason by id for what could not be measured, until `forget` is called.
@@ -70,10 +71,11 @@ class Judges:
         sample_rate: int = 16000,
         workers: int = 1,
         timeout: float = 120.0,
+        waiting: int = WAITING,
     ) -> None:
         require(measures, sample_rate)
         self.measures, self.sample_rate = tuple(measures), sample_rate
-        self.workers, self.timeout = workers, timeout
+        self.workers, self.timeout, self.waiting = workers, timeout, waiting
         self.failed: dict[str, str] = {}
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: list[_Task] = []
@@ -95,17 +97,23 @@ class Judges:
             )
         arrays = (side.detach().float().cpu().numpy().copy() for side in (clean, heard))
         work = (*arrays, tuple(measures or self.measures), self.sample_rate, self.timeout)
-        if self.workers and len(self._waiting) >= WAITING * self.workers:
+        if self.workers and len(self._waiting) >= self.waiting * self.workers:
             self._finish(self._waiting.pop(0))
         self._waiting.append(_Task(id, work, self._start(work) if self.workers else None))
 
-    def collect(self, wait: bool = True) -> dict[str, Scores]:
+    def collect(
+        self, wait: bool = True, until: Collection[str] | None = None
+    ) -> dict[str, Scores]:
         """The scores by id, in the order of submission, of all that was submitted since the last
-        call; without ``wait`` of those that are there by now.
+        call; without ``wait`` of those that are there by now; with ``until`` of those that are
+        there as soon as none of these ids waits any more.
 
         A clip of which nothing could be measured is not in it.
         """
-        while self._waiting and (wait or self._waiting[0].is_done()):
+        while self._waiting and (
+            self._waiting[0].is_done()
+            or (wait if until is None else any(task.id in until for task in self._waiting))
+        ):
             self._finish(self._waiting.pop(0))
         done, self._done = self._done, {}
         return done

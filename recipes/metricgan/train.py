@@ -1,0 +1,279 @@
+"""Train MetricGAN+: enhancement by a generator whose judge predicts PESQ or STOI.
+
+    python recipes/metricgan/train.py hparams/metricgan/demo.yaml
+
+Prints what each phase has come to, and ends with the measures of the test set by the best
+checkpoint of the last phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trainer
+from recipes.common.pairs import Pairs
+from recipes.common.scoreboard import NOISY, Scoreboard
+from recipes.metricgan.history import Record, quantised, waveform
+from recipes.metricgan.model import enhance, log_magnitude
+from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
+from recipes.metricgan.targets import Targets
+from trainer import Brain, EpochCounter, Stage, distributed
+
+COMPOSITES = ("csig", "cbak", "covl")
+
+
+class Enhancer(Brain):
+    """The players of MetricGAN+, each batch of which says what it is for (`phases.PASSES`).
+
+    Reads from the YAML ``opt_d`` and ``opt_g``, ``phases``, ``history``, ``spectrum``, ``judges``,
+    ``target``, ``validated`` (the measures of validation, the first of which is ``target``), and
+    ``spectral_weight`` (of the spectral loss beside the adversarial one; 0 in the paper).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        own = self.hparams
+        self.phases = Phases(own.phases)
+        self.history, self.spectrum = own.history, own.spectrum.to(self.device)
+        self.targets = Targets(own.judges, own.target)
+        self.board = Scoreboard(own.judges, own.output_folder)
+
+    def init_optimizers(self) -> None:
+        self.optimizers_dict = {
+            "discriminator": self.hparams.opt_d(self.modules.discriminator.parameters()),
+            "generator": self.hparams.opt_g(self.modules.generator.parameters()),
+        }
+
+    def count_examples(self, batch: Any) -> float:
+        return float(batch.weight.sum()) if "weight" in batch else float(len(batch))
+
+    # ------------------------------------------------------------------------------ the passes
+
+    def fit_batch(self, batch: Any) -> dict[str, Tensor] | None:
+        what = batch.what[0]
+        passes = {
+            "spectral": self.fit_spectral,
+            "enhance": self.ask_for_scores,
+            "current": self.fit_current,
+            "history": self.fit_history,
+            "generator": self.fit_generator,
+        }
+        return passes[what](batch)
+
+    def fit_spectral(self, batch: Any) -> dict[str, Tensor]:
+        """Generator: masked against clean spectrogram."""
+        with self.autocast():
+            loss = weighted_mean(self.spectral_losses(batch), batch.weight)
+        self.step_generator(loss, batch)
+        return {"spectral": loss.detach()}
+
+    @torch.no_grad()
+    def ask_for_scores(self, batch: Any) -> None:
+        """Enhance, keep what came out, and have it scored while the discriminator trains."""
+        with self.autocast():
+            enhanced = self.enhanced(batch)
+        lengths = batch.noisy.lengths.tolist()
+        for i, length in enumerate(lengths):
+            if batch.weight[i] > 0:
+                wave = quantised(enhanced[i, :length])
+                index, epoch = int(batch.index[i]), int(batch.epoch[i])
+                self.history.current[index] = Record(batch.id[i], index, epoch, wave)
+        self.ask(batch)
+
+    def fit_current(self, batch: Any) -> dict[str, Tensor]:
+        """Discriminator: what is clean, what was enhanced in this epoch, and what is noisy."""
+        records = [self.history.current.get(index) for index in batch.index.tolist()]
+        enhanced, noisy = self.scores(batch, records)
+        measured = batch.weight * (enhanced.isfinite() & noisy.isfinite())
+        clean = self.features(*batch.clean)
+        losses = torch.zeros_like(measured)
+        with self.autocast():
+            for judged, target in (
+                (clean, torch.ones_like(enhanced)),
+                (self.features(*self.waves(records, batch)), enhanced),
+                (self.features(*batch.noisy), noisy),
+            ):
+                predicted = self.modules.discriminator(judged, clean, self.frames(batch))
+                losses = losses + (predicted - target.nan_to_num()).square() / 3
+            loss = weighted_mean(losses, measured)
+        self.step_discriminator(loss, batch, measured)
+        return {"current": loss.detach()}
+
+    def fit_history(self, batch: Any) -> dict[str, Tensor]:
+        """Discriminator: what was enhanced in past epochs."""
+        records = [self.history[place] if place >= 0 else None for place in batch.record.tolist()]
+        scores = torch.tensor([record.score if record else 0.0 for record in records])
+        clean = self.features(*batch.clean)
+        with self.autocast():
+            judged = self.features(*self.waves(records, batch))
+            predicted = self.modules.discriminator(judged, clean, self.frames(batch))
+            losses = (predicted - scores.to(predicted)).square()
+            loss = weighted_mean(losses, batch.weight)
+        self.step_discriminator(loss, batch, batch.weight)
+        return {"history": loss.detach()}
+
+    def fit_generator(self, batch: Any) -> dict[str, Tensor]:
+        """Generator: what the discriminator, as it is by now, says of its signals should be 1."""
+        with self.frozen("discriminator"), self.autocast():
+            judged = self.features(self.enhanced(batch), batch.noisy.lengths)
+            clean = self.features(*batch.clean)
+            predicted = self.modules.discriminator(judged, clean, self.frames(batch))
+            loss = adversarial = weighted_mean((predicted - 1.0).square(), batch.weight)
+            if self.hparams.spectral_weight:
+                spectral = weighted_mean(self.spectral_losses(batch), batch.weight)
+                loss = adversarial + self.hparams.spectral_weight * spectral
+        self.step_generator(loss, batch)
+        predicted_mean = weighted_mean(predicted.detach(), batch.weight)
+        return {"generator": adversarial.detach(), "predicted": predicted_mean}
+
+    def step_discriminator(self, loss: Tensor, batch: Any, weights: Tensor) -> None:
+        self.optimize(loss, "discriminator", float(weights.sum()), last=bool(batch.closes[0]))
+
+    def step_generator(self, loss: Tensor, batch: Any) -> None:
+        self.optimize(loss, "generator", last=bool(batch.closes[0]))
+        self.modules.generator.sigmoid.limit()
+
+    # ----------------------------------------------------------------------- signals and scores
+
+    def enhanced(self, batch: Any) -> Tensor:
+        """The noisy side of a batch through the generator, (B, S)."""
+        return enhance(self.spectrum, self.modules.generator, *batch.noisy)
+
+    def features(self, wav: Tensor, lengths: Tensor) -> Tensor:
+        """Log magnitudes (B, T, F) of samples (B, S)."""
+        return log_magnitude(self.spectrum(wav))
+
+    def frames(self, batch: Any) -> Tensor:
+        return self.spectrum.frames(batch.clean.lengths)
+
+    def spectral_losses(self, batch: Any) -> Tensor:
+        """The mean squared error of compressed magnitudes of each utterance, (B,)."""
+        noisy, clean = self.spectrum(batch.noisy.data), self.spectrum(batch.clean.data)
+        frames = self.frames(batch)
+        mask = self.modules.generator(log_magnitude(noisy), frames).float()
+        errors = (log_magnitude(noisy * mask) - log_magnitude(clean)).square().mean(-1)  # (B, T)
+        valid = torch.arange(errors.shape[1], device=errors.device) < frames[:, None]
+        return (errors * valid).sum(-1) / frames
+
+    def waves(self, records: list[Record | None], batch: Any) -> tuple[Tensor, Tensor]:
+        """The samples of records, as long as those of the batch; silence where there is none."""
+        lengths = batch.clean.lengths
+        waves = torch.zeros_like(batch.clean.data)
+        for wave, record in zip(waves, records, strict=True):
+            if record is not None:
+                wave[: len(record.wave)] = waveform(record).to(wave)
+        return waves, lengths
+
+    def ask(self, batch: Any) -> None:
+        """Ask for the scores of a batch that are not known, enhanced and noisy."""
+        sides = zip(batch.noisy.data, batch.clean.data, batch.noisy.lengths.tolist(), strict=True)
+        for name, index, (noisy, clean, length) in zip(
+            batch.id, batch.index.tolist(), sides, strict=True
+        ):
+            record = self.history.current.get(index)
+            if record is not None:
+                self.targets.ask(name, clean[:length], waveform(record))
+                self.targets.ask(name + NOISY, clean[:length], noisy[:length])
+
+    def scores(self, batch: Any, records: list[Record | None]) -> tuple[Tensor, Tensor]:
+        """Normalised scores, enhanced and noisy, (B,) each; NaN where there is none."""
+        self.ask(batch)  # Those of a resumed run were asked for in another process.
+        enhanced = self.targets.get(batch.id)
+        noisy = self.targets.get([name + NOISY for name in batch.id])
+        for record, score in zip(records, enhanced, strict=True):
+            if record is not None:
+                self.history.current[record.index] = record._replace(score=score)
+        first, second = (torch.tensor(each, device=self.device) for each in (enhanced, noisy))
+        return first, second
+
+    # --------------------------------------------------------------------------- valid and test
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        if stage is Stage.TRAIN:
+            self.targets.start()
+        elif stage is Stage.VALID:
+            self.board.start("valid", self.hparams.validated)
+        else:
+            self.board.start("test", extremes=3)
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: Any, stage: Stage) -> Tensor:
+        with self.autocast():
+            enhanced = self.enhanced(batch)
+            loss = self.spectral_losses(batch).mean()
+        self.board.add(batch.id, *batch.clean, batch.noisy.data, enhanced)
+        return loss
+
+    def on_stage_end(
+        self, stage: Stage, stage_loss: Any, epoch: int | None = None
+    ) -> Mapping[str, float] | None:
+        if stage is Stage.TRAIN:
+            self.history.close()
+            return None
+        scores = self.board.finish()
+        if stage is Stage.VALID and epoch is not None:
+            # Under a name of its own, too: checkpoints are chosen among those of a phase.
+            target = self.hparams.target
+            scores[f"{target}_{self.phases.of(epoch).name}"] = scores[target]
+        return scores
+
+    @torch.inference_mode()
+    def network(self, chunks: Tensor) -> Tensor:
+        """Samples (N, S) to enhanced ones. Digital silence at an end is taken as padding."""
+        self.modules.eval()
+        chunks = chunks.to(self.device)
+        places = torch.arange(1, chunks.shape[1] + 1, device=self.device)
+        lengths = ((chunks != 0) * places).amax(1).clamp(min=1)
+        with self.eval_precision.autocast():
+            return enhance(self.spectrum, self.modules.generator, chunks, lengths)
+
+
+def train(run: trainer.Run) -> dict[str, float]:
+    """Train phase after phase as the YAML says, and test the best checkpoint of each."""
+    hparams, options = run.hparams, run.options
+    corpus, rate = hparams["corpus"](), hparams["sample_rate"]
+    training = Drawn(Pairs(corpus["train"], rate, segment=hparams["segment"]), options.seed)
+    valid, test = (Pairs(corpus[split], rate, fixed=True) for split in ("valid", "test"))
+    brain = Enhancer(hparams["modules"], None, hparams, options, hparams["checkpointer"])
+    batches = Passes(
+        brain.phases, len(training), brain.history, options.seed,
+        distributed.rank(), distributed.world_size(),
+    )  # fmt: skip
+    with hparams["judges"]:
+        brain.fit(
+            EpochCounter(brain.phases.epochs),
+            training,
+            valid,
+            train_loader_kwargs={"batch_sampler": batches, "num_workers": hparams["num_workers"]},
+        )
+        return test_phases(brain, test)
+
+
+def test_phases(brain: Enhancer, test: Pairs) -> dict[str, float]:
+    """The measures of the test set by the best checkpoint of the last phase; prints those of all.
+
+    Beside them, ``pesq_warm_up`` and so on: what the phases before had come to.
+    """
+    target, before = brain.hparams.target, {}
+    *earlier, last = brain.phases.all
+    for phase in earlier:
+        brain.evaluate(test, max_key=f"{target}_{phase.name}")
+        tell(phase.name, brain.test_metrics)
+        before[f"{target}_{phase.name}"] = brain.test_metrics[target]
+    brain.evaluate(test, max_key=f"{target}_{last.name}")
+    tell(last.name, brain.test_metrics)
+    return {**brain.test_metrics, **before}
+
+
+def tell(name: str, metrics: Mapping[str, float]) -> None:
+    """Print a phase's line: "warm_up: pesq=1.52 stoi=0.81"."""
+    if distributed.is_main():
+        print(f"{name}:", *(f"{key}={value:.3f}" for key, value in metrics.items()), flush=True)
+
+
+if __name__ == "__main__":
+    trainer.main(train)
