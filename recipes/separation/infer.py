@@ -119,10 +119,9 @@ def scaled(tracks: Tensor, mixture: Tensor) -> Tensor:
 
     SI-SNR teaches no loudness, but the sources of a mixture add up to it.
     """
-    own = tracks.double()
+    own = torch.nn.functional.normalize(tracks.double(), eps=1e-9)
     # Somewhat regular, for tracks that are silent or alike.
-    power = own @ own.T
-    power += 1e-6 * power.diagonal().mean().clamp(min=1e-12) * torch.eye(len(own))
+    power = own @ own.T + 1e-6 * torch.eye(len(own), dtype=own.dtype)
     factors = torch.linalg.solve(power, own @ mixture.double())
     return (factors[:, None] * own).to(tracks.dtype)
 

@@ -130,13 +130,12 @@ class Scores:
         With several processes each writes those that it separated.
         """
         ranked = sorted(self.rows, key=_by_gain)
-        places = {each: f"best{n}" for n, each in enumerate(reversed(ranked[-self.shown :]), 1)}
-        places |= {each: f"worst{n}" for n, each in enumerate(ranked[: self.shown], 1)}
-        for heard in self._heard:
-            if heard.row in places:
-                place = folder / places[heard.row]
-                place.mkdir(parents=True, exist_ok=True)
-                for name, signal in heard.signals.items():
+        own = {heard.row: heard.signals for heard in self._heard}
+        for kind, rows in (("worst", ranked), ("best", ranked[::-1])):
+            for number, row in enumerate(rows[: self.shown], 1):
+                place = folder / f"{kind}{number}"
+                for name, signal in own.get(row, {}).items():
+                    place.mkdir(parents=True, exist_ok=True)
                     data = signal.float().numpy()
                     soundfile.write(place / f"{name}.wav", data, self.sample_rate, subtype="FLOAT")
 

@@ -2,8 +2,39 @@
 
 import pytest
 import torch
+import torchaudio
 
-from recipes.separation.model import SepFormer, Transformer, join, positions, split
+from recipes.separation.model import (
+    SepFormer,
+    SineTasNet,
+    Transformer,
+    join,
+    positions,
+    split,
+    windowed_sines,
+)
+
+
+@pytest.mark.parametrize(("filters", "samples"), [(64, 64), (128, 32), (512, 256)])
+def test_sines_and_their_windows_are_the_identity(filters: int, samples: int) -> None:
+    made = windowed_sines(filters, samples)[:, None]
+    signal = torch.randn(1, 1, 10 * samples, generator=torch.Generator().manual_seed(0))
+    bands = torch.nn.functional.conv1d(signal, made, stride=samples // 2)
+    back = torch.nn.functional.conv_transpose1d(bands, made, stride=samples // 2)
+    middle = slice(samples, -samples)
+    torch.testing.assert_close(back[..., middle], signal[..., middle], atol=1e-5, rtol=0)
+
+
+def test_a_network_of_sines_is_torchaudios_but_for_where_it_begins() -> None:
+    given = {"num_sources": 3, "enc_kernel_size": 32, "enc_num_feats": 64, "msk_num_layers": 2}
+    own, plain = SineTasNet(**given), torchaudio.models.ConvTasNet(**given)
+    assert own(torch.randn(2, 1, 500)).shape == (2, 3, 500)
+    plain.load_state_dict(own.state_dict())
+    x = torch.randn(1, 1, 333)
+    assert torch.equal(own(x), plain(x))
+    assert own.encoder.weight.requires_grad
+    with pytest.raises(ValueError, match="7 filters of 32 samples cannot be cosines and sines"):
+        windowed_sines(7, 32)
 
 
 def small(**more: int) -> SepFormer:

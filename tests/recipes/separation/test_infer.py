@@ -1,0 +1,202 @@
+"""Files to tracks: their rate and length, their order from piece to piece, with a run folder alone."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+from torchaudio.functional import highpass_biquad, lowpass_biquad
+
+from recipes.separation import infer
+from recipes.separation.train import train
+from tests.recipes.separation.conftest import mixture_folder
+from tests.recipes.separation.test_train import HPARAMS, TINY
+from trainer import cli
+
+RATE = 8000
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, moved to where it was not made."""
+    folder = tmp_path_factory.mktemp("made")
+    for name in ("tr", "cv", "tt"):
+        mixture_folder(folder / "2speakers" / "wav8k" / "min" / name, "mix")
+    cli.main(
+        train,
+        [str(HPARAMS / "wsj0mix.yaml"), "--output_folder", str(folder / "run"), *TINY["conv"],
+         "--data_folder", str(folder)],
+    )  # fmt: skip
+    shutil.move(folder / "run", folder / "elsewhere")
+    return folder / "elsewhere"
+
+
+def sound(path: Path, seconds: float, rate: int, channels: int = 1) -> Path:
+    noise = np.random.default_rng(0).normal(0.0, 0.1, (round(seconds * rate), channels))
+    soundfile.write(path, noise, rate)
+    return path
+
+
+def test_tracks_have_the_rate_and_length_of_the_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        sound(tmp_path / "one.wav", 1.0, 8000),
+        sound(tmp_path / "stereo.flac", 0.5, 44100, channels=2),
+        sound(tmp_path / "short.wav", 0.001, 16000),
+        sound(tmp_path / "two words.wav", 1.001, 11025),
+    ]
+    out = tmp_path / "tracks"
+    assert infer.main([str(run), *map(str, files), "-o", str(out)]) == 0
+    expected = [out / f"{file.stem}_{n}.wav" for file in files for n in (1, 2)]
+    assert capsys.readouterr().out.splitlines() == list(map(str, expected))
+    for file in files:
+        given = soundfile.info(file)
+        for n in (1, 2):
+            made = soundfile.info(out / f"{file.stem}_{n}.wav")
+            assert (made.samplerate, made.frames) == (given.samplerate, given.frames)
+            assert made.channels == 1
+
+
+def test_tracks_add_up_to_the_mixture_as_well_as_they_can() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randn(3, 8000, generator=generator)
+    tracks = torch.tensor([[5.0], [-0.1], [1e-3]]) * sources
+    found = infer.scaled(tracks, sources.sum(0))
+    torch.testing.assert_close(found, sources, atol=1e-3, rtol=0)
+    assert infer.scaled(torch.zeros(2, 100), torch.ones(100)).eq(0).all()
+
+
+class Fickle:
+    """Separates high from low by filters, in another order each time."""
+
+    def __init__(self) -> None:
+        self.rng, self.lengths = np.random.default_rng(3), []
+
+    def __call__(self, signal: Tensor, rate: int) -> Tensor:
+        self.lengths.append(len(signal))
+        low, high = signal, signal
+        for _ in range(4):
+            low, high = lowpass_biquad(low, rate, 700.0), highpass_biquad(high, rate, 1400.0)
+        return torch.stack([low, high])[self.rng.permutation(2)]
+
+
+def talk(seconds: float, rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """A low hum and a high whistle that come and go; neither is silent for 2 s."""
+    time = np.arange(round(seconds * rate)) / rate
+    low = 0.3 * np.sin(2 * np.pi * 200 * time) * (np.sin(2 * np.pi * 0.3 * time) > -0.5)
+    high = 0.2 * np.sin(2 * np.pi * 3000 * time) * (np.sin(2 * np.pi * 0.23 * time + 1) > -0.5)
+    return low, high
+
+
+def test_speakers_stay_on_their_track_through_all_pieces(tmp_path: Path) -> None:
+    low, high = talk(70.0, RATE)
+    soundfile.write(tmp_path / "talk.wav", low + high, RATE, subtype="FLOAT")
+    separate = Fickle()
+    written = infer.separate_file(separate, tmp_path / "talk.wav", tmp_path)
+    assert len(separate.lengths) >= 8
+    assert max(separate.lengths) <= (infer.PIECE + infer.OVERLAP) * RATE  # however long the file
+    tracks = [soundfile.read(path)[0] for path in written]
+    assert [len(track) for track in tracks] == [len(low)] * 2
+    if np.corrcoef(tracks[0], low)[0, 1] < 0.5:
+        tracks.reverse()
+    for track, source in zip(tracks, (low, high), strict=True):
+        for start in range(0, len(low) - RATE, RATE):  # every second of it
+            part, wanted = track[start : start + RATE], source[start : start + RATE]
+            if wanted.std() > 0.05:
+                assert np.abs(np.fft.rfft(part)).argmax() == np.abs(np.fft.rfft(wanted)).argmax()
+
+
+def test_three_speakers_are_followed_as_well() -> None:
+    before = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    after = torch.cat([before, torch.randn(3, 300)], 1)
+    found = infer.follow(before, after[[2, 0, 1]])
+    torch.testing.assert_close(found, after)
+
+
+def test_pieces_are_joined_without_a_click(tmp_path: Path) -> None:
+    class Louder:
+        """A level of its own for each piece: the hardest case."""
+
+        level = 0.0
+
+        def __call__(self, signal: Tensor, rate: int) -> Tensor:
+            self.level += 0.5
+            return torch.stack([self.level * signal, signal])
+
+    time = np.arange(40 * RATE) / RATE
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.sin(2 * np.pi * 5 * time), RATE, subtype="FLOAT")
+    first, second = infer.separate_file(Louder(), tmp_path / "a.wav", tmp_path)
+    steps = np.abs(np.diff(soundfile.read(first)[0])).max()
+    assert steps < 0.1 * 2 * np.pi * 5 / RATE * 3  # the loudest piece's own slope, and little more
+    torch.testing.assert_close(soundfile.read(second)[0], soundfile.read(tmp_path / "a.wav")[0])
+
+
+@pytest.mark.parametrize("seconds", [0.01, 12.0, 16.0, 16.01, 20.0, 29.3])
+def test_pieces_cover_a_file(tmp_path: Path, seconds: float) -> None:
+    path = sound(tmp_path / "long.wav", seconds, RATE)
+    signal = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    found, overlap = torch.empty(0), round(infer.OVERLAP * RATE)
+    for number, (piece, _) in enumerate(infer.pieces(path)):
+        if number:
+            assert torch.equal(found[-overlap:], piece[:overlap])
+            assert len(piece) > overlap
+        found = torch.cat([found, piece[overlap if number else 0 :]])
+    assert torch.equal(found, signal)
+
+
+def test_unusable_files_are_named_and_the_others_separated(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.wav").write_text("no sound at all")
+    good, missing = sound(tmp_path / "good.wav", 0.5, 8000), tmp_path / "missing.wav"
+    given = [str(run), str(missing), str(tmp_path / "text.wav"), str(good), "-o", str(tmp_path / "o")]
+    assert infer.main(given) == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [str(tmp_path / "o" / f"good_{n}.wav") for n in (1, 2)]
+    assert f"error: {missing}: it does not exist" in told.err
+    assert "text.wav: it is not an audio file" in told.err
+
+
+def test_no_half_tracks_are_left(tmp_path: Path) -> None:
+    class Failing:
+        def __init__(self) -> None:
+            self.calls: Iterator[int] = iter(range(1))
+
+        def __call__(self, signal: Tensor, rate: int) -> Tensor:
+            next(self.calls)
+            return torch.stack([signal, signal])
+
+    path = sound(tmp_path / "long.wav", 40.0, RATE)
+    with pytest.raises(RuntimeError):
+        infer.separate_file(Failing(), path, tmp_path / ".")
+    assert [each.name for each in tmp_path.iterdir()] == ["long.wav"]
+
+
+def test_what_cannot_be_done_is_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = str(sound(tmp_path / "good.wav", 0.5, 8000))
+    assert infer.main([str(tmp_path), good, "-o", str(tmp_path)]) == 2
+    assert f"error: {tmp_path} is no run folder: it has no hyperparams.yaml" in (
+        capsys.readouterr().err
+    )
+    assert infer.main([str(run), good, "elsewhere/good.flac", "-o", str(tmp_path)]) == 2
+    assert "2 of the files are called good: their tracks would be the same" in (
+        capsys.readouterr().err
+    )
+
+
+def test_tracks_are_those_of_the_test(run: Path, tmp_path: Path) -> None:
+    """The weights, the network and the precision are the same: so are the estimates."""
+    mixture, _ = soundfile.read(run / "examples" / "best1" / "mixture.wav")
+    estimates = [soundfile.read(run / "examples" / "best1" / f"estimate{n}.wav")[0] for n in (1, 2)]
+    soundfile.write(tmp_path / "m.wav", mixture, RATE, subtype="FLOAT")
+    assert infer.main([str(run), str(tmp_path / "m.wav"), "-o", str(tmp_path)]) == 0
+    tracks = [soundfile.read(tmp_path / f"m_{n}.wav")[0] for n in (1, 2)]
+    alike = np.abs(np.corrcoef([*tracks, *estimates])[:2, 2:])
+    assert np.allclose(np.sort(alike.max(1)), 1.0, atol=1e-3)

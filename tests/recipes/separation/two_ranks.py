@@ -1,0 +1,125 @@
+"""A small separator trained by two processes; each stores what came out on its side.
+
+`launch` starts them; `trained` is the same on one process, on the joined batches.
+"""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchaudio
+
+from recipes.separation.train import Separator
+from trainer import distributed
+from trainer.data import Batch, Padded
+
+ROOT = Path(__file__).parents[3]
+EASY, HARD = 1e-4, 1.0  # noise in the sources of a mixture, and in what is called its estimate
+ROUNDS = [
+    [[HARD, HARD, HARD], [HARD]],  # unlike numbers of mixtures
+    [[HARD, EASY], [EASY, HARD, HARD]],  # some of them too easy
+    [[EASY, EASY], [HARD]],  # nothing is left on rank 0
+    [[HARD], [math.nan, HARD]],  # not a number on rank 1
+    [[EASY], [EASY, EASY]],  # nothing is left at all
+    [[HARD, HARD], [HARD, EASY]],
+]
+
+
+class Skewed(Separator):
+    """Its estimates are moved towards the sources of mixtures that are called easy."""
+
+    def losses(self, estimates: torch.Tensor, batch: Any) -> torch.Tensor:
+        sources = batch.sources.data.transpose(1, 2)
+        share = batch["noise"][:, None, None].to(estimates.dtype)
+        return super().losses(share * estimates + (1 - share) * sources, batch)
+
+
+def batch_of(noise: list[float], seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    sources = torch.randn(len(noise), 400, 2, generator=generator, dtype=torch.float64)
+    lengths = torch.full((len(noise),), 400)
+    fields = {
+        "id": [f"{seed}-{n}" for n in range(len(noise))],
+        "mixture": Padded(sources.sum(-1), lengths),
+        "sources": Padded(sources, lengths),
+        "noise": torch.tensor(noise, dtype=torch.float64),
+    }
+    return Batch(fields, len(noise))
+
+
+def join(parts: list[Batch]) -> Batch:
+    """What one process sees where two see each of two batches."""
+    fields: dict[str, Any] = {"id": [name for part in parts for name in part.id]}
+    for name in ("mixture", "sources"):
+        columns = zip(*(part[name] for part in parts), strict=True)
+        fields[name] = Padded(*map(torch.cat, columns))
+    fields["noise"] = torch.cat([part["noise"] for part in parts])
+    return Batch(fields, sum(map(len, parts)))
+
+
+def trained(rank: int | None) -> dict[str, Any]:
+    """Weights and reports after all rounds; None for the one process that sees both batches."""
+    torch.manual_seed(0)
+    model = torchaudio.models.ConvTasNet(2, 16, 8, 3, 8, 8, 1, 1, "relu").double()
+    hparams = {
+        "threshold_byloss": True, "threshold": -30.0, "loss_upper_lim": 999999.0,
+        "sample_rate": 8000, "progressbar": False, "device": "cpu", "max_grad_norm": 1.0,
+    }  # fmt: skip
+    brain = Skewed({"separator": model}, lambda p: torch.optim.Adam(p, 0.01), hparams)
+    made = [[batch_of(n, 2 * i + r) for r, n in enumerate(pair)] for i, pair in enumerate(ROUNDS)]
+    batches = [join(pair) if rank is None else pair[rank] for pair in made]
+    reports: list[list[Any]] = []
+    step = brain.fit_batch
+
+    def fit_batch(batch: Batch) -> Any:
+        report = step(batch)
+        reports.append([report.outcome, report.loss, report.weight, report.norm])
+        return report
+
+    brain.fit_batch = fit_batch  # type: ignore[method-assign]
+    if rank is None:
+        brain.fit([1], batches)
+    else:
+        brain.fit([1], [batch for pair in made for batch in pair])  # dealt in turn
+    average = brain.average.value()
+    return {"weights": brain.modules.state_dict(), "reports": reports, "average": average,
+            "skipped": brain.journal.counts["skipped"]}  # fmt: skip
+
+
+def launch(folder: Path, seconds: float = 120) -> list[dict[str, Any]]:
+    """What both processes gave."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.recipes.separation.two_ranks", str(folder)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [process.communicate(timeout=seconds)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    own = distributed.rank()
+    torch.save(trained(own), Path(sys.argv[1]) / f"{own}.pt")
+    distributed.stop()
