@@ -1,0 +1,1 @@
+"""Synthesis of speech from text: torchaudio's Tacotron2."""

@@ -1,0 +1,274 @@
+"""Corpora of one voice as lhotse's cuts of train, valid and test, and datasets of their mels.
+
+Each corpus is a function that a YAML names with its arguments:
+
+    corpus: !name:recipes.tacotron2.data.readings {data_folder: !ref <data_folder>, …}
+
+and that returns ``{"train": cuts, "valid": cuts, "test": cuts}``, each cut with a text in which
+numbers and abbreviations are spelled out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from recipes.common.audio import Header, check_recordings
+from recipes.common.loading import keep, load, transcript
+from recipes.common.mel import LogMel
+from recipes.common.paths import inside
+from recipes.common.speech import one_voice_reading, to_cuts
+from recipes.tacotron2.text import Front, check_texts, spell_out
+from trainer.seed import derive
+
+try:
+    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+    from lhotse.audio import AudioSource
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+logger = logging.getLogger(__name__)
+
+Corpus = Mapping[str, CutSet]
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+LAYOUT = "a metadata.csv of lines id|text or id|text|… and a folder wavs with a sound file for each"
+MARGIN = 0.05  # seconds of quiet that trimming leaves
+
+
+# ------------------------------------------------------------------------------ embedded sentences
+
+
+def embedded(train: int, valid: int, test: int, sample_rate: int = 16000) -> Corpus:
+    """So many synthesised sentences of prose each, by one voice; no sentence is in two splits."""
+    counts = {"train": train, "valid": valid, "test": test}
+    return {
+        split: to_cuts(one_voice_reading(split, count, sample_rate))
+        for split, count in counts.items()
+    }
+
+
+# -------------------------------------------------------------------------------- recorded readings
+
+
+def readings(
+    data_folder: str,
+    valid: int,
+    test: int,
+    column: int = 1,
+    spell: bool = True,
+    lengths: tuple[float, float] = (0.0, float("inf")),
+    sounds: str = "",
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """Recordings of one voice with their texts, in the layout of LJSpeech (K. Ito, 2017).
+
+    Which texts are held out depends on the texts alone; those said twice are in one split.
+
+    Args:
+        data_folder: has a ``metadata.csv`` of lines ``id|text|…``, and ``wavs/id.wav`` (or .flac,
+            .ogg, .opus, .mp3).
+        valid, test: how many different texts are held out for each.
+        column: which one has the text; LJSpeech's column 2 has it with numbers spelled out.
+        spell: numbers and abbreviations are still to be spelled out.
+        lengths: the shortest and the longest, in seconds; others are left out.
+        sounds: texts with one of these characters tell of a sound, and are left out.
+        on_bad, max_bad: what happens to unusable files, as in the run options.
+
+    Raises ValueError for a folder that is missing or has another layout, for an empty text, and
+    where too few texts are left.
+    """
+    folder = Path(data_folder).expanduser()
+    texts = dict(_texts(folder, column))
+    for name in [name for name, text in texts.items() if set(text) & set(sounds)]:
+        logger.info("%s is no speech, left out: %s", name, texts.pop(name))
+    files = {_file(folder, name): name for name in texts}
+    headers = check_recordings(files, channels=None, on_bad=on_bad, max_bad=max_bad)
+    cuts = keep(
+        (_cut(path, header, files[path], texts[files[path]]) for path, header in headers.items()),
+        *lengths,
+    )
+    if spell:
+        cuts = CutSet.from_cuts(map(_spelled, cuts))
+    return _split(cuts, valid, test)
+
+
+def _texts(folder: Path, column: int) -> Iterator[tuple[str, str]]:
+    """The ids and texts of a metadata.csv."""
+    if not folder.is_dir():
+        raise ValueError(f"data_folder {folder} is not there; expected was {LAYOUT}")
+    table = folder / "metadata.csv"
+    if not table.is_file():
+        raise ValueError(
+            f"{folder} has another layout: it has no metadata.csv; expected was {LAYOUT}"
+        )
+    lines = table.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        fields = line.split("|")
+        if len(fields) <= column or not fields[0]:
+            raise ValueError(
+                f"line {number} of {table} has {len(fields)} columns: {line[:80]!r}; expected were "
+                f"an id and, in column {column + 1}, a text, separated by |"
+            )
+        if not fields[column].strip():
+            raise ValueError(f"line {number} of {table} has no text: {line[:80]!r}")
+        yield fields[0], fields[column].strip()
+    if not lines:
+        raise ValueError(f"{table} is empty; expected was {LAYOUT}")
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The recording of an id; where there is none, the `.wav` that should be there."""
+    paths = [inside(folder / "wavs", name + suffix) for suffix in AUDIO]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def _cut(path: Path, header: Header, name: str, text: str) -> MonoCut:
+    duration = header.duration
+    source = AudioSource(type="file", channels=list(range(header.channels)), source=str(path))
+    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
+    said = SupervisionSegment(name, name, 0.0, duration, text=text)
+    return MonoCut(name, 0.0, duration, 0, supervisions=[said], recording=recording)
+
+
+def _spelled(cut: MonoCut) -> MonoCut:
+    cut.supervisions[0].text = spell_out(cut.supervisions[0].text)
+    return cut
+
+
+def _split(cuts: CutSet, valid: int, test: int) -> Corpus:
+    """Hold out so many texts, chosen by what they say."""
+    texts = sorted({_text(cut) for cut in cuts}, key=lambda text: derive(0, "split", text))
+    if len(texts) <= valid + test:
+        raise ValueError(
+            f"valid: {valid} and test: {test} leave nothing to train on: there are {len(texts)} "
+            "different texts"
+        )
+    held = dict.fromkeys(texts[:test], "test") | dict.fromkeys(texts[test : test + valid], "valid")
+    parts: dict[str, list[MonoCut]] = {"train": [], "valid": [], "test": []}
+    for cut in cuts:
+        parts[held.get(_text(cut), "train")].append(cut)
+    return {split: CutSet.from_cuts(part) for split, part in parts.items()}
+
+
+def _text(cut: Any) -> str:
+    return str(transcript(cut)["text"])
+
+
+# --------------------------------------------------------------------------------- cuts to datasets
+
+
+class Mels(Dataset[dict[str, Any]]):
+    """Utterances as ``{"id", "text", "tokens", "mel"}``: symbols (L,) and log-mels (F, M).
+
+    Args:
+        cuts: of any sample rate, with a text each.
+        tokens: the symbols of each.
+        mel: makes spectrograms, at its own sample rate.
+        quiet: before and after it is cut off what is so many dB below the loudest 10 ms; None
+            leaves everything.
+        cached: keep the spectrograms in memory.
+    """
+
+    def __init__(
+        self,
+        cuts: Sequence[Any],
+        tokens: Sequence[Sequence[int]],
+        mel: LogMel,
+        quiet: float | None = None,
+        cached: bool = False,
+    ) -> None:
+        self.cuts, self.tokens, self.mel = cuts, tokens, mel
+        self.quiet, self.cached = quiet, cached
+        self._known: dict[int, Tensor] = {}
+
+    @property
+    def durations(self) -> list[float]:
+        """Seconds of each utterance."""
+        return [cut.duration for cut in self.cuts]
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        cut = self.cuts[index]
+        mel = self._known.get(index)
+        if mel is None:
+            mel = self._mel(cut)
+            if self.cached:
+                self._known[index] = mel
+        tokens = torch.tensor(self.tokens[index])
+        return {"id": cut.id, "text": _text(cut), "tokens": tokens, "mel": mel}
+
+    def _mel(self, cut: Any) -> Tensor:
+        signal = load(cut, self.mel.sample_rate, resample=True)
+        if self.quiet is not None:
+            signal = trimmed(signal, self.mel.sample_rate, self.quiet)
+        short = max(0, self.mel.edge + 1 - len(signal))
+        return self.mel(torch.nn.functional.pad(signal, (0, short))).T.contiguous()
+
+    def name_of(self, index: int) -> str:
+        """An utterance in an error message."""
+        return f"{index} ({self.cuts[index].id})"
+
+
+def trimmed(signal: Tensor, sample_rate: int, quiet: float) -> Tensor:
+    """Samples (S,) without what is before and after their sounds, but for ``MARGIN`` seconds."""
+    size = sample_rate // 100
+    if len(signal) < size:
+        return signal
+    power = signal.unfold(0, size, size).square().mean(-1)
+    loud = (power >= power.max() * 10 ** (-quiet / 10)).nonzero()
+    margin = round(MARGIN * sample_rate)
+    first, last = int(loud[0]) * size - margin, (int(loud[-1]) + 1) * size + margin
+    return signal[max(0, first) : last]
+
+
+def datasets(
+    corpus: Corpus,
+    front: Front,
+    mel: LogMel,
+    longest_text: int,
+    quiet: float | None = None,
+    cached: bool = False,
+) -> dict[str, Mels]:
+    """The datasets of train, valid and test. Texts of more than ``longest_text`` symbols are not
+    trained on; valid and test keep them.
+
+    Raises ValueError for an empty text, for characters that the front end does not know, and when
+    nothing is left to train on.
+    """
+    sets = {}
+    for split, cuts in corpus.items():
+        texts = {cut.id: _text(cut) for cut in cuts}
+        check_texts(texts, front)
+        pairs = list(zip(cuts, front.encode(list(texts.values())), strict=True))
+        if split == "train":
+            pairs = _alignable(pairs, longest_text)
+        kept, tokens = zip(*pairs, strict=True)
+        sets[split] = Mels(kept, tokens, mel, quiet, cached)
+    return sets
+
+
+def _alignable(
+    pairs: list[tuple[Any, list[int]]], longest_text: int
+) -> list[tuple[Any, list[int]]]:
+    """The cuts with at most so many symbols."""
+    good = [pair for pair in pairs if len(pair[1]) <= longest_text]
+    long = [cut.id for cut, tokens in pairs if len(tokens) > longest_text]
+    if not good:
+        raise ValueError(
+            f"all {len(long)} texts have more than longest_text={longest_text} symbols"
+        )
+    if long:
+        names = ", ".join(long[:5]) + (" …" if long[5:] else "")
+        logger.info(
+            "%d texts have more than %d symbols, left out: %s", len(long), longest_text, names
+        )
+    return good

@@ -1,0 +1,129 @@
+"""Say texts with a trained synthesiser.
+
+    python recipes/tacotron2/infer.py results/tacotron2/demo/1234 --text "Turn left." -o out.wav
+    python recipes/tacotron2/infer.py results/tacotron2/demo/1234 --file lines.txt -o folder
+
+Of a file, each line becomes ``folder/0001.wav``, ``folder/0002.wav`` and so on. Numbers, units and
+abbreviations are spelled out. Prints a line ``path<TAB>seconds<TAB>text`` for each text. All it
+needs is the run folder: its hyperparams.yaml and its checkpoints, of which it takes the one that
+the test took. A text that cannot be said is named on stderr and the others are still said; the exit
+code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from recipes.tacotron2.sound import Sound, make_sound, write_sound
+from recipes.tacotron2.text import readable
+from recipes.tacotron2.train import Synthesiser
+from trainer.hparams import load_hparams
+from trainer.testing import best_weights
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    given = _arguments(argv)
+    try:
+        texts = _texts(given.text, given.file, given.output)
+        brain = load(given.run, given.device)
+        vocoder = given.vocoder or brain.hparams.vocoder
+        sound = make_sound(brain.hparams.mel, vocoder, str(brain.device))
+        with best_weights(brain, None, "mel_l1"):
+            return say_all(brain, sound, texts)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a run, such as results/tacotron2/demo/1")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", help="what to say")
+    texts.add_argument("--file", type=Path, help="a file with a text a line")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="a sound file; for --file a folder"
+    )
+    parser.add_argument(
+        "--vocoder",
+        type=Path,
+        help="run folder of a HiFi-GAN; default: the run's, or Griffin and Lim's algorithm",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    return parser.parse_args(argv)
+
+
+def _texts(text: str | None, file: Path | None, output: Path) -> dict[Path, tuple[str, str]]:
+    """Each sound file to write with the name and the words of its text."""
+    if file is None:
+        return {output: ("the text", text or "")}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error})") from None
+    if not lines:
+        raise ValueError(f"{file} is empty: there is no text to say")
+    return {
+        output / f"{number:04d}.wav": (f"line {number} of {file}", line)
+        for number, line in enumerate(lines, 1)
+    }
+
+
+def load(run: Path, device: str = "auto") -> Synthesiser:
+    """The synthesiser of a run folder, wherever that lies now; its weights are still to be read.
+
+    Raises ValueError for a folder that is no run's.
+    """
+    file = run / "hyperparams.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
+    hparams = load_hparams(file, {"output_folder": str(run), "device": device})
+    return Synthesiser(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])
+
+
+def say_all(brain: Synthesiser, sound: Sound, texts: Mapping[Path, tuple[str, str]]) -> int:
+    """Write a sound file of each text; 1 if one could not be said."""
+    failed = False
+    for path, (name, text) in texts.items():
+        try:
+            tokens = tokens_of(brain, name, text)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            continue
+        spoken = brain.say(tokens)
+        if not spoken.stopped.item():
+            print(
+                f"warning: {name} was cut at {brain.hparams.longest:g} s: the gate did not stop it",
+                file=sys.stderr,
+            )
+        wave = sound(spoken.mel[0].T)
+        rate = brain.hparams.mel.sample_rate
+        write_sound(path, wave, rate)
+        print(f"{path}\t{len(wave) / rate:.2f}\t{text}", flush=True)
+    return int(failed)
+
+
+def tokens_of(brain: Synthesiser, name: str, text: str) -> torch.Tensor:
+    """The symbols (L,) of a text as people write it.
+
+    Raises ValueError for an empty one, for unknown characters, and for one that is too long.
+    """
+    own = brain.hparams
+    (tokens,) = own.front.encode([readable(name, text, own.front)])
+    if len(tokens) > own.longest_text:
+        raise ValueError(
+            f"{name} has {len(tokens)} symbols; the model has learned to align up to "
+            f"{own.longest_text}: divide it into sentences"
+        )
+    return torch.tensor(tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

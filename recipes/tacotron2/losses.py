@@ -1,0 +1,98 @@
+"""What Tacotron2 learns from: four losses, each a mean over utterances of means over their steps.
+
+So a batch's loss is that of its utterances alone and weighed equally, whatever the padding, and
+several processes together compute what one does on the joined batch.
+
+Shapes: B utterances, L symbols of text, F frames of mel, M bands, T decoder steps of r frames.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from recipes.tacotron2.model import Predictions, padding_mask
+
+
+class Objective:
+    """The sum of the losses, and its parts by name.
+
+    Args:
+        gate: weight of the gate's cross entropy.
+        last_step: weight of an utterance's last step in it: it is one among many.
+        attention: weight of the guided attention.
+        spread: its g, as a share of the text.
+        half_life: optimizer steps after which its weight is half; None: it stays.
+    """
+
+    def __init__(
+        self,
+        gate: float = 1.0,
+        last_step: float = 1.0,
+        attention: float = 1.0,
+        spread: float = 0.2,
+        half_life: float | None = None,
+    ) -> None:
+        self.gate, self.last_step = gate, last_step
+        self.attention, self.spread, self.half_life = attention, spread, half_life
+
+    def __call__(
+        self, found: Predictions, symbols: Tensor, frames: Tensor, optimizer_step: int = 0
+    ) -> dict[str, Tensor]:
+        """The weighted parts: mel, refined, gate, attention. Texts have so many symbols (B,), and
+        spectrograms so many frames (B,)."""
+        reduction = found.mel.shape[1] // found.gate.shape[1]
+        steps = (frames + reduction - 1) // reduction
+        pull = self.attention
+        if self.half_life is not None:
+            pull *= 0.5 ** (optimizer_step / self.half_life)
+        guide = guided_attention(found.attention, symbols, steps, self.spread)
+        return {
+            "mel": squared_error(found.mel, found.target, frames),
+            "refined": squared_error(found.refined, found.target, frames),
+            "gate": self.gate * gate_loss(found.gate, steps, self.last_step),
+            "attention": pull * guide,
+        }
+
+
+def squared_error(found: Tensor, target: Tensor, frames: Tensor) -> Tensor:
+    """The mean squared difference of spectrograms (B, F, M) over their frames (B,)."""
+    error = (found.float() - target.float()).square().mean(-1)  # (B, F)
+    return mean_of_means(error, frames)
+
+
+def gate_loss(logits: Tensor, steps: Tensor, last_step: float = 1.0) -> Tensor:
+    """Cross entropy of "this step is the last one" for logits (B, T) of utterances with so many
+    steps (B,); the true last step counts ``last_step`` times."""
+    last = torch.arange(logits.shape[1], device=logits.device) == steps.unsqueeze(1) - 1
+    error = binary_cross_entropy_with_logits(
+        logits.float(),
+        last.float(),
+        pos_weight=torch.tensor(last_step, device=logits.device),
+        reduction="none",
+    )
+    return mean_of_means(error, steps)
+
+
+def guided_attention(
+    attention: Tensor, symbols: Tensor, steps: Tensor, spread: float = 0.2
+) -> Tensor:
+    """How far from the diagonal the attention (B, T, L) looks: Tachibana et al. 2017 (arXiv
+    1710.08969), equations 3 and 4.
+
+    Symbol n of N costs ``W = 1 - exp(-(n/N - t/T)^2 / 2 g^2)`` at step t of T. The attention at a
+    step sums to 1, so its cost is summed over symbols, and the mean taken over steps: from 0 to 1,
+    N times what the paper's mean over both is.
+    """
+    text = torch.arange(attention.shape[2], device=attention.device) / symbols.unsqueeze(1)
+    time = torch.arange(attention.shape[1], device=attention.device) / steps.unsqueeze(1)
+    distance = text.unsqueeze(1) - time.unsqueeze(2)  # (B, T, L)
+    cost = 1 - torch.exp(-distance.square() / (2 * spread**2))
+    return mean_of_means((attention.float() * cost).sum(-1), steps)
+
+
+def mean_of_means(values: Tensor, lengths: Tensor) -> Tensor:
+    """The mean over utterances of the mean over the first ``lengths`` (B,) of values (B, T)."""
+    kept = values.masked_fill(padding_mask(lengths, values.shape[1]), 0.0)
+    return (kept.sum(1) / lengths).mean()

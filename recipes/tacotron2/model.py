@@ -1,0 +1,128 @@
+"""The synthesiser: torchaudio's Tacotron2, several frames to a step, and blind to padding.
+
+The network is that of Shen et al. 2018 (arXiv 1712.05884). `Tacotron` adds around it what training
+and synthesis need and torchaudio leaves to its users: batches in any order, mels brought to a mean
+near 0, the padding silenced before every convolution, so that an utterance is encoded and refined
+alike alone and in a batch, and free-running synthesis that says whether the gate ended it.
+
+``n_frames_per_step`` (the reduction factor r of Tacotron, Wang et al. 2017) may be above 1: the
+decoder then takes r frames as one input and gives r as one output, which makes sequences r times
+shorter. torchaudio promises 1 alone; its decoder's code is general, and a test holds it to that.
+
+Shapes: B utterances, L symbols of text, F frames of mel, M bands, T = ceil(F / r) decoder steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchaudio.models import Tacotron2
+
+GRID = 4  # decoder steps; spectrograms are padded to multiples of it
+
+
+class Predictions(NamedTuple):
+    """What teacher forcing gives. Beyond an utterance's end everything is undefined."""
+
+    mel: Tensor  # (B, T * r, M), in the scale of the network, as are the next and `target`
+    refined: Tensor  # (B, T * r, M), by the post-net
+    target: Tensor  # (B, T * r, M), what both should be
+    gate: Tensor  # (B, T), logits of "this step is the last one"
+    attention: Tensor  # (B, T, L), each step's sums to 1
+
+
+class Spoken(NamedTuple):
+    """What free-running synthesis gives."""
+
+    mel: Tensor  # (B, T * r, M), natural logarithm; zero beyond each utterance's end
+    frames: Tensor  # (B,), of each utterance
+    attention: Tensor  # (B, T, L)
+    stopped: Tensor  # (B,), false where the limit ended it and not the gate
+
+
+class Tacotron(nn.Module):
+    """Texts as symbols to log-mel spectrograms.
+
+    Args:
+        net: torchaudio's network.
+        mean, deviation: of a log-mel value, roughly; the network sees (mel - mean) / deviation.
+    """
+
+    def __init__(self, net: Tacotron2, mean: float = 0.0, deviation: float = 1.0) -> None:
+        super().__init__()
+        self.net, self.mean, self.deviation = net, mean, deviation
+        self.bands, self.reduction = net.n_mels, net.n_frames_per_step
+        for layer in net.encoder.convolutions:
+            layer[0].register_forward_pre_hook(self._silence_text)
+        for layer in net.postnet.convolutions:
+            layer[0].register_forward_pre_hook(self._silence_frames)
+
+    def _silence_text(self, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].masked_fill(self._beyond_text, 0.0)  # (B, C, L)
+
+    def _silence_frames(self, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].masked_fill(self._beyond_frames, 0.0)  # (B, C, T * r)
+
+    def steps(self, frames: Tensor) -> Tensor:
+        """How many decoder steps so many frames take."""
+        return (frames + self.reduction - 1) // self.reduction
+
+    def forward(self, tokens: Tensor, symbols: Tensor, mel: Tensor, frames: Tensor) -> Predictions:
+        """Teacher forcing: each step sees the true frames before it.
+
+        Args: tokens (B, L) padded and their number (B,), log-mels (B, F, M) padded and frames (B,).
+        """
+        # Few different lengths: a CPU prepares its kernels anew for each.
+        mel = nn.functional.pad(mel, (0, 0, 0, -mel.shape[1] % (GRID * self.reduction)))
+        target = (mel - self.mean) / self.deviation
+        order = symbols.argsort(descending=True, stable=True)  # as torchaudio's packing wants it
+        memory = self._encode(tokens[order], symbols[order])
+        # The decoder folds r frames into one by a view, for which frames must lie before bands.
+        teacher = target[order].contiguous().transpose(1, 2)
+        coarse, gate, attention = self.net.decoder(memory, teacher, memory_lengths=symbols[order])
+        refined = self._refine(coarse, frames[order])
+        back = order.argsort()
+        found = (coarse.transpose(1, 2), refined.transpose(1, 2), target[order], gate, attention)
+        return Predictions(*(each[back] for each in found))
+
+    @torch.no_grad()
+    def synthesise(self, tokens: Tensor, symbols: Tensor, limit: int) -> Spoken:
+        """Free-running: each step sees what the last one gave, until the gate opens, at most
+        ``limit`` frames. Its dropout, which never rests, draws from the global generator.
+        """
+        decoder = self.net.decoder
+        decoder.decoder_max_step = -(-limit // self.reduction)
+        order = symbols.argsort(descending=True, stable=True)
+        memory = self._encode(tokens[order], symbols[order])
+        with warnings.catch_warnings():  # `stopped` tells it.
+            warnings.filterwarnings("ignore", message="Reached max decoder steps")
+            coarse, steps, gate, attention = decoder.infer(memory, symbols[order])
+        # As torchaudio's own `infer` undoes how the decoder flattens it: (L, T * B) to (B, T, L).
+        attention = attention.unflatten(1, (-1, len(order))).permute(2, 1, 0)
+        steps = steps.long()
+        last = gate.gather(1, steps.unsqueeze(1) - 1).squeeze(1)
+        stopped = last.float().sigmoid() > decoder.gate_threshold
+        frames = steps * self.reduction
+        refined = self._refine(coarse, frames).float().masked_fill(self._beyond_frames, 0.0)
+        mel = refined * self.deviation + self.mean
+        mel = mel.masked_fill(self._beyond_frames, 0.0).transpose(1, 2)
+        back = order.argsort()
+        return Spoken(*(each[back] for each in (mel, frames, attention.float(), stopped)))
+
+    def _encode(self, tokens: Tensor, symbols: Tensor) -> Tensor:
+        """(B, L), the longest first, to the memory (B, L, C) that the attention reads."""
+        self._beyond_text = padding_mask(symbols, tokens.shape[1]).unsqueeze(1)
+        return self.net.encoder(self.net.embedding(tokens).transpose(1, 2), symbols)
+
+    def _refine(self, coarse: Tensor, frames: Tensor) -> Tensor:
+        """(B, M, T * r) with what the post-net adds."""
+        self._beyond_frames = padding_mask(frames, coarse.shape[2]).unsqueeze(1)
+        return coarse + self.net.postnet(coarse)
+
+
+def padding_mask(lengths: Tensor, longest: int) -> Tensor:
+    """(B,) to (B, longest), true beyond each length."""
+    return torch.arange(longest, device=lengths.device) >= lengths.unsqueeze(1)

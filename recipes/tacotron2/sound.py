@@ -1,0 +1,39 @@
+"""Log-mel spectrograms to sound files: by Griffin and Lim's algorithm, or by a trained vocoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from recipes.common.griffin_lim import GriffinLim
+from recipes.common.mel import LogMel
+from recipes.common.vocoder import Vocoder, load_vocoder
+
+try:
+    import soundfile
+except ImportError as error:
+    raise ImportError(
+        "writing audio needs soundfile: pip install 'cortex-speech[recipes]'"
+    ) from error
+
+
+def make_sound(
+    mel: LogMel, vocoder: str | Path | None = None, device: str = "cpu"
+) -> GriffinLim | Vocoder:
+    """What turns log-mels (M, F) of this front end into samples (F * hop,): the vocoder of a
+    HiFi-GAN's run folder, or Griffin and Lim's algorithm where there is none.
+
+    Raises ValueError for a folder that is no vocoder's, or whose mels are made otherwise.
+    """
+    if vocoder is None:
+        return GriffinLim(mel)
+    found = load_vocoder(vocoder, device)
+    found.mel.check(f"the vocoder {vocoder} does not fit", mel.config)
+    return found
+
+
+def write_sound(path: Path, wave: Tensor, sample_rate: int) -> None:
+    """A 16-bit file of samples (S,); its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")

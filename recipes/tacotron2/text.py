@@ -1,0 +1,183 @@
+"""Texts to the symbols that are synthesised: characters, or phonemes by espeak-ng.
+
+`spell_out` turns a text as people write it, with numbers and abbreviations, into one as it is read
+aloud, by wetext's grammars. What a front end then still does not know is refused with the character
+and its place: a synthesiser that guesses says something else than the text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+from recipes.tacotron2 import phonemiser
+
+PAD, END = "<pad>", "<end>"
+PUNCTUATION = "!'(),-.:;?"
+LETTERS = f" {PUNCTUATION}abcdefghijklmnopqrstuvwxyz"
+# What word processors make of quotation marks, apostrophes and dashes.
+TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": "", "”": "", '"': "", "–": "-", "—": "-"})
+
+# The sounds of English as espeak-ng writes them. A stressed or a long vowel is a symbol of its own:
+# marks of stress and length have no sound that attention could look at.
+VOWELS = "aæɐɑɒɔəɚɛɜeɪiᵻoʊuʌ"
+CONSONANTS = "bdðfɡhjklmnŋpɹrɾsʃtθvwxzʒʔ"
+SYLLABIC = "̩"  # a combining mark: the n of "button"
+STRESSES, LENGTH = ("", "ˈ", "ˌ"), "ː"
+SOUND = re.compile(rf"[ˈˌ]?.[{LENGTH}{SYLLABIC}]?")
+
+
+class Front(Protocol):
+    """A text front end: ``symbols`` are the names of its numbers, that of padding first."""
+
+    symbols: list[str]
+
+    def __len__(self) -> int: ...
+
+    def unknown(self, text: str) -> list[tuple[int, str]]:
+        """The places and characters of a text that cannot be read."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The numbers of the symbols of texts, each with that of the end last. Raises ValueError
+        for a text that cannot be read."""
+
+
+class Characters:
+    """A symbol a letter or mark of ``alphabet``; capital letters are read as small ones."""
+
+    def __init__(self, alphabet: str = LETTERS) -> None:
+        if len(set(alphabet)) < len(alphabet):
+            raise ValueError(f"the alphabet {alphabet!r} has a character twice")
+        self.alphabet = alphabet
+        self.symbols = [PAD, END, *alphabet]
+        self._numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def unknown(self, text: str) -> list[tuple[int, str]]:
+        return _strange(text, self.alphabet)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        check_texts({repr(text): text for text in texts}, self)
+        end = self._numbers[END]
+        return [[*(self._numbers[each.lower()] for each in text), end] for text in texts]
+
+
+class Phonemes:
+    """A symbol a sound, as espeak-ng pronounces English; spaces and punctuation stay.
+
+    Needs espeak-ng, of the extra ``demo``, which is asked in a process of its own. ``voice`` is one
+    of its languages, such as "en-us" or "en-gb-x-rp".
+    """
+
+    def __init__(self, voice: str = "en-us") -> None:
+        self.voice = voice
+        vowels = ["".join(parts) for parts in product(STRESSES, VOWELS, ("", LENGTH))]
+        syllabic = [f"{stress}{each}{SYLLABIC}" for stress in STRESSES for each in "lmn"]
+        self.symbols = [PAD, END, " ", *PUNCTUATION, *CONSONANTS, *vowels, *syllabic]
+        self._numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def unknown(self, text: str) -> list[tuple[int, str]]:
+        return _strange(text, LETTERS)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        check_texts({repr(text): text for text in texts}, self)
+        end = self._numbers[END]
+        found = []
+        for text, said in zip(texts, pronounced(texts, self.voice), strict=True):
+            sounds = SOUND.findall(said)
+            strange = sorted(set(sounds) - self._numbers.keys())
+            if strange or not sounds:
+                raise ValueError(
+                    f"espeak-ng pronounces {text!r} as {said!r}; "
+                    f"not known as sounds of English: {', '.join(strange) or 'silence'}"
+                )
+            found.append([*(self._numbers[each] for each in sounds), end])
+        return found
+
+
+def pronounced(texts: Sequence[str], voice: str) -> list[str]:
+    """Texts in the International Phonetic Alphabet, by espeak-ng in a process of its own.
+
+    Raises ImportError where it is not installed, RuntimeError where it fails.
+    """
+    package = importlib.util.find_spec("espeakng_loader")  # found, but not imported
+    if package is None or package.origin is None:
+        raise ImportError(
+            "phonemes need espeak-ng: pip install 'cortex-speech[demo]' (or use the front end "
+            "recipes.tacotron2.text.Characters, which needs nothing)"
+        )
+    program = [sys.executable, "-I", phonemiser.__file__, str(Path(package.origin).parent)]
+    lines = "".join(json.dumps({"voice": voice, "text": text}) + "\n" for text in texts)
+    done = subprocess.run(program, input=lines.encode(), capture_output=True, check=False)
+    if done.returncode:
+        told = done.stderr.decode(errors="replace").strip() or "it gave no reason"
+        raise RuntimeError(f"espeak-ng ended with status {done.returncode}: {told}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _strange(text: str, alphabet: str) -> list[tuple[int, str]]:
+    return [(place, each) for place, each in enumerate(text) if each.lower() not in alphabet]
+
+
+def check_texts(texts: Mapping[str, str], front: Front) -> None:
+    """Raise ValueError if texts, by the names of their utterances, are empty or have characters
+    that the front end does not know."""
+    if empty := [name for name, text in texts.items() if not text.strip()]:
+        raise ValueError(f"there is no text to say in {_listed(empty)}")
+    found: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        for place, character in front.unknown(text):
+            found.setdefault(character, []).append(f"{name} at character {place + 1}")
+    if found:
+        told = "; ".join(f"{each!r} in {_listed(found[each])}" for each in sorted(found))
+        raise ValueError(f"the text front end does not know {told}")
+
+
+def readable(name: str, text: str, front: Front) -> str:
+    """A text as people write it, spelled out, of which the front end knows every character.
+
+    Raises ValueError for an empty one and for unknown characters, with their places in ``text``.
+    """
+    spelled = spell_out(text)
+    strange = {each for _, each in front.unknown(spelled)}
+    # What is spelled out is not strange, and nor is what came of it but is not in the text itself.
+    as_written = "".join(each if each in strange else " " for each in text)
+    check_texts({name: as_written if strange & set(text) else spelled}, front)
+    return spelled
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return names[0] + more
+
+
+def spell_out(text: str) -> str:
+    """A text with its numbers, units and abbreviations as words, and single spaces.
+
+    Raises ImportError with what to install.
+    """
+    return " ".join(_normaliser().normalize(text.translate(TYPOGRAPHY)).split())
+
+
+@cache
+def _normaliser() -> Any:
+    try:
+        from wetext import Normalizer
+    except ImportError as error:
+        raise ImportError(
+            "spelling out numbers and abbreviations needs wetext: pip install 'cortex-speech[tts]'"
+        ) from error
+    return Normalizer(lang="en", operator="tn")

@@ -1,0 +1,164 @@
+"""Train a synthesiser of speech: Tacotron2.
+
+    python recipes/tacotron2/train.py hparams/tacotron2/demo.yaml
+
+Ends with what the best checkpoint makes of the test set's texts: how sharp its attention is, how
+often its gate stops at about the true length, and the error of its spectrograms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trainer
+from recipes.common.loading import DurationBatches
+from recipes.tacotron2.data import Mels, datasets
+from recipes.tacotron2.model import Predictions, Spoken
+from recipes.tacotron2.pictures import Gallery, Picture, write_picture
+from recipes.tacotron2.scoring import Reading, Scores, focus_rate, mel_error
+from recipes.tacotron2.sound import make_sound, write_sound
+from trainer import Brain, Stage, distributed
+from trainer.seed import derive
+
+
+class Synthesiser(Brain):
+    """Learns by teacher forcing; valid and test synthesise freely, too.
+
+    Reads from the YAML ``objective``, ``mel``, ``longest`` (seconds that a text may take) and
+    ``pictures`` (how many utterances are drawn at each validation); writes ``pictures/``,
+    ``readings_valid.csv``, ``readings_test.csv`` and, at the test, ``audio/`` into the run folder.
+    """
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Predictions:
+        return self.modules.model(*batch.tokens, *batch.mel)
+
+    def compute_objectives(self, predictions: Predictions, batch: Any, stage: Stage) -> Tensor:
+        parts = self.hparams.objective(
+            predictions, batch.tokens.lengths, batch.mel.lengths, self.optimizer_step
+        )
+        return sum(parts.values(), 0.0)
+
+    def evaluate_batch(self, batch: Any, stage: Stage) -> Tensor:
+        """The loss by teacher forcing; and how the texts of the batch are read freely."""
+        # The dropout of the pre-net never rests: a text is read alike whenever it is tested.
+        torch.manual_seed(derive(self.options.seed, "reading", *batch.id))
+        with self.autocast():
+            predictions = self.compute_forward(batch, stage)
+            loss = self.compute_objectives(predictions, batch, stage)
+            spoken = self.modules.model.synthesise(*batch.tokens, self.limit)
+        self._score(batch, predictions, spoken)
+        self._draw(batch, predictions, spoken)
+        return loss.detach()
+
+    @property
+    def limit(self) -> int:
+        """Frames after which synthesis ends, if the gate has not ended it."""
+        mel = self.hparams.mel
+        return round(self.hparams.longest * mel.sample_rate / mel.hop)
+
+    def _score(self, batch: Any, predictions: Predictions, spoken: Spoken) -> None:
+        model, frames = self.modules.model, batch.mel.lengths
+        error = mel_error(predictions.refined, predictions.target, frames) * model.deviation
+        focus = focus_rate(spoken.attention, model.steps(spoken.frames))
+        columns = (focus, spoken.frames, frames, spoken.stopped, error)
+        rows = zip(batch.id, batch.text, *(each.tolist() for each in columns), strict=True)
+        self.scores.readings += (Reading(*row) for row in rows)
+
+    def _draw(self, batch: Any, predictions: Predictions, spoken: Spoken) -> None:
+        """Keep what the first few utterances look like."""
+        model = self.modules.model
+        for n in range(min(len(batch), self.gallery.room)):
+            frames, symbols = int(batch.mel.lengths[n]), int(batch.tokens.lengths[n])
+            made = int(spoken.frames[n])
+            self.gallery.drawn.append(
+                Picture(
+                    batch.text[n],
+                    true=batch.mel.data[n, :frames],
+                    forced=predictions.refined[n, :frames] * model.deviation + model.mean,
+                    free=spoken.mel[n, :made],
+                    attention=spoken.attention[n, : made // model.reduction, :symbols],
+                )
+            )
+
+    def say(self, tokens: Tensor) -> Spoken:
+        """Symbols (L,) as a spectrogram, the same each time; the weights are those in place."""
+        self.modules.eval()
+        torch.manual_seed(derive(self.options.seed, "say", *tokens.tolist()))
+        batch, symbols = tokens[None].to(self.device), torch.tensor([len(tokens)])
+        with self.eval_precision.autocast():
+            return self.modules.model.synthesise(batch, symbols.to(self.device), self.limit)
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        self.scores, self.gallery = Scores(), Gallery(self.hparams.pictures)
+
+    def on_stage_end(
+        self, stage: Stage, stage_loss: Any, epoch: int | None = None
+    ) -> Mapping[str, float] | None:
+        if stage is Stage.TRAIN:
+            return None
+        scores = self.scores.gather()
+        if distributed.is_main():
+            folder = Path(self.hparams.output_folder)
+            scores.write(folder / f"readings_{stage.value}.csv")
+            name = stage.value if epoch is None else f"{stage.value}-{epoch:04d}"
+            write_picture(folder / "pictures" / f"{name}.png", self.gallery.drawn)
+            if stage is Stage.TEST:
+                self._sound(folder / "audio")
+        return scores.rates()
+
+    def _sound(self, folder: Path) -> None:
+        """Write what the drawn utterances sound like."""
+        own = self.hparams
+        sound = make_sound(own.mel, own.vocoder, str(self.device))
+        for number, each in enumerate(self.gallery.drawn):
+            for name, mel in (("true", each.true), ("free", each.free)):
+                path = folder / f"{number:02d}-{name}.wav"
+                write_sound(path, sound(mel.T), own.mel.sample_rate)
+
+
+def train(run: trainer.Run) -> dict[str, float]:
+    """Train as the YAML says, and test the best checkpoint."""
+    hparams = run.hparams
+    sets = datasets(
+        hparams["corpus"](),
+        hparams["front"],
+        hparams["mel"],
+        hparams["longest_text"],
+        hparams["quiet"],
+        hparams["cached"],
+    )
+    brain = Synthesiser(
+        hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
+    )
+    loading = {split: _loading(each, split, hparams) for split, each in sets.items()}
+    brain.fit(
+        hparams["epoch_counter"],
+        sets["train"],
+        sets["valid"],
+        train_loader_kwargs=loading["train"],
+        valid_loader_kwargs=loading["valid"],
+    )
+    brain.evaluate(sets["test"], min_key="mel_l1", test_loader_kwargs=loading["test"])
+    return brain.test_metrics
+
+
+def _loading(dataset: Mels, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """How a split is batched: so many utterances, about equally long."""
+    size = hparams["batch_size"]
+    batches = DurationBatches(
+        dataset.durations,
+        size * max(dataset.durations),
+        seed=hparams["seed"],
+        shuffle=split == "train",
+        max_items=size,
+    )
+    return {"batch_sampler": batches, "num_workers": hparams["num_workers"]}
+
+
+if __name__ == "__main__":
+    trainer.main(train)
