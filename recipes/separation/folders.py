@@ -11,6 +11,7 @@ import csv
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from recipes.common.audio import good_ones, read_header
 from recipes.common.paths import inside
@@ -34,7 +35,7 @@ def librimix(
     sample_rate: int = 8000,
     mode: str = "min",
     noisy: bool = False,
-    **bad: float | str,
+    **bad: Any,
 ) -> Corpus:
     """LibriMix (Cosentino et al. 2020, arXiv 2005.11262) as its scripts leave it.
 
@@ -70,7 +71,7 @@ def wsj0mix(
     sample_rate: int = 8000,
     mode: str = "min",
     noisy: bool = False,
-    **bad: float | str,
+    **bad: Any,
 ) -> Corpus:
     """WSJ0-2mix and WSJ0-3mix (Hershey et al. 2016, arXiv 1508.04306), or WHAM, as their scripts
     leave them.
@@ -111,7 +112,9 @@ def read_folders(folder: Path, kind: str, speakers: int, noisy: bool) -> list[Mi
     """The files of one name in the folders ``kind``, ``s1``, ``s2`` … and, if asked, ``noise``."""
     names = [kind, *(f"s{n}" for n in range(1, speakers + 1)), *(["noise"] if noisy else [])]
     if missing := [name for name in names if not (folder / name).is_dir()]:
-        raise ValueError(f"{folder} has no folder {', '.join(missing)}; expected: {', '.join(names)}")
+        raise ValueError(
+            f"{folder} has no folder {', '.join(missing)}; expected: {', '.join(names)}"
+        )
     found = []
     for path in sorted((folder / kind).glob("*.wav")):
         others = [folder / name / path.name for name in names[1:]]

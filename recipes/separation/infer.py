@@ -111,7 +111,9 @@ class Tracks:
         with self.brain.eval_precision.autocast():
             tracks = self.brain.modules.separator(mixture[None, None].to(self.brain.device))
         tracks = scaled(tracks[0].float().cpu(), mixture)
-        return torch.stack([fitted(each, len(signal)) for each in resample(tracks, self.rate, rate)])
+        return torch.stack(
+            [fitted(each, len(signal)) for each in resample(tracks, self.rate, rate)]
+        )
 
 
 def scaled(tracks: Tensor, mixture: Tensor) -> Tensor:

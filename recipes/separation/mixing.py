@@ -1,8 +1,8 @@
 """Mixtures of people who talk at once: drawn anew from single recordings, or as a corpus has them.
 
-Items are ``{"id", "mixture", "sources"}``: samples (T,) and (T, S), time first, so that a batch pads
-them. In training all randomness of an item comes from (seed, epoch, index) by way of the loader,
-whichever process or worker makes it; in evaluation a mixture is the same every time.
+Items are ``{"id", "mixture", "sources"}``: samples (T,) and (T, S), time first, so that a batch
+pads them. In training all randomness of an item comes from (seed, epoch, index) by way of the
+loader, whichever process or worker makes it; in evaluation a mixture is the same every time.
 """
 
 from __future__ import annotations
@@ -289,8 +289,7 @@ def read_mixture(files: Mixture, sample_rate: int) -> tuple[Tensor, Tensor, Tens
         names = ", ".join(str(path) for path in parts)
         raise BadItem(
             files.mixture,
-            f"it is not the sum of {names}: {left / max(level, 1e-9):.1%} of "
-            "its level is left",
+            f"it is not the sum of {names}: {left / max(level, 1e-9):.1%} of its level is left",
         )
     count = len(files.sources)
     noise = signals[count] if files.noise else torch.zeros_like(mixture)

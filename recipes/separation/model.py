@@ -11,7 +11,6 @@ Shapes: B mixtures, S sources, T samples, F frames of the encoder, D features, L
 from __future__ import annotations
 
 import math
-
 from typing import Any
 
 import torch
@@ -50,10 +49,10 @@ def windowed_sines(filters: int, samples: int) -> Tensor:
             "numbers"
         )
     # Each frequency is the middle of its band, so that none is 0, whose sine is nothing.
-    frequencies = (torch.arange(filters // 2) + 0.5) / filters  # of the sample rate
+    frequencies = (torch.arange(filters // 2, dtype=torch.float64) + 0.5) / filters  # of the rate
     angles = 2 * math.pi * frequencies[:, None] * torch.arange(samples)
-    both = torch.cat([angles.cos(), angles.sin()])
-    return both * torch.hann_window(samples).sqrt() * math.sqrt(2 / filters)
+    window = torch.hann_window(samples, dtype=torch.float64).sqrt()
+    return (torch.cat([angles.cos(), angles.sin()]) * window * math.sqrt(2 / filters)).float()
 
 
 class SepFormer(nn.Module):

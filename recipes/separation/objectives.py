@@ -66,7 +66,7 @@ class Kept(NamedTuple):
 
 
 def keep(losses: Tensor, threshold: float | None, upper: float) -> Kept:
-    """The mean of a batch's losses (B,) without those that are too easy, and infinite above a limit.
+    """The mean of a batch's losses (B,) without the too easy ones, and infinite above a limit.
 
     Losses below ``threshold`` (dB) are left out; one that is not finite, −inf too, is not easy but
     wrong, and makes the mean so. A mean above ``upper`` becomes infinite: `Brain.optimize` skips

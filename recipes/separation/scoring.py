@@ -70,7 +70,9 @@ class Scores:
         """Take in a batch: mixtures (B, T), sources and estimates (B, S, T), samples (B,)."""
         # Off the device: filters of 512 taps are solved best in float64.
         signals = [each.detach().cpu().double() for each in (mixtures, sources, estimates)]
-        for name, length, mixture, truth, found in zip(ids, lengths.tolist(), *signals, strict=True):
+        for name, length, mixture, truth, found in zip(
+            ids, lengths.tolist(), *signals, strict=True
+        ):
             self._add(name, mixture[:length], truth[:, :length], found[:, :length])
 
     def _add(self, name: str, mixture: Tensor, sources: Tensor, estimates: Tensor) -> None:

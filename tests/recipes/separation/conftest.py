@@ -38,9 +38,7 @@ def cut_of(path: Path, speaker: str, gender: str | None) -> MonoCut:
     said = SupervisionSegment(
         path.stem, path.stem, 0.0, recording.duration, speaker=speaker, gender=gender
     )
-    return MonoCut(
-        path.stem, 0.0, recording.duration, 0, supervisions=[said], recording=recording
-    )
+    return MonoCut(path.stem, 0.0, recording.duration, 0, supervisions=[said], recording=recording)
 
 
 def record(folder: Path, people: Sequence[str] = tuple(PITCHES), takes: int = 3) -> CutSet:

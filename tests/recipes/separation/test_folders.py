@@ -36,7 +36,9 @@ def write_table(path: Path, names: list[str], rows: list[list[str]]) -> None:
 
 def whole(corpus: Any, speakers: int, count: int = 4) -> None:
     """Everything that was found can be read, and belongs together."""
-    assert {split: len(mixtures) for split, mixtures in corpus.items()} == dict.fromkeys(LIBRI, count)
+    assert {split: len(mixtures) for split, mixtures in corpus.items()} == dict.fromkeys(
+        LIBRI, count
+    )
     for mixtures in corpus.values():
         for each in mixtures:
             _, sources, _ = read_mixture(each, RATE)
@@ -55,7 +57,11 @@ def test_tables_of_librimix_are_read_wherever_the_files_were_made(tmp_path: Path
     made = "/storage/of/another/machine/Libri2Mix/wav8k/min"
     for name in LIBRI.values():
         rows = [
-            [f"m{n}", *(f"{made}/{name}/{kind}/m{n}.wav" for kind in ("mix_clean", "s1", "s2")), "1"]
+            [
+                f"m{n}",
+                *(f"{made}/{name}/{kind}/m{n}.wav" for kind in ("mix_clean", "s1", "s2")),
+                "1",
+            ]
             for n in range(3)  # one less than there are files
         ]
         names = ["mixture_ID", "mixture_path", "source_1_path", "source_2_path", "length"]
@@ -72,7 +78,9 @@ def test_the_noisy_mixtures_of_librimix_come_with_their_noise(tmp_path: Path) ->
     corpus = librimix(str(tmp_path), LIBRI, noisy=True)
     whole(corpus, 2)
     assert corpus["train"][1].noise == base / "train-100" / "noise" / "m1.wav"
-    with pytest.raises(ValueError, match="train-100 has no folder mix_clean; expected: mix_clean, s1"):
+    with pytest.raises(
+        ValueError, match="train-100 has no folder mix_clean; expected: mix_clean, s1"
+    ):
         librimix(str(tmp_path), LIBRI)
 
 
@@ -105,7 +113,8 @@ def test_tables_for_wsj0mix(tmp_path: Path) -> None:
 def test_a_table_with_other_columns_is_told(tmp_path: Path) -> None:
     write_table(tmp_path / "a.csv", ["ID", "wav"], [["m0", "m0.wav"]])
     with pytest.raises(
-        ValueError, match="a.csv has the columns ID, wav; expected: mixture_ID, mixture_path, source_1"
+        ValueError,
+        match="a.csv has the columns ID, wav; expected: mixture_ID, mixture_path, source_1",
     ):
         wsj0mix(str(tmp_path), {"train": "a.csv"})
     with pytest.raises(ValueError, match="b.csv is not there; expected was a table of mixtures"):
@@ -128,7 +137,9 @@ def test_another_layout_is_told(tmp_path: Path) -> None:
     told = "expected was Libri2Mix with wav8k/min in it; in it is nothing"
     with pytest.raises(ValueError, match=f"has another layout: {told}"):
         librimix(str(tmp_path), LIBRI)
-    with pytest.raises(ValueError, match="nowhere is not there; expected was a folder of 2speakers"):
+    with pytest.raises(
+        ValueError, match="nowhere is not there; expected was a folder of 2speakers"
+    ):
         wsj0mix(str(tmp_path / "nowhere"), WSJ)
     (wsj_like(tmp_path) / "tr" / "s2").rename(tmp_path / "away")
     with pytest.raises(ValueError, match="tr has no folder s2; expected: mix, s1, s2"):

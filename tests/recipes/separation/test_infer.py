@@ -1,4 +1,4 @@
-"""Files to tracks: their rate and length, their order from piece to piece, with a run folder alone."""
+"""Files to tracks: rate and length, order from piece to piece, with a run folder alone."""
 
 import shutil
 from collections.abc import Iterator
@@ -154,7 +154,14 @@ def test_unusable_files_are_named_and_the_others_separated(
 ) -> None:
     (tmp_path / "text.wav").write_text("no sound at all")
     good, missing = sound(tmp_path / "good.wav", 0.5, 8000), tmp_path / "missing.wav"
-    given = [str(run), str(missing), str(tmp_path / "text.wav"), str(good), "-o", str(tmp_path / "o")]
+    given = [
+        str(run),
+        str(missing),
+        str(tmp_path / "text.wav"),
+        str(good),
+        "-o",
+        str(tmp_path / "o"),
+    ]
     assert infer.main(given) == 1
     told = capsys.readouterr()
     assert told.out.splitlines() == [str(tmp_path / "o" / f"good_{n}.wav") for n in (1, 2)]

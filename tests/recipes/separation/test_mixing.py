@@ -1,4 +1,4 @@
-"""Mixtures that are drawn, and mixtures that are read: what they are, and who may not be in them."""
+"""Mixtures that are drawn or read: what they are, and who may not be in them."""
 
 import random
 from pathlib import Path
@@ -102,7 +102,9 @@ def test_mixtures_do_not_depend_on_workers_ranks_or_where_a_run_resumed(voices: 
     loader = make_loader(dataset, train=True, seed=5, batch_size=2)
     loader.set_epoch(3)
     loader.skip(2)
-    rest = {name: mixture for b in loader for name, mixture in zip(b.id, b.mixture.data, strict=True)}
+    rest = {
+        name: mixture for b in loader for name, mixture in zip(b.id, b.mixture.data, strict=True)
+    }
     assert len(rest) == 4
     assert all(torch.equal(rest[name], alone[name][0]) for name in rest)
 
@@ -249,7 +251,9 @@ def test_to_train_a_part_is_taken_and_mixed_at_other_speeds(files: list[Mixture]
         assert 0.005 < noise.square().mean().sqrt() < 0.02
     assert not any(torch.equal(found[0], other) for other in found[1:])
     plain = Recorded(files, RATE, seconds=9.0)[1]  # shorter ones are taken whole, and as they are
-    torch.testing.assert_close(plain["mixture"], Recorded(files, RATE)[1]["mixture"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        plain["mixture"], Recorded(files, RATE)[1]["mixture"], atol=1e-4, rtol=0
+    )
 
 
 def test_parts_to_train_do_not_depend_on_workers(files: list[Mixture]) -> None:

@@ -56,7 +56,9 @@ def test_the_best_order_is_that_of_torchmetrics(people: int) -> None:
 def test_scale_and_offset_do_not_matter_and_the_order_of_sources_neither() -> None:
     estimates, sources = signals(3)
     scores = pairwise_si_snr(estimates, sources)
-    torch.testing.assert_close(pairwise_si_snr(7 * estimates - 1, sources), scores, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        pairwise_si_snr(7 * estimates - 1, sources), scores, atol=1e-3, rtol=0
+    )
     torch.testing.assert_close(pairwise_si_snr(estimates, 0.1 * sources), scores, atol=1e-3, rtol=0)
     torch.testing.assert_close(
         best_order(pairwise_si_snr(estimates.flip(1), sources)).score, best_order(scores).score

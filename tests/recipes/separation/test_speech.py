@@ -33,7 +33,10 @@ def librispeech_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corpus") / "LibriSpeech"
     part(root, "train-clean-100", range(10, 16))
     part(root, "dev-clean", range(20, 24))
-    lines = ["; id | sex | part\n", *(f"{n} | {'FM'[n % 2]} | part | 1.0 | name\n" for n in range(10, 23))]
+    lines = [
+        "; id | sex | part\n",
+        *(f"{n} | {'FM'[n % 2]} | part | 1.0 | name\n" for n in range(10, 23)),
+    ]
     (root / "SPEAKERS.TXT").write_text("".join(lines))
     return root
 
@@ -65,10 +68,12 @@ def test_genders_come_from_the_list_of_speakers(librispeech_like: Path, tmp_path
 def test_a_folder_that_is_not_librispeech_is_told(librispeech_like: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere is not there; expected was a folder of folders"):
         recorded(str(tmp_path / "nowhere"), PARTS, str(tmp_path))
-    with pytest.raises(ValueError, match="test is made of test-clean; .* has none of these, but dev"):
+    with pytest.raises(
+        ValueError, match="test is made of test-clean; .* has none of these, but dev"
+    ):
         recorded(str(librispeech_like), {**PARTS, "test": ["test-clean"]}, str(tmp_path))
-    with pytest.raises(ValueError, match="dev-clean has 4 speakers; train, valid, test need two each"):
-        every = dict.fromkeys(PARTS, ["dev-clean"])
+    every = dict.fromkeys(PARTS, ["dev-clean"])
+    with pytest.raises(ValueError, match="dev-clean has 4 speakers; train, valid, test need two"):
         recorded(str(librispeech_like), every, str(tmp_path))
     empty = tmp_path / "empty"
     for name in ("train-clean-100", "dev-clean"):
@@ -83,7 +88,11 @@ def test_speakers_are_dealt_once(voices: CutSet, tmp_path: Path) -> None:
         path = write(tmp_path / f"{number}.wav", buzz(100, 0.2, number))
         cuts.append(cut_of(path, f"p{number}", None))
     dealt = by_speakers(cuts, ["train", "valid", "test"], "all")
-    assert [len(speakers(CutSet.from_cuts(dealt[s]))) for s in ("train", "valid", "test")] == [24, 3, 3]
+    assert [len(speakers(CutSet.from_cuts(dealt[s]))) for s in ("train", "valid", "test")] == [
+        24,
+        3,
+        3,
+    ]
     assert sorted(cut.id for part in dealt.values() for cut in part) == sorted(c.id for c in cuts)
     assert by_speakers(cuts, ["test"], "all") == {"test": cuts}
 
@@ -120,7 +129,9 @@ def test_a_table_that_does_not_fit_is_told(tmp_path: Path) -> None:
     root = table(tmp_path)
     whole = (root / "utterances.csv").read_text()
     (root / "utterances.csv").write_text(whole + "1230|train|1|f|words\n")
-    with pytest.raises(ValueError, match=r"names 1 recordings that \S+audio does not have, such as '1230'"):
+    with pytest.raises(
+        ValueError, match=r"names 1 recordings that \S+audio does not have, such as '1230'"
+    ):
         listed(str(root))
     (root / "utterances.csv").write_text(whole.replace("speaker", "person"))
     with pytest.raises(ValueError, match="utterances.csv has no column speaker, or no rows"):

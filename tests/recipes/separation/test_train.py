@@ -104,9 +104,7 @@ def test_real(voices: CutSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("speakers", [2, 3])
-def test_librimix(
-    speakers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_librimix(speakers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train-360", "dev", "test"):
         mixture_folder(tmp_path / "wav8k" / "min" / name, "mix_clean", speakers)
     arguments = ["--speakers", str(speakers), "--data_folder", str(tmp_path), *TINY["conv"]]
@@ -228,7 +226,9 @@ def test_easy_mixtures_are_left_out_of_the_mean_and_its_weight() -> None:
     assert found.weight == 3
 
 
-@pytest.mark.parametrize(("limit", "clips"), [(5.0, True), (1e9, False), (0.0, False), (-1.0, False)])
+@pytest.mark.parametrize(
+    ("limit", "clips"), [(5.0, True), (1e9, False), (0.0, False), (-1.0, False)]
+)
 def test_the_limit_of_the_gradient_is_off_below_zero(limit: float, clips: bool) -> None:
     """By the YAMLs: ``max_grad_norm: !ref <clip_grad_norm>``."""
     brain = guarded(max_grad_norm=limit)
