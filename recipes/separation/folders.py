@@ -15,7 +15,7 @@ from typing import Any
 
 from recipes.common.audio import good_ones, read_header
 from recipes.common.paths import inside
-from recipes.separation.mixing import Mixture
+from recipes.separation.recorded import Mixture
 from recipes.separation.speech import existing
 from trainer.data import BadItem
 

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from recipes.separation.folders import librimix, wsj0mix
-from recipes.separation.mixing import Recorded, read_mixture
+from recipes.separation.recorded import Recorded, read_mixture
 from tests.recipes.separation.conftest import RATE, buzz, mixture_folder, write
 from trainer.data import BadItem
 
