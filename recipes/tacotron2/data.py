@@ -138,7 +138,7 @@ def _cut(path: Path, header: Header, name: str, text: str) -> MonoCut:
 
 
 def _spelled(cut: MonoCut) -> MonoCut:
-    cut.supervisions[0].text = spell_out(cut.supervisions[0].text)
+    cut.supervisions[0].text = spell_out(cut.supervisions[0].text, cut.id)
     return cut
 
 

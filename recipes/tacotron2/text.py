@@ -151,7 +151,7 @@ def readable(name: str, text: str, front: Front) -> str:
 
     Raises ValueError for an empty one and for unknown characters, with their places in ``text``.
     """
-    spelled = spell_out(text)
+    spelled = spell_out(text, name) if text.strip() else ""
     strange = {each for _, each in front.unknown(spelled)}
     # What is spelled out is not strange, and nor is what came of it but is not in the text itself.
     as_written = "".join(each if each in strange else " " for each in text)
@@ -164,12 +164,26 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] + more
 
 
-def spell_out(text: str) -> str:
+def spell_out(text: str, name: str = "the text") -> str:
     """A text with its numbers, units and abbreviations as words, and single spaces.
 
-    Raises ImportError with what to install.
+    Raises ValueError with ``name`` for what the grammar cannot read, ImportError with what to
+    install.
     """
-    return " ".join(_normaliser().normalize(text.translate(TYPOGRAPHY)).split())
+    plain = " ".join(text.translate(TYPOGRAPHY).split())
+    normalise = _normaliser().normalize
+    try:
+        return " ".join(normalise(plain).split())
+    except AssertionError:  # so wetext tells that no path leads through its grammar
+        strange = next((word for word in plain.split() if not _spells(word)), plain)
+        raise ValueError(f"{name} has {strange!r}, which cannot be spelled out") from None
+
+
+def _spells(word: str) -> bool:
+    try:
+        return bool(_normaliser().normalize(word))
+    except AssertionError:
+        return False
 
 
 @cache
