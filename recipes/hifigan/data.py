@@ -93,8 +93,9 @@ def _cut(path: Path, name: str, header: Header) -> MonoCut:
 class Clips(Dataset[dict[str, Any]]):
     """Sounds as ``{"id", "wav"}``: an id, and samples (S,) at ``sample_rate``.
 
-    With ``segment`` a part of so many samples, drawn anew in every epoch; else the whole, of at
-    least ``shortest`` samples. A file of another rate is bad, or resampled with ``resample``.
+    With ``segment`` a part of so many samples, ``times`` of each in an epoch, drawn anew in every
+    epoch; else the whole, of at least ``shortest`` samples. A file of another rate is bad, or
+    resampled with ``resample``.
     """
 
     def __init__(
@@ -102,17 +103,19 @@ class Clips(Dataset[dict[str, Any]]):
         cuts: Iterable[MonoCut],
         sample_rate: int,
         segment: int | None = None,
+        times: int = 1,
         shortest: int = 1,
         resample: bool = False,
     ) -> None:
         self.cuts, self.sample_rate = list(cuts), sample_rate
-        self.segment, self.shortest, self.resample = segment, shortest, resample
+        self.segment, self.times = segment, times
+        self.shortest, self.resample = shortest, resample
 
     def __len__(self) -> int:
-        return len(self.cuts)
+        return len(self.cuts) * self.times
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        cut = self.cuts[index]
+        cut = self.cuts[index % len(self.cuts)]
         if self.segment is None:
             wav = load(cut, self.sample_rate, self.resample)
             if len(wav) < self.shortest:
@@ -130,20 +133,26 @@ class Clips(Dataset[dict[str, Any]]):
 
     def name_of(self, index: int) -> str:
         """A clip in an error message."""
-        return f"{index} ({self.cuts[index].id})"
+        return f"{index} ({self.cuts[index % len(self.cuts)].id})"
 
 
 def datasets(
-    corpus: Corpus, sample_rate: int, segment: int, shortest: int, resample: bool = False
+    corpus: Corpus,
+    sample_rate: int,
+    segment: int,
+    times: int = 1,
+    shortest: int = 1,
+    resample: bool = False,
 ) -> dict[str, Clips]:
-    """Segments to train on, whole clips to valid and test.
+    """Segments to train on, ``times`` of each clip in an epoch; whole clips to valid and test.
 
     To train, clips that are shorter than a segment are left out. Raises ValueError when none is
     left.
     """
-    least = (segment + 1) / sample_rate
-    cuts = {**corpus, "train": keep(corpus["train"], shortest=least)}
+    training = keep(corpus["train"], shortest=(segment + 1) / sample_rate)
+    whole = {"shortest": shortest, "resample": resample}
     return {
-        split: Clips(each, sample_rate, segment if split == "train" else None, shortest, resample)
-        for split, each in cuts.items()
+        "train": Clips(training, sample_rate, segment, times, resample=resample),
+        "valid": Clips(corpus["valid"], sample_rate, **whole),
+        "test": Clips(corpus["test"], sample_rate, **whole),
     }

@@ -105,6 +105,7 @@ def train(run: trainer.Run) -> dict[str, float]:
             hparams["corpus"](),
             hparams["sample_rate"],
             hparams["segment"],
+            hparams["segments_of_a_clip"],
             shortest=mel.edge + mel.hop,
             resample=hparams["resample"],
         )
