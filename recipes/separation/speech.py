@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from recipes.common.audio import Header, check_recordings
-from recipes.common.loading import load
+from recipes.common.loading import load, without_bad
 from recipes.common.noise import coloured_noise
 from recipes.common.paths import inside
 from recipes.common.speech import embedded_speech, to_cuts
@@ -52,11 +52,22 @@ def embedded(train: int, valid: int, test: int, sample_rate: int = 8000) -> Corp
     }
 
 
-def recorded(data_folder: str, parts: Mapping[str, Sequence[str]], manifests: str) -> Corpus:
-    """What a folder has: `listed` where there is a table ``utterances.csv``, else `librispeech`."""
+def recorded(
+    data_folder: str,
+    parts: Mapping[str, Sequence[str]],
+    manifests: str,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """What a folder has: `listed` where there is a table ``utterances.csv``, else `librispeech`.
+
+    Recordings that cannot be used, by their headers, are left out as ``on_bad`` and ``max_bad``
+    say, which are the run options' own.
+    """
     if (Path(data_folder).expanduser() / TABLE).is_file():
-        return listed(data_folder)
-    return librispeech(data_folder, parts, manifests)
+        return listed(data_folder, on_bad=on_bad, max_bad=max_bad)
+    corpus = librispeech(data_folder, parts, manifests)
+    return {s: without_bad(cuts, on_bad=on_bad, max_bad=max_bad) for s, cuts in corpus.items()}
 
 
 def existing(data_folder: str | Path, expected: str) -> Path:

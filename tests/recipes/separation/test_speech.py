@@ -82,6 +82,20 @@ def test_a_folder_that_is_not_librispeech_is_told(librispeech_like: Path, tmp_pa
         recorded(str(empty), PARTS, str(tmp_path / "prepared"))
 
 
+def test_a_recording_of_librispeech_that_is_cut_is_left_out_or_ends_the_run(
+    librispeech_like: Path, tmp_path: Path
+) -> None:
+    root, prepared = tmp_path / "LibriSpeech", str(tmp_path / "prepared")
+    shutil.copytree(librispeech_like, root)
+    recorded(str(root), PARTS, prepared)
+    (root / "train-clean-100/10/1/10-1-0000.flac").write_bytes(b"")  # after it was prepared
+    assert len(recorded(str(root), PARTS, prepared, max_bad=0.1)["train"]) == 11
+    with pytest.raises(ValueError, match="1 of 12 items are bad"):
+        recorded(str(root), PARTS, prepared)
+    with pytest.raises(BadItem, match="10-1-0000.flac: it is empty"):
+        recorded(str(root), PARTS, prepared, on_bad="raise")
+
+
 def test_speakers_are_dealt_once(voices: CutSet, tmp_path: Path) -> None:
     cuts = []
     for number in range(30):
