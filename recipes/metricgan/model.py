@@ -8,6 +8,7 @@ frequencies.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,12 +26,21 @@ class Spectrum(nn.Module):
     Args:
         sample_rate: in Hz.
         window_ms, hop_ms: in milliseconds; the FFT is as long as the window.
+        gain: of the magnitudes that the players see. Speech as it is mostly recorded is so low that
+            log(1 + x) is hardly a logarithm, and a larger gain shows more of what is quiet.
     """
 
     window: Tensor
 
-    def __init__(self, sample_rate: int = 16000, window_ms: float = 32.0, hop_ms: float = 16.0):
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        window_ms: float = 32.0,
+        hop_ms: float = 16.0,
+        gain: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.gain = gain
         self.size, self.hop = (round(sample_rate * ms / 1000) for ms in (window_ms, hop_ms))
         if not 0 < self.hop <= self.size // 2:
             raise ValueError(
@@ -67,11 +77,11 @@ class Spectrum(nn.Module):
             spectrum.transpose(1, 2), self.size, self.hop, window=self.window, length=samples
         )
 
-
-def log_magnitude(spectrum: Tensor) -> Tensor:
-    """What both players see of a complex spectrogram: log(1 + |X|)."""
-    # The gradient of a magnitude at 0 is not defined; a little power makes it 0 there.
-    return (spectrum.real.square() + spectrum.imag.square() + 1e-10).sqrt().log1p()
+    def features(self, spectrum: Tensor) -> Tensor:
+        """What both players see of a spectrogram (B, T, F): log(1 + gain · |X|)."""
+        # The gradient of a magnitude at 0 is not defined; a little power makes it 0 there.
+        power = spectrum.real.square() + spectrum.imag.square()
+        return ((power + 1e-10).sqrt() * self.gain).log1p()
 
 
 class LearnableSigmoid(nn.Module):
@@ -135,12 +145,21 @@ class Generator(nn.Module):
                 features, frames.cpu(), batch_first=True, enforce_sorted=False
             )
             hidden, _ = pad_packed_sequence(
-                self.blstm(packed)[0], batch_first=True, total_length=features.shape[1]
+                self.recur(packed), batch_first=True, total_length=features.shape[1]
             )
         else:
-            hidden, _ = self.blstm(features)
+            hidden = self.recur(features)
         # In full precision from here on: a step of bf16 is audible in a mask near its floor.
         return self.sigmoid(self.linear(hidden).float()).clamp(min=self.floor)
+
+
+    def recur(self, features: Any) -> Any:
+        """The LSTM: features (B, T, F), packed or not, to (B, T, 2 · units)."""
+        kind = self.sigmoid.slope.device.type
+        # A CPU has no LSTM in fp16.
+        full = kind == "cpu" and torch.get_autocast_dtype(kind) is torch.float16
+        with torch.autocast(kind, enabled=False) if full else nullcontext():
+            return self.blstm(features)[0]
 
 
 class UtteranceNorm(nn.Module):
@@ -236,6 +255,6 @@ def enhance(spectrum: Spectrum, generator: nn.Module, wav: Tensor, lengths: Tens
     They are valid up to ``lengths`` (B,), and what is returned is silent behind. Differentiable.
     """
     noisy = spectrum(wav)
-    mask = generator(log_magnitude(noisy), spectrum.frames(lengths))
+    mask = generator(spectrum.features(noisy), spectrum.frames(lengths))
     clean = spectrum.invert(noisy * mask.float(), wav.shape[1])
     return clean * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])

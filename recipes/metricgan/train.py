@@ -15,32 +15,42 @@ import torch
 from torch import Tensor
 
 import trainer
+from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
 from recipes.common.scoreboard import NOISY, Scoreboard
 from recipes.metricgan.history import Record, quantised, waveform
-from recipes.metricgan.model import enhance, log_magnitude
+from recipes.metricgan.model import enhance
 from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
 from recipes.metricgan.targets import Targets
 from trainer import Brain, EpochCounter, Stage, distributed
-
-COMPOSITES = ("csig", "cbak", "covl")
 
 
 class Enhancer(Brain):
     """The players of MetricGAN+, each batch of which says what it is for (`phases.PASSES`).
 
-    Reads from the YAML ``opt_d`` and ``opt_g``, ``phases``, ``history``, ``spectrum``, ``judges``,
-    ``target``, ``validated`` (the measures of validation, the first of which is ``target``), and
+    Reads from the YAML ``opt_d`` and ``opt_g``, ``phases``, ``history``, ``spectrum``, ``target``,
+    ``valid_measures`` and ``extremes`` (how many of the best and worst clips are kept to hear), and
     ``spectral_weight`` (of the spectral loss beside the adversarial one; 0 in the paper).
     """
+
+    targets: Targets  # both set by `judged_by`, before anything is trained or evaluated
+    board: Scoreboard
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         own = self.hparams
         self.phases = Phases(own.phases)
         self.history, self.spectrum = own.history, own.spectrum.to(self.device)
-        self.targets = Targets(own.judges, own.target)
-        self.board = Scoreboard(own.judges, own.output_folder)
+
+    def judged_by(self, judges: Judges) -> None:
+        """Have signals measured by these, in training and in evaluation."""
+        self.targets = Targets(judges, self.hparams.target)
+        self.board = Scoreboard(judges, self.hparams.output_folder)
+
+    @property
+    def best(self) -> str:
+        """The metric by which the checkpoint to use is chosen: the target's, in the last phase."""
+        return f"{self.hparams.target}_{self.phases.all[-1].name}"
 
     def init_optimizers(self) -> None:
         self.optimizers_dict = {
@@ -145,7 +155,7 @@ class Enhancer(Brain):
 
     def features(self, wav: Tensor, lengths: Tensor) -> Tensor:
         """Log magnitudes (B, T, F) of samples (B, S)."""
-        return log_magnitude(self.spectrum(wav))
+        return self.spectrum.features(self.spectrum(wav))
 
     def frames(self, batch: Any) -> Tensor:
         return self.spectrum.frames(batch.clean.lengths)
@@ -154,8 +164,9 @@ class Enhancer(Brain):
         """The mean squared error of compressed magnitudes of each utterance, (B,)."""
         noisy, clean = self.spectrum(batch.noisy.data), self.spectrum(batch.clean.data)
         frames = self.frames(batch)
-        mask = self.modules.generator(log_magnitude(noisy), frames).float()
-        errors = (log_magnitude(noisy * mask) - log_magnitude(clean)).square().mean(-1)  # (B, T)
+        seen = self.spectrum.features
+        mask = self.modules.generator(seen(noisy), frames).float()
+        errors = (seen(noisy * mask) - seen(clean)).square().mean(-1)  # (B, T)
         valid = torch.arange(errors.shape[1], device=errors.device) < frames[:, None]
         return (errors * valid).sum(-1) / frames
 
@@ -196,9 +207,9 @@ class Enhancer(Brain):
         if stage is Stage.TRAIN:
             self.targets.start()
         elif stage is Stage.VALID:
-            self.board.start("valid", self.hparams.validated)
+            self.board.start("valid", self.hparams.valid_measures)
         else:
-            self.board.start("test", extremes=3)
+            self.board.start("test", extremes=self.hparams.extremes)
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Any, stage: Stage) -> Tensor:
@@ -238,12 +249,16 @@ def train(run: trainer.Run) -> dict[str, float]:
     corpus, rate = hparams["corpus"](), hparams["sample_rate"]
     training = Drawn(Pairs(corpus["train"], rate, segment=hparams["segment"]), options.seed)
     valid, test = (Pairs(corpus[split], rate, fixed=True) for split in ("valid", "test"))
-    brain = Enhancer(hparams["modules"], None, hparams, options, hparams["checkpointer"])
+    brain = Enhancer(
+        hparams["modules"], hparams=hparams, run_opts=options, checkpointer=hparams["checkpointer"]
+    )
     batches = Passes(
         brain.phases, len(training), brain.history, options.seed,
         distributed.rank(), distributed.world_size(),
     )  # fmt: skip
-    with hparams["judges"]:
+    # Enough may wait that a whole pass is enhanced while the first of it are being measured.
+    with Judges(hparams["measures"], rate, hparams["judges"], waiting=1000) as judges:
+        brain.judged_by(judges)
         brain.fit(
             EpochCounter(brain.phases.epochs),
             training,
@@ -264,7 +279,7 @@ def test_phases(brain: Enhancer, test: Pairs) -> dict[str, float]:
         brain.evaluate(test, max_key=f"{target}_{phase.name}")
         tell(phase.name, brain.test_metrics)
         before[f"{target}_{phase.name}"] = brain.test_metrics[target]
-    brain.evaluate(test, max_key=f"{target}_{last.name}")
+    brain.evaluate(test, max_key=brain.best)
     tell(last.name, brain.test_metrics)
     return {**brain.test_metrics, **before}
 

@@ -1,0 +1,145 @@
+"""A training that is stopped in any of its passes ends as if it had never been: to the bit."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.metricgan.phases import Phase
+from recipes.metricgan.train import Enhancer
+from tests.trainer.resuming import differences
+from tests.trainer.resuming import log as lines
+from trainer import interrupt, state
+
+from .small import Tones, fit, make
+
+PHASES = (
+    Phase("warm_up", 1, items=3, batch_size=2, passes=["spectral"]),
+    Phase("metric", 2, items=3, batch_size=2),
+)
+PAIRS, VALID = Tones(8, 800), Tones(2, 800, fixed=True)  # few shapes, which a CPU prepares for
+
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.page.write_html", lambda folder: folder)
+
+
+class Stopped(Enhancer):
+    """Saves after each batch, and notes what it was for."""
+
+    def fit_batch(self, batch: Any) -> Any:
+        losses = super().fit_batch(batch)
+        seen = PASSES.setdefault(str(self.options.output_folder), [])
+        seen.append((self.epoch, batch.what[0], batch.index.tolist()))
+        if self.checkpointer is not None and "straight" in str(self.options.output_folder):
+            self.checkpointer.save_checkpoint(name=f"stop-{len(seen)}")
+        return losses
+
+
+PASSES: dict[str, list[Any]] = {}  # by folder
+
+
+def whole(brain: Enhancer) -> dict[str, Any]:
+    """Everything that a run ends with."""
+    own = state.own(brain)
+    del own["journal"]["seconds"]
+    return {"common": state.common(brain), "own": own, "log": lines(brain)}
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        ({"grad_accumulation_factor": 2}, (1, 3, 5, 7, 9, 13, 16, 18)),
+        ({"precision": "bf16"}, (15,)),
+        ({"precision": "fp16", "grad_accumulation_factor": 2}, (6, 15)),
+    ],
+)
+def test_after_a_stop_in_any_pass(
+    tmp_path: Path, options: dict[str, Any], stops: tuple[int, ...]
+) -> None:
+    folder = tmp_path / "straight"
+    straight = fit(make(folder, PHASES, brain=Stopped, **options), PAIRS, VALID)
+    passes = PASSES[str(folder)]
+    assert [what for _, what, _ in passes] == [
+        "spectral", "spectral",
+        *(each for each in ("enhance", "current", "current", "generator") for _ in "ab"),
+        "enhance", "enhance", "current", "current", "history", "current", "current",
+        "generator", "generator",
+    ]  # fmt: skip
+    for stop in stops:
+        into = tmp_path / f"after-{stop}"
+        shutil.copytree(folder / "saved" / f"stop-{stop}", into / "saved" / f"stop-{stop}")
+        shutil.copy(folder / "metrics.jsonl", into)
+        resumed = make(into, PHASES, seed=9, brain=Stopped, **options)
+        fit(resumed, PAIRS, VALID)
+        assert PASSES.get(str(into), []) == passes[stop:]
+        found = list(differences(whole(straight), whole(resumed)))
+        assert not found, f"stopped after batch {stop}: " + "\n".join(found[:20])
+        shutil.rmtree(into)
+
+
+def test_two_players_each_have_everything(tmp_path: Path) -> None:
+    """Optimizer, schedule, clip limit, scaler and report of each, and all of it is saved."""
+    brain = make(
+        tmp_path,
+        [Phase("metric", 2, items=4, batch_size=2)],
+        precision="fp16",
+        max_grad_norm={"discriminator": 0.5, "generator": 0.25},
+        hparams={
+            "schedule": {
+                "discriminator": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.5),
+                "generator": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.1),
+            }
+        },
+    )
+    fit(brain, PAIRS)
+    limits = {name: update.clip.limit for name, update in brain.updates.items()}
+    assert limits == {"discriminator": 0.5, "generator": 0.25}
+    rates = {name: update.lr for name, update in brain.updates.items()}
+    assert rates == pytest.approx({"discriminator": 0.01 * 0.25, "generator": 0.01 * 0.01})
+    scalers = {update.scaler for update in brain.updates.values()}
+    assert len(scalers) == 2
+    saved = brain.checkpointer.read(brain.checkpointer.find()[0])["brain"]["updates"]
+    for name, update in brain.updates.items():
+        assert saved[name]["scaler"] == update.scaler.state_dict() != {}
+        assert saved[name]["schedule"]["last_epoch"] == 2
+        assert saved[name]["optimizer"]["state"]
+    reported = {name for line in lines(brain) for name in line.get("optimizers", {})}
+    assert reported == {"discriminator", "generator"}
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Signals are noted while the test runs."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    interrupt.install()
+    yield
+    interrupt.reset()
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_stop_that_is_asked_for(tmp_path: Path) -> None:
+    """SIGTERM while scores are being measured: what has no score yet is measured again."""
+
+    class Asked(Stopped):
+        def ask_for_scores(self, batch: Any) -> None:
+            super().ask_for_scores(batch)
+            if self.options.output_folder == str(tmp_path / "asked"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    straight = fit(make(tmp_path / "whole", PHASES, brain=Asked), PAIRS)
+    with pytest.raises(SystemExit) as stop:
+        fit(make(tmp_path / "asked", PHASES, brain=Asked), PAIRS)
+    assert stop.value.code == 143
+    interrupt.reset()
+    shutil.copytree(tmp_path / "asked", tmp_path / "again")
+    resumed = fit(make(tmp_path / "again", PHASES, seed=3, brain=Asked), PAIRS)
+    assert not list(differences(whole(straight), whole(resumed)))
