@@ -190,6 +190,17 @@ def deemphasise(signal: Tensor, coefficient: float) -> Tensor:
     return lfilter(signal, signal.new_tensor([1.0, -coefficient]), ones, clamp=False)
 
 
+def gains(noisy: Tensor, level: float | None) -> Tensor:
+    """What brings each chunk (N, T) to the root mean square ``level``, (N, 1); 1 where it is None.
+
+    A network of ReLUs learns faster from signals that are as large as its biases, and makes the
+    same of loud and soft speech. Chunks below -80 dB count as if they were as loud as that.
+    """
+    if level is None:
+        return noisy.new_ones(len(noisy), 1)
+    return level / noisy.square().mean(1, keepdim=True).sqrt().clamp(min=1e-4)
+
+
 def _strides(channels: Sequence[int], stride: int | Sequence[int], samples: int) -> list[int]:
     """One for each layer."""
     strides = [stride] * len(channels) if isinstance(stride, int) else list(stride)

@@ -19,7 +19,13 @@ from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
 from recipes.common.scoreboard import Scoreboard
 from recipes.common.streaming import enhance_signal
-from recipes.segan.model import adversarial_loss, deemphasise, discriminator_loss, emphasise
+from recipes.segan.model import (
+    adversarial_loss,
+    deemphasise,
+    discriminator_loss,
+    emphasise,
+    gains,
+)
 from trainer import Brain, Stage
 from trainer.data import BadItem
 from trainer.seed import derive
@@ -28,8 +34,8 @@ from trainer.seed import derive
 class Enhancer(Brain):
     """Two players with an optimizer each; valid and test enhance whole clips.
 
-    Reads from the YAML ``opt_g``, ``opt_d``, ``pre_emphasis``, ``l1_weight``, ``chunks``,
-    ``valid_measures`` and ``extremes``.
+    Reads from the YAML ``opt_g``, ``opt_d``, ``pre_emphasis``, ``level``, ``l1_weight``,
+    ``chunks``, ``valid_measures`` and ``extremes``.
     """
 
     board: Scoreboard  # set before anything is evaluated
@@ -47,8 +53,8 @@ class Enhancer(Brain):
         again after its step, since its first scores are those of weights that are gone.
         """
         generator, discriminator = self.modules.generator, self.modules.discriminator
-        coefficient = self.hparams.pre_emphasis
-        clean, noisy = (emphasise(batch[each].data, coefficient) for each in ("clean", "noisy"))
+        own = self.hparams
+        clean, noisy = prepared(batch.clean.data, batch.noisy.data, own.pre_emphasis, own.level)
         with self.autocast():
             fake = generator(noisy, self.latents(batch.id))  # (B, T)
             real_score = discriminator(torch.stack([clean, noisy], 1))
@@ -58,7 +64,7 @@ class Enhancer(Brain):
         with self.frozen("discriminator"), self.autocast():
             score = discriminator(torch.stack([fake.float(), noisy], 1))
             distance = (fake.float() - clean).abs().mean()
-            loss_g = adversarial_loss(score) + self.hparams.l1_weight * distance
+            loss_g = adversarial_loss(score) + own.l1_weight * distance
         self.optimize(loss_g, "generator")
         return {"discriminator": loss_d, "generator": loss_g, "l1": distance}
 
@@ -76,9 +82,11 @@ class Enhancer(Brain):
         """Noisy chunks (N, T) to enhanced ones, with the z that is always the same."""
         self.modules.generator.eval()
         coefficient = self.hparams.pre_emphasis
+        noisy = emphasise(chunks.to(self.device), coefficient)
+        gain = gains(noisy, self.hparams.level)
         with self.eval_precision.autocast():
-            found = self.modules.generator(emphasise(chunks.to(self.device), coefficient))
-        return deemphasise(found.float(), coefficient)
+            found = self.modules.generator(noisy * gain)
+        return deemphasise(found.float() / gain, coefficient)
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         if stage is Stage.VALID:
@@ -114,7 +122,7 @@ def train(run: trainer.Run) -> dict[str, float]:
         )
         references = len(modules["discriminator"].reference)
         modules["discriminator"].remember(
-            reference_pairs(sets["train"], references, hparams["pre_emphasis"])
+            reference_pairs(sets["train"], references, hparams["pre_emphasis"], hparams["level"])
         )
         brain = Enhancer(
             modules, hparams=hparams, run_opts=run.options, checkpointer=hparams["checkpointer"]
@@ -145,7 +153,18 @@ def datasets(
     }
 
 
-def reference_pairs(dataset: Pairs, number: int, pre_emphasis: float) -> Tensor:
+def prepared(
+    clean: Tensor, noisy: Tensor, pre_emphasis: float, level: float | None
+) -> tuple[Tensor, Tensor]:
+    """Pairs of chunks (B, T) as both players take them: pre-emphasised, noisy ones at one level."""
+    clean, noisy = emphasise(clean, pre_emphasis), emphasise(noisy, pre_emphasis)
+    gain = gains(noisy, level)
+    return clean * gain, noisy * gain
+
+
+def reference_pairs(
+    dataset: Pairs, number: int, pre_emphasis: float, level: float | None = None
+) -> Tensor:
     """The reference batch (R, 2, T) of the discriminator: the first good clips of a training set.
 
     The same in every run and process. Raises ValueError for a set that has too few.
@@ -159,13 +178,14 @@ def reference_pairs(dataset: Pairs, number: int, pre_emphasis: float) -> Tensor:
             item = fixed[index]
         except BadItem:  # Training comes to it, and says so.
             continue
-        found.append(torch.stack([item["clean"], item["noisy"]]))
+        sides = prepared(item["clean"][None], item["noisy"][None], pre_emphasis, level)
+        found.append(torch.cat(sides))
     if len(found) < number:
         raise ValueError(
             f"the reference batch takes {number} clips, and there are {len(found)} to train on; "
             "set references to fewer"
         )
-    return emphasise(torch.stack(found), pre_emphasis)
+    return torch.stack(found)
 
 
 if __name__ == "__main__":
