@@ -79,10 +79,17 @@ def embedded_speech(
 
 
 def one_voice_reading(
-    split: str, utterances: int, sample_rate: int = 16000, seed: int = 0
+    split: str,
+    utterances: int,
+    sample_rate: int = 16000,
+    seed: int = 0,
+    longest: int | None = None,
 ) -> list[Utterance]:
-    """So many sentences of prose by one reader, the same in every split; the sentences differ."""
-    texts = _texts(split, utterances, "prose", seed)
+    """So many sentences of prose by one reader, the same in every split; the sentences differ.
+
+    With ``longest`` only those of at most so many characters, of which the shortest have 34.
+    """
+    texts = _texts(split, utterances, "prose", seed, longest)
     return _speak([(READER, text) for text in texts], sample_rate)
 
 
@@ -127,10 +134,15 @@ def _voices(split: str, speakers: int | None) -> tuple[Voice, ...]:
     return voices[:speakers]
 
 
-def _texts(split: str, utterances: int, style: str, seed: int) -> list[str]:
+def _texts(
+    split: str, utterances: int, style: str, seed: int, longest: int | None = None
+) -> list[str]:
     if utterances < 1:
         raise ValueError(f"embedded speech has at least 1 utterance, not {utterances}")
-    return list(islice(sentences(split, style, seed), utterances))
+    if longest is not None and longest < 45:  # of shorter ones there are few
+        raise ValueError(f"longest must be at least 45 characters, not {longest}")
+    texts = sentences(split, style, seed)
+    return list(islice((t for t in texts if longest is None or len(t) <= longest), utterances))
 
 
 def _delivered(voice: Voice, text: str) -> Voice:

@@ -44,11 +44,16 @@ MARGIN = 0.05  # seconds of quiet that trimming leaves
 # ------------------------------------------------------------------------------ embedded sentences
 
 
-def embedded(train: int, valid: int, test: int, sample_rate: int = 16000) -> Corpus:
-    """So many synthesised sentences of prose each, by one voice; no sentence is in two splits."""
+def embedded(
+    train: int, valid: int, test: int, sample_rate: int = 16000, longest: int | None = None
+) -> Corpus:
+    """So many synthesised sentences of prose each, by one voice; no sentence is in two splits.
+
+    ``longest`` is how many characters they have at most.
+    """
     counts = {"train": train, "valid": valid, "test": test}
     return {
-        split: to_cuts(one_voice_reading(split, count, sample_rate))
+        split: to_cuts(one_voice_reading(split, count, sample_rate, longest=longest))
         for split, count in counts.items()
     }
 

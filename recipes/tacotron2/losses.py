@@ -58,7 +58,7 @@ class Objective:
 
 def squared_error(found: Tensor, target: Tensor, frames: Tensor) -> Tensor:
     """The mean squared difference of spectrograms (B, F, M) over their frames (B,)."""
-    error = (found.float() - target.float()).square().mean(-1)  # (B, F)
+    error = (full(found) - full(target)).square().mean(-1)  # (B, F)
     return mean_of_means(error, frames)
 
 
@@ -67,8 +67,8 @@ def gate_loss(logits: Tensor, steps: Tensor, last_step: float = 1.0) -> Tensor:
     steps (B,); the true last step counts ``last_step`` times."""
     last = torch.arange(logits.shape[1], device=logits.device) == steps.unsqueeze(1) - 1
     error = binary_cross_entropy_with_logits(
-        logits.float(),
-        last.float(),
+        full(logits),
+        last.to(full(logits).dtype),
         pos_weight=torch.tensor(last_step, device=logits.device),
         reduction="none",
     )
@@ -89,7 +89,12 @@ def guided_attention(
     time = torch.arange(attention.shape[1], device=attention.device) / steps.unsqueeze(1)
     distance = text.unsqueeze(1) - time.unsqueeze(2)  # (B, T, L)
     cost = 1 - torch.exp(-distance.square() / (2 * spread**2))
-    return mean_of_means((attention.float() * cost).sum(-1), steps)
+    return mean_of_means((full(attention) * cost).sum(-1), steps)
+
+
+def full(values: Tensor) -> Tensor:
+    """The same with no less than 32 bits: sums of half precision lose what is small."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def mean_of_means(values: Tensor, lengths: Tensor) -> Tensor:

@@ -209,3 +209,12 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPa
     assert speech_cache.folder() == home / ".cache" / "cortex-speech"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert speech_cache.folder() == home / "Library" / "Caches" / "cortex-speech"
+
+
+@installed
+def test_a_reading_of_short_sentences() -> None:
+    texts = [one.text for one in one_voice_reading("valid", 3, longest=50)]
+    assert all(len(text) <= 50 for text in texts)
+    assert len(set(texts)) == 3
+    with pytest.raises(ValueError, match="longest must be at least 45 characters, not 20"):
+        one_voice_reading("valid", 3, longest=20)

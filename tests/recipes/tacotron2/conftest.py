@@ -1,5 +1,6 @@
 """Small folders in the layouts of the real ones, and small networks."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,12 @@ def reading_folder(folder: Path, suffix: str = ".wav", rate: int = RATE) -> Path
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reading_folder(tmp_path_factory.mktemp("recorded") / "prompts")
+
+
+@pytest.fixture
+def speech_data() -> Path:
+    """The folder of recorded speech; skips where it is not there."""
+    folder = Path(os.environ.get("SPEECH_DATA", Path(__file__).parents[4] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder

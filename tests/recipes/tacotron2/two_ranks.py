@@ -1,0 +1,129 @@
+"""A small synthesiser trained by two processes; each stores what came out on its side.
+
+`launch` starts them; `trained` is the same on one process, on the joined batches. Dropout is off,
+and batch norm uses its running statistics: those of a batch are of each process's own part.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from recipes.common.mel import LogMel
+from recipes.tacotron2.losses import Objective
+from recipes.tacotron2.train import Synthesiser
+from tests.recipes.tacotron2.conftest import tacotron
+from trainer import distributed
+from trainer.data import Batch, Padded
+
+ROOT = Path(__file__).parents[3]
+# Symbols and frames of the utterances of each process, a round a line.
+ROUNDS = [
+    [[(4, 9), (7, 12), (5, 5)], [(6, 20)]],
+    [[(3, 7)], [(8, 11), (5, 14)]],
+    [[(9, 16), (2, 4)], [(4, 8), (6, 6)]],
+]
+
+
+class Undropped(Synthesiser):
+    """Trains without what is random or depends on the rest of the batch."""
+
+    def on_stage_start(self, stage: Any, epoch: int | None = None) -> None:
+        super().on_stage_start(stage, epoch)
+        for module in self.modules.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+
+
+def batch_of(sizes: list[tuple[int, int]], seed: int) -> Batch:
+    numbers = torch.Generator().manual_seed(seed)
+    symbols, frames = (torch.tensor(each) for each in zip(*sizes, strict=True))
+    tokens = torch.randint(1, 12, (len(sizes), 10), generator=numbers)
+    mels = torch.randn(len(sizes), 24, 6, generator=numbers, dtype=torch.float64)
+    fields = {
+        "id": [f"{seed}-{n}" for n in range(len(sizes))],
+        "tokens": Padded(tokens[:, : int(symbols.max())], symbols),
+        "mel": Padded(mels, frames),
+    }
+    return Batch(fields, len(sizes))
+
+
+def join(parts: list[Batch]) -> Batch:
+    """What one process sees where two see each of two batches."""
+    fields: dict[str, Any] = {"id": [name for part in parts for name in part.id]}
+    longest = max(part.tokens.data.shape[1] for part in parts)
+    for name in ("tokens", "mel"):
+        data = [part[name].data for part in parts]
+        if name == "tokens":
+            data = [nn.functional.pad(each, (0, longest - each.shape[1])) for each in data]
+        lengths = torch.cat([part[name].lengths for part in parts])
+        fields[name] = Padded(torch.cat(data), lengths)
+    return Batch(fields, sum(map(len, parts)))
+
+
+def trained(rank: int | None) -> dict[str, Any]:
+    """Weights and reports after all rounds; None for the one process that sees both batches."""
+    torch.nn.functional.dropout = lambda x, *_, **__: x
+    torch.manual_seed(0)
+    model = tacotron(2).double()
+    hparams = {
+        "objective": Objective(gate=1.0, last_step=5.0, attention=5.0),
+        "mel": LogMel(16000, 6, 512, 128), "longest": 1.0, "pictures": 0,
+        "progressbar": False, "device": "cpu", "max_grad_norm": 1.0,
+    }  # fmt: skip
+    brain = Undropped({"model": model}, lambda p: torch.optim.Adam(p, 0.01), hparams)
+    made = [[batch_of(n, 2 * i + r) for r, n in enumerate(pair)] for i, pair in enumerate(ROUNDS)]
+    if rank is None:
+        batches = [join(pair) for pair in made]
+    else:
+        batches = [batch for pair in made for batch in pair]  # dealt in turn
+    reports: list[list[Any]] = []
+    step = brain.fit_batch
+
+    def fit_batch(batch: Batch) -> Any:
+        report = step(batch)
+        reports.append([report.outcome, report.loss, report.weight, report.norm])
+        return report
+
+    brain.fit_batch = fit_batch  # type: ignore[method-assign]
+    brain.fit([1, 2], batches)
+    return {"weights": brain.modules.state_dict(), "reports": reports}
+
+
+def launch(folder: Path, seconds: float = 120) -> list[dict[str, Any]]:
+    """What both processes gave."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.recipes.tacotron2.two_ranks", str(folder)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [process.communicate(timeout=seconds)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    own = distributed.rank()
+    torch.save(trained(own), Path(sys.argv[1]) / f"{own}.pt")
+    distributed.stop()
