@@ -160,23 +160,23 @@ def _read(
     """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
     window = lead.window
     assert window.loss is not None
-    scalars = [window.loss.reshape(()), *scale]
-    counts = [0]
+    vectors = [window.loss.reshape(1), *(each.reshape(1) for each in scale)]
+    counts = []
     weight, factor = window.weight, window.reference / (window.weight or 1.0)
     for grads in gradients:
-        scalars += grads.measure(factor if facts is None else 1.0 / facts[1])
-        counts.append(len(scalars))
-    device = window.loss.device
-    if any(scalar.device != device for scalar in scalars):
-        scalars = [scalar.to(device) for scalar in scalars]
-    joined = torch.stack(scalars)
+        measured = grads.measure(factor if facts is None else 1.0 / facts[1])
+        vectors += measured
+        counts.append(sum(map(len, measured)))
     if facts is not None:
-        joined = torch.cat([joined, facts.to(joined.dtype)])
-    values = joined.tolist()  # The host-device sync of the step.
-    start = 1 + len(scale)
-    for grads, stop in zip(gradients, counts[1:], strict=True):
-        grads.take(values[start:stop])
-        start = stop
+        vectors.append(facts)
+    device = window.loss.device
+    if any(vector.device != device for vector in vectors):
+        vectors = [vector.to(device) for vector in vectors]
+    values = torch.cat(vectors).tolist()  # The host-device sync of the step.
+    stop = 1 + len(scale)
+    for grads, count in zip(gradients, counts, strict=True):
+        grads.take(values[stop : stop + count])
+        stop += count
     loss = values[0] * factor
     if facts is not None:
         total, weight, *had = values[stop:]

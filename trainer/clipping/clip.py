@@ -90,13 +90,6 @@ def matching(
     return found
 
 
-def multiplied(scalars: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """Scalars on their device, times a factor."""
-    if not isinstance(factor, Tensor) and factor == 1.0:
-        return list(scalars)
-    return [scalar * factor for scalar in scalars]
-
-
 def refuse_complex(clip: object, gradients: Gradients) -> None:
     """ValueError where a kind that looks at elements is given numbers without an order."""
     if any(tensor.is_complex() for tensor in gradients.tensors):

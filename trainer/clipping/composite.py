@@ -69,7 +69,7 @@ class GradualClip(Clip):
             share = (1.0 - math.cos(math.pi * share)) / 2.0
         return before + (after - before) * share
 
-    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """What the kind measures."""
         return self.clip.measure(gradients, factor)
 
@@ -121,9 +121,9 @@ class MixedClip(Clip):
         for clip in self.clips:
             clip.bind(owner, names, optimizer)
 
-    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """What all of them measure."""
-        found: list[list[Tensor]] = []
+        found: list[Tensor] = []
         self._slices = []
         for clip in self.clips:
             start, measure = len(found), getattr(clip, "measure", None)

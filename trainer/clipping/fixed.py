@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer import checks
-from trainer.clipping.clip import Clip, matching, multiplied, refuse_complex
+from trainer.clipping.clip import Clip, matching, refuse_complex
 from trainer.clipping.gradients import Gradients, limit_of
 from trainer.clipping.norms import is_safe, joint, norms, safe_norm
 
@@ -32,9 +32,9 @@ class NormClip(Clip):
         p = float(p) if isinstance(p, str) and p == "inf" else p
         self.p = checks.within(type(self).__name__, "p", p, 0.0, math.inf, "(]")
 
-    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """The p-norms, unless those are measured anyway."""
-        return [] if self.p == 2.0 else [multiplied(norms(gradients.tensors, self.p), factor)]
+        return [] if self.p == 2.0 else [norms(gradients.tensors, self.p) * factor]
 
     def p_norms(self, gradients: Gradients) -> list[float]:
         """The p-norm of each tensor."""
@@ -148,10 +148,10 @@ class ValueClip(Clip):
     def __init__(self, limit: float | None = 5.0) -> None:
         self.limit = limit_of(limit, "ValueClip: limit")
 
-    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """The largest element of each tensor."""
         refuse_complex(self, gradients)
-        return [multiplied(norms(gradients.tensors, math.inf), factor)]
+        return [norms(gradients.tensors, math.inf) * factor]
 
     def __call__(self, gradients: Gradients) -> bool:
         clipped = False

@@ -24,8 +24,8 @@ class Gradients:
     known after `take`. ``groups`` are the optimizer's parameter groups. Norms are right to 1e-6 of
     the float64 value for gradients of scale 1e-30 to 1e30, whatever their dtype.
 
-    What a clipper wants to know beside it offers as ``measure(gradients, factor)``: lists of a
-    scalar for every tensor, of the gradients times ``factor``. They travel in the same transfer and
+    What a clipper wants to know beside it offers as ``measure(gradients, factor)``: vectors with a
+    number for every tensor, of the gradients times ``factor``. They travel in the same transfer and
     are in ``extra``, one list of floats for each.
     """
 
@@ -39,7 +39,9 @@ class Gradients:
         self.params: list[Tensor] = [
             p for group in groups for p in group["params"] if p.grad is not None
         ]
-        self.tensors: list[Tensor] = [_dense(p) for p in self.params]
+        self.tensors: list[Tensor] = [p.grad for p in self.params if p.grad is not None]
+        if any(tensor.is_sparse for tensor in self.tensors):
+            self.tensors = [_dense(p) for p in self.params]
         self.norms: list[float] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan
@@ -58,18 +60,16 @@ class Gradients:
         return any(p.grad is not None and p.grad.is_sparse for p in self.params)
 
     def measure(self, factor: float | Tensor = 1.0) -> list[Tensor]:
-        """Scalars on the device from which `take` makes the norms; no sync.
+        """Vectors on the device, joined, from which `take` makes the norms; no sync.
 
         ``factor`` is what the gradients will be multiplied by, from sums to means.
         """
-        scalars = norms(self.tensors)
-        if self._meter is not None and self.tensors:
-            for quantity in self._meter(self, factor):
-                scalars += quantity
-        return scalars
+        if not self.tensors:
+            return []
+        return [norms(self.tensors), *(self._meter(self, factor) if self._meter else ())]
 
     def take(self, values: list[float]) -> None:
-        """Turn the values of `measure`'s scalars into ``norms``, ``norm`` and ``extra``."""
+        """Turn the values of `measure`'s vectors into ``norms``, ``norm`` and ``extra``."""
         number = len(self.tensors)
         self.norms = values[:number]
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
@@ -182,7 +182,7 @@ class Gradients:
         for _ in range(times):
             wide = [t for t in tensors if t.dtype.itemsize >= 4]
             if wide:
-                torch._foreach_mul_(wide, coefficient)
+                torch._foreach_mul_(wide, _multiplier(coefficient, wide))
             if len(wide) < len(tensors):
                 for t in tensors:
                     if t.dtype.itemsize < 4:  # The foreach of a CPU rounds the coefficient too.
@@ -192,8 +192,8 @@ class Gradients:
 def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradients:
     """The gradients as they are now, measured for a clipper (syncs)."""
     gradients = Gradients(groups, clip)
-    scalars = gradients.measure()
-    gradients.take(torch.stack(scalars).tolist() if scalars else [])
+    vectors = gradients.measure()
+    gradients.take(torch.cat(vectors).tolist() if vectors else [])
     return gradients
 
 
@@ -205,6 +205,14 @@ def _dense(param: Tensor) -> Tensor:
         return grad
     param.grad = grad = grad.coalesce()
     return grad.values()
+
+
+def _multiplier(coefficient: float, tensors: list[Tensor]) -> float | Tensor:
+    """The coefficient as the foreach of a CPU takes it fastest: as a tensor of the same dtype."""
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or tensors[0].is_complex() or not all(t.is_cpu for t in tensors):
+        return coefficient
+    return torch.tensor(coefficient, dtype=dtypes.pop())
 
 
 def limit_of(value: float | None, name: str = "max_grad_norm") -> float:

@@ -49,16 +49,18 @@ class AGC(Clip):
         super().bind(owner, names, optimizer)
         self._excluded = set(matching(owner, "AGC: exclude", self.exclude, names))
 
-    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """For each tensor the norm after clipping, the bound, and the largest share that goes."""
         refuse_sparse(self, gradients)
         return self._plan(gradients, factor, torch.float32)
 
     def _plan(
         self, gradients: Gradients, factor: float | Tensor, dtype: torch.dtype
-    ) -> list[list[Tensor]]:
+    ) -> list[Tensor]:
         """Make the coefficients, on the device."""
         places = [i for i, p in enumerate(gradients.params) if p not in self._excluded]
+        if not places:
+            return []
         params = [gradients.params[i] for i in places]
         units = [unit_norms(gradients.tensors[i], dtype) for i in places]
         if isinstance(factor, Tensor) or factor != 1.0:
@@ -78,9 +80,11 @@ class AGC(Clip):
 
     def __call__(self, gradients: Gradients) -> bool:
         extra = gradients.extra
+        if not extra:
+            return False
         if not is_safe(gradients.norm) and gradients.norm > 0.0:  # As for the norms: rare; syncs.
             plan = self._plan(gradients, 1.0, torch.float64)
-            extra = [torch.stack(each).tolist() for each in plan]
+            extra = [each.tolist() for each in plan]
         after, bounds, gone = extra
         self.limit = joint(bounds)
         clipped = [i for i, share in enumerate(gone) if share > 0.0]
@@ -124,7 +128,7 @@ class SPAM(Clip):
             raise no_moments(optimizer)
         self._optimizer = optimizer
 
-    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """For each tensor the norm after clipping, the square of the bound, and the largest cut."""
         refuse_sparse(self, gradients)
         refuse_complex(self, gradients)
@@ -144,10 +148,9 @@ class SPAM(Clip):
             whole = list(torch._foreach_mul(whole, factor))
         cut = torch._foreach_minimum(whole, bounds)
         torch._foreach_maximum_(cut, torch._foreach_neg(bounds))
-        after = norms(list(cut))
-        gone = norms(list(torch._foreach_sub(whole, cut)), math.inf)
+        after, gone = norms(cut), norms(torch._foreach_sub(whole, cut), math.inf)
         found = [after, norms(squares, 1.0), gone]
-        return [_spread(each, places, gradients.tensors) for each in found]
+        return [_spread(list(each), places, gradients.tensors) for each in found]
 
     def _moment(self, param: Tensor) -> Tensor | None:
         """The running mean of squares of a parameter; None before its first step."""
@@ -202,17 +205,13 @@ def unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _spread(
-    scalars: Sequence[Tensor], places: Sequence[int], tensors: Sequence[Tensor]
-) -> list[Tensor]:
-    """Scalars put at the places of their tensors, and 0 at the others."""
+def _spread(scalars: Sequence[Tensor], places: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
+    """Scalars joined to a vector, each at the place of its tensor, with 0 at the others."""
+    found = torch.stack([scalar.to(tensors[0].device) for scalar in scalars])
     if len(places) == len(tensors):
-        return list(scalars)
-    zero = torch.zeros((), device=tensors[0].device)
-    found = [zero] * len(tensors)
-    for place, scalar in zip(places, scalars, strict=True):
-        found[place] = scalar
-    return found
+        return found
+    at = torch.tensor(places, device=found.device)
+    return found.new_zeros(len(tensors)).index_put_((at,), found)
 
 
 def no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
