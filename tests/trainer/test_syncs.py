@@ -31,8 +31,9 @@ class Dispatched(TorchDispatchMode):
 def syncs(kind: type[Brain], number: int, **options: Any) -> tuple[int, int]:
     """Reads of so many batches beyond those of the epoch's start and end, and optimizer steps."""
     counts, steps = [], []
+    options = {"optimizer": partial(torch.optim.SGD, lr=1e-3, momentum=0.9), **options}
     for size in (8, 8 + number):
-        brain = make(kind, optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9), **options)
+        brain = make(kind, **options)
         data = batches(size)
         brain.fit([1], data[:8])
         with counted_syncs() as python, Dispatched() as below:
