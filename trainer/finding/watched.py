@@ -31,9 +31,9 @@ class Watched:
         self.clip, self.seen = clip, list[float]()
         self.limit: float = clip.limit
 
-    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[list[Tensor]]:
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """What the clipper wants to know."""
-        found: list[list[Tensor]] = self.clip.measure(gradients, factor)
+        found: list[Tensor] = self.clip.measure(gradients, factor)
         return found
 
     def __call__(self, gradients: Gradients) -> bool:
