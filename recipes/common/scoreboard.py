@@ -96,7 +96,8 @@ class Scoreboard:
         """
         self._take(self.judges.collect())
         mine = [(id, self._scores.get(id, {}), self._before.get(id, {})) for id in self._ids]
-        rows = sorted(Row(*each) for part in distributed.gather(mine) for each in part)
+        rows = [Row(*each) for part in distributed.gather(mine) for each in part]
+        rows.sort(key=lambda row: row.id)
         means = self._means(rows)
         if distributed.is_main():
             self._write(rows, means)

@@ -19,6 +19,7 @@ from trainer import cli
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run, moved to where it was not made."""
+    pytest.importorskip("pystoi")
     folder = tmp_path_factory.mktemp("made")
     for part in ("train-clean-100", "dev-clean", "test-clean"):
         for number in range(2):

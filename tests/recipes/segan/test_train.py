@@ -248,7 +248,8 @@ def test_evaluation_is_the_same_twice_and_changes_nothing(tmp_path: Path) -> Non
 # --- every YAML ----------------------------------------------------------------------------------
 
 TINY = [
-    "--channels=[4,6]", "--discriminator_channels=[4,6]", "--kernel=5", "--stride=2", "--discriminator.references=2",
+    "--channels=[4,6]", "--discriminator_channels=[4,6]", "--kernel=5", "--stride=2",
+    "--discriminator.references=2",
     "--samples=8192", "--chunks.overlap=2048", "--batch_size=2", "--grad_accumulation_factor=1",
     "--steps=2", "--num_workers=0", "--judges=0", "--device=cpu", "--no-progressbar",
     "--log_interval=1", "--extremes=1", "--precision=fp32",
