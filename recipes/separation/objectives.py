@@ -18,11 +18,13 @@ def pairwise_si_snr(estimates: Tensor, sources: Tensor, lengths: Tensor | None =
     """SI-SNR in dB of each estimate against each source: (B, S, T) twice to (B, estimate, source).
 
     Scale-invariant signal-to-noise ratio (Luo and Mesgarani 2019, arXiv 1809.07454, section II-E),
-    means removed. ``lengths`` (B,) are the samples that count. Computed in float32 at least.
+    means removed. ``lengths`` (B,) are the samples that count. Computed in float32 at least,
+    whatever autocast says: sums over seconds need it.
     """
     estimates, sources = _centred(estimates, lengths), _centred(sources, lengths)
     energy = sources.square().sum(-1)[:, None]  # (B, 1, S)
-    share = estimates @ sources.transpose(1, 2) / (energy + EPS)  # (B, S, S)
+    with torch.autocast(sources.device.type, enabled=False):
+        share = estimates @ sources.transpose(1, 2) / (energy + EPS)  # (B, S, S)
     target = share[..., None] * sources[:, None]  # (B, S, S, T)
     noise = estimates[:, :, None] - target
     ratio = (target.square().sum(-1) + EPS) / (noise.square().sum(-1) + EPS)

@@ -93,6 +93,9 @@ def test_half_precision_is_summed_in_single() -> None:
     found = pairwise_si_snr(estimates.bfloat16(), sources)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, pairwise_si_snr(estimates, sources), atol=0.1, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pairwise_si_snr(estimates, sources)
+    assert torch.equal(found, pairwise_si_snr(estimates, sources))
 
 
 NAN, INF = math.nan, math.inf
