@@ -54,11 +54,15 @@ class Scoreboard:
         judges: who measures; `finish` waits for them, and they may be shared.
         folder: where table and sounds go, usually that of the run.
 
+    Attributes:
+        means: of every measure, by what `finish` found last.
+
     What clips score noisy is measured once for each id, for as long as the board lives.
     """
 
     def __init__(self, judges: Judges, folder: str | Path) -> None:
         self.judges, self.folder = judges, Path(folder)
+        self.means: dict[str, float] = {}
         self._before: dict[str, Scores] = {}  # noisy
         self.start("valid")
 
@@ -98,7 +102,7 @@ class Scoreboard:
         mine = [(id, self._scores.get(id, {}), self._before.get(id, {})) for id in self._ids]
         rows = [Row(*each) for part in distributed.gather(mine) for each in part]
         rows.sort(key=lambda row: row.id)
-        means = self._means(rows)
+        means = self.means = self._means(rows)
         if distributed.is_main():
             self._write(rows, means)
         self._save_sounds(rows)

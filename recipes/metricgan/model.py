@@ -152,7 +152,6 @@ class Generator(nn.Module):
         # In full precision from here on: a step of bf16 is audible in a mask near its floor.
         return self.sigmoid(self.linear(hidden).float()).clamp(min=self.floor)
 
-
     def recur(self, features: Any) -> Any:
         """The LSTM: features (B, T, F), packed or not, to (B, T, 2 · units)."""
         kind = self.sigmoid.slope.device.type

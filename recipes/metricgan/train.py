@@ -24,6 +24,8 @@ from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
 from recipes.metricgan.targets import Targets
 from trainer import Brain, EpochCounter, Stage, distributed
 
+COMPOSITES = ("csig", "cbak", "covl")  # predicted opinions of signal, background and all
+
 
 class Enhancer(Brain):
     """The players of MetricGAN+, each batch of which says what it is for (`phases.PASSES`).
@@ -48,9 +50,14 @@ class Enhancer(Brain):
         self.board = Scoreboard(judges, self.hparams.output_folder)
 
     @property
+    def bests(self) -> dict[str, str]:
+        """The metric by which each phase's checkpoint is chosen: the target, in that phase."""
+        return {phase.name: f"{self.hparams.target}_{phase.name}" for phase in self.phases.all}
+
+    @property
     def best(self) -> str:
-        """The metric by which the checkpoint to use is chosen: the target's, in the last phase."""
-        return f"{self.hparams.target}_{self.phases.all[-1].name}"
+        """That of the last phase, whose checkpoint is the one to use."""
+        return self.bests[self.phases.all[-1].name]
 
     def init_optimizers(self) -> None:
         self.optimizers_dict = {
@@ -226,10 +233,10 @@ class Enhancer(Brain):
             self.history.close()
             return None
         scores = self.board.finish()
+        scores.update((n, self.board.means[n]) for n in COMPOSITES if n in self.board.means)
         if stage is Stage.VALID and epoch is not None:
             # Under a name of its own, too: checkpoints are chosen among those of a phase.
-            target = self.hparams.target
-            scores[f"{target}_{self.phases.of(epoch).name}"] = scores[target]
+            scores[self.bests[self.phases.of(epoch).name]] = scores[self.hparams.target]
         return scores
 
     @torch.inference_mode()
@@ -252,6 +259,7 @@ def train(run: trainer.Run) -> dict[str, float]:
     brain = Enhancer(
         hparams["modules"], hparams=hparams, run_opts=options, checkpointer=hparams["checkpointer"]
     )
+    keep_best_of_each_phase(brain)
     batches = Passes(
         brain.phases, len(training), brain.history, options.seed,
         distributed.rank(), distributed.world_size(),
@@ -268,19 +276,24 @@ def train(run: trainer.Run) -> dict[str, float]:
         return test_phases(brain, test)
 
 
+def keep_best_of_each_phase(brain: Enhancer) -> None:
+    """Whatever else the YAML wants to be kept."""
+    keeper = brain.checkpointer
+    if keeper is not None:
+        keeper.keep = keeper.keep.widened(1, (), brain.bests.values(), 1)
+
+
 def test_phases(brain: Enhancer, test: Pairs) -> dict[str, float]:
     """The measures of the test set by the best checkpoint of the last phase; prints those of all.
 
     Beside them, ``pesq_warm_up`` and so on: what the phases before had come to.
     """
-    target, before = brain.hparams.target, {}
-    *earlier, last = brain.phases.all
-    for phase in earlier:
-        brain.evaluate(test, max_key=f"{target}_{phase.name}")
-        tell(phase.name, brain.test_metrics)
-        before[f"{target}_{phase.name}"] = brain.test_metrics[target]
-    brain.evaluate(test, max_key=brain.best)
-    tell(last.name, brain.test_metrics)
+    before = {}
+    for name, metric in brain.bests.items():
+        brain.evaluate(test, max_key=metric)
+        tell(name, brain.test_metrics)
+        before[metric] = brain.test_metrics[brain.hparams.target]
+    del before[brain.best]
     return {**brain.test_metrics, **before}
 
 

@@ -1,4 +1,4 @@
-"""The history: bounded, appended to at one cost, drawn from without repetition, saved to the bit."""
+"""The history: bounded, appended to at one cost, drawn without repetition, saved to the bit."""
 
 import math
 

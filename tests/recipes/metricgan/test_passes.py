@@ -261,9 +261,7 @@ def test_inference_is_what_was_evaluated() -> None:
     """What ends in digital silence, as a padded chunk does, is enhanced as without it."""
     brain = make()
     wav = Tones(1, 1500)[0]["noisy"]
-    expected = enhance(
-        brain.spectrum, brain.modules.generator, wav[None], torch.tensor([len(wav)])
-    )
+    expected = enhance(brain.spectrum, brain.modules.generator, wav[None], torch.tensor([len(wav)]))
     padded = torch.nn.functional.pad(torch.stack([wav, wav * 0]), (0, 400))
     found = brain.network(padded)
     torch.testing.assert_close(found[:1, :1500], expected, rtol=0, atol=1e-6)

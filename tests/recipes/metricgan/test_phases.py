@@ -77,9 +77,10 @@ def test_names_of_phases_differ() -> None:
 def test_an_epoch_goes_through_its_passes_in_order() -> None:
     found = epoch(Phase("metric", 1, items=6, batch_size=4), history=past(6))
     kinds = [batch[0].what for batch in found]
-    assert kinds == ["enhance"] * 2 + ["current"] * 2 + ["history"] + ["current"] * 2 + [
-        "generator"
-    ] * 2
+    assert (
+        kinds
+        == ["enhance"] * 2 + ["current"] * 2 + ["history"] + ["current"] * 2 + ["generator"] * 2
+    )
     assert all(len({draw.what for draw in batch}) == 1 for batch in found)
     assert [batch[0].closes for batch in found] == [False, True] * 2 + [True] + [False, True] * 2
 

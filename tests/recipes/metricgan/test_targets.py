@@ -1,4 +1,4 @@
-"""The scores that are learned from: normalised, asked for once, waited for no longer than needed."""
+"""The scores to learn from: normalised, asked for once, waited for no longer than needed."""
 
 import importlib.util
 import math
