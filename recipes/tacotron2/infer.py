@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from recipes.tacotron2.sound import Sound, make_sound, write_sound
+from recipes.tacotron2.sound import make_sound, write_sound
 from recipes.tacotron2.text import readable
 from recipes.tacotron2.train import Synthesiser
 from trainer.hparams import load_hparams
@@ -87,7 +87,11 @@ def load(run: Path, device: str = "auto") -> Synthesiser:
     return Synthesiser(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])
 
 
-def say_all(brain: Synthesiser, sound: Sound, texts: Mapping[Path, tuple[str, str]]) -> int:
+def say_all(
+    brain: Synthesiser,
+    sound: Callable[[torch.Tensor], torch.Tensor],
+    texts: Mapping[Path, tuple[str, str]],
+) -> int:
     """Write a sound file of each text; 1 if one could not be said."""
     failed = False
     for path, (name, text) in texts.items():

@@ -29,7 +29,12 @@ def make_sound(
     if vocoder is None:
         return GriffinLim(mel)
     found = load_vocoder(vocoder, device)
-    found.mel.check(f"the vocoder {vocoder} does not fit", mel.config)
+    for name, own in mel.config.items():
+        if found.mel.config[name] != own:
+            raise ValueError(
+                f"the vocoder {vocoder} takes mels with {name}={found.mel.config[name]!r}; those "
+                f"that are synthesised have {own!r}"
+            )
     return found
 
 
