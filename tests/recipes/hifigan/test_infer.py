@@ -1,0 +1,143 @@
+"""Resynthesis of files and mels with nothing but a run folder."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from recipes.common import vocoder
+from recipes.common.mel import LogMel, write_mel
+from recipes.common.vocoder import load_vocoder
+from recipes.hifigan import infer
+from recipes.hifigan.train import train
+from tests.recipes.hifigan.test_train import HELD_OUT, HPARAMS, TINY, noises
+from trainer import cli
+from trainer.checkpoint import Checkpointer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, moved to where it was not made."""
+    folder = tmp_path_factory.mktemp("made")
+    data = noises(folder / "data", number=6)
+    given = ["--data_folder", str(data), *HELD_OUT, "--checkpointer.keep_last", "3",
+             "--steps", "3", "--opt_g.lr", "0.01", "--segment", "8192"]  # fmt: skip
+    cli.main(
+        train, [str(HPARAMS / "v3.yaml"), "--output_folder", str(folder / "run"), *TINY, *given]
+    )
+    shutil.move(folder / "run", folder / "elsewhere")
+    return folder / "elsewhere"
+
+
+def sound(path: Path, samples: int, rate: int, channels: int = 1, **kind: str) -> Path:
+    noise = np.random.default_rng(0).normal(0.0, 0.1, (samples, channels))
+    soundfile.write(path, noise, rate, **kind)
+    return path
+
+
+def made(run: Path, folder: Path, *files: Path) -> int:
+    return infer.main([str(run), *map(str, files), "-o", str(folder)])
+
+
+def test_rate_length_and_channels_stay(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        sound(tmp_path / "one.wav", 30001, 22050),
+        sound(tmp_path / "stereo.flac", 20000, 44100, channels=2),
+        sound(tmp_path / "short.wav", 3, 16000),
+        sound(tmp_path / "float.wav", 5000, 8000, subtype="FLOAT"),
+        sound(tmp_path / "voice.ogg", 12345, 16000),
+    ]
+    assert made(run, tmp_path / "out", *files) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [str(file) for file in files]
+    for file, (_, result) in zip(files, lines, strict=True):
+        was, now = soundfile.info(file), soundfile.info(result)
+        assert (now.samplerate, now.frames, now.channels) == (
+            was.samplerate, was.frames, was.channels,
+        )  # fmt: skip
+        if file.suffix != ".ogg":
+            assert (now.format, now.subtype) == (was.format, was.subtype)
+
+
+def test_a_long_file_is_what_it_would_be_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sound(tmp_path / "long.wav", 40 * 2048, 22050, subtype="FLOAT")
+    voice = load_vocoder(run)
+    monkeypatch.setattr(vocoder, "CHUNK", 64)
+    assert made(run, tmp_path / "out", path) == 0
+    wav, found = (
+        torch.from_numpy(soundfile.read(each, dtype="float32")[0])
+        for each in (path, tmp_path / "out" / "long.wav")
+    )
+    torch.testing.assert_close(found, voice(voice.mel(wav)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_a_mel_file_becomes_sound(run: Path, tmp_path: Path, suffix: str) -> None:
+    voice = load_vocoder(run)
+    mel = voice.mel(0.1 * torch.randn(256 * 300))
+    write_mel(tmp_path / f"said{suffix}", mel, voice.mel.config)
+    assert made(run, tmp_path / "out", tmp_path / f"said{suffix}") == 0
+    found, rate = soundfile.read(tmp_path / "out" / "said.wav", dtype="float32")
+    assert rate == 22050
+    torch.testing.assert_close(torch.from_numpy(found), voice(mel), rtol=0, atol=1e-4)
+
+
+def test_a_mel_of_another_configuration_names_the_parameter(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = LogMel(22050, f_max=7000.0)
+    write_mel(tmp_path / "other.npy", other(torch.randn(8192)), other.config)
+    wrong = torch.full((80, 4), float("nan"))
+    write_mel(tmp_path / "wrong.pt", wrong, load_vocoder(run).mel.config)
+    good = sound(tmp_path / "good.wav", 5000, 22050)
+    assert made(run, tmp_path / "out", tmp_path / "other.npy", tmp_path / "wrong.pt", good) == 1
+    told = capsys.readouterr()
+    assert "other.npy: its mel was made with f_max=7000.0; expected: 8000.0" in told.err
+    assert "wrong.pt: its mel has values that are not finite numbers" in told.err
+    assert told.out.startswith(f"{good}\t")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.wav"]
+
+
+def test_unusable_files_and_folders_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.wav").write_text("no sound at all")
+    assert made(run, tmp_path / "out", tmp_path / "text.wav", tmp_path / "missing.wav") == 1
+    told = capsys.readouterr().err
+    assert "text.wav: it is not an audio file" in told
+    assert "missing.wav: it does not exist" in told
+    good = sound(tmp_path / "good.wav", 5000, 22050)
+    assert made(tmp_path, tmp_path / "out", good) == 2
+    assert f"{tmp_path} is no run folder: it has no hyperparams.yaml" in capsys.readouterr().err
+    assert made(run, tmp_path, good) == 2
+    assert "would overwrite itself" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
+    assert made(tmp_path / "empty", tmp_path / "out", good) == 2
+    assert "has no sound checkpoint" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "hyperparams.yaml").write_text("mel: 1\n")
+    assert made(tmp_path / "other", tmp_path / "out", good) == 2
+    assert "is no run of a vocoder: its hyperparams.yaml has no checkpointer" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_weights_are_those_that_were_tested(run: Path) -> None:
+    checkpoints = Checkpointer(run / "checkpoints")
+    best = checkpoints.find_checkpoint(min_key="mel_l1")
+    saved = checkpoints.read(best)["brain"]["modules"]
+    voice = load_vocoder(run)
+    torch.testing.assert_close(voice.generator.first.bias.detach(), saved["generator.first.bias"])
+    ours = voice.generator.first.weight.detach()
+    direction = saved["generator.first.parametrizations.weight.original1"]
+    length = saved["generator.first.parametrizations.weight.original0"]
+    norm = direction.flatten(1).norm(dim=1).view_as(length)
+    torch.testing.assert_close(ours, length * direction / norm)
+    assert not any("parametrizations" in name for name in voice.generator.state_dict())
