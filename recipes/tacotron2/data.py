@@ -205,18 +205,21 @@ class Mels(Dataset[dict[str, Any]]):
         cut = self.cuts[index]
         mel = self._known.get(index)
         if mel is None:
-            mel = self._mel(cut)
+            mel = self._mel(index)
             if self.cached:
                 self._known[index] = mel
         tokens = torch.tensor(self.tokens[index])
         return {"id": cut.id, "text": _text(cut), "tokens": tokens, "mel": mel}
 
-    def _mel(self, cut: Any) -> Tensor:
-        signal = load(cut, self.mel.sample_rate, resample=True)
-        if self.quiet is not None:
-            signal = trimmed(signal, self.mel.sample_rate, self.quiet)
+    def _mel(self, index: int) -> Tensor:
+        signal = self.signal(index)
         short = max(0, self.mel.edge + 1 - len(signal))
         return self.mel(torch.nn.functional.pad(signal, (0, short))).T.contiguous()
+
+    def signal(self, index: int) -> Tensor:
+        """The samples (S,) of an utterance, trimmed, at the rate of the spectrograms."""
+        signal = load(self.cuts[index], self.mel.sample_rate, resample=True)
+        return signal if self.quiet is None else trimmed(signal, self.mel.sample_rate, self.quiet)
 
     def name_of(self, index: int) -> str:
         """An utterance in an error message."""
