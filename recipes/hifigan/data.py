@@ -147,9 +147,15 @@ def datasets(
     """Segments to train on, ``times`` of each clip in an epoch; whole clips to valid and test.
 
     To train, clips that are shorter than a segment are left out. Raises ValueError when none is
-    left.
+    left, and when all of them have another rate and are not to be resampled.
     """
     training = keep(corpus["train"], shortest=(segment + 1) / sample_rate)
+    others = [cut for cut in training if cut.sampling_rate != sample_rate]
+    if len(others) == len(training) and not resample:
+        raise ValueError(
+            f"all {len(others)} clips to train on have another rate; {others[0].id} is sampled at "
+            f"{others[0].sampling_rate} Hz, not at {sample_rate} Hz; --resample makes them so"
+        )
     whole = {"shortest": shortest, "resample": resample}
     return {
         "train": Clips(training, sample_rate, segment, times, resample=resample),
