@@ -33,6 +33,8 @@ class Generator(nn.Module):
         kernel: the width of all filters, odd.
         stride: how much shorter each layer makes a signal.
         samples: T; a multiple of what all layers together shorten by.
+        residual: add what the decoder gives to the noisy chunk, beginning with nothing. Not in the
+            paper: it spares the steps in which the network learns to give back what it gets.
 
     Raises ValueError for a T that is none.
     """
@@ -43,10 +45,12 @@ class Generator(nn.Module):
         kernel: int = 31,
         stride: int | Sequence[int] = 2,
         samples: int = 16384,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         strides = _strides(channels, stride, samples)
         pad, ins = kernel // 2, [1, *channels]
+        self.residual = residual
         self.samples, self.latent = samples, (channels[-1], samples // prod(strides))
         self.encoder = nn.ModuleList(
             nn.Conv1d(a, b, kernel, s, pad)
@@ -59,6 +63,9 @@ class Generator(nn.Module):
             for (a, b), s in reversed(list(zip(pairwise(ins), strides, strict=True)))
         )
         self.decoder_slopes = nn.ModuleList(nn.PReLU(each) for each in ins[-2:0:-1])
+        if residual:
+            for parameter in self.decoder[-1].parameters():
+                nn.init.zeros_(parameter)
         # Without z of its own every chunk gets this one, so that a file comes out the same always.
         fixed = torch.randn(1, *self.latent, generator=torch.Generator().manual_seed(0))
         self.register_buffer("fixed", fixed, persistent=False)
@@ -76,7 +83,8 @@ class Generator(nn.Module):
             x = convolve(torch.cat([x, skips.pop()], dim=1))
             if skips:
                 x = self.decoder_slopes[number](x)
-        return x.squeeze(1).tanh()
+        found = x.squeeze(1).tanh()
+        return noisy + found if self.residual else found
 
 
 class VirtualBatchNorm(nn.Module):

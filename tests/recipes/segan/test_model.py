@@ -19,7 +19,7 @@ from recipes.segan.model import (
 from tests.recipes.segan.tiny import SAMPLES, SIZE
 
 
-def test_the_size_and_the_shapes_of_the_paper() -> None:
+def test_the_size_and_the_shapes_of_the_paper(uninitialised: None) -> None:
     """97.5 M in all, as comparisons of enhancers list SEGAN; and section 3: 16384 x 1 to 8 x 1024
     in eleven layers, and back.
     """
@@ -63,6 +63,13 @@ def test_the_latent_changes_what_comes_out_and_is_fixed_where_none_is_given() ->
     torch.testing.assert_close(generator(noisy), alone)
     assert torch.equal(Generator(**SIZE).fixed, generator.fixed)
     assert not any("fixed" in name for name in generator.state_dict())
+
+
+def test_a_residual_generator_begins_with_what_it_gets() -> None:
+    generator, noisy = Generator(**SIZE, residual=True), torch.randn(2, SAMPLES)
+    assert torch.equal(generator(noisy), noisy)
+    generator(noisy).square().sum().backward()
+    assert generator.decoder[-1].weight.grad.any()
 
 
 def test_every_weight_is_used() -> None:

@@ -323,7 +323,7 @@ def test_voicebank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(tmp_path / "run", metrics, capsys.readouterr().out)
 
 
-def test_the_published_setting() -> None:
+def test_the_published_setting(uninitialised: None) -> None:
     changes = {"data_folder": "VBD", "discriminator": {"references": 1}}
     hparams = load_hparams(HPARAMS / "voicebank.yaml", changes)
     sizes = [sum(p.numel() for p in hparams[name].parameters()) for name in PLAYERS]
