@@ -24,8 +24,11 @@ FLOORS = [
     },
     {"update"},
     {"step"},
-    {"attributes", "feeding", "hooks", "journal", "monitor", "setup", "state", "verdict"},
-    {"resumption", "testing"},
+    {
+        "attributes", "feeding", "forensics", "hooks", "journal", "monitor", "setup", "state",
+        "verdict",
+    },
+    {"replay", "resumption", "testing"},
     {"keeping"},
     {"training"},
     {"workings"},

@@ -29,6 +29,7 @@ from trainer.averages import Mean, WeightAverage
 from trainer.data import make_loader
 from trainer.feeding import Feed
 from trainer.finding import search
+from trainer.forensics import make_forensics
 from trainer.hooks import Stage
 from trainer.journal import Journal
 from trainer.keeping import Keeper
@@ -90,6 +91,7 @@ class Brain(Workings):
         self.journal, self.profiler = Journal(self.options), Profiler(self.options)
         self.test_metrics: dict[str, Any] = {}
         self.statistics, self.monitor = Statistics(self.modules), make_monitor(self)
+        self.forensics = make_forensics(self)
         self._prepare()
         self.weight_average: WeightAverage | None = None
         self.framework: frozenset[str] = frozenset()
@@ -121,7 +123,7 @@ class Brain(Workings):
         valid = self._feed(valid_set, Stage.VALID, valid_loader_kwargs, progressbar, train)
         if self.options.searching:
             raise search(self, train, epoch_counter)
-        with self.journal.running(), self.keeper.holding():
+        with self.journal.running(), self.keeper.holding(), self.forensics:
             self._start_fit(epoch_counter, has_valid=valid is not None)
             for epoch in self.keeper.epochs(epoch_counter):
                 if self.keeper.phase == "train":

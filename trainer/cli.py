@@ -32,6 +32,7 @@ from trainer.hparams import Configuration, describe, option
 from trainer.log import RunLog
 from trainer.nonfinite import NonFiniteError
 from trainer.options import RunOptions
+from trainer.replay import Replayed
 from trainer.run import arguments, session
 from trainer.run.environment import environment
 from trainer.run.folder import RunFolder
@@ -41,7 +42,7 @@ from trainer.setup import pick_device
 # Options of one command rather than of the run: they are not written to its hyperparams.yaml.
 ONCE = (
     "overwrite", "test_only", "debug", "progressbar", "profile_training",
-    "find_clip", "find_lr", "find_steps", "find_trials",
+    "find_clip", "find_lr", "find_steps", "find_trials", "replay",
 )  # fmt: skip
 
 logger = logging.getLogger("trainer")
@@ -105,16 +106,19 @@ def _run(
     seed_everything(options.seed, distributed.rank())
     with ExitStack() as stack:
         folder, changes = stack.enter_context(_folder(configuration, options, train, given))
-        log = RunLog(folder, main=distributed.is_main())
+        log = RunLog(None if options.replay else folder, main=distributed.is_main())
         stack.callback(log.close)
         stack.enter_context(session.messages(log, _module(train)))
         stack.enter_context(session.stoppable())
         stack.enter_context(session.told(log))
-        if not options.debug:
+        if not (options.debug or options.replay):
             opened.append(folder)
         if changes:
             logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
-        metrics = _numbers(train(Run(configuration.build(), options, folder, given)))
+        try:
+            metrics = _numbers(train(Run(configuration.build(), options, folder, given)))
+        except Replayed:
+            return {}
         if metrics:
             _report(metrics, folder)
     return metrics
@@ -159,6 +163,9 @@ def _folder(
             distributed.barrier()
         return
     folder = RunFolder(Path(str(options.output_folder)))
+    if options.replay:  # It looks, and leaves no trace, even where the run still goes on.
+        yield folder.path, []
+        return
     where = environment(_source(train))
     problem, changes = None, []
     if distributed.is_main():

@@ -32,7 +32,7 @@ class Journal:
         self.options = options
         self.shown = options.progressbar
         self.folder = Path(options.output_folder) if options.output_folder else None
-        if options.debug:
+        if options.debug or options.replay:
             self.folder = None
         self.log = RunLog()
         self.page = Page(None)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
-from trainer import distributed, interrupt, state
+from trainer import distributed, interrupt, replay, state
 from trainer.feeding import Feed
 from trainer.report import StageReport
 from trainer.resumption import Resumption, place_kept
@@ -106,8 +106,11 @@ class Keeper:
         brain = self.brain
         if self.checkpointer is None or not self.checkpointer.enabled:
             return
-        self.checkpointer.prepare()
-        checkpoint = self.checkpointer.recover_if_possible()
+        if brain.options.replay:
+            checkpoint = replay.restore(brain)
+        else:
+            self.checkpointer.prepare()
+            checkpoint = self.checkpointer.recover_if_possible()
         if checkpoint is None:
             return
         self._saved_step = brain.optimizer_step
@@ -121,6 +124,8 @@ class Keeper:
     def epochs(self, counter: Iterable[int]) -> Iterator[int]:
         """The epochs that are still to do; each is entered where it was left."""
         brain, resumed = self.brain, False
+        if brain.options.replay:  # Of another `fit`, or there would be no return from it.
+            return
         if self._depth == 1:
             if self.fits < self._resumed_fit:
                 logger.info("fit number %d was over before: nothing to do", self.fits)

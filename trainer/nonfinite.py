@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+UNKNOWN = "To find the operation, run that batch under torch.autograd.detect_anomaly()"
+
 
 class NonFiniteError(RuntimeError):
     """Too many steps of one epoch had a loss or gradient that was NaN or infinite."""
@@ -30,9 +32,17 @@ class Patience:
         self.count = 0
 
     def spend(
-        self, name: str, norm: float | None, epoch: int | None, step: int, ids: list[str]
+        self,
+        name: str,
+        norm: float | None,
+        epoch: int | None,
+        step: int,
+        ids: list[str],
+        hint: str = "",
     ) -> None:
         """One more skipped step of the optimizer ``name``, whose last finite norm was ``norm``.
+
+        ``hint`` says where more is known of it.
 
         Raises NonFiniteError at ``limit`` + 1.
         """
@@ -44,9 +54,9 @@ class Patience:
             f"(nonfinite_patience is {self.limit}); the last time at step {step}, "
             f"optimizer {name!r}, batch {', '.join(ids) or 'without ids'}. "
             f"Its last finite gradient norm was {'never seen' if norm is None else f'{norm:.4g}'}. "
-            "None of these steps touched the weights, which are finite. To find the operation, run "
-            "that batch under torch.autograd.detect_anomaly(); a lower learning rate, a lower "
-            "max_grad_norm or precision fp32 are the usual cures."
+            "None of these steps touched the weights, which are finite. "
+            f"{hint or UNKNOWN}. A lower learning rate, a lower max_grad_norm or precision fp32 "
+            "are the usual cures."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,6 +62,9 @@ class RunOptions:
     nonfinite_patience: int = _option(
         3, "losses or gradients that are not finite, an epoch, before the run stops", at_least=0
     )
+    nonfinite_reports: int = _option(
+        5, "skipped steps of a run that are looked into, and kept to be replayed", at_least=0
+    )
     skip_nonfinite_grads: bool = _option(
         False, "leave out only the parameters whose gradients are not finite"
     )
@@ -99,6 +102,9 @@ class RunOptions:
     debug_epochs: int = _option(2, "epochs under --debug", at_least=1)
     overfit_batches: int = _option(
         0, "train on the first so many batches alone; 0: on all", at_least=0
+    )
+    replay: str | None = _option(
+        None, "a folder of nonfinite/: replay its batch, train nothing (python -m trainer replay)"
     )
     test_only: bool = _option(False, "no training: test the best checkpoint")
     find_clip: bool = _option(False, "no training: look for the clip limit of each optimizer")

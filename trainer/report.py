@@ -153,6 +153,10 @@ class Tally:
         self._clear()
         return entry
 
+    def recent(self) -> list[float]:
+        """The last norms since the last record, at most 20."""
+        return self._norms[-20:]
+
     def state_dict(self) -> dict[str, Any]:
         """What has been counted since the last record."""
         return {

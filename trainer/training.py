@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer import distributed, drift, step
 from trainer.attributes import Attributes
 from trainer.averages import Mean, WeightAverage
+from trainer.forensics import Off as NoForensics
 from trainer.hooks import Hooks, Stage
 from trainer.journal import Journal
 from trainer.keeping import Keeper
@@ -42,6 +43,7 @@ class Training(Hooks):
     attributes: Attributes
     journal: Journal
     monitor: Off
+    forensics: NoForensics
     profiler: Profiler
     keeper: Keeper
 
@@ -88,6 +90,7 @@ class Training(Hooks):
                 f"count_examples returned {self._weight}; allowed: a finite number, 0 or more"
             )
         self.step += 1
+        self.forensics.begin_batch()
         self._spent = False
         self._batches += 1
         self._reports, self._hand_stepped = [], False
@@ -136,15 +139,16 @@ class Training(Hooks):
                 self.epoch, self.step, "loss" if report.loss is None else "gradients",
                 report.name, ", ".join(ids) or "without ids",
             )  # fmt: skip
+            hint = self.forensics.note(report)
             if not self._spent:  # One bad batch is one, however many losses it spoils.
-                self._spend(report.name, ids)
+                self._spend(report.name, ids, hint)
         if report.outcome != "accumulated":
             self._suspects.pop(report.name, None)
 
-    def _spend(self, name: str, ids: list[str]) -> None:
-        self._spent = True
+    def _spend(self, name: str, ids: list[str], hint: str) -> None:
+        self._spent, norm = True, self.updates[name].last_norm
         try:
-            self.patience.spend(name, self.updates[name].last_norm, self.epoch, self.step, ids)
+            self.patience.spend(name, norm, self.epoch, self.step, ids, hint)
         except NonFiniteError:
             self.statistics.put_back()
             raise
@@ -153,6 +157,7 @@ class Training(Hooks):
         """Averages, counters and log lines after `fit_batch`."""
         self._averaged = loss.name if isinstance(loss, StepReport) else None
         self._take_in(loss)
+        self.forensics.settle()
         every = self.options.drift_check_every
         if every and (self._batches == 1 or self._batches % every == 0):  # As many on every rank.
             drift.check(
@@ -202,6 +207,7 @@ class Training(Hooks):
                     self._note(step.close(updates))
         if self._reports:
             self._take_in(next((r for r in self._reports if r.name == self._averaged), None))
+        self.forensics.settle()
         if self._batches and not (self._guarded or self._by_hand or self.optimizer_step):
             raise ValueError(
                 f"{type(self).__name__}.fit_batch ran {self._batches} times and never called "

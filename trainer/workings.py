@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, seed
+from trainer import distributed, replay, seed
 from trainer.averages import Mean, WeightAverage
 from trainer.feeding import Feed, feed
 from trainer.hooks import Stage
@@ -62,6 +62,8 @@ class Workings(Training):
         self.keeper.begin_fit()
         self.on_fit_start()
         self.keeper.fit_started()
+        if self.options.replay:
+            replay.run(self)
 
     def _tell_lost(self, stage: Stage, lost: float, examples: float) -> None:
         """Say what an average of an evaluation leaves out."""

@@ -56,7 +56,7 @@ def seconds(every: int) -> float:
         return time.perf_counter() - start
 
 
-def main(turns: int = 9) -> None:
+def main(turns: int = 7) -> None:
     """Print the medians."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -68,8 +68,9 @@ def main(turns: int = 9) -> None:
         ratios.append(2 * on / (before + after))
         noise.append(after / before)
         steps.append(before / STEPS)
+        print(f"x{ratios[-1]:.4f} (x{noise[-1]:.4f})", end=" ", flush=True)
     print(
-        f"torch {torch.__version__}, one thread, {size / 1e6:.1f} M parameters, "
+        f"\ntorch {torch.__version__}, one thread, {size / 1e6:.1f} M parameters, "
         f"{1e3 * statistics.median(steps):.0f} ms a step: a look every {EVERY} steps "
         f"x{statistics.median(ratios):.4f} (two runs without: x{statistics.median(noise):.4f})"
     )

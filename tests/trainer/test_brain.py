@@ -631,7 +631,8 @@ def test_a_skipped_batch_is_told_with_its_names(caplog: pytest.LogCaptureFixture
     data[1], data[2] = spoilt(data[1], "nan"), spoilt(data[2], "gradient")
     with caplog.at_level(logging.WARNING, "trainer"):
         make().fit([3], data)
-    assert [record.getMessage() for record in caplog.records] == [
+    told = [record.getMessage() for record in caplog.records]
+    assert [text for text in told if not text.startswith("first not finite: ")] == [
         "epoch 3, batch 2: loss of 'main' not finite, step skipped (batch utt1-0, utt1-1, utt1-2)",
         "epoch 3, batch 3: gradients of 'main' not finite, step skipped "
         "(batch utt2-0, utt2-1, utt2-2)",

@@ -6,6 +6,7 @@
         environment.json    versions, git revision, machine of the last start
         train.log           what people read; metrics.jsonl: what programs read
         checkpoints/        a run goes on from these
+        nonfinite/          skipped steps: what made them so, and their batches
 
 Nothing is ever deleted, unless `overwrite` asks for it, and then only what is listed in `OWN`.
 """
@@ -45,6 +46,7 @@ OWN = (
     "find_clip.json",
     "find_lr.html",
     "find_lr.json",
+    "nonfinite",
     "checkpoints",
     "prepared",
     "tensorboard",

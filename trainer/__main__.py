@@ -1,0 +1,23 @@
+"""What can be done with a run that is over: `python -m trainer replay RUN STEP`."""
+
+from __future__ import annotations
+
+import sys
+
+from trainer.run.again import USAGE, replay
+
+
+def main() -> int:
+    """Exit code 2 and a sentence for what the user can mend."""
+    if sys.argv[1:2] != ["replay"]:
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        return replay(sys.argv[2:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
