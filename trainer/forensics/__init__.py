@@ -181,5 +181,6 @@ def replayed(
 
 
 def make_forensics(brain: Any) -> Off:
-    """The forensics of a Brain."""
-    return Forensics(brain) if brain.options.nonfinite_reports else Off()
+    """The forensics of a Brain; a search for limits and rates fails on purpose."""
+    wanted = brain.options.nonfinite_reports and not brain.options.searching
+    return Forensics(brain) if wanted else Off()

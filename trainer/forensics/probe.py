@@ -116,7 +116,7 @@ class Probe(TorchDispatchMode):
 
     def _trace(self, name: str, facts: dict[str, Any]) -> Trace:
         module, line = self._stack[-1] if self._stack else None, None
-        node = torch._C._current_autograd_node() if self._phase == "backward" else None
+        node: Any = torch._C._current_autograd_node() if self._phase == "backward" else None
         if node is not None:  # The operation that is being differentiated, and where it was called.
             name = node.name()
             line = _last_own("".join(node.metadata.get("traceback_", ())))

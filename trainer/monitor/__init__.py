@@ -144,4 +144,5 @@ class Monitor(Off):
 
 def make_monitor(brain: Any) -> Off:
     """The monitor of a Brain; gradients are the same on all ranks, so the main one looks."""
-    return Monitor(brain) if brain.options.monitor_every and distributed.is_main() else Off()
+    wanted = brain.options.monitor_every and not brain.options.searching
+    return Monitor(brain) if wanted and distributed.is_main() else Off()

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable
 from html import escape
 
-from trainer.page.chart import Axis, Chart, Series, number
+from trainer.page.axis import Axis, number
+from trainer.page.chart import Chart, Series
 from trainer.page.history import Curve, History
 
 STEP = "optimizer step"
