@@ -107,6 +107,23 @@ def broadcast_(tensors: list[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks' tensors (n, …), one after the other; each may have another n."""
+    if world_size() == 1:
+        return tensor
+    size = torch.tensor([len(tensor)], device=tensor.device)
+    sizes = [torch.zeros_like(size) for _ in range(world_size())]
+    dist.all_gather(sizes, size)
+    counts = [int(each) for each in sizes]  # Waits for the device.
+    if not any(counts):
+        return tensor
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    rows = [torch.zeros_like(padded) for _ in counts]
+    dist.all_gather(rows, padded)
+    return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
+
+
 def gather(item: Any) -> list[Any]:
     """Every rank's item, in the order of ranks. Items travel as JSON: reading one runs no code."""
     if world_size() == 1:

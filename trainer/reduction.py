@@ -9,6 +9,7 @@ nothing to give takes part with zeros instead of leaving the others waiting.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import reduce
 
 import torch
@@ -20,17 +21,28 @@ from trainer import distributed
 BUCKET = 64 * 2**20
 
 
-def sum_gradients(params: list[Tensor], factor: float, facts: Tensor) -> tuple[Tensor, Tensor]:
+def sum_gradients(
+    params: list[Tensor], factor: float, facts: Tensor, sparse: Collection[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
     """Replace each ``p.grad`` by the sum over ranks of ``factor · p.grad``, with a factor a rank.
 
     ``facts`` (K,) is summed in the same message. Returns the summed facts (K,) and, for each
     parameter, how many ranks had a gradient (len(params),): on the device, no sync.
-    A parameter without a gradient on this rank counts as zeros and receives the sum.
+    A parameter without a gradient on this rank counts as zeros and receives the sum. Those in
+    ``sparse`` (the same on all ranks) travel as the rows that they have.
+
+    Raises ValueError for a sparse gradient of another one.
     """
     dtype = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)
     had = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=facts.device)
     pieces = [facts.to(dtype), had]
-    for p in params:
+    dense = [p for p in params if p not in sparse]
+    for p in dense:
+        if p.grad is not None and p.grad.is_sparse:
+            raise ValueError(
+                "with several processes, a sparse gradient must be that of a module with "
+                f"sparse=True, such as nn.Embedding; a parameter of shape {tuple(p.shape)} is not"
+            )
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         pieces.append(grad.reshape(-1).to(device=facts.device, dtype=dtype) * factor)
     summed = [torch.empty(0)] * len(pieces)
@@ -38,9 +50,26 @@ def sum_gradients(params: list[Tensor], factor: float, facts: Tensor) -> tuple[T
         flat = distributed.sum_(torch.cat([pieces[i] for i in bucket]))
         for i, part in zip(bucket, flat.split([pieces[i].numel() for i in bucket]), strict=True):
             summed[i] = part
-    for p, total in zip(params, summed[2:], strict=True):
+    for p, total in zip(dense, summed[2:], strict=True):
         p.grad = total.view_as(p).to(device=p.device, dtype=p.dtype)
+    for p in params:
+        if p in sparse:
+            _sum_rows(p, factor)
     return summed[0], summed[1]
+
+
+def _sum_rows(param: Tensor, factor: float) -> None:
+    """The sum over ranks of a gradient in sparse layout, as the rows that any rank has."""
+    grad = param.grad
+    if grad is None:
+        rows, values = torch.zeros(0, dtype=torch.long, device=param.device), param.detach()[:0]
+    else:
+        own = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+        rows, values = own.indices()[0], own.values() * factor
+    rows, values = distributed.gather_rows(rows), distributed.gather_rows(values)
+    total = torch.sparse_coo_tensor(rows[None], values, param.shape, check_invariants=False)
+    # An embedding that is used as a plain matrix too has a dense gradient.
+    param.grad = total.coalesce() if grad is None or grad.is_sparse else total.to_dense()
 
 
 def _buckets(pieces: list[Tensor]) -> list[list[int]]:

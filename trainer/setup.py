@@ -79,6 +79,12 @@ def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str
     options, names = brain.options, list(optimizers)
     schedules = getattr(brain.hparams, "schedule", None)
     parameters = {p: name for name, p in brain.modules.named_parameters()}
+    sparse = {
+        p
+        for module in brain.modules.modules()
+        if getattr(module, "sparse", False) is True
+        for p in module.parameters(recurse=False)
+    }
     usual = RunOptions().max_grad_norm  # Of an optimizer that a mapping leaves out.
     clips = clippers(options.clip, options.max_grad_norm, usual, optimizers, parameters)
     updates = {}
@@ -95,6 +101,7 @@ def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str
             options.skip_nonfinite_grads,
             alone=len(names) == 1 and parameters.keys() <= own,
         )
+        updates[name].sparse = sparse & own
         _watch(updates[name], on_hand_step)
     return updates
 

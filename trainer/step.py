@@ -151,7 +151,8 @@ def _join_ranks(updates: Sequence[Update]) -> Tensor:
         window.loss = torch.zeros((), device=params[0].device)
     loss = window.loss * window.reference
     facts = torch.stack([loss, loss.new_full((), window.weight)])
-    return torch.cat(sum_gradients(params, window.reference, facts))
+    sparse = set[Tensor]().union(*(update.sparse for update in updates))
+    return torch.cat(sum_gradients(params, window.reference, facts, sparse))
 
 
 def _read(

@@ -71,6 +71,7 @@ class Update:
         self.clip, self.schedule, self.size = clip, schedule, window
         self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
         self.window = Window()
+        self.sparse: set[Tensor] = set()  # Whose gradients may be in sparse layout.
         self.last_norm: float | None = None
         # Parameters and their gradients' norms, as last measured.
         self.seen: tuple[list[Tensor], list[float]] = [], []

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.trainer.small import Players, Regressor, batches, make, net
-from trainer import Brain, Stage
+from trainer import Brain, Stage, clipping
 from trainer.checkpoint import Checkpointer
-from trainer.clipping import NormClip
+from trainer.clipping import AutoClip, NormClip
 
 
 def refused(sentence: str, brain: Brain, **fit: Any) -> None:
@@ -232,6 +232,80 @@ def test_limits_that_are_no_numbers(bad: Any) -> None:
         make(max_grad_norm=bad)
 
 
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: AutoClip(110), r"AutoClip: percentile must be a number in \[0, 100\]; got 110"),
+        (lambda: AutoClip(-1), r"AutoClip: percentile must be a number in \[0, 100\]; got -1"),
+        (lambda: AutoClip("10"), "AutoClip: percentile must be a number .* got '10'"),
+        (lambda: AutoClip(history=0), "AutoClip: history must be a whole number, 1 or more"),
+        (lambda: NormClip(math.nan), "NormClip: limit is nan; allowed: a number; null, inf, 0"),
+        (lambda: NormClip(p=0), r"NormClip: p must be a number in \(0, inf\]; got 0"),
+        (lambda: clipping.AGC(0), r"AGC: clipping must be a number in \(0, inf\)"),
+        (lambda: clipping.ZClip(alpha=1), r"ZClip: alpha must be a number in \(0, 1\)"),
+        (lambda: clipping.SPAM(theta=-1), r"SPAM: theta must be a number in \(0, inf\)"),
+        (lambda: clipping.GradualClip({}), "GradualClip: limits is {}; allowed: a mapping of"),
+        (lambda: clipping.GradualClip({0: 1}, "square"), "GradualClip: shape must be linear or c"),
+        (lambda: clipping.GradualClip({0: 1, 9: None}), "a linear limit cannot pass through inf"),
+        (lambda: clipping.GradualClip({0: 1}, clip=AutoClip()), "clip is .*; allowed: a kind with"),
+        (lambda: clipping.PatternClip([1]), r"PatternClip: limits is \[1\]; allowed: a mapping"),
+        (lambda: clipping.MixedClip([]), r"MixedClip: clips is \[\]; allowed: a list"),
+        (lambda: clipping.MixedClip([5.0]), "MixedClip: one of its clips is 5.0; allowed: kinds"),
+        (lambda: clipping.MixedClip([one := NormClip(), one]), "the same object is there twice"),
+    ],
+)
+def test_clippers_that_cannot_be(build: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build()
+
+
+def test_clippers_that_do_not_fit_the_optimizer() -> None:
+    def sgd(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.1)
+
+    def grouped(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": list(params), "max_grad_norm": 1.0}], lr=0.1)
+
+    refused("SPAM needs the running mean of squares .*; SGD has none", make(
+        optimizer=sgd, clip=clipping.SPAM()
+    ))  # fmt: skip
+    refused(
+        "the optimizer 'main' has two clippers: AutoClip, and parameter groups with a max_grad_n",
+        make(optimizer=grouped, clip=AutoClip()),
+    )
+    refused("clip is a list of 2, and an optimizer has one clipper; for several in order write",
+            make(clip=[NormClip(), AutoClip()]))  # fmt: skip
+    refused(
+        "the pattern 'ne.0.weight' matches no parameter of the optimizer 'main'; the nearest names "
+        "are net.0.weight, ",
+        make(clip=clipping.PatternClip({"ne.0.weight": 1.0})),
+    )
+    refused(
+        r"the pattern '\*.bias' comes too late: earlier patterns take every parameter",
+        make(clip=clipping.PatternClip({"net.*": 1.0, "*.bias": 0.1})),
+    )
+    refused(
+        r"AGC: exclude 'head\.\*' matches no parameter of the optimizer 'main'",
+        make(clip=clipping.AGC(exclude=["head.*"])),
+    )
+    refused(
+        "two clippers: ZClip", make(optimizer=grouped, clip=clipping.MixedClip([clipping.ZClip()]))
+    )
+
+
+def test_a_limit_that_a_clipper_does_not_use_is_said() -> None:
+    brain = make(clip=AutoClip(), max_grad_norm=2.0)
+    with pytest.warns(UserWarning, match="max_grad_norm 2 is not used for the optimizer 'main': i"):
+        brain.fit([1], batches(1))
+    make(clip=AutoClip(), max_grad_norm=None).fit([1], batches(1))  # It says the same.
+
+
+def test_no_clipping_is_null() -> None:
+    brain = make(hparams={"clip": None}, max_grad_norm=1e-6)
+    brain.fit([1], batches(1))
+    assert brain.updates["main"].clip.limit == math.inf
+
+
 def test_limits_of_optimizers_that_do_not_exist() -> None:
     refused(
         "max_grad_norm names the optimizer 'generator', which does not exist; this Brain has 'mai",
@@ -260,6 +334,7 @@ def test_something_that_is_no_clipper_and_no_schedule() -> None:
     with pytest.raises(ValueError, match="clip must be one of norm, value, not 5.0"):
         make(hparams={"clip": 5.0})
     refused("clip is <object .*; allowed: norm or value", make(hparams={"clip": object()}))
+    refused("clip is <class .*; allowed: norm or value", make(hparams={"clip": AutoClip}))
     refused(
         "schedule is a float; allowed: what makes one from an opti", make(hparams={"schedule": 0.5})
     )

@@ -2,7 +2,9 @@
 
 import io
 import math
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from trainer import clipping, step
 from trainer.clipping import Gradients
+from trainer.hparams import Configuration, Text
+from trainer.options import RunOptions
 from trainer.update import Update
 
 from .clipping_kinds import ADAPTIVE, DENSE, KINDS, bind, clipped
@@ -291,3 +295,38 @@ def test_a_report_tells_threshold_and_norms(kind: str) -> None:
             assert report.norm_after <= report.limit * (1 + 1e-6)
     if kind in (*ADAPTIVE, "gradual-linear", "agc", "spam"):
         assert len({report.limit for report in reports}) > 4
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_each_line_of_the_readme_is_a_kind_from_a_yaml(tmp_path: Path) -> None:
+    lines = re.findall(r"^\|[^|]*\| `(!new:trainer\.clipping\.[^`]*)` \|", README.read_text(), re.M)
+    kinds = set()
+    for line in lines:
+        file = tmp_path / "clip.yaml"
+        line = line.replace("encoder.*", "net.0.*").replace("*.head.*", "net.2.*")
+        file.write_text(f"clip: {line}\nmax_grad_norm: 5.0\n")
+        configuration = Configuration(file)
+        options = RunOptions.build(configuration.options(), {"device": "cpu", "progressbar": False})
+        hparams = configuration.build()
+        brain = Regressor({"net": network()}, torch.optim.Adam, hparams, options)
+        brain.fit([1], batches(3))
+        assert brain.updates["main"].clip is hparams["clip"]
+        kinds.add(type(hparams["clip"]).__name__)
+    assert len(lines) == len(kinds) == 12
+
+
+def test_the_command_line_has_the_words(tmp_path: Path) -> None:
+    file = tmp_path / "clip.yaml"
+    file.write_text("clip: !new:trainer.clipping.AutoClip {percentile: 10}\n")
+    configuration = Configuration(file)
+    configuration.override({"clip": Text("value")})
+    assert configuration.options() == configuration.build() == {"clip": "value"}
+    with pytest.raises(ValueError, match="clip must be one of norm, value, not 'median'"):
+        configuration.override({"clip": Text("median")})
+    file.write_text("clip: {main: !new:trainer.clipping.ZClip {}}\n")
+    hparams = Configuration(file).build()
+    brain = Regressor({"net": network()}, torch.optim.Adam, hparams, {"progressbar": False})
+    brain.fit([1], batches(1))
+    assert brain.updates["main"].clip is hparams["clip"]["main"]

@@ -64,6 +64,7 @@ def test_verbs(results: Results) -> None:
 
 
 RUNS = [f"{name}-{precision}" for name in two_processes.SAME for precision in ("fp64", "fp32")]
+RUNS += [f"{name}-fp64" for name in two_processes.CLIPS]
 RUNS += ["dataset-fp64", "dataset-window-fp64", "by-hand-fp64"]
 
 
@@ -85,6 +86,13 @@ def test_ends_as_one_process_on_the_joined_batch(
     assert len(two["losses"]) == len(one["losses"]) == 2
     for ours, theirs in zip(two["losses"], one["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=0, abs=bound)
+
+
+@pytest.mark.parametrize("name", two_processes.CLIPS)
+def test_what_a_clipper_has_learnt_is_equal_on_all_ranks(results: Results, name: str) -> None:
+    first, second = (ranks[f"{name}-fp64"]["clip"] for ranks in results("same_as_one"))
+    assert same(first, second)
+    assert first.keys() == {"main"}
 
 
 @pytest.mark.parametrize("name", RUNS)

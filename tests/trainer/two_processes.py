@@ -31,6 +31,7 @@ from trainer.drift import DriftError
 from trainer.schedules import EarlyStopping, WarmupDecay
 
 from . import resuming
+from .clipping_kinds import KINDS
 from .small import poison
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,30 @@ class Twice(Line):
     def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
         once = super().compute_forward(batch, stage)
         return once + super().compute_forward({**batch, "x": batch["x"] ** 2}, stage)
+
+
+class Tabular(Line):
+    """With an embedding whose gradients are in sparse layout; some batches use none of it."""
+
+    def __init__(self, modules: dict[str, nn.Module], *arguments: Any, **named: Any) -> None:
+        dtype = next(modules["net"].parameters()).dtype
+        table = nn.Embedding(5, 1, sparse=True).to(dtype)
+        super().__init__({**modules, "table": table}, *arguments, **named)
+
+    def init_optimizers(self) -> None:
+        self.optimizer = torch.optim.SGD(self.modules.parameters(), lr=0.1)
+        self.optimizer.register_step_pre_hook(lambda *_: self.check_layout())
+
+    def check_layout(self) -> None:
+        grad = self.modules.table.weight.grad
+        assert grad is None or grad.is_sparse
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        y = super().compute_forward(batch, stage)
+        if bool(batch["branch"].any()):
+            rows = (batch["x"][:, 0] * 10).long() % 5
+            y = y + batch["branch"] * self.modules.table(rows).squeeze(-1)
+        return y
 
 
 class Players(Line):
@@ -188,6 +213,7 @@ def train(
     return {
         "weights": weights(brain), "losses": losses, "steps": brain.optimizer_step,
         "never": brain.modules.never.weight.detach().clone(),
+        "clip": {n: getattr(u.clip, "state_dict", dict)() for n, u in brain.updates.items()},
     }  # fmt: skip
 
 
@@ -199,10 +225,16 @@ SAME = {
     "window-of-5": {"grad_accumulation_factor": 5},  # 2 batches.
     "value-clip": {"clip": "value", "max_grad_norm": 0.05},
     "forwards": {"kind": Twice},
+    "sparse": {"kind": Tabular},
+    "sparse-window": {"kind": Tabular, "grad_accumulation_factor": 3},
     "players": {"kind": Players},
     "players-window": {"kind": Players, "grad_accumulation_factor": 3},
     "players-thawed": {"kind": Thawed, "grad_accumulation_factor": 2},
 }
+
+
+# Those that learn, and those that are applied to units and elements.
+CLIPS = ("pattern", "gradual-linear", "value-auto", "auto", "median", "z", "adagc", "agc", "spam")
 
 
 def size_of_batch() -> int:
@@ -223,6 +255,9 @@ def same_as_one() -> dict[str, Any]:
         for name, options in SAME.items()
         for precision, dtype in PRECISIONS.items()
     }
+    for name in CLIPS:  # Each made anew: a clipper with a history belongs to one run.
+        options = {"clip": KINDS[name](), "max_grad_norm": None, "grad_accumulation_factor": 2}
+        runs[f"{name}-fp64"] = train(**options)
     for name, window in (("dataset", 1), ("dataset-window", 3)):
         loader = {"batch_size": size_of_batch()}
         runs[f"{name}-fp64"] = train(data=Points(), loader=loader, grad_accumulation_factor=window)

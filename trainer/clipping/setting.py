@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ def clippers(
         own = by_name(setting, name, known, "clip", "norm")
         bound = limit_of(by_name(limit, name, known, "max_grad_norm", usual))
         clip = _clipper(own, bound)
-        if not isinstance(own, (str, type(None))) and bound != usual:
+        if not isinstance(own, (str, type(None))) and bound not in (usual, math.inf):
             warnings.warn(
                 f"max_grad_norm {bound:g} is not used for the optimizer {name!r}: its clipper, "
                 f"{type(clip).__name__}, has limits of its own",
