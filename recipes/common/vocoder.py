@@ -28,6 +28,7 @@ from trainer import state
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.hparams import Configuration
 from trainer.options import RunOptions
+from trainer.setup import pick_device
 
 SLOPE = 0.1  # of the leaky ReLUs
 CHUNK = 256  # frames that are turned into sound at once
@@ -246,6 +247,7 @@ class Vocoder:
 def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     """The vocoder of a run's folder, wherever that lies now, with the weights that its test took.
 
+    ``device`` is where its network works: auto, cpu, cuda, cuda:1 …; mels and waves are on the CPU.
     Raises ValueError for a folder that is no vocoder's, or that has no sound checkpoint.
     """
     file = Path(run) / "hyperparams.yaml"
@@ -263,7 +265,7 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     generator = hparams["generator"]
     state.check_modules(generator, weights := _weights(hparams["checkpointer"], options))
     generator.load_state_dict(weights)
-    return Vocoder(generator.to(device), hparams["mel"].to(device))
+    return Vocoder(generator.to(pick_device(device)), hparams["mel"])
 
 
 def _weights(checkpointer: Checkpointer, options: RunOptions) -> dict[str, Tensor]:

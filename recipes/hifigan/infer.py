@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a run, such as results/hifigan/demo/1234")
     parser.add_argument("files", nargs="+", metavar="FILE", help="sound files, or mels (.npy, .pt)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
     try:
         vocoder = load_vocoder(given.run, given.device)
