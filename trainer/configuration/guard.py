@@ -61,6 +61,8 @@ REFUSED = """
     lhotse.audio.backend lhotse.bin lhotse.caching lhotse.features.io lhotse.hf lhotse.kaldi
     lhotse.lazy lhotse.recipes lhotse.serialization lhotse.shar lhotse.tools lhotse.utils
     lhotse.workflows lhotse.dataset.signal_transforms.GlobalMVN.from_file lhotse.dataset.webdataset
+    recipes.common.scoreboard recipes.common.streaming.convert_file
+    recipes.common.streaming.enhance_file recipes.common.streaming.enhance_files
     recipes.common.speech_cache recipes.common.synthesiser recipes.tacotron2.phonemiser
     recipes.tacotron2.pictures.write_picture recipes.tacotron2.sound.write_sound
     trainer.configuration trainer.hparams trainer.cli trainer.main

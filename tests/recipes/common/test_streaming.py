@@ -22,6 +22,7 @@ from recipes.common.streaming import (
     targets,
 )
 from tests.recipes.common.speakers import noise, write
+from trainer.configuration.guard import Guard
 from trainer.data import BadItem
 
 CHUNKS = Chunks(1000, 250, 3)
@@ -172,6 +173,13 @@ def test_files_that_cannot_be_used_are_named_and_the_others_enhanced(
         "it does not ex", "it is not an a", "1 of its sampl",
     ]  # fmt: skip
     assert enhance_files([str(good)], tmp_path / "out", half, 16000, CHUNKS) == 0
+
+
+@pytest.mark.parametrize("name", ["enhance_file", "enhance_files", "convert_file"])
+def test_a_yaml_may_cut_chunks_but_write_no_files(name: str) -> None:
+    assert Guard().locate("recipes.common.streaming.Chunks") is Chunks
+    with pytest.raises(ValueError, match=f"recipes.common.streaming.{name}"):
+        Guard().locate(f"recipes.common.streaming.{name}")
 
 
 def test_no_file_overwrites_another_or_itself(tmp_path: Path) -> None:
