@@ -18,7 +18,8 @@ class Row:
     """What one kind with one setting gave under one condition.
 
     ``values`` are the scores of its seeds (losses or accuracies), ``failures`` how many of them
-    failed, ``others`` the means of whatever else was measured.
+    failed, ``others`` the means of whatever else was measured, ``steps`` how many each needed to
+    come to a target, where there is one.
     """
 
     arm: str
@@ -28,6 +29,7 @@ class Row:
     failures: int
     others: dict[str, float] = field(default_factory=dict)
     curves: list[list[float]] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
@@ -133,10 +135,10 @@ def _add_steps(finding: Finding, places: dict[tuple[str, str, str], Any]) -> Non
         ends = [_mean(each[-10:]) for each in losses[f"{model}, decay", "none"]]
         target = 1.02 * _mean([end for end in ends if math.isfinite(end)])
         steps = [steps_to(each, target) for each in losses[row.arm, row.kind]]
+        row.steps = [float(number) for number, _ in steps]
         row.others |= {
             "target": target,
             "steps": _mean([float(number) for number, _ in steps]),
-            "steps_spread": statistics.stdev(n for n, _ in steps) if len(steps) > 1 else math.nan,
             "reached": float(sum(reached for _, reached in steps)),
         }
 

@@ -83,7 +83,7 @@ def _section(place: int, found: Finding) -> str:
         f"<section><h2>{place}. {escape(experiment.title)}</h2>"
         f"<blockquote><p>Claim: {escape(experiment.claim)}</p></blockquote>"
         f'<p class="soft">{escape(experiment.definition)}</p>'
-        f'<p class="verdict">{escape(said.word[0].upper() + said.word[1:])}.</p>{facts}'
+        f'<p class="verdict">{escape(_first_up(said.word))}.</p>{facts}'
         f'<div class="charts">{"".join(_figures(found))}</div>{_table(found)}</section>\n'
     )
 
@@ -95,7 +95,7 @@ def _figures(found: Finding) -> list[str]:
     if found.experiment.name == "warmup":
         return [draw(_over_rates(found, arm)) for arm in found.arms()]
     if found.experiment.name == "speed":
-        figures += [draw(chart) for chart in _curves(found)]
+        return [draw(chart) for chart in _curves(found)] + list(map(draw_strips, _to_target(found)))
     return [*figures, *(draw_strips(plot) for plot in _strips(found))]
 
 
@@ -115,7 +115,7 @@ def _over_lengths(found: Finding) -> Chart:
 def _over_rates(found: Finding, arm: str) -> Chart:
     """The loss at the end over the learning rate, a line for each limit."""
     chart = Chart(
-        _arm(found, arm).capitalize(), "learning rate", "loss at the end (median)", counts=False
+        _first_up(_arm(found, arm)), "learning rate", "loss at the end (median)", counts=False
     )
     lines: dict[str, list[Row]] = {}
     for row in found.rows:
@@ -149,6 +149,21 @@ def _curves(found: Finding) -> list[Chart]:
     return charts
 
 
+def _to_target(found: Finding) -> list[Plot]:
+    """How many steps each training of a model needs to come to the target."""
+    plots = []
+    for model in dict.fromkeys(arm.rpartition(", ")[0] for arm in found.arms()):
+        rows = [row for row in found.rows if row.arm.rpartition(", ")[0] == model]
+        plot = Plot(f"Steps to the target: {model}", "steps")
+        plot.note = f"A loss of {_number(rows[0].others['target'])}; failed: never reached it."
+        for row in rows:
+            name = f"{KINDS[row.kind]}, {row.arm.rpartition(', ')[2]}"
+            missed = len(row.steps) - round(row.others["reached"])
+            plot.rows.append(Strip(name, row.steps, missed))
+        plots.append(plot)
+    return plots
+
+
 def _strips(found: Finding) -> list[Plot]:
     """A plot for each arm that has more than the usual kinds, or one a model."""
     experiment, plots = found.experiment, []
@@ -158,12 +173,16 @@ def _strips(found: Finding) -> list[Plot]:
         if experiment.name == "recurrent" and len(rows) < most:
             continue
         label = "accuracy" if experiment.score == "accuracy" else "loss at the end"
-        plot = Plot(_arm(found, arm).capitalize(), label, failed=experiment.failed)
+        plot = Plot(_first_up(_arm(found, arm)), label, failed=experiment.failed)
         for row in rows:
             strip = Strip(KINDS[row.kind], row.values, row.failures)
             plot.rows.append(strip)
         plots.append(plot)
     return plots
+
+
+def _first_up(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _arm(found: Finding, arm: str) -> str:

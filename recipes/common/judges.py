@@ -101,9 +101,7 @@ class Judges:
             self._finish(self._waiting.pop(0))
         self._waiting.append(_Task(id, work, self._start(work) if self.workers else None))
 
-    def collect(
-        self, wait: bool = True, until: Collection[str] | None = None
-    ) -> dict[str, Scores]:
+    def collect(self, wait: bool = True, until: Collection[str] | None = None) -> dict[str, Scores]:
         """The scores by id, in the order of submission, of all that was submitted since the last
         call; without ``wait`` of those that are there by now; with ``until`` of those that are
         there as soon as none of these ids waits any more.
