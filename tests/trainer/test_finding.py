@@ -308,17 +308,22 @@ def test_a_search_writes_no_checkpoint_and_a_run_goes_on_as_without_it(tmp_path:
     assert same(*states)
 
 
-def test_a_failing_rate_ends_the_trial_and_not_the_program() -> None:
+def test_a_failing_rate_ends_the_trial_and_not_the_program(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Exploding(Regressor):
         def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
             return (predictions - batch["y"]).square().mean().exp()
 
-    brain = make(Exploding, optimizer=partial(torch.optim.SGD, lr=0.01), max_grad_norm=None)
+    sgd = partial(torch.optim.SGD, lr=0.01)
+    brain = make(Exploding, optimizer=sgd, max_grad_norm=None, output_folder=str(tmp_path))
     suggestion = found(brain, batches(60), find_lr=True, find_steps=30)["find_lr"]["main"]
     assert suggestion.diverged is not None
     assert suggestion.rate < suggestion.diverged
     assert len(suggestion.losses) < 60
     assert brain.patience.count == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["find_lr.html", "find_lr.json"]
+    assert "not finite" not in caplog.text
 
 
 # ---------------------------------------------------------------- what cannot be searched

@@ -12,6 +12,7 @@ from typing import Any
 from trainer import distributed, interrupt, state
 from trainer.feeding import Feed
 from trainer.finding.course import Course, mean
+from trainer.forensics import Off as NoForensics
 from trainer.hooks import Stage
 from trainer.nonfinite import NonFiniteError
 from trainer.resumption import PLACE
@@ -237,8 +238,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _saving_nothing(brain: Any) -> Iterator[None]:
-    """While it lasts nothing is saved, whoever asks, and no checkpoint is gone on from."""
+    """While it lasts nothing is saved, whoever asks, and no checkpoint is gone on from.
+
+    Nor is a step that is not finite looked into: that some trials fail is what they are for.
+    """
     keeper, checkpointer = brain.keeper, brain.checkpointer
+    forensics, brain.forensics = brain.forensics, NoForensics()
     before = {name: getattr(keeper, name) for name in ("phase", "stopped", "trained", "fits")}
     enabled = checkpointer is not None and checkpointer.enabled
     keeper._depth += 1
@@ -249,5 +254,6 @@ def _saving_nothing(brain: Any) -> Iterator[None]:
     finally:
         keeper._depth -= 1
         vars(keeper).update(before)
+        brain.forensics = forensics
         if enabled:
             checkpointer.enabled = True
