@@ -125,7 +125,8 @@ def _tell(brain: Any, findings: dict[str, dict[str, Any]]) -> None:
         for name, each in found.items():
             print(f"{kind}: {f'{name}: ' if several else ''}{each.sentence()}", flush=True)
         if kind == "find_clip" and all(each.kind in OPTIONS for each in found.values()):
-            print(f"{kind}: {_option(found)}", flush=True)
+            own = {name: brain.updates[name].clip.limit for name in found}
+            print(f"{kind}: {_option(found, own)}", flush=True)
     for note in notes:
         print(note, flush=True)
     folder = brain.journal.folder
@@ -134,9 +135,9 @@ def _tell(brain: Any, findings: dict[str, dict[str, Any]]) -> None:
             logger.info("written: %s", path)
 
 
-def _option(found: dict[str, Advice]) -> str:
-    """The recommendations as an option for the command line."""
-    limits = {n: "null" if each.limit is None else f"{each.limit:g}" for n, each in found.items()}
+def _option(found: dict[str, Advice], own: dict[str, float]) -> str:
+    """The recommendations as an option for the command line; where there is none, the own limit."""
+    limits = {n: own[n] if each.limit is None else each.limit for n, each in found.items()}
     if len(limits) == 1:
-        return f"--max_grad_norm {next(iter(limits.values()))}"
-    return f"--max_grad_norm '{{{', '.join(f'{n}: {value}' for n, value in limits.items())}}}'"
+        return f"--max_grad_norm {next(iter(limits.values())):g}"
+    return f"--max_grad_norm '{{{', '.join(f'{n}: {value:g}' for n, value in limits.items())}}}'"

@@ -150,6 +150,8 @@ def advise(kind: str, courses: Sequence[Course], rate: float) -> Advice:
             f"no trial of {best.steps} steps lowered the loss, so that none is better; allow more "
             "steps (--find_steps), or look for the learning rate first (--find_lr)"
         )
+        if free.norms:
+            advice.reason += f"; as a guard against spikes {_rounded(seen[99], up=True):g} would do"
         return advice
     late = len(best.losses) - max(1, round(LAG * len(best.losses)))
     before = mean(best.losses[late - max(1, len(best.losses) // 4) : late])
