@@ -56,10 +56,8 @@ class Separator(Brain):
         own = self.hparams
         kept = keep(losses, own.threshold if own.threshold_byloss else None, own.loss_upper_lim)
         report = self.optimize(kept.loss, weight=kept.weight)
-        if report.outcome == "skipped" and (losses.mean() > own.loss_upper_lim):  # Rare; syncs.
-            logger.warning(
-                "a loss of %.4g is above loss_upper_lim, %.4g", losses.mean(), own.loss_upper_lim
-            )
+        if report.outcome == "skipped" and (mean := losses.mean().item()) > own.loss_upper_lim:
+            logger.warning("a loss of %.4g is above loss_upper_lim, %g", mean, own.loss_upper_lim)
         return report
 
     def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:

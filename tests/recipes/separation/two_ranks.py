@@ -15,17 +15,19 @@ import torch
 import torchaudio
 
 from recipes.separation.train import Separator
-from trainer import distributed
+from trainer import StepReport, distributed
 from trainer.data import Batch, Padded
 
 ROOT = Path(__file__).parents[3]
-EASY, HARD = 1e-4, 1.0  # noise in the sources of a mixture, and in what is called its estimate
+EASY, HARD = 1e-4, 1.0  # the share of what the network says in what is called its estimate
+HUGE = 1e9  # added to the loss, which is then above the limit
 ROUNDS = [
     [[HARD, HARD, HARD], [HARD]],  # unlike numbers of mixtures
     [[HARD, EASY], [EASY, HARD, HARD]],  # some of them too easy
     [[EASY, EASY], [HARD]],  # nothing is left on rank 0
     [[HARD], [math.nan, HARD]],  # not a number on rank 1
     [[EASY], [EASY, EASY]],  # nothing is left at all
+    [[HUGE], [HARD, HARD]],  # above the limit on rank 0
     [[HARD, HARD], [HARD, EASY]],
 ]
 
@@ -33,23 +35,34 @@ ROUNDS = [
 class Skewed(Separator):
     """Its estimates are moved towards the sources of mixtures that are called easy."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.reports: list[list[Any]] = []
+
+    def fit_batch(self, batch: Any) -> StepReport:
+        report = super().fit_batch(batch)
+        self.reports.append([report.outcome, report.loss, report.weight, report.norm])
+        return report
+
     def losses(self, estimates: torch.Tensor, batch: Any) -> torch.Tensor:
         sources = batch.sources.data.transpose(1, 2)
-        share = batch["noise"][:, None, None].to(estimates.dtype)
-        return super().losses(share * estimates + (1 - share) * sources, batch)
+        own = batch["share"].clamp(max=HARD)
+        share = own[:, None, None]
+        losses = super().losses(share * estimates + (1 - share) * sources, batch)
+        return losses + (batch["share"] - own)
 
 
-def batch_of(noise: list[float], seed: int) -> Batch:
+def batch_of(shares: list[float], seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    sources = torch.randn(len(noise), 400, 2, generator=generator, dtype=torch.float64)
-    lengths = torch.full((len(noise),), 400)
+    sources = torch.randn(len(shares), 400, 2, generator=generator, dtype=torch.float64)
+    lengths = torch.full((len(shares),), 400)
     fields = {
-        "id": [f"{seed}-{n}" for n in range(len(noise))],
+        "id": [f"{seed}-{n}" for n in range(len(shares))],
         "mixture": Padded(sources.sum(-1), lengths),
         "sources": Padded(sources, lengths),
-        "noise": torch.tensor(noise, dtype=torch.float64),
+        "share": torch.tensor(shares, dtype=torch.float64),
     }
-    return Batch(fields, len(noise))
+    return Batch(fields, len(shares))
 
 
 def join(parts: list[Batch]) -> Batch:
@@ -58,7 +71,7 @@ def join(parts: list[Batch]) -> Batch:
     for name in ("mixture", "sources"):
         columns = zip(*(part[name] for part in parts), strict=True)
         fields[name] = Padded(*map(torch.cat, columns))
-    fields["noise"] = torch.cat([part["noise"] for part in parts])
+    fields["share"] = torch.cat([part["share"] for part in parts])
     return Batch(fields, sum(map(len, parts)))
 
 
@@ -73,21 +86,12 @@ def trained(rank: int | None) -> dict[str, Any]:
     brain = Skewed({"separator": model}, lambda p: torch.optim.Adam(p, 0.01), hparams)
     made = [[batch_of(n, 2 * i + r) for r, n in enumerate(pair)] for i, pair in enumerate(ROUNDS)]
     batches = [join(pair) if rank is None else pair[rank] for pair in made]
-    reports: list[list[Any]] = []
-    step = brain.fit_batch
-
-    def fit_batch(batch: Batch) -> Any:
-        report = step(batch)
-        reports.append([report.outcome, report.loss, report.weight, report.norm])
-        return report
-
-    brain.fit_batch = fit_batch  # type: ignore[method-assign]
     if rank is None:
         brain.fit([1], batches)
     else:
         brain.fit([1], [batch for pair in made for batch in pair])  # dealt in turn
     average = brain.average.value()
-    return {"weights": brain.modules.state_dict(), "reports": reports, "average": average,
+    return {"weights": brain.modules.state_dict(), "reports": brain.reports, "average": average,
             "skipped": brain.journal.counts["skipped"]}  # fmt: skip
 
 
