@@ -32,10 +32,12 @@ from tests.trainer.small import (
     spoilt,
 )
 from tests.trainer.test_guard import History
+from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, seed
 from trainer.data.batch import Batch, Padded
 from trainer.forensics import Forensics, Off
 from trainer.forensics.keepsake import packed, unpacked
+from trainer.page import render
 from trainer.replay import load, nearest
 from trainer.run.again import command
 
@@ -370,6 +372,22 @@ def test_only_the_first_few_of_a_run_are_kept(tmp_path: Path) -> None:
         make(**options).fit([1], data)
         names = sorted(each.name for each in (tmp_path / "nonfinite").iterdir())
         assert names == ["1", "1-2", "1-3"]
+
+
+def test_the_page_lists_what_was_found(tmp_path: Path) -> None:
+    data = batches(3)
+    data[1] = {**spoilt(data[1], "input"), "id": ["<b>", "b", "c"]}
+    make(output_folder=str(tmp_path)).fit([1], data)
+    for odd in ("[]", '{"step": "x"}', "{", '{"step": 4, "causes": 3}'):
+        case = tmp_path / "nonfinite" / f"odd{len(odd)}"
+        case.mkdir()
+        (case / "report.json").write_text(odd)
+    page = read(render(tmp_path))
+    text = "".join(page.words)
+    assert "Not finite" in page.headings
+    assert "by addmm in net.0 (Linear) at " in text
+    assert "1 of 12 values of 'x' (<b>)" in text
+    assert "Step 4" in text
 
 
 def test_patience_says_where_to_look_and_the_case_is_there(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from trainer.forensics.causes import causes
 from trainer.forensics.dice import Dice
 from trainer.forensics.probe import Finding, Found, NotAlone, Probe
 from trainer.forensics.twin import Copier, double, untouched
+from trainer.nonfinite import NonFiniteError
 from trainer.precision import Precision
 from trainer.report import StepReport
 
@@ -59,7 +60,7 @@ class Off:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """A `fit` ends, perhaps since patience has run out within a batch."""
-        if kind is not None:
+        if isinstance(error, NonFiniteError):
             self.settle()
 
 
@@ -119,6 +120,7 @@ class Forensics(Off):
             alone = distributed.is_main() or case.finding.kind is not None
             if case.folder is not None and alone:
                 keep(self.brain, case, entries[number], saved[number]["generators"])
+                self.brain.journal.page.refresh()
             for line in case.lines():
                 logger.warning("%s", line)
         except Exception as error:  # The run must not end because of what only explains it.

@@ -178,11 +178,13 @@ def keep(brain: Any, case: Case, entry: Any, generators: Mapping[str, Any]) -> N
         (new / "report.json").write_text(json.dumps(as_json(record), indent=1), "utf-8")
         (new / "report.txt").write_text(case.text(record), "utf-8", "backslashreplace")
         (new / "batch.pt").write_bytes(data.getbuffer())
-        if target.exists():  # A resumed run has come here again; another rank's folder may be in.
-            for file in new.iterdir():
-                os.replace(file, target / file.name)
-            new.rmdir()
-        else:
+        try:
             os.replace(new, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            # A resumed run has come here again, or another process has its own part in there.
+            for file in list(new.iterdir()):
+                os.replace(file, target / file.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)

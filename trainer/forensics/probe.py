@@ -155,7 +155,10 @@ class Probe(TorchDispatchMode):
                 hooks.register_module_forward_hook(self._leave, always_call=True),
             ):
                 stack.callback(handle.remove)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if (
+                "torch._dynamo" in sys.modules
+            ):  # Else nothing is compiled, and importing it is slow.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             # Only the graph with its lines: what is not finite is looked for here.
             stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
             stack.enter_context(self)

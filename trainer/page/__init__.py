@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 
 from trainer.page.axis import number
+from trainer.page.cases import case_list
 from trainer.page.chart import Chart, draw
 from trainer.page.history import History, measured, read_history
 from trainer.page.layers import layer_table, warning_list
@@ -95,7 +96,7 @@ def render(folder: Path) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{name}</title><style>{STYLE}</style></head><body>\n"
         f"<header><h1>{name}</h1><p>{escape(_status(history))}</p>{_tiles(history)}</header>\n"
-        f"<main>{warning_list(history)}{charts}{layer_table(history)}{_table(history)}{_files(folder)}</main></body></html>\n"
+        f"<main>{case_list(folder)}{warning_list(history)}{charts}{layer_table(history)}{_table(history)}{_files(folder)}</main></body></html>\n"
     )
 
 

@@ -1,0 +1,42 @@
+"""The skipped steps that a run has looked into, in its report."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+MOST = 20
+
+
+def case_list(folder: Path) -> str:
+    """What made steps not finite, by the reports in ``nonfinite/``; those unreadable are left out.
+
+    A step has one report, or one of each process whose own batch was bad.
+    """
+    paths = sorted(folder.glob("nonfinite/**/report.json"))
+    found = [(path, record) for path in paths if (record := _read(path)) is not None]
+    found.sort(key=lambda each: each[1]["step"])
+    items = []
+    for path, record in found[:MOST]:
+        causes = record.get("causes")
+        cause = f" {causes[0]}." if isinstance(causes, list) and causes else ""
+        where = escape(str(path.parent.relative_to(folder)))
+        items.append(
+            f"<li><strong>Step {record['step']:,}</strong>: first not finite was "
+            f"{escape(str(record.get('first')))}.{escape(cause)} <small>{where}</small></li>"
+        )
+    if not items:
+        return ""
+    listed = "".join(items)
+    return f'<section><h2>Not finite</h2><ul class="warnings">{listed}</ul></section>\n'
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text("utf-8", "replace"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(record, dict) and type(record.get("step")) is int
+    return record if known else None
