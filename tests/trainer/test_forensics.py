@@ -265,6 +265,8 @@ CAUSES: dict[str, tuple[Loss, Batch, str, str]] = {
              "gradient"),
     "norm of 0": (lambda y, _: (y * 0).norm().square().sqrt(), FINE, "derivative of a square root",
                   "gradient"),
+    "garbage beside": (lambda y, _: torch.where(y > 99, (y - y).reciprocal(), y).mean()
+                       + (y.sum() - y.sum()).log(), FINE, "the log of zero: 1 of 1", "loss"),
     "masked log": (lambda y, _: torch.where(y > 99, (y * 0).log(), y).mean(), FINE,
                    "the derivative of a logarithm at 0 is infinite", "gradient"),
 }  # fmt: skip

@@ -117,7 +117,6 @@ class Case:
                 return f"{told}, by {finding.backward}" + (f" of {line}" if line else "")
         if first is None:
             return told
-        first = finding.source or first if first.minus_infinity else first
         module = f" in {first.module}" if first.module else ""
         return f"{told}, by {first.operation}{module}" + (f" at {first.line}" if first.line else "")
 

@@ -36,8 +36,6 @@ def causes(finding: Finding, batch: Any, ids: Sequence[str], full_is_finite: boo
     """
     found = [*_of_input(batch, ids), *_of_ctc(finding, ids)]
     origin = finding.first
-    if origin is not None and origin.minus_infinity and finding.source is not None:
-        origin = finding.source if "softmax" not in origin.operation else origin
     padded = _padding(finding, batch, ids)
     found += padded
     if full_is_finite:
@@ -85,7 +83,9 @@ def _of_input(batch: Any, ids: Sequence[str]) -> list[str]:
 
 def _of_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
     """Targets that have no path through their frames."""
-    found = []
+    found: list[str] = []
+    if finding.first is not None and "ctc" not in finding.first.operation.lower():
+        return found  # What is not finite did not come from there.
     for frames, lengths, repeats in finding.ctc:
         long = [
             row

@@ -1,7 +1,8 @@
 """A batch trained on once more, with every operation watched: where the first NaN comes from.
 
-An infinity below zero is often meant (a mask before a softmax), so that it is not the first trace
-of anything unless a NaN or a positive infinity grows out of it.
+What is not finite is followed from the operation that made it, through all that is computed from
+it, to the loss: padding may hold any garbage, and a mask before a softmax is an infinity that is
+meant, as long as neither arrives there.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from trainer.report import StepReport
 
 # They write what they are told to, or show what was in memory before.
 MEANT = re.compile(
-    r"(empty|new_empty|resize|masked_fill|fill|full|new_full|where|scalar_tensor|set_|detach|alias)"
+    r"(empty|new_empty|resize|masked_fill|fill|full|new_full|where|scalar_tensor|set_)"
 )
+FIRST = re.compile(r"_ctc_loss|attention|rnn|lstm|gru")  # Their other results are for backward.
 TORCH, HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 FORWARD_OF = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -66,7 +68,6 @@ class Finding:
     loss: float | None = None
     parameters: list[str] = field(default_factory=list)
     first: Trace | None = None
-    source: Trace | None = None  # where an infinity below zero came from
     module: str | None = None  # the first whose output was not finite
     backward: str | None = None  # what autograd says
     backward_line: str | None = None
@@ -89,6 +90,7 @@ class Probe(TorchDispatchMode):
         self._modules = {id(m): name for name, m in brain.modules.named_modules() if name}
         self._stack: list[str] = []
         self._phase = "forward"
+        self._origins: dict[int, Trace] = {}  # by the memory that holds what is not finite
         self._scales = {name: update.scaler for name, update in brain.updates.items()}
 
     # ------------------------------------------------------------------------------- operations
@@ -97,22 +99,32 @@ class Probe(TorchDispatchMode):
         if "c10d" in func.namespace:
             raise NotAlone
         kwargs = kwargs or {}
-        name = func._schema.name.partition("::")[2]
-        if self.finding.first is not None or func.is_view or MEANT.match(name):
+        if func.is_view:
             return func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        origin = self._origin(_floats((args, kwargs)))
         # What is computed in place is no longer what came in.
-        before = _facts(args, kwargs) if func._schema.is_mutable else None
+        facts = _facts(args, kwargs) if func._schema.is_mutable else None
         out = func(*args, **kwargs)
         if "_ctc_loss" in name and "backward" not in name:
             self._note_ctc(args)
-        tops = [_extremes(t) for t in _floats(out)]
-        if any(nan or high for nan, high, _ in tops):
-            self.finding.first = self._trace(name, before or _facts(args, kwargs))
-        elif self.finding.source is None and any(low for _, _, low in tops):
-            facts = before or _facts(args, kwargs)
-            if facts["inputs_finite"] and not facts["minus_infinity"]:
-                self.finding.source = self._trace(name, facts)
+        results = _floats(out[0] if FIRST.search(name) and isinstance(out, tuple) else out)
+        tops = [_extremes(t) for t in results]
+        if any(map(any, tops)) and origin is None and not MEANT.match(name):
+            facts = facts or _facts(args, kwargs)
+            if any(nan or high for nan, high, _ in tops) or not facts["minus_infinity"]:
+                origin = self._trace(name, facts)
+        for tensor, top in zip(results, tops, strict=True):
+            if any(top) and origin is not None:
+                self._origins[_place(tensor)] = origin
+            else:
+                self._origins.pop(_place(tensor), None)
         return out
+
+    def _origin(self, tensors: list[Tensor]) -> Trace | None:
+        """Where what is not finite in these came from, as far as an operation was seen to do it."""
+        known = (self._origins.get(_place(t)) for t in tensors) if self._origins else ()
+        return next((origin for origin in known if origin is not None), None)
 
     def _trace(self, name: str, facts: dict[str, Any]) -> Trace:
         module, line = self._stack[-1] if self._stack else None, None
@@ -173,8 +185,7 @@ class Probe(TorchDispatchMode):
             if not math.isfinite(value):
                 self.finding.kind, self.finding.optimizer = "loss", name
                 self.finding.loss = value
-                # One of minus infinity may have grown out of nothing else.
-                self.finding.first = self.finding.first or self.finding.source
+                self.finding.first = self._origin([loss.detach()])
                 raise Found
             if weight and loss.requires_grad:
                 self._judge(name, loss, [p for update in updates for p in update.params])
@@ -186,13 +197,16 @@ class Probe(TorchDispatchMode):
         self._phase = "backward"
         grads = torch.autograd.grad(scaled, params, retain_graph=True, allow_unused=True)
         bad = [
-            self.names.get(id(p), f"{name}: {tuple(p.shape)}")
+            (self.names.get(id(p), f"{name}: {tuple(p.shape)}"), _values(grad))
             for p, grad in zip(params, grads, strict=True)
             if grad is not None and not bool(torch.isfinite(_values(grad)).all())
         ]
         if bad:
+            if loss.is_cpu:  # Elsewhere, backward runs in a thread that nobody watches.
+                self.finding.first = self._origin([grad for _, grad in bad])
             self.finding.kind, self.finding.optimizer = "gradient", name
-            self.finding.loss, self.finding.parameters = float(loss.detach()), bad
+            self.finding.loss = float(loss.detach())
+            self.finding.parameters = [each for each, _ in bad]
             self._ask_autograd(scaled, params)
             raise Found
         self._phase = "forward"
@@ -215,6 +229,10 @@ class Probe(TorchDispatchMode):
 def _floats(value: Any) -> list[Tensor]:
     found = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return [_values(t) for t in found if (t.is_floating_point() or t.is_complex()) and t.numel()]
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _values(tensor: Tensor) -> Tensor:
