@@ -49,11 +49,18 @@ class Tacotron(nn.Module):
     Args:
         net: torchaudio's network.
         mean, deviation: of a log-mel value, roughly; the network sees (mel - mean) / deviation.
+        forget: the share of steps, in training, that do not see the true frames before them but
+            mean ones. The decoder must then read the text, where it could guess a frame from the
+            one before (Liu et al. 2019, arXiv 1909.01145, section 2.2).
     """
 
-    def __init__(self, net: Tacotron2, mean: float = 0.0, deviation: float = 1.0) -> None:
+    def __init__(
+        self, net: Tacotron2, mean: float = 0.0, deviation: float = 1.0, forget: float = 0.0
+    ) -> None:
         super().__init__()
-        self.net, self.mean, self.deviation = net, mean, deviation
+        if not 0.0 <= forget < 1.0:
+            raise ValueError(f"forget is {forget}; allowed: a share of steps, from 0 to below 1")
+        self.net, self.mean, self.deviation, self.forget = net, mean, deviation, forget
         self.bands, self.reduction = net.n_mels, net.n_frames_per_step
         for layer in net.encoder.convolutions:
             layer[0].register_forward_pre_hook(self._silence_text)
@@ -81,12 +88,20 @@ class Tacotron(nn.Module):
         order = symbols.argsort(descending=True, stable=True)  # as torchaudio's packing wants it
         memory = self._encode(tokens[order], symbols[order])
         # The decoder folds r frames into one by a view, for which frames must lie before bands.
-        teacher = target[order].contiguous().transpose(1, 2)
+        teacher = self._remembered(target[order]).contiguous().transpose(1, 2)
         coarse, gate, attention = self.net.decoder(memory, teacher, memory_lengths=symbols[order])
         refined = self._refine(coarse, frames[order])
         back = order.argsort()
         found = (coarse.transpose(1, 2), refined.transpose(1, 2), target[order], gate, attention)
         return Predictions(*(each[back] for each in found))
+
+    def _remembered(self, target: Tensor) -> Tensor:
+        """What the decoder sees of (B, T * r, M): in training not the frames of every step."""
+        if not (self.training and self.forget):
+            return target
+        steps = target.shape[1] // self.reduction
+        kept = torch.rand(len(target), steps, 1, device=target.device) >= self.forget
+        return target * kept.repeat_interleave(self.reduction, 1)
 
     @torch.no_grad()
     def synthesise(self, tokens: Tensor, symbols: Tensor, limit: int) -> Spoken:

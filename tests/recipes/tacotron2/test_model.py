@@ -82,6 +82,27 @@ def test_teacher_forcing_with_its_own_speech_is_synthesis(reduction: int) -> Non
     assert spoken.mel.std() > 1e-3
 
 
+@pytest.mark.usefixtures("undropped")
+def test_forgotten_frames_are_not_seen_in_training_alone() -> None:
+    torch.manual_seed(0)
+    model = tacotron(2)
+    tokens, counts, mels, ends = batch_of([7, 5], [40, 40])
+    target = (mels + 3) / 2
+    model.forget = 0.5
+    seen = model._remembered(target).unflatten(1, (20, 2))
+    whole = target.unflatten(1, (20, 2))
+    gone = (seen == 0).all(-1).all(-1)  # (B, T): the frames of a step go together
+    assert 8 <= int(gone.sum()) <= 32
+    assert torch.equal(seen[~gone], whole[~gone])
+    model.eval()
+    assert torch.equal(model._remembered(target), target)
+    before = model(tokens, counts, mels, ends)
+    model.forget = 0.0
+    close(model(tokens, counts, mels, ends).mel, before.mel)
+    with pytest.raises(ValueError, match="forget is 1.0; allowed: a share of steps, from 0 to"):
+        Tacotron(model.net, forget=1.0)
+
+
 def test_the_gate_ends_synthesis_or_the_limit_does() -> None:
     torch.manual_seed(0)
     model = tacotron(3).eval()
