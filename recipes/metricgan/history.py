@@ -43,6 +43,15 @@ def waveform(record: Record) -> Tensor:
     return record.wave.float() / FULL_SCALE
 
 
+def padded(records: Sequence[Record | None], like: Tensor) -> Tensor:
+    """The samples of records as a batch of the shape (B, S) of ``like``; silence for None."""
+    waves = torch.zeros_like(like)
+    for wave, record in zip(waves, records, strict=True):
+        if record is not None:
+            wave[: len(record.wave)] = waveform(record).to(wave)
+    return waves
+
+
 class History:
     """The last enhanced utterances with their scores, of this process.
 

@@ -188,8 +188,8 @@ class Discriminator(nn.Module):
     """Predicts the normalised score of an utterance from its spectrogram and that of the clean one.
 
     Batch norm, four spectrally normalised convolutions of 5 x 5, a mean over frames and
-    frequencies, three linear layers. The norms bound how fast the prediction may change, and so
-    how far the generator can fool it.
+    frequencies, three linear layers. The spectral norms bound how fast the prediction may change,
+    and so how far the generator can fool it.
 
     Args:
         channels: of the convolutions.
@@ -206,7 +206,7 @@ class Discriminator(nn.Module):
         )
         sizes = (channels, 50, 10, 1)
         self.linear = nn.ModuleList(
-            spectral_norm(_xavier(nn.Linear(a, b))) for a, b in zip(sizes, sizes[1:], strict=False)
+            _xavier(nn.Linear(a, b)) for a, b in zip(sizes, sizes[1:], strict=False)
         )
 
     @property

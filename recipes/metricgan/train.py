@@ -18,7 +18,7 @@ import trainer
 from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
 from recipes.common.scoreboard import NOISY, Scoreboard
-from recipes.metricgan.history import Record, quantised, waveform
+from recipes.metricgan.history import Record, padded, quantised, waveform
 from recipes.metricgan.model import enhance
 from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
 from recipes.metricgan.targets import Targets
@@ -106,27 +106,28 @@ class Enhancer(Brain):
         records = [self.history.current.get(index) for index in batch.index.tolist()]
         enhanced, noisy = self.scores(batch, records)
         measured = batch.weight * (enhanced.isfinite() & noisy.isfinite())
-        clean = self.features(*batch.clean)
+        clean = self.features(batch.clean.data)
         losses = torch.zeros_like(measured)
         with self.autocast():
             for judged, target in (
                 (clean, torch.ones_like(enhanced)),
-                (self.features(*self.waves(records, batch)), enhanced),
-                (self.features(*batch.noisy), noisy),
+                (self.features(padded(records, batch.clean.data)), enhanced),
+                (self.features(batch.noisy.data), noisy),
             ):
                 predicted = self.modules.discriminator(judged, clean, self.frames(batch))
                 losses = losses + (predicted - target.nan_to_num()).square() / 3
             loss = weighted_mean(losses, measured)
         self.step_discriminator(loss, batch, measured)
-        return {"current": loss.detach()}
+        # NaN where nothing was measured: a loss of 0 would enter the average.
+        return {"current": loss.detach() if measured.any() else torch.tensor(torch.nan)}
 
     def fit_history(self, batch: Any) -> dict[str, Tensor]:
         """Discriminator: what was enhanced in past epochs."""
         records = [self.history[place] if place >= 0 else None for place in batch.record.tolist()]
         scores = torch.tensor([record.score if record else 0.0 for record in records])
-        clean = self.features(*batch.clean)
+        clean = self.features(batch.clean.data)
         with self.autocast():
-            judged = self.features(*self.waves(records, batch))
+            judged = self.features(padded(records, batch.clean.data))
             predicted = self.modules.discriminator(judged, clean, self.frames(batch))
             losses = (predicted - scores.to(predicted)).square()
             loss = weighted_mean(losses, batch.weight)
@@ -136,8 +137,8 @@ class Enhancer(Brain):
     def fit_generator(self, batch: Any) -> dict[str, Tensor]:
         """Generator: what the discriminator, as it is by now, says of its signals should be 1."""
         with self.frozen("discriminator"), self.autocast():
-            judged = self.features(self.enhanced(batch), batch.noisy.lengths)
-            clean = self.features(*batch.clean)
+            judged = self.features(self.enhanced(batch))
+            clean = self.features(batch.clean.data)
             predicted = self.modules.discriminator(judged, clean, self.frames(batch))
             loss = adversarial = weighted_mean((predicted - 1.0).square(), batch.weight)
             if self.hparams.spectral_weight:
@@ -160,7 +161,7 @@ class Enhancer(Brain):
         """The noisy side of a batch through the generator, (B, S)."""
         return enhance(self.spectrum, self.modules.generator, *batch.noisy)
 
-    def features(self, wav: Tensor, lengths: Tensor) -> Tensor:
+    def features(self, wav: Tensor) -> Tensor:
         """Log magnitudes (B, T, F) of samples (B, S)."""
         return self.spectrum.features(self.spectrum(wav))
 
@@ -176,15 +177,6 @@ class Enhancer(Brain):
         errors = (seen(noisy * mask) - seen(clean)).square().mean(-1)  # (B, T)
         valid = torch.arange(errors.shape[1], device=errors.device) < frames[:, None]
         return (errors * valid).sum(-1) / frames
-
-    def waves(self, records: list[Record | None], batch: Any) -> tuple[Tensor, Tensor]:
-        """The samples of records, as long as those of the batch; silence where there is none."""
-        lengths = batch.clean.lengths
-        waves = torch.zeros_like(batch.clean.data)
-        for wave, record in zip(waves, records, strict=True):
-            if record is not None:
-                wave[: len(record.wave)] = waveform(record).to(wave)
-        return waves, lengths
 
     def ask(self, batch: Any) -> None:
         """Ask for the scores of a batch that are not known, enhanced and noisy."""

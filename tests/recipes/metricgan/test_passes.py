@@ -108,7 +108,7 @@ def batches(brain: Enhancer, epoch: int) -> list[Any]:
 
 def test_what_the_discriminator_learns() -> None:
     """The loss of a batch: clean is 1, the others are what was measured; of the past as well."""
-    brain = fit(make(phases=[Phase("metric", 1, items=6, batch_size=2)]))
+    brain = fit(make(phases=[Phase("metric", 1, items=6, batch_size=2)]), Tones())
     before = {record.id: record for record in (brain.history[i] for i in range(6))}
     brain.phases = type(brain.phases)([METRIC])
     brain.targets.start()
@@ -121,13 +121,16 @@ def test_what_the_discriminator_learns() -> None:
         found = brain.fit_batch(batch)
         if found is None:
             continue
-        clean, frames = brain.features(*batch.clean), brain.frames(batch)
+        clean, frames = brain.features(batch.clean.data), brain.frames(batch)
         if batch.what[0] == "current":
             waves = [waveform(brain.history.current[i]) for i in batch.index.tolist()]
             wanted = [
                 (clean, [1.0] * len(waves)),
                 (waves, [brain.history.current[i].score for i in batch.index.tolist()]),
-                (brain.features(*batch.noisy), brain.targets.get(f"{n} (noisy)" for n in batch.id)),
+                (
+                    brain.features(batch.noisy.data),
+                    brain.targets.get(f"{n} (noisy)" for n in batch.id),
+                ),
             ]
         else:
             waves = [waveform(before[name]) for name in batch.id]
@@ -138,7 +141,7 @@ def test_what_the_discriminator_learns() -> None:
                 padded = torch.zeros_like(batch.clean.data)
                 for row, wave in zip(padded, heard, strict=True):
                     row[: len(wave)] = wave
-                heard = brain.features(padded, batch.clean.lengths)
+                heard = brain.features(padded)
             with torch.no_grad():
                 predicted = judge(heard, clean, frames)
             assert all(0 < score <= 1 for score in scores)
@@ -150,7 +153,7 @@ def test_what_the_discriminator_learns() -> None:
 
 
 def test_what_was_scored_is_what_is_kept() -> None:
-    brain = make()
+    brain = make()  # of unlike lengths
     heard = {}
     submit = brain.targets.judges.submit
 
@@ -159,7 +162,7 @@ def test_what_was_scored_is_what_is_kept() -> None:
         submit(name, clean, signal, measures)
 
     brain.targets.judges.submit = listen  # type: ignore[method-assign]
-    fit(brain)
+    fit(brain, Tones())
     assert len(brain.history) == 10
     for place in range(10):
         record = brain.history[place]
@@ -250,7 +253,7 @@ def test_phases_have_metrics_of_their_own() -> None:
     brain.on_stage_end = note  # type: ignore[method-assign]
     brain.board.folder = brain.board.folder / "nowhere"
     brain.board._write = lambda rows, means: None  # type: ignore[method-assign]
-    fit(brain, valid=Tones(3, fixed=True))
+    fit(brain, valid=Tones(3, 800, fixed=True))
     assert [set(each) for each in found] == [{"pesq", "pesq_noisy", "pesq_warm_up"}] + 3 * [
         {"pesq", "pesq_noisy", "pesq_metric"}
     ]
