@@ -69,6 +69,11 @@ class Phase:
                 "put the pass 'enhance' before 'current'"
             )
 
+    @property
+    def enhances(self) -> bool:
+        """Whether the generator learns in it."""
+        return bool({"spectral", "generator"} & set(self.passes))
+
 
 class Phases:
     """The phases of a run, one after the other."""
@@ -78,6 +83,11 @@ class Phases:
         names = [phase.name for phase in self.all]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"phases need a name of its own each, and there must be one: {names}")
+        if not any(phase.enhances for phase in self.all):
+            raise ValueError(
+                f"no phase trains the generator: {', '.join(names)}; one needs the pass 'spectral' "
+                "or 'generator'"
+            )
 
     @property
     def epochs(self) -> int:

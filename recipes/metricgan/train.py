@@ -45,19 +45,20 @@ class Enhancer(Brain):
         self.history, self.spectrum = own.history, own.spectrum.to(self.device)
 
     def judged_by(self, judges: Judges) -> None:
-        """Have signals measured by these, in training and in evaluation."""
+        """Have signals measured by these, in training as in evaluation."""
         self.targets = Targets(judges, self.hparams.target)
         self.board = Scoreboard(judges, self.hparams.output_folder)
 
     @property
     def bests(self) -> dict[str, str]:
-        """The metric by which each phase's checkpoint is chosen: the target, in that phase."""
-        return {phase.name: f"{self.hparams.target}_{phase.name}" for phase in self.phases.all}
+        """By what a checkpoint is chosen for each phase of the generator: the target, therein."""
+        names = [phase.name for phase in self.phases.all if phase.enhances]
+        return {name: f"{self.hparams.target}_{name}" for name in names}
 
     @property
     def best(self) -> str:
-        """That of the last phase, whose checkpoint is the one to use."""
-        return self.bests[self.phases.all[-1].name]
+        """That of the last one, whose checkpoint is the one to use."""
+        return list(self.bests.values())[-1]
 
     def init_optimizers(self) -> None:
         self.optimizers_dict = {
@@ -71,7 +72,6 @@ class Enhancer(Brain):
     # ------------------------------------------------------------------------------ the passes
 
     def fit_batch(self, batch: Any) -> dict[str, Tensor] | None:
-        what = batch.what[0]
         passes = {
             "spectral": self.fit_spectral,
             "enhance": self.ask_for_scores,
@@ -79,7 +79,7 @@ class Enhancer(Brain):
             "history": self.fit_history,
             "generator": self.fit_generator,
         }
-        return passes[what](batch)
+        return passes[batch.what[0]](batch)
 
     def fit_spectral(self, batch: Any) -> dict[str, Tensor]:
         """Generator: masked against clean spectrogram."""
@@ -226,9 +226,10 @@ class Enhancer(Brain):
             return None
         scores = self.board.finish()
         scores.update((n, self.board.means[n]) for n in COMPOSITES if n in self.board.means)
-        if stage is Stage.VALID and epoch is not None:
+        name = self.phases.of(epoch).name if epoch is not None else None
+        if stage is Stage.VALID and name in self.bests:
             # Under a name of its own, too: checkpoints are chosen among those of a phase.
-            scores[self.bests[self.phases.of(epoch).name]] = scores[self.hparams.target]
+            scores[self.bests[name]] = scores[self.hparams.target]
         return scores
 
     @torch.inference_mode()

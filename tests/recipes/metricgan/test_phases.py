@@ -74,6 +74,14 @@ def test_names_of_phases_differ() -> None:
         Phases([Phase("a", 1), Phase("a", 1)])
 
 
+def test_somebody_trains_the_generator() -> None:
+    judge = Phase("judge", 1, passes=["enhance", "current"])
+    assert not judge.enhances
+    assert WARM.enhances
+    with pytest.raises(ValueError, match="no phase trains the generator: judge; one needs the"):
+        Phases([judge])
+
+
 def test_an_epoch_goes_through_its_passes_in_order() -> None:
     found = epoch(Phase("metric", 1, items=6, batch_size=4), history=past(6))
     kinds = [batch[0].what for batch in found]
