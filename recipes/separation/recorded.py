@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import read_audio
-from recipes.separation.mixing import SILENT
+from recipes.separation.mixing import SILENT, TRIES
 from trainer.data import BadItem
 
 UNEQUAL = 0.01  # of a mixture's level: by more it is not the sum of its sources (-40 dB)
@@ -71,9 +71,12 @@ class Recorded(Dataset[dict[str, Any]]):
         samples = min(len(noise), *map(len, changed))
         sources = torch.stack([each[:samples] for each in changed], 1)
         length = round(self.seconds * self.sample_rate)
-        start = random.randint(0, max(0, samples - length))
-        sources, noise = sources[start : start + length], noise[start : start + length]
-        return sources.sum(1) + noise, sources
+        for _ in range(TRIES):  # A source that is silent here has no SI-SNR that could teach.
+            start = random.randint(0, max(0, samples - length))
+            part = sources[start : start + length]
+            if float(part.square().mean(0).min().sqrt()) > SILENT:
+                break
+        return part.sum(1) + noise[start : start + length], part
 
 
 def _at_speed(signal: Tensor, speed: float) -> Tensor:

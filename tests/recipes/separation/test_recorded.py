@@ -52,6 +52,21 @@ def test_to_train_a_part_is_taken_and_mixed_at_other_speeds(files: list[Mixture]
     )
 
 
+def test_parts_to_train_are_such_that_all_sources_are_heard(tmp_path: Path) -> None:
+    root = mixture_folder(tmp_path / "tr", "mix", count=1)
+    signals = [soundfile.read(root / name / "m0.wav", dtype="float32")[0] for name in ("s1", "s2")]
+    signals[1] = np.concatenate([np.zeros(2 * RATE, np.float32), signals[1]])
+    signals[0] = np.resize(signals[0], len(signals[1]))
+    for name, signal in zip(("s1", "s2", "mix"), [*signals, sum(signals)], strict=True):
+        changed(root / name / "m0.wav", signal)
+    dataset = Recorded(read_folders(root, "mix", 2, noisy=False), RATE, seconds=1.0)
+    heard = 0
+    for seed in range(20):
+        reseed(seed)
+        heard += bool(dataset[0]["sources"].square().mean(0).min() > 1e-8)
+    assert heard >= 18  # of the starts two thirds have silence, and eight are tried
+
+
 def test_parts_to_train_do_not_depend_on_workers(files: list[Mixture]) -> None:
     def epoch(**options: Any) -> list[Tensor]:
         dataset = Recorded(files, RATE, seconds=0.4, speeds=(0.95, 1.05))
