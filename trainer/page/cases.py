@@ -21,11 +21,11 @@ def case_list(folder: Path) -> str:
     items = []
     for path, record in found[:MOST]:
         causes = record.get("causes")
-        cause = f" {causes[0]}." if isinstance(causes, list) and causes else ""
+        cause = f"; {causes[0]}" if isinstance(causes, list) and causes else ""
         where = escape(str(path.parent.relative_to(folder)))
         items.append(
             f"<li><strong>Step {record['step']:,}</strong>: first not finite was "
-            f"{escape(str(record.get('first')))}.{escape(cause)} <small>{where}</small></li>"
+            f"{escape(str(record.get('first')))}{escape(cause)}. <small>{where}</small></li>"
         )
     if not items:
         return ""
