@@ -38,7 +38,7 @@ class Encoder(trainer.Brain):
 def make_net() -> nn.Module:
     """Ten million parameters in 72 tensors."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(384, 4, 1152, dropout=0.0, batch_first=True)
+    layer = nn.TransformerEncoderLayer(384, 4, 1408, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
 
 
