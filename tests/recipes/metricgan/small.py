@@ -87,7 +87,7 @@ def make(
         "phases": list(phases), "history": History(10, 0.5), "spectrum": Spectrum(16000, 4.0, 2.0),
         "target": "pesq", "valid_measures": ["pesq"], "extremes": 0, "spectral_weight": 0.0,
         "opt_d": partial(torch.optim.Adam, lr=0.01), "opt_g": partial(torch.optim.Adam, lr=0.01),
-        "output_folder": str(folder), **(hparams or {}),
+        "output_folder": str(folder or ""), **(hparams or {}),
     }  # fmt: skip
     run = {"device": "cpu", "progressbar": False, "seed": 5, "log_interval": 2, **options}
     if folder is not None:

@@ -251,7 +251,6 @@ def test_phases_have_metrics_of_their_own() -> None:
         return metrics
 
     brain.on_stage_end = note  # type: ignore[method-assign]
-    brain.board.folder = brain.board.folder / "nowhere"
     brain.board._write = lambda rows, means: None  # type: ignore[method-assign]
     fit(brain, valid=Tones(3, 800, fixed=True))
     assert [set(each) for each in found] == [{"pesq", "pesq_noisy", "pesq_warm_up"}] + 3 * [
