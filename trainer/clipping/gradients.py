@@ -180,13 +180,13 @@ class Gradients:
         if 0.0 < coefficient < SMALLEST_FACTOR:
             coefficient, times = math.sqrt(coefficient), 2
         for _ in range(times):
-            wide = [t for t in tensors if t.dtype.itemsize >= 4]
-            if wide:
-                torch._foreach_mul_(wide, _multiplier(coefficient, wide))
-            if len(wide) < len(tensors):
-                for t in tensors:
-                    if t.dtype.itemsize < 4:  # The foreach of a CPU rounds the coefficient too.
-                        t.mul_(coefficient)
+            for dtype in {t.dtype for t in tensors}:
+                alike = [t for t in tensors if t.dtype == dtype]
+                if dtype.itemsize >= 4:
+                    torch._foreach_mul_(alike, _multiplier(coefficient, dtype, alike))
+                    continue
+                for t in alike:  # The foreach of a CPU rounds the coefficient too.
+                    t.mul_(coefficient)
 
 
 def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradients:
@@ -207,12 +207,11 @@ def _dense(param: Tensor) -> Tensor:
     return grad.values()
 
 
-def _multiplier(coefficient: float, tensors: list[Tensor]) -> float | Tensor:
+def _multiplier(coefficient: float, dtype: torch.dtype, tensors: list[Tensor]) -> float | Tensor:
     """The coefficient as the foreach of a CPU takes it fastest: as a tensor of the same dtype."""
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or tensors[0].is_complex() or not all(t.is_cpu for t in tensors):
+    if dtype.is_complex or not all(t.is_cpu for t in tensors):
         return coefficient
-    return torch.tensor(coefficient, dtype=dtypes.pop())
+    return torch.tensor(coefficient, dtype=dtype)
 
 
 def limit_of(value: float | None, name: str = "max_grad_norm") -> float:

@@ -40,7 +40,7 @@ class AGC(Clip):
         self.eps = checks.within("AGC", "eps", eps, 0.0, math.inf, "()")
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self._excluded: set[Tensor] = set()
-        self._coefficients: dict[Tensor, Tensor] = {}
+        self._shares: dict[Tensor, Tensor] = {}
 
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
@@ -62,21 +62,21 @@ class AGC(Clip):
         if not places:
             return []
         params = [gradients.params[i] for i in places]
-        units = [unit_norms(gradients.tensors[i], dtype) for i in places]
-        if isinstance(factor, Tensor) or factor != 1.0:
-            units = list(torch._foreach_mul(units, factor))
-        bounds = [unit_norms(p.detach(), dtype) for p in params]
-        torch._foreach_clamp_min_(bounds, self.eps)
-        torch._foreach_mul_(bounds, self.clipping)
+        units = unit_norms([gradients.tensors[i] for i in places], dtype) * factor
+        bounds = unit_norms([p.detach() for p in params], dtype)
+        bounds = bounds.clamp_(min=self.eps).mul_(self.clipping)
         # No bound is below the product: a norm that small has the coefficient 1.
         smallest = min(1e-6, self.clipping * self.eps)
-        shares = list(torch._foreach_div(bounds, torch._foreach_clamp_min(units, smallest)))
-        torch._foreach_clamp_max_(shares, 1.0)
-        self._coefficients = dict(zip(params, shares, strict=True))
-        after = torch._foreach_norm(torch._foreach_mul(units, shares))
-        gone = torch._foreach_norm(torch._foreach_sub(shares, 1.0), math.inf)
-        found = [after, torch._foreach_norm(bounds), gone]
-        return [_spread(each, places, gradients.tensors) for each in found]
+        shares = (bounds / units.clamp(min=smallest)).clamp_(max=1.0)
+        rows = [len(p) if p.dim() > 1 else 1 for p in params]
+        self._shares = dict(zip(params, shares.split(rows), strict=True))
+        of = torch.tensor(places).repeat_interleave(torch.tensor(rows)).to(units.device)
+        none = units.new_zeros(len(gradients.tensors))
+        return [
+            none.index_add(0, of, (units * shares).square()).sqrt_(),
+            none.index_add(0, of, bounds.square()).sqrt_(),
+            none.scatter_reduce(0, of, 1.0 - shares, "amax"),
+        ]
 
     def __call__(self, gradients: Gradients) -> bool:
         extra = gradients.extra
@@ -91,7 +91,8 @@ class AGC(Clip):
         if not clipped:
             return False
         for i in clipped:
-            gradients.tensors[i].mul_(self._coefficients[gradients.params[i]])
+            tensor, share = gradients.tensors[i], self._shares[gradients.params[i]]
+            tensor.mul_(share.view(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() > 1 else share[0])
         kept = set(clipped)
         gradients.norm_after = joint(
             [after[i] if i in kept else norm for i, norm in enumerate(gradients.norms)]
@@ -197,12 +198,20 @@ class SPAM(Clip):
         self._steps = state["steps"]
 
 
-def unit_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of each row of dimension 0, as (rows, 1, …); of one dimension or none, of all."""
-    wide = torch.promote_types(tensor.dtype, dtype)
-    dims = tuple(range(1, tensor.dim())) or None
-    found: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=dims is not None, dtype=wide)
-    return found
+def unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The norms of the rows of dimension 0 of each tensor, joined; of one dimension, of all."""
+    found = []
+    for tensor in tensors:
+        wide = torch.promote_types(tensor.dtype, dtype)
+        found.append(
+            torch.linalg.vector_norm(
+                tensor,
+                dim=tuple(range(1, tensor.dim())) or None,
+                dtype=None if wide == tensor.dtype else wide,
+            ).reshape(-1)
+        )
+    device = found[0].device
+    return torch.cat([norms.to(device) for norms in found])
 
 
 def _spread(scalars: Sequence[Tensor], places: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
