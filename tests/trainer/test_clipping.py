@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainer.clipping import Gradients, NormClip, ValueClip, by_name, limit_of
+from trainer.clipping.norms import norms
 
 HALF = {torch.float16: 65504.0, torch.bfloat16: 3e38, torch.float32: 3e38}
 SCALES = [1e-30, 1e-22, 1e-15, 1e-8, 1e-3, 1.0, 1e3, 1e4, 1e15, 1e19, 1e30]
@@ -64,6 +65,20 @@ def test_the_norm_of_four_million_elements_keeps_its_sixth_digit(dtype: torch.dt
     ):
         grad = grad.to(dtype)
         assert measured(grad).norm == pytest.approx(truth(grad), rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_norms_of_equal_numbers_keep_their_sixth_digit_for_any_p_and_length(p: float) -> None:
+    covered = 0
+    for size in (1, 65, 1000, 1025, 4097, 10_000, 32_769, 50_001, 1_000_003):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            grad = torch.full((size,), 1.7, dtype=dtype)
+            expected = float(torch.linalg.vector_norm(grad.double(), p))
+            found = norms([grad, torch.ones(2, dtype=dtype)], p)
+            assert float(found[0]) == pytest.approx(expected, rel=1e-6)
+            assert float(found[1]) == pytest.approx(2 ** (1 / p), rel=1e-6)
+            covered += 1
+    assert covered == 27
 
 
 @given(

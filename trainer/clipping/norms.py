@@ -16,6 +16,8 @@ SMALLEST_POWER = 1e-30
 # adds in pairs, but its squares take memory; and rows of few, which cost several calls.
 SHORT, MEDIUM, LONG = 1024, 4096, 2**15
 ROW = 512
+# Of other powers: so many by a plain norm, and so many at once by `Tensor.sum`.
+SHORTEST, CHUNK = 64, 2**20
 
 
 def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
@@ -28,7 +30,8 @@ def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
         return torch.zeros(0)
     if p == math.inf:
         return _largest([t if t.numel() else t.new_zeros(1) for t in tensors])
-    long = [t.numel() > SHORT and t.is_cpu for t in tensors]
+    most = SHORT if p == 2.0 else SHORTEST
+    long = [t.numel() > most and t.is_cpu for t in tensors]
     if not any(long):
         return _stacked(_together(list(tensors), p))
     short = [t for t, is_long in zip(tensors, long, strict=True) if not is_long]
@@ -74,32 +77,35 @@ def _stacked(scalars: Sequence[Tensor]) -> Tensor:
 
 def _power(tensor: Tensor, p: float) -> Tensor:
     """The sum of p-th powers of many elements, on a CPU."""
-    size = tensor.numel()
-    if size > LONG or tensor.is_complex():
-        return _by_rows(tensor.reshape(-1), p)
-    if tensor.dtype.itemsize < 4:
-        tensor = tensor.float()
+    flat, size = tensor.reshape(-1), tensor.numel()
     if p != 2.0:
-        return tensor.abs().pow_(p).sum()
-    if size > MEDIUM:
-        return tensor.mul(tensor).sum()
-    flat = tensor.reshape(-1)
-    return flat.dot(flat)
+        sums = []
+        for chunk in flat.split(CHUNK):
+            positive = chunk.abs()
+            if positive.dtype.itemsize < 4:
+                positive = positive.float()
+            sums.append(positive.pow_(p).sum() if p != 1.0 else positive.sum())
+        return torch.stack(sums).sum()
+    if size > LONG or tensor.is_complex():
+        return _by_rows(flat)
+    if tensor.dtype.itemsize < 4:
+        flat = flat.float()
+    return flat.mul(flat).sum() if size > MEDIUM else flat.dot(flat)
 
 
-def _by_rows(flat: Tensor, p: float) -> Tensor:
+def _by_rows(flat: Tensor) -> Tensor:
     """Norms of few in float32, and of these in float64: as fast as one plain norm."""
     dtype = torch.promote_types(flat.dtype, torch.float32) if flat.dtype.itemsize < 4 else None
     size = flat.numel()
     row = min(size & -size, ROW)  # The largest power of two that divides it.
     rest = None
-    if row < ROW // 8:
+    if row < ROW // 2:  # Shorter ones take longer.
         row = ROW
         flat, rest = flat.split([size // ROW * ROW, size % ROW])
-    parts = torch.linalg.vector_norm(flat.view(-1, row), p, dim=1, dtype=dtype).double()
-    total: Tensor = parts.dot(parts) if p == 2.0 else parts.pow_(p).sum()
+    parts = torch.linalg.vector_norm(flat.view(-1, row), dim=1, dtype=dtype).double()
+    total: Tensor = parts.dot(parts)
     if rest is not None:
-        total += torch.linalg.vector_norm(rest, p, dtype=dtype).double() ** p
+        total += torch.linalg.vector_norm(rest, dtype=dtype).double().square()
     return total
 
 
