@@ -255,7 +255,7 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
         raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
     configuration = Configuration(file)
     keys = {key.name for key in configuration.described()}
-    if missing := {"generator", "discriminator", "mel", "checkpointer"} - keys:
+    if missing := {"generator", "discriminator", "mel", "checkpointer", "best"} - keys:
         raise ValueError(
             f"{run} is no run of a vocoder: its hyperparams.yaml has no {min(missing)}"
         )
@@ -263,15 +263,18 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     configuration.override({"output_folder": str(run), "discriminator": None})
     hparams, options = configuration.build(), RunOptions(**configuration.options())
     generator = hparams["generator"]
-    state.check_modules(generator, weights := _weights(hparams["checkpointer"], options))
+    weights = _weights(hparams["checkpointer"], hparams["best"], options)
+    state.check_modules(generator, weights)
     generator.load_state_dict(weights)
     return Vocoder(generator.to(pick_device(device)), hparams["mel"])
 
 
-def _weights(checkpointer: Checkpointer, options: RunOptions) -> dict[str, Tensor]:
-    """The generator's part of the best checkpoint, or of the mean of the best."""
+def _weights(
+    checkpointer: Checkpointer, best: str | None, options: RunOptions
+) -> dict[str, Tensor]:
+    """The generator's part of the best checkpoint by a metric, or the newest; or of their mean."""
     path = ("modules",) if options.ema_decay is None else ("weight_average", "average")
-    found = checkpointer.find(min_key="mel_l1", n=None)
+    found = checkpointer.find(min_key=best, n=None)
     for start in range(0, len(found), options.average_checkpoints):
         best = found[start : start + options.average_checkpoints]
         try:

@@ -3,8 +3,8 @@
     python recipes/hifigan/train.py hparams/hifigan/demo.yaml
 
 Prints ``test: mel_l1=… mel_l1_griffinlim=… pesq=… pesq_griffinlim=… stoi=… stoi_griffinlim=…``: the
-means over the test set by the best checkpoint, and those of Griffin and Lim's algorithm from the
-same mels.
+means over the test set by the newest checkpoint (`best` in the YAML may choose another), and those
+of Griffin and Lim's algorithm from the same mels.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class HiFiGAN(Brain):
 
 
 def train(run: trainer.Run) -> dict[str, float]:
-    """Train as the YAML says, and test the best checkpoint."""
+    """Train as the YAML says, and test the checkpoint that `best` chooses."""
     hparams, mel = run.hparams, run.hparams["mel"]
     with Judges(hparams["measures"], 16000, hparams["judges"]) as judges:
         sets = datasets(
@@ -127,7 +127,7 @@ def train(run: trainer.Run) -> dict[str, float]:
             train_loader_kwargs=training,
             valid_loader_kwargs=workers,
         )
-        brain.evaluate(sets["test"], min_key="mel_l1", test_loader_kwargs=workers)
+        brain.evaluate(sets["test"], min_key=hparams["best"], test_loader_kwargs=workers)
     return brain.test_metrics
 
 
