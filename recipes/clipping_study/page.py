@@ -1,4 +1,4 @@
-"""The study as a page: `study.html`, complete in one file, and its rows as `study.json`."""
+"""The study as a page: `study.html`, complete in one file, beside `study.json` and `study.md`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from recipes.clipping_study.findings import Finding, Row
 from recipes.clipping_study.strip import Plot, Strip, draw_strips
+from recipes.clipping_study.table import markdown
 from recipes.clipping_study.verdicts import KINDS, verdict
 from trainer.page.axis import number
 from trainer.page.chart import Chart, Series, draw
@@ -31,11 +32,12 @@ section > p { max-width: 60rem; margin: .4rem 0; } .soft { color: var(--soft); }
 def write_page(
     folder: Path, found: Sequence[Finding], trainings: int, seconds: float
 ) -> list[Path]:
-    """Write both files into the run folder."""
+    """Write the page, its rows as JSON, and as Markdown, into the run folder."""
     rows = {each.experiment.name: [asdict(row) for row in each.rows] for each in found}
     texts = {
         "study.html": render(found, trainings, seconds),
         "study.json": json.dumps(_finite(rows), indent=1),
+        "study.md": markdown(found),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -36,8 +36,11 @@ def test_the_quick_study_runs_once_and_then_has_nothing_left_to_do(
     page = read((folder / "study.html").read_text())
     assert page.count["section"] == 6
     assert page.count["figure"] >= 15
+    table = (folder / "study.md").read_text()
+    assert table.count("## ") == 6
     rows = json.loads((folder / "study.json").read_text())
     assert sorted(rows) == sorted(TRAININGS)
+    assert table.count("| ") > sum(map(len, rows.values()))
     assert all(len(row["values"]) == 1 for each in rows.values() for row in each)
     # One line breaks off, one is lost: two trainings are done again, with the same result.
     (folder / "cells.jsonl").write_text("\n".join([*lines[:-2], lines[-2][:40]]))
