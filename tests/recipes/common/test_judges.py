@@ -4,6 +4,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -110,3 +111,16 @@ def test_processes_have_one_thread_and_end_with_the_pool(pool: Judges) -> None:
 def test_clips_of_different_length_are_refused(pool: Judges) -> None:
     with pytest.raises(ValueError, match=r"x: clean \(24000,\) and enhanced \(23999,\) must have"):
         pool.submit("x", CLEAN, CLEAN[:-1])
+
+
+def test_who_waits_for_some_does_not_wait_for_those_behind() -> None:
+    judges = Judges(NAMES, RATE, workers=0)
+    for name, heard in zip("abcd", HEARD, strict=True):
+        judges.submit(name, CLEAN, heard, ["si_snr"])
+    judges._waiting = [task._replace(future=Future()) for task in judges._waiting]
+    for task in judges._waiting[:2]:
+        assert task.future is not None
+        task.future.set_result(({"si_snr": 1.0}, {}))
+    assert list(judges.collect(until=["b"])) == ["a", "b"]
+    assert [task.id for task in judges._waiting] == ["c", "d"]
+    assert judges.collect(until=["a", "b"]) == {}
