@@ -137,7 +137,7 @@ class Brain(Workings):
         self.modules.train()
         self.on_stage_start(Stage.TRAIN, epoch)
         self.keeper.begin_training()
-        with self.journal.stage("train", epoch, feed.length(), self.step), self.profiler:
+        with self.journal.stage("train", epoch, feed.begin(epoch), self.step), self.profiler:
             for batch, last in self.keeper.rest_of(feed, epoch):
                 self._begin_batch(batch, last)
                 loss = self.fit_batch(batch)

@@ -27,6 +27,7 @@ from torch import Tensor
 from trainer import distributed
 from trainer.configuration.guard import NAME
 from trainer.configuration.nodes import NULL, get, plain, tag
+from trainer.drift import DriftError
 from trainer.finding import SearchOver
 from trainer.hparams import Configuration, describe, option
 from trainer.log import RunLog
@@ -82,7 +83,7 @@ def main(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, NonFiniteError) as error:
+    except (ValueError, OSError, ImportError, NonFiniteError, DriftError) as error:
         if not session.meant_for_users(error):
             raise
         place = f"\n(its traceback is in {folder[0] / 'train.log'})" if folder else ""

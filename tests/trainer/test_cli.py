@@ -1,5 +1,6 @@
 """From a command line to a run folder: the grammar, the records, and how errors are told."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from recipes.common.quality import require
 from trainer.cli import Run, configure, main
 from trainer.hparams import Configuration, Text, load_hparams
 from trainer.interrupt import Interrupted
@@ -443,6 +445,23 @@ def test_an_error_of_the_system_is_a_sentence(
         Path("gone/data.wav").read_bytes()
 
     assert "gone/data.wav: No such file or directory" in fails(capsys, train, demo)
+
+
+def test_a_package_to_be_installed_is_a_sentence_and_a_missing_module_a_bug(
+    demo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(_run: Run) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.util, "find_spec", lambda _name: None)
+            require(["pesq"], 16000)
+
+    assert "PESQ needs the package pesq" in fails(capsys, train, demo)
+
+    def import_(_run: Run) -> None:
+        importlib.import_module("not_there")
+
+    with pytest.raises(ModuleNotFoundError, match="not_there"):
+        main(import_, [demo])
 
 
 def test_a_bug_keeps_its_traceback_and_is_in_the_log(demo: str) -> None:

@@ -105,10 +105,13 @@ def meant_for_users(error: BaseException) -> bool:
     """Whether an error is one that the user can mend, so that its sentence is enough.
 
     Such are what the system refuses (files, space), and what this package and the recipes raise
-    themselves as ValueError; one out of anything below them is a bug to be traced.
+    themselves, a package that is to be installed among them; one out of anything below them, or of
+    an import that nobody foresaw, is a bug to be traced.
     """
     if isinstance(error, OSError):
         return True
+    if isinstance(error, ImportError) and error.name is not None:
+        return False
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
