@@ -24,7 +24,7 @@ from recipes.common.loading import keep, load, transcript
 from recipes.common.mel import LogMel
 from recipes.common.paths import inside
 from recipes.common.speech import one_voice_reading, to_cuts
-from recipes.tacotron2.text import Front, check_texts, spell_out
+from recipes.tacotron2.text import Front, check_texts, plain, spell_out
 from trainer.seed import derive
 
 try:
@@ -123,7 +123,7 @@ def _texts(folder: Path, column: int) -> Iterator[tuple[str, str]]:
             )
         if not fields[column].strip():
             raise ValueError(f"line {number} of {table} has no text: {line[:80]!r}")
-        yield fields[0], fields[column].strip()
+        yield fields[0], plain(fields[column])
     if not lines:
         raise ValueError(f"{table} is empty; expected was {LAYOUT}")
 

@@ -164,18 +164,23 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] + more
 
 
+def plain(text: str) -> str:
+    """A text with typewriter's apostrophes and dashes, no quotation marks, and single spaces."""
+    return " ".join(text.translate(TYPOGRAPHY).split())
+
+
 def spell_out(text: str, name: str = "the text") -> str:
     """A text with its numbers, units and abbreviations as words, and single spaces.
 
     Raises ValueError with ``name`` for what the grammar cannot read, ImportError with what to
     install.
     """
-    plain = " ".join(text.translate(TYPOGRAPHY).split())
+    typed = plain(text)
     normalise = _normaliser().normalize
     try:
-        return " ".join(normalise(plain).split())
+        return " ".join(normalise(typed).split())
     except AssertionError:  # so wetext tells that no path leads through its grammar
-        strange = next((word for word in plain.split() if not _spells(word)), plain)
+        strange = next((word for word in typed.split() if not _spells(word)), typed)
         raise ValueError(f"{name} has {strange!r}, which cannot be spelled out") from None
 
 
