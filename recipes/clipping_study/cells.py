@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -165,14 +166,27 @@ TRAININGS: dict[str, Callable[[Cell], Lesson]] = {
 }
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it nothing is warned of: failing is what some cells are for."""
+    loggers = [logging.getLogger(name) for name in ("trainer", "py.warnings")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
 def finish(cell: Cell) -> dict[str, Any]:
     """Do a cell; what it gave as JSON has it, with the cell itself and its seconds of CPU."""
     torch.set_num_threads(1)
-    for name in ("trainer", "py.warnings"):  # Failing is what some cells are for.
-        logging.getLogger(name).setLevel(logging.ERROR)
     began = time.process_time()
     seeding.seed_everything(cell.seed)
-    lesson = TRAININGS[cell.experiment](cell)
+    with quiet():
+        lesson = TRAININGS[cell.experiment](cell)
     facts = lesson.facts()
     if cell.experiment == "spikes":
         facts |= about_spikes(lesson, cell.sizes["at"])

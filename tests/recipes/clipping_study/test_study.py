@@ -1,6 +1,7 @@
 """The study runs, goes on where it was, tunes fairly, and says what its numbers say."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def test_a_training_that_cannot_go_on_is_a_result() -> None:
 def test_a_cell_trains_with_its_own_clipper() -> None:
     cell = Cell("half", "fp32", "NormClip", {"lr": 0.1, "limit": 1e-3}, 1, {"steps": 4})
     assert isinstance(clipper(cell.kind, cell.setting), NormClip)
+    levels = [logging.getLogger(name).level for name in ("trainer", "py.warnings")]
     found = finish(cell)
+    assert [logging.getLogger(name).level for name in ("trainer", "py.warnings")] == levels
     assert found["clipped"] == 1.0
     wrong = finish(
         Cell("half", "fp16, scaled gradients clipped", "NormClip", cell.setting, 1, cell.sizes)
