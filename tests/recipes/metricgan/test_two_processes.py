@@ -14,6 +14,7 @@ import torch
 
 from tests.recipes.metricgan import two_processes
 
+pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -318,6 +318,7 @@ def test_buzzes_are_separated(voices: CutSet, tmp_path: Path) -> None:
     assert brain.test_metrics["si_snri"] > 5
 
 
+@pytest.mark.long
 def test_two_processes_end_as_one_on_the_joined_batches(tmp_path: Path) -> None:
     first, second = two_ranks.launch(tmp_path)
     one = two_ranks.trained(None)

@@ -158,6 +158,7 @@ def test_mixed_precision(recorded: Path, tmp_path: Path, precision: str) -> None
     assert all(value == value for value in metrics.values())
 
 
+@pytest.mark.long
 def test_two_processes_end_as_one_on_the_joined_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
