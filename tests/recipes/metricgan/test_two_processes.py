@@ -16,6 +16,7 @@ from tests.recipes.metricgan import two_processes
 
 pytestmark = pytest.mark.long
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes have left what they found."""
