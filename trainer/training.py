@@ -76,6 +76,14 @@ class Training(Hooks):
                 )
         return self._joint
 
+    @property
+    def last_batch(self) -> bool:
+        """Whether this is known to be the epoch's last batch, whose windows close however short.
+
+        A recipe whose players must step in order gives it to `optimize` as ``last``.
+        """
+        return self._last
+
     def in_window(self) -> bool:
         """Whether any optimizer has an accumulation window open."""
         return any(update.window.count for update in self.updates.values())

@@ -84,7 +84,9 @@ def test_d_moves_first_and_g_trains_on_the_scores_of_the_moved_d(tmp_path: Path)
         # The order of changes; the first step of a warm-up has a learning rate above 0.
         assert (d[1], d[2]) == ("stepped", ["discriminator"])
         assert (g[1], g[2]) == ("stepped", ["generator"])
-        assert d[3] == {"retain_graph": True}
+        last = start == 12  # of the three batches; a window that is open there closes for both
+        assert d[3] == {"retain_graph": True, "last": last}
+        assert g[3] == {"last": last}
         # Real, then fake; both scores are those of the weights before the step …
         assert same(real_pass[1], fake_pass[1])
         noisy = real_pass[2][:, 1]
@@ -96,6 +98,14 @@ def test_d_moves_first_and_g_trains_on_the_scores_of_the_moved_d(tmp_path: Path)
         distance = (fake[3] - real_pass[2][:, 0]).abs().mean()
         torch.testing.assert_close(g[4], adversarial_loss(again[3]) + 100 * distance)
         assert not torch.equal(again[3], fake_pass[3])
+
+
+def test_in_the_short_window_that_ends_an_epoch_d_moves_before_g_is_judged(tmp_path: Path) -> None:
+    brain = fit(make(Watching, tmp_path, grad_accumulation_factor=2), epochs=1, valid=False)
+    _, _, fake_pass, d, again, g = brain.seen[12:]  # the third of three batches
+    assert (d[1], d[2]) == ("stepped", ["discriminator"])
+    assert (g[1], g[2]) == ("stepped", ["generator"])
+    assert not same(again[1], fake_pass[1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -125,6 +135,7 @@ def test_the_generators_loss_leaves_nothing_in_the_discriminator_and_the_reverse
     def optimize(loss: Tensor, name: str, **options: Any) -> Any:
         params = list(brain.modules[name].parameters())
         found[name] = list(torch.autograd.grad(loss, params, retain_graph=True))
+        options["last"] = False  # The window stays open: its gradients are looked at.
         report = Enhancer.optimize(brain, loss, name, **options)
         for p, truth in zip(params, found[name], strict=True):
             torch.testing.assert_close(p.grad, truth)
