@@ -130,9 +130,8 @@ def _first_tensor(batch: Any) -> Tensor | None:
     """The first one that has dimensions."""
     if isinstance(batch, Tensor):
         return batch if batch.dim() else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    if not isinstance(batch, (Mapping, list, tuple)):
-        return None
-    if not isinstance(batch, Mapping) and any(isinstance(part, Mapping) for part in batch):
-        return None  # Examples that nobody has joined.
-    return next((t for part in parts if (t := _first_tensor(part)) is not None), None)
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)) or any(isinstance(part, Mapping) for part in batch):
+        return None  # Examples that nobody has joined, for one.
+    return next((t for part in batch if (t := _first_tensor(part)) is not None), None)

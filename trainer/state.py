@@ -69,6 +69,7 @@ def light(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def common(brain: Any) -> dict[str, Any]:
     """The part that all ranks share."""
+    brain.monitor.flush()  # Before the position says how many lines the log has.
     return {
         **weights(brain),
         "position": {

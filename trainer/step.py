@@ -10,7 +10,7 @@ into NaN everywhere. Nothing moves before everything about the step is known, on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     facts = _join_ranks(updates) if distributed.world_size() > 1 else None
     factor, unscaled = _unscale(updates)
     gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
-    loss, weight, scale = _read(updates[0], gradients, factor, facts)
+    loss, weight, scale = _read(updates, gradients, factor, facts)
     for update, grads in zip(updates, gradients, strict=True):
         update.seen = grads.params, grads.norms
     if not math.isfinite(loss) or weight <= 0:
@@ -156,31 +156,38 @@ def _join_ranks(updates: Sequence[Update]) -> Tensor:
 
 
 def _read(
-    lead: Update, gradients: list[Gradients], scale: list[Tensor], facts: Tensor | None
+    updates: Sequence[Update],
+    gradients: list[Gradients],
+    scale: list[Tensor],
+    facts: Tensor | None,
 ) -> tuple[float, float, float]:
     """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
-    window = lead.window
+    window = updates[0].window
     assert window.loss is not None
     vectors = [window.loss.reshape(1), *(each.reshape(1) for each in scale)]
-    counts = []
+    takers: list[tuple[Callable[[list[float]], None], int]] = []
     weight, factor = window.weight, window.reference / (window.weight or 1.0)
     for grads in gradients:
         measured = grads.measure(factor if facts is None else 1.0 / facts[1])
         vectors += measured
-        counts.append(sum(map(len, measured)))
+        takers.append((grads.take, sum(map(len, measured))))
+    for update in updates:
+        if update.look is not None and update.look.waiting is not None:
+            vectors.append(update.look.waiting)
+            takers.append((update.look.take, len(update.look.waiting)))
     if facts is not None:
         vectors.append(facts)
     device = window.loss.device
     if any(vector.device != device for vector in vectors):
         vectors = [vector.to(device) for vector in vectors]
     values = torch.cat(vectors).tolist()  # The host-device sync of the step.
-    stop = 1 + len(scale)
-    for grads, count in zip(gradients, counts, strict=True):
-        grads.take(values[stop : stop + count])
-        stop += count
+    start = 1 + len(scale)
+    for take, count in takers:
+        take(values[start : start + count])
+        start += count
     loss = values[0] * factor
     if facts is not None:
-        total, weight, *had = values[stop:]
+        total, weight, *had = values[start:]
         factor = 1.0 / (weight or 1.0)
         loss = total * factor
         for grads in gradients:

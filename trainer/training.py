@@ -215,6 +215,7 @@ class Training(Hooks):
                     self._note(step.close(updates))
         if self._reports:
             self._take_in(next((r for r in self._reports if r.name == self._averaged), None))
+        self.monitor.flush()
         self.forensics.settle()
         if self._batches and not (self._guarded or self._by_hand or self.optimizer_step):
             raise ValueError(

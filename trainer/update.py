@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,25 @@ class Window:
     weight: float = 0.0
     reference: float = 1.0
     loss: Tensor | None = None
+
+
+class Look(Protocol):
+    """Something that measures at a step of an optimizer.
+
+    ``waiting`` is a vector of what it has measured, on the device, or None; the next transfer to
+    the host brings it to `take`.
+    """
+
+    waiting: Tensor | None
+
+    def before(self) -> None:
+        """The optimizer is about to step."""
+
+    def after(self) -> None:
+        """The optimizer has stepped."""
+
+    def take(self, values: Sequence[float]) -> None:
+        """The numbers of ``waiting``."""
 
 
 class Update:
@@ -75,6 +95,7 @@ class Update:
         self.last_norm: float | None = None
         # Parameters and their gradients' norms, as last measured.
         self.seen: tuple[list[Tensor], list[float]] = [], []
+        self.look: Look | None = None
         self.stepping = self._told = False
 
     @property
@@ -126,10 +147,14 @@ class Update:
     def step(self, gradients: Gradients, loss: float, weight: float, scale: float) -> StepReport:
         """Clip and step with finite gradients, then move the schedule on."""
         clipped = self.clip(gradients)
-        lr = self.lr
+        lr, look = self.lr, self.look
+        if look is not None:
+            look.before()
         self.stepping = True
         self.optimizer.step()
         self.stepping = False
+        if look is not None:
+            look.after()
         if self.schedule is not None and getattr(self.schedule, "every", None) == "step":
             self.schedule.step()
         for p in gradients.params:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.clipping.norms import is_safe, joint, norms, safe_norm
+from trainer.clipping.norms import is_safe, joint, norms_or_powers, safe_norm
 
 # A coefficient this small is near the end of float32's range, where it has few digits left.
 SMALLEST_FACTOR = 1e-30
@@ -30,7 +30,8 @@ class Gradients:
     """
 
     __slots__ = (
-        "_meter", "extra", "factors", "groups", "norm", "norm_after", "norms", "params", "tensors",
+        "_meter", "_squared", "extra", "factors", "groups", "norm", "norm_after", "norms", "params",
+        "tensors",
     )  # fmt: skip
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], clip: object = None) -> None:
@@ -43,6 +44,7 @@ class Gradients:
         if any(tensor.is_sparse for tensor in self.tensors):
             self.tensors = [_dense(p) for p in self.params]
         self.norms: list[float] = []
+        self._squared: list[bool] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan
         self.norm_after: float | None = None
@@ -66,12 +68,16 @@ class Gradients:
         """
         if not self.tensors:
             return []
-        return [norms(self.tensors), *(self._meter(self, factor) if self._meter else ())]
+        found, self._squared = norms_or_powers(self.tensors)
+        return [found, *(self._meter(self, factor) if self._meter else ())]
 
     def take(self, values: list[float]) -> None:
         """Turn the values of `measure`'s vectors into ``norms``, ``norm`` and ``extra``."""
         number = len(self.tensors)
-        self.norms = values[:number]
+        self.norms = [
+            math.sqrt(value) if squared else value
+            for value, squared in zip(values, self._squared, strict=False)
+        ]
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
         self.norm = joint(self.norms)
         if not is_safe(self.norm):
@@ -132,9 +138,12 @@ class Gradients:
         tensors = self.tensors if where is None else [self.tensors[i] for i in where]
         self._multiply(coefficient, tensors)
         factors = self.factors or [1.0] * len(self.tensors)
-        for i in range(len(factors)) if where is None else where:
-            factors[i] *= coefficient
-        self.factors = factors
+        if where is None:
+            self.factors = [factor * coefficient for factor in factors]
+        else:
+            for i in where:
+                factors[i] *= coefficient
+            self.factors = factors
         if where is None and self.norm_after is not None:
             self.norm_after *= coefficient
         else:
@@ -180,8 +189,9 @@ class Gradients:
         if 0.0 < coefficient < SMALLEST_FACTOR:
             coefficient, times = math.sqrt(coefficient), 2
         for _ in range(times):
-            for dtype in {t.dtype for t in tensors}:
-                alike = [t for t in tensors if t.dtype == dtype]
+            dtypes = {t.dtype for t in tensors}
+            for dtype in dtypes:
+                alike = [t for t in tensors if t.dtype == dtype] if len(dtypes) > 1 else tensors
                 if dtype.itemsize >= 4:
                     torch._foreach_mul_(alike, _multiplier(coefficient, dtype, alike))
                     continue

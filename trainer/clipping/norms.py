@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,29 +26,36 @@ def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     As torch's clip_grad_norm_ measures, but half precision in float32 and not in its own, and long
     ones on a CPU to more digits.
     """
-    if not tensors:
-        return torch.zeros(0)
-    if p == math.inf:
-        return _largest([t if t.numel() else t.new_zeros(1) for t in tensors])
-    most = SHORT if p == 2.0 else SHORTEST
-    long = [t.numel() > most and t.is_cpu for t in tensors]
-    if not any(long):
-        return _stacked(_together(list(tensors), p))
-    short = [t for t, is_long in zip(tensors, long, strict=True) if not is_long]
-    powers = [_power(t, p) for t, is_long in zip(tensors, long, strict=True) if is_long]
-    found = torch.stack(powers)
-    found = found.sqrt_() if p == 2.0 else found.pow_(1.0 / p)
-    if not short:
+    found, powers = norms_or_powers(tensors, p)
+    if not any(powers):
         return found
-    found = torch.cat([_stacked(_together(short, p)).to(found.device), found])
-    order = sorted(range(len(tensors)), key=long.__getitem__)  # Where each of these comes from.
-    return torch.empty_like(found).index_put_((torch.tensor(order),), found)
+    return torch.where(torch.tensor(powers, device=found.device), found.pow(1.0 / p), found)
+
+
+def norms_or_powers(tensors: Sequence[Tensor], p: float = 2.0) -> tuple[Tensor, list[bool]]:
+    """The same, but of the flagged ones the p-th power: on the host a root costs nothing."""
+    if not tensors:
+        return torch.zeros(0), []
+    if p == math.inf:
+        largest = _largest([t if t.numel() else t.new_zeros(1) for t in tensors])
+        return largest, [False] * len(tensors)
+    most = SHORT if p == 2.0 else SHORTEST
+    long = [t.is_cpu and t.numel() > most for t in tensors]
+    short = [t for t, is_long in zip(tensors, long, strict=True) if not is_long]
+    plain: Iterator[Tensor] = iter(_together(short, p) if short else ())
+    spare: dict[object, Tensor] = {}  # To make room anew takes a third of the time.
+    with torch.no_grad():
+        found = [
+            _power(t, p, spare) if is_long else next(plain)
+            for t, is_long in zip(tensors, long, strict=True)
+        ]
+    return _stacked(found), long
 
 
 def _largest(tensors: list[Tensor]) -> Tensor:
     """The largest absolute value of each."""
     if any(not t.is_cpu or t.is_complex() for t in tensors):
-        return _stacked(list(torch._foreach_norm(tensors, math.inf)))
+        return _stacked(torch._foreach_norm(tensors, math.inf))
     ends = [torch.aminmax(t) for t in tensors]  # On a CPU, twice as fast as that norm.
     lowest = torch.stack([end.min for end in ends])
     return torch.maximum(lowest.neg_(), torch.stack([end.max for end in ends]))
@@ -72,25 +79,33 @@ def _stacked(scalars: Sequence[Tensor]) -> Tensor:
     device = scalars[0].device
     if any(scalar.device != device for scalar in scalars):
         scalars = [scalar.to(device) for scalar in scalars]
-    return torch.stack(list(scalars))
+    return torch.stack(tuple(scalars))
 
 
-def _power(tensor: Tensor, p: float) -> Tensor:
-    """The sum of p-th powers of many elements, on a CPU."""
-    flat, size = tensor.reshape(-1), tensor.numel()
+def _power(tensor: Tensor, p: float, spare: dict[object, Tensor]) -> Tensor:
+    """The sum of p-th powers of many elements, on a CPU; ``spare`` is for squares, by shape."""
+    size = tensor.numel()
     if p != 2.0:
         sums = []
-        for chunk in flat.split(CHUNK):
+        for chunk in tensor.reshape(-1).split(CHUNK):
             positive = chunk.abs()
             if positive.dtype.itemsize < 4:
                 positive = positive.float()
             sums.append(positive.pow_(p).sum() if p != 1.0 else positive.sum())
         return torch.stack(sums).sum()
     if size > LONG or tensor.is_complex():
-        return _by_rows(flat)
+        found = _by_rows(tensor.reshape(-1))
+        return found if tensor.dtype.itemsize >= 8 else found.float()
     if tensor.dtype.itemsize < 4:
-        flat = flat.float()
-    return flat.mul(flat).sum() if size > MEDIUM else flat.dot(flat)
+        tensor = tensor.float()
+    if size <= MEDIUM:
+        flat = tensor.reshape(-1)
+        return flat.dot(flat)
+    kind = tensor.shape, tensor.dtype
+    squares = spare.get(kind)
+    if squares is None:
+        squares = spare[kind] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.mul(tensor, tensor, out=squares).sum()
 
 
 def _by_rows(flat: Tensor) -> Tensor:

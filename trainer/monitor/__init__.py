@@ -28,6 +28,9 @@ class Off:
     def take(self, report: StepReport) -> None:
         """One more step is over."""
 
+    def flush(self) -> None:
+        """A stage ends, or the state is about to be saved: nothing may wait any longer."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same lines."""
         return {}
@@ -40,7 +43,7 @@ class Monitor(Off):
     """Looks at each optimizer of a Brain every so many of its steps.
 
     A step in between costs an entry in a list, a look one copy of the weights for the time of a
-    step and one transfer to the host.
+    step. What it measured comes to the host in the transfer of the step after it.
     """
 
     def __init__(self, brain: Any) -> None:
@@ -49,6 +52,7 @@ class Monitor(Off):
         self._layers: dict[str, Layers] = {}
         self._health: dict[str, Health] = {}
         self._steps: dict[str, list[Step]] = {}
+        self._due: dict[str, dict[str, int]] = {}  # Where a look was that has not been written.
         self._idle: str | None = None
 
     def watch(self) -> None:
@@ -60,8 +64,8 @@ class Monitor(Off):
             self._layers[name] = Layers(update, names)
             self._health[name] = Health(name)
             self._steps[name] = []
-            update.optimizer.register_step_pre_hook(self._before(name))
-            update.optimizer.register_step_post_hook(self._after(name))
+            update.look = self._layers[name]
+            self._arm(name)
         self._idle = self._without_optimizer()
 
     def _without_optimizer(self) -> str | None:
@@ -85,47 +89,51 @@ class Monitor(Off):
             "optimizer, or say requires_grad_(False), which saves their gradients"
         )
 
-    def _before(self, name: str) -> Any:
-        update, layers = self.brain.updates[name], self._layers[name]
-
-        def hook(*_: Any) -> None:
-            if update.stepping and len(self._steps[name]) + 1 >= self.every:
-                layers.before(histograms=self.brain.journal.log.draws)
-
-        return hook
-
-    def _after(self, name: str) -> Any:
-        layers = self._layers[name]
-        return lambda *_: layers.after()
+    def _arm(self, name: str) -> None:
+        if len(self._steps[name]) + 1 >= self.every:
+            self._layers[name].arm(histograms=self.brain.journal.log.draws)
 
     def take(self, report: StepReport) -> None:
         """A step that moved weights joins those since the last look."""
+        name = report.name
+        if name in self._due and self._layers[name].waiting is None:
+            self._look(name)
         if report.outcome == "stepped" and report.norm is not None:
-            steps = self._steps[report.name]
+            steps = self._steps[name]
             steps.append(
                 Step(report.norm, report.norm_after, report.limit, report.clipped, report.lr)
             )
             if len(steps) >= self.every:
-                self._look(report.name)
+                # The step of this batch is counted at its end.
+                place = {"step": self.brain.optimizer_step + 1, "epoch": self.brain.epoch}
+                self._due[name] = place
+            else:
+                self._arm(name)
+
+    def flush(self) -> None:
+        """Write what was measured last, without waiting for another step."""
+        for name in list(self._due):
+            self._layers[name].fetch()
+            self._look(name)
 
     def _look(self, name: str) -> None:
         """Write the line of what was measured, and say what is worth a warning."""
         steps, self._steps[name] = self._steps[name], []
-        measured, samples = self._layers[name].measured()
-        health = self._health[name]
-        facts, warnings = health.look(steps, measured)
+        place, layers = self._due.pop(name), self._layers[name]
+        self._arm(name)
+        facts, warnings = self._health[name].look(steps, layers.measured)
         if self._idle:
             warnings, self._idle = [*warnings, self._idle], None
-        step = self.brain.optimizer_step + 1  # That of this batch is counted at its end.
         for warning in warnings:
-            logger.warning("step %d: %s", step, warning)
+            logger.warning("step %d: %s", place["step"], warning)
+        record = {**place, "optimizers": {name: facts}, "layers": layers.measured}
         log = self.brain.journal.log
-        record = {"step": step, "epoch": self.brain.epoch, "optimizers": {name: facts}}
-        log.monitor({**record, "layers": measured, **({"warnings": warnings} if warnings else {})})
-        log.histograms(samples, step)
+        log.monitor({**record, **({"warnings": warnings} if warnings else {})})
+        log.histograms(layers.samples(), place["step"])
 
     def state_dict(self) -> dict[str, Any]:
         """Steps since the last look, and what health remembers."""
+        self.flush()
         return {
             name: {"steps": [list(step) for step in steps], "health": health.state_dict()}
             for (name, steps), health in zip(
@@ -135,10 +143,14 @@ class Monitor(Off):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; optimizers that were not monitored then start anew."""
+        self._due.clear()
+        for layers in self._layers.values():
+            layers.waiting = None
         for name, saved in state.items():
             if name in self._steps:
                 self._steps[name] = [Step(*step) for step in saved["steps"]]
                 self._health[name].load_state_dict(saved["health"])
+                self._arm(name)
                 self._idle = None
 
 

@@ -6,11 +6,13 @@ A layer is a module that has parameters itself: "encoder.0.attention" is its wei
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainer.clipping.norms import norms
 
 # Elements of a parameter that its histogram is drawn from, evenly spread.
 SAMPLE = 2048
@@ -19,7 +21,11 @@ Measured = dict[str, dict[str, float | None]]
 
 
 class Layers:
-    """The layers of one optimizer (an `Update`), named by what ``names`` calls their parameters."""
+    """The layers of one optimizer (an `Update`), named by what ``names`` calls their parameters.
+
+    A look is at one step, once `arm` has been called. What is measured there waits on the device
+    in ``waiting``, for the host to fetch with what it must know of the next step anyway.
+    """
 
     def __init__(self, update: Any, names: Mapping[int, str]) -> None:
         self._update = update
@@ -27,17 +33,27 @@ class Layers:
         self._names = {
             id(p): names.get(id(p), f"{update.name}.{number}") for number, p in enumerate(own)
         }
+        self._armed = self._histograms = False
         self._params: list[Tensor] = []
         self._kept: list[Tensor] = []
+        self._grads: dict[int, float] = {}
         self._samples: list[tuple[str, Tensor]] = []
-        self._measured: Measured = {}
+        self.waiting: Tensor | None = None
+        self.measured: Measured = {}
+
+    def arm(self, histograms: bool) -> None:
+        """Look at the next step; ``histograms`` wants samples of weights and gradients, too."""
+        self._armed, self._histograms = True, histograms
 
     @torch.no_grad()
-    def before(self, histograms: bool) -> None:
+    def before(self) -> None:
         """The optimizer is about to step: keep the weights as they are."""
+        if not self._armed:
+            return
         self._params = self._update.params
         self._kept = [p.detach().clone() for p in self._params]
-        if histograms:
+        self._samples = []
+        if self._histograms:
             for p in self._params:
                 name = self._names.get(id(p), self._update.name)
                 self._samples.append((f"weights/{name}", _sample(p)))
@@ -46,35 +62,43 @@ class Layers:
 
     @torch.no_grad()
     def after(self) -> None:
-        """The optimizer has stepped: measure how far, in one host-device sync."""
-        if not self._params:
+        """The optimizer has stepped: measure how far, without waiting for the device."""
+        if not self._armed:
             return
-        params, kept = self._params, self._kept
-        self._params, self._kept = [], []
-        torch._foreach_sub_(kept, [p.detach() for p in params])
-        norms = [*_norms(kept), *_norms([p.detach() for p in params])]
-        # The host-device sync.
-        values = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).tolist()
-        updates, weights = values[: len(params)], values[len(params) :]
-        seen = {id(p): norm for p, norm in zip(*self._update.seen, strict=True)}
+        self._armed, self.measured = False, {}
+        kept, now = self._kept, [p.detach() for p in self._params]
+        self._kept = []
+        if now:
+            torch._foreach_sub_(kept, now)
+            self.waiting = torch.cat([norms(kept), norms(now)])
+        self._grads = {id(p): norm for p, norm in zip(*self._update.seen, strict=True)}
+        if self._samples:
+            device = self._samples[0][1].device
+            joined = torch.cat([values.to(device) for _, values in self._samples])
+            parts = joined.to("cpu", non_blocking=True).split([len(v) for _, v in self._samples])
+            self._samples = [(n, part) for (n, _), part in zip(self._samples, parts, strict=True)]
+
+    def take(self, values: Sequence[float]) -> None:
+        """The values of ``waiting``, fetched: they become ``measured``."""
+        self.waiting = None
+        params, self._params = self._params, []
         layers: dict[str, list[tuple[float | None, float, float]]] = {}
-        for p, weight, moved in zip(params, weights, updates, strict=True):
+        for number, p in enumerate(params):
             name = self._names.get(id(p), self._update.name)
             layer = name.rpartition(".")[0] or name
-            layers.setdefault(layer, []).append((seen.get(id(p)), weight, moved))
-        self._measured = {layer: _joined(parts) for layer, parts in layers.items()}
+            part = self._grads.get(id(p)), values[len(params) + number], values[number]
+            layers.setdefault(layer, []).append(part)
+        self.measured = {layer: _joined(parts) for layer, parts in layers.items()}
 
-    def measured(self) -> tuple[Measured, list[tuple[str, Tensor]]]:
-        """What the last look found, and samples for histograms on the host; then forgotten."""
-        measured, samples = self._measured, self._samples
-        self._measured, self._samples = {}, []
-        if samples:
-            lengths = [len(values) for _, values in samples]
-            device = samples[0][1].device
-            joined = torch.cat([values.to(device) for _, values in samples]).cpu()
-            parts = joined.split(lengths)
-            samples = [(name, part) for (name, _), part in zip(samples, parts, strict=True)]
-        return measured, samples
+    def fetch(self) -> None:
+        """Do not wait for the next step: one host-device sync."""
+        if self.waiting is not None:
+            self.take(self.waiting.tolist())
+
+    def samples(self) -> list[tuple[str, Tensor]]:
+        """For histograms, on the host, as soon as `take` was called; then forgotten."""
+        samples, self._samples = self._samples, []
+        return samples
 
 
 def _joined(parts: list[tuple[float | None, float, float]]) -> dict[str, float | None]:
@@ -93,13 +117,6 @@ def _joined(parts: list[tuple[float | None, float, float]]) -> dict[str, float |
 def rounded(value: float) -> float:
     """Five digits: a line is read by people, too, and a thousand layers make it long."""
     return float(f"{value:.5g}")
-
-
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    """L2 norms, those of half precision in float32. One kernel for many where all are alike."""
-    if len({(t.dtype, t.device) for t in tensors}) == 1 and tensors[0].dtype.itemsize >= 4:
-        return list(torch._foreach_norm(tensors))
-    return [torch.linalg.vector_norm(t.float() if t.dtype.itemsize < 4 else t) for t in tensors]
 
 
 def _sample(tensor: Tensor) -> Tensor:
