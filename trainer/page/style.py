@@ -31,7 +31,7 @@ header > p { margin: .3rem 0 0; color: var(--soft); }
 figure { margin: 0; padding: .9rem 1rem .8rem; border: 1px solid var(--line); border-radius: .5rem;
   background: var(--card); }
 figcaption p { margin: 0; color: var(--soft); font-size: .85rem; }
-figure > svg { display: block; width: 100%; height: auto; margin-top: .5rem; }
+figure > svg { display: block; width: 100%; height: auto; margin-top: .5rem; overflow: visible; }
 svg text { fill: var(--soft); font: 13px system-ui, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans",
   sans-serif; font-variant-numeric: tabular-nums; }
 .mid { text-anchor: middle; } .end { text-anchor: end; }
@@ -61,7 +61,7 @@ tbody th { font-weight: 600; }
 .legend th, .legend td { padding: .1rem 0 .1rem .75rem; border: 0; background: none; }
 .legend tbody th { padding-left: 0; color: var(--text); }
 .legend thead th { font-weight: 400; }
-.legend td { color: var(--text); }
+.legend td { color: var(--text); white-space: normal; }
 .legend small { color: var(--soft); }
 .swatch { width: 28px; height: 12px; margin-right: .5rem; vertical-align: -1px; }
 details { margin-top: .5rem; border: 1px solid var(--line); border-radius: .5rem; }
