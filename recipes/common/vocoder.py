@@ -180,6 +180,14 @@ def _check(
         raise ValueError(f"kernels has {even[0]}; allowed: odd numbers")
 
 
+def check_front_end(generator: Generator, mel: LogMel) -> None:
+    """Raise ValueError for a front end whose mels are not those that a generator takes."""
+    for name in ("bands", "hop"):
+        ours, theirs = getattr(generator, name), getattr(mel, name)
+        if ours != theirs:
+            raise ValueError(f"the generator has {name}={ours}, the mel front end {theirs}")
+
+
 class Vocoder:
     """A trained generator with the front end whose mels it takes; it does not train.
 
@@ -187,10 +195,7 @@ class Vocoder:
     """
 
     def __init__(self, generator: Generator, mel: LogMel) -> None:
-        for name in ("bands", "hop"):
-            ours, theirs = getattr(generator, name), getattr(mel, name)
-            if ours != theirs:
-                raise ValueError(f"the generator has {name}={ours}, the mel front end {theirs}")
+        check_front_end(generator, mel)
         self.generator, self.mel = generator.eval().without_weight_norm(), mel
         self.sample_rate = mel.sample_rate
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import Header, check_recordings
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 Corpus = Mapping[str, CutSet]
 SPLITS = ("train", "valid", "test")
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+SILENT = 1e-4  # the highest sample of what nobody can hear: -80 dB of full scale
 
 
 def embedded(train: int, valid: int, test: int, sample_rate: int = 16000) -> Corpus:
@@ -95,7 +97,7 @@ class Clips(Dataset[dict[str, Any]]):
 
     With ``segment`` a part of so many samples, ``times`` of each in an epoch, drawn anew in every
     epoch; else the whole, of at least ``shortest`` samples. A file of another rate is bad, or
-    resampled with ``resample``.
+    resampled with ``resample``; one in which nothing can be heard is bad.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Clips(Dataset[dict[str, Any]]):
                 raise BadItem(
                     cut.id, f"it holds {len(wav)} samples; a mel takes {self.shortest} or more"
                 )
+            _check_heard(cut, wav)
             return {"id": cut.id, "wav": wav}
         # A little more than a segment, for seconds that are rounded, and cut to it.
         lasting = min(cut.duration, self.segment / self.sample_rate + 0.01)
@@ -129,11 +132,23 @@ class Clips(Dataset[dict[str, Any]]):
         wav = load(cut.truncate(offset=start, duration=lasting), self.sample_rate, self.resample)
         if len(wav) < self.segment:
             raise BadItem(cut.id, f"it gives {len(wav)} of a segment's {self.segment} samples")
+        if _silent(wav):  # A pause, or is there nothing in all of it?
+            _check_heard(cut, load(cut, self.sample_rate, self.resample))
         return {"id": cut.id, "wav": wav[: self.segment]}
 
     def name_of(self, index: int) -> str:
         """A clip in an error message."""
         return f"{index} ({self.cuts[index % len(self.cuts)].id})"
+
+
+def _silent(wav: Tensor) -> bool:
+    return float(wav.abs().max()) < SILENT
+
+
+def _check_heard(cut: MonoCut, wav: Tensor) -> None:
+    """Raise BadItem for a clip of which a vocoder can learn nothing, and no judge hear anything."""
+    if _silent(wav):
+        raise BadItem(cut.id, "it is silent: nothing in it is louder than -80 dB")
 
 
 def datasets(
@@ -149,7 +164,12 @@ def datasets(
     To train, clips that are shorter than a segment are left out. Raises ValueError when none is
     left, and when all of them have another rate and are not to be resampled.
     """
-    training = keep(corpus["train"], shortest=(segment + 1) / sample_rate)
+    try:
+        training = keep(corpus["train"], shortest=(segment + 1) / sample_rate)
+    except ValueError as error:
+        raise ValueError(
+            f"no clip to train on has the {segment} samples of a segment: {error}"
+        ) from None
     others = [cut for cut in training if cut.sampling_rate != sample_rate]
     if len(others) == len(training) and not resample:
         raise ValueError(

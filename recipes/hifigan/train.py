@@ -19,6 +19,7 @@ from torch.nn.functional import l1_loss, pad
 import trainer
 from recipes.common.griffin_lim import GriffinLim
 from recipes.common.judges import Judges
+from recipes.common.vocoder import check_front_end
 from recipes.hifigan.data import datasets
 from recipes.hifigan.model import adversarial_loss, discriminator_loss, feature_loss
 from recipes.hifigan.scoring import Scores
@@ -97,9 +98,25 @@ class HiFiGAN(Brain):
         return self.scores.finish() if stage is Stage.TEST else {"mel_l1": stage_loss}
 
 
+def check_sizes(hparams: Mapping[str, Any]) -> None:
+    """Raise ValueError where generator, front ends and segments do not fit each other."""
+    mel, segment, rate = hparams["mel"], hparams["segment"], hparams["sample_rate"]
+    check_front_end(hparams["generator"], mel)
+    for name in ("mel", "loss_mel"):
+        if (own := hparams[name].sample_rate) != rate:
+            raise ValueError(f"{name} has sample_rate={own}; allowed: that of the run, {rate}")
+    least = -(-(max(mel.edge, hparams["loss_mel"].edge) + 1) // mel.hop) * mel.hop
+    if segment % mel.hop or segment < least:
+        raise ValueError(
+            f"segment is {segment} samples; allowed: multiples of the hop, {mel.hop}, of {least} "
+            "or more"
+        )
+
+
 def train(run: trainer.Run) -> dict[str, float]:
     """Train as the YAML says, and test the checkpoint that `best` chooses."""
     hparams, mel = run.hparams, run.hparams["mel"]
+    check_sizes(hparams)
     with Judges(hparams["measures"], 16000, hparams["judges"]) as judges:
         sets = datasets(
             hparams["corpus"](),

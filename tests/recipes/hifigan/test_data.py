@@ -105,8 +105,25 @@ def test_clips_shorter_than_a_segment_are_left_out_or_there_are_no_others(sounds
     kept = [cut.id for cut in datasets(corpus, RATE, 256)["train"].cuts]
     assert "short" not in kept
     assert len(kept) >= 7
-    with pytest.raises(ValueError, match=r"no audio lasts 0.500125 to inf s: the 8 cuts last 0.01"):
+    told = "no clip to train on has the 4000 samples of a segment: no audio lasts 0.500125 to inf s"
+    with pytest.raises(ValueError, match=told + ": the 8 cuts last 0.01"):
         datasets(corpus, RATE, 4000)
+
+
+def test_a_silent_clip_is_bad_and_a_pause_is_not(tmp_path: Path) -> None:
+    half = np.concatenate([np.zeros(3000), np.random.default_rng(0).normal(0.0, 0.1, 3000)])
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", half, RATE)
+    cuts = folder(str(tmp_path), 1, 1)["test"]
+    parts = [Clips(cuts, RATE, 256)[0]["wav"] for _ in range(30)]
+    silent = sum(not part.any() for part in parts)
+    assert 0 < silent < 30
+    assert len(Clips(cuts, RATE)[0]["wav"]) == 6000
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", 0 * half, RATE)
+    for segment in (None, 256):
+        with pytest.raises(BadItem, match=r"\d: it is silent: nothing in it is louder than -80 dB"):
+            Clips(cuts, RATE, segment)[0]
 
 
 def test_a_clip_too_short_for_a_mel_is_bad(tmp_path: Path) -> None:

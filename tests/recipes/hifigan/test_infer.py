@@ -12,9 +12,9 @@ from recipes.common import vocoder
 from recipes.common.mel import LogMel, write_mel
 from recipes.common.vocoder import load_vocoder
 from recipes.hifigan import infer
-from recipes.hifigan.train import train
+from recipes.hifigan.train import HiFiGAN, train
 from tests.recipes.hifigan.test_train import HELD_OUT, HPARAMS, TINY, noises
-from trainer import cli
+from trainer import Stage, cli
 from trainer.checkpoint import Checkpointer
 
 
@@ -140,3 +140,27 @@ def test_the_weights_are_those_that_were_tested(run: Path) -> None:
     norm = direction.flatten(1).norm(dim=1).view_as(length)
     torch.testing.assert_close(ours, length * direction / norm)
     assert not any("parametrizations" in name for name in voice.generator.state_dict())
+
+
+def test_the_best_weights_are_found_where_the_test_took_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a metric that is best after the first of three epochs, and of the mean over steps."""
+    scores = iter([0.1, 0.3, 0.2])
+    monkeypatch.setattr(
+        HiFiGAN, "on_stage_end",
+        lambda brain, stage, *_: {"mel_l1": next(scores)} if stage is Stage.VALID else None,
+    )  # fmt: skip
+    data = noises(tmp_path / "data", number=5)
+    given = ["--data_folder", str(data), *HELD_OUT, "--checkpointer.keep_last", "3", "--best",
+             "mel_l1", "--ema_decay", "0.5", "--opt_g.lr", "0.01", "--steps", "3"]  # fmt: skip
+    folder = tmp_path / "run"
+    cli.main(train, [str(HPARAMS / "v3.yaml"), "--output_folder", str(folder), *TINY, *given])
+    checkpoints = Checkpointer(folder / "checkpoints")
+    first = checkpoints.list_checkpoints()[-1]
+    assert f"testing with the weights of {first.path.name}" in (folder / "train.log").read_text()
+    saved = checkpoints.read(first)["brain"]
+    name, voice = "generator.first.bias", load_vocoder(folder)
+    mean = saved["weight_average"]["average"][name]
+    assert torch.equal(voice.generator.first.bias.detach(), mean)
+    assert not torch.equal(mean, saved["modules"][name])

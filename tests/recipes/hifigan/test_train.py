@@ -89,6 +89,23 @@ def test_another_rate_stops_the_run_with_a_sentence(
 
 
 @pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--segment=2000", "segment is 2000 samples; allowed: multiples of the hop, 256, of 512"),
+        ("--segment=256", "segment is 256 samples; allowed: multiples of the hop, 256, of 512"),
+        ("--mel.hop=128", "the generator has hop=256, the mel front end 128"),
+        ("--loss_mel.sample_rate=16000", "loss_mel has sample_rate=16000; allowed: that of the"),
+    ],
+)
+def test_sizes_that_do_not_fit_stop_the_run_with_a_sentence(
+    given: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("v3", tmp_path / "run", "--data_folder", str(tmp_path), *HELD_OUT, given)
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("name", "generator"),
     [("v1", 13_926_017), ("ljspeech", 13_926_017), ("v2", 925_985), ("v3", 1_462_273)],
 )

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import l1_loss
 
 from recipes.hifigan.model import adversarial_loss, feature_loss
-from recipes.hifigan.train import HiFiGAN
+from recipes.hifigan.train import GRID, HiFiGAN
 from tests.recipes.hifigan.tiny import HOP, PLAYERS, Waves, fit, make, weights
 from tests.trainer.resuming import differences, log
 from trainer import Stage, state
@@ -86,6 +87,22 @@ def test_the_generator_learns_from_scores_of_the_updated_discriminator(tmp_path:
     assert abs(float(before - now)) > 1e-4
     total = losses["adversarial"] + 2 * losses["features"] + 45 * losses["mel"]
     torch.testing.assert_close(losses["generator"], total)
+    distances = [l1_loss(front(fake), front(real)) for front in fronts(brain)]
+    torch.testing.assert_close(losses["mel"], distances[1])
+    assert abs(float(distances[1] - distances[0])) > 1e-4
+
+
+def fronts(brain: Any) -> list[Any]:
+    """The mels that the generator takes, and those that it learns from."""
+    return [brain.modules.mel, brain.modules.loss_mel]
+
+
+def test_in_the_short_window_that_ends_an_epoch_the_order_is_the_same(tmp_path: Path) -> None:
+    fit(make(Watched, tmp_path, grad_accumulation_factor=2), epochs=1, valid=False)
+    first, _, step_d, again, _, step_g = events[12:]  # the last of three batches
+    assert step_d[1:] == ("discriminator", ["discriminator"])
+    assert step_g[1:] == ("generator", ["generator"])
+    assert not torch.equal(first[1], again[1])
 
 
 def test_the_discriminator_may_come_later(tmp_path: Path) -> None:
@@ -193,3 +210,15 @@ def test_whole_clips_are_evaluated_one_by_one(tmp_path: Path) -> None:
         together = brain.evaluate_batch(collate(clips), Stage.VALID)
     torch.testing.assert_close(together, torch.stack(alone).mean())
     assert alone[0] != alone[1]
+
+
+def test_a_clip_is_evaluated_by_the_mels_that_the_generator_takes(tmp_path: Path) -> None:
+    brain = make(HiFiGAN, tmp_path)
+    torch.manual_seed(1)
+    wav = 0.1 * torch.randn(GRID)
+    with torch.no_grad():
+        found = brain.evaluate_batch(collate([{"id": "c", "wav": wav}]), Stage.VALID)
+        made = brain.modules.generator(brain.modules.mel(wav[None]))[0]
+        own, other = (l1_loss(front(made), front(wav)) for front in fronts(brain))
+    torch.testing.assert_close(found, own)
+    assert abs(float(own - other)) > 1e-4

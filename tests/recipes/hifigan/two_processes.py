@@ -24,9 +24,24 @@ SETTINGS = {"window-1": (1, 0), "window-3": (3, 0), "late": (1, 2)}  # window, a
 
 
 class Scored(HiFiGAN):
-    """Remembers what validation found."""
+    """Remembers what validation found, and how many numbers each player's step sent."""
 
     score = 0.0
+
+    def init_optimizers(self) -> None:
+        super().init_optimizers()
+        self.sent: dict[str, list[int]] = {player: [] for player in PLAYERS}
+
+    def optimize(self, loss: Any, name: str | None = None, **options: Any) -> Any:
+        sizes: list[int] = []
+        plain = distributed.sum_
+        distributed.sum_ = lambda tensor: (sizes.append(tensor.numel()), plain(tensor))[1]
+        try:
+            report = super().optimize(loss, name, **options)
+        finally:
+            distributed.sum_ = plain
+        self.sent[str(name)] += sizes
+        return report
 
     def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
         metrics = super().on_stage_end(stage, stage_loss, epoch)
@@ -40,7 +55,14 @@ def trained(folder: Path, batch_size: int, name: str) -> dict[str, Any]:
     hparams = {**SGD, "schedule": None, "adversarial_from": start}
     brain = make(Scored, folder, hparams, grad_accumulation_factor=window)
     fit(brain, 2, batch_size)
-    own = {player: weights(brain, player) for player in PLAYERS}
+    own: dict[str, Any] = {player: weights(brain, player) for player in PLAYERS}
+    # Of each step a sum of the loss, one of the weight, and for each parameter its gradient and
+    # how many ranks had one.
+    least = {player: 2 + len(own[player]) + len([*brain.modules[player].parameters()])
+             for player in PLAYERS}  # fmt: skip
+    own["extra"] = {
+        player: [size - least[player] for size in sizes] for player, sizes in brain.sent.items()
+    }
     return {**own, "steps": brain.optimizer_step, "mel_l1": brain.score}
 
 
