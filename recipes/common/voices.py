@@ -93,4 +93,6 @@ VOICES: dict[str, tuple[Voice, ...]] = {
 }
 # fmt: on
 
-READER = VOICES["train"][0]  # of the one-voice reading
+# Of the one-voice reading: a clear voice, slow and in a monotone, which a small network learns
+# sooner. Whisper tiny.en mishears 13 % of its words in 20 sentences of prose, and 25 % of f1-us's.
+READER = Voice("reader", "en-us", "sandro", "male", 130, 47, 0)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torchaudio.models import Tacotron2
 
+from recipes.tacotron2.forcing import can_force, forced
+
 GRID = 4  # decoder steps; spectrograms are padded to multiples of it
 
 
@@ -62,6 +64,9 @@ class Tacotron(nn.Module):
             raise ValueError(f"forget is {forget}; allowed: a share of steps, from 0 to below 1")
         self.net, self.mean, self.deviation, self.forget = net, mean, deviation, forget
         self.bands, self.reduction = net.n_mels, net.n_frames_per_step
+        # The post-net begins by adding nothing, not noise (Goyal et al. 2017, arXiv 1706.02677,
+        # section 5.1, of residual blocks): that takes it hundreds of steps to unlearn.
+        nn.init.zeros_(net.postnet.convolutions[-1][1].weight)
         for layer in net.encoder.convolutions:
             layer[0].register_forward_pre_hook(self._silence_text)
         for layer in net.postnet.convolutions:
@@ -89,7 +94,8 @@ class Tacotron(nn.Module):
         memory = self._encode(tokens[order], symbols[order])
         # The decoder folds r frames into one by a view, for which frames must lie before bands.
         teacher = self._remembered(target[order]).contiguous().transpose(1, 2)
-        coarse, gate, attention = self.net.decoder(memory, teacher, memory_lengths=symbols[order])
+        force = forced if can_force(self.net.decoder) else type(self.net.decoder).forward
+        coarse, gate, attention = force(self.net.decoder, memory, teacher, symbols[order])
         refined = self._refine(coarse, frames[order])
         back = order.argsort()
         found = (coarse.transpose(1, 2), refined.transpose(1, 2), target[order], gate, attention)

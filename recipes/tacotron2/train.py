@@ -18,6 +18,7 @@ from torch import Tensor
 import trainer
 from recipes.common.loading import DurationBatches
 from recipes.tacotron2.data import Mels, datasets
+from recipes.tacotron2.losses import usual_durations
 from recipes.tacotron2.model import Predictions, Spoken
 from recipes.tacotron2.pictures import Gallery, Picture, write_picture
 from recipes.tacotron2.scoring import Reading, Scores, focus_rate, mel_error
@@ -39,7 +40,7 @@ class Synthesiser(Brain):
 
     def compute_objectives(self, predictions: Predictions, batch: Any, stage: Stage) -> Tensor:
         parts = self.hparams.objective(
-            predictions, batch.tokens.lengths, batch.mel.lengths, self.optimizer_step
+            predictions, *batch.tokens, batch.mel.lengths, self.optimizer_step
         )
         return sum(parts.values(), 0.0)
 
@@ -132,6 +133,11 @@ def train(run: trainer.Run) -> dict[str, float]:
         hparams["quiet"],
         hparams["cached"],
     )
+    if hparams["paced"]:
+        known = sets["train"]
+        hparams["objective"].durations = usual_durations(
+            known.tokens, known.durations, len(hparams["front"])
+        )
     brain = Synthesiser(
         hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
     )

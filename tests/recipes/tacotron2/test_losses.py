@@ -8,10 +8,12 @@ from torch import Tensor
 
 from recipes.tacotron2.losses import (
     Objective,
+    diagonal,
     gate_loss,
     guided_attention,
     mean_of_means,
     squared_error,
+    usual_durations,
 )
 from recipes.tacotron2.model import Predictions
 
@@ -36,15 +38,17 @@ def test_guided_attention_is_the_papers() -> None:
         written_out(one, int(n), int(t), 0.2)
         for one, n, t in zip(attention, symbols, steps, strict=True)
     ]
-    found = guided_attention(attention, symbols, steps, 0.2)
+    places = diagonal(torch.ones(2, 5, dtype=torch.long), symbols)
+    found = guided_attention(attention, places, steps, 0.2)
     assert found.item() == pytest.approx(sum(each) / 2, abs=1e-6)
 
 
 def test_guided_attention_knows_a_diagonal() -> None:
     diagonal = torch.eye(20).unsqueeze(0)
     lengths = torch.tensor([20])
+    places = torch.arange(20).unsqueeze(0) / 20
     cost = {
-        name: guided_attention(each, lengths, lengths).item()
+        name: guided_attention(each, places, lengths).item()
         for name, each in (
             ("straight", diagonal),
             ("even", torch.full((1, 20, 20), 0.05)),
@@ -53,6 +57,34 @@ def test_guided_attention_knows_a_diagonal() -> None:
     }
     assert cost["straight"] == 0
     assert 0.3 < cost["even"] < cost["backwards"] < 1
+
+
+def test_the_diagonal_is_one_of_time_where_durations_are_known() -> None:
+    tokens = torch.tensor([[1, 2, 1, 3], [2, 3, 0, 0]])
+    symbols = torch.tensor([4, 2])
+    even = diagonal(tokens, symbols)
+    assert even.tolist() == [[0, 0.25, 0.5, 0.75], [0, 0.5, 1, 1.5]]
+    durations = torch.tensor([9.0, 1.0, 4.0, 2.0])  # the first is padding's, and does not count
+    found = diagonal(tokens, symbols, durations)
+    # 1 + 4 + 1 + 2 = 8: the first symbol's middle is at 0.5 of 8, the second's at 3 of 8 …
+    torch.testing.assert_close(found[0], torch.tensor([0.5, 3.0, 5.5, 7.0]) / 8)
+    torch.testing.assert_close(found[1, :2], torch.tensor([2.0, 5.0]) / 6)
+
+
+def test_durations_are_found_from_the_lengths_of_utterances() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    true = torch.tensor([0.0, 0.30, 0.10, 0.05, 0.20, 0.0])
+    texts = [torch.randint(1, 5, (20 + n % 9,), generator=numbers).tolist() for n in range(2000)]
+    noise = 0.05 * torch.randn(2000, generator=numbers)
+    lengths = [float(true[text].sum() + off) for text, off in zip(texts, noise, strict=True)]
+    found = usual_durations(texts, lengths, 6)
+    torch.testing.assert_close(found[1:5], true[1:5], atol=0.01, rtol=0)
+    mean = sum(lengths) / sum(map(len, texts))
+    assert found[5].item() == pytest.approx(mean)  # never seen
+    # One that no utterance is longer for still lasts a little.
+    shorter = [length - 0.1 * text.count(2) for text, length in zip(texts, lengths, strict=True)]
+    mean = sum(shorter) / sum(map(len, texts))
+    assert usual_durations(texts, shorter, 6)[2].item() == pytest.approx(mean / 10, rel=1e-5)
 
 
 def test_the_gates_loss() -> None:
@@ -93,12 +125,15 @@ def test_a_batch_costs_the_mean_of_its_utterances() -> None:
     found = predictions()
     symbols, frames = torch.tensor([5, 3]), torch.tensor([11, 7])
     objective = Objective(gate=2.0, last_step=3.0, attention=4.0)
-    both = objective(found, symbols, frames)
+    tokens = torch.tensor([[1, 2, 3, 1, 2], [2, 1, 3, 0, 0]])
+    objective.durations = torch.tensor([1.0, 2.0, 3.0, 5.0])
+    both = objective(found, tokens, symbols, frames)
     assert list(both) == ["mel", "refined", "gate", "attention"]
     for name, value in both.items():
         alone = [
             objective(
                 Predictions(*(each[n : n + 1] for each in found)),
+                tokens[n : n + 1],
                 symbols[n : n + 1],
                 frames[n : n + 1],
             )[name]
@@ -111,7 +146,8 @@ def test_the_guide_lets_go() -> None:
     torch.manual_seed(0)
     found, symbols, frames = predictions(), torch.tensor([5, 3]), torch.tensor([12, 7])
     objective = Objective(attention=4.0, half_life=100)
-    now, later = (objective(found, symbols, frames, step) for step in (0, 200))
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    now, later = (objective(found, tokens, symbols, frames, step) for step in (0, 200))
     torch.testing.assert_close(later["attention"], now["attention"] / 4)
     torch.testing.assert_close(later["gate"], now["gate"])
 

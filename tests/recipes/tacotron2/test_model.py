@@ -122,6 +122,9 @@ def test_the_gate_ends_synthesis_or_the_limit_does() -> None:
 def test_every_parameter_learns() -> None:
     torch.manual_seed(0)
     model = tacotron(2)
+    scale = model.net.postnet.convolutions[-1][1].weight
+    assert not scale.any()  # the post-net begins as nothing,
+    torch.nn.init.ones_(scale)  # but it learns
     found = model(*batch_of([7, 5], [12, 9]))
     parts = (found.mel, found.refined, found.gate, found.attention)
     sum(part.square().mean() for part in parts).backward()
