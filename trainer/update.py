@@ -46,8 +46,8 @@ class Look(Protocol):
     def before(self) -> None:
         """The optimizer is about to step."""
 
-    def after(self) -> None:
-        """The optimizer has stepped."""
+    def after(self, gradients: Gradients) -> None:
+        """The optimizer has stepped with these."""
 
     def take(self, values: Sequence[float]) -> None:
         """The numbers of ``waiting``."""
@@ -154,7 +154,7 @@ class Update:
         self.optimizer.step()
         self.stepping = False
         if look is not None:
-            look.after()
+            look.after(gradients)
         if self.schedule is not None and getattr(self.schedule, "every", None) == "step":
             self.schedule.step()
         for p in gradients.params:

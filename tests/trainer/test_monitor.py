@@ -128,6 +128,36 @@ def test_a_look_waits_for_nothing_that_a_step_does_not_wait_for() -> None:
     assert on == off == 24
 
 
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_norm_after_cutting_elements_comes_with_the_next_step(
+    every: int, tmp_path: Path
+) -> None:
+    seen: list[float] = []
+
+    def watched(params: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(params, lr=0.1)
+
+        def note(*_: Any) -> None:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            seen.append(math.hypot(*(float(grad.double().norm()) for grad in grads)))
+
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    brain = make(
+        optimizer=watched, clip="value", max_grad_norm=0.05, monitor_every=every,
+        output_folder=str(tmp_path),
+    )  # fmt: skip
+    brain.fit([1], batches(8))
+    found = sum((line["optimizers"]["main"]["norms_after"] for line in lines(tmp_path)), [])
+    assert found == pytest.approx(seen, rel=1e-4)
+    assert len(found) == 8
+    quiet, _ = syncs(Regressor, 24, log_interval=1000, monitor_every=0)
+    assert syncs(
+        Regressor, 24, log_interval=1000, monitor_every=6, clip="value", max_grad_norm=0.05
+    ) == (quiet, 24)
+
+
 def test_skipped_steps_and_accumulation_are_not_looked_at(tmp_path: Path) -> None:
     data = batches(8)
     data[2] = {**data[2], "factor": math.nan}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from trainer import distributed
@@ -61,7 +62,7 @@ class Monitor(Off):
         for name, p in self.brain.modules.named_parameters():
             names.setdefault(id(p), name)
         for name, update in self.brain.updates.items():
-            self._layers[name] = Layers(update, names)
+            self._layers[name] = Layers(update, names, partial(self._take_measured, name))
             self._health[name] = Health(name)
             self._steps[name] = []
             update.look = self._layers[name]
@@ -96,8 +97,6 @@ class Monitor(Off):
     def take(self, report: StepReport) -> None:
         """A step that moved weights joins those since the last look."""
         name = report.name
-        if name in self._due and self._layers[name].waiting is None:
-            self._look(name)
         if report.outcome == "stepped" and report.norm is not None:
             steps = self._steps[name]
             steps.append(
@@ -112,8 +111,15 @@ class Monitor(Off):
 
     def flush(self) -> None:
         """Write what was measured last, without waiting for another step."""
-        for name in list(self._due):
-            self._layers[name].fetch()
+        for layers in self._layers.values():
+            layers.fetch()
+
+    def _take_measured(self, name: str, norm_after: float | None) -> None:
+        """What was measured at the last step is here."""
+        steps = self._steps[name]
+        if norm_after is not None:
+            steps[-1] = steps[-1]._replace(norm_after=norm_after)
+        if name in self._due:
             self._look(name)
 
     def _look(self, name: str) -> None:
@@ -145,7 +151,7 @@ class Monitor(Off):
         """Go on from a saved state; optimizers that were not monitored then start anew."""
         self._due.clear()
         for layers in self._layers.values():
-            layers.waiting = None
+            layers.forget()
         for name, saved in state.items():
             if name in self._steps:
                 self._steps[name] = [Step(*step) for step in saved["steps"]]
