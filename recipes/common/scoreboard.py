@@ -56,6 +56,7 @@ class Scoreboard:
 
     Attributes:
         means: of every measure, by what `finish` found last.
+        rows: of every clip of all processes, likewise.
 
     What clips score noisy is measured once for each id, for as long as the board lives.
     """
@@ -63,6 +64,7 @@ class Scoreboard:
     def __init__(self, judges: Judges, folder: str | Path) -> None:
         self.judges, self.folder = judges, Path(folder)
         self.means: dict[str, float] = {}
+        self.rows: Sequence[Row] = ()
         self._before: dict[str, Scores] = {}  # noisy
         self.start("valid")
 
@@ -102,7 +104,8 @@ class Scoreboard:
         mine = [(id, self._scores.get(id, {}), self._before.get(id, {})) for id in self._ids]
         rows = [Row(*each) for part in distributed.gather(mine) for each in part]
         rows.sort(key=lambda row: row.id)
-        means = self.means = self._means(rows)
+        self.rows, self.means = rows, self._means(rows)
+        means = self.means
         if distributed.is_main():
             self._write(rows, means)
         self._save_sounds(rows)

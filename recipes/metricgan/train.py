@@ -20,6 +20,7 @@ from recipes.common.pairs import Pairs
 from recipes.common.scoreboard import NOISY, Scoreboard
 from recipes.metricgan.history import Record, padded, quantised, waveform
 from recipes.metricgan.model import enhance
+from recipes.metricgan.parts import evaluate_phases
 from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
 from recipes.metricgan.targets import Targets
 from trainer import Brain, EpochCounter, Stage, distributed
@@ -30,8 +31,9 @@ COMPOSITES = ("csig", "cbak", "covl")  # predicted opinions of signal, backgroun
 class Enhancer(Brain):
     """The players of MetricGAN+, each batch of which says what it is for (`phases.PASSES`).
 
-    Reads from the YAML ``opt_d`` and ``opt_g``, ``phases``, ``history``, ``spectrum``, ``target``,
-    ``valid_measures`` and ``extremes`` (how many of the best and worst clips are kept to hear), and
+    Reads from the YAML ``opt_d`` and ``opt_g``, ``phases``, ``history``, ``spectrum`` (what the
+    generator sees) and ``hearing`` (what the discriminator sees), ``target``, ``valid_measures``
+    and ``extremes`` (how many of the best and worst clips are kept to hear), and
     ``spectral_weight`` (of the spectral loss beside the adversarial one; 0 in the paper).
     """
 
@@ -43,6 +45,7 @@ class Enhancer(Brain):
         own = self.hparams
         self.phases = Phases(own.phases)
         self.history, self.spectrum = own.history, own.spectrum.to(self.device)
+        self.hearing = own.hearing.to(self.device)
 
     def judged_by(self, judges: Judges) -> None:
         """Have signals measured by these, in training as in evaluation."""
@@ -162,16 +165,16 @@ class Enhancer(Brain):
         return enhance(self.spectrum, self.modules.generator, *batch.noisy)
 
     def features(self, wav: Tensor) -> Tensor:
-        """Log magnitudes (B, T, F) of samples (B, S)."""
-        return self.spectrum.features(self.spectrum(wav))
+        """Samples (B, S) as the discriminator sees them: log magnitudes (B, T, F)."""
+        return self.hearing.features(self.hearing(wav))
 
     def frames(self, batch: Any) -> Tensor:
-        return self.spectrum.frames(batch.clean.lengths)
+        return self.hearing.frames(batch.clean.lengths)
 
     def spectral_losses(self, batch: Any) -> Tensor:
         """The mean squared error of compressed magnitudes of each utterance, (B,)."""
         noisy, clean = self.spectrum(batch.noisy.data), self.spectrum(batch.clean.data)
-        frames = self.frames(batch)
+        frames = self.spectrum.frames(batch.clean.lengths)
         seen = self.spectrum.features
         mask = self.modules.generator(seen(noisy), frames).float()
         errors = (seen(noisy * mask) - seen(clean)).square().mean(-1)  # (B, T)
@@ -266,7 +269,7 @@ def train(run: trainer.Run) -> dict[str, float]:
             valid,
             train_loader_kwargs={"batch_sampler": batches, "num_workers": hparams["num_workers"]},
         )
-        return test_phases(brain, test)
+        return evaluate_phases(brain, test)
 
 
 def keep_best_of_each_phase(brain: Enhancer) -> None:
@@ -274,26 +277,6 @@ def keep_best_of_each_phase(brain: Enhancer) -> None:
     keeper = brain.checkpointer
     if keeper is not None:
         keeper.keep = keeper.keep.widened(1, (), brain.bests.values(), 1)
-
-
-def test_phases(brain: Enhancer, test: Pairs) -> dict[str, float]:
-    """The measures of the test set by the best checkpoint of the last phase; prints those of all.
-
-    Beside them, ``pesq_warm_up`` and so on: what the phases before had come to.
-    """
-    before = {}
-    for name, metric in brain.bests.items():
-        brain.evaluate(test, max_key=metric)
-        tell(name, brain.test_metrics)
-        before[metric] = brain.test_metrics[brain.hparams.target]
-    del before[brain.best]
-    return {**brain.test_metrics, **before}
-
-
-def tell(name: str, metrics: Mapping[str, float]) -> None:
-    """Print a phase's line: "warm_up: pesq=1.52 stoi=0.81"."""
-    if distributed.is_main():
-        print(f"{name}:", *(f"{key}={value:.3f}" for key, value in metrics.items()), flush=True)
 
 
 if __name__ == "__main__":

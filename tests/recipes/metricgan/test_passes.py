@@ -95,6 +95,18 @@ def test_the_generator_is_judged_by_the_discriminator_that_has_moved(factor: int
     assert checked == 9
 
 
+def test_each_player_sees_magnitudes_of_its_own_gain() -> None:
+    brain = make()
+    seen: dict[str, list[Tensor]] = {"generator": [], "discriminator": []}
+    for name, kept in seen.items():
+        brain.modules[name].register_forward_pre_hook(
+            lambda _, inputs, kept=kept: kept.append(inputs[0].detach().clone())
+        )
+    fit(brain)
+    for name, spectrum in (("generator", brain.spectrum), ("discriminator", brain.hearing)):
+        assert {round(float(each.max()), 1) > 3 for each in seen[name]} == {spectrum.gain > 1}
+
+
 def batches(brain: Enhancer, epoch: int) -> list[Any]:
     """What the loader gives in an epoch."""
     from recipes.metricgan.phases import Drawn, Passes

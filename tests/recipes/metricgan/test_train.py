@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def check(folder: Path, metrics: dict[str, float], printed: str, phases: list[st
     lines = printed.splitlines()
     found = [line.split(":")[0] for line in lines if line.split(":")[0] in (*phases, "test")]
     assert found == [*phases, "test"]
+    for first, second in pairwise(phases):
+        added = metrics["pesq"] - metrics[f"pesq_{first}"]  # of the last of two
+        assert f"{second} adds to {first}: pesq {added:+.3f}, standard error " in printed
     before = [f"pesq_{phase}" for phase in phases[:-1]]
     assert list(metrics) == [*KEYS, *before]
     assert lines[-1].startswith("test: pesq=")
@@ -148,7 +152,8 @@ def test_the_published_setting() -> None:
     assert (phase.epochs, phase.items, phase.batch_size) == (750, 100, 1)
     assert phase.passes == ["enhance", "current", "history", "current", "generator"]
     assert hparams["history"].share == 0.2
-    assert hparams["spectrum"].size == 512
+    assert hparams["spectrum"].size == hparams["hearing"].size == 512
+    assert hparams["spectrum"].gain == hparams["hearing"].gain == 1.0
     for name in ("opt_d", "opt_g"):
         assert hparams[name]([torch.zeros(1)]).defaults["lr"] == 5e-4
 
