@@ -43,13 +43,9 @@ def norms_or_powers(tensors: Sequence[Tensor], p: float = 2.0) -> tuple[Tensor, 
     long = [t.is_cpu and t.numel() > most for t in tensors]
     short = [t for t, is_long in zip(tensors, long, strict=True) if not is_long]
     plain: Iterator[Tensor] = iter(_together(short, p) if short else ())
-    spare: dict[object, Tensor] = {}  # To make room anew takes a third of the time.
-    with torch.no_grad():
-        found = [
-            _power(t, p, spare) if is_long else next(plain)
-            for t, is_long in zip(tensors, long, strict=True)
-        ]
-    return _stacked(found), long
+    return _stacked(
+        [_power(t, p) if is_long else next(plain) for t, is_long in zip(tensors, long, strict=True)]
+    ), long
 
 
 def _largest(tensors: list[Tensor]) -> Tensor:
@@ -82,9 +78,11 @@ def _stacked(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack(tuple(scalars))
 
 
-def _power(tensor: Tensor, p: float, spare: dict[object, Tensor]) -> Tensor:
-    """The sum of p-th powers of many elements, on a CPU; ``spare`` is for squares, by shape."""
+def _power(tensor: Tensor, p: float) -> Tensor:
+    """The sum of p-th powers of many elements, on a CPU."""
     size = tensor.numel()
+    if p == 2.0 and MEDIUM < size <= LONG and tensor.dtype is torch.float32:  # the usual case
+        return tensor.mul(tensor).sum()
     if p != 2.0:
         sums = []
         for chunk in tensor.reshape(-1).split(CHUNK):
@@ -101,11 +99,7 @@ def _power(tensor: Tensor, p: float, spare: dict[object, Tensor]) -> Tensor:
     if size <= MEDIUM:
         flat = tensor.reshape(-1)
         return flat.dot(flat)
-    kind = tensor.shape, tensor.dtype
-    squares = spare.get(kind)
-    if squares is None:
-        squares = spare[kind] = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return torch.mul(tensor, tensor, out=squares).sum()
+    return tensor.mul(tensor).sum()
 
 
 def _by_rows(flat: Tensor) -> Tensor:
