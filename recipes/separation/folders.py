@@ -183,7 +183,9 @@ def checked(
         headers = {path: read_header(path) for path in paths}
         for path, header in headers.items():
             if header.sample_rate != sample_rate:
-                raise BadItem(path, f"it is sampled at {header.sample_rate} Hz, not {sample_rate}")
+                raise BadItem(
+                    path, f"it is sampled at {header.sample_rate} Hz, not at {sample_rate} Hz"
+                )
             if header.samples != headers[each.mixture].samples:
                 raise BadItem(
                     path,

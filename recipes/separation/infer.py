@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
     try:
-        check_names(given.files)
+        check_names(given.files, given.output)
         brain = load(given.run, given.device)
         given.output.mkdir(parents=True, exist_ok=True)
         with best_weights(brain, "si_snri", None):
@@ -65,11 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def check_names(files: Sequence[str]) -> None:
-    """Raise ValueError where the tracks of two files would have the same names."""
+def check_names(files: Sequence[str], folder: Path) -> None:
+    """Raise ValueError where the tracks of two files would have the same names, and where a track
+    would overwrite a file that is to be separated.
+    """
     stem, number = Counter(Path(file).stem for file in files).most_common(1)[0]
     if number > 1:
         raise ValueError(f"{number} of the files are called {stem}: their tracks would be the same")
+    stems = {Path(file).stem for file in files}
+    for file in map(Path, files):
+        stem, gap, track = file.name.removesuffix(".wav").rpartition("_")
+        if (
+            gap
+            and track.isdecimal()
+            and stem in stems
+            and file.parent.resolve() == folder.resolve()
+        ):
+            raise ValueError(
+                f"a track of {stem} would overwrite {file}; choose another folder than {folder}"
+            )
 
 
 def load(run: Path, device: str = "auto") -> Separator:

@@ -61,6 +61,7 @@ class Mixing:
     resample: bool = False
 
     def __post_init__(self) -> None:
+        check_parts(self.seconds, self.speeds)
         if self.speakers < 2:
             raise ValueError(f"speakers is {self.speakers}; allowed: 2 or more")
         if self.pairs not in ("any", "unlike"):
@@ -76,6 +77,16 @@ class Mixing:
     def samples(self) -> int:
         """Of a mixture."""
         return round(self.seconds * self.sample_rate)
+
+
+def check_parts(seconds: float, speeds: Sequence[float]) -> None:
+    """Raise ValueError for a length or a speed at which nothing can be heard."""
+    if not seconds > 0:
+        raise ValueError(f"seconds is {seconds:g}; allowed: above 0")
+    if not speeds or not min(speeds) > 0:
+        raise ValueError(
+            f"speeds is {list(speeds)}; allowed: factors above 0, such as [0.95, 1.0, 1.05]"
+        )
 
 
 class Drawn(Dataset[dict[str, Any]]):

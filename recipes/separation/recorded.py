@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import read_audio
-from recipes.separation.mixing import SILENT, TRIES
+from recipes.separation.mixing import SILENT, TRIES, check_parts
 from trainer.data import BadItem
 
 UNEQUAL = 0.01  # of a mixture's level: by more it is not the sum of its sources (-40 dB)
@@ -35,6 +35,7 @@ class Recorded(Dataset[dict[str, Any]]):
     """Mixtures as their files have them, whole; or to train, ``seconds`` of each from anywhere.
 
     To train, each source is spoken at one of ``speeds``, and the mixture is made anew of them.
+    Raises ValueError for a length or a speed that is not above 0.
 
     An item raises BadItem where a file cannot be used, has another rate or length than the others,
     is silent, or where the mixture is not the sum of its sources (and its noise).
@@ -47,6 +48,7 @@ class Recorded(Dataset[dict[str, Any]]):
         seconds: float | None = None,
         speeds: Sequence[float] = (1.0,),
     ) -> None:
+        check_parts(1.0 if seconds is None else seconds, speeds)
         self.mixtures, self.sample_rate = list(mixtures), sample_rate
         self.seconds, self.speeds = seconds, tuple(speeds)
 

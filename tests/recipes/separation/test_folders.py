@@ -94,6 +94,12 @@ def test_folders_of_wsj0mix(tmp_path: Path, speakers: int) -> None:
 def test_the_folders_of_wham_are_read_as_well(tmp_path: Path) -> None:
     wsj_like(tmp_path, kind="mix_both")
     whole(wsj0mix(str(tmp_path), WSJ, noisy=True), 2)
+    for name in WSJ.values():
+        mixture_folder(tmp_path / "2speakers" / "wav8k" / "min" / name, "mix_clean")
+    corpus = wsj0mix(str(tmp_path), WSJ)
+    whole(corpus, 2)
+    assert {each.mixture.parent.name for each in corpus["test"]} == {"mix_clean"}
+    assert {each.noise for each in corpus["test"]} == {None}
 
 
 def test_tables_for_wsj0mix(tmp_path: Path) -> None:
@@ -159,7 +165,7 @@ def test_a_mixture_whose_files_do_not_fit_is_left_out_or_ends_the_run(
     found = wsj0mix(str(tmp_path), WSJ, max_bad=0.5)
     assert [each.id for each in found["train"]] == ["m0", "m3"]
     assert "s1/m1.wav: it has 4000 samples, its mixture" in caplog.text
-    assert "s2/m2.wav: it is sampled at 16000 Hz, not 8000" in caplog.text
+    assert "s2/m2.wav: it is sampled at 16000 Hz, not at 8000 Hz" in caplog.text
     with pytest.raises(ValueError, match="2 of 4 items are bad"):
         wsj0mix(str(tmp_path), WSJ)
     with pytest.raises(BadItem, match=r"m1.wav: it has 4000 samples"):

@@ -207,6 +207,9 @@ def test_people_must_be_named_and_for_unlike_pairs_their_gender_known(voices: Cu
         ({"speakers": 1}, "speakers is 1; allowed: 2 or more"),
         ({"pairs": "alike"}, "pairs is 'alike'; allowed: any, unlike"),
         ({"pairs": "unlike", "speakers": 3}, "pairs: unlike is for 2 speakers, not for 3"),
+        ({"seconds": 0.0}, "seconds is 0; allowed: above 0"),
+        ({"speeds": [1.0, 0.0]}, r"speeds is \[1.0, 0.0\]; allowed: factors above 0, such as"),
+        ({"speeds": []}, r"speeds is \[\]; allowed: factors above 0"),
         ({"gains": [3.0, -3.0]}, r"gains is \[3, -3\]; allowed: \[lowest, highest\] in dB"),
     ],
 )

@@ -67,6 +67,13 @@ def test_parts_to_train_are_such_that_all_sources_are_heard(tmp_path: Path) -> N
     assert heard >= 18  # of the starts two thirds have silence, and eight are tried
 
 
+def test_parts_that_cannot_be_are_refused(files: list[Mixture]) -> None:
+    with pytest.raises(ValueError, match="seconds is -1; allowed: above 0"):
+        Recorded(files, RATE, seconds=-1.0)
+    with pytest.raises(ValueError, match=r"speeds is \[0.0\]; allowed: factors above 0"):
+        Recorded(files, RATE, seconds=1.0, speeds=[0.0])
+
+
 def test_parts_to_train_do_not_depend_on_workers(files: list[Mixture]) -> None:
     def epoch(**options: Any) -> list[Tensor]:
         dataset = Recorded(files, RATE, seconds=0.4, speeds=(0.95, 1.05))

@@ -9,7 +9,7 @@ import torch
 from lhotse import CutSet
 
 from recipes.separation.speech import Coloured, by_speakers, listed, recorded, wham
-from tests.recipes.separation.conftest import RATE, buzz, cut_of, write
+from tests.recipes.separation.conftest import RATE, buzz, cut_of, librispeech_part, write
 from trainer.data import BadItem
 
 PARTS = {"train": ["train-clean-100"], "valid": ["dev-clean"], "test": ["dev-clean"]}
@@ -19,20 +19,11 @@ def speakers(cuts: CutSet) -> set[str]:
     return {cut.supervisions[0].speaker for cut in cuts}
 
 
-def part(root: Path, name: str, people: range) -> None:
-    for number in people:
-        folder = root / name / str(number) / "1"
-        for take in range(2):
-            write(folder / f"{number}-1-{take:04d}.flac", buzz(90 + 9 * number, 0.3, take), 16000)
-        lines = [f"{number}-1-{take:04d} SOME WORDS\n" for take in range(2)]
-        (folder / f"{number}-1.trans.txt").write_text("".join(lines))
-
-
 @pytest.fixture(scope="module")
 def librispeech_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corpus") / "LibriSpeech"
-    part(root, "train-clean-100", range(10, 16))
-    part(root, "dev-clean", range(20, 24))
+    librispeech_part(root, "train-clean-100", range(10, 16))
+    librispeech_part(root, "dev-clean", range(20, 24))
     lines = [
         "; id | sex | part\n",
         *(f"{n} | {'FM'[n % 2]} | part | 1.0 | name\n" for n in range(10, 23)),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 from recipes.separation.mixing import Drawn, Mixing
 from recipes.separation.train import Separator, train
 from tests.recipes.separation import two_ranks
-from tests.recipes.separation.conftest import GENDERS, RATE, mixture_folder, record
+from tests.recipes.separation.conftest import (
+    GENDERS,
+    RATE,
+    librispeech_part,
+    mixture_folder,
+    record,
+)
 from trainer import NonFiniteError, StepReport, cli
 from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, Padded
@@ -101,6 +108,20 @@ def test_real(voices: CutSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
                  "!name:recipes.separation.speech.coloured {}", *TINY["conv"]]  # fmt: skip
     metrics = run("real", tmp_path / "run", *arguments)
     check(tmp_path / "run", metrics, capsys.readouterr().out, 3)
+
+
+def test_real_in_the_layout_of_librispeech(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, people in (("train-clean-100", range(10, 13)), ("dev-clean", range(20, 22)),
+                         ("test-clean", range(30, 32))):  # fmt: skip
+        librispeech_part(tmp_path / "data", name, people, seconds=0.6)
+    arguments = ["--steps=2", "--schedule.warmup_steps=1", "--data_folder", str(tmp_path / "data"),
+                 "--mixtures", "{train: 4, valid: 2, test: 3}", *TINY["conv"]]  # fmt: skip
+    metrics = run("real", tmp_path / "run", *arguments)
+    check(tmp_path / "run", metrics, capsys.readouterr().out, 3)
+    tested = (tmp_path / "run" / "scores_test.csv").read_text().splitlines()[1:]
+    assert all(re.match(r"\d+_3[01]-1-\S+_3[01]-1-", line) for line in tested)
 
 
 @pytest.mark.parametrize("speakers", [2, 3])
@@ -251,6 +272,23 @@ def test_every_yaml_maps_its_limit() -> None:
             wanted = "data_folder" in path.read_text() or path.stem == "sepformer"
             _, options = cli.configure([*given, *(["--data_folder=x"] if wanted else [])])
             assert options.max_grad_norm == limit
+
+
+def test_a_loss_is_that_of_the_best_order_over_the_valid_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randn(3, 2, 400, generator=generator)
+    estimates = sources + torch.randn(3, 2, 400, generator=generator)
+    lengths = torch.tensor([400, 300, 200])
+    batch = Batch({"sources": Padded(sources.transpose(1, 2), lengths)}, 3)
+    losses = Separator.losses(guarded(), estimates, batch)
+    torch.testing.assert_close(Separator.losses(guarded(), estimates.flip(1), batch), losses)
+    assert losses.abs().max() < 3  # as much noise as there is of each source
+    for item, length in enumerate(lengths):
+        cut = Padded(sources[item : item + 1, :, :length].transpose(1, 2), length[None])
+        alone = Separator.losses(
+            guarded(), estimates[item : item + 1, :, :length], Batch({"sources": cut}, 1)
+        )
+        torch.testing.assert_close(alone[0], losses[item])
 
 
 def test_another_number_of_tracks_than_sources_is_told() -> None:
