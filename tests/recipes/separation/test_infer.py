@@ -214,9 +214,11 @@ def test_tracks_are_those_of_the_test(run: Path, tmp_path: Path, rate: int) -> N
     ]
     alike = np.abs(np.corrcoef([*tracks, *estimates])[:2, 2:])
     assert np.allclose(np.sort(alike.max(1)), 1.0, atol=1e-3 if rate == RATE else 0.03)
-    # As loud as they are in the mixture: no other gains bring their sum nearer to it.
-    gains = torch.linalg.lstsq(torch.stack(tracks, 1), mixture[:, None]).solution
-    torch.testing.assert_close(gains, torch.ones_like(gains), atol=0.02, rtol=0)
+    # As loud as they are in the mixture: no other gains bring their sum much nearer to it.
+    both = torch.stack(tracks, 1)
+    best = both @ torch.linalg.lstsq(both, mixture[:, None]).solution
+    left, least = ((each - mixture).norm() for each in (both.sum(1), best[:, 0]))
+    assert left < 1.002 * least < 0.999 * mixture.norm()
 
 
 def test_the_best_weights_are_taken_as_in_the_test(
