@@ -30,6 +30,7 @@ class Record(NamedTuple):
     index: int  # in the training set
     epoch: int  # of index and epoch follow the pair that it was made of
     wave: Tensor  # (S,) int16
+    version: int = 0  # 0: the generator's own; others are variations of its mask
     score: float = math.nan  # normalised; NaN while it is not known, or could not be measured
 
 
@@ -61,7 +62,7 @@ class History:
         share: of them, for the historical pass of an epoch.
 
     Attributes:
-        current: the records of the running epoch by their index.
+        current: the records of the running epoch by their index and version.
         most: how many records the historical pass has, on the process that has the most.
     """
 
@@ -71,7 +72,7 @@ class History:
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share of the history is {share!r}; allowed: a number from 0 to 1")
         self.capacity, self.share = capacity, share
-        self.current: dict[int, Record] = {}
+        self.current: dict[tuple[int, int], Record] = {}
         self.most = 0
         self._past: list[Record] = []
         self._oldest = 0  # what is replaced next, once the history is full
@@ -118,7 +119,7 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; of a history that was larger, the newest."""
-        self.current = {record.index: record for record in _unpacked(state["current"])}
+        self.current = {(each.index, each.version): each for each in _unpacked(state["current"])}
         past, oldest = _unpacked(state["past"]), state["oldest"]
         self._past, self._oldest = past, oldest
         if len(past) > self.capacity or (oldest and len(past) < self.capacity):
@@ -130,7 +131,9 @@ def _packed(records: Sequence[Record]) -> dict[str, Any]:
     waves = [record.wave for record in records]
     return {
         "ids": [record.id for record in records],
-        "places": torch.tensor([[r.index, r.epoch, len(r.wave)] for r in records]).view(-1, 3),
+        "places": torch.tensor([[r.index, r.epoch, len(r.wave), r.version] for r in records]).view(
+            -1, 4
+        ),
         "scores": torch.tensor([record.score for record in records], dtype=torch.float64),
         "waves": torch.cat(waves) if waves else torch.empty(0, dtype=torch.int16),
     }
@@ -138,10 +141,10 @@ def _packed(records: Sequence[Record]) -> dict[str, Any]:
 
 def _unpacked(state: Mapping[str, Any]) -> list[Record]:
     places = state["places"].tolist()
-    waves = state["waves"].split([int(length) for _, _, length in places])
+    waves = state["waves"].split([int(length) for _, _, length, _ in places])
     return [
-        Record(id, int(index), int(epoch), wave.clone(), score)
-        for id, (index, epoch, _), wave, score in zip(
+        Record(id, int(index), int(epoch), wave.clone(), int(version), score)
+        for id, (index, epoch, _, version), wave, score in zip(
             state["ids"], places, waves, state["scores"].tolist(), strict=True
         )
     ]

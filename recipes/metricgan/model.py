@@ -248,12 +248,20 @@ def _xavier(layer: Any) -> Any:
     return layer
 
 
-def enhance(spectrum: Spectrum, generator: nn.Module, wav: Tensor, lengths: Tensor) -> Tensor:
+def enhance(
+    spectrum: Spectrum,
+    generator: nn.Module,
+    wav: Tensor,
+    lengths: Tensor,
+    power: Tensor | None = None,
+) -> Tensor:
     """Samples (B, S) with the mask on their magnitude and their own phase, (B, S).
 
-    They are valid up to ``lengths`` (B,), and what is returned is silent behind. Differentiable.
+    They are valid up to ``lengths`` (B,), and what is returned is silent behind. With ``power``
+    (B, 1, F) the mask is raised to it: above 1 takes away more, below 1 less. Differentiable.
     """
     noisy = spectrum(wav)
     mask = generator(spectrum.features(noisy), spectrum.frames(lengths))
+    mask = mask if power is None else mask**power
     clean = spectrum.invert(noisy * mask.float(), wav.shape[1])
     return clean * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])

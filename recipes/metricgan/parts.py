@@ -36,6 +36,13 @@ def part(before: Sequence[Row], after: Sequence[Row], measure: str) -> Part:
     return Part(fmean(changes), error, len(changes))
 
 
+def keep_best_of_each_phase(brain: Any) -> None:
+    """Have the best checkpoint of each phase of an `Enhancer` kept, beside what its YAML keeps."""
+    keeper = brain.checkpointer
+    if keeper is not None:
+        keeper.keep = keeper.keep.widened(1, (), brain.bests.values(), 1)
+
+
 def evaluate_phases(brain: Any, test: Any) -> dict[str, float]:
     """The measures of the test set by the best checkpoint of the last phase of an `Enhancer`.
 

@@ -20,10 +20,12 @@ from recipes.common.pairs import Pairs
 from recipes.common.scoreboard import NOISY, Scoreboard
 from recipes.metricgan.history import Record, padded, quantised, waveform
 from recipes.metricgan.model import enhance
-from recipes.metricgan.parts import evaluate_phases
+from recipes.metricgan.parts import evaluate_phases, keep_best_of_each_phase
 from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
 from recipes.metricgan.targets import Targets
+from recipes.metricgan.variations import exponents, version_of
 from trainer import Brain, EpochCounter, Stage, distributed
+from trainer.seed import derive
 
 COMPOSITES = ("csig", "cbak", "covl")  # predicted opinions of signal, background and all
 
@@ -33,8 +35,10 @@ class Enhancer(Brain):
 
     Reads from the YAML ``opt_d`` and ``opt_g``, ``phases``, ``history``, ``spectrum`` (what the
     generator sees) and ``hearing`` (what the discriminator sees), ``target``, ``valid_measures``
-    and ``extremes`` (how many of the best and worst clips are kept to hear), and
-    ``spectral_weight`` (of the spectral loss beside the adversarial one; 0 in the paper).
+    and ``extremes`` (how many of the best and worst clips are kept to hear),
+    ``adversarial_weight`` and ``spectral_weight`` (of the generator's two losses; 1 and 0 in the
+    paper), and ``variations`` (how many varied masks of each utterance the discriminator learns
+    from beside the generator's own; 0 in the paper).
     """
 
     targets: Targets  # both set by `judged_by`, before anything is trained or evaluated
@@ -94,31 +98,30 @@ class Enhancer(Brain):
     @torch.no_grad()
     def ask_for_scores(self, batch: Any) -> None:
         """Enhance, keep what came out, and have it scored while the discriminator trains."""
-        with self.autocast():
-            enhanced = self.enhanced(batch)
         lengths = batch.noisy.lengths.tolist()
-        for i, length in enumerate(lengths):
-            if batch.weight[i] > 0:
-                wave = quantised(enhanced[i, :length])
-                index, epoch = int(batch.index[i]), int(batch.epoch[i])
-                self.history.current[index] = Record(batch.id[i], index, epoch, wave)
+        for version in self.versions:
+            with self.autocast():
+                enhanced = self.enhanced(batch, version)
+            for i, length in enumerate(lengths):
+                if batch.weight[i] > 0:
+                    wave = quantised(enhanced[i, :length])
+                    place = int(batch.index[i]), version
+                    found = Record(batch.id[i], place[0], int(batch.epoch[i]), wave, version)
+                    self.history.current[place] = found
         self.ask(batch)
 
     def fit_current(self, batch: Any) -> dict[str, Tensor]:
         """Discriminator: what is clean, what was enhanced in this epoch, and what is noisy."""
-        records = [self.history.current.get(index) for index in batch.index.tolist()]
-        enhanced, noisy = self.scores(batch, records)
-        measured = batch.weight * (enhanced.isfinite() & noisy.isfinite())
         clean = self.features(batch.clean.data)
+        sides = [(batch.clean.data, torch.ones_like(batch.weight)), *self.scored(batch)]
+        measured = batch.weight * torch.stack([scores.isfinite() for _, scores in sides]).all(0)
         losses = torch.zeros_like(measured)
         with self.autocast():
-            for judged, target in (
-                (clean, torch.ones_like(enhanced)),
-                (self.features(padded(records, batch.clean.data)), enhanced),
-                (self.features(batch.noisy.data), noisy),
-            ):
-                predicted = self.modules.discriminator(judged, clean, self.frames(batch))
-                losses = losses + (predicted - target.nan_to_num()).square() / 3
+            for judged, scores in sides:
+                predicted = self.modules.discriminator(
+                    self.features(judged), clean, self.frames(batch)
+                )
+                losses = losses + (predicted - scores.nan_to_num()).square() / len(sides)
             loss = weighted_mean(losses, measured)
         self.step_discriminator(loss, batch, measured)
         # NaN where nothing was measured: a loss of 0 would enter the average.
@@ -143,10 +146,11 @@ class Enhancer(Brain):
             judged = self.features(self.enhanced(batch))
             clean = self.features(batch.clean.data)
             predicted = self.modules.discriminator(judged, clean, self.frames(batch))
-            loss = adversarial = weighted_mean((predicted - 1.0).square(), batch.weight)
+            adversarial = weighted_mean((predicted - 1.0).square(), batch.weight)
+            loss = self.hparams.adversarial_weight * adversarial
             if self.hparams.spectral_weight:
                 spectral = weighted_mean(self.spectral_losses(batch), batch.weight)
-                loss = adversarial + self.hparams.spectral_weight * spectral
+                loss = loss + self.hparams.spectral_weight * spectral
         self.step_generator(loss, batch)
         predicted_mean = weighted_mean(predicted.detach(), batch.weight)
         return {"generator": adversarial.detach(), "predicted": predicted_mean}
@@ -160,9 +164,19 @@ class Enhancer(Brain):
 
     # ----------------------------------------------------------------------- signals and scores
 
-    def enhanced(self, batch: Any) -> Tensor:
+    @property
+    def versions(self) -> range:
+        """Of an enhanced utterance: 0 is the generator's own, the others are `variations`."""
+        return range(1 + self.hparams.variations)
+
+    def enhanced(self, batch: Any, version: int = 0) -> Tensor:
         """The noisy side of a batch through the generator, (B, S)."""
-        return enhance(self.spectrum, self.modules.generator, *batch.noisy)
+        power = None
+        if version:
+            places = zip(batch.epoch.tolist(), batch.index.tolist(), strict=True)
+            seeds = [derive(self.options.seed, "version", *each, version) for each in places]
+            power = exponents(seeds, self.spectrum.bins).to(self.device)
+        return enhance(self.spectrum, self.modules.generator, *batch.noisy, power)
 
     def features(self, wav: Tensor) -> Tensor:
         """Samples (B, S) as the discriminator sees them: log magnitudes (B, T, F)."""
@@ -187,21 +201,28 @@ class Enhancer(Brain):
         for name, index, (noisy, clean, length) in zip(
             batch.id, batch.index.tolist(), sides, strict=True
         ):
-            record = self.history.current.get(index)
-            if record is not None:
-                self.targets.ask(name, clean[:length], waveform(record))
+            for version in self.versions:
+                record = self.history.current.get((index, version))
+                if record is not None:
+                    self.targets.ask(version_of(name, version), clean[:length], waveform(record))
+            if (index, 0) in self.history.current:
                 self.targets.ask(name + NOISY, clean[:length], noisy[:length])
 
-    def scores(self, batch: Any, records: list[Record | None]) -> tuple[Tensor, Tensor]:
-        """Normalised scores, enhanced and noisy, (B,) each; NaN where there is none."""
+    def scored(self, batch: Any) -> list[tuple[Tensor, Tensor]]:
+        """What there is of a batch beside the clean signals, enhanced and noisy, (B, S) each, with
+        normalised scores (B,); NaN where there is none.
+        """
         self.ask(batch)  # Those of a resumed run were asked for in another process.
-        enhanced = self.targets.get(batch.id)
-        noisy = self.targets.get([name + NOISY for name in batch.id])
-        for record, score in zip(records, enhanced, strict=True):
-            if record is not None:
-                self.history.current[record.index] = record._replace(score=score)
-        first, second = (torch.tensor(each, device=self.device) for each in (enhanced, noisy))
-        return first, second
+        found, current = [], self.history.current
+        for version in self.versions:
+            records = [current.get((index, version)) for index in batch.index.tolist()]
+            scores = self.targets.get([version_of(name, version) for name in batch.id])
+            for record, score in zip(records, scores, strict=True):
+                if record is not None:
+                    current[record.index, version] = record._replace(score=score)
+            found.append((padded(records, batch.clean.data), scores))
+        found.append((batch.noisy.data, self.targets.get([name + NOISY for name in batch.id])))
+        return [(wave, torch.tensor(scores, device=self.device)) for wave, scores in found]
 
     # --------------------------------------------------------------------------- valid and test
 
@@ -270,13 +291,6 @@ def train(run: trainer.Run) -> dict[str, float]:
             train_loader_kwargs={"batch_sampler": batches, "num_workers": hparams["num_workers"]},
         )
         return evaluate_phases(brain, test)
-
-
-def keep_best_of_each_phase(brain: Enhancer) -> None:
-    """Whatever else the YAML wants to be kept."""
-    keeper = brain.checkpointer
-    if keeper is not None:
-        keeper.keep = keeper.keep.widened(1, (), brain.bests.values(), 1)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def make(
     own = {
         "phases": list(phases), "history": History(10, 0.5), "spectrum": Spectrum(16000, 4.0, 2.0),
         "hearing": Spectrum(16000, 4.0, 2.0, gain=30.0),
-        "target": "pesq", "valid_measures": ["pesq"], "extremes": 0, "spectral_weight": 0.0,
+        "target": "pesq", "valid_measures": ["pesq"], "extremes": 0,
+        "adversarial_weight": 1.0, "spectral_weight": 0.0, "variations": 0,
         "opt_d": partial(torch.optim.Adam, lr=0.01), "opt_g": partial(torch.optim.Adam, lr=0.01),
         "output_folder": str(folder or ""), **(hparams or {}),
     }  # fmt: skip

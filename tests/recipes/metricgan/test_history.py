@@ -13,7 +13,7 @@ from recipes.metricgan.history import History, Record, quantised, waveform
 def record(number: int, score: float = 0.5) -> Record:
     numbers = torch.Generator().manual_seed(number)
     wave = torch.randint(-100, 100, (10 + number % 3,), generator=numbers).to(torch.int16)
-    return Record(f"utt{number}", number, 1 + number // 4, wave, score)
+    return Record(f"utt{number}", number, 1 + number // 4, wave, number % 2, score)
 
 
 def filled(capacity: int, count: int, share: float = 0.2) -> History:
@@ -56,7 +56,7 @@ def test_a_draw_is_a_share_without_repetitions(count: int, share: float, seed: i
 def test_an_epoch_becomes_past_when_it_is_closed() -> None:
     history = filled(10, 3)
     for number, score in ((3, 0.7), (4, math.nan), (5, 0.1)):
-        history.current[number] = record(number, score)
+        history.current[number, number % 2] = record(number, score)
     assert len(history.draw(0)) == 1
     history.close()
     assert ids(history) == ["utt0", "utt1", "utt2", "utt3", "utt5"]  # not what has no score
@@ -67,7 +67,7 @@ def test_an_epoch_becomes_past_when_it_is_closed() -> None:
 @pytest.mark.parametrize(("capacity", "count"), [(5, 0), (5, 3), (5, 5), (5, 13)])
 def test_it_goes_on_as_it_was_saved(capacity: int, count: int) -> None:
     history, other = filled(capacity, count), History(capacity)
-    history.current[77] = record(77, math.nan)
+    history.current[77, 1] = record(77, math.nan)
     history.most = 4
     other.load_state_dict(history.state_dict())
     for number in range(count, count + 4):
@@ -81,7 +81,7 @@ def test_it_goes_on_as_it_was_saved(capacity: int, count: int) -> None:
     for part in ("past", "current"):
         for name in ("places", "waves"):
             assert torch.equal(first[part][name], second[part][name])
-    assert math.isnan(other.current[77].score)
+    assert math.isnan(other.current[77, 1].score)
     assert other.most == 4
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.metricgan.history import waveform
+from recipes.metricgan.history import History, waveform
 from recipes.metricgan.model import STEEPEST, enhance
 from recipes.metricgan.phases import Phase
 from recipes.metricgan.train import Enhancer
@@ -135,10 +135,10 @@ def test_what_the_discriminator_learns() -> None:
             continue
         clean, frames = brain.features(batch.clean.data), brain.frames(batch)
         if batch.what[0] == "current":
-            waves = [waveform(brain.history.current[i]) for i in batch.index.tolist()]
+            waves = [waveform(brain.history.current[i, 0]) for i in batch.index.tolist()]
             wanted = [
                 (clean, [1.0] * len(waves)),
-                (waves, [brain.history.current[i].score for i in batch.index.tolist()]),
+                (waves, [brain.history.current[i, 0].score for i in batch.index.tolist()]),
                 (
                     brain.features(batch.noisy.data),
                     brain.targets.get(f"{n} (noisy)" for n in batch.id),
@@ -180,6 +180,30 @@ def test_what_was_scored_is_what_is_kept() -> None:
         record = brain.history[place]
         assert torch.equal(waveform(record), heard[record.epoch, record.id])
         assert f"tone{record.index}" == record.id
+
+
+def test_the_discriminator_learns_of_varied_masks_too() -> None:
+    """Each has a score and a place in the history of its own, and comes again as it was."""
+    phases = [Phase("metric", 2, items=6, batch_size=2)]
+    ends = [
+        fit(make(phases=phases, hparams={"variations": 2, "history": History(100, 0.5)}))
+        for _ in range(2)
+    ]
+    asked = ends[0].targets.judges.submitted
+    assert len(asked) == len(set(asked[:24])) * 2 == 2 * 6 * 4  # three of each, and the noisy one
+    assert sum("(varied 2)" in name for name in asked) == 2 * 6
+    kept = [[brain.history[i] for i in range(36)] for brain in ends]
+    by_version = {
+        version: {(r.epoch, r.index): r for r in kept[0] if r.version == version}
+        for version in range(3)
+    }
+    assert all(len(records) == 12 for records in by_version.values())
+    for place, own in by_version[0].items():
+        first, second = (by_version[version][place] for version in (1, 2))
+        assert not torch.equal(own.wave, first.wave)
+        assert not torch.equal(first.wave, second.wave)
+        assert len({own.score, first.score, second.score}) == 3
+    assert all(torch.equal(a.wave, b.wave) for a, b in zip(*kept, strict=True))
 
 
 def test_nobody_waits_for_scores_while_enhancing() -> None:
