@@ -26,7 +26,7 @@ header > p { margin: .3rem 0 0; color: var(--soft); }
   background: var(--tint); }
 .tiles span, .tiles small { display: block; color: var(--soft); font-size: .82rem; }
 .tiles strong { display: block; font-size: 1.55rem; line-height: 1.3; }
-.charts { display: grid; gap: 1rem;
+.charts { display: grid; gap: 1rem; margin: .75rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 29rem), 1fr)); }
 figure { margin: 0; padding: .9rem 1rem .8rem; border: 1px solid var(--line); border-radius: .5rem;
   background: var(--card); }
