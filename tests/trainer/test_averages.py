@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.processes import launch
 from trainer import averages
 from trainer.averages import Mean, WeightAverage
 
@@ -157,32 +155,18 @@ RANKS = textwrap.dedent(
         uneven.update(5.0, 3)
     before = plain.value()
     means = [mean.reduce() for mean in (plain, named, uneven, Mean())]
-    print(json.dumps([before, *(mean.value() for mean in means), means[0].weight()]))
+    with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
+        json.dump([before, *(mean.value() for mean in means), means[0].weight()], file)
     distributed.stop()
     """
 )
 
 
-def test_over_ranks_every_example_counts_once_and_a_rank_may_have_seen_nothing() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+def test_over_ranks_every_example_counts_once_and_a_rank_may_have_seen_nothing(
+    tmp_path: Path,
+) -> None:
+    launch(tmp_path, "-c", RANKS)
+    outputs = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [output[0] for output in outputs] == pytest.approx([0.4, 0.3])
     assert outputs[0][1:] == outputs[1][1:]
     plain, named, uneven, empty, weight = outputs[0][1:]

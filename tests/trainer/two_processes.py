@@ -1,6 +1,6 @@
 """Two processes that go through many small runs together; each stores what came out on its side.
 
-`launch` starts them. What a run on one process gives, the tests work out by the same functions.
+What a run on one process gives, the tests work out by the same functions.
 """
 
 import copy
@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -34,7 +32,6 @@ from . import resuming
 from .clipping_kinds import KINDS
 from .small import poison
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = 7  # Batches of each rank in an epoch: with windows of 3 the last is of 1.
 SIZES = (3, 5, 1, 4, 2, 6, 3)
 
@@ -695,7 +692,10 @@ WITH_FOLDER = (limits, resumptions, widened, tests_of_the_best, interruptions, d
 
 
 def main(folder: Path) -> None:
-    """Go through all of it; an error ends both processes, since nothing after it is in step."""
+    """Go through all of it; an error ends both processes, since nothing after it is in step.
+
+    A run of one process, which they widen, must lie in its folder "one".
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     distributed.start("cpu", timeout=timedelta(seconds=60))
@@ -711,39 +711,6 @@ def main(folder: Path) -> None:
         result["took"] = time.monotonic() - started
         torch.save(result, folder / f"{name}-{rank}.pt")
     distributed.stop()
-
-
-def launch(folder: Path, seconds: float = 240) -> None:
-    """Start both and wait for them; what they gave lies in ``folder``.
-
-    A run of one process, which they widen, must lie in its folder "one".
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = []
-    for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        with (folder / f"stderr-{rank}.txt").open("w") as stderr:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.trainer.two_processes", str(folder)],
-                    cwd=ROOT,
-                    env={**os.environ, **where, **own},
-                    stderr=stderr,
-                )
-            )
-    end = time.monotonic() + seconds
-    try:
-        for process in processes:
-            process.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        (folder / "error-0.txt").write_text(f"not ready within {seconds} s")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import launch
 from tests.recipes.hifigan import two_processes
 from tests.recipes.hifigan.tiny import PLAYERS
 
@@ -13,7 +14,7 @@ from tests.recipes.hifigan.tiny import PLAYERS
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes have left what they found."""
     folder = tmp_path_factory.mktemp("two")
-    two_processes.launch(folder)
+    launch(folder, "-m", two_processes.__name__)
     return folder
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import launch
 from tests.recipes.metricgan import two_processes
 
 pytestmark = pytest.mark.long
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.long
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes have left what they found."""
     folder = tmp_path_factory.mktemp("two")
-    two_processes.launch(folder)
+    launch(folder, "-m", two_processes.__name__)
     return folder
 
 

@@ -1,12 +1,9 @@
-"""One of two processes that train a MetricGAN+ together; `launch` starts both.
+"""One of two processes that train a MetricGAN+ together.
 
 python -m tests.recipes.metricgan.two_processes FOLDER
 """
 
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from datetime import timedelta
 from functools import partial
@@ -23,7 +20,6 @@ from trainer import Stage, distributed, state
 
 from .small import Tones, fit, make
 
-ROOT = Path(__file__).parents[3]
 # Not Adam: its first steps divide each gradient by itself, and rounding errors with it.
 SGD = {name: partial(torch.optim.SGD, lr=0.01, momentum=0.9) for name in ("opt_g", "opt_d")}
 PAIRS, VALID = Tones(8, 700), Tones(3, 700, fixed=True)
@@ -117,34 +113,6 @@ def main(folder: Path) -> None:
         torch.save(trained(folder / f"two-{name}", name), folder / f"{name}-{rank}.pt")
     torch.save(resumed(folder / "resumed"), folder / f"resumed-{rank}.pt")
     distributed.stop()
-
-
-def launch(folder: Path, seconds: float = 300) -> None:
-    """Start both and wait for them. Raises RuntimeError with what one of them said last."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.recipes.metricgan.two_processes", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, said = process.communicate(timeout=seconds)
-            if process.returncode:
-                raise RuntimeError(said[-3000:])
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import launch
 from tests.recipes.segan import two_processes
 
 
@@ -12,7 +13,7 @@ from tests.recipes.segan import two_processes
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes have left what they found."""
     folder = tmp_path_factory.mktemp("two")
-    two_processes.launch(folder)
+    launch(folder, "-m", two_processes.__name__)
     return folder
 
 

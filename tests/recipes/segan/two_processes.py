@@ -1,11 +1,8 @@
-"""One of two processes that train a SEGAN together; `launch` starts both.
+"""One of two processes that train a SEGAN together.
 
 python -m tests.recipes.segan.two_processes FOLDER
 """
 
-import os
-import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,6 @@ from recipes.segan.train import Enhancer
 from tests.recipes.segan.tiny import fit, make
 from trainer import Stage, distributed
 
-ROOT = Path(__file__).parents[3]
 EPOCHS = 2
 # Not RMSprop: its first steps divide each gradient by itself, and rounding errors with it.
 SGD = {name: partial(torch.optim.SGD, lr=0.01, momentum=0.9) for name in ("opt_g", "opt_d")}
@@ -57,34 +53,6 @@ def main(folder: Path) -> None:
         found = trained(folder / f"two-{window}", 2, window)
         torch.save(found, folder / f"window-{window}-rank-{distributed.rank()}.pt")
     distributed.stop()
-
-
-def launch(folder: Path, seconds: float = 240) -> None:
-    """Start both and wait for them. Raises RuntimeError with what one of them said last."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.recipes.segan.two_processes", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, said = process.communicate(timeout=seconds)
-            if process.returncode:
-                raise RuntimeError(said[-3000:])
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 if __name__ == "__main__":

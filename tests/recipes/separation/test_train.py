@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from recipes.separation.mixing import Drawn, Mixing
 from recipes.separation.train import Separator, train
+from tests.processes import launch
 from tests.recipes.separation import two_ranks
 from tests.recipes.separation.conftest import (
     GENDERS,
@@ -358,7 +359,8 @@ def test_buzzes_are_separated(voices: CutSet, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_two_processes_end_as_one_on_the_joined_batches(tmp_path: Path) -> None:
-    first, second = two_ranks.launch(tmp_path)
+    launch(tmp_path, "-m", two_ranks.__name__)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     one = two_ranks.trained(None)
     outcomes = [outcome for outcome, *_ in one["reports"]]
     assert outcomes == ["stepped"] * 3 + ["skipped"] * 3 + ["stepped"]

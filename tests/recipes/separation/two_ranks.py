@@ -1,12 +1,9 @@
 """A small separator trained by two processes; each stores what came out on its side.
 
-`launch` starts them; `trained` is the same on one process, on the joined batches.
+`trained` is the same on one process, on the joined batches.
 """
 
 import math
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from recipes.separation.train import Separator
 from trainer import StepReport, distributed
 from trainer.data import Batch, Padded
 
-ROOT = Path(__file__).parents[3]
 EASY, HARD = 1e-4, 1.0  # the share of what the network says in what is called its estimate
 HUGE = 1e9  # added to the loss, which is then above the limit
 ROUNDS = [
@@ -93,32 +89,6 @@ def trained(rank: int | None) -> dict[str, Any]:
     average = brain.average.value()
     return {"weights": brain.modules.state_dict(), "reports": brain.reports, "average": average,
             "skipped": brain.journal.counts["skipped"]}  # fmt: skip
-
-
-def launch(folder: Path, seconds: float = 120) -> list[dict[str, Any]]:
-    """What both processes gave."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.recipes.separation.two_ranks", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [process.communicate(timeout=seconds)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 from recipes.tacotron2 import data
 from recipes.tacotron2.text import plain
 from recipes.tacotron2.train import train
+from tests.processes import launch
 from tests.recipes.tacotron2 import two_ranks
 from trainer import cli
 from trainer.hparams import load_hparams
@@ -163,7 +164,8 @@ def test_two_processes_end_as_one_on_the_joined_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.nn.functional, "dropout", torch.nn.functional.dropout)  # put back
-    first, second = two_ranks.launch(tmp_path)
+    launch(tmp_path, "-m", two_ranks.__name__)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     one = two_ranks.trained(None)
     assert [report[0] for report in one["reports"]] == ["stepped"] * 6
     assert [report[2] for report in one["reports"]] == [4, 3, 4] * 2

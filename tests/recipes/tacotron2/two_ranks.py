@@ -1,12 +1,9 @@
 """A small synthesiser trained by two processes; each stores what came out on its side.
 
-`launch` starts them; `trained` is the same on one process, on the joined batches. Dropout is off,
+`trained` is the same on one process, on the joined batches. Dropout is off,
 and batch norm uses its running statistics: those of a batch are of each process's own part.
 """
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from tests.recipes.tacotron2.conftest import tacotron
 from trainer import distributed
 from trainer.data import Batch, Padded
 
-ROOT = Path(__file__).parents[3]
 # Symbols and frames of the utterances of each process, a round a line.
 ROUNDS = [
     [[(4, 9), (7, 12), (5, 5)], [(6, 20)]],
@@ -93,32 +89,6 @@ def trained(rank: int | None) -> dict[str, Any]:
     brain.fit_batch = fit_batch  # type: ignore[method-assign]
     brain.fit([1, 2], batches)
     return {"weights": brain.modules.state_dict(), "reports": reports}
-
-
-def launch(folder: Path, seconds: float = 120) -> list[dict[str, Any]]:
-    """What both processes gave."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.recipes.tacotron2.two_ranks", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [process.communicate(timeout=seconds)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 if __name__ == "__main__":
