@@ -9,14 +9,9 @@ import pytest
 import soundfile
 import torch
 
-from recipes.common.noisy_speech import (
-    MadeNoise,
-    RecordedNoise,
-    embedded,
-    recording_of,
-    speech_and_noise,
-    voicebank,
-)
+from recipes.common.noisy_speech import embedded, speech_and_noise, voicebank
+from recipes.common.noisy_speech.made import MadeNoise
+from recipes.common.noisy_speech.mixed import RecordedNoise, recording_of
 from recipes.common.pairs import Pairs
 from tests.recipes.common.speakers import RATE, cut, noise, voice, write
 from trainer.data import BadItem

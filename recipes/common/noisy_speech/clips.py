@@ -1,0 +1,59 @@
+"""What the corpora of noisy speech share: sound files as clips, and what is said of settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from recipes.common.audio import Header
+from recipes.common.pairs import Corpus, Source
+
+try:
+    from lhotse import MonoCut, Recording, SupervisionSegment
+    from lhotse.audio import AudioSource
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+SPLITS = ("train", "valid", "test")
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+
+
+def sounds(folder: Path) -> list[Path]:
+    """The sound files of a folder and its subfolders, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SOUNDS)
+
+
+def cut_of(path: Path, header: Header, name: str) -> MonoCut:
+    """The first channel of a file."""
+    duration = header.duration
+    source = AudioSource(type="file", channels=list(range(header.channels)), source=str(path))
+    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
+    speaker = SupervisionSegment(name, name, 0.0, duration, speaker=re.split("[-_]", name)[0])
+    return MonoCut(name, 0.0, duration, 0, supervisions=[speaker], recording=recording)
+
+
+def existing(folder: Path) -> Path:
+    """The folder; ValueError, which says what there is instead, where it is not there."""
+    if folder.is_dir():
+        return folder
+    above = folder
+    while not above.is_dir():
+        above = above.parent
+    there = ", ".join(sorted(each.name for each in above.iterdir())[:8]) or "nothing"
+    raise ValueError(f"the folder {folder} is not there; {above} has {there}")
+
+
+def snr_range(name: str, given: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest of a setting in dB; ValueError for anything else."""
+    if len(given) != 2 or not given[0] <= given[1]:
+        raise ValueError(f"{name} must be [lowest, highest] in dB, not {list(given)}")
+    return float(given[0]), float(given[1])
+
+
+def filled(corpus: Mapping[str, Sequence[Source]], folder: str) -> Corpus:
+    """The corpus; ValueError for a split without clips."""
+    for split in SPLITS:
+        if not corpus[split]:
+            raise ValueError(f"{split} has no clips in {folder}")
+    return corpus

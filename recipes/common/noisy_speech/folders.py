@@ -1,0 +1,94 @@
+"""VoiceBank-DEMAND, and whatever lies in pairs of folders as it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from recipes.common.audio import Header, good_ones, read_header
+from recipes.common.noisy_speech.clips import cut_of, existing, filled, sounds
+from recipes.common.pairs import Corpus, Recorded
+from trainer.data import BadItem
+
+try:
+    from lhotse import MonoCut
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+VOICEBANK = {
+    "train": ("clean_trainset_28spk_wav", "noisy_trainset_28spk_wav"),
+    "test": ("clean_testset_wav", "noisy_testset_wav"),
+}
+
+
+def voicebank(
+    data_folder: str,
+    folders: Mapping[str, Sequence[str]] | None = None,
+    valid: Sequence[str] = ("p226", "p287"),
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """VoiceBank-DEMAND (Valentini-Botinhao, 2016), or pairs of folders in its layout.
+
+    Two folders make a split: files of the same name in both are one clip, clean and noisy. The
+    files may have any rate (those of the corpus: 48 kHz); both of a pair have the same one.
+
+    Args:
+        folders: of ``train`` and ``test``, [clean, noisy] each, within ``data_folder``; by default
+            those of the official split with 28 speakers.
+        valid: what is taken from ``train`` to validate: clips whose names begin so, by default
+            all of the two speakers who are usually taken.
+        on_bad, max_bad: what happens to unusable files and to files without a partner, as in the
+            run options.
+
+    Raises ValueError for a folder that is missing or has another layout, and for a split without
+    clips.
+    """
+    found = {}
+    for split, names in {**VOICEBANK, **(folders or {})}.items():
+        if split not in VOICEBANK or len(names) != 2:
+            raise ValueError(
+                f"folders has {split}: {list(names)}; allowed: train and test, [clean, noisy] each"
+            )
+        clean, noisy = (existing(Path(data_folder).expanduser() / name) for name in names)
+        found[split] = _paired(clean, noisy, on_bad, max_bad)
+    held_out = [each for each in found["train"] if each.id.startswith(tuple(valid))]
+    rest = [each for each in found["train"] if not each.id.startswith(tuple(valid))]
+    return filled({"train": rest, "valid": held_out, "test": found["test"]}, data_folder)
+
+
+def _paired(clean: Path, noisy: Path, on_bad: str, max_bad: float) -> list[Recorded]:
+    """The clips that are in both folders, in the order of their names."""
+    sides = [{path.stem: path for path in sounds(folder)} for folder in (clean, noisy)]
+    if not sides[0] or not sides[1]:
+        empty = noisy if sides[0] else clean
+        raise ValueError(f"{empty} has another layout: expected were sound files, such as .wav")
+    names = sorted(set(sides[0]) | set(sides[1]))
+
+    def probe(name: str) -> tuple[MonoCut, MonoCut]:
+        for own, other, folder in ((0, 1, noisy), (1, 0, clean)):
+            if name not in sides[other]:
+                raise BadItem(sides[own][name], f"it has no partner of the same name in {folder}")
+        cuts = [side[name] for side in sides]
+        headers = [read_header(path) for path in cuts]
+        _check_alike(cuts, headers)
+        first, second = (cut_of(*each, name) for each in zip(cuts, headers, strict=True))
+        return first, second
+
+    return [Recorded(*pair) for pair in good_ones(names, probe, on_bad, max_bad).values()]
+
+
+def _check_alike(paths: Sequence[Path], headers: Sequence[Header]) -> None:
+    """Raise BadItem where clean and noisy are not of one rate, length and number of channels."""
+    clean, noisy = headers
+    for what, one, other in (
+        ("Hz", clean.sample_rate, noisy.sample_rate),
+        ("channels", clean.channels, noisy.channels),
+        ("samples", clean.samples, noisy.samples),
+    ):
+        if one != other:
+            raise BadItem(
+                paths[1], f"it has {other} {what}, its clean partner {paths[0]} has {one}"
+            )
+    if clean.channels != 1:
+        raise BadItem(paths[1], f"it has {clean.channels} channels, expected: 1")
