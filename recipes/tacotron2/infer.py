@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
+from recipes.common.run_folder import load_brain
 from recipes.tacotron2.sound import make_sound, write_sound
 from recipes.tacotron2.text import readable
 from recipes.tacotron2.train import Synthesiser
-from trainer.hparams import load_hparams
 from trainer.testing import best_weights
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _arguments(argv)
     try:
         texts = _texts(given.text, given.file, given.output)
-        brain = load(given.run, given.device)
+        brain = load_brain(Synthesiser, given.run, given.device)
         vocoder = given.vocoder or brain.hparams.vocoder
         sound = make_sound(brain.hparams.mel, vocoder, str(brain.device))
         with best_weights(brain, None, "mel_l1"):
@@ -73,18 +73,6 @@ def _texts(text: str | None, file: Path | None, output: Path) -> dict[Path, tupl
         output / f"{number:04d}.wav": (f"line {number} of {file}", line)
         for number, line in enumerate(lines, 1)
     }
-
-
-def load(run: Path, device: str = "auto") -> Synthesiser:
-    """The synthesiser of a run folder, wherever that lies now; its weights are still to be read.
-
-    Raises ValueError for a folder that is no run's.
-    """
-    file = run / "hyperparams.yaml"
-    if not file.is_file():
-        raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
-    hparams = load_hparams(file, {"output_folder": str(run), "device": device})
-    return Synthesiser(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])
 
 
 def say_all(

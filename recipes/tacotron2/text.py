@@ -76,11 +76,14 @@ class Phonemes:
     """A symbol a sound, as espeak-ng pronounces English; spaces and punctuation stay.
 
     Needs espeak-ng, of the extra ``demo``, which is asked in a process of its own. ``voice`` is one
-    of its languages, such as "en-us" or "en-gb-x-rp".
+    of its languages, such as "en-us" or "en-gb-x-rp". ``silent`` are marks of punctuation that are
+    read over: those that the texts to train on do not have, so that nothing was learned of them.
     """
 
-    def __init__(self, voice: str = "en-us") -> None:
-        self.voice = voice
+    def __init__(self, voice: str = "en-us", silent: str = "") -> None:
+        if strange := sorted(set(silent) - set(PUNCTUATION)):
+            raise ValueError(f"silent has {strange[0]!r}; allowed: marks of {PUNCTUATION}")
+        self.voice, self.silent = voice, silent
         vowels = ["".join(parts) for parts in product(STRESSES, VOWELS, ("", LENGTH))]
         syllabic = [f"{stress}{each}{SYLLABIC}" for stress in STRESSES for each in "lmn"]
         self.symbols = [PAD, END, " ", *PUNCTUATION, *CONSONANTS, *vowels, *syllabic]
@@ -97,7 +100,7 @@ class Phonemes:
         end = self._numbers[END]
         found = []
         for text, said in zip(texts, pronounced(texts, self.voice), strict=True):
-            sounds = SOUND.findall(said)
+            sounds = [each for each in SOUND.findall(said) if each not in set(self.silent)]
             strange = sorted(set(sounds) - self._numbers.keys())
             if strange or not sounds:
                 raise ValueError(

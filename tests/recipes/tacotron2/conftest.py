@@ -31,6 +31,8 @@ def tacotron(reduction: int = 1, symbols: int = 12, bands: int = 6) -> Tacotron:
         attention_hidden_dim=6,
         attention_location_n_filter=2,
         attention_location_kernel_size=3,
+        attention_dropout=0.0,
+        decoder_dropout=0.0,
         decoder_rnn_dim=10,
         prenet_dim=8,
         postnet_embedding_dim=8,

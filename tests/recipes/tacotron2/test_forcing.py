@@ -12,7 +12,6 @@ def both(reduction: int, lengths: list[int], frames: int) -> list[list[Tensor]]:
     """Outputs and gradients of torchaudio's decoder and of ours, in 64 bits."""
     torch.manual_seed(0)
     decoder = tacotron(reduction).double().net.decoder
-    decoder.attention_dropout = decoder.decoder_dropout = 0.0
     memory = torch.randn(len(lengths), max(lengths), 8, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(len(lengths), frames, 6, dtype=torch.float64).transpose(1, 2)
     symbols = torch.tensor(lengths)

@@ -105,6 +105,15 @@ class TestPhonemes:
         assert "ˈɑː" in said
         assert said[-1] == END
 
+    def test_marks_that_nothing_was_learned_of_are_read_over(self) -> None:
+        deaf = Phonemes(silent="!,")
+        assert deaf.encode(["The farmer, sold it!"]) == Phonemes().encode(["The farmer sold it"])
+        assert deaf.encode(["Sold. It?"]) == Phonemes().encode(["Sold. It?"])
+        with pytest.raises(ValueError, match="pronounces '!!' as '!!'.*: silence"):
+            deaf.encode(["!!"])
+        with pytest.raises(ValueError, match="silent has 'x'; allowed: marks of !"):
+            Phonemes(silent="!x")
+
     def test_all_that_the_embedded_speech_says_is_known(self) -> None:
         front = Phonemes()
         texts = list(islice(sentences("train", "prose"), 300))
