@@ -20,8 +20,8 @@ from torchaudio.functional import resample
 
 from recipes.asr.train import Recogniser
 from recipes.common.audio import read_audio, read_header
+from recipes.common.run_folder import load_brain
 from trainer.data import BadItem
-from trainer.hparams import load_hparams
 from trainer.testing import best_weights
 
 LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
@@ -37,25 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decoder", choices=("greedy", "beam"), help="default: the run's")
     given = parser.parse_args(argv)
     try:
-        brain = load(given.run, given.device, given.decoder)
+        decoder = {"decoder": given.decoder} if given.decoder else {}
+        brain = load_brain(Recogniser, given.run, given.device, **decoder)
         with best_weights(brain, None, "wer"):
             return transcribe_all(brain, given.files)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def load(run: Path, device: str = "auto", decoder: str | None = None) -> Recogniser:
-    """The recogniser of a run folder, wherever that lies now; its weights are still to be read.
-
-    Raises ValueError for a folder that is no run's.
-    """
-    file = run / "hyperparams.yaml"
-    if not file.is_file():
-        raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
-    changes = {"output_folder": str(run), "device": device}
-    hparams = load_hparams(file, changes | ({"decoder": decoder} if decoder else {}))
-    return Recogniser(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])
 
 
 def transcribe_all(brain: Recogniser, files: Sequence[str]) -> int:

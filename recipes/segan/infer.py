@@ -11,49 +11,16 @@ code is then 1.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from recipes.common.streaming import enhance_files
+from recipes.common.enhancing import enhance
 from recipes.segan.train import Enhancer
-from trainer.hparams import load_hparams
-from trainer.testing import best_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run, such as results/segan/demo/1234")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files of any kind")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FOLDER", help="for what comes out"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    given = parser.parse_args(argv)
-    try:
-        brain = load(given.run, given.device)
-        own = brain.hparams
-        with best_weights(brain, own.best, None):
-            return enhance_files(
-                given.files, given.output, brain.enhance, own.sample_rate, own.chunks
-            )
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def load(run: Path, device: str = "auto") -> Enhancer:
-    """The enhancer of a run folder, wherever that lies now; its weights are still to be read.
-
-    Raises ValueError for a folder that is no run's.
-    """
-    file = run / "hyperparams.yaml"
-    if not file.is_file():
-        raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
-    hparams = load_hparams(file, {"output_folder": str(run), "device": device})
-    return Enhancer(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])
+    return enhance(argv, __doc__ or "", Enhancer, lambda brain: (brain.enhance, brain.hparams.best))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 from recipes.common.audio import read_audio, read_header
+from recipes.common.run_folder import load_brain
 from recipes.separation.mixing import fitted
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from recipes.separation.train import Separator
 from trainer.data import BadItem
-from trainer.hparams import load_hparams
 from trainer.testing import best_weights
 
 try:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         check_names(given.files, given.output)
-        brain = load(given.run, given.device)
+        brain = load_brain(Separator, given.run, given.device)
         given.output.mkdir(parents=True, exist_ok=True)
         with best_weights(brain, "si_snri", None):
             return separate_all(Tracks(brain), given.files, given.output)
@@ -84,18 +84,6 @@ def check_names(files: Sequence[str], folder: Path) -> None:
             raise ValueError(
                 f"a track of {stem} would overwrite {file}; choose another folder than {folder}"
             )
-
-
-def load(run: Path, device: str = "auto") -> Separator:
-    """The network of a run folder, wherever that lies now; its weights are still to be read.
-
-    Raises ValueError for a folder that is no run's.
-    """
-    file = run / "hyperparams.yaml"
-    if not file.is_file():
-        raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
-    hparams = load_hparams(file, {"output_folder": str(run), "device": device})
-    return Separator(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])
 
 
 def separate_all(separate: Separate, files: Sequence[str], folder: Path) -> int:

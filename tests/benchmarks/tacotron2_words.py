@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
-from recipes.tacotron2 import infer
+from recipes.common.run_folder import load_brain
 from recipes.tacotron2.data import datasets
 from recipes.tacotron2.sound import make_sound
+from recipes.tacotron2.train import Synthesiser
 from trainer.testing import best_weights
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32, help="sentences of the test set")
     parser.add_argument("--vocoder", type=Path, help="run folder of a HiFi-GAN")
     given = parser.parse_args()
-    brain = infer.load(given.run, "cpu")
+    brain = load_brain(Synthesiser, given.run, "cpu")
     own = brain.hparams
     test = datasets(own.corpus(), own.front, own.mel, own.longest_text, own.quiet)["test"]
     sound, listen = make_sound(own.mel, given.vocoder), Listener()

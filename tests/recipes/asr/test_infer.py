@@ -10,9 +10,11 @@ import torch
 
 from recipes.asr import infer
 from recipes.asr.scoring import Scores
-from recipes.asr.train import train
+from recipes.asr.train import Recogniser, train
+from recipes.common.run_folder import load_brain
 from tests.recipes.asr.test_train import HPARAMS, TINY
 from trainer import cli
+from trainer.testing import best_weights
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +57,10 @@ def test_every_rate_channel_and_length_is_transcribed(
 
 def test_transcripts_are_those_of_the_test(run: Path, tones: Path) -> None:
     """The weights, the decoding and the precision are the same: so are the error rates."""
-    brain = infer.load(run)
+    brain = load_brain(Recogniser, run)
     hparams = vars(brain.hparams)
     scores = Scores()
-    with infer.best_weights(brain, None, "wer"):
+    with best_weights(brain, None, "wer"):
         corpus = hparams["corpus"]()
         for cut in corpus["test"]:
             said = " ".join(each.text for each in cut.supervisions)

@@ -11,11 +11,13 @@ import pytest
 import soundfile
 import torch
 
+from recipes.common.run_folder import load_brain
 from recipes.metricgan import infer
-from recipes.metricgan.train import train
+from recipes.metricgan.train import Enhancer, train
 from tests.recipes.common.speakers import RATE, noise, voice
 from trainer import cli
 from trainer.hparams import load_hparams
+from trainer.testing import best_weights
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "metricgan"
 pytestmark = pytest.mark.skipif(
@@ -181,8 +183,8 @@ def test_files_keep_rate_length_and_channels(
     assert "broken.wav: it is not an audio file" in told.err
     header = soundfile.info(output / "stereo.flac")
     assert (header.samplerate, header.channels, header.frames) == (8000, 2, 8000)
-    brain: Any = infer.load(moved)
-    with infer.best_weights(brain, brain.best, None):
+    brain: Any = load_brain(Enhancer, moved)
+    with best_weights(brain, brain.best, None):
         expected = brain.network(wav[None])[0]
     found = torch.from_numpy(soundfile.read(output / "mono.wav", dtype="float32")[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -192,9 +194,9 @@ def test_chunks_join_as_the_whole(voicebank: Path) -> None:
     """But for what a chunk's ends cannot know, which the overlap hides."""
     from recipes.common.streaming import Chunks, enhance_signal
 
-    brain: Any = infer.load(voicebank)
+    brain: Any = load_brain(Enhancer, voicebank)
     wav = torch.cat([voice(1.5), 0.05 * noise(RATE, 1), voice(1.0)])[None]
-    with infer.best_weights(brain, brain.best, None):
+    with best_weights(brain, brain.best, None):
         whole = brain.network(wav)
         chunked = enhance_signal(wav, brain.network, Chunks(RATE, RATE // 4, 4))
     assert chunked.shape == whole.shape

@@ -8,12 +8,14 @@ import pytest
 import soundfile
 import torch
 
+from recipes.common.run_folder import load_brain
 from recipes.common.streaming import enhance_signal
 from recipes.segan import infer
-from recipes.segan.train import train
+from recipes.segan.train import Enhancer, train
 from tests.recipes.common.speakers import RATE, noise, voice, write
 from tests.recipes.segan.test_train import HPARAMS, TINY, WARM
 from trainer import cli
+from trainer.testing import best_weights
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,9 @@ def test_files_of_every_kind_come_out_as_they_were(
         assert after.samplerate == before.samplerate
         assert (after.frames, after.channels) == (before.frames, before.channels)
     # What is in it is what the network of the best checkpoint makes of it.
-    brain = infer.load(run)
+    brain = load_brain(Enhancer, run)
     heard = torch.from_numpy(soundfile.read(files[0], dtype="float32")[0])[None]
-    with infer.best_weights(brain, "stoi", None):
+    with best_weights(brain, "stoi", None):
         truth = enhance_signal(heard, brain.enhance, brain.hparams.chunks)[0].clamp(-1, 1)
     found = soundfile.read(out / "plain.wav", dtype="float32")[0]
     assert np.abs(found - truth.numpy()).max() < 1e-4

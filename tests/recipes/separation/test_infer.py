@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torchaudio.functional import highpass_biquad, lowpass_biquad, resample
 
+from recipes.common.run_folder import load_brain
 from recipes.separation import infer
 from recipes.separation.scoring import Scores
-from recipes.separation.train import train
+from recipes.separation.train import Separator, train
 from tests.recipes.separation.conftest import mixture_folder
 from tests.recipes.separation.test_train import HPARAMS, TINY
 from trainer import cli
@@ -233,7 +234,7 @@ def test_the_best_weights_are_taken_as_in_the_test(
     folder = tmp_path / "run"
     cli.main(train, [str(HPARAMS / "wsj0mix.yaml"), "--output_folder", str(folder), *given])
     assert "testing with the weights of step-00000001" in (folder / "train.log").read_text()
-    brain = infer.load(folder, "cpu")
+    brain = load_brain(Separator, folder)
     (best,) = brain.checkpointer.find(max_key="si_snri")
     saved = brain.checkpointer.read(best)["brain"]["modules"]
     assert best.meta["si_snri"] == 3.0
