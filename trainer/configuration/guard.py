@@ -64,9 +64,17 @@ REFUSED = """
     recipes.common.scoreboard recipes.common.streaming.convert_file
     recipes.common.streaming.enhance_file recipes.common.streaming.enhance_files
     recipes.common.speech_cache recipes.common.synthesiser recipes.tacotron2.phonemiser
+    recipes.common.enhancing recipes.common.run_folder recipes.common.mel.write_mel
     recipes.tacotron2.pictures.write_picture recipes.tacotron2.sound.write_sound
+    recipes.clipping_study.page recipes.clipping_study.study recipes.clipping_study.train
     trainer.configuration trainer.hparams trainer.cli trainer.main
 """
+# The parts of each recipe that are programs, or leave files behind.
+REFUSED += "".join(
+    f" recipes.{task}.{part}"
+    for task in ("asr", "hifigan", "metricgan", "segan", "separation", "tacotron2")
+    for part in ("infer", "scoring", "train")
+)
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")
 PLAIN = (bool, int, float, str, list, tuple, dict, set, frozenset, type(None))
