@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 
 from recipes.clipping_study.cells import Cell, finish
 from recipes.clipping_study.experiments import Experiment, Setting
+from recipes.common.children import serve
 
 logger = logging.getLogger("recipes")
 
@@ -73,7 +75,8 @@ def _finished(cells: Sequence[Cell], workers: int) -> Iterator[Result]:
         yield from map(finish, cells)
         return
     # A forked process would hold on to the lock of the run folder.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=serve, initargs=(os.getpid(),)) as pool:
         futures = [pool.submit(finish, cell) for cell in cells]
         try:
             for future in as_completed(futures):

@@ -17,14 +17,12 @@ import faulthandler
 import logging
 import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from recipes.common.children import serve
 from recipes.common.quality import measure, require
 
 if TYPE_CHECKING:
@@ -150,7 +148,7 @@ class Judges:
             # Not forked: threads of torch and of loaders may hold locks at that moment.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
-                self.workers, context, initializer=_serve, initargs=(os.getpid(),)
+                self.workers, context, initializer=serve, initargs=(os.getpid(),)
             )
         return self._pool
 
@@ -197,20 +195,6 @@ def _single_threaded() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _serve(parent: int) -> None:
-    """Runs first in each process: outlive the signals that ask a run to stop at a safe point, which
-    the parent handles, but not the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _measured(
