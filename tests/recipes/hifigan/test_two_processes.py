@@ -22,11 +22,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_are_one(folder: Path, tmp_path: Path, name: str) -> None:
     """With accumulation too, and where the discriminator comes later."""
     one = two_processes.trained(tmp_path, 4, name)
+    tables = [(each / "scores_test.csv").read_text() for each in (tmp_path, folder / name)]
+    first, second = ([row.split(",")[0] for row in table.splitlines()] for table in tables)
+    assert first == second == ["id", "w0", "w1", "w2", "mean"]  # each clip once
     ranks = [torch.load(folder / f"{name}-rank-{rank}.pt", weights_only=True) for rank in range(2)]
     assert one["steps"] == {"window-1": 6, "window-3": 2, "late": 6}[name]
     for two in ranks:
         assert two["steps"] == one["steps"]
         assert two["mel_l1"] == pytest.approx(one["mel_l1"], abs=1e-4)
+        assert two["test"] == pytest.approx(one["test"], abs=1e-3)
+        assert set(two["test"]) == {"mel_l1", "mel_l1_griffinlim"}
         for player in PLAYERS:
             # A player's step sends its own gradients and nothing of the other's.
             judged = one["steps"] if player == "generator" or name != "late" else 4

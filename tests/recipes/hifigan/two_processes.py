@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from recipes.common.griffin_lim import GriffinLim
+from recipes.common.judges import Judges
+from recipes.hifigan.scoring import Scores
 from recipes.hifigan.train import HiFiGAN
-from tests.recipes.hifigan.tiny import PLAYERS, fit, make, weights
+from tests.recipes.hifigan.tiny import PLAYERS, Waves, fit, make, weights
 from trainer import Stage, distributed
 
 # Not AdamW: its first steps divide each gradient by itself, and rounding errors with it.
@@ -41,7 +44,7 @@ class Scored(HiFiGAN):
 
     def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
         metrics = super().on_stage_end(stage, stage_loss, epoch)
-        self.score = metrics["mel_l1"] if metrics else self.score
+        self.score = metrics["mel_l1"] if stage is Stage.VALID and metrics else self.score
         return metrics
 
 
@@ -51,6 +54,10 @@ def trained(folder: Path, batch_size: int, name: str) -> dict[str, Any]:
     hparams = {**SGD, "schedule": None, "adversarial_from": start}
     brain = make(Scored, folder, hparams, grad_accumulation_factor=window)
     fit(brain, 2, batch_size)
+    mel = brain.modules.mel
+    judges = Judges((), 16000, workers=0)  # the clips are too short for any measure but the mels
+    brain.scores = Scores(judges, mel, GriffinLim(mel, iterations=2), folder, shown=2)
+    brain.evaluate(Waves(3))
     own: dict[str, Any] = {player: weights(brain, player) for player in PLAYERS}
     # Of each step a sum of the loss, one of the weight, and for each parameter its gradient and
     # how many ranks had one.
@@ -59,7 +66,9 @@ def trained(folder: Path, batch_size: int, name: str) -> dict[str, Any]:
     own["extra"] = {
         player: [size - least[player] for size in sizes] for player, sizes in brain.sent.items()
     }
-    return {**own, "steps": brain.optimizer_step, "mel_l1": brain.score}
+    return {
+        **own, "steps": brain.optimizer_step, "mel_l1": brain.score, "test": brain.test_metrics,
+    }  # fmt: skip
 
 
 def main(folder: Path) -> None:
