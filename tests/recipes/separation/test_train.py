@@ -361,7 +361,7 @@ def test_buzzes_are_separated(voices: CutSet, tmp_path: Path) -> None:
 def test_two_processes_end_as_one_on_the_joined_batches(tmp_path: Path) -> None:
     launch(tmp_path, "-m", two_ranks.__name__)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    one = two_ranks.trained(None)
+    one = two_ranks.trained(None, tmp_path / "one")
     outcomes = [outcome for outcome, *_ in one["reports"]]
     assert outcomes == ["stepped"] * 3 + ["skipped"] * 3 + ["stepped"]
     assert [weight for _, _, weight, _ in one["reports"]] == [4, 3, 1, 3, 0, 3, 3]
@@ -374,3 +374,11 @@ def test_two_processes_end_as_one_on_the_joined_batches(tmp_path: Path) -> None:
     assert first["reports"] == second["reports"]
     assert first["skipped"] == second["skipped"] == one["skipped"] == 3
     assert first["average"] == pytest.approx(one["average"])
+    assert first["test"] == second["test"] == pytest.approx(one["test"])
+    runs = [tmp_path / name for name in ("one", "run")]
+    tables = [(folder / "scores_test.csv").read_text() for folder in runs]
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 1 + 3  # each mixture once
+    sounds = [{path.relative_to(folder) for path in folder.rglob("*.wav")} for folder in runs]
+    assert sounds[0] == sounds[1]
+    assert len(sounds[0]) == 2 * 3 * 5  # of all three, as worst and as best: five signals each

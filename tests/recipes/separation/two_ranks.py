@@ -48,10 +48,10 @@ class Skewed(Separator):
         return losses + (batch["share"] - own)
 
 
-def batch_of(shares: list[float], seed: int) -> Batch:
+def batch_of(shares: list[float], seed: int, samples: int = 400) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    sources = torch.randn(len(shares), 400, 2, generator=generator, dtype=torch.float64)
-    lengths = torch.full((len(shares),), 400)
+    sources = torch.randn(len(shares), samples, 2, generator=generator, dtype=torch.float64)
+    lengths = torch.full((len(shares),), samples)
     fields = {
         "id": [f"{seed}-{n}" for n in range(len(shares))],
         "mixture": Padded(sources.sum(-1), lengths),
@@ -71,8 +71,11 @@ def join(parts: list[Batch]) -> Batch:
     return Batch(fields, sum(map(len, parts)))
 
 
-def trained(rank: int | None) -> dict[str, Any]:
-    """Weights and reports after all rounds; None for the one process that sees both batches."""
+def trained(rank: int | None, folder: Path) -> dict[str, Any]:
+    """Weights and reports after all rounds; None for the one process that sees both batches.
+
+    A test follows, of which the table and the sounds are in the folder.
+    """
     torch.manual_seed(0)
     model = torchaudio.models.ConvTasNet(2, 16, 8, 3, 8, 8, 1, 1, "relu").double()
     hparams = {
@@ -86,14 +89,22 @@ def trained(rank: int | None) -> dict[str, Any]:
         brain.fit([1], batches)
     else:
         brain.fit([1], [batch for pair in made for batch in pair])  # dealt in turn
-    average = brain.average.value()
-    return {"weights": brain.modules.state_dict(), "reports": brain.reports, "average": average,
-            "skipped": brain.journal.counts["skipped"]}  # fmt: skip
+    found = {
+        "weights": brain.modules.state_dict(),
+        "reports": brain.reports,
+        "average": brain.average.value(),
+        "skipped": brain.journal.counts["skipped"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    brain.hparams.output_folder = str(folder)
+    brain.evaluate([batch_of([HARD], 100 + n, samples=2000) for n in range(3)])
+    return found | {"test": brain.test_metrics}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
     own = distributed.rank()
-    torch.save(trained(own), Path(sys.argv[1]) / f"{own}.pt")
+    folder = Path(sys.argv[1])
+    torch.save(trained(own, folder / "run"), folder / f"{own}.pt")
     distributed.stop()
