@@ -128,6 +128,7 @@ class _Walk(torch.autograd.Function):
     def backward(
         ctx: Any, to_hidden: Tensor, to_context: Tensor, to_attention: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """The gradients of all arguments but the padding, from the last step to the first."""
         recurrent, query, filters, v, memory, opened, states, befores, attended, features = (
             ctx.saved_tensors
         )
