@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 from recipes.asr.text import Codec, check_texts
-from recipes.common.audio import Header, check_recordings
+from recipes.common.audio import check_recordings
+from recipes.common.cuts import cut_of
 from recipes.common.loading import Speech, keep, transcript
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer import distributed
 from trainer.seed import derive
 
 try:
-    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
-    from lhotse.audio import AudioSource
+    from lhotse import CutSet, MonoCut
     from lhotse.cut import MixedCut, MixTrack
     from lhotse.recipes.librispeech import prepare_librispeech
 except ImportError as error:
@@ -133,17 +133,10 @@ def _recorded_digits(
     for path, header in good.items():
         name = names[path]
         assert name is not None  # `paths` has no others
-        cut = _cut(path, header, DIGITS[int(name["digit"])], name["speaker"])
+        text = DIGITS[int(name["digit"])]
+        cut = cut_of(path, header, path.stem, text=text, speaker=name["speaker"])
         found.append((name["speaker"], name["digit"], int(name["take"]), cut))
     return found
-
-
-def _cut(path: Path, header: Header, text: str, speaker: str) -> MonoCut:
-    name, duration = path.stem, header.duration
-    source = AudioSource(type="file", channels=[0], source=str(path))
-    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
-    said = SupervisionSegment(name, name, 0.0, duration, text=text, speaker=speaker)
-    return MonoCut(name, 0.0, duration, 0, supervisions=[said], recording=recording)
 
 
 def _string(

@@ -95,34 +95,18 @@ def one_voice_reading(
 
 def to_cuts(utterances: Sequence[Utterance]) -> CutSet:
     """The utterances as lhotse's cuts, each with one supervision: its text, speaker and gender."""
-    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
-    from lhotse.audio import AudioSource
+    from lhotse import CutSet
 
-    cuts = []
-    for one in utterances:
-        source = AudioSource(type="file", channels=[0], source=str(one.path))
-        recording = Recording(one.id, [source], one.sample_rate, one.samples, one.duration)
-        said = SupervisionSegment(
-            id=one.id,
-            recording_id=one.id,
-            start=0.0,
-            duration=one.duration,
-            text=one.text,
-            language="English",
-            speaker=one.speaker,
-            gender=one.gender,
+    from recipes.common.audio import Header
+    from recipes.common.cuts import cut_of
+
+    return CutSet.from_cuts(
+        cut_of(
+            one.path, Header(one.samples, one.sample_rate, 1), one.id, text=one.text,
+            language="English", speaker=one.speaker, gender=one.gender,
         )
-        cuts.append(
-            MonoCut(
-                id=one.id,
-                start=0.0,
-                duration=one.duration,
-                channel=0,
-                supervisions=[said],
-                recording=recording,
-            )
-        )
-    return CutSet.from_cuts(cuts)
+        for one in utterances
+    )  # fmt: skip
 
 
 def _voices(split: str, speakers: int | None) -> tuple[Voice, ...]:

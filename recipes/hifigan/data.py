@@ -19,15 +19,15 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.audio import Header, check_recordings
+from recipes.common.audio import check_recordings
+from recipes.common.cuts import SOUNDS, cut_of
 from recipes.common.loading import keep, load
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer.data import BadItem
 from trainer.seed import derive
 
 try:
-    from lhotse import CutSet, MonoCut, Recording
-    from lhotse.audio import AudioSource
+    from lhotse import CutSet, MonoCut
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 Corpus = Mapping[str, CutSet]
 SPLITS = ("train", "valid", "test")
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 SILENT = 1e-4  # the highest sample of what nobody can hear: -80 dB of full scale
 
 
@@ -81,15 +80,9 @@ def folder(
     drawn = sorted(headers, key=lambda path: derive(0, "held out", names[path]))
     shares = drawn[valid + test :], drawn[:valid], drawn[valid : valid + test]
     return {
-        split: CutSet.from_cuts(_cut(path, names[path], headers[path]) for path in sorted(share))
+        split: CutSet.from_cuts(cut_of(path, headers[path], names[path]) for path in sorted(share))
         for split, share in zip(SPLITS, shares, strict=True)
     }
-
-
-def _cut(path: Path, name: str, header: Header) -> MonoCut:
-    source = AudioSource(type="file", channels=[0], source=str(path))
-    recording = Recording(name, [source], header.sample_rate, header.samples, header.duration)
-    return MonoCut(name, 0.0, header.duration, 0, recording=recording)
 
 
 class Clips(Dataset[dict[str, Any]]):

@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from recipes.common.audio import Header, check_recordings
+from recipes.common.cuts import cut_of
 from recipes.common.loading import load, without_bad
 from recipes.common.noise import coloured_noise
 from recipes.common.paths import inside
@@ -28,8 +29,7 @@ from trainer import distributed
 from trainer.seed import derive
 
 try:
-    from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment
-    from lhotse.audio import AudioSource
+    from lhotse import CutSet, MonoCut, RecordingSet
     from lhotse.recipes.librispeech import prepare_librispeech
     from lhotse.recipes.wham import prepare_wham
 except ImportError as error:
@@ -222,19 +222,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _cut(row: Mapping[str, str], path: Path, header: Header) -> MonoCut:
-    name, duration = row["id"], header.duration
-    source = AudioSource(type="file", channels=[0], source=str(path))
-    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
-    gender = row.get("gender") or ""
-    said = SupervisionSegment(
-        name,
-        name,
-        0.0,
-        duration,
-        speaker=row["speaker"],
-        gender=GENDERS.get(gender[:1].lower()),
-    )
-    return MonoCut(name, 0.0, duration, 0, supervisions=[said], recording=recording)
+    gender = GENDERS.get((row.get("gender") or "")[:1].lower())
+    return cut_of(path, header, row["id"], speaker=row["speaker"], gender=gender)
 
 
 # ------------------------------------------------------------------------------------------- noise

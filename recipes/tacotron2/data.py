@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.audio import Header, check_recordings
+from recipes.common.audio import check_recordings
+from recipes.common.cuts import SOUNDS, cut_of
 from recipes.common.loading import keep, load, transcript
 from recipes.common.mel import LogMel
 from recipes.common.paths import inside
@@ -28,15 +29,13 @@ from recipes.tacotron2.text import Front, check_texts, plain, spell_out
 from trainer.seed import derive
 
 try:
-    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
-    from lhotse.audio import AudioSource
+    from lhotse import CutSet, MonoCut
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 logger = logging.getLogger(__name__)
 
 Corpus = Mapping[str, CutSet]
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LAYOUT = "a metadata.csv of lines id|text or id|text|… and a folder wavs with a sound file for each"
 MARGIN = 0.05  # seconds of quiet that trimming leaves
 
@@ -96,7 +95,10 @@ def readings(
     files = {_file(folder, name): name for name in texts}
     headers = check_recordings(files, channels=None, on_bad=on_bad, max_bad=max_bad)
     cuts = keep(
-        (_cut(path, header, files[path], texts[files[path]]) for path, header in headers.items()),
+        (
+            cut_of(path, header, files[path], text=texts[files[path]])
+            for path, header in headers.items()
+        ),
         *lengths,
     )
     if spell:
@@ -130,16 +132,8 @@ def _texts(folder: Path, column: int) -> Iterator[tuple[str, str]]:
 
 def _file(folder: Path, name: str) -> Path:
     """The recording of an id; where there is none, the `.wav` that should be there."""
-    paths = [inside(folder / "wavs", name + suffix) for suffix in AUDIO]
+    paths = [inside(folder / "wavs", name + suffix) for suffix in SOUNDS]
     return next((path for path in paths if path.is_file()), paths[0])
-
-
-def _cut(path: Path, header: Header, name: str, text: str) -> MonoCut:
-    duration = header.duration
-    source = AudioSource(type="file", channels=list(range(header.channels)), source=str(path))
-    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
-    said = SupervisionSegment(name, name, 0.0, duration, text=text)
-    return MonoCut(name, 0.0, duration, 0, supervisions=[said], recording=recording)
 
 
 def _spelled(cut: MonoCut) -> MonoCut:

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.common.audio import Header
+from recipes.common.cuts import SOUNDS, cut_of
 from recipes.common.pairs import Corpus, Source
 
 try:
-    from lhotse import MonoCut, Recording, SupervisionSegment
-    from lhotse.audio import AudioSource
+    from lhotse import MonoCut
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 SPLITS = ("train", "valid", "test")
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 def sounds(folder: Path) -> list[Path]:
@@ -24,13 +23,9 @@ def sounds(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SOUNDS)
 
 
-def cut_of(path: Path, header: Header, name: str) -> MonoCut:
-    """The first channel of a file."""
-    duration = header.duration
-    source = AudioSource(type="file", channels=list(range(header.channels)), source=str(path))
-    recording = Recording(name, [source], header.sample_rate, header.samples, duration)
-    speaker = SupervisionSegment(name, name, 0.0, duration, speaker=re.split("[-_]", name)[0])
-    return MonoCut(name, 0.0, duration, 0, supervisions=[speaker], recording=recording)
+def named_cut(path: Path, header: Header, name: str) -> MonoCut:
+    """A file whose name begins with its speaker's."""
+    return cut_of(path, header, name, speaker=re.split("[-_]", name)[0])
 
 
 def existing(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.common.audio import Header, good_ones, read_header
-from recipes.common.noisy_speech.clips import cut_of, existing, filled, sounds
+from recipes.common.noisy_speech.clips import existing, filled, named_cut, sounds
 from recipes.common.pairs import Corpus, Recorded
 from trainer.data import BadItem
 
@@ -72,7 +72,7 @@ def _paired(clean: Path, noisy: Path, on_bad: str, max_bad: float) -> list[Recor
         cuts = [side[name] for side in sides]
         headers = [read_header(path) for path in cuts]
         _check_alike(cuts, headers)
-        first, second = (cut_of(*each, name) for each in zip(cuts, headers, strict=True))
+        first, second = (named_cut(*each, name) for each in zip(cuts, headers, strict=True))
         return first, second
 
     return [Recorded(*pair) for pair in good_ones(names, probe, on_bad, max_bad).values()]

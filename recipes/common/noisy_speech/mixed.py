@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import check_recordings
+from recipes.common.cuts import SOUNDS
 from recipes.common.loading import load
 from recipes.common.noisy_speech.clips import (
-    SOUNDS,
     SPLITS,
-    cut_of,
     existing,
     filled,
+    named_cut,
     snr_range,
     sounds,
 )
@@ -77,7 +77,7 @@ def speech_and_noise(
     for split, paths in chosen.items():
         paths = _evenly(paths, (most or {}).get(split, len(paths)))
         good = check_recordings(paths, None, on_bad=on_bad, max_bad=max_bad)
-        cuts = [cut_of(path, header, path.stem) for path, header in good.items()]
+        cuts = [named_cut(path, header, path.stem) for path, header in good.items()]
         if split == "train":
             cuts = [piece for cut in cuts for piece in _pieces(cut, longest)]
         corpus[split] = [Mixed(cut, noises[split], (low, high)) for cut in cuts]
@@ -169,7 +169,7 @@ def _split_noises(
     takes: dict[str, list[MonoCut]] = {}  # by recording
     for path, header in good.items():
         name = path.relative_to(folder).with_suffix("").as_posix()
-        takes.setdefault(recording_of(name), []).append(cut_of(path, header, name))
+        takes.setdefault(recording_of(name), []).append(named_cut(path, header, name))
     if len(takes) < len(SPLITS):
         raise ValueError(
             f"noise_folder {folder} has {len(takes)} recordings ({', '.join(sorted(takes))}), too "
