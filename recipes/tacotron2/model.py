@@ -54,16 +54,25 @@ class Tacotron(nn.Module):
         forget: the share of steps, in training, that do not see the true frames before them but
             mean ones. The decoder must then read the text, where it could guess a frame from the
             one before (Liu et al. 2019, arXiv 1909.01145, section 2.2).
+        rest: outside of training the dropout of the pre-net rests, which in torchaudio, as in the
+            paper, it never does.
     """
 
     def __init__(
-        self, net: Tacotron2, mean: float = 0.0, deviation: float = 1.0, forget: float = 0.0
+        self,
+        net: Tacotron2,
+        mean: float = 0.0,
+        deviation: float = 1.0,
+        forget: float = 0.0,
+        rest: bool = False,
     ) -> None:
         super().__init__()
         if not 0.0 <= forget < 1.0:
             raise ValueError(f"forget is {forget}; allowed: a share of steps, from 0 to below 1")
         self.net, self.mean, self.deviation, self.forget = net, mean, deviation, forget
+        self.rest = rest
         self.bands, self.reduction = net.n_mels, net.n_frames_per_step
+        net.decoder.prenet.register_forward_hook(self._rested)
         # The post-net begins by adding nothing, not noise (Goyal et al. 2017, arXiv 1706.02677,
         # section 5.1, of residual blocks): that takes it hundreds of steps to unlearn.
         nn.init.zeros_(net.postnet.convolutions[-1][1].weight)
@@ -71,6 +80,15 @@ class Tacotron(nn.Module):
             layer[0].register_forward_pre_hook(self._silence_text)
         for layer in net.postnet.convolutions:
             layer[0].register_forward_pre_hook(self._silence_frames)
+
+    def _rested(self, prenet: nn.Module, inputs: tuple[Tensor], drawn: Tensor) -> Tensor:
+        """What the pre-net gives where its dropout rests; else what it gave."""
+        if self.training or not self.rest:
+            return drawn
+        seen = inputs[0]
+        for layer in prenet.layers:
+            seen = layer(seen).relu()
+        return seen
 
     def _silence_text(self, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         return inputs[0].masked_fill(self._beyond_text, 0.0)  # (B, C, L)

@@ -46,7 +46,7 @@ class Synthesiser(Brain):
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Tensor:
         """The loss by teacher forcing; and how the texts of the batch are read freely."""
-        # The dropout of the pre-net never rests: a text is read alike whenever it is tested.
+        # Where the dropout of the pre-net does not rest, a text is still read alike each time.
         torch.manual_seed(derive(self.options.seed, "reading", *batch.id))
         with self.autocast():
             predictions = self.compute_forward(batch, stage)

@@ -103,6 +103,36 @@ def test_forgotten_frames_are_not_seen_in_training_alone() -> None:
         Tacotron(model.net, forget=1.0)
 
 
+def test_where_dropout_rests_a_text_is_said_alike_whatever_is_drawn() -> None:
+    torch.manual_seed(0)
+    model = tacotron(2).eval()
+    model.net.decoder.gate_layer.bias.data.fill_(-20.0)
+    tokens, counts, mels, ends = batch_of([7, 5], [40, 40])
+
+    def alike() -> tuple[bool, bool]:
+        """In synthesis, and by teacher forcing."""
+        said = [model.synthesise(tokens, counts, 20).mel for _ in range(2)]
+        forced = [model(tokens, counts, mels, ends).mel for _ in range(2)]
+        return torch.equal(*said), torch.equal(*forced)
+
+    assert alike() == (False, False)
+    model.rest = True
+    assert alike() == (True, True)
+    model.train()
+    found = [model(tokens, counts, mels, ends).mel for _ in range(2)]
+    assert not torch.equal(*found)
+
+
+@pytest.mark.usefixtures("undropped")
+def test_what_rests_is_the_dropout_alone() -> None:
+    torch.manual_seed(0)
+    model = tacotron(2).eval()
+    tokens, counts, mels, ends = batch_of([7, 5], [40, 40])
+    before = model(tokens, counts, mels, ends).mel
+    model.rest = True
+    assert torch.equal(model(tokens, counts, mels, ends).mel, before)
+
+
 def test_the_gate_ends_synthesis_or_the_limit_does() -> None:
     torch.manual_seed(0)
     model = tacotron(3).eval()
