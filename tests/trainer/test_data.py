@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -384,6 +385,17 @@ def test_a_training_batch_of_bad_items_gets_the_next_good_item(workers: int) -> 
     assert sorted(ids(make_loader(Items(bad=bad), train=False, **options))) == sorted(
         [each] for each in plain if int(each) not in bad
     )
+
+
+def test_an_epoch_may_be_left_though_a_worker_died_with_a_lock_in_its_hands() -> None:
+    iterator: Any = iter(make_loader(Items(), train=True, seed=3, num_workers=2))
+    next(iterator)
+    watched = iterator.gi_frame.f_locals["watched"]
+    watched._iterator._workers_done_event._cond.acquire()  # As a killed one may have.
+    leaving = threading.Thread(target=iterator.close, daemon=True)
+    leaving.start()
+    leaving.join(timeout=30)
+    assert not leaving.is_alive()
 
 
 def test_ranks_keep_equally_many_batches_around_bad_items() -> None:

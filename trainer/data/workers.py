@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -81,6 +82,10 @@ class Watched:
         """End the workers at once: torch would wait for what they are loading."""
         for worker in self._workers:
             worker.terminate()
+        if self._workers:
+            # One may have ended with the lock of torch's own event in its hands, and torch, which
+            # sets that before it lets the iterator go, would wait for ever. Nobody heeds it now.
+            self._iterator._workers_done_event = threading.Event()
         self._iterator = None  # A traceback may keep this object, and must not keep the workers.
 
 
