@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,13 @@ from trainer.page import Page
 from trainer.report import StageReport, StepReport, Tally
 
 logger = logging.getLogger("trainer")
+
+
+def _pace() -> dict[str, float]:
+    """How often a bar is drawn: a file keeps every one, and is given two a minute."""
+    if sys.stderr.isatty():
+        return {}
+    return {"mininterval": 30.0, "maxinterval": 60.0}
 
 
 class Journal:
@@ -77,7 +85,13 @@ class Journal:
         where = name if epoch is None else f"epoch {epoch} {name}"
         hidden = not (self.shown and distributed.is_main())
         with tqdm(
-            total=total, initial=done, desc=where, disable=hidden, leave=False, dynamic_ncols=True
+            total=total,
+            initial=done,
+            desc=where,
+            disable=hidden,
+            leave=False,
+            dynamic_ncols=True,
+            **_pace(),
         ) as self._bar:
             yield
 

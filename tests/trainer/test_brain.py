@@ -4,6 +4,9 @@ import copy
 import logging
 import math
 import random
+import sys
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -646,3 +649,19 @@ def test_an_epoch_counter_counts_on() -> None:
     assert brain.epoch == counter.current == 3
     brain.fit(counter, batches(1))
     assert brain.optimizer_step == 3
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_drawn_often_on_a_terminal_and_seldom_in_a_file(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+
+    def slowly() -> Iterator[Any]:
+        for batch in batches(8):
+            time.sleep(0.15)
+            yield batch
+
+    make(progressbar=True).fit([1], slowly())
+    drawn = capsys.readouterr().err.count("epoch 1 train:")
+    assert drawn >= 8 if terminal else 1 <= drawn <= 2

@@ -1,6 +1,7 @@
 """The log is strict JSON by whole lines, whatever kills the run; resuming leaves no doubles."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,8 +237,13 @@ def test_without_a_folder_and_off_the_main_rank_nothing_happens(
     assert not folder.exists()
 
 
-def test_tensorboard_gets_every_number_and_a_resumed_run_purges(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_number_and_a_resumed_run_purges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    # Its files are read in the order of their names, which tell the second they were opened in.
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
     log = RunLog(tmp_path, tensorboard=True)
     for step in (1, 2, 3):
         log.step(
