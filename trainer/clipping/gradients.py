@@ -135,19 +135,12 @@ class Gradients:
 
         ``factors`` are what each tensor has been multiplied by; `norm_after` follows.
         """
-        tensors = self.tensors if where is None else [self.tensors[i] for i in where]
-        self._multiply(coefficient, tensors)
-        factors = self.factors or [1.0] * len(self.tensors)
-        if where is None:
-            self.factors = [factor * coefficient for factor in factors]
-        else:
-            for i in where:
-                factors[i] *= coefficient
-            self.factors = factors
-        if where is None and self.norm_after is not None:
-            self.norm_after *= coefficient
-        else:
-            self.norm_after = joint(self.norms_after())
+        where = range(len(self.tensors)) if where is None else where
+        self._multiply(coefficient, [self.tensors[i] for i in where])
+        self.factors = self.factors or [1.0] * len(self.tensors)
+        for i in where:
+            self.factors[i] *= coefficient
+        self.norm_after = joint(self.norms_after())
 
     def scale_each(self, coefficients: Sequence[float]) -> None:
         """Multiply each gradient in place by its own coefficient."""
