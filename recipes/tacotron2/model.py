@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchaudio.models import Tacotron2
 
 from recipes.tacotron2.forcing import can_force, forced
+from recipes.tacotron2.recurrence import encoded
 
 GRID = 4  # decoder steps; spectrograms are padded to multiples of it
 
@@ -56,6 +57,9 @@ class Tacotron(nn.Module):
             one before (Liu et al. 2019, arXiv 1909.01145, section 2.2).
         rest: outside of training the dropout of the pre-net rests, which in torchaudio, as in the
             paper, it never does.
+        drop: the dropout of the encoder's convolutions and of the post-net is at work in training.
+            That of the post-net's output, by half, lets it add no more than half of what is
+            missing: with x * 2 or 0 in place of x, the squared error to t is least at x = t / 2.
     """
 
     def __init__(
@@ -65,13 +69,15 @@ class Tacotron(nn.Module):
         deviation: float = 1.0,
         forget: float = 0.0,
         rest: bool = False,
+        drop: bool = True,
     ) -> None:
         super().__init__()
         if not 0.0 <= forget < 1.0:
             raise ValueError(f"forget is {forget}; allowed: a share of steps, from 0 to below 1")
         self.net, self.mean, self.deviation, self.forget = net, mean, deviation, forget
-        self.rest = rest
+        self.rest, self.drop = rest, drop
         self.bands, self.reduction = net.n_mels, net.n_frames_per_step
+        self.train()
         net.decoder.prenet.register_forward_hook(self._rested)
         # The post-net begins by adding nothing, not noise (Goyal et al. 2017, arXiv 1706.02677,
         # section 5.1, of residual blocks): that takes it hundreds of steps to unlearn.
@@ -80,6 +86,14 @@ class Tacotron(nn.Module):
             layer[0].register_forward_pre_hook(self._silence_text)
         for layer in net.postnet.convolutions:
             layer[0].register_forward_pre_hook(self._silence_frames)
+
+    def train(self, mode: bool = True) -> Tacotron:
+        """Begin or end training."""
+        super().train(mode)
+        if not self.drop:
+            # They ask this of themselves for their dropout; their batch norms ask it of themselves.
+            self.net.encoder.training = self.net.postnet.training = False
+        return self
 
     def _rested(self, prenet: nn.Module, inputs: tuple[Tensor], drawn: Tensor) -> Tensor:
         """What the pre-net gives where its dropout rests; else what it gave."""
@@ -154,7 +168,8 @@ class Tacotron(nn.Module):
     def _encode(self, tokens: Tensor, symbols: Tensor) -> Tensor:
         """(B, L), the longest first, to the memory (B, L, C) that the attention reads."""
         self._beyond_text = padding_mask(symbols, tokens.shape[1]).unsqueeze(1)
-        return self.net.encoder(self.net.embedding(tokens).transpose(1, 2), symbols)
+        encode = encoded if tokens.device.type == "cpu" else type(self.net.encoder).forward
+        return encode(self.net.encoder, self.net.embedding(tokens).transpose(1, 2), symbols)
 
     def _refine(self, coarse: Tensor, frames: Tensor) -> Tensor:
         """(B, M, T * r) with what the post-net adds."""

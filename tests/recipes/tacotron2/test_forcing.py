@@ -43,6 +43,24 @@ def test_outputs_and_gradients_are_torchaudios(
 
 
 @pytest.mark.usefixtures("undropped")
+def test_bf16_changes_outputs_and_gradients_by_its_rounding_alone() -> None:
+    torch.manual_seed(0)
+    decoder = tacotron(2).net.decoder
+    memory, teacher = torch.randn(3, 9, 8), torch.randn(3, 16, 6).transpose(1, 2)
+    found = []
+    for mixed in (False, True):
+        decoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            assert can_force(decoder)
+            outputs = forced(decoder, memory, teacher, torch.tensor([9, 7, 4]))
+            sum(each.float().square().mean() for each in outputs).backward()
+        found.append([*outputs, *(each.grad for each in decoder.parameters())])
+    assert found[1][2].dtype is torch.float32  # of attention, softmax is in full
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 0.03 * one.norm()  # bf16 rounds to 1 of 256
+
+
+@pytest.mark.usefixtures("undropped")
 def test_an_output_that_nothing_is_learned_from_costs_nothing() -> None:
     torch.manual_seed(0)
     decoder = tacotron(2).eval().net.decoder
@@ -66,5 +84,5 @@ def test_what_has_dropout_in_its_recurrence_goes_torchaudios_way() -> None:
     assert not can_force(decoder)
     decoder.attention_dropout = 0.0
     assert can_force(decoder)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):  # whose range gradients leave
         assert not can_force(decoder)

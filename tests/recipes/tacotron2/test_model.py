@@ -184,3 +184,24 @@ def test_few_shapes_reach_the_decoder() -> None:
     model: Tacotron = tacotron(2)
     shapes = {model(*batch_of([4], [frames])).mel.shape[1] for frames in range(1, 40)}
     assert shapes == {8, 16, 24, 32, 40}
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_without_dropout_the_convolutions_still_learn_from_their_batch(drop: bool) -> None:
+    torch.manual_seed(0)
+    model = tacotron(2)
+    model.drop = drop
+    model.eval().train()
+    assert model.net.decoder.prenet.training
+    tokens, counts, mels, ends = batch_of([7, 5], [10, 8])
+    norms = (model.net.encoder.convolutions[0][1], model.net.postnet.convolutions[0][1])
+    model.net.postnet.convolutions[-1][1].weight.data.fill_(1.0)  # at first it adds nothing
+    before = [norm.running_mean.clone() for norm in norms]
+    read = [model._encode(tokens, counts) for _ in range(2)]
+    refined = [model._refine(mels.transpose(1, 2), ends) for _ in range(2)]
+    for norm, mean in zip(norms, before, strict=True):
+        assert not norm.running_mean.equal(mean)
+    assert read[0].equal(read[1]) is not drop
+    assert refined[0].equal(refined[1]) is not drop
+    model.eval()
+    assert not any(each.training for each in model.modules())
