@@ -1,4 +1,4 @@
-"""The two players of MetricGAN+: a generator of masks, and a discriminator that predicts scores.
+"""The generator of MetricGAN+, which masks a spectrogram, and the spectrogram.
 
 Fu et al. 2021, "MetricGAN+: An Improved Version of MetricGAN for Speech Enhancement" (arXiv
 2104.03538), after Fu et al. 2019 (arXiv 1905.04874). Letters: B utterances, S samples, T frames, F
@@ -7,14 +7,17 @@ frequencies.
 
 from __future__ import annotations
 
-import math
+import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torchaudio.functional import melscale_fbanks
+
+from recipes.metricgan.discriminator import REACH
 
 HIGHEST = 1.2  # of a mask; above 1 since a frame of speech may be louder than its mixture
 STEEPEST = 3.5  # slope of a learnable sigmoid
@@ -28,9 +31,12 @@ class Spectrum(nn.Module):
         window_ms, hop_ms: in milliseconds; the FFT is as long as the window.
         gain: of the magnitudes that the players see. Speech as it is mostly recorded is so low that
             log(1 + x) is hardly a logarithm, and a larger gain shows more of what is quiet.
+        bands: of the mel scale, in whose mean powers the players see a spectrogram; None: every
+            frequency by itself.
     """
 
     window: Tensor
+    filters: Tensor | None
 
     def __init__(
         self,
@@ -38,6 +44,7 @@ class Spectrum(nn.Module):
         window_ms: float = 32.0,
         hop_ms: float = 16.0,
         gain: float = 1.0,
+        bands: int | None = None,
     ) -> None:
         super().__init__()
         self.gain = gain
@@ -48,6 +55,8 @@ class Spectrum(nn.Module):
                 f"{self.size}, so that spectrograms can be inverted"
             )
         self.register_buffer("window", torch.hamming_window(self.size), persistent=False)
+        filters = None if bands is None else _filters(sample_rate, self.bins, bands)
+        self.register_buffer("filters", filters, persistent=False)
 
     @property
     def bins(self) -> int:
@@ -78,10 +87,28 @@ class Spectrum(nn.Module):
         )
 
     def features(self, spectrum: Tensor) -> Tensor:
-        """What both players see of a spectrogram (B, T, F): log(1 + gain · |X|)."""
+        """What a player sees of a spectrogram (B, T, F): log(1 + gain · |X|) of each frequency or
+        band, (B, T, bands).
+        """
         # The gradient of a magnitude at 0 is not defined; a little power makes it 0 there.
         power = spectrum.real.square() + spectrum.imag.square()
+        if self.filters is not None:
+            with torch.autocast(power.device.type, enabled=False):
+                power = power @ self.filters
         return ((power + 1e-10).sqrt() * self.gain).log1p()
+
+
+def _filters(sample_rate: int, bins: int, bands: int) -> Tensor:
+    """Powers at each frequency to their mean in each band, (F, bands)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of empty bands, which are refused below
+        found = melscale_fbanks(bins, 0.0, sample_rate / 2, bands, sample_rate)
+    if bands < REACH or not found.any(0).all():
+        raise ValueError(
+            f"{bands} bands of {bins} frequencies; allowed: {REACH} bands at least, "
+            "and so few that there is a frequency in each"
+        )
+    return found / found.sum(0)
 
 
 class LearnableSigmoid(nn.Module):
@@ -152,6 +179,14 @@ class Generator(nn.Module):
         # In full precision from here on: a step of bf16 is audible in a mask near its floor.
         return self.sigmoid(self.linear(hidden).float()).clamp(min=self.floor)
 
+    def weights_of(self, parts: Sequence[str]) -> list[nn.Parameter]:
+        """The weights of some of ``blstm``, ``linear`` and ``sigmoid``."""
+        own = dict(self.named_children())
+        for name in parts:
+            if name not in own:
+                raise ValueError(f"the generator has no layers {name!r}; allowed: {', '.join(own)}")
+        return [weight for name in parts for weight in own[name].parameters()]
+
     def recur(self, features: Any) -> Any:
         """The LSTM: features (B, T, F), packed or not, to (B, T, 2 · units)."""
         kind = self.sigmoid.slope.device.type
@@ -159,93 +194,6 @@ class Generator(nn.Module):
         full = kind == "cpu" and torch.get_autocast_dtype(kind) is torch.float16
         with torch.autocast(kind, enabled=False) if full else nullcontext():
             return self.blstm(features)[0]
-
-
-class UtteranceNorm(nn.Module):
-    """Batch norm over one utterance: its own mean and variance a channel, then a scale and shift.
-
-    The published training has one utterance in a batch, so that this is what its batch norm does.
-    Statistics of each utterance alone make a score independent of what it is batched with, of
-    padding, and of how many processes there are.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """(B, C, T, F) to the same; ``valid`` (B, 1, T, 1) is 1 where there is no padding."""
-        count = valid.sum(dim=(2, 3), keepdim=True) * x.shape[3]
-        mean = (x * valid).sum(dim=(2, 3), keepdim=True) / count
-        centred = (x - mean) * valid
-        variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
-        scaled = centred * (variance + 1e-5).rsqrt()
-        return (scaled * self.weight[:, None, None] + self.bias[:, None, None]) * valid
-
-
-class Discriminator(nn.Module):
-    """Predicts the normalised score of an utterance from its spectrogram and that of the clean one.
-
-    Batch norm, four spectrally normalised convolutions of 5 x 5, a mean over frames and
-    frequencies, three linear layers. The spectral norms bound how fast the prediction may change,
-    and so how far the generator can fool it.
-
-    Args:
-        channels: of the convolutions.
-    """
-
-    KERNEL, CONVOLUTIONS = 5, 4
-
-    def __init__(self, channels: int = 15) -> None:
-        super().__init__()
-        self.norm = UtteranceNorm(2)
-        self.convolutions = nn.ModuleList(
-            spectral_norm(_xavier(nn.Conv2d(2 if first else channels, channels, self.KERNEL)))
-            for first in (True, *[False] * (self.CONVOLUTIONS - 1))
-        )
-        sizes = (channels, 50, 10, 1)
-        self.linear = nn.ModuleList(
-            _xavier(nn.Linear(a, b)) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
-
-    @property
-    def reach(self) -> int:
-        """How many frames one output of the convolutions sees."""
-        return self.CONVOLUTIONS * (self.KERNEL - 1) + 1
-
-    def forward(self, judged: Tensor, clean: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Two log magnitudes (B, T, F) to the predicted scores (B,), about 0 to 1.
-
-        ``frames`` (B,) says where padding begins; None: nowhere. What is shorter than the
-        convolutions reach (17 frames) goes on in silence.
-        """
-        x = torch.stack([judged, clean], 1)  # (B, 2, T, F)
-        if frames is None:
-            frames = torch.full((len(x),), x.shape[2], device=x.device)
-        x = nn.functional.pad(x, (0, 0, 0, max(0, self.reach - x.shape[2])))
-        frames = frames.clamp(min=self.reach)
-        x = self.norm(x, _until(frames, x.shape[2]))
-        for convolution in self.convolutions:
-            x = nn.functional.leaky_relu(convolution(x), 0.3)
-        # Frames that have seen padding do not count.
-        seen = _until(frames - (self.reach - 1), x.shape[2])
-        mean = (x.float() * seen).sum(dim=(2, 3)) / (seen.sum(dim=(2, 3)) * x.shape[3])
-        first, second, last = self.linear
-        hidden = nn.functional.leaky_relu(second(nn.functional.leaky_relu(first(mean), 0.3)), 0.3)
-        return last(hidden).squeeze(-1).float()
-
-
-def _until(frames: Tensor, length: int) -> Tensor:
-    """(B, 1, T, 1): 1.0 in the first so many frames of each utterance."""
-    valid = torch.arange(length, device=frames.device) < frames[:, None]
-    return valid[:, None, :, None].float()
-
-
-def _xavier(layer: Any) -> Any:
-    nn.init.xavier_uniform_(layer.weight, math.sqrt(2.0))
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def enhance(

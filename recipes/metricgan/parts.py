@@ -36,8 +36,8 @@ def part(before: Sequence[Row], after: Sequence[Row], measure: str) -> Part:
     return Part(fmean(changes), error, len(changes))
 
 
-def keep_best_of_each_phase(brain: Any) -> None:
-    """Have the best checkpoint of each phase of an `Enhancer` kept, beside what its YAML keeps."""
+def keep_outcomes(brain: Any) -> None:
+    """Have the outcome of each phase of an `Enhancer` kept, beside what its YAML keeps."""
     keeper = brain.checkpointer
     if keeper is not None:
         keeper.keep = keeper.keep.widened(1, (), brain.bests.values(), 1)
@@ -46,8 +46,8 @@ def keep_best_of_each_phase(brain: Any) -> None:
 def evaluate_phases(brain: Any, test: Any) -> dict[str, float]:
     """The measures of the test set by the best checkpoint of the last phase of an `Enhancer`.
 
-    Beside them, ``pesq_warm_up`` and so on: what the phases before had come to. Prints the measures
-    of each phase, and what it adds to the one before.
+    Beside them, ``pesq_warm_up`` and so on: what the phases before had come to, by the weights that
+    the next one began with. Prints the measures of each, and what it adds to the one before.
     """
     before: dict[str, float] = {}
     last: tuple[str, Sequence[Row]] | None = None

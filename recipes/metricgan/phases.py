@@ -102,6 +102,21 @@ class Phases:
             epoch -= phase.epochs
         return self.all[-1]
 
+    def outcome(self, epoch: int) -> str | None:
+        """The phase of the generator whose outcome there is after an epoch, if any.
+
+        Of the last such phase that is each of its epochs. Of those before, whose outcome is what
+        the next one begins with, it is the last epoch before that: a judge's, if one comes between.
+        """
+        begun = [e for e in range(1, epoch + 1) if self.of(e).enhances]
+        if not begun:
+            return None
+        name = self.of(begun[-1]).name
+        last = [phase.name for phase in self.all if phase.enhances][-1]
+        following = self.of(epoch + 1)
+        ends = following.enhances and following.name != name
+        return name if ends or name == self.of(epoch).name == last else None
+
 
 class Draw(NamedTuple):
     """One item of a batch."""

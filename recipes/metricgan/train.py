@@ -2,8 +2,8 @@
 
     python recipes/metricgan/train.py hparams/metricgan/demo.yaml
 
-Prints what each phase has come to, and ends with the measures of the test set by the best
-checkpoint of the last phase.
+Prints what each phase has come to and what it has added, and ends with the measures of the test set
+by the best checkpoint of the last phase.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from recipes.common.pairs import Pairs
 from recipes.common.scoreboard import NOISY, Scoreboard
 from recipes.metricgan.history import Record, padded, quantised, waveform
 from recipes.metricgan.model import enhance
-from recipes.metricgan.parts import evaluate_phases, keep_best_of_each_phase
+from recipes.metricgan.parts import evaluate_phases, keep_outcomes
 from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
 from recipes.metricgan.targets import Targets
-from recipes.metricgan.variations import exponents, version_of
+from recipes.metricgan.variations import exponents, losses, version_of
 from trainer import Brain, EpochCounter, Stage, distributed
 from trainer.seed import derive
 
@@ -34,11 +34,11 @@ class Enhancer(Brain):
     """The players of MetricGAN+, each batch of which says what it is for (`phases.PASSES`).
 
     Reads from the YAML ``opt_d`` and ``opt_g``, ``phases``, ``history``, ``spectrum`` (what the
-    generator sees) and ``hearing`` (what the discriminator sees), ``target``, ``valid_measures``
-    and ``extremes`` (how many of the best and worst clips are kept to hear),
-    ``adversarial_weight`` and ``spectral_weight`` (of the generator's two losses; 1 and 0 in the
-    paper), and ``variations`` (how many varied masks of each utterance the discriminator learns
-    from beside the generator's own; 0 in the paper).
+    generator sees) and ``hearing`` (what the discriminator sees), ``target``, ``valid_measures``,
+    ``extremes`` (best and worst clips that are kept to hear), ``adversarial_weight`` and
+    ``spectral_weight`` (of the generator's losses), ``variations`` (of masks, that the
+    discriminator learns from, too), ``within_weight`` (`variations.losses`), and ``opt_metric``:
+    what moves the ``metric_layers`` by the discriminator's word; null: ``opt_g``, all of them.
     """
 
     targets: Targets  # both set by `judged_by`, before anything is trained or evaluated
@@ -47,9 +47,8 @@ class Enhancer(Brain):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         own = self.hparams
-        self.phases = Phases(own.phases)
-        self.history, self.spectrum = own.history, own.spectrum.to(self.device)
-        self.hearing = own.hearing.to(self.device)
+        self.phases, self.history = Phases(own.phases), own.history
+        self.spectrum, self.hearing = own.spectrum.to(self.device), own.hearing.to(self.device)
 
     def judged_by(self, judges: Judges) -> None:
         """Have signals measured by these, in training as in evaluation."""
@@ -58,7 +57,9 @@ class Enhancer(Brain):
 
     @property
     def bests(self) -> dict[str, str]:
-        """By what a checkpoint is chosen for each phase of the generator: the target, therein."""
+        """By what a checkpoint is chosen for each phase of the generator: the target, of the last
+        one in each of its epochs, of others as they stand when the next one begins.
+        """
         names = [phase.name for phase in self.phases.all if phase.enhances]
         return {name: f"{self.hparams.target}_{name}" for name in names}
 
@@ -72,6 +73,9 @@ class Enhancer(Brain):
             "discriminator": self.hparams.opt_d(self.modules.discriminator.parameters()),
             "generator": self.hparams.opt_g(self.modules.generator.parameters()),
         }
+        if self.hparams.opt_metric is not None:
+            weights = self.modules.generator.weights_of(self.hparams.metric_layers)
+            self.optimizers_dict["metric"] = self.hparams.opt_metric(weights)
 
     def count_examples(self, batch: Any) -> float:
         return float(batch.weight.sum()) if "weight" in batch else float(len(batch))
@@ -80,12 +84,10 @@ class Enhancer(Brain):
 
     def fit_batch(self, batch: Any) -> dict[str, Tensor] | None:
         passes = {
-            "spectral": self.fit_spectral,
-            "enhance": self.ask_for_scores,
-            "current": self.fit_current,
-            "history": self.fit_history,
+            "spectral": self.fit_spectral, "enhance": self.ask_for_scores,
+            "current": self.fit_current, "history": self.fit_history,
             "generator": self.fit_generator,
-        }
+        }  # fmt: skip
         return passes[batch.what[0]](batch)
 
     def fit_spectral(self, batch: Any) -> dict[str, Tensor]:
@@ -115,14 +117,14 @@ class Enhancer(Brain):
         clean = self.features(batch.clean.data)
         sides = [(batch.clean.data, torch.ones_like(batch.weight)), *self.scored(batch)]
         measured = batch.weight * torch.stack([scores.isfinite() for _, scores in sides]).all(0)
-        losses = torch.zeros_like(measured)
         with self.autocast():
-            for judged, scores in sides:
-                predicted = self.modules.discriminator(
-                    self.features(judged), clean, self.frames(batch)
-                )
-                losses = losses + (predicted - scores.nan_to_num()).square() / len(sides)
-            loss = weighted_mean(losses, measured)
+            predicted = [
+                self.modules.discriminator(self.features(judged), clean, self.frames(batch))
+                for judged, _ in sides
+            ]
+            scores = torch.stack([scores.nan_to_num() for _, scores in sides])
+            found = losses(torch.stack(predicted) - scores, self.hparams.within_weight)
+            loss = weighted_mean(found, measured)
         self.step_discriminator(loss, batch, measured)
         # NaN where nothing was measured: a loss of 0 would enter the average.
         return {"current": loss.detach() if measured.any() else torch.tensor(torch.nan)}
@@ -151,15 +153,15 @@ class Enhancer(Brain):
             if self.hparams.spectral_weight:
                 spectral = weighted_mean(self.spectral_losses(batch), batch.weight)
                 loss = loss + self.hparams.spectral_weight * spectral
-        self.step_generator(loss, batch)
+        self.step_generator(loss, batch, "metric" if "metric" in self.updates else "generator")
         predicted_mean = weighted_mean(predicted.detach(), batch.weight)
         return {"generator": adversarial.detach(), "predicted": predicted_mean}
 
     def step_discriminator(self, loss: Tensor, batch: Any, weights: Tensor) -> None:
         self.optimize(loss, "discriminator", float(weights.sum()), last=bool(batch.closes[0]))
 
-    def step_generator(self, loss: Tensor, batch: Any) -> None:
-        self.optimize(loss, "generator", last=bool(batch.closes[0]))
+    def step_generator(self, loss: Tensor, batch: Any, name: str = "generator") -> None:
+        self.optimize(loss, name, last=bool(batch.closes[0]))
         self.modules.generator.sigmoid.limit()
 
     # ----------------------------------------------------------------------- signals and scores
@@ -250,8 +252,8 @@ class Enhancer(Brain):
             return None
         scores = self.board.finish()
         scores.update((n, self.board.means[n]) for n in COMPOSITES if n in self.board.means)
-        name = self.phases.of(epoch).name if epoch is not None else None
-        if stage is Stage.VALID and name in self.bests:
+        name = self.phases.outcome(epoch) if epoch is not None else None
+        if stage is Stage.VALID and name is not None:
             # Under a name of its own, too: checkpoints are chosen among those of a phase.
             scores[self.bests[name]] = scores[self.hparams.target]
         return scores
@@ -268,7 +270,7 @@ class Enhancer(Brain):
 
 
 def train(run: trainer.Run) -> dict[str, float]:
-    """Train phase after phase as the YAML says, and test the best checkpoint of each."""
+    """Train phase after phase as the YAML says, and test what each has come to."""
     hparams, options = run.hparams, run.options
     corpus, rate = hparams["corpus"](), hparams["sample_rate"]
     training = Drawn(Pairs(corpus["train"], rate, segment=hparams["segment"]), options.seed)
@@ -276,7 +278,7 @@ def train(run: trainer.Run) -> dict[str, float]:
     brain = Enhancer(
         hparams["modules"], hparams=hparams, run_opts=options, checkpointer=hparams["checkpointer"]
     )
-    keep_best_of_each_phase(brain)
+    keep_outcomes(brain)
     batches = Passes(
         brain.phases, len(training), brain.history, options.seed,
         distributed.rank(), distributed.world_size(),

@@ -29,6 +29,17 @@ def exponents(seeds: Sequence[int], bins: int) -> Tensor:
     return torch.cat(curves)
 
 
+def losses(errors: Tensor, within: float) -> Tensor:
+    """Of errors of predicted scores (versions, B), the clean one first, the loss of each utterance.
+
+    The mean square, and ``within`` times that of how far the versions of an utterance, the clean
+    one left out, are off beside each other. Scores of utterances differ five times as much as those
+    of what can be made of one of them, and it is these that the generator asks about.
+    """
+    heard = errors[1:]
+    return errors.square().mean(0) + within * (heard - heard.mean(0)).square().mean(0)
+
+
 def version_of(name: str, version: int) -> str:
     """The name under which a version of an utterance is scored; 0 is the generator's own.
 

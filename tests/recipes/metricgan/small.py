@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from recipes.metricgan.discriminator import Discriminator
 from recipes.metricgan.history import History
-from recipes.metricgan.model import Discriminator, Generator, Spectrum
+from recipes.metricgan.model import Generator, Spectrum
 from recipes.metricgan.phases import Drawn, Passes, Phase
 from recipes.metricgan.train import Enhancer
 from trainer import Checkpointer, EpochCounter, distributed
@@ -88,6 +89,7 @@ def make(
         "hearing": Spectrum(16000, 4.0, 2.0, gain=30.0),
         "target": "pesq", "valid_measures": ["pesq"], "extremes": 0,
         "adversarial_weight": 1.0, "spectral_weight": 0.0, "variations": 0,
+        "within_weight": 0.0, "opt_metric": None, "metric_layers": [],
         "opt_d": partial(torch.optim.Adam, lr=0.01), "opt_g": partial(torch.optim.Adam, lr=0.01),
         "output_folder": str(folder or ""), **(hparams or {}),
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -204,6 +205,33 @@ def test_the_discriminator_learns_of_varied_masks_too() -> None:
         assert not torch.equal(first.wave, second.wave)
         assert len({own.score, first.score, second.score}) == 3
     assert all(torch.equal(a.wave, b.wave) for a, b in zip(*kept, strict=True))
+
+
+def test_what_the_discriminator_teaches_may_move_some_layers_alone() -> None:
+    """By an optimizer that begins with the first of these steps."""
+    optimizer = {"opt_metric": partial(torch.optim.Adam, lr=0.01), "metric_layers": ["sigmoid"]}
+    brain: Any = make(brain=Watched, hparams=optimizer)
+    layers, before, moved = brain.modules.generator, {}, []
+    fit_batch = brain.fit_batch
+
+    def watch(batch: Any) -> Any:
+        before.update((name, state(part)) for name, part in layers.named_children())
+        found = fit_batch(batch)
+        parts = [n for n, part in layers.named_children() if not equal(before[n], state(part))]
+        moved.append((batch.what[0], parts))
+        return found
+
+    brain.fit_batch = watch
+    fit(brain)
+    everything = ["blstm", "linear", "sigmoid"]
+    assert [parts for what, parts in moved if what == "spectral"] == [everything] * 3
+    assert [parts for what, parts in moved if what == "generator"] == [["sigmoid"]] * 9
+    assert not any(parts for what, parts in moved if what not in ("spectral", "generator"))
+    steps = {
+        name: {int(each["step"]) for each in update.optimizer.state.values()}
+        for name, update in brain.updates.items()
+    }
+    assert (steps["generator"], steps["metric"]) == ({3}, {9})
 
 
 def test_nobody_waits_for_scores_while_enhancing() -> None:

@@ -199,3 +199,19 @@ def test_batches_are_loaded_as_planned_and_bad_pairs_weigh_nothing(
 
 def test_the_published_passes() -> None:
     assert METRIC == ("enhance", "current", "history", "current", "generator")
+
+
+def test_a_phase_is_told_by_what_the_next_one_begins_with() -> None:
+    """So that what a phase adds is its own, and none of what an average or a judge does before."""
+    phases = Phases(
+        [
+            Phase("warm_up", 2, passes=["spectral"]),
+            Phase("judge", 2, passes=["enhance", "current"]),
+            Phase("metric", 2),
+            Phase("rest", 1, passes=["enhance"]),
+        ]
+    )
+    found = [phases.outcome(epoch) for epoch in range(1, 8)]
+    assert found == [None, None, None, "warm_up", "metric", "metric", None]
+    found = [Phases(phases.all[1:]).outcome(epoch) for epoch in range(1, 6)]
+    assert found == [None, None, "metric", "metric", None]

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ PHASES = (
     Phase("warm_up", 1, items=3, batch_size=2, passes=["spectral"]),
     Phase("metric", 2, items=3, batch_size=2),
 )
+VARIED = {
+    "variations": 1, "within_weight": 20.0, "metric_layers": ["linear"],
+    "opt_metric": partial(torch.optim.Adam, lr=0.01),
+}  # fmt: skip
 PAIRS, VALID = Tones(8, 800), Tones(2, 800, fixed=True)  # few shapes, which a CPU prepares for
 
 
@@ -55,7 +60,7 @@ def whole(brain: Enhancer) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "stops"),
     [
-        ({"grad_accumulation_factor": 2, "hparams": {"variations": 1}}, (1, 3, 6, 9, 15, 18)),
+        ({"grad_accumulation_factor": 2, "hparams": VARIED}, (1, 3, 6, 9, 15, 18)),
         ({"precision": "fp16", "grad_accumulation_factor": 2}, (6, 15)),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 
 from recipes.common.run_folder import load_brain
 from recipes.metricgan import infer
+from recipes.metricgan.discriminator import UtteranceNorm
 from recipes.metricgan.train import Enhancer, train
 from tests.recipes.common.speakers import RATE, noise, voice
 from trainer import cli
@@ -157,6 +158,11 @@ def test_the_published_setting() -> None:
     assert hparams["history"].share == 0.2
     assert hparams["spectrum"].size == hparams["hearing"].size == 512
     assert hparams["spectrum"].gain == hparams["hearing"].gain == 1.0
+    assert hparams["hearing"].filters is None
+    assert isinstance(hparams["discriminator"].norm, UtteranceNorm)
+    assert hparams["opt_metric"] is None
+    plain = ("spectral_weight", "variations", "within_weight")
+    assert [hparams[name] for name in plain] == [0, 0, 0]
     for name in ("opt_d", "opt_g"):
         assert hparams[name]([torch.zeros(1)]).defaults["lr"] == 5e-4
 

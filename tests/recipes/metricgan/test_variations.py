@@ -1,9 +1,10 @@
 """Varied masks: smooth over frequency, from their seed, of more and of less than the mask."""
 
+import pytest
 import torch
 
 from recipes.metricgan.model import Generator, Spectrum, enhance
-from recipes.metricgan.variations import LEAST, MOST, exponents, version_of
+from recipes.metricgan.variations import LEAST, MOST, exponents, losses, version_of
 
 
 def test_each_seed_has_a_smooth_curve_of_its_own() -> None:
@@ -28,6 +29,16 @@ def test_a_larger_exponent_takes_more_away() -> None:
         )
         assert torch.equal(own, enhance(spectrum, generator, wav, lengths).norm())
     assert half > 1.1 * own > 1.2 * double
+
+
+def test_what_all_versions_share_is_no_error_between_them() -> None:
+    shared = torch.tensor([[0.0, 0.0], [0.3, 0.1], [0.3, 0.1], [0.3, 0.1]])
+    mean = torch.tensor([3 * 0.09 / 4, 3 * 0.01 / 4])
+    for within in (0.0, 20.0):
+        torch.testing.assert_close(losses(shared, within), mean)
+    apart = torch.tensor([[0.5], [0.2], [-0.2]])  # 0.5 is that of the clean signal
+    found = (losses(apart, 20.0) - losses(apart, 0.0)).item()
+    assert found == pytest.approx(20 * 0.04)
 
 
 def test_versions_are_named() -> None:
