@@ -18,6 +18,7 @@ from pathlib import Path
 import jiwer
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchaudio.functional import resample
 
 from recipes.common.run_folder import load_brain
@@ -60,18 +61,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--count", type=int, default=32, help="sentences of the test set")
+    parser.add_argument(
+        "--silence",
+        type=float,
+        default=0.0,
+        help="seconds before and after all that is heard: Whisper expects some, the demo has none",
+    )
     parser.add_argument("--vocoder", type=Path, help="run folder of a HiFi-GAN")
     given = parser.parse_args()
     brain = load_brain(Synthesiser, given.run, "cpu")
     own = brain.hparams
     test = datasets(own.corpus(), own.front, own.mel, own.longest_text, own.quiet)["test"]
     sound, listen = make_sound(own.mel, given.vocoder), Listener()
-    rows = []
+    silent, rows = round(given.silence * own.mel.sample_rate), []
     with best_weights(brain, None, "mel_l1"):
         for index in range(min(given.count, len(test))):
             item = test[index]
             free = brain.say(item["tokens"]).mel[0].T
             waves = [sound(free), sound(item["mel"].T), test.signal(index)]
+            waves = [pad(wave, (silent, silent)) for wave in waves]
             rows.append([words(item["text"]), *(listen(w, own.mel.sample_rate) for w in waves)])
     said, *heard = map(list, zip(*rows, strict=True))
     table = given.run / "words.csv"
