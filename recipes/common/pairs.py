@@ -176,6 +176,8 @@ class Pairs(Dataset[dict[str, Any]]):
         return len(self.sources) * self.times
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):  # which is what ends an iteration
+            raise IndexError(f"there is no pair {index}; allowed: 0 to {len(self) - 1}")
         source, id = self.sources[index % len(self.sources)], self._id(index)
         # The loader has seeded the global generators by (seed, epoch, item).
         seed = derive(0, "pair", id) if self.fixed else random.getrandbits(63)

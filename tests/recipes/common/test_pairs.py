@@ -86,6 +86,9 @@ def test_a_clip_may_be_in_an_epoch_several_times(mixed: list[Mixed]) -> None:
     assert list(found) == ["0", "0#1", "0#2", "1", "1#1", "1#2"]
     assert not torch.equal(found["0"], found["0#1"])
     assert dataset.name_of(5) == "5 (1#2)"
+    assert [item["id"] for item in dataset] == ["0", "1", "0#1", "1#1", "0#2", "1#2"]
+    with pytest.raises(IndexError, match="there is no pair 6; allowed: 0 to 5"):
+        dataset[6]
 
 
 def test_other_rates_are_resampled(tmp_path: Path) -> None:
