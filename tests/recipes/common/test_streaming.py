@@ -140,8 +140,9 @@ def test_memory_does_not_grow_with_the_file(
         assert len(waiting) > 2 * seconds
         assert soundfile.info(tmp_path / "out" / file.name).frames == seconds * 8000
     assert max(largest.values()) < 100_000  # of a file of 10 MB at this rate
-    # NumPy's blocks, which soundfile reads, are traced; 40 s of them would be 2.5 MB.
-    assert peaks[40] < 1.2 * peaks[2] < 1_000_000
+    # NumPy's blocks, which soundfile reads, are traced, and what else the process allocates
+    # meanwhile, some 20 kB; 40 s of them would be 2.5 MB.
+    assert max(peaks.values()) < 250_000
 
 
 def test_a_cut_file_leaves_nothing_behind(tmp_path: Path) -> None:
