@@ -137,8 +137,8 @@ class Enhancer(Brain):
         with self.autocast():
             judged = self.features(padded(records, batch.clean.data))
             predicted = self.modules.discriminator(judged, clean, self.frames(batch))
-            losses = (predicted - scores.to(predicted)).square()
-            loss = weighted_mean(losses, batch.weight)
+            errors = predicted - scores.to(predicted)
+            loss = weighted_mean(errors.square(), batch.weight)
         self.step_discriminator(loss, batch, batch.weight)
         return {"history": loss.detach()}
 

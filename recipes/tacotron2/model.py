@@ -168,8 +168,11 @@ class Tacotron(nn.Module):
     def _encode(self, tokens: Tensor, symbols: Tensor) -> Tensor:
         """(B, L), the longest first, to the memory (B, L, C) that the attention reads."""
         self._beyond_text = padding_mask(symbols, tokens.shape[1]).unsqueeze(1)
-        encode = encoded if tokens.device.type == "cpu" else type(self.net.encoder).forward
-        return encode(self.net.encoder, self.net.embedding(tokens).transpose(1, 2), symbols)
+        embedded = self.net.embedding(tokens).transpose(1, 2)
+        if tokens.device.type == "cpu":
+            return encoded(self.net.encoder, embedded, symbols)
+        read: Tensor = self.net.encoder(embedded, symbols)
+        return read
 
     def _refine(self, coarse: Tensor, frames: Tensor) -> Tensor:
         """(B, M, T * r) with what the post-net adds."""
