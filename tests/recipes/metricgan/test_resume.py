@@ -62,6 +62,7 @@ def whole(brain: Enhancer) -> dict[str, Any]:
     [
         ({"grad_accumulation_factor": 2, "hparams": VARIED}, (1, 3, 6, 9, 15, 18)),
         ({"precision": "fp16", "grad_accumulation_factor": 2}, (6, 15)),
+        ({"precision": "fp16", "grad_accumulation_factor": 2, "hparams": VARIED}, (9, 18)),
     ],
 )
 def test_after_a_stop_in_any_pass(
