@@ -40,7 +40,13 @@ def phases(items: int, size: int) -> list[Phase]:
 RUNS: dict[str, tuple[int, int, float, list[str], int]] = {
     "few": (5, 4, 0.0, ["tone0", "tone2", "tone5"], 2),
     "history": (6, 6, 1.0, [], 1),
+    "varied": (5, 4, 0.0, ["tone0"], 2),
 }
+# As in the demo: versions of each utterance to compare, and an optimizer for some layers.
+VARIED = {
+    "variations": 1, "within_weight": 20.0, "metric_layers": ["linear", "sigmoid"],
+    "opt_metric": SGD["opt_g"],
+}  # fmt: skip
 
 
 class Scored(Enhancer):
@@ -59,7 +65,8 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
     items, size, share, bad, window = RUNS[name]
     brain = make(
         folder, phases(items, size), brain=Scored, bad=bad, grad_accumulation_factor=window,
-        hparams={**SGD, "history": History(100, share)}, seed=distributed.rank(),
+        hparams={**SGD, "history": History(100, share), **(VARIED if name == "varied" else {})},
+        seed=distributed.rank(),
         drift_check_every=1,
     )  # fmt: skip
     fit(brain, PAIRS, VALID)
