@@ -26,6 +26,8 @@ class Objective:
         attention: weight of the guided attention.
         spread: its g, as a share of the text.
         half_life: optimizer steps after which its weight is half; None: it stays.
+        absolute: weight of the mels' absolute errors beside the squared ones. Where a sound can be
+            one of two, the squared error wants their mean, which is neither.
 
     ``durations`` (number of symbols,), where it is set, says how long each symbol usually lasts:
     the diagonal is then one of time.
@@ -40,9 +42,11 @@ class Objective:
         attention: float = 1.0,
         spread: float = 0.2,
         half_life: float | None = None,
+        absolute: float = 0.0,
     ) -> None:
         self.gate, self.last_step = gate, last_step
         self.attention, self.spread, self.half_life = attention, spread, half_life
+        self.absolute = absolute
 
     def __call__(
         self,
@@ -62,16 +66,20 @@ class Objective:
         places = diagonal(tokens, symbols, self.durations)
         guide = guided_attention(found.attention, places, steps, self.spread)
         return {
-            "mel": squared_error(found.mel, found.target, frames),
-            "refined": squared_error(found.refined, found.target, frames),
+            "mel": spectral_error(found.mel, found.target, frames, self.absolute),
+            "refined": spectral_error(found.refined, found.target, frames, self.absolute),
             "gate": self.gate * gate_loss(found.gate, steps, self.last_step),
             "attention": pull * guide,
         }
 
 
-def squared_error(found: Tensor, target: Tensor, frames: Tensor) -> Tensor:
-    """The mean squared difference of spectrograms (B, F, M) over their frames (B,)."""
-    error = (full(found) - full(target)).square().mean(-1)  # (B, F)
+def spectral_error(found: Tensor, target: Tensor, frames: Tensor, absolute: float = 0.0) -> Tensor:
+    """The mean squared difference of spectrograms (B, F, M) over their frames (B,), and
+    ``absolute`` times the mean absolute one."""
+    difference = full(found) - full(target)
+    error = difference.square().mean(-1)  # (B, F)
+    if absolute:
+        error = error + absolute * difference.abs().mean(-1)
     return mean_of_means(error, frames)
 
 

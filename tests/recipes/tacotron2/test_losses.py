@@ -12,7 +12,7 @@ from recipes.tacotron2.losses import (
     gate_loss,
     guided_attention,
     mean_of_means,
-    squared_error,
+    spectral_error,
     usual_durations,
 )
 from recipes.tacotron2.model import Predictions
@@ -105,9 +105,11 @@ def test_padding_does_not_count_and_utterances_weigh_alike() -> None:
     frames = torch.tensor([6, 2])
     spoilt = found.clone()
     spoilt[1, 2:] = math.nan
-    each = [(found[n, :f] - target[n, :f]).square().mean() for n, f in enumerate((6, 2))]
-    error = squared_error(spoilt, target, frames)
-    torch.testing.assert_close(error, (each[0] + each[1]) / 2)
+    apart = [found[n, :f] - target[n, :f] for n, f in enumerate((6, 2))]
+    for absolute in (0.0, 0.7):
+        each = [(a.square() + absolute * a.abs()).mean() for a in apart]
+        error = spectral_error(spoilt, target, frames, absolute)
+        torch.testing.assert_close(error, (each[0] + each[1]) / 2)
 
 
 def predictions(
