@@ -484,6 +484,15 @@ def test_nothing_outside_the_allow_list_is_imported_or_called(
     assert "canary" not in sys.modules
 
 
+def test_a_file_that_is_called_as_a_builtin_is_not_taken_for_it(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "len.py").write_text(CANARY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_hparams(write("n: !apply:len [[a, b]]\n"))["n"] == 2
+    assert not (tmp_path / "len.ran").exists()
+
+
 def test_attacks_through_overrides_are_refused_too(write: Write, tmp_path: Path) -> None:
     path = write("x: null\ny: (1, 2)\nmodel: !new:torch.nn.ReLU\n")
     ran = tmp_path / "ran"

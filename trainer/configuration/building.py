@@ -6,6 +6,7 @@ checks every name before HyperPyYAML sees it, and says where in the user's files
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import pydoc
 import re
@@ -150,13 +151,15 @@ def _guarded(prefix: str, constructor: Constructor, guard: Guard) -> Constructor
         place = loader.places[id(node)]
         try:
             target = guard.locate(name)
-            if pydoc.locate(name) is not target:  # HyperPyYAML is about to look it up like this.
+            # In place of a built-in it would import a file of that name.
+            whole = f"builtins.{name}" if target is getattr(builtins, name, None) else name
+            if pydoc.locate(whole) is not target:  # HyperPyYAML is about to look it up like this.
                 raise ValueError(f"{name} is both a module and something else; give its full name")
             _check_arguments(prefix, name, target, node)
         except ValueError as error:
             raise Misbuilt(f"{place}: {error}") from error
         try:
-            return constructor(loader, name, node)
+            return constructor(loader, whole, node)
         except Misbuilt:
             raise
         except (TypeError, ValueError) as error:
