@@ -15,6 +15,7 @@ Shapes: B utterances, L symbols of text, F frames of mel, M bands, T = ceil(F / 
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,8 @@ class Tacotron(nn.Module):
         forget: the share of steps, in training, that do not see the true frames before them but
             mean ones. The decoder must then read the text, where it could guess a frame from the
             one before (Liu et al. 2019, arXiv 1909.01145, section 2.2).
+        blind: in free-running synthesis no step sees the frames before it, but mean ones. What it
+            says is then never off for what it said before; it needs a training that forgets.
         rest: outside of training the dropout of the pre-net rests, which in torchaudio, as in the
             paper, it never does.
         drop: the dropout of the encoder's convolutions and of the post-net is at work in training.
@@ -68,14 +71,17 @@ class Tacotron(nn.Module):
         mean: float = 0.0,
         deviation: float = 1.0,
         forget: float = 0.0,
+        blind: bool = False,
         rest: bool = False,
         drop: bool = True,
     ) -> None:
         super().__init__()
         if not 0.0 <= forget < 1.0:
             raise ValueError(f"forget is {forget}; allowed: a share of steps, from 0 to below 1")
+        if blind and not forget:
+            raise ValueError("blind is true and forget 0: no step would have learnt to see nothing")
         self.net, self.mean, self.deviation, self.forget = net, mean, deviation, forget
-        self.rest, self.drop = rest, drop
+        self.blind, self.rest, self.drop = blind, rest, drop
         self.bands, self.reduction = net.n_mels, net.n_frames_per_step
         self.train()
         net.decoder.prenet.register_forward_hook(self._rested)
@@ -150,7 +156,7 @@ class Tacotron(nn.Module):
         decoder.decoder_max_step = -(-limit // self.reduction)
         order = symbols.argsort(descending=True, stable=True)
         memory = self._encode(tokens[order], symbols[order])
-        with warnings.catch_warnings():  # `stopped` tells it.
+        with self._blindfold(), warnings.catch_warnings():  # `stopped` tells it.
             warnings.filterwarnings("ignore", message="Reached max decoder steps")
             coarse, steps, gate, attention = decoder.infer(memory, symbols[order])
         # As torchaudio's own `infer` undoes how the decoder flattens it: (L, T * B) to (B, T, L).
@@ -164,6 +170,13 @@ class Tacotron(nn.Module):
         mel = mel.masked_fill(self._beyond_frames, 0.0).transpose(1, 2)
         back = order.argsort()
         return Spoken(*(each[back] for each in (mel, frames, attention.float(), stopped)))
+
+    def _blindfold(self) -> AbstractContextManager[object]:
+        """While this lasts, with `blind`, the pre-net sees mean frames."""
+        if not self.blind:
+            return nullcontext()
+        prenet = self.net.decoder.prenet
+        return prenet.register_forward_pre_hook(lambda _, seen: (torch.zeros_like(seen[0]),))
 
     def _encode(self, tokens: Tensor, symbols: Tensor) -> Tensor:
         """(B, L), the longest first, to the memory (B, L, C) that the attention reads."""

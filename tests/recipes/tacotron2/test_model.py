@@ -103,6 +103,24 @@ def test_forgotten_frames_are_not_seen_in_training_alone() -> None:
         Tacotron(model.net, forget=1.0)
 
 
+@pytest.mark.usefixtures("undropped")
+def test_blind_synthesis_is_teacher_forcing_with_mean_frames_and_nothing_else_is_blind() -> None:
+    torch.manual_seed(0)
+    model = tacotron(2).eval()
+    model.net.decoder.gate_layer.bias.data.fill_(-20.0)
+    tokens, counts, mels, ends = batch_of([7, 5], [20, 20])
+    seeing, before = model.synthesise(tokens, counts, 20), model(tokens, counts, mels, ends)
+    model.blind = True
+    spoken = model.synthesise(tokens, counts, 20)
+    assert not torch.allclose(spoken.mel, seeing.mel, atol=1e-3)
+    forced = model(tokens, counts, torch.full_like(mels, model.mean), ends)
+    close(forced.refined[:, :20] * model.deviation + model.mean, spoken.mel)
+    close(forced.attention[:, :10], spoken.attention)
+    close(model(tokens, counts, mels, ends).mel, before.mel)
+    with pytest.raises(ValueError, match="blind is true and forget 0: no step would have learnt"):
+        Tacotron(model.net, blind=True)
+
+
 def test_where_dropout_rests_a_text_is_said_alike_whatever_is_drawn() -> None:
     torch.manual_seed(0)
     model = tacotron(2).eval()
