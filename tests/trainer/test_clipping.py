@@ -99,6 +99,27 @@ def test_tensors_of_any_scales_and_dtypes_have_one_right_norm(
         assert measured(*grads).norm == pytest.approx(truth(*grads), rel=1e-6)
 
 
+def test_gradients_of_any_layout_are_measured() -> None:
+    torch.manual_seed(0)
+    plain, waves = torch.randn(120, 100), torch.randn(80, 70, dtype=torch.complex64)
+    layouts = {
+        "transposed": plain.T,
+        "every other row": plain[::2],
+        "every third column": plain[:, ::3],
+        "one number, repeated": torch.tensor([1.7]).expand(6000),
+        "without dimensions": torch.tensor(-3.0),
+        "with a graph": (plain * nn.Parameter(torch.ones(100))),
+        "complex": waves,
+        "conjugate": waves.conj(),
+        "negative": waves.conj().imag,
+        "half, transposed": plain.half().T,
+    }
+    assert layouts["negative"].is_neg()
+    for name, grad in layouts.items():
+        expected = torch.linalg.vector_norm(grad.detach().to(torch.complex128)).item()
+        assert float(norms([grad])[0]) == pytest.approx(expected, rel=1e-6), name
+
+
 def test_zero_is_zero_and_what_is_not_finite_is_not_finite() -> None:
     assert measured(torch.zeros(5), torch.zeros(70_000)).norm == 0.0
     assert measured().norm == 0.0
@@ -109,6 +130,15 @@ def test_zero_is_zero_and_what_is_not_finite_is_not_finite() -> None:
             gradients = measured(torch.ones(4), grad, torch.full((2,), 1e30))
             assert not gradients.finite
             assert [math.isfinite(norm) for norm in gradients.norms] == [True, False, True]
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1e30, 1e-30])
+def test_a_gradient_has_the_same_norm_beside_a_bad_one(bad: float) -> None:
+    torch.manual_seed(0)
+    for size in (3, 100, 1000, 3000, 9000):
+        good = torch.randn(size)
+        beside = measured(good, torch.full((5,), bad))
+        assert beside.norms[0] == measured(good).norms[0]
 
 
 def test_a_sparse_gradient_is_measured_over_its_coalesced_values() -> None:

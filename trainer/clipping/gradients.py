@@ -37,10 +37,11 @@ class Gradients:
     def __init__(self, groups: Sequence[Mapping[str, Any]], clip: object = None) -> None:
         self.groups = groups
         self._meter = getattr(clip, "measure", None)
-        self.params: list[Tensor] = [
-            p for group in groups for p in group["params"] if p.grad is not None
+        found: list[tuple[Tensor, Tensor]] = [
+            (p, grad) for group in groups for p in group["params"] if (grad := p.grad) is not None
         ]
-        self.tensors: list[Tensor] = [p.grad for p in self.params if p.grad is not None]
+        self.params = [param for param, _ in found]
+        self.tensors = [grad for _, grad in found]
         if any(tensor.is_sparse for tensor in self.tensors):
             self.tensors = [_dense(p) for p in self.params]
         self.norms: list[float] = []
@@ -81,8 +82,12 @@ class Gradients:
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
         self.norm = joint(self.norms)
         if not is_safe(self.norm):
-            # Squares overflow or vanish, or something is not finite (rare; syncs).
-            self.norms = [safe_norm(t) for t in self.tensors]
+            # Squares overflow or vanish, or something is not finite (rare; syncs). The others keep
+            # theirs: what clipping does to them is to the bit what it does without the bad ones.
+            self.norms = [
+                norm if is_safe(norm) else safe_norm(tensor)
+                for norm, tensor in zip(self.norms, self.tensors, strict=True)
+            ]
             self.norm = joint(self.norms)
         self.norm_after = self.norm
 
@@ -135,11 +140,14 @@ class Gradients:
 
         ``factors`` are what each tensor has been multiplied by; `norm_after` follows.
         """
-        where = range(len(self.tensors)) if where is None else where
-        self._multiply(coefficient, [self.tensors[i] for i in where])
-        self.factors = self.factors or [1.0] * len(self.tensors)
-        for i in where:
-            self.factors[i] *= coefficient
+        factors = self.factors or [1.0] * len(self.tensors)
+        if where is None:
+            self._multiply(coefficient, self.tensors)
+            self.factors = [factor * coefficient for factor in factors]
+        else:
+            self._multiply(coefficient, [self.tensors[i] for i in where])
+            chosen = set(where)
+            self.factors = [f * coefficient if i in chosen else f for i, f in enumerate(factors)]
         self.norm_after = joint(self.norms_after())
 
     def scale_each(self, coefficients: Sequence[float]) -> None:
