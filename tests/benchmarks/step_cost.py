@@ -25,7 +25,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import trainer
-from trainer.clipping import norms as measuring
 
 Batches = list[tuple[Tensor, Tensor]]
 LIMIT = 5.0
@@ -179,8 +178,7 @@ def ratios(names: list[str], turns: int = 9, epochs: int = 5) -> dict[str, float
 def counted_syncs() -> Iterator[list[str]]:
     """The names of the calls that make the host wait for a device, as they happen.
 
-    Counted where Python asks for a value, so that a CPU shows what a GPU would wait for. Norms are
-    measured as on a GPU, too: those of gradients in the host's own memory are simply read.
+    Counted where Python asks for a value, so that a CPU shows what a GPU would wait for.
     """
     names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
     calls: list[str] = []
@@ -201,11 +199,9 @@ def counted_syncs() -> Iterator[list[str]]:
 
     for name in names:
         setattr(Tensor, name, counting(name))
-    on_host, measuring.on_host = measuring.on_host, lambda _: False
     try:
         yield calls
     finally:
-        measuring.on_host = on_host
         for name, original in originals.items():
             setattr(Tensor, name, original)
 

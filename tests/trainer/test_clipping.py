@@ -117,7 +117,7 @@ def test_gradients_of_any_layout_are_measured() -> None:
     assert layouts["negative"].is_neg()
     for name, grad in layouts.items():
         expected = torch.linalg.vector_norm(grad.detach().to(torch.complex128)).item()
-        assert float(norms([grad])[0]) == pytest.approx(expected, rel=1e-6), name
+        assert norms([grad]).tolist() == [pytest.approx(expected, rel=1e-6)], name
 
 
 def test_zero_is_zero_and_what_is_not_finite_is_not_finite() -> None:
