@@ -2,7 +2,8 @@
 
     python tests/benchmarks/clipping_cost.py
 
-A million gradients in 1, 100 and 1,000 tensors. Both sides also read the norm, as any guard must.
+A million gradients in 1, 100 and 1,000 tensors of one shape, and in 100 of which no two have the
+same. Both sides also read the norm, as any guard must.
 They take turns within one run, and the ratio of their best CPU times is printed, so that a noisy
 machine disturbs neither. "clipped" is with limits that always clip, "free" with limits that never
 do; "ms" is the best time of the former.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from trainer import clipping
 from trainer.clipping import Gradients
 
-TENSORS = (1, 100, 1000)
+TENSORS = {"1 tensor": 1, "100 tensors": 100, "1,000 tensors": 1000, "100 shapes": 100}
 TOTAL = 1_000_000
 # How each kind is made so that it always clips, and so that it never does.
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -57,10 +58,12 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 class Bench:
     """Gradients of so many tensors, and an optimizer that has made a step with them."""
 
-    def __init__(self, number: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, number: int, alike: bool = True, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        rows = max(TOTAL // number // 50, 1)
-        self.params = [nn.Parameter(torch.randn(rows, 50, dtype=dtype)) for _ in range(number)]
+        rows = [max(TOTAL // number // 50, 1)] * number
+        if not alike:
+            rows = [row - number // 2 + place for place, row in enumerate(rows)]
+        self.params = [nn.Parameter(torch.randn(row, 50, dtype=dtype)) for row in rows]
         self.saved = [torch.randn_like(p) for p in self.params]
         for p in self.params:
             p.grad = torch.empty_like(p)
@@ -115,9 +118,9 @@ def main() -> None:
     """Print a row for each kind."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, {TOTAL:,} gradients in float32, best of turns")
-    print(f"{'':18}" + "".join(f"{f'{n:,} tensors':>28}" for n in TENSORS))
+    print(f"{'':18}" + "".join(f"{name:>28}" for name in TENSORS))
     print(f"{'':18}" + f"{'clipped':>12}{'free':>9}{'ms':>7}" * len(TENSORS))
-    benches = [Bench(number) for number in TENSORS]
+    benches = [Bench(number, "shapes" not in name) for name, number in TENSORS.items()]
     for name, (clips, free) in KINDS.items():
         cells = []
         for bench in benches:

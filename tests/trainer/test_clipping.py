@@ -77,6 +77,8 @@ def test_norms_of_equal_numbers_keep_their_sixth_digit_for_any_p_and_length(p: f
             found = norms([grad, torch.ones(2, dtype=dtype)], p)
             assert float(found[0]) == pytest.approx(expected, rel=1e-6)
             assert float(found[1]) == pytest.approx(2 ** (1 / p), rel=1e-6)
+            several = norms([grad] * 5, p)
+            assert several.tolist() == pytest.approx([expected] * 5, rel=1e-6)
             covered += 1
     assert covered == 27
 
@@ -99,6 +101,22 @@ def test_tensors_of_any_scales_and_dtypes_have_one_right_norm(
         assert measured(*grads).norm == pytest.approx(truth(*grads), rel=1e-6)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_each_norm_is_in_its_place_whatever_shares_a_shape(p: float) -> None:
+    torch.manual_seed(0)
+    shapes = [(), (0,), (3,), (40, 50), (10_007,), (64, 3, 50), (2000,), (50_000,)]
+    for number in (1, 3, 4, 9, 60):
+        order = torch.randint(len(shapes), (number,)).tolist()
+        order += [3] * number + [4] * number  # rows of 1,000, and a prime number
+        grads = [torch.randn(shapes[n]) * 10 ** torch.randn(()) for n in order]
+        grads[::7] = [grad.double() for grad in grads[::7]]
+        grads[::5] = [grad.half() for grad in grads[::5]]
+        expected = [
+            float(torch.linalg.vector_norm(g.double(), p)) if g.numel() else 0.0 for g in grads
+        ]
+        assert norms(grads, p).tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_gradients_of_any_layout_are_measured() -> None:
     torch.manual_seed(0)
     plain, waves = torch.randn(120, 100), torch.randn(80, 70, dtype=torch.complex64)
@@ -117,7 +135,9 @@ def test_gradients_of_any_layout_are_measured() -> None:
     assert layouts["negative"].is_neg()
     for name, grad in layouts.items():
         expected = torch.linalg.vector_norm(grad.detach().to(torch.complex128)).item()
-        assert norms([grad]).tolist() == [pytest.approx(expected, rel=1e-6)], name
+        for number in (1, 6):
+            found = norms([grad] * number).tolist()
+            assert found == pytest.approx([expected] * number, rel=1e-6), name
 
 
 def test_zero_is_zero_and_what_is_not_finite_is_not_finite() -> None:
