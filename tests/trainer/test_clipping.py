@@ -125,6 +125,7 @@ def test_gradients_of_any_layout_are_measured() -> None:
         "every other row": plain[::2],
         "every third column": plain[:, ::3],
         "one number, repeated": torch.tensor([1.7]).expand(6000),
+        "one number, less often": torch.tensor([1.7]).expand(1000),
         "without dimensions": torch.tensor(-3.0),
         "with a graph": (plain * nn.Parameter(torch.ones(100))),
         "complex": waves,
@@ -152,13 +153,18 @@ def test_zero_is_zero_and_what_is_not_finite_is_not_finite() -> None:
             assert [math.isfinite(norm) for norm in gradients.norms] == [True, False, True]
 
 
-@pytest.mark.parametrize("bad", [math.nan, 1e30, 1e-30])
-def test_a_gradient_has_the_same_norm_beside_a_bad_one(bad: float) -> None:
+def test_finite_gradients_have_to_the_bit_the_norms_that_they_have_without_others() -> None:
+    """However many share a shape, and are measured together, with the bad ones or without."""
     torch.manual_seed(0)
-    for size in (3, 100, 1000, 3000, 9000):
-        good = torch.randn(size)
-        beside = measured(good, torch.full((5,), bad))
-        assert beside.norms[0] == measured(good).norms[0]
+    for size in (3, 1000, 1025, 3000, 9000, 10_007, 20_480, 50_000):
+        for bad in (math.nan, math.inf):
+            for number in range(1, 7):
+                good = [torch.randn(size) for _ in range(number)]
+                beside = measured(torch.full((size,), bad), *good, torch.full((2,), bad))
+                first, *kept, last = beside.norms
+                assert not math.isfinite(first)
+                assert not math.isfinite(last)
+                assert kept == measured(*good).norms
 
 
 def test_a_sparse_gradient_is_measured_over_its_coalesced_values() -> None:

@@ -75,21 +75,29 @@ class Gradients:
     def take(self, values: list[float]) -> None:
         """Turn the values of `measure`'s vectors into ``norms``, ``norm`` and ``extra``."""
         number = len(self.tensors)
-        self.norms = [
-            math.sqrt(value) if squared else value
-            for value, squared in zip(values, self._squared, strict=False)
-        ]
+        self.norms = _roots(values[:number], self._squared)
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
         self.norm = joint(self.norms)
         if not is_safe(self.norm):
-            # Squares overflow or vanish, or something is not finite (rare; syncs). The others keep
-            # theirs: what clipping does to them is to the bit what it does without the bad ones.
-            self.norms = [
-                norm if is_safe(norm) else safe_norm(tensor)
-                for norm, tensor in zip(self.norms, self.tensors, strict=True)
-            ]
+            self.norms = self._measured_again()
             self.norm = joint(self.norms)
         self.norm_after = self.norm
+
+    def _measured_again(self) -> list[float]:
+        """The norms where squares overflow or vanish, or something is not finite (rare; syncs).
+
+        What is finite gets, to the bit, the norm that it has without the rest.
+        """
+        found = [
+            norm if is_safe(norm) else safe_norm(tensor)
+            for norm, tensor in zip(self.norms, self.tensors, strict=True)
+        ]
+        good = [place for place, norm in enumerate(found) if math.isfinite(norm)]
+        if len(good) < len(found):
+            alone, squared = norms_or_powers([self.tensors[place] for place in good])
+            for place, norm in zip(good, _roots(alone.tolist(), squared), strict=True):
+                found[place] = norm if is_safe(norm) else found[place]
+        return found
 
     @property
     def finite(self) -> bool:
@@ -206,6 +214,11 @@ def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradie
     vectors = gradients.measure()
     gradients.take(torch.cat(vectors).tolist() if vectors else [])
     return gradients
+
+
+def _roots(values: Sequence[float], squared: Sequence[bool]) -> list[float]:
+    """Norms, of which the flagged ones are given as squares."""
+    return [math.sqrt(v) if flag else v for v, flag in zip(values, squared, strict=True)]
 
 
 def _dense(param: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 def _one_by_one(tensors: Sequence[Tensor], p: float) -> tuple[Tensor, list[bool]]:
     """As `norms_or_powers`, of those that differ."""
     most = SHORT if p == 2.0 else SHORTEST
-    long = [t.is_cpu and t.numel() > most for t in tensors]
+    # With gaps between its numbers, torch adds them one after the other.
+    long = [t.is_cpu and (t.numel() > most or not t.is_contiguous()) for t in tensors]
     short = [t for t, is_long in zip(tensors, long, strict=True) if not is_long]
     plain: Iterator[Tensor] = iter(_together(short, p) if short else ())
     return _stacked(
@@ -151,12 +152,12 @@ def _power(tensor: Tensor, p: float) -> Tensor:
             sums.append(positive.pow_(p).sum() if p != 1.0 else positive.sum())
         return torch.stack(sums).sum()
     if size > LONG or tensor.is_complex():
-        found = _by_rows(tensor.reshape(-1))
+        found = _by_rows(tensor.contiguous().view(-1))
         return found if tensor.dtype.itemsize >= 8 else found.float()
     if tensor.dtype.itemsize < 4:
         tensor = tensor.float()
     if size <= MEDIUM:
-        flat = tensor.reshape(-1)
+        flat = tensor.contiguous().view(-1)
         return flat.dot(flat)
     return tensor.mul(tensor).sum()
 
