@@ -20,15 +20,10 @@ class GriffinLim:
         mel: the front end whose spectrograms these are.
         iterations: of the phases.
         momentum: of the phases; 0 is the algorithm of 1984.
-        sharpen: magnitudes are raised to this power, which thins the buzz of mels that a network
-            has smoothed.
     """
 
-    def __init__(
-        self, mel: LogMel, iterations: int = 60, momentum: float = 0.99, sharpen: float = 1.0
-    ) -> None:
-        self.mel, self.iterations = mel, iterations
-        self.momentum, self.sharpen = momentum, sharpen
+    def __init__(self, mel: LogMel, iterations: int = 60, momentum: float = 0.99) -> None:
+        self.mel, self.iterations, self.momentum = mel, iterations, momentum
         self.sample_rate = mel.sample_rate
 
     @torch.inference_mode()
@@ -64,4 +59,4 @@ class GriffinLim:
         found = share @ bands + 1e-8
         for _ in range(updates):
             found *= (filters.T @ bands) / (filters.T @ (filters @ found)).clamp(min=1e-8)
-        return found.pow(self.sharpen)
+        return found
