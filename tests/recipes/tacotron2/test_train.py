@@ -104,12 +104,16 @@ def test_ljspeech(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     check(tmp_path / "run", metrics, capsys.readouterr().out)
 
 
-def test_the_published_size() -> None:
+def test_the_published_size_and_setting() -> None:
     hparams = load_hparams(HPARAMS / "ljspeech.yaml", {"data_folder": "LJSpeech-1.1"})
     assert sum(p.numel() for p in hparams["model"].parameters()) == 28_193_153
     optimizer = hparams["opt_class"](hparams["model"].parameters())
     assert optimizer.defaults["lr"] == 0.001
     assert optimizer.defaults["weight_decay"] == 6e-6
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    model, objective = hparams["model"], hparams["objective"]
+    assert (model.forget, model.blind, model.rest, model.drop) == (0.0, False, False, True)
+    assert objective.absolute == 0.0
     assert (hparams["mel"].sample_rate, hparams["mel"].hop, hparams["mel"].f_max) == (
         22050,
         256,
