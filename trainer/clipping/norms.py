@@ -51,9 +51,9 @@ def norms_or_powers(tensors: Sequence[Tensor], p: float = 2.0) -> tuple[Tensor, 
         singly, flags = _one_by_one([tensors[place] for place in rest], p)
         order, powers = order + rest, powers + flags
         found.append(singly)
-    whole = torch.cat(found) if len(found) > 1 else found[0]
-    if len(found) == 1 or order == sorted(order):
-        return whole, powers
+    if len(found) == 1:
+        return found[0], powers
+    whole = torch.cat([each.to(tensors[0].device) for each in found])
     back = sorted(range(len(order)), key=order.__getitem__)
     return whole[torch.tensor(back, device=whole.device)], [powers[place] for place in back]
 
