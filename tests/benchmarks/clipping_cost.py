@@ -3,10 +3,9 @@
     python tests/benchmarks/clipping_cost.py
 
 A million gradients in 1, 100 and 1,000 tensors of one shape, and in 100 of which no two have the
-same. Both sides also read the norm, as any guard must.
-They take turns within one run, and the ratio of their best CPU times is printed, so that a noisy
-machine disturbs neither. "clipped" is with limits that always clip, "free" with limits that never
-do; "ms" is the best time of the former.
+same. Both sides also read the norm, as any guard must. They take turns within one run, and the
+ratio of their best CPU times is printed, so that a noisy machine disturbs neither. "clipped" is
+with limits that always clip, "free" with limits that never do; "ms" is the best time of the former.
 """
 
 from __future__ import annotations
@@ -22,7 +21,13 @@ from torch import Tensor, nn
 from trainer import clipping
 from trainer.clipping import Gradients
 
-TENSORS = {"1 tensor": 1, "100 tensors": 100, "1,000 tensors": 1000, "100 shapes": 100}
+# How many tensors, and whether they have one shape.
+TENSORS = {
+    "1 tensor": (1, True),
+    "100 tensors": (100, True),
+    "1,000 tensors": (1000, True),
+    "100 shapes": (100, False),
+}
 TOTAL = 1_000_000
 # How each kind is made so that it always clips, and so that it never does.
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -58,12 +63,12 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 class Bench:
     """Gradients of so many tensors, and an optimizer that has made a step with them."""
 
-    def __init__(self, number: int, alike: bool = True, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, number: int, alike: bool) -> None:
         torch.manual_seed(0)
         rows = [max(TOTAL // number // 50, 1)] * number
         if not alike:
             rows = [row - number // 2 + place for place, row in enumerate(rows)]
-        self.params = [nn.Parameter(torch.randn(row, 50, dtype=dtype)) for row in rows]
+        self.params = [nn.Parameter(torch.randn(row, 50)) for row in rows]
         self.saved = [torch.randn_like(p) for p in self.params]
         for p in self.params:
             p.grad = torch.empty_like(p)
@@ -120,7 +125,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, one thread, {TOTAL:,} gradients in float32, best of turns")
     print(f"{'':18}" + "".join(f"{name:>28}" for name in TENSORS))
     print(f"{'':18}" + f"{'clipped':>12}{'free':>9}{'ms':>7}" * len(TENSORS))
-    benches = [Bench(number, "shapes" not in name) for name, number in TENSORS.items()]
+    benches = [Bench(number, alike) for number, alike in TENSORS.values()]
     for name, (clips, free) in KINDS.items():
         cells = []
         for bench in benches:

@@ -88,15 +88,14 @@ class Gradients:
 
         What is finite gets, to the bit, the norm that it has without the rest.
         """
-        found = [
-            norm if is_safe(norm) else safe_norm(tensor)
-            for norm, tensor in zip(self.norms, self.tensors, strict=True)
-        ]
+        found = _safe(self.norms, self.tensors)
         good = [place for place, norm in enumerate(found) if math.isfinite(norm)]
         if len(good) < len(found):
-            alone, squared = norms_or_powers([self.tensors[place] for place in good])
-            for place, norm in zip(good, _roots(alone.tolist(), squared), strict=True):
-                found[place] = norm if is_safe(norm) else found[place]
+            kept = [self.tensors[place] for place in good]
+            values, squared = norms_or_powers(kept)
+            alone = _safe(_roots(values.tolist(), squared), kept)
+            for place, norm in zip(good, alone, strict=True):
+                found[place] = norm
         return found
 
     @property
@@ -219,6 +218,13 @@ def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradie
 def _roots(values: Sequence[float], squared: Sequence[bool]) -> list[float]:
     """Norms, of which the flagged ones are given as squares."""
     return [math.sqrt(v) if flag else v for v, flag in zip(values, squared, strict=True)]
+
+
+def _safe(norms: list[float], tensors: Sequence[Tensor]) -> list[float]:
+    """The norms; where that of all is not to be trusted, those that are not measured safely."""
+    if is_safe(joint(norms)):
+        return norms
+    return [n if is_safe(n) else safe_norm(t) for n, t in zip(norms, tensors, strict=True)]
 
 
 def _dense(param: Tensor) -> Tensor:
