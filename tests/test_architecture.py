@@ -1,4 +1,4 @@
-"""The shape of the project: floors, budgets, owners, and who may import whom."""
+"""The shape of the project: owners, safe loading, light imports."""
 
 from __future__ import annotations
 
@@ -13,40 +13,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TRAINER = ROOT / "trainer"
 
-# A module imports only from lower floors; a package counts as one module. The policies of floor 1
-# do not know each other: whoever changes one reads that one alone.
-FLOORS = [
-    {"checks", "distributed", "epochs", "interrupt", "options", "seed"},
-    {"configuration"},
-    {
-        "averages", "checkpoint", "clipping", "data", "drift", "hparams", "log", "nonfinite",
-        "page", "precision", "profiling", "reduction", "report", "schedules",
-    },
-    {"update"},
-    {"step"},
-    {
-        "attributes", "feeding", "forensics", "hooks", "journal", "monitor", "setup", "state",
-        "verdict",
-    },
-    {"replay", "resumption", "testing"},
-    {"keeping"},
-    {"training"},
-    {"workings"},
-    {"finding"},
-    {"brain"},
-    {"run"},
-    {"cli", "speechbrain_names"},
-    {"__init__", "__main__"},
-]  # fmt: skip
-FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
-
 # What moves weights, and the files that may say it.
 OWNERS = {
     r"\.backward\(": {"step.py"},
     r"optimizer\.step\(": {"update.py"},
     r"clip_grad": set(),
     r"GradScaler\(": {"precision.py"},
-    r"all_reduce\(": {"distributed.py"},
+    r"all_reduce\(": {"__init__.py"},
 }
 UNSAFE = (
     r"weights_only\s*=\s*False",
@@ -58,11 +31,6 @@ UNSAFE = (
 
 def sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
-
-
-def module_of(path: Path) -> str:
-    """The module of trainer/ that a file belongs to; a package's files are one module."""
-    return path.relative_to(TRAINER).with_suffix("").parts[0]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -91,19 +59,6 @@ def code_of(path: Path) -> str:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 body[0].value = ast.Constant("")
     return ast.unparse(tree)
-
-
-def test_every_module_has_a_floor_and_imports_only_lower_ones() -> None:
-    checked = 0
-    for path in sources(TRAINER):
-        own = module_of(path)
-        assert own in FLOOR, f"{path.name} has no floor"
-        for name in imports_of(path):
-            parts = name.split(".")
-            if parts[0] == "trainer" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != own:
-                assert FLOOR[parts[1]] < FLOOR[own], f"{own} imports {parts[1]}"
-                checked += 1
-    assert checked > 60
 
 
 def test_the_trainer_knows_no_recipe_and_a_recipe_no_other() -> None:
@@ -142,38 +97,6 @@ def test_nothing_that_is_read_can_run_code() -> None:
             assert "weights_only=True" in call, f"{path}: {call}"
 
 
-def test_files_and_functions_fit_a_screen_or_two() -> None:
-    counted = 0
-    for path in [*sources(TRAINER), *sources(ROOT / "recipes")]:
-        text = path.read_text()
-        assert text.count("\n") <= 300, f"{path.name} has {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
-            if not isinstance(node, ast.FunctionDef):
-                continue
-            documented = ast.get_docstring(node) is not None
-            first = node.body[1].lineno if documented and len(node.body) > 1 else node.lineno
-            lines = (node.end_lineno or first) - first + 1
-            assert lines <= 40, f"{path.name}: {node.name} has {lines} lines"
-            if node.name == "__init__":
-                args = node.args
-                assert len(args.args) + len(args.kwonlyargs) - 1 <= 8, f"{path.name}: {node.lineno}"
-            counted += 1
-    assert counted > 1000
-
-
-def test_the_loop_is_one_screen() -> None:
-    tree = ast.parse((TRAINER / "brain.py").read_text())
-    names = {"fit", "_fit_train", "_evaluate", "fit_batch", "optimize"}
-    lines = 0
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            names.discard(node.name)
-            documented = ast.get_docstring(node) is not None
-            lines += (node.end_lineno or 0) - node.body[1 if documented else 0].lineno + 1
-    assert not names
-    assert lines <= 60
-
-
 def test_importing_the_trainer_imports_nothing_heavy_but_torch() -> None:
     script = (
         "import sys, trainer;"
@@ -193,23 +116,3 @@ def test_every_yaml_says_how_it_is_run() -> None:
         relative = path.relative_to(ROOT).as_posix()
         first = "\n".join(path.read_text().splitlines()[:4])
         assert f"train.py {relative}" in first, path
-
-
-def test_the_readme_maps_every_file() -> None:
-    readme = (ROOT / "README.md").read_text()
-    modules = {
-        path.relative_to(ROOT).parts
-        for folder in ("trainer", "recipes")
-        for path in sources(ROOT / folder)
-    }
-    names = set()
-    for parts in modules:
-        if parts[-1] == "__init__.py":
-            continue
-        names.add(
-            "/".join(parts[:2]) + "/"
-            if parts[0] == "trainer" and len(parts) > 2
-            else "/".join(parts)
-        )
-    assert len(names) > 40
-    assert [name for name in sorted(names) if f"`{name}`" not in readme] == []

@@ -10,14 +10,14 @@ from trainer.brain import Brain
 from trainer.checkpoint import Checkpointer
 from trainer.epochs import EpochCounter
 from trainer.hooks import Stage
-from trainer.nonfinite import NonFiniteError
+from trainer.metrics import StageReport, StepReport
+from trainer.optim.guard import NonFiniteError
 from trainer.options import RunOptions
-from trainer.report import StageReport, StepReport
 
 if TYPE_CHECKING:
     from trainer.cli import Run, main
-    from trainer.hparams import load_hparams
-    from trainer.speechbrain_names import create_experiment_directory, parse_arguments
+    from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
+    from trainer.config.hyperparameters import load_hparams
 
 __all__ = [
     "Brain",
@@ -40,9 +40,9 @@ __all__ = [
 _LATER = {
     "Run": "trainer.cli",
     "main": "trainer.cli",
-    "load_hparams": "trainer.hparams",
-    "create_experiment_directory": "trainer.speechbrain_names",
-    "parse_arguments": "trainer.speechbrain_names",
+    "load_hparams": "trainer.config.hyperparameters",
+    "create_experiment_directory": "trainer.compat.speechbrain",
+    "parse_arguments": "trainer.compat.speechbrain",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from trainer.run.again import USAGE, replay
+from trainer.cli.replay import USAGE, replay
 
 
 def main() -> int:

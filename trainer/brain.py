@@ -25,23 +25,23 @@ from torch import Tensor, nn
 
 from trainer import distributed
 from trainer.attributes import Attributes
-from trainer.averages import Mean, WeightAverage
 from trainer.data import make_loader
-from trainer.feeding import Feed
-from trainer.finding import search
-from trainer.forensics import make_forensics
+from trainer.data.feed import Feed
+from trainer.diagnostics.layer_monitor import make_monitor
+from trainer.diagnostics.nonfinite import make_forensics
+from trainer.diagnostics.profiler import Profiler
+from trainer.evaluation import best_weights
 from trainer.hooks import Stage
-from trainer.journal import Journal
 from trainer.keeping import Keeper
-from trainer.monitor import make_monitor
-from trainer.nonfinite import Patience, Statistics
+from trainer.loggers.journal import Journal
+from trainer.metrics import Mean, StageReport, StepReport
+from trainer.optim.build import pick_device, prepare_modules, use_threads
+from trainer.optim.ema import WeightAverage
+from trainer.optim.guard import Patience, Statistics
+from trainer.optim.precision import Precision
+from trainer.optim.update import Update
 from trainer.options import RunOptions
-from trainer.precision import Precision
-from trainer.profiling import Profiler
-from trainer.report import StageReport, StepReport
-from trainer.setup import pick_device, prepare_modules, use_threads
-from trainer.testing import best_weights
-from trainer.update import Update
+from trainer.tuner import search
 from trainer.workings import Workings
 
 logger = logging.getLogger("trainer")
@@ -114,7 +114,7 @@ class Brain(Workings):
 
         ``train_set`` and ``valid_set`` are a Dataset (made into a loader with the kwargs), a
         DataLoader, or any iterable of batches. With ``find_clip`` or ``find_lr`` it only looks for
-        settings, and ends the program by `trainer.finding.SearchOver`.
+        settings, and ends the program by `trainer.tuner.SearchOver`.
         """
         if self.options.test_only:
             logger.info("test_only: no training")

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
-from trainer import distributed, interrupt, replay, state
-from trainer.feeding import Feed
-from trainer.report import StageReport
+from trainer import distributed, signals, state
+from trainer.data.feed import Feed
+from trainer.diagnostics import replay
+from trainer.metrics import StageReport
+from trainer.optim.epoch_end import judge
 from trainer.resumption import Resumption, place_kept
-from trainer.verdict import judge
 
 logger = logging.getLogger("trainer")
 
@@ -175,14 +176,14 @@ class Keeper:
 
     def after_batch(self) -> bool:
         """Save and stop where that is due; whether the training ends here."""
-        signal = interrupt.requested()
+        signal = signals.requested()
         asked, due = distributed.agree(signal is not None, self._due())
         if self._saves():
             if due:
                 self.save({}, end_of_epoch=False)
             self._save_waiting()
         if asked:
-            raise interrupt.Interrupted(signal or interrupt.DEFAULT)
+            raise signals.Interrupted(signal or signals.DEFAULT)
         return self.limit_reached()
 
     def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
@@ -198,10 +199,10 @@ class Keeper:
 
     def _vote(self, working: bool) -> bool:
         """Stop where any rank was asked to; whether any rank still works."""
-        signal = interrupt.requested()
+        signal = signals.requested()
         asked, working = distributed.agree(signal is not None, working)
         if asked:
-            raise interrupt.Interrupted(signal or interrupt.DEFAULT)
+            raise signals.Interrupted(signal or signals.DEFAULT)
         return working
 
     def end_epoch(self, report: StageReport) -> bool:
@@ -225,7 +226,7 @@ class Keeper:
         self._depth += 1
         whole = self._depth == 1
         try:
-            with interrupt.at_safe_points(), self._saving() if whole else place_kept(self.brain):
+            with signals.at_safe_points(), self._saving() if whole else place_kept(self.brain):
                 yield
         finally:
             self._depth -= 1
@@ -238,7 +239,7 @@ class Keeper:
         self.checkpointer.hold()
         try:
             yield
-        except interrupt.Interrupted as stop:
+        except signals.Interrupted as stop:
             if self.phase == "valid" and self._before_valid is not None:
                 objects, attributes = self._before_valid
                 state.load_objects(self.brain, objects)

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import distributed, drift, step
+from trainer import distributed
 from trainer.attributes import Attributes
-from trainer.averages import Mean, WeightAverage
-from trainer.forensics import Off as NoForensics
+from trainer.diagnostics.layer_monitor import Off
+from trainer.diagnostics.nonfinite import Off as NoForensics
+from trainer.diagnostics.profiler import Profiler
+from trainer.distributed import replica_check as drift
+from trainer.distributed.replicate import sum_gradients
 from trainer.hooks import Hooks, Stage
-from trainer.journal import Journal
 from trainer.keeping import Keeper
-from trainer.monitor import Off
-from trainer.nonfinite import NonFiniteError, Patience, Statistics
-from trainer.profiling import Profiler
-from trainer.reduction import sum_gradients
-from trainer.report import StepReport
-from trainer.update import Update
+from trainer.loggers.journal import Journal
+from trainer.metrics import Mean, StepReport
+from trainer.optim import step
+from trainer.optim.ema import WeightAverage
+from trainer.optim.guard import NonFiniteError, Patience, Statistics
+from trainer.optim.update import Update
 
 logger = logging.getLogger("trainer")
 

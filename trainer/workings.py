@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, replay, seed
-from trainer.averages import Mean, WeightAverage
-from trainer.feeding import Feed, feed
+from trainer import distributed, seed
+from trainer.data.feed import Feed, feed
+from trainer.diagnostics import replay
 from trainer.hooks import Stage
-from trainer.report import StageReport
-from trainer.setup import make_updates
+from trainer.metrics import Mean, StageReport
+from trainer.optim.build import make_updates
+from trainer.optim.ema import WeightAverage
+from trainer.optim.epoch_end import agreed
 from trainer.training import Training
-from trainer.verdict import agreed
 
 logger = logging.getLogger("trainer")
 

@@ -22,7 +22,7 @@ from recipes.asr.train import Recogniser
 from recipes.common.audio import read_audio, read_header
 from recipes.common.run_folder import load_brain
 from trainer.data import BadItem
-from trainer.testing import best_weights
+from trainer.evaluation import best_weights
 
 LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
 SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut where it is quiet

@@ -14,9 +14,9 @@ from recipes.clipping_study.findings import Finding, Row
 from recipes.clipping_study.strip import Plot, Strip, draw_strips
 from recipes.clipping_study.table import markdown
 from recipes.clipping_study.verdicts import KINDS, verdict
-from trainer.page.axis import number
-from trainer.page.chart import Chart, Series, draw
-from trainer.page.style import STYLE
+from trainer.report.axis import number
+from trainer.report.chart import Chart, Series, draw
+from trainer.report.style import STYLE
 
 ARMS = {
     "recurrent": "{} steps", "warmup": "warm-up of {} steps", "speed": "{}", "spikes": "{}",

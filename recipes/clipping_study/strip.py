@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from trainer.page.axis import Axis, number
+from trainer.report.axis import Axis, number
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 640.0, 170.0, 92.0, 8.0, 44.0
 HIGH = 24.0  # of a row

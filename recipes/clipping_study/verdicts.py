@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from recipes.clipping_study.findings import Finding, Row
-from trainer.page.axis import number
+from trainer.report.axis import number
 
 ADAPTIVE = ("AutoClip", "MedianClip", "ZClip", "AdaGC", "AGC", "SPAM")
 LAYERWISE = ("LayerClip", "AdaGC", "AGC")

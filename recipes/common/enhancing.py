@@ -9,7 +9,7 @@ from pathlib import Path
 
 from recipes.common.run_folder import Trained, load_brain
 from recipes.common.streaming import Network, enhance_files
-from trainer.testing import best_weights
+from trainer.evaluation import best_weights
 
 
 def enhance(

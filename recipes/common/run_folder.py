@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer import Brain
-from trainer.hparams import load_hparams
+from trainer.config.hyperparameters import load_hparams
 
 Trained = TypeVar("Trained", bound=Brain)
 
 
 def load_brain(kind: type[Trained], run: Path, device: str = "auto", **changes: Any) -> Trained:
     """The Brain of a run folder, wherever that lies now; its weights are still to be read, by
-    `trainer.testing.best_weights`.
+    `trainer.evaluation.best_weights`.
 
     ``changes`` are keys of the run's YAML that are to be otherwise. Raises ValueError for a folder
     that is no run's.

@@ -26,9 +26,9 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from recipes.common.mel import LogMel
 from trainer import state
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.hparams import Configuration
+from trainer.config.hyperparameters import Configuration
+from trainer.optim.build import pick_device
 from trainer.options import RunOptions
-from trainer.setup import pick_device
 
 SLOPE = 0.1  # of the leaky ReLUs
 CHUNK = 256  # frames that are turned into sound at once

@@ -31,7 +31,7 @@ from recipes.separation.mixing import fitted
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from recipes.separation.train import Separator
 from trainer.data import BadItem
-from trainer.testing import best_weights
+from trainer.evaluation import best_weights
 
 try:
     import soundfile

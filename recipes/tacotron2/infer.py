@@ -23,7 +23,7 @@ from recipes.common.run_folder import load_brain
 from recipes.tacotron2.sound import make_sound, write_sound
 from recipes.tacotron2.text import readable
 from recipes.tacotron2.train import Synthesiser
-from trainer.testing import best_weights
+from trainer.evaluation import best_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

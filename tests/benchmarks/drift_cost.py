@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from trainer import Brain, RunOptions, distributed, drift
+from trainer import Brain, RunOptions, distributed
+from trainer.distributed import replica_check as drift
 
 EVERY = RunOptions().drift_check_every
 ROUNDS = 10

@@ -25,7 +25,7 @@ from recipes.common.run_folder import load_brain
 from recipes.tacotron2.data import datasets
 from recipes.tacotron2.sound import make_sound
 from recipes.tacotron2.train import Synthesiser
-from trainer.testing import best_weights
+from trainer.evaluation import best_weights
 
 
 class Listener:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.configuration.guard import Guard
+from trainer.config.guard import Guard
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WRITING = {"write_text", "write_bytes", "mkdir", "unlink", "rmtree", "rename", "save", "SoundFile"}

@@ -40,9 +40,7 @@ def batches(number: int = 7) -> list[dict[str, Any]]:
 
 def network(inputs: int, outputs: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, outputs)
-    )
+    return nn.Sequential(nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, outputs))
 
 
 class Adversaries(Brain):

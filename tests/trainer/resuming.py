@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from trainer import Brain, Stage, distributed, interrupt, state
+from trainer import Brain, Stage, distributed, signals, state
 from trainer.checkpoint import Checkpointer
 from trainer.schedules import EarlyStopping, NewBob, WarmupDecay
 
@@ -387,13 +387,13 @@ def assert_exact(straight: Learner, resumed: Learner, stop: int) -> None:
 
 def main(folder: str) -> None:
     """A process that says when it has come to its seventh batch, and waits there to be stopped."""
-    interrupt.install()
+    signals.install()
     brain = Setting().make(Path(folder))
 
     def wait(brain: Learner) -> None:
         if len(brain.test.trace) == 7:
             print("seven", flush=True)
-            while interrupt.requested() is None:
+            while signals.requested() is None:
                 time.sleep(0.01)
 
     brain.test.after = wait

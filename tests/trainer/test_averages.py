@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.processes import launch
-from trainer import averages
-from trainer.averages import Mean, WeightAverage
+from trainer import metrics
+from trainer.metrics import Mean
+from trainer.optim.ema import WeightAverage
 
 VALUES = st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf])
 WEIGHTS = st.floats(0.0, 1e3)
@@ -71,7 +72,7 @@ def test_tensors_are_fetched_together_and_few_wait(monkeypatch: pytest.MonkeyPat
         lambda t: calls.append(t.numel()) or tolist(t),  # type: ignore[func-returns-value]
     )
     monkeypatch.setattr(torch.Tensor, "item", lambda t: pytest.fail("read at once"))
-    monkeypatch.setattr(averages, "MOST_WAITING", 50)
+    monkeypatch.setattr(metrics, "MOST_WAITING", 50)
     mean = Mean()
     for number in range(40):
         mean.update({"d": torch.tensor(float(number)), "g": torch.tensor(1, dtype=torch.bfloat16)})
@@ -144,7 +145,7 @@ RANKS = textwrap.dedent(
     """
     import json, sys
     from trainer import distributed
-    from trainer.averages import Mean
+    from trainer.metrics import Mean
     distributed.start("cpu")
     rank = distributed.rank()
     plain, named, uneven = Mean(), Mean(), Mean()

@@ -20,14 +20,13 @@ import pytest
 import torch
 
 from recipes.common.quality import require
-from trainer.cli import Run, configure, main
-from trainer.hparams import Configuration, Text, load_hparams
-from trainer.interrupt import Interrupted
+from trainer.cli import Run, arguments, configure, main
+from trainer.cli.environment import environment, git
+from trainer.cli.folder import OWN, RunFolder, differences
+from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
+from trainer.config.hyperparameters import Configuration, Text, load_hparams
 from trainer.options import RunOptions
-from trainer.run import arguments
-from trainer.run.environment import environment, git
-from trainer.run.folder import OWN, RunFolder, differences
-from trainer.speechbrain_names import create_experiment_directory, parse_arguments
+from trainer.signals import Interrupted
 
 DEMO = """\
     # python train.py hparams/toy/demo.yaml
@@ -195,7 +194,7 @@ def test_a_run_folder_is_for_one_command_at_a_time(
 ) -> None:
     folder = tmp_path / "run"
     code = (
-        "import pathlib, sys, time; from trainer.run.folder import RunFolder; "
+        "import pathlib, sys, time; from trainer.cli.folder import RunFolder; "
         "RunFolder(pathlib.Path(sys.argv[1])).open(); print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(folder)]

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer import clipping, step
+from trainer import clipping
 from trainer.clipping import Gradients
-from trainer.hparams import Configuration, Text
+from trainer.config.hyperparameters import Configuration, Text
+from trainer.optim import step
+from trainer.optim.update import Update
 from trainer.options import RunOptions
-from trainer.update import Update
 
 from .clipping_kinds import ADAPTIVE, DENSE, KINDS, bind, clipped
 from .small import Players, Regressor, batches, make, poison, same

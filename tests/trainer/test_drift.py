@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.drift import different, fingerprint
+from trainer.distributed.replica_check import different, fingerprint
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

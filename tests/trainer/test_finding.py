@@ -16,12 +16,12 @@ from tests.trainer.test_page import read
 from trainer import Brain, Checkpointer, Stage, seed
 from trainer.cli import main
 from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip
-from trainer.finding import SearchOver
-from trainer.finding.course import Course
-from trainer.finding.limit import advise, find_limit, percentile
-from trainer.finding.rate import rates_of_test, suggest
 from trainer.options import RunOptions
 from trainer.schedules import WarmupDecay
+from trainer.tuner import SearchOver
+from trainer.tuner.course import Course
+from trainer.tuner.limit import advise, find_limit, percentile
+from trainer.tuner.rate import rates_of_test, suggest
 
 SMALL = {"find_steps": 10, "find_trials": 4}
 

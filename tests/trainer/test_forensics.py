@@ -34,12 +34,12 @@ from tests.trainer.small import (
 from tests.trainer.test_guard import History
 from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, seed
+from trainer.cli.replay import command
 from trainer.data.batch import Batch, Padded
-from trainer.forensics import Forensics, Off
-from trainer.forensics.keepsake import packed, unpacked
-from trainer.page import render
-from trainer.replay import load, nearest
-from trainer.run.again import command
+from trainer.diagnostics.nonfinite import Forensics, Off
+from trainer.diagnostics.nonfinite.keepsake import packed, unpacked
+from trainer.diagnostics.replay import load, nearest
+from trainer.report import render
 
 KINDS = [Regressor, Players]
 
@@ -413,7 +413,7 @@ def test_a_full_disk_and_a_hostile_batch_are_one_warning_and_no_error(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.forensics.keep", full)
+    monkeypatch.setattr("trainer.diagnostics.nonfinite.keep", full)
     data = batches(6)
     data[1], data[3] = spoilt(data[1], "nan"), spoilt(data[3], "nan")
     brain = make(output_folder=str(tmp_path))

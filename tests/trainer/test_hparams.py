@@ -15,9 +15,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.configuration.guard import Guard
-from trainer.configuration.references import arithmetic
-from trainer.hparams import Configuration, Text, describe, load_hparams
+from trainer.config.guard import Guard
+from trainer.config.hyperparameters import Configuration, Text, describe, load_hparams
+from trainer.config.references import arithmetic
 
 Write = Callable[..., Path]
 
@@ -424,8 +424,8 @@ ATTACKS = [
     "x: !apply:trainer.load_hparams {{path: '{payload}', allow: [os]}}",
     "x: !apply:trainer.main [!name:canary.fire ]",
     "x: !apply:trainer.checkpoint.files.write ['{ran}']",
-    "x: !new:trainer.run.folder.RunFolder ['{folder}']",
-    "x: !apply:trainer.hparams.load_hparams {{path: '{payload}', allow: [os]}}",
+    "x: !new:trainer.cli.folder.RunFolder ['{folder}']",
+    "x: !apply:trainer.config.hyperparameters.load_hparams {{path: '{payload}', allow: [os]}}",
     # Dunders, private names, spelling.
     "x: !apply:torch.nn.Linear.__init__.__globals__.get [os]",
     "x: !apply:torch.nn.Module.__subclasses__",

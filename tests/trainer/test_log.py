@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.log import RunLog, as_json
+from trainer.loggers.run_log import RunLog, as_json
 
 
 def refuse(constant: str) -> None:
@@ -141,7 +141,7 @@ def test_a_killed_run_leaves_whole_lines(tmp_path: Path) -> None:
     endless = textwrap.dedent(
         """
         import itertools, sys
-        from trainer.log import RunLog
+        from trainer.loggers.run_log import RunLog
         log = RunLog(sys.argv[1])
         for step in itertools.count():
             log.step({"step": step, "loss": 1.0 / (step + 1), "note": "x" * 3000})

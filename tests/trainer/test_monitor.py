@@ -17,9 +17,9 @@ from tests.trainer.test_page import read
 from tests.trainer.test_syncs import syncs
 from trainer import Brain, Stage, seed
 from trainer.checkpoint import Checkpointer
-from trainer.monitor import Monitor, Off
-from trainer.monitor.health import BLOCKS, LOOKS, WINDOW, Health, Step
-from trainer.page import render
+from trainer.diagnostics.health import BLOCKS, LOOKS, WINDOW, Health, Step
+from trainer.diagnostics.layer_monitor import Monitor, Off
+from trainer.report import render
 
 KINDS = [Regressor, Players]
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.log import RunLog
-from trainer.page import Page, render, write_html
-from trainer.page.axis import Axis, number
-from trainer.page.chart import BUCKETS, Chart, Series, decimate, draw, running_mean
-from trainer.page.history import read_history
+from trainer.loggers.run_log import RunLog
+from trainer.report import Page, render, write_html
+from trainer.report.axis import Axis, number
+from trainer.report.chart import BUCKETS, Chart, Series, decimate, draw, running_mean
+from trainer.report.history import read_history
 
 FINITE = st.floats(-1e12, 1e12)
 VOID = {"meta"}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.trainer.small import Players, Regressor, batches, everything, make, net, same
 from trainer import Brain, Stage
-from trainer.nonfinite import Statistics
-from trainer.precision import DTYPES, Precision
+from trainer.optim.guard import Statistics
+from trainer.optim.precision import DTYPES, Precision
 
 KINDS = [Regressor, Players]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.report import OUTCOMES, RESERVED, StageReport, StepReport, Tally
+from trainer.metrics import OUTCOMES, RESERVED, StageReport, StepReport, Tally
 
 REPORTS = st.builds(
     StepReport,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from trainer import Brain, EpochCounter, Stage, interrupt, seed, state
+from trainer import Brain, EpochCounter, Stage, seed, signals, state
 
 from .resuming import (
     ITEMS,
@@ -48,16 +48,16 @@ FEW = {"data": batches, "loader": None, "epochs": lambda: range(1, 3)}  # 22 bat
 @pytest.fixture(autouse=True)
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Much of the time here would go into drawing the log, which is compared as it is."""
-    monkeypatch.setattr("trainer.page.write_html", lambda folder: folder)
+    monkeypatch.setattr("trainer.report.write_html", lambda folder: folder)
 
 
 @pytest.fixture
-def signals() -> Iterator[None]:
+def _signals() -> Iterator[None]:
     """Signals are noted while the test runs."""
     before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    interrupt.install()
+    signals.install()
     yield
-    interrupt.reset()
+    signals.reset()
     for number, handler in before:
         signal.signal(number, handler)
 
@@ -185,7 +185,7 @@ def test_at_the_end_of_training_for_good(tmp_path: Path) -> None:
     assert_exact(straight, resumed, 11)
 
 
-@pytest.mark.usefixtures("signals")
+@pytest.mark.usefixtures("_signals")
 @pytest.mark.parametrize("stops", [1, 2])
 def test_within_validation(tmp_path: Path, stops: int) -> None:
     straight = run(Setting(**FEW), tmp_path / "straight", (), Setting.fit)
@@ -199,7 +199,7 @@ def test_within_validation(tmp_path: Path, stops: int) -> None:
         with pytest.raises(SystemExit) as caught:
             Setting(**FEW).fit(brain)
         assert caught.value.code == 143
-        interrupt.reset()
+        signals.reset()
     resumed = Setting(**FEW).fit(Setting(**FEW).make(tmp_path / "stopped", seed=99))
     assert_exact(straight, resumed, 11)
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.trainer.small import poison, same, snapshot
-from trainer import step
 from trainer.clipping import Clipper, Gradients, NormClip
-from trainer.report import StepReport
-from trainer.update import Update
+from trainer.metrics import StepReport
+from trainer.optim import step
+from trainer.optim.update import Update
 
 
 def scaler(precision: str) -> torch.amp.GradScaler:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from trainer import Brain, NonFiniteError, Stage, distributed, interrupt, state
-from trainer.averages import Mean
+from trainer import Brain, NonFiniteError, Stage, distributed, signals, state
 from trainer.checkpoint import Checkpointer
-from trainer.drift import DriftError
+from trainer.distributed.replica_check import DriftError
+from trainer.metrics import Mean
 from trainer.schedules import EarlyStopping, WarmupDecay
 
 from . import resuming
@@ -615,7 +615,7 @@ def tests_of_the_best(folder: Path) -> dict[str, Any]:
 def interruptions(folder: Path) -> dict[str, Any]:
     """One rank is told to stop, and both leave; in training and in validation."""
     results = {}
-    interrupt.install()
+    signals.install()
     setting = resuming.Setting(data=even, epochs=lambda: range(1, 3))
     straight = resuming.run(setting, folder / "straight", (), resuming.Setting.fit)
     for moment in ("training", "validation"):
@@ -633,7 +633,7 @@ def interruptions(folder: Path) -> dict[str, Any]:
         except SystemExit as stop:
             code = int(str(stop.code))
         batches_seen = len(brain.test.trace)
-        interrupt.reset()
+        signals.reset()
         saved = brain.checkpointer.list_checkpoints()
         resumed = setting.fit(setting.make(folder / moment, seed=50 + distributed.rank()))
         found = list(resuming.differences(straight.test.trace[batches_seen:], resumed.test.trace))

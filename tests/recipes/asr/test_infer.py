@@ -14,7 +14,7 @@ from recipes.asr.train import Recogniser, train
 from recipes.common.run_folder import load_brain
 from tests.recipes.asr.test_train import HPARAMS, TINY
 from trainer import cli
-from trainer.testing import best_weights
+from trainer.evaluation import best_weights
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import soundfile
 
 from recipes.asr.train import train
 from trainer import cli
-from trainer.hparams import load_hparams
+from trainer.config.hyperparameters import load_hparams
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "asr"
 TINY = [

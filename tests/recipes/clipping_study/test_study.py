@@ -19,7 +19,7 @@ from recipes.clipping_study.verdicts import KINDS, RULES, better, verdict
 from tests.trainer.test_page import read
 from trainer.cli import main
 from trainer.clipping import NormClip
-from trainer.hparams import load_hparams
+from trainer.config.hyperparameters import load_hparams
 
 ROOT = Path(__file__).parents[3]
 FULL = experiments(load_hparams(str(ROOT / "hparams/clipping_study/full.yaml"))["experiments"])

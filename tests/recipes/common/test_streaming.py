@@ -22,7 +22,7 @@ from recipes.common.streaming import (
     targets,
 )
 from tests.recipes.common.speakers import noise, write
-from trainer.configuration.guard import Guard
+from trainer.config.guard import Guard
 from trainer.data import BadItem
 
 CHUNKS = Chunks(1000, 250, 3)

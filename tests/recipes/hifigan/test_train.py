@@ -10,7 +10,7 @@ import soundfile
 
 from recipes.hifigan.train import train
 from trainer import cli
-from trainer.hparams import load_hparams
+from trainer.config.hyperparameters import load_hparams
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "hifigan"
 KEYS = {"mel_l1", "mel_l1_griffinlim", "stoi", "stoi_griffinlim"}

@@ -15,7 +15,7 @@ from recipes.metricgan.phases import Phase
 from recipes.metricgan.train import Enhancer
 from tests.trainer.resuming import differences
 from tests.trainer.resuming import log as lines
-from trainer import interrupt, state
+from trainer import signals, state
 
 from .small import Tones, fit, make
 
@@ -32,7 +32,7 @@ PAIRS, VALID = Tones(8, 800), Tones(2, 800, fixed=True)  # few shapes, which a C
 
 @pytest.fixture(autouse=True)
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.page.write_html", lambda folder: folder)
+    monkeypatch.setattr("trainer.report.write_html", lambda folder: folder)
 
 
 class Stopped(Enhancer):
@@ -121,17 +121,17 @@ def test_two_players_each_have_everything(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def signals() -> Iterator[None]:
+def _signals() -> Iterator[None]:
     """Signals are noted while the test runs."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    interrupt.install()
+    signals.install()
     yield
-    interrupt.reset()
+    signals.reset()
     signal.signal(signal.SIGTERM, before[0])
     signal.signal(signal.SIGINT, before[1])
 
 
-@pytest.mark.usefixtures("signals")
+@pytest.mark.usefixtures("_signals")
 def test_a_stop_that_is_asked_for(tmp_path: Path) -> None:
     """SIGTERM while scores are being measured: what has no score yet is measured again."""
 
@@ -145,7 +145,7 @@ def test_a_stop_that_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         fit(make(tmp_path / "asked", PHASES, brain=Asked), PAIRS)
     assert stop.value.code == 143
-    interrupt.reset()
+    signals.reset()
     shutil.copytree(tmp_path / "asked", tmp_path / "again")
     resumed = fit(make(tmp_path / "again", PHASES, seed=3, brain=Asked), PAIRS)
     assert not list(differences(whole(straight), whole(resumed)))

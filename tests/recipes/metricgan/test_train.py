@@ -17,8 +17,8 @@ from recipes.metricgan.discriminator import UtteranceNorm
 from recipes.metricgan.train import Enhancer, train
 from tests.recipes.common.speakers import RATE, noise, voice
 from trainer import cli
-from trainer.hparams import load_hparams
-from trainer.testing import best_weights
+from trainer.config.hyperparameters import load_hparams
+from trainer.evaluation import best_weights
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "metricgan"
 pytestmark = pytest.mark.skipif(

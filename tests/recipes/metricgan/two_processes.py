@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import trainer.page
+import trainer.report
 from recipes.metricgan.history import History
 from recipes.metricgan.phases import Phase
 from recipes.metricgan.train import Enhancer
@@ -113,7 +113,7 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    trainer.page.write_html = lambda folder: folder  # type: ignore[assignment]
+    trainer.report.write_html = lambda folder: folder  # type: ignore[assignment]
     distributed.start("cpu", timeout=timedelta(seconds=120))
     rank = distributed.rank()
     for name in RUNS:

@@ -15,7 +15,7 @@ from recipes.segan.train import Enhancer, train
 from tests.recipes.common.speakers import RATE, noise, voice, write
 from tests.recipes.segan.test_train import HPARAMS, TINY, WARM
 from trainer import cli
-from trainer.testing import best_weights
+from trainer.evaluation import best_weights
 
 
 @pytest.fixture(scope="module")

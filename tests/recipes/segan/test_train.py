@@ -18,7 +18,7 @@ from tests.recipes.segan.tiny import SAMPLES, Wave, clips, fit, make
 from tests.trainer.resuming import differences
 from tests.trainer.small import same, snapshot
 from trainer import cli, state
-from trainer.hparams import load_hparams
+from trainer.config.hyperparameters import load_hparams
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "segan"
 PLAYERS = ("discriminator", "generator")
@@ -31,7 +31,7 @@ needs_enhance = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the log of a run takes longer than the run."""
-    monkeypatch.setattr("trainer.page.write_html", lambda folder: folder)
+    monkeypatch.setattr("trainer.report.write_html", lambda folder: folder)
 
 
 # --- who moves when ------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from tests.recipes.separation.conftest import (
 )
 from trainer import NonFiniteError, StepReport, cli
 from trainer.checkpoint import Checkpointer
+from trainer.config.hyperparameters import load_hparams
 from trainer.data import Batch, Padded
-from trainer.hparams import load_hparams
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "separation"
 USUAL = ["--num_workers=0", "--device=cpu", "--no-progressbar", "--log_interval=1",

@@ -18,7 +18,7 @@ from recipes.tacotron2.train import train
 from tests.processes import launch
 from tests.recipes.tacotron2 import two_ranks
 from trainer import cli
-from trainer.hparams import load_hparams
+from trainer.config.hyperparameters import load_hparams
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "tacotron2"
 NAMES = ["demo", "ljspeech", "prompts"]

@@ -1,0 +1,154 @@
+"""Callbacks: objects that watch a run.
+
+    class Printer(Callback):
+        def on_loss(self, brain, report):
+            print(report.name, report.loss)
+
+    brain = MyBrain(modules, opt_class, callbacks=[Printer()])
+
+A `Brain` has the callbacks of `trainer.defaults` (progress bar, loggers, report, layer monitor,
+replica check, profiler), then those of ``Brain(callbacks=[…])``, of the YAML key ``callbacks`` and
+of `Brain.configure_callbacks`. They are called in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+    from trainer.checkpoint import Checkpoint
+    from trainer.clipping import Gradients
+    from trainer.metrics import StageReport, StepReport
+    from trainer.optim.step import Update
+    from trainer.progress import Stage
+
+
+class Callback:
+    """Base class of what watches a run. Every method does nothing by default.
+
+    A callback reads; it must not change weights, gradients or the loss. All methods are called on
+    every rank. A method may call a collective (such as `trainer.distributed.gather`) unless its
+    docstring says that ranks may call it a different number of times; every rank must then call it.
+
+    Only methods that a subclass overrides are called, so that the others cost nothing. An exception
+    in a callback ends the run, and its message names the callback.
+
+    A callback that has ``state_dict`` and ``load_state_dict`` is saved with every checkpoint, as
+    a rank's own state, and restored when the run resumes.
+    """
+
+    def on_fit_start(self, brain: Brain) -> None:
+        """Called when `Brain.fit` begins, after optimizers exist and a checkpoint was restored."""
+
+    def on_fit_end(self, brain: Brain) -> None:
+        """Called when `Brain.fit` ends, also after an exception. Must not call a collective."""
+
+    def on_stage_start(
+        self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
+    ) -> None:
+        """Called before the first batch of a pass over data, after `Brain.on_stage_start`.
+
+        Args:
+            brain: the Brain that runs.
+            stage: what the pass is for.
+            epoch: current epoch; None in a test.
+            total: batches of the pass on this rank; None where unknown. A resumed pass has done
+                ``brain.step`` of them.
+        """
+
+    def on_stage_end(self, brain: Brain, report: StageReport) -> None:
+        """Called after a pass, with its average loss and metrics."""
+
+    def on_batch_start(self, brain: Brain, batch: Any) -> None:
+        """Called before `Brain.fit_batch`, in training only."""
+
+    def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+        """Called after each batch of any stage.
+
+        In evaluation ranks may have different numbers of batches: must not call a collective there.
+
+        Args:
+            brain: the Brain that runs.
+            stage: what the pass is for.
+            loss: what `Brain.fit_batch` or `Brain.evaluate_batch` returned.
+        """
+
+    def on_loss(self, brain: Brain, report: StepReport) -> None:
+        """Called for each loss that went through `Brain.optimize`, with its outcome."""
+
+    def before_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
+        """Called before a step that will be taken: gradients are measured, not yet clipped."""
+
+    def after_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
+        """Called when the optimizer has stepped, before its gradients are released."""
+
+    def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
+        """Called every ``log_interval`` optimizer steps with averages since the last call.
+
+        Args:
+            brain: the Brain that runs.
+            record: step, epoch, loss, examples per second, and figures of each optimizer.
+        """
+
+    def on_checkpoint(self, brain: Brain, checkpoint: Checkpoint) -> None:
+        """Called after a checkpoint was saved."""
+
+    def on_exception(self, brain: Brain, error: BaseException) -> None:
+        """Called when an exception leaves `fit` or `evaluate`. Must not call a collective."""
+
+
+EVENTS = tuple(name for name in vars(Callback) if name.startswith(("on_", "before_", "after_")))
+
+
+class CallbackList:
+    """The callbacks of a Brain, in the order in which they are called.
+
+    ``events["on_loss"]`` and the like hold the bound methods of the callbacks that override it.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self._callbacks: list[Callback] = []
+        self.events: dict[str, list[Callable[..., None]]] = {name: [] for name in EVENTS}
+        for each in callbacks:
+            self.append(each)
+
+    def append(self, callback: Callback) -> None:
+        """Add a callback behind the others.
+
+        Raises:
+            ValueError: if it is not a `Callback`.
+        """
+        if not isinstance(callback, Callback):
+            raise ValueError(
+                f"callbacks holds a {type(callback).__name__}; allowed: objects of a class that "
+                "derives from trainer.Callback"
+            )
+        self._callbacks.append(callback)
+        for name in EVENTS:
+            if getattr(type(callback), name) is not getattr(Callback, name):
+                self.events[name].append(getattr(callback, name))
+
+    def call(self, event: str, *arguments: Any) -> None:
+        """Call a method of every callback that overrides it.
+
+        Args:
+            event: name of the method, such as "on_loss".
+            arguments: what the method is given.
+
+        Raises:
+            Exception: whatever a callback raises, with a note that names it.
+        """
+        for method in self.events[event]:
+            try:
+                method(*arguments)
+            except Exception as error:
+                error.add_note(f"raised by the callback {type(method.__self__).__name__}.{event}")  # type: ignore[attr-defined]
+                raise
+
+    def __iter__(self) -> Iterator[Callback]:
+        return iter(self._callbacks)
+
+    def __len__(self) -> int:
+        return len(self._callbacks)

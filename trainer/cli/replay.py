@@ -1,0 +1,75 @@
+"""`python -m trainer replay RUN STEP`: the recipe of a run, started to replay a skipped step.
+
+The run's folder says with which script it was started. That script is run once more by this Python,
+with the run's own settings, but only if it lies in the current folder and not in the run's, so that
+a folder from elsewhere cannot choose what runs; `--script` names another one.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.cli.folder import HYPERPARAMS
+
+USAGE = "usage: python -m trainer replay RUN STEP [--script train.py] [--key value]…"
+
+
+def replay(argv: Sequence[str]) -> int:
+    """Run the command that `command` makes; gives its exit code."""
+    made = command(argv)
+    print(shlex.join(made), file=sys.stderr, flush=True)
+    path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(made, env={**os.environ, "PYTHONPATH": path}).returncode
+
+
+def command(argv: Sequence[str]) -> list[str]:
+    """What replays a step. Raises ValueError with a sentence where that cannot be known."""
+    rest = list(argv)
+    script = None
+    if "--script" in rest:
+        at = rest.index("--script")
+        script = rest[at + 1] if at + 1 < len(rest) else None
+        del rest[at : at + 2]
+    if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):
+        raise ValueError(USAGE)
+    run, step, *more = rest
+    folder = Path(run)
+    if not (folder / HYPERPARAMS).is_file():
+        raise ValueError(f"{run} is no run's folder: it has no {HYPERPARAMS}")
+    case = folder / "nonfinite" / step
+    if not (case / "batch.pt").is_file():
+        found = sorted(
+            path.parent.relative_to(folder / "nonfinite").as_posix()
+            for path in (folder / "nonfinite").rglob("batch.pt")
+        )
+        kept = f"kept are {', '.join(found)}" if found else "no skipped step was kept"
+        raise ValueError(f"{run} has nothing kept of step {step}: {kept}")
+    path = Path(script) if script is not None else _recorded(folder)
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: name the recipe's train.py with --script")
+    settings = [str(folder / HYPERPARAMS), "--output_folder", run, "--replay", str(case)]
+    return [sys.executable, str(path), *settings, *more]
+
+
+def _recorded(folder: Path) -> Path:
+    """The script that the last command of the run names, if it is one of those here."""
+    try:
+        last = (folder / "command.txt").read_text("utf-8").splitlines()[-1]
+        script = Path(shlex.split(last)[3])  # date, time, python, script
+    except (OSError, IndexError, ValueError):
+        raise ValueError(
+            f"{folder / 'command.txt'} does not say how the run was started: name the recipe's "
+            "train.py with --script"
+        ) from None
+    place, here = script.resolve(), Path.cwd()
+    if script.suffix != ".py" or here not in place.parents or folder.resolve() in place.parents:
+        raise ValueError(
+            f"the run was started by {script}, which is not in the current folder {here}: go "
+            "where it was started, or name it with --script if you trust it"
+        )
+    return script

@@ -1,0 +1,1 @@
+"""SpeechBrain's function names, and import paths of earlier versions."""

@@ -1,0 +1,1 @@
+"""Diagnostics: layer norms and warnings, non-finite steps, profiling."""

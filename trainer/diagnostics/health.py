@@ -1,0 +1,171 @@
+"""What the norms of an optimizer mean: spikes, and warnings that are each said once."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from trainer.diagnostics.layer_norms import Measured, rounded
+
+WINDOW = 100  # steps that shares and medians are over
+FEWEST = 20  # norms that a median needs before anything can be a spike
+SPIKE = 4.0  # times the median
+LARGE, OFTEN = 10.0, 0.8  # a norm, and the share of the window above it
+CLIPPED = 0.95  # of the window; adaptive clippers with a percentile of 10 clip 90 %
+TINY = 1e-6  # a norm, or a layer's share of the largest one
+LOOKS = 3  # in a row, before anything is said of a layer
+GROWTH, BLOCKS = 4.0, 5  # a drift: so many medians, each above the last, and so far apart
+
+
+class Step(NamedTuple):
+    """What a step measured: see `StepReport`."""
+
+    norm: float
+    norm_after: float | None
+    limit: float
+    clipped: bool
+    lr: float
+
+
+class Health:
+    """The recent steps of the optimizer ``name``, and what has been said about them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._window: deque[Step] = deque(maxlen=WINDOW)
+        self._medians: deque[float] = deque(maxlen=BLOCKS)
+        self._still: dict[str, int] = {}  # Looks in a row at which a layer had not moved,
+        self._faint: dict[str, int] = {}  # or had next to no gradient.
+        self._said: set[str] = set()
+        self._steps = 0
+
+    def look(self, steps: Sequence[Step], layers: Measured) -> tuple[dict[str, Any], list[str]]:
+        """The facts of the steps since the last look, as they are logged, and new warnings."""
+        norms = [step.norm for step in self._window]
+        usual = statistics.median(norms) if len(norms) >= FEWEST else math.inf
+        spikes = [step.norm for step in steps if step.norm > SPIKE * usual]
+        self._window.extend(steps)
+        self._medians.append(statistics.median(step.norm for step in steps))
+        self._steps += len(steps)
+        facts = {
+            "norms": [rounded(step.norm) for step in steps],
+            "norms_after": [
+                None if step.norm_after is None else rounded(step.norm_after) for step in steps
+            ],
+            "limits": [step.limit for step in steps],  # An infinite one, none, is null there.
+            "clipped_share": rounded(sum(s.clipped for s in self._window) / len(self._window)),
+            "spikes": len(spikes),
+        }
+        return facts, [*self._of_norms(len(steps)), *self._of_layers(layers)]
+
+    def _once(self, kind: str, text: str) -> list[str]:
+        if kind in self._said:
+            return []
+        self._said.add(kind)
+        return [text]
+
+    def _of_norms(self, block: int) -> list[str]:
+        """What the norms of whole steps tell."""
+        window, found = list(self._window), []
+        if len(window) == WINDOW:
+            norms = sorted(step.norm for step in window)
+            middle, lr = statistics.median(norms), window[-1].lr
+            large = sum(norm > LARGE for norm in norms)
+            if large >= OFTEN * WINDOW:
+                found += self._once("large", (
+                    f"the gradient norm of {self.name!r} was above {LARGE:g} before clipping in "
+                    f"{large} of the last {WINDOW} steps (median {middle:.3g}). Lower the learning "
+                    f"rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum over "
+                    "frames or examples, take the mean"
+                ))  # fmt: skip
+            clipped = sum(step.clipped for step in window)
+            if clipped >= CLIPPED * WINDOW and len({step.limit for step in window}) == 1:
+                found += self._once("clipped", (
+                    f"{clipped} of the last {WINDOW} steps of {self.name!r} were clipped (limit "
+                    f"{window[-1].limit:g}, median norm {middle:.3g}): the limit, and not the "
+                    "gradient, decides how far a step goes. Raise max_grad_norm to about "
+                    f"{norms[int(0.9 * WINDOW)]:.2g}, the 90th percentile of these norms, or "
+                    "lower the learning rate if the loss jumps"
+                ))  # fmt: skip
+            if norms[-1] < TINY:
+                found += self._once("vanishing", (
+                    f"the gradient norm of {self.name!r} was below {TINY:g} in all of the last "
+                    f"{WINDOW} steps (median {middle:.3g}): nothing is learned any more. Look for "
+                    "a saturated output, dead activations, or a loss that is divided twice"
+                ))  # fmt: skip
+        return found + self._of_drift(block)
+
+    def _of_drift(self, block: int) -> list[str]:
+        medians = list(self._medians)
+        rising = all(a < b for a, b in zip(medians, medians[1:], strict=False))
+        if len(medians) < BLOCKS or not rising or medians[-1] < max(1.0, GROWTH * medians[0]):
+            return []
+        factor = medians[-1] / medians[0] if medians[0] else math.inf
+        return self._once("drift", (
+            f"the gradient norm of {self.name!r} has grown without a pause over the last "
+            f"{BLOCKS * block} steps, from {medians[0]:.3g} to {medians[-1]:.3g} ({factor:.2g} "
+            "times): a run usually diverges soon after. Lower the learning rate now, or lengthen "
+            "its warm-up; a checkpoint from before the growth is the one to go back to"
+        ))  # fmt: skip
+
+    def _of_layers(self, layers: Measured) -> list[str]:
+        """Layers that do not move, and those that gradients hardly reach."""
+        if not layers or not self._window[-1].lr:  # At a rate of 0 nothing is meant to move.
+            return []
+        largest = max((each["grad"] or 0.0 for each in layers.values()), default=0.0)
+        still, faint = [], []
+        for layer, each in layers.items():
+            grad = each["grad"]
+            self._still[layer] = 0 if each["update"] else self._still.get(layer, 0) + 1
+            weak = grad is not None and 0.0 < grad < TINY * largest
+            self._faint[layer] = self._faint.get(layer, 0) + 1 if weak else 0
+            if self._still[layer] == LOOKS:
+                still.append(f"{layer} ({_why(grad)})")
+            elif self._faint[layer] == LOOKS:
+                faint.append(layer)
+        found = []
+        if still:
+            found += self._once(f"still {still[0]}", (
+                f"{_listed(still)} did not move at the last {LOOKS} looks, {self._steps} steps "
+                f"into the run. If the loss of {self.name!r} is meant to reach it, something is "
+                "detached or left out on the way; if not, requires_grad_(False) freezes it for good"
+            ))  # fmt: skip
+        if faint:
+            found += self._once(f"faint {faint[0]}", (
+                f"gradients vanish on their way to {_listed(faint)}: less than {TINY:g} of the "
+                f"largest layer's arrives, {LOOKS} looks in a row. Residual connections, another "
+                "initialisation, a normalisation or fewer saturating activations help"
+            ))  # fmt: skip
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered."""
+        return {
+            "window": [list(step) for step in self._window],
+            "medians": list(self._medians),
+            "still": dict(self._still),
+            "faint": dict(self._faint),
+            "said": sorted(self._said),
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._window = deque((Step(*step) for step in state["window"]), maxlen=WINDOW)
+        self._medians = deque(state["medians"], maxlen=BLOCKS)
+        self._still, self._faint = dict(state["still"]), dict(state["faint"])
+        self._said, self._steps = set(state["said"]), state["steps"]
+
+
+def _why(grad: float | None) -> str:
+    if grad is None:
+        return "no gradient"
+    return "its gradient is 0" if grad == 0.0 else f"gradient {grad:.2g}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,185 @@
+"""Known causes of what is not finite, recognised and said in words with what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from trainer.diagnostics.nonfinite.keepsake import fields, with_lengths
+from trainer.diagnostics.nonfinite.probe import Finding, Trace
+
+NAMED = 5  # examples that a sentence names
+TARGETS = re.compile(r"tok|target|label|char|phn|phon|text|word|trans|y$")
+BACKWARD = (
+    (r"Sqrt|Norm|Std|Var|Cdist|Dist", "the derivative of a square root (or norm, or standard "
+     "deviation) at 0 is infinite: add a small number under the root, or clamp"),
+    (r"Log", "the derivative of a logarithm at 0 is infinite: clamp its argument, "
+     "as in x.clamp(min=1e-8).log()"),
+    (r"Div|Reciprocal", "a division by zero, or by a number whose square is 0: clamp the divisor"),
+    (r"Pow", "the derivative of a power below 1 at 0 is infinite: clamp its base"),
+    (r"Exp|Cosh|Sinh", "an exponential overflows: bound its argument"),
+    (r"Acos|Asin|Atan", "the derivative of an arc function at its end is infinite: clamp its "
+     "argument a little inside of [-1, 1]"),
+    (r"Softmax|Attention", "a softmax over nothing but masked positions: an all-padding row"),
+)  # fmt: skip
+
+
+def causes(finding: Finding, batch: Any, ids: Sequence[str], full_is_finite: bool) -> list[str]:
+    """Sentences, the surest first; none where nothing that is known fits.
+
+    ``full_is_finite``: the same batch gave nothing bad in fp32.
+    """
+    found = [*_of_input(batch, ids), *_of_ctc(finding, ids)]
+    origin = finding.first
+    padded = _padding(finding, batch, ids)
+    found += padded
+    if full_is_finite:
+        found.append(_overflow(origin))
+    elif origin is not None and origin.phase == "forward" and not found:
+        found += _of_operation(origin)
+    elif not found:
+        function = origin.operation if origin is not None else finding.backward or ""
+        found += [text for names, text in BACKWARD if re.search(names, function)][:1]
+    if finding.kind is not None:
+        found += _of_lengths(batch, ids)
+    return found
+
+
+def _who(rows: Sequence[int], ids: Sequence[str]) -> str:
+    """Examples by their ids, or by their places."""
+    if ids and max(rows) < len(ids):
+        names = [ids[row] for row in rows[:NAMED]]
+    else:
+        names = [f"example {row}" for row in rows[:NAMED]]
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return ", ".join(names) + more
+
+
+def _of_input(batch: Any, ids: Sequence[str]) -> list[str]:
+    """NaN and infinities in the batch itself."""
+    found = []
+    for name, value in fields(batch).items():
+        for tensor in tree_leaves(value):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                continue
+            bad = ~torch.isfinite(tensor)
+            if bool(bad.any()):
+                rows = (
+                    torch.nonzero(bad.reshape(len(bad), -1).any(1)).flatten().tolist()
+                    if tensor.dim()
+                    else [0]
+                )
+                found.append(
+                    f"the batch itself is not finite: {int(bad.sum())} of {bad.numel()} values of "
+                    f"{name!r} ({_who(rows, ids)}). Look at that file, and at what prepares it"
+                )
+    return found
+
+
+def _of_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
+    """Targets that have no path through their frames."""
+    found: list[str] = []
+    if finding.first is not None and "ctc" not in finding.first.operation.lower():
+        return found  # What is not finite did not come from there.
+    for frames, lengths, repeats in finding.ctc:
+        long = [
+            row
+            for row, (has, length, twice) in enumerate(zip(frames, lengths, repeats, strict=True))
+            if length + twice > has
+        ]
+        if long:
+            row = long[0]
+            found.append(
+                f"a CTC target is longer than its input: {_who(long, ids)} (the first has "
+                f"{lengths[row]} tokens and {repeats[row]} repeats in {frames[row]} frames; a "
+                "repeat needs a blank between). Leave such utterances out, subsample less, or say "
+                "zero_infinity=True"
+            )
+        empty = [row for row, length in enumerate(lengths) if length == 0]
+        if empty:
+            found.append(
+                f"an empty target: that of {_who(empty, ids)} has no token. Leave it out; a loss "
+                "that is divided by the length of its target is 0/0 there"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
+    """A softmax without a position to attend to."""
+    first = finding.first
+    attends = first is not None and re.search("softmax|attention", first.operation)
+    if not attends or first is None or not (first.minus_infinity or "attention" in first.operation):
+        return []
+    rows = [
+        row
+        for value in fields(batch).values()
+        if (both := with_lengths(value)) is not None
+        for row, length in enumerate(both[1].tolist())
+        if length == 0
+    ]
+    who = f" ({_who(sorted(set(rows)), ids)} has length 0)" if rows else ""
+    return [
+        f"an all-padding row: every position that a softmax looks at is masked{who}, and the "
+        "exponentials sum to 0. Leave one position unmasked, or drop empty examples"
+    ]
+
+
+def _overflow(origin: Trace | None) -> str:
+    what = "a value" if origin is None else f"the result of {origin.operation}"
+    return (
+        f"fp16 overflow: {what} is above 65504, the largest number of half precision; the same "
+        "batch is finite in fp32. Use precision bf16, or compute that part within "
+        "torch.autocast(…, enabled=False)"
+    )
+
+
+def _of_operation(trace: Trace) -> list[str]:
+    name, low = trace.operation, trace.lowest
+    if re.match(r"log(2|10|1p)?_?$|xlogy", name) and low is not None:
+        edge = -1.0 if "log1p" in name else 0.0
+        if low < edge:
+            return [
+                f"the logarithm of a negative number ({low:.3g}): is it taken of a logarithm, or "
+                "of something that may be below zero?"
+            ]
+        return [
+            f"the log of zero: {trace.zeros} of {trace.elements} values are 0. Clamp them, as in "
+            "x.clamp(min=1e-8).log(), or use log_softmax or logsigmoid on what comes before"
+        ]
+    if re.match(r"(div|true_divide|reciprocal|floor_divide)_?$", name) and trace.zeros:
+        return [
+            f"a division by zero ({trace.zeros} of the divisors are 0): clamp them, or drop "
+            "such examples"
+        ]
+    if re.match(r"(mean|var|std|var_mean|median|nanmean)", name) and not trace.elements:
+        return [f"the {name} of nothing: is a mask, or a target, empty?"]
+    if re.match(r"r?sqrt_?$|pow", name) and low is not None and low <= 0.0:
+        return [f"{name} of {low:.3g}: clamp its argument, or add a small number to it"]
+    if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) and trace.highest is not None:
+        return [f"{name} of {trace.highest:.3g} overflows: bound its argument"]
+    return []
+
+
+def _of_lengths(batch: Any, ids: Sequence[str]) -> list[str]:
+    """Empty targets and silent examples: no proof, but where to look."""
+    found = []
+    for name, value in fields(batch).items():
+        both = with_lengths(value)
+        if both is not None:
+            data, lengths = both
+            empty = torch.nonzero(lengths == 0).flatten().tolist()
+            silent = torch.nonzero((data.reshape(len(data), -1) == 0).all(1)).flatten().tolist()
+            if empty:
+                found.append(f"{name!r} is empty in {_who(empty, ids)}")
+            elif silent and data.is_floating_point():
+                found.append(f"{name!r} is 0 everywhere in {_who(silent, ids)}: an all-padding row")
+        elif isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value):
+            empty = [row for row, text in enumerate(value) if not text.strip()]
+            if empty and TARGETS.search(name.lower()):
+                found.append(f"an empty target: {name!r} of {_who(empty, ids)} has no text")
+    return found

@@ -1,0 +1,48 @@
+"""The Logger protocol: what receives the numbers, pictures and sounds of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Logger(Protocol):
+    """Receives what a run reports. `trainer.loggers.LoggerCallback` drives it, on rank 0 only.
+
+    A method that raises is reported once as a warning; that logger is not called again, and the run
+    goes on.
+    """
+
+    def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Record numbers.
+
+        Args:
+            kind: "step" (averages since the last record), "stage" (a finished stage) or
+                "monitor" (layer norms).
+            values: numbers by name, nested by mappings; NaN and infinities stand for unknown.
+            step: optimizer steps since the run began.
+        """
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Record the distribution of values (N,) on the host."""
+
+    def figure(self, name: str, png: bytes, step: int) -> None:
+        """Record a picture, as the bytes of a PNG file."""
+
+    def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
+        """Record sound: samples (T,) in [-1, 1], rate in Hz."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Record a text."""
+
+    def artifact(self, name: str, path: Path) -> None:
+        """Record a file of the run, such as the report or the best checkpoint."""
+
+    def resume(self, step: int) -> None:
+        """Go on after an optimizer step: what was recorded for later steps will come again."""
+
+    def close(self) -> None:
+        """Write what is pending and release files."""

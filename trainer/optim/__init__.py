@@ -1,0 +1,1 @@
+"""Optimizer steps: precision, the non-finite guard, weight averages, building optimizers."""

@@ -1,0 +1,165 @@
+"""What a Brain makes once: its device, its modules, and an `Update` for each optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import distributed
+from trainer.clipping import by_name, clippers, limit_of
+from trainer.optim.update import Update
+from trainer.options import RunOptions, nearest
+
+
+def use_threads(number: int | None) -> None:
+    """Let torch compute with so many CPU threads; None leaves them as they are."""
+    if number is not None:
+        torch.set_num_threads(number)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process: "auto" is CUDA where there is one, one GPU a rank.
+
+    Raises ValueError for a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:0, mps …") from None
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        index = device.index if device.index is not None else distributed.local_rank()
+        if index >= found:
+            raise ValueError(
+                f"device {name!r} asks for GPU {index}, but this machine has "
+                f"{found or 'no'} GPU{'s' if found != 1 else ''} that torch can use; "
+                "use --device cpu, or auto to take what there is"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not available on this machine; use --device cpu or auto")
+    return device
+
+
+def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn.ModuleDict:
+    """The modules by name, compiled in place where the options say so.
+
+    Raises ValueError for something that is no module and for an unknown name in compile_modules.
+    """
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"modules[{name!r}] is a {type(module).__name__}; allowed: a torch.nn.Module"
+            )
+    chosen = options.compile_modules
+    for name in chosen or ():
+        if name not in modules:
+            raise ValueError(
+                f"compile_modules names {name!r}, which is not among the modules "
+                f"{', '.join(modules)}{nearest(name, modules)}"
+            )
+    if options.compile or chosen:
+        for name in modules if chosen is None else chosen:
+            modules[name].compile(mode=options.compile_mode)
+    return nn.ModuleDict(modules)
+
+
+def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str, Update]:
+    """An `Update` for every optimizer that ``init_optimizers`` made.
+
+    ``on_hand_step`` is called before a step that a recipe takes past `Brain.optimize`.
+    """
+    optimizers = _optimizers(brain)
+    options, names = brain.options, list(optimizers)
+    schedules = getattr(brain.hparams, "schedule", None)
+    parameters = {p: name for name, p in brain.modules.named_parameters()}
+    sparse = {
+        p
+        for module in brain.modules.modules()
+        if getattr(module, "sparse", False) is True
+        for p in module.parameters(recurse=False)
+    }
+    usual = RunOptions().max_grad_norm  # Of an optimizer that a mapping leaves out.
+    clips = clippers(options.clip, options.max_grad_norm, usual, optimizers, parameters)
+    updates = {}
+    for name, optimizer in optimizers.items():
+        own = {p for group in optimizer.param_groups for p in group["params"]}
+        schedule = _schedule(by_name(schedules, name, names, "schedule"), optimizer, options)
+        updates[name] = Update(
+            name,
+            optimizer,
+            brain.precision.scaler(),
+            clips[name],
+            schedule,
+            options.grad_accumulation_factor,
+            options.skip_nonfinite_grads,
+            alone=len(names) == 1 and parameters.keys() <= own,
+        )
+        updates[name].sparse = sparse & own
+        _watch(updates[name], on_hand_step)
+    return updates
+
+
+def _optimizers(brain: Any) -> dict[str, torch.optim.Optimizer]:
+    """What ``init_optimizers`` made: ``optimizers_dict``, or ``optimizer``, or any attributes.
+
+    Raises ValueError for something that is no optimizer, and for a limit that is none.
+    """
+    found = getattr(brain, "optimizers_dict", None)
+    if found is None:
+        found = {n: v for n, v in vars(brain).items() if isinstance(v, torch.optim.Optimizer)}
+        if list(found) == ["optimizer"]:
+            found = {"main": found["optimizer"]}
+    for name, optimizer in found.items():
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizers_dict[{name!r}] is {optimizer!r}; allowed: a torch.optim.Optimizer, "
+                "made by calling its class with the parameters"
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"the optimizer {name!r} is {type(optimizer).__name__}, which computes its loss "
+                "several times a step; allowed: one that steps with gradients, such as Adam or SGD"
+            )
+        for group in optimizer.param_groups:
+            limit_of(group.get("max_grad_norm"))
+            if brain.precision.name == "fp16" and any(
+                p.dtype is torch.float16 for p in group["params"]
+            ):
+                raise ValueError(
+                    f"the optimizer {name!r} has weights in float16; precision fp16 computes in "
+                    "float16 and needs weights in float32: leave out .half()"
+                )
+    return dict(found)
+
+
+def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOptions) -> Any:
+    if factory is None:
+        return None
+    if not callable(factory):
+        raise ValueError(
+            f"schedule is a {type(factory).__name__}; allowed: what makes one from an optimizer, "
+            "such as !name:trainer.schedules.WarmupDecay {…}, or a mapping of these by optimizer"
+        )
+    schedule = factory(optimizer)
+    if not hasattr(schedule, "every"):  # One of torch's own, which do not say.
+        by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        schedule.every = "epoch" if by_metric else options.schedule_every
+    return schedule
+
+
+def _watch(update: Update, on_hand_step: Callable[[Update], None]) -> None:
+    """Notice steps that are taken past the `Update`."""
+
+    def before_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if not update.stepping:
+            on_hand_step(update)
+
+    update.optimizer.register_step_pre_hook(before_step)

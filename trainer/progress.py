@@ -1,0 +1,71 @@
+"""Training progress: stages, and where the loop is."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Phase = Literal["train", "valid", "done"]
+
+
+class Stage(enum.Enum):
+    """The purpose of a pass over data."""
+
+    TRAIN = "train"
+    VALID = "valid"
+    TEST = "test"
+
+
+@dataclass
+class Progress:
+    """Where a run is: plain values that are saved with every checkpoint.
+
+    Fields with the metadata ``of_run`` count over the whole run; a `fit` that a hook of another
+    `fit` calls adds to them. The others belong to one `fit`, and are restored when such a nested
+    `fit` ends.
+
+    Args:
+        epoch: current epoch, as the epoch counter numbers it.
+        step: batches of the current epoch so far, on this rank.
+        optimizer_step: optimizer steps since the run began.
+        phase: what comes next in the epoch: the rest of its training, a validation, or nothing.
+        stopped: True once early stopping has ended the current `fit`.
+        fits: calls of `Brain.fit` so far, without nested ones.
+        epoch_batches: batches of the current epoch on this rank; None where unknown.
+        processes: number of processes that ``step`` and ``epoch_batches`` refer to.
+        seconds: training time of the run, in seconds.
+        joint: names of the optimizers that step together in the open accumulation window; None
+            before the window has begun.
+        averaged: name of the optimizer whose loss `Brain.fit_batch` returns.
+        nonfinite_count: skipped steps of the current epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    optimizer_step: int = field(default=0, metadata={"of_run": True})
+    phase: Phase = "done"
+    stopped: bool = False
+    fits: int = field(default=0, metadata={"of_run": True})
+    epoch_batches: int | None = None
+    processes: int = 1
+    seconds: float = field(default=0.0, metadata={"of_run": True})
+    joint: list[str] | None = None
+    averaged: str | None = None
+    nonfinite_count: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all fields by name."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any], of_run: bool = True) -> None:
+        """Set the fields from a saved state.
+
+        Args:
+            state: values by field name, as `state_dict` returned them. A field that it lacks keeps
+                its value.
+            of_run: set the fields that count over the whole run, too.
+        """
+        for each in fields(self):
+            if each.name in state and (of_run or not each.metadata.get("of_run")):
+                setattr(self, each.name, state[each.name])

@@ -1,0 +1,106 @@
+"""The layers of a model in a run's report: their gradients, and how far each step moves them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from html import escape
+
+from trainer.report.axis import Axis, number
+from trainer.report.chart import Chart, Series
+from trainer.report.history import Curve, History
+
+STEP = "optimizer step"
+ROWS = 300
+POINTS = 40  # of a small drawing in a row
+WIDTH, HEIGHT = 96.0, 22.0
+
+
+def layer_charts(history: History) -> list[Chart]:
+    """The spread over the layers, however many there are: the largest, the middle, the least."""
+    charts = []
+    for title, key, label in (
+        ("Gradient norm by layer", "grad", "L2 norm before clipping"),
+        ("Update by layer", "ratio", "norm of update / norm of weights"),
+    ):
+        by_step: dict[float, list[float]] = {}
+        for curves in history.layers.values():
+            for step, value in curves.get(key, Curve()).known():
+                by_step.setdefault(step, []).append(value)
+        steps = sorted(by_step)
+        kinds: tuple[tuple[str, Callable[[list[float]], float]], ...] = (
+            ("largest", max),
+            ("median", statistics.median),
+            ("smallest", min),
+        )
+        chart = Chart(title, STEP, label)
+        if len(history.layers) > 1:
+            for colour, (name, of) in enumerate(kinds):
+                values = [of(by_step[step]) for step in steps]
+                chart.series.append(Series(name, steps, values, colour))
+        charts.append(chart)
+    return charts
+
+
+def layer_table(history: History) -> str:
+    """One row a layer: the last values, and how they came there."""
+    if not history.layers:
+        return ""
+    heads = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    rows = "".join(_row(name, history.layers[name]) for name in list(history.layers)[:ROWS])
+    more = len(history.layers) - ROWS
+    note = f"<p>{more:,} more layers are in metrics.jsonl.</p>" if more > 0 else ""
+    return (
+        '<section><h2>Layers</h2><div class="wide tall" tabindex="0" role="region" '
+        f'aria-label="Layers"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        f"</div>{note}</section>\n"
+    )
+
+
+def _row(name: str, curves: dict[str, Curve]) -> str:
+    grad, weight, ratio = (curves.get(key, Curve()) for key in ("grad", "weight", "ratio"))
+    ends = [value for _, value in ratio.known()]
+    cells = (
+        _last(grad), _spark(grad, f"gradient of {name}"), _last(weight), _last(ratio),
+        _spark(ratio, f"update of {name}"),
+        number(min(ends)) if ends else "–", number(max(ends)) if ends else "–",
+    )  # fmt: skip
+    return (
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>"
+    )
+
+
+def _last(curve: Curve) -> str:
+    known = curve.known()
+    return number(known[-1][1]) if known else "–"
+
+
+def _spark(curve: Curve, name: str) -> str:
+    """A drawing the size of a word, logarithmic where the values span much."""
+    known = curve.known()
+    known = known[:: max(1, math.ceil(len(known) / POINTS))]
+    if len(known) < 2:
+        return ""
+    x = Axis([known[0][0], known[-1][0]], (2.0, WIDTH - 2.0), whole=True)
+    y = Axis([value for _, value in known], (HEIGHT - 2.0, 2.0))
+    points = [(x.at(step), y.at(value)) for step, value in known]
+    path = "L".join(f"{a:.0f} {b:.1f}" for a, b in points if not math.isnan(b))
+    return (
+        f'<svg class="spark" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
+        f'aria-label="{escape(name, quote=True)}"><path class="line c0" d="M{path}"/></svg>'
+    )
+
+
+def warning_list(history: History) -> str:
+    """What the monitors warned of, the first first."""
+    if not history.warnings:
+        return ""
+    items = "".join(
+        f"<li><strong>Step {step:,.0f}</strong>: {escape(text)}.</li>"
+        for step, text in history.warnings
+    )
+    return f'<section><h2>Warnings</h2><ul class="warnings">{items}</ul></section>\n'

@@ -1,0 +1,58 @@
+"""Nested containers: one walk over what batches and saved states are made of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to every leaf of nested containers.
+
+    Args:
+        function: called with each leaf, that is with anything but a container.
+        value: mappings, lists, tuples, named tuples and dataclasses, nested in any way.
+
+    Returns:
+        New containers of the same types with the results in place of the leaves. A mapping that
+        cannot be changed becomes a dict.
+    """
+    if isinstance(value, Mapping):
+        items = {key: map_leaves(function, part) for key, part in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return items
+        mapping = copy.copy(value)
+        for key, item in items.items():  # Not update, by which a Counter would add.
+            mapping[key] = item
+        return mapping
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_leaves(function, part) for part in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_leaves(function, part) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for each in dataclasses.fields(value):
+            object.__setattr__(made, each.name, map_leaves(function, getattr(value, each.name)))
+        return made
+    return function(value)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every leaf of nested containers with its dotted path, such as "optimizer.state.0".
+
+    Containers are those of `map_leaves`.
+    """
+    parts: Mapping[Any, Any]
+    if isinstance(value, Mapping):
+        parts = value
+    elif isinstance(value, (list, tuple)):
+        parts = dict(enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    else:
+        yield path, value
+        return
+    for key, part in parts.items():
+        yield from leaves(part, f"{path}.{key}" if path else str(key))
