@@ -42,8 +42,23 @@ class Callback:
     def on_fit_start(self, brain: Brain) -> None:
         """Called when `Brain.fit` begins, after optimizers exist and a checkpoint was restored."""
 
+    def on_resume(self, brain: Brain) -> None:
+        """Called once a checkpoint is restored and everything is as it was saved.
+
+        In a run that goes on within an epoch this is after `on_fit_start`, before the next batch.
+        """
+
     def on_fit_end(self, brain: Brain) -> None:
-        """Called when `Brain.fit` ends, also after an exception. Must not call a collective."""
+        """Called when `Brain.fit` ends, also after an exception. Must not call a collective.
+
+        A hook may call `fit` while another `fit` runs: starts and ends are nested then.
+        """
+
+    def on_evaluate_start(self, brain: Brain) -> None:
+        """Called when `Brain.evaluate` begins, which may be within a `fit`."""
+
+    def on_evaluate_end(self, brain: Brain) -> None:
+        """Called when `Brain.evaluate` ends, also after an exception. Must not call a collective."""
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
@@ -140,7 +155,10 @@ class CallbackList:
         Raises:
             Exception: whatever a callback raises, with a note that names it.
         """
-        for method in self.events[event]:
+        methods = self.events[event]
+        if not methods:
+            return
+        for method in methods:
             try:
                 method(*arguments)
             except Exception as error:
