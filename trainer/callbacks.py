@@ -58,7 +58,10 @@ class Callback:
         """Called when `Brain.evaluate` begins, which may be within a `fit`."""
 
     def on_evaluate_end(self, brain: Brain) -> None:
-        """Called when `Brain.evaluate` ends, also after an exception. Must not call a collective."""
+        """Called when `Brain.evaluate` ends, also after an exception.
+
+        Must not call a collective.
+        """
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
