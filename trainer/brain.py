@@ -1,4 +1,4 @@
-"""The loop: epochs, stages, batches, and the one call through which weights move.
+"""The Brain: hooks, the training loop, and the one call through which weights move.
 
     class Recogniser(Brain):
         def compute_forward(self, batch, stage): ...
@@ -8,63 +8,218 @@
     brain.fit(range(1, 11), train_set, valid_set)
 
 A recipe with several optimizers overrides `init_optimizers` and `fit_batch`, and calls
-`self.optimize(loss, name)` once a player: precision, clipping, the guard, accumulation and the sum
-over ranks are the same there as here.
+`self.optimize(loss, name)` once per player: precision, clipping, the non-finite guard, accumulation
+and the sum over ranks are the same there as here.
+
+Internals have names with two leading underscores, which Python makes private to this class: an
+attribute that a subclass sets never collides with them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from trainer import distributed
-from trainer.attributes import Attributes
-from trainer.data import make_loader
-from trainer.data.feed import Feed
-from trainer.diagnostics.layer_monitor import make_monitor
-from trainer.diagnostics.nonfinite import make_forensics
-from trainer.diagnostics.profiler import Profiler
-from trainer.evaluation import best_weights
-from trainer.hooks import Stage
-from trainer.keeping import Keeper
-from trainer.loggers.journal import Journal
-from trainer.metrics import Mean, StageReport, StepReport
-from trainer.optim.build import pick_device, prepare_modules, use_threads
+from trainer import defaults, distributed, seed, signals
+from trainer.callbacks import Callback, CallbackList
+from trainer.checkpoint.run_state import (
+    BufferState,
+    ModuleState,
+    RunState,
+    Snapshot,
+    StateEntry,
+    TrainableState,
+)
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.user_state import UserAttributes, find_stateful
+from trainer.data import DataFeed, batch_ids, count_examples, make_feed, make_loader
+from trainer.distributed.strategy import Strategy, make_strategy
+from trainer.evaluation import evaluation_mode, evaluation_weights, modes_kept
+from trainer.metrics import Mean, StageReport, StepReport, TrainingMetrics
+from trainer.optim import epoch_end, step
+from trainer.optim.build import find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
-from trainer.optim.guard import Patience, Statistics
+from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.precision import Precision
-from trainer.optim.update import Update
+from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions
-from trainer.tuner import search
-from trainer.workings import Workings
+from trainer.progress import Progress, Stage
+from trainer.speechbrain_names import SpeechBrainNames
 
 logger = logging.getLogger("trainer")
 
+# Losses of one call of `Brain.optimize`: the optimizers that step together, and their loss.
+Losses = list[tuple[list[Update], Tensor]]
+Optimize = Callable[[Losses, float, bool, bool], StepReport]
 
-class Brain(Workings):
-    """Owns a run: what is trained, by which optimizers, for how long, and what is kept of it.
+# Public attributes of an object; all others belong to users and are saved as their state.
+ATTRIBUTES = frozenset({
+    "callbacks", "checkpointer", "device", "driver", "hparams", "modules", "opt_class", "optimizer",
+    "optimizers_dict", "options", "progress", "test_metrics", "updates",
+})  # fmt: skip
+
+# Public names that may not be set once a Brain is made, and what to do instead.
+FIXED = {
+    "callbacks": "use self.callbacks.append(…), Brain(callbacks=[…]) or configure_callbacks()",
+    "device": "use the run option device",
+    "is_last_batch": "it is known from the data; last_batch and other names are yours",
+    "options": "give run_opts to the constructor",
+    "progress": "set its fields, as in self.progress.epoch = 3",
+    "updates": "set self.optimizer or self.optimizers_dict in init_optimizers",
+}
+
+
+@dataclass
+class FitArguments:
+    """The arguments of a call of `Brain.fit`, for its driver."""
+
+    epoch_counter: Iterable[int]
+    train_set: Any
+    valid_set: Any = None
+    progressbar: bool | None = None
+    train_loader_kwargs: Mapping[str, Any] | None = None
+    valid_loader_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass
+class _Batch:
+    """The batch that is trained on."""
+
+    batch: Any = None
+    weight: float = 1.0
+    is_last: bool = False
+    reports: list[StepReport] = field(default_factory=list)
+    stepped_by_hand: bool = False
+
+
+class Brain(SpeechBrainNames):
+    """Owns a run: modules, optimizers, the training loop and its state.
 
     Args:
         modules: networks by name; reached as ``self.modules.name``, on the run's device.
         opt_class: makes an optimizer from parameters, for the default `init_optimizers`.
-        hparams: anything by name; reached as ``self.hparams.name``. Run options among them count,
-            as do ``schedule`` (a factory that takes an optimizer) and ``early_stopping``;
-            ``schedule`` and ``clip`` may be mappings by optimizer.
-        run_opts: run options that win over ``hparams``: a mapping or a complete `RunOptions`.
+        hparams: values and objects by name; reached as ``self.hparams.name``. Run options among
+            them count, as do ``schedule`` (a factory that takes an optimizer), ``early_stopping``
+            and ``callbacks``; ``schedule`` and ``clip`` may be mappings by optimizer.
+        run_opts: run options, which win over ``hparams``: a mapping or a complete `RunOptions`.
         checkpointer: where and which checkpoints are kept; None keeps none.
+        callbacks: objects that watch the run, behind those that every Brain has.
 
     Attributes:
-        updates: the `Update` of each optimizer by name, once ``fit`` has begun.
-        epoch, step, optimizer_step: the current epoch, its batches so far, and the optimizer steps
-            of the whole run.
-        test_metrics: what ``on_stage_end`` returned for the last test.
+        modules: the networks, an ``nn.ModuleDict`` on ``device``.
+        hparams: the hyperparameters, a namespace.
+        options: the `RunOptions` in force.
+        updates: the guarded optimizers (`trainer.optim.step.Update`) by name, once `fit` has begun.
+        progress: epoch, step and the like; plain values, saved with every checkpoint.
+        callbacks: the `CallbackList`.
+        driver: called with this Brain and `FitArguments` in place of the loop of `fit`, as by
+            ``--find_lr`` and ``--replay``; usually None.
+        test_metrics: metrics of the last `evaluate`, by name.
+
+    Raises:
+        ValueError: for an option, device or module that cannot be used.
     """
+
+    # ----------------------------------------------------------- hooks: what a subclass overrides
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Any:
+        """Return predictions for a batch; called under autocast where precision is mixed."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no compute_forward(batch, stage), "
+            "which the default fit_batch and evaluate_batch call"
+        )
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Tensor:
+        """Return the loss: a scalar, the mean over what `count_examples` counts."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no compute_objectives(predictions, batch, stage), "
+            "which the default fit_batch and evaluate_batch call"
+        )
+
+    def init_optimizers(self) -> None:
+        """Make the optimizers: by default ``opt_class`` over all parameters of ``modules``.
+
+        An override sets ``self.optimizer``, or ``self.optimizers_dict`` with a name for each.
+        """
+        if self.opt_class is not None:
+            self.optimizer = self.opt_class(self.modules.parameters())
+
+    def freeze_optimizers(
+        self, optimizers: dict[str, torch.optim.Optimizer]
+    ) -> dict[str, torch.optim.Optimizer]:
+        """Return those of the optimizers that step now; the others collect no gradients.
+
+        Called at the start of every accumulation window.
+        """
+        return optimizers
+
+    def configure_callbacks(self) -> Iterable[Callback]:
+        """Return further callbacks. Called once, when the first `fit` or `evaluate` begins."""
+        return ()
+
+    def on_fit_start(self) -> None:
+        """Called before the first epoch, after the last checkpoint was restored.
+
+        In a resumed run, numbers and stateful objects are as they were saved once this has run,
+        whatever it does to them. What it does to weights and optimizers stays.
+        """
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        """Called before each pass over data; the place to make metrics anew.
+
+        It runs again when a run resumes in the middle of a pass. Everything is as it was saved once
+        it has run: nothing is done a second time. An object whose state is to outlive the pass is
+        made earlier, in the constructor or in `on_fit_start`.
+        """
+
+    def on_stage_end(
+        self, stage: Stage, stage_loss: Any, epoch: int | None = None
+    ) -> Mapping[str, float] | None:
+        """Called after each pass, on every rank.
+
+        Args:
+            stage: what the pass was for.
+            stage_loss: average loss over examples: a float, or a dict if the losses are one.
+            epoch: current epoch; None in a test.
+
+        Returns:
+            Metrics by name, such as ``{"wer": 3.2}``, or None. They are logged, choose checkpoints,
+            drive schedules and stop early.
+        """
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        """Called before each training batch; ``should_step`` if it closes an accumulation window."""
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        """Called after each training batch."""
+
+    def on_evaluate_start(self, max_key: str | None = None, min_key: str | None = None) -> None:
+        """Called before `evaluate`, with the weights that it uses in place."""
+
+    def count_examples(self, batch: Any) -> float:
+        """Return the weight of a batch in averages and windows: what its loss is a mean over.
+
+        By default its number of examples: the first dimension of the first tensor in a tensor,
+        list, tuple or mapping; the length of a list of mappings, and of anything else.
+        """
+        return float(count_examples(batch))
+
+    def batch_ids(self, batch: Any) -> list[str]:
+        """Return names of the examples for messages: by default the batch's ``id``, if any."""
+        return batch_ids(batch)
+
+    # ------------------------------------------------------------------------------- construction
 
     def __init__(
         self,
@@ -73,33 +228,79 @@ class Brain(Workings):
         hparams: Mapping[str, Any] | None = None,
         run_opts: Mapping[str, Any] | RunOptions | None = None,
         checkpointer: Any = None,
+        callbacks: Iterable[Callback] = (),
     ) -> None:
-        recipe = frozenset(vars(self))  # What a subclass set before it called this.
+        self.__ready = False
         self.options = RunOptions.build(hparams or {}, run_opts)
-        use_threads(self.options.threads)
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
         self.device = pick_device(self.options.device)
-        self.precision = Precision(self.options.precision, self.device)
-        self.eval_precision = Precision(
-            self.options.eval_precision or self.options.precision, self.device
-        )
         self.hparams = SimpleNamespace(**(hparams or {}))
-        self.opt_class, self.checkpointer = opt_class, checkpointer
+        self.opt_class = opt_class
         self.modules = prepare_modules(modules or {}, self.options).to(self.device)
         self.updates: dict[str, Update] = {}
-        self.epoch, self.step, self.optimizer_step = 0, 0, 0
-        self.average, self.patience = Mean(), Patience(self.options.nonfinite_patience)
-        self.journal, self.profiler = Journal(self.options), Profiler(self.options)
+        self.progress = Progress()
         self.test_metrics: dict[str, Any] = {}
-        self.statistics, self.monitor = Statistics(self.modules), make_monitor(self)
-        self.forensics = make_forensics(self)
-        self._prepare()
-        self.weight_average: WeightAverage | None = None
-        self.framework: frozenset[str] = frozenset()
-        self.keeper = Keeper(self)
-        self.attributes = Attributes(self)
-        self.framework = frozenset(vars(self)) - recipe | {"optimizer", "optimizers_dict"}
+        self.__precision = Precision(self.options.precision, self.device)
+        self.__eval_precision = Precision(
+            self.options.eval_precision or self.options.precision, self.device
+        )
+        self.__stage, self.__batch = Stage.TRAIN, _Batch()
+        self.__depth = 0  # A hook of one `fit` may call another.
+        self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
+        self.__ticked = time.perf_counter()
+        self.__intercept: Optimize | None = None
+        self.__ema: WeightAverage | None = None
+        self.__strategy: Strategy = make_strategy()
+        self.__metrics = TrainingMetrics()
+        self.__trainable = TrainableState(self.modules)
+        self.__attributes = UserAttributes(self, self.__user_attributes)
+        self.__guard = NonFiniteGuard(
+            self.modules, self.options.nonfinite_patience, self.progress, self.__in_window
+        )
+        self.__state = RunState(self.progress, self.stateful)
+        self.callbacks = CallbackList(
+            made for factory in defaults.callbacks if (made := factory(self)) is not None
+        )
+        for callback in (*(getattr(self.hparams, "callbacks", None) or ()), *callbacks):
+            self.callbacks.append(callback)
+        tracers = [made for factory in defaults.tracers if (made := factory(self)) is not None]
+        self.__tracer = tracers[0] if tracers else Tracer()
+        drivers = [made for factory in defaults.drivers if (made := factory(self)) is not None]
+        self.driver: defaults.Driver | None = drivers[0] if drivers else None
+        self.checkpointer = checkpointer
+        self.__saver = Saver(checkpointer, self.__state, self.options, self.__on_saved)
+        self.__ready = True
 
-    # ------------------------------------------------------------------ the loop, on one screen
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and getattr(self, "_Brain__ready", False):
+            raise AttributeError(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
+        if not callable(value) and name in METHODS:
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is a method of Brain; {value!r} would replace it: "
+                "choose another name for the attribute"
+            )
+        if name in ("modules", "checkpointer") and getattr(self, "_Brain__ready", False):
+            value = self.__exchange(name, value)
+        super().__setattr__(name, value)
+
+    def __exchange(self, name: str, value: Any) -> Any:
+        """Return other modules or another checkpointer, ready for use, before the first `fit`."""
+        if self.updates:
+            raise AttributeError(
+                f"{type(self).__name__}.{name} cannot be set once fit has begun: set it before"
+            )
+        if name == "checkpointer":
+            self.__saver = Saver(value, self.__state, self.options, self.__on_saved)
+            return value
+        modules = prepare_modules(value, self.options).to(self.device)
+        self.__trainable = TrainableState(modules)
+        self.__guard = NonFiniteGuard(
+            modules, self.options.nonfinite_patience, self.progress, self.__in_window
+        )
+        return modules
+
+    # ----------------------------------------------------------------------------------- the loop
 
     def fit(
         self,
@@ -110,54 +311,117 @@ class Brain(Workings):
         train_loader_kwargs: Mapping[str, Any] | None = None,
         valid_loader_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Train for the epochs of ``epoch_counter``, validating after each; resumes by itself.
+        """Train for some epochs, with a validation at the end of each; resumes by itself.
 
-        ``train_set`` and ``valid_set`` are a Dataset (made into a loader with the kwargs), a
-        DataLoader, or any iterable of batches. With ``find_clip`` or ``find_lr`` it only looks for
-        settings, and ends the program by `trainer.tuner.SearchOver`.
+        A `fit` may be called within a hook of another one: it trains the same weights, and the
+        outer one then goes on exactly where it was, its open accumulation window included.
+
+        Args:
+            epoch_counter: numbers of the epochs, such as ``range(1, 11)`` or an `EpochCounter`.
+            train_set: a Dataset (made into a loader with the kwargs), a DataLoader, or any iterable
+                of batches.
+            valid_set: the same, for validation; None for none.
+            progressbar: show a bar; None for the run option.
+            train_loader_kwargs: arguments of `make_dataloader` for a training Dataset.
+            valid_loader_kwargs: arguments of `make_dataloader` for a validation Dataset.
+
+        Raises:
+            ValueError: for arguments that cannot be used.
+            NonFiniteError: after more skipped steps in an epoch than ``nonfinite_patience``.
         """
         if self.options.test_only:
             logger.info("test_only: no training")
             return
-        train = self._feed(train_set, Stage.TRAIN, train_loader_kwargs, progressbar)
-        valid = self._feed(valid_set, Stage.VALID, valid_loader_kwargs, progressbar, train)
-        if self.options.searching:
-            raise search(self, train, epoch_counter)
-        with self.journal.running(), self.keeper.holding(), self.forensics:
-            self._start_fit(epoch_counter, has_valid=valid is not None)
-            for epoch in self.keeper.epochs(epoch_counter):
-                if self.keeper.phase == "train":
-                    report = self._fit_train(train, epoch)
+        arguments = FitArguments(
+            epoch_counter, train_set, valid_set, progressbar, train_loader_kwargs,
+            valid_loader_kwargs,
+        )  # fmt: skip
+        self.__configure_callbacks()
+        if self.driver is not None and not self.__depth:
+            self.driver(self, arguments)
+            return
+        train, valid = self.__feeds(arguments)
+        with self.__fitting() as stack:
+            self.__start_fit(epoch_counter, self.__saver.recover)
+            stack.callback(self.callbacks.call, "on_fit_end", self)
+            for epoch in self.__epochs(epoch_counter, valid is not None):
+                if self.progress.phase == "train":
+                    report = self.__train(train, epoch, "valid" if valid is not None else "done")
                 if valid is not None:
-                    report = self._evaluate(valid, Stage.VALID, epoch)
-                if self.keeper.end_epoch(report):
+                    report = self.__evaluate(valid, Stage.VALID, epoch)
+                if self.__end_epoch(report):
                     break
 
-    def _fit_train(self, feed: Feed, epoch: int) -> StageReport:
-        self.modules.train()
-        self.on_stage_start(Stage.TRAIN, epoch)
-        self.keeper.begin_training()
-        with self.journal.stage("train", epoch, feed.begin(epoch), self.step), self.profiler:
-            for batch, last in self.keeper.rest_of(feed, epoch):
-                self._begin_batch(batch, last)
-                loss = self.fit_batch(batch)
-                self._end_batch(loss)
-                if self.keeper.after_batch():
+    def __train(self, feed: DataFeed, epoch: int, then: Any) -> StageReport:
+        """Train on the rest of an epoch; ``then`` is the phase that follows."""
+        progress, started = self.progress, time.perf_counter()
+        with self.__in_stage(Stage.TRAIN):
+            self.modules.train()
+            self.on_stage_start(Stage.TRAIN, epoch)
+            self.__begin_training()
+            total = feed.begin(epoch)
+            if self.__depth == 1:
+                self.__state.epoch_begun(epoch, total)
+                progress.epoch_batches = total
+            self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
+            self.__metrics.begin_stage()
+            number = 0
+            batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
+            for number, (batch, is_last) in enumerate(batches, 1):
+                self.train_batch(batch, is_last)
+                if self.__after_batch():
                     break
-        self._end_training()
-        return self._end_stage(Stage.TRAIN, self.average, epoch, self.step)
+            self.__close_windows(number)
+            progress.phase = then
+            average = self.__metrics.average
+            return self.__end_stage(Stage.TRAIN, average, epoch, progress.step, started)
+
+    def train_batch(self, batch: Any, is_last: bool = False) -> Any:
+        """Train on one batch as `fit` does: `fit_batch`, averages, counters and callbacks.
+
+        Args:
+            batch: a batch on the run's device.
+            is_last: True if it is the last of its epoch.
+
+        Returns:
+            What `fit_batch` returned.
+        """
+        progress, guard = self.progress, self.__guard
+        if not self.__in_window():
+            guard.begin_window()
+            progress.joint = None
+        weight = float(self.count_examples(batch))
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(
+                f"count_examples returned {weight}; allowed: a finite number, 0 or more"
+            )
+        progress.step += 1
+        outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
+        try:
+            guard.begin_batch()
+            self.__tracer.begin_batch(batch, weight, is_last)
+            self.callbacks.call("on_batch_start", self, batch)
+            loss = self.fit_batch(batch)
+            progress.averaged = loss.name if isinstance(loss, StepReport) else None
+            self.__account(loss, self.__batch)
+            self.__tracer.end_batch()
+            self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
+        finally:
+            self.__batch = outer
+        return loss
 
     def fit_batch(self, batch: Any) -> Any:
-        """One training batch: forward, loss, and `optimize`. Override it for other orders.
+        """Train on one batch: forward, loss, and `optimize`. Override it for other orders.
 
-        Returns what is averaged over the epoch: a `StepReport`, a scalar, or a dict of scalars.
+        Returns:
+            What is averaged over the epoch: a `StepReport`, a scalar, or a dict of scalars.
         """
-        should_step = self._last or self.closes_window()
+        should_step = self.is_last_batch or self.closes_window()
         self.on_fit_batch_start(batch, should_step)
         with self.autocast():
             outputs = self.compute_forward(batch, Stage.TRAIN)
             loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
-        report = self.optimize(loss, last=self._last)
+        report = self.optimize(loss, last=self.is_last_batch)
         self.on_fit_batch_end(batch, outputs, loss.detach(), should_step)
         return report
 
@@ -169,48 +433,44 @@ class Brain(Workings):
         retain_graph: bool = False,
         last: bool = False,
     ) -> StepReport:
-        """Take a loss to a step: scale, backward, and where the window is full unscale, measure,
-        guard, clip, step, schedule and zero. The only way in which weights move.
+        """Take a loss to a step; the only way in which weights move.
+
+        The loss is scaled and goes backward. Where the accumulation window is full, gradients are
+        unscaled, measured, guarded and clipped, and the optimizer steps.
 
         Args:
             loss: a scalar with a graph, the mean over ``weight`` examples; or one for each of
                 several optimizers by name, all of which go backward before any of them steps.
-            name: which optimizer; None for all that `freeze_optimizers` leaves, together.
-            weight: the examples that the loss is a mean over; by default those of the batch.
+            name: name of the optimizer; None for all that `freeze_optimizers` leaves, together.
+            weight: number of examples that the loss is a mean over; by default the batch's.
             retain_graph: keep the graph for another loss that shares it.
             last: close the accumulation window even if it is not full.
 
-        Returns the report of the first optimizer.
-        Raises ValueError for an unknown name, something else than a scalar, or a loss without a
-        graph; NonFiniteError when patience has run out.
+        Returns:
+            The report of the first optimizer.
+
+        Raises:
+            ValueError: for an unknown name, and for a loss that is no scalar or has no graph.
+            NonFiniteError: after more skipped steps in an epoch than ``nonfinite_patience``.
         """
-        losses = loss.items() if isinstance(loss, Mapping) else [(name, loss)]
-        parts = [(self._updates_for(each), part) for each, part in losses]
-        weight = self._weight if weight is None else float(weight)
-        return self._optimize(parts, weight, retain_graph, last)
-
-    def _evaluate(self, feed: Feed, stage: Stage, epoch: int | None) -> StageReport:
-        mean, steps, examples = Mean(), 0, 0.0
-        with self._evaluating(stage):
-            self.on_stage_start(stage, epoch)
-            with self.journal.stage(stage.value, epoch, feed.length(), 0):
-                for batch, _ in self.keeper.until_stopped(feed.from_batch(epoch or 0, 0)):
-                    steps += 1
-                    loss = self.evaluate_batch(batch, stage)
-                    if loss is not None:
-                        weight = self.count_examples(batch)
-                        examples += weight
-                        mean.update(loss, weight)
-                    self.journal.tick()
-            self._check_some(steps, stage)
-            self._tell_lost(stage, examples - mean.weight(), examples)
-            return self._end_stage(stage, mean, epoch, steps)
-
-    def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
-        """The loss of a batch, without training."""
-        with self.autocast():
-            outputs = self.compute_forward(batch, stage)
-            return self.compute_objectives(outputs, batch, stage).detach()
+        losses = dict(loss).items() if isinstance(loss, Mapping) else [(name, loss)]
+        parts = [(self.__updates_for(each), part) for each, part in losses]
+        weight = self.__batch.weight if weight is None else float(weight)
+        if self.__intercept is not None:
+            return self.__intercept(parts, weight, retain_graph, last)
+        for number, (updates, part) in enumerate(parts, 1):
+            step.accumulate(updates, part, weight, retain_graph or number < len(parts))
+            if updates[0].size > 1:
+                ids = self.batch_ids(self.__batch.batch)
+                self.__guard.add_loss(updates[0].name, ids, part)
+        found: list[StepReport] = []
+        for (each, _), (updates, _) in zip(losses, parts, strict=True):
+            reports = step.finish(updates, weight, last)
+            if each is None and reports[0].outcome != "accumulated":
+                self.progress.joint = None
+            self.__take_reports(reports)
+            found += reports
+        return found[0]
 
     def evaluate(
         self,
@@ -220,34 +480,120 @@ class Brain(Workings):
         progressbar: bool | None = None,
         test_loader_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """The average loss over ``test_set`` with the best checkpoint by a metric; changes nothing.
+        """Return the average loss over data, by the best checkpoint; changes nothing.
 
-        With neither key the weights are those of now, or of the newest checkpoint if this Brain has
-        not trained. Where ``average_checkpoints`` is above 1, the mean of so many of them is used.
+        Without a key the weights are the present ones, or those of the newest checkpoint if this
+        Brain has not trained. With ``average_checkpoints`` above 1 the mean of so many is used.
+
+        Args:
+            test_set: a Dataset, a DataLoader, or any iterable of batches.
+            max_key: metric of which the best checkpoint has the largest value.
+            min_key: metric of which the best checkpoint has the smallest value.
+            progressbar: show a bar; None for the run option.
+            test_loader_kwargs: arguments of `make_dataloader` for a Dataset.
+
+        Raises:
+            ValueError: if there is nothing to test.
         """
-        feed = self._feed(test_set, Stage.TEST, test_loader_kwargs, progressbar)
-        with self.journal.running(), self.keeper.testing(), best_weights(self, max_key, min_key):
+        self.__configure_callbacks()
+        feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
+        self.__show_progress(progressbar)
+        with ExitStack() as stack:
+            if not self.__depth:
+                stack.enter_context(self.__telling_exceptions())
+                stack.enter_context(self.__saver.testing(self.__trained))
+            weights = evaluation_weights(
+                self.modules, self.__ema, self.checkpointer, self.options, self.__trained,
+                max_key, min_key,
+            )  # fmt: skip
+            stack.enter_context(weights)
+            self.callbacks.call("on_evaluate_start", self)
+            stack.callback(self.callbacks.call, "on_evaluate_end", self)
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
-            report = self._evaluate(feed, Stage.TEST, None)
+            report = self.__evaluate(feed, Stage.TEST, None)
         self.test_metrics = report.metrics or {"loss": report.loss}
         return report.loss
 
+    def __evaluate(self, feed: DataFeed, stage: Stage, epoch: int | None) -> StageReport:
+        mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
+        with self.__in_stage(stage), ExitStack() as stack:
+            if stage is Stage.VALID and self.__depth == 1:
+                self.__saver.begin_validation(Snapshot(self.progress, self.__hook_state))
+            stack.enter_context(evaluation_mode(self.modules))
+            if self.__ema is not None and stage is Stage.VALID:
+                stack.enter_context(self.__ema.applied(self.modules))
+            self.on_stage_start(stage, epoch)
+            self.callbacks.call("on_stage_start", self, stage, epoch, feed.length())
+            for batch, _ in self.__until_stopped(feed.from_batch(epoch or 0, 0)):
+                steps += 1
+                loss = self.evaluate_batch(batch, stage)
+                if loss is not None:
+                    weight = self.count_examples(batch)
+                    examples += weight
+                    mean.update(loss, weight)
+                self.callbacks.call("on_batch_end", self, stage, loss)
+            self.__check_some(steps, stage)
+            lost = examples - mean.weight()
+            if lost > 0:
+                logger.warning(
+                    "%s: the loss of %g of %g examples was not finite; the average leaves them out",
+                    stage.value, lost, examples,
+                )  # fmt: skip
+            return self.__end_stage(stage, mean, epoch, steps, started)
+
+    def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
+        """Return the loss of a batch, without training."""
+        with self.autocast():
+            outputs = self.compute_forward(batch, stage)
+            return self.compute_objectives(outputs, batch, stage).detach()
+
     # ------------------------------------------------------------------------- what recipes call
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Where forward passes belong: the precision of training, or of evaluation."""
-        training = self._stage is Stage.TRAIN
-        return (self.precision if training else self.eval_precision).autocast()
+    def log(self, name: str, value: float | Tensor, weight: float = 1.0) -> None:
+        """Log a value; may be called in any hook.
+
+        The values of a stage are averaged by weight over the stage and over ranks. The average is
+        among the metrics of the stage: in its line, in the loggers, and for ``keep_best``.
+
+        Args:
+            name: name of the metric.
+            value: a number or a scalar tensor, which is not read before the stage ends.
+            weight: number of examples that the value is a mean over.
+
+        Raises:
+            ValueError: for a value that is no scalar.
+        """
+        stage = self.__stage.value if self.__in_a_stage else ""
+        self.__metrics.log(stage, name, value, weight)
+
+    def autocast(self, stage: Stage | None = None) -> AbstractContextManager[object]:
+        """Return the context manager for a forward pass.
+
+        Args:
+            stage: TRAIN for the precision of training, anything else for that of evaluation; None
+                for the present stage.
+        """
+        training = (self.__stage if stage is None else stage) is Stage.TRAIN
+        return (self.__precision if training else self.__eval_precision).autocast()
+
+    @property
+    def is_last_batch(self) -> bool:
+        """True if the present batch is known to be the last of its epoch.
+
+        Its windows close however short they are. A recipe whose players must step in order gives
+        it to `optimize` as ``last``.
+        """
+        return self.__batch.is_last
 
     @contextmanager
     def frozen(self, *names: str) -> Iterator[None]:
-        """Within it, the parameters of these optimizers require no gradient: they are constants.
+        """Context manager in which the parameters of these optimizers require no gradient.
 
         Gradients still flow through them to what comes before. Where nothing trains, as in a test
         alone, there are no optimizers, and nothing to do.
         """
         trained = names if self.updates else ()
-        params = [p for name in trained for p in self._updates_for(name)[0].params]
+        params = [p for name in trained for p in self.__updates_for(name)[0].params]
         for p in params:
             p.requires_grad_(False)
         try:
@@ -257,30 +603,30 @@ class Brain(Workings):
                 p.requires_grad_(True)
 
     def closes_window(self, name: str | None = None) -> bool:
-        """Whether the next `optimize` of this optimizer steps, rather than accumulates."""
-        lead = self._updates_for(name)[0]
+        """Return True if the next `optimize` of this optimizer steps, rather than accumulates."""
+        lead = self.__updates_for(name)[0]
         return lead.window.count + 1 >= lead.size
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients and open windows. `optimize` needs no call of it."""
+        """Drop all gradients and open windows. `optimize` needs no call of it."""
         for update in self.updates.values():
-            update.drop()
-        self._suspects.clear()
+            update.drop_window()
+        self.__guard.forget()
         self.modules.zero_grad(set_to_none)
 
     def update_average(self, loss: Any, avg_loss: float) -> float:
-        """A running average over the batches of an epoch, for recipes that keep one by hand.
+        """Return a running average over the batches of an epoch, for recipes that keep their own.
 
         The epoch's own average is weighted by examples. A loss that is not finite is left out.
         """
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if not math.isfinite(value):
             return avg_loss
-        return avg_loss + (value - avg_loss) / max(self.step, 1)
+        return avg_loss + (value - avg_loss) / max(self.progress.step, 1)
 
     def make_dataloader(self, dataset: Any, stage: Stage, **loader_kwargs: Any) -> Any:
-        """Batches of a Dataset; see `trainer.data.make_loader`."""
-        bad = {"on_bad": self.options.on_bad_audio, "max_bad": self.options.max_bad_audio}
+        """Return a loader of batches of a Dataset; see `trainer.data.make_loader`."""
+        bad = {"on_bad": self.options.on_bad_item, "max_bad": self.options.max_bad_item}
         return make_loader(
             dataset,
             train=stage is Stage.TRAIN,
@@ -289,3 +635,484 @@ class Brain(Workings):
             world_size=distributed.world_size(),
             **{**bad, **loader_kwargs},
         )
+
+    # ---------------------------------------------------------------------------------- the state
+
+    def stateful(self) -> dict[str, StateEntry]:
+        """Return everything that has state, beside ``progress``.
+
+        An override may add entries to those of ``super().stateful()``. Checkpoints, nested fits,
+        the tuner and replays carry them all. Entries are restored in this order.
+        """
+        entries = {"modules": StateEntry(ModuleState(self.modules), "shared", trained=True)}
+        for name, update in self.updates.items():
+            entries[f"optimizers.{name}"] = StateEntry(update, "shared", trained=True)
+        if self.__ema is not None:
+            restart = partial(self.__ema.restart, self.modules)
+            entries["ema"] = StateEntry(self.__ema, "shared", trained=True, restart=restart)
+        for name, part in self.__objects().items():
+            networks = isinstance(part, nn.Module) and any(True for _ in part.parameters())
+            entries[f"objects.{name}"] = StateEntry(part, "shared" if networks else "both")
+        entries["trainable"] = StateEntry(self.__trainable, "shared")
+        entries["strategy"] = StateEntry(self.__strategy, "shared")
+        if not distributed.is_main():
+            entries["buffers"] = StateEntry(BufferState(self.modules))
+        for name, update in self.updates.items():
+            entries[f"windows.{name}"] = StateEntry(WindowState(update), of_fit=True)
+        entries["guard"] = StateEntry(self.__guard, of_fit=True)
+        entries["metrics"] = StateEntry(self.__metrics, of_fit=True)
+        entries["attributes"] = StateEntry(self.__attributes)
+        for callback in self.callbacks:
+            if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
+                name = key = f"callbacks.{type(callback).__name__}"
+                number = 1
+                while key in entries:
+                    number += 1
+                    key = f"{name}-{number}"
+                entries[key] = StateEntry(callback)
+        entries["rng"] = StateEntry(seed.RngState())
+        return entries
+
+    @contextmanager
+    def sandbox(self, optimize: Optimize | None = None) -> Iterator[None]:
+        """Context manager of which nothing lasts; for drivers and diagnostics.
+
+        Within it nothing is saved, and no callback is called. On exit the state is what it was:
+        progress, everything in `stateful`, training modes and gradients.
+
+        Args:
+            optimize: called in place of the step with losses, weight, ``retain_graph`` and
+                ``last``; None lets optimizers step as usual.
+        """
+        snapshot = Snapshot(self.progress, self.stateful)
+        muted, intercept, tracer = self.callbacks.muted, self.__intercept, self.__tracer
+        self.zero_grad()
+        self.callbacks.muted, self.__intercept, self.__tracer = True, optimize, Tracer()
+        self.__depth += 1
+        try:
+            with modes_kept(self.modules), self.__saver.disabled():
+                yield
+        finally:
+            self.__depth -= 1
+            self.callbacks.muted, self.__intercept, self.__tracer = muted, intercept, tracer
+            snapshot.restore()
+
+    def start_training(
+        self, arguments: FitArguments, recover: Callable[[], Any] | None = None
+    ) -> DataFeed:
+        """Come to the first batch of a training as `fit` does; for drivers.
+
+        Builds the optimizers, loads a checkpoint, and runs the hooks up to the first batch.
+
+        Args:
+            arguments: the arguments of `fit`.
+            recover: loads a checkpoint and returns it, or None; by default the newest is loaded.
+
+        Returns:
+            The training data, whose `DataFeed.from_batch` gives the batches.
+
+        Raises:
+            ValueError: if there is no epoch to train.
+        """
+        train, _ = self.__feeds(arguments)
+        self.__start_fit(arguments.epoch_counter, recover or self.__saver.recover)
+        if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
+            raise ValueError("there is nothing to train: the epoch_counter has no epoch")
+        self.modules.train()
+        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
+        self.__begin_training()
+        train.begin(self.progress.epoch)
+        return train
+
+    # ---------------------------------------------------- parts of the loop, in their order of use
+
+    def __configure_callbacks(self) -> None:
+        if not self.__configured:
+            self.__configured = True
+            for callback in self.configure_callbacks():
+                self.callbacks.append(callback)
+
+    def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
+        train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
+        valid = None
+        if arguments.valid_set is not None:
+            overfit = self.options.overfit_batches > 0
+            valid = train if overfit else self.__feed(
+                arguments.valid_set, Stage.VALID, arguments.valid_loader_kwargs
+            )  # fmt: skip
+        self.__show_progress(arguments.progressbar)
+        return train, valid
+
+    def __feed(self, source: Any, stage: Stage, kwargs: Mapping[str, Any] | None) -> DataFeed:
+        return make_feed(
+            source,
+            train=stage is Stage.TRAIN,
+            name=stage.value,
+            device=self.device,
+            options=self.options,
+            make_loader=lambda dataset, **kw: self.make_dataloader(dataset, stage, **kw),
+            loader_kwargs=kwargs or {},
+        )
+
+    def __show_progress(self, shown: bool | None) -> None:
+        for callback in self.callbacks:
+            if hasattr(callback, "shown"):  # The progress bar.
+                callback.shown = self.options.progressbar if shown is None else shown
+
+    @contextmanager
+    def __fitting(self) -> Iterator[ExitStack]:
+        """Context manager around a `fit`, which may be within a hook of another one."""
+        outer = self.__stage, self.__in_a_stage
+        with ExitStack() as stack:
+            if self.__depth:  # After it, everything but what is trained is as before.
+                stack.enter_context(modes_kept(self.modules))
+                stack.enter_context(torch.enable_grad())
+                snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
+                stack.callback(snapshot.restore)
+            else:
+                stack.enter_context(self.__telling_exceptions())
+                stack.enter_context(signals.at_safe_points())
+                stack.enter_context(self.__saver.holding())
+                stack.enter_context(self.__tracer)
+            self.__ticked = time.perf_counter()
+            self.__depth += 1
+            try:
+                with ExitStack() as inner:
+                    yield inner
+            finally:
+                self.__depth -= 1
+                self.__stage, self.__in_a_stage = outer
+
+    @contextmanager
+    def __telling_exceptions(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.callbacks.call("on_exception", self, error)
+            raise
+
+    def __start_fit(self, epochs: Any, recover: Callable[[], Any]) -> None:
+        """Build optimizers, load a checkpoint, and run the hooks of the start."""
+        if not isinstance(epochs, Iterable):
+            raise ValueError(
+                f"the epoch_counter is {epochs!r}; allowed: an iterable of epochs, such as "
+                "range(1, 11) or EpochCounter(10)"
+            )
+        progress, outermost = self.progress, self.__depth <= 1
+        if not self.updates:
+            self.__build_optimizers()
+        if outermost:
+            progress.fits += 1
+            if progress.fits != self.__state.resumed_fit:
+                progress.stopped = False
+            if progress.fits == 1 and (found := recover()) is not None:
+                logger.info(
+                    "resuming after epoch %d, batch %d (optimizer step %d) from %s",
+                    progress.epoch, progress.step, progress.optimizer_step, found.path,
+                )  # fmt: skip
+            self.__trained = True
+        self.callbacks.call("on_fit_start", self)
+        self.on_fit_start()
+        if outermost and progress.fits == self.__state.resumed_fit and self.__state.fit_started():
+            self.callbacks.call("on_resume", self)
+
+    def __build_optimizers(self) -> None:
+        options, modules = self.options, self.modules
+        self.__attributes.begin()
+        self.__trainable.begin()
+        self.__strategy.prepare(modules)
+        if distributed.world_size() > 1:  # Equal weights, but different dropout on each rank.
+            seed.seed_everything(options.seed, distributed.rank())
+        self.init_optimizers()
+        optimizers = find_optimizers(
+            getattr(self, "optimizers_dict", None), self.__user_attributes(True), self.__precision
+        )
+        schedules = getattr(self.hparams, "schedule", None)
+        self.updates.update(make_updates(
+            optimizers, modules, options, self.__precision, schedules, self.__strategy,
+            self.__on_hand_step,
+        ))  # fmt: skip
+        for update in self.updates.values():
+            for event, hooks in (
+                ("before_optimizer_step", update.before_step),
+                ("after_optimizer_step", update.after_step),
+            ):
+                if self.callbacks.overrides(event):
+                    hooks.append(partial(self.callbacks.call, event, self))
+        if options.ema_decay is not None:
+            self.__ema = WeightAverage(modules, options.ema_decay)
+
+    def __epochs(self, counter: Iterable[int], has_valid: bool) -> Iterator[int]:
+        """Yield the epochs that are still to do, each entered where it was left."""
+        progress, resumed = self.progress, False
+        if self.__depth <= 1:
+            if progress.fits < self.__state.resumed_fit:
+                logger.info("fit number %d was over before: nothing to do", progress.fits)
+                return
+            resumed = self.__state.enter_epochs()
+        if progress.phase == "valid" and not has_valid:
+            progress.phase = "done"
+        if resumed and hasattr(counter, "current"):
+            counter.current = progress.epoch - (progress.phase != "done")
+        first = True
+        for number, epoch in enumerate(counter, 1):
+            done = progress.phase == "done"
+            if progress.stopped or (self.__limit_reached() and done):
+                return
+            if resumed and (epoch < progress.epoch or (epoch == progress.epoch and done)):
+                continue
+            if not (resumed and first and epoch == progress.epoch):
+                progress.epoch, progress.step, progress.phase = epoch, 0, "train"
+            first = False
+            yield epoch
+            if self.options.debug and number >= self.options.debug_epochs:
+                return
+
+    def __begin_training(self) -> None:
+        """Prepare for the first batch, once the stage's hook has run."""
+        self.__guard.begin_stage()
+        if self.progress.step == 0:
+            self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
+            self.__metrics.begin_epoch()
+            self.progress.nonfinite_count = 0
+        if self.__depth <= 1 and self.__state.training_started():
+            self.callbacks.call("on_resume", self)
+
+    def __updates_for(self, name: str | None) -> list[Update]:
+        """Return the optimizer of this name, or those that step together in this window."""
+        if name is not None:
+            if name not in self.updates:
+                known = ", ".join(map(repr, self.updates)) or "none yet: fit makes them"
+                raise ValueError(f"there is no optimizer {name!r}; this Brain has {known}")
+            return [self.updates[name]]
+        if self.progress.joint is None:
+            optimizers = {name: update.optimizer for name, update in self.updates.items()}
+            joint = list(self.freeze_optimizers(optimizers))
+            if not joint:
+                raise ValueError(
+                    "there is no optimizer to train with: give opt_class, set self.optimizer in "
+                    "init_optimizers, or let freeze_optimizers leave one"
+                )
+            self.progress.joint = joint
+        return [self.updates[name] for name in self.progress.joint]
+
+    def __take_reports(self, reports: list[StepReport]) -> None:
+        """Count the outcome of a loss, and tell callbacks and the guard."""
+        self.__optimized = True
+        self.__batch.reports += reports
+        for report in reports:
+            self.__metrics.add_report(report)
+            self.callbacks.call("on_loss", self, report)
+        ids = partial(self.batch_ids, self.__batch.batch)
+        last_norm = self.updates[reports[0].name].last_norm
+        self.__guard.take(reports[0], ids, last_norm, self.__tracer)
+
+    def __account(self, loss: Any, batch: _Batch) -> None:
+        """Take the loss into the averages, and count a step that was taken."""
+        progress, metrics = self.progress, self.__metrics
+        self.__guard.settle()
+        outcomes = [report.outcome for report in batch.reports]
+        if isinstance(loss, StepReport):
+            if loss.outcome in ("stepped", "overflowed") and loss.loss is not None:
+                # Loss and weight are sums over ranks already, and will be summed again.
+                metrics.add_loss(loss.loss, loss.weight / distributed.world_size())
+        elif loss is not None and "skipped" not in outcomes:
+            metrics.add_loss(loss, batch.weight)
+        metrics.examples += batch.weight
+        if "stepped" in outcomes or batch.stepped_by_hand:
+            progress.optimizer_step += 1
+            if self.__ema is not None:
+                self.__ema.update(self.modules)
+            if progress.optimizer_step % self.options.log_interval == 0:
+                self.__tick()
+                record = metrics.record(progress.epoch, progress.optimizer_step, progress.seconds)
+                self.callbacks.call("on_log", self, record)
+
+    def __after_batch(self) -> bool:
+        """Save and stop where that is due; return True if the training ends here."""
+        signal = signals.requested()
+        asked, due = distributed.agree(signal is not None, self.__saver.due())
+        if self.__depth == 1:
+            self.__tick()
+            if due:
+                self.__saver.save({}, end_of_epoch=False)
+            self.__saver.release()
+        if asked:
+            raise signals.Interrupted(signal or signals.DEFAULT)
+        return self.__limit_reached()
+
+    def __limit_reached(self) -> bool:
+        limit = self.options.optimizer_step_limit
+        return limit is not None and self.progress.optimizer_step >= limit
+
+    def __close_windows(self, number: int) -> None:
+        """Step with windows that the epoch's end left open, and check that anything trained.
+
+        Args:
+            number: batches of this stage in this process.
+        """
+        progress = self.progress
+        self.__check_some(progress.step, Stage.TRAIN)
+        joint = [self.updates[name] for name in progress.joint or ()]
+        groups = [joint, *([update] for update in self.updates.values() if update not in joint)]
+        batch = self.__batch = _Batch(weight=0.0)
+        self.__guard.begin_batch()
+        for updates in groups:
+            if any(update.window.count for update in updates):
+                if self.__limit_reached():  # No step more, not even a short one.
+                    for update in updates:
+                        update.drop_window()
+                else:
+                    self.__take_reports(step.close(updates))
+        if batch.reports:
+            loss = next((r for r in batch.reports if r.name == progress.averaged), None)
+            self.__account(loss, batch)
+        self.__tracer.end_batch()
+        if number and not (self.__optimized or self.__stepped_by_hand or progress.optimizer_step):
+            raise ValueError(
+                f"{type(self).__name__}.fit_batch ran {number} times and never called "
+                "self.optimize(loss, name): nothing was trained"
+            )
+        self.__strategy.share_buffers(self.modules)
+        if distributed.world_size() > 1 and self.__ema is not None:
+            self.__ema.copy_buffers(self.modules)
+
+    def __check_some(self, steps: int, stage: Stage) -> None:
+        if not steps and (stage is Stage.TRAIN or distributed.world_size() == 1):
+            where = "" if stage is Stage.TEST else f" in epoch {self.progress.epoch}"
+            raise ValueError(
+                f"the {stage.value} set gave no batch{where}: is it empty, or a generator, which "
+                "can be read only once?"
+            )
+
+    def __until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches of an evaluation, of which ranks may have different numbers.
+
+        After each, all ranks ask each other whether to stop, also those that have no more.
+        """
+
+        def vote(working: bool) -> bool:
+            signal = signals.requested()
+            asked, working = distributed.agree(signal is not None, working)
+            if asked:
+                raise signals.Interrupted(signal or signals.DEFAULT)
+            return working
+
+        for batch in batches:
+            yield batch
+            vote(working=True)
+        while vote(working=False):
+            pass
+
+    def __end_stage(
+        self, stage: Stage, mean: Mean, epoch: int | None, steps: int, started: float
+    ) -> StageReport:
+        """Report a stage, on all ranks: its average, its metrics, and saves that waited."""
+        average = mean.reduce().value()
+        loss = math.nan if average is None else average
+        metrics = self.on_stage_end(stage, loss, epoch)
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise ValueError(
+                f"on_stage_end returned a {type(metrics).__name__}; allowed: a mapping from names "
+                "of metrics to numbers, or None"
+            )
+        logged = self.__metrics.end_stage(stage.value)
+        self.__tick()
+        report = StageReport(
+            stage.value, epoch, loss, epoch_end.agree_on_metrics({**logged, **(metrics or {})}),
+            self.progress.optimizer_step, steps, mean.weight(),
+            round(time.perf_counter() - started, 3),
+            **(self.__metrics.counts if stage is Stage.TRAIN else {}),
+        )  # fmt: skip
+        self.callbacks.call("on_stage_end", self, report)
+        if self.__depth == 1 and self.progress.phase == "valid" and stage is Stage.TRAIN:
+            self.__saver.release()
+        return report
+
+    def __end_epoch(self, report: StageReport) -> bool:
+        """Decide by the metrics of an epoch, and save; return True if the training is over."""
+        progress = self.progress
+        metrics = epoch_end.all_metrics(report)
+        epoch_end.advance_schedules(self.updates.values(), metrics)
+        early_stopping = getattr(self.hparams, "early_stopping", None)
+        progress.stopped = epoch_end.should_stop(early_stopping, metrics)
+        progress.phase = "done"
+        if self.__depth == 1 and not self.__saver.release():
+            self.__saver.save(metrics, end_of_epoch=True)
+        return progress.stopped or self.__limit_reached()
+
+    # ----------------------------------------------------------------------------- small internals
+
+    __in_a_stage = False
+
+    @contextmanager
+    def __in_stage(self, stage: Stage) -> Iterator[None]:
+        outer = self.__stage, self.__in_a_stage, self.__batch
+        self.__stage, self.__in_a_stage = stage, True
+        try:
+            yield
+        finally:
+            self.__stage, self.__in_a_stage, self.__batch = outer
+
+    def __tick(self) -> None:
+        """Add the time since the last call to the run's training time."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.__ticked
+        self.__ticked = now
+
+    def __in_window(self) -> bool:
+        return any(update.window.count for update in self.updates.values())
+
+    def __user_attributes(self, optimizers: bool = False) -> dict[str, Any]:
+        """Return the attributes that are not the framework's, by name."""
+        own = ("optimizer",) if optimizers else ()
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if (name not in ATTRIBUTES or name in own) and not name.startswith("_Brain__")
+        }
+
+    def __objects(self) -> dict[str, Any]:
+        """Return the stateful objects among hparams and users' attributes, by name."""
+        known = {id(self), id(self.checkpointer), *(id(part) for part in self.modules.modules())}
+        for update in self.updates.values():
+            known |= {id(part) for part in (update.optimizer, update.schedule, update.clip, update)}
+        known |= {id(callback) for callback in self.callbacks}
+        named = {f"hparams.{name}": value for name, value in vars(self.hparams).items()}
+        return find_stateful({**named, **self.__user_attributes()}, known, self.modules)
+
+    def __hook_state(self) -> dict[str, StateEntry]:
+        """Return what the hooks of a validation may change: objects without weights, attributes."""
+        return {
+            name: entry
+            for name, entry in self.stateful().items()
+            if name in ("attributes", "metrics") or entry.scope == "both"
+        }
+
+    def __on_saved(self, checkpoint: Any) -> None:
+        self.callbacks.call("on_checkpoint", self, checkpoint)
+
+    def __on_hand_step(self, update: Update) -> None:
+        """Called when a recipe steps an optimizer itself: unprotected, and ranks stay equal."""
+        self.__batch.stepped_by_hand = True
+        if not self.__stepped_by_hand:
+            self.__stepped_by_hand = True
+            warnings.warn(
+                f"{type(self).__name__}.fit_batch calls backward() and the step of {update.name!r} "
+                "itself: precision, clipping, the non-finite guard and accumulation do not apply. "
+                f"self.optimize(loss, {update.name!r}) in their place has all of them",
+                stacklevel=4,
+            )
+        params, ranks = update.params, distributed.world_size()
+        zero = torch.zeros((), device=self.device)
+        sums = self.__strategy.end_window(params, zero, 0.0, 1 / ranks, update.sparse)
+        if sums is not None:
+            for p, had in zip(params, sums.had_gradient.tolist(), strict=True):
+                p.grad = p.grad if had else None  # As with one process, it does not move at all.
+
+
+METHODS = frozenset(
+    name
+    for name, value in vars(Brain).items()
+    if not name.startswith("_") and not isinstance(value, property)
+)

@@ -123,12 +123,14 @@ EVENTS = tuple(name for name in vars(Callback) if name.startswith(("on_", "befor
 class CallbackList:
     """The callbacks of a Brain, in the order in which they are called.
 
-    ``events["on_loss"]`` and the like hold the bound methods of the callbacks that override it.
+    Attributes:
+        muted: True while no callback is called, as within `Brain.sandbox`.
     """
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self.muted = False
         self._callbacks: list[Callback] = []
-        self.events: dict[str, list[Callable[..., None]]] = {name: [] for name in EVENTS}
+        self._methods: dict[str, list[Callable[..., None]]] = {name: [] for name in EVENTS}
         for each in callbacks:
             self.append(each)
 
@@ -146,7 +148,7 @@ class CallbackList:
         self._callbacks.append(callback)
         for name in EVENTS:
             if getattr(type(callback), name) is not getattr(Callback, name):
-                self.events[name].append(getattr(callback, name))
+                self._methods[name].append(getattr(callback, name))
 
     def call(self, event: str, *arguments: Any) -> None:
         """Call a method of every callback that overrides it.
@@ -158,15 +160,19 @@ class CallbackList:
         Raises:
             Exception: whatever a callback raises, with a note that names it.
         """
-        methods = self.events[event]
-        if not methods:
+        methods = self._methods[event]
+        if not methods or self.muted:
             return
         for method in methods:
             try:
                 method(*arguments)
             except Exception as error:
-                error.add_note(f"raised by the callback {type(method.__self__).__name__}.{event}")  # type: ignore[attr-defined]
+                error.add_note(f"raised by the callback {method.__qualname__}")
                 raise
+
+    def overrides(self, event: str) -> bool:
+        """Return True if any callback overrides a method."""
+        return bool(self._methods[event])
 
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._callbacks)

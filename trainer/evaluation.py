@@ -1,4 +1,4 @@
-"""Which weights a test uses, and how they are put in place and taken out again."""
+"""Evaluation: weights to evaluate, and context managers that leave modules as they were."""
 
 from __future__ import annotations
 
@@ -10,33 +10,96 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-from trainer import seed, state
+from trainer import seed
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_state import check_weights
+from trainer.optim.ema import WeightAverage
+from trainer.options import RunOptions
 
 logger = logging.getLogger("trainer")
 
 
 @contextmanager
-def best_weights(brain: Any, max_key: str | None, min_key: str | None) -> Iterator[None]:
-    """Within it, the modules of a Brain have the weights to test; after it, their own again.
+def modes_kept(modules: nn.Module) -> Iterator[None]:
+    """Context manager that restores the training modes of modules on exit."""
+    modes = [(module, module.training) for module in modules.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
-    Those of the best checkpoint by a metric, or of the newest where this Brain has not trained;
-    the mean of several where ``average_checkpoints`` says so; the exponential average where
-    there is one. Random generators are as before, too.
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """Context manager that restores the random generators of the process on exit."""
+    before = seed.rng_state()
+    try:
+        yield
+    finally:
+        seed.set_rng_state(before)
+
+
+@contextmanager
+def evaluation_mode(modules: nn.Module) -> Iterator[None]:
+    """Context manager for an evaluation, which changes nothing.
+
+    Within it modules are in evaluation mode and nothing requires gradients. On exit modes and
+    random generators are as before.
     """
-    saved, generators = _weights_to_test(brain, max_key, min_key), seed.rng_state()
-    with ExitStack() as stack:
-        stack.callback(seed.set_rng_state, generators)
-        if saved is not None:
-            stack.enter_context(_swapped(brain.modules, saved))
-        elif brain.weight_average is not None:
-            stack.enter_context(brain.weight_average.applied(brain.modules))
+    with modes_kept(modules), rng_kept(), torch.no_grad():
+        modules.eval()
         yield
 
 
-def _weights_to_test(brain: Any, max_key: str | None, min_key: str | None) -> Any:
-    checkpointer, number = brain.checkpointer, brain.options.average_checkpoints
-    trained = brain.keeper.trained
+@contextmanager
+def evaluation_weights(
+    modules: nn.Module,
+    average: WeightAverage | None,
+    checkpointer: Checkpointer | None,
+    options: RunOptions,
+    trained: bool,
+    max_key: str | None,
+    min_key: str | None,
+) -> Iterator[None]:
+    """Context manager in which the modules have the weights to test.
+
+    These are the weights of the best checkpoint by a metric; without a metric the present ones, or
+    those of the newest checkpoint if this process has not trained; the mean of several checkpoints
+    with ``average_checkpoints``; exponential averages where there are some. On exit weights and
+    random generators are as before.
+
+    Args:
+        modules: modules of the Brain.
+        average: exponential average of the weights, or None.
+        checkpointer: checkpoints of the run, or None.
+        options: ``average_checkpoints`` and ``ema_decay``.
+        trained: True if this process has trained.
+        max_key: metric of which the best checkpoint has the largest value.
+        min_key: metric of which the best checkpoint has the smallest value.
+
+    Raises:
+        ValueError: if there is nothing to test.
+    """
+    with rng_kept(), ExitStack() as stack:
+        saved = _weights_to_test(checkpointer, options, trained, max_key, min_key)
+        if saved is not None:
+            stack.enter_context(_swapped(modules, saved))
+        elif average is not None:
+            stack.enter_context(average.applied(modules))
+        yield
+
+
+def _weights_to_test(
+    checkpointer: Checkpointer | None,
+    options: RunOptions,
+    trained: bool,
+    max_key: str | None,
+    min_key: str | None,
+) -> Any:
+    number = options.average_checkpoints
     if checkpointer is None and (max_key or min_key):
         warnings.warn(
             f"{f'min_key={min_key!r}' if min_key else f'max_key={max_key!r}'} asks for the best "
@@ -48,7 +111,7 @@ def _weights_to_test(brain: Any, max_key: str | None, min_key: str | None) -> An
     if trained and number == 1 and not (max_key or min_key):
         return None
     found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)
-    path = ("modules",) if brain.options.ema_decay is None else ("weight_average", "average")
+    path = ("modules",) if options.ema_decay is None else ("ema", "average")
     while found:
         try:
             weights = checkpointer.average(found[:number], "brain", path)
@@ -68,10 +131,10 @@ def _weights_to_test(brain: Any, max_key: str | None, min_key: str | None) -> An
 
 
 @contextmanager
-def _swapped(modules: torch.nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
+def _swapped(modules: nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
     own = copy.deepcopy(modules.state_dict())
     weights = {name: weights[name] for name in own if name in weights}
-    state.check_modules(modules, weights)
+    check_weights(modules, weights)
     modules.load_state_dict(weights)
     try:
         yield

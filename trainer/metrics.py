@@ -1,13 +1,9 @@
-"""What a step and a stage hand back: facts to log, to show and to decide on, never a side effect.
-
-An `Update` returns a `StepReport` for every loss it was given, the loop returns a `StageReport`
-for every pass over a data set. A `Tally` gathers the step reports of one optimizer between two
-lines of `metrics.jsonl`.
-"""
+"""Reports and averages: what a step and a stage return, and what is logged of them."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,34 +16,34 @@ from trainer import checks, distributed
 Outcome = Literal["stepped", "accumulated", "overflowed", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skipped")
 
-# Keys of a stage line that belong to the framework; a metric of that name would hide one of them.
+# Keys of a stage record that belong to the framework; a metric of that name would hide one of them.
 RESERVED = (
-    "kind",
-    "stage",
-    "epoch",
-    "step",
-    "steps",
-    "examples",
-    "seconds",
-    "skipped",
-    "overflowed",
-)
+    "kind", "stage", "epoch", "step", "steps", "examples", "seconds", "skipped", "overflowed",
+)  # fmt: skip
+
+# Number of tensors that wait to be read at most, so that a long epoch does not hold many.
+MAX_PENDING = 4096
 
 
 @dataclass(slots=True)
 class StepReport:
-    """What became of one loss: did the weights move, and what was measured on the way.
+    """Outcome of one loss that was given to `Brain.optimize`.
 
-    `outcome` is one of
-    - "stepped": the weights moved;
-    - "accumulated": the gradients wait for the rest of their window;
-    - "overflowed": the fp16 scale was too high and has been lowered; normal, nothing moved;
-    - "skipped": loss or gradients were not finite; counted, nothing moved.
+    A number that is not known is None, never 0.
 
-    A number that is not known is None, never 0: `loss` where it was not finite or not read,
-    `norm` (L2, before clipping) and `norm_after` where nothing was measured. `limit` is infinity
-    where nothing is clipped. `lr` is the learning rate of the first parameter group that this
-    step used.
+    Args:
+        name: name of the optimizer.
+        outcome: "stepped": the weights moved. "accumulated": the gradients wait for the rest of
+            their window. "overflowed": the fp16 scale was too high and has been lowered; normal,
+            nothing moved. "skipped": loss or gradients were not finite; counted, nothing moved.
+        loss: mean loss of the window; None where it was not finite or not read.
+        weight: number of examples that the loss is a mean over.
+        norm: L2 norm of the gradients before clipping.
+        norm_after: L2 norm after clipping.
+        limit: clip threshold of this step; infinity where nothing is clipped.
+        clipped: True if the clipper changed the gradients.
+        scale: fp16 loss scale.
+        lr: learning rate of the first parameter group in this step.
     """
 
     name: str
@@ -63,17 +59,26 @@ class StepReport:
 
     @property
     def stepped(self) -> bool:
-        """True when the weights moved."""
+        """True if the weights moved."""
         return self.outcome == "stepped"
 
 
 @dataclass(slots=True)
 class StageReport:
-    """What one pass over a data set gave: the average loss, the metrics and the counts.
+    """Result of one pass over data.
 
-    `step` is the number of optimizer steps taken since the run began, `steps` the number of
-    batches of this stage, `examples` the weight of those that entered the average. `loss` is the
-    average over examples, a mapping where the recipe has several, None where no batch gave one.
+    Args:
+        stage: "train", "valid" or "test".
+        epoch: epoch of the pass; None in a test.
+        loss: average loss over examples; a mapping where the recipe has several losses, None where
+            no batch gave one.
+        metrics: what `Brain.on_stage_end` returned and `Brain.log` was given, by name.
+        step: optimizer steps since the run began.
+        steps: batches of this pass.
+        examples: weight of the batches that entered the average.
+        seconds: duration of the pass in this process, in seconds.
+        skipped: training steps that were skipped.
+        overflowed: training steps whose fp16 scale was too high.
     """
 
     stage: str
@@ -88,10 +93,12 @@ class StageReport:
     overflowed: int = 0
 
     def record(self) -> dict[str, Any]:
-        """The stage line of `metrics.jsonl`, metrics flattened into it.
+        """Return the stage record of `metrics.jsonl`, with the metrics flattened into it.
 
-        A metric named "loss" takes the place of the average loss (a recipe that returns one means
-        it); any other name of the framework's own is refused with a ValueError.
+        A metric named "loss" takes the place of the average loss.
+
+        Raises:
+            ValueError: if a metric has a name of `RESERVED`.
         """
         for name in self.metrics:
             if name in RESERVED:
@@ -114,12 +121,8 @@ class StageReport:
         }
 
 
-# Tensors that wait to be read, at most: what they hold stays small in the longest epoch.
-MOST_WAITING = 4096
-
-
 class _Sum:
-    """A weighted sum in which nothing that is not finite enters."""
+    """Weighted sum that leaves out values that are not finite."""
 
     __slots__ = ("total", "weight")
 
@@ -128,34 +131,42 @@ class _Sum:
 
     def add(self, value: float, weight: float) -> None:
         term = value * weight
-        if term - term == 0.0:  # false for NaN and for both infinities
+        if term - term == 0.0:  # False for NaN and for both infinities.
             self.total += term
             self.weight += weight
 
 
 class Mean:
-    """The average of a loss, or of each of several named losses, weighted by examples.
+    """Average of a loss, or of several named losses, weighted by examples.
 
     Values are floats, scalar tensors, or mappings from names to these. A value that is not finite
-    never enters, nor does one of weight 0; `value` is None where nothing has entered, and never 0
-    for want of a number. Tensors are not read when they come, wherever they live: `read` (as well
-    as `value`, `weight`, `reduce` and `state_dict`, which call it) fetches all of them at once, and
-    adds them in float64 in the order in which they came, so that when it is called changes no bit.
+    does not enter, nor does one of weight 0. Tensors are not read when they come, so that nothing
+    waits for a device: `read` (which `value`, `weight`, `reduce` and `state_dict` call) fetches all
+    of them at once and adds them in float64 in the order in which they came.
+
+        loss = Mean()
+        loss.update(batch_loss, weight=len(batch))
+        loss.reduce().value()          # over all examples of all ranks
     """
 
     def __init__(self) -> None:
-        self._named: bool | None = None  # whether the values are mappings; the first one decides
+        self._named: bool | None = None  # True if values are mappings; the first one decides.
         self._sums: dict[str, _Sum] = {}
-        self._waiting: list[tuple[_Sum, float | Tensor, float]] = []
+        self._pending: list[tuple[_Sum, float | Tensor, float]] = []
 
     def update(
         self, value: float | Tensor | Mapping[str, float | Tensor], weight: float = 1.0
     ) -> None:
-        """Take in the average `value` of `weight` examples."""
+        """Add the average ``value`` of ``weight`` examples.
+
+        Raises:
+            ValueError: for a weight that is negative or not finite, a value that is no scalar, and
+                a mapping after plain values or the reverse.
+        """
         if not 0.0 <= weight < math.inf:
             raise ValueError(f"the weight of a value must be finite, 0 or more; got {weight!r}")
-        if type(value) is float and self._named is False and not self._waiting:
-            self._sums[""].add(value, weight)  # the usual case, in half the time
+        if type(value) is float and self._named is False and not self._pending:
+            self._sums[""].add(value, weight)  # The usual case, in half the time.
             return
         named = isinstance(value, Mapping)
         if named is not self._named:
@@ -181,7 +192,7 @@ class Mean:
                 raise ValueError(
                     f"an average is of scalars; got a tensor{of} of shape {list(value.shape)}"
                 )
-            # A copy, since whoever made it may go on computing in place.
+            # A copy, since the caller may go on computing in place.
             value = value.detach().clone()
             value = value.reshape(()) if value.dim() else value
         elif not isinstance(value, (int, float)):
@@ -189,40 +200,40 @@ class Mean:
         total = self._sums.get(name)
         if total is None:
             total = self._sums[name] = _Sum()
-        if self._waiting or isinstance(value, Tensor):
-            self._waiting.append((total, value, weight))
-            if len(self._waiting) >= MOST_WAITING:
+        if self._pending or isinstance(value, Tensor):
+            self._pending.append((total, value, weight))
+            if len(self._pending) >= MAX_PENDING:
                 self.read()
         else:
             total.add(value, weight)
 
     def read(self) -> None:
-        """Fetch the tensors that wait: one host-device sync for each device that has some."""
-        waiting, self._waiting = self._waiting, []
+        """Fetch the pending tensors: one host-device sync for each device that has some."""
+        pending, self._pending = self._pending, []
         devices: dict[torch.device, list[Tensor]] = {}
-        for _, value, _ in waiting:
+        for _, value, _ in pending:
             if isinstance(value, Tensor):
                 devices.setdefault(value.device, []).append(value)
         read = {device: iter(torch.stack(t).tolist()) for device, t in devices.items()}
-        for total, value, weight in waiting:
+        for total, value, weight in pending:
             total.add(next(read[value.device]) if isinstance(value, Tensor) else value, weight)
 
     def value(self) -> float | dict[str, float | None] | None:
-        """The average so far: None without any value, a mapping where the values were mappings."""
+        """Return the average: None without any value, a mapping if the values were mappings."""
         self.read()
         means = {name: s.total / s.weight if s.weight else None for name, s in self._sums.items()}
         return means if self._named else means.get("")
 
     def weight(self) -> float:
-        """How many examples have entered: the most of any name."""
+        """Return the number of examples that entered: the most of any name."""
         self.read()
         return max((each.weight for each in self._sums.values()), default=0.0)
 
     def reduce(self) -> Mean:
-        """Make this the average over all ranks, and return it. Every rank must call it, once.
+        """Make this the average over all ranks, and return it.
 
-        The sums are added in the order of ranks, so that all ranks get the same bits. A rank
-        that has seen nothing takes part with nothing.
+        Collective: every rank must call it, once. The sums are added in the order of ranks, so that
+        all ranks get the same bits.
         """
         if distributed.world_size() == 1:
             return self
@@ -237,24 +248,20 @@ class Mean:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: what has been summed so far."""
+        """Return the sums as plain numbers."""
         self.read()
         sums = {name: [each.total, each.weight] for name, each in self._sums.items()}
         return {"named": self._named, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, to the bit."""
+        """Restore a saved state, to the bit."""
         checks.same_keys("Mean", state, ("named", "sums"))
-        self._named, self._waiting = state["named"], []
+        self._named, self._pending = state["named"], []
         self._sums = {name: _Sum(*pair) for name, pair in state["sums"].items()}
 
 
 class Tally:
-    """The reports of one optimizer since the last line of `metrics.jsonl`, as that line's entry.
-
-    `add` is called once a step and must cost next to nothing; `record` is called at the log
-    interval and starts the next count. `norm` and `clipped` are over the steps that were taken.
-    """
+    """Figures of one optimizer since the last log record, from its step reports."""
 
     def __init__(self) -> None:
         self._now: dict[str, float | None] = {"lr": None, "limit": None, "scale": None}
@@ -275,7 +282,11 @@ class Tally:
             self._clipped += report.clipped
 
     def record(self) -> dict[str, Any]:
-        """LR, limit and scale as they are; mean and largest norm, share clipped, and counts."""
+        """Return the figures, and start the next count.
+
+        Learning rate, limit and scale are the latest; norms and the clipped share are over the
+        steps that were taken.
+        """
         measured = len(self._norms)
         entry: dict[str, Any] = {
             "lr": self._now["lr"],
@@ -291,12 +302,12 @@ class Tally:
         self._clear()
         return entry
 
-    def recent(self) -> list[float]:
-        """The last norms since the last record, at most 20."""
+    def recent_norms(self) -> list[float]:
+        """Return the last norms since the last record, at most 20."""
         return self._norms[-20:]
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been counted since the last record."""
+        """Return what was counted since the last record."""
         return {
             "now": dict(self._now),
             "clipped": self._clipped,
@@ -305,7 +316,125 @@ class Tally:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         checks.same_keys("Tally", state, ("now", "clipped", "norms", "counts"))
         self._now, self._clipped = dict(state["now"]), state["clipped"]
         self._norms, self._counts = list(state["norms"]), dict(state["counts"])
+
+
+class TrainingMetrics:
+    """Averages and counts of a training stage.
+
+    Attributes:
+        average: losses of the epoch so far.
+        interval: losses since the last log record.
+        examples: examples on this rank since the last log record.
+        counts: skipped and overflowed steps of the epoch.
+        tallies: figures of each optimizer since the last log record.
+        logged: values given to `Brain.log`, by stage and name.
+    """
+
+    def __init__(self) -> None:
+        self.average, self.interval, self.examples = Mean(), Mean(), 0.0
+        self.counts = {"skipped": 0, "overflowed": 0}
+        self.tallies: dict[str, Tally] = {}
+        self.logged: dict[str, dict[str, Mean]] = {}
+        self._recorded = time.perf_counter()
+
+    def begin_epoch(self) -> None:
+        """Start the averages and counts of an epoch."""
+        self.average = Mean()
+        self.counts = {"skipped": 0, "overflowed": 0}
+
+    def begin_stage(self) -> None:
+        """Start the clock of the throughput."""
+        self._recorded = time.perf_counter()
+
+    def add_report(self, report: StepReport) -> None:
+        """Count the outcome of a loss."""
+        tally = self.tallies.get(report.name)
+        if tally is None:
+            tally = self.tallies[report.name] = Tally()
+        tally.add(report)
+        if report.outcome in self.counts:
+            self.counts[report.outcome] += 1
+
+    def add_loss(self, loss: Any, weight: float) -> None:
+        """Add the loss of ``weight`` examples to the averages."""
+        self.average.update(loss, weight)
+        self.interval.update(loss, weight)
+
+    def log(self, stage: str, name: str, value: float | Tensor, weight: float) -> None:
+        """Add a value of `Brain.log` to the average of its name in a stage."""
+        self.logged.setdefault(stage, {}).setdefault(name, Mean()).update(value, weight)
+
+    def end_stage(self, stage: str) -> dict[str, Any]:
+        """Return the averages over ranks of what was logged in a stage, and forget them.
+
+        Collective. Ranks may have logged different names.
+        """
+        means = self.logged.pop(stage, {})
+        for name, mean in self.logged.pop("", {}).items():  # Logged before any stage began.
+            means.setdefault(name, mean)
+        if distributed.world_size() > 1:
+            names = dict.fromkeys(n for each in distributed.gather(list(means)) for n in each)
+            means = {name: means.get(name, Mean()).reduce() for name in names}
+        return {name: mean.value() for name, mean in means.items()}
+
+    def record(self, epoch: int, step: int, seconds: float) -> dict[str, Any]:
+        """Return the log record of everything since the last one, and start the next.
+
+        Collective.
+
+        Args:
+            epoch: current epoch.
+            step: optimizer steps since the run began.
+            seconds: training time of the run.
+        """
+        self.average.read()  # The record waits for the device anyway.
+        now = time.perf_counter()
+        rate = self.examples / max(now - self._recorded, 1e-9)
+        found = {
+            "step": step,
+            "epoch": epoch,
+            "stage": "train",
+            "loss": self.interval.reduce().value(),
+            "seconds": round(seconds, 3),
+            "examples_per_second": round(rate * distributed.world_size(), 3),
+            "optimizers": {name: tally.record() for name, tally in self.tallies.items()},
+        }
+        self.interval, self.examples, self._recorded = Mean(), 0.0, now
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages and counts."""
+        return {
+            "average": self.average.state_dict(),
+            "interval": self.interval.state_dict(),
+            "examples": self.examples,
+            "counts": dict(self.counts),
+            "tallies": {name: tally.state_dict() for name, tally in self.tallies.items()},
+            "logged": {
+                stage: {name: mean.state_dict() for name, mean in means.items()}
+                for stage, means in self.logged.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state."""
+        self.average, self.interval = _mean(state["average"]), _mean(state["interval"])
+        self.examples, self.counts = state["examples"], dict(state["counts"])
+        self.tallies = {}
+        for name, saved in state["tallies"].items():
+            self.tallies[name] = Tally()
+            self.tallies[name].load_state_dict(saved)
+        self.logged = {
+            stage: {name: _mean(saved) for name, saved in means.items()}
+            for stage, means in state["logged"].items()
+        }
+
+
+def _mean(state: Mapping[str, Any]) -> Mean:
+    mean = Mean()
+    mean.load_state_dict(state)
+    return mean

@@ -74,6 +74,18 @@ def _unpacked(state: list[Any]) -> tuple[Any, ...]:
     return version, tuple(internal.tolist()), gauss
 
 
+class RngState:
+    """The random generators of this process, as a part of a run's state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every generator."""
+        return rng_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved state."""
+        set_rng_state(state)
+
+
 class _Saved:
     """A generator of random numbers with the protocol of everything else that is saved."""
 

@@ -59,6 +59,9 @@ class Strategy(Protocol):
     def sum_of_squares(self, squares: Tensor) -> Tensor:
         """Sum squares of norms over the ranks that hold parts of one gradient."""
 
+    def share_buffers(self, modules: nn.Module) -> None:
+        """Make the buffers of all ranks equal, at the end of an epoch. Collective."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, equal on all ranks."""
 
@@ -94,6 +97,9 @@ class SingleProcess:
         """Return the squares as they are."""
         return squares
 
+    def share_buffers(self, modules: nn.Module) -> None:
+        """Do nothing."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""
         return {}
@@ -122,6 +128,10 @@ class Replicate(SingleProcess):
         total = loss * reference
         facts = torch.stack([total, total.new_full((), weight)])
         return WindowSums(*sum_gradients(list(params), reference, facts, sparse))
+
+    def share_buffers(self, modules: nn.Module) -> None:
+        """Broadcast rank 0's buffers. Collective."""
+        distributed.broadcast_([buffer.detach() for buffer in modules.buffers()])
 
 
 def make_strategy() -> Strategy:

@@ -1,4 +1,4 @@
-"""What a Brain makes once: its device, its modules, and an `Update` for each optimizer."""
+"""Devices, modules and optimizers of a Brain."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import nn
 
 from trainer import distributed
 from trainer.clipping import by_name, clippers, limit_of
-from trainer.optim.update import Update
+from trainer.distributed.strategy import Strategy
+from trainer.optim.precision import Precision
+from trainer.optim.step import Update
 from trainer.options import RunOptions, nearest
 
 
-def use_threads(number: int | None) -> None:
-    """Let torch compute with so many CPU threads; None leaves them as they are."""
-    if number is not None:
-        torch.set_num_threads(number)
-
-
 def pick_device(name: str) -> torch.device:
-    """The device of this process: "auto" is CUDA where there is one, one GPU a rank.
+    """Return the device of this process.
 
-    Raises ValueError for a device that this machine does not have.
+    Args:
+        name: "auto" (CUDA where there is one, else the CPU) or a torch device; "cuda" without an
+            index is one GPU per rank.
+
+    Raises:
+        ValueError: for a device that this machine does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,9 +49,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn.ModuleDict:
-    """The modules by name, compiled in place where the options say so.
+    """Return the modules by name, compiled in place where the options ask for it.
 
-    Raises ValueError for something that is no module and for an unknown name in compile_modules.
+    Raises:
+        ValueError: for something that is no module, and for an unknown name in compile_modules.
     """
     for name, module in modules.items():
         if not isinstance(module, nn.Module):
@@ -70,50 +72,72 @@ def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn
     return nn.ModuleDict(modules)
 
 
-def make_updates(brain: Any, on_hand_step: Callable[[Update], None]) -> dict[str, Update]:
-    """An `Update` for every optimizer that ``init_optimizers`` made.
+def make_updates(
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    modules: nn.Module,
+    options: RunOptions,
+    precision: Precision,
+    schedules: Any,
+    strategy: Strategy,
+    on_hand_step: Callable[[Update], None],
+) -> dict[str, Update]:
+    """Build an `Update` for every optimizer.
 
-    ``on_hand_step`` is called before a step that a recipe takes past `Brain.optimize`.
+    Args:
+        optimizers: by name.
+        modules: all modules, for names of parameters and sparse embeddings.
+        options: clipping, accumulation and guard.
+        precision: gives each optimizer its loss scaler.
+        schedules: a factory that takes an optimizer, a mapping of these by optimizer, or None.
+        strategy: how gradients travel between processes.
+        on_hand_step: called before a step that a recipe takes past `Brain.optimize`.
     """
-    optimizers = _optimizers(brain)
-    options, names = brain.options, list(optimizers)
-    schedules = getattr(brain.hparams, "schedule", None)
-    parameters = {p: name for name, p in brain.modules.named_parameters()}
+    names = list(optimizers)
+    parameters = {p: name for name, p in modules.named_parameters()}
     sparse = {
         p
-        for module in brain.modules.modules()
+        for module in modules.modules()
         if getattr(module, "sparse", False) is True
         for p in module.parameters(recurse=False)
     }
-    usual = RunOptions().max_grad_norm  # Of an optimizer that a mapping leaves out.
-    clips = clippers(options.clip, options.max_grad_norm, usual, optimizers, parameters)
+    default_limit = RunOptions().max_grad_norm  # For an optimizer that a mapping leaves out.
+    clips = clippers(options.clip, options.max_grad_norm, default_limit, optimizers, parameters)
     updates = {}
     for name, optimizer in optimizers.items():
         own = {p for group in optimizer.param_groups for p in group["params"]}
-        schedule = _schedule(by_name(schedules, name, names, "schedule"), optimizer, options)
         updates[name] = Update(
             name,
             optimizer,
-            brain.precision.scaler(),
+            precision.scaler(),
             clips[name],
-            schedule,
+            _schedule(by_name(schedules, name, names, "schedule"), optimizer, options),
             options.grad_accumulation_factor,
             options.skip_nonfinite_grads,
             alone=len(names) == 1 and parameters.keys() <= own,
+            strategy=strategy,
         )
         updates[name].sparse = sparse & own
         _watch(updates[name], on_hand_step)
     return updates
 
 
-def _optimizers(brain: Any) -> dict[str, torch.optim.Optimizer]:
-    """What ``init_optimizers`` made: ``optimizers_dict``, or ``optimizer``, or any attributes.
+def find_optimizers(
+    optimizers_dict: Any, attributes: Mapping[str, Any], precision: Precision
+) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers that ``init_optimizers`` made, by name.
 
-    Raises ValueError for something that is no optimizer, and for a limit that is none.
+    Args:
+        optimizers_dict: the Brain's ``optimizers_dict``, or None.
+        attributes: the Brain's attributes, among which optimizers are looked for otherwise.
+        precision: training precision.
+
+    Raises:
+        ValueError: for something that is no optimizer or needs a closure, for a clip limit that is
+            none, and for float16 weights under fp16.
     """
-    found = getattr(brain, "optimizers_dict", None)
+    found = optimizers_dict
     if found is None:
-        found = {n: v for n, v in vars(brain).items() if isinstance(v, torch.optim.Optimizer)}
+        found = {n: v for n, v in attributes.items() if isinstance(v, torch.optim.Optimizer)}
         if list(found) == ["optimizer"]:
             found = {"main": found["optimizer"]}
     for name, optimizer in found.items():
@@ -130,9 +154,7 @@ def _optimizers(brain: Any) -> dict[str, torch.optim.Optimizer]:
             )
         for group in optimizer.param_groups:
             limit_of(group.get("max_grad_norm"))
-            if brain.precision.name == "fp16" and any(
-                p.dtype is torch.float16 for p in group["params"]
-            ):
+            if precision.name == "fp16" and any(p.dtype is torch.float16 for p in group["params"]):
                 raise ValueError(
                     f"the optimizer {name!r} has weights in float16; precision fp16 computes in "
                     "float16 and needs weights in float32: leave out .half()"
@@ -149,14 +171,13 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
             "such as !name:trainer.schedules.WarmupDecay {…}, or a mapping of these by optimizer"
         )
     schedule = factory(optimizer)
-    if not hasattr(schedule, "every"):  # One of torch's own, which do not say.
+    if not hasattr(schedule, "every"):  # One of torch's own.
         by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
         schedule.every = "epoch" if by_metric else options.schedule_every
     return schedule
 
 
 def _watch(update: Update, on_hand_step: Callable[[Update], None]) -> None:
-    """Notice steps that are taken past the `Update`."""
 
     def before_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if not update.stepping:

@@ -19,13 +19,21 @@ from trainer import checks
 
 
 class WeightAverage:
-    """An exponential moving average of the weights: steadier than the last ones, for evaluation.
+    """Exponential moving average of the weights, for evaluation.
 
         average <- average + (1 - d) * (weights - average)
 
-    With `warmup`, d = min(decay, (1 + n) / (10 + n)) after n updates, so that the first random
-    weights are soon forgotten. Parameters in half precision are averaged in float32 (a step of
-    1 - d would be rounded away); buffers, and whatever is not floating point, are copied.
+    Parameters in half precision are averaged in float32, where a step of 1 - d is not rounded
+    away. Buffers, and what is not floating point, are copied.
+
+    Args:
+        modules: the modules whose weights are averaged.
+        decay: d, in (0, 1).
+        warmup: use d = min(decay, (1 + n) / (10 + n)) after n updates, so that the random weights
+            of the beginning are soon forgotten.
+
+    Attributes:
+        count: number of updates.
     """
 
     def __init__(self, modules: nn.Module, decay: float, warmup: bool = False) -> None:
@@ -39,7 +47,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, modules: nn.Module) -> None:
-        """Move towards the weights as they are now; call it after a step that moved them."""
+        """Move the average towards the present weights; called after each optimizer step."""
         tensors, averages = _tensors(modules), self._average
         checks.same_keys("WeightAverage", tensors, averages)
         if self._moving:
@@ -52,25 +60,26 @@ class WeightAverage:
         self.count += 1
 
     def copy_buffers(self, modules: nn.Module) -> None:
-        """Take over what is not averaged, as it is now."""
+        """Copy what is not averaged, such as buffers."""
         _overwrite(self._average, _tensors(modules), self._copied)
 
     def restart(self, modules: nn.Module) -> None:
-        """Begin anew, with the weights as they are now."""
+        """Restart the average from the present weights."""
         _overwrite(self._average, _tensors(modules), self._average)
         self.count = 0
 
     def decay_now(self) -> float:
-        """The decay of the next update."""
+        """Return the decay of the next update."""
         if not self.warmup:
             return self.decay
         return min(self.decay, (1 + self.count) / (10 + self.count))
 
     @contextmanager
     def applied(self, modules: nn.Module) -> Iterator[None]:
-        """Within it, the modules have the averaged weights; after it, their own, bit for bit.
+        """Context manager in which the modules have the averaged weights.
 
-        What is done to the weights within is lost. One copy of the weights is held meanwhile.
+        On exit they have their own again, bit for bit; changes of weights within are lost. A copy
+        of the weights is held meanwhile.
         """
         tensors = _tensors(modules)
         checks.same_keys("WeightAverage", tensors, self._average)
@@ -82,11 +91,15 @@ class WeightAverage:
             _overwrite(tensors, own, tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name and the number of updates, as they are: they move with the next."""
+        """Return the averages by name, not copied, and the number of updates."""
         return {"count": self.count, "average": dict(self._average)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; a ValueError names what is missing, unexpected or misshapen."""
+        """Restore a saved state.
+
+        Raises:
+            ValueError: for a name that is missing or unexpected, and for another shape.
+        """
         checks.same_keys("WeightAverage", state, ("count", "average"))
         checks.same_keys("WeightAverage", state["average"], self._average)
         for name, average in self._average.items():
@@ -101,12 +114,12 @@ class WeightAverage:
 
 
 def _tensors(modules: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; a shared one has one name."""
+    """Return parameters and buffers by name; a shared one has one name."""
     return {**dict(modules.named_parameters()), **dict(modules.named_buffers())}
 
 
 def _moves(tensor: Tensor) -> bool:
-    """Whether it is averaged: a parameter of real or complex numbers. The rest is copied."""
+    """Return True for what is averaged: parameters of real or complex numbers."""
     numbers = tensor.is_floating_point() or tensor.is_complex()
     return isinstance(tensor, nn.Parameter) and numbers
 

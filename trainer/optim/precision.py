@@ -1,4 +1,4 @@
-"""Numeric precision of a run: full, or mixed by autocast, with a gradient scaler for fp16."""
+"""Numeric precision: full, or mixed by autocast, with a loss scaler for fp16."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ _FULL: AbstractContextManager[None] = nullcontext()
 
 
 class Precision:
-    """What ``fp32``, ``fp16`` or ``bf16`` means on a device.
+    """Autocast and loss scaling for a precision on a device.
 
-    fp32 is the one that does nothing: its autocast is an empty context and its scaler is disabled.
+    fp32 is the precision that does nothing: its autocast is an empty context and its scaler is
+    disabled.
 
-    Raises ValueError for an unknown name, and for a device that has no support for it.
+    Args:
+        name: "fp32", "fp16" or "bf16".
+        device: device of the run.
+
+    Raises:
+        ValueError: for an unknown name, and for a device that does not support it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -30,11 +36,11 @@ class Precision:
             )
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which a forward pass runs."""
+        """Return the context manager in which a forward pass runs."""
         return torch.autocast(self.device.type, self.dtype) if self.mixed else _FULL
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A loss scaler of one's own: enabled for fp16 (CUDA and CPU), else a no-op."""
+        """Return a new loss scaler, enabled for fp16 (CUDA and CPU)."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
@@ -44,7 +50,7 @@ def _supported(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cuda" and dtype is torch.bfloat16:
         return bool(torch.cuda.is_bf16_supported())
     try:
-        # The scaler and an op in that type are what a step needs: ask the device, not a table.
+        # A step needs the scaler and operations in that type: try both.
         torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         torch.ones(2, 2, device=device, dtype=dtype) @ torch.ones(2, 2, device=device, dtype=dtype)
     except RuntimeError:

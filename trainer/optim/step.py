@@ -1,29 +1,309 @@
-"""From a loss to a step: the one place that moves weights.
+"""Optimizer steps: from a loss to moved weights.
 
     scale → backward → (window full?) → unscale → measure → guard → clip → step → scaler update
     → schedule → zero → StepReport
 
-Measuring comes before clipping: clipping first turns one infinity into zeros everywhere and one NaN
-into NaN everywhere. Nothing moves before everything about the step is known, on every rank.
+This module is the only place that moves weights. Gradients are measured before they are clipped:
+clipping first would turn one infinity into zeros everywhere and one NaN into NaN everywhere.
+Nothing moves before everything about the step is known, on every rank.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer import distributed
-from trainer.clipping import Gradients
-from trainer.distributed.replicate import sum_gradients
+from trainer.clipping import Clipper, Gradients
+from trainer.distributed.strategy import SingleProcess, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
-from trainer.optim.update import Update
 
-# An fp16 scale this low cannot be what made a gradient overflow.
+# A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
+
+StepHook = Callable[["Update", Gradients], None]
+Take = Callable[[Sequence[float]], None]
+
+
+@dataclass(slots=True)
+class Window:
+    """Accumulation window: what its backward passes have added up in the gradients.
+
+    Gradients and loss are sums of w_i/w_1 · (·)_i over the batches i of weight w_i, so that the
+    first batch enters as it is and half precision stays in its usual range.
+
+    Args:
+        count: batches so far.
+        weight: sum of their weights.
+        reference: weight w_1 of the first batch.
+        loss: weighted sum of the losses over ``reference``, a scalar on the device.
+    """
+
+    count: int = 0
+    weight: float = 0.0
+    reference: float = 1.0
+    loss: Tensor | None = None
+
+
+class Update:
+    """One optimizer with its loss scaler, clipper, schedule and accumulation window.
+
+    Args:
+        name: name by which `Brain.optimize` finds it.
+        optimizer: any torch optimizer.
+        scaler: loss scaler of this optimizer, disabled except for fp16.
+        clip: called with the measured `Gradients` of every finite step.
+        schedule: a torch LRScheduler, or None for a constant learning rate.
+        window: number of batches that make a step (gradient accumulation).
+        skip_nonfinite_grads: freeze, for one step, the parameters whose gradient is not finite
+            instead of skipping the step. Ignored with a warning under an enabled scaler.
+        alone: True if no parameter outside this optimizer can collect gradients. Otherwise
+            backward is restricted to its parameters, so that the loss of one player does not reach
+            another.
+        strategy: how gradients travel between processes.
+
+    Attributes:
+        before_step: called with measured, unclipped gradients before a step that will be taken.
+        after_step: called when the optimizer has stepped.
+        measured: parameters and the norms of their gradients, as last measured.
+        last_norm: norm before clipping of the last step that was taken; None before the first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        clip: Clipper,
+        schedule: Any = None,
+        window: int = 1,
+        skip_nonfinite_grads: bool = False,
+        alone: bool = False,
+        strategy: Strategy | None = None,
+    ) -> None:
+        if skip_nonfinite_grads and scaler.is_enabled():
+            warnings.warn(
+                "skip_nonfinite_grads is ignored under precision fp16: there, a gradient that is "
+                "not finite is how the scaler learns that its scale is too high",
+                stacklevel=2,
+            )
+            skip_nonfinite_grads = False
+        self.name, self.optimizer, self.scaler = name, optimizer, scaler
+        self.clip, self.schedule, self.size = clip, schedule, window
+        self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
+        self.strategy: Strategy = SingleProcess() if strategy is None else strategy
+        self.window = Window()
+        self.sparse: set[Tensor] = set()  # Parameters whose gradients may be in sparse layout.
+        self.last_norm: float | None = None
+        self.measured: tuple[list[Tensor], list[float]] = [], []
+        self.before_step: list[StepHook] = []
+        self.after_step: list[StepHook] = []
+        self.stepping = False
+        self._deferred: list[tuple[Tensor, Take]] = []
+        self._warned = False
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that require gradients."""
+        return [p for p in self.all_params if p.requires_grad]
+
+    @property
+    def all_params(self) -> list[Tensor]:
+        """All parameters of the optimizer, frozen ones included."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def read_later(self, values: Tensor, take: Take) -> None:
+        """Bring numbers to the host together with those of the next step, at no extra sync.
+
+        Args:
+            values: vector (N,) on any device.
+            take: called with the N numbers once they are on the host.
+        """
+        self._deferred.append((values, take))
+
+    def read_now(self) -> None:
+        """Bring the numbers of `read_later` to the host now; one host-device sync."""
+        deferred = self.take_deferred()
+        if deferred:
+            device = deferred[0][0].device
+            numbers = torch.cat([values.to(device) for values, _ in deferred]).tolist()
+            for values, take in deferred:
+                take(numbers[: len(values)])
+                del numbers[: len(values)]
+
+    def take_deferred(self) -> list[tuple[Tensor, Take]]:
+        """Return what `read_later` was given, and forget it."""
+        deferred, self._deferred = self._deferred, []
+        return deferred
+
+    def open_window(self) -> None:
+        """Open an accumulation window if none is open.
+
+        Gradients that anything but `optimize` left are dropped, with a warning.
+        """
+        if self.window.count:
+            return
+        foreign = False
+        for p in self.all_params:
+            if p.grad is not None:
+                p.grad, foreign = None, True
+        if foreign and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the parameters of the optimizer {self.name!r} had gradients that no optimize() "
+                "made (a backward() by hand, perhaps of another player's loss): they are dropped",
+                stacklevel=6,
+            )
+        self.strategy.begin_window(self.params)
+
+    def add_batch(self, loss: Tensor, weight: float, reference: float) -> None:
+        """Count a batch whose backward pass is done.
+
+        Args:
+            loss: its loss, a detached scalar.
+            weight: number of examples that the loss is a mean over.
+            reference: weight that the gradients of the window are relative to.
+        """
+        window = self.window
+        if not window.weight:
+            window.reference = reference or 1.0
+            window.loss = loss if weight else torch.zeros_like(loss)
+        elif weight:
+            assert window.loss is not None
+            window.loss = window.loss + loss * (weight / window.reference)
+        window.count += 1
+        window.weight += weight
+
+    def drop_window(self) -> None:
+        """Discard the window and its gradients."""
+        for p in self.all_params:
+            p.grad = None
+        self.window = Window()
+
+    def step(self, gradients: Gradients, loss: float, weight: float, scale: float) -> StepReport:
+        """Clip finite gradients, step, and advance a schedule that counts steps.
+
+        Args:
+            gradients: measured and finite.
+            loss: mean loss of the window.
+            weight: number of examples in the window.
+            scale: the fp16 loss scale that was used, for the report.
+        """
+        for before in self.before_step:
+            before(self, gradients)
+        clipped = self.clip(gradients)
+        lr = self.lr
+        self.stepping = True
+        self.optimizer.step()
+        self.stepping = False
+        for after in self.after_step:
+            after(self, gradients)
+        if self.schedule is not None and getattr(self.schedule, "every", None) == "step":
+            self.schedule.step()
+        for p in gradients.params:
+            p.grad = None
+        self.window = Window()
+        self.last_norm = norm = gradients.norm
+        return StepReport(
+            self.name, "stepped", loss, weight, norm, gradients.norm_after, self.clip.limit,
+            clipped, scale, lr,
+        )  # fmt: skip
+
+    def report(self, outcome: Outcome, **facts: Any) -> StepReport:
+        """Build the `StepReport` of a loss that did not lead to a step."""
+        return StepReport(self.name, outcome, limit=self.clip.limit, lr=self.lr, **facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of optimizer, schedule, scaler and clipper; the same on every rank."""
+        parts = self._parts()
+        return {
+            **{name: part.state_dict() for name, part in parts.items()},
+            "kinds": {name: type(part).__name__ for name, part in parts.items()},
+            "scaler": self.scaler.state_dict(),
+            "last_norm": self.last_norm,
+        }
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that a saved state fits, before anything is changed.
+
+        Raises:
+            ValueError: if it is the state of another optimizer, schedule or clipper.
+        """
+        kinds = {name: type(part).__name__ for name, part in self._parts().items()}
+        for name in ("optimizer", "schedule", "clip"):
+            saved, own = state["kinds"].get(name, "none"), kinds.get(name, "none")
+            if saved != own:
+                raise ValueError(
+                    f"the saved {name} of the optimizer {self.name!r} is {saved}, this Brain's is "
+                    f"{own}: the checkpoint was made with other settings"
+                )
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        saved_sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"the saved optimizer {self.name!r} has groups of {saved_sizes} parameters, this "
+                f"Brain's of {sizes}: the checkpoint was made with other settings"
+            )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved state."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        if state["scaler"]:  # Empty if the run was not in fp16: the scaler starts anew.
+            self.scaler.load_state_dict(state["scaler"])
+        self.last_norm = state["last_norm"]
+
+    def _parts(self) -> dict[str, Any]:
+        # The optimizer comes first, since loading a schedule sets its learning rate.
+        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "clip": self.clip}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
+
+
+class WindowState:
+    """The open accumulation window of an `Update` with its gradients, as a part of a run's state.
+
+    Each rank has its own.
+    """
+
+    def __init__(self, update: Update) -> None:
+        self._update = update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window; gradients of a recipe's own backward passes are in it, too."""
+        update = self._update
+        window = update.window
+        return {
+            "count": window.count,
+            "weight": window.weight,
+            "reference": window.reference,
+            "loss": None if window.loss is None else window.loss.detach().clone(),
+            "grads": [p.grad for p in update.all_params],
+            "scale": float(update.scaler.get_scale()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Reopen a saved window under the present loss scale."""
+        update = self._update
+        update.drop_window()
+        params = update.all_params
+        # A scaler has no scale before its first use.
+        update.scaler.scale(torch.ones((), device=params[0].device))
+        factor = float(update.scaler.get_scale()) / state["scale"] if state["count"] else 1.0
+        for p, grad in zip(params, state["grads"], strict=True):
+            if grad is not None:
+                p.grad = grad.to(p.device) if factor == 1.0 else grad.to(p.device) * factor
+        loss = None if state["loss"] is None else state["loss"].to(params[0].device)
+        update.window = Window(state["count"], state["weight"], state["reference"], loss)
 
 
 def optimize(
@@ -39,8 +319,7 @@ def optimize(
         updates: the optimizers that this loss trains, usually one. Several step together or not
             at all.
         loss: a scalar, the mean over what ``weight`` counts.
-        weight: how many examples the mean is over: the share of this batch in its window. A batch
-            of weight 0 gives nothing, whatever its loss.
+        weight: number of examples that the mean is over. A batch of weight 0 contributes nothing.
         retain_graph: keep the graph for a second backward pass.
         last: close the window even if it is not full.
     """
@@ -57,27 +336,62 @@ def accumulate(
     reference = lead.window.reference if lead.window.weight else weight
     share = weight / reference if weight else 0.0
     for update in updates:
-        update.open()
+        update.open_window()
     if weight:
         scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
-        _differentiate(updates, scaled, retain_graph)
+        _backward(updates, scaled, retain_graph)
     loss = loss.detach()
     if loss.dtype.itemsize < 4:
-        loss = loss.float()  # Half precision is for networks, not for sums.
+        loss = loss.float()  # Sums of losses are not kept in half precision.
     for update in updates:
-        update.add(loss, weight, reference)
+        update.add_batch(loss, weight, reference)
 
 
 def finish(updates: Sequence[Update], weight: float, last: bool = False) -> list[StepReport]:
-    """Step if the window is full."""
+    """Step if the window is full or ``last``."""
     lead = updates[0]
     if lead.window.count < lead.size and not last:
         return [update.report("accumulated", weight=weight) for update in updates]
     return close(updates)
 
 
-def _differentiate(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:
-    """Backward into the parameters of these optimizers, and of no other."""
+def close(updates: Sequence[Update]) -> list[StepReport]:
+    """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
+    lead = updates[0]
+    window, scaler = lead.window, lead.scaler
+    params = [p for update in updates for p in update.params]
+    if window.loss is None:  # A rank without examples takes part with a weight of 0.
+        window.loss = torch.zeros((), device=params[0].device)
+    sparse = set[Tensor]().union(*(update.sparse for update in updates))
+    sums = lead.strategy.end_window(params, window.loss, window.weight, window.reference, sparse)
+    scale_tensors, unscaled = _unscale(updates)
+    gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
+    loss, weight, scale = _read(updates, gradients, scale_tensors, sums)
+    for update, grads in zip(updates, gradients, strict=True):
+        update.measured = grads.params, grads.norms
+    if not math.isfinite(loss) or weight <= 0:
+        return _refuse(updates, "skipped", weight=weight, scale=scale)
+    if not any(grads.tensors for grads in gradients):
+        raise ValueError(
+            f"the loss given to optimize({lead.name!r}) reaches none of this optimizer's "
+            "parameters: is it another optimizer's loss, or was something detached?"
+        )
+    for update, grads in zip(updates, gradients, strict=True):
+        if update.skip_nonfinite_grads and not grads.finite:
+            grads.keep([math.isfinite(norm) for norm in grads.norms])
+    nothing = not any(grads.tensors for grads in gradients)
+    if nothing or not all(grads.finite for grads in gradients):
+        overflow = scaler.is_enabled() and scale > LOWEST_SCALE
+        outcome: Outcome = "overflowed" if overflow else "skipped"
+        return _refuse(updates, outcome, loss=loss, weight=weight, scale=scale)
+    reports = [u.step(g, loss, weight, scale) for u, g in zip(updates, gradients, strict=True)]
+    if unscaled:
+        scaler.update()
+    return reports
+
+
+def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:
+    """Run backward into the parameters of these optimizers, and of no other."""
     name, inputs = updates[0].name, None
     if len(updates) > 1 or not updates[0].alone:
         inputs = [p for update in updates for p in update.params]
@@ -98,43 +412,17 @@ def _differentiate(updates: Sequence[Update], scaled: Tensor, retain_graph: bool
         ) from error
 
 
-def close(updates: Sequence[Update]) -> list[StepReport]:
-    """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
-    scaler = updates[0].scaler
-    facts = _join_ranks(updates) if distributed.world_size() > 1 else None
-    factor, unscaled = _unscale(updates)
-    gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
-    loss, weight, scale = _read(updates, gradients, factor, facts)
-    for update, grads in zip(updates, gradients, strict=True):
-        update.seen = grads.params, grads.norms
-    if not math.isfinite(loss) or weight <= 0:
-        return _refuse(updates, "skipped", weight=weight, scale=scale)
-    if not any(grads.tensors for grads in gradients):
-        raise ValueError(
-            f"the loss given to optimize({updates[0].name!r}) reaches none of this optimizer's "
-            "parameters: is it another optimizer's loss, or was something detached?"
-        )
-    for update, grads in zip(updates, gradients, strict=True):
-        if update.skip_nonfinite_grads and not grads.finite:
-            grads.keep([math.isfinite(norm) for norm in grads.norms])
-    nothing = not any(grads.tensors for grads in gradients)
-    if nothing or not all(grads.finite for grads in gradients):
-        overflow = scaler.is_enabled() and scale > LOWEST_SCALE
-        outcome: Outcome = "overflowed" if overflow else "skipped"
-        return _refuse(updates, outcome, loss=loss, weight=weight, scale=scale)
-    reports = [u.step(g, loss, weight, scale) for u, g in zip(updates, gradients, strict=True)]
-    if unscaled:
-        scaler.update()
-    return reports
-
-
 def _unscale(updates: Sequence[Update]) -> tuple[list[Tensor], bool]:
-    """Divide gradients by the fp16 scale; returns it (if any) and whether anything was divided."""
+    """Divide gradients by the fp16 scale.
+
+    Returns:
+        The scale as a list of at most one tensor, and True if anything was divided.
+    """
     scaler, unscaled = updates[0].scaler, False
     if not scaler.is_enabled():
         return [], False
     assert updates[0].window.loss is not None
-    # Asked for first: a scaler that has not scaled yet does not have its scale either.
+    # A scaler that has not scaled anything yet has no scale either.
     scale = scaler.scale(torch.ones((), device=updates[0].window.loss.device))
     for update in updates:
         if any(p.grad is not None for p in update.params):
@@ -143,51 +431,39 @@ def _unscale(updates: Sequence[Update]) -> tuple[list[Tensor], bool]:
     return [scale], unscaled
 
 
-def _join_ranks(updates: Sequence[Update]) -> Tensor:
-    """Sum the gradients over ranks; returns (2 + P,): loss, weight, ranks with each gradient."""
-    window = updates[0].window
-    params = [p for update in updates for p in update.params]
-    if window.loss is None:  # This rank has nothing to give, and says so by a weight of 0.
-        window.loss = torch.zeros((), device=params[0].device)
-    loss = window.loss * window.reference
-    facts = torch.stack([loss, loss.new_full((), window.weight)])
-    sparse = set[Tensor]().union(*(update.sparse for update in updates))
-    return torch.cat(sum_gradients(params, window.reference, facts, sparse))
-
-
 def _read(
     updates: Sequence[Update],
     gradients: list[Gradients],
     scale: list[Tensor],
-    facts: Tensor | None,
+    sums: WindowSums | None,
 ) -> tuple[float, float, float]:
     """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
     window = updates[0].window
     assert window.loss is not None
     vectors = [window.loss.reshape(1), *(each.reshape(1) for each in scale)]
-    takers: list[tuple[Callable[[list[float]], None], int]] = []
+    takers: list[tuple[Take, int]] = []
     weight, factor = window.weight, window.reference / (window.weight or 1.0)
     for grads in gradients:
-        measured = grads.measure(factor if facts is None else 1.0 / facts[1])
+        measured = grads.measure(factor if sums is None else 1.0 / sums.loss_and_weight[1])
         vectors += measured
         takers.append((grads.take, sum(map(len, measured))))
     for update in updates:
-        if update.look is not None and update.look.waiting is not None:
-            vectors.append(update.look.waiting)
-            takers.append((update.look.take, len(update.look.waiting)))
-    if facts is not None:
-        vectors.append(facts)
+        for values, take in update.take_deferred():
+            vectors.append(values)
+            takers.append((take, len(values)))
+    if sums is not None:
+        vectors += [sums.loss_and_weight, sums.had_gradient]
     device = window.loss.device
     if any(vector.device != device for vector in vectors):
         vectors = [vector.to(device) for vector in vectors]
-    values = torch.cat(vectors).tolist()  # The host-device sync of the step.
+    numbers = torch.cat(vectors).tolist()  # The host-device sync of the step.
     start = 1 + len(scale)
     for take, count in takers:
-        take(values[start : start + count])
+        take(numbers[start : start + count])
         start += count
-    loss = values[0] * factor
-    if facts is not None:
-        total, weight, *had = values[start:]
+    loss = numbers[0] * factor
+    if sums is not None:
+        total, weight, *had = numbers[start:]
         factor = 1.0 / (weight or 1.0)
         loss = total * factor
         for grads in gradients:
@@ -196,7 +472,7 @@ def _read(
     if factor != 1.0:
         for grads in gradients:
             grads.rescale(factor)
-    return loss, weight, values[1] if scale else 1.0
+    return loss, weight, numbers[1] if scale else 1.0
 
 
 def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
@@ -206,15 +482,16 @@ def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[S
         # Naming a scale also makes the scaler forget that these gradients were unscaled.
         scaler.update(None if outcome == "overflowed" else facts["scale"])
     for update in updates:
-        update.drop()
+        update.drop_window()
     return [update.report(outcome, **facts) for update in updates]
 
 
 def _check(loss: Tensor, weight: float, name: str) -> None:
-    """Refuse what cannot be a loss.
+    """Check what was given to `optimize`.
 
-    Raises ValueError for something else than a scalar tensor, for one without a graph, and for a
-    weight that is negative or not finite.
+    Raises:
+        ValueError: for anything but a scalar tensor with a graph, and for a weight that is negative
+            or not finite.
     """
     if not isinstance(loss, Tensor):
         raise ValueError(

@@ -1,0 +1,209 @@
+"""State of users' own objects: stateful objects and plain attributes of a Brain and its hparams."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict, deque
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+)
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from trainer import seed
+from trainer.tree import leaves, map_leaves
+
+logger = logging.getLogger("trainer")
+
+MAX_ENTRIES = 100  # A longer container is data, in which no stateful objects are looked for.
+HPARAMS = "hparams."
+SCALARS = (int, float, str, bool, type(None))
+DICTS = (dict, OrderedDict, Counter)
+
+
+def find_stateful(
+    named: Mapping[str, Any], known: Collection[int], modules: nn.Module
+) -> dict[str, Any]:
+    """Find the stateful objects among attributes.
+
+    Args:
+        named: attributes by name. Lists, tuples and dicts among them are looked into.
+        known: ``id`` of objects that are saved otherwise.
+        modules: modules that are saved otherwise; a module of the same tensors is left out.
+
+    Returns:
+        Objects with ``state_dict`` and ``load_state_dict``, and random generators, by dotted name.
+        Samplers and loaders are left out, since progress says where they are.
+    """
+    seen = set(known)
+    tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}
+    found = {}
+    for name, value in _flat(named):
+        part = seed.as_stateful(value) or value
+        stateful = hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+        if not stateful or isinstance(part, (type, Sampler, DataLoader)) or id(value) in seen:
+            continue
+        if isinstance(part, nn.Module) and all(
+            id(t) in tensors for t in part.state_dict(keep_vars=True).values()
+        ):
+            continue
+        seen.add(id(value))
+        found[name] = part
+    return found
+
+
+def _flat(named: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in named.items():
+        if type(value) in (list, tuple):
+            value = dict(enumerate(value))
+        if type(value) is not dict:
+            yield f"{prefix}{name}", value
+        elif len(value) <= MAX_ENTRIES:
+            yield from _flat(value, f"{prefix}{name}.")
+
+
+class Owner(Protocol):
+    """A Brain, as far as its user's attributes go."""
+
+    hparams: SimpleNamespace
+    device: torch.device
+
+
+class UserAttributes:
+    """Plain attributes of a Brain as a part of its state.
+
+    Saved are numbers, texts, tensors and containers of these that have changed since the first
+    `fit` began; of the hparams, numbers and texts. What nothing has changed is a setting, of which
+    a resumed run may have another.
+
+    Args:
+        owner: the Brain, or anything with ``hparams`` and ``device``.
+        own: returns the attributes of it that are its user's, by name.
+    """
+
+    def __init__(self, owner: Owner, own: Callable[[], Mapping[str, Any]]) -> None:
+        self._owner, self._own = owner, own
+        self._start: dict[str, Any] = {}
+        # Containers that cannot be saved, with their lengths; None once that has been told.
+        self._unsaved: dict[str, tuple[int, int] | None] = {}
+
+    def begin(self) -> None:
+        """Take the present values as those of the beginning."""
+        self._start = self._all(tell=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the changed values, and the names of those that are not on the CPU."""
+        changed = {
+            name: value
+            for name, value in self._all().items()
+            if name not in self._start or not _equal(value, self._start[name])
+        }
+        away = [
+            name
+            for name, value in changed.items()
+            if any(isinstance(t, Tensor) and t.device.type != "cpu" for _, t in leaves(value))
+        ]
+        return {"values": changed, "on_device": away}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Set every attribute as saved, or else as it was in the beginning."""
+        values = {**{name: _copy(value) for name, value in self._start.items()}, **saved["values"]}
+        for name, value in values.items():
+            if name in saved["on_device"]:
+                value = map_leaves(self._to_device, value)
+            owner = self._owner.hparams if name.startswith(HPARAMS) else self._owner
+            name = name.removeprefix(HPARAMS)
+            setattr(owner, name, _refill(getattr(owner, name, None), value))
+
+    def _to_device(self, leaf: Any) -> Any:
+        return leaf.to(self._owner.device) if isinstance(leaf, Tensor) else leaf
+
+    def _all(self, tell: bool = True) -> dict[str, Any]:
+        """Return copies of all that can be saved; warn of containers that change and cannot."""
+        found: dict[str, Any] = {
+            HPARAMS + name: value
+            for name, value in vars(self._owner.hparams).items()
+            if type(value) in SCALARS
+        }
+        for name, value in self._own().items():
+            try:
+                found[name] = _copy(value)
+            except TypeError:
+                if isinstance(value, (Mapping, MutableSequence, MutableSet)):
+                    self._leave_out(name, value, tell)
+        return found
+
+    def _leave_out(self, name: str, value: Any, tell: bool) -> None:
+        content = id(value), len(value)
+        if tell and self._unsaved.get(name, ()) not in (content, None):
+            logger.warning(
+                "%s.%s changes in training and holds what a checkpoint cannot: a resumed run will "
+                "not have it (numbers, texts, tensors, and containers of these are saved)",
+                type(self._owner).__name__, name,
+            )  # fmt: skip
+            self._unsaved[name] = None
+        elif not tell:
+            self._unsaved[name] = content
+
+
+def _copy(value: Any) -> Any:
+    """Return a value as a checkpoint holds it, with tensors of its own.
+
+    Raises:
+        TypeError: for what a checkpoint cannot hold.
+    """
+    kind = type(value)
+    if kind in SCALARS:
+        return value
+    if kind in (Tensor, nn.Parameter):
+        return value.detach().clone()
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # A number of NumPy's.
+        return value.item()
+    if kind in DICTS:
+        return kind({_copy(key): _copy(part) for key, part in value.items()})
+    if isinstance(value, dict):
+        return {_copy(key): _copy(part) for key, part in value.items()}
+    if kind in (list, tuple):
+        return kind(map(_copy, value))
+    if kind is deque:
+        return list(map(_copy, value))
+    if kind is set:
+        return sorted(map(_copy, value), key=repr)
+    raise TypeError(f"a checkpoint holds no {kind.__name__}")
+
+
+def _refill(current: Any, value: Any) -> Any:
+    """Return the value in the present container, if that is of a kind that checkpoints lack."""
+    if isinstance(current, MutableMapping) and type(current) not in DICTS:
+        current.clear()
+        current.update(value)
+        return current
+    if isinstance(current, (deque, set)):
+        current.clear()
+        (current.extend if isinstance(current, deque) else current.update)(value)
+        return current
+    return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return True if two copies are the same, to the bit."""
+    one, two = list(leaves(a)), list(leaves(b))
+    if [path for path, _ in one] != [path for path, _ in two] or type(a) is not type(b):
+        return False
+    for (_, x), (_, y) in zip(one, two, strict=True):
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            if x.dtype != y.dtype or x.device != y.device or not torch.equal(x, y):
+                return False
+        elif type(x) is not type(y) or x != y:
+            return False
+    return True
