@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.loading import DurationBatches, Speech, keep, load, without_bad
 from tests.recipes.common.test_audio import WAYS
-from trainer.data import BadItem, Plan, make_loader
+from trainer.data import BadItem, DistributedBatchSampler, make_loader
 
 RATE = 16000
 
@@ -180,9 +180,11 @@ def test_ranks_get_every_item_once_in_equally_many_batches_within_the_limit(
         )
         every = []
         for rank in range(world):
-            plan = Plan(batches, None, True, train=shuffle, seed=7, rank=rank, world_size=world)
-            plan.set_epoch(epoch)
-            every.append([list(task.indices) for task in plan])
+            dealt = DistributedBatchSampler(
+                batches, None, True, train=shuffle, seed=7, rank=rank, world_size=world
+            )
+            dealt.set_epoch(epoch)
+            every.append([list(index.indices) for index in dealt])
         return every
 
     if len(durations) >= world:
