@@ -1,22 +1,27 @@
-"""One seed for a whole run, and the state of every random generator for exact resuming."""
+"""Random seeds, and the states of all random number generators of a process."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 
 def derive(seed: int, *parts: int | str) -> int:
-    """A seed for one purpose, from the run's seed and what names the purpose.
+    """Derive a seed for one purpose from the seed of the run.
 
-    The same in every process and on every machine (unlike Python's ``hash``), and 63 bits wide, so
-    that it fits ``torch.Generator.manual_seed``.
+    The result is the same in every process and on every machine, unlike Python's ``hash``.
+
+    Args:
+        seed: random seed of the run.
+        parts: name of the purpose, such as ``"epoch", 2``.
+
+    Returns:
+        A seed of 63 bits, which fits `torch.Generator.manual_seed`.
 
     >>> derive(1, "epoch", 2) == derive(1, "epoch", 2) != derive(1, "epoch", 3)
     True
@@ -26,20 +31,41 @@ def derive(seed: int, *parts: int | str) -> int:
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed Python, NumPy (where it is loaded) and torch on every device.
+    """Seed Python, NumPy (where it is imported) and torch on all devices.
 
-    Rank 0 gets ``seed`` itself, other ranks one derived from it, so that their dropout differs.
+    Args:
+        seed: random seed of the run, between 0 and 2**63 - 1.
+        rank: this process's rank. Rank 0 is seeded by ``seed`` itself, other ranks by one derived
+            from it, so that their dropout differs.
     """
     value = seed if rank == 0 else derive(seed, "rank", rank)
-    random.seed(value)
     torch.manual_seed(value)
+    reseed(value)
+
+
+def reseed(value: int) -> None:
+    """Seed the generators of Python, NumPy (where it is imported) and torch's CPU, not CUDA's.
+
+    Args:
+        value: seed between 0 and 2**63 - 1; NumPy takes its lowest 32 bits.
+    """
+    torch.default_generator.manual_seed(value)
+    random.seed(value)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(value % 2**32)
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator that a step may draw from, as tensors and plain values."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _packed(random.getstate())}
+    """Return the states of all generators that a step may draw from.
+
+    Returns:
+        Tensors and plain values under "torch", "python", "cuda" (where there are GPUs) and "numpy"
+        (where it is imported), which `torch.load` reads with ``weights_only=True``.
+    """
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": pack_python_state(random.getstate()),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
@@ -51,9 +77,13 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` gave. Generators absent from ``state`` are left alone."""
+    """Restore the states of all generators.
+
+    Args:
+        state: a result of `rng_state`. Generators absent from it keep their state.
+    """
     torch.set_rng_state(state["torch"])
-    random.setstate(_unpacked(state["python"]))
+    random.setstate(_unpack_python_state(state["python"]))
     if "cuda" in state and torch.cuda.is_available():
         # A machine with fewer GPUs than the one that saved restores those it has.
         for device in range(min(len(state["cuda"]), torch.cuda.device_count())):
@@ -63,13 +93,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
         sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
-def _packed(state: tuple[Any, ...]) -> list[Any]:
-    """A state of Python's generator with its 625 numbers as a tensor, quicker to save."""
+def pack_python_state(state: tuple[Any, ...]) -> list[Any]:
+    """Return a state of `random.Random` with its 625 numbers as a tensor, quicker to save."""
     version, internal, gauss = state
     return [version, torch.tensor(internal), gauss]
 
 
-def _unpacked(state: list[Any]) -> tuple[Any, ...]:
+def _unpack_python_state(state: list[Any]) -> tuple[Any, ...]:
     version, internal, gauss = state
     return version, tuple(internal.tolist()), gauss
 
@@ -86,8 +116,8 @@ class RngState:
         set_rng_state(state)
 
 
-class _Saved:
-    """A generator of random numbers with the protocol of everything else that is saved."""
+class _StatefulGenerator:
+    """A random generator with ``state_dict`` and ``load_state_dict``."""
 
     def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
         self._get, self._put = get, put
@@ -100,76 +130,70 @@ class _Saved:
 
 
 def as_stateful(value: Any) -> Any:
-    """A random generator of torch, Python or NumPy with ``state_dict`` and ``load_state_dict``.
+    """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
-    None for anything else, and for generators of NumPy whose state is not made of plain numbers.
+    Args:
+        value: a `torch.Generator`, a `random.Random` or a NumPy generator.
+
+    Returns:
+        The wrapped generator; None for anything else, and for a generator of NumPy whose state does
+        not consist of plain numbers.
     """
     if isinstance(value, torch.Generator):
-        return _Saved(value.get_state, value.set_state)
+        return _StatefulGenerator(value.get_state, value.set_state)
     if isinstance(value, random.Random):
-        return _Saved(lambda: _packed(value.getstate()), lambda s: value.setstate(_unpacked(s)))
+        return _StatefulGenerator(
+            lambda: pack_python_state(value.getstate()),
+            lambda state: value.setstate(_unpack_python_state(state)),
+        )
     bits = getattr(value, "bit_generator", None)  # NumPy's Generator; PCG64 unless chosen.
     if bits is not None and type(bits).__name__.startswith("PCG64"):
-        return _Saved(lambda: bits.state, lambda state: setattr(bits, "state", state))
+        return _StatefulGenerator(lambda: bits.state, lambda state: setattr(bits, "state", state))
     return None
 
 
-def reseed(value: int) -> None:
-    """Seed the generators of Python, NumPy (where it is loaded) and torch's CPU; not CUDA's."""
-    torch.default_generator.manual_seed(value)
-    random.seed(value)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(value % 2**32)
+class fork_rng:
+    """Context manager that restores the CPU generators of Python, NumPy and torch on exit.
 
-
-@contextmanager
-def shielded(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """A block after which every CPU generator is as if the block had never run."""
-    outside = _states(generators)
-    try:
-        yield
-    finally:
-        _restore(outside, generators)
-
-
-class Private:
-    """A shielded block with random numbers of its own; entered again, it goes on where it left off.
-
-    ``generators`` are shielded, and seeded, as well.
+    Args:
+        seed: seed of the generators within the block; None leaves them as they are. With a seed,
+            the same object may be entered again, and the block's random numbers continue from where
+            they were left.
+        generators: further generators to treat alike.
     """
 
-    def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
-        self._generators = tuple(generators)
-        self._seed = seed
-        self._inside: list[Any] | None = None
+    def __init__(self, seed: int | None = None, generators: Iterable[torch.Generator] = ()) -> None:
+        self._seed, self._generators = seed, tuple(generators)
+        self._inner: list[Any] | None = None
 
     def __enter__(self) -> None:
-        self._outside = _states(self._generators)
-        if self._inside is not None:
-            _restore(self._inside, self._generators)
-            return
-        reseed(self._seed)
-        for generator in self._generators:
-            generator.manual_seed(self._seed)
+        self._outer = self._states()
+        if self._inner is not None:
+            self._restore(self._inner)
+        elif self._seed is not None:
+            reseed(self._seed)
+            for generator in self._generators:
+                generator.manual_seed(self._seed)
 
     def __exit__(self, *_: object) -> None:
-        self._inside = _states(self._generators)
-        _restore(self._outside, self._generators)
+        if self._seed is not None:
+            self._inner = self._states()
+        self._restore(self._outer)
 
+    def _states(self) -> list[Any]:
+        numpy = sys.modules.get("numpy")
+        return [
+            random.getstate(),
+            numpy.random.get_state(legacy=False) if numpy else None,
+            *(each.get_state() for each in (torch.default_generator, *self._generators)),
+        ]
 
-def _states(generators: Iterable[torch.Generator]) -> list[Any]:
-    numpy = sys.modules.get("numpy")
-    return [
-        random.getstate(),
-        numpy.random.get_state(legacy=False) if numpy else None,
-        *(generator.get_state() for generator in (torch.default_generator, *generators)),
-    ]
-
-
-def _restore(states: list[Any], generators: Iterable[torch.Generator]) -> None:
-    python, numpy, *rest = states
-    random.setstate(python)
-    if numpy is not None:  # None: it was imported inside the block.
-        sys.modules["numpy"].random.set_state(numpy)
-    for generator, state in zip((torch.default_generator, *generators), rest, strict=True):
-        generator.set_state(state)
+    def _restore(self, states: list[Any]) -> None:
+        python, numpy, *rest = states
+        random.setstate(python)
+        if numpy is not None:  # None: it was imported inside the block.
+            sys.modules["numpy"].random.set_state(numpy)
+        for generator, state in zip(
+            (torch.default_generator, *self._generators), rest, strict=True
+        ):
+            generator.set_state(state)

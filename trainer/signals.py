@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM and Ctrl-C ask for it; the loop saves and leaves at a safe point."""
+"""Requests to stop: SIGTERM and Ctrl-C end a run at its next safe point, after a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-DEFAULT = int(signal.SIGTERM)  # What a rank is told that another one received.
+DEFAULT = int(signal.SIGTERM)  # Reported by a rank that stops because another one was signalled.
 _received: int | None = None
-_waiting = 0
+_deferring = 0  # Depth of `at_safe_points` blocks.
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop, has saved a checkpoint, and leaves (exit code 128 + signal)."""
+    """Exit of a run that was asked to stop and has saved a checkpoint.
+
+    Args:
+        number: number of the signal; the exit code is 128 + number.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -22,36 +26,39 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def at_safe_points() -> Iterator[None]:
-    """While it lasts requests wait until they are asked for; outside they are followed at once."""
-    global _waiting
-    _waiting += 1
+    """Context manager in which requests only set what `requested` returns.
+
+    Outside of it a request raises at once: KeyboardInterrupt for SIGINT, `Interrupted` for others.
+    """
+    global _deferring
+    _deferring += 1
     try:
         yield
     finally:
-        _waiting -= 1
+        _deferring -= 1
 
 
-def _note(number: int, _frame: FrameType | None) -> None:
+def _handle(number: int, _frame: FrameType | None) -> None:
     global _received
-    if not _waiting:
+    if not _deferring:
         raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(number)
     if number == signal.SIGINT and _received == signal.SIGINT:
-        raise KeyboardInterrupt  # The second Ctrl-C means now.
+        raise KeyboardInterrupt  # A second Ctrl-C does not wait for a safe point.
     _received = number
 
 
 def install() -> None:
-    """Turn SIGTERM and SIGINT into requests that `requested` reports."""
+    """Install the handler of SIGTERM and SIGINT."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _note)
+        signal.signal(number, _handle)
 
 
 def requested() -> int | None:
-    """The signal that asked for a stop, or None."""
+    """Return the number of the signal that asked for a stop, or None."""
     return _received
 
 
 def reset() -> None:
-    """Forget a request."""
+    """Forget a request to stop."""
     global _received
     _received = None

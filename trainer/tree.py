@@ -8,35 +8,46 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+def map_leaves(
+    function: Callable[[Any], Any],
+    value: Any,
+    is_leaf: Callable[[Any], bool] = lambda value: False,
+) -> Any:
     """Apply a function to every leaf of nested containers.
 
     Args:
         function: called with each leaf, that is with anything but a container.
         value: mappings, lists, tuples, named tuples and dataclasses, nested in any way.
+        is_leaf: returns True for a container that is passed to ``function`` as a whole.
 
     Returns:
         New containers of the same types with the results in place of the leaves. A mapping that
         cannot be changed becomes a dict.
     """
-    if isinstance(value, Mapping):
-        items = {key: map_leaves(function, part) for key, part in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return items
-        mapping = copy.copy(value)
-        for key, item in items.items():  # Not update, by which a Counter would add.
-            mapping[key] = item
-        return mapping
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_leaves(function, part) for part in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_leaves(function, part) for part in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for each in dataclasses.fields(value):
-            object.__setattr__(made, each.name, map_leaves(function, getattr(value, each.name)))
-        return made
-    return function(value)
+
+    def walk(value: Any) -> Any:
+        if is_leaf(value):
+            return function(value)
+        if isinstance(value, Mapping):
+            items = {key: walk(part) for key, part in value.items()}
+            if type(value) is dict or not isinstance(value, MutableMapping):
+                return items
+            mapping = copy.copy(value)
+            for key, item in items.items():  # Not update, by which a Counter would add.
+                mapping[key] = item
+            return mapping
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(walk, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(walk, value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            made = copy.copy(value)
+            for each in dataclasses.fields(value):
+                object.__setattr__(made, each.name, walk(getattr(value, each.name)))
+            return made
+        return function(value)
+
+    return walk(value)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

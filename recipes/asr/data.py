@@ -22,7 +22,7 @@ import torch
 from recipes.asr.text import Codec, check_texts
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import cut_of
-from recipes.common.loading import Speech, keep, transcript
+from recipes.common.loading import Speech, filter_by_duration, transcript
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer import distributed
 from trainer.seed import derive
@@ -236,7 +236,7 @@ def datasets(
     Raises ValueError for characters that the codec does not know, and when nothing is left.
     """
     shortest, longest = lengths
-    cuts = {**corpus, "train": keep(corpus["train"], shortest, longest)}
+    cuts = {**corpus, "train": filter_by_duration(corpus["train"], shortest, longest)}
     codec.fit(_text(cut) for cut in cuts["train"])
     for each in cuts.values():
         check_texts({cut.id: _text(cut) for cut in each}, codec)

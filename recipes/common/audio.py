@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.data import BadItem, Policy
+from trainer.data import BadItem, BadItemPolicy
 
 try:
     import soundfile
@@ -174,7 +174,7 @@ def good_ones(
     with ThreadPoolExecutor(8) as pool:  # Mostly waiting for disks.
         found = dict(zip(files, pool.map(ask, files), strict=True))
     bad = [(each.path, each.reason) for each in found.values() if isinstance(each, BadItem)]
-    Policy(on_bad, max_bad, len(found)).judge(bad)
+    BadItemPolicy(on_bad, max_bad, len(found)).handle(bad)
     return {file: each for file, each in found.items() if not isinstance(each, BadItem)}
 
 

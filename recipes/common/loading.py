@@ -1,14 +1,14 @@
-"""lhotse's cuts as batches: waveforms with their texts, joined by total seconds.
+"""Datasets and batches of lhotse's cuts: waveforms with their texts, batched by total duration.
 
-    train = Speech(keep(cuts, longest=20.0), sample_rate=16000, speeds=(0.9, 1.0, 1.1))
+    cuts = filter_by_duration(cuts, longest=20.0)
+    train = Speech(cuts, sample_rate=16000, speeds=(0.9, 1.0, 1.1))
     batches = DurationBatches(train.durations, max_duration=100.0, seed=seed)
     brain.fit(epochs, train, valid, train_loader_kwargs={"batch_sampler": batches})
 
-lhotse gives the manifests, the mixing and appending of cuts, their resampling and their change of
-speed. Its samplers work as well (``sampler=DynamicBucketingSampler(…), batch_size=None`` and a
-dataset whose index is a ``CutSet``), but `DurationBatches` is the better one to train with: it
-never exceeds the limit, repeats no cut when ranks share the last ones, knows its length, and takes
-a second where theirs takes half a minute (281,000 utterances).
+lhotse reads manifests, and mixes, appends, resamples and speeds up cuts. Its samplers work as well
+(``sampler=DynamicBucketingSampler(…), batch_size=None`` and a dataset whose index is a `CutSet`),
+but `DurationBatches` never exceeds the limit, repeats no cut when ranks share the last ones, knows
+its length, and takes 1 s for 281,000 utterances where lhotse's takes 30 s.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Reader(LibsndfileBackend):
-    """Reads files for lhotse, which neither compares rates nor says clearly what is wrong."""
+    """Audio backend that compares files with their manifests; lhotse's own does not."""
 
     expected: dict[str, Expected] = {}
 
@@ -69,10 +69,18 @@ lhotse.set_current_audio_backend(_reader)
 os.environ.setdefault("LHOTSE_AUDIO_DURATION_MISMATCH_TOLERANCE", "0.01")
 
 
-def keep(cuts: Iterable[Cut], shortest: float = 0.0, longest: float = float("inf")) -> CutSet:
-    """The cuts that last from ``shortest`` to ``longest`` seconds; says how many were dropped.
+def filter_by_duration(
+    cuts: Iterable[Cut], shortest: float = 0.0, longest: float = float("inf")
+) -> CutSet:
+    """Select cuts by duration, and log how many are left out.
 
-    Raises ValueError when none is left.
+    Args:
+        cuts: cuts to select from.
+        shortest: minimum duration, in seconds.
+        longest: maximum duration, in seconds.
+
+    Raises:
+        ValueError: no cut is left.
     """
     every = list(cuts)
     good = [cut for cut in every if shortest <= cut.duration <= longest]
@@ -89,10 +97,18 @@ def keep(cuts: Iterable[Cut], shortest: float = 0.0, longest: float = float("inf
 
 
 def without_bad(cuts: Iterable[Cut], *, on_bad: str = "skip", max_bad: float = 0.05) -> CutSet:
-    """The cuts whose audio files are what their manifests say, by their headers.
+    """Select the cuts whose audio files, by their headers, are as the manifests describe them.
 
-    Each bad file is logged with its reason. Raises BadItem at the first with ``on_bad="raise"``,
-    and a ValueError with the whole list when more than the share ``max_bad`` is bad.
+    Each bad file is logged with its reason.
+
+    Args:
+        cuts: cuts to select from.
+        on_bad: "skip" to leave bad files out, "raise" to stop at the first.
+        max_bad: share of the files that may be bad, between 0 and 1.
+
+    Raises:
+        BadItem: a file is bad and ``on_bad`` is "raise", or a source is no file.
+        ValueError: more than the share ``max_bad`` of the files is bad; the message lists them.
     """
     every = list(cuts)
     files = {cut.id: list(_files(cut).items()) for cut in every}
@@ -102,10 +118,19 @@ def without_bad(cuts: Iterable[Cut], *, on_bad: str = "skip", max_bad: float = 0
 
 
 def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
-    """A cut's samples (T,), mixed to one channel if it is made of several cuts.
+    """Load the samples of a cut.
 
-    Raises BadItem for a file that cannot be used, and for another rate than ``sample_rate`` (Hz)
-    unless ``resample``.
+    Args:
+        cut: a cut of one channel, or of several cuts that lhotse mixes to one.
+        sample_rate: expected sample rate, in Hz.
+        resample: convert other sample rates.
+
+    Returns:
+        Samples (T,), float32.
+
+    Raises:
+        BadItem: a file cannot be used, the cut has several channels, or another sample rate and
+            ``resample`` is False.
     """
     _reader.expected = _files(cut)
     name = next(iter(_reader.expected), cut.id)
@@ -128,9 +153,10 @@ def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
 
 
 def _files(cut: Cut) -> dict[str, Expected]:
-    """The audio files of a cut, each with what its manifest says of it.
+    """Return the properties of a cut's audio files by its manifest, by path.
 
-    Raises BadItem for a source that is no file.
+    Raises:
+        BadItem: a source is neither a file nor memory.
     """
     parts = [track.cut for track in cut.tracks] if hasattr(cut, "tracks") else [cut]
     found = {}
@@ -148,7 +174,7 @@ def _files(cut: Cut) -> dict[str, Expected]:
 
 
 def _original(recording: Recording, channels: int) -> Expected:
-    """What a recording was before anything was done to it."""
+    """Return the properties of a recording as it is in its file."""
     for transform in recording.transforms or []:
         known = transform if isinstance(transform, dict) else transform.to_dict()
         if known["name"] == "Resample":
@@ -158,15 +184,21 @@ def _original(recording: Recording, channels: int) -> Expected:
 
 
 def transcript(cut: Cut) -> dict[str, Any]:
-    """The text of a cut's supervisions."""
-    return {"text": " ".join(said.text for said in cut.supervisions if said.text)}
+    """Return the text of a cut's supervisions, joined by spaces, under "text"."""
+    return {"text": " ".join(each.text for each in cut.supervisions if each.text)}
 
 
 class Speech(Dataset[dict[str, Any]]):
-    """Utterances as ``{"id", "sig", …}``: a cut's id, its samples (T,), and what ``labels`` says.
+    """Dataset of utterances ``{"id": str, "sig": (T,), …}``.
 
-    With ``speeds`` each is changed in speed (and pitch) by one of these factors, drawn anew in
-    every epoch from (seed, epoch, item); leave room in the limit of a batch for the slower ones.
+    Args:
+        cuts: the utterances.
+        sample_rate: sample rate of "sig", in Hz.
+        labels: returns further fields of a cut's item.
+        speeds: factors of speed (and pitch), one of which is drawn for each utterance from (seed,
+            epoch, item). Slower utterances are longer than `durations` says: leave room for them in
+            the limit of a batch.
+        resample: convert files of other sample rates, which are bad items otherwise.
     """
 
     def __init__(
@@ -183,7 +215,7 @@ class Speech(Dataset[dict[str, Any]]):
 
     @property
     def durations(self) -> list[float]:
-        """Seconds of each utterance, at its own speed."""
+        """Duration of each utterance at its original speed, in seconds."""
         return [cut.duration for cut in self.cuts]
 
     def __len__(self) -> int:
@@ -192,27 +224,35 @@ class Speech(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         cut = self.cuts[index]
         speed = random.choice(self.speeds)
-        heard = cut if speed == 1.0 else cut.perturb_speed(speed)
-        signal = load(heard, self.sample_rate, self.resample)
+        perturbed = cut if speed == 1.0 else cut.perturb_speed(speed)
+        signal = load(perturbed, self.sample_rate, self.resample)
         return {"id": cut.id, "sig": signal, **self.labels(cut)}
 
     def name_of(self, index: int) -> str:
-        """An utterance in an error message."""
+        """Return the name of an utterance for error messages."""
         return f"{index} ({self.cuts[index].id})"
 
 
 class DurationBatches:
-    """Batches of indices, of up to ``max_duration`` seconds each with their padding.
+    """Batch sampler of items of similar duration, limited by their total duration.
 
-    What is padded together lasts about equally long, and for several processes so do the batches
-    that they train on at the same time (`trainer.data.Plan` deals them). With ``shuffle`` each
-    epoch joins other neighbours and has another order, by (seed, epoch); without it batches go from
-    short to long. The share of padding is logged once.
+    The batches that several processes train on at the same time last about equally long, too
+    (`trainer.data.DistributedBatchSampler` deals them). The share of padding is logged once.
 
-    Raises ValueError for a duration above ``max_duration``.
+    Args:
+        durations: duration of each item, in seconds.
+        max_duration: maximum duration of a batch with its padding, in seconds.
+        seed: random seed of the run.
+        shuffle: mix items of similar duration, and order the batches at random, by (seed, epoch).
+            Without it batches go from short to long.
+        max_items: maximum number of items in a batch; None for no limit.
+        processes: number of processes; None for those of the run. 1 without ``shuffle``.
+
+    Raises:
+        ValueError: an item lasts longer than ``max_duration``.
     """
 
-    JITTER = 0.05  # Neighbours in one batch are alike within such a factor, and padding is small.
+    JITTER = 0.05  # Durations are sorted after a relative change of up to this: padding is small.
 
     def __init__(
         self,
@@ -228,17 +268,17 @@ class DurationBatches:
         if longest > max_duration:
             raise ValueError(
                 f"an item lasts {longest:.2f} s, longer than max_duration={max_duration:g} s of a "
-                "whole batch: leave it out (`keep`) or raise the limit"
+                "whole batch: leave it out (`filter_by_duration`) or raise the limit"
             )
         self.durations, self.max_duration, self.seed = list(durations), max_duration, seed
         self.shuffle, self.max_items = shuffle, max_items or len(self.durations)
         # In evaluation batches are dealt one by one.
         self.processes = (processes or distributed.world_size()) if shuffle else 1
         self.epoch = 0
-        self._known: tuple[int, list[list[int]]] | None = None
+        self._cached: tuple[int, list[list[int]]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Later iterations give this epoch's batches."""
+        """Use the batches of this epoch in later iterations."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -248,32 +288,32 @@ class DurationBatches:
         return iter(self._batches())
 
     def padding(self) -> float:
-        """The share of the current epoch's batches that is padding."""
+        """Return the share of padding in the current epoch's batches, between 0 and 1."""
         used = sum(self.durations)
         held = sum(len(each) * max(map(self.durations.__getitem__, each)) for each in self)
         return 1 - used / held if held else 0.0
 
     def _batches(self) -> list[list[int]]:
-        if self._known is None or self._known[0] != self.epoch:
-            first = self._known is None
+        if self._cached is None or self._cached[0] != self.epoch:
+            first = self._cached is None
             rounds = list(self._rounds(random.Random(derive(self.seed, "batches", self.epoch))))
             ranks = range(self.processes)
             # The batches of a round are dealt like cards, so that they last about equally long.
             dealt = [each[rank :: self.processes] for each in rounds for rank in ranks]
-            self._known = self.epoch, [batch for batch in dealt if batch]
+            self._cached = self.epoch, [batch for batch in dealt if batch]
             if first:
                 logger.info(
                     "%d items, %.2f h, in %d batches of up to %g s; padding %.1f %%",
                     len(self.durations),
                     sum(self.durations) / 3600,
-                    len(self._known[1]),
+                    len(self._cached[1]),
                     self.max_duration,
                     100 * self.padding(),
                 )
-        return self._known[1]
+        return self._cached[1]
 
     def _rounds(self, rng: random.Random) -> Iterator[list[int]]:
-        """What all processes train on at the same time: one batch for each of them."""
+        """Yield the batches that all processes train on at the same time: one for each of them."""
         jitter = self.JITTER if self.shuffle else 0.0
         lengths = [length * (1 + rng.uniform(-jitter, jitter)) for length in self.durations]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -281,7 +321,9 @@ class DurationBatches:
         longest = 0.0
         for index in order:
             longest = max(longest, self.durations[index])
-            each = len(rounds[-1]) // self.processes + 1  # items of the largest batch with this one
+            each = (
+                len(rounds[-1]) // self.processes + 1
+            )  # Items of the largest batch with this one.
             if each > self.max_items or each * longest > self.max_duration:
                 rounds.append([])
                 longest = self.durations[index]
@@ -292,4 +334,4 @@ class DurationBatches:
                 whole, last = [*whole, last], []
             rng.shuffle(whole)
         yield from whole
-        yield last  # Perhaps too few to give each process one, hence at the end.
+        yield last  # At the end, since it may hold fewer items than there are processes.

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import SOUNDS, cut_of
-from recipes.common.loading import keep, load
+from recipes.common.loading import filter_by_duration, load
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer.data import BadItem
 from trainer.seed import derive
@@ -158,7 +158,7 @@ def datasets(
     left, and when all of them have another rate and are not to be resampled.
     """
     try:
-        training = keep(corpus["train"], shortest=(segment + 1) / sample_rate)
+        training = filter_by_duration(corpus["train"], shortest=(segment + 1) / sample_rate)
     except ValueError as error:
         raise ValueError(
             f"no clip to train on has the {segment} samples of a segment: {error}"

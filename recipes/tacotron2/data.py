@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import SOUNDS, cut_of
-from recipes.common.loading import keep, load, transcript
+from recipes.common.loading import filter_by_duration, load, transcript
 from recipes.common.mel import LogMel
 from recipes.common.paths import inside
 from recipes.common.speech import one_voice_reading, to_cuts
@@ -94,7 +94,7 @@ def readings(
         logger.info("%s is no speech, left out: %s", name, texts.pop(name))
     files = {_file(folder, name): name for name in texts}
     headers = check_recordings(files, channels=None, on_bad=on_bad, max_bad=max_bad)
-    cuts = keep(
+    cuts = filter_by_duration(
         (
             cut_of(path, header, files[path], text=texts[files[path]])
             for path, header in headers.items()

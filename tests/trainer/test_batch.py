@@ -1,13 +1,18 @@
 """Batches: padding and its lengths, fields by name, moves between devices and processes."""
 
 import copy
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data import Batch, collate, pad
+from trainer.data import Batch, Padded, collate, pad, to_device
+from trainer.data.batch import batch_ids, count_examples
+from trainer.tree import leaves
 
 
 @settings(max_examples=30, deadline=None)
@@ -85,3 +90,110 @@ def test_a_batch_can_be_copied_and_given_new_fields() -> None:
     assert "feats" not in batch
     assert batch.sig.data[0, 0] == 1
     assert repr(Batch({"x": 1}, 4)) == "Batch(x; 4 examples)"
+
+
+# Batches of any type
+
+META = torch.device("meta")
+
+
+class Row(NamedTuple):
+    x: Any
+    y: Any
+
+
+@dataclass
+class Pair:
+    x: Any
+    y: Any
+
+
+class Processed(UserDict):
+    """A batch as transformers' processors make it: a mapping that moves itself in place."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data" or name not in self.data:
+            raise AttributeError(name)
+        return self.data[name]
+
+    def to(self, device: torch.device) -> "Processed":
+        self.data = {key: value.to(device) for key, value in self.data.items()}
+        return self
+
+
+KINDS = {
+    "tensor": lambda x: x,
+    "dict": lambda x: {"x": x},
+    "OrderedDict": lambda x: OrderedDict(x=x),
+    "UserDict": lambda x: UserDict(x=x),
+    "moves in place": lambda x: Processed(x=x),
+    "list": lambda x: [x],
+    "tuple": lambda x: (x, "text"),
+    "named tuple": lambda x: Row(x, 1),
+    "dataclass": lambda x: Pair(x, None),
+    "Padded": lambda x: Padded(x, torch.tensor([3, 3])),
+    "Batch": lambda x: Batch({"x": x, "parts": [x]}, 2),
+    "nested": lambda x: [{"x": (Row(x, [x]), Pair(x, {"z": Batch({"x": x}, 2)}))}, 3],
+}
+
+
+def devices(batch: Any) -> set[str]:
+    """The devices of all tensors in a batch."""
+    found = set()
+    for _, leaf in leaves(batch):
+        inner = [leaf[name] for name in leaf] if isinstance(leaf, Batch) else leaf
+        if isinstance(leaf, torch.Tensor):
+            found.add(leaf.device.type)
+        elif inner is not leaf:
+            found |= devices(inner)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_any_type_moves_and_keeps_its_type(kind: str) -> None:
+    batch = KINDS[kind](torch.ones(2, 3))
+    moved = to_device(batch, META)
+    assert type(moved) is type(batch)
+    assert devices(moved) == {"meta"}
+    assert devices(batch) == {"cpu"}
+
+
+def test_packed_sequences_are_moved_by_themselves() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    moved = to_device({"x": packed}, META)["x"]
+    assert moved.data.device.type == "meta"
+    assert moved.batch_sizes.device.type == "cpu"
+
+
+def test_what_does_not_move_is_left_as_it_is() -> None:
+    thing = object()
+    assert to_device([thing, "text", 3, None, b"", {1}], META) == [thing, "text", 3, None, b"", {1}]
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        (torch.zeros(3, 2), 3),
+        (torch.tensor(1.0), 1),
+        ([torch.zeros(3), torch.zeros(4)], 3),
+        ((torch.tensor(1.0), [torch.zeros(5)]), 5),
+        ({"id": ["a", "b"], "x": torch.zeros(4)}, 4),
+        ({"scale": 2, "id": ["a", "b"]}, 2),
+        ({"scale": 2}, 1),
+        ({"raw": [{"x": torch.zeros(9)}], "x": torch.zeros(4)}, 4),
+        ([{"x": torch.zeros(9)}, {"x": torch.zeros(9)}], 2),
+        (Padded(torch.zeros(2, 5), torch.tensor([5, 3])), 2),
+        (Batch({"x": torch.zeros(9)}, 6), 6),
+        (["a", "b", "c"], 3),
+        ("text", 1),
+        (object(), 1),
+    ],
+)
+def test_the_examples_of_a_batch_are_counted(batch: Any, count: int) -> None:
+    assert count_examples(batch) == count
+
+
+def test_the_examples_of_a_batch_have_names() -> None:
+    assert batch_ids({"id": ["a", 2]}) == batch_ids(Batch({"id": ("a", 2)}, 2)) == ["a", "2"]
+    assert batch_ids({"id": "a"}) == ["a"]
+    assert batch_ids({"x": 1}) == batch_ids(Batch({}, 0)) == batch_ids(torch.zeros(2)) == []

@@ -25,8 +25,15 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from trainer.data import BadItem, Plan, item_generator, make_loader, report_bad, resumable
-from trainer.seed import rng_state
+from trainer.data import (
+    BadItem,
+    DistributedBatchSampler,
+    item_generator,
+    make_loader,
+    report_bad,
+    resumable,
+)
+from trainer.seed import fork_rng, rng_state
 
 
 class Items(Dataset):
@@ -139,6 +146,27 @@ def test_evaluation_keeps_the_order_and_sees_the_same_randomness_in_every_epoch(
     assert flat([batch[0] for batch in first]) == [f"{index}" for index in range(13)]
 
 
+def test_a_forked_block_leaves_no_trace_and_continues_when_it_is_entered_again() -> None:
+    def draw() -> list[float]:
+        return [random.random(), numpy.random.rand(), float(torch.rand(())), own.initial_seed()]
+
+    own = torch.Generator().manual_seed(7)
+    forked, whole = fork_rng(5, [own]), fork_rng(5, [own])
+    before, mine = rng_state(), own.get_state()
+    with whole:
+        expected = [draw(), draw()]
+    found = []
+    for _ in range(2):
+        with forked:
+            found.append(draw())
+        with fork_rng():
+            draw()
+        assert same(rng_state(), before)
+        assert torch.equal(own.get_state(), mine)
+    assert found == expected
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_loading_leaves_every_generator_of_the_process_alone(workers: int, sampled: bool) -> None:
@@ -187,7 +215,7 @@ def test_ranks_train_on_disjoint_and_equally_many_batches(
     sampler: Any = BatchSampler(order, batch, drop_last=False) if given_batches else order
     rows = []
     for rank in range(world):
-        plan = Plan(
+        batches = DistributedBatchSampler(
             sampler,
             None if given_batches else batch,
             given_batches,
@@ -196,13 +224,13 @@ def test_ranks_train_on_disjoint_and_equally_many_batches(
             rank=rank,
             world_size=world,
         )
-        plan.set_epoch(number)
+        batches.set_epoch(number)
         if size < world:
             with pytest.raises(ValueError, match=f"too few to train {world} processes"):
-                list(plan)
+                list(batches)
             return
-        rows.append([list(task.indices) for task in plan])
-        assert len(plan) == len(rows[-1])
+        rows.append([list(index.indices) for index in batches])
+        assert len(batches) == len(rows[-1])
     assert len({len(row) for row in rows}) == 1
     seen = Counter(index for row in rows for each in row for index in each)
     assert set(seen.values()) == {1}
@@ -220,10 +248,12 @@ def test_ranks_train_on_disjoint_and_equally_many_batches(
 def test_ranks_evaluate_each_item_exactly_once(size: int, batch: int, world: int) -> None:
     seen: Counter[int] = Counter()
     for rank in range(world):
-        plan = Plan(range(size), batch, train=False, seed=0, rank=rank, world_size=world)
-        tasks = list(plan)
-        assert len(tasks) == len(plan)
-        seen.update(index for task in tasks for index in task.indices)
+        batches = DistributedBatchSampler(
+            range(size), batch, train=False, seed=0, rank=rank, world_size=world
+        )
+        found = list(batches)
+        assert len(found) == len(batches)
+        seen.update(index for each in found for index in each.indices)
     assert seen == Counter(range(size))
 
 

@@ -1,28 +1,29 @@
-"""From a dataset to batches that do not depend on who loads them.
+"""Data loading: batches, samplers, loaders, bad items, and the feed of the training loop."""
 
-`order` says which items make which batch of an epoch, on which rank; `items` is what a dataset may
-tell its loader (bad items, randomness of their own); `workers` are the processes that load; `batch`
-is what comes out; `loader` joins them: `make_loader` is what a Brain uses.
-"""
-
-from trainer.data.batch import Batch, Padded, collate, pad
-from trainer.data.items import BadItem, Policy, item_generator, report_bad
-from trainer.data.loader import Loader, make_loader, resumable
-from trainer.data.order import Plan, Stream, parts
+from trainer.data.batch import Batch, Padded, batch_ids, collate, count_examples, pad, to_device
+from trainer.data.batch_sampler import BatchIndex, DistributedBatchSampler
+from trainer.data.feed import DataFeed, make_feed
+from trainer.data.items import BadItem, BadItemPolicy, item_generator, report_bad
+from trainer.data.loader import Loader, Stream, make_loader, resumable
 
 __all__ = [
     "BadItem",
+    "BadItemPolicy",
     "Batch",
+    "DataFeed",
+    "BatchIndex",
+    "DistributedBatchSampler",
     "Loader",
     "Padded",
-    "Plan",
-    "Policy",
     "Stream",
+    "batch_ids",
     "collate",
+    "count_examples",
     "item_generator",
+    "make_feed",
     "make_loader",
     "pad",
-    "parts",
     "report_bad",
     "resumable",
+    "to_device",
 ]

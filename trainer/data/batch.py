@@ -1,34 +1,47 @@
-"""A padded batch: examples of different lengths as tensors, with their true lengths beside."""
+"""Batches: padding and collation, moving to a device, number and names of the examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from trainer.tree import map_leaves
+
 
 class Padded(NamedTuple):
     """Examples of different lengths as one tensor; unpacks as ``signals, lengths = batch.sig``.
 
-    ``lengths`` counts the valid entries of each example's first dimension: samples, frames or
-    tokens, **absolute** (int64), where SpeechBrain gives a fraction of the longest; `relative` is
-    that.
+    Args:
+        data: padded examples, (B, T, …).
+        lengths: number of valid entries in each example's first dimension (samples, frames or
+            tokens), int64, (B,). SpeechBrain stores fractions of the padded length instead; see
+            `relative`.
     """
 
-    data: Tensor  # (B, T, …)
-    lengths: Tensor  # (B,)
+    data: Tensor
+    lengths: Tensor
 
     def relative(self) -> Tensor:
-        """Each length as a fraction of the padded length, between 0 and 1: (B,)."""
+        """Return the lengths as fractions of the padded length, between 0 and 1, (B,)."""
         return self.lengths / max(self.data.shape[1], 1)
 
 
 def pad(tensors: Sequence[Tensor], value: float = 0.0) -> Padded:
-    """Stack tensors (T_i, …) that differ only in their first dimension to (B, max T_i, …).
+    """Pad tensors at the end of their first dimension and stack them.
 
-    Raises ValueError when they differ in another dimension.
+    Args:
+        tensors: B tensors (T_i, …) that differ only in their first dimension.
+        value: value of the padding.
+
+    Returns:
+        Data (B, max T_i, …) and lengths T_i (B,).
+
+    Raises:
+        ValueError: the tensors differ in another dimension, or one of them is a scalar.
     """
     shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
     if len(shapes) != 1 or any(tensor.dim() == 0 for tensor in tensors):
@@ -40,10 +53,14 @@ def pad(tensors: Sequence[Tensor], value: float = 0.0) -> Padded:
 
 
 class Batch:
-    """Named fields of some examples: ``batch.sig``, ``batch["sig"]``, ``batch.to(device)``.
+    """Named fields of several examples.
 
-    A field is a `Padded` (data, lengths), a tensor (B,), or a list of length B.
+    Fields are read as ``batch.sig`` or ``batch["sig"]``, and set as ``batch.sig = value``.
     ``len(batch)`` is the number of examples.
+
+    Args:
+        fields: values by name: a `Padded`, a tensor (B, …), or a list of length B.
+        size: number of examples, B.
     """
 
     def __init__(self, fields: Mapping[str, Any], size: int) -> None:
@@ -85,31 +102,36 @@ class Batch:
         return f"Batch({', '.join(self._fields)}; {self._size} examples)"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on ``device``."""
-        # Leaving the host may always overlap; arriving there must be waited for, or be asked for.
+        """Return a batch with the same fields whose tensors are on ``device``.
+
+        Args:
+            device: target device.
+            non_blocking: copy from a GPU without waiting, too. Copies of page-locked memory to a
+                GPU never wait.
+        """
         return self._map(lambda each: each.to(device, non_blocking=non_blocking or each.is_cpu))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which a copy to a GPU need not wait."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        """Return a batch with the same fields whose tensors are in page-locked memory."""
+        return self._map(lambda each: each.pin_memory())
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch({name: _map(value, move) for name, value in self._fields.items()}, self._size)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        def on_tensors(leaf: Any) -> Any:
+            return function(leaf) if isinstance(leaf, Tensor) else leaf
 
-
-def _map(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return move(value)
-    if isinstance(value, Padded):
-        return Padded(*map(move, value))
-    return value
+        return Batch(map_leaves(on_tensors, self._fields), self._size)
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
-    """Join examples, each a mapping of the same names, into a `Batch`.
+    """Join examples into a `Batch`.
 
-    Tensors (T, …) are padded with zeros in their first dimension and come with their lengths;
-    scalar tensors and numbers become one tensor (B,); everything else (texts, ids) a list.
+    Args:
+        items: B mappings of the same names. Tensors (T, …) become a `Padded`, scalar tensors and
+            numbers a tensor (B,), everything else (texts, ids) a list of length B.
+
+    Raises:
+        ValueError: the examples differ in their names, or their tensors in another dimension than
+            the first.
     """
     names = list(items[0])
     for item in items:
@@ -117,12 +139,74 @@ def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
             raise ValueError(
                 f"examples of a batch differ in their fields: {names} and {list(item)}"
             )
-    return Batch({name: _join([item[name] for item in items]) for name in names}, len(items))
+    return Batch({name: _collate([item[name] for item in items]) for name in names}, len(items))
 
 
-def _join(values: list[Any]) -> Any:
+def _collate(values: list[Any]) -> Any:
     if all(isinstance(value, Tensor) for value in values):
         return pad(values) if any(value.dim() for value in values) else torch.stack(values)
     if all(isinstance(value, bool | int | float) for value in values):
         return torch.tensor(values)
     return values
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move a batch to a device. Copies of page-locked memory to a GPU do not wait.
+
+    Args:
+        batch: a tensor, any other object with a method ``to`` (moved by it), or mappings, lists,
+            tuples, named tuples and dataclasses of these. Anything else is left as it is.
+        device: target device.
+
+    Returns:
+        A batch of the same types; the given one is left where it is, unless its own ``to`` moves it
+        in place.
+    """
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=value.is_cpu)
+        if not _has_to(value):
+            return value
+        if isinstance(value, MutableMapping):
+            value = copy.copy(value)  # The batches of transformers' processors move in place.
+        return value.to(device)
+
+    return map_leaves(move, batch, is_leaf=_has_to)
+
+
+def _has_to(value: Any) -> bool:
+    return callable(getattr(value, "to", None))
+
+
+def count_examples(batch: Any) -> int:
+    """Return the number of examples in a batch.
+
+    Returns:
+        The first dimension of the first tensor in a tensor, or in nested mappings, lists and
+        tuples. Without one, the length of the first list of a mapping; or else the length of the
+        batch, where it has one; or else 1. A list of mappings counts as that many examples.
+    """
+    tensor = _first_tensor(batch)
+    if tensor is not None:
+        return tensor.shape[0]
+    if isinstance(batch, Mapping):
+        return next((len(part) for part in batch.values() if isinstance(part, (list, tuple))), 1)
+    return len(batch) if hasattr(batch, "__len__") and not isinstance(batch, (Tensor, str)) else 1
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    """Return the first tensor that has dimensions."""
+    if isinstance(batch, Tensor):
+        return batch if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)) or any(isinstance(part, Mapping) for part in batch):
+        return None  # A list of mappings holds examples that were not collated.
+    return next((t for part in batch if (t := _first_tensor(part)) is not None), None)
+
+
+def batch_ids(batch: Any) -> list[str]:
+    """Return the names of the examples in a batch: its field or attribute ``id``, or none."""
+    ids = batch.get("id", []) if isinstance(batch, Mapping) else getattr(batch, "id", [])
+    return [str(each) for each in ids] if isinstance(ids, (list, tuple)) else [str(ids)]

@@ -1,67 +1,57 @@
-"""Batches for the loop: from whatever `fit` was given, on the run's device, from any batch on."""
+"""Data feed: a stage's batches on the run's device, from any batch of an epoch on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trainer import distributed
-from trainer.data import Stream, parts, resumable
+from trainer.data.batch import to_device
+from trainer.data.batch_sampler import components
+from trainer.data.loader import Loader, Stream, resumable
+
+if TYPE_CHECKING:
+    from trainer.options import RunOptions
 
 
-def move(batch: Any, device: torch.device) -> Any:
-    """The batch on ``device``: tensors, lists, tuples, mappings of them, and whatever has ``to``.
-
-    Copies from page-locked memory do not wait.
-    """
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: move(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(move(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
-
-
-class Feed:
-    """A stage's batches, epoch by epoch.
+class DataFeed:
+    """Batches of a stage, epoch by epoch.
 
     Args:
-        loader: a `trainer.data` Loader, or its Stream around some other iterable.
-        device: where batches go.
-        train: whether ranks must get equally many batches.
-        limit: at most so many batches an epoch; 0 for all.
-        repeat: give the first so many batches again and again; 0 for a usual epoch.
-        deals: whether batches are dealt to ranks here, the loader knowing nothing of ranks.
+        loader: loader of the batches.
+        device: device that the batches are moved to.
+        train: True if ranks must get equally many batches.
+        limit: maximum number of batches in an epoch; 0 for all.
+        repeat: number of batches, the first of epoch 1, that make up every epoch; 0 for all.
+        deal: True to give each rank its share of the batches here, for a loader that gives every
+            rank the same.
     """
 
     def __init__(
         self,
-        loader: Any,
+        loader: Loader | Stream,
         device: torch.device,
         train: bool,
         limit: int = 0,
         repeat: int = 0,
-        deals: bool = False,
+        deal: bool = False,
     ) -> None:
         self.loader, self.device, self.train = loader, device, train
-        self.limit, self.repeat, self._deals = limit, repeat, deals
-        self._fixed: list[Any] | None = None
+        self.limit, self.repeat = limit, repeat
+        self._deal = deal
+        self._fixed: list[Any] | None = None  # The batches that are repeated.
 
     def length(self) -> int | None:
-        """Batches of an epoch on this rank, where that is known."""
+        """Return the number of batches in an epoch on this rank; None where it is unknown."""
         try:
             size = len(self._fixed if self._fixed is not None else self.loader)
         except TypeError:
             return None
-        if self._deals and self._fixed is None:
+        if self._deal and self._fixed is None:
             rank, world = distributed.rank(), distributed.world_size()
             size = size // world if self.train else len(range(rank, size, world))
         for most in (self.limit, self.repeat):
@@ -69,12 +59,20 @@ class Feed:
         return size
 
     def begin(self, epoch: int) -> int | None:
-        """Be ready for an epoch; its number of batches, where that is known."""
+        """Prepare an epoch, and return its number of batches; None where it is unknown."""
         self.loader.set_epoch(epoch)
         return self.length()
 
     def from_batch(self, epoch: int, start: int) -> Iterator[tuple[Any, bool]]:
-        """The epoch's batches from ``start`` on; with each, whether it is known to be the last."""
+        """Yield the batches of an epoch on the feed's device.
+
+        Args:
+            epoch: number of the epoch.
+            start: number of batches to skip.
+
+        Yields:
+            A batch, and True if it is known to be the last of the epoch.
+        """
         if self.repeat and self._fixed is None:
             self.loader.set_epoch(1)
             self._fixed = list(islice(self._batches(0), self.repeat))
@@ -84,13 +82,13 @@ class Feed:
         on_host = self.device.type == "cpu"
         for batch in batches:
             number += 1
-            yield (batch if on_host else move(batch, self.device)), number == size
+            yield (batch if on_host else to_device(batch, self.device)), number == size
             if number == self.limit:
                 return
 
     def _batches(self, start: int) -> Iterator[Any]:
-        """This rank's batches."""
-        world = distributed.world_size() if self._deals else 1
+        """Yield this rank's batches."""
+        world = distributed.world_size() if self._deal else 1
         self.loader.skip(start * world)
         if world == 1:
             yield from self.loader
@@ -101,43 +99,64 @@ class Feed:
                 yield batches[distributed.rank()]
 
 
-def feed(brain: Any, source: Any, train: bool, stage: Any, options: Mapping[str, Any]) -> Feed:
-    """A `Feed` for what was given to ``fit`` or ``evaluate``: a Dataset, a DataLoader, an iterable.
+def make_feed(
+    source: Any,
+    *,
+    train: bool,
+    name: str,
+    device: torch.device,
+    options: RunOptions,
+    make_loader: Callable[..., Any],
+    loader_kwargs: Mapping[str, Any],
+) -> DataFeed:
+    """Make a data feed from a dataset, a DataLoader or any iterable of batches.
 
-    Raises ValueError for anything else, and for loader options beside something that is no Dataset.
+    Args:
+        source: the data.
+        train: True for training, False for evaluation.
+        name: name of the stage in error messages, such as "valid".
+        device: device that the batches are moved to.
+        options: run options, of which seed, debug, debug_batches and overfit_batches are used.
+        make_loader: called as ``make_loader(dataset, **loader_kwargs)`` for a dataset; returns a
+            DataLoader or an iterable of batches.
+        loader_kwargs: loader options, allowed for a dataset only.
+
+    Raises:
+        ValueError: ``source`` is nothing of the above, or is no dataset and there are loader
+            options.
     """
-    run = brain.options
+    loader: Any
     if isinstance(source, Dataset) and not isinstance(source, DataLoader):
-        loader: Any = brain.make_dataloader(source, stage, **options)
-    elif options:
+        loader = make_loader(source, **loader_kwargs)
+    elif loader_kwargs:
         raise ValueError(
-            f"loader options {sorted(options)} were given for the {stage.value} set, but a "
+            f"loader options {sorted(loader_kwargs)} were given for the {name} set, but a "
             f"{type(source).__name__} is no Dataset: they would be ignored"
         )
     elif isinstance(source, Iterable):
         loader = source
     else:
         raise ValueError(
-            f"the {stage.value} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
+            f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"
         )
     loader = resumable(
         loader,
-        seed=run.seed,
+        seed=options.seed,
         train=train,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    limit = run.debug_batches if run.debug else 0
-    repeat = run.overfit_batches if train else 0
-    deals = isinstance(loader, Stream) and not _knows_ranks(source)
-    return Feed(loader, brain.device, train, limit, repeat, deals)
+    limit = options.debug_batches if options.debug else 0
+    repeat = options.overfit_batches if train else 0
+    deal = isinstance(loader, Stream) and not _knows_ranks(source)
+    return DataFeed(loader, device, train, limit, repeat, deal)
 
 
 def _knows_ranks(source: Any) -> bool:
-    """Whether a loader, or what it is made of, gives each rank a part of its own."""
-    names = ("rank", "num_replicas")
+    """Return True if a component of the data gives each rank its own part."""
     return any(
-        isinstance(part, IterableDataset) or any(hasattr(part, name) for name in names)
-        for part in parts(source)
+        isinstance(part, IterableDataset) or hasattr(part, "rank") or hasattr(part, "num_replicas")
+        for part in components(source)
     )
+

@@ -1,185 +1,41 @@
-"""From a dataset to batches that do not depend on who loads them.
+"""Loaders whose batches depend on (seed, epoch, item), and not on the processes that load them.
 
-`make_loader` wraps torch's DataLoader such that the order comes from (seed, epoch) alone, the
-randomness of each item from (seed, epoch, item), ranks get disjoint and equally many batches, an
-epoch can be entered in its middle, and an item that cannot be read is named, skipped and counted.
+`make_loader` wraps torch's `DataLoader` such that an epoch can be entered at any batch, ranks get
+disjoint and equally many batches, bad items are named, skipped and counted, and workers survive the
+signals that ask the main process to stop.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import suppress
 from functools import partial
-from itertools import count, islice
-from numbers import Integral
+from itertools import count
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    default_collate,
-    default_convert,
-    get_worker_info,
-)
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
-from trainer.data import workers
 from trainer.data.batch import collate
-from trainer.data.items import BadItem, Policy, note, now, report_bad
-from trainer.data.order import Plan, Shuffled, Stream, Task, set_epoch
-from trainer.seed import derive, reseed, shielded
+from trainer.data.batch_sampler import (
+    DistributedBatchSampler,
+    ShuffledSampler,
+    generators,
+    set_epoch,
+)
+from trainer.data.items import BadItemPolicy, BatchDataset
+from trainer.seed import derive, fork_rng
 
-
-class _Items(Dataset[Any]):
-    """A dataset of batches around the user's dataset of items; what workers hold."""
-
-    def __init__(
-        self, dataset: Any, join: Callable[[Any], Any], seed: int, train: bool, single: bool
-    ) -> None:
-        self.dataset, self.join = dataset, join
-        self.seed, self.train, self.single = seed, train, single
-        self.board = torch.empty(0)  # In shared memory: which item each worker is loading.
-        self._epoch: int | None = None
-
-    def __getitem__(self, task: Task) -> tuple[Any, list[tuple[str, str]]]:
-        """The batch (None when nothing in it is good) and its bad items as (path, reason)."""
-        if task.epoch != self._epoch:  # Here, since a worker may outlive the epoch.
-            self._epoch = task.epoch
-            set_epoch(self.dataset, task.epoch)
-        now.seed, now.epoch, now.bad = self.seed, task.epoch, []
-        # In the main process, what an item draws must not be missing from the training's own.
-        with shielded() if get_worker_info() is None else nullcontext():
-            items = self._load(task.indices, task) or (self._stand_in(task) if self.train else [])
-            if not items:
-                return None, now.bad
-            reseed(derive(self.seed, "batch", task.epoch, task.number))
-            self._announce(None)
-            try:
-                return self.join(items[0] if self.single else items), now.bad
-            except Exception as error:
-                note(error, f"while joining {self._names(task.indices)} to a batch")
-                raise
-
-    def _load(self, indices: Iterable[Any], task: Task) -> list[Any]:
-        """The good ones of some items."""
-        items = []
-        for position, index in enumerate(indices):
-            if isinstance(index, Integral | str):
-                name: tuple[int | str, ...] = (index if isinstance(index, str) else int(index),)
-            else:
-                name = ("at", task.number, position)
-            reseed(derive(self.seed, "item", task.epoch, *name))
-            self._announce(index)
-            try:
-                items.append(self.dataset[index])
-            except BadItem as bad:
-                report_bad(bad.path, bad.reason)
-            except Exception as error:
-                note(error, f"while loading {self._names([index])}")
-                raise
-        return items
-
-    def _stand_in(self, task: Task) -> list[Any]:
-        """The next good item of the epoch: no rank may have fewer batches than the others."""
-        reports = now.bad.copy()
-        for index in task.spares:
-            items = self._load([index], task)
-            now.bad[:] = reports  # Bad spares are reported with the batch that they belong to.
-            if items:
-                return items
-        listed = "; ".join(f"{path}: {reason}" for path, reason in reports)
-        raise ValueError(
-            f"epoch {task.epoch}: neither a batch nor the {len(task.spares)} items after it have "
-            f"a good item ({listed})"
-        )
-
-    def _announce(self, index: Any) -> None:
-        worker = get_worker_info()
-        if worker is not None:
-            self.board[worker.id] = int(index) if isinstance(index, Integral) else -1
-
-    def being_loaded(self) -> str:
-        """What the workers were busy with when one of them died or hung."""
-        items = [index for index in self.board.tolist() if index >= 0]
-        return f" while workers loaded {self._names(items)}" if items else ""
-
-    def _names(self, indices: Iterable[Any]) -> str:
-        """Items in words; a dataset may tell more by a method ``name_of(index) -> str``."""
-        name_of = getattr(self.dataset, "name_of", repr)
-        shown = [str(name_of(index))[:200] for index in islice(indices, 9)]
-        word = "item " if len(shown) == 1 else "items "
-        return word + ", ".join(shown[:8]) + (" …" if len(shown) > 8 else "")
-
-
-class Loader:
-    """Batches of a dataset, epoch by epoch; made by `make_loader`."""
-
-    def __init__(self, items: _Items, plan: Plan, policy: Policy, options: dict[str, Any]) -> None:
-        self._items, self._plan, self._policy = items, plan, policy
-        self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
-        weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
-        items.board = torch.full((options.get("num_workers", 0),), -1).share_memory_()
-        self._timeout = options.pop("timeout", 0)
-        own_start = options.pop("worker_init_fn", None)
-        self._make = partial(
-            DataLoader,
-            items,
-            sampler=plan,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            # Without a generator of its own, DataLoader draws from the global one.
-            generator=torch.Generator().manual_seed(derive(items.seed, "workers")),
-            worker_init_fn=partial(workers.start, self._closing, own_start),
-            **options,
-        )
-        self._loader: DataLoader[Any] = self._make()
-
-    @property
-    def bad(self) -> dict[str, str]:
-        """The items skipped in this epoch on this rank: path → reason."""
-        return dict(self._policy.skipped)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Later iterations give this epoch. In evaluation all epochs are alike."""
-        self._plan.set_epoch(epoch if self._plan.train else 0)
-
-    def skip(self, batches: int) -> None:
-        """The next iteration starts at this batch, and loads none of those before it."""
-        self._plan.start = batches
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._policy.new_epoch()
-        self._closing.fill_(False)
-        first = self._plan.start
-        watched = workers.Watched(iter(self._loader), self._timeout)
-        try:
-            for number in count(first):
-                loaded = watched.next(partial(self._doing, number))
-                if loaded is None:
-                    return
-                batch, reports = loaded
-                self._policy.judge(reports)
-                if batch is not None:
-                    yield batch
-        except BaseException:  # GeneratorExit too: the epoch was left early.
-            self._closing.fill_(True)
-            watched.close()
-            self._loader = self._make()
-            raise
-
-    def _doing(self, number: int) -> str:
-        busy = self._items.being_loaded()
-        return f"waiting for batch {number} of epoch {self._plan.epoch}{busy}"
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded
+POLL_SECONDS = 0.5  # Interval at which workers are checked.
 
 
 def make_loader(
@@ -193,22 +49,41 @@ def make_loader(
     max_bad: float = 0.05,
     **options: Any,
 ) -> Loader | Stream:
-    """Turn a dataset and DataLoader's options into a loader of this rank's batches.
+    """Make a loader of this rank's batches from a dataset.
 
-    ``batch_size`` is that of one process. ``shuffle`` is on in training unless a sampler is given.
-    Samplers of any kind are wrapped: they get the epoch, and draw from a stream of their own. Items
-    that are mappings become a `Batch`, unless ``collate_fn`` says otherwise.
+    A dataset raises `BadItem` for an item that cannot be used. In training a batch without a good
+    item gets the next good item of the epoch instead; in evaluation it is left out.
 
-    A dataset raises `BadItem` for an item that cannot be used: with ``on_bad="skip"`` it is left
-    out and logged, until more than the share ``max_bad`` of the items is bad; with ``"raise"`` it
-    ends the run. In training a batch without a good item gets the next good one instead.
+    An `IterableDataset` has to deal among ranks and workers by itself; see `resumable`.
 
-    An ``IterableDataset`` gives less: it deals among ranks and workers by itself. See `resumable`.
+    Args:
+        dataset: a map-style dataset, or an `IterableDataset`. Each item draws from global
+            generators that are seeded by (seed, epoch, index). Items that are mappings become a
+            `Batch`, unless ``collate_fn`` is given. A method ``set_epoch(epoch)`` is called in
+            every worker; ``name_of(index) -> str`` names items in error messages.
+        train: True for training: shuffle unless a sampler is given, another order and other random
+            numbers in each epoch, equally many batches on every rank. False for evaluation: every
+            item exactly once, in order, and every epoch alike.
+        seed: random seed of the run.
+        rank: rank of this process.
+        world_size: number of processes.
+        on_bad: "skip" to log bad items and leave them out, "raise" to end the run at the first.
+        max_bad: share of this rank's items, between 0 and 1, above which bad items end the run.
+        **options: options of `DataLoader`. ``batch_size`` is that of one process. Samplers of any
+            kind get the epoch, and draw from random numbers of their own. ``timeout``, in seconds,
+            ends a run whose workers give no batch for that long (0: never).
+
+    Returns:
+        An iterable of batches with ``set_epoch(epoch)`` and ``skip(batches)``.
+
+    Raises:
+        ValueError: the options are unknown or exclude each other, the dataset is empty, or the
+            sampler deals to another number of ranks.
     """
     known = set(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
     if unknown := set(options) - known:
         raise ValueError(f"unknown loader options {sorted(unknown)}; known are {sorted(known)}")
-    if options.get("num_workers", 0) == 0:  # Options about workers mean nothing without any.
+    if options.get("num_workers", 0) == 0:  # Options of workers mean nothing without any.
         for name in ("timeout", "persistent_workers", "prefetch_factor", "worker_init_fn"):
             options.pop(name, None)
     options["pin_memory"] = options.get("pin_memory", False) and torch.accelerator.is_available()
@@ -216,44 +91,168 @@ def make_loader(
         return Stream(DataLoader(dataset, **options), seed)
     if not len(dataset):
         raise ValueError(f"the dataset {type(dataset).__name__} has no items")
-    plan = _plan(dataset, options, train=train, seed=seed, rank=rank, world_size=world_size)
-    single = plan.batch_size is None and not plan.batched
-    join = options.pop("collate_fn", None) or (default_convert if single else _join)
-    items = _Items(dataset, join, seed, train, single)
-    return Loader(items, plan, Policy(on_bad, max_bad, len(dataset) / world_size), options)
+    sampler = _pop_sampler(
+        dataset, options, train=train, seed=seed, rank=rank, world_size=world_size
+    )
+    single = sampler.batch_size is None and not sampler.batched
+    join = options.pop("collate_fn", None) or (default_convert if single else _collate)
+    batches = BatchDataset(dataset, join, seed, train, single)
+    policy = BadItemPolicy(on_bad, max_bad, len(dataset) / world_size)
+    return Loader(batches, sampler, policy, options)
 
 
-def _plan(dataset: Any, options: dict[str, Any], **run: Any) -> Plan:
-    """Take the options about order out of ``options``."""
+def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
+    """Make a batch sampler by the options about order, and remove these from ``options``."""
     options.pop("generator", None)  # The order comes from (seed, epoch).
     shuffle, sampler = options.pop("shuffle", None), options.pop("sampler", None)
     batch_sampler = options.pop("batch_sampler", None)
     size, drop_last = options.pop("batch_size", 1), options.pop("drop_last", False)
     if sampler is not None and (shuffle or batch_sampler is not None):
-        raise ValueError("a sampler excludes shuffle and batch_sampler: it says the order itself")
+        raise ValueError("a sampler excludes shuffle and batch_sampler: it sets the order itself")
     if batch_sampler is not None:
         if shuffle or drop_last or size not in (1, None):
             raise ValueError("a batch_sampler excludes batch_size, shuffle and drop_last")
-        return Plan(batch_sampler, None, batched=True, **run)
+        return DistributedBatchSampler(batch_sampler, None, batched=True, **run)
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"batch_size must be a whole number, 1 or more, or None; got {size!r}")
     if sampler is None:
         shuffled = run["train"] if shuffle is None else shuffle
-        sampler = Shuffled(len(dataset), run["seed"]) if shuffled else range(len(dataset))
-    return Plan(sampler, size, drop_last=drop_last, **run)
+        sampler = ShuffledSampler(len(dataset), run["seed"]) if shuffled else range(len(dataset))
+    return DistributedBatchSampler(sampler, size, drop_last=drop_last, **run)
 
 
-def _join(items: list[Any]) -> Any:
+def _collate(items: list[Any]) -> Any:
     return collate(items) if isinstance(items[0], Mapping) else default_collate(items)
 
 
-def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:
-    """Give a DataLoader, or any iterable of batches, the manners of `make_loader`'s result.
+def _identity(loaded: Any) -> Any:
+    return loaded
 
-    A plain DataLoader of a map-style dataset is taken apart and made anew by `make_loader`, which
-    gets ``run`` (train, rank, world_size …). Other iterables run on random streams of their own,
-    seeded by (seed, epoch), so that those that draw from the global generators are resumed exactly
-    too; dealing among ranks is up to them.
+
+class Loader:
+    """Loader of a dataset's batches, made by `make_loader`."""
+
+    def __init__(
+        self,
+        batches: BatchDataset,
+        sampler: DistributedBatchSampler,
+        policy: BadItemPolicy,
+        options: dict[str, Any],
+    ) -> None:
+        self._batches, self._sampler, self._policy = batches, sampler, policy
+        self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
+        weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
+        batches.share_with(options.get("num_workers", 0))
+        self._timeout = options.pop("timeout", 0)
+        worker_init_fn = options.pop("worker_init_fn", None)
+        self._make = partial(
+            DataLoader,
+            batches,
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=_identity,
+            # Without a generator of its own, DataLoader draws from the global one.
+            generator=torch.Generator().manual_seed(derive(batches.seed, "workers")),
+            worker_init_fn=partial(_init_worker, self._closing, worker_init_fn),
+            **options,
+        )
+        self._loader: DataLoader[Any] = self._make()
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Reasons by path, of the items skipped in the current epoch on this rank."""
+        return dict(self._policy.skipped)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the batches of this epoch in later iterations. In evaluation all are alike."""
+        self._sampler.set_epoch(epoch if self._sampler.train else 0)
+
+    def skip(self, batches: int) -> None:
+        """Start the next iteration at this batch, without loading those before it."""
+        self._sampler.start = batches
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._policy.start_epoch()
+        self._closing.fill_(False)
+        first = self._sampler.start
+        watched = _WatchedIterator(iter(self._loader), self._timeout)
+        try:
+            for number in count(first):
+                loaded = watched.next(partial(self._describe_wait, number))
+                if loaded is None:
+                    return
+                batch, reports = loaded
+                self._policy.handle(reports)
+                if batch is not None:
+                    yield batch
+        except BaseException:  # GeneratorExit too: the epoch was left early.
+            self._closing.fill_(True)
+            watched.close()
+            self._loader = self._make()
+            raise
+
+    def _describe_wait(self, number: int) -> str:
+        loading = self._batches.describe_loading()
+        return f"waiting for batch {number} of epoch {self._sampler.epoch}{loading}"
+
+
+class Stream:
+    """Loader of any iterable of batches, with the interface of `Loader`; made by `resumable`.
+
+    Args:
+        source: an iterable of batches. It runs on random numbers of its own.
+        seed: random seed of the run.
+    """
+
+    def __init__(self, source: Iterable[Any], seed: int = 0) -> None:
+        self._source, self._seed = source, seed
+        self._epoch, self._start = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the batches of this epoch in later iterations; tell sampler and dataset."""
+        self._epoch = epoch
+        set_epoch(self._source, epoch)
+
+    def skip(self, batches: int) -> None:
+        """Start the next iteration at this batch; those before it are loaded and discarded."""
+        self._start = batches
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]  # Raises where there is no length.
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self._start = self._start, 0
+        if isinstance(self._source, list | tuple):
+            yield from self._source[start:]
+            return
+        forked = fork_rng(derive(self._seed, "stream", self._epoch), generators(self._source))
+        with forked:
+            iterator = iter(self._source)
+        for number in count():
+            with forked:
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            if number >= start:
+                yield batch
+
+
+def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:
+    """Give a DataLoader, or any iterable of batches, the interface of `make_loader`'s result.
+
+    A plain DataLoader of a map-style dataset is made anew by `make_loader`. Other iterables run on
+    random numbers seeded by (seed, epoch), so that those that draw from the global generators are
+    resumed exactly too; they have to deal among ranks by themselves.
+
+    Args:
+        source: a DataLoader or an iterable of batches. A result of this function is returned as it
+            is.
+        seed: random seed of the run.
+        **run: further arguments of `make_loader`: train, rank, world_size, on_bad, max_bad.
     """
     if isinstance(source, Loader | Stream):
         return source
@@ -269,3 +268,97 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     else:
         options |= {"sampler": source.sampler, "batch_size": None}
     return make_loader(source.dataset, seed=seed, **run, **options)
+
+
+def _init_worker(
+    closing: Tensor, worker_init_fn: Callable[[int], None] | None, worker: int
+) -> None:
+    """Make a worker ignore SIGINT and SIGTERM until the main process closes it.
+
+    Ctrl-C, and torchrun's SIGTERM, reach the workers too. A worker that died of them would break
+    the main process in the middle of the step after which it saves. ``closing`` is in shared
+    memory, and True once the main process ends its workers by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)
+    if worker_init_fn is not None:
+        worker_init_fn(worker)
+
+
+class _WatchedIterator:
+    """A DataLoader's iterator that notices at once when workers die or hang.
+
+    torch notices a death at once, or after 5 s when the signal comes just before it starts to wait.
+    """
+
+    def __init__(self, iterator: Any, timeout: float) -> None:
+        self._iterator, self._timeout = iterator, timeout
+        self._workers: list[BaseProcess] = list(getattr(iterator, "_workers", []))
+        self._poll_after(POLL_SECONDS)
+
+    def _poll_after(self, seconds: float) -> None:
+        """Set for how long torch waits for a batch before it checks its workers and gives up."""
+        if self._workers:  # Not DataLoader's own option: its restart for an epoch may take longer.
+            self._iterator._timeout = seconds
+
+    def next(self, describe_wait: Callable[[], str]) -> Any:
+        """Return the next batch with its reports; None at the end of the epoch.
+
+        Raises:
+            RuntimeError: a worker died, or gave nothing within the timeout; the message ends in
+                what ``describe_wait`` returns. Errors of the dataset are raised as they are.
+        """
+        since = time.monotonic()
+        while True:
+            try:
+                result = next(self._iterator, None)
+                if result is None:
+                    self._poll_after(0)  # Persistent workers are about to be restarted.
+                return result
+            except Exception as error:
+                cause = self._explain(str(error), time.monotonic() - since)
+                if cause is None:
+                    raise
+            if cause:  # Raised out here: chained, it would keep all that torch's frames hold.
+                raise RuntimeError(f"{cause}, {describe_wait()}")
+
+    def _explain(self, error: str, waited: float) -> str | None:
+        """Return the cause of torch's error; None if it is not about workers, "" to wait on."""
+        if error.startswith("DataLoader timed out"):
+            if not self._timeout or waited < self._timeout:
+                return ""
+            return (
+                f"the loader's workers gave no batch within {self._timeout:g} s (one hangs, or the "
+                "loader option timeout is too small)"
+            )
+        # torch begins the errors of a dataset in a worker by "Caught".
+        return None if error.startswith("Caught ") else _describe_exit(self._workers)
+
+    def close(self) -> None:
+        """End the workers at once; torch would wait for what they are loading."""
+        for worker in self._workers:
+            worker.terminate()
+        if self._workers:
+            # A worker may have ended while it held the lock of torch's event, and torch, which sets
+            # that event before it drops the iterator, would wait forever. No worker reads it now.
+            self._iterator._workers_done_event = threading.Event()
+        self._iterator = None  # A traceback may keep this object, and must not keep the workers.
+
+
+def _describe_exit(workers: list[BaseProcess]) -> str | None:
+    """Return the cause of a worker's death; None when none died."""
+    # A broken connection to a worker may be noticed just before its end; and torch's own handler
+    # may notice that end, and raise, while we wait for it.
+    with suppress(RuntimeError):
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join(timeout=POLL_SECONDS)
+    for worker in workers:
+        if code := worker.exitcode:
+            how = (
+                f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            )
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            return f"a worker of the loader (pid {worker.pid}) {how}{hint}"
+    return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer.data.feed import move
+from trainer.data.batch import to_device
 from trainer.diagnostics.nonfinite import Entry, investigate
 from trainer.diagnostics.nonfinite.case import FORMAT, Case
 from trainer.diagnostics.nonfinite.keepsake import unpacked
@@ -78,7 +78,7 @@ def run(brain: Any) -> None:
     brain.on_stage_start(Stage.TRAIN, kept["epoch"])
     brain.keeper.begin_training()
     brain.epoch, brain.step, brain.optimizer_step = kept["epoch"], kept["step"], step - 1
-    batch = move(unpacked(kept["batch"]), brain.device)
+    batch = to_device(unpacked(kept["batch"]), brain.device)
     entry = Entry(batch, kept["weight"], kept["last"], kept["step"], None)
     loss = None if kept["what"] == "loss" else 0.0
     report = StepReport(kept["optimizer"], "skipped", loss, lr=brain.updates[kept["optimizer"]].lr)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from trainer import distributed
-from trainer.data.feed import Feed
+from trainer.data.feed import DataFeed
 from trainer.tuner.course import Course
 from trainer.tuner.limit import Advice, advise, find_limit
 from trainer.tuner.page import write_findings
@@ -52,7 +52,7 @@ class SearchOver(SystemExit):
         self.findings = findings
 
 
-def search(brain: Any, feed: Feed, epochs: Iterable[int]) -> SearchOver:
+def search(brain: Any, feed: DataFeed, epochs: Iterable[int]) -> SearchOver:
     """Do the searches that the options ask for; afterwards the Brain is as its training begins.
 
     Raises ValueError where an epoch has too few batches for a trial, or where no optimizer steps

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from trainer import distributed, signals, state
-from trainer.data.feed import Feed
+from trainer.data.feed import DataFeed
 from trainer.diagnostics.nonfinite import Off as NoForensics
 from trainer.hooks import Stage
 from trainer.optim.guard import NonFiniteError
@@ -33,7 +33,7 @@ class Bench:
     what they were.
     """
 
-    def __init__(self, brain: Any, feed: Feed, epochs: Iterable[int]) -> None:
+    def __init__(self, brain: Any, feed: DataFeed, epochs: Iterable[int]) -> None:
         self.brain, self.feed, self._epochs = brain, feed, epochs
         self._stack = ExitStack()
         self._kept: dict[str, Any] = {}

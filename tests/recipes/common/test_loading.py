@@ -17,9 +17,9 @@ from lhotse.audio import AudioSource
 from lhotse.dataset import DynamicBucketingSampler, SimpleCutSampler
 from torch.utils.data import Dataset
 
-from recipes.common.loading import DurationBatches, Speech, keep, load, without_bad
+from recipes.common.loading import DurationBatches, Speech, filter_by_duration, load, without_bad
 from tests.recipes.common.test_audio import WAYS
-from trainer.data import BadItem, Plan, make_loader
+from trainer.data import BadItem, DistributedBatchSampler, make_loader
 
 RATE = 16000
 
@@ -113,13 +113,13 @@ def test_the_speed_of_an_utterance_comes_from_the_epoch_and_not_from_the_worker(
 def test_cuts_outside_the_limits_are_dropped_and_counted(tmp_path: Path, caplog: Any) -> None:
     cuts = [utterance(tmp_path, f"{index}", 1600 * index) for index in (1, 2, 3, 4)]
     with caplog.at_level(logging.INFO):
-        assert [cut.id for cut in keep(cuts, 0.2, 0.3)] == ["2", "3"]
+        assert [cut.id for cut in filter_by_duration(cuts, 0.2, 0.3)] == ["2", "3"]
     assert caplog.messages == ["2 of 4 cuts do not last 0.2 to 0.3 s"]
     sentence = "no audio lasts 1 to 20 s: the 4 cuts last 0.10 to 0.40 s, half of them up to 0.25 s"
     with pytest.raises(ValueError, match=sentence):
-        keep(cuts, 1, 20)
+        filter_by_duration(cuts, 1, 20)
     with pytest.raises(ValueError, match="no audio lasts 0 to inf s: there are no cuts at all"):
-        keep([])
+        filter_by_duration([])
 
 
 def test_one_file_in_a_hundred_is_bad(tmp_path: Path, caplog: Any) -> None:
@@ -180,9 +180,11 @@ def test_ranks_get_every_item_once_in_equally_many_batches_within_the_limit(
         )
         every = []
         for rank in range(world):
-            plan = Plan(batches, None, True, train=shuffle, seed=7, rank=rank, world_size=world)
-            plan.set_epoch(epoch)
-            every.append([list(task.indices) for task in plan])
+            dealt = DistributedBatchSampler(
+                batches, None, True, train=shuffle, seed=7, rank=rank, world_size=world
+            )
+            dealt.set_epoch(epoch)
+            every.append([list(index.indices) for index in dealt])
         return every
 
     if len(durations) >= world:

@@ -45,7 +45,7 @@ class Dice:
         self._in_use |= not exact
         now = seed.rng_state()
         python, numpy = others
-        found: dict[str, Any] = {"torch": torch_state, "python": seed._packed(python)}
+        found: dict[str, Any] = {"torch": torch_state, "python": seed.pack_python_state(python)}
         if cuda is not None:
             found["cuda"] = cuda
         if numpy is not None and "numpy" in now:

@@ -1,0 +1,236 @@
+"""Order of an epoch's items, and their batches on each rank.
+
+The order of an epoch depends on (seed, epoch) alone: not on the number of workers, on where a run
+was resumed, or on what else has drawn random numbers. Samplers handle indices and load nothing, so
+that skipping to the middle of an epoch costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import torch
+
+from trainer.seed import derive, fork_rng
+
+logger = logging.getLogger("trainer.data")
+
+FALLBACKS = 16  # Among so many items after a batch, at least one can be expected to be good.
+
+
+def components(source: Any) -> list[Any]:
+    """Return a loader or sampler and its parts: its sampler, batch sampler and dataset, nested."""
+    found: list[Any] = []
+    names = ("sampler", "batch_sampler", "dataset")
+    waiting = [source]
+    while waiting:
+        part = waiting.pop(0)
+        if part is not None and not any(part is other for other in found):
+            found.append(part)
+            waiting += [getattr(part, name, None) for name in names]
+    return found
+
+
+def set_epoch(source: Any, epoch: int) -> None:
+    """Call ``set_epoch`` of every component of a loader or sampler that has it."""
+    for part in components(source):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def generators(source: Any) -> list[torch.Generator]:
+    """Return the generators that the components of a loader or sampler hold."""
+    held = [getattr(part, "generator", None) for part in components(source)]
+    return list({id(each): each for each in held if isinstance(each, torch.Generator)}.values())
+
+
+class ShuffledSampler:
+    """Sampler of every index once an epoch, in an order that depends on (seed, epoch)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of this epoch in later iterations."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", self.epoch))
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+class BatchIndex(NamedTuple):
+    """Items of one batch, as a worker receives them.
+
+    Args:
+        epoch: number of the epoch.
+        number: number of the batch in the epoch, counted over all ranks.
+        indices: indices of its items.
+        fallback_indices: items to try in this order if none of the batch is good.
+    """
+
+    epoch: int
+    number: int
+    indices: Sequence[Any]
+    fallback_indices: Sequence[Any]
+
+
+class DistributedBatchSampler:
+    """Batches of each epoch for one rank.
+
+    Of every ``world_size`` batches each rank gets one. In training the items of the last,
+    incomplete round are divided equally, or left out where there are fewer of them than ranks. So
+    all ranks get equally many batches, and see together what one process sees with ``world_size``
+    times the batch size. In evaluation every item is seen exactly once, and ranks may differ by one
+    batch. A sampler that knows its rank (`DistributedSampler`, lhotse's) deals by itself.
+
+    Args:
+        sampler: indices of items; or, with ``batch_size=None``, whatever the dataset understands as
+            one batch; or, with ``batched``, lists of indices.
+        batch_size: items of a batch on one rank.
+        batched: True for a sampler of whole batches.
+        drop_last: leave out an incomplete batch.
+        train: True for training, False for evaluation.
+        seed: random seed of the run.
+        rank: rank of this process.
+        world_size: number of processes.
+
+    Attributes:
+        start: batch at which the next iteration starts; then 0 again.
+
+    Raises:
+        ValueError: the sampler deals to another number of ranks; on iteration, an epoch of training
+            without a batch, or a ``start`` beyond the epoch's end.
+    """
+
+    def __init__(
+        self,
+        sampler: Iterable[Any],
+        batch_size: int | None,
+        batched: bool = False,
+        drop_last: bool = False,
+        *,
+        train: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.sampler, self.batch_size, self.batched = sampler, batch_size, batched
+        self.drop_last, self.train, self.seed = drop_last, train, seed
+        self.rank, self.world_size = rank, world_size
+        self.ranks_dealt = 1 if _ranks_of(sampler, world_size) == world_size else world_size
+        self.epoch, self.start = 0, 0
+        self._cached: tuple[int, list[Sequence[Any]]] | None = None  # An epoch and its batches.
+        self._warned = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the batches of this epoch in later iterations."""
+        self.epoch = epoch
+        set_epoch(self.sampler, epoch)
+
+    def __len__(self) -> int:
+        """Return this rank's batches in the current epoch.
+
+        Raises:
+            TypeError: the sampler has no length.
+        """
+        len(self.sampler)  # type: ignore[arg-type]  # Raises where the sampler has no length.
+        return len(self._epoch_batches())
+
+    def __iter__(self) -> Iterator[BatchIndex]:
+        start, self.start = self.start, 0
+        sized = hasattr(self.sampler, "__len__")
+        batches: Iterable[Sequence[Any]] = self._epoch_batches() if sized else self._rounds()
+        if sized and start > len(self._epoch_batches()):
+            raise ValueError(
+                f"epoch {self.epoch} has {len(self._epoch_batches())} batches, so that it cannot "
+                f"start at batch {start}: have the data changed?"
+            )
+        items = list(chain.from_iterable(batches)) if sized and self.train else []
+        passed = 0
+        for number, batch in enumerate(batches):
+            passed += len(batch)
+            if number >= start:
+                ahead = [items[(passed + k) % len(items)] for k in range(FALLBACKS if items else 0)]
+                yield BatchIndex(self.epoch, number * self.world_size + self.rank, batch, ahead)
+
+    def _epoch_batches(self) -> list[Sequence[Any]]:
+        """Return this rank's batches of the whole epoch."""
+        if self._cached is None or self._cached[0] != self.epoch:
+            with self._fork_rng():
+                order = list(self.sampler)
+            self._cached = self.epoch, list(self._deal(order))
+            if self.train and not self._cached[1]:
+                raise ValueError(
+                    f"{len(order)} {'batches' if self.batch_size is None else 'items'} are too few "
+                    f"to train {self.world_size} processes (batch_size={self.batch_size}, "
+                    f"drop_last={self.drop_last})"
+                )
+        return self._cached[1]
+
+    def _rounds(self) -> Iterator[Sequence[Any]]:
+        """Yield this rank's batches of a sampler without a length, which may never end."""
+        forked = self._fork_rng()
+        with forked:
+            # Not `iter` alone: lhotse's samplers are their own iterators, and start over each time
+            # that `iter` is called on them (by `islice` below).
+            iterator = (each for each in self.sampler)
+        size = self.ranks_dealt * (self.batch_size or 1)
+        while True:
+            with forked:
+                order = list(islice(iterator, size))
+            if not order:
+                return
+            yield from self._deal(order)
+
+    def _fork_rng(self) -> fork_rng:
+        return fork_rng(derive(self.seed, "sampler", self.epoch), generators(self.sampler))
+
+    def _deal(self, order: list[Any]) -> Iterator[Sequence[Any]]:
+        """Yield this rank's batches out of all ranks' items."""
+        world, size = self.ranks_dealt, self.batch_size
+        rank = self.rank if world > 1 else 0
+        if size is not None:
+            full = len(order) // size * size
+            batches = [order[i : i + size] for i in range(0, full, size)]
+            rest = [] if self.drop_last else order[full:]
+        else:
+            batches, rest = order if self.batched else [[index] for index in order], []
+        if not self.train:
+            yield from [*batches, rest][rank::world] if rest else batches[rank::world]
+            return
+        whole = len(batches) // world * world
+        yield from batches[rank:whole:world]
+        yield from self._share(list(chain(*batches[whole:], rest)), rank, world)
+
+    def _share(self, rest: list[Any], rank: int, world: int) -> Iterator[Sequence[Any]]:
+        """Yield this rank's share of the last, incomplete round."""
+        divisible = self.batched or self.batch_size is not None
+        if divisible and not self.drop_last and len(rest) >= world:
+            yield rest[rank * len(rest) // world : (rank + 1) * len(rest) // world]
+        elif rest and not self._warned:
+            self._warned = True
+            what = "items" if divisible else "batches"
+            logger.info(
+                "each epoch leaves out its last %d %s: too few for all ranks", len(rest), what
+            )
+
+
+def _ranks_of(sampler: Any, world_size: int) -> int:
+    """Return the number of ranks that the sampler itself deals to."""
+    for part in components(sampler):
+        ranks = getattr(part, "num_replicas", None) or getattr(part, "world_size", None)
+        if ranks is not None and hasattr(part, "rank"):
+            if ranks not in (1, world_size):
+                raise ValueError(
+                    f"the sampler {type(part).__name__} deals to {ranks} ranks; "
+                    f"the run has {world_size}"
+                )
+            return int(ranks)
+    return 1
