@@ -68,13 +68,17 @@ def check_state(state: Any, where: str) -> None:
 
 
 def write_state(folder: Path, name: str, state: Any) -> list[tuple[str, int, str]]:
-    """Write the state of the recoverable ``name``, one file in memory at a time.
+    """Write a state: a file for each top-level key with tensors in it, and one for the rest.
 
     Returns:
         Name, size and hash of each file.
     """
     check_state(state, name)
-    return [_write(folder, file, content) for file, content in _split(name, state)]
+    # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
+    large = [k for k, v in state.items() if _is_large(k, v)] if type(state) is dict else []
+    rest = {k: v for k, v in state.items() if k not in large} if large else state
+    written = [_write(folder, f"{name}.{key}.pt", state[key]) for key in large]
+    return [*written, _write(folder, f"{name}.pt", rest)]
 
 
 def write_local(folder: Path, rank: int, states: dict[str, Any]) -> list[tuple[str, int, str]]:
@@ -83,22 +87,8 @@ def write_local(folder: Path, rank: int, states: dict[str, Any]) -> list[tuple[s
     return [_write(folder, f"rank-{rank}.pt", states)] if states else []
 
 
-def _split(name: str, state: Any) -> Iterator[tuple[str, Any]]:
-    """Split a state into files: one for each top-level key with tensors in it, one for the rest.
-
-    The state of a module stays whole: it is an OrderedDict that carries versions as an attribute.
-    """
-    large = (
-        [key for key, value in state.items() if _is_large(key, value)]
-        if type(state) is dict
-        else []
-    )
-    for key in large:
-        yield f"{name}.{key}.pt", state[key]
-    yield f"{name}.pt", {key: state[key] for key in state if key not in large} if large else state
-
-
 def _is_large(key: Any, value: Any) -> bool:
+    """Return True if a key can name a file, and a container with tensors belongs to it."""
     if type(key) is not str or not KEY.fullmatch(key) or isinstance(value, Tensor):
         return False
     return any(isinstance(leaf, Tensor) for _, leaf in tree.leaves(value))
