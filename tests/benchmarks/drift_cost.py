@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trainer import Brain, RunOptions, distributed
-from trainer.distributed import replica_check as drift
+from trainer.distributed.replica_check import check_replicas_in_sync
 
 EVERY = RunOptions().drift_check_every
 ROUNDS = 10
@@ -49,7 +49,7 @@ def main() -> None:
     steps, checks = [], []
     for epoch in range(2, ROUNDS + 2):
         steps.append(seconds(lambda epoch=epoch: brain.fit([epoch], [batch] * 6)) / 3)
-        checks.append(seconds(lambda: drift.check(parameters, "here")))
+        checks.append(seconds(lambda: check_replicas_in_sync(parameters, "here")))
     if distributed.is_main():
         step, check = sorted(steps)[ROUNDS // 2], sorted(checks)[ROUNDS // 2]
         count = sum(p.numel() for p in parameters.values())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import BrokenCheckpoint, Checkpointer, manifest
+from trainer.checkpoint import BrokenCheckpoint, Checkpointer, storage
 
 from .checkpoint_torture import Uniform
 
@@ -185,9 +185,9 @@ def test_retention_reads_no_more_manifests_after_many_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = make(tmp_path, keep_last=2, keep_best={"wer": "min"})
-    read, counts = manifest.read_manifest, []
+    read, counts = storage.read_manifest, []
     monkeypatch.setattr(
-        manifest, "read_manifest", lambda path: counts.__setitem__(-1, counts[-1] + 1) or read(path)
+        storage, "read_manifest", lambda path: counts.__setitem__(-1, counts[-1] + 1) or read(path)
     )
     for index in range(25):
         counts.append(0)
@@ -257,8 +257,8 @@ def test_the_newest_is_the_last_saved_whatever_the_clock_says(
 ) -> None:
     checkpointer = make(tmp_path, keep_last=3)
     checkpointer.save_and_keep_only({"step": 1})
-    content = manifest.content(checkpointer.find()[0])
-    ahead = manifest.render({**content, "time": "2999-01-01T00:00:00+00:00"})
+    content = storage.manifest_content(checkpointer.find()[0])
+    ahead = storage.encode_manifest({**content, "time": "2999-01-01T00:00:00+00:00"})
     (tmp_path / "step-00000001" / "manifest.json").write_bytes(ahead)
     checkpointer.save_and_keep_only({"step": 0})
     assert [each.step for each in checkpointer.find(n=None)] == [0, 1]
@@ -339,8 +339,8 @@ def test_local_states_of_another_number_of_processes_are_not_used(
     checkpointer = make(tmp_path)
     saved = checkpointer.save_checkpoint()
     assert saved is not None
-    content = manifest.content(saved)
-    (saved.path / "manifest.json").write_bytes(manifest.render({**content, "processes": 2}))
+    content = storage.manifest_content(saved)
+    (saved.path / "manifest.json").write_bytes(storage.encode_manifest({**content, "processes": 2}))
     thing = Uniform(5)
     thing.load_local_state_dict = pytest.fail  # type: ignore[method-assign, assignment]
     with pytest.warns(UserWarning, match="saved by 2 processes and is restored by 1: what differs"):

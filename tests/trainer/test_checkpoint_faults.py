@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import BrokenCheckpoint, Checkpointer, manifest
+from trainer.checkpoint import BrokenCheckpoint, Checkpointer, storage
 
 from .checkpoint_torture import Uniform, fault, save, two_checkpoints
 
@@ -176,13 +176,13 @@ class Canary:
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Make the manifest agree with the files, as an attacker would."""
-    checkpoint = manifest.read_manifest(folder)
-    content = {**manifest.content(checkpoint), **changes}
+    checkpoint = storage.read_manifest(folder)
+    content = {**storage.manifest_content(checkpoint), **changes}
     for name in content["files"].keys() & set(os.listdir(folder)):
         data = (folder / name).read_bytes()
-        digest = manifest.hashlib.sha256(data).hexdigest()
+        digest = storage.hashlib.sha256(data).hexdigest()
         content["files"][name] = {"size": len(data), "sha256": digest}
-    (folder / "manifest.json").write_bytes(manifest.render(content))
+    (folder / "manifest.json").write_bytes(storage.encode_manifest(content))
 
 
 def test_pickles_in_any_tensor_file_are_refused_and_do_not_run(
@@ -241,23 +241,25 @@ def test_yaml_in_the_manifest_is_refused_and_does_not_run(damage: Damage, tmp_pa
 )
 def test_listed_names_that_leave_the_folder_are_refused(damage: Damage, name: str) -> None:
     (damage.folder / "secret.pt").write_bytes(damage.whole["brain.pt"])
-    content = manifest.content(manifest.read_manifest(damage.newest))
+    content = storage.manifest_content(storage.read_manifest(damage.newest))
     content["files"] = {**content["files"], name: content["files"]["brain.pt"]}
-    damage.is_noticed({"manifest.json": manifest.render(content)})
+    damage.is_noticed({"manifest.json": storage.encode_manifest(content)})
     assert (damage.folder / "secret.pt").read_bytes() == damage.whole["brain.pt"]
 
 
 def test_sealed_nonsense_is_refused(damage: Damage) -> None:
-    content = manifest.content(manifest.read_manifest(damage.newest))
+    content = storage.manifest_content(storage.read_manifest(damage.newest))
     nonsense: list[dict[str, Any]] = [
-        {"format": 2}, {"number": "1"}, {"number": True}, {"meta": []}, {"files": []},
+        {"format": 3}, {"format": 0}, {"format": True}, {"number": "1"}, {"number": True},
+        {"meta": []}, {"files": []},
         {"files": {"brain.pt": {"size": 1}}}, {"files": {"brain.pt": {"size": "1", "sha256": ""}}},
         {"path": "/etc"}, {"time": None}, {"surprise": 1},
+        {"contents": None}, {"base": "x"}, {"shards": "1"},
     ]  # fmt: skip
     for each in nonsense:
-        damage.is_noticed({"manifest.json": manifest.render({**content, **each})})
+        damage.is_noticed({"manifest.json": storage.encode_manifest({**content, **each})})
     fields = {key: value for key, value in content.items() if key != "number"}
-    damage.is_noticed({"manifest.json": manifest.render(fields)})
+    damage.is_noticed({"manifest.json": storage.encode_manifest(fields)})
 
 
 def test_links_and_pipes_are_not_followed(damage: Damage, tmp_path: Path) -> None:

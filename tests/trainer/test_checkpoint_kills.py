@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint import Checkpointer, files
+from trainer.checkpoint import Checkpointer, storage
 
 from . import checkpoint_torture
 from .checkpoint_torture import Uniform, temporaries, two_checkpoints
@@ -133,10 +133,10 @@ def test_a_hundred_killed_saves_leave_nothing_after_one_clean_start(tmp_path: Pa
     dead.wait()
     for index in range(100):
         verb = ("saving", "deleting")[index % 2]
-        left = tmp_path / f".{verb}-{dead.pid}@{files.HOST}-step-{index:08d}"
+        left = tmp_path / f".{verb}-{dead.pid}@{storage.HOST}-step-{index:08d}"
         left.mkdir()
         (left / "brain.pt").write_bytes(b"half")
-    alive = tmp_path / f".saving-{os.getppid()}@{files.HOST}-step-00000009"
+    alive = tmp_path / f".saving-{os.getppid()}@{storage.HOST}-step-00000009"
     elsewhere = tmp_path / f".saving-{dead.pid}@elsewhere-step-00000009"
     abandoned = tmp_path / f".saving-{dead.pid}@elsewhere-step-00000008"
     for each in (alive, elsewhere, abandoned):

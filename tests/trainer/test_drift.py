@@ -1,9 +1,9 @@
-"""What tells weights apart: one bit of one element, in every dtype. Ranks: test_two_processes."""
+"""Fingerprints differ by one bit of one element, in every dtype. Ranks: test_two_processes."""
 
 import pytest
 import torch
 
-from trainer.distributed.replica_check import different, fingerprint
+from trainer.distributed.replica_check import find_differing, fingerprint
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,4 +40,4 @@ def test_of_what_is_not_finite_the_fingerprint_is_a_number_too() -> None:
 
 
 def test_one_process_has_nothing_to_compare() -> None:
-    assert different({"weight": torch.ones(2)}) == []
+    assert find_differing({"weight": torch.ones(2)}) == []

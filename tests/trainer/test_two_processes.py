@@ -54,14 +54,24 @@ def only(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def test_verbs(results: Results) -> None:
     for rank, found in enumerate(results("verbs")):
         assert found["rank"] == (rank, 2, rank, rank == 0)
-        assert found["agree"] == (True, True, False, True)
+        assert found["any_rank"] == (True, True, False, True)
         assert found["gather"] == [1, 5001]
         assert found["gather_exact"] == [0.1, 1.1]
         assert found["gather_nan"] == "nan"
-        assert found["broadcast_object"] == {"from": 0}
+        assert found["broadcast_json"] == {"from": 0}
         assert [tensor.tolist() for tensor in found["broadcast"]] == [[0.0, 0.0], [0]]
         assert found["sum"].tolist() == [3.0, 4.0]
-        assert found["smallest"] == 4
+        assert found["max"].tolist() == [2.0, 2.0]
+        assert found["rows"].tolist() == [[1.0, 1.0]] * 3
+        assert found["no_rows"].shape == (0, 2)
+        assert found["on_main"] == {"from": 0}
+        assert found["failures"] == {
+            "one": ("RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk")[rank],
+            "shared": ("ValueError: on rank 1: ValueError: lost", "ValueError: lost")[rank],
+            "both": ("ValueError: a", "ValueError: b")[rank],
+            "worse": ("RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk")[rank],
+            "none": "none",
+        }
 
 
 # ------------------------------------------------------------------------- the same as one process

@@ -1,20 +1,19 @@
-"""Checkpoints that survive kills, full disks and flipped bits, and run no code when read.
+"""Checkpoints that survive kills, full disks and flipped bits, and run no code when loaded.
 
     checkpoints/
         step-00000123/
             brain.pt            plain values of the recoverable "brain"
-            brain.modules.pt    and what is large, a file for each of its keys
+            brain.modules.pt    and for each of its keys with tensors, a file
             brain.updates.pt
-            rank-0.pt           what differs per process: random generators, an open gradient window
-            manifest.json       step, time and metrics to read, size and hash of each file
+            rank-0.pt           state that differs per rank: random generators, an open window
+            manifest.json       step, time and metrics, size and hash of each file
 
-`files` writes beside, hashes, syncs and renames; `manifest` says what a checkpoint is and refuses a
-broken one; `state` turns state dicts into files and back; `retention` says which ones stay;
-`saving` and `restoring` do one of either on all ranks `together`; the `Checkpointer` is what a
-recipe uses.
+`checkpointer` has the class that recipes use and the rules for which checkpoints stay, `storage`
+writes folders atomically and verifies them, `serialization` turns states into files and back, and
+`migrate` reads the layouts of earlier formats.
 """
 
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.manifest import BrokenCheckpoint, Checkpoint
+from trainer.checkpoint.storage import BrokenCheckpoint, Checkpoint
 
 __all__ = ["BrokenCheckpoint", "Checkpoint", "Checkpointer"]

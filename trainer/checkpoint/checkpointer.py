@@ -1,36 +1,120 @@
-"""The Checkpointer: saves, finds and restores the state of a run, for all its processes."""
+"""The Checkpointer: save, find, restore and average the states of a run, and delete old ones."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer import distributed
-from trainer.checkpoint import files, manifest, saving, state
-from trainer.checkpoint.manifest import CHECKPOINT_NAME, BrokenCheckpoint, Checkpoint
-from trainer.checkpoint.restoring import restore
-from trainer.checkpoint.retention import Keep, ranked
-from trainer.checkpoint.saving import Request
-from trainer.checkpoint.together import everywhere, on_main
+from trainer.checkpoint import serialization, storage
+from trainer.checkpoint.storage import BrokenCheckpoint, Checkpoint, FileEntry
+from trainer.distributed import run_on_all, run_on_main
+
+
+class Best(NamedTuple):
+    """Rule that keeps the ``n`` checkpoints with the lowest ("min") or highest ("max") metric."""
+
+    metric: str
+    mode: str
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Rules for which checkpoints stay: the ``last`` newest ones, and the best by each metric."""
+
+    last: int = 1
+    best: tuple[Best, ...] = ()
+
+    @classmethod
+    def from_arguments(cls, keep_last: Any, keep_best: Any) -> Retention:
+        """Build the rules from the arguments of a `Checkpointer`; raise ValueError for others."""
+        if type(keep_last) is not int or keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
+        if keep_best is not None and not isinstance(keep_best, Mapping):
+            raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
+        return cls(keep_last, tuple(_best(*rule) for rule in (keep_best or {}).items()))
+
+    def select(self, checkpoints: Sequence[Checkpoint]) -> set[Checkpoint]:
+        """Select those of ``checkpoints``, newest first, that stay: at least one."""
+        kept = set(checkpoints[: self.last])
+        for rule in self.best:
+            kept.update(ranked(checkpoints, rule.metric, rule.mode)[: rule.n])
+        return kept or set(checkpoints[:1])
+
+
+def _best(metric: Any, rule: Any) -> Best:
+    given = rule if isinstance(rule, Mapping) else {"mode": rule}
+    mode, n = str(given.get("mode")), given.get("n", 1)
+    valid = mode in ("min", "max") and type(n) is int and n >= 1 and set(given) <= {"mode", "n"}
+    if not valid or not isinstance(metric, str):
+        raise ValueError(
+            f"keep_best has {metric!r}: {rule!r}; a metric's rule is min, max, or a mapping like "
+            "{mode: min, n: 3}"
+        )
+    return Best(metric, mode, n)
+
+
+def ranked(checkpoints: Sequence[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
+    """Sort the checkpoints that have a finite value of ``metric``, the best first; stable."""
+
+    def has_value(checkpoint: Checkpoint) -> bool:
+        value = checkpoint.meta.get(metric)
+        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+    sign = 1 if mode == "min" else -1
+    return sorted(filter(has_value, checkpoints), key=lambda each: sign * each.meta[metric])
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """Arguments of a save, which may have to wait for `Checkpointer.release`."""
+
+    meta: dict[str, Any]
+    end_of_epoch: bool
+    label: str | None
+    retention: Retention | None  # None: delete nothing
 
 
 class Checkpointer:
-    """Save, find and restore the state of a run.
+    """Save, find and restore the states of a run.
 
-    `folder` (or `checkpoints_dir`) is made at the first save. The `keep_last` newest checkpoints
-    stay, and the best by each metric of `keep_best`, which maps names in `meta` to "min", "max", or
-    ``{mode: min, n: 3}``. Checkpoints at an epoch's end and those within epochs are counted apart,
-    so that neither push out the others.
+    Saves are atomic: a process that is killed at any moment leaves the previous checkpoints intact.
+    Every file is verified when it is loaded, and loading runs no code.
 
-    A recoverable is any object with `state_dict` and `load_state_dict`; one that has
-    `local_state_dict` and `load_local_state_dict` as well has a part that differs per process.
-    Every process calls every method that saves, restores or averages: rank 0 writes what is common,
-    each rank its local part, and what fails on one of them fails on all.
+    Checkpoints at the end of an epoch and those within epochs are counted apart, so that neither
+    push out the others.
 
-    With `enabled` False every save does nothing (a debug run leaves no checkpoints).
+    Args:
+        folder: folder of the checkpoints; made at the first save.
+        keep_last: number of the newest checkpoints that `save_and_keep_only` keeps, at least 1.
+        keep_best: metrics by which it also keeps the best ones: names in ``meta``, mapped to "min"
+            or "max", or to ``{mode: min, n: 3}`` for several.
+        recoverables: objects to save and restore, by name. Each has ``state_dict`` and
+            ``load_state_dict``. One that has ``local_state_dict`` and ``load_local_state_dict`` as
+            well has a part of its state that differs between ranks.
+        checkpoints_dir: SpeechBrain's name for ``folder``.
+
+    Attributes:
+        enabled: set it to False and every save does nothing.
+
+    Raises:
+        ValueError: an argument is invalid, or ``folder`` is a file.
+
+    Example::
+
+        checkpointer = Checkpointer("checkpoints", keep_last=2, keep_best={"wer": "min"})
+        checkpointer.add_recoverable("model", model)
+        checkpointer.recover_if_possible()
+        checkpointer.save_and_keep_only({"epoch": 1, "wer": 12.3})
     """
 
     def __init__(
@@ -47,17 +131,25 @@ class Checkpointer:
         self.folder = Path(str(folder if folder is not None else checkpoints_dir))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
-        self.keep = Keep.parse(keep_last, keep_best)
+        self.retention = Retention.from_arguments(keep_last, keep_best)
         self.enabled = True
         self.recoverables: dict[str, Any] = {}
         self.add_recoverables(recoverables or {})
         self._held = False
-        self._waiting: list[Request] = []
-        self._broken: dict[str, str] = {}  # by name, with the reason: left alone from then on
+        self._waiting: list[SaveRequest] = []
+        self._broken: dict[str, str] = {}  # Reasons by name; these are not looked at again.
 
     def add_recoverable(self, name: str, obj: Any) -> None:
-        """Save and restore `obj` under `name` from now on."""
-        if not state.NAME.fullmatch(name):
+        """Save and restore an object from now on.
+
+        Args:
+            name: name of the object in every checkpoint: letters, digits, - and _.
+            obj: object with ``state_dict`` and ``load_state_dict``.
+
+        Raises:
+            ValueError: the name or the object is not of this kind.
+        """
+        if not serialization.RECOVERABLE_NAME.fullmatch(name):
             raise ValueError(
                 f"{name!r} cannot name a recoverable: it becomes a file name, made of letters, "
                 "digits, - and _, and not beginning with rank-"
@@ -70,7 +162,14 @@ class Checkpointer:
         self.recoverables[name] = obj
 
     def add_recoverables(self, recoverables: Mapping[str, Any]) -> None:
-        """Add each of a mapping from names to objects."""
+        """Add several objects, as by `add_recoverable`.
+
+        Args:
+            recoverables: objects by name.
+
+        Raises:
+            ValueError: a name or an object is invalid.
+        """
         for name, obj in recoverables.items():
             self.add_recoverable(name, obj)
 
@@ -79,9 +178,21 @@ class Checkpointer:
     def save_checkpoint(
         self, meta: Mapping[str, Any] = {}, end_of_epoch: bool = True, name: str | None = None
     ) -> Checkpoint | None:
-        """Save, and delete nothing; None while saves are held or disabled.
+        """Save every recoverable, and delete no other checkpoint. Every rank must call it.
 
-        With a `name` it stays until it is deleted by hand, or saved again under the same name.
+        Args:
+            meta: epoch, metrics and other plain values, by which checkpoints can be found later.
+            end_of_epoch: False for a save within an epoch.
+            name: name of the checkpoint. It then stays until it is deleted by hand or saved again
+                under this name. By default it is named by the ``optimizer_step`` in ``meta``.
+
+        Returns:
+            The checkpoint, or None while saves are held or disabled.
+
+        Raises:
+            ValueError: the name, ``meta`` or a state cannot be saved, or the folder not written.
+            OSError: a file could not be written; nothing of the save is left.
+            RuntimeError: another rank failed.
         """
         return self._request(meta, end_of_epoch, name, None)
 
@@ -95,103 +206,200 @@ class Checkpointer:
         max_keys: Iterable[str] = (),
         min_keys: Iterable[str] = (),
     ) -> Checkpoint | None:
-        """Save, then delete what neither the constructor's rules nor these arguments keep.
+        """Save every recoverable, then delete the checkpoints that no rule keeps.
 
-        `num_to_keep` is how many stay of each: of the newest, and of the best by each key.
+        The rules are those of the constructor and those of these arguments. Every rank must call
+        it.
+
+        Args:
+            meta: as in `save_checkpoint`.
+            end_of_epoch: as in `save_checkpoint`; only checkpoints of the same kind are deleted.
+            name: as in `save_checkpoint`, but the checkpoint can be deleted by later saves.
+            num_to_keep: number to keep of the newest, and of the best by each key; at least 1.
+            keep_recent: False to keep the best ones only.
+            max_keys: metrics in ``meta`` of which the highest are kept.
+            min_keys: metrics in ``meta`` of which the lowest are kept.
+
+        Returns:
+            The checkpoint, or None while saves are held or disabled.
+
+        Raises:
+            ValueError, OSError, RuntimeError: as in `save_checkpoint`.
         """
         if num_to_keep < 1:
             raise ValueError(f"num_to_keep is {num_to_keep}; at least 1 checkpoint must be kept")
-        last = num_to_keep if keep_recent else 0
-        keep = self.keep.widened(last, min_keys, max_keys, num_to_keep)
-        return self._request(meta, end_of_epoch, name, keep)
+        rules = [Best(key, "min", num_to_keep) for key in min_keys]
+        rules += [Best(key, "max", num_to_keep) for key in max_keys]
+        last = max(self.retention.last, num_to_keep) if keep_recent else 0
+        retention = Retention(last, (*self.retention.best, *rules))
+        return self._request(meta, end_of_epoch, name, retention)
 
     def hold(self) -> None:
-        """Let saves wait for `release`: now is no moment at which the state is whole."""
+        """Defer saves until `release`, since the state is incomplete at the moment."""
         self._held = True
 
     def release(self) -> list[Checkpoint]:
-        """Do the saves that waited, with the state as it is now."""
+        """Do the saves that were deferred, with the state of now. Every rank must call it.
+
+        Returns:
+            The checkpoints.
+
+        Raises:
+            ValueError, OSError, RuntimeError: as in `save_checkpoint`.
+        """
         waiting, self._held, self._waiting = self._waiting, False, []
         return [self._save(request) for request in waiting]
 
     def drop_waiting(self) -> int:
-        """Forget the saves that waited, and let later ones be done at once; how many there were."""
+        """Discard the saves that were deferred, and stop deferring.
+
+        Returns:
+            Number of the saves that were discarded.
+        """
         waiting, self._held, self._waiting = self._waiting, False, []
         return len(waiting)
 
     def prepare(self) -> None:
-        """Make the folder and remove what killed saves left; ValueError where it is not writable.
+        """Make the folder and remove what killed processes left in it. Every rank must call it.
 
-        A save begins with this. Called before the training, it tells of a bad folder in time.
+        Every save does this first. Call it before training to learn of a bad folder in time.
+
+        Raises:
+            ValueError: the folder cannot be made or is not writable.
         """
-        on_main(self._prepare)
+        run_on_main(self._prepare)
 
     def _prepare(self) -> None:
-        files.make_folder(self.folder)
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not writable")
-        files.remove_stale(self.folder)
+        storage.make_folder(self.folder)
+        storage.remove_stale(self.folder)
 
     def _request(
-        self, meta: Mapping[str, Any], end_of_epoch: bool, name: str | None, keep: Keep | None
+        self,
+        meta: Mapping[str, Any],
+        end_of_epoch: bool,
+        name: str | None,
+        retention: Retention | None,
     ) -> Checkpoint | None:
-        if name is not None and not (CHECKPOINT_NAME.fullmatch(name) and len(name) <= 80):
+        if name is not None and not (storage.CHECKPOINT_NAME.fullmatch(name) and len(name) <= 80):
             raise ValueError(
                 f"{name[:100]!r} cannot name a checkpoint: it becomes a folder's name, made of at "
                 "most 80 letters, digits and _ . = , -"
             )
-        request = Request(state.plain(meta), end_of_epoch, name, keep)
+        request = SaveRequest(serialization.to_json(meta), end_of_epoch, name, retention)
         if self._held and self.enabled:
             self._waiting.append(request)
         return self._save(request) if self.enabled and not self._held else None
 
-    def _save(self, request: Request) -> Checkpoint:
-        name, fields = on_main(self._draft, request)
-        saved = saving.save(Checkpoint(self.folder / name, **fields), self.recoverables)
-        on_main(self._delete_others, saved, request.keep)
+    def _save(self, request: SaveRequest) -> Checkpoint:
+        name, fields = run_on_main(self._plan, request)
+        planned = Checkpoint(self.folder / name, **fields)
+        try:
+            saved = self._write(planned)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the checkpoint {planned.path} could not be saved: {error.strerror or error}",
+            ) from error
+        run_on_main(self._delete_others, saved, request.retention)
         return saved
 
-    def _draft(self, request: Request) -> tuple[str, dict[str, Any]]:
+    def _plan(self, request: SaveRequest) -> tuple[str, dict[str, Any]]:
+        """Choose the name of a new checkpoint, and return its fields without the files."""
         self._prepare()
         number = 1 + max((each.number for each in self.list_checkpoints()), default=0)
-        return saving.draft(self.folder, number, request)
+        step = request.meta.get("optimizer_step", request.meta.get("step"))
+        step = step if type(step) is int else None
+        wanted = request.label or (f"save-{number:08d}" if step is None else f"step-{step:08d}")
+        names = (wanted if n == 1 else f"{wanted}-{n}" for n in itertools.count(1))
+        return next(each for each in names if not os.path.lexists(self.folder / each)), {
+            "number": number,
+            "time": datetime.now(timezone.utc).isoformat(),
+            "step": step,
+            "label": request.label,
+            "pinned": request.label is not None and request.retention is None,
+            "end_of_epoch": request.end_of_epoch,
+            "processes": distributed.world_size(),
+            "meta": request.meta,
+        }
 
-    def _delete_others(self, saved: Checkpoint, keep: Keep | None) -> None:
-        """Delete what `saved` replaces by its name, and what the rules do not keep of its kind."""
+    def _write(self, planned: Checkpoint) -> Checkpoint:
+        """Write a checkpoint on all ranks; a failure on any of them leaves nothing."""
+        # Only rank 0 knows the name of the temporary folder, which has its process id.
+        temporary = self.folder / run_on_main(storage.make_temporary, planned.path)
+        try:
+            by_rank = distributed.all_gather_json(run_on_all(self._write_states, temporary))
+            entries = {name: FileEntry(*entry) for rank in by_rank for name, *entry in rank}
+            saved = replace(planned, files=entries)
+            run_on_main(storage.publish, temporary, saved)
+        except BaseException:
+            if distributed.is_main():
+                # What cannot be removed now is removed by the next start; the error matters more.
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return saved
+
+    def _write_states(self, folder: Path) -> list[tuple[str, int, str]]:
+        """Write this rank's files: the shared states on rank 0, and its local states."""
+        rank, written = distributed.rank(), []
+        for name, obj in self.recoverables.items() if rank == 0 else ():
+            written += serialization.write_state(folder, name, obj.state_dict())
+        local = {
+            name: obj.local_state_dict()
+            for name, obj in self.recoverables.items()
+            if hasattr(obj, "local_state_dict")
+        }
+        return written + serialization.write_local(folder, rank, local)
+
+    def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
+        """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""
         others = [each for each in self.list_checkpoints() if each.name != saved.name]
-        doomed = {each for each in others if saved.label and each.label == saved.label}
-        if keep is not None:
+        unwanted = {each for each in others if saved.label and each.label == saved.label}
+        if retention is not None:
             kind = [
                 each
                 for each in (saved, *others)
                 if each.end_of_epoch == saved.end_of_epoch and not each.pinned
             ]
-            doomed |= set(kind) - keep.chosen([each for each in kind if each not in doomed])
-        for checkpoint in doomed:
-            files.delete(checkpoint.path)
+            unwanted |= set(kind) - retention.select([e for e in kind if e not in unwanted])
+        for checkpoint in unwanted:
+            storage.delete(checkpoint.path)
 
     # Finding
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """All, newest first, by their manifests alone; a broken one is named in a warning."""
+        """List the checkpoints in the folder by their manifests alone.
+
+        Returns:
+            All of them, newest first. A broken one is left out, with a warning that names it.
+        """
         found = []
         for entry in list(os.scandir(self.folder)) if self.folder.is_dir() else ():
             # A link is not followed: it would be a second name, or lead outside.
-            fits = CHECKPOINT_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            if fits and entry.name not in self._broken:
+            fits = storage.CHECKPOINT_NAME.fullmatch(entry.name)
+            if fits and entry.is_dir(follow_symlinks=False) and entry.name not in self._broken:
                 try:
-                    found.append(manifest.read_manifest(Path(entry.path)))
+                    found.append(storage.read_manifest(Path(entry.path)))
                 except BrokenCheckpoint as error:
-                    if manifest.holds_files(Path(entry.path)):
-                        self._set_aside(entry.name, error)
+                    if storage.looks_like_checkpoint(Path(entry.path)):
+                        self._mark_broken(entry.name, error)
         return sorted(found, key=lambda each: (each.number, each.time), reverse=True)
 
     def find(
         self, min_key: str | None = None, max_key: str | None = None, n: int | None = 1
     ) -> list[Checkpoint]:
-        """The `n` best by a metric, or the newest; None for all. Their files are not yet verified.
+        """Find the newest checkpoints, or the best ones by a metric; only manifests are read.
 
-        Without a finite value of the metric a checkpoint is no candidate.
+        Args:
+            min_key: metric in ``meta`` to minimise. A checkpoint without a finite value of it is
+                no candidate.
+            max_key: metric to maximise.
+            n: number of checkpoints; None for all.
+
+        Returns:
+            At most ``n`` checkpoints, the best or newest first.
+
+        Raises:
+            ValueError: both ``min_key`` and ``max_key`` are given.
         """
         if min_key and max_key:
             raise ValueError(f"give min_key ({min_key!r}) or max_key ({max_key!r}), not both")
@@ -211,7 +419,18 @@ class Checkpointer:
     def find_checkpoint(
         self, max_key: str | None = None, min_key: str | None = None
     ) -> Checkpoint | None:
-        """The best by a metric, or the newest; None when there is none."""
+        """Find the newest checkpoint, or the best one by a metric.
+
+        Args:
+            max_key: metric in ``meta`` to maximise.
+            min_key: metric to minimise.
+
+        Returns:
+            The checkpoint, or None if there is none.
+
+        Raises:
+            ValueError: both metrics are given.
+        """
         return next(iter(self.find(min_key, max_key)), None)
 
     def find_checkpoints(
@@ -220,7 +439,19 @@ class Checkpointer:
         min_key: str | None = None,
         max_num_checkpoints: int | None = None,
     ) -> list[Checkpoint]:
-        """The best by a metric, or the newest, first; all of them unless a number is given."""
+        """Find checkpoints, as `find` does, by SpeechBrain's arguments.
+
+        Args:
+            max_key: metric in ``meta`` to maximise.
+            min_key: metric to minimise.
+            max_num_checkpoints: number of checkpoints; None for all.
+
+        Returns:
+            The checkpoints, the best or newest first.
+
+        Raises:
+            ValueError: both metrics are given.
+        """
         return self.find(min_key, max_key, max_num_checkpoints)
 
     # Restoring
@@ -228,30 +459,63 @@ class Checkpointer:
     def recover_if_possible(
         self, max_key: str | None = None, min_key: str | None = None
     ) -> Checkpoint | None:
-        """Restore every recoverable from the newest checkpoint, or from the best by a metric.
+        """Restore every recoverable from the newest or best checkpoint. Every rank must call it.
 
-        Everything is verified and read before anything is restored. A broken checkpoint is named in
-        a warning and the next one is used. None when there is no checkpoint to use;
-        BrokenCheckpoint when there are some and all are broken: a run must not start over unasked.
+        Everything is loaded and verified before anything is restored. A broken checkpoint is named
+        in a warning, and the next one is used.
+
+        Args:
+            max_key: metric in ``meta`` to maximise.
+            min_key: metric to minimise.
+
+        Returns:
+            The checkpoint, or None if there is none.
+
+        Raises:
+            BrokenCheckpoint: there are checkpoints, and all are broken: a run must not start over
+                unasked.
+            ValueError: the checkpoint is another model's, or of other recoverables.
+            RuntimeError: another rank failed.
         """
-        names = on_main(self._candidates, max_key, min_key)
+        names = run_on_main(self._candidates, max_key, min_key, shared=BrokenCheckpoint)
         for name in names:
             try:
-                return restore(self.folder / name, self.recoverables)
+                return self._restore(self.folder / name)
             except BrokenCheckpoint as error:
-                self._set_aside(name, error)
+                self._mark_broken(name, error)
         if names:
             raise self._all_broken()
         return None
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Restore every recoverable from this one; BrokenCheckpoint when it is not sound."""
-        restore(checkpoint.path, self.recoverables)
+        """Restore every recoverable from one checkpoint. Every rank must call it.
+
+        Args:
+            checkpoint: as `find` or `list_checkpoints` returned it.
+
+        Raises:
+            BrokenCheckpoint: a file is damaged; nothing has been restored.
+            ValueError: the checkpoint is another model's, or of other recoverables.
+            RuntimeError: another rank failed.
+        """
+        self._restore(checkpoint.path)
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> dict[str, Any]:
-        """States by the names of their recoverables (default all), verified and on the CPU."""
-        wanted = sorted(state.names(checkpoint)) if names is None else names
-        return {name: state.load_state(checkpoint, name) for name in wanted}
+        """Load states that all ranks share, verified and on the CPU, without restoring them.
+
+        Args:
+            checkpoint: as `find` or `list_checkpoints` returned it.
+            names: names of recoverables; all by default.
+
+        Returns:
+            The states by name.
+
+        Raises:
+            BrokenCheckpoint: a file is damaged.
+            ValueError: the checkpoint has no recoverable of such a name.
+        """
+        wanted = serialization.recoverable_names(checkpoint) if names is None else names
+        return {name: serialization.load_state(checkpoint, name) for name in wanted}
 
     def average(
         self,
@@ -259,25 +523,96 @@ class Checkpointer:
         name: str = "brain",
         path: Sequence[str] = ("modules",),
     ) -> Any:
-        """The mean of what is at `path` in the state of `name`, over several checkpoints.
+        """Average a part of a state over several checkpoints. Every rank must call it.
 
-        Float tensors are averaged in float64 and cast back; everything else is the newest's. A
-        broken checkpoint is named in a warning and left out.
+        Float tensors are averaged in float64 and cast back; all else is that of the newest one. A
+        broken checkpoint is left out, with a warning that names it.
+
+        Args:
+            checkpoints: checkpoints of one model.
+            name: name of the recoverable.
+            path: keys that lead to the part in its state.
+
+        Returns:
+            The average, on the CPU.
+
+        Raises:
+            BrokenCheckpoint: no checkpoint could be used.
+            ValueError: there is nothing at ``path``, or the tensors have other shapes.
+            RuntimeError: another rank failed.
         """
         newest_first = sorted(checkpoints, key=lambda each: each.number, reverse=True)
-        sound = self._sound_parts(newest_first, name, path)
-        _, newest = next(sound, (None, None))
+        parts = self._load_parts(newest_first, name, path)
+        _, newest = next(parts, (None, None))
         if newest is None:
             raise BrokenCheckpoint(f"no checkpoint to average in {self.folder} is sound")
-        state.mean_into(newest, sound)
+        serialization.average_into(newest, parts)
         return newest
 
     def _candidates(self, max_key: str | None, min_key: str | None) -> list[str]:
-        files.remove_stale(self.folder)
+        storage.remove_stale(self.folder)
         found = self.find(min_key, max_key, None)
         if self._broken and not found and not self.list_checkpoints():
             raise self._all_broken()
         return [each.name for each in found]
+
+    def _restore(self, path: Path) -> Checkpoint:
+        """Restore on all ranks or on none: load and verify, then check, then apply."""
+        checkpoint, states, local = run_on_all(self._load_all, path, shared=BrokenCheckpoint)
+        run_on_all(self._check_fit, checkpoint, states, local)
+        run_on_all(self._apply, checkpoint, states, local)
+        return checkpoint
+
+    def _load_all(self, path: Path) -> tuple[Checkpoint, dict[str, Any], dict[str, Any]]:
+        checkpoint = storage.read_manifest(path)
+        rank, ranks = distributed.rank(), distributed.world_size()
+        return checkpoint, self.read(checkpoint), serialization.load_local(checkpoint, rank, ranks)
+
+    def _check_fit(
+        self, checkpoint: Checkpoint, states: Mapping[str, Any], local: Mapping[str, Any]
+    ) -> None:
+        """Raise ValueError if a checkpoint has other recoverables than this run."""
+        divided = {n for n, o in self.recoverables.items() if hasattr(o, "load_local_state_dict")}
+        _check_names(checkpoint, "states", set(states), set(self.recoverables))
+        if checkpoint.processes == distributed.world_size():
+            _check_names(checkpoint, "local states", set(local), divided)
+        elif divided and distributed.is_main():
+            warnings.warn(
+                f"{checkpoint.path} was saved by {checkpoint.processes} processes and is restored "
+                f"by {distributed.world_size()}: what differs per process (random generators, "
+                "gradients of an unfinished accumulation window) starts anew",
+                stacklevel=5,
+            )
+
+    def _apply(
+        self, checkpoint: Checkpoint, states: Mapping[str, Any], local: Mapping[str, Any]
+    ) -> None:
+        for name, obj in self.recoverables.items():
+            try:
+                obj.load_state_dict(states[name])
+                if name in local:
+                    obj.load_local_state_dict(local[name])
+            except Exception as error:
+                raise ValueError(
+                    f"{checkpoint.path}: {name!r} ({type(obj).__name__}) cannot take its state: "
+                    f"{error}"
+                ) from error
+
+    def _load_parts(
+        self, checkpoints: Iterable[Checkpoint], name: str, path: Sequence[str]
+    ) -> Iterator[tuple[Checkpoint, Any]]:
+        """Load a part of each state, leaving out broken checkpoints."""
+        load = serialization.load_part
+        for checkpoint in checkpoints:
+            try:
+                yield checkpoint, run_on_all(load, checkpoint, name, path, shared=BrokenCheckpoint)
+            except BrokenCheckpoint as error:
+                self._mark_broken(checkpoint.name, error)
+
+    def _mark_broken(self, name: str, error: BrokenCheckpoint) -> None:
+        self._broken[name] = str(error)
+        if distributed.is_main():
+            warnings.warn(f"the checkpoint {name} is left out: {error}", stacklevel=3)
 
     def _all_broken(self) -> BrokenCheckpoint:
         return BrokenCheckpoint(
@@ -285,16 +620,11 @@ class Checkpointer:
             f"{'; '.join(self._broken.values())}; move them away to start over"
         )
 
-    def _sound_parts(
-        self, checkpoints: Iterable[Checkpoint], name: str, path: Sequence[str]
-    ) -> Iterator[tuple[Checkpoint, Any]]:
-        for checkpoint in checkpoints:
-            try:
-                yield checkpoint, everywhere(state.load_part, checkpoint, name, path)
-            except BrokenCheckpoint as error:
-                self._set_aside(checkpoint.name, error)
 
-    def _set_aside(self, name: str, error: BrokenCheckpoint) -> None:
-        self._broken[name] = str(error)
-        if distributed.is_main():
-            warnings.warn(f"the checkpoint {name} is left out: {error}", stacklevel=3)
+def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[str]) -> None:
+    if has != needs:
+        missing, unknown = ", ".join(sorted(needs - has)), ", ".join(sorted(has - needs))
+        raise ValueError(
+            f"{checkpoint.path} does not fit this run: of the {what}, it lacks {missing or 'none'} "
+            f"and this run does not know {unknown or 'none'}"
+        )

@@ -1,19 +1,22 @@
-"""The processes of a run: who I am, and how all ranks decide as one.
+"""Process-group verbs: ranks, collectives, and work that succeeds or fails on all ranks as one.
 
-Launched by ``torchrun --nproc_per_node=N recipes/<task>/train.py …``; without it there is one
-process, and every function here is free of communication.
+``torchrun --nproc_per_node=N recipes/<task>/train.py …`` launches the processes. In a run of one
+process, no function of this module communicates.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 def _active() -> bool:
@@ -21,32 +24,40 @@ def _active() -> bool:
 
 
 def rank() -> int:
-    """This process among all, from 0."""
+    """Return the index of this process among all, from 0."""
     return dist.get_rank() if _active() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes."""
     return dist.get_world_size() if _active() else 1
 
 
 def local_rank() -> int:
-    """This process among those of its machine, from 0: the index of its GPU."""
+    """Return the index of this process on its machine, from 0: that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if _active() else 0
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once."""
+    """Return True on rank 0, which writes what is written once."""
     return rank() == 0
 
 
 def launched() -> bool:
-    """Whether torchrun started this process (its environment is there)."""
+    """Return True if torchrun started this process, which its environment shows."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Join the processes that torchrun launched; nothing happens for a process on its own."""
+    """Join the process group of the processes that torchrun launched.
+
+    Every rank must call it. It does nothing in a process that torchrun did not launch, and in one
+    that has joined.
+
+    Args:
+        device: device of the run, such as "cpu" or "cuda"; CUDA uses NCCL, all else Gloo.
+        timeout: time after which a collective that some rank does not call raises an error.
+    """
     if not launched() or _active():
         return
     if device.startswith("cuda"):
@@ -55,93 +66,193 @@ def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> None:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one. Every rank must call it."""
     if _active():
         dist.destroy_process_group()
 
 
 def _device() -> torch.device:
-    """Where the backend wants its tensors."""
+    """Return the device on which the backend takes tensors."""
     nccl = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
-def agree(*flags: bool) -> tuple[bool, ...]:
-    """Each flag as all ranks must see it: true when it is true on any of them."""
-    if world_size() == 1:
-        return flags
-    votes = torch.tensor(flags, dtype=torch.int32, device=_device())
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return tuple(bool(vote) for vote in votes.tolist())
-
-
-def smallest(value: int) -> int:
-    """The least of all ranks' values."""
-    return int(min(gather(value)))
+# Collectives
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank is here. Every rank must call it."""
     if world_size() > 1:
         dist.barrier()
 
 
-def sum_(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Combine flags over ranks by logical or. Every rank must call it, with as many flags.
+
+    Args:
+        *flags: this rank's flags.
+
+    Returns:
+        Each flag, True where it is True on any rank; equal on all ranks.
+    """
+    if world_size() == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32, device=_device())
+    return tuple(bool(vote) for vote in all_reduce_max_(votes).tolist())
+
+
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
+    """Sum a tensor over ranks, in place. Every rank must call it.
+
+    Args:
+        tensor: of the same shape and dtype on all ranks.
+
+    Returns:
+        The tensor itself.
+    """
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def largest_(tensor: Tensor) -> Tensor:
-    """The largest over ranks of each element, in place."""
+def all_reduce_max_(tensor: Tensor) -> Tensor:
+    """Take the maximum over ranks of each element, in place. Every rank must call it.
+
+    Args:
+        tensor: of the same shape and dtype on all ranks.
+
+    Returns:
+        The tensor itself.
+    """
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def broadcast_(tensors: list[Tensor]) -> None:
-    """Overwrite every rank's tensors with rank 0's, in place."""
+    """Overwrite tensors by those of rank 0, in place. Every rank must call it.
+
+    Args:
+        tensors: of the same number, shapes and dtypes on all ranks.
+    """
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """The rows of all ranks' tensors (n, …), one after the other; each may have another n."""
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks' tensors. Every rank must call it.
+
+    Args:
+        tensor: (n, …); n may differ between ranks.
+
+    Returns:
+        The rows (Σn, …) in the order of ranks.
+    """
+    return tensor if world_size() == 1 else torch.cat(_all_gather(tensor))
+
+
+def all_gather_json(item: Any) -> list[Any]:
+    """Gather one item per rank, sent as JSON: reading it runs no code. Every rank must call it.
+
+    Args:
+        item: numbers, strings, booleans, None, and lists and dicts of these.
+
+    Returns:
+        Every rank's item, in the order of ranks. In a run of one process, the item as it is.
+    """
     if world_size() == 1:
-        return tensor
+        return [item]
+    payload = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8)
+    return [json.loads(bytes(row.tolist())) for row in _all_gather(payload.to(_device()))]
+
+
+def broadcast_json(item: Any) -> Any:
+    """Return rank 0's item on every rank, sent as JSON. Every rank must call it.
+
+    Args:
+        item: as in `all_gather_json`; used on rank 0 only.
+    """
+    return all_gather_json(item if is_main() else None)[0]
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    """Gather tensors (n, …) whose number of rows n differs between ranks."""
     size = torch.tensor([len(tensor)], device=tensor.device)
     sizes = [torch.zeros_like(size) for _ in range(world_size())]
     dist.all_gather(sizes, size)
-    counts = [int(each) for each in sizes]  # Waits for the device.
+    counts = torch.cat(sizes).tolist()  # Waits for the device.
     if not any(counts):
-        return tensor
+        return [tensor for _ in counts]
     padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     rows = [torch.zeros_like(padded) for _ in counts]
     dist.all_gather(rows, padded)
-    return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
+    return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
-def gather(item: Any) -> list[Any]:
-    """Every rank's item, in the order of ranks. Items travel as JSON: reading one runs no code."""
-    if world_size() == 1:
-        return [item]
-    payload = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(payload)], device=_device())
-    sizes = [torch.zeros_like(size) for _ in range(world_size())]
-    dist.all_gather(sizes, size)
-    longest = max(int(each) for each in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=_device())
-    padded[: len(payload)] = payload.to(padded.device)
-    rows = [torch.zeros_like(padded) for _ in range(world_size())]
-    dist.all_gather(rows, padded)
-    return [
-        json.loads(bytes(row[: int(n)].cpu().tolist())) for row, n in zip(rows, sizes, strict=True)
-    ]
+# Work that succeeds or fails on all ranks
 
 
-def broadcast_object(item: Any) -> Any:
-    """Rank 0's item on every rank (as JSON)."""
-    return gather(item if is_main() else None)[0]
+def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | None = None) -> T:
+    """Call a function on every rank; an error on one rank becomes an error on all of them.
+
+    No rank is left waiting in a later collective for one that failed. Every rank must call it.
+
+    Args:
+        work: function that may fail on some ranks only.
+        *args: its arguments, which may differ between ranks.
+        shared: type of exception that all ranks raise alike, so that all of them can handle it in
+            the same way; it is made from a message.
+
+    Returns:
+        This rank's result.
+
+    Raises:
+        BaseException: this rank's own error, if it has one.
+        shared: on every rank, if it is the only type that was raised.
+        RuntimeError: another rank failed with an error of another type than ``shared``.
+    """
+    error: BaseException | None = None
+    failure: tuple[bool, str] | None = None
+    try:
+        result = work(*args)
+    except BaseException as caught:
+        error = caught
+        is_shared = shared is not None and isinstance(caught, shared)
+        failure = is_shared, f"{type(caught).__name__}: {caught}"
+    failures = [(r, *each) for r, each in enumerate(all_gather_json(failure)) if each is not None]
+    if failure is None or failure[0]:
+        for failed_rank, is_shared, message in failures:
+            if not is_shared:
+                raise RuntimeError(f"rank {failed_rank} failed ({message})") from error
+    if error is not None:
+        raise error
+    for failed_rank, _, message in failures:
+        assert shared is not None
+        raise shared(f"on rank {failed_rank}: {message}")
+    return result
+
+
+def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | None = None) -> T:
+    """Call a function on rank 0 and return its result on every rank. Every rank must call it.
+
+    Args:
+        work: function that returns what `all_gather_json` can send.
+        *args: its arguments, used on rank 0 only.
+        shared: as in `run_on_all`.
+
+    Returns:
+        Rank 0's result.
+
+    Raises:
+        BaseException: as in `run_on_all`; an error on rank 0 is one on every rank.
+    """
+    result = run_on_all(lambda: work(*args) if is_main() else None, shared=shared)
+    on_every_rank: T = broadcast_json(result)
+    return on_every_rank
+
+
+# Earlier names.
+agree, sum_, largest_ = any_rank, all_reduce_sum_, all_reduce_max_
+gather, gather_rows, broadcast_object = all_gather_json, all_gather_rows, broadcast_json

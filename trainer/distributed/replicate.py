@@ -1,10 +1,10 @@
-"""Gradients summed over ranks by whoever steps with them.
+"""Sum gradients over ranks once a step, where the accumulation window closes.
 
-The usual DistributedDataParallel wrapper ties the sum to one forward and one backward of one
-module; adversarial recipes, several forwards, unused parameters and accumulation each break that in
-a way of their own. Summing once, where the window closes, has none of these cases: a forward may be
-called any number of times, ``self.modules.x`` stays the user's own module, and a rank that has
-nothing to give takes part with zeros instead of leaving the others waiting.
+DistributedDataParallel ties the sum to one forward and one backward pass of one module; adversarial
+recipes, several forward passes, unused parameters and accumulation each break that in their own
+way. A sum at the close of the window has none of these cases: a forward pass may run any number of
+times, ``self.modules.x`` stays the user's own module, and a rank without a gradient sends zeros
+instead of leaving the others waiting.
 """
 
 from __future__ import annotations
@@ -18,20 +18,30 @@ from torch import Tensor
 from trainer import distributed
 
 # Bytes in one message: large enough to fill a link, small beside the gradients of a large model.
-BUCKET = 64 * 2**20
+BUCKET_BYTES = 64 * 2**20
 
 
 def sum_gradients(
     params: list[Tensor], factor: float, facts: Tensor, sparse: Collection[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Replace each ``p.grad`` by the sum over ranks of ``factor · p.grad``, with a factor a rank.
+    """Replace each ``p.grad`` by the sum over ranks of ``factor · p.grad``.
 
-    ``facts`` (K,) is summed in the same message. Returns the summed facts (K,) and, for each
-    parameter, how many ranks had a gradient (len(params),): on the device, no sync.
-    A parameter without a gradient on this rank counts as zeros and receives the sum. Those in
-    ``sparse`` (the same on all ranks) travel as the rows that they have.
+    Every rank must call it, with the same parameters. A parameter without a gradient on this rank
+    counts as zeros and receives the sum.
 
-    Raises ValueError for a sparse gradient of another one.
+    Args:
+        params: parameters whose gradients are summed.
+        factor: factor of this rank's gradients.
+        facts: (K,) numbers of this rank, summed in the same message.
+        sparse: those of ``params`` whose gradients may be in sparse layout, the same on all ranks.
+            They are sent as the rows that they have.
+
+    Returns:
+        The summed facts (K,), and for each parameter the number of ranks that had a gradient
+        (len(params),). Both are on the device of ``facts``; nothing waits for it.
+
+    Raises:
+        ValueError: a parameter that is not in ``sparse`` has a sparse gradient.
     """
     dtype = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)
     had = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=facts.device)
@@ -47,7 +57,7 @@ def sum_gradients(
         pieces.append(grad.reshape(-1).to(device=facts.device, dtype=dtype) * factor)
     summed = [torch.empty(0)] * len(pieces)
     for bucket in _buckets(pieces):
-        flat = distributed.sum_(torch.cat([pieces[i] for i in bucket]))
+        flat = distributed.all_reduce_sum_(torch.cat([pieces[i] for i in bucket]))
         for i, part in zip(bucket, flat.split([pieces[i].numel() for i in bucket]), strict=True):
             summed[i] = part
     for p, total in zip(dense, summed[2:], strict=True):
@@ -59,25 +69,25 @@ def sum_gradients(
 
 
 def _sum_rows(param: Tensor, factor: float) -> None:
-    """The sum over ranks of a gradient in sparse layout, as the rows that any rank has."""
+    """Sum a gradient in sparse layout over ranks, by the rows that any rank has."""
     grad = param.grad
     if grad is None:
         rows, values = torch.zeros(0, dtype=torch.long, device=param.device), param.detach()[:0]
     else:
         own = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
         rows, values = own.indices()[0], own.values() * factor
-    rows, values = distributed.gather_rows(rows), distributed.gather_rows(values)
+    rows, values = distributed.all_gather_rows(rows), distributed.all_gather_rows(values)
     total = torch.sparse_coo_tensor(rows[None], values, param.shape, check_invariants=False)
     # An embedding that is used as a plain matrix too has a dense gradient.
     param.grad = total.coalesce() if grad is None or grad.is_sparse else total.to_dense()
 
 
 def _buckets(pieces: list[Tensor]) -> list[list[int]]:
-    """Indices of neighbouring pieces that travel together."""
+    """Group neighbouring pieces into messages, as their indices."""
     buckets: list[list[int]] = [[]]
     size = 0
     for i, piece in enumerate(pieces):
-        if size > BUCKET:
+        if size > BUCKET_BYTES:
             buckets.append([])
             size = 0
         buckets[-1].append(i)

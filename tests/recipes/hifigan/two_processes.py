@@ -33,12 +33,17 @@ class Scored(HiFiGAN):
 
     def optimize(self, loss: Any, name: str | None = None, **options: Any) -> Any:
         sizes: list[int] = []
-        plain = distributed.sum_
-        distributed.sum_ = lambda tensor: (sizes.append(tensor.numel()), plain(tensor))[1]
+        plain = distributed.all_reduce_sum_
+
+        def summed(tensor: Any) -> Any:
+            sizes.append(tensor.numel())
+            return plain(tensor)
+
+        distributed.all_reduce_sum_ = summed
         try:
             report = super().optimize(loss, name, **options)
         finally:
-            distributed.sum_ = plain
+            distributed.all_reduce_sum_ = plain
         self.sent[str(name)] += sizes
         return report
 

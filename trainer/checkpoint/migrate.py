@@ -1,0 +1,79 @@
+"""Migrate states of earlier checkpoint formats: the only code that knows their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Layout of the state "brain" that this version saves and restores. States of lower formats are
+# migrated to it when they are read.
+LAYOUT = 1
+
+
+def migrate(
+    version: int, shared: dict[str, Any], local: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state "brain" of a checkpoint in the layout of format 2.
+
+    Args:
+        version: format of the checkpoint.
+        shared: state that all ranks share.
+        local: state of one rank.
+
+    Returns:
+        The shared and the local state. What format 1 saved per rank and format 2 shares is taken
+        from ``local``, which must be rank 0's if the shared state is used.
+
+    Raises:
+        KeyError, TypeError, AttributeError: the states are not of that format.
+    """
+    if version > 1 or not isinstance(shared, dict) or "position" not in shared:
+        return shared, local  # The second is another object than a Brain, under its name.
+    return _shared_of_1(shared, local), _local_of_1(shared, local)
+
+
+def _shared_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
+    position = shared["position"]
+    as_saved = ("epoch", "step", "optimizer_step", "phase", "stopped", "fits", "processes")
+    state: dict[str, Any] = {
+        "progress": {
+            **{name: position[name] for name in as_saved},
+            "epoch_batches": position["batches"],
+            "seconds": local["journal"]["seconds"],
+            "joint": local["joint"],
+            "averaged": local["averaged"],
+            "nonfinite_count": position["patience"]["count"],
+        },
+        "modules": shared["modules"],
+        "trainable": shared["trainable"],
+    }
+    if shared["weight_average"]:
+        state["ema"] = shared["weight_average"]
+    state |= {f"optimizers.{name}": update for name, update in shared["updates"].items()}
+    state |= {f"objects.{name}": each for name, each in shared["objects"].items()}
+    return state
+
+
+def _local_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
+    journal = local["journal"]
+    state: dict[str, Any] = {
+        "rng": local["rng"],
+        "guard": {"buffers": local["statistics"]},
+        "metrics": {
+            "average": local["average"],
+            "interval": journal["mean"],
+            "counts": journal["counts"],
+            "tallies": journal["tallies"],
+            "examples": 0.0,
+            "logged": {},
+        },
+        "attributes": local["attributes"],
+        "callbacks.LoggerCallback": {"jsonl_lines": shared["position"]["log_lines"]},
+    }
+    if local.get("monitor"):
+        state["callbacks.LayerMonitor"] = local["monitor"]
+    if "buffers" in local:
+        state["buffers"] = local["buffers"]
+    state |= {f"windows.{name}": window for name, window in local["windows"].items()}
+    state |= {f"objects.{name}": each for name, each in local.get("objects", {}).items()}
+    return state

@@ -1,0 +1,360 @@
+"""Checkpoint folders on disk: atomic writes, and a manifest that verifies every file.
+
+A checkpoint is written to a temporary folder, hashed on the way, synced, and renamed when it is
+complete. A temporary folder has a leading dot, and its name has the process and the machine that
+work on it, so that the folders of killed processes can be recognised and removed.
+
+The manifest lists every file with its size and hash. It contains a hash of itself and must be, byte
+for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Nothing in
+it is used unchecked: file names must stay inside the folder, sizes and hashes must match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT = 2  # of the checkpoints that are written; those of all earlier formats are read
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20  # a usual one has a few thousand
+CHUNK_BYTES = 1 << 20  # smaller writes are gathered up to this
+STALE_SECONDS = 3600.0  # without a change, after which a temporary folder is in nobody's use
+HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:40]
+
+CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=,-]{0,99}", re.ASCII)
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.pt", re.ASCII)
+RANK_FILE = re.compile(r"rank-(\d{1,6})\.pt", re.ASCII)
+TEMPORARY_NAME = re.compile(r"\.(?:saving|deleting)-(\d{1,9})@([A-Za-z0-9]*)-.+", re.ASCII)
+
+
+class BrokenCheckpoint(ValueError):
+    """Error for a checkpoint that must not be used; names the file and what is wrong with it."""
+
+
+class FileEntry(NamedTuple):
+    """Entry of the manifest for one file: its size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saved state of a run, as its manifest describes it.
+
+    Attributes:
+        path: the folder.
+        number: running number of the save; the newer of two checkpoints has the higher one,
+            whatever the clocks said.
+        time: time of the save, UTC, ISO 8601.
+        step: optimizer step, if ``meta`` has it.
+        label: name that the caller asked for.
+        pinned: True if it is kept until it is deleted by hand.
+        end_of_epoch: False for a save within an epoch.
+        processes: number of processes that saved it.
+        meta: epoch, metrics and other values of the caller.
+        files: entry of each file.
+        format: format version of the folder.
+        contents: kind of content; "run" is the whole state of a run.
+        base: name and hash of the model that the weights are relative to, if any.
+        shards: number of parts that the states are divided into, if they are.
+    """
+
+    path: Path
+    number: int
+    time: str
+    step: int | None = None
+    label: str | None = None
+    pinned: bool = False
+    end_of_epoch: bool = True
+    processes: int = 1
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
+    files: dict[str, FileEntry] = field(default_factory=dict, hash=False)
+    format: int = FORMAT
+    contents: str = "run"
+    base: dict[str, Any] | None = field(default=None, hash=False)
+    shards: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.name
+
+
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "number": (int,),
+    "time": (str,),
+    "step": (int, type(None)),
+    "label": (str, type(None)),
+    "pinned": (bool,),
+    "end_of_epoch": (bool,),
+    "processes": (int,),
+    "meta": (dict,),
+    "contents": (str,),
+    "base": (dict, type(None)),
+    "shards": (int, type(None)),
+}
+
+
+# Manifests
+
+
+def encode_manifest(content: Mapping[str, Any]) -> bytes:
+    """Encode the content of a manifest as its file, with a hash of the content in it."""
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    plain = json.dumps(body, sort_keys=True, allow_nan=False).encode()
+    signed = {**body, "sha256": hashlib.sha256(plain).hexdigest()}
+    return (json.dumps(signed, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def manifest_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the content of a checkpoint's manifest: every field but the path."""
+    fields = {key: value for key, value in vars(checkpoint).items() if key != "path"}
+    files = {name: entry._asdict() for name, entry in sorted(checkpoint.files.items())}
+    return {"format": checkpoint.format, **fields, "files": files}
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """Read the checkpoint in a folder by its manifest alone; raise BrokenCheckpoint if damaged."""
+    data = read_file(path, MANIFEST)
+    try:
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.get("format") not in range(1, FORMAT + 1):
+            raise ValueError(f"it is not a manifest of format 1 to {FORMAT}")
+        if encode_manifest(fields) != data:
+            raise ValueError("its content does not match its own hash")
+        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
+        del fields["sha256"]
+        checkpoint = Checkpoint(path=path, files=files, **fields)
+        _check_fields(checkpoint)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BrokenCheckpoint(f"{path / MANIFEST} is broken: {error}") from error
+    return checkpoint
+
+
+def _check_fields(checkpoint: Checkpoint) -> None:
+    """Raise ValueError if a manifest, to which anybody can add a hash, has invalid fields."""
+    for key, types in FIELD_TYPES.items():
+        if type(getattr(checkpoint, key)) not in types:
+            raise ValueError(f"its {key!r} is not of type {types[0].__name__}")
+    for name, entry in checkpoint.files.items():
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(f"it lists {name[:80]!r}, which is not a plain name of a .pt file")
+        if type(entry.size) is not int or type(entry.sha256) is not str:
+            raise ValueError(f"the entry of {name!r} is not a size and a hash")
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Return True if a folder has files of a checkpoint, though its manifest may be damaged."""
+    try:
+        return any(name == MANIFEST or name.endswith(".pt") for name in os.listdir(path))
+    except FileNotFoundError:  # Deleted since it was listed, by the process that trains.
+        return False
+
+
+# Reading
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """Read a regular file directly in a folder; raise BrokenCheckpoint if it is anything else."""
+    path = folder / name
+    try:
+        # Checked before opening: a pipe would block for ever, a link would lead outside.
+        info = os.lstat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise BrokenCheckpoint(f"{path} is broken: it is not a regular file")
+        if name == MANIFEST and info.st_size > MAX_MANIFEST_BYTES:
+            raise BrokenCheckpoint(f"{path} is broken: it has {info.st_size} bytes")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{path} is missing") from error
+    except OSError as error:
+        raise BrokenCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_verified(checkpoint: Checkpoint, name: str) -> bytes:
+    """Read a file that the manifest lists; raise BrokenCheckpoint if size or hash differ."""
+    data, expected = read_file(checkpoint.path, name), checkpoint.files[name]
+    path = checkpoint.path / name
+    if len(data) != expected.size:
+        raise BrokenCheckpoint(
+            f"{path} is broken: it has {len(data)} bytes, the manifest says {expected.size}"
+        )
+    if hashlib.sha256(data).hexdigest() != expected.sha256:
+        raise BrokenCheckpoint(f"{path} is broken: its SHA-256 is not the manifest's")
+    return data
+
+
+# Writing
+
+
+class HashingFile:
+    """New file that hashes what is written to it, and raises its first error in `close` only.
+
+    torch's zip writer calls `write` from C++, where an exception would come out as another one.
+    After an error the size is still counted, so that the message can say how many bytes are needed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.size = self.stored = 0
+        self._error: BaseException | None = None
+        self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of ``data``, and return its length."""
+        self.size += len(data)
+        self._hash.update(data)
+        self._keep_error(lambda: self._store(data))
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: `close` flushes, once."""
+
+    def close(self) -> FileEntry:
+        """Sync the file to the disk and return its entry, or raise the first error."""
+        self._keep_error(self._drain)
+        self._keep_error(lambda: os.fsync(self._file))
+        os.close(self._file)
+        if self._error is not None:
+            raise self._error
+        return FileEntry(self.size, self._hash.hexdigest())
+
+    def _keep_error(self, work: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+    def _store(self, data: bytes | memoryview) -> None:
+        if len(data) < CHUNK_BYTES:
+            self._buffer += data
+        if len(data) >= CHUNK_BYTES or len(self._buffer) >= CHUNK_BYTES:
+            self._drain()
+        if len(data) >= CHUNK_BYTES:
+            self._put(memoryview(data))
+
+    def _drain(self) -> None:
+        full, self._buffer = self._buffer, bytearray()
+        self._put(memoryview(full))
+
+    def _put(self, data: memoryview) -> None:
+        while data:
+            count = os.write(self._file, data)
+            self.stored += count
+            data = data[count:]
+
+
+def write_file(path: Path, fill: Callable[[HashingFile], object]) -> FileEntry:
+    """Write a new file by calling ``fill``; an OSError says how many bytes are needed."""
+    file = HashingFile(path)
+    try:
+        try:
+            fill(file)
+        finally:
+            entry = file.close()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path.name} needs {file.size} bytes, {file.stored} of them were stored, "
+            f"{shutil.disk_usage(path.parent).free} are free on the disk "
+            f"({error.strerror or error})",
+        ) from error
+    return entry
+
+
+def publish(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the manifest, then rename the temporary folder: from then on it is a checkpoint."""
+    data = encode_manifest(manifest_content(checkpoint))
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"the meta of {checkpoint.path} is too large ({len(data)} bytes)")
+    write_file(folder / MANIFEST, lambda file: file.write(data))
+    _sync_folder(folder)
+    os.rename(folder, checkpoint.path)
+    _sync_folder(checkpoint.path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    if os.name == "nt":  # Windows opens no folders, and keeps their entries in its own journal.
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Create the folder of all checkpoints; raise ValueError if it cannot be made or written."""
+    try:
+        if not folder.is_dir():
+            os.makedirs(folder, exist_ok=True)
+            _sync_folder(folder.parent)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoints cannot be saved in {folder}: it does not exist and cannot be made "
+            f"({error.strerror}); choose another place, or make it writable"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"checkpoints cannot be saved in {folder}: it is not writable")
+
+
+def make_temporary(path: Path) -> str:
+    """Make the temporary folder for writing the checkpoint at ``path``; returns its name."""
+    temporary = _temporary(path, "saving")
+    os.mkdir(temporary)
+    return temporary.name
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint; a partly deleted one never has its name."""
+    temporary = _temporary(path, "deleting")
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
+
+
+def _temporary(path: Path, verb: str) -> Path:
+    return path.parent / f".{verb}-{os.getpid()}@{HOST}-{path.name}"
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary folders of this process, which is not saving, and of dead ones."""
+    for entry in list(os.scandir(folder)) if folder.is_dir() else []:
+        match = TEMPORARY_NAME.fullmatch(entry.name)
+        if match and (_is_dead(int(match[1]), match[2]) or _age(entry.path) > STALE_SECONDS):
+            shutil.rmtree(entry.path)
+
+
+def _is_dead(process: int, host: str) -> bool:
+    if process == os.getpid() and host == HOST:
+        return True
+    if host != HOST or os.name == "nt":  # It cannot be asked from here.
+        return False
+    try:
+        os.kill(process, 0)  # Signal 0 only asks if the process exists.
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # It exists, and is another user's.
+        return False
+    return False
+
+
+def _age(path: str) -> float:
+    """Return the seconds since anything in a folder changed."""
+    paths = [path, *(entry.path for entry in os.scandir(path))]
+    return time.time() - max(os.stat(each).st_mtime for each in paths)
