@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from trainer.brain import Brain
 from trainer.checkpoint import Checkpointer
 from trainer.epochs import EpochCounter
-from trainer.hooks import Stage
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.guard import NonFiniteError
 from trainer.options import RunOptions
+from trainer.progress import Stage
 
 if TYPE_CHECKING:
     from trainer.cli import Run, main

@@ -199,7 +199,7 @@ class Brain(SpeechBrainNames):
         """
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
-        """Called before each training batch; ``should_step`` if it closes an accumulation window."""
+        """Called before each training batch; ``should_step`` if it closes a window."""
 
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
         """Called after each training batch."""
@@ -259,15 +259,11 @@ class Brain(SpeechBrainNames):
             self.modules, self.options.nonfinite_patience, self.progress, self.__in_window
         )
         self.__state = RunState(self.progress, self.stateful)
-        self.callbacks = CallbackList(
-            made for factory in defaults.callbacks if (made := factory(self)) is not None
-        )
+        self.callbacks = CallbackList(defaults.make_callbacks(self))
         for callback in (*(getattr(self.hparams, "callbacks", None) or ()), *callbacks):
             self.callbacks.append(callback)
-        tracers = [made for factory in defaults.tracers if (made := factory(self)) is not None]
-        self.__tracer = tracers[0] if tracers else Tracer()
-        drivers = [made for factory in defaults.drivers if (made := factory(self)) is not None]
-        self.driver: defaults.Driver | None = drivers[0] if drivers else None
+        self.__tracer = defaults.make_tracer(self) or Tracer()
+        self.driver = defaults.make_driver(self)
         self.checkpointer = checkpointer
         self.__saver = Saver(checkpointer, self.__state, self.options, self.__on_saved)
         self.__ready = True
@@ -365,13 +361,14 @@ class Brain(SpeechBrainNames):
                 progress.epoch_batches = total
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             self.__metrics.begin_stage()
-            number = 0
             batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
-            for number, (batch, is_last) in enumerate(batches, 1):
+            done = 0  # In this process.
+            for batch, is_last in batches:
                 self.train_batch(batch, is_last)
+                done += 1
                 if self.__after_batch():
                     break
-            self.__close_windows(number)
+            self.__close_windows(done)
             progress.phase = then
             average = self.__metrics.average
             return self.__end_stage(Stage.TRAIN, average, epoch, progress.step, started)
@@ -626,7 +623,7 @@ class Brain(SpeechBrainNames):
 
     def make_dataloader(self, dataset: Any, stage: Stage, **loader_kwargs: Any) -> Any:
         """Return a loader of batches of a Dataset; see `trainer.data.make_loader`."""
-        bad = {"on_bad": self.options.on_bad_item, "max_bad": self.options.max_bad_item}
+        bad = {"on_bad": self.options.on_bad_audio, "max_bad": self.options.max_bad_audio}
         return make_loader(
             dataset,
             train=stage is Stage.TRAIN,
@@ -931,7 +928,7 @@ class Brain(SpeechBrainNames):
     def __after_batch(self) -> bool:
         """Save and stop where that is due; return True if the training ends here."""
         signal = signals.requested()
-        asked, due = distributed.agree(signal is not None, self.__saver.due())
+        asked, due = distributed.any_rank(signal is not None, self.__saver.due())
         if self.__depth == 1:
             self.__tick()
             if due:
@@ -945,11 +942,11 @@ class Brain(SpeechBrainNames):
         limit = self.options.optimizer_step_limit
         return limit is not None and self.progress.optimizer_step >= limit
 
-    def __close_windows(self, number: int) -> None:
+    def __close_windows(self, done: int) -> None:
         """Step with windows that the epoch's end left open, and check that anything trained.
 
         Args:
-            number: batches of this stage in this process.
+            done: batches of this stage in this process.
         """
         progress = self.progress
         self.__check_some(progress.step, Stage.TRAIN)
@@ -968,9 +965,9 @@ class Brain(SpeechBrainNames):
             loss = next((r for r in batch.reports if r.name == progress.averaged), None)
             self.__account(loss, batch)
         self.__tracer.end_batch()
-        if number and not (self.__optimized or self.__stepped_by_hand or progress.optimizer_step):
+        if done and not (self.__optimized or self.__stepped_by_hand or progress.optimizer_step):
             raise ValueError(
-                f"{type(self).__name__}.fit_batch ran {number} times and never called "
+                f"{type(self).__name__}.fit_batch ran {done} times and never called "
                 "self.optimize(loss, name): nothing was trained"
             )
         self.__strategy.share_buffers(self.modules)
@@ -993,7 +990,7 @@ class Brain(SpeechBrainNames):
 
         def vote(working: bool) -> bool:
             signal = signals.requested()
-            asked, working = distributed.agree(signal is not None, working)
+            asked, working = distributed.any_rank(signal is not None, working)
             if asked:
                 raise signals.Interrupted(signal or signals.DEFAULT)
             return working

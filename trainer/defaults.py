@@ -23,3 +23,18 @@ DriverFactory = Callable[["Brain"], "Driver | None"]
 callbacks: list[CallbackFactory] = []
 tracers: list[TracerFactory] = []
 drivers: list[DriverFactory] = []
+
+
+def make_callbacks(brain: Brain) -> list[Callback]:
+    """Return the callbacks that a Brain has by default."""
+    return [made for factory in callbacks if (made := factory(brain)) is not None]
+
+
+def make_tracer(brain: Brain) -> Tracer | None:
+    """Return the first tracer that a factory makes."""
+    return next((made for factory in tracers if (made := factory(brain)) is not None), None)
+
+
+def make_driver(brain: Brain) -> Driver | None:
+    """Return the first driver that a factory makes."""
+    return next((made for factory in drivers if (made := factory(brain)) is not None), None)

@@ -237,7 +237,7 @@ class Mean:
         """
         if distributed.world_size() == 1:
             return self
-        states = distributed.gather(self.state_dict())
+        states = distributed.all_gather_json(self.state_dict())
         merged: dict[str, list[float]] = {}
         for state in states:
             for name, (total, weight) in state["sums"].items():
@@ -377,7 +377,9 @@ class TrainingMetrics:
         for name, mean in self.logged.pop("", {}).items():  # Logged before any stage began.
             means.setdefault(name, mean)
         if distributed.world_size() > 1:
-            names = dict.fromkeys(n for each in distributed.gather(list(means)) for n in each)
+            names = dict.fromkeys(
+                n for each in distributed.all_gather_json(list(means)) for n in each
+            )
             means = {name: means.get(name, Mean()).reduce() for name in names}
         return {name: mean.value() for name, mean in means.items()}
 

@@ -130,5 +130,5 @@ def make(
 
 def everything(brain: Brain) -> list[Any]:
     """All that training moves: weights, statistics, optimizers, schedules, scalers, averages."""
-    average = brain.weight_average
-    return snapshot(brain.modules, *brain.updates.values(), *([average] if average else []))
+    average = [entry.part for name, entry in brain.stateful().items() if name == "ema"]
+    return snapshot(brain.modules, *brain.updates.values(), *average)

@@ -7,7 +7,7 @@ from typing import Any
 
 # Layout of the state "brain" that this version saves and restores. States of lower formats are
 # migrated to it when they are read.
-LAYOUT = 1
+LAYOUT = 2
 
 
 def migrate(

@@ -10,8 +10,8 @@ from typing import Any
 
 from trainer import signals
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.manifest import Checkpoint
 from trainer.checkpoint.run_state import RunState, Snapshot
+from trainer.checkpoint.storage import Checkpoint
 from trainer.options import RunOptions
 from trainer.progress import Progress
 
@@ -111,7 +111,7 @@ class Saver:
             self._before_validation = None
 
     def begin_validation(self, snapshot: Snapshot) -> None:
-        """Keep the state of the hooks, so that a run interrupted in validation resumes at its start.
+        """Keep the state of hooks: a run interrupted in validation resumes at its start.
 
         Args:
             snapshot: state before the first hook of the validation.

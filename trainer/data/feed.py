@@ -159,4 +159,3 @@ def _knows_ranks(source: Any) -> bool:
         isinstance(part, IterableDataset) or hasattr(part, "rank") or hasattr(part, "num_replicas")
         for part in components(source)
     )
-

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import distributed
 from trainer.clipping import by_name, clippers, limit_of
@@ -93,8 +93,8 @@ def make_updates(
         on_hand_step: called before a step that a recipe takes past `Brain.optimize`.
     """
     names = list(optimizers)
-    parameters = {p: name for name, p in modules.named_parameters()}
-    sparse = {
+    parameters: dict[Tensor, str] = {p: name for name, p in modules.named_parameters()}
+    sparse: set[Tensor] = {
         p
         for module in modules.modules()
         if getattr(module, "sparse", False) is True

@@ -24,13 +24,14 @@ def agree_on_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     if distributed.world_size() == 1:
         return dict(metrics)
     own = {name: v.item() if hasattr(v, "item") else v for name, v in metrics.items()}
-    rows = distributed.gather(own)
+    rows = distributed.all_gather_json(own)
     name = next((n for row in rows for n in row if repr(row[n]) != repr(rows[0].get(n))), None)
     if name is not None:
         warnings.warn(
             f"on_stage_end returned another {name!r} on each rank: every rank sees a part of the "
             "data only. Rank 0's is used; average it first, as with self.log or "
-            "trainer.metrics.Mean().reduce(), or gather its parts with trainer.distributed.gather",
+            "trainer.metrics.Mean().reduce(), or gather its parts with "
+            "trainer.distributed.all_gather_json",
             stacklevel=2,
         )
     return dict(rows[0])

@@ -186,7 +186,7 @@ class NonFiniteGuard:
         window = self._suspects.get(name) or [(ids, torch.zeros(()))]
         bad = [each for each, loss in window if not math.isfinite(loss.item())]  # Rare; syncs.
         own = list(chain(*(bad or [each for each, _ in window])))
-        return list(chain(*distributed.gather(own)))
+        return list(chain(*distributed.all_gather_json(own)))
 
     def _count(self, name: str, norm: float | None, ids: list[str], hint: str) -> None:
         progress = self._progress

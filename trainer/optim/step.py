@@ -441,7 +441,7 @@ def _read(
     window = updates[0].window
     assert window.loss is not None
     vectors = [window.loss.reshape(1), *(each.reshape(1) for each in scale)]
-    takers: list[tuple[Take, int]] = []
+    takers: list[tuple[Callable[[list[float]], None], int]] = []
     weight, factor = window.weight, window.reference / (window.weight or 1.0)
     for grads in gradients:
         measured = grads.measure(factor if sums is None else 1.0 / sums.loss_and_weight[1])
