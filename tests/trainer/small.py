@@ -128,6 +128,16 @@ def make(
     return kind(modules, opt_class, hparams, options, checkpointer)
 
 
+def in_window(brain: Brain) -> bool:
+    """True while any optimizer has an accumulation window open."""
+    return any(update.window.count for update in brain.updates.values())
+
+
+def training_average(brain: Brain) -> Any:
+    """The average of the epoch's losses so far."""
+    return brain.stateful()["metrics"].part.average
+
+
 def everything(brain: Brain) -> list[Any]:
     """All that training moves: weights, statistics, optimizers, schedules, scalers, averages."""
     average = [entry.part for name, entry in brain.stateful().items() if name == "ema"]

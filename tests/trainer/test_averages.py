@@ -72,7 +72,7 @@ def test_tensors_are_fetched_together_and_few_wait(monkeypatch: pytest.MonkeyPat
         lambda t: calls.append(t.numel()) or tolist(t),  # type: ignore[func-returns-value]
     )
     monkeypatch.setattr(torch.Tensor, "item", lambda t: pytest.fail("read at once"))
-    monkeypatch.setattr(metrics, "MOST_WAITING", 50)
+    monkeypatch.setattr(metrics, "MAX_PENDING", 50)
     mean = Mean()
     for number in range(40):
         mean.update({"d": torch.tensor(float(number)), "g": torch.tensor(1, dtype=torch.bfloat16)})

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from tests.trainer.small import Players, Regressor, batches, everything, make, same, spoilt
+from tests.trainer.small import (
+    Players,
+    Regressor,
+    batches,
+    everything,
+    in_window,
+    make,
+    same,
+    spoilt,
+    training_average,
+)
 from trainer import Brain, EpochCounter, Stage, StepReport
 from trainer.checkpoint import Checkpointer
 from trainer.schedules import EarlyStopping, NewBob, Noam
@@ -136,7 +146,7 @@ def test_averages_are_over_examples(factor: int, endless: bool) -> None:
     brain.fit([1], map(dict, data) if endless else data, data)
     for _, loss in brain.losses:
         assert loss == pytest.approx(float(per_example.detach().mean()), rel=1e-6)
-    assert brain.average.weight() == sum(sizes)
+    assert training_average(brain).weight() == sum(sizes)
 
 
 @pytest.mark.parametrize("factor", [1, 4])
@@ -252,7 +262,7 @@ def test_evaluation_changes_nothing() -> None:
     brain.modules.net[0].eval()  # A layer that the recipe has frozen.
     before = copy.deepcopy(everything(brain))
     modes = [module.training for module in brain.modules.modules()]
-    counts = (brain.epoch, brain.step, brain.optimizer_step, brain.average.state_dict())
+    counts = (brain.epoch, brain.step, brain.optimizer_step, training_average(brain).state_dict())
     generators = (torch.get_rng_state(), random.getstate())
     options: dict[str, Any] = {"batch_size": 4, "shuffle": True, **JOINED}
     kept = dict(options)
@@ -262,7 +272,12 @@ def test_evaluation_changes_nothing() -> None:
     assert options == kept
     assert same(everything(brain), before)
     assert modes == [module.training for module in brain.modules.modules()]
-    assert counts == (brain.epoch, brain.step, brain.optimizer_step, brain.average.state_dict())
+    assert counts == (
+        brain.epoch,
+        brain.step,
+        brain.optimizer_step,
+        training_average(brain).state_dict(),
+    )
     assert torch.equal(generators[0], torch.get_rng_state())
     assert generators[1] == random.getstate()
 
@@ -435,7 +450,7 @@ def test_the_last_window_of_an_epoch_steps_however_the_batches_come(
     assert same(everything(known), everything(unknown))
     steps = 2 * math.ceil(number / factor)
     assert known.optimizer_step == unknown.optimizer_step == steps
-    assert not known.in_window()
+    assert not in_window(known)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -538,7 +553,7 @@ def test_the_step_limit_leaves_no_window_to_step_later() -> None:
     steps = [len(update.optimizer.state) > 0 for update in brain.updates.values()]
     assert brain.optimizer_step == 1
     assert steps == [False, True]
-    assert not brain.in_window()
+    assert not in_window(brain)
 
 
 # --- schedules and stopping ----------------------------------------------------------------------

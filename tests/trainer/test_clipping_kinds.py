@@ -15,7 +15,7 @@ from trainer import clipping
 from trainer.clipping import Gradients
 from trainer.config.hyperparameters import Configuration, Text
 from trainer.optim import step
-from trainer.optim.update import Update
+from trainer.optim.step import Update
 from trainer.options import RunOptions
 
 from .clipping_kinds import ADAPTIVE, DENSE, KINDS, bind, clipped

@@ -58,8 +58,8 @@ def test_a_fit_batch_that_steps_by_hand_runs_and_is_warned_once() -> None:
         "clipping, the non-finite guard and accumulation do not apply. "
         "self.optimize(loss, 'optimizer_d') in their place has all of them"
     ]
-    assert brain.optimizer_step == brain.weight_average.count == 9
-    assert brain.stage_loss == brain.average.value()
+    assert brain.optimizer_step == brain.stateful()["ema"].part.count == 9
+    assert brain.stage_loss == brain.stateful()["metrics"].part.average.value()
     assert brain.updates["optimizer_g"].lr == 0.01 / 8
     d, g = net(0), net(1)
     optimizers = [torch.optim.Adam(each.parameters(), lr=0.01) for each in (d, g)]

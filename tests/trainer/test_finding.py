@@ -321,7 +321,7 @@ def test_a_failing_rate_ends_the_trial_and_not_the_program(
     assert suggestion.diverged is not None
     assert suggestion.rate < suggestion.diverged
     assert len(suggestion.losses) < 60
-    assert brain.patience.count == 0
+    assert brain.nonfinite_count == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["find_lr.html", "find_lr.json"]
     assert "not finite" not in caplog.text
 

@@ -183,7 +183,7 @@ def test_patience_is_per_epoch(kind: type[Brain]) -> None:
     brain = make(kind, nonfinite_patience=2)
     brain.fit(range(1, 5), data)
     assert brain.optimizer_step == 2 * 4
-    assert brain.patience.count == 2
+    assert brain.nonfinite_count == 2
 
 
 def test_a_batch_that_several_losses_of_one_fit_batch_find_bad_is_one_of_them() -> None:
@@ -196,7 +196,7 @@ def test_a_batch_that_several_losses_of_one_fit_batch_find_bad_is_one_of_them() 
     data[1] = spoilt(data[1], "input")
     brain = make(Eager, nonfinite_patience=1)
     brain.fit([1, 2], data)
-    assert brain.patience.count == 1
+    assert brain.nonfinite_count == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,9 +251,11 @@ def test_overflow_uses_no_patience_and_moves_no_schedule(kind: type[Brain], fact
     assert {report.outcome for report in closed} == {"overflowed"}
     assert len(closed) == 2 * len(brain.updates)
     assert all(report.loss is not None and report.norm is None for report in closed)
-    assert brain.average.weight() == 3 * 2 * factor  # Their losses are known, and were of the data.
+    assert (
+        brain.stateful()["metrics"].part.average.weight() == 3 * 2 * factor
+    )  # Their losses are known, and were of the data.
     assert same(brain.modules.state_dict(), start)
-    assert brain.patience.count == brain.optimizer_step == brain.weight_average.count == 0
+    assert brain.nonfinite_count == brain.optimizer_step == brain.stateful()["ema"].part.count == 0
     for update in brain.updates.values():
         assert update.lr == 0.01
         assert update.scaler.get_scale() == 65536.0 / 4
@@ -291,7 +293,7 @@ def test_skipping_bad_gradients_moves_the_rest(kind: type[Brain], factor: int) -
         if not torch.equal(value, start[key])
     ]
     assert moved == ["0.weight", "2.weight", "2.bias"]
-    assert brain.patience.count == 0
+    assert brain.nonfinite_count == 0
 
 
 def test_with_two_optimizers_fp16_says_that_it_ignores_skip_nonfinite_grads() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tests.trainer.small import Players, Regressor, batches, everything, make, net, same
 from trainer import Brain, Stage
-from trainer.optim.guard import Statistics
+from trainer.optim.guard import NonFiniteGuard
 from trainer.optim.precision import DTYPES, Precision
+from trainer.progress import Progress
 
 KINDS = [Regressor, Players]
 
@@ -152,37 +153,42 @@ class Exchanging(nn.Module):
         return x
 
 
+def guard_of(module: nn.Module) -> NonFiniteGuard:
+    """A guard whose accumulation window is open."""
+    return NonFiniteGuard(module, 3, Progress(), lambda: True)
+
+
 @pytest.mark.parametrize(
     "module",
     [nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True), Exchanging()],
 )
 def test_buffers_return_to_what_was_kept(module: nn.Module) -> None:
-    statistics = Statistics(module)
+    guard = guard_of(module)
     x = torch.randn(5, 4) if not isinstance(module, nn.InstanceNorm1d) else torch.randn(5, 4, 3)
     for _ in range(2):
         module(x)
-        statistics.keep()
+        guard.begin_window()
         kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
         module(x * math.nan)
         assert not same(dict(module.named_buffers()), kept)
-        statistics.put_back()
+        guard.roll_back()
         assert same(dict(module.named_buffers()), kept)
         module(x * math.nan)
         module(x * math.nan)
-        statistics.put_back()
+        guard.roll_back()
         assert same(dict(module.named_buffers()), kept)
 
 
 def test_what_was_kept_is_saved_in_the_middle_of_a_window() -> None:
     one, two = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
-    first = Statistics(one)
+    first = guard_of(one)
     one(torch.randn(5, 4))
     two.load_state_dict(one.state_dict())
-    second = Statistics(two)
+    second = guard_of(two)
     second.load_state_dict(first.state_dict())
-    for statistics, module in ((first, one), (second, two)):
+    for guard, module in ((first, one), (second, two)):
         module(torch.full((5, 4), math.nan))
-        statistics.put_back()
+        guard.roll_back()
     assert same(one.state_dict(), nn.BatchNorm1d(4).state_dict())
     assert same(two.state_dict(), one.state_dict())
 

@@ -511,7 +511,7 @@ def test_an_average_of_weights_may_begin_later(tmp_path: Path) -> None:
     stopped(tmp_path / "straight", "stop-22", tmp_path / "resumed")
     brain = replace(without, options={"ema_decay": 0.5}).make(tmp_path / "resumed", seed=99)
     brain = without.fit(brain)
-    average = brain.weight_average.state_dict()["average"]
+    average = brain.stateful()["ema"].part.state_dict()["average"]
     assert all(torch.equal(average[name], p) for name, p in brain.modules.named_parameters())
 
 

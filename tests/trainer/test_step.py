@@ -14,7 +14,7 @@ from tests.trainer.small import poison, same, snapshot
 from trainer.clipping import Clipper, Gradients, NormClip
 from trainer.metrics import StepReport
 from trainer.optim import step
-from trainer.optim.update import Update
+from trainer.optim.step import Update
 
 
 def scaler(precision: str) -> torch.amp.GradScaler:

@@ -323,7 +323,11 @@ def picture(brain: Brain) -> dict[str, Any]:
     """What a skipped step must leave as it was."""
     whole = state.common(brain)
     del whole["position"]
-    return {**whole, "mean": brain.average.state_dict(), "step": brain.optimizer_step}
+    return {
+        **whole,
+        "mean": brain.stateful()["metrics"].part.average.state_dict(),
+        "step": brain.optimizer_step,
+    }
 
 
 SKIPS: dict[str, dict[str, Any]] = {
@@ -356,7 +360,7 @@ def skips() -> dict[str, Any]:
         brain.fit(range(1, 2), batches())
         results[name] = {
             "before": brain.seen, "after": brain.left, "weights": weights(brain),
-            "counts": dict(brain.journal.counts), "patience": brain.patience.count,
+            "counts": dict(brain.journal.counts), "patience": brain.nonfinite_count,
             "finite": bool(weights(brain).isfinite().all()),
         }  # fmt: skip
     return results
@@ -394,7 +398,7 @@ def half() -> dict[str, Any]:
     brain.fit(range(1, 2), batches(torch.float32))
     return {
         "scale": brain.updates["main"].scaler.get_scale(), "counts": dict(brain.journal.counts),
-        "patience": brain.patience.count, "weights": weights(brain),
+        "patience": brain.nonfinite_count, "weights": weights(brain),
         "schedule": brain.updates["main"].schedule.last_epoch, "steps": brain.optimizer_step,
     }  # fmt: skip
 
@@ -524,7 +528,7 @@ def statistics() -> dict[str, Any]:
     brain = make(Normed, ema_decay=0.9)
     brain.modules["norm"] = nn.BatchNorm1d(3).double()
     brain.fit(range(1, 2), batches(sizes=(4,)), batches(sizes=(3,)))
-    average = brain.weight_average.state_dict()["average"]
+    average = brain.stateful()["ema"].part.state_dict()["average"]
     return {
         "mean": brain.modules.norm.running_mean.clone(), "average": average["norm.running_mean"],
         "losses": brain.losses, "weights": weights(brain),

@@ -155,8 +155,16 @@ class NonFiniteGuard:
         Called after `fit_batch`: until then the graphs of other losses hold the buffers.
         """
         if self._spoilt:
-            self._put_back()
+            self.roll_back()
             self._spoilt = False
+
+    def roll_back(self) -> None:
+        """Put the buffers back as they were at the start of the window."""
+        for i in self._changed():
+            buffers, name = self._places[i]
+            buffers[name] = self._seen[i]
+            self._seen[i].detach().copy_(self._kept[i])
+            self._versions[i] = self._seen[i]._version
 
     def forget(self) -> None:
         """Forget the batches of open windows, which were dropped."""
@@ -193,7 +201,7 @@ class NonFiniteGuard:
         progress.nonfinite_count += 1
         if progress.nonfinite_count <= self.patience:
             return
-        self._put_back()
+        self.roll_back()
         raise NonFiniteError(
             f"Loss or gradients were not finite {progress.nonfinite_count} times in epoch "
             f"{progress.epoch} (nonfinite_patience is {self.patience}); the last time at step "
@@ -203,13 +211,6 @@ class NonFiniteGuard:
             f"{hint or ADVICE}. A lower learning rate, a lower max_grad_norm or precision fp32 "
             "are the usual cures."
         )
-
-    def _put_back(self) -> None:
-        for i in self._changed():
-            buffers, name = self._places[i]
-            buffers[name] = self._seen[i]
-            self._seen[i].detach().copy_(self._kept[i])
-            self._versions[i] = self._seen[i]._version
 
     def _changed(self) -> list[int]:
         """Return the indices of buffers that were changed in place or exchanged."""

@@ -13,7 +13,7 @@ from recipes.metricgan.history import History, waveform
 from recipes.metricgan.model import STEEPEST, enhance
 from recipes.metricgan.phases import Phase
 from recipes.metricgan.train import Enhancer
-from trainer.hooks import Stage
+from trainer import Stage
 
 from .small import METRIC, PHASES, Tones, fit, make
 
