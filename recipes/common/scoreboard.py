@@ -102,7 +102,7 @@ class Scoreboard:
         """
         self._take(self.judges.collect())
         mine = [(id, self._scores.get(id, {}), self._before.get(id, {})) for id in self._ids]
-        rows = [Row(*each) for part in distributed.gather(mine) for each in part]
+        rows = [Row(*each) for part in distributed.all_gather_json(mine) for each in part]
         rows.sort(key=lambda row: row.id)
         self.rows, self.means = rows, self._means(rows)
         means = self.means

@@ -95,9 +95,13 @@ class Scores:
             row = self._rows[name.removesuffix("_griffinlim")]
             row |= {f"{measure}{side}": value for measure, value in found.items()}
         rows = dict(
-            sorted(pair for part in distributed.gather(self._rows) for pair in part.items())
+            sorted(
+                pair for part in distributed.all_gather_json(self._rows) for pair in part.items()
+            )
         )
-        files = dict(sorted(p for part in distributed.gather(self._files) for p in part.items()))
+        files = dict(
+            sorted(p for part in distributed.all_gather_json(self._files) for p in part.items())
+        )
         means = {}
         for name in [m + side for m in ("mel_l1", *self.judges.measures) for side in SIDES]:
             values = [row[name] for row in rows.values() if name in row]

@@ -106,7 +106,7 @@ class History:
             if math.isfinite(record.score):
                 self.append(record)
         self.current = {}
-        self.most = max(distributed.gather(self._wanted()))
+        self.most = max(distributed.all_gather_json(self._wanted()))
 
     def state_dict(self) -> dict[str, Any]:
         """Every record, with the samples of all in one tensor."""

@@ -107,7 +107,9 @@ class Scores:
         """
         every = Scores(self.sample_rate, self.sdr, self.shown)
         own = [asdict(row) for row in self.rows]
-        every.rows = sorted(Separated(**row) for part in distributed.gather(own) for row in part)
+        every.rows = sorted(
+            Separated(**row) for part in distributed.all_gather_json(own) for row in part
+        )
         every._heard = self._heard
         return every
 

@@ -46,7 +46,7 @@ class Scores:
     def gather(self) -> Scores:
         """The readings of all processes, in the order of their ids. A collective."""
         every = Scores()
-        for part in distributed.gather(self.readings):
+        for part in distributed.all_gather_json(self.readings):
             every.readings += (Reading(*each) for each in part)
         every.readings.sort()
         return every

@@ -27,7 +27,7 @@ def environment(code: Path | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "platform": platform.platform(),
-        "machines": distributed.gather(platform.node()),
+        "machines": distributed.all_gather_json(platform.node()),
         "ranks": distributed.world_size(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),

@@ -158,7 +158,7 @@ def _folder(
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as passing:
             # All ranks use that of the main process, which waits for them before it is deleted.
-            options.output_folder = str(distributed.broadcast_object(passing))
+            options.output_folder = str(distributed.broadcast_json(passing))
             configuration.override({"output_folder": options.output_folder})
             yield Path(options.output_folder), []
             distributed.barrier()
@@ -179,7 +179,7 @@ def _folder(
                 changes = folder.record(configuration.dump(), command, where)
         except (ValueError, OSError) as error:
             problem = session.sentence(error)
-    problem = distributed.broadcast_object(problem)
+    problem = distributed.broadcast_json(problem)
     try:
         if problem:
             raise ValueError(problem)

@@ -94,7 +94,7 @@ class Bench:
                 "more data"
             )
         # What ranks compute may differ in the last bit; what they decide may not.
-        return Course(**distributed.broadcast_object(asdict(course)))
+        return Course(**distributed.broadcast_json(asdict(course)))
 
     def _run(
         self,
@@ -212,7 +212,7 @@ class Bench:
 def leave_if_asked() -> None:
     """Leave the search where any rank was asked to stop; there is nothing to save."""
     signal = signals.requested()
-    (asked,) = distributed.agree(signal is not None)
+    (asked,) = distributed.any_rank(signal is not None)
     if asked:
         raise signals.Interrupted(signal or signals.DEFAULT)
 
