@@ -1,4 +1,4 @@
-"""Processes that die while they save: what `test_checkpoint_kills.py` runs and then asserts on.
+"""Processes that die while they save, for `test_checkpoint_kills.py`.
 
     echo '["kills", "FOLDER", 60]' | python tests/trainer/checkpoint_torture.py
 
@@ -67,7 +67,7 @@ def save(checkpointer: Checkpointer, thing: Uniform, value: int) -> None:
 
 
 def in_child(work: Callable[[int], None]) -> tuple[int, int]:
-    """Fork a process for `work`, which reports to a pipe; its id and the pipe's reading end."""
+    """Fork a process for `work`; returns its id and the reading end of the pipe it reports to."""
     reading, writing = os.pipe()
     process = os.fork()
     if process:
@@ -93,7 +93,7 @@ def temporaries(folder: Path) -> list[str]:
 
 
 def kills(folder: Path, count: int) -> dict[str, Any]:
-    """SIGKILL at random instants of a loop of saves; each next process resumes first."""
+    """Kill processes at random instants of a loop of saves; each next one resumes first."""
     size = (8 << 20) // (4 * 4)  # four float32 tensors of 8 MB together, in two files
 
     def loop(report: int) -> None:
@@ -163,7 +163,7 @@ def fault(at: int, strike: Callable[[str], None]) -> Iterator[list[str]]:
 
 
 def two_checkpoints(folder: Path) -> tuple[Checkpointer, Uniform]:
-    """Saves 1 and 2, both kept; the next save has one to delete."""
+    """Make saves 1 and 2, both kept; the next save has one to delete."""
     thing = Uniform()
     checkpointer = Checkpointer(folder, keep_last=2, recoverables={"brain": thing})
     for value in (1, 2):
@@ -172,7 +172,7 @@ def two_checkpoints(folder: Path) -> tuple[Checkpointer, Uniform]:
 
 
 def exits(folder: Path) -> dict[str, Any]:
-    """A hard exit before each file operation of a save and of the deletion after it."""
+    """Exit hard before each file operation of a save and of the deletion after it."""
     syncing, os.fsync = os.fsync, lambda handle: None  # No process survives a power cut to see it.
     try:
         return _exits(folder)
@@ -207,7 +207,7 @@ def _exits(folder: Path) -> dict[str, Any]:
 
 
 def limits(folder: Path) -> dict[str, Any]:
-    """Files may grow to a limit only, as on a full disk."""
+    """Limit the size of files, as a full disk does."""
     results = []
     for limit in (0, 5000, 100_000, 600_000):
         place = folder / str(limit)
@@ -234,7 +234,7 @@ def limits(folder: Path) -> dict[str, Any]:
 
 
 def ranks(folder: Path) -> dict[str, Any]:
-    """Two processes save together, fail together and fall back together."""
+    """Let two processes save, fail and fall back together."""
 
     def rank_of_two(rank: int) -> Callable[[int], None]:
         def work(report: int) -> None:
@@ -261,7 +261,7 @@ def ranks(folder: Path) -> dict[str, Any]:
 
 
 def together(folder: Path) -> dict[str, Any]:
-    """The life of one rank of two."""
+    """Save, fail and fall back as one rank of two."""
     thing, rank = Uniform(), distributed.rank()
     checkpointer = Checkpointer(folder, keep_last=2, recoverables={"brain": thing})
     for value in (1, 2):

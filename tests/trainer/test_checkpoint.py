@@ -1,4 +1,4 @@
-"""What is saved comes back exactly, the right ones stay, and every refusal is a sentence."""
+"""States are restored exactly, the right checkpoints stay, and errors say what is wrong."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def make(folder: Path, **options: Any) -> Checkpointer:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a crash leaves is the subject of another file; here syncing would only cost time."""
+    """Do not sync: crashes are tested in other files, and syncing only costs time here."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

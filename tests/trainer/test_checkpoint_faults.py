@@ -1,4 +1,4 @@
-"""Whatever dies, breaks, fills up or lies: the previous checkpoint loads, and no code runs."""
+"""After errors, damage and attacks, the previous checkpoint loads, and no code runs."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ from .checkpoint_torture import Uniform, fault, save, two_checkpoints
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Power cuts cannot be had here, and all else sees what is written, synced or not."""
+    """Do not sync: only a power cut could tell the difference."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -65,7 +65,7 @@ class Damage:
         self.whole = {file.name: file.read_bytes() for file in sorted(self.newest.iterdir())}
 
     def is_noticed(self, changed: dict[str, bytes | None], *named: str) -> None:
-        """The damage is named (file and reason), the older checkpoint used, and only that."""
+        """Assert that the damaged file is named, and the older checkpoint used, alone."""
         for name, data in changed.items():
             if data is None:
                 (self.newest / name).unlink()
@@ -165,7 +165,7 @@ def test_only_broken_checkpoints_are_an_error_not_a_fresh_start(tmp_path: Path) 
 
 
 class Canary:
-    """Pickled so that reading it makes a file."""
+    """Object whose pickle makes a file when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -24,7 +24,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @pytest.fixture(scope="module")
 def torture() -> Iterator[Callable[..., dict[str, Any]]]:
-    """Runs a command of `checkpoint_torture.py`, in a process of its own that serves them all."""
+    """Run commands of `checkpoint_torture.py` in one process of its own."""
     with subprocess.Popen(
         [sys.executable, str(checkpoint_torture.__file__)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

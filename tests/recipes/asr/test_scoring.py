@@ -41,7 +41,7 @@ def test_the_utterances_of_all_ranks_count_once(
     def two_ranks(mine: list[scoring.Transcribed]) -> list[list[list[str]]]:
         return [[list(each) for each in mine], [["0", "one", "one"]]]  # as JSON gives them back
 
-    monkeypatch.setattr(scoring.distributed, "gather", two_ranks)
+    monkeypatch.setattr(scoring.distributed, "all_gather_json", two_ranks)
     every = scores.gather()
     assert [utterance.id for utterance in every.utterances] == ["0", "a", "b", "c"]
     assert every.rates()["wer"] == pytest.approx(100 * 4 / 8)

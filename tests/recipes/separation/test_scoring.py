@@ -120,7 +120,7 @@ def test_all_ranks_count_once_and_each_writes_its_own(
 ) -> None:
     far = {"id": "0", "seconds": 1.0, "sources": 2, "si_snr": 50.0, "si_snri": 50.0, "sdr": 1.0,
            "sdri": 1.0}  # fmt: skip
-    monkeypatch.setattr(scoring.distributed, "gather", lambda mine: [mine, [far]])
+    monkeypatch.setattr(scoring.distributed, "all_gather_json", lambda mine: [mine, [far]])
     every = scores.gather()
     assert [row.id for row in every.rows] == ["0", "a", "b", "c"]
     every.write_audio(tmp_path)
