@@ -278,7 +278,7 @@ def _weights(
     checkpointer: Checkpointer, best: str | None, options: RunOptions
 ) -> dict[str, Tensor]:
     """The generator's part of the best checkpoint by a metric, or the newest; or of their mean."""
-    path = ("modules",) if options.ema_decay is None else ("weight_average", "average")
+    path = ("modules",) if options.ema_decay is None else ("ema", "average")
     found = checkpointer.find(min_key=best, n=None)
     for start in range(0, len(found), options.average_checkpoints):
         best = found[start : start + options.average_checkpoints]

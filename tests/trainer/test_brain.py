@@ -180,7 +180,7 @@ def test_a_skipped_batch_is_not_in_the_average(kind: type[Brain], how: str) -> N
     beside.fit([1], bad)
     without.fit([1], [data[0], *data[2:]])
     assert beside.losses == without.losses
-    assert beside.average.weight() == 9
+    assert training_average(beside).weight() == 9
 
 
 def test_a_stage_without_any_finite_loss_has_no_average_and_not_zero() -> None:

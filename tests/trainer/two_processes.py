@@ -323,11 +323,7 @@ def picture(brain: Brain) -> dict[str, Any]:
     """What a skipped step must leave as it was."""
     whole = state.common(brain)
     del whole["position"]
-    return {
-        **whole,
-        "mean": brain.stateful()["metrics"].part.average.state_dict(),
-        "step": brain.optimizer_step,
-    }
+    return {**whole, "mean": brain.average.state_dict(), "step": brain.optimizer_step}
 
 
 SKIPS: dict[str, dict[str, Any]] = {
@@ -360,7 +356,7 @@ def skips() -> dict[str, Any]:
         brain.fit(range(1, 2), batches())
         results[name] = {
             "before": brain.seen, "after": brain.left, "weights": weights(brain),
-            "counts": dict(brain.journal.counts), "patience": brain.nonfinite_count,
+            "counts": dict(brain.journal.counts), "patience": brain.patience.count,
             "finite": bool(weights(brain).isfinite().all()),
         }  # fmt: skip
     return results
@@ -398,7 +394,7 @@ def half() -> dict[str, Any]:
     brain.fit(range(1, 2), batches(torch.float32))
     return {
         "scale": brain.updates["main"].scaler.get_scale(), "counts": dict(brain.journal.counts),
-        "patience": brain.nonfinite_count, "weights": weights(brain),
+        "patience": brain.patience.count, "weights": weights(brain),
         "schedule": brain.updates["main"].schedule.last_epoch, "steps": brain.optimizer_step,
     }  # fmt: skip
 
@@ -488,7 +484,7 @@ class Reader(Line):
         return super().evaluate_batch(batch, stage)
 
     def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
-        everyone = distributed.all_gather_json(self.ids)
+        everyone = distributed.gather(self.ids)
         return {"items": sum(map(len, everyone)), "distinct": len(set(sum(everyone, [])))}
 
 
@@ -528,7 +524,7 @@ def statistics() -> dict[str, Any]:
     brain = make(Normed, ema_decay=0.9)
     brain.modules["norm"] = nn.BatchNorm1d(3).double()
     brain.fit(range(1, 2), batches(sizes=(4,)), batches(sizes=(3,)))
-    average = brain.stateful()["ema"].part.state_dict()["average"]
+    average = brain.weight_average.state_dict()["average"]
     return {
         "mean": brain.modules.norm.running_mean.clone(), "average": average["norm.running_mean"],
         "losses": brain.losses, "weights": weights(brain),
@@ -649,20 +645,6 @@ def interruptions(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the verbs
 
 
-def _failure(errors: dict[int, Exception], shared: type[Exception] | None = None) -> str:
-    """The error that a function raises that fails with some error on each of these ranks."""
-
-    def work() -> str:
-        if (error := errors.get(distributed.rank())) is not None:
-            raise error
-        return "none"
-
-    try:
-        return distributed.run_on_all(work, shared=shared)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
 def verbs() -> dict[str, Any]:
     rank = distributed.rank()
     tensors = [torch.full((2,), float(rank)), torch.tensor([rank], dtype=torch.int64)]
@@ -671,27 +653,14 @@ def verbs() -> dict[str, Any]:
     distributed.barrier()
     return {
         "rank": (rank, distributed.world_size(), distributed.local_rank(), distributed.is_main()),
-        "any_rank": distributed.any_rank(rank == 0, rank == 1, False, True),
-        "gather": [len(each["text"]) for each in distributed.all_gather_json(long)],
-        "gather_exact": distributed.all_gather_json(0.1 + rank),
-        "gather_nan": str(distributed.all_gather_json(float("nan"))[1 - rank]),
-        "broadcast_json": distributed.broadcast_json({"from": rank}),
+        "agree": distributed.agree(rank == 0, rank == 1, False, True),
+        "gather": [len(each["text"]) for each in distributed.gather(long)],
+        "gather_exact": distributed.gather(0.1 + rank),
+        "gather_nan": str(distributed.gather(float("nan"))[1 - rank]),
+        "broadcast_object": distributed.broadcast_object({"from": rank}),
         "broadcast": tensors,
-        "sum": distributed.all_reduce_sum_(torch.tensor([1.0 + rank, 2.0])),
-        "max": distributed.all_reduce_max_(torch.tensor([1.0 + rank, 2.0 - rank])),
-        "rows": distributed.all_gather_rows(torch.full((3 * rank, 2), rank)),
-        "no_rows": distributed.all_gather_rows(torch.zeros(0, 2)),
-        "on_main": distributed.run_on_main(lambda: {"from": distributed.rank()}),
-        "failures": {
-            name: _failure(*arguments)
-            for name, arguments in {
-                "one": ({1: OSError("disk")},),
-                "shared": ({1: ValueError("lost")}, ValueError),
-                "both": ({0: ValueError("a"), 1: ValueError("b")}, ValueError),
-                "worse": ({0: ValueError("a"), 1: OSError("disk")}, ValueError),
-                "none": ({}, ValueError),
-            }.items()
-        },
+        "sum": distributed.sum_(torch.tensor([1.0 + rank, 2.0])),
+        "smallest": distributed.smallest(7 - 3 * rank),
     }
 
 

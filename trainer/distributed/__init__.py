@@ -253,6 +253,5 @@ def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | No
     return on_every_rank
 
 
-# Earlier names.
-agree, sum_, largest_ = any_rank, all_reduce_sum_, all_reduce_max_
-gather, gather_rows, broadcast_object = all_gather_json, all_gather_rows, broadcast_json
+# The name that SpeechBrain-style recipes and messages use.
+gather = all_gather_json
