@@ -69,7 +69,7 @@ class Recogniser(Brain):
         """What is said in samples (S,) at the rate of the recogniser."""
         self.modules.eval()
         wav, lengths = signal[None], torch.tensor([len(signal)])
-        with self.eval_precision.autocast():
+        with self.autocast(Stage.TEST):
             predictions = self.modules.model(wav.to(self.device), lengths.to(self.device))
         return self.texts(predictions)[0]
 

@@ -57,19 +57,19 @@ class HiFiGAN(Brain):
         mel = l1_loss(self.modules.loss_mel(fake), self.modules.loss_mel(real))
         losses = {"mel": mel}
         if self.optimizer_step < self.hparams.adversarial_from:
-            self.optimize(self.hparams.mel_weight * mel, "generator", last=self.last_batch)
+            self.optimize(self.hparams.mel_weight * mel, "generator", last=self.is_last_batch)
             return losses
         judge = self.modules.discriminator
         with self.autocast():
             losses["discriminator"] = discriminator_loss(judge(real), judge(fake.detach()))
-        self.optimize(losses["discriminator"], "discriminator", last=self.last_batch)
+        self.optimize(losses["discriminator"], "discriminator", last=self.is_last_batch)
         with self.frozen("discriminator"), self.autocast():
             ours, theirs = judge(fake), judge(real)
             losses["adversarial"] = adversarial_loss(ours)
             losses["features"] = feature_loss(theirs, ours)
         weighted = (self.hparams.mel_weight * mel, self.hparams.feature_weight * losses["features"])
         losses["generator"] = losses["adversarial"] + sum(weighted)
-        self.optimize(losses["generator"], "generator", last=self.last_batch)
+        self.optimize(losses["generator"], "generator", last=self.is_last_batch)
         return losses
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Tensor:

@@ -265,7 +265,7 @@ class Enhancer(Brain):
         chunks = chunks.to(self.device)
         places = torch.arange(1, chunks.shape[1] + 1, device=self.device)
         lengths = ((chunks != 0) * places).amax(1).clamp(min=1)
-        with self.eval_precision.autocast():
+        with self.autocast(Stage.TEST):
             return enhance(self.spectrum, self.modules.generator, chunks, lengths)
 
 

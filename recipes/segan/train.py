@@ -60,12 +60,12 @@ class Enhancer(Brain):
             real_score = discriminator(torch.stack([clean, noisy], 1))
             fake_score = discriminator(torch.stack([fake.float(), noisy], 1))
             loss_d = discriminator_loss(real_score, fake_score)
-        self.optimize(loss_d, "discriminator", retain_graph=True, last=self.last_batch)
+        self.optimize(loss_d, "discriminator", retain_graph=True, last=self.is_last_batch)
         with self.frozen("discriminator"), self.autocast():
             score = discriminator(torch.stack([fake.float(), noisy], 1))
             distance = (fake.float() - clean).abs().mean()
             loss_g = adversarial_loss(score) + own.l1_weight * distance
-        self.optimize(loss_g, "generator", last=self.last_batch)
+        self.optimize(loss_g, "generator", last=self.is_last_batch)
         return {"discriminator": loss_d, "generator": loss_g, "l1": distance}
 
     def latents(self, ids: list[str]) -> Tensor:
@@ -84,7 +84,7 @@ class Enhancer(Brain):
         coefficient = self.hparams.pre_emphasis
         noisy = emphasise(chunks.to(self.device), coefficient)
         gain = gains(noisy, self.hparams.level)
-        with self.eval_precision.autocast():
+        with self.autocast(Stage.TEST):
             found = self.modules.generator(noisy * gain)
         return deemphasise(found.float() / gain, coefficient)
 

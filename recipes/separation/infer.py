@@ -110,7 +110,7 @@ class Tracks:
     @torch.inference_mode()
     def __call__(self, signal: Tensor, rate: int) -> Tensor:
         mixture = resample(signal, rate, self.rate)
-        with self.brain.eval_precision.autocast():
+        with self.brain.autocast(Stage.TEST):
             tracks = self.brain.modules.separator(mixture[None, None].to(self.brain.device))
         tracks = scaled(tracks[0].float().cpu(), mixture)
         return torch.stack(

@@ -91,7 +91,7 @@ class Synthesiser(Brain):
         self.modules.eval()
         torch.manual_seed(derive(self.options.seed, "say", *tokens.tolist()))
         batch, symbols = tokens[None].to(self.device), torch.tensor([len(tokens)])
-        with self.eval_precision.autocast():
+        with self.autocast(Stage.TEST):
             return self.modules.model.synthesise(batch, symbols.to(self.device), self.limit)
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:

@@ -78,6 +78,3 @@ def check_replicas_in_sync(tensors: Mapping[str, Tensor], where: str) -> None:
         "that depends on the rank. Weights move through self.optimize; drift_check_every: 0 turns "
         "this check off"
     )
-
-
-check = check_replicas_in_sync  # Earlier name.

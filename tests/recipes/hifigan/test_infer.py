@@ -161,6 +161,6 @@ def test_the_best_weights_are_found_where_the_test_took_them(
     assert f"testing with the weights of {first.path.name}" in (folder / "train.log").read_text()
     saved = checkpoints.read(first)["brain"]
     name, voice = "generator.first.bias", load_vocoder(folder)
-    mean = saved["weight_average"]["average"][name]
+    mean = saved["ema"]["average"][name]
     assert torch.equal(voice.generator.first.bias.detach(), mean)
     assert not torch.equal(mean, saved["modules"][name])

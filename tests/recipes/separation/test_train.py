@@ -220,7 +220,7 @@ def test_a_bad_batch_is_a_skipped_step_that_is_counted_and_not_in_the_average(na
     found = reports(spoilt, [good[0], batch_of(BAD[name]), good[1]])
     expected = reports(clean, good)
     assert [report.outcome for report in found] == ["stepped", "skipped", "stepped"]
-    assert spoilt.journal.counts["skipped"] == 1
+    assert spoilt.stateful()["metrics"].part.counts["skipped"] == 1
     assert torch.equal(spoilt.modules.separator.weight, clean.modules.separator.weight)
     assert spoilt.optimizer_step == clean.optimizer_step == 2
     for one, other in zip((found[0], found[2]), expected, strict=True):

@@ -92,8 +92,8 @@ def trained(rank: int | None, folder: Path) -> dict[str, Any]:
     found = {
         "weights": brain.modules.state_dict(),
         "reports": brain.reports,
-        "average": brain.average.value(),
-        "skipped": brain.journal.counts["skipped"],
+        "average": brain.stateful()["metrics"].part.average.value(),
+        "skipped": brain.stateful()["metrics"].part.counts["skipped"],
     }
     folder.mkdir(parents=True, exist_ok=True)
     brain.hparams.output_folder = str(folder)

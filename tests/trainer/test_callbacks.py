@@ -1,0 +1,236 @@
+"""Callbacks watch a run: which are called, in which order, and what they may not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.small import Players, Regressor, batches, everything, make, same, spoilt
+from trainer import Brain, Stage
+from trainer.callbacks import EVENTS, Callback, CallbackList
+from trainer.checkpoint import Checkpointer
+
+
+class Recorder(Callback):
+    """Keeps the names of the events that it sees."""
+
+    def __init__(self, name: str = "a") -> None:
+        self.name, self.seen = name, list[str]()
+
+
+def recording(event: str) -> Any:
+    def method(self: Recorder, *arguments: Any) -> None:
+        self.seen.append(event)
+
+    return method
+
+
+for each in EVENTS:
+    setattr(Recorder, each, recording(each))
+
+
+def with_callbacks(kind: type[Brain], *callbacks: Callback, **options: Any) -> Any:
+    brain = make(kind, **options)
+    for callback in callbacks:
+        brain.callbacks.append(callback)
+    return brain
+
+
+def test_the_moments_of_a_fit_come_in_their_order() -> None:
+    recorder = Recorder()
+    brain = with_callbacks(Regressor, recorder, log_interval=2)
+    brain.fit([1], batches(2), batches(1))
+    step = ["on_loss", "before_optimizer_step"]
+    assert [event for event in recorder.seen if event in step] == step[::-1] * 2
+    trained = ["on_batch_start", "before_optimizer_step", "after_optimizer_step", "on_loss"]
+    assert recorder.seen == [
+        "on_fit_start", "on_stage_start",
+        *trained, "on_batch_end",
+        *trained, "on_log", "on_batch_end",
+        "on_stage_end", "on_stage_start", "on_batch_end", "on_stage_end", "on_fit_end",
+    ]  # fmt: skip
+    recorder.seen.clear()
+    brain.evaluate(batches(1))
+    assert recorder.seen == [
+        "on_evaluate_start", "on_stage_start", "on_batch_end", "on_stage_end", "on_evaluate_end",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_and_a_resume_are_told(tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    brain = with_callbacks(Regressor, first, checkpointer=Checkpointer(tmp_path))
+    brain.fit([1], batches(2))
+    assert first.seen.count("on_checkpoint") == 1
+    assert "on_resume" not in first.seen
+    resumed = with_callbacks(Regressor, second, checkpointer=Checkpointer(tmp_path))
+    resumed.fit([1, 2], batches(2))
+    assert second.seen[:2] == ["on_fit_start", "on_resume"]
+
+
+def test_an_exception_is_told_and_goes_on() -> None:
+    recorder = Recorder()
+    brain = with_callbacks(Regressor, recorder, nonfinite_patience=0)
+    with pytest.raises(RuntimeError, match="not finite"):
+        brain.fit([1], [spoilt(batches(1)[0], "nan")])
+    assert recorder.seen[-2:] == ["on_fit_end", "on_exception"]
+
+
+def test_callbacks_are_called_in_list_order_and_only_where_they_override() -> None:
+    order: list[str] = []
+
+    class First(Callback):
+        def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+            order.append("first")
+
+    class Second(Callback):
+        def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+            order.append("second")
+
+    class Configured(Regressor):
+        def configure_callbacks(self) -> list[Callback]:
+            return [Second()]
+
+    brain = with_callbacks(Configured, First())
+    brain.fit([1], batches(2))
+    assert order == ["first", "second"] * 2
+    callbacks = CallbackList([First()])
+    assert [name for name in EVENTS if callbacks.overrides(name)] == ["on_batch_end"]
+
+
+def test_callbacks_come_by_constructor_and_by_hparams() -> None:
+    given, named = Recorder(), Recorder()
+    parts = make().modules
+    brain = Regressor(
+        parts, torch.optim.SGD, {"callbacks": [named]},
+        {"device": "cpu", "progressbar": False}, callbacks=[given],
+    )  # fmt: skip
+    found = [each for each in brain.callbacks if isinstance(each, Recorder)]
+    assert found == [named, given]
+
+
+def test_what_is_no_callback_is_refused() -> None:
+    with pytest.raises(ValueError, match="callbacks holds a int; allowed: objects of a class"):
+        make(hparams={"callbacks": [3]})
+
+
+def test_an_error_in_a_callback_names_it() -> None:
+    class Broken(Callback):
+        def on_loss(self, brain: Brain, report: Any) -> None:
+            raise KeyError("nothing")
+
+    with pytest.raises(KeyError) as caught:
+        with_callbacks(Regressor, Broken()).fit([1], batches(1))
+    assert "Broken.on_loss" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("kind", [Regressor, Players])
+def test_gradients_are_measured_and_not_clipped_before_a_step(kind: type[Brain]) -> None:
+    class Norms(Callback):
+        def before_optimizer_step(self, brain: Brain, update: Any, gradients: Any) -> None:
+            found = torch.cat([g.reshape(-1) for g in gradients.tensors]).norm()
+            before.append((gradients.norm, float(found)))
+
+        def after_optimizer_step(self, brain: Brain, update: Any, gradients: Any) -> None:
+            after.append(gradients.norm_after)
+
+    before: list[tuple[float, float]] = []
+    after: list[float] = []
+    brain = with_callbacks(kind, Norms(), max_grad_norm=1e-3)
+    brain.fit([1], batches(3))
+    assert len(before) == len(after) == 3 * len(brain.updates)
+    for measured, found in before:
+        assert measured == pytest.approx(found, rel=1e-5)
+        assert measured > 1e-3
+    assert after == pytest.approx([1e-3] * len(after), rel=1e-4)
+
+
+def test_a_callback_with_state_is_saved_and_restored(tmp_path: Path) -> None:
+    class Counting(Callback):
+        def __init__(self) -> None:
+            self.batches = 0
+
+        def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+            self.batches += 1
+
+        def state_dict(self) -> dict[str, int]:
+            return {"batches": self.batches}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.batches = state["batches"]
+
+    with_callbacks(Regressor, Counting(), checkpointer=Checkpointer(tmp_path)).fit([1], batches(4))
+    one, two = Counting(), Counting()
+    brain = with_callbacks(Regressor, one, two, checkpointer=Checkpointer(tmp_path))
+    brain.fit([1, 2], batches(4))
+    assert one.batches == 8
+    assert two.batches == 4  # The second of its class is new.
+
+
+def test_watching_changes_nothing() -> None:
+    plain, watched = make(Players), with_callbacks(Players, Recorder())
+    for brain in (plain, watched):
+        brain.fit([1, 2], batches(4), batches(2))
+    assert same(everything(plain), everything(watched))
+
+
+# --- Brain.log -----------------------------------------------------------------------------------
+
+
+class Reports(Callback):
+    def __init__(self) -> None:
+        self.metrics: list[tuple[str, dict[str, Any]]] = []
+
+    def on_stage_end(self, brain: Brain, report: Any) -> None:
+        self.metrics.append((report.stage, report.metrics))
+
+
+class Logging(Regressor):
+    """Logs in every hook."""
+
+    def on_fit_start(self) -> None:
+        self.log("started", 1)
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Any:
+        size = len(batch["x"])
+        self.log("size", float(size), weight=size)
+        self.log("tensor", torch.tensor(float(size)))
+        return super().compute_objectives(predictions, batch, stage)
+
+    def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+        self.log("end", 2.0)
+        return {"own": 3.0}
+
+
+def test_logged_values_are_averaged_by_weight_over_their_stage() -> None:
+    reports = Reports()
+    brain = with_callbacks(Logging, reports)
+    data = [*batches(1, size=3), *batches(1, size=1)]
+    brain.fit([1], data, data[:1])
+    brain.evaluate(data[1:])
+    (train, first), (valid, second), (test, third) = reports.metrics
+    assert (train, valid, test) == ("train", "valid", "test")
+    assert first == {"started": 1, "size": (9 + 1) / 4, "tensor": 2.0, "end": 2.0, "own": 3.0}
+    assert second == {"size": 3.0, "tensor": 3.0, "end": 2.0, "own": 3.0}
+    assert third == {"size": 1.0, "tensor": 1.0, "end": 2.0, "own": 3.0}
+    assert brain.test_metrics == third
+
+
+def test_checkpoints_are_kept_by_a_logged_metric(tmp_path: Path) -> None:
+    class Scored(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> None:
+            self.log("wer", abs(2 - (epoch or 0)))
+
+    saver = Checkpointer(tmp_path, keep_best={"wer": "min"})
+    make(Scored, checkpointer=saver).fit([1, 2, 3], batches(2), batches(1))
+    best = saver.find_checkpoint(min_key="wer")
+    assert best is not None
+    assert best.meta["epoch"] == 2
+
+
+def test_what_is_no_scalar_cannot_be_logged() -> None:
+    brain = make()
+    with pytest.raises(ValueError, match="an average is of scalars; got a tensor of shape"):
+        brain.log("x", torch.ones(2))

@@ -1,0 +1,268 @@
+"""State has two sources, `Progress` and `Brain.stateful`; what is in them is carried everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trainer.brain
+from tests.trainer.small import Players, Regressor, batches, everything, make, same
+from trainer import Brain, Stage
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.run_state import Snapshot, StateEntry
+from trainer.progress import Progress
+
+FIELDS = 15  # At most so many fields.
+
+
+class Counter:
+    """A stateful object that only `stateful` lists."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+@dataclasses.dataclass
+class Extended(Progress):
+    """Progress with one more field."""
+
+    marks: int = 0
+
+
+class Marked(Regressor):
+    """Counts its batches in a field of progress and in an object, both of one `fit`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._counter = Counter()
+        super().__init__(*args, **kwargs)
+
+    def stateful(self) -> dict[str, StateEntry]:
+        return {**super().stateful(), "mine": StateEntry(self._counter, of_fit=True)}
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        if stage is Stage.TRAIN:
+            self.progress.marks += 1
+            self._counter.value += 1
+        return super().compute_forward(batch, stage)
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        return self.progress.marks, self._counter.value
+
+
+@pytest.fixture(autouse=True)
+def _extended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.brain, "Progress", Extended)
+
+
+def test_progress_is_plain_and_small() -> None:
+    assert len(dataclasses.fields(Progress)) <= FIELDS
+    brain = make()
+    brain.fit([1], batches(2))
+    plain = (int, float, str, bool, list, type(None))
+    assert all(type(value) in plain for value in brain.progress.state_dict().values())
+
+
+def test_a_checkpoint_carries_a_new_field_and_a_new_object(tmp_path: Path) -> None:
+    brain = make(Marked, checkpointer=Checkpointer(tmp_path))
+    brain.fit([1], batches(3))
+    assert brain.counted == (3, 3)
+    resumed = make(Marked, checkpointer=Checkpointer(tmp_path))
+    resumed.fit([1, 2], batches(3))
+    assert resumed.counted == (6, 6)
+
+
+def test_a_nested_fit_leaves_a_new_field_and_a_new_object_as_they_were() -> None:
+    class Nesting(Marked):
+        def on_fit_batch_end(self, *args: Any) -> None:
+            if self.step == 2 and not inner:
+                inner.append(self.counted)
+                self.fit([7], batches(4, seed=3))
+                inner.append(self.counted)
+
+    inner: list[tuple[int, int]] = []
+    brain = make(Nesting)
+    brain.fit([1], batches(3))
+    assert inner == [(2, 2), (2, 2)]
+    assert brain.counted == (3, 3)
+
+
+def test_a_sandbox_leaves_a_new_field_and_a_new_object_as_they_were() -> None:
+    brain = make(Marked)
+    brain.fit([1], batches(3))
+    with brain.sandbox():
+        brain.train_batch(batches(1)[0])
+        assert brain.counted == (4, 4)
+    assert brain.counted == (3, 3)
+
+
+def test_a_snapshot_restores_a_new_field_and_a_new_object_each_time() -> None:
+    brain = make(Marked)
+    brain.fit([1], batches(3))
+    snapshot = Snapshot(brain.progress, brain.stateful)
+    for _ in range(2):
+        brain.fit([2], batches(5))
+        assert brain.counted == (8, 8)
+        snapshot.restore()
+        assert brain.counted == (3, 3)
+
+
+@pytest.mark.parametrize("kind", [Regressor, Players])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_sandbox_leaves_everything_as_it_was(kind: type[Brain], precision: str) -> None:
+    brain = make(
+        kind, norm=True, precision=precision, ema_decay=0.9, grad_accumulation_factor=2,
+        checkpointer=None,
+    )  # fmt: skip
+    brain.fit([1], batches(5))
+    for batch in batches(1):  # Into an open window.
+        brain.train_batch(batch)
+    grads = [None if p.grad is None else p.grad.clone() for p in brain.modules.parameters()]
+    before, progress = everything(brain), brain.progress.state_dict()
+    generator = torch.get_rng_state()
+    with brain.sandbox():
+        for batch in batches(5, seed=4):
+            brain.train_batch(batch)
+        torch.rand(3)
+        brain.modules.eval()
+        assert not same(everything(brain), before)
+    assert same(everything(brain), before)
+    assert brain.progress.state_dict() == progress
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(module.training for module in brain.modules.modules())
+    for p, grad in zip(brain.modules.parameters(), grads, strict=True):
+        assert (p.grad is None) == (grad is None)
+        assert grad is None or torch.equal(p.grad, grad)
+
+
+# --- nested fits ---------------------------------------------------------------------------------
+
+
+def nesting(kind: type[Brain], at: int) -> type[Brain]:
+    """The kind, which at a batch of epoch 1 trains on data of weight 0, so that nothing moves."""
+
+    class Nesting(kind):  # type: ignore[misc, valid-type]
+        nested = False
+
+        def count_examples(self, batch: Any) -> float:
+            return 0.0 if self.nested else super().count_examples(batch)
+
+        def fit_batch(self, batch: Any) -> Any:
+            found = super().fit_batch(batch)
+            if not self.nested and self.epoch == 1 and self.step == at:
+                self.nested = True
+                self.fit([5, 6], batches(3, seed=8), batches(2))
+                self.nested = False
+            return found
+
+    return Nesting
+
+
+@pytest.mark.parametrize("kind", [Regressor, Players])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_nested_fit_is_exact_within_an_accumulation_window(
+    kind: type[Brain], at: int, precision: str
+) -> None:
+    options = {"grad_accumulation_factor": 4, "precision": precision}
+    plain, nested = make(kind, **options), make(nesting(kind, at), **options)
+    losses = []
+    for brain in (plain, nested):
+        brain.fit([1, 2], batches(6))
+        losses.append(brain.stateful()["metrics"].part.average.state_dict())
+    assert same(everything(plain), everything(nested))
+    assert losses[0] == losses[1]
+    assert plain.progress.epoch == nested.progress.epoch == 2
+    assert plain.progress.optimizer_step == nested.progress.optimizer_step
+
+
+def test_the_window_that_surrounds_a_nested_fit_steps_with_all_of_its_weight() -> None:
+    weights: list[float] = []
+
+    class Nesting(Regressor):
+        def fit_batch(self, batch: Any) -> Any:
+            if self.epoch == 1 and self.step == 3:
+                self.fit([9], batches(5, seed=2))
+            found = super().fit_batch(batch)
+            if self.epoch == 1 and found.stepped:
+                weights.append(found.weight)
+            return found
+
+    brain = make(Nesting, grad_accumulation_factor=4)
+    brain.fit([1], batches(4, size=4))
+    assert weights == [16.0]
+
+
+def test_a_nested_fit_within_a_validation_trains_and_leaves_evaluation_mode() -> None:
+    modes: list[bool] = []
+
+    class Nesting(Regressor):
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            if stage is Stage.VALID and epoch == 1:
+                self.fit([9], batches(2))
+                modes.append(self.modules.training)
+
+    brain = make(Nesting)
+    brain.fit([1], batches(2), batches(1))
+    assert modes == [False]
+    assert brain.optimizer_step == 4
+
+
+# --- what each rank saves ------------------------------------------------------------------------
+
+
+def test_every_entry_says_where_it_is_saved(tmp_path: Path) -> None:
+    brain = make(
+        Players, norm=True, checkpointer=Checkpointer(tmp_path), ema_decay=0.9,
+        hparams={"counter": Counter()},
+    )  # fmt: skip
+    brain.fit([1], batches(2))
+    entries = brain.stateful()
+    shared = {name for name, entry in entries.items() if entry.scope != "rank"}
+    assert shared >= {
+        "modules", "optimizers.discriminator", "optimizers.generator", "ema", "trainable",
+        "objects.hparams.counter",
+    }  # fmt: skip
+    own = set(entries) - shared
+    assert own >= {"windows.generator", "guard", "metrics", "attributes", "rng"}
+    saved = Checkpointer(tmp_path).read(Checkpointer(tmp_path).list_checkpoints()[0])["brain"]
+    assert shared | {"progress"} == set(saved)
+
+
+def leaf_types(value: Any) -> Iterator[type]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from leaf_types(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from leaf_types(part)
+    else:
+        yield type(value)
+
+
+def test_snapshots_share_no_memory_with_the_run() -> None:
+    brain = make(grad_accumulation_factor=2)
+    brain.fit([1], batches(2))
+    brain.train_batch(batches(1)[0])
+    snapshot = Snapshot(brain.progress, brain.stateful)
+    before = everything(brain)
+    with torch.no_grad():
+        for p in brain.modules.parameters():
+            p.zero_()
+            if p.grad is not None:
+                p.grad.zero_()
+    snapshot.restore()
+    assert same(everything(brain), before)
+    assert any(p.grad is not None and p.grad.any() for p in brain.modules.parameters())
