@@ -148,7 +148,7 @@ def _files(cut: Cut) -> dict[str, Expected]:
 
 
 def _original(recording: Recording, channels: int) -> Expected:
-    """What a recording was before anything was done to it."""
+    """Return the properties of a recording as it is in its file."""
     for transform in recording.transforms or []:
         known = transform if isinstance(transform, dict) else transform.to_dict()
         if known["name"] == "Resample":
@@ -273,7 +273,7 @@ class DurationBatches:
         return self._known[1]
 
     def _rounds(self, rng: random.Random) -> Iterator[list[int]]:
-        """What all processes train on at the same time: one batch for each of them."""
+        """Yield the batches that all processes train on at the same time: one for each of them."""
         jitter = self.JITTER if self.shuffle else 0.0
         lengths = [length * (1 + rng.uniform(-jitter, jitter)) for length in self.durations]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
