@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Return the dotted names that a file imports anywhere, relative ones made absolute."""
     package = (
@@ -52,6 +54,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def code_of(path: Path) -> str:
     """Return the code of a file without comments and docstrings."""
     tree = ast.parse(path.read_text())
