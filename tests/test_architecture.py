@@ -1,8 +1,9 @@
-"""The shape of the project: owners, safe loading, light imports."""
+"""Architecture: layers, owners, safe loading, light imports, documents that name what exists."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -13,13 +14,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TRAINER = ROOT / "trainer"
 
-# What moves weights, and the files that may say it.
+# Calls that have one owner: the folder it is in, and in how many files it may stand.
 OWNERS = {
-    r"\.backward\(": {"step.py"},
-    r"optimizer\.step\(": {"update.py"},
-    r"clip_grad": set(),
-    r"GradScaler\(": {"precision.py"},
-    r"all_reduce\(": {"__init__.py"},
+    r"\.backward\(": ("trainer/optim", 1),
+    r"optimizer\.step\(": ("trainer/optim", 1),
+    r"clip_grad": ("", 0),
+    r"GradScaler\(": ("trainer/optim", 1),
+    r"\bdist\.(all_|broadcast|barrier|reduce|gather|scatter|init_)\w*\(": (
+        "trainer/distributed",
+        1,
+    ),
 }
 UNSAFE = (
     r"weights_only\s*=\s*False",
@@ -33,8 +37,9 @@ def sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
-    """Dotted names that a file imports, wherever in it; relative ones made absolute."""
+    """Return the dotted names that a file imports anywhere, relative ones made absolute."""
     package = (
         ["trainer", *path.relative_to(TRAINER).parent.parts] if TRAINER in path.parents else []
     )
@@ -49,8 +54,9 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def code_of(path: Path) -> str:
-    """A file without comments and documentation."""
+    """Return the code of a file without comments and docstrings."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -59,6 +65,16 @@ def code_of(path: Path) -> str:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 body[0].value = ast.Constant("")
     return ast.unparse(tree)
+
+
+@pytest.mark.xfail(reason="trainer.brain still imports what hangs on callbacks")
+def test_the_layers_hold() -> None:
+    """The contracts are in pyproject.toml; `lint-imports` shows which import breaks one."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as f; f()"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert "3 kept, 0 broken" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_trainer_knows_no_recipe_and_a_recipe_no_other() -> None:
@@ -80,12 +96,26 @@ def test_the_trainer_needs_torch_hyperpyyaml_and_tqdm_alone() -> None:
     assert found - set(sys.stdlib_module_names) <= allowed
 
 
+@pytest.mark.xfail(reason="the allow-list still names modules of recipes")
+def test_the_trainer_names_no_recipe_in_a_string() -> None:
+    for path in sources(TRAINER):
+        assert not re.search(r"\brecipes[./]\w", code_of(path)), path
+
+
 @pytest.mark.parametrize("pattern", OWNERS)
 def test_one_place_moves_weights(pattern: str) -> None:
     files = [*sources(TRAINER), *sources(ROOT / "recipes")]
-    assert len(files) > 40
-    users = {path.name for path in files if re.search(pattern, code_of(path))}
-    assert users == OWNERS[pattern]
+    assert len(files) > 150
+    users = [str(path.relative_to(ROOT)) for path in files if re.search(pattern, code_of(path))]
+    owner, count = OWNERS[pattern]
+    assert len(users) == count
+    assert all(user.startswith(owner) for user in users)
+
+
+def test_process_groups_are_spoken_to_in_one_package() -> None:
+    for path in [*sources(TRAINER), *sources(ROOT / "recipes")]:
+        if TRAINER / "distributed" not in path.parents:
+            assert not any(name.startswith("torch.distributed") for name in imports_of(path)), path
 
 
 def test_nothing_that_is_read_can_run_code() -> None:
@@ -116,3 +146,37 @@ def test_every_yaml_says_how_it_is_run() -> None:
         relative = path.relative_to(ROOT).as_posix()
         first = "\n".join(path.read_text().splitlines()[:4])
         assert f"train.py {relative}" in first, path
+
+
+def test_every_test_that_the_guarantees_name_exists() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
+    assert len(named) > 50
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+    promises = re.findall(r"^\| ([RS]\d+) \|.*$", text, re.MULTILINE)
+    assert promises == [*(f"R{n}" for n in range(1, 22)), *(f"S{n}" for n in range(1, 13))]
+    unheld = re.findall(r"^\| ([RS]\d+) \|.*\| no test yet \|", text, re.MULTILINE)
+    assert unheld == ["R9", "R12", "R18", "R21"]
+
+
+def test_documents_name_files_and_modules_that_exist() -> None:
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*/README.md")]
+    assert len(documents) >= 20
+    found = 0
+    for document in documents:
+        text = document.read_text()
+        paths = re.findall(r"\b(?:trainer|recipes|hparams|tests|docs|scripts)/[\w/.-]*\w", text)
+        modules = re.findall(r"`(trainer(?:\.[a-z_]+)+)`", text)
+        for name in paths:
+            assert (ROOT / name).exists(), f"{document.name} names {name}"
+        for name in modules:
+            path = ROOT / name.replace(".", "/")
+            if not path.is_dir() and not path.with_suffix(".py").is_file():
+                # A name in a module, or an attribute of the package.
+                path = path.parent
+                assert path.is_dir() or path.with_suffix(".py").is_file(), (
+                    f"{document.name}: {name}"
+                )
+        found += len(paths) + len(modules)
+    assert found > 150

@@ -76,9 +76,13 @@ def digits(
     Args:
         data_folder: the Free Spoken Digit Dataset, or a folder of files named as there,
             ``digit_speaker_take.wav``, perhaps in a subfolder ``recordings``.
-        strings: how many there are in each split.
-        takes: which takes a split is made of, as [first, last].
-        on_bad, max_bad: what happens to unusable files, as in the run options.
+        sample_rate: Hz.
+        strings: number of strings in each split.
+        takes: the takes that a split is made of, as [first, last].
+        longest: most digits in a string.
+        pause: longest silence before a digit, in seconds.
+        on_bad: handling of unusable files, as in the run options.
+        max_bad: largest share of unusable files, as in the run options.
 
     Raises ValueError for a folder that is missing or has another layout, for a take that two splits
     would share, and for a split without any.

@@ -61,7 +61,7 @@ def transcribe_all(brain: Recogniser, files: Sequence[str]) -> int:
 
 
 def transcribe(brain: Recogniser, path: str | Path) -> str:
-    """What is said in a file; of several channels, in their mean. Raises BadItem."""
+    """Transcribe a file, of several channels their mean. Raises BadItem."""
     texts = [brain.transcribe(piece) for piece in pieces(path, brain.hparams.sample_rate)]
     return " ".join(filter(None, texts))
 

@@ -112,7 +112,7 @@ class ConformerCTC(nn.Module):
         return inputs[0].masked_fill(self._padding[:, None, :], 0.0)  # (B, D, T)
 
     def frames(self, samples: int) -> int:
-        """How many frames of output so many samples give."""
+        """Return the number of output frames of so many samples."""
         frames = samples // self.features.hop + 1
         for _ in self.front.convs:
             frames = (frames + 1) // 2

@@ -14,7 +14,7 @@ BLANK = "<blank>"
 
 
 class Codec(Protocol):
-    """What the recipe needs of a vocabulary. ``tokens`` are its names, the blank first."""
+    """Vocabulary of a recogniser. ``tokens`` are its names, the blank first."""
 
     tokens: list[str]
 

@@ -46,7 +46,7 @@ class Recogniser(Brain):
         return ctc_loss(*predictions, *batch.tokens)
 
     def texts(self, predictions: tuple[Tensor, Tensor]) -> list[str]:
-        """What was heard in each utterance."""
+        """Decode the text of each utterance."""
         heard = [self.hparams.codec.decode(tokens) for tokens in self.decode(*predictions)]
         lexicon = self.hparams.lexicon
         return heard if lexicon is None else [known_words(text, lexicon) for text in heard]
@@ -66,7 +66,7 @@ class Recogniser(Brain):
 
     @torch.inference_mode()
     def transcribe(self, signal: Tensor) -> str:
-        """What is said in samples (S,) at the rate of the recogniser."""
+        """Transcribe samples (S,) at the rate of the recogniser."""
         self.modules.eval()
         wav, lengths = signal[None], torch.tensor([len(signal)])
         with self.autocast(Stage.TEST):
@@ -101,7 +101,7 @@ def train(run: trainer.Run) -> dict[str, float]:
 
 
 def _loading(dataset: Speech, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """How a split is batched: by seconds; an utterance to test may be longer than a batch."""
+    """Return the loader's options: batches by seconds; a test utterance may be longer than one."""
     training = split == "train"
     most = hparams["batch_seconds"]
     batches = DurationBatches(

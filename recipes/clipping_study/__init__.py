@@ -1,1 +1,1 @@
-"""Which clipping for which model: the claims of the literature, tested by small experiments."""
+"""Clipping study: claims of the literature on gradient clipping, tested by small experiments."""

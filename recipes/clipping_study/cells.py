@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What a finished cell is found again by."""
+        """Return the key under which a finished cell is found again."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
@@ -197,7 +197,7 @@ def finish(cell: Cell) -> dict[str, Any]:
 
 
 def about_spikes(lesson: Lesson, at: list[int]) -> dict[str, float]:
-    """How a training bore its broken batches.
+    """Summarise the effect of broken batches on a training.
 
     ``caught``: the share of them that were clipped (or refused); ``disturbed``: the share of all
     other steps that were clipped; ``hurt``: by how much the mean loss of the 5 steps after one is

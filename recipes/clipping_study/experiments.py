@@ -56,13 +56,13 @@ class Experiment:
         return found
 
     def cost(self, result: Mapping[str, Any]) -> float:
-        """What tuning makes small: the loss, or the share of errors."""
+        """Return the quantity that tuning minimises: the loss, or the share of errors."""
         if self.score == "accuracy":
             return 1.0 - float(result["accuracy"])
         return float(result["loss"])
 
     def has_failed(self, result: Mapping[str, Any]) -> bool:
-        """Whether a training counts as failed."""
+        """Return true if a training counts as failed."""
         if self.score == "accuracy":
             return bool(result["accuracy"] < self.failed)
         return not result["loss"] < self.failed

@@ -15,7 +15,7 @@ from recipes.clipping_study.study import Chosen, Result, Results, choose
 
 @dataclass
 class Row:
-    """What one kind with one setting gave under one condition.
+    """Scores of one kind with one setting under one condition.
 
     ``values`` are the scores of its seeds (losses or accuracies), ``failures`` how many of them
     failed, ``others`` the means of whatever else was measured, ``steps`` how many each needed to
@@ -110,7 +110,7 @@ def _row(experiment: Experiment, done: list[tuple[Cell, Result]]) -> Row:
 
 
 def _add_worst(finding: Finding, results: Results) -> None:
-    """What the worst of the settings that a row's was chosen from gave in tuning."""
+    """Add the tuning result of the worst setting that a row's own was chosen from."""
     experiment = finding.experiment
     tried: dict[tuple[str, str], list[float]] = {}
     for cell in experiment.cells(None, 0):
@@ -125,7 +125,7 @@ def _add_worst(finding: Finding, results: Results) -> None:
 
 
 def _add_steps(finding: Finding, places: dict[tuple[str, str, str], Any]) -> None:
-    """How many steps each training needs to come to where decay without clipping ends."""
+    """Add the steps that each training needs to reach the final loss of decay without clipping."""
     losses = {
         (arm, kind): [result["losses"] for _, result in done]
         for (arm, kind, _), done in places.items()
@@ -144,8 +144,9 @@ def _add_steps(finding: Finding, places: dict[tuple[str, str, str], Any]) -> Non
 
 
 def steps_to(losses: Sequence[float], target: float, window: int = 10) -> tuple[int, bool]:
-    """The first step at which the mean of the last losses is at most ``target``, and whether there
-    is one; else all steps.
+    """Return the first step at which the mean of the last losses is at most ``target``.
+
+    The flag says that there is one; without one the step is the number of all steps.
     """
     for step in range(window, len(losses) + 1):
         if _mean(losses[step - window : step]) <= target:

@@ -40,7 +40,7 @@ class Learner(Brain):
 
 @dataclass
 class Lesson:
-    """How a training went: a loss and a norm for each step, what was clipped, and how it ended.
+    """Record of a training: a loss and a norm for each step, the clipped steps, and the end.
 
     ``loss`` and ``accuracy`` are of data that was not trained on; infinity and 0 where the training
     was given up, since too many steps were not finite.
@@ -59,7 +59,7 @@ class Lesson:
         return shortened(self.losses)
 
     def facts(self) -> dict[str, Any]:
-        """What every cell keeps."""
+        """Return the facts that every cell keeps."""
         norms = sorted(self.norms) or [math.nan]
         return {
             "loss": self.loss, "accuracy": self.accuracy, "skipped": self.skipped,

@@ -85,8 +85,9 @@ class RecurrentWriter(nn.Module):
 
 
 class Writer(nn.Module):
-    """The next word by a transformer whose layers are normalised after each sum (post-LN), the kind
-    that is known to need a warm-up: words (B, T) to logits (B, T, V).
+    """Next-word transformer with layer norm after each sum (post-LN).
+
+    This kind is known to need a warm-up. Words (B, T) to logits (B, T, V).
     """
 
     def __init__(self, words: int, length: int, width: int = 32, layers: int = 4) -> None:

@@ -152,7 +152,7 @@ def _curves(found: Finding) -> list[Chart]:
 
 
 def _to_target(found: Finding) -> list[Plot]:
-    """How many steps each training of a model needs to come to the target."""
+    """Plot the steps that each training of a model needs to reach the target."""
     plots = []
     for model in dict.fromkeys(arm.rpartition(", ")[0] for arm in found.arms()):
         rows = [row for row in found.rows if row.arm.rpartition(", ")[0] == model]

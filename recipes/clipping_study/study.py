@@ -40,7 +40,7 @@ class Results:
         path.write_text("".join(whole), encoding="utf-8")
 
     def of(self, cell: Cell) -> Result | None:
-        """What a cell gave, if it is finished."""
+        """Return the result of a cell, or None if it is not finished."""
         return self._known.get(_key(asdict(cell)))
 
     def add(self, result: Result) -> None:

@@ -15,7 +15,7 @@ INPUTS, GROUPS = 16, 8  # of `groups`
 
 
 def recall(length: int, number: int, seed: int, size: int = 32) -> Batches:
-    """Which of four symbols came first, before ``length`` − 1 steps of noise?
+    """Recall task: name the first of four symbols after ``length`` − 1 steps of noise.
 
     Inputs (B, T, 4), targets (B,). The gradient must come through all steps, as in the latching
     problems of Bengio et al. 1994 and Pascanu et al. 2013 (arXiv 1211.5063).
@@ -61,8 +61,9 @@ def groups(number: int, seed: int, size: int = 32) -> Batches:
 
 
 def spoilt(batches: Batches, steps: list[int], factor: float, seed: int) -> Batches:
-    """The same batches, but at these steps with inputs ``factor`` times as large and wrong targets:
-    what a broken file does to a batch.
+    """Return the batches with inputs ``factor`` times as large and wrong targets at these steps.
+
+    A broken file does as much to a batch.
     """
     generator = torch.Generator().manual_seed(seed)
     found = list(batches)

@@ -1,4 +1,4 @@
-"""Which clipping helps which model: six small experiments, and a page of what came out.
+"""Clipping study: six small experiments on clipping and models, and a page of the results.
 
     python recipes/clipping_study/train.py hparams/clipping_study/full.yaml
 

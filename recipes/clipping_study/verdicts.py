@@ -1,4 +1,4 @@
-"""What an experiment says of the claim that it tests: by rules that were fixed before, in words."""
+"""Verdicts of the experiments on the claims that they test, by rules fixed before the run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class Verdict:
 
 
 def better(a: Row, b: Row, high: bool = False) -> bool:
-    """Whether row ``a`` is clearly better than ``b``: fewer failures where those differ, else a
-    difference of the means of more than two standard errors.
+    """Return true if row ``a`` is clearly better than ``b``.
+
+    That is: fewer failures where those differ, else a difference of the means of more than two
+    standard errors.
     """
     if a.failures != b.failures:
         return a.failures < b.failures
@@ -36,13 +38,16 @@ def better(a: Row, b: Row, high: bool = False) -> bool:
 
 
 def verdict(found: Finding) -> Verdict:
-    """What the experiment says."""
+    """Return the verdict of an experiment."""
     return RULES[found.experiment.name](found)
 
 
 def _recurrent(found: Finding) -> Verdict:
-    """Holds where without clipping most trainings fail at every length, and norm clipping keeps
-    most alive up to 100 steps at least; in part where clipping is clearly better at some length.
+    """Judge recurrent networks.
+
+    The claim holds where without clipping most trainings fail at every length, and norm clipping
+    keeps most alive up to 100 steps at least; in part where clipping is clearly better at some
+    length.
     """
     arms = found.arms()
     free = [found.of(arm, "none")[0] for arm in arms]
@@ -68,8 +73,10 @@ def _recurrent(found: Finding) -> Verdict:
 
 
 def _warmup(found: Finding) -> Verdict:
-    """Holds where the best with clipping alone is clearly better than the best with neither, and
-    not clearly worse than the best with warm-up alone; in part where only the first is so.
+    """Judge clipping in place of a warm-up.
+
+    The claim holds where the best with clipping alone is clearly better than the best with neither,
+    and not clearly worse than the best with warm-up alone; in part where only the first is so.
     """
     short, long = found.arms()[0], found.arms()[-1]
     best = {
@@ -93,8 +100,10 @@ def _warmup(found: Finding) -> Verdict:
 
 
 def _speed(found: Finding) -> Verdict:
-    """Holds where clipping with decay needs at least 30 % fewer steps than decay alone in every
-    model; in part where it does in some.
+    """Judge speed.
+
+    The claim holds where clipping with decay needs at least 30 % fewer steps than decay alone in
+    every model; in part where it does in some.
     """
     facts, saved = [], []
     for model in dict.fromkeys(arm.rpartition(", ")[0] for arm in found.arms()):
@@ -110,7 +119,9 @@ def _speed(found: Finding) -> Verdict:
 
 
 def _spikes(found: Finding) -> Verdict:
-    """Holds where some adaptive kind is clearly better than the tuned norm limit under every
+    """Judge adaptive kinds under spikes.
+
+    The claim holds where some adaptive kind is clearly better than the tuned norm limit under every
     optimizer; in part under one.
     """
     facts, won = [], []
@@ -135,8 +146,10 @@ def _spikes(found: Finding) -> Verdict:
 
 
 def _half(found: Finding) -> Verdict:
-    """Holds where no kind is clearly better in fp32 than in fp16, or the reverse, and clipping
-    gradients that are still scaled is clearly worse; in part where one of the two is so.
+    """Judge half precision.
+
+    The claim holds where no kind is clearly better in fp32 than in fp16, or the reverse, and
+    clipping gradients that are still scaled is clearly worse; in part where one of the two is so.
     """
     arms = found.arms()
     pairs = [(found.of(arms[0], k)[0], found.of(arms[1], k)[0]) for k in found.kinds()]
@@ -162,8 +175,10 @@ def _half(found: Finding) -> Verdict:
 
 
 def _scales(found: Finding) -> Verdict:
-    """Holds where a kind with limits by layer is clearly better than the joint norm at 1:100 under
-    every optimizer; in part under one.
+    """Judge layers of different scale.
+
+    The claim holds where a kind with limits by layer is clearly better than the joint norm at 1:100
+    under every optimizer; in part under one.
     """
     facts, won = [], []
     for arm in found.arms():

@@ -1,1 +1,1 @@
-"""What two or more tasks share."""
+"""Code that two or more tasks share."""

@@ -40,7 +40,7 @@ _UNKNOWN = 2**31 - 1024  # Sizes from here on are those of a stream whose end wa
 
 
 class Expected(NamedTuple):
-    """What a file should be, where that is known."""
+    """Expected properties of a file, where known."""
 
     sample_rate: int | None = None  # Hz
     channels: int | None = None
@@ -48,7 +48,7 @@ class Expected(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What an audio file says of itself."""
+    """Properties of an audio file according to its header."""
 
     samples: int  # per channel
     sample_rate: int  # Hz
@@ -72,8 +72,12 @@ def read_audio(
     """Read a file, or ``duration`` seconds of it from ``start`` on, as float32 samples (T,).
 
     Args:
-        sample_rate: what is expected, in Hz. Another one is bad, or resampled with ``resample``.
+        path: of the file.
+        sample_rate: expected rate in Hz. Another one is bad, or resampled with ``resample``.
+        start: seconds to leave out at the beginning.
+        duration: seconds to read; None: up to the end.
         channel: the one to take of several, or ``"mean"`` of all. None: one channel is expected.
+        resample: resample a file of another rate instead of refusing it.
 
     Raises BadItem.
     """
@@ -132,7 +136,7 @@ def check_finite(path: str | Path, samples: Tensor) -> None:
 
 
 def read_header(path: str | Path, expected: Expected | None = None) -> Header:
-    """What a file says of itself; BadItem when it is no audio file, is cut, or not as expected."""
+    """Read a header. Raises BadItem for a file that is no audio, cut, or not as expected."""
     with _opened(path) as file:
         header = Header(file.frames, file.samplerate, file.channels)
     _compare(path, header, expected or Expected())
@@ -162,7 +166,7 @@ def check_recordings(
 def good_ones(
     files: Iterable[File], probe: Callable[[File], Result], on_bad: str, max_bad: float
 ) -> dict[File, Result]:
-    """What ``probe`` says of each file that it does not call bad, asked by several threads."""
+    """Probe files in several threads; return the results of those that are not bad."""
 
     def ask(file: File) -> Result | BadItem:
         try:

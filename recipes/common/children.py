@@ -9,8 +9,10 @@ import time
 
 
 def serve(parent: int) -> None:
-    """Runs first in each process: outlive the signals that ask a run to stop at a safe point, which
-    the process ``parent`` handles, but not that process.
+    """Initialise a process of a pool.
+
+    It outlives the signals that ask a run to stop at a safe point, which the process ``parent``
+    handles, but not that process.
 
         ProcessPoolExecutor(2, get_context("spawn"), initializer=serve, initargs=(os.getpid(),))
     """

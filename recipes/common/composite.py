@@ -48,7 +48,7 @@ def composite(clean: Array, heard: Array, sample_rate: int, pesq: float) -> dict
 
 
 def log_likelihood_ratio(clean: Array, heard: Array, sample_rate: int) -> float:
-    """How much worse the linear predictor of ``heard`` predicts ``clean`` than clean's own; from 0.
+    """Return the log-likelihood ratio of the linear predictors of ``heard`` and ``clean``; from 0.
 
     Of order 16 (10 below 10 kHz); the mean of the frames but for the worst 5 %.
     """

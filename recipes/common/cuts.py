@@ -16,8 +16,9 @@ SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 def cut_of(path: Path, header: Header, name: str, **said: str | None) -> MonoCut:
-    """The first channel of a whole file under a name, and what is known of it: ``text``,
-    ``speaker``, ``gender``, ``language``; nothing where nothing is given.
+    """Return the first channel of a whole file as a cut with this name.
+
+    ``said`` is known of it: ``text``, ``speaker``, ``gender``, ``language``; None is left out.
     """
     duration = header.duration
     source = AudioSource(type="file", channels=list(range(header.channels)), source=str(path))

@@ -100,9 +100,10 @@ class Judges:
         self._waiting.append(_Task(id, work, self._start(work) if self.workers else None))
 
     def collect(self, wait: bool = True, until: Collection[str] | None = None) -> dict[str, Scores]:
-        """The scores by id, in the order of submission, of all that was submitted since the last
-        call; without ``wait`` of those that are there by now; with ``until`` of those that are
-        there as soon as none of these ids waits any more.
+        """Return the scores by id, in the order of submission, of all since the last call.
+
+        Without ``wait`` only scores that are there by now; with ``until`` those that are there as
+        soon as none of these ids waits any more.
 
         A clip of which nothing could be measured is not in it.
         """

@@ -54,7 +54,7 @@ class Source(Protocol):
 
 
 class Noise(Protocol):
-    """What gives noise to mix with speech."""
+    """Source of noise to mix with speech."""
 
     def __call__(self, cut: MonoCut, samples: int, sample_rate: int, rng: random.Random) -> Tensor:
         """So many samples (T,) of noise to put behind ``cut``, of any level. Raises BadItem."""

@@ -1,4 +1,4 @@
-"""How good enhanced speech is, measured against the clean speech: PESQ, STOI, SI-SNR, composites.
+"""Quality of enhanced speech against the clean speech: PESQ, STOI, SI-SNR, composites.
 
 Everything here takes NumPy arrays and imports neither torch nor lhotse, so that the processes that
 measure (`recipes.common.judges`) start quickly.
@@ -32,8 +32,10 @@ class NotMeasurable(ValueError):
 
 
 def require(measures: Collection[str], sample_rate: int) -> None:
-    """Raise ValueError for a measure that does not exist or cannot take this rate, and ImportError
-    for one whose package is missing, with what to install and what goes without it.
+    """Check that measures exist, can take this rate, and are installed.
+
+    Raises ValueError for one that does not exist or cannot take the rate, and ImportError for one
+    whose package is missing, with what to install and what goes without it.
     """
     for name in measures:
         if name not in MEASURES:

@@ -1,4 +1,4 @@
-"""What was trained, from the folder of its run and nothing else."""
+"""Load a trained Brain from the folder of its run alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ Trained = TypeVar("Trained", bound=Brain)
 
 
 def load_brain(kind: type[Trained], run: Path, device: str = "auto", **changes: Any) -> Trained:
-    """The Brain of a run folder, wherever that lies now; its weights are still to be read, by
-    `trainer.evaluation.best_weights`.
+    """Build the Brain of a run folder, wherever that lies now.
+
+    Its weights are still to be read, by `trainer.evaluation.best_weights`.
 
     ``changes`` are keys of the run's YAML that are to be otherwise. Raises ValueError for a folder
     that is no run's.

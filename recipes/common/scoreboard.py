@@ -69,8 +69,12 @@ class Scoreboard:
         self.start("valid")
 
     def start(self, name: str, measures: Sequence[str] | None = None, extremes: int = 0) -> None:
-        """Begin a set of clips: its name for files, what is measured, by default all that the
-        judges know, and how many of the best and of the worst clips are kept to hear.
+        """Begin a set of clips.
+
+        Args:
+            name: of the set, for its files.
+            measures: computed for each clip; all that the judges know by default.
+            extremes: number of the best and of the worst clips that are kept to hear.
         """
         self.name, self.extremes = name, extremes
         self.measures = tuple(measures or self.judges.measures)

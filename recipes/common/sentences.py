@@ -1,4 +1,4 @@
-"""What the embedded speech says: sentences drawn from two small grammars.
+"""Sentences of the embedded speech, drawn from two small grammars.
 
 ``commands``: numbers, dates and orders to a house, from about a hundred words, for recognition.
 ``prose``: in the past tense, from some 330 words, for synthesis, separation, enhancement.

@@ -43,7 +43,7 @@ WORKERS = 4  # child processes at most
 
 
 def folder() -> Path:
-    """Where this user's caches are: ``CORTEX_CACHE``, or the system's place for them."""
+    """Return the cache folder of this user: ``CORTEX_CACHE``, or the system's place for caches."""
     if chosen := os.environ.get("CORTEX_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -65,7 +65,7 @@ class Line:
 
     @property
     def request(self) -> dict[str, str | int]:
-        """What the synthesiser is asked for."""
+        """Return the request to the synthesiser."""
         voice = self.voice
         delivery = {"rate": voice.rate, "pitch": voice.pitch, "range": voice.range}
         return {"voice": voice.label, **delivery, "text": self.text}
@@ -92,7 +92,7 @@ def _version() -> str:
 
 
 def length(path: Path) -> int | None:
-    """How many samples a file of the cache holds, or None where it is missing or not whole."""
+    """Return the number of samples in a cached file, or None if it is missing or not whole."""
     try:
         with path.open("rb") as file:
             header = file.read(HEADER)

@@ -41,7 +41,7 @@ KEPT = {".wav": "WAV", ".flac": "FLAC"}  # written as they are read; all others 
 
 
 class Chunks(NamedTuple):
-    """How a signal is cut: lengths in samples at the rate of the network."""
+    """Lengths of the chunks of a signal, in samples at the rate of the network."""
 
     length: int
     overlap: int  # of two neighbours, at most half of the length
@@ -168,8 +168,7 @@ def enhance_file(
 def convert_file(
     source: str | Path, target: str | Path, convert: Convert, sample_rate: int
 ) -> None:
-    """Write what ``convert`` makes of a file at ``sample_rate`` (Hz), block by block: of the same
-    rate, length and channels.
+    """Convert a file at ``sample_rate`` (Hz), block by block; rate, length and channels stay.
 
     WAV and FLAC stay what they are, with their number of bits; anything else becomes a 16-bit WAV.
     ``target`` appears whole or not at all. Raises BadItem for a file that cannot be used.
@@ -234,7 +233,7 @@ def _written(source: str | Path, part: Path, suffix: str, header: Header) -> sou
 
 
 def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:
-    """Where each file goes when it is enhanced into a folder, by its name.
+    """Return the target of each file that is enhanced into a folder, by its name.
 
     Raises ValueError where two would become one, or a file would overwrite itself.
     """

@@ -88,6 +88,7 @@ def speak(library: ctypes.CDLL, request: dict[str, Any]) -> bytes:
 
 
 def main(folder: Path) -> None:
+    """Answer each request on standard input, a line of JSON, with samples on standard output."""
     # Ctrl-C reaches this process too; the parent decides, by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     library = load(folder)

@@ -69,8 +69,10 @@ class Residual(nn.Module):
 
 
 class Generator(nn.Module):
-    """Log-mel spectrograms to waveforms: transposed convolutions, each with a mean of residual
-    blocks after it (section 2.2 of the paper).
+    """HiFi-GAN's generator: log-mel spectrograms to waveforms.
+
+    Transposed convolutions, each with a mean of residual blocks after it (section 2.2 of the
+    paper).
 
     Signals are held as images of height 1 with the channels last in memory: on CPUs this is several
     times as fast as `Conv1d`, elsewhere it is no slower.
@@ -201,7 +203,7 @@ class Vocoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; mels are brought there."""
+        """Device of the network; mels are brought there."""
         return self.generator.first.weight.device
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Who speaks the embedded speech: intelligible voices of espeak-ng that differ from each other.
+"""Speakers of the embedded speech: intelligible voices of espeak-ng that differ from each other.
 
 They were chosen from the 104 variants of espeak-ng 1.52 by measuring each, in American English:
 
@@ -38,7 +38,7 @@ class Voice:
 
     @property
     def label(self) -> str:
-        """What espeak-ng calls this accent and variant together."""
+        """Return espeak-ng's name of this accent and variant together."""
         return f"{self.accent}+{self.variant}"
 
 

@@ -61,8 +61,10 @@ def folder(
 
     Args:
         data_folder: has the files, as .wav, .flac, .ogg, .opus or .mp3, of one channel.
-        valid, test: how many are held out for each.
-        on_bad, max_bad: what happens to unusable files, as in the run options.
+        valid: number of files held out to validate.
+        test: number of files held out to test.
+        on_bad: handling of unusable files, as in the run options.
+        max_bad: largest share of unusable files, as in the run options.
 
     Raises ValueError for a folder that is missing or has too few files.
     """

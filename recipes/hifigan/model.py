@@ -20,15 +20,16 @@ SLOPE = 0.1  # of the leaky ReLUs
 
 
 class Judgement(NamedTuple):
-    """What one discriminator makes of a batch of signals."""
+    """Output of one discriminator for a batch of signals."""
 
     scores: Tensor  # (B, N): 1 for what it takes for real, 0 for what it takes for generated
     features: list[Tensor]  # after each layer, the scores last
 
 
 class PeriodDiscriminator(nn.Module):
-    """Looks at every ``period``-th sample: the signal folded to a matrix, its columns convolved
-    (section 2.3, "Multi-period discriminator").
+    """Discriminator of one period (section 2.3, "Multi-period discriminator").
+
+    The signal is folded to a matrix of rows of ``period`` samples, whose columns are convolved.
 
     ``channels`` are those of its layers of kernel 5 and stride 3; another one without stride
     follows, of as many channels as the last.
@@ -69,8 +70,9 @@ SCALE_LAYERS = (
 
 
 class ScaleDiscriminator(nn.Module):
-    """Looks at all samples, at the full rate or at one averaged ``halvings`` times by two (section
-    2.3, "Multi-scale discriminator").
+    """Discriminator of one scale (section 2.3, "Multi-scale discriminator").
+
+    It sees all samples, at the full rate or at one averaged ``halvings`` times by two.
 
     At the full rate its weights have spectral norm, below it weight norm, as in the paper.
     """

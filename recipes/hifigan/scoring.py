@@ -1,4 +1,4 @@
-"""How well clips are resynthesised from their mels, beside Griffin-Lim, in numbers and to hear.
+"""Quality of clips resynthesised from their mels, beside Griffin-Lim, in numbers and to hear.
 
     scores = Scores(judges, mel, griffin_lim, run_folder, shown=6)
     scores.add(id, original, resynthesis)  # (S,) each

@@ -42,7 +42,7 @@ class UtteranceNorm(nn.Module):
 
 
 class Difference(nn.Module):
-    """What is judged, what is clean, and the one less the other, on one scale for all utterances.
+    """Input of the discriminator: judged, clean, and their difference, on one scale for all.
 
     A norm of each utterance takes its level and its spread away from either side, and with them
     most of what a little more or less of a mask changes. It has no weights.

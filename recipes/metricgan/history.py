@@ -1,4 +1,4 @@
-"""What the generator has made: this epoch's signals, and those of past epochs to train against.
+"""Signals that the generator has made: this epoch's, and those of past epochs to train against.
 
 The discriminator forgets what it has learned of signals that the generator no longer makes; the
 history shows it some of them again (MetricGAN+, section 2.2).

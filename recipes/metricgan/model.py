@@ -60,11 +60,11 @@ class Spectrum(nn.Module):
 
     @property
     def bins(self) -> int:
-        """How many frequencies there are."""
+        """Return the number of frequencies."""
         return self.size // 2 + 1
 
     def frames(self, samples: Any) -> Any:
-        """How many frames so many samples have; of numbers, or tensors of numbers.
+        """Return the number of frames of so many samples; of numbers, or tensors of numbers.
 
         The last one's middle lies at the end or behind it, so that whatever may follow in a padded
         batch has no part in the samples.
@@ -87,8 +87,9 @@ class Spectrum(nn.Module):
         )
 
     def features(self, spectrum: Tensor) -> Tensor:
-        """What a player sees of a spectrogram (B, T, F): log(1 + gain · |X|) of each frequency or
-        band, (B, T, bands).
+        """Return the input of both players, log(1 + gain · |X|) by frequency or band.
+
+        A spectrogram (B, T, F) becomes (B, T, bands).
         """
         # The gradient of a magnitude at 0 is not defined; a little power makes it 0 there.
         power = spectrum.real.square() + spectrum.imag.square()

@@ -1,4 +1,4 @@
-"""What each phase of a training has come to on the test set, and whether it is more than chance."""
+"""Contribution of each phase of a training on the test set, and its standard error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer import distributed
 
 
 class Part(NamedTuple):
-    """What a phase adds to another: the mean over clips, its standard error, how many clips."""
+    """Contribution of a phase: the mean over clips, its standard error, the number of clips."""
 
     mean: float
     error: float  # NaN for a single clip
@@ -20,7 +20,7 @@ class Part(NamedTuple):
 
 
 def part(before: Sequence[Row], after: Sequence[Row], measure: str) -> Part:
-    """What was added, clip by clip: clips differ from each other far more than phases do.
+    """Compare scores clip by clip, since clips differ far more from each other than phases do.
 
     Raises ValueError where no clip was measured both times.
     """

@@ -71,7 +71,7 @@ class Phase:
 
     @property
     def enhances(self) -> bool:
-        """Whether the generator learns in it."""
+        """True if the generator learns in this phase."""
         return bool({"spectral", "generator"} & set(self.passes))
 
 
@@ -91,7 +91,7 @@ class Phases:
 
     @property
     def epochs(self) -> int:
-        """Those of all phases together."""
+        """Return the epochs of all phases together."""
         return sum(phase.epochs for phase in self.all)
 
     def of(self, epoch: int) -> Phase:

@@ -57,15 +57,17 @@ class Enhancer(Brain):
 
     @property
     def bests(self) -> dict[str, str]:
-        """By what a checkpoint is chosen for each phase of the generator: the target, of the last
-        one in each of its epochs, of others as they stand when the next one begins.
+        """Return the metric that chooses the checkpoint of each phase of the generator.
+
+        The last phase is judged by the target in each of its epochs, others by their state when the
+        next one begins.
         """
         names = [phase.name for phase in self.phases.all if phase.enhances]
         return {name: f"{self.hparams.target}_{name}" for name in names}
 
     @property
     def best(self) -> str:
-        """That of the last one, whose checkpoint is the one to use."""
+        """Return the metric of the last phase, whose checkpoint is the one to use."""
         return list(self.bests.values())[-1]
 
     def init_optimizers(self) -> None:
@@ -211,8 +213,9 @@ class Enhancer(Brain):
                 self.targets.ask(name + NOISY, clean[:length], noisy[:length])
 
     def scored(self, batch: Any) -> list[tuple[Tensor, Tensor]]:
-        """What there is of a batch beside the clean signals, enhanced and noisy, (B, S) each, with
-        normalised scores (B,); NaN where there is none.
+        """Return the enhanced and noisy signals of a batch (B, S) with normalised scores (B,).
+
+        A score is NaN where there is none.
         """
         self.ask(batch)  # Those of a resumed run were asked for in another process.
         found, current = [], self.history.current

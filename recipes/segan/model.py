@@ -122,7 +122,7 @@ class VirtualBatchNorm(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """How much a pair looks like (clean, noisy) rather than (enhanced, noisy): (B, 2, T) to (B,).
+    """Score of a pair, high for (clean, noisy), low for (enhanced, noisy): (B, 2, T) to (B,).
 
     The generator's encoder with two channels in, virtual batch normalisation and LeakyReLU; then
     all channels are weighted to one, and its L samples to a score.
@@ -183,8 +183,9 @@ def adversarial_loss(fake: Tensor) -> Tensor:
 
 
 def emphasise(signal: Tensor, coefficient: float) -> Tensor:
-    """Pre-emphasis, ``y[t] = x[t] - coefficient · x[t - 1]`` of (…, T): high frequencies weigh
-    more, as they do for the ear.
+    """Apply pre-emphasis, ``y[t] = x[t] - coefficient · x[t - 1]``, to (…, T).
+
+    High frequencies weigh more, as they do for the ear.
     """
     return torch.cat([signal[..., :1], signal[..., 1:] - coefficient * signal[..., :-1]], dim=-1)
 
@@ -199,7 +200,7 @@ def deemphasise(signal: Tensor, coefficient: float) -> Tensor:
 
 
 def gains(noisy: Tensor, level: float | None) -> Tensor:
-    """What brings each chunk (N, T) to the root mean square ``level``, (N, 1); 1 where it is None.
+    """Return the gain (N, 1) to the root mean square ``level`` of each chunk (N, T); 1 for None.
 
     A network of ReLUs learns faster from signals that are as large as its biases, and makes the
     same of loud and soft speech. Chunks below -80 dB count as if they were as loud as that.

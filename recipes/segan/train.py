@@ -69,8 +69,9 @@ class Enhancer(Brain):
         return {"discriminator": loss_d, "generator": loss_g, "l1": distance}
 
     def latents(self, ids: list[str]) -> Tensor:
-        """A z for each clip (B, C, L), drawn from (seed, epoch, clip): whoever trains on it, and in
-        whatever company, draws the same.
+        """Draw a z for each clip (B, C, L) from (seed, epoch, clip).
+
+        So it depends neither on the process nor on the other clips of the batch.
         """
         shape, drawn = self.modules.generator.latent, torch.Generator()
         seeds = (derive(self.options.seed, "z", self.epoch, each) for each in ids)
@@ -143,8 +144,9 @@ def train(run: trainer.Run) -> dict[str, float]:
 def datasets(
     corpus: Mapping[str, Any], sample_rate: int, segment: int, times: int = 1
 ) -> dict[str, Pairs]:
-    """To train, chunks of the length that the generator takes, so many of each clip an epoch; whole
-    clips to validate and test.
+    """Build the datasets: chunks to train on, whole clips to validate and test.
+
+    Chunks have the length that the generator takes, with ``times`` of each clip an epoch.
     """
     return {
         "train": Pairs(corpus["train"], sample_rate, segment, times=times),

@@ -42,9 +42,11 @@ def librimix(
     Args:
         data_folder: ``Libri2Mix``, or the folder that it is in.
         sets: the folder of each split, such as train-100, dev and test.
+        speakers: 2 or 3.
+        sample_rate: Hz.
         mode: "min", as long as the shortest source, or "max".
         noisy: ``mix_both``, with noise, in place of ``mix_clean``.
-        bad: ``on_bad`` and ``max_bad``, as in the run options.
+        **bad: ``on_bad`` and ``max_bad``, as in the run options.
 
     The tables in ``metadata`` are read where they are there, the folders elsewhere. Raises
     ValueError for a missing folder, and for files that do not belong together.
@@ -73,15 +75,19 @@ def wsj0mix(
     noisy: bool = False,
     **bad: Any,
 ) -> Corpus:
-    """WSJ0-2mix and WSJ0-3mix (Hershey et al. 2016, arXiv 1508.04306), or WHAM, as their scripts
-    leave them.
+    """WSJ0-2mix and WSJ0-3mix, or WHAM, as their scripts leave them.
+
+    The corpora are those of Hershey et al. 2016 (arXiv 1508.04306).
 
     Args:
         data_folder: with ``2speakers/wav8k/min/tr/mix`` and so on in it, or ``2speakers`` itself.
         sets: the folder of each split: tr, cv and tt; or a table ``something.csv`` in data_folder
             with the columns mix_wav, s1_wav, s2_wav …
         noisy: ``mix_both`` with ``noise``, as in WHAM, in place of ``mix``.
-        mode, bad: as of `librimix`.
+        speakers: 2 or 3.
+        sample_rate: Hz.
+        mode: "min", as long as the shortest source, or "max".
+        **bad: ``on_bad`` and ``max_bad``, as in the run options.
 
     Raises ValueError for a missing folder, and for files that do not belong together.
     """
@@ -126,8 +132,10 @@ def read_folders(folder: Path, kind: str, speakers: int, noisy: bool) -> list[Mi
 
 
 def read_table(path: Path, root: Path, noisy: bool) -> list[Mixture]:
-    """The mixtures of a csv. Its paths are those of the machine that made the files: each is
-    looked for in ``root`` by as many of its last parts as lead to a file.
+    """Read the mixtures of a csv.
+
+    Its paths are those of the machine that made the files: each is looked for in ``root`` by as
+    many of its last parts as lead to a file.
 
     Raises ValueError for a missing table or column.
     """
@@ -172,7 +180,7 @@ def checked(
     on_bad: str = "skip",
     max_bad: float = 0.05,
 ) -> list[Mixture]:
-    """Those whose files, by their headers, have one length and the rate.
+    """Return the mixtures whose files, by their headers, have one length and the rate.
 
     Each other one is logged with its reason. Raises BadItem at the first with ``on_bad="raise"``,
     and ValueError when more than the share ``max_bad`` is bad, or has not so many speakers.

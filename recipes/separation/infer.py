@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_names(files: Sequence[str], folder: Path) -> None:
-    """Raise ValueError where the tracks of two files would have the same names, and where a track
+    """Check the names of the tracks.
+
+    Raises ValueError where the tracks of two files would have the same names, and where a track
     would overwrite a file that is to be separated.
     """
     stem, number = Counter(Path(file).stem for file in files).most_common(1)[0]
@@ -101,7 +103,7 @@ def separate_all(separate: Separate, files: Sequence[str], folder: Path) -> int:
 
 
 class Tracks:
-    """What a trained network makes of samples: tracks, as loud as they are in the mixture."""
+    """Separate samples with a trained network into tracks as loud as they are in the mixture."""
 
     def __init__(self, brain: Separator) -> None:
         self.brain, self.rate = brain, brain.hparams.sample_rate
@@ -170,8 +172,9 @@ def joined(separate: Separate, path: str | Path) -> Iterator[Tensor]:
 
 
 def pieces(path: str | Path) -> Iterator[tuple[Tensor, bool]]:
-    """A file in pieces (T,) of ``PIECE`` seconds, each but the first begins ``OVERLAP`` before the
-    end of the one before it; with each, whether it is the last.
+    """Yield a file in pieces (T,) of ``PIECE`` seconds, each with a flag: it is the last one.
+
+    Each but the first begins ``OVERLAP`` before the end of the one before it.
     """
     header = read_header(path)
     rate = header.sample_rate

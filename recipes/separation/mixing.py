@@ -37,7 +37,7 @@ Noise = Callable[[Rng, int], Tensor]  # so many samples of some noise, at any le
 
 @dataclass(frozen=True)
 class Mixing:
-    """How mixtures are drawn.
+    """Parameters of drawn mixtures.
 
     Args:
         sample_rate: Hz.

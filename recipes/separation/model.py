@@ -169,6 +169,6 @@ def split(frames: Tensor, chunk: int) -> Tensor:
 
 
 def join(pieces: Tensor) -> Tensor:
-    """What `split` made, each frame the sum of the two pieces it is in: (B, F, D), and padding."""
+    """Undo `split`: each frame is the sum of the two pieces it is in, (B, F, D), with padding."""
     first, second = pieces.chunk(2, dim=2)  # halves of hop frames
     return (second[:, :-1] + first[:, 1:]).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""How well estimates fit their sources, whatever order they come in, and what of it is trained on.
+"""SI-SNR in the best order of the estimates, and the choice of what is trained on.
 
 Shapes: B mixtures, S sources (people) in each, T samples.
 """
@@ -61,7 +61,7 @@ def best_order(scores: Tensor) -> Assigned:
 
 
 class Kept(NamedTuple):
-    """What of a batch is trained on."""
+    """Part of a batch that is trained on."""
 
     loss: Tensor  # a scalar, the mean over what is kept
     weight: float  # how many mixtures that are; 0: the batch gives nothing

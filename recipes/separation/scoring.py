@@ -24,7 +24,7 @@ except ImportError as error:
 
 @dataclass(frozen=True, order=True)
 class Separated:
-    """What became of one mixture, in dB, the mean over its sources.
+    """Scores of one mixture in dB, the mean over its sources.
 
     ``si_snr`` is scale-invariant; ``sdr`` is that of BSS Eval 3, which forgives a filter of 512
     taps (Vincent et al. 2006; computed by fast_bss_eval). Both minus those of the mixture, taken

@@ -59,7 +59,7 @@ def recorded(
     on_bad: str = "skip",
     max_bad: float = 0.05,
 ) -> Corpus:
-    """What a folder has: `listed` where there is a table ``utterances.csv``, else `librispeech`.
+    """Read a folder: by `listed` if it has a table ``utterances.csv``, else by `librispeech`.
 
     Recordings that cannot be used, by their headers, are left out as ``on_bad`` and ``max_bad``
     say, which are the run options' own.

@@ -78,12 +78,14 @@ def readings(
     Args:
         data_folder: has a ``metadata.csv`` of lines ``id|text|…``, and ``wavs/id.wav`` (or .flac,
             .ogg, .opus, .mp3).
-        valid, test: how many different texts are held out for each.
-        column: which one has the text; LJSpeech's column 2 has it with numbers spelled out.
+        valid: number of different texts held out to validate.
+        test: number of different texts held out to test.
+        column: number of the column with the text (LJSpeech's column 2: numbers spelled out).
         spell: numbers and abbreviations are still to be spelled out.
         lengths: the shortest and the longest, in seconds; others are left out.
         sounds: texts with one of these characters tell of a sound, and are left out.
-        on_bad, max_bad: what happens to unusable files, as in the run options.
+        on_bad: handling of unusable files, as in the run options.
+        max_bad: largest share of unusable files, as in the run options.
 
     Raises ValueError for a folder that is missing or has another layout, for an empty text, and
     where too few texts are left.
@@ -240,8 +242,9 @@ def datasets(
     quiet: float | None = None,
     cached: bool = False,
 ) -> dict[str, Mels]:
-    """The datasets of train, valid and test. Texts of more than ``longest_text`` symbols are not
-    trained on; valid and test keep them.
+    """Build the datasets of train, valid and test.
+
+    Texts of more than ``longest_text`` symbols are not trained on; valid and test keep them.
 
     Raises ValueError for an empty text, for characters that the front end does not know, and when
     nothing is left to train on.

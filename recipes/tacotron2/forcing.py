@@ -35,8 +35,11 @@ from recipes.tacotron2.recurrence import (
 
 
 def can_force(decoder: nn.Module) -> bool:
-    """Whether `forced` does what this decoder does: no dropout inside its recurrence, and of
-    autocast's types none but bf16, which has the range of fp32."""
+    """Return true if `forced` computes the same as this decoder.
+
+    That needs a decoder without dropout inside its recurrence, and no autocast type but bf16, which
+    has the range of fp32.
+    """
     dropout = decoder.training and (decoder.attention_dropout or decoder.decoder_dropout)
     return not dropout and _low(decoder) in (decoder.gate_layer.weight.dtype, torch.bfloat16)
 
@@ -51,8 +54,16 @@ def _low(decoder: nn.Module) -> torch.dtype:
 def forced(
     decoder: nn.Module, memory: Tensor, teacher: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``decoder(memory, teacher, memory_lengths=lengths)`` gives: mels (B, M, T * r), gate
-    logits (B, T) and attention (B, T, L).
+    """Compute ``decoder(memory, teacher, memory_lengths=lengths)``.
+
+    Args:
+        decoder: of torchaudio's Tacotron2.
+        memory: (B, L, E).
+        teacher: (B, M, T * r), the frames before bands in memory.
+        lengths: (B,).
+
+    Returns:
+        Mels (B, M, T * r), gate logits (B, T) and attention (B, T, L).
 
     Args: memory (B, L, E); teacher (B, M, T * r), the frames before bands in memory; lengths (B,).
     """
@@ -180,7 +191,7 @@ class _Walk(torch.autograd.Function):
 
 
 def _near(past: Tensor, filters: Tensor) -> Tensor:
-    """What the location filters see of (B, K - 1 + L, 2), around each symbol: (B * L, K * 2)."""
+    """Unfold (B, K - 1 + L, 2) to the location filters' input at each symbol: (B * L, K * 2)."""
     taps = filters.shape[1] // 2
     return past.flatten(1).unfold(1, 2 * taps, 2).reshape(-1, 2 * taps)
 
@@ -188,8 +199,11 @@ def _near(past: Tensor, filters: Tensor) -> Tensor:
 def _back_from(
     d_match: Tensor, past: Tensor, filters: Tensor, d_filters: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of last and total attention (B, L) from those of what `_near` and the filters
-    made of them (B, L, H); that of the filters is added to ``d_filters``."""
+    """Return the gradients of last and total attention (B, L).
+
+    They follow from the gradients of the location features (B, L, H). The gradient of the filters
+    is added to ``d_filters``.
+    """
     (size, symbols, _), taps = d_match.shape, filters.shape[1] // 2
     flat = d_match.flatten(0, 1)
     d_filters.addmm_(flat.T, _near(past, filters))

@@ -1,4 +1,4 @@
-"""What Tacotron2 learns from: four losses, each a mean over utterances of means over their steps.
+"""Losses of Tacotron2: four, each a mean over utterances of means over their steps.
 
 So a batch's loss is that of its utterances alone and weighed equally, whatever the padding, and
 several processes together compute what one does on the joined batch.
@@ -56,8 +56,10 @@ class Objective:
         frames: Tensor,
         optimizer_step: int = 0,
     ) -> dict[str, Tensor]:
-        """The weighted parts: mel, refined, gate, attention. Texts (B, L) have so many symbols
-        (B,), and spectrograms so many frames (B,)."""
+        """Return the weighted parts: mel, refined, gate, attention.
+
+        Texts (B, L) have so many symbols (B,), and spectrograms so many frames (B,).
+        """
         reduction = found.mel.shape[1] // found.gate.shape[1]
         steps = (frames + reduction - 1) // reduction
         pull = self.attention
@@ -74,8 +76,10 @@ class Objective:
 
 
 def spectral_error(found: Tensor, target: Tensor, frames: Tensor, absolute: float = 0.0) -> Tensor:
-    """The mean squared difference of spectrograms (B, F, M) over their frames (B,), and
-    ``absolute`` times the mean absolute one."""
+    """Return the mean squared difference of spectrograms (B, F, M) over their frames (B,).
+
+    ``absolute`` times the mean absolute difference is added.
+    """
     difference = full(found) - full(target)
     error = difference.square().mean(-1)  # (B, F)
     if absolute:
@@ -84,8 +88,11 @@ def spectral_error(found: Tensor, target: Tensor, frames: Tensor, absolute: floa
 
 
 def gate_loss(logits: Tensor, steps: Tensor, last_step: float = 1.0) -> Tensor:
-    """Cross entropy of "this step is the last one" for logits (B, T) of utterances with so many
-    steps (B,); the true last step counts ``last_step`` times."""
+    """Return the cross entropy of "this step is the last one".
+
+    Logits are (B, T), of utterances with so many steps (B,); the true last step counts
+    ``last_step`` times.
+    """
     last = torch.arange(logits.shape[1], device=logits.device) == steps.unsqueeze(1) - 1
     error = binary_cross_entropy_with_logits(
         full(logits),
@@ -99,8 +106,9 @@ def gate_loss(logits: Tensor, steps: Tensor, last_step: float = 1.0) -> Tensor:
 def guided_attention(
     attention: Tensor, places: Tensor, steps: Tensor, spread: float = 0.2
 ) -> Tensor:
-    """How far from the diagonal the attention (B, T, L) looks: Tachibana et al. 2017 (arXiv
-    1710.08969), equations 3 and 4.
+    """Return the guided-attention loss of (B, T, L): its distance from the diagonal.
+
+    Tachibana et al. 2017 (arXiv 1710.08969), equations 3 and 4.
 
     Symbol n costs ``W = 1 - exp(-(p_n - t/T)^2 / 2 g^2)`` at step t of T, where its place p_n (B,
     L) is n/N in the paper. The attention at a step sums to 1, so its cost is summed over symbols,
@@ -113,7 +121,7 @@ def guided_attention(
 
 
 def diagonal(tokens: Tensor, symbols: Tensor, durations: Tensor | None = None) -> Tensor:
-    """Where in an utterance the symbols of texts (B, L) are, as shares of it (B, L).
+    """Return the places of the symbols of texts (B, L) in their utterances, as shares (B, L).
 
     All last alike; or, with the ``durations`` of each kind of symbol, in proportion to them.
     """
@@ -126,8 +134,9 @@ def diagonal(tokens: Tensor, symbols: Tensor, durations: Tensor | None = None) -
 
 
 def usual_durations(texts: Sequence[Sequence[int]], lengths: Sequence[float], kinds: int) -> Tensor:
-    """How long each of so many kinds of symbols lasts (kinds,), in the unit of the utterances'
-    ``lengths``: what explains these best if every symbol of a kind lasts alike.
+    """Estimate the duration of each kind of symbol (kinds,), in the unit of ``lengths``.
+
+    The estimate explains the lengths best if every symbol of a kind lasts alike.
 
     Least squares with a pull to the mean of all, as strong as ten utterances: rare symbols take
     that. None is shorter than a tenth of it.

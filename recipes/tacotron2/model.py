@@ -29,7 +29,7 @@ GRID = 4  # decoder steps; spectrograms are padded to multiples of it
 
 
 class Predictions(NamedTuple):
-    """What teacher forcing gives. Beyond an utterance's end everything is undefined."""
+    """Output of teacher forcing. Beyond an utterance's end everything is undefined."""
 
     mel: Tensor  # (B, T * r, M), in the scale of the network, as are the next and `target`
     refined: Tensor  # (B, T * r, M), by the post-net
@@ -39,7 +39,7 @@ class Predictions(NamedTuple):
 
 
 class Spoken(NamedTuple):
-    """What free-running synthesis gives."""
+    """Output of free-running synthesis."""
 
     mel: Tensor  # (B, T * r, M), natural logarithm; zero beyond each utterance's end
     frames: Tensor  # (B,), of each utterance
@@ -102,7 +102,7 @@ class Tacotron(nn.Module):
         return self
 
     def _rested(self, prenet: nn.Module, inputs: tuple[Tensor], drawn: Tensor) -> Tensor:
-        """What the pre-net gives where its dropout rests; else what it gave."""
+        """Return the pre-net's output without dropout where its dropout rests; else ``drawn``."""
         if self.training or not self.rest:
             return drawn
         seen = inputs[0]
@@ -117,7 +117,7 @@ class Tacotron(nn.Module):
         return inputs[0].masked_fill(self._beyond_frames, 0.0)  # (B, C, T * r)
 
     def steps(self, frames: Tensor) -> Tensor:
-        """How many decoder steps so many frames take."""
+        """Return the number of decoder steps of so many frames."""
         return (frames + self.reduction - 1) // self.reduction
 
     def forward(self, tokens: Tensor, symbols: Tensor, mel: Tensor, frames: Tensor) -> Predictions:
@@ -140,7 +140,7 @@ class Tacotron(nn.Module):
         return Predictions(*(each[back] for each in found))
 
     def _remembered(self, target: Tensor) -> Tensor:
-        """What the decoder sees of (B, T * r, M): in training not the frames of every step."""
+        """Return the decoder's inputs (B, T * r, M); training blanks the frames of some steps."""
         if not (self.training and self.forget):
             return target
         steps = target.shape[1] // self.reduction
@@ -149,8 +149,10 @@ class Tacotron(nn.Module):
 
     @torch.no_grad()
     def synthesise(self, tokens: Tensor, symbols: Tensor, limit: int) -> Spoken:
-        """Free-running: each step sees what the last one gave, until the gate opens, at most
-        ``limit`` frames. Its dropout, which never rests, draws from the global generator.
+        """Synthesise freely: each step sees the output of the last one, until the gate opens.
+
+        At most ``limit`` frames are made. The dropout, which never rests, draws from the global
+        generator.
         """
         decoder = self.net.decoder
         decoder.decoder_max_step = -(-limit // self.reduction)

@@ -65,6 +65,7 @@ def _clauses(library: ctypes.CDLL, text: str) -> str:
 
 
 def main(folder: Path) -> None:
+    """Answer each request on standard input, a line of JSON, with phonemes on standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing the pipe
     library = load(folder)
     for line in sys.stdin.buffer:

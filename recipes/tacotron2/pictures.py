@@ -1,4 +1,4 @@
-"""What a synthesiser does, to look at: attention and spectrograms in one PNG.
+"""Pictures of a synthesiser: attention and spectrograms in one PNG.
 
 A row an utterance: the text above, then its true spectrogram, what teacher forcing and free-running
 synthesis make of it, and the attention of the latter. Time goes to the right, in the same scale in
@@ -31,7 +31,7 @@ COLOURS = torch.tensor(
 
 
 class Picture(NamedTuple):
-    """What is drawn of one utterance; spectrograms (F, M), attention (T, L)."""
+    """Data drawn of one utterance; spectrograms (F, M), attention (T, L)."""
 
     text: str
     true: Tensor
@@ -49,7 +49,7 @@ class Gallery:
 
     @property
     def room(self) -> int:
-        """How many more it takes."""
+        """Return the number of utterances it still takes."""
         return self.most - len(self.drawn)
 
 

@@ -18,8 +18,10 @@ from torch.nn import functional
 
 
 def encoded(encoder: nn.Module, embedded: Tensor, lengths: Tensor) -> Tensor:
-    """What ``encoder(embedded, lengths)`` of torchaudio's Tacotron2 gives, of embeddings (B, C, L)
-    of so many symbols (B,): (B, L, C), zero beyond each text."""
+    """Compute ``encoder(embedded, lengths)`` of torchaudio's Tacotron2.
+
+    Embeddings (B, C, L) of so many symbols (B,) become (B, L, C), zero beyond each text.
+    """
     for convolution in encoder.convolutions:
         embedded = functional.dropout(convolution(embedded).relu(), 0.5, encoder.training)
     inputs, low = embedded.permute(2, 0, 1), embedded.dtype
@@ -41,14 +43,19 @@ def encoded(encoder: nn.Module, embedded: Tensor, lengths: Tensor) -> Tensor:
 
 
 def gates_of(inputs: Tensor, weight: Tensor, b1: Tensor, b2: Tensor, low: torch.dtype) -> Tensor:
-    """What inputs (T, B, N) by a weight (4 U, N), in the type ``low``, and two biases (4 U,) add to
-    the gates (T, B, 4 U)."""
+    """Return the share of the inputs in the gates (T, B, 4 U).
+
+    Inputs (T, B, N) are multiplied by a weight (4 U, N) in the type ``low``; two biases (4 U,) are
+    added.
+    """
     return functional.linear(inputs.to(low), weight.to(low)) + (b1 + b2)
 
 
 class Recurrent(torch.autograd.Function):
-    """A recurrent layer whose inputs' part of the gates (T, B, 4 D) is known, with weights from
-    state to gates (4 D, D): its outputs (T, B, D)."""
+    """Recurrent layer whose inputs' share of the gates (T, B, 4 D) is known.
+
+    Weights go from state to gates (4 D, D); outputs are (T, B, D).
+    """
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, recurrent: Tensor) -> Tensor:
@@ -86,8 +93,10 @@ def summed(d_gates: Tensor, inputs: Tensor, low: torch.dtype) -> Tensor:
 
 
 def open_gates(gates: Tensor, state: Tensor, after: Tensor, output: Tensor) -> None:
-    """From a state (B, U) to the one ``after`` it and its ``output``; the gates (B, 4 U) get their
-    functions."""
+    """Apply the functions of the gates (B, 4 U) in place, and step from ``state`` to ``after``.
+
+    States and ``output`` are (B, U).
+    """
     units = state.shape[1]
     gates[:, : 2 * units].sigmoid_()
     gates[:, 2 * units : 3 * units].tanh_()
@@ -98,8 +107,11 @@ def open_gates(gates: Tensor, state: Tensor, after: Tensor, output: Tensor) -> N
 
 
 def slopes_of(opened: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How a step's output and states change with the gates before their functions (T, B, 4 U), the
-    state with the one before it (T, B, U), and the output with the state (T, B, U)."""
+    """Return the derivatives of a step.
+
+    Output and states by the gates before their functions (T, B, 4 U), the state by the one before
+    it (T, B, U), and the output by the state (T, B, U).
+    """
     write, keep, new, show = opened.chunk(4, 2)
     bent = states[1:].tanh()
     slopes = torch.empty_like(opened)

@@ -1,4 +1,4 @@
-"""How well texts are read: attention, length and spectrogram of each utterance, over all processes.
+"""Scores of read texts: attention, length and spectrogram of each utterance, over all processes.
 
 Attention and length are those of free-running synthesis, the spectrogram's error is that of teacher
 forcing: what runs freely has a rhythm of its own, and its frames do not lie beside the true ones.
@@ -32,7 +32,7 @@ class Reading(NamedTuple):
 
     @property
     def gate_ok(self) -> bool:
-        """Whether the gate stopped it within `NEAR` of the true length."""
+        """True if the gate stopped it within `NEAR` of the true length."""
         near = abs(self.frames - self.true_frames) <= NEAR * self.true_frames
         return self.stopped and near
 
@@ -69,9 +69,11 @@ class Scores:
 
 
 def focus_rate(attention: Tensor, steps: Tensor) -> Tensor:
-    """How sharp the attention (B, T, L) of so many steps (B,) is: for each utterance the mean over
-    steps of the largest weight, ``F = 1/S sum_s max_t a_st`` of Ren et al. 2019 (FastSpeech, arXiv
-    1905.09263, section 3.3). 1 where each step reads one symbol, 1 / L where it reads all alike.
+    """Return the sharpness of the attention (B, T, L) of so many steps (B,).
+
+    For each utterance the mean over steps of the largest weight, ``F = 1/S sum_s max_t a_st`` of
+    Ren et al. 2019 (FastSpeech, arXiv 1905.09263, section 3.3). 1 where each step reads one symbol,
+    1 / L where it reads all alike.
     """
     sharp = attention.float().amax(-1)  # (B, T)
     sharp = sharp.masked_fill(padding_mask(steps, sharp.shape[1]), 0.0)

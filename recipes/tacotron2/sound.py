@@ -21,8 +21,9 @@ except ImportError as error:
 def make_sound(
     mel: LogMel, vocoder: str | Path | None = None, device: str = "cpu"
 ) -> GriffinLim | Vocoder:
-    """What turns log-mels (M, F) of this front end into samples (F * hop,): the vocoder of a
-    HiFi-GAN's run folder, or Griffin and Lim's algorithm where there is none.
+    """Build the vocoder of log-mels (M, F): to samples (F * hop,).
+
+    It is that of a HiFi-GAN's run folder, or Griffin and Lim's algorithm where there is none.
 
     Raises ValueError for a folder that is no vocoder's, or whose mels are made otherwise.
     """

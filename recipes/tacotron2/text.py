@@ -46,8 +46,10 @@ class Front(Protocol):
         """The places and characters of a text that cannot be read."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The numbers of the symbols of texts, each with that of the end last. Raises ValueError
-        for a text that cannot be read."""
+        """Return the numbers of the symbols of texts, each with that of the end last.
+
+        Raises ValueError for a text that cannot be read.
+        """
 
 
 class Characters:
@@ -136,8 +138,11 @@ def _strange(text: str, alphabet: str) -> list[tuple[int, str]]:
 
 
 def check_texts(texts: Mapping[str, str], front: Front) -> None:
-    """Raise ValueError if texts, by the names of their utterances, are empty or have characters
-    that the front end does not know."""
+    """Check that texts can be read.
+
+    Raises ValueError if texts, by the names of their utterances, are empty or have characters that
+    the front end does not know.
+    """
     if empty := [name for name, text in texts.items() if not text.strip()]:
         raise ValueError(f"there is no text to say in {_listed(empty)}")
     found: dict[str, list[str]] = {}

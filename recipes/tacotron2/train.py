@@ -154,7 +154,7 @@ def train(run: trainer.Run) -> dict[str, float]:
 
 
 def _loading(dataset: Mels, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """How a split is batched: so many utterances, about equally long."""
+    """Return the loader's options: batches of so many utterances, about equally long."""
     size = hparams["batch_size"]
     batches = DurationBatches(
         dataset.durations,

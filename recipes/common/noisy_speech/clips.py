@@ -1,4 +1,4 @@
-"""What the corpora of noisy speech share: sound files as clips, and what is said of settings."""
+"""Sound files as clips, and checks of settings, for the corpora of noisy speech."""
 
 from __future__ import annotations
 

@@ -34,12 +34,13 @@ def voicebank(
     files may have any rate (those of the corpus: 48 kHz); both of a pair have the same one.
 
     Args:
+        data_folder: has the folders of the splits in it.
         folders: of ``train`` and ``test``, [clean, noisy] each, within ``data_folder``; by default
             those of the official split with 28 speakers.
         valid: what is taken from ``train`` to validate: clips whose names begin so, by default
             all of the two speakers who are usually taken.
-        on_bad, max_bad: what happens to unusable files and to files without a partner, as in the
-            run options.
+        on_bad: handling of unusable files and of files without a partner, as in the run options.
+        max_bad: largest share of such files, as in the run options.
 
     Raises ValueError for a folder that is missing or has another layout, and for a split without
     clips.

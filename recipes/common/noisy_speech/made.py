@@ -30,8 +30,12 @@ def embedded(
     """So many synthesised sentences each, with babble of other voices or coloured noise behind.
 
     Args:
+        train: number of sentences to train on.
+        valid: number of sentences to validate on.
+        test: number of sentences to test on.
         snr: lowest and highest signal-to-noise ratio, in dB.
-        babble_share: how often the noise is babble rather than coloured, from 0 to 1.
+        babble_share: share of sentences with babble rather than coloured noise, from 0 to 1.
+        sample_rate: Hz.
     """
     low, high = snr_range("snr", snr)
     corpus: dict[str, Sequence[Source]] = {}

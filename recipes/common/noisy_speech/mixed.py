@@ -63,7 +63,8 @@ def speech_and_noise(
         snr: lowest and highest signal-to-noise ratio, in dB.
         longest: seconds; what is longer to train is cut into equal pieces that are not.
         most: how many clips of a split are taken at most, evenly from all: ``{test: 50}``.
-        on_bad, max_bad: what happens to unusable files, as in the run options.
+        on_bad: handling of unusable files, as in the run options.
+        max_bad: largest share of unusable files, as in the run options.
 
     Raises ValueError for a folder that is missing or has another layout, for a split without clips
     or without noise, and for clips that two splits would share.
