@@ -30,6 +30,7 @@ from recipes.common.run_folder import load_brain
 from recipes.separation.mixing import fitted
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from recipes.separation.train import Separator
+from trainer import Stage
 from trainer.data import BadItem
 from trainer.evaluation import best_weights
 

@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,7 +313,7 @@ class Checkpointer:
         names = (wanted if n == 1 else f"{wanted}-{n}" for n in itertools.count(1))
         return next(each for each in names if not os.path.lexists(self.folder / each)), {
             "number": number,
-            "time": datetime.now(timezone.utc).isoformat(),
+            "time": datetime.now(UTC).isoformat(),
             "step": step,
             "label": request.label,
             "pinned": request.label is not None and request.retention is None,

@@ -129,9 +129,8 @@ def test_what_the_discriminator_learns() -> None:
     for batch in batches(brain, 2):
         if batch.what[0] not in ("enhance", "current", "history"):
             continue
-        brain._begin_batch(batch, last=False)
         judge = copy.deepcopy(brain.modules.discriminator)
-        found = brain.fit_batch(batch)
+        found = brain.train_batch(batch)
         if found is None:
             continue
         clean, frames = brain.features(batch.clean.data), brain.frames(batch)
