@@ -499,11 +499,7 @@ class Brain(SpeechBrainNames):
             if not self.__depth:
                 stack.enter_context(self.__telling_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
-            weights = evaluation_weights(
-                self.modules, self.__ema, self.checkpointer, self.options, self.__trained,
-                max_key, min_key,
-            )  # fmt: skip
-            stack.enter_context(weights)
+            stack.enter_context(self.best_weights(max_key, min_key))
             self.callbacks.call("on_evaluate_start", self)
             stack.callback(self.callbacks.call, "on_evaluate_end", self)
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
@@ -598,6 +594,23 @@ class Brain(SpeechBrainNames):
         finally:
             for p in params:
                 p.requires_grad_(True)
+
+    def best_weights(
+        self, max_key: str | None = None, min_key: str | None = None
+    ) -> AbstractContextManager[None]:
+        """Return a context manager in which the modules have the weights that `evaluate` uses.
+
+        Args:
+            max_key: metric of which the best checkpoint has the largest value.
+            min_key: metric of which the best checkpoint has the smallest value.
+
+        Raises:
+            ValueError: if this Brain has not trained and there is no sound checkpoint.
+        """
+        return evaluation_weights(
+            self.modules, self.__ema, self.checkpointer, self.options, self.__trained,
+            max_key, min_key,
+        )  # fmt: skip
 
     def closes_window(self, name: str | None = None) -> bool:
         """Return True if the next `optimize` of this optimizer steps, rather than accumulates."""

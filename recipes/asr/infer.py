@@ -22,7 +22,6 @@ from recipes.asr.train import Recogniser
 from recipes.common.audio import read_audio, read_header
 from recipes.common.run_folder import load_brain
 from trainer.data import BadItem
-from trainer.evaluation import best_weights
 
 LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
 SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut where it is quiet
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         decoder = {"decoder": given.decoder} if given.decoder else {}
         brain = load_brain(Recogniser, given.run, given.device, **decoder)
-        with best_weights(brain, None, "wer"):
+        with brain.best_weights(min_key="wer"):
             return transcribe_all(brain, given.files)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

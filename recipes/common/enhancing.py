@@ -9,7 +9,6 @@ from pathlib import Path
 
 from recipes.common.run_folder import Trained, load_brain
 from recipes.common.streaming import Network, enhance_files
-from trainer.evaluation import best_weights
 
 
 def enhance(
@@ -36,7 +35,7 @@ def enhance(
         brain = load_brain(kind, given.run, given.device)
         own = brain.hparams
         network, best = parts(brain)
-        with best_weights(brain, best, None):
+        with brain.best_weights(max_key=best):
             return enhance_files(given.files, given.output, network, own.sample_rate, own.chunks)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ Trained = TypeVar("Trained", bound=Brain)
 def load_brain(kind: type[Trained], run: Path, device: str = "auto", **changes: Any) -> Trained:
     """Build the Brain of a run folder, wherever that lies now.
 
-    Its weights are still to be read, by `trainer.evaluation.best_weights`.
+    Its weights are still to be read, by `Brain.best_weights`.
 
     ``changes`` are keys of the run's YAML that are to be otherwise. Raises ValueError for a folder
     that is no run's.

@@ -32,7 +32,6 @@ from recipes.separation.objectives import best_order, pairwise_si_snr
 from recipes.separation.train import Separator
 from trainer import Stage
 from trainer.data import BadItem
-from trainer.evaluation import best_weights
 
 try:
     import soundfile
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_names(given.files, given.output)
         brain = load_brain(Separator, given.run, given.device)
         given.output.mkdir(parents=True, exist_ok=True)
-        with best_weights(brain, "si_snri", None):
+        with brain.best_weights(max_key="si_snri"):
             return separate_all(Tracks(brain), given.files, given.output)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,7 +23,6 @@ from recipes.common.run_folder import load_brain
 from recipes.tacotron2.sound import make_sound, write_sound
 from recipes.tacotron2.text import readable
 from recipes.tacotron2.train import Synthesiser
-from trainer.evaluation import best_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         brain = load_brain(Synthesiser, given.run, given.device)
         vocoder = given.vocoder or brain.hparams.vocoder
         sound = make_sound(brain.hparams.mel, vocoder, str(brain.device))
-        with best_weights(brain, None, "mel_l1"):
+        with brain.best_weights(min_key="mel_l1"):
             return say_all(brain, sound, texts)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

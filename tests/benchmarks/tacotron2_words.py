@@ -25,7 +25,6 @@ from recipes.common.run_folder import load_brain
 from recipes.tacotron2.data import datasets
 from recipes.tacotron2.sound import make_sound
 from recipes.tacotron2.train import Synthesiser
-from trainer.evaluation import best_weights
 
 
 class Listener:
@@ -74,7 +73,7 @@ def main() -> None:
     test = datasets(own.corpus(), own.front, own.mel, own.longest_text, own.quiet)["test"]
     sound, listen = make_sound(own.mel, given.vocoder), Listener()
     silent, rows = round(given.silence * own.mel.sample_rate), []
-    with best_weights(brain, None, "mel_l1"):
+    with brain.best_weights(min_key="mel_l1"):
         for index in range(min(given.count, len(test))):
             item = test[index]
             free = brain.say(item["tokens"]).mel[0].T

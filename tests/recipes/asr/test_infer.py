@@ -14,7 +14,6 @@ from recipes.asr.train import Recogniser, train
 from recipes.common.run_folder import load_brain
 from tests.recipes.asr.test_train import HPARAMS, TINY
 from trainer import cli
-from trainer.evaluation import best_weights
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_transcripts_are_those_of_the_test(run: Path, tones: Path) -> None:
     brain = load_brain(Recogniser, run)
     hparams = vars(brain.hparams)
     scores = Scores()
-    with best_weights(brain, None, "wer"):
+    with brain.best_weights(min_key="wer"):
         corpus = hparams["corpus"]()
         for cut in corpus["test"]:
             said = " ".join(each.text for each in cut.supervisions)

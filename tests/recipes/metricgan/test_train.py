@@ -18,7 +18,6 @@ from recipes.metricgan.train import Enhancer, train
 from tests.recipes.common.speakers import RATE, noise, voice
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
-from trainer.evaluation import best_weights
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "metricgan"
 pytestmark = pytest.mark.skipif(
@@ -191,7 +190,7 @@ def test_files_keep_rate_length_and_channels(
     header = soundfile.info(output / "stereo.flac")
     assert (header.samplerate, header.channels, header.frames) == (8000, 2, 8000)
     brain: Any = load_brain(Enhancer, moved)
-    with best_weights(brain, brain.best, None):
+    with brain.best_weights(max_key=brain.best):
         expected = brain.network(wav[None])[0]
     found = torch.from_numpy(soundfile.read(output / "mono.wav", dtype="float32")[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -203,7 +202,7 @@ def test_chunks_join_as_the_whole(voicebank: Path) -> None:
 
     brain: Any = load_brain(Enhancer, voicebank)
     wav = torch.cat([voice(1.5), 0.05 * noise(RATE, 1), voice(1.0)])[None]
-    with best_weights(brain, brain.best, None):
+    with brain.best_weights(max_key=brain.best):
         whole = brain.network(wav)
         chunked = enhance_signal(wav, brain.network, Chunks(RATE, RATE // 4, 4))
     assert chunked.shape == whole.shape

@@ -15,7 +15,6 @@ from recipes.segan.train import Enhancer, train
 from tests.recipes.common.speakers import RATE, noise, voice, write
 from tests.recipes.segan.test_train import HPARAMS, TINY, WARM
 from trainer import cli
-from trainer.evaluation import best_weights
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_files_of_every_kind_come_out_as_they_were(
     # What is in it is what the network of the best checkpoint makes of it.
     brain = load_brain(Enhancer, run)
     heard = torch.from_numpy(soundfile.read(files[0], dtype="float32")[0])[None]
-    with best_weights(brain, "stoi", None):
+    with brain.best_weights(max_key="stoi"):
         truth = enhance_signal(heard, brain.enhance, brain.hparams.chunks)[0].clamp(-1, 1)
     found = soundfile.read(out / "plain.wav", dtype="float32")[0]
     assert np.abs(found - truth.numpy()).max() < 1e-4
