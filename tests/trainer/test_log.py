@@ -27,7 +27,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import RunOptions, StageReport, StepReport, distributed
-from trainer.callbacks import CallbackList
 from trainer.loggers import (
     JsonlLogger,
     Logger,
@@ -453,7 +452,9 @@ def test_a_run_records_its_steps_and_stages_and_a_test_after_it(tmp_path: Path) 
     loggers.scalars("monitor", {"layers": {"net": {"grad": 1.5}}}, 4)
     loggers.on_stage_end(brain, stage())
     loggers.on_fit_end(brain)
+    loggers.on_evaluate_start(brain)
     loggers.on_stage_end(brain, StageReport("test", None, 0.25, step=4))
+    loggers.on_evaluate_end(brain)
     assert lines(tmp_path) == [
         {"kind": "step", "step": 2, "epoch": 1, "stage": "train", "loss": None},
         {"kind": "step", "step": 3, "loss": 1.0},
@@ -461,29 +462,34 @@ def test_a_run_records_its_steps_and_stages_and_a_test_after_it(tmp_path: Path) 
         stage().record(),
         StageReport("test", None, 0.25, step=4).record(),
     ]
-    assert CallbackList([loggers]).events["on_log"]
 
 
-def test_loggers_are_open_until_the_outermost_fit_ends(tmp_path: Path) -> None:
+def test_loggers_are_open_until_the_outermost_call_ends(tmp_path: Path) -> None:
     memory = Memory()
     loggers, brain = callback(tmp_path, lambda folder: memory)
     loggers.on_fit_start(brain)
-    loggers.on_fit_start(brain)
+    loggers.on_evaluate_start(brain)
     loggers.on_stage_end(brain, stage())
-    loggers.on_fit_end(brain)
-    loggers.on_exception(brain, RuntimeError())
+    loggers.on_evaluate_end(brain)
     assert memory.calls == ["stage 4"]
     loggers.on_fit_end(brain)
     assert memory.calls == ["stage 4", "close"]
-    loggers.on_stage_end(brain, stage("test"))  # Outside of fit: opened and closed.
-    loggers.scalars("stage", {}, 5)
-    loggers.on_exception(brain, RuntimeError())
-    assert memory.calls[2:] == ["stage 4", "close", "stage 5", "close"]
+    loggers.on_evaluate_start(brain)
+    loggers.on_stage_end(brain, stage("test"))
+    loggers.on_evaluate_end(brain)
+    assert memory.calls[2:] == ["stage 4", "close"]
+    loggers.on_fit_start(brain)
+    loggers.scalars("step", {}, 5)
+    loggers.on_exception(brain, RuntimeError())  # The fit has not begun: its end is not told.
+    loggers.on_evaluate_start(brain)
+    loggers.scalars("step", {}, 6)
+    loggers.on_evaluate_end(brain)
+    assert memory.calls[4:] == ["step 5", "close", "step 6", "close"]
 
 
 def test_every_kind_of_record_reaches_every_logger(tmp_path: Path) -> None:
     first, second = Memory(), Memory()
-    loggers, _ = callback(tmp_path, lambda folder: first, JsonlLogger, lambda folder: second)
+    loggers, brain = callback(tmp_path, lambda folder: first, JsonlLogger, lambda folder: second)
     assert loggers.wants_histograms
     loggers.scalars("monitor", {"step": 1}, 1)
     loggers.histogram("w", torch.ones(3), 1)
@@ -491,7 +497,8 @@ def test_every_kind_of_record_reaches_every_logger(tmp_path: Path) -> None:
     loggers.audio("a", torch.ones(3), 16000, 1)
     loggers.text("t", "text", 1)
     loggers.artifact("report", tmp_path / "report.html")
-    loggers.resume(1)
+    brain.optimizer_step = 1
+    loggers.on_resume(brain)
     loggers.close()
     expected = [
         "monitor 1",
@@ -527,7 +534,8 @@ def test_a_logger_that_fails_is_named_once_and_ends_no_run(
         loggers.on_fit_start(brain)
         loggers.on_log(brain, {"step": 1})
         loggers.histogram("w", torch.ones(3), 1)
-        loggers.resume(3)
+        brain.optimizer_step = 3
+        loggers.on_resume(brain)
         loggers.on_fit_end(brain)
     assert made == [tmp_path]
     assert memory.calls.count(failing) == (failing != "open")
@@ -572,17 +580,17 @@ def test_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     assert saved == {"jsonl_lines": 2}
     again, brain = callback(tmp_path)
     again.load_state_dict(saved)
-    assert len(lines(tmp_path)) == 4  # Removed only by `resume`, which knows the step.
-    again.resume(2)
     again.on_fit_start(brain)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-    again.on_log(brain, {"step": 3})  # By a hook that runs once more.
-    again.resume(2)
+    again.on_log(brain, {"step": 1})  # By a hook that runs once more.
+    assert len(lines(tmp_path)) == 5
+    brain.optimizer_step = 2
+    again.on_resume(brain)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     again.on_fit_end(brain)
     old, brain = callback(tmp_path)
     old.load_state_dict({"jsonl_lines": None})
-    old.resume(1)
+    brain.optimizer_step = 1
+    old.on_resume(brain)
     old.close()
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
@@ -600,7 +608,8 @@ def test_without_a_folder_and_off_the_main_rank_nothing_happens(
     loggers.on_fit_start(brain)
     loggers.on_log(brain, {"step": 1})
     loggers.on_stage_end(brain, stage())
-    loggers.resume(0)
+    brain.optimizer_step = 0
+    loggers.on_resume(brain)
     assert loggers.state_dict() == {"jsonl_lines": None}
     assert not loggers.wants_histograms
     loggers.on_fit_end(brain)
@@ -663,16 +672,23 @@ def test_a_bar_counts_the_batches_of_a_stage_from_where_it_resumed(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     brain: Any = SimpleNamespace(step=7)
     bars = ProgressBar()
+    bars.on_fit_start(brain)
     bars.on_stage_start(brain, Stage.TRAIN, 2, 10)
-    bars.on_stage_start(brain, Stage.VALID, 2, None)  # Of a fit within a hook.
+    bars.on_fit_start(brain)  # In a hook.
+    bars.on_stage_start(brain, Stage.VALID, 2, None)
     bars.on_batch_end(brain, Stage.VALID, torch.tensor(1.0))
     bars.on_stage_end(brain, stage())
+    bars.on_fit_end(brain)
+    bars.on_evaluate_start(brain)
+    bars.on_stage_start(brain, Stage.TEST, None, 3)
+    bars.on_evaluate_end(brain)  # It failed, which the hook caught.
     for _ in range(2):
         bars.on_batch_end(brain, Stage.TRAIN, StepReport("main", "stepped", loss=0.123456))
-    training, validation = terminal
+    training, validation, test = terminal
     assert (training.desc, training.total, training.n) == ("epoch 2 train", 10, 9)
     assert (validation.desc, validation.total, validation.n) == ("epoch 2 valid", None, 1)
-    assert (validation.disable, training.disable) == (True, False)
+    assert (test.desc, test.total, test.n) == ("test", 3, 0)
+    assert (validation.disable, test.disable, training.disable) == (True, True, False)
     assert training.options == {
         "total": 10,
         "initial": 7,
@@ -683,9 +699,6 @@ def test_a_bar_counts_the_batches_of_a_stage_from_where_it_resumed(
     }
     bars.on_exception(brain, RuntimeError())
     assert training.disable
-    bars.on_stage_end(brain, stage())  # Nothing is left to close.
-    bars.on_stage_start(brain, Stage.TEST, None, 3)
-    assert terminal[-1].desc == "test"
 
 
 def test_a_bar_shows_the_loss_and_redraws_seldom_where_it_is_a_file(

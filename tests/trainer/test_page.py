@@ -310,8 +310,15 @@ def test_a_report_is_written_again_when_that_is_cheap_and_in_the_end(tmp_path: P
     page.finish()
     assert report.stat().st_mtime_ns == last
     logged(tmp_path, stage("test", None, 7.125))
-    page.on_stage_end(brain, StageReport("test"))  # Outside of a fit: nothing else will write it.
+    page.on_evaluate_start(brain)
+    page.on_stage_end(brain, StageReport("test"))
+    page.on_evaluate_end(brain)
     assert "7.125" in report.read_text()
+    logged(tmp_path, step(3, 9.875))
+    page.on_fit_start(brain)
+    page.refresh()
+    page.on_exception(brain, RuntimeError())
+    assert "9.875" in report.read_text()
 
 
 @pytest.mark.parametrize("why", ["folder", "rank", "debug", "replay"])
@@ -324,7 +331,8 @@ def test_without_a_folder_and_off_the_main_rank_there_is_no_report(
     options = RunOptions(
         output_folder=folder, debug=why == "debug", replay="step" if why == "replay" else None
     )
-    ReportCallback(options).on_stage_end(SimpleNamespace(), StageReport("test"))  # type: ignore[arg-type]
+    brain: Any = SimpleNamespace()
+    ReportCallback(options).on_stage_end(brain, StageReport("test"))
     assert not list(tmp_path.iterdir())
 
 

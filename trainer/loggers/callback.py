@@ -31,15 +31,14 @@ LOST_STEPS = ("skipped", "overflowed")  # Counts that the line for people has wh
 class LoggerCallback(Callback):
     """Pass what a run reports to its loggers, on rank 0.
 
-    Loggers are opened when `fit` begins or something is recorded, and closed when the outermost
-    `fit`, or a stage outside of one, ends. They write into the run folder; without one, under
+    Loggers are opened when `fit` or `evaluate` begins, or something is recorded, and closed when
+    the outermost of these calls ends. They write into the run folder; without one, under
     ``--debug``, in a replay and in a search for settings nothing is recorded.
 
     A logger that raises is named in one warning and not used again; the run goes on. Other
     callbacks record through this one: it has the methods of a `Logger`, and calls them on each.
-
-    When a run resumes, the Brain calls `load_state_dict` and then, with its own progress restored,
-    `resume`.
+    A callback that records within its `state_dict` must stand before this one, whose state is the
+    number of records.
 
     Args:
         options: run options, of which the output folder, ``tensorboard``, ``debug``, ``replay`` and
@@ -56,7 +55,7 @@ class LoggerCallback(Callback):
         self.folder = None if options.searching else run_folder(options)
         self._factories = list(factories)
         self._loggers: dict[LoggerFactory, Logger] = {}
-        self._open_fits = 0
+        self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
         self._saved_lines: int | None = None
 
     # ------------------------------------------------------------------------------------- events
@@ -67,14 +66,33 @@ class LoggerCallback(Callback):
         Raises:
             ValueError: if a logger cannot work as it was asked to, such as for a missing package.
         """
-        self._open_fits += 1
+        self._depth += 1
         self._opened()
 
     def on_fit_end(self, brain: Brain) -> None:
-        """Close the loggers when the outermost `fit` ends."""
-        self._open_fits = max(0, self._open_fits - 1)
-        if not self._open_fits:
+        """Close the loggers when the outermost call ends."""
+        self._depth = max(0, self._depth - 1)
+        if not self._depth:
             self.close()
+
+    on_evaluate_start = on_fit_start
+    on_evaluate_end = on_fit_end
+
+    def on_exception(self, brain: Brain, error: BaseException) -> None:
+        """Close the loggers, also those of a call that failed while it began."""
+        self.close()
+
+    def on_resume(self, brain: Brain) -> None:
+        """Remove what was recorded after the checkpoint, since it will come again."""
+        step, lines = brain.optimizer_step, self._saved_lines
+
+        def resume(logger: Logger) -> None:
+            if isinstance(logger, JsonlLogger):
+                logger.resume(step, lines)
+            else:
+                logger.resume(step)
+
+        self._each(resume)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
         """Record the averages of the last steps."""
@@ -90,13 +108,6 @@ class LoggerCallback(Callback):
         if distributed.is_main():
             rates = [update.lr for update in brain.updates.values()]
             logger.info("%s", describe(report, rates))
-        if not self._open_fits:
-            self.close()
-
-    def on_exception(self, brain: Brain, error: BaseException) -> None:
-        """Close the loggers when a test outside of `fit` fails."""
-        if not self._open_fits:
-            self.close()
 
     # ---------------------------------------------------------------------------------- recording
 
@@ -134,6 +145,7 @@ class LoggerCallback(Callback):
         for factory, each in list(self._loggers.items()):
             self._call(factory, each, lambda logger: logger.close())
         self._loggers.clear()
+        self._depth = 0
 
     # ----------------------------------------------------------------------------------- resuming
 
@@ -149,23 +161,8 @@ class LoggerCallback(Callback):
         return {"jsonl_lines": lines[0] if lines else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved state; nothing is removed before `resume` is called."""
+        """Restore a saved state; nothing is removed before `on_resume`."""
         self._saved_lines = state["jsonl_lines"]
-
-    def resume(self, step: int) -> None:
-        """Remove what was recorded after the checkpoint, since it will come again.
-
-        Args:
-            step: optimizer steps at the checkpoint.
-        """
-
-        def one(logger: Logger) -> None:
-            if isinstance(logger, JsonlLogger):
-                logger.resume(step, self._saved_lines)
-            else:
-                logger.resume(step)
-
-        self._each(one)
 
     # ------------------------------------------------------------------------------------ loggers
 

@@ -49,6 +49,18 @@ class ProgressBar(Callback):
     def __init__(self, shown: bool = True) -> None:
         self.shown = shown
         self._bars: list[Any] = []  # A hook of one stage may run another stage.
+        self._outer: list[int] = []  # Number of bars before each call that runs.
+
+    def on_fit_start(self, brain: Brain) -> None:
+        """Remember how many bars belong to outer calls of `fit` or `evaluate`."""
+        self._outer.append(len(self._bars))
+
+    def on_fit_end(self, brain: Brain) -> None:
+        """Remove the bars of a call that failed."""
+        self._keep(self._outer.pop() if self._outer else 0)
+
+    on_evaluate_start = on_fit_start
+    on_evaluate_end = on_fit_end
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
@@ -68,10 +80,13 @@ class ProgressBar(Callback):
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Remove the bar of the stage."""
-        if self._bars:
-            self._bars.pop().close()
+        self._keep(len(self._bars) - 1)
 
     def on_exception(self, brain: Brain, error: BaseException) -> None:
         """Remove all bars."""
-        while self._bars:
+        self._keep(0)
+        self._outer.clear()
+
+    def _keep(self, number: int) -> None:
+        while len(self._bars) > number:
             self._bars.pop().close()

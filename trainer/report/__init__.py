@@ -67,8 +67,8 @@ class ReportCallback(Callback):
 
     Reading a long log takes seconds, and a stage may be short. So the report is written after a
     stage only if a hundred times the duration of the last writing has passed since, and again when
-    the outermost `fit`, or a stage outside of one, ends. The first failure to write it is a
-    warning, and the run goes on.
+    the outermost `fit` or `evaluate` ends. The first failure to write it is a warning, and the run
+    goes on.
 
     Args:
         options: run options, of which the output folder, ``debug`` and ``replay`` count.
@@ -76,25 +76,31 @@ class ReportCallback(Callback):
 
     def __init__(self, options: RunOptions) -> None:
         self.folder = run_folder(options)
-        self._open_fits = 0
+        self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
         self._stale = self._warned = False
         self._written, self._duration = -math.inf, 0.0
 
     def on_fit_start(self, brain: Brain) -> None:
-        """Count the `fit` calls that run."""
-        self._open_fits += 1
+        """Count the calls that run."""
+        self._depth += 1
 
     def on_fit_end(self, brain: Brain) -> None:
-        """Write what the report lacks when the outermost `fit` ends."""
-        self._open_fits = max(0, self._open_fits - 1)
-        if not self._open_fits:
+        """Bring the report up to date when the outermost call ends."""
+        self._depth = max(0, self._depth - 1)
+        if not self._depth:
             self.finish()
 
+    on_evaluate_start = on_fit_start
+    on_evaluate_end = on_fit_end
+
+    def on_exception(self, brain: Brain, error: BaseException) -> None:
+        """Bring the report up to date."""
+        self._depth = 0
+        self.finish()
+
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Write the report if that is cheap; in any case after a stage outside of `fit`."""
+        """Write the report if that is cheap."""
         self.refresh()
-        if not self._open_fits:
-            self.finish()
 
     def refresh(self) -> None:
         """Note that something was logged, and write the report if that is cheap."""
