@@ -1,20 +1,24 @@
-"""The log is strict JSON by whole lines, whatever kills the run; resuming leaves no doubles."""
+"""Loggers: strict JSON by whole lines, no record twice after resuming, and no run that they end."""
 
 import errno
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +26,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.loggers.run_log import RunLog, as_json
+from trainer import RunOptions, StageReport, StepReport, distributed
+from trainer.loggers import (
+    JsonlLogger,
+    Logger,
+    LoggerCallback,
+    ProgressBar,
+    TensorBoardLogger,
+    TextLog,
+)
+from trainer.loggers.callback import describe
+from trainer.loggers.jsonl import as_json
+from trainer.progress import Stage
 
 
 def refuse(constant: str) -> None:
@@ -60,9 +75,9 @@ def test_every_record_is_one_line_of_strict_json(
     record: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
-    log = RunLog(folder)
-    log.step(record | {"step": 1})
-    log.stage(record | {"step": 2})
+    log = JsonlLogger(folder)
+    log.scalars("step", record, 1)
+    log.scalars("stage", record, 2)
     log.close()
     plain = as_json(record)
     assert lines(folder) == [
@@ -98,42 +113,43 @@ def test_numbers_of_any_make_are_numbers_and_lost_ones_are_null() -> None:
 
 def test_a_file_name_that_is_not_utf8_is_logged_and_read_back(tmp_path: Path) -> None:
     name = os.fsdecode(b"take-\xff.wav")
-    log = RunLog(tmp_path)
-    log.step({"step": 1, "worst": name})
-    log.text(name)
+    log, text = JsonlLogger(tmp_path), TextLog(tmp_path)
+    log.scalars("step", {"worst": name}, 1)
+    text.write(name)
     log.close()
+    text.close()
     assert lines(tmp_path)[0]["worst"] == name
     assert "take-\\udcff.wav" in (tmp_path / "train.log").read_text()
 
 
 def test_the_same_folder_again_goes_on_below(tmp_path: Path) -> None:
     for step in (1, 2):
-        log = RunLog(tmp_path / "new" / "run")
-        log.step({"step": step, "loss": 0.5})
-        log.text(f"run {step}")
-        log.close()
-        log.close()
+        log, text = JsonlLogger(tmp_path / "new" / "run"), TextLog(tmp_path / "new" / "run")
+        log.scalars("step", {"loss": 0.5}, step)
+        text.write(f"run {step}")
+        for each in (log, text, log, text):
+            each.close()
     assert [line["step"] for line in lines(tmp_path / "new" / "run")] == [1, 2]
-    text = (tmp_path / "new" / "run" / "train.log").read_text()
-    assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d run [12]\n){2}", text)
+    written = (tmp_path / "new" / "run" / "train.log").read_text()
+    assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d run [12]\n){2}", written)
 
 
 @pytest.mark.parametrize("length", [0, 1, 30, 70_000, 200_000])
 def test_a_partial_last_line_is_cut_away(tmp_path: Path, length: int) -> None:
-    log = RunLog(tmp_path)
-    log.step({"step": 1, "note": "x" * 100_000})
+    log = JsonlLogger(tmp_path)
+    log.scalars("step", {"note": "x" * 100_000}, 1)
     log.close()
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "step", "loss'[:length] + b"y" * max(0, length - 22))
-    log = RunLog(tmp_path)
-    log.step({"step": 2})
+    log = JsonlLogger(tmp_path)
+    log.scalars("step", {}, 2)
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_a_file_that_is_one_partial_line_is_emptied(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "st' * 20_000)
-    RunLog(tmp_path).close()
+    JsonlLogger(tmp_path).close()
     assert lines(tmp_path) == []
 
 
@@ -141,10 +157,11 @@ def test_a_killed_run_leaves_whole_lines(tmp_path: Path) -> None:
     endless = textwrap.dedent(
         """
         import itertools, sys
-        from trainer.loggers.run_log import RunLog
-        log = RunLog(sys.argv[1])
+        from pathlib import Path
+        from trainer.loggers import JsonlLogger
+        log = JsonlLogger(Path(sys.argv[1]))
         for step in itertools.count():
-            log.step({"step": step, "loss": 1.0 / (step + 1), "note": "x" * 3000})
+            log.scalars("step", {"loss": 1.0 / (step + 1), "note": "x" * 3000}, step)
         """
     )
     process = subprocess.Popen([sys.executable, "-c", endless, str(tmp_path)])
@@ -153,7 +170,7 @@ def test_a_killed_run_leaves_whole_lines(tmp_path: Path) -> None:
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    RunLog(tmp_path).close()
+    JsonlLogger(tmp_path).close()
     steps = [line["step"] for line in lines(tmp_path)]
     assert steps == list(range(len(steps)))
     assert len(steps) > 30
@@ -161,112 +178,205 @@ def test_a_killed_run_leaves_whole_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [-1, 0, 3, 10, 11])
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path, step: int) -> None:
-    log = RunLog(tmp_path)
-    log.stage({"stage": "note"})  # without a step: of no particular time
+    log = JsonlLogger(tmp_path)
+    log.write({"stage": "note"})  # Without a step: of no particular time.
     for n in range(1, 11):
-        log.step({"step": n})
+        log.scalars("step", {}, n)
         if n % 5 == 0:
-            log.stage({"stage": "valid", "step": n})
+            log.scalars("stage", {"stage": "valid"}, n)
     inode = (tmp_path / "metrics.jsonl").stat().st_ino
-    log.truncate(step)
+    log.resume(step)
     kept = [line.get("step", -1) for line in lines(tmp_path)]
     assert all(n <= step for n in kept if n > 0)
     assert len(kept) == 1 + sum(1 + (n % 5 == 0) for n in range(1, 11) if n <= step)
-    log.step({"step": step + 1})
+    assert log.lines() == len(kept)
+    log.scalars("step", {}, step + 1)
     log.close()
     assert lines(tmp_path)[-1]["step"] == step + 1
     assert len(lines(tmp_path)) == len(kept) + 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "train.log"]
-    if step >= 10:  # nothing to forget, nothing rewritten
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    if step >= 10:  # Nothing to forget, nothing rewritten.
         assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
 
 
+def test_records_of_the_checkpoints_own_step_are_told_apart_by_their_number(tmp_path: Path) -> None:
+    log = JsonlLogger(tmp_path)
+    log.scalars("step", {}, 1)
+    log.scalars("step", {}, 2)
+    saved = log.lines()
+    log.scalars("stage", {"stage": "valid"}, 2)
+    log.resume(2, saved)
+    log.close()
+    assert [line["kind"] for line in lines(tmp_path)] == ["step", "step"]
+
+
 def test_what_cannot_be_read_is_dropped_when_resuming(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\nnot json\n[1]\n\xff\xfe\n{"step": 2}\n')
-    log = RunLog(tmp_path)
-    log.truncate(2)
+    broken = b'{"step": 1}\nnot json\n[1]\n\xff\xfe\n' + b"[" * 5000 + b'\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(broken)
+    log = JsonlLogger(tmp_path)
+    log.resume(2)
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_line(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.step({"step": 1})
+    log = JsonlLogger(tmp_path)
+    log.scalars("step", {}, 1)
     sentence = r"could not be written \(File too large\); free some space or choose another"
     limit = full_disk(10, tmp_path / "metrics.jsonl")
     with limit, pytest.raises(OSError, match=sentence) as caught:
-        log.step({"step": 2, "loss": 0.125})
+        log.scalars("step", {"loss": 0.125}, 2)
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
-    log.step({"step": 3})
+    log.scalars("step", {}, 3)
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 3]
 
 
 def test_a_full_disk_while_resuming_keeps_the_old_file(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
+    log = JsonlLogger(tmp_path)
     for step in (1, 2, 3):
-        log.step({"step": step})
+        log.scalars("step", {}, step)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     limit = full_disk(-len(before) + 10, tmp_path / "metrics.jsonl")
     with limit, pytest.raises(OSError, match="could not be written"):
-        log.truncate(2)
+        log.resume(2)
     log.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    RunLog(tmp_path).close()  # and what was begun is cleared away
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "train.log"]
+    JsonlLogger(tmp_path).close()  # And what was begun is cleared away.
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_folder_that_cannot_be_one_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"could not be written \(.*\); free some space or choose"):
-        RunLog(tmp_path / "file" / "run")
+    for kind in (JsonlLogger, TextLog):
+        with pytest.raises(
+            OSError, match=r"could not be written \(.*\); free some space or choose"
+        ):
+            kind(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("with_folder", [True, False])
-def test_without_a_folder_and_off_the_main_rank_nothing_happens(
-    tmp_path: Path, with_folder: bool
+def test_a_full_disk_is_one_warning_of_the_text_log_which_goes_on_when_there_is_space(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "run"
-    log = RunLog(folder, tensorboard=True, main=False) if with_folder else RunLog(None)
-    log.step({"step": 1})
-    log.stage({"stage": "valid"})
-    log.text("line")
-    log.truncate(0)
-    log.close()
-    assert not folder.exists()
+    text = TextLog(tmp_path)
+
+    class Handler(logging.Handler):
+        """Write messages into the log, as the command line does."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            text.write(self.format(record))
+
+    text.write("before")
+    handler = Handler()
+    logging.getLogger("trainer").addHandler(handler)
+    try:
+        with full_disk(10, tmp_path / "train.log"):
+            text.write("lost")
+            text.write("lost, too")
+    finally:
+        logging.getLogger("trainer").removeHandler(handler)
+    text.write("after")
+    text.close()
+    text.write("closed")
+    written = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[20:] for line in written] == ["before", "after"]
+    (warning,) = caplog.messages
+    assert str(tmp_path / "train.log") in warning
+    assert "free some space" in warning
 
 
-def test_tensorboard_gets_every_number_and_a_resumed_run_purges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+def test_the_files_of_a_closed_log_are_closed(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    for _ in range(5):
+        log, text = JsonlLogger(tmp_path), TextLog(tmp_path)
+        log.scalars("step", {}, 1)
+        log.resume(0)
+        log.close()
+        text.close()
+    assert (len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0) == before
+
+
+# --- TensorBoard ----------------------------------------------------------------------------------
+
+
+def png(width: int, height: int) -> bytes:
+    """A grey picture."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + b"\x80" * width) * height)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.fixture
+def accumulator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     # Its files are read in the order of their names, which tell the second they were opened in.
     seconds = itertools.count(1_700_000_000)
     monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
-    log = RunLog(tmp_path, tensorboard=True)
+
+    def read(folder: Path) -> Any:
+        read = module.EventAccumulator(str(folder / "tensorboard"))
+        read.Reload()
+        return read
+
+    return read
+
+
+def test_tensorboard_gets_every_number_and_a_resumed_run_purges(
+    tmp_path: Path, accumulator: Any
+) -> None:
+    log = TensorBoardLogger(tmp_path)
     for step in (1, 2, 3):
-        log.step(
-            {"step": step, "loss": 1.0 / step, "optimizers": {"main": {"lr": 0.1, "norm": None}}}
-        )
-    log.stage({"stage": "valid", "step": 3, "epoch": 1, "wer": 12.5})
+        optimizers = {"main": {"lr": 0.1, "norm": None, "norms": [1.0, 2.0]}}
+        record = {"step": step, "loss": 1.0 / step, "lost": math.nan, "optimizers": optimizers}
+        log.scalars("step", record, step)
+    log.scalars("stage", {"stage": "valid", "step": 3, "epoch": 1, "wer": 12.5}, 3)
     log.close()
-    log = RunLog(tmp_path, tensorboard=True)
-    log.truncate(1)
-    log.step({"step": 2, "loss": 7.0})
     log.close()
-    read = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    read.Reload()
-    tags = {
+    log = TensorBoardLogger(tmp_path)
+    log.resume(1)
+    log.scalars("step", {"loss": 7.0}, 2)
+    log.close()
+    read = accumulator(tmp_path)
+    assert set(read.Tags()["scalars"]) == {
         "train_step/loss",
         "train_step/optimizers.main.lr",
         "valid_stage/wer",
         "valid_stage/epoch",
     }
-    assert set(read.Tags()["scalars"]) == tags
     losses = [(event.step, event.value) for event in read.Scalars("train_step/loss")]
     assert losses == [(1, 1.0), (2, 7.0)]
     assert read.Scalars("train_step/optimizers.main.lr")[0].value == pytest.approx(0.1)
+
+
+def test_tensorboard_gets_distributions_pictures_sounds_and_texts(
+    tmp_path: Path, accumulator: Any
+) -> None:
+    log = TensorBoardLogger(tmp_path)
+    log.histogram("weights", torch.tensor([1.0, math.inf, 3.0, math.nan]), 5)
+    log.histogram("nothing", torch.tensor([math.nan]), 5)
+    log.figure("attention", png(3, 2), 6)
+    log.audio("speech", torch.tensor([0.0, 0.5, -2.0]), 16000, 7)
+    log.text("transcript", "a word", 8)
+    log.close()
+    read = accumulator(tmp_path)
+    assert read.Tags()["histograms"] == ["weights"]
+    histogram = read.Histograms("weights")[0].histogram_value
+    assert (histogram.num, histogram.min, histogram.max) == (2, 1.0, 3.0)
+    picture = read.Images("attention")[0]
+    assert (picture.width, picture.height) == (3, 2)
+    assert picture.encoded_image_string == png(3, 2)
+    sound = read.Audio("speech")[0]
+    assert (sound.step, sound.sample_rate, sound.length_frames) == (7, 16000, 3)
+    assert struct.unpack("<3h", sound.encoded_audio_string[-6:]) == (0, 16383, -32767)
+    assert read.Tags()["tensors"] == ["transcript/text_summary"]
 
 
 def test_tensorboard_that_is_missing_is_a_sentence(
@@ -274,14 +384,349 @@ def test_tensorboard_that_is_missing_is_a_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="tensorboard was asked for and is not installed; pip"):
-        RunLog(tmp_path, tensorboard=True)
+        TensorBoardLogger(tmp_path)
+    loggers, brain = callback(tmp_path, tensorboard=True)
+    with pytest.raises(ValueError, match="tensorboard was asked for and is not installed; pip"):
+        loggers.on_fit_start(brain)  # At the start of a run, not after days of training.
 
 
-def test_the_files_of_a_closed_log_are_closed(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    for _ in range(5):
-        log = RunLog(tmp_path)
-        log.step({"step": 1})
-        log.truncate(0)
-        log.close()
-    assert (len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0) == before
+# --- the callback ---------------------------------------------------------------------------------
+
+
+def callback(folder: Path | None, *factories: Any, **options: Any) -> tuple[LoggerCallback, Any]:
+    """A callback, and a Brain as far as it needs one."""
+    run = RunOptions(output_folder=None if folder is None else str(folder), **options)
+    updates = {"main": SimpleNamespace(lr=0.001), "other": SimpleNamespace(lr=0.25)}
+    brain: Any = SimpleNamespace(options=run, updates=updates, step=0)
+    return LoggerCallback(run, factories or None), brain
+
+
+class Memory(Logger):
+    """Keeps the names of the methods that were called; some raise."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.calls: list[str] = []
+        self.failing = failing
+
+    def _note(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.failing:
+            raise RuntimeError("no network")
+
+    def scalars(self, kind: str, values: Any, step: int) -> None:
+        self._note(f"{kind} {step}")
+
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        self._note("histogram")
+
+    def figure(self, name: str, png: bytes, step: int) -> None:
+        self._note("figure")
+
+    def audio(self, name: str, samples: Any, rate: int, step: int) -> None:
+        self._note("audio")
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self._note("text")
+
+    def artifact(self, name: str, path: Path) -> None:
+        self._note("artifact")
+
+    def resume(self, step: int) -> None:
+        self._note(f"resume {step}")
+
+    def close(self) -> None:
+        self._note("close")
+
+
+def stage(name: str = "valid", step: int = 4, **changes: Any) -> StageReport:
+    return StageReport(name, 1, 0.5, {"wer": 3.21}, step, **changes)
+
+
+def test_a_run_records_its_steps_and_stages_and_a_test_after_it(tmp_path: Path) -> None:
+    loggers, brain = callback(tmp_path)
+    loggers.on_fit_start(brain)
+    loggers.on_log(brain, {"step": 2, "epoch": 1, "stage": "train", "loss": math.nan})
+    loggers.on_fit_start(brain)  # A fit within a hook of the fit.
+    loggers.on_log(brain, {"step": 3, "loss": 1.0})
+    loggers.on_fit_end(brain)
+    loggers.scalars("monitor", {"layers": {"net": {"grad": 1.5}}}, 4)
+    loggers.on_stage_end(brain, stage())
+    loggers.on_fit_end(brain)
+    loggers.on_evaluate_start(brain)
+    loggers.on_stage_end(brain, StageReport("test", None, 0.25, step=4))
+    loggers.on_evaluate_end(brain)
+    assert lines(tmp_path) == [
+        {"kind": "step", "step": 2, "epoch": 1, "stage": "train", "loss": None},
+        {"kind": "step", "step": 3, "loss": 1.0},
+        {"kind": "monitor", "step": 4, "layers": {"net": {"grad": 1.5}}},
+        stage().record(),
+        StageReport("test", None, 0.25, step=4).record(),
+    ]
+
+
+def test_loggers_are_open_until_the_outermost_call_ends(tmp_path: Path) -> None:
+    memory = Memory()
+    loggers, brain = callback(tmp_path, lambda folder: memory)
+    loggers.on_fit_start(brain)
+    loggers.on_evaluate_start(brain)
+    loggers.on_stage_end(brain, stage())
+    loggers.on_evaluate_end(brain)
+    assert memory.calls == ["stage 4"]
+    loggers.on_fit_end(brain)
+    assert memory.calls == ["stage 4", "close"]
+    loggers.on_evaluate_start(brain)
+    loggers.on_stage_end(brain, stage("test"))
+    loggers.on_evaluate_end(brain)
+    assert memory.calls[2:] == ["stage 4", "close"]
+    loggers.on_fit_start(brain)
+    loggers.scalars("step", {}, 5)
+    loggers.on_exception(brain, RuntimeError())  # The fit has not begun: its end is not told.
+    loggers.on_evaluate_start(brain)
+    loggers.scalars("step", {}, 6)
+    loggers.on_evaluate_end(brain)
+    assert memory.calls[4:] == ["step 5", "close", "step 6", "close"]
+
+
+def test_every_kind_of_record_reaches_every_logger(tmp_path: Path) -> None:
+    first, second = Memory(), Memory()
+    loggers, brain = callback(tmp_path, lambda folder: first, JsonlLogger, lambda folder: second)
+    assert loggers.wants_histograms
+    loggers.scalars("monitor", {"step": 1}, 1)
+    loggers.histogram("w", torch.ones(3), 1)
+    loggers.figure("f", b"", 1)
+    loggers.audio("a", torch.ones(3), 16000, 1)
+    loggers.text("t", "text", 1)
+    loggers.artifact("report", tmp_path / "report.html")
+    brain.optimizer_step = 1
+    loggers.on_resume(brain)
+    loggers.close()
+    expected = [
+        "monitor 1",
+        "histogram",
+        "figure",
+        "audio",
+        "text",
+        "artifact",
+        "resume 1",
+        "close",
+    ]
+    assert first.calls == second.calls == expected
+    assert [line["kind"] for line in lines(tmp_path)] == ["monitor"]
+    alone, _ = callback(tmp_path)
+    assert not alone.wants_histograms
+    alone.close()
+
+
+@pytest.mark.parametrize("failing", ["step 1", "histogram", "resume 3", "close", "open"])
+def test_a_logger_that_fails_is_named_once_and_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    memory, made = Memory(failing), []
+
+    def make(folder: Path) -> Logger:
+        made.append(folder)
+        if failing == "open":
+            raise ConnectionError("no network")
+        return memory
+
+    loggers, brain = callback(tmp_path, make, JsonlLogger)
+    for _ in range(2):
+        loggers.on_fit_start(brain)
+        loggers.on_log(brain, {"step": 1})
+        loggers.histogram("w", torch.ones(3), 1)
+        brain.optimizer_step = 3
+        loggers.on_resume(brain)
+        loggers.on_fit_end(brain)
+    assert made == [tmp_path]
+    assert memory.calls.count(failing) == (failing != "open")
+    assert not memory.calls or memory.calls[-1] == failing
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    name = "make" if failing == "open" else "Memory"
+    assert re.search(
+        rf"{name} failed and is not used.*the run goes on.*no network", warning.message
+    )
+    assert len(lines(tmp_path)) == 2
+
+
+def test_a_full_disk_ends_no_run_and_the_warning_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = Memory()
+    loggers, brain = callback(tmp_path, JsonlLogger, lambda folder: memory)
+    loggers.on_fit_start(brain)
+    loggers.on_log(brain, {"step": 1})
+    with full_disk(10, tmp_path / "metrics.jsonl"):
+        loggers.on_log(brain, {"step": 2})
+    loggers.on_log(brain, {"step": 3})
+    assert loggers.state_dict() == {"jsonl_lines": None}
+    loggers.on_fit_end(brain)
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert memory.calls == ["step 1", "step 2", "step 3", "close"]
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "JsonlLogger failed and is not used any more" in warning.message
+    assert str(tmp_path / "metrics.jsonl") in warning.message
+    assert "free some space or choose another --output_folder" in warning.message
+
+
+def test_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
+    loggers, brain = callback(tmp_path)
+    loggers.on_fit_start(brain)
+    for step in (1, 2):
+        loggers.on_log(brain, {"step": step})
+    saved = json.loads(json.dumps(loggers.state_dict()))
+    loggers.on_stage_end(brain, stage(step=2))
+    loggers.on_log(brain, {"step": 3})
+    loggers.on_fit_end(brain)
+    assert saved == {"jsonl_lines": 2}
+    again, brain = callback(tmp_path)
+    again.load_state_dict(saved)
+    again.on_fit_start(brain)
+    again.on_log(brain, {"step": 1})  # By a hook that runs once more.
+    assert len(lines(tmp_path)) == 5
+    brain.optimizer_step = 2
+    again.on_resume(brain)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    again.on_fit_end(brain)
+    old, brain = callback(tmp_path)
+    old.load_state_dict({"jsonl_lines": None})
+    brain.optimizer_step = 1
+    old.on_resume(brain)
+    old.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("why", ["folder", "rank", "debug", "replay", "find_clip"])
+def test_without_a_folder_and_off_the_main_rank_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    folder = None if why == "folder" else tmp_path / "run"
+    given = {"debug": True, "replay": "somewhere", "find_clip": True}
+    options = {why: given[why]} if why in given else {}
+    if why == "rank":
+        monkeypatch.setattr(distributed, "is_main", lambda: False)
+    loggers, brain = callback(folder, tensorboard=True, **options)
+    loggers.on_fit_start(brain)
+    loggers.on_log(brain, {"step": 1})
+    loggers.on_stage_end(brain, stage())
+    brain.optimizer_step = 0
+    loggers.on_resume(brain)
+    assert loggers.state_dict() == {"jsonl_lines": None}
+    assert not loggers.wants_histograms
+    loggers.on_fit_end(brain)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_a_stage_has_a_line_for_people_with_or_without_a_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, with_folder: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    loggers, brain = callback(tmp_path if with_folder else None)
+    loggers.on_stage_end(brain, stage(seconds=12.3))
+    loggers.on_stage_end(brain, stage("train", skipped=2))
+    assert caplog.messages == [
+        "epoch 1 valid: loss 0.5, wer 3.21, 12 s",
+        "epoch 1 train: loss 0.5, wer 3.21, skipped 2, 0 s, lr 0.001 0.25",
+    ]
+
+
+def test_the_line_of_a_stage_names_the_losses_of_several_players() -> None:
+    report = StageReport("test", None, {"g": 1.23456, "d": None}, {"files": 3}, seconds=61.0)
+    assert describe(report) == "test: loss g 1.235, d None, files 3, 61 s"
+
+
+def test_a_metric_that_would_hide_a_count_ends_the_run_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    loggers, brain = callback(tmp_path)
+    with pytest.raises(ValueError, match="returned a metric named 'examples'"):
+        loggers.on_stage_end(brain, StageReport("valid", 1, 0.5, {"examples": 1}))
+
+
+# --- the progress bar -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The bars that were made."""
+    from trainer.loggers import progress_bar
+
+    bars: list[Any] = []
+
+    class Bar(progress_bar.tqdm):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            bars.append(self)
+            self.options = options
+            super().__init__(**options)
+
+    monkeypatch.setattr(progress_bar, "tqdm", Bar)
+    yield bars
+    for bar in bars:
+        bar.close()
+
+
+def test_a_bar_counts_the_batches_of_a_stage_from_where_it_resumed(
+    terminal: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    brain: Any = SimpleNamespace(step=7)
+    bars = ProgressBar()
+    bars.on_fit_start(brain)
+    bars.on_stage_start(brain, Stage.TRAIN, 2, 10)
+    bars.on_fit_start(brain)  # In a hook.
+    bars.on_stage_start(brain, Stage.VALID, 2, None)
+    bars.on_batch_end(brain, Stage.VALID, torch.tensor(1.0))
+    bars.on_stage_end(brain, stage())
+    bars.on_fit_end(brain)
+    bars.on_evaluate_start(brain)
+    bars.on_stage_start(brain, Stage.TEST, None, 3)
+    bars.on_evaluate_end(brain)  # It failed, which the hook caught.
+    for _ in range(2):
+        bars.on_batch_end(brain, Stage.TRAIN, StepReport("main", "stepped", loss=0.123456))
+    training, validation, test = terminal
+    assert (training.desc, training.total, training.n) == ("epoch 2 train", 10, 9)
+    assert (validation.desc, validation.total, validation.n) == ("epoch 2 valid", None, 1)
+    assert (test.desc, test.total, test.n) == ("test", 3, 0)
+    assert (validation.disable, test.disable, training.disable) == (True, True, False)
+    assert training.options == {
+        "total": 10,
+        "initial": 7,
+        "desc": "epoch 2 train",
+        "disable": False,
+        "leave": False,
+        "dynamic_ncols": True,
+    }
+    bars.on_exception(brain, RuntimeError())
+    assert training.disable
+
+
+def test_a_bar_shows_the_loss_and_redraws_seldom_where_it_is_a_file(
+    terminal: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    brain: Any = SimpleNamespace(step=0)
+    bars = ProgressBar()
+    bars.on_stage_start(brain, Stage.TRAIN, 1, 10)
+    (bar,) = terminal
+    assert (bar.mininterval, bar.maxinterval) == (30.0, 60.0)
+    bar.mininterval = 0.0
+    bars.on_batch_end(brain, Stage.TRAIN, StepReport("main", "stepped", loss=0.123456))
+    assert bar.postfix == "loss=0.1235"
+    bars.on_batch_end(brain, Stage.TRAIN, StepReport("main", "skipped"))
+    bars.on_batch_end(brain, Stage.TRAIN, {"d": torch.tensor(1.0)})
+    assert (bar.n, bar.postfix) == (3, "loss=0.1235")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_is_hidden_off_the_main_rank_and_where_it_is_not_wanted(
+    terminal: list[Any], monkeypatch: pytest.MonkeyPatch, shown: bool
+) -> None:
+    monkeypatch.setattr(distributed, "is_main", lambda: not shown)
+    brain: Any = SimpleNamespace(step=0)
+    bars = ProgressBar()
+    bars.shown = shown
+    bars.on_stage_start(brain, Stage.TRAIN, 1, 10)
+    bars.on_batch_end(brain, Stage.TRAIN, None)
+    assert terminal[0].disable
+    bars.on_stage_end(brain, stage())

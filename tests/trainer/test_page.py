@@ -1,4 +1,4 @@
-"""A run's report shows what was logged, in whatever state that is, complete in one file."""
+"""The report of a run shows what was logged, in whatever state that is, complete in one file."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import resource
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,9 +16,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.loggers.run_log import RunLog
-from trainer.report import Page, render, write_html
-from trainer.report.axis import Axis, number
+from trainer import RunOptions, StageReport, distributed
+from trainer.loggers import JsonlLogger
+from trainer.report import ReportCallback, render, write_html
+from trainer.report.axis import Axis, count, number
 from trainer.report.chart import BUCKETS, Chart, Series, decimate, draw, running_mean
 from trainer.report.history import read_history
 
@@ -100,9 +102,9 @@ def stage(name: str, epoch: int | None, loss: Any, **metrics: Any) -> dict[str, 
 
 
 def logged(folder: Path, *records: dict[str, Any]) -> Path:
-    log = RunLog(folder)
+    log = JsonlLogger(folder)
     for record in records:
-        (log.step if "optimizers" in record else log.stage)(record)
+        log.write({"kind": "step" if "optimizers" in record else "stage", **record})
     log.close()
     return folder
 
@@ -135,11 +137,7 @@ def test_one_loss_has_its_curves_its_test_and_its_limit(tmp_path: Path) -> None:
     assert "lowest valid loss 1.25 epoch 2" in text
     assert "25.0 % of 500 logged steps were clipped." in text
     assert "limit 5" in text
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "metrics.jsonl",
-        "report.html",
-        "train.log",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
 def test_two_players_have_a_line_each_and_a_norm_chart_each(tmp_path: Path) -> None:
@@ -292,22 +290,66 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_old_report(tmp_path: Path) -> N
     assert not [path for path in folder.iterdir() if path.name.endswith(".new")]
 
 
-def test_a_page_is_written_again_when_that_is_cheap_and_in_the_end(tmp_path: Path) -> None:
+def test_a_report_is_written_again_when_that_is_cheap_and_in_the_end(tmp_path: Path) -> None:
     report = logged(tmp_path, step(1, 1.5)) / "report.html"
-    page = Page(tmp_path)
+    brain: Any = SimpleNamespace()
+    page = ReportCallback(RunOptions(output_folder=str(tmp_path)))
+    for _ in range(2):  # A fit within a hook of a fit.
+        page.on_fit_start(brain)
     page.finish()
-    assert not report.exists()  # nothing was logged through it
-    page.refresh()
+    assert not report.exists()  # Nothing was logged since it began.
+    page.on_stage_end(brain, StageReport("train"))
     first = report.stat().st_mtime_ns
     logged(tmp_path, step(2, 2.5))
-    page.refresh()  # at once after the first, which took longer than a hundredth of that
+    page.on_stage_end(brain, StageReport("valid"))  # At once, which would be too often.
+    page.on_fit_end(brain)
     assert report.stat().st_mtime_ns == first
-    page.finish()
+    page.on_fit_end(brain)
     assert "2.5" in report.read_text()
     last = report.stat().st_mtime_ns
     page.finish()
     assert report.stat().st_mtime_ns == last
-    Page(None).refresh()
+    logged(tmp_path, stage("test", None, 7.125))
+    page.on_evaluate_start(brain)
+    page.on_stage_end(brain, StageReport("test"))
+    page.on_evaluate_end(brain)
+    assert "7.125" in report.read_text()
+    logged(tmp_path, step(3, 9.875))
+    page.on_fit_start(brain)
+    page.refresh()
+    page.on_exception(brain, RuntimeError())
+    assert "9.875" in report.read_text()
+
+
+@pytest.mark.parametrize("why", ["folder", "rank", "debug", "replay"])
+def test_without_a_folder_and_off_the_main_rank_there_is_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    folder = None if why == "folder" else str(tmp_path)
+    if why == "rank":
+        monkeypatch.setattr(distributed, "is_main", lambda: False)
+    options = RunOptions(
+        output_folder=folder, debug=why == "debug", replay="step" if why == "replay" else None
+    )
+    brain: Any = SimpleNamespace()
+    ReportCallback(options).on_stage_end(brain, StageReport("test"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_cannot_be_written_is_one_warning_and_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = ReportCallback(RunOptions(output_folder=str(tmp_path / "gone")))
+    for _ in range(2):
+        page.refresh()
+        page.finish()
+    (warning,) = caplog.messages
+    assert str(tmp_path / "gone" / "report.html") in warning
+    assert "free some space or choose another --output_folder" in warning
+    logged(tmp_path / "gone", step(1))  # There is space again.
+    page.refresh()
+    page.finish()
+    assert (tmp_path / "gone" / "report.html").exists()
 
 
 def test_a_long_run_has_a_small_report_soon(tmp_path: Path) -> None:
@@ -375,6 +417,20 @@ def test_an_axis_is_logarithmic_where_positive_values_span_decades() -> None:
 )
 def test_numbers_are_short(value: float, tick: float | None, expected: str) -> None:
     assert number(value, tick) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (12345, "12,345"),
+        (12345.0, "12,345"),
+        (12345.6, "12.35k"),
+        (10**400, f"{10**400:,}"),
+        (math.nan, "–"),
+    ],
+)
+def test_whole_numbers_are_in_full(value: float, expected: str) -> None:
+    assert count(value) == expected
 
 
 @given(seed=st.integers(), length=st.integers(1, 5000), gaps=st.floats(0.0, 1.0))

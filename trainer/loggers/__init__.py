@@ -1,1 +1,21 @@
-"""Loggers: where the numbers of a run go."""
+"""Loggers: write the numbers, pictures and sounds of a run.
+
+`LoggerCallback` drives the loggers of a run, `JsonlLogger` and `TensorBoardLogger` among them;
+`ProgressBar` shows how far a stage is, and `TextLog` writes `train.log`.
+"""
+
+from trainer.loggers.callback import LoggerCallback
+from trainer.loggers.jsonl import JsonlLogger
+from trainer.loggers.progress_bar import ProgressBar
+from trainer.loggers.protocol import Logger
+from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.loggers.text import TextLog
+
+__all__ = [
+    "JsonlLogger",
+    "Logger",
+    "LoggerCallback",
+    "ProgressBar",
+    "TensorBoardLogger",
+    "TextLog",
+]

@@ -1,31 +1,23 @@
-"""What the loop reports, brought to where people and programs look: log, bar, console, page."""
+"""The records, progress bars and report of the Brain that has no callbacks yet."""
 
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from trainer import distributed
+from trainer.loggers.callback import describe
+from trainer.loggers.folder import run_folder
+from trainer.loggers.progress_bar import make_bar
 from trainer.loggers.run_log import RunLog
 from trainer.metrics import Mean, StageReport, StepReport, Tally
 from trainer.options import RunOptions
-from trainer.report import Page
+from trainer.report import ReportCallback
 
 logger = logging.getLogger("trainer")
-
-
-def _pace() -> dict[str, float]:
-    """How often a bar is drawn: a file keeps every one, and is given two a minute."""
-    if sys.stderr.isatty():
-        return {}
-    return {"mininterval": 30.0, "maxinterval": 60.0}
 
 
 class Journal:
@@ -38,11 +30,9 @@ class Journal:
     def __init__(self, options: RunOptions) -> None:
         self.options = options
         self.shown = options.progressbar
-        self.folder = Path(options.output_folder) if options.output_folder else None
-        if options.debug or options.replay:
-            self.folder = None
+        self.folder = run_folder(options)
         self.log = RunLog()
-        self.page = Page(None)
+        self.page = ReportCallback(options)
         self.tallies: dict[str, Tally] = {}
         self.mean = Mean()
         self.seconds = 0.0  # of the whole run, before this process or stage
@@ -58,7 +48,6 @@ class Journal:
         self._depth += 1
         if self._depth == 1:
             self.log = RunLog(self.folder, self.options.tensorboard, distributed.is_main())
-            self.page = Page(self.log.folder)
             self._started = self._line_started = time.perf_counter()
         try:
             yield
@@ -82,16 +71,7 @@ class Journal:
             self.counts = {"skipped": 0, "overflowed": 0}
         self._line_started = self._stage_started = time.perf_counter()
         where = name if epoch is None else f"epoch {epoch} {name}"
-        hidden = not (self.shown and distributed.is_main())
-        with tqdm(
-            total=total,
-            initial=done,
-            desc=where,
-            disable=hidden,
-            leave=False,
-            dynamic_ncols=True,
-            **_pace(),
-        ) as self._bar:
+        with make_bar(where, total, done, self.shown) as self._bar:
             yield
 
     def stage_seconds(self) -> float:
@@ -136,10 +116,7 @@ class Journal:
         self.log.stage(record)
         if not distributed.is_main():
             return
-        text = _describe(record)
-        if report.stage == "train":
-            text += ", lr " + " ".join(f"{rate:.3g}" for rate in rates)
-        logger.info(text)
+        logger.info("%s", describe(report, rates))
         self.page.refresh()
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,23 +137,3 @@ class Journal:
         for name, saved in state["tallies"].items():
             self.tallies[name] = Tally()
             self.tallies[name].load_state_dict(saved)
-
-
-def _describe(record: Mapping[str, Any]) -> str:
-    """A stage's line for people: "epoch 2 valid: loss 1.234, wer 3.21, 12 s"."""
-    hidden = ("stage", "epoch", "step", "steps", "examples", "seconds", "kind")
-    counts = ("skipped", "overflowed")
-    stage, epoch = record["stage"], record["epoch"]
-    where = stage if epoch is None else f"epoch {epoch} {stage}"
-    facts = {
-        name: value
-        for name, value in record.items()
-        if name not in hidden and not (name in counts and not value)
-    }
-    return f"{where}: {_words(facts)}, {record['seconds']:.0f} s"
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

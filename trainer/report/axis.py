@@ -1,15 +1,24 @@
-"""From values to pixels: linear and logarithmic axes, their round values, numbers for people."""
+"""Linear and logarithmic axes with round ticks, and the formatting of numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
-TINY = 1e-290  # below it powers of ten lose their digits
+TINY = 1e-290  # Below it powers of ten lose their digits.
 
 
 class Axis:
-    """Maps the values of a range to pixels, and knows the range's round values."""
+    """Map a range of values to pixels.
+
+    The axis is logarithmic where all values are positive and span more than 1:50.
+
+    Args:
+        values: the values to show; NaN and infinities are not allowed.
+        pixels: position of the lowest and of the highest value.
+        from_zero: begin at 0, on a linear axis.
+        whole: the values are whole numbers, such as steps: a linear axis with whole ticks.
+    """
 
     def __init__(
         self,
@@ -28,7 +37,9 @@ class Axis:
         low = min(low, 0.0) if from_zero else low
         if whole:
             room = 0.5 if high - low < 1 else 0.0
-        elif high - low <= max(1e-4 * max(abs(low), abs(high)), TINY):  # as good as constant
+        elif high - low <= max(
+            1e-4 * max(abs(low), abs(high)), TINY
+        ):  # Constant, but for rounding.
             room = 0.1 * abs(high) if abs(high) > TINY else 1.0
         else:
             room = 0.04 * (high - low)
@@ -36,7 +47,7 @@ class Axis:
         self.low, self.high = low, high
 
     def at(self, value: float) -> float:
-        """The pixel of a value; NaN where the axis cannot show it."""
+        """Return the pixel of a value; NaN where the axis cannot show it."""
         if not math.isfinite(value) or (self.log and value <= 0):
             return math.nan
         place = math.log10(value) if self.log else value
@@ -44,7 +55,7 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self, count: int) -> list[tuple[float, str]]:
-        """Some `count` round values within the range, with their labels."""
+        """Return about ``count`` round values within the range, with their labels."""
         if self.log:
             return self._decades()
         step = _round_up((self.high - self.low) / count)
@@ -61,18 +72,24 @@ class Axis:
 
 
 def _round_up(step: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is not below `step`."""
+    """Return the smallest of 1, 2 and 5 times a power of ten that is not below ``step``."""
     power = 10.0 ** math.floor(math.log10(step))
     return next((part * power for part in (1, 2, 5) if part * power >= step), 10 * power)
 
 
 def number(value: float, step: float | None = None) -> str:
-    """A number for people: to the digit of `step`, or with four digits."""
+    """Return a number for people, such as "3.21", "12.35k" or "1e−5".
+
+    Args:
+        value: the number; NaN and infinities become a dash.
+        step: distance of two ticks, whose last digit is then the last one shown. By default four
+            digits without zeros behind them.
+    """
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
     size = _exponent(value)
     digits = 4 if step is None else max(1, size - _exponent(step) + 1)
-    size = _exponent(float(f"{value:.{digits - 1}e}"))  # 9999.9 is rounded up to 10k
+    size = _exponent(float(f"{value:.{digits - 1}e}"))  # 9999.9 is rounded up to 10k.
     if not -4 < size < 15:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         text = f"{_short(mantissa)}e{int(exponent)}"
@@ -84,6 +101,13 @@ def number(value: float, step: float | None = None) -> str:
         text = f"{value:.{max(0, digits - 1 - size)}f}"
         text = _short(text) if step is None else text
     return text.replace("-", "−")
+
+
+def count(value: float) -> str:
+    """Return a whole number in full, such as "12,345", and any other as `number` does."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if value.is_integer() else number(value)
 
 
 def _exponent(value: float) -> int:

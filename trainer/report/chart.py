@@ -1,6 +1,7 @@
-"""Line charts as inline SVG with a legend in HTML: no script, no colour that carries meaning alone.
+"""Line charts as inline SVG with a legend in HTML.
 
-Colours come from the page's style sheet (`.c0` … `.c6`), so that one chart serves light and dark.
+They need no script. Colours come from the page's style sheet (`.c0` … `.c6`), so that a chart fits
+light and dark; no colour carries meaning alone.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from trainer.report.axis import Axis, number
+from trainer.report.axis import Axis, count, number
 
 WIDTH, HEIGHT = 640.0, 290.0
-LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # what ticks and labels need around the lines
+LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # Margins for ticks and labels.
 COLOURS = 7
-BUCKETS = 340  # a chart is some 600 pixels wide: more points cannot be told apart
-MARKED = 40  # up to so many points each have a marker that says its value
-SMOOTHED = 100  # from so many points on, a noisy line has a running mean over it
+BUCKETS = 340  # A chart is about 600 pixels wide: more points cannot be told apart.
+MAX_MARKERS = 40  # Up to so many points each have a marker with its value.
+MIN_SMOOTHED = 100  # From so many points on, a noisy line has a running mean over it.
 
 Point = tuple[float, float]
 
 
 @dataclass(slots=True)
 class Series:
-    """One line, x ascending; NaN is a gap. `style` is "solid", "faint" or "limit" (dashed)."""
+    """A line of a chart.
+
+    Args:
+        name: its name in the legend.
+        xs: places on the x axis, ascending.
+        ys: values; NaN is a gap.
+        colour: number of the colour, counted round from 0.
+        style: "solid", "faint" or "limit" (dashed).
+        noisy: draw a running mean over the line where it has many points.
+    """
 
     name: str
     xs: Sequence[float]
@@ -36,10 +46,17 @@ class Series:
 
 @dataclass(slots=True)
 class Chart:
-    """Lines over common axes. Positive values that span more than 1:50 get a logarithmic one.
+    """Lines over common axes.
 
-    ``counts`` says that x is a number of steps or epochs, whose axis is linear and has whole
-    numbers. ``marks`` are places on x that are named and have an upright line.
+    Args:
+        title: heading.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        series: the lines.
+        from_zero: let the y axis begin at 0; otherwise it may be logarithmic.
+        note: a sentence under the heading.
+        counts: x is a number of steps or epochs: a linear axis with whole ticks.
+        marks: named places on the x axis, each with an upright line.
     """
 
     title: str
@@ -53,9 +70,9 @@ class Chart:
 
 
 def decimate(points: Sequence[Point]) -> Sequence[Point]:
-    """At most about a thousand points, with every peak, dip and gap of all of them.
+    """Return at most about a thousand of the points, with every peak, dip and gap.
 
-    Each of `BUCKETS` stretches keeps its lowest and highest point and one gap, in their order.
+    Each of `BUCKETS` parts keeps its lowest and its highest point and one gap, in their order.
     """
     if len(points) <= 3 * BUCKETS:
         return points
@@ -71,7 +88,7 @@ def decimate(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
-    """The mean over a fiftieth of the points around each; gaps stay gaps."""
+    """Return the mean over a fiftieth of the points around each; gaps stay gaps."""
     reach = max(1, len(points) // 100)
     sums, counts = [0.0], [0]
     for _, y in points:
@@ -94,7 +111,7 @@ def _y(point: Point) -> float:
 
 
 def draw(chart: Chart) -> str:
-    """A figure: heading, drawing and legend."""
+    """Return a chart as an HTML figure: heading, drawing and legend."""
     values = [y for each in chart.series for y in each.ys if math.isfinite(y)]
     places = [end for each in chart.series for end in (*each.xs[:1], *each.xs[-1:])]
     x = Axis([*places, *chart.marks.values()], (LEFT, WIDTH - RIGHT), whole=chart.counts)
@@ -116,7 +133,7 @@ def draw(chart: Chart) -> str:
 
 
 def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
-    """Grid, ticks and labels."""
+    """Return grid, ticks and labels."""
     parts = []
     for value, text in y.ticks(5):
         at = y.at(value)
@@ -141,24 +158,23 @@ def _line(series: Series, x: Axis, y: Axis, x_label: str) -> str:
     colour = f"c{series.colour % COLOURS}" if series.style != "limit" else "limit"
     faint = series.style == "faint"
     text = ""
-    if series.noisy and len(points) >= SMOOTHED:
+    if series.noisy and len(points) >= MIN_SMOOTHED:
         text = f'<path class="line faint {colour}" d="{_path(decimate(points), x, y)}"/>'
         points = running_mean(points)
     style = "line faint" if faint else "line"
     text += f'<path class="{style} {colour}" d="{_path(decimate(points), x, y)}"/>'
-    if len(points) <= MARKED and series.style == "solid":
+    if len(points) <= MAX_MARKERS and series.style == "solid":
         text += "".join(_marker(series, point, x, y, x_label) for point in points)
     return text
 
 
 def _mark(name: str, at: float) -> str:
-    said = escape(name)
-    way = f"M{at:.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
-    return f'<path class="line limit" d="{way}"><title>{said}</title></path>'
+    path = f"M{at:.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
+    return f'<path class="line limit" d="{path}"><title>{escape(name)}</title></path>'
 
 
 def _path(points: Iterable[Point], x: Axis, y: Axis) -> str:
-    """The way of the pen, lifted at every gap; a point between two gaps is a dot."""
+    """Return the path data of a line, broken at every gap; a point between gaps is a dot."""
     parts, drawing = [], False
     for place, value in points:
         across, up = x.at(place), y.at(value)
@@ -174,16 +190,16 @@ def _marker(series: Series, point: Point, x: Axis, y: Axis, x_label: str) -> str
     across, up = x.at(point[0]), y.at(point[1])
     if math.isnan(up):
         return ""
-    said = escape(f"{series.name}, {x_label} {number(point[0])}: {number(point[1])}")
-    corner = 0 if series.colour % 2 else 4  # a square or a disc: the shape tells lines apart too
+    title = escape(f"{series.name}, {x_label} {number(point[0])}: {number(point[1])}")
+    corner = 0 if series.colour % 2 else 4  # A square or a disc: the shape tells lines apart, too.
     return (
         f'<rect class="mark c{series.colour % COLOURS}" x="{across - 3.5:.1f}" y="{up - 3.5:.1f}" '
-        f'width="7" height="7" rx="{corner}"><title>{said}</title></rect>'
+        f'width="7" height="7" rx="{corner}"><title>{title}</title></rect>'
     )
 
 
 def _extremes(series: Series) -> tuple[str, Point, Point] | None:
-    """The last value, and the lowest and highest with their places; None where there is none."""
+    """Return the last value and the lowest and highest point; None where no value is known."""
     known = [(x, y) for x, y in zip(series.xs, series.ys, strict=True) if math.isfinite(y)]
     if not known:
         return None
@@ -192,7 +208,7 @@ def _extremes(series: Series) -> tuple[str, Point, Point] | None:
 
 
 def _facts(series: Series) -> str:
-    """The extremes in words, for who does not see the drawing."""
+    """Return the extremes in words, for readers who do not see the drawing."""
     extremes = _extremes(series)
     if extremes is None:
         return f"{series.name} has no value"
@@ -201,7 +217,7 @@ def _facts(series: Series) -> str:
 
 
 def _legend(chart: Chart) -> str:
-    """Which line is which, with the values that one would look for in the drawing."""
+    """Return the names of the lines with their last, lowest and highest values."""
     rows, heads = [], ["last"]
     for each in chart.series:
         colour = "limit" if each.style == "limit" else f"c{each.colour % COLOURS}"
@@ -212,11 +228,11 @@ def _legend(chart: Chart) -> str:
         )
         last, *ends = _extremes(each) or ("–",)
         cells = ""
-        if len({value for _, value in ends}) > 1:  # of a constant the last value says it all
+        if len({value for _, value in ends}) > 1:  # The last value of a constant is enough.
             heads = ["last", "lowest", "highest"]
             cells = "".join(
-                f"<td>{number(value)} <small>at {_place(chart, place)}</small></td>"
-                for place, value in ends
+                f"<td>{number(y)} <small>at {count(x) if chart.counts else number(x)}</small></td>"
+                for x, y in ends
             )
         name = f'<th scope="row">{swatch}{escape(each.name)}</th>'
         rows.append(f"<tr>{name}<td>{last}</td>{cells}</tr>")
@@ -231,7 +247,3 @@ def _legend(chart: Chart) -> str:
         f'<table class="legend"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
-
-
-def _place(chart: Chart, x: float) -> str:
-    return f"{x:,.0f}" if chart.counts else number(x)

@@ -1,4 +1,4 @@
-"""What a run has logged, read back from `metrics.jsonl` as curves and stages.
+"""The records of a run, read from `metrics.jsonl` as curves and stages.
 
 Reading never fails on what is in the file: lines that are not records are counted and left out.
 """
@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.metrics import RESERVED
+
 Number = tuple[str, float | None]
 
 
 class Curve:
-    """Numbers over steps or epochs, ascending; a number that was lost is NaN, which is a gap."""
+    """Numbers over ascending steps or epochs. A number that was lost is NaN, which is a gap."""
 
     __slots__ = ("xs", "ys")
 
@@ -26,7 +28,7 @@ class Curve:
         self.ys = array("d")
 
     def add(self, x: float, y: float | None) -> None:
-        """Append a point. One at or before an earlier x replaces all from there on."""
+        """Append a point; one at or before an earlier x replaces all from there on."""
         xs = self.xs
         while xs and xs[-1] >= x:
             xs.pop()
@@ -38,15 +40,15 @@ class Curve:
         return len(self.xs)
 
     def known(self) -> list[tuple[float, float]]:
-        """The points without the gaps."""
+        """Return the points without the gaps."""
         return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if math.isfinite(y)]
 
     def sum(self) -> float:
-        """Of the values that are known."""
+        """Return the sum of the known values."""
         return math.fsum(y for _, y in self.known())
 
     def total(self) -> Curve:
-        """The running sum; a gap adds nothing."""
+        """Return the running sum; a gap adds nothing."""
         sums, so_far = Curve(), 0.0
         for x, y in zip(self.xs, self.ys, strict=True):
             so_far += y if math.isfinite(y) else 0.0
@@ -54,7 +56,7 @@ class Curve:
         return sums
 
     def scaled(self, factor: float) -> Curve:
-        """Every value times a factor."""
+        """Return a curve with every value multiplied by a factor."""
         scaled = Curve()
         scaled.xs, scaled.ys = self.xs, array("d", (y * factor for y in self.ys))
         return scaled
@@ -62,14 +64,24 @@ class Curve:
 
 @dataclass(slots=True)
 class History:
-    """Curves of the step lines by dotted name, such as "optimizers.main.lr", and the stage lines.
+    """The records of a run.
 
-    Of several lines of one stage and epoch (a run that was resumed, a test that was repeated or
-    summed up) the last one counts.
+    Of several records of one stage and epoch (a resumed run, a repeated test, the summary of a
+    test) the last one counts.
+
+    Args:
+        steps: curves of the step records by dotted name, such as "optimizers.main.lr".
+        norms: curves of the monitor records, by optimizer and name; gradient norms of every step.
+        layers: curves of the monitor records, by layer and name.
+        warnings: step and text of the monitors' warnings.
+        stages: stage records, in the order of the file.
+        last_step: largest optimizer step of any record.
+        seconds: training time at the last step record.
+        unreadable: number of lines that are no records.
     """
 
     steps: dict[str, Curve] = field(default_factory=dict)
-    norms: dict[str, dict[str, Curve]] = field(default_factory=dict)  # of every step, by optimizer
+    norms: dict[str, dict[str, Curve]] = field(default_factory=dict)
     layers: dict[str, dict[str, Curve]] = field(default_factory=dict)
     warnings: list[tuple[float, str]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -78,56 +90,46 @@ class History:
     unreadable: int = 0
 
     def optimizers(self) -> list[str]:
-        """The optimizers' names, in the order of the file."""
+        """Return the names of the optimizers, in the order of the file."""
         names = [key.split(".") for key in self.steps if key.startswith("optimizers.")]
         return list(dict.fromkeys(".".join(parts[1:-1]) for parts in names))
 
     def of_optimizer(self, optimizer: str, key: str) -> Curve:
-        """A curve of one optimizer, empty where it was not logged."""
+        """Return a curve of one optimizer, empty where it was not logged."""
         return self.steps.get(f"optimizers.{optimizer}.{key}", Curve())
 
     def stage_names(self) -> list[str]:
-        """The stages there are, in the order of the file."""
+        """Return the names of the stages, in the order of the file."""
         return list(dict.fromkeys(str(record["stage"]) for record in self.stages))
 
     def measures(self) -> list[str]:
-        """The dotted names of losses and metrics of the stage lines."""
+        """Return the dotted names of losses and metrics of the stage records."""
         known: dict[str, None] = {}
         for record in self.stages:
-            known |= dict.fromkeys(name for name, _ in measured(record))
+            known |= dict.fromkeys(name for name, _ in measures_of(record))
         return list(known)
 
     def by_epoch(self, stage: str, measure: str) -> Curve:
-        """A loss or metric of a stage over the epochs."""
+        """Return a loss or metric of a stage over the epochs."""
         curve = Curve()
         for record in self.stages:
-            values = dict(measured(record))
+            values = dict(measures_of(record))
             if record["stage"] == stage and _is_number(record.get("epoch")) and measure in values:
                 curve.add(record["epoch"], values[measure])
         return curve
 
 
-# Keys of a stage line that count instead of measuring.
-COUNTS = (
-    "kind",
-    "stage",
-    "epoch",
-    "step",
-    "steps",
-    "examples",
-    "seconds",
-    "skipped",
-    "overflowed",
-)
-
-
-def measured(record: Mapping[str, Any]) -> list[Number]:
-    """The losses and metrics of a stage line with their dotted names."""
-    return _numbers({key: value for key, value in record.items() if key not in COUNTS})
+def measures_of(record: Mapping[str, Any]) -> list[Number]:
+    """Return the losses and metrics of a stage record with their dotted names."""
+    return _numbers({key: value for key, value in record.items() if key not in RESERVED})
 
 
 def read_history(path: Path) -> History:
-    """Read a `metrics.jsonl`; a missing one is an empty history."""
+    """Read a `metrics.jsonl`.
+
+    Args:
+        path: the file; a missing one gives an empty history.
+    """
     history = History()
     stages: dict[tuple[str, Any], dict[str, Any]] = {}
     if not path.exists():
@@ -143,10 +145,10 @@ def read_history(path: Path) -> History:
             elif record.get("kind") == "step" and _is_number(record.get("step")):
                 _add_step(history, record)
             elif record.get("kind") == "monitor" and _is_number(record.get("step")):
-                _add_look(history, record)
+                _add_monitor(history, record)
             elif "stage" in record:
                 key = (str(record["stage"]), str(record.get("epoch")))
-                # the last one counts, at its own place, and keeps what only an earlier one said
+                # The last one counts, at its own place; what only an earlier one has is kept.
                 stages[key] = stages.pop(key, {}) | record
                 _advance(history, record)
             else:
@@ -167,8 +169,8 @@ def _add_step(history: History, record: Mapping[str, Any]) -> None:
     _advance(history, record)
 
 
-def _add_look(history: History, record: Mapping[str, Any]) -> None:
-    """The norms of all steps of an optimizer until this one, and its layers at it."""
+def _add_monitor(history: History, record: Mapping[str, Any]) -> None:
+    """Add the norms of all steps of an optimizer since its last record, and its layers."""
     step = record["step"]
     for name, facts in _parts(record.get("optimizers")).items():
         curves = history.norms.setdefault(name, {})
@@ -191,25 +193,25 @@ def _add_look(history: History, record: Mapping[str, Any]) -> None:
 
 
 def _parts(value: Any) -> dict[str, dict[str, Any]]:
-    """The mappings in a mapping, by name."""
+    """Return the mappings in a mapping, by name."""
     found = value if isinstance(value, dict) else {}
     return {name: part for name, part in found.items() if isinstance(part, dict)}
 
 
 def _advance(history: History, record: Mapping[str, Any]) -> None:
     if _is_number(record.get("step")):
-        history.last_step = max(history.last_step, int(record["step"]))  # A test alone says 0.
+        history.last_step = max(history.last_step, int(record["step"]))  # A test on its own has 0.
 
 
 def _is_number(value: object) -> bool:
-    """Whether it can be a place in time; a count of 1e15 steps is none."""
+    """Return True if a value can be a step or an epoch."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def _numbers(
     record: Mapping[str, Any], prefix: str = "", into: list[Number] | None = None
 ) -> list[Number]:
-    """Numbers and nulls of a nested record with their dotted names."""
+    """Return numbers and nulls of a nested record with their dotted names."""
     found: list[Number] = [] if into is None else into
     for key, value in record.items():
         if isinstance(value, dict):
@@ -217,7 +219,7 @@ def _numbers(
         elif value is None:
             found.append((prefix + key, None))
         elif isinstance(value, (float, int)) and value is not True and value is not False:
-            # beyond 1e300 the distance of two numbers overflows: no chart could show them
+            # Beyond 1e300 the distance of two numbers overflows: no chart could show them.
             size = abs(value)
             shown = None if not size < 1e300 else float(value) if size > 1e-300 else 0.0
             found.append((prefix + key, shown))

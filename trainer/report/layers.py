@@ -1,4 +1,4 @@
-"""The layers of a model in a run's report: their gradients, and how far each step moves them."""
+"""Gradients and updates of the layers of a model, in a run's report."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import statistics
 from collections.abc import Callable
 from html import escape
 
-from trainer.report.axis import Axis, number
+from trainer.report.axis import Axis, count, number
 from trainer.report.chart import Chart, Series
 from trainer.report.history import Curve, History
 
 STEP = "optimizer step"
-ROWS = 300
-POINTS = 40  # of a small drawing in a row
+MAX_ROWS = 300
+MAX_POINTS = 40  # Points of a small drawing in a row.
 WIDTH, HEIGHT = 96.0, 22.0
 
 
 def layer_charts(history: History) -> list[Chart]:
-    """The spread over the layers, however many there are: the largest, the middle, the least."""
+    """Return charts of the largest, the median and the smallest value of all layers."""
     charts = []
     for title, key, label in (
         ("Gradient norm by layer", "grad", "L2 norm before clipping"),
@@ -36,22 +36,22 @@ def layer_charts(history: History) -> list[Chart]:
         )
         chart = Chart(title, STEP, label)
         if len(history.layers) > 1:
-            for colour, (name, of) in enumerate(kinds):
-                values = [of(by_step[step]) for step in steps]
+            for colour, (name, reduce) in enumerate(kinds):
+                values = [reduce(by_step[step]) for step in steps]
                 chart.series.append(Series(name, steps, values, colour))
         charts.append(chart)
     return charts
 
 
 def layer_table(history: History) -> str:
-    """One row a layer: the last values, and how they came there."""
+    """Return a section with a row for each layer: the last values and their history."""
     if not history.layers:
         return ""
     heads = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    rows = "".join(_row(name, history.layers[name]) for name in list(history.layers)[:ROWS])
-    more = len(history.layers) - ROWS
-    note = f"<p>{more:,} more layers are in metrics.jsonl.</p>" if more > 0 else ""
+    rows = "".join(_row(name, history.layers[name]) for name in list(history.layers)[:MAX_ROWS])
+    more = len(history.layers) - MAX_ROWS
+    note = f"<p>{count(more)} more layers are in metrics.jsonl.</p>" if more > 0 else ""
     return (
         '<section><h2>Layers</h2><div class="wide tall" tabindex="0" role="region" '
         f'aria-label="Layers"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
@@ -80,9 +80,9 @@ def _last(curve: Curve) -> str:
 
 
 def _spark(curve: Curve, name: str) -> str:
-    """A drawing the size of a word, logarithmic where the values span much."""
+    """Return a drawing of the size of a word."""
     known = curve.known()
-    known = known[:: max(1, math.ceil(len(known) / POINTS))]
+    known = known[:: max(1, math.ceil(len(known) / MAX_POINTS))]
     if len(known) < 2:
         return ""
     x = Axis([known[0][0], known[-1][0]], (2.0, WIDTH - 2.0), whole=True)
@@ -96,11 +96,11 @@ def _spark(curve: Curve, name: str) -> str:
 
 
 def warning_list(history: History) -> str:
-    """What the monitors warned of, the first first."""
+    """Return a section with the warnings of the monitors, in their order."""
     if not history.warnings:
         return ""
     items = "".join(
-        f"<li><strong>Step {step:,.0f}</strong>: {escape(text)}.</li>"
+        f"<li><strong>Step {count(step)}</strong>: {escape(text)}.</li>"
         for step, text in history.warnings
     )
     return f'<section><h2>Warnings</h2><ul class="warnings">{items}</ul></section>\n'

@@ -1,10 +1,11 @@
-"""Which charts a run's report shows, and what each is called."""
+"""The charts of a run's report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+from trainer.report.axis import count
 from trainer.report.chart import Chart, Series
 from trainer.report.history import Curve, History
 from trainer.report.layers import layer_charts
@@ -13,7 +14,7 @@ STEP = "optimizer step"
 
 
 def sections(history: History) -> list[tuple[str, list[Chart]]]:
-    """The charts by heading; those without a line are for the page to leave out."""
+    """Return the charts by heading, also those without a line, which the page leaves out."""
     return [
         ("Losses and metrics", [_training_loss(history), *_by_epoch(history)]),
         ("Optimization", _optimization(history)),
@@ -27,13 +28,13 @@ def _series(
     return Series(name, curve.xs, curve.ys, colour, style, noisy)
 
 
-def spoken(measure: str) -> str:
-    """A dotted name for people: "loss.generator" is the loss of the generator."""
+def display_name(measure: str) -> str:
+    """Return a dotted name for people: "loss of generator" for "loss.generator"."""
     return measure.replace("loss.", "loss of ", 1) if measure.startswith("loss.") else measure
 
 
 def _colour(history: History, name: str) -> int:
-    """An optimizer and the loss of its name have one colour in all charts."""
+    """Return the colour that an optimizer and the loss of its name have in all charts."""
     losses = [key[5:] for key in history.steps if key.startswith("loss.")]
     names = list(dict.fromkeys([*history.optimizers(), *losses]))
     return names.index(name) if name in names else 0
@@ -49,10 +50,10 @@ def _training_loss(history: History) -> Chart:
 
 
 def _by_epoch(history: History) -> list[Chart]:
-    """A chart over the epochs for each loss and metric, training beside validation."""
+    """Return a chart over the epochs for each loss and metric, training beside validation."""
     charts = []
     for measure in history.measures():
-        name = spoken(measure)  # as the recipe calls it: pesq may be PESQ, but si_snr is not SI_SNR
+        name = display_name(measure)  # Not in capitals: si_snr is not SI_SNR.
         chart = Chart(f"{name.replace('loss', 'Loss', 1)} by epoch", "epoch", name)
         for stage in history.stage_names():
             curve = history.by_epoch(stage, measure)
@@ -70,13 +71,13 @@ def _optimization(history: History) -> list[Chart]:
         Chart("Clipped gradients", STEP, "% of steps", from_zero=True),
         "clipped",
         lambda curve: curve.scaled(100),
-        any_above_zero,
+        _any_above_zero,
     )
     lost = Chart("Steps not taken, so far", STEP, "steps", from_zero=True)
     for shift, kind in enumerate(("skipped", "overflowed")):
         for name in names:
             total = history.of_optimizer(name, kind).total()
-            if any_above_zero(total):
+            if _any_above_zero(total):
                 colour = len(names) * shift + _colour(history, name)
                 chart_name = f"{name} {kind}" if len(names) > 1 else kind
                 lost.series.append(_series(chart_name, total, colour))
@@ -89,12 +90,12 @@ def _optimization(history: History) -> list[Chart]:
 
 
 def _every_step(history: History, name: str, optimizers: int) -> Chart:
-    """The norms of all steps, before and after clipping."""
+    """Return the norms of all steps, before and after clipping."""
     of = f" of {name}" if optimizers > 1 else ""
     chart = Chart(f"Gradient norm{of}, every step", STEP, "L2 norm")
     spikes = history.norms[name].get("spikes", Curve()).sum()
     if spikes:
-        chart.note = f"{spikes:,.0f} spikes: above four times the median of the steps before."
+        chart.note = f"{count(spikes)} spikes: above four times the median of the steps before."
     for label, key, style, colour in (
         ("before clipping", "norms", "solid", 0),
         ("after", "norms_after", "solid", 1),
@@ -107,17 +108,16 @@ def _every_step(history: History, name: str, optimizers: int) -> Chart:
 
 
 def _windows(history: History) -> list[Chart]:
-    """How much of the recent past was clipped, at each look."""
+    """Return the share of clipped steps among the last 100, at each monitor record."""
     chart = Chart("Clipped, of the last 100 steps", STEP, "% of steps", from_zero=True)
     for name, curves in history.norms.items():
         curve = curves.get("clipped_share", Curve())
-        if any_above_zero(curve):
+        if _any_above_zero(curve):
             chart.series.append(_series(name, curve.scaled(100), _colour(history, name)))
     return [chart]
 
 
-def any_above_zero(curve: Curve) -> bool:
-    """Whether there is anything to see."""
+def _any_above_zero(curve: Curve) -> bool:
     return any(y > 0 for y in curve.ys)
 
 
@@ -132,7 +132,7 @@ def _per_optimizer(
     change: Callable[[Curve], Curve] = lambda curve: curve,
     worth: Callable[[Curve], bool] = lambda curve: bool(curve.known()),
 ) -> Chart:
-    """A line for each optimizer for which it is worth one."""
+    """Return the chart with a line for each optimizer whose curve is worth one."""
     for name in history.optimizers():
         curve = change(history.of_optimizer(name, key))
         if worth(curve):
@@ -142,7 +142,7 @@ def _per_optimizer(
 
 
 def _norms(history: History, name: str, optimizers: int) -> Chart:
-    """The gradient norm before clipping, its peaks, the limit, and how often that held."""
+    """Return the gradient norm before clipping, its peaks, the limit, and the share clipped."""
     of = f" of {name}" if optimizers > 1 else ""
     chart = Chart(f"Gradient norm{of}", STEP, "L2 norm before clipping")
     colour = _colour(history, name)
@@ -158,14 +158,15 @@ def _norms(history: History, name: str, optimizers: int) -> Chart:
     counts = history.of_optimizer(name, "stepped")
     if len(shares) == len(counts) and chart.series:
         pairs = [
-            (share * count, count)
-            for share, count in zip(shares.ys, counts.ys, strict=True)
-            if math.isfinite(share) and math.isfinite(count)
+            (share, number)
+            for share, number in zip(shares.ys, counts.ys, strict=True)
+            if math.isfinite(share) and math.isfinite(number)
         ]
-        steps = sum(count for _, count in pairs)
-        clipped = sum(part for part, _ in pairs)
+        steps = sum(number for _, number in pairs)
+        clipped = sum(share * number for share, number in pairs)
         if steps:
-            chart.note = f"{100 * clipped / steps:.1f} % of {steps:,.0f} logged steps were clipped."
+            percent = f"{100 * clipped / steps:.1f} %"
+            chart.note = f"{percent} of {count(steps)} logged steps were clipped."
     return chart
 
 

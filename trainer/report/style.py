@@ -1,4 +1,4 @@
-"""The style sheet of the report: light and dark, and colours that colour-blind readers tell apart.
+"""Style sheet of the report: light and dark, in colours that colour-blind readers can tell apart.
 
 The light colours are those of Okabe and Ito (2008), darkened where a thin line on white needs it;
 each has a contrast of at least 3:1 to its background.

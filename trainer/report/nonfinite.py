@@ -1,4 +1,4 @@
-"""The skipped steps that a run has looked into, in its report."""
+"""The skipped steps that a run has investigated, in its report."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-MOST = 20
+MAX_STEPS = 20
 
 
-def case_list(folder: Path) -> str:
-    """What made steps not finite, by the reports in ``nonfinite/``; those unreadable are left out.
+def nonfinite_list(folder: Path) -> str:
+    """Return the section that lists non-finite steps and their causes; empty without any.
 
-    A step has one report, or one of each process whose own batch was bad.
+    Args:
+        folder: run folder. The reports are in its ``nonfinite/``, one for each step, or one for
+            each process whose own batch was bad; those that cannot be read are left out.
     """
     paths = sorted(folder.glob("nonfinite/**/report.json"))
     found = [(path, record) for path in paths if (record := _read(path)) is not None]
     found.sort(key=lambda each: each[1]["step"])
     items = []
-    for path, record in found[:MOST]:
+    for path, record in found[:MAX_STEPS]:
         causes = record.get("causes")
         cause = f"; {causes[0]}" if isinstance(causes, list) and causes else ""
         where = escape(str(path.parent.relative_to(folder)))

@@ -1,0 +1,228 @@
+"""Callback that drives the loggers of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trainer import distributed
+from trainer.callbacks import Callback
+from trainer.loggers.folder import run_folder
+from trainer.loggers.jsonl import JsonlLogger
+from trainer.loggers.protocol import Logger
+from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.metrics import RESERVED, StageReport
+from trainer.options import RunOptions
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+
+logger = logging.getLogger("trainer")
+
+LoggerFactory = Callable[[Path], Logger]
+
+LOST_STEPS = ("skipped", "overflowed")  # Counts that the line for people has where they are not 0.
+
+
+class LoggerCallback(Callback):
+    """Pass what a run reports to its loggers, on rank 0.
+
+    Loggers are opened when `fit` or `evaluate` begins, or something is recorded, and closed when
+    the outermost of these calls ends. They write into the run folder; without one, under
+    ``--debug``, in a replay and in a search for settings nothing is recorded.
+
+    A logger that raises is named in one warning and not used again; the run goes on. Other
+    callbacks record through this one: it has the methods of a `Logger`, and calls them on each.
+    A callback that records within its `state_dict` must stand before this one, whose state is the
+    number of records.
+
+    Args:
+        options: run options, of which the output folder, ``tensorboard``, ``debug``, ``replay`` and
+            the searches count.
+        factories: make the loggers of a run folder, as `JsonlLogger` does. By default
+            `JsonlLogger`, and `TensorBoardLogger` if ``options.tensorboard``.
+    """
+
+    def __init__(
+        self, options: RunOptions, factories: Iterable[LoggerFactory] | None = None
+    ) -> None:
+        if factories is None:
+            factories = [JsonlLogger, TensorBoardLogger] if options.tensorboard else [JsonlLogger]
+        self.folder = None if options.searching else run_folder(options)
+        self._factories = list(factories)
+        self._loggers: dict[LoggerFactory, Logger] = {}
+        self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
+        self._saved_lines: int | None = None
+
+    # ------------------------------------------------------------------------------------- events
+
+    def on_fit_start(self, brain: Brain) -> None:
+        """Open the loggers.
+
+        Raises:
+            ValueError: if a logger cannot work as it was asked to, such as for a missing package.
+        """
+        self._depth += 1
+        self._opened()
+
+    def on_fit_end(self, brain: Brain) -> None:
+        """Close the loggers when the outermost call ends."""
+        self._depth = max(0, self._depth - 1)
+        if not self._depth:
+            self.close()
+
+    on_evaluate_start = on_fit_start
+    on_evaluate_end = on_fit_end
+
+    def on_exception(self, brain: Brain, error: BaseException) -> None:
+        """Close the loggers, also those of a call that failed while it began."""
+        self.close()
+
+    def on_resume(self, brain: Brain) -> None:
+        """Remove what was recorded after the checkpoint, since it will come again."""
+        step, lines = brain.optimizer_step, self._saved_lines
+
+        def resume(logger: Logger) -> None:
+            if isinstance(logger, JsonlLogger):
+                logger.resume(step, lines)
+            else:
+                logger.resume(step)
+
+        self._each(resume)
+
+    def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
+        """Record the averages of the last steps."""
+        self.scalars("step", record, record["step"])
+
+    def on_stage_end(self, brain: Brain, report: StageReport) -> None:
+        """Record a finished stage, and log its line for people.
+
+        Raises:
+            ValueError: if a metric has a name that every record uses.
+        """
+        self.scalars("stage", report.record(), report.step)
+        if distributed.is_main():
+            rates = [update.lr for update in brain.updates.values()]
+            logger.info("%s", describe(report, rates))
+
+    # ---------------------------------------------------------------------------------- recording
+
+    @property
+    def wants_histograms(self) -> bool:
+        """True if a logger records histograms, so that values are worth sampling."""
+        return any(type(each).histogram is not Logger.histogram for each in self._opened().values())
+
+    def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Record numbers; see `Logger.scalars`."""
+        self._each(lambda logger: logger.scalars(kind, values, step))
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Record the distribution of values (N,) on the host."""
+        self._each(lambda logger: logger.histogram(name, values, step))
+
+    def figure(self, name: str, png: bytes, step: int) -> None:
+        """Record a picture, as the bytes of a PNG file."""
+        self._each(lambda logger: logger.figure(name, png, step))
+
+    def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
+        """Record sound: samples (T,) in [-1, 1], rate in Hz."""
+        self._each(lambda logger: logger.audio(name, samples, rate, step))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Record a text."""
+        self._each(lambda logger: logger.text(name, text, step))
+
+    def artifact(self, name: str, path: Path) -> None:
+        """Record a file of the run, such as the report or the best checkpoint."""
+        self._each(lambda logger: logger.artifact(name, path))
+
+    def close(self) -> None:
+        """Close the loggers; what is recorded later opens them again."""
+        for factory, each in list(self._loggers.items()):
+            self._call(factory, each, lambda logger: logger.close())
+        self._loggers.clear()
+        self._depth = 0
+
+    # ----------------------------------------------------------------------------------- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of records in `metrics.jsonl`, None where there is no such file."""
+        lines: list[int] = []
+
+        def count(logger: Logger) -> None:
+            if isinstance(logger, JsonlLogger):
+                lines.append(logger.lines())
+
+        self._each(count)
+        return {"jsonl_lines": lines[0] if lines else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state; nothing is removed before `on_resume`."""
+        self._saved_lines = state["jsonl_lines"]
+
+    # ------------------------------------------------------------------------------------ loggers
+
+    def _opened(self) -> dict[LoggerFactory, Logger]:
+        """Return the loggers in use, opening those that are not open yet."""
+        if self.folder is None or not distributed.is_main():
+            return {}
+        for factory in list(self._factories):
+            if factory not in self._loggers:
+                try:
+                    self._loggers[factory] = factory(self.folder)
+                except ValueError:  # A wrong setting, known before the first batch.
+                    raise
+                except Exception as error:
+                    self._give_up(factory, getattr(factory, "__name__", repr(factory)), error)
+        return self._loggers
+
+    def _each(self, action: Callable[[Logger], None]) -> None:
+        """Do something with every logger in use."""
+        for factory, each in list(self._opened().items()):
+            self._call(factory, each, action)
+
+    def _call(self, factory: LoggerFactory, each: Logger, action: Callable[[Logger], None]) -> None:
+        try:
+            action(each)
+        except Exception as error:
+            self._give_up(factory, type(each).__name__, error)
+
+    def _give_up(self, factory: LoggerFactory, name: str, error: Exception) -> None:
+        """Use a logger no more, and warn."""
+        self._factories.remove(factory)
+        self._loggers.pop(factory, None)
+        logger.warning(
+            "%s failed and is not used any more; the run goes on without it (%s: %s)",
+            name, type(error).__name__, error,
+        )  # fmt: skip
+
+
+def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
+    """Return the line of a stage for people, such as "epoch 2 valid: loss 1.234, wer 3.21, 12 s".
+
+    Args:
+        report: the finished stage.
+        learning_rates: current learning rate of each optimizer, which the line of a training stage
+            ends with.
+    """
+    facts = {
+        name: value
+        for name, value in report.record().items()
+        if name not in RESERVED or (name in LOST_STEPS and value)
+    }
+    where = report.stage if report.epoch is None else f"epoch {report.epoch} {report.stage}"
+    text = f"{where}: {_join(facts)}, {report.seconds:.0f} s"
+    if report.stage == "train":
+        text += ", lr " + " ".join(f"{rate:.3g}" for rate in learning_rates)
+    return text
+
+
+def _join(value: Any) -> str:
+    """Return nested values with their names as text, floats with four digits."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_join(each)}" for name, each in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

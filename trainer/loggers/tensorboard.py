@@ -1,0 +1,105 @@
+"""Logger that writes event files for TensorBoard."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.loggers.jsonl import as_json
+from trainer.loggers.protocol import Logger
+from trainer.loggers.text import readable_errors
+
+# Colour channels by the colour type in the header of a PNG file.
+CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+
+
+class TensorBoardLogger(Logger):
+    """Write what a run reports into the folder `tensorboard` of the run.
+
+    The event file is opened at the first record, when it is known what a resumed run replaces.
+
+    Args:
+        folder: run folder.
+
+    Raises:
+        ValueError: if the package tensorboard is not installed.
+        OSError: if the event file cannot be opened (the methods that record).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils import tensorboard
+            from torch.utils.tensorboard import summary
+        except ImportError as error:
+            raise ValueError(
+                "tensorboard was asked for and is not installed; "
+                "pip install tensorboard, or leave out --tensorboard"
+            ) from error
+        self.folder = folder / "tensorboard"
+        self._package: Any = tensorboard
+        self._messages: Any = summary
+        self._writer: Any = None
+        self._purge_step: int | None = None
+
+    def _opened(self) -> Any:
+        if self._writer is None:
+            with readable_errors(self.folder):
+                self._writer = self._package.SummaryWriter(
+                    str(self.folder), purge_step=self._purge_step
+                )
+        return self._writer
+
+    def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Write the finite numbers, under names such as "train_step/optimizers.main.lr"."""
+        group = f"{values.get('stage', 'train')}_{kind}"
+        for name, value in _numbers(as_json(values)):
+            if name != "step":
+                self._opened().add_scalar(f"{group}/{name}", value, step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Write the distribution of the finite values."""
+        finite = values[values.isfinite()]
+        if len(finite):
+            self._opened().add_histogram(name, finite, step)
+
+    def figure(self, name: str, png: bytes, step: int) -> None:
+        """Write a picture."""
+        # SummaryWriter.add_image takes pixels, and needs pillow to make a PNG file of them again.
+        Summary = self._messages.Summary
+        width, height, _, kind = struct.unpack(">IIBB", png[16:26])
+        image = Summary.Image(
+            height=height, width=width, colorspace=CHANNELS[kind], encoded_image_string=png
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._opened().file_writer.add_summary(summary, step)
+
+    def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
+        """Write a sound; samples beyond [-1, 1] are clipped."""
+        self._opened().add_audio(name, samples.detach().clamp(-1, 1), step, rate)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Write a text."""
+        self._opened().add_text(name, text, step)
+
+    def resume(self, step: int) -> None:
+        """Let TensorBoard leave out what was written for later steps."""
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        """Close the event file; closing twice is harmless."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of nested mappings with their dotted names; lists are left out."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
