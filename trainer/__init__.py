@@ -6,7 +6,9 @@ from trainer import Brain, Stage, main
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trainer import defaults
 from trainer.brain import Brain
+from trainer.callbacks import Callback
 from trainer.checkpoint import Checkpointer
 from trainer.epochs import EpochCounter
 from trainer.metrics import StageReport, StepReport
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Brain",
+    "Callback",
     "Checkpointer",
     "EpochCounter",
     "NonFiniteError",
@@ -44,6 +47,30 @@ _LATER = {
     "create_experiment_directory": "trainer.compat.speechbrain",
     "parse_arguments": "trainer.compat.speechbrain",
 }
+
+
+def _register_defaults() -> None:
+    """Fill the registry of what every Brain has; modules are imported when a Brain is made."""
+
+    def progress_bar(brain: Brain) -> Callback | None:
+        from trainer.loggers.progress_bar import ProgressBar
+
+        return ProgressBar(brain.options.progressbar)
+
+    def loggers(brain: Brain) -> Callback | None:
+        from trainer.loggers.callback import LoggerCallback
+
+        return LoggerCallback(brain.options)
+
+    def report(brain: Brain) -> Callback | None:
+        from trainer.report import ReportCallback
+
+        return ReportCallback(brain.options)
+
+    defaults.callbacks += [progress_bar, loggers, report]
+
+
+_register_defaults()
 
 
 def __getattr__(name: str) -> Any:

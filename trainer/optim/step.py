@@ -448,9 +448,9 @@ def _read(
         vectors += measured
         takers.append((grads.take, sum(map(len, measured))))
     for update in updates:
-        for values, take in update.take_deferred():
+        for values, deferred in update.take_deferred():
             vectors.append(values)
-            takers.append((take, len(values)))
+            takers.append((deferred, len(values)))
     if sums is not None:
         vectors += [sums.loss_and_weight, sums.had_gradient]
     device = window.loss.device
