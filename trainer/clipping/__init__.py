@@ -10,7 +10,7 @@
 | `AGC`, `SPAM` | each unit, by its weights; each element, by its usual square |
 """
 
-from trainer.clipping.adaptive import AdaGC, AutoClip, MedianClip, ZClip
+from trainer.clipping.adaptive import AdaGC, AutoClip, MedianClip, ZClip, percentile
 from trainer.clipping.clip import Clip, Clipper
 from trainer.clipping.composite import GradualClip, MixedClip
 from trainer.clipping.fixed import LayerClip, NormClip, PatternClip, ValueClip
@@ -21,5 +21,5 @@ from trainer.clipping.unitwise import AGC, SPAM
 __all__ = [
     "AGC", "AdaGC", "AutoClip", "Clip", "Clipper", "Gradients", "GradualClip", "LayerClip",
     "MedianClip", "MixedClip", "NormClip", "PatternClip", "SPAM", "ValueClip", "ZClip", "by_name",
-    "clippers", "limit_of", "measured",
+    "clippers", "limit_of", "measured", "percentile",
 ]  # fmt: skip

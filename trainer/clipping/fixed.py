@@ -56,13 +56,14 @@ class NormClip(Clip):
 
     def clip_parts(self, gradients: Gradients, parts: list[tuple[float, list[int]]]) -> bool:
         """Clip each part, of these tensors, alone."""
-        each, clipped = self.p_norms(gradients), False
+        each = self.p_norms(gradients)
+        coefficients = [1.0] * len(each)
         for limit, members in parts:
             norm = joint([each[i] for i in members], self.p)
             if norm > limit:
-                gradients.scale(limit / (norm + 1e-6), members)
-                clipped = True
-        return clipped
+                for i in members:
+                    coefficients[i] = limit / (norm + 1e-6)
+        return gradients.scale_each(coefficients)
 
 
 class LayerClip(NormClip):
@@ -76,19 +77,15 @@ class LayerClip(NormClip):
         super().__init__(limit, p)
 
     def __call__(self, gradients: Gradients) -> bool:
-        limits = [self.limit] * len(gradients.tensors)
-        if any("max_grad_norm" in group for group in gradients.groups):
-            for limit, members in gradients.parts(self.limit):
-                for i in members:
-                    limits[i] = limit
+        limits = [math.inf] * len(gradients.tensors)
+        for limit, members in gradients.parts(self.limit):
+            for i in members:
+                limits[i] = limit
         coefficients = [
             limit / (norm + 1e-6) if norm > limit else 1.0
             for norm, limit in zip(self.p_norms(gradients), limits, strict=True)
         ]
-        clipped = any(coefficient != 1.0 for coefficient in coefficients)
-        if clipped:
-            gradients.scale_each(coefficients)
-        return clipped
+        return gradients.scale_each(coefficients)
 
 
 class PatternClip(NormClip):

@@ -130,6 +130,8 @@ class Gradients:
 
         A parameter group with its own ``max_grad_norm`` is a part alone; ``limit`` is for the rest.
         """
+        if not any("max_grad_norm" in group for group in self.groups):
+            return [(limit, list(range(len(self.tensors))))]
         found: list[tuple[float, list[int]]] = []
         rest: list[int] = []
         start = 0
@@ -142,23 +144,16 @@ class Gradients:
             start = stop
         return [*found, (limit, rest)]
 
-    def scale(self, coefficient: float, where: Sequence[int] | None = None) -> None:
-        """Multiply the gradients (those with the indices ``where``) in place, and say so.
+    def scale(self, coefficient: float) -> None:
+        """Multiply the gradients in place, and say so.
 
         ``factors`` are what each tensor has been multiplied by; `norm_after` follows.
         """
-        factors = self.factors or [1.0] * len(self.tensors)
-        if where is None:
-            self._multiply(coefficient, self.tensors)
-            self.factors = [factor * coefficient for factor in factors]
-        else:
-            self._multiply(coefficient, [self.tensors[i] for i in where])
-            chosen = set(where)
-            self.factors = [f * coefficient if i in chosen else f for i, f in enumerate(factors)]
-        self.norm_after = joint(self.norms_after())
+        self._multiply(coefficient, self.tensors)
+        self._scaled([coefficient] * len(self.tensors))
 
-    def scale_each(self, coefficients: Sequence[float]) -> None:
-        """Multiply each gradient in place by its own coefficient."""
+    def scale_each(self, coefficients: Sequence[float]) -> bool:
+        """Multiply each gradient in place by its own coefficient; whether any is not 1."""
         wide: list[tuple[Tensor, float]] = []
         for tensor, coefficient in zip(self.tensors, coefficients, strict=True):
             if coefficient == 1.0:
@@ -169,6 +164,12 @@ class Gradients:
                 wide.append((tensor, coefficient))
         if wide:
             torch._foreach_mul_([t for t, _ in wide], [c for _, c in wide])
+        changed = any(coefficient != 1.0 for coefficient in coefficients)
+        if changed:
+            self._scaled(coefficients)
+        return changed
+
+    def _scaled(self, coefficients: Sequence[float]) -> None:
         old = self.factors or [1.0] * len(self.tensors)
         self.factors = [f * c for f, c in zip(old, coefficients, strict=True)]
         self.norm_after = joint(self.norms_after())
