@@ -70,7 +70,6 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: clipping.MixedClip([clipping.LayerClip(1e-3), clipping.ValueClip(1e-6)]),
         lambda: clipping.MixedClip([clipping.LayerClip(1e9), clipping.ValueClip(1e9)]),
     ),
-    "AutoClip": (lambda: clipping.AutoClip(0.0), lambda: clipping.AutoClip(100.0)),
     "median": (lambda: clipping.MedianClip(0.5), lambda: clipping.MedianClip(2.0)),
     "ZClip": (lambda: clipping.ZClip(max_norm=1.0), lambda: clipping.ZClip(z=1e6)),
     "AdaGC": (lambda: clipping.AdaGC(lambda_rel=0.9), lambda: clipping.AdaGC(lambda_abs=1e9)),

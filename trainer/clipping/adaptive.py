@@ -13,8 +13,7 @@ from typing import Any
 
 from trainer import checks
 from trainer.clipping.clip import Clip
-from trainer.clipping.gradients import Gradients, limit_of
-from trainer.clipping.norms import joint
+from trainer.clipping.gradients import Gradients, is_reliable, joint, limit_of, safe_norms
 
 
 def percentile(sorted_values: Sequence[float], percent: float) -> float:
@@ -185,6 +184,10 @@ class AdaGC(Clip):
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.finite:
             return False
+        # A tensor's own norm may vanish beside larger ones; here it matters (rare; syncs).
+        small = [i for i, norm in enumerate(gradients.norms) if not is_reliable(norm)]
+        again = dict(zip(small, safe_norms([gradients.tensors[i] for i in small]), strict=True))
+        gradients.norms = [again.get(i, norm) for i, norm in enumerate(gradients.norms)]
         self._steps += 1
         if self._steps <= self.warmup_steps:
             return self._warm_up(gradients)
