@@ -129,11 +129,12 @@ def test_layers_that_begin_at_zero_move(kind: str) -> None:
 class Fake(Gradients):
     """Norms that nobody measured, and gradients that nobody changes."""
 
-    def scale(self, coefficient: float, where: Any = None) -> None:
+    def scale(self, coefficient: float) -> None:
         self.factors = [coefficient] * len(self.norms)
 
-    def scale_each(self, coefficients: Any) -> None:
+    def scale_each(self, coefficients: Any) -> bool:
         self.factors = list(coefficients)
+        return True
 
 
 @pytest.mark.parametrize("kind", [*ADAPTIVE[1:], "gradual-linear"])

@@ -8,50 +8,33 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer import checks
 from trainer.clipping.clip import Clip
-from trainer.clipping.gradients import Gradients, limit_of
-from trainer.clipping.norms import joint
+from trainer.clipping.gradients import Gradients, is_reliable, joint, limit_of, safe_norms
 
 
-class Recent:
-    """The last ``size`` norms, also in order of size, so that a percentile costs nothing."""
+def percentile(sorted_values: Sequence[float], percent: float) -> float:
+    """Return a percentile, interpolated linearly between the two nearest values as in numpy.
 
-    def __init__(self, size: int) -> None:
-        self._norms: deque[float] = deque(maxlen=size)
-        self._sorted: list[float] = []
+    Args:
+        sorted_values: the values in ascending order.
+        percent: the percentile, from 0 to 100.
 
-    def __len__(self) -> int:
-        return len(self._norms)
+    Returns:
+        The percentile; NaN without values.
 
-    def add(self, norm: float) -> None:
-        """One more; the oldest goes where there are too many."""
-        if len(self._norms) == self._norms.maxlen:
-            del self._sorted[bisect.bisect_left(self._sorted, self._norms[0])]
-        self._norms.append(norm)
-        bisect.insort(self._sorted, norm)
-
-    def percentile(self, percent: float) -> float:
-        """As numpy's: linear between the two nearest."""
-        rank = percent / 100.0 * (len(self._sorted) - 1)
-        low = min(int(rank), len(self._sorted) - 1)
-        high = min(low + 1, len(self._sorted) - 1)
-        below, above = self._sorted[low], self._sorted[high]
-        return below + (above - below) * (rank - low)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The norms, the oldest first."""
-        return {"norms": list(self._norms)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved norms; of more than there is room for, with the last ones."""
-        checks.same_keys("the history of norms", state, ("norms",))
-        self._norms.clear()
-        self._norms.extend(state["norms"])
-        self._sorted = sorted(self._norms)
+    >>> percentile([1.0, 2.0, 4.0], 75)
+    3.0
+    """
+    if not sorted_values:
+        return math.nan
+    rank = percent / 100.0 * (len(sorted_values) - 1)
+    low = int(rank)
+    below, above = sorted_values[low], sorted_values[min(low + 1, len(sorted_values) - 1)]
+    return below + (above - below) * (rank - low)
 
 
 class AutoClip(Clip):
@@ -66,24 +49,30 @@ class AutoClip(Clip):
 
     def __init__(self, percentile: float = 10.0, history: int = 10_000) -> None:
         self.percentile = checks.within("AutoClip", "percentile", percentile, 0.0, 100.0)
-        self._recent = Recent(checks.whole("AutoClip", "history", history, 1))
+        self._norms = deque[float](maxlen=checks.whole("AutoClip", "history", history, 1))
+        self._sorted: list[float] = []
 
     def __call__(self, gradients: Gradients) -> bool:
         if not learns_from(gradients.norm):
             return False
-        self._recent.add(gradients.norm)
-        self.limit = self.scale * self._recent.percentile(self.percentile)
+        if len(self._norms) == self._norms.maxlen:
+            del self._sorted[bisect.bisect_left(self._sorted, self._norms[0])]
+        self._norms.append(gradients.norm)
+        bisect.insort(self._sorted, gradients.norm)
+        self.limit = self.scale * percentile(self._sorted, self.percentile)
         return shrunk(gradients, self.limit)
 
     def state_dict(self) -> dict[str, Any]:
         """The norms that it looks back on, and the limit of the last step."""
-        return {"limit": self.limit, "recent": self._recent.state_dict()}
+        return {"limit": self.limit, "recent": {"norms": list(self._norms)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         checks.same_keys(type(self).__name__, state, ("limit", "recent"))
         self.limit = state["limit"]
-        self._recent.load_state_dict(state["recent"])
+        self._norms.clear()
+        self._norms.extend(state["recent"]["norms"])  # The last ones, if there are too many.
+        self._sorted = sorted(self._norms)
 
 
 class MedianClip(AutoClip):
@@ -195,6 +184,10 @@ class AdaGC(Clip):
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.finite:
             return False
+        # A tensor's own norm may vanish beside larger ones; here it matters (rare; syncs).
+        small = [i for i, norm in enumerate(gradients.norms) if not is_reliable(norm)]
+        again = dict(zip(small, safe_norms([gradients.tensors[i] for i in small]), strict=True))
+        gradients.norms = [again.get(i, norm) for i, norm in enumerate(gradients.norms)]
         self._steps += 1
         if self._steps <= self.warmup_steps:
             return self._warm_up(gradients)
@@ -204,9 +197,7 @@ class AdaGC(Clip):
             limit / norm if norm > limit else 1.0
             for norm, limit in zip(gradients.norms, limits, strict=True)
         ]
-        clipped = any(coefficient != 1.0 for coefficient in coefficients)
-        if clipped:
-            gradients.scale_each(coefficients)
+        clipped = gradients.scale_each(coefficients)
         for i, norm in zip(gradients.indices, gradients.norms_after(), strict=True):
             if norm > 0.0:
                 old = self._averages.get(i, norm)

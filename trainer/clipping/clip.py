@@ -105,8 +105,3 @@ def refuse_sparse(clip: Clip, gradients: Gradients) -> None:
             f"{clip.names.get(param, 'a parameter')}: it looks at whole parameters; use a kind "
             "that needs norms alone, or an embedding with sparse=False"
         )
-
-
-def has_state(part: object) -> bool:
-    """Whether there is something to save."""
-    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer import checks
-from trainer.clipping.clip import Clip, has_state
+from trainer.clipping.clip import Clip
 from trainer.clipping.fixed import NormClip, PatternClip, ValueClip
 from trainer.clipping.gradients import Gradients, limit_of, measured
 
@@ -163,5 +163,6 @@ class MixedClip(Clip):
                 f"{', '.join(kinds)}: the checkpoint was made with other settings"
             )
         for clip, each in zip(self.clips, state["clips"], strict=True):
-            if has_state(clip):
-                clip.load_state_dict(each)  # type: ignore[attr-defined]
+            load = getattr(clip, "load_state_dict", None)
+            if load is not None:
+                load(each)

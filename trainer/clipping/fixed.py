@@ -11,8 +11,7 @@ from torch import Tensor
 
 from trainer import checks
 from trainer.clipping.clip import Clip, matching, refuse_complex
-from trainer.clipping.gradients import Gradients, limit_of
-from trainer.clipping.norms import is_safe, joint, norms, safe_norm
+from trainer.clipping.gradients import Gradients, is_reliable, joint, limit_of, norms, safe_norms
 
 logger = logging.getLogger("trainer")
 
@@ -40,29 +39,23 @@ class NormClip(Clip):
         """The p-norm of each tensor."""
         if self.p == 2.0:
             return gradients.norms
-        if not is_safe(joint(gradients.extra[0], self.p), self.p):  # As for L2: rare; syncs.
-            return [safe_norm(tensor, self.p) for tensor in gradients.tensors]
+        if not is_reliable(joint(gradients.extra[0], self.p), self.p):  # As for L2: rare; syncs.
+            return safe_norms(gradients.tensors, self.p)
         return gradients.extra[0]
 
     def __call__(self, gradients: Gradients) -> bool:
-        if any("max_grad_norm" in group for group in gradients.groups):
-            return self.clip_parts(gradients, gradients.parts(self.limit))
-        each = self.p_norms(gradients)
-        norm = gradients.norm if self.p == 2.0 else joint(each, self.p)
-        if norm <= self.limit:
-            return False
-        gradients.scale(self.limit / (norm + 1e-6))
-        return True
+        return self.clip_parts(gradients, gradients.parts(self.limit))
 
     def clip_parts(self, gradients: Gradients, parts: list[tuple[float, list[int]]]) -> bool:
         """Clip each part, of these tensors, alone."""
-        each, clipped = self.p_norms(gradients), False
+        each = self.p_norms(gradients)
+        coefficients = [1.0] * len(each)
         for limit, members in parts:
             norm = joint([each[i] for i in members], self.p)
             if norm > limit:
-                gradients.scale(limit / (norm + 1e-6), members)
-                clipped = True
-        return clipped
+                for i in members:
+                    coefficients[i] = limit / (norm + 1e-6)
+        return gradients.scale_each(coefficients)
 
 
 class LayerClip(NormClip):
@@ -76,19 +69,15 @@ class LayerClip(NormClip):
         super().__init__(limit, p)
 
     def __call__(self, gradients: Gradients) -> bool:
-        limits = [self.limit] * len(gradients.tensors)
-        if any("max_grad_norm" in group for group in gradients.groups):
-            for limit, members in gradients.parts(self.limit):
-                for i in members:
-                    limits[i] = limit
+        limits = [math.inf] * len(gradients.tensors)
+        for limit, members in gradients.parts(self.limit):
+            for i in members:
+                limits[i] = limit
         coefficients = [
             limit / (norm + 1e-6) if norm > limit else 1.0
             for norm, limit in zip(self.p_norms(gradients), limits, strict=True)
         ]
-        clipped = any(coefficient != 1.0 for coefficient in coefficients)
-        if clipped:
-            gradients.scale_each(coefficients)
-        return clipped
+        return gradients.scale_each(coefficients)
 
 
 class PatternClip(NormClip):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.clipping.norms import is_safe, joint, norms_or_powers, safe_norm
-
-# A coefficient this small is near the end of float32's range, where it has few digits left.
-SMALLEST_FACTOR = 1e-30
+# The smallest sum of p-th powers that float32 holds with all its digits.
+SMALLEST_POWER = 1e-30
+# Smaller coefficients are near the end of float32's range, where they have few digits left.
+SMALLEST_COEFFICIENT = 1e-30
 
 
 class Gradients:
@@ -21,8 +22,8 @@ class Gradients:
 
     ``params`` are those with a gradient; ``tensors`` are the gradients, of a sparse one its
     coalesced values. ``norms`` has a float for every tensor, ``norm`` is over all of them; both are
-    known after `take`. ``groups`` are the optimizer's parameter groups. Norms are right to 1e-6 of
-    the float64 value for gradients of scale 1e-30 to 1e30, whatever their dtype.
+    known after `take`. ``groups`` are the optimizer's parameter groups. Norms have the accuracy of
+    torch's float32 foreach norm, for gradients of scale 1e-30 to 1e30 and of any dtype.
 
     What a clipper wants to know beside it offers as ``measure(gradients, factor)``: vectors with a
     number for every tensor, of the gradients times ``factor``. They travel in the same transfer and
@@ -30,8 +31,7 @@ class Gradients:
     """
 
     __slots__ = (
-        "_meter", "_squared", "extra", "factors", "groups", "norm", "norm_after", "norms", "params",
-        "tensors",
+        "_meter", "extra", "factors", "groups", "norm", "norm_after", "norms", "params", "tensors",
     )  # fmt: skip
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], clip: object = None) -> None:
@@ -45,7 +45,6 @@ class Gradients:
         if any(tensor.is_sparse for tensor in self.tensors):
             self.tensors = [_dense(p) for p in self.params]
         self.norms: list[float] = []
-        self._squared: list[bool] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan
         self.norm_after: float | None = None
@@ -69,34 +68,25 @@ class Gradients:
         """
         if not self.tensors:
             return []
-        found, self._squared = norms_or_powers(self.tensors)
-        return [found, *(self._meter(self, factor) if self._meter else ())]
+        return [norms(self.tensors), *(self._meter(self, factor) if self._meter else ())]
 
     def take(self, values: list[float]) -> None:
         """Turn the values of `measure`'s vectors into ``norms``, ``norm`` and ``extra``."""
         number = len(self.tensors)
-        self.norms = _roots(values[:number], self._squared)
+        self.norms = values[:number]
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
         self.norm = joint(self.norms)
-        if not is_safe(self.norm):
-            self.norms = self._measured_again()
-            self.norm = joint(self.norms)
+        if not is_reliable(self.norm):
+            self._measure_again()
         self.norm_after = self.norm
 
-    def _measured_again(self) -> list[float]:
-        """The norms where squares overflow or vanish, or something is not finite (rare; syncs).
-
-        What is finite gets, to the bit, the norm that it has without the rest.
-        """
-        found = _safe(self.norms, self.tensors)
-        good = [place for place, norm in enumerate(found) if math.isfinite(norm)]
-        if len(good) < len(found):
-            kept = [self.tensors[place] for place in good]
-            values, squared = norms_or_powers(kept)
-            alone = _safe(_roots(values.tolist(), squared), kept)
-            for place, norm in zip(good, alone, strict=True):
-                found[place] = norm
-        return found
+    def _measure_again(self) -> None:
+        """Measure in the safe form, unless the finite gradients were measured well (syncs)."""
+        safe = safe_norms(self.tensors)
+        finite = [n for n, s in zip(self.norms, safe, strict=True) if math.isfinite(s)]
+        if is_reliable(joint(finite)):  # Then they keep the norms that they have without the rest.
+            safe = [n if math.isfinite(s) else s for n, s in zip(self.norms, safe, strict=True)]
+        self.norms, self.norm = safe, joint(safe)
 
     @property
     def finite(self) -> bool:
@@ -110,26 +100,25 @@ class Gradients:
         for param, kept in zip(self.params, flags, strict=True):
             if not kept:
                 param.grad = None
-        self.params = [p for p, kept in zip(self.params, flags, strict=True) if kept]
-        self.tensors = [t for t, kept in zip(self.tensors, flags, strict=True) if kept]
-        self.norms = [n for n, kept in zip(self.norms, flags, strict=True) if kept]
-        self.extra = [
-            [n for n, kept in zip(each, flags, strict=True) if kept] for each in self.extra
-        ]
+        self.params = list(compress(self.params, flags))
+        self.tensors = list(compress(self.tensors, flags))
+        self.norms = list(compress(self.norms, flags))
+        self.extra = [list(compress(each, flags)) for each in self.extra]
         self.norm = self.norm_after = joint(self.norms)
 
     def rescale(self, factor: float) -> None:
         """Multiply gradients and norms: from sums to means."""
-        self._multiply(factor, self.tensors)
+        _multiply(self.tensors, [factor] * len(self.tensors))
         self.norms = [norm * factor for norm in self.norms]
-        self.norm *= factor
-        self.norm_after = self.norm
+        self.norm = self.norm_after = joint(self.norms)
 
     def parts(self, limit: float) -> list[tuple[float, list[int]]]:
         """Limits, and the indices into ``tensors`` of what each is over.
 
         A parameter group with its own ``max_grad_norm`` is a part alone; ``limit`` is for the rest.
         """
+        if not any("max_grad_norm" in group for group in self.groups):
+            return [(limit, list(range(len(self.tensors))))]
         found: list[tuple[float, list[int]]] = []
         rest: list[int] = []
         start = 0
@@ -142,36 +131,23 @@ class Gradients:
             start = stop
         return [*found, (limit, rest)]
 
-    def scale(self, coefficient: float, where: Sequence[int] | None = None) -> None:
-        """Multiply the gradients (those with the indices ``where``) in place, and say so.
+    def scale(self, coefficient: float) -> None:
+        """Multiply the gradients in place by one coefficient."""
+        self.scale_each([coefficient] * len(self.tensors))
+
+    def scale_each(self, coefficients: Sequence[float]) -> bool:
+        """Multiply each gradient in place by its own coefficient; whether any is not 1.
 
         ``factors`` are what each tensor has been multiplied by; `norm_after` follows.
         """
-        factors = self.factors or [1.0] * len(self.tensors)
-        if where is None:
-            self._multiply(coefficient, self.tensors)
-            self.factors = [factor * coefficient for factor in factors]
-        else:
-            self._multiply(coefficient, [self.tensors[i] for i in where])
-            chosen = set(where)
-            self.factors = [f * coefficient if i in chosen else f for i, f in enumerate(factors)]
-        self.norm_after = joint(self.norms_after())
-
-    def scale_each(self, coefficients: Sequence[float]) -> None:
-        """Multiply each gradient in place by its own coefficient."""
-        wide: list[tuple[Tensor, float]] = []
-        for tensor, coefficient in zip(self.tensors, coefficients, strict=True):
-            if coefficient == 1.0:
-                continue
-            if tensor.dtype.itemsize < 4 or coefficient < SMALLEST_FACTOR:
-                self._multiply(coefficient, [tensor])
-            else:
-                wide.append((tensor, coefficient))
-        if wide:
-            torch._foreach_mul_([t for t, _ in wide], [c for _, c in wide])
+        places = [i for i, coefficient in enumerate(coefficients) if coefficient != 1.0]
+        if not places:
+            return False
+        _multiply([self.tensors[i] for i in places], [coefficients[i] for i in places])
         old = self.factors or [1.0] * len(self.tensors)
         self.factors = [f * c for f, c in zip(old, coefficients, strict=True)]
         self.norm_after = joint(self.norms_after())
+        return True
 
     def norms_after(self) -> list[float]:
         """The norm of each tensor after what `scale` did."""
@@ -192,20 +168,6 @@ class Gradients:
         found.norm_after = found.norm
         return found
 
-    def _multiply(self, coefficient: float, tensors: list[Tensor]) -> None:
-        times = 1
-        if 0.0 < coefficient < SMALLEST_FACTOR:
-            coefficient, times = math.sqrt(coefficient), 2
-        for _ in range(times):
-            dtypes = {t.dtype for t in tensors}
-            for dtype in dtypes:
-                alike = [t for t in tensors if t.dtype == dtype] if len(dtypes) > 1 else tensors
-                if dtype.itemsize >= 4:
-                    torch._foreach_mul_(alike, _multiplier(coefficient, dtype, alike))
-                    continue
-                for t in alike:  # The foreach of a CPU rounds the coefficient too.
-                    t.mul_(coefficient)
-
 
 def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradients:
     """The gradients as they are now, measured for a clipper (syncs)."""
@@ -215,16 +177,94 @@ def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradie
     return gradients
 
 
-def _roots(values: Sequence[float], squared: Sequence[bool]) -> list[float]:
-    """Norms, of which the flagged ones are given as squares."""
-    return [math.sqrt(v) if flag else v for v, flag in zip(values, squared, strict=True)]
+def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
+    """Return the p-norm of each tensor, without waiting for the device.
+
+    Half precision is measured in float32. A norm is as accurate as torch's foreach norm where
+    `is_reliable` holds for it.
+
+    Args:
+        tensors: tensors of any shapes, dtypes and devices; not sparse.
+        p: the order of the norm, above 0; inf is the largest absolute value.
+
+    Returns:
+        The norms, shape (len(tensors),), on the device of the first tensor.
+    """
+    return _stack(_norms(list(tensors), p)) if tensors else torch.zeros(0)
 
 
-def _safe(norms: list[float], tensors: Sequence[Tensor]) -> list[float]:
-    """The norms; where that of all is not to be trusted, those that are not measured safely."""
-    if is_safe(joint(norms)):
-        return norms
-    return [n if is_safe(n) else safe_norm(t) for n, t in zip(norms, tensors, strict=True)]
+def _norms(tensors: list[Tensor], p: float) -> tuple[Tensor, ...]:
+    """Return the p-norms as scalars, each on the device of its tensor."""
+    dtypes = {t.dtype for t in tensors}
+    if any(dtype.is_complex for dtype in dtypes):
+        tensors = [_real(t, p) for t in tensors]
+    if p == math.inf:
+        tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
+        if all(t.is_cpu for t in tensors):  # Much faster there than that norm.
+            return torch._foreach_max(torch._foreach_abs(tensors))
+    if all(dtype.itemsize >= 4 for dtype in dtypes):
+        return torch._foreach_norm(tensors, p)
+    doubles = not dtypes.isdisjoint({torch.float64, torch.complex128})
+    return torch._foreach_norm(tensors, p, torch.float64 if doubles else torch.float32)
+
+
+def _real(tensor: Tensor, p: float) -> Tensor:
+    """Return real numbers with the same p-norm."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.resolve_conj()) if p == 2.0 else tensor.abs()
+
+
+def _stack(scalars: tuple[Tensor, ...]) -> Tensor:
+    """Join scalars, perhaps of several devices and dtypes, to a vector of 32 bits or more."""
+    device = scalars[0].device
+    if any(scalar.device != device for scalar in scalars):
+        scalars = tuple(scalar.to(device) for scalar in scalars)
+    found = torch.stack(scalars)
+    return found if found.dtype.itemsize >= 4 else found.float()
+
+
+def safe_norms(tensors: Sequence[Tensor], p: float = 2.0) -> list[float]:
+    """Return the p-norm of each tensor at any scale: m · ‖g / m‖ with m = max|g| (syncs)."""
+    if not tensors:
+        return []
+    wide = [t.float() if t.dtype.itemsize < 4 else t for t in tensors]
+    largest = _norms(wide, math.inf)
+    ratios = [tensor / most for tensor, most in zip(wide, largest, strict=True)]
+    pairs = zip(_stack(largest).tolist(), _stack(_norms(ratios, p)).tolist(), strict=True)
+    return [most * norm if 0.0 < most < math.inf else most for most, norm in pairs]
+
+
+def is_reliable(norm: float, p: float = 2.0) -> bool:
+    """Tell whether no power overflowed or vanished in a p-norm that `norms` measured."""
+    return (p == math.inf or norm >= SMALLEST_POWER ** (1 / p)) and norm < math.inf
+
+
+def joint(norms: Sequence[float], p: float = 2.0) -> float:
+    """Return the p-norm of the whole from the p-norms of its parts, in float64."""
+    if p == 2.0:
+        return math.hypot(*norms)
+    largest = max(norms, default=0.0)
+    if p == math.inf or largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return float(largest * math.fsum((n / largest) ** p for n in norms) ** (1 / p))
+
+
+def _multiply(tensors: list[Tensor], coefficients: Sequence[float]) -> None:
+    """Multiply each tensor in place by its own coefficient."""
+    if not tensors:
+        return
+    times = 1
+    if min(coefficients) < SMALLEST_COEFFICIENT:
+        coefficients, times = [math.sqrt(each) for each in coefficients], 2
+    factors: Any = coefficients[0] if len(set(coefficients)) == 1 else list(coefficients)
+    if all(t.is_cpu for t in tensors):
+        # There, foreach is fastest by a tensor, and rounds a Python number to half precision.
+        wide = any(t.dtype.itemsize > 4 for t in tensors)
+        factors = torch.tensor(factors, dtype=torch.float64 if wide else torch.float32)
+        factors = factors.unbind() if factors.dim() else factors
+    for _ in range(times):
+        torch._foreach_mul_(tensors, factors)
 
 
 def _dense(param: Tensor) -> Tensor:
@@ -235,13 +275,6 @@ def _dense(param: Tensor) -> Tensor:
         return grad
     param.grad = grad = grad.coalesce()
     return grad.values()
-
-
-def _multiplier(coefficient: float, dtype: torch.dtype, tensors: list[Tensor]) -> float | Tensor:
-    """The coefficient as the foreach of a CPU takes it fastest: as a tensor of the same dtype."""
-    if dtype.is_complex or not all(t.is_cpu for t in tensors):
-        return coefficient
-    return torch.tensor(coefficient, dtype=dtype)
 
 
 def limit_of(value: float | None, name: str = "max_grad_norm") -> float:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from trainer import checks
 from trainer.clipping.clip import Clip, matching, refuse_complex, refuse_sparse
-from trainer.clipping.gradients import Gradients
-from trainer.clipping.norms import is_safe, joint, norms, safe_norm
+from trainer.clipping.gradients import Gradients, is_reliable, joint, norms
 
 # Where torch.optim keeps the running mean of squares.
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -52,24 +51,18 @@ class AGC(Clip):
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """For each tensor the norm after clipping, the bound, and the largest share that goes."""
         refuse_sparse(self, gradients)
-        return self._plan(gradients, factor, torch.float32)
-
-    def _plan(
-        self, gradients: Gradients, factor: float | Tensor, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Make the coefficients, on the device."""
         places = [i for i, p in enumerate(gradients.params) if p not in self._excluded]
         if not places:
             return []
         params = [gradients.params[i] for i in places]
-        units = unit_norms([gradients.tensors[i] for i in places], dtype) * factor
-        bounds = unit_norms([p.detach() for p in params], dtype)
+        # Squares of huge and of tiny gradients leave the range of float32, those of weights do not.
+        wide = torch.float32 if gradients.tensors[0].device.type == "mps" else torch.float64
+        units = unit_norms([gradients.tensors[i] for i in places], wide) * factor
+        bounds = unit_norms([p.detach() for p in params], torch.float32).to(units.dtype)
         bounds = bounds.clamp_(min=self.eps).mul_(self.clipping)
-        # No bound is below the product: a norm that small has the coefficient 1.
-        smallest = min(1e-6, self.clipping * self.eps)
-        shares = (bounds / units.clamp(min=smallest)).clamp_(max=1.0)
+        shares = (bounds / units).clamp_(max=1.0)
         rows = [len(p) if p.dim() > 1 else 1 for p in params]
-        self._shares = dict(zip(params, shares.split(rows), strict=True))
+        self._shares = dict(zip(params, shares.float().split(rows), strict=True))
         of = torch.tensor(places).repeat_interleave(torch.tensor(rows)).to(units.device)
         none = units.new_zeros(len(gradients.tensors))
         return [
@@ -79,13 +72,9 @@ class AGC(Clip):
         ]
 
     def __call__(self, gradients: Gradients) -> bool:
-        extra = gradients.extra
-        if not extra:
+        if not gradients.extra:
             return False
-        if not is_safe(gradients.norm) and gradients.norm > 0.0:  # As for the norms: rare; syncs.
-            plan = self._plan(gradients, 1.0, torch.float64)
-            extra = [each.tolist() for each in plan]
-        after, bounds, gone = extra
+        after, bounds, gone = gradients.extra
         self.limit = joint(bounds)
         clipped = [i for i, share in enumerate(gone) if share > 0.0]
         if not clipped:
@@ -176,16 +165,12 @@ class SPAM(Clip):
         clipped = [i for i, cut in enumerate(gone) if cut > 0.0]
         if not clipped:
             return False
-        safe, kept = is_safe(gradients.norm), set(clipped)
         for i in clipped:
             tensor, bound = gradients.tensors[i], self._bounds[gradients.params[i]]
             tensor.copy_(torch.maximum(torch.minimum(tensor, bound), -bound))
-        gradients.norm_after = joint(
-            [
-                norm if i not in kept else after[i] if safe else safe_norm(gradients.tensors[i])
-                for i, norm in enumerate(gradients.norms)
-            ]
-        )
+        kept = set(clipped)
+        norms_after = [after[i] if i in kept else n for i, n in enumerate(gradients.norms)]
+        gradients.norm_after = joint(norms_after) if is_reliable(gradients.norm) else None
         return True
 
     def state_dict(self) -> dict[str, int]:

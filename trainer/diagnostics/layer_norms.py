@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.clipping import Gradients
-from trainer.clipping.norms import joint, norms
+from trainer.clipping import Gradients, joint, norms
 
 # Elements of a parameter that its histogram is drawn from, evenly spread.
 SAMPLE = 2048

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.clipping import Clipper, Gradients, LayerClip, NormClip, ValueClip
-from trainer.clipping.norms import joint
+from trainer.clipping import Clipper, Gradients, LayerClip, NormClip, ValueClip, joint
 
 
 def like(clip: Any) -> Callable[[float], Clipper]:
