@@ -6,6 +6,7 @@ from trainer import Brain, Stage, main
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trainer import defaults
 from trainer.brain import Brain
 from trainer.checkpoint import Checkpointer
 from trainer.epochs import EpochCounter
@@ -44,6 +45,15 @@ _LATER = {
     "create_experiment_directory": "trainer.compat.speechbrain",
     "parse_arguments": "trainer.compat.speechbrain",
 }
+
+# As late, the driver of --find_lr and --find_clip.
+defaults.drivers.append(
+    lambda brain: (
+        importlib.import_module("trainer.tuner").make_driver(brain)
+        if brain.options.searching
+        else None
+    )
+)
 
 
 def __getattr__(name: str) -> Any:
