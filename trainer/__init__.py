@@ -48,6 +48,15 @@ _LATER = {
     "parse_arguments": "trainer.compat.speechbrain",
 }
 
+# As late, the driver of --find_lr and --find_clip.
+defaults.drivers.append(
+    lambda brain: (
+        importlib.import_module("trainer.tuner").make_driver(brain)
+        if brain.options.searching
+        else None
+    )
+)
+
 
 def _register_defaults() -> None:
     """Fill the registry of what every Brain has; modules are imported when a Brain is made."""

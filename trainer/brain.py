@@ -250,6 +250,7 @@ class Brain(SpeechBrainNames):
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__ticked = time.perf_counter()
         self.__intercept: Optimize | None = None
+        self.__on_loss: Callable[[StepReport], None] | None = None
         self.__ema: WeightAverage | None = None
         self.__strategy: Strategy = make_strategy()
         self.__metrics = TrainingMetrics()
@@ -684,7 +685,11 @@ class Brain(SpeechBrainNames):
         return entries
 
     @contextmanager
-    def sandbox(self, optimize: Optimize | None = None) -> Iterator[None]:
+    def sandbox(
+        self,
+        optimize: Optimize | None = None,
+        on_loss: Callable[[StepReport], None] | None = None,
+    ) -> Iterator[None]:
         """Context manager of which nothing lasts; for drivers and diagnostics.
 
         Within it nothing is saved, and no callback is called. On exit the state is what it was:
@@ -693,9 +698,11 @@ class Brain(SpeechBrainNames):
         Args:
             optimize: called in place of the step with losses, weight, ``retain_graph`` and
                 ``last``; None lets optimizers step as usual.
+            on_loss: called with the report of each loss, as `Callback.on_loss` outside of it.
         """
         snapshot = Snapshot(self.progress, self.stateful)
         muted, intercept, tracer = self.callbacks.muted, self.__intercept, self.__tracer
+        outer, self.__on_loss = self.__on_loss, on_loss
         self.zero_grad()
         self.callbacks.muted, self.__intercept, self.__tracer = True, optimize, Tracer()
         self.__depth += 1
@@ -705,6 +712,7 @@ class Brain(SpeechBrainNames):
         finally:
             self.__depth -= 1
             self.callbacks.muted, self.__intercept, self.__tracer = muted, intercept, tracer
+            self.__on_loss = outer
             snapshot.restore()
 
     def start_training(
@@ -913,6 +921,8 @@ class Brain(SpeechBrainNames):
         for report in reports:
             self.__metrics.add_report(report)
             self.callbacks.call("on_loss", self, report)
+            if self.__on_loss is not None:
+                self.__on_loss(report)
         ids = partial(self.batch_ids, self.__batch.batch)
         last_norm = self.updates[reports[0].name].last_norm
         self.__guard.take(reports[0], ids, last_norm, self.__tracer)

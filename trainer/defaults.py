@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from trainer.callbacks import Callback
     from trainer.optim.guard import Tracer
 
+
+class DriverFinished(SystemExit):
+    """A driver has done its work in place of `fit`, and the run ends: a search, a replay.
+
+    A script that does not catch it ends with exit code 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 CallbackFactory = Callable[["Brain"], "Callback | None"]
 TracerFactory = Callable[["Brain"], "Tracer | None"]
 Driver = Callable[["Brain", "FitArguments"], Any]

@@ -15,25 +15,27 @@ from tests.trainer.small import Players, Regressor, batches, everything, make, s
 from tests.trainer.test_page import read
 from trainer import Brain, Checkpointer, Stage, seed
 from trainer.cli import main
-from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip
+from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip, percentile
 from trainer.options import RunOptions
 from trainer.schedules import WarmupDecay
-from trainer.tuner import SearchOver
-from trainer.tuner.course import Course
-from trainer.tuner.limit import advise, find_limit, percentile
-from trainer.tuner.rate import rates_of_test, suggest
+from trainer.tuner import SearchOver, make_driver
+from trainer.tuner.clip_limit import search_limits, suggest_limit
+from trainer.tuner.learning_rate import exponential_rates, suggest_rate
+from trainer.tuner.trial import TrialResult
 
 SMALL = {"find_steps": 10, "find_trials": 4}
 
 
 def found(brain: Any, data: Any, **options: Any) -> dict[str, Any]:
-    """What a search by these options gives."""
+    """Return the findings of a search by these options."""
     for name, value in {**SMALL, **options}.items():
         setattr(brain.options, name, value)
+    brain.driver = make_driver(brain)
     with pytest.raises(SearchOver) as over:
         brain.fit([1], data)
     assert over.value.code == 0
     brain.options.find_clip = brain.options.find_lr = False
+    brain.driver = None
     return over.value.findings
 
 
@@ -78,7 +80,7 @@ def test_the_limit_of_a_bowl_that_is_too_steep_for_its_rate(scale: float) -> Non
     assert advice["main"].needed
     assert all(best <= limit <= 8 * best for limit in advice["main"].good)
     assert best < advice["main"].limit < 5 * best
-    assert len(advice["main"].courses) <= 14
+    assert len(advice["main"].trials) <= 14
 
 
 def test_the_limit_of_elements_is_looked_for_where_elements_are_clipped() -> None:
@@ -145,7 +147,9 @@ def test_the_limit_is_looked_for_at_the_rate_that_was_found() -> None:
     assert both["find_clip"]["main"].rate == pytest.approx(both["find_lr"]["main"].rate, rel=1e-3)
     alone = found(bowl(lr=1e-5), nothing(80), find_clip=True, find_steps=40)["find_clip"]["main"]
     assert alone.rate == pytest.approx(1e-5)
-    ends = [min(c.end for c in each.courses) for each in (both["find_clip"]["main"], alone)]
+    ends = [
+        min(trial.end_loss for trial in each.trials) for each in (both["find_clip"]["main"], alone)
+    ]
     assert ends[0] < ends[1] / 2
 
 
@@ -168,48 +172,48 @@ def test_a_schedule_counts_from_the_rate_that_was_found() -> None:
 
 def test_trials_that_differ_in_nothing_are_the_same() -> None:
     brain = make(Regressor, norm=True)
-    courses = [found(brain, batches(20), find_clip=True)["find_clip"]["main"].courses for _ in "ab"]
-    assert [each.losses for each in courses[0]] == [each.losses for each in courses[1]]
-    assert len(courses[0]) >= 3
-    assert len({each.losses[0] for each in courses[0]}) == 1
+    trials = [found(brain, batches(20), find_clip=True)["find_clip"]["main"].trials for _ in "ab"]
+    assert [each.losses for each in trials[0]] == [each.losses for each in trials[1]]
+    assert len(trials[0]) >= 3
+    assert len({each.losses[0] for each in trials[0]}) == 1
 
 
 def test_a_search_tries_1_then_percentiles_then_bisects() -> None:
-    def trial(limit: float) -> Course:
+    def trial(limit: float) -> TrialResult:
         loss = abs(math.log10(min(limit, 1e9)) - 1.5)  # best at 32
-        return Course(losses=[10.0] * 2 + [loss] * 18, norms=[float(n) for n in range(1, 101)])
+        return TrialResult(losses=[10.0] * 2 + [loss] * 18, norms=[float(n) for n in range(1, 101)])
 
-    courses = find_limit(trial, 10)
-    limits = [each.setting for each in courses]
+    trials = search_limits(trial, 10)
+    limits = [each.limit for each in trials]
     assert limits[:2] == [math.inf, 1.0]
     assert limits[2] == pytest.approx(percentile(range(1, 101), 50), abs=1)
     assert limits[2] < limits[3] < 100
     assert len(limits) == len(set(limits)) <= 10
-    advice = advise("NormClip", courses, 0.1)
+    advice = suggest_limit("NormClip", trials, 0.1)
     assert 20 < advice.limit < 50
     assert advice.needed
 
 
 def test_failing_trials_are_worse_than_any_other() -> None:
-    def trial(limit: float) -> Course:
+    def trial(limit: float) -> TrialResult:
         if limit > 3:
-            return Course(losses=[1.0] * 5, norms=[1e6] * 5, skipped=4, over=True)
-        return Course(losses=[5.0] * 2 + [4.0 - limit / 10] * 18, norms=[50.0] * 20)
+            return TrialResult(losses=[1.0] * 5, norms=[1e6] * 5, skipped=4, failed=True)
+        return TrialResult(losses=[5.0] * 2 + [4.0 - limit / 10] * 18, norms=[50.0] * 20)
 
-    advice = advise("NormClip", find_limit(trial, 9), 0.1)
+    advice = suggest_limit("NormClip", search_limits(trial, 9), 0.1)
     assert advice.needed
     assert advice.limit <= 3
     assert "training without clipping failed" in advice.reason
 
 
 def test_nothing_is_recommended_where_nothing_was_learned() -> None:
-    flat = Course(losses=[1.0] * 20, norms=[1.0] * 20)
-    courses = find_limit(lambda limit: Course(losses=[1.0] * 20, norms=[1.0] * 20), 5)
-    advice = advise("NormClip", courses, 0.1)
-    assert advice.setting() is None
+    flat = TrialResult(losses=[1.0] * 20, norms=[1.0] * 20)
+    trials = search_limits(lambda limit: TrialResult(losses=[1.0] * 20, norms=[1.0] * 20), 5)
+    advice = suggest_limit("NormClip", trials, 0.1)
+    assert advice.limit is None
     assert "--find_steps" in advice.sentence()
-    suggestion = suggest(rates_of_test(20), flat, flat, 0.1, math.inf)
-    assert suggestion.setting() is None
+    suggestion = suggest_rate(exponential_rates(20), flat.losses, flat, 0.1, math.inf)
+    assert suggestion.rate is None
     assert suggestion.ratio == 1.0
 
 

@@ -1,0 +1,252 @@
+"""Clip-limit search: trials under 1 and percentiles of the gradient sizes, then around the best."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.clipping import Clipper, LayerClip, NormClip, ValueClip, percentile
+from trainer.tuner.learning_rate import base_rates, scale_rates
+from trainer.tuner.trial import TrialResult, TrialRunner, mean, replaced
+
+logger = logging.getLogger("trainer")
+
+FIRST_LIMIT = 1.0
+TRIED_PERCENTILES = (50, 90)  # Limits that are tried in every search.
+STRIDE = 4.0  # From the lowest and highest limit tried to the next one.
+MIN_GAP = 1.5  # Ratio of neighbouring limits that are not bisected.
+PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)  # Reported of the gradient sizes.
+# A trial is as good as the best one if it lags behind it by at most this share of the steps, or of
+# the best one's progress: smaller differences are chance in so few steps.
+MAX_LAG, MAX_LOSS = 0.1, 0.01
+# What a clipper of each kind compares with its limit.
+MEASURES = {
+    "NormClip": "norm of the gradient",
+    "LayerClip": "largest norm of a layer",
+    "ValueClip": "largest element",
+}
+
+
+@dataclass
+class ClipSuggestion:
+    """Suggested clip limit of an optimizer, and the trials that it comes from.
+
+    Args:
+        kind: class of the clippers that were tried, a key of `MEASURES`.
+        limit: the suggested limit; None if no trial learned anything.
+        reason: how the trials led to it.
+        rate: learning rate of the trials.
+        needed: True if training without clipping did worse than the best trial.
+        good: limits that did as well as the best one, ascending.
+        clipped: share of the steps that were clipped under ``limit``, from 0 to 1.
+        percentiles: percentiles of the gradient size without clipping, by percent.
+        trials: results in ascending order of their limits.
+    """
+
+    kind: str
+    limit: float | None
+    reason: str
+    rate: float
+    needed: bool = False
+    good: list[float] = field(default_factory=list)
+    clipped: float = 0.0
+    percentiles: dict[int, float] = field(default_factory=dict)
+    trials: list[TrialResult] = field(default_factory=list)
+
+    def sentence(self) -> str:
+        """Return the suggestion in words."""
+        what = "no limit can be recommended" if self.limit is None else f"limit {self.limit:g}"
+        sizes = ", ".join(f"{p} %: {self.percentiles[p]:.3g}" for p in (10, 50, 90, 99))
+        measure = MEASURES[self.kind].capitalize()
+        return f"{what}: {self.reason}. {measure} without clipping at {sizes}; lr {self.rate:.3g}."
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as JSON values; an infinite limit or loss is null."""
+        return {
+            "kind": self.kind, "limit": self.limit, "reason": self.reason, "lr": self.rate,
+            "needed": self.needed, "as_good": self.good, "clipped": self.clipped,
+            "percentiles": {str(p): _finite(value) for p, value in self.percentiles.items()},
+            "trials": [
+                {
+                    "limit": _finite(each.limit), "start": _finite(each.start_loss),
+                    "end": _finite(each.end_loss), "clipped": each.clipped_share,
+                    "skipped": each.skipped, "ended_early": each.failed, "losses": each.losses,
+                    "norms": each.norms,
+                }
+                for each in self.trials
+            ],
+        }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> ClipSuggestion:
+    """Search for the clip limit of an optimizer; the others are clipped as usual. Collective.
+
+    Args:
+        runner: runs the trials.
+        name: the optimizer.
+        ratios: factors of the learning rates, by name of the optimizer.
+    """
+    brain = runner.brain
+    update, options = brain.updates[name], brain.options
+    make_clipper = clipper_factory(update.clip)
+
+    def trial(limit: float) -> TrialResult:
+        logger.info("find_clip: %s under limit %.3g", name, limit)
+        with runner.trial(), replaced(update, "clip", make_clipper(limit)):
+            scale_rates(brain, ratios)
+            return runner.train(name, options.find_steps)
+
+    rate = base_rates(update)[0] * ratios.get(name, 1.0)
+    trials = search_limits(trial, options.find_trials)
+    return suggest_limit(type(make_clipper(1.0)).__name__, trials, rate)
+
+
+def clipper_factory(clip: Any) -> Callable[[float], Clipper]:
+    """Return a function that makes a clipper of the same kind from a limit.
+
+    A kind that has not one given limit is replaced by clipping of the joint norm.
+    """
+    if type(clip) is ValueClip:
+        return ValueClip
+    if type(clip) in (NormClip, LayerClip):
+        kind, p = type(clip), clip.p
+        return lambda limit: kind(limit, p)
+    return NormClip
+
+
+def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> list[TrialResult]:
+    """Try limits: none, 1, percentiles of the gradient sizes, then limits around the best.
+
+    Next to the lowest or highest limit of those tried comes a fourth or four times it; otherwise
+    the geometric middle of the wider gap to a neighbour. A limit above all gradients would never
+    act.
+
+    Args:
+        trial: runs a trial under a limit.
+        max_trials: largest number of trials, at least 4.
+
+    Returns:
+        The results in the order in which they were made.
+    """
+    tried: dict[float, TrialResult] = {}
+
+    def run(limit: float) -> None:
+        if limit not in tried and len(tried) < max_trials:
+            tried[limit] = trial(limit)
+            tried[limit].limit = limit
+
+    run(math.inf)
+    sizes = sorted(tried[math.inf].norms)
+    run(FIRST_LIMIT)
+    for percent in TRIED_PERCENTILES:
+        limit = _round(percentile(sizes, percent))
+        if limit > 0 and all(max(limit / each, each / limit) >= MIN_GAP for each in tried):
+            run(limit)
+    while len(tried) < max_trials:
+        following = _next_limit(list(tried.values()), sizes[-1] if sizes else math.inf)
+        if following is None or following in tried:
+            break
+        run(following)
+    return list(tried.values())
+
+
+def _next_limit(trials: Sequence[TrialResult], largest: float) -> float | None:
+    """Return the limit to try next; None where the best is known closely enough."""
+    limited = sorted((each for each in trials if each.limit < math.inf), key=_by_limit)
+    place = min(range(len(limited)), key=lambda i: _by_quality(limited[i]))
+    best = limited[place].limit
+    if place == 0:
+        return _round(best / STRIDE)
+    if place == len(limited) - 1:
+        return _round(best * STRIDE) if best < largest else None
+    below, above = best / limited[place - 1].limit, limited[place + 1].limit / best
+    if max(below, above) < MIN_GAP:
+        return None
+    return _round(best * math.sqrt(above) if above >= below else best / math.sqrt(below))
+
+
+def _by_limit(result: TrialResult) -> float:
+    return result.limit
+
+
+def _by_quality(result: TrialResult) -> tuple[int, float]:
+    """Sort the best trial first: the fewest skipped steps, then the lowest loss at the end."""
+    return result.skipped, result.end_loss
+
+
+def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> ClipSuggestion:
+    """Suggest a limit from trials, of which one is without clipping.
+
+    Where clipping does not help, this is the largest limit that does no harm: it changes the fewest
+    steps, and guards against spikes. Where clipping helps, it is the middle of the limits that do
+    best, since training fails above them.
+
+    Args:
+        kind: class of the clippers, a key of `MEASURES`.
+        trials: results of at least one step.
+        rate: learning rate of the trials.
+    """
+    free = next(each for each in trials if each.limit == math.inf)
+    best = min(trials, key=_by_quality)
+    sizes = sorted(free.norms)
+    suggestion = ClipSuggestion(kind, None, "", rate, trials=sorted(trials, key=_by_limit))
+    suggestion.percentiles = {p: percentile(sizes, p) for p in PERCENTILES}
+    progress = best.start_loss - best.end_loss
+    if not progress > 0:
+        suggestion.reason = (
+            f"no trial of {best.steps} steps lowered the loss, so that none is better; allow more "
+            "steps (--find_steps), or look for the learning rate first (--find_lr)"
+        )
+        if sizes:
+            guard = _round(suggestion.percentiles[99], up=True)
+            suggestion.reason += f"; as a guard against spikes {guard:g} would do"
+        return suggestion
+    late = len(best.losses) - max(1, round(MAX_LAG * len(best.losses)))
+    earlier = mean(best.losses[late - max(1, len(best.losses) // 4) : late])
+    bound = max(earlier, best.end_loss + MAX_LOSS * progress)
+    good = [
+        each
+        for each in suggestion.trials
+        if each.skipped <= best.skipped and each.end_loss <= bound
+    ]
+    suggestion.needed = free not in good
+    limited = [each for each in good if each is not free]
+    suggestion.good = [each.limit for each in limited]
+    if not limited:
+        suggestion.limit = _round(sizes[-1], up=True)
+        suggestion.reason = "every limit that acts made it worse; this one is above all norms seen"
+        return suggestion
+    low, high = limited[0].limit, limited[-1].limit
+    limits = f"a limit of {low:g}" if low == high else f"limits from {low:g} to {high:g}"
+    if suggestion.needed:
+        middle = math.sqrt(low * high)
+        chosen = min(limited, key=lambda each: abs(math.log(each.limit / middle)))
+        failed = "failed" if free.end_loss == math.inf else "did worse"
+        suggestion.reason = f"training without clipping {failed}, and {limits} did best"
+    else:
+        chosen = ([each for each in limited if each.limit <= sizes[-1]] or limited)[-1]
+        suggestion.reason = (
+            f"{limits} did as well as no clipping; the largest of them that acts at all "
+            "stands guard against spikes"
+        )
+    suggestion.limit, suggestion.clipped = chosen.limit, chosen.clipped_share
+    suggestion.reason += f"; it clipped {100 * chosen.clipped_share:.0f} % of the steps"
+    if chosen.clipped_share > 0.9:
+        suggestion.reason += ", so that it is a part of the learning rate"
+    return suggestion
+
+
+def _round(value: float, up: bool = False) -> float:
+    """Return a limit to two digits."""
+    if not 0 < value < math.inf:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    steps = math.ceil(value / unit - 1e-9) if up else round(value / unit)
+    return float(f"{steps * unit:.2g}")

@@ -1,0 +1,218 @@
+"""Learning-rate range test: one trial over all learning rates, read where the loss falls fastest.
+
+Smith 2017, "Cyclical learning rates for training neural networks", section 3.3 (arXiv 1506.01186),
+with two changes. The rates rise exponentially. From the loss of each step is subtracted the loss of
+the same batches with all learning rates at 0, so that the curve shows learning rather than the
+difference between batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from statistics import linear_regression
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trainer.optim.step import Update
+from trainer.tuner.trial import TrialResult, TrialRunner, mean, replaced
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+
+logger = logging.getLogger("trainer")
+
+MIN_RATE, MAX_RATE = 1e-6, 10.0
+MIN_PROGRESS = 0.01  # Share of the loss that it must fall by.
+MARGIN = 3.0  # Below the rate of the lowest loss, at which a longer training would soon diverge.
+
+
+@dataclass
+class RateSuggestion:
+    """Suggested learning rate of an optimizer, and the curve that it was read from.
+
+    Args:
+        rate: the suggested rate; None where the loss fell at no rate.
+        reason: where the loss fell, and where it diverged.
+        own: the recipe's rate.
+        limit: the recipe's clip limit.
+        lowest: rate at which the loss was lowest.
+        diverged: rate at which it diverged; None if it never did.
+        rates: rate of each step.
+        losses: loss of each step.
+        reference: loss of the same batches with all rates at 0.
+        change: ``losses`` less ``reference``, smoothed.
+    """
+
+    rate: float | None
+    reason: str
+    own: float
+    limit: float
+    lowest: float | None = None
+    diverged: float | None = None
+    rates: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
+    change: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Suggested rate over the recipe's own; 1 where there is no suggestion."""
+        return 1.0 if self.rate is None or not self.own else self.rate / self.own
+
+    def sentence(self) -> str:
+        """Return the suggestion in words."""
+        what = "no rate can be recommended" if self.rate is None else f"lr {self.rate:.2g}"
+        limit = "no clipping" if math.isinf(self.limit) else f"limit {self.limit:g}"
+        return f"{what}: {self.reason}. The recipe has {self.own:.3g}, and {limit}."
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "lr": self.rate, "reason": self.reason, "own": self.own,
+            "limit": None if math.isinf(self.limit) else self.limit,
+            "lowest": self.lowest, "diverged": self.diverged, "rates": self.rates,
+            "losses": self.losses, "at_rest": self.reference, "change": self.change,
+        }  # fmt: skip
+
+
+def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
+    """Run the range test of an optimizer. Collective.
+
+    Other optimizers have a learning rate of 0: what they learn would hide what this one does.
+
+    Args:
+        runner: runs the trials.
+        name: the optimizer.
+    """
+    updates = runner.brain.updates
+    update = updates[name]
+    steps = 2 * runner.brain.options.find_steps
+    base, rates = base_rates(update), exponential_rates(steps)
+    logger.info("find_lr: %s from %.3g to %.3g", name, rates[0], rates[-1])
+
+    def set_rate(rate: float) -> None:  # Other parameter groups keep their ratio to the first.
+        set_rates(update, [rate * each / base[0] if base[0] else rate for each in base])
+
+    def run(rates: Sequence[float], reference: Sequence[float] | None = None) -> TrialResult:
+        with runner.trial(), ExitStack() as stack:
+            for each in updates.values():
+                stack.enter_context(replaced(each, "schedule", None))
+                set_rates(each, [0.0 for _ in base_rates(each)])
+            return runner.train(name, steps, lambda step: set_rate(rates[step]), reference)
+
+    reference = run([0.0] * steps).losses
+    return suggest_rate(rates, reference, run(rates, reference), base[0], update.clip.limit)
+
+
+def exponential_rates(steps: int) -> list[float]:
+    """Return learning rates from `MIN_RATE` to `MAX_RATE`, one for each step."""
+    return [MIN_RATE * (MAX_RATE / MIN_RATE) ** (step / (steps - 1)) for step in range(steps)]
+
+
+def base_rates(update: Update) -> list[float]:
+    """Return the rate of each parameter group that schedules start from or peak at."""
+    return [float(group.get("initial_lr", group["lr"])) for group in update.optimizer.param_groups]
+
+
+def set_rates(update: Update, rates: Sequence[float]) -> None:
+    """Set the rate of each parameter group; a rate that is a tensor stays one."""
+    for group, rate in zip(update.optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def scale_rates(brain: Brain, ratios: Mapping[str, float]) -> None:
+    """Multiply learning rates, and those that schedules start from.
+
+    Args:
+        brain: the owner of the optimizers.
+        ratios: factors by name of the optimizer.
+    """
+    for name, ratio in ratios.items():
+        update = brain.updates[name]
+        groups = update.optimizer.param_groups
+        set_rates(update, [float(group["lr"]) * ratio for group in groups])
+        for group in groups:
+            if "initial_lr" in group:
+                group["initial_lr"] *= ratio
+        if hasattr(update.schedule, "base_lrs"):
+            update.schedule.base_lrs = [rate * ratio for rate in update.schedule.base_lrs]
+
+
+def suggest_rate(
+    rates: Sequence[float],
+    reference: Sequence[float],
+    result: TrialResult,
+    own: float,
+    limit: float,
+) -> RateSuggestion:
+    """Suggest the rate at which the loss falls most steeply, before its minimum.
+
+    The loss has diverged where it is as far above the reference as it was below at its lowest.
+
+    Args:
+        rates: rate of each step.
+        reference: loss of each step with all rates at 0.
+        result: what became of the steps.
+        own: the recipe's rate.
+        limit: the recipe's clip limit.
+    """
+    losses = result.losses
+    change = _smooth([loss - rest for loss, rest in zip(losses, reference, strict=False)])
+    number = len(change)
+    size = mean([abs(loss) for loss in reference[:number]])
+    end, best = number, 0.0
+    for place, value in enumerate(change):
+        best = min(best, value)
+        if value > max(-best, 0.1 * size):
+            end = place
+            break
+    found = RateSuggestion(
+        None, "", own, limit, rates=list(rates[:number]), losses=losses[:number],
+        reference=list(reference[:number]), change=change,
+    )  # fmt: skip
+    if end < number or result.failed or result.skipped:
+        found.diverged = rates[max(0, min(end, number - 1))]
+    lowest = min(range(end), key=lambda place: change[place], default=0)
+    if lowest == 0 or change[lowest] > -MIN_PROGRESS * size:
+        found.reason = f"at no rate from {MIN_RATE:g} to {MAX_RATE:g} did the loss fall"
+        return found
+    found.lowest = rates[lowest]
+    slopes = _slopes(change[: lowest + 1])
+    steepest = rates[min(range(len(slopes)), key=slopes.__getitem__)]
+    found.rate = float(f"{min(steepest, found.lowest / MARGIN):.2g}")
+    over = f"it diverges at {found.diverged:.2g}" if found.diverged else "it never diverged"
+    found.reason = (
+        f"the loss falls most steeply at {steepest:.2g} and is lowest at {found.lowest:.2g} (no "
+        f"more than a third of that is suggested); {over}"
+    )
+    return found
+
+
+def _reach(number: int) -> int:
+    """Return the number of neighbours on each side to average over."""
+    return max(1, number // 40)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return centred running means, which do not lag behind."""
+    reach = _reach(len(values))
+    return [mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+
+def _slopes(values: Sequence[float]) -> list[float]:
+    """Return the slope of the regression line around each of at least two values."""
+    reach = 2 * _reach(len(values)) + 1
+    slopes = []
+    for i in range(len(values)):
+        start = max(0, i - reach)
+        around = values[start : i + reach + 1]
+        slopes.append(linear_regression(range(len(around)), around).slope)
+    return slopes

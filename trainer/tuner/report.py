@@ -1,0 +1,166 @@
+"""Results of a search as an HTML page and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from trainer.report.axis import number
+from trainer.report.chart import Chart, Series, draw
+from trainer.report.style import STYLE
+from trainer.tuner.clip_limit import MEASURES, ClipSuggestion
+from trainer.tuner.learning_rate import RateSuggestion
+from trainer.tuner.trial import TrialResult
+
+Suggestions = Mapping[str, ClipSuggestion] | Mapping[str, RateSuggestion]
+
+TITLES = {"find_clip": "Clip limit", "find_lr": "Learning rate"}
+
+
+def write_findings(
+    folder: Path, findings: Mapping[str, Suggestions], notes: Sequence[str], steps: int
+) -> list[Path]:
+    """Write ``find_clip.html``/``.json`` and ``find_lr.html``/``.json``.
+
+    Args:
+        folder: the run folder.
+        findings: suggestions by option ("find_clip", "find_lr") and optimizer.
+        notes: sentences on how to read them.
+        steps: the run option ``find_steps``.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind, found in findings.items():
+        records = {name: each.record() for name, each in found.items()}
+        text = json.dumps({"steps": steps, "optimizers": records}, allow_nan=False)
+        for suffix, content in (("json", text), ("html", render(folder, kind, found, notes))):
+            path = folder / f"{kind}.{suffix}"
+            path.write_text(content, encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def render(folder: Path, kind: str, found: Suggestions, notes: Sequence[str]) -> str:
+    """Return the page of one search as text."""
+    title = f"{TITLES[kind]} of {escape(' / '.join(folder.resolve().parts[-3:]).lstrip('/ '))}"
+    tiles, sections = "", ""
+    for name, each in found.items():
+        if isinstance(each, ClipSuggestion):
+            label, value, charts, table = "limit", each.limit, _clip_charts(each), _table(each)
+        else:
+            label, value, charts, table = "learning rate", each.rate, _rate_charts(each), ""
+        shown = "–" if value is None else f"{value:g}"
+        tiles += f"<li><span>{label} of {escape(name)}</span><strong>{shown}</strong></li>"
+        sections += (
+            f"<section><h2>{escape(name)}</h2><p>{escape(each.sentence())}</p>"
+            f'<div class="charts">{"".join(map(draw, charts))}</div>{table}</section>\n'
+        )
+    explained = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
+        f"<header><h1>{title}</h1><p>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>"
+        f'<ul class="tiles">{tiles}</ul></header>\n<main>{sections}'
+        f"<section><h2>How to read it</h2>{explained}</section></main></body></html>\n"
+    )
+
+
+def _rate_charts(found: RateSuggestion) -> list[Chart]:
+    """Return charts of the loss over the learning rate."""
+    marks = {"suggested": found.rate, "lowest": found.lowest, "diverged": found.diverged}
+    return [
+        Chart(
+            "Loss against that of the model at rest", "learning rate", "change of the loss",
+            [Series("change, smoothed", found.rates, _cut(found.change))], counts=False,
+            note=found.reason, marks={n: value for n, value in marks.items() if value is not None},
+        ),
+        Chart(
+            "Loss of each step", "learning rate", "loss",
+            [
+                Series("training", found.rates, _cut(found.losses)),
+                Series("the same batches at rest", found.rates, found.reference, 6, "faint"),
+            ],
+            counts=False,
+        ),
+    ]  # fmt: skip
+
+
+def _cut(values: Sequence[float]) -> list[float]:
+    """Return the values with gaps where they are so high that they would hide the way down."""
+    start = values[: max(1, len(values) // 4)]
+    low, high = min(values, default=0.0), max(start, default=0.0)
+    top = high + max(high - low, abs(high) * 0.01)
+    return [value if value <= top else math.nan for value in values]
+
+
+def _clip_charts(found: ClipSuggestion) -> list[Chart]:
+    """Return charts of the last losses over the limits, of some trials, and of the gradients."""
+    limited = [each for each in found.trials if each.limit < math.inf]
+    free = next(each for each in found.trials if each.limit == math.inf)
+    limits = [each.limit for each in limited]
+    losses = [each.end_loss if each.end_loss < math.inf else math.nan for each in limited]
+    ends = Chart(
+        "Loss at the end of a trial", "clip limit", "mean loss of the last quarter",
+        [Series("clipped", limits, losses)], counts=False,
+        note="A trial that failed is a gap." if any(map(math.isnan, losses)) else "",
+        marks={} if found.limit is None else {"recommended": found.limit},
+    )  # fmt: skip
+    if math.isfinite(free.end_loss):
+        level = [free.end_loss] * 2
+        ends.series.append(Series("no clipping", [limits[0], limits[-1]], level, style="limit"))
+    norms = Chart("Gradients without clipping", "step of the trial", MEASURES[found.kind])
+    norms.series = [Series("as they are", range(1, len(free.norms) + 1), free.norms, noisy=True)]
+    if found.limit is not None and free.norms:
+        level = [found.limit] * 2
+        norms.series.append(Series("recommended", [1, len(free.norms)], level, style="limit"))
+    best = min(limited, key=lambda each: (each.skipped, each.end_loss))
+    chosen = [each for each in limited if each.limit == found.limit]
+    return [ends, _loss_chart([limited[0], best, limited[-1], free, *chosen]), norms]
+
+
+def _loss_chart(trials: Sequence[TrialResult]) -> Chart:
+    """Return a chart of the losses of some trials."""
+    chart = Chart("Losses of some trials", "step of the trial", "loss")
+    for limit, trial in sorted({each.limit: each for each in trials}.items()):
+        free = math.isinf(limit)
+        name, colour = ("no clipping", 6) if free else (f"limit {limit:g}", len(chart.series))
+        steps = range(1, len(trial.losses) + 1)
+        chart.series.append(Series(name, steps, _cut(trial.losses), colour, noisy=True))
+    return chart
+
+
+def _table(found: ClipSuggestion) -> str:
+    """Return a table of all trials by limit."""
+    rows = []
+    for each in found.trials:
+        free = math.isinf(each.limit)
+        as_good = bool(found.good) and not found.needed if free else each.limit in found.good
+        cells = (
+            "failed" if math.isinf(each.end_loss) else number(each.end_loss),
+            f"{100 * each.clipped_share:.0f} %", f"{each.skipped}", f"{each.steps}",
+            "yes" if as_good else "",
+        )  # fmt: skip
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        limit = "none" if free else f"{each.limit:g}"
+        rows.append(f'<tr><th scope="row">{limit}</th>{row}</tr>')
+    names = ("limit", "loss at the end", "clipped", "not finite", "steps", "as good as the best")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    percents = " · ".join(f"{p} %: {number(value)}" for p, value in found.percentiles.items())
+    return (
+        f"<h3>Trials</h3><p>Percentiles of the {MEASURES[found.kind]} without clipping: "
+        f"{percents}</p>"
+        '<div class="wide" tabindex="0" role="region" aria-label="Trials"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )

@@ -1,0 +1,245 @@
+"""Trials: short trainings on a recipe's own data, each from the same state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from trainer import distributed, signals
+from trainer.checkpoint.run_state import Snapshot
+from trainer.clipping import Gradients, LayerClip, NormClip, ValueClip
+from trainer.clipping.norms import joint
+from trainer.metrics import StepReport
+from trainer.optim.guard import NonFiniteError
+from trainer.optim.step import Update
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain, FitArguments
+    from trainer.data import DataFeed
+
+logger = logging.getLogger("trainer")
+
+MIN_STEPS = 10  # Shorter trials tell nothing.
+MAX_PROBED = 100  # Batches in which an optimizer must be used to be found.
+DIVERGED = 3.0  # Loss above that of the model at rest, over the latter, at which a trial ends.
+
+
+@dataclass(slots=True)
+class TrialResult:
+    """Steps of one optimizer in a trial.
+
+    Args:
+        limit: clip limit of the trial.
+        losses: loss of each step that was taken.
+        norms: gradient size of each of them before clipping, as the clipper measures it.
+        clipped: number of them that were clipped.
+        skipped: number of steps that were skipped, since something was not finite.
+        failed: True if the trial was ended early: too many steps were skipped, or it diverged.
+    """
+
+    limit: float = math.inf
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    clipped: int = 0
+    skipped: int = 0
+    failed: bool = False
+
+    def add(self, report: StepReport) -> None:
+        """Count the outcome of a loss."""
+        self.skipped += report.outcome == "skipped"
+        if report.stepped and report.loss is not None:
+            self.losses.append(report.loss)
+            self.clipped += report.clipped
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that were taken or skipped."""
+        return len(self.losses) + self.skipped
+
+    @property
+    def start_loss(self) -> float:
+        """Mean loss of the first tenth of the steps."""
+        return mean(self.losses[: max(1, len(self.losses) // 10)])
+
+    @property
+    def end_loss(self) -> float:
+        """Mean loss of the last quarter of the steps; infinity if the trial failed."""
+        if self.failed or not self.losses:
+            return math.inf
+        return mean(self.losses[-max(1, len(self.losses) // 4) :])
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of the steps that were clipped, from 0 to 1."""
+        return self.clipped / max(1, len(self.losses))
+
+
+class TrialRunner:
+    """Runs trials, each of which begins with the first batch of a new run.
+
+    Args:
+        brain: a Brain in a `Brain.sandbox`, brought to its first batch by `Brain.start_training`.
+        feed: its training data.
+        reports: list that the sandbox appends the report of every loss to.
+    """
+
+    def __init__(self, brain: Brain, feed: DataFeed, reports: list[StepReport]) -> None:
+        self.brain = brain
+        self._feed, self._reports = feed, reports
+        self._snapshot = Snapshot(brain.progress, brain.stateful)
+
+    @classmethod
+    @contextmanager
+    def started(cls, brain: Brain, arguments: FitArguments) -> Iterator[TrialRunner]:
+        """Context manager that starts a new training, whatever has been saved, and undoes it.
+
+        Args:
+            brain: the Brain to train.
+            arguments: the arguments of its `fit`.
+        """
+        reports: list[StepReport] = []
+        with signals.at_safe_points(), brain.sandbox(on_loss=reports.append):
+            yield cls(brain, brain.start_training(arguments), reports)
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Context manager around a trial: silences its warnings, and restores the state on exit."""
+        with replaced(logger, "disabled", True):
+            try:
+                yield
+            finally:
+                self._snapshot.restore()
+
+    def optimizers(self) -> list[str]:
+        """Return the names of the optimizers that `Brain.optimize` is called for.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        names: set[str] = set()
+        with self.trial():
+            for number, _ in enumerate(self._train_batches(), 1):
+                names |= {report.name for report in self._reports}
+                if len(names) == len(self.brain.updates) or number == MAX_PROBED:
+                    break
+        if not names:
+            raise ValueError(
+                f"{type(self.brain).__name__}.fit_batch never called self.optimize(loss, name): "
+                "there is no step that a search could see"
+            )
+        return [name for name in self.brain.updates if name in names]
+
+    def train(
+        self,
+        name: str,
+        steps: int,
+        before_batch: Callable[[int], None] = lambda step: None,
+        reference: Sequence[float] | None = None,
+    ) -> TrialResult:
+        """Train within a `trial`. Collective.
+
+        Args:
+            name: the optimizer whose steps count.
+            steps: its number of steps.
+            before_batch: called before each batch with its number of steps so far.
+            reference: losses of the same steps where nothing is learned. The trial ends early once
+                its loss is far above them.
+
+        Returns:
+            What became of the steps; the same on all ranks.
+
+        Raises:
+            ValueError: if the epoch has fewer than `MIN_STEPS` steps.
+        """
+        result, update = TrialResult(), self.brain.updates[name]
+
+        def measure(update: Update, gradients: Gradients) -> None:
+            result.norms.append(gradient_size(update.clip, gradients))
+
+        update.before_step.append(measure)
+        try:
+            for _ in self._train_batches(lambda: before_batch(result.steps)):
+                self._add_reports(result, name)
+                if reference is not None and _diverged(result.losses, reference):
+                    result.failed = True
+                if result.failed or result.steps >= steps:
+                    break
+        except NonFiniteError:
+            self._add_reports(result, name)
+            result.failed = True
+        finally:
+            update.before_step.remove(measure)
+        if result.steps < min(steps, MIN_STEPS) and not result.failed:
+            raise ValueError(
+                f"a search needs at least {MIN_STEPS} steps of {name!r} in an epoch, and this one "
+                f"has {result.steps}: lower batch_size or grad_accumulation_factor, or give it "
+                "more data"
+            )
+        # Ranks may compute another last bit; what they decide by it must be the same.
+        return TrialResult(**distributed.broadcast_json(asdict(result)))
+
+    def _add_reports(self, result: TrialResult, name: str) -> None:
+        for report in self._reports:
+            if report.name == name:
+                result.add(report)
+
+    def _train_batches(self, before_batch: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Train on one batch after the other; stop where any rank was asked to."""
+        progress = self.brain.progress
+        for batch, is_last in self._feed.from_batch(progress.epoch, progress.step):
+            before_batch()
+            self._reports.clear()
+            self.brain.train_batch(batch, is_last)
+            signal = signals.requested()
+            (asked,) = distributed.any_rank(signal is not None)
+            if asked:
+                raise signals.Interrupted(signal or signals.DEFAULT)
+            yield
+
+
+def gradient_size(clip: Any, gradients: Gradients) -> float:
+    """Return what a clipper compares with its limit.
+
+    Args:
+        clip: the clipper that the gradients were measured for.
+        gradients: measured, not yet clipped.
+
+    Returns:
+        The largest element for `ValueClip`, the largest norm of a tensor for `LayerClip`, the joint
+        norm for all others.
+    """
+    if isinstance(clip, ValueClip):
+        return max(gradients.extra[0])
+    if isinstance(clip, LayerClip):
+        return max(clip.p_norms(gradients))
+    if isinstance(clip, NormClip):
+        return joint(clip.p_norms(gradients), clip.p)
+    return gradients.norm
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN without values."""
+    return fmean(values) if values else math.nan
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context manager in which an attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _diverged(losses: Sequence[float], reference: Sequence[float]) -> bool:
+    """Return True if the last three losses are far above those of the model at rest."""
+    last = [loss - rest for loss, rest in zip(losses, reference, strict=False)][-3:]
+    size = mean([abs(rest) for rest in reference])
+    return len(last) == 3 and mean(last) > DIVERGED * max(size, 1e-12)
