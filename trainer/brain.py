@@ -339,8 +339,9 @@ class Brain(SpeechBrainNames):
             return
         train, valid = self.__feeds(arguments)
         with self.__fitting() as stack:
-            self.__start_fit(epoch_counter, self.__saver.recover)
+            self.__prepare(epoch_counter, self.__saver.recover)
             stack.callback(self.callbacks.call, "on_fit_end", self)
+            self.__start()
             for epoch in self.__epochs(epoch_counter, valid is not None):
                 if self.progress.phase == "train":
                     report = self.__train(train, epoch, "valid" if valid is not None else "done")
@@ -733,7 +734,8 @@ class Brain(SpeechBrainNames):
             ValueError: if there is no epoch to train.
         """
         train, _ = self.__feeds(arguments)
-        self.__start_fit(arguments.epoch_counter, recover or self.__saver.recover)
+        self.__prepare(arguments.epoch_counter, recover or self.__saver.recover)
+        self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
         self.modules.train()
@@ -809,8 +811,8 @@ class Brain(SpeechBrainNames):
             self.callbacks.call("on_exception", self, error)
             raise
 
-    def __start_fit(self, epochs: Any, recover: Callable[[], Any]) -> None:
-        """Build optimizers, load a checkpoint, and run the hooks of the start."""
+    def __prepare(self, epochs: Any, recover: Callable[[], Any]) -> None:
+        """Build the optimizers, and load a checkpoint."""
         if not isinstance(epochs, Iterable):
             raise ValueError(
                 f"the epoch_counter is {epochs!r}; allowed: an iterable of epochs, such as "
@@ -829,6 +831,10 @@ class Brain(SpeechBrainNames):
                     progress.epoch, progress.step, progress.optimizer_step, found.path,
                 )  # fmt: skip
             self.__trained = True
+
+    def __start(self) -> None:
+        """Run the hooks of the start."""
+        progress, outermost = self.progress, self.__depth <= 1
         self.callbacks.call("on_fit_start", self)
         self.on_fit_start()
         if outermost and progress.fits == self.__state.resumed_fit and self.__state.fit_started():
@@ -923,9 +929,12 @@ class Brain(SpeechBrainNames):
             self.callbacks.call("on_loss", self, report)
             if self.__on_loss is not None:
                 self.__on_loss(report)
-        ids = partial(self.batch_ids, self.__batch.batch)
-        last_norm = self.updates[reports[0].name].last_norm
-        self.__guard.take(reports[0], ids, last_norm, self.__tracer)
+        lead = self.updates[reports[0].name]
+        if reports[0].outcome == "skipped":
+            ids = partial(self.batch_ids, self.__batch.batch)
+            self.__guard.skip(reports[0], ids, lead.last_norm, self.__tracer)
+        if lead.size > 1 and reports[0].outcome != "accumulated":
+            self.__guard.close_window(lead.name)
 
     def __account(self, loss: Any, batch: _Batch) -> None:
         """Take the loss into the averages, and count a step that was taken."""

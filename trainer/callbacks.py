@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class Callback:
     """Base class of what watches a run. Every method does nothing by default.
 
-    A callback reads; it must not change weights, gradients or the loss. All methods are called on
-    every rank. A method may call a collective (such as `trainer.distributed.gather`) unless its
-    docstring says that ranks may call it a different number of times; every rank must then call it.
+    A callback reads; it must not change weights, gradients or the loss. Each method says on which
+    ranks it runs, and whether it may call a collective (such as `trainer.distributed.gather`),
+    which every rank must then call.
 
     Only methods that a subclass overrides are called, so that the others cost nothing. An exception
     in a callback ends the run, and its message names the callback.
@@ -40,33 +40,43 @@ class Callback:
     """
 
     def on_fit_start(self, brain: Brain) -> None:
-        """Called when `Brain.fit` begins, after optimizers exist and a checkpoint was restored."""
+        """Called when `Brain.fit` begins, after optimizers exist and a checkpoint was loaded.
+
+        Runs on every rank; may call a collective.
+        """
 
     def on_resume(self, brain: Brain) -> None:
         """Called once a checkpoint is restored and everything is as it was saved.
 
         In a run that goes on within an epoch this is after `on_fit_start`, before the next batch.
+        Runs on every rank; may call a collective.
         """
 
     def on_fit_end(self, brain: Brain) -> None:
-        """Called when `Brain.fit` ends, also after an exception. Must not call a collective.
+        """Called when `Brain.fit` ends, also after an exception.
 
-        A hook may call `fit` while another `fit` runs: starts and ends are nested then.
+        A hook may call `fit` while another `fit` runs: starts and ends are nested then. Runs on
+        every rank; must not call a collective, since one rank alone may have failed.
         """
 
     def on_evaluate_start(self, brain: Brain) -> None:
-        """Called when `Brain.evaluate` begins, which may be within a `fit`."""
+        """Called when `Brain.evaluate` begins, which may be within a `fit`.
+
+        Runs on every rank; may call a collective.
+        """
 
     def on_evaluate_end(self, brain: Brain) -> None:
         """Called when `Brain.evaluate` ends, also after an exception.
 
-        Must not call a collective.
+        Runs on every rank; must not call a collective, since one rank alone may have failed.
         """
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
         """Called before the first batch of a pass over data, after `Brain.on_stage_start`.
+
+        Runs on every rank; may call a collective.
 
         Args:
             brain: the Brain that runs.
@@ -77,15 +87,22 @@ class Callback:
         """
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Called after a pass, with its average loss and metrics."""
+        """Called after a pass, with its average loss and metrics, which are equal on all ranks.
+
+        Runs on every rank; may call a collective.
+        """
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
-        """Called before `Brain.fit_batch`, in training only."""
+        """Called before `Brain.fit_batch`, in training only.
+
+        Runs on every rank; may call a collective, since ranks train on equally many batches.
+        """
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
         """Called after each batch of any stage.
 
-        In evaluation ranks may have different numbers of batches: must not call a collective there.
+        Runs on every rank; may call a collective in training. In evaluation ranks may have
+        different numbers of batches, and it must not.
 
         Args:
             brain: the Brain that runs.
@@ -94,16 +111,28 @@ class Callback:
         """
 
     def on_loss(self, brain: Brain, report: StepReport) -> None:
-        """Called for each loss that went through `Brain.optimize`, with its outcome."""
+        """Called for each loss that went through `Brain.optimize`, with its outcome.
+
+        Runs on every rank; must not call a collective, since a recipe may give a loss on one rank
+        alone within an accumulation window.
+        """
 
     def before_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
-        """Called before a step that will be taken: gradients are measured, not yet clipped."""
+        """Called before a step that will be taken: gradients are measured, not yet clipped.
+
+        Runs on every rank, with gradients that are equal on all; may call a collective.
+        """
 
     def after_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
-        """Called when the optimizer has stepped, before its gradients are released."""
+        """Called when the optimizer has stepped, before its gradients are released.
+
+        Runs on every rank; may call a collective.
+        """
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
         """Called every ``log_interval`` optimizer steps with averages since the last call.
+
+        Runs on every rank; may call a collective.
 
         Args:
             brain: the Brain that runs.
@@ -111,10 +140,16 @@ class Callback:
         """
 
     def on_checkpoint(self, brain: Brain, checkpoint: Checkpoint) -> None:
-        """Called after a checkpoint was saved."""
+        """Called after a checkpoint was saved.
+
+        Runs on every rank; may call a collective.
+        """
 
     def on_exception(self, brain: Brain, error: BaseException) -> None:
-        """Called when an exception leaves `fit` or `evaluate`. Must not call a collective."""
+        """Called when an exception leaves the outermost `fit` or `evaluate`.
+
+        Runs on the ranks that fail; must not call a collective.
+        """
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith(("on_", "before_", "after_")))

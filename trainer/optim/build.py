@@ -117,7 +117,7 @@ def make_updates(
             strategy=strategy,
         )
         updates[name].sparse = sparse & own
-        _watch(updates[name], on_hand_step)
+        updates[name].watch(on_hand_step)
     return updates
 
 
@@ -175,12 +175,3 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
         by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
         schedule.every = "epoch" if by_metric else options.schedule_every
     return schedule
-
-
-def _watch(update: Update, on_hand_step: Callable[[Update], None]) -> None:
-
-    def before_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        if not update.stepping:
-            on_hand_step(update)
-
-    update.optimizer.register_step_pre_hook(before_step)

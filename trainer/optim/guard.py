@@ -113,41 +113,42 @@ class NonFiniteGuard:
         """Remember a batch of an open window, to name it if the window is skipped."""
         self._suspects.setdefault(name, []).append((ids, loss.detach()))
 
-    def take(
+    def skip(
         self,
         report: StepReport,
         ids: Callable[[], list[str]],
         last_norm: float | None,
         tracer: Tracer,
     ) -> None:
-        """Take in the outcome of a loss.
-
-        Collective where the outcome is "skipped", which all ranks agree on.
+        """Count a skipped step, which all ranks agree on. Collective.
 
         Args:
-            report: the outcome.
+            report: the outcome. One of weight 0 had no examples, and counts for nothing.
             ids: returns the names of the examples in the present batch.
             last_norm: last finite gradient norm of the optimizer.
-            tracer: told about a skipped step.
+            tracer: told about it.
 
         Raises:
             NonFiniteError: at ``patience`` + 1 skipped steps in an epoch.
         """
-        self._spoilt |= report.outcome == "skipped"
-        if report.outcome == "skipped" and report.weight > 0:
-            bad = self._bad_ids(report.name, ids())
-            logger.warning(
-                "epoch %d, batch %d: %s of %r not finite, step skipped (batch %s)",
-                self._progress.epoch, self._progress.step,
-                "loss" if report.loss is None else "gradients", report.name,
-                ", ".join(bad) or "without ids",
-            )  # fmt: skip
-            hint = tracer.skipped(report)
-            if not self._counted:
-                self._counted = True
-                self._count(report.name, last_norm, bad, hint)
-        if report.outcome != "accumulated":
-            self._suspects.pop(report.name, None)
+        self._spoilt = True
+        if report.weight <= 0:
+            return
+        bad = self._bad_ids(report.name, ids())
+        logger.warning(
+            "epoch %d, batch %d: %s of %r not finite, step skipped (batch %s)",
+            self._progress.epoch, self._progress.step,
+            "loss" if report.loss is None else "gradients", report.name,
+            ", ".join(bad) or "without ids",
+        )  # fmt: skip
+        hint = tracer.skipped(report)
+        if not self._counted:
+            self._counted = True
+            self._count(report.name, last_norm, bad, hint)
+
+    def close_window(self, name: str) -> None:
+        """Forget the batches of an optimizer's window, which is closed."""
+        self._suspects.pop(name, None)
 
     def settle(self) -> None:
         """Roll the buffers back if a step of this batch was skipped.

@@ -103,7 +103,7 @@ class Update:
         self.measured: tuple[list[Tensor], list[float]] = [], []
         self.before_step: list[StepHook] = []
         self.after_step: list[StepHook] = []
-        self.stepping = False
+        self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned = False
 
@@ -121,6 +121,15 @@ class Update:
     def lr(self) -> float:
         """The learning rate of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def watch(self, on_hand_step: Callable[[Update], None]) -> None:
+        """Have a function called before steps of the optimizer that `optimize` does not take."""
+
+        def before_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+            if not self._stepping:
+                on_hand_step(self)
+
+        self.optimizer.register_step_pre_hook(before_step)
 
     def read_later(self, values: Tensor, take: Take) -> None:
         """Bring numbers to the host together with those of the next step, at no extra sync.
@@ -203,9 +212,9 @@ class Update:
             before(self, gradients)
         clipped = self.clip(gradients)
         lr = self.lr
-        self.stepping = True
+        self._stepping = True
         self.optimizer.step()
-        self.stepping = False
+        self._stepping = False
         for after in self.after_step:
             after(self, gradients)
         if self.schedule is not None and getattr(self.schedule, "every", None) == "step":
