@@ -126,25 +126,30 @@ def _serve() -> None:
             importlib.import_module(call["module"])
         gc.freeze()  # A collection in a rank would copy the pages of all that is imported.
         ranks = [fork.Process(target=_run, args=(rank, call)) for rank in range(WORLD_SIZE)]
-        for rank in ranks:
-            rank.start()
-        end = time.monotonic() + call["seconds"]
-        while True:
-            codes = [rank.exitcode for rank in ranks]
-            running = [
-                rank.sentinel for rank, code in zip(ranks, codes, strict=True) if code is None
-            ]
-            # A rank that fails leaves the other waiting for it.
-            if not running or any(codes):
-                break
-            if not connection.wait(running, max(0.0, end - time.monotonic())):
-                break
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-            with contextlib.suppress(ProcessLookupError):  # Loader workers, for one.
-                os.killpg(rank.pid, signal.SIGKILL)
+        try:
+            for rank in ranks:
+                rank.start()
+            codes = _wait(ranks, call["seconds"])
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+                with contextlib.suppress(ProcessLookupError):  # Loader workers, for one.
+                    os.killpg(rank.pid, signal.SIGKILL)
         print(json.dumps(codes), flush=True)
+
+
+def _wait(ranks: list[Any], seconds: float) -> list[int | None]:
+    """Return exit codes once all ranks have ended, one has failed or the time is over."""
+    end = time.monotonic() + seconds
+    while True:
+        codes = [rank.exitcode for rank in ranks]
+        running = [rank.sentinel for rank, code in zip(ranks, codes, strict=True) if code is None]
+        # A rank that fails leaves the other waiting for it.
+        if not running or any(codes):
+            return codes
+        if not connection.wait(running, max(0.0, end - time.monotonic())):
+            return codes
 
 
 def _run(rank: int, call: dict[str, Any]) -> None:

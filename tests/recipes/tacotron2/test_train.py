@@ -15,8 +15,6 @@ from torch import Tensor
 from recipes.tacotron2 import data
 from recipes.tacotron2.text import plain
 from recipes.tacotron2.train import train
-from tests.processes import launch
-from tests.recipes.tacotron2 import two_ranks
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
 
@@ -161,24 +159,6 @@ def test_mixed_precision(recorded: Path, tmp_path: Path, precision: str) -> None
     more = ["--data_folder", str(recorded), *RECORDED, "--precision", precision, "--steps=3"]
     metrics = run("ljspeech", tmp_path / "run", *more)
     assert all(value == value for value in metrics.values())
-
-
-@pytest.mark.long
-def test_two_processes_end_as_one_on_the_joined_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.nn.functional, "dropout", torch.nn.functional.dropout)  # put back
-    launch(tmp_path, "-m", two_ranks.__name__)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    one = two_ranks.trained(None)
-    assert [report[0] for report in one["reports"]] == ["stepped"] * 6
-    assert [report[2] for report in one["reports"]] == [4, 3, 4] * 2
-    for name, weight in one["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        torch.testing.assert_close(first["weights"][name], weight, atol=1e-12, rtol=1e-9)
-    assert first["reports"] == second["reports"]
-    for both, alone in zip(first["reports"], one["reports"], strict=True):
-        assert both[1:] == [pytest.approx(each) for each in alone[1:]]
 
 
 @pytest.mark.real
