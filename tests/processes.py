@@ -125,7 +125,9 @@ def _serve() -> None:
         with contextlib.suppress(Exception):  # A rank that imports it again reports the error.
             importlib.import_module(call["module"])
         gc.freeze()  # A collection in a rank would copy the pages of all that is imported.
-        ranks = [fork.Process(target=_run, args=(rank, call)) for rank in range(WORLD_SIZE)]
+        ranks: list[Any] = [
+            fork.Process(target=_run, args=(rank, call)) for rank in range(WORLD_SIZE)
+        ]
         try:
             for rank in ranks:
                 rank.start()

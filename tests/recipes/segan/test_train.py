@@ -296,13 +296,8 @@ def test_there_is_a_test_for_every_yaml() -> None:
 
 
 @needs_enhance
-@pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
-def test_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CORTEX_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("empty_speech_cache")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = ["--corpus.train", "4", "--corpus.valid", "2", "--corpus.test", "2"]
     metrics = run("demo", tmp_path / "run", *WARM, *counts)
     check(tmp_path / "run", metrics, capsys.readouterr().out)

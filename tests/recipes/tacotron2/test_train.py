@@ -33,9 +33,6 @@ TINY = [
 RECORDED = ["--corpus.valid=2", "--corpus.test=3", "--corpus.lengths=[0.1, 5.0]"]
 
 pictures = pytest.mark.skipif(importlib.util.find_spec("PIL") is None, reason="needs the extra tts")
-speaking = pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
 pytestmark = pictures
 
 
@@ -80,17 +77,14 @@ def test_every_yaml_clips_at_one(name: str) -> None:
     assert options.max_grad_norm == 1.0
 
 
-@speaking
-def test_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CORTEX_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("empty_speech_cache")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = ["--corpus.train=8", "--corpus.valid=2", "--corpus.test=3"]
     metrics = run("demo", tmp_path / "run", *counts)
     check(tmp_path / "run", metrics, capsys.readouterr().out)
 
 
-@speaking
+@pytest.mark.usefixtures("empty_speech_cache")
 @pytest.mark.skipif(importlib.util.find_spec("wetext") is None, reason="needs the extra tts")
 def test_prompts(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = run("prompts", tmp_path / "run", "--data_folder", str(recorded), *RECORDED)
