@@ -1,4 +1,4 @@
-"""Every test runs on one thread and leaves environment and process group as it found them."""
+"""Fixtures of all tests: one thread, restored process state, two ranks, recorded speech."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import TwoRanks
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _restore_process_state() -> Iterator[None]:
-    """Environment variables, default dtype and process group are each test's own."""
+    """Restore environment variables, default dtype and process group after each test."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -23,9 +25,17 @@ def _restore_process_state() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    """Call functions on two ranks of a process group; see `TwoRanks.__call__`."""
+    ranks = TwoRanks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture
 def speech_data() -> Path:
-    """The folder of recorded speech that tests marked `real` read; they skip where it is not."""
+    """Return the folder of recorded speech for tests marked `real`; skip without it."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SPEECH_DATA", default))
     if not folder.is_dir():

@@ -1,31 +1,107 @@
-"""Two processes are started as ranks of one group, and none outlives the test."""
+"""Functions run on two ranks of one group, from fresh process state, and leave no process."""
 
+import os
+import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.processes import launch
-
-NAMES = "import os, sys; open(f'{sys.argv[1]}/' + os.environ['RANK'], 'w').write(os.environ['{}'])"
-SAYS = "import os, sys, time; {} if os.environ['RANK'] == '1' else time.sleep(60)"
-FAILS = SAYS.replace("{}", "sys.exit('so it is')")
+from tests.processes import TwoRanks
 
 
-def test_each_has_a_rank_and_both_the_same_port(tmp_path: Path) -> None:
-    launch(tmp_path, "-c", NAMES.replace("{}", "MASTER_PORT"))
-    first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
+def identify() -> dict[str, object]:
+    rank = torch.distributed.get_rank()
+    total = torch.tensor([rank + 1])
+    torch.distributed.all_reduce(total)
+    return {"rank": rank, "local_rank": os.environ["LOCAL_RANK"], "total": total}
+
+
+def test_each_rank_returns_its_result(two_ranks: TwoRanks) -> None:
+    first, second = two_ranks(identify)
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert (first["local_rank"], second["local_rank"]) == ("0", "1")
+    assert first["total"] == second["total"] == 3
+
+
+def change_everything() -> tuple[bool, float, float, bool]:
+    found = (
+        hasattr(torch, "changed"), random.random(), torch.rand(()).item(),
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+    )  # fmt: skip
+    torch.changed = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return found
+
+
+def test_nothing_of_one_call_reaches_the_next(two_ranks: TwoRanks) -> None:
+    first, second = two_ranks(change_everything), two_ranks(change_everything)
     assert first == second
-    assert int(first) > 1024
+    assert all(changed is False and default for changed, _, _, default in first)
+    assert first[0][1:3] != first[1][1:3]  # Each rank has its own random numbers.
 
 
-def test_one_that_fails_ends_the_other_and_its_last_words_are_told(tmp_path: Path) -> None:
+def fail_on_rank_1() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("no more data")
+    time.sleep(60)
+
+
+def test_one_that_fails_ends_the_other_and_its_error_is_shown(two_ranks: TwoRanks) -> None:
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)exit codes \[None, 1\].*rank 1: so it is"):
-        launch(tmp_path, "-c", FAILS)
+    with pytest.raises(RuntimeError, match=r"(?s)exit codes \[None, 1\].*ValueError: no more data"):
+        two_ranks(fail_on_rank_1)
     assert time.monotonic() - started < 30
+    assert len(two_ranks(identify)) == 2  # The next call works.
 
 
-def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"exit codes \[None, None\] \(None: not ready within"):
-        launch(tmp_path, "-c", "import time; time.sleep(60)", seconds=0.5)
+def start_a_child_and_hang(folder: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(folder, str(child.pid)).touch()
+    time.sleep(60)
+
+
+def test_what_takes_too_long_is_ended_with_its_children(
+    two_ranks: TwoRanks, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match=r"exit codes \[None, None\] .*within 2 s"):
+        two_ranks(start_a_child_and_hang, tmp_path, seconds=2)
+    children = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(children) == 2
+    end = time.monotonic() + 10
+    while any(map(runs, children)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def runs(process: int) -> bool:
+    """Return True unless a process has ended; a zombie is left to its foster parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def end_the_server() -> None:
+    torch.distributed.barrier()
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def test_a_server_that_ends_is_started_again(two_ranks: TwoRanks) -> None:
+    with pytest.raises(RuntimeError, match="exit codes None of end_the_server"):
+        two_ranks(end_the_server)
+    assert len(two_ranks(identify)) == 2
+
+
+def test_arguments_travel_as_json(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not object"):
+        two_ranks(identify, object())
+    assert two_ranks(listed, tmp_path, 1.5, ["a", None]) == [[str(tmp_path), 1.5, ["a", None]]] * 2
+
+
+def listed(*arguments: object) -> list[object]:
+    return list(arguments)

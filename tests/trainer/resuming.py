@@ -4,6 +4,7 @@ A run saves a checkpoint after each batch and goes on. To stop it after batch k,
 alone is taken into a new folder, beside a log that knows what came later, as after a kill.
 """
 
+import copy
 import json
 import random
 import shutil
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from trainer import Brain, Stage, distributed, signals, state
+from trainer import Brain, Stage, distributed, signals
 from trainer.checkpoint import Checkpointer
 from trainer.schedules import EarlyStopping, NewBob, WarmupDecay
 
@@ -329,19 +330,56 @@ def stopped(folder: Path, name: str, into: Path) -> None:
     shutil.copy(folder / "metrics.jsonl", into)
 
 
-def whole(brain: Learner) -> dict[str, Any]:
-    """Everything that a run ends with."""
-    own = state.own(brain)
-    del own["journal"]["seconds"]
-    plain = {
-        name: value
-        for name, value in vars(brain).items()
-        if name not in brain.framework and name not in ("test", "optimizers_dict")
+# The attributes of a `Learner` that hooks change, by how they are compared: as plain values,
+# by their state_dict, and random generators.
+VALUES = (
+    "early", "longest", "best", "validations", "recent", "kinds", "distinct", "flag", "history",
+    "train_stats",
+)  # fmt: skip
+COUNTERS = ("counting", "made_late", "stage_total")
+
+
+def final_state(brain: Learner) -> dict[str, Any]:
+    """Return a copy of everything that a run ends with, collected without `trainer`'s help."""
+    hparams, own = brain.hparams, vars(brain)
+    user = {name: own[name] for name in VALUES if name in own}
+    user |= {name: own[name].total for name in COUNTERS if name in own}
+    user |= {
+        "metrics": [brain.metrics["a"].total, brain.metrics["b"][0].total],
+        "dice": brain.dice.getstate(),
+        "shared": hparams.shared.total,
+        "level": hparams.level,
+        "generator": hparams.generator.get_state(),
+        "numbers": hparams.numbers.bit_generator.state,
+        "early_stopping": vars(hparams.early_stopping),
+        "epoch_counter": getattr(hparams.epoch_counter, "current", None),
     }
-    kept = {name: value for name, value in plain.items() if not hasattr(value, "state_dict")}
-    del kept["dice"], kept["metrics"]  # Among the objects.
-    kept["level"] = brain.hparams.level
-    return {"common": state.common(brain), "own": own, "kept": kept, "log": log(brain)}
+    return {**brain_state(brain), "user": copy.deepcopy(user), "log": log(brain)}
+
+
+def brain_state(brain: Brain) -> dict[str, Any]:
+    """Return a copy of what every Brain ends with: weights, optimizers, counters, generators."""
+    average = brain.weight_average
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "modules": dict(brain.modules.state_dict()),
+        "gradients": {name: p.grad for name, p in brain.modules.named_parameters()},
+        "trainable": {name: p.requires_grad for name, p in brain.modules.named_parameters()},
+        "updates": {name: update_state(update) for name, update in brain.updates.items()},
+        "weight_average": None if average is None else average.state_dict(),
+        "counters": (brain.epoch, brain.step, brain.optimizer_step),
+        "generators": (torch.get_rng_state(), random.getstate(), (name, keys.tolist(), rest)),
+    }
+    return copy.deepcopy(state)
+
+
+def update_state(update: Any) -> dict[str, Any]:
+    """Return the states of what belongs to one optimizer."""
+    parts = {name: getattr(update, name) for name in ("optimizer", "schedule", "scaler", "clip")}
+    states = {
+        name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")
+    }
+    return {**states, "last_norm": update.last_norm}
 
 
 def log(brain: Learner) -> list[dict[str, Any]]:
@@ -377,10 +415,10 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
 def assert_exact(straight: Learner, resumed: Learner, stop: int) -> None:
     """A run resumed after ``stop`` batches saw the same and ended the same, to the bit."""
     found = list(differences(straight.test.trace[stop:], resumed.test.trace, "trace"))
-    ends = [whole(straight), whole(resumed)]
+    ends = [final_state(straight), final_state(resumed)]
     if not resumed.test.trace:  # No stage began that would have made it.
         for end in ends:
-            end["common"]["objects"].pop("stage_total", None)
+            end["user"].pop("stage_total", None)
     found += differences(*ends)
     assert not found, f"stopped after batch {stop}: " + "\n".join(found[:20])
 

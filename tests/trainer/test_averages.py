@@ -2,9 +2,7 @@
 
 import json
 import math
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.processes import launch
-from trainer import metrics
+from tests.processes import TwoRanks
+from trainer import distributed, metrics
 from trainer.metrics import Mean
 from trainer.optim.ema import WeightAverage
 
@@ -141,12 +139,7 @@ def test_what_cannot_be_averaged_is_refused_with_a_sentence() -> None:
         mean.load_state_dict({})
 
 
-RANKS = textwrap.dedent(
-    """
-    import json, sys
-    from trainer import distributed
-    from trainer.metrics import Mean
-    distributed.start("cpu")
+def reduced() -> list[object]:
     rank = distributed.rank()
     plain, named, uneven = Mean(), Mean(), Mean()
     for value in [0.1, 0.7] if rank == 0 else [0.3]:
@@ -156,18 +149,13 @@ RANKS = textwrap.dedent(
         uneven.update(5.0, 3)
     before = plain.value()
     means = [mean.reduce() for mean in (plain, named, uneven, Mean())]
-    with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
-        json.dump([before, *(mean.value() for mean in means), means[0].weight()], file)
-    distributed.stop()
-    """
-)
+    return [before, *(mean.value() for mean in means), means[0].weight()]
 
 
 def test_over_ranks_every_example_counts_once_and_a_rank_may_have_seen_nothing(
-    tmp_path: Path,
+    two_ranks: TwoRanks,
 ) -> None:
-    launch(tmp_path, "-c", RANKS)
-    outputs = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    outputs = two_ranks(reduced)
     assert [output[0] for output in outputs] == pytest.approx([0.4, 0.3])
     assert outputs[0][1:] == outputs[1][1:]
     plain, named, uneven, empty, weight = outputs[0][1:]

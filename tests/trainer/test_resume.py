@@ -34,11 +34,11 @@ from .resuming import (
     batches,
     check,
     differences,
+    final_state,
     log,
     resume,
     run,
     stopped,
-    whole,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_after_every_batch_of_every_combination(
 def test_saving_does_not_change_the_run(tmp_path: Path) -> None:
     saved = run(Setting(**FEW), tmp_path / "saved", range(1, 23), Setting.fit)
     plain = run(Setting(**FEW), tmp_path / "plain", (), Setting.fit)
-    assert not list(differences(whole(saved), whole(plain)))
+    assert not list(differences(final_state(saved), final_state(plain)))
 
 
 @pytest.mark.parametrize(
@@ -359,10 +359,10 @@ def test_a_test_changes_nothing_and_saves_the_weights_of_the_run(tmp_path: Path)
 
     brain = run(Setting(Testing, **FEW), tmp_path, (), Setting.fit)
     (end,) = brain.checkpointer.list_checkpoints()
-    before, generators = whole(brain), seed.rng_state()
+    before, generators = final_state(brain), seed.rng_state()
     brain.evaluate(batches(), min_key="loss")
     assert not list(differences(generators, seed.rng_state()))
-    after = whole(brain)
+    after = final_state(brain)
     del before["log"], after["log"]
     assert not list(differences(before, after))
     within = brain.checkpointer.find_checkpoint()

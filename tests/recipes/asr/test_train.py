@@ -1,6 +1,5 @@
 """The whole recipe from a command line to error rates, for every YAML."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -57,13 +56,8 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
     assert (folder / "wer_valid.txt").is_file()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
-def test_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CORTEX_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("empty_speech_cache")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = ["--corpus.train", "12", "--corpus.valid", "3", "--corpus.test", "3"]
     metrics = run("demo", tmp_path / "run", *counts)
     check(tmp_path / "run", metrics, capsys.readouterr().out)

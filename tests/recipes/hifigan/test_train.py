@@ -1,6 +1,5 @@
 """The whole recipe from a command line to scores, for every YAML."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -59,13 +58,8 @@ def test_there_is_a_test_for_every_yaml() -> None:
     assert found == ["demo", "ljspeech", "v1", "v2", "v3"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
-def test_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CORTEX_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("empty_speech_cache")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = ["--corpus.train", "4", "--corpus.valid", "1", "--corpus.test", "2"]
     metrics = run("demo", tmp_path / "run", *SPOKEN, *counts)
     check(tmp_path / "run", metrics, capsys.readouterr().out)

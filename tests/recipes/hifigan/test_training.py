@@ -13,8 +13,8 @@ from torch.nn.functional import l1_loss
 from recipes.hifigan.model import adversarial_loss, feature_loss
 from recipes.hifigan.train import GRID, HiFiGAN
 from tests.recipes.hifigan.tiny import HOP, PLAYERS, Waves, fit, make, weights
-from tests.trainer.resuming import differences, log
-from trainer import Stage, state
+from tests.trainer.resuming import brain_state, differences, log
+from trainer import Stage
 from trainer.data.batch import collate
 
 
@@ -128,8 +128,7 @@ def test_each_player_has_its_own_of_everything(tmp_path: Path) -> None:
         assert set(line["loss"]) == {
             "mel", "adversarial", "features", "discriminator", "generator",
         }  # fmt: skip
-    saved = state.common(brain)["updates"]
-    assert set(saved) == set(PLAYERS)
+    assert set(brain.updates) == set(PLAYERS)
     rates = [brain.updates[player].lr for player in PLAYERS]
     assert rates[0] != rates[1]
     assert [brain.updates[player].clip.limit for player in PLAYERS] == [0.1, 20.0]
@@ -168,13 +167,6 @@ STOPS = (1, 2, 3, 5)  # batches: within windows, within epochs, before D comes a
 traces: dict[str | None, list[Any]] = {}
 
 
-def whole(brain: Any) -> dict[str, Any]:
-    """All that a run ends with, and what it logged."""
-    own = state.own(brain)
-    del own["journal"]["seconds"]
-    return {"common": state.common(brain), "own": own, "log": log(brain)}
-
-
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path, precision: str, window: int) -> None:
@@ -193,7 +185,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path, precision: str, window: i
         shutil.copy(tmp_path / "straight" / "metrics.jsonl", folder)
         resumed = fit(make(Stopping, folder, hparams, seed=99, **settings), epochs)
         found = list(differences(expected[stop:], traces.pop(str(folder)), "trace"))
-        found += differences(whole(straight), whole(resumed))
+        found += differences(brain_state(straight), brain_state(resumed))
+        found += differences(log(straight), log(resumed), "log")
         assert not found, f"stopped after batch {stop}: " + "\n".join(found[:10])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from recipes.metricgan.history import History
 from recipes.metricgan.model import Generator, Spectrum
 from recipes.metricgan.phases import Drawn, Passes, Phase
 from recipes.metricgan.train import Enhancer
+from tests.trainer.resuming import brain_state, log
 from trainer import Checkpointer, EpochCounter, distributed
 
 METRIC = Phase("metric", 3, items=6, batch_size=2)
@@ -119,3 +121,12 @@ def fit(brain: Enhancer, pairs: Any = None, valid: Any = None) -> Enhancer:
         valid_loader_kwargs=None if valid is None else {"batch_size": 2},
     )
     return brain
+
+
+def final_state(brain: Enhancer) -> dict[str, Any]:
+    """Return everything that a run ends with: what every Brain has, the history and the log."""
+    return {
+        **brain_state(brain),
+        "history": copy.deepcopy(brain.history.state_dict()),
+        "log": log(brain) if distributed.is_main() else [],
+    }

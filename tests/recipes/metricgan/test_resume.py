@@ -15,9 +15,9 @@ from recipes.metricgan.phases import Phase
 from recipes.metricgan.train import Enhancer
 from tests.trainer.resuming import differences
 from tests.trainer.resuming import log as lines
-from trainer import signals, state
+from trainer import signals
 
-from .small import Tones, fit, make
+from .small import Tones, final_state, fit, make
 
 PHASES = (
     Phase("warm_up", 1, items=3, batch_size=2, passes=["spectral"]),
@@ -50,13 +50,6 @@ class Stopped(Enhancer):
 PASSES: dict[str, list[Any]] = {}  # by folder
 
 
-def whole(brain: Enhancer) -> dict[str, Any]:
-    """Everything that a run ends with."""
-    own = state.own(brain)
-    del own["journal"]["seconds"]
-    return {"common": state.common(brain), "own": own, "log": lines(brain)}
-
-
 @pytest.mark.parametrize(
     ("options", "stops"),
     [
@@ -85,7 +78,7 @@ def test_after_a_stop_in_any_pass(
         resumed = make(into, PHASES, seed=9, brain=Stopped, **options)
         fit(resumed, PAIRS, VALID)
         assert PASSES.get(str(into), []) == passes[stop:]
-        found = list(differences(whole(straight), whole(resumed)))
+        found = list(differences(final_state(straight), final_state(resumed)))
         assert not found, f"stopped after batch {stop}: " + "\n".join(found[:20])
         shutil.rmtree(into)
 
@@ -148,4 +141,4 @@ def test_a_stop_that_is_asked_for(tmp_path: Path) -> None:
     signals.reset()
     shutil.copytree(tmp_path / "asked", tmp_path / "again")
     resumed = fit(make(tmp_path / "again", PHASES, seed=3, brain=Asked), PAIRS)
-    assert not list(differences(whole(straight), whole(resumed)))
+    assert not list(differences(final_state(straight), final_state(resumed)))

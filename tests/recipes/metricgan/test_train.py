@@ -119,13 +119,8 @@ def test_voicebank(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == first
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
-def test_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CORTEX_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("empty_speech_cache")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = ["--corpus.train", "6", "--corpus.valid", "1", "--corpus.test", "2"]
     sizes = ["--segment", "16000", "--phases", BRIEF]
     metrics = run("demo", tmp_path / "run", *counts, *sizes)

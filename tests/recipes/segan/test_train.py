@@ -15,9 +15,9 @@ from recipes.segan.model import adversarial_loss, emphasise
 from recipes.segan.train import Enhancer, reference_pairs, train
 from tests.recipes.common.speakers import RATE, noise, voice, write
 from tests.recipes.segan.tiny import SAMPLES, Wave, clips, fit, make
-from tests.trainer.resuming import differences
+from tests.trainer.resuming import brain_state, differences
 from tests.trainer.small import same, snapshot
-from trainer import cli, state
+from trainer import cli
 from trainer.config.hyperparameters import load_hparams
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "segan"
@@ -161,13 +161,6 @@ class Saving(Enhancer):
         return losses
 
 
-def whole(brain: Any) -> dict[str, Any]:
-    """Everything that a run ends with."""
-    own = state.own(brain)
-    del own["journal"]["seconds"]
-    return {"common": state.common(brain), "own": own}
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, precision: str, window: int) -> None:
@@ -183,11 +176,11 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, precision: str, window
         shutil.copytree(tmp_path / "straight" / "saved" / f"stop-{stop}", into / "saved" / "stop")
         shutil.copy(tmp_path / "straight" / "metrics.jsonl", into)
         resumed = fit(make(Saving, into, stops, seed=9, **options))
-        found = list(differences(whole(straight), whole(resumed)))
+        found = list(differences(brain_state(straight), brain_state(resumed)))
         assert not found, f"stopped after batch {stop}: " + "\n".join(found[:10])
-    saved = whole(straight)["common"]["updates"]
-    assert set(saved) == set(PLAYERS)
-    assert not same(*(saved[name]["schedule"] for name in PLAYERS))
+    updates = brain_state(straight)["updates"]
+    assert set(updates) == set(PLAYERS)
+    assert not same(*(updates[name]["schedule"] for name in PLAYERS))
 
 
 def test_each_player_has_its_own_limit_schedule_and_report(tmp_path: Path) -> None:
@@ -303,13 +296,8 @@ def test_there_is_a_test_for_every_yaml() -> None:
 
 
 @needs_enhance
-@pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
-def test_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CORTEX_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("empty_speech_cache")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = ["--corpus.train", "4", "--corpus.valid", "2", "--corpus.test", "2"]
     metrics = run("demo", tmp_path / "run", *WARM, *counts)
     check(tmp_path / "run", metrics, capsys.readouterr().out)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from recipes.separation.mixing import Drawn, Mixing
 from recipes.separation.train import Separator, train
-from tests.processes import launch
-from tests.recipes.separation import two_ranks
 from tests.recipes.separation.conftest import (
     GENDERS,
     RATE,
@@ -355,30 +353,3 @@ def test_buzzes_are_separated(voices: CutSet, tmp_path: Path) -> None:
     brain.fit([1], train_set, train_loader_kwargs={"batch_size": 8})
     brain.evaluate(valid_set, test_loader_kwargs={"batch_size": 4})
     assert brain.test_metrics["si_snri"] > 5
-
-
-@pytest.mark.long
-def test_two_processes_end_as_one_on_the_joined_batches(tmp_path: Path) -> None:
-    launch(tmp_path, "-m", two_ranks.__name__)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    one = two_ranks.trained(None, tmp_path / "one")
-    outcomes = [outcome for outcome, *_ in one["reports"]]
-    assert outcomes == ["stepped"] * 3 + ["skipped"] * 3 + ["stepped"]
-    assert [weight for _, _, weight, _ in one["reports"]] == [4, 3, 1, 3, 0, 3, 3]
-    for name, weight in one["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        torch.testing.assert_close(first["weights"][name], weight, atol=1e-12, rtol=1e-9)
-    for both, alone in zip(first["reports"], one["reports"], strict=True):
-        assert both[0] == alone[0]
-        assert both[1:] == [pytest.approx(each) for each in alone[1:]]
-    assert first["reports"] == second["reports"]
-    assert first["skipped"] == second["skipped"] == one["skipped"] == 3
-    assert first["average"] == pytest.approx(one["average"])
-    assert first["test"] == second["test"] == pytest.approx(one["test"])
-    runs = [tmp_path / name for name in ("one", "run")]
-    tables = [(folder / "scores_test.csv").read_text() for folder in runs]
-    assert tables[0] == tables[1]
-    assert len(tables[0].splitlines()) == 1 + 3  # each mixture once
-    sounds = [{path.relative_to(folder) for path in folder.rglob("*.wav")} for folder in runs]
-    assert sounds[0] == sounds[1]
-    assert len(sounds[0]) == 2 * 3 * 5  # of all three, as worst and as best: five signals each

@@ -15,8 +15,6 @@ from torch import Tensor
 from recipes.tacotron2 import data
 from recipes.tacotron2.text import plain
 from recipes.tacotron2.train import train
-from tests.processes import launch
-from tests.recipes.tacotron2 import two_ranks
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
 
@@ -35,9 +33,6 @@ TINY = [
 RECORDED = ["--corpus.valid=2", "--corpus.test=3", "--corpus.lengths=[0.1, 5.0]"]
 
 pictures = pytest.mark.skipif(importlib.util.find_spec("PIL") is None, reason="needs the extra tts")
-speaking = pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
 pytestmark = pictures
 
 
@@ -82,17 +77,14 @@ def test_every_yaml_clips_at_one(name: str) -> None:
     assert options.max_grad_norm == 1.0
 
 
-@speaking
-def test_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CORTEX_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("empty_speech_cache")
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = ["--corpus.train=8", "--corpus.valid=2", "--corpus.test=3"]
     metrics = run("demo", tmp_path / "run", *counts)
     check(tmp_path / "run", metrics, capsys.readouterr().out)
 
 
-@speaking
+@pytest.mark.usefixtures("empty_speech_cache")
 @pytest.mark.skipif(importlib.util.find_spec("wetext") is None, reason="needs the extra tts")
 def test_prompts(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = run("prompts", tmp_path / "run", "--data_folder", str(recorded), *RECORDED)
@@ -161,24 +153,6 @@ def test_mixed_precision(recorded: Path, tmp_path: Path, precision: str) -> None
     more = ["--data_folder", str(recorded), *RECORDED, "--precision", precision, "--steps=3"]
     metrics = run("ljspeech", tmp_path / "run", *more)
     assert all(value == value for value in metrics.values())
-
-
-@pytest.mark.long
-def test_two_processes_end_as_one_on_the_joined_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.nn.functional, "dropout", torch.nn.functional.dropout)  # put back
-    launch(tmp_path, "-m", two_ranks.__name__)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    one = two_ranks.trained(None)
-    assert [report[0] for report in one["reports"]] == ["stepped"] * 6
-    assert [report[2] for report in one["reports"]] == [4, 3, 4] * 2
-    for name, weight in one["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        torch.testing.assert_close(first["weights"][name], weight, atol=1e-12, rtol=1e-9)
-    assert first["reports"] == second["reports"]
-    for both, alone in zip(first["reports"], one["reports"], strict=True):
-        assert both[1:] == [pytest.approx(each) for each in alone[1:]]
 
 
 @pytest.mark.real

@@ -1,23 +1,24 @@
-"""A small synthesiser trained by two processes; each stores what came out on its side.
+"""Two processes end where one does on the joined batches."""
 
-`trained` is the same on one process, on the joined batches. Dropout is off,
-and batch norm uses its running statistics: those of a batch are of each process's own part.
-"""
-
-import sys
-from pathlib import Path
+import importlib.util
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 
 from recipes.common.mel import LogMel
 from recipes.tacotron2.losses import Objective
 from recipes.tacotron2.train import Synthesiser
+from tests.processes import TwoRanks
 from tests.recipes.tacotron2.conftest import tacotron
 from trainer import distributed
 from trainer.data import Batch, Padded
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("PIL") is None, reason="needs the extra tts"
+)
 # Symbols and frames of the utterances of each process, a round a line.
 ROUNDS = [
     [[(4, 9), (7, 12), (5, 5)], [(6, 20)]],
@@ -50,7 +51,7 @@ def batch_of(sizes: list[tuple[int, int]], seed: int) -> Batch:
 
 
 def join(parts: list[Batch]) -> Batch:
-    """What one process sees where two see each of two batches."""
+    """Concatenate two batches: one process sees in one what two ranks see."""
     fields: dict[str, Any] = {"id": [name for part in parts for name in part.id]}
     longest = max(part.tokens.data.shape[1] for part in parts)
     for name in ("tokens", "mel"):
@@ -62,9 +63,13 @@ def join(parts: list[Batch]) -> Batch:
     return Batch(fields, sum(map(len, parts)))
 
 
-def trained(rank: int | None) -> dict[str, Any]:
-    """Weights and reports after all rounds; None for the one process that sees both batches."""
-    torch.nn.functional.dropout = lambda x, *_, **__: x
+@mock.patch("torch.nn.functional.dropout", lambda x, *_, **__: x)
+def trained() -> dict[str, Any]:
+    """Return weights and reports after all rounds; one process sees both ranks' batches.
+
+    Dropout is off, and batch norm uses its running statistics: those of a batch are of each
+    process's own part.
+    """
     torch.manual_seed(0)
     model = tacotron(2).double()
     hparams = {
@@ -74,10 +79,10 @@ def trained(rank: int | None) -> dict[str, Any]:
     }  # fmt: skip
     brain = Undropped({"model": model}, lambda p: torch.optim.Adam(p, 0.01), hparams)
     made = [[batch_of(n, 2 * i + r) for r, n in enumerate(pair)] for i, pair in enumerate(ROUNDS)]
-    if rank is None:
+    if distributed.world_size() == 1:
         batches = [join(pair) for pair in made]
     else:
-        batches = [batch for pair in made for batch in pair]  # dealt in turn
+        batches = [batch for pair in made for batch in pair]  # Dealt in turn.
     reports: list[list[Any]] = []
     step = brain.fit_batch
 
@@ -91,9 +96,14 @@ def trained(rank: int | None) -> dict[str, Any]:
     return {"weights": brain.modules.state_dict(), "reports": reports}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distributed.start("cpu")
-    own = distributed.rank()
-    torch.save(trained(own), Path(sys.argv[1]) / f"{own}.pt")
-    distributed.stop()
+def test_two_processes_end_as_one_on_the_joined_batches(two_ranks: TwoRanks) -> None:
+    one = trained()
+    first, second = two_ranks(trained)
+    assert [report[0] for report in one["reports"]] == ["stepped"] * 6
+    assert [report[2] for report in one["reports"]] == [4, 3, 4] * 2
+    for name, weight in one["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], weight, atol=1e-12, rtol=1e-9)
+    assert first["reports"] == second["reports"]
+    for both, alone in zip(first["reports"], one["reports"], strict=True):
+        assert both[1:] == [pytest.approx(each) for each in alone[1:]]

@@ -1,18 +1,16 @@
-"""A small separator trained by two processes; each stores what came out on its side.
-
-`trained` is the same on one process, on the joined batches.
-"""
+"""Two processes end where one does on the joined batches."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torchaudio
 
 from recipes.separation.train import Separator
-from trainer import StepReport, distributed
+from tests.processes import TwoRanks
+from trainer import Stage, StepReport, distributed
 from trainer.data import Batch, Padded
 
 EASY, HARD = 1e-4, 1.0  # the share of what the network says in what is called its estimate
@@ -34,6 +32,12 @@ class Skewed(Separator):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.reports: list[list[Any]] = []
+        self.train_losses: list[float] = []
+
+    def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+        if stage is Stage.TRAIN:
+            self.train_losses.append(stage_loss)
+        return super().on_stage_end(stage, stage_loss, epoch)
 
     def fit_batch(self, batch: Any) -> StepReport:
         report = super().fit_batch(batch)
@@ -62,7 +66,7 @@ def batch_of(shares: list[float], seed: int, samples: int = 400) -> Batch:
 
 
 def join(parts: list[Batch]) -> Batch:
-    """What one process sees where two see each of two batches."""
+    """Concatenate two batches: one process sees in one what two ranks see."""
     fields: dict[str, Any] = {"id": [name for part in parts for name in part.id]}
     for name in ("mixture", "sources"):
         columns = zip(*(part[name] for part in parts), strict=True)
@@ -71,8 +75,8 @@ def join(parts: list[Batch]) -> Batch:
     return Batch(fields, sum(map(len, parts)))
 
 
-def trained(rank: int | None, folder: Path) -> dict[str, Any]:
-    """Weights and reports after all rounds; None for the one process that sees both batches.
+def trained(folder: str) -> dict[str, Any]:
+    """Return weights and reports after all rounds; one process sees both ranks' batches.
 
     A test follows, of which the table and the sounds are in the folder.
     """
@@ -84,27 +88,43 @@ def trained(rank: int | None, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     brain = Skewed({"separator": model}, lambda p: torch.optim.Adam(p, 0.01), hparams)
     made = [[batch_of(n, 2 * i + r) for r, n in enumerate(pair)] for i, pair in enumerate(ROUNDS)]
-    batches = [join(pair) if rank is None else pair[rank] for pair in made]
-    if rank is None:
-        brain.fit([1], batches)
+    if distributed.world_size() == 1:
+        brain.fit([1], [join(pair) for pair in made])
     else:
-        brain.fit([1], [batch for pair in made for batch in pair])  # dealt in turn
+        brain.fit([1], [batch for pair in made for batch in pair])  # Dealt in turn.
     found = {
         "weights": brain.modules.state_dict(),
         "reports": brain.reports,
-        "average": brain.stateful()["metrics"].part.average.value(),
-        "skipped": brain.stateful()["metrics"].part.counts["skipped"],
+        "train_losses": brain.train_losses,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    brain.hparams.output_folder = str(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    brain.hparams.output_folder = folder
     brain.evaluate([batch_of([HARD], 100 + n, samples=2000) for n in range(3)])
     return found | {"test": brain.test_metrics}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distributed.start("cpu")
-    own = distributed.rank()
-    folder = Path(sys.argv[1])
-    torch.save(trained(own, folder / "run"), folder / f"{own}.pt")
-    distributed.stop()
+def test_two_processes_end_as_one_on_the_joined_batches(
+    two_ranks: TwoRanks, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "one", tmp_path / "two"]
+    one = trained(str(runs[0]))
+    first, second = two_ranks(trained, runs[1])
+    outcomes = [outcome for outcome, *_ in one["reports"]]
+    assert outcomes == ["stepped"] * 3 + ["skipped"] * 3 + ["stepped"]
+    assert [weight for _, _, weight, _ in one["reports"]] == [4, 3, 1, 3, 0, 3, 3]
+    for name, weight in one["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], weight, atol=1e-12, rtol=1e-9)
+    for both, alone in zip(first["reports"], one["reports"], strict=True):
+        assert both[0] == alone[0]
+        assert both[1:] == [pytest.approx(each) for each in alone[1:]]
+    assert first["reports"] == second["reports"]
+    assert first["train_losses"] == second["train_losses"] == pytest.approx(one["train_losses"])
+    assert len(one["train_losses"]) == 1
+    assert first["test"] == second["test"] == pytest.approx(one["test"])
+    tables = [(folder / "scores_test.csv").read_text() for folder in runs]
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 1 + 3  # each mixture once
+    sounds = [{path.relative_to(folder) for path in folder.rglob("*.wav")} for folder in runs]
+    assert sounds[0] == sounds[1]
+    assert len(sounds[0]) == 2 * 3 * 5  # of all three, as worst and as best: five signals each
