@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.processes import launch
 from tests.trainer.small import Players, Regressor, batches, everything, make, same
 from tests.trainer.test_page import read
-from trainer import Brain, Checkpointer, Stage, seed
+from trainer import Brain, Checkpointer, Stage, distributed, seed, signals
 from trainer.cli import main
 from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip, percentile
 from trainer.options import RunOptions
@@ -330,6 +334,61 @@ def test_a_failing_rate_ends_the_trial_and_not_the_program(
     assert "not finite" not in caplog.text
 
 
+# ---------------------------------------------------------------- on two ranks
+
+
+def on_two_ranks(folder: Path) -> None:
+    """Search, then search and be interrupted on rank 1 alone; store what came of it."""
+    distributed.start("cpu")
+    rank = distributed.rank()
+    brain = make(norm=False, output_folder=str(folder / "run"))
+    findings = found(brain, batches(40), find_lr=True, find_clip=True)
+    before = everything(brain), seed.rng_state()
+    again = found(brain, batches(40), find_lr=True, find_clip=True)
+    result = {
+        "findings": [each["main"].record() for each in (*findings.values(), *again.values())],
+        "kept": same(before, (everything(brain), seed.rng_state())),
+        "weights": brain.modules.state_dict(),
+    }
+    signals.install()
+    trained: list[dict[str, Any]] = []
+
+    class Interrupted(Regressor):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            trained.append(batch)
+            if rank == 1 and len(trained) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupted = make(Interrupted, find_clip=True)
+    try:
+        interrupted.fit([1], batches(40))
+    except signals.Interrupted as stop:
+        result["exit"] = stop.code, len(trained)
+    torch.save(result, folder / f"{rank}.pt")
+    distributed.stop()
+
+
+def test_two_ranks_find_what_one_finds_and_stop_together(tmp_path: Path) -> None:
+    launch(tmp_path, "-m", "tests.trainer.test_tuner")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert same(*ranks)
+    assert ranks[0]["kept"]
+    assert ranks[0]["exit"] == (128 + signal.SIGTERM, 5)
+    assert len(list((tmp_path / "run").iterdir())) == 4
+    rate, limit, *again = ranks[0]["findings"]
+    assert again == [rate, limit]
+    parts = batches(40)
+    pairs = [
+        {"x": torch.cat([a["x"], b["x"]]), "y": torch.cat([a["y"], b["y"]])}
+        for a, b in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    alone = found(make(), pairs, find_lr=True, find_clip=True)
+    assert limit["limit"] == alone["find_clip"]["main"].limit
+    assert rate["lr"] == alone["find_lr"]["main"].rate
+    assert rate["losses"] == pytest.approx(alone["find_lr"]["main"].losses, rel=1e-4)
+    assert same(ranks[0]["weights"], make().modules.state_dict())
+
+
 # ---------------------------------------------------------------- what cannot be searched
 
 
@@ -430,3 +489,7 @@ def test_a_search_leaves_the_settings_of_a_run_and_its_files(
     assert [(folder / name).read_bytes() for name in kept] == before
     assert sorted(folder.glob("checkpoints/*")) == saved
     assert "--find_clip" in (folder / "command.txt").read_text()
+
+
+if __name__ == "__main__":
+    on_two_ranks(Path(sys.argv[1]))
