@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import trainer
 from tests.processes import launch
 from tests.trainer.small import Players, Regressor, batches, everything, make, same
 from tests.trainer.test_page import read
 from trainer import Brain, Checkpointer, Stage, distributed, seed, signals
-from trainer.cli import main
 from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip, percentile
 from trainer.options import RunOptions
 from trainer.schedules import WarmupDecay
@@ -324,7 +324,8 @@ def test_a_failing_rate_ends_the_trial_and_not_the_program(
             return (predictions - batch["y"]).square().mean().exp()
 
     sgd = partial(torch.optim.SGD, lr=0.01)
-    brain = make(Exploding, optimizer=sgd, max_grad_norm=None, output_folder=str(tmp_path))
+    options = {"max_grad_norm": None, "output_folder": str(tmp_path), "find_lr": True}
+    brain = make(Exploding, optimizer=sgd, **options)
     suggestion = found(brain, batches(60), find_lr=True, find_steps=30)["find_lr"]["main"]
     assert suggestion.diverged is not None
     assert suggestion.rate < suggestion.diverged
@@ -341,7 +342,7 @@ def on_two_ranks(folder: Path) -> None:
     """Search, then search and be interrupted on rank 1 alone; store what came of it."""
     distributed.start("cpu")
     rank = distributed.rank()
-    brain = make(norm=False, output_folder=str(folder / "run"))
+    brain = make(output_folder=str(folder / "run"), find_lr=True, find_clip=True)
     findings = found(brain, batches(40), find_lr=True, find_clip=True)
     before = everything(brain), seed.rng_state()
     again = found(brain, batches(40), find_lr=True, find_clip=True)
@@ -450,7 +451,7 @@ def test_a_recipe_needs_no_line_for_it(tmp_path: Path, capsys: pytest.CaptureFix
     path, folder = tmp_path / "demo.yaml", tmp_path / "run"
     path.write_text(RECIPE.format(path=path, folder=folder))
     small = ["--find_steps", "12", "--find_trials", "5", "--device", "cpu", "--no-progressbar"]
-    assert main(train, [str(path), "--find_clip", "--find_lr", *small]) == {}
+    assert trainer.main(train, [str(path), "--find_clip", "--find_lr", *small]) == {}
     said = capsys.readouterr().out
     assert "test:" not in said
     assert "find_clip: --max_grad_norm '{discriminator: " in said
@@ -468,7 +469,7 @@ def test_a_recipe_needs_no_line_for_it(tmp_path: Path, capsys: pytest.CaptureFix
         assert page.count["figure"] >= 4
     trials = json.loads((folder / "find_clip.json").read_text())["optimizers"]["generator"]
     assert 3 <= len(trials["trials"]) <= 5
-    assert main(train, [str(path), "--device", "cpu", "--no-progressbar"]) == {"wer": 1.0}
+    assert trainer.main(train, [str(path), "--device", "cpu", "--no-progressbar"]) == {"wer": 1.0}
 
 
 def test_a_search_leaves_the_settings_of_a_run_and_its_files(
@@ -477,12 +478,12 @@ def test_a_search_leaves_the_settings_of_a_run_and_its_files(
     path, folder = tmp_path / "demo.yaml", tmp_path / "run"
     path.write_text(RECIPE.format(path=path, folder=folder))
     common = ["--device", "cpu", "--no-progressbar"]
-    main(train, [str(path), *common])
+    trainer.main(train, [str(path), *common])
     kept = ("hyperparams.yaml", "metrics.jsonl", "environment.json")
     before = [(folder / name).read_bytes() for name in kept]
     saved = sorted(folder.glob("checkpoints/*"))
     assert saved
-    main(
+    trainer.main(
         train,
         [str(path), "--find_clip", "--lr", "0.5", "--overwrite", "--find_trials", "4", *common],
     )
