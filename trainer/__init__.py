@@ -48,15 +48,6 @@ _LATER = {
     "parse_arguments": "trainer.compat.speechbrain",
 }
 
-# As late, the driver of --find_lr and --find_clip.
-defaults.drivers.append(
-    lambda brain: (
-        importlib.import_module("trainer.tuner").make_driver(brain)
-        if brain.options.searching
-        else None
-    )
-)
-
 
 def _register_defaults() -> None:
     """Fill the registry of what every Brain has; modules are imported when a Brain is made."""
@@ -76,7 +67,15 @@ def _register_defaults() -> None:
 
         return ReportCallback(brain.options)
 
+    def search(brain: Brain) -> defaults.Driver | None:
+        if not brain.options.searching:
+            return None
+        from trainer.tuner import make_driver
+
+        return make_driver(brain)
+
     defaults.callbacks += [progress_bar, loggers, report]
+    defaults.drivers.append(search)
 
 
 _register_defaults()

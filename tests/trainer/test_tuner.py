@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import trainer
+from tests.processes import launch
 from tests.trainer.small import Players, Regressor, batches, everything, make, same
 from tests.trainer.test_page import read
-from trainer import Brain, Checkpointer, Stage, seed
-from trainer.cli import main
+from trainer import Brain, Checkpointer, Stage, distributed, seed, signals
 from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip, percentile
 from trainer.options import RunOptions
 from trainer.schedules import WarmupDecay
@@ -320,7 +324,8 @@ def test_a_failing_rate_ends_the_trial_and_not_the_program(
             return (predictions - batch["y"]).square().mean().exp()
 
     sgd = partial(torch.optim.SGD, lr=0.01)
-    brain = make(Exploding, optimizer=sgd, max_grad_norm=None, output_folder=str(tmp_path))
+    options = {"max_grad_norm": None, "output_folder": str(tmp_path), "find_lr": True}
+    brain = make(Exploding, optimizer=sgd, **options)
     suggestion = found(brain, batches(60), find_lr=True, find_steps=30)["find_lr"]["main"]
     assert suggestion.diverged is not None
     assert suggestion.rate < suggestion.diverged
@@ -328,6 +333,61 @@ def test_a_failing_rate_ends_the_trial_and_not_the_program(
     assert brain.nonfinite_count == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["find_lr.html", "find_lr.json"]
     assert "not finite" not in caplog.text
+
+
+# ---------------------------------------------------------------- on two ranks
+
+
+def on_two_ranks(folder: Path) -> None:
+    """Search, then search and be interrupted on rank 1 alone; store what came of it."""
+    distributed.start("cpu")
+    rank = distributed.rank()
+    brain = make(output_folder=str(folder / "run"), find_lr=True, find_clip=True)
+    findings = found(brain, batches(40), find_lr=True, find_clip=True)
+    before = everything(brain), seed.rng_state()
+    again = found(brain, batches(40), find_lr=True, find_clip=True)
+    result = {
+        "findings": [each["main"].record() for each in (*findings.values(), *again.values())],
+        "kept": same(before, (everything(brain), seed.rng_state())),
+        "weights": brain.modules.state_dict(),
+    }
+    signals.install()
+    trained: list[dict[str, Any]] = []
+
+    class Interrupted(Regressor):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            trained.append(batch)
+            if rank == 1 and len(trained) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupted = make(Interrupted, find_clip=True)
+    try:
+        interrupted.fit([1], batches(40))
+    except signals.Interrupted as stop:
+        result["exit"] = stop.code, len(trained)
+    torch.save(result, folder / f"{rank}.pt")
+    distributed.stop()
+
+
+def test_two_ranks_find_what_one_finds_and_stop_together(tmp_path: Path) -> None:
+    launch(tmp_path, "-m", "tests.trainer.test_tuner")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert same(*ranks)
+    assert ranks[0]["kept"]
+    assert ranks[0]["exit"] == (128 + signal.SIGTERM, 5)
+    assert len(list((tmp_path / "run").iterdir())) == 4
+    rate, limit, *again = ranks[0]["findings"]
+    assert again == [rate, limit]
+    parts = batches(40)
+    pairs = [
+        {"x": torch.cat([a["x"], b["x"]]), "y": torch.cat([a["y"], b["y"]])}
+        for a, b in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    alone = found(make(), pairs, find_lr=True, find_clip=True)
+    assert limit["limit"] == alone["find_clip"]["main"].limit
+    assert rate["lr"] == alone["find_lr"]["main"].rate
+    assert rate["losses"] == pytest.approx(alone["find_lr"]["main"].losses, rel=1e-4)
+    assert same(ranks[0]["weights"], make().modules.state_dict())
 
 
 # ---------------------------------------------------------------- what cannot be searched
@@ -391,7 +451,7 @@ def test_a_recipe_needs_no_line_for_it(tmp_path: Path, capsys: pytest.CaptureFix
     path, folder = tmp_path / "demo.yaml", tmp_path / "run"
     path.write_text(RECIPE.format(path=path, folder=folder))
     small = ["--find_steps", "12", "--find_trials", "5", "--device", "cpu", "--no-progressbar"]
-    assert main(train, [str(path), "--find_clip", "--find_lr", *small]) == {}
+    assert trainer.main(train, [str(path), "--find_clip", "--find_lr", *small]) == {}
     said = capsys.readouterr().out
     assert "test:" not in said
     assert "find_clip: --max_grad_norm '{discriminator: " in said
@@ -409,7 +469,7 @@ def test_a_recipe_needs_no_line_for_it(tmp_path: Path, capsys: pytest.CaptureFix
         assert page.count["figure"] >= 4
     trials = json.loads((folder / "find_clip.json").read_text())["optimizers"]["generator"]
     assert 3 <= len(trials["trials"]) <= 5
-    assert main(train, [str(path), "--device", "cpu", "--no-progressbar"]) == {"wer": 1.0}
+    assert trainer.main(train, [str(path), "--device", "cpu", "--no-progressbar"]) == {"wer": 1.0}
 
 
 def test_a_search_leaves_the_settings_of_a_run_and_its_files(
@@ -418,15 +478,19 @@ def test_a_search_leaves_the_settings_of_a_run_and_its_files(
     path, folder = tmp_path / "demo.yaml", tmp_path / "run"
     path.write_text(RECIPE.format(path=path, folder=folder))
     common = ["--device", "cpu", "--no-progressbar"]
-    main(train, [str(path), *common])
+    trainer.main(train, [str(path), *common])
     kept = ("hyperparams.yaml", "metrics.jsonl", "environment.json")
     before = [(folder / name).read_bytes() for name in kept]
     saved = sorted(folder.glob("checkpoints/*"))
     assert saved
-    main(
+    trainer.main(
         train,
         [str(path), "--find_clip", "--lr", "0.5", "--overwrite", "--find_trials", "4", *common],
     )
     assert [(folder / name).read_bytes() for name in kept] == before
     assert sorted(folder.glob("checkpoints/*")) == saved
     assert "--find_clip" in (folder / "command.txt").read_text()
+
+
+if __name__ == "__main__":
+    on_two_ranks(Path(sys.argv[1]))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import distributed, signals
 from trainer.checkpoint.run_state import Snapshot
-from trainer.clipping import Gradients, LayerClip, NormClip, ValueClip
-from trainer.clipping.norms import joint
+from trainer.clipping import Gradients, LayerClip, NormClip, ValueClip, joint
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError
 from trainer.optim.step import Update
