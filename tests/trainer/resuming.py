@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from tests.trainer.small import ema_of
 from trainer import Brain, Stage, distributed, signals
 from trainer.checkpoint import Checkpointer
 from trainer.schedules import EarlyStopping, NewBob, WarmupDecay
@@ -359,7 +360,7 @@ def final_state(brain: Learner) -> dict[str, Any]:
 
 def brain_state(brain: Brain) -> dict[str, Any]:
     """Return a copy of what every Brain ends with: weights, optimizers, counters, generators."""
-    average = brain.weight_average
+    average = ema_of(brain)
     name, keys, *rest = np.random.get_state()
     state = {
         "modules": dict(brain.modules.state_dict()),

@@ -133,6 +133,12 @@ def in_window(brain: Brain) -> bool:
     return any(update.window.count for update in brain.updates.values())
 
 
+def ema_of(brain: Brain) -> Any:
+    """The exponential average of the weights, None where there is none."""
+    entry = brain.stateful().get("ema")
+    return None if entry is None else entry.part
+
+
 def training_average(brain: Brain) -> Any:
     """The average of the epoch's losses so far."""
     return brain.stateful()["metrics"].part.average

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from trainer import Brain, EpochCounter, Stage, seed, signals, state
+from trainer import Brain, EpochCounter, Stage, seed, signals
 
 from .resuming import (
     ITEMS,
@@ -539,4 +539,4 @@ def test_the_state_of_a_run_has_every_part(tmp_path: Path) -> None:
         "train_stats", "longest", "best", "recent", "history", "kinds", "distinct", "early",
         "hparams.level",
     }  # fmt: skip
-    assert state.own(brain)["windows"]["main"]["count"] == 0
+    assert brain.updates["main"].window.count == 0

@@ -28,7 +28,7 @@ from trainer.schedules import EarlyStopping
 from ..processes import TwoRanks
 from . import resuming
 from .clipping_kinds import KINDS
-from .small import poison, same
+from .small import ema_of, poison, same
 from .two_processes import (
     ROUNDS,
     ByHand,
@@ -246,7 +246,7 @@ def picture(brain: Any) -> Found:
             "modules": dict(brain.modules.state_dict()),
             "trainable": {name: p.requires_grad for name, p in brain.modules.named_parameters()},
             "updates": {name: resuming.update_state(u) for name, u in brain.updates.items()},
-            "average": brain.weight_average.state_dict(),
+            "average": ema_of(brain).state_dict(),
             "step": brain.optimizer_step,
         }
     )
@@ -564,7 +564,7 @@ def run_batch_norm() -> Found:
     brain = make(Normalized, ema_decay=0.9)
     brain.modules["norm"] = nn.BatchNorm1d(3).double()
     brain.fit(range(1, 2), batches(sizes=(4,)), batches(sizes=(3,)))
-    average = brain.weight_average.state_dict()["average"]
+    average = ema_of(brain).state_dict()["average"]
     return {
         "mean": brain.modules.norm.running_mean.clone(), "average": average["norm.running_mean"],
         "losses": brain.losses, "weights": weights(brain),

@@ -22,6 +22,7 @@ from tests.recipes.separation.conftest import (
     mixture_folder,
     record,
 )
+from tests.trainer.small import training_average
 from trainer import NonFiniteError, StepReport, cli
 from trainer.checkpoint import Checkpointer
 from trainer.config.hyperparameters import load_hparams
@@ -223,7 +224,7 @@ def test_a_bad_batch_is_a_skipped_step_that_is_counted_and_not_in_the_average(na
     assert spoilt.optimizer_step == clean.optimizer_step == 2
     for one, other in zip((found[0], found[2]), expected, strict=True):
         assert (one.loss, one.norm, one.lr) == (other.loss, other.norm, other.lr)
-    assert spoilt.average.state_dict() == clean.average.state_dict()
+    assert training_average(spoilt).state_dict() == training_average(clean).state_dict()
 
 
 @pytest.mark.parametrize("name", BAD)
