@@ -522,19 +522,23 @@ def test_the_state_of_a_run_has_every_part(tmp_path: Path) -> None:
         each for each in brain.checkpointer.list_checkpoints() if each.name == "stop-6"
     )
     saved = brain.checkpointer.read(checkpoint)["brain"]
-    assert set(saved["objects"]) == {
-        "hparams.early_stopping", "hparams.shared", "hparams.generator", "hparams.numbers",
-        "counting", "dice", "made_late", "stage_total", "metrics.a", "metrics.b.0",
+    assert {name for name in saved if name.startswith("objects.")} == {
+        f"objects.{name}"
+        for name in (
+            "hparams.early_stopping", "hparams.shared", "hparams.generator", "hparams.numbers",
+            "counting", "dice", "made_late", "stage_total", "metrics.a", "metrics.b.0",
+        )
     }  # fmt: skip
-    assert saved["position"]["optimizer_step"] == 1
-    assert saved["weight_average"]["count"] == 1
-    assert saved["updates"]["main"]["schedule"]["last_epoch"] == 1
-    assert len(saved["updates"]["main"]["optimizer"]["state"]) == 6
-    assert saved["updates"]["main"]["scaler"]["scale"] == 65536.0
+    assert saved["progress"]["optimizer_step"] == 1
+    assert saved["ema"]["count"] == 1
+    assert saved["optimizers.main"]["schedule"]["last_epoch"] == 1
+    assert len(saved["optimizers.main"]["optimizer"]["state"]) == 6
+    assert saved["optimizers.main"]["scaler"]["scale"] == 65536.0
     own = torch.load(checkpoint.path / "rank-0.pt", weights_only=True)["brain"]
-    assert own["windows"]["main"]["count"] == 2
+    assert own["windows.main"]["count"] == 2
     assert set(own["rng"]) >= {"torch", "python", "numpy"}
-    assert own["average"]["sums"][""][1] == 16.0  # The examples of the first window.
+    # The examples of the first window.
+    assert own["metrics"]["average"]["sums"][""][1] == 16.0
     assert set(own["attributes"]["values"]) == {
         "train_stats", "longest", "best", "recent", "history", "kinds", "distinct", "early",
         "hparams.level",

@@ -64,7 +64,7 @@ def call_every_collective() -> Found:
     distributed.barrier()
     return {
         "rank": (rank, distributed.world_size(), distributed.local_rank(), distributed.is_main()),
-        "agree": distributed.agree(rank == 0, rank == 1, False, True),
+        "any_rank": distributed.any_rank(rank == 0, rank == 1, False, True),
         "gather": [len(each["text"]) for each in distributed.gather(long)],
         "gather_exact": distributed.gather(0.1 + rank),
         "gather_nan": str(distributed.gather(float("nan"))[1 - rank]),

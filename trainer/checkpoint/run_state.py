@@ -8,7 +8,7 @@ these two, and nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,8 @@ from trainer.progress import Progress
 from trainer.tree import map_leaves
 
 logger = logging.getLogger("trainer")
+
+OBJECTS = "the stateful objects of this Brain"
 
 
 class Stateful(Protocol):
@@ -143,16 +145,13 @@ class RunState:
             ValueError: if the state is another model's; nothing is changed then.
         """
         entries = self._stateful()
-        expected = [n for n, e in entries.items() if e.trained and e.restart is None]
-        optional = {n for n, e in entries.items() if e.restart is not None}
-        saved = [n for n in shared if n.split(".")[0] in ("modules", "optimizers")]
-        checks.same_keys(
-            "the optimizers of this Brain",
-            dict.fromkeys(n.removeprefix("optimizers.") for n in saved if n not in optional),
-            [name.removeprefix("optimizers.") for name in expected],
-        )
-        for name in expected:
+        own = [n for n in entries if n.startswith("objects.")]
+        names = [n for n in entries if n.startswith("optimizers.")]
+        entries["modules"].part.check_state_dict(shared["modules"])
+        _check_names("the optimizers of this Brain", "optimizers.", shared, names)
+        for name in names:
             entries[name].part.check_state_dict(shared[name])
+        _check_names(OBJECTS, "objects.", {n: 0 for n in own if n in shared}, own)
         for name, entry in entries.items():
             if entry.trained and name not in shared and entry.restart is not None:
                 entry.restart()
@@ -198,8 +197,10 @@ class RunState:
             self._restore(strict=True)
             return True
         if self._missing:
-            found = self._stateful()
-            _check_objects([name for name in self._missing if name in found], self._missing)
+            entries = self._stateful()
+            _check_names(
+                OBJECTS, "objects.", self._missing, [n for n in self._missing if n in entries]
+            )
             self._missing = []
         return False
 
@@ -241,10 +242,10 @@ class RunState:
         shared, local = self._shared or {}, self._local or {}
         entries = self._stateful()
         objects = [name for name in shared if name.startswith("objects.")]
-        found = [name for name in objects if name in entries]
-        if strict:
-            _check_objects(found, objects)
         self._missing = [name for name in objects if name not in entries]
+        if strict:
+            found = [name for name in objects if name in entries]
+            _check_names(OBJECTS, "objects.", objects, found)
         for name, entry in entries.items():
             if entry.trained:
                 continue
@@ -255,12 +256,10 @@ class RunState:
         self._shared = self._local = self._trained = None
 
 
-def _check_objects(found: list[str], saved: list[str]) -> None:
-    checks.same_keys(
-        "the stateful objects of this Brain",
-        dict.fromkeys(name.removeprefix("objects.") for name in saved),
-        [name.removeprefix("objects.") for name in found],
-    )
+def _check_names(owner: str, prefix: str, saved: Iterable[str], own: Iterable[str]) -> None:
+    """Raise ValueError where the entries of one kind are not those that were saved."""
+    names = [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
+    checks.same_keys(owner, dict.fromkeys(names), [name.removeprefix(prefix) for name in own])
 
 
 class ModuleState:
