@@ -67,7 +67,6 @@ def code_of(path: Path) -> str:
     return ast.unparse(tree)
 
 
-@pytest.mark.xfail(reason="trainer.brain still imports what hangs on callbacks")
 def test_the_layers_hold() -> None:
     """The contracts are in pyproject.toml; `lint-imports` shows which import breaks one."""
     done = subprocess.run(
