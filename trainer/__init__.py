@@ -10,6 +10,7 @@ from trainer import defaults
 from trainer.brain import Brain
 from trainer.callbacks import Callback
 from trainer.checkpoint import Checkpointer
+from trainer.compat import old_paths
 from trainer.epochs import EpochCounter
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.guard import NonFiniteError
@@ -17,9 +18,11 @@ from trainer.options import RunOptions
 from trainer.progress import Stage
 
 if TYPE_CHECKING:
-    from trainer.cli import Run, main
+    from trainer.cli import Run, launch, main
     from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
     from trainer.config.hyperparameters import load_hparams
+
+    __version__: str
 
 __all__ = [
     "Brain",
@@ -33,15 +36,16 @@ __all__ = [
     "StageReport",
     "StepReport",
     "create_experiment_directory",
+    "launch",
     "load_hparams",
     "main",
     "parse_arguments",
 ]
 
-# YAML and command line are imported when they are asked for: whoever only subclasses Brain in a
-# program of their own does not wait for them.
-_LATER = {
+# YAML and command line are imported on first use: programs that only subclass Brain start faster.
+_LAZY = {
     "Run": "trainer.cli",
+    "launch": "trainer.cli",
     "main": "trainer.cli",
     "load_hparams": "trainer.config.hyperparameters",
     "create_experiment_directory": "trainer.compat.speechbrain",
@@ -81,7 +85,17 @@ def _register_defaults() -> None:
 _register_defaults()
 
 
+old_paths.install(__path__)
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("cortex-speech")
+        except PackageNotFoundError:  # a checkout that is not installed
+            return "0+unknown"
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name]), name)
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""What can be done with a run that is over: `python -m trainer replay RUN STEP`."""
+"""Tools for finished runs: `python -m trainer replay RUN STEP`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.cli.replay import USAGE, replay
 
 
 def main() -> int:
-    """Exit code 2 and a sentence for what the user can mend."""
+    """Run the tool that the arguments name; return its exit code, 2 for a user's error."""
     if sys.argv[1:2] != ["replay"]:
         print(USAGE, file=sys.stderr)
         return 2

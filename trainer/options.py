@@ -1,4 +1,4 @@
-"""The options of a run: everything the framework lets a YAML or a command line decide.
+"""Run options: everything the framework lets a YAML or a command line decide.
 
 Each option is a field of `RunOptions` with its default, its type and one line of help; the command
 line, `--help` and the Brain all read it from there. Precedence: default < YAML < command line.
@@ -7,15 +7,34 @@ line, `--help` and the Brain all read it from there. Precedence: default < YAML 
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 import math
 import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+# Former names of options, accepted in a YAML, on the command line and as attributes.
+ALIASES = {"on_bad_audio": "on_bad_item", "max_bad_audio": "max_bad_item"}
+
+logger = logging.getLogger("trainer")
+
+
+def current_name(name: str) -> str:
+    """Return the current name of an option; the first use of a former name is logged."""
+    if name in ALIASES:
+        _note_alias(name)
+    return ALIASES.get(name, name)
+
+
+@functools.cache
+def _note_alias(name: str) -> None:
+    logger.warning("the option %s is now called %s", name, ALIASES[name])
 
 
 def _option(
@@ -25,114 +44,192 @@ def _option(
     choices: tuple[str, ...] = (),
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    section: str = "",
+    transient: bool = False,
 ) -> Any:
-    """A field with its line of help and what its value may be beyond its type."""
-    limits = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata=limits)
+    """Make a field with its help and its limits.
+
+    Args:
+        default: value without a YAML and a command line.
+        help: noun phrase for `--help`.
+        choices: allowed texts; none: any.
+        at_least: lower limit of a number.
+        at_most: upper limit of a number.
+        section: heading of `--help` that begins with this option.
+        transient: the option is of one command, not of the run: it is not written to
+            hyperparams.yaml.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "at_least": at_least,
+        "at_most": at_most,
+        "section": section,
+        "transient": transient,
+    }
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class RunOptions:
-    """How a run behaves, whatever its model: device, precision, guards, logging, saving.
+    """Behaviour of a run, independent of its model: device, precision, guards, logging, saving.
 
-    A value is checked where it enters: a wrong type, a choice that does not exist or a number out
-    of range is a ValueError that names the option, the value and what is allowed.
+    The help of each field documents it, its type, its choices and its limits.
+
+    Args:
+        **options: any of the fields by name.
+
+    Raises:
+        ValueError: a value has the wrong type, is not among the choices or is out of range; the
+            message names the option, the value and what is allowed.
     """
 
-    device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1 …")
+    device: str = _option(
+        "auto",
+        "compute device: auto (CUDA if there is one), cpu, cuda, cuda:1, …",
+        section="Training",
+    )
     threads: int | None = _option(
         None,
-        "of a CPU, for torch; null: as many as torch takes, too many for small models",
+        "number of CPU threads for torch (null: torch's default, often slow for small models)",
         at_least=1,
     )
+    seed: int = _option(1234, "random seed", at_least=0, at_most=2**63 - 1)
+    output_folder: str | None = _option(
+        None, "run folder (null: results/<task>/<name>/<seed> in the current folder)"
+    )
+    overwrite: bool = _option(False, "restart in a run folder that is not empty", transient=True)
+    test_only: bool = _option(False, "test of the best checkpoint without training", transient=True)
+    grad_accumulation_factor: int = _option(1, "batches per optimizer step", at_least=1)
+    optimizer_step_limit: int | None = _option(
+        None, "number of optimizer steps after which training ends (null: no limit)", at_least=1
+    )
+    schedule_every: str = _option(
+        "epoch", "interval at which torch's learning-rate schedules step", choices=("step", "epoch")
+    )
+    ema_decay: float | None = _option(
+        None,
+        "decay of an exponential moving average of the weights, used for evaluation, e.g. 0.999 "
+        "(null: none)",
+        at_least=0,
+        at_most=1,
+    )
+    drift_check_every: int = _option(
+        100, "batches between two comparisons of the ranks' weights (0: never)", at_least=0
+    )
+
     precision: str = _option(
-        "fp32", "of the forward pass in training", choices=("fp32", "fp16", "bf16")
+        "fp32",
+        "precision of the forward pass in training",
+        choices=("fp32", "fp16", "bf16"),
+        section="Precision and compilation",
     )
     eval_precision: str | None = _option(
-        None, "of validation and test; null: as in training", choices=("fp32", "fp16", "bf16")
+        None,
+        "precision for validation and test (null: same as training)",
+        choices=("fp32", "fp16", "bf16"),
     )
+    compile: bool = _option(False, "compilation of the modules by torch.compile")
+    compile_mode: str | None = _option(
+        None,
+        "mode of torch.compile (null: default)",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    compile_modules: list[str] | None = _option(None, "modules to compile (null: all)")
+
     max_grad_norm: float | None | dict[str, float | None] = _option(
-        5.0, "largest gradient, or one a name of optimizer; null, inf, 0: measure only"
+        5.0,
+        "gradient clipping limit, or one per optimizer name (null, inf or 0: no clipping)",
+        section="Clipping and non-finite steps",
     )
     clip: str | Any = _option(
         "norm",
-        "scale the whole gradient, or cut each element; a YAML may hold any trainer.clipping kind",
+        "clipping kind: norm scales the whole gradient, value cuts each element; a YAML may hold "
+        "any object of trainer.clipping",
         choices=("norm", "value"),
     )
     nonfinite_patience: int = _option(
-        3, "losses or gradients that are not finite, an epoch, before the run stops", at_least=0
+        3, "non-finite losses or gradients tolerated per epoch", at_least=0
     )
     nonfinite_reports: int = _option(
-        5, "skipped steps of a run that are looked into, and kept to be replayed", at_least=0
+        5, "skipped steps per run that are diagnosed and kept for replay", at_least=0
     )
     skip_nonfinite_grads: bool = _option(
-        False, "leave out only the parameters whose gradients are not finite"
+        False, "exclusion of only the parameters with non-finite gradients from a step"
     )
-    grad_accumulation_factor: int = _option(1, "batches to one optimizer step", at_least=1)
-    optimizer_step_limit: int | None = _option(
-        None, "optimizer steps after which training ends", at_least=1
-    )
-    drift_check_every: int = _option(
-        100, "batches between two comparisons of the ranks' weights; 0: never", at_least=0
-    )
-    seed: int = _option(1234, "of everything random", at_least=0, at_most=2**63 - 1)
-    schedule_every: str = _option(
-        "epoch", "when torch's own learning-rate schedules move", choices=("step", "epoch")
-    )
-    ema_decay: float | None = _option(
-        None, "evaluate an exponential average of the weights, e.g. 0.999", at_least=0, at_most=1
-    )
-    log_interval: int = _option(50, "steps between two lines of metrics.jsonl", at_least=1)
-    progressbar: bool = _option(True, "show progress on the terminal")
-    tensorboard: bool = _option(False, "write curves for TensorBoard too")
-    monitor_every: int = _option(
-        50, "optimizer steps between two looks at the layers; 0: no monitors", at_least=0
-    )
+
     checkpoint_every_steps: int | None = _option(
-        None, "save inside an epoch, every so many optimizer steps", at_least=1
+        None,
+        "optimizer steps between checkpoints within an epoch (null: none)",
+        at_least=1,
+        section="Checkpoints",
     )
     checkpoint_every_minutes: float | None = _option(
-        None, "save inside an epoch, every so many minutes", at_least=0
+        None, "minutes between checkpoints within an epoch (null: none)", at_least=0
     )
     average_checkpoints: int = _option(
-        1, "how many checkpoints are averaged for the test", at_least=1
+        1, "number of checkpoints whose average is tested", at_least=1
     )
-    debug: bool = _option(False, "a few batches of each stage; nothing is kept")
-    debug_batches: int = _option(2, "batches of each stage under --debug", at_least=1)
-    debug_epochs: int = _option(2, "epochs under --debug", at_least=1)
+
+    log_interval: int = _option(
+        50, "steps between two lines of metrics.jsonl", at_least=1, section="Logging"
+    )
+    progressbar: bool = _option(True, "progress bar on the terminal", transient=True)
+    tensorboard: bool = _option(False, "TensorBoard curves in the run folder")
+    monitor_every: int = _option(
+        50, "optimizer steps between two measurements of the layers (0: never)", at_least=0
+    )
+
+    on_bad_item: str = _option(
+        "skip",
+        "action for an item that cannot be used",
+        choices=("skip", "raise"),
+        section="Data",
+    )
+    max_bad_item: float = _option(
+        0.05, "fraction of items that may be skipped before the run stops", at_least=0, at_most=1
+    )
+
+    find_clip: bool = _option(
+        False,
+        "search for the clipping limit of each optimizer, in place of training",
+        section="Tuning",
+        transient=True,
+    )
+    find_lr: bool = _option(
+        False,
+        "search for the learning rate of each optimizer, in place of training",
+        transient=True,
+    )
+    find_steps: int = _option(
+        60, "optimizer steps per trial (find_lr: twice as many)", at_least=10, transient=True
+    )
+    find_trials: int = _option(
+        12, "maximum number of trials per clipping limit", at_least=4, transient=True
+    )
+
+    debug: bool = _option(
+        False,
+        "trial run of a few batches per stage in a temporary folder",
+        section="Debugging",
+        transient=True,
+    )
+    debug_batches: int = _option(2, "batches per stage with --debug", at_least=1)
+    debug_epochs: int = _option(2, "epochs with --debug", at_least=1)
     overfit_batches: int = _option(
-        0, "train on the first so many batches alone; 0: on all", at_least=0
+        0, "number of first batches to which training is limited (0: all)", at_least=0
     )
     replay: str | None = _option(
-        None, "a folder of nonfinite/: replay its batch, train nothing (python -m trainer replay)"
+        None,
+        "folder of a skipped step (RUN/nonfinite/STEP) to replay in place of training; see "
+        "python -m trainer replay",
+        transient=True,
     )
-    test_only: bool = _option(False, "no training: test the best checkpoint")
-    find_clip: bool = _option(False, "no training: look for the clip limit of each optimizer")
-    find_lr: bool = _option(False, "no training: look for the learning rate of each optimizer")
-    find_steps: int = _option(
-        60, "optimizer steps of a trial; --find_lr takes twice as many", at_least=10
+    profile_training: bool = _option(
+        False, "torch.profiler trace of a few training steps", transient=True
     )
-    find_trials: int = _option(12, "at most so many trials for each limit", at_least=4)
-    profile_training: bool = _option(False, "write a torch.profiler trace of some steps")
     profile_warmup: int = _option(5, "steps before the trace", at_least=0)
     profile_steps: int = _option(5, "steps in the trace", at_least=1)
-    compile: bool = _option(False, "torch.compile the modules")
-    compile_mode: str | None = _option(
-        None,
-        "of torch.compile",
-        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    )
-    compile_modules: list[str] | None = _option(None, "which modules to compile; null: all")
-    output_folder: str | None = _option(
-        None, "run folder; null: results/<task>/<name>/<seed> in the current folder"
-    )
-    overwrite: bool = _option(False, "start over in a run folder that is not empty")
-    on_bad_audio: str = _option(
-        "skip", "what to do with a file that cannot be used", choices=("skip", "raise")
-    )
-    max_bad_audio: float = _option(
-        0.05, "share of files that may be skipped before the run stops", at_least=0, at_most=1
-    )
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
@@ -140,46 +237,64 @@ class RunOptions:
         if self.searching and self.test_only:
             raise ValueError("find_clip and find_lr train for a while: leave out test_only")
 
+    if not TYPE_CHECKING:  # mypy is to refuse former names
+
+        def __getattr__(self, name: str) -> Any:
+            """Return the option that `name` is the former name of."""
+            if name in ALIASES:
+                return getattr(self, ALIASES[name])
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def searching(self) -> bool:
-        """Whether `fit` looks for settings instead of training."""
+        """True if `fit` searches for settings in place of training."""
         return self.find_clip or self.find_lr
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names of all options, in the order of the help."""
+        """Return the names of all options, in the order of the help."""
         return [each.name for each in fields(cls)]
 
     @classmethod
     def build(
         cls, hparams: Mapping[str, Any], run_opts: Mapping[str, Any] | RunOptions | None = None
     ) -> RunOptions:
-        """Defaults, beneath the keys of `hparams` that are options, beneath `run_opts`.
+        """Combine defaults, hyperparameters and explicit options.
 
-        A `RunOptions` is complete as it is, but for a clipper object. Unknown keys of `hparams` are
-        the recipe's own; an unknown key of `run_opts` is a ValueError that names the nearest one.
+        Args:
+            hparams: keys that are run options replace the defaults; others are the recipe's own.
+            run_opts: options that replace those of `hparams`. A `RunOptions` is taken as it is,
+                except that a clipper object in `hparams` replaces its default `clip`.
+
+        Raises:
+            ValueError: `run_opts` has an unknown key, or a value is not allowed.
         """
         if isinstance(run_opts, RunOptions):
             if not isinstance(hparams.get("clip", "norm"), str) and run_opts.clip == "norm":
-                return replace(run_opts, clip=hparams["clip"])  # An object, built since.
+                return replace(run_opts, clip=hparams["clip"])  # an object, built since then
             return run_opts
         known = cls.names()
-        for name in run_opts or {}:
+        given = {current_name(name): value for name, value in (run_opts or {}).items()}
+        for name in given:
             if name not in known:
                 raise ValueError(f"{name!r} is not a run option{nearest(name, known)}")
-        values = {name: hparams[name] for name in known if name in hparams}
-        return cls(**{**values, **(run_opts or {})})
+        own = {current_name(name): value for name, value in hparams.items()}
+        return cls(**{name: own[name] for name in known if name in own} | given)
 
 
 HINTS: dict[str, Any] = typing.get_type_hints(RunOptions)
 METADATA: dict[str, Mapping[str, Any]] = {each.name: each.metadata for each in fields(RunOptions)}
+TRANSIENT_OPTIONS = tuple(name for name in METADATA if METADATA[name]["transient"])
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of option `name` in its type, or a ValueError that says what is allowed.
+    """Convert the value of option `name` to its type and check it.
 
-    Whole numbers become floats where a float is meant, the texts "inf" and "-inf" too (YAML's own
-    spelling, `.inf`, is little known), and paths and torch devices become text.
+    Integers become floats where a float is expected, the texts "inf" and "-inf" too (YAML's own
+    spelling is `.inf`), and paths and torch devices become text.
+
+    Raises:
+        ValueError: the value is not allowed; the message says what is.
     """
     if isinstance(value, (os.PathLike, torch.device)):
         value = str(value)
@@ -198,7 +313,7 @@ def checked(name: str, value: Any) -> Any:
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """`value` as an instance of the type `hint`, or TypeError."""
+    """Return `value` as an instance of the type `hint`, or raise TypeError."""
     if hint is Any:
         return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -213,14 +328,17 @@ def _fit(value: Any, hint: Any) -> Any:
         return {_fit(key, inner[0]): _fit(each, inner[1]) for key, each in value.items()}
     if origin is list and isinstance(value, (list, tuple)):
         return [_fit(each, inner[0]) for each in value]
-    if hint is float and not isinstance(value, bool):
-        if value in ("inf", "-inf"):
-            return float(value)
-        if isinstance(value, (int, float)) and not math.isnan(value):
-            return float(value)
-    # `type() is`, since True would pass as an int.
-    elif origin is None and type(value) is hint:
+    if hint is float:
+        return _fit_float(value)
+    if origin is None and type(value) is hint:  # not isinstance: True would pass as an int
         return value
+    raise TypeError
+
+
+def _fit_float(value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value in ("inf", "-inf") or (number and not math.isnan(value)):
+        return float(value)
     raise TypeError
 
 
@@ -229,7 +347,7 @@ def _refusal(name: str, value: Any) -> str:
 
 
 def allowed(name: str) -> str:
-    """What option `name` may be, in words: "one of norm, value", "a number from 0 to 1 or null"."""
+    """Describe the allowed values of option `name`, such as "a number from 0 to 1 or null"."""
     limits, hint = METADATA[name], HINTS[name]
     parts = [each for each in typing.get_args(hint) or (hint,) if each is not type(None)]
     if typing.get_origin(hint) is list:
@@ -259,7 +377,7 @@ def _words(hint: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """How a message goes on after an unknown name: "; did you mean 'epochs'?", or nothing.
+    """Return the end of a message about an unknown name: the closest known one, or nothing.
 
     >>> nearest("epoch", ["epochs", "seed"])
     "; did you mean 'epochs'?"

@@ -1,1 +1,17 @@
-"""Automatic speech recognition: Conformer with CTC."""
+"""Automatic speech recognition: Conformer with CTC.
+
+Attributes:
+    RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
+        a trained model needs.
+    YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+"""
+
+RUN_NAMES: tuple[str, ...] = (
+    "model.ConformerCTC",
+    "model.FrameNorm",
+    "model.LogMel",
+    "model.Subsampling",
+    "text.Characters",
+    "text.Pieces",
+)
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.digits", "data.embedded", "data.librispeech")

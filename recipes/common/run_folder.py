@@ -22,5 +22,7 @@ def load_brain(kind: type[Trained], run: Path, device: str = "auto", **changes: 
     file = run / "hyperparams.yaml"
     if not file.is_file():
         raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
-    hparams = load_hparams(file, {"output_folder": str(run), "device": device, **changes})
+    hparams = load_hparams(
+        file, {"output_folder": str(run), "device": device, **changes}, run_folder=True
+    )
     return kind(hparams["modules"], hparams=hparams, checkpointer=hparams["checkpointer"])

@@ -260,7 +260,7 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     file = Path(run) / "hyperparams.yaml"
     if not file.is_file():
         raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
-    configuration = Configuration(file)
+    configuration = Configuration(file, run_folder=True)
     keys = {key.name for key in configuration.described()}
     if missing := {"generator", "discriminator", "mel", "checkpointer", "best"} - keys:
         raise ValueError(

@@ -1,1 +1,17 @@
-"""Speech enhancement: MetricGAN+."""
+"""Speech enhancement: MetricGAN+.
+
+Attributes:
+    RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
+        a trained model needs.
+    YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+"""
+
+RUN_NAMES: tuple[str, ...] = (
+    "discriminator.Discriminator",
+    "history.History",
+    "model.Generator",
+    "model.LearnableSigmoid",
+    "model.Spectrum",
+    "phases.Phase",
+)
+YAML_NAMES: tuple[str, ...] = RUN_NAMES

@@ -1,1 +1,10 @@
-"""Speech enhancement: SEGAN."""
+"""Speech enhancement: SEGAN.
+
+Attributes:
+    RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
+        a trained model needs.
+    YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+"""
+
+RUN_NAMES: tuple[str, ...] = ("model.Discriminator", "model.Generator", "model.VirtualBatchNorm")
+YAML_NAMES: tuple[str, ...] = RUN_NAMES

@@ -1,1 +1,21 @@
-"""Speech separation: several people who talk at once, each on a track of their own."""
+"""Speech separation: a track for each of several simultaneous talkers.
+
+Attributes:
+    RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
+        a trained model needs.
+    YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+"""
+
+RUN_NAMES: tuple[str, ...] = ("model.SepFormer", "model.SineTasNet")
+YAML_NAMES: tuple[str, ...] = (
+    *RUN_NAMES,
+    "folders.librimix",
+    "folders.wsj0mix",
+    "mixing.Mixing",
+    "mixing.drawn",
+    "recorded.recorded",
+    "speech.coloured",
+    "speech.embedded",
+    "speech.recorded",
+    "speech.wham",
+)

@@ -1,1 +1,15 @@
-"""Synthesis of speech from text: torchaudio's Tacotron2."""
+"""Text-to-speech synthesis: torchaudio's Tacotron2.
+
+Attributes:
+    RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
+        a trained model needs.
+    YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+"""
+
+RUN_NAMES: tuple[str, ...] = (
+    "losses.Objective",
+    "model.Tacotron",
+    "text.Characters",
+    "text.Phonemes",
+)
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.embedded", "data.readings")

@@ -25,6 +25,7 @@ from recipes.common.run_folder import load_brain
 from recipes.tacotron2.data import datasets
 from recipes.tacotron2.sound import make_sound
 from recipes.tacotron2.train import Synthesiser
+from trainer.config.hyperparameters import load_hparams
 
 
 class Listener:
@@ -70,7 +71,8 @@ def main() -> None:
     given = parser.parse_args()
     brain = load_brain(Synthesiser, given.run, "cpu")
     own = brain.hparams
-    test = datasets(own.corpus(), own.front, own.mel, own.longest_text, own.quiet)["test"]
+    corpus = load_hparams(given.run / "hyperparams.yaml")["corpus"]
+    test = datasets(corpus(), own.front, own.mel, own.longest_text, own.quiet)["test"]
     sound, listen = make_sound(own.mel, given.vocoder), Listener()
     silent, rows = round(given.silence * own.mel.sample_rate), []
     with brain.best_weights(min_key="mel_l1"):

@@ -1,13 +1,15 @@
-"""What a YAML may not name of the recipes: programs, and whatever leaves a file behind."""
+"""Names of recipes in a YAML: those that the recipes list, and nothing that writes files."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from trainer.config.guard import Guard
+from trainer.config.hyperparameters import Configuration
+from trainer.config.registry import Registry, listed_names, recipe_packages
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WRITING = {"write_text", "write_bytes", "mkdir", "unlink", "rmtree", "rename", "save", "SoundFile"}
@@ -16,7 +18,7 @@ KNOWN = {"recipes.asr.text.Pieces"}
 
 
 def writes(node: ast.AST) -> bool:
-    """Whether there is a call in it that writes a file."""
+    """Return True if a node contains a call that writes a file."""
     for call in (each for each in ast.walk(node) if isinstance(each, ast.Call)):
         name = ast.unparse(call.func)
         last = name.rpartition(".")[2]
@@ -38,10 +40,44 @@ def found() -> Iterator[str]:
                     yield f"{module}.{node.name}"
 
 
-def test_what_writes_files_is_refused() -> None:
+def test_every_recipe_lists_names_that_exist() -> None:
+    folders = {f"recipes.{each.parent.name}" for each in RECIPES.glob("*/__init__.py")}
+    assert set(recipe_packages()) == folders
+    assert len(folders) == 8
+    count = 0
+    for package in sorted(folders):
+        source = ast.parse((RECIPES / package.partition(".")[2] / "__init__.py").read_text())
+        assert not [
+            each for each in ast.walk(source) if isinstance(each, ast.Import | ast.ImportFrom)
+        ]
+        names = listed_names(package, "YAML_NAMES")
+        assert set(names) >= set(listed_names(package, "RUN_NAMES"))
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            assert Registry().locate(name) is getattr(importlib.import_module(module), attribute)
+        count += len(names)
+    assert count >= 40
+
+
+def test_what_writes_files_is_not_listed() -> None:
     names = set(found())
+    listed = {name for each in recipe_packages() for name in listed_names(each, "YAML_NAMES")}
     assert len(names) >= 30
-    assert names >= KNOWN
+    assert names & listed == KNOWN
     for name in sorted(names - KNOWN):
-        with pytest.raises(ValueError, match=re.escape(name)):
-            Guard().locate(name)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} is not allowed: .*__init__\.py"):
+            Registry().locate(name)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES.parent / "hparams").rglob("*.yaml")), ids=str)
+def test_every_yaml_is_built_and_its_run_folder_without_the_corpus(path: Path) -> None:
+    wide, narrow = Configuration(path), Configuration(path, run_folder=True)
+    top = [key for key in wide.described() if "." not in key.name]
+    for each in (wide, narrow):
+        each.override({key.name: "x" for key in top if key.default.strip() == "!PLACEHOLDER"})
+    everything, kept = wide.build(), narrow.build()
+    assert set(everything) == {key.name for key in top}
+    assert set(kept) <= set(everything)
+    assert "corpus" not in kept
+    assert ("modules" in kept) == ("modules" in everything)
+    assert ("checkpointer" in kept) == ("checkpointer" in everything)

@@ -1,4 +1,4 @@
-"""From a command line to a run folder: the grammar, the records, and how errors are told."""
+"""Command line, `main` and `launch`: grammar, run folder, error messages."""
 
 import importlib.util
 import json
@@ -20,9 +20,12 @@ import pytest
 import torch
 
 from recipes.common.quality import require
-from trainer.cli import Run, arguments, configure, main
+from tests.trainer.small import Regressor, batches, net
+from trainer import Checkpointer
+from trainer.cli import Run, arguments, configure, launch, main
 from trainer.cli.environment import environment, git
 from trainer.cli.folder import OWN, RunFolder, differences
+from trainer.cli.replay import command as replay_command
 from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
 from trainer.config.hyperparameters import Configuration, Text, load_hparams
 from trainer.options import RunOptions
@@ -48,7 +51,7 @@ DEMO = """\
 
 @pytest.fixture
 def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The path of a small YAML, relative to the current folder."""
+    """Write a small YAML; return its path, relative to the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     path = tmp_path / "hparams" / "toy" / "demo.yaml"
@@ -58,7 +61,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def keep(runs: list[Run]) -> Callable[[Run], dict[str, Any]]:
-    """A `train` that keeps what it is given."""
+    """Return a `train` that appends its argument to `runs`."""
 
     def train(run: Run) -> dict[str, Any]:
         runs.append(run)
@@ -68,7 +71,7 @@ def keep(runs: list[Run]) -> Callable[[Run], dict[str, Any]]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], train: Any, *argv: str) -> str:
-    """What a run that ends with exit code 2 says on stderr."""
+    """Return what a run that ends with exit code 2 writes to stderr."""
     with pytest.raises(SystemExit) as stopped:
         main(train, argv)
     assert stopped.value.code == 2
@@ -275,6 +278,7 @@ def test_differences_are_named_by_key() -> None:
         ("--debug --no-progressbar", [("debug", True), ("progressbar", False)]),
         ("--sizes [3,4]", [("sizes", "[3,4]")]),
         ("--width 3 --width 4", [("width", "3"), ("width", "4")]),
+        ("--on_bad_audio raise", [("on_bad_item", "raise")]),
     ],
 )
 def test_arguments_say_what_to_change(demo: str, argv: str, changes: list[Any]) -> None:
@@ -377,6 +381,25 @@ def test_a_wrong_option_in_the_yaml_is_named_with_its_line(
     )
 
 
+def test_former_names_of_options_work_in_yaml_and_on_the_command_line(demo: str) -> None:
+    Path("base.yaml").write_text("on_bad_audio: raise\nkinds: {a: !ref <on_bad_audio>}\n")
+    Path("old.yaml").write_text(
+        "base: base.yaml\nmax_bad_audio: 0.5\nhalf: !ref <max_bad_audio>/2\n"
+    )
+    configuration, options = configure(["old.yaml"])
+    assert (options.on_bad_item, options.max_bad_item) == ("raise", 0.5)
+    assert configuration.build()["kinds"] == {"a": "raise"}
+    assert configuration.build()["half"] == 0.25
+    for name in ("on_bad_audio", "on_bad_item"):
+        configuration, options = configure(["old.yaml", f"--{name}", "skip"])
+        assert options.on_bad_item == configuration.build()["on_bad_item"] == "skip"
+        assert configuration.build()["kinds"] == {"a": "skip"}
+        assert load_hparams("old.yaml", {name: "skip"})["kinds"] == {"a": "skip"}
+    Path("both.yaml").write_text("on_bad_audio: raise\non_bad_item: skip\n")
+    with pytest.raises(ValueError, match="line 1: on_bad_audio is the former name of on_bad_item"):
+        load_hparams("both.yaml")
+
+
 def test_options_of_one_command_are_not_written_down(demo: str) -> None:
     configuration, options = configure(
         [demo, "--test_only", "--no-progressbar", "--overwrite=true"]
@@ -407,13 +430,43 @@ def test_help_lists_options_and_keys_without_building(
     assert all(re.search(rf"^  --{name} ", shown, re.M) for name in RunOptions.names())
     assert re.search(r"^  --width 2 +channels$", shown, re.M)
     assert re.search(r"^  --seed 7 +Of everything random\.$", shown, re.M)
-    assert re.search(r"^  --precision bf16 +of the forward pass", shown, re.M)
+    assert re.search(r"^  --precision bf16 +precision of the forward pass", shown, re.M)
     assert re.search(r"^  --model\.out_features !ref <width>$", shown, re.M)
     assert re.search(r"^  --open !PLACEHOLDER +a folder$", shown, re.M)
     assert "not.there.AtAll" in shown
     main(keep([]), ["-h"])
     assert "train.py FILE --help lists the keys of a YAML too." in capsys.readouterr().out
     assert not Path("results").exists()
+
+
+def test_help_is_grouped_and_ends_with_examples(
+    demo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    main(keep([]), [demo, "--help"])
+    shown = capsys.readouterr().out
+    headings = re.findall(r"^([A-Z].*):$", shown, re.M)
+    assert headings == [
+        "Training",
+        "Precision and compilation",
+        "Clipping and non-finite steps",
+        "Checkpoints",
+        "Logging",
+        "Data",
+        "Tuning",
+        "Debugging",
+        f"Keys of {demo}",
+        "Examples",
+    ]
+    assert re.search(
+        r"^  --eval_precision null .*\(null: same as training\) {fp32,fp16,bf16}$", shown, re.M
+    )
+    examples = [line.split() for line in shown.partition("Examples:\n")[2].splitlines()]
+    assert len(examples) >= 2
+    for words in examples[:-1]:
+        assert words[:2] == ["train.py", demo]
+        if "cuda" not in words:
+            configure(words[1:])
 
 
 # ---------------------------------------------------------------- how a run ends
@@ -427,7 +480,7 @@ def test_a_mistake_in_the_yaml_is_a_sentence_and_its_traceback_is_in_the_log(
     assert "(its traceback is in results/toy/demo/7/train.log)" in said
     log = Path("results/toy/demo/7/train.log").read_text()
     assert "Traceback (most recent call last)" in log
-    assert "Misbuilt" in log
+    assert "BuildError" in log
 
 
 def test_a_missing_placeholder_is_a_sentence(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,6 +514,16 @@ def test_a_package_to_be_installed_is_a_sentence_and_a_missing_module_a_bug(
 
     with pytest.raises(ModuleNotFoundError, match="not_there"):
         main(import_, [demo])
+
+
+def test_an_error_of_a_recipe_that_runs_as_a_script_is_a_sentence(
+    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parents[2] / "recipes" / "asr" / "train.py"
+    code = compile("def train(run):\n    raise ValueError('no speech')\n", str(script), "exec")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(code, names)
+    assert "error: no speech" in fails(capsys, names["train"], demo)
 
 
 def test_a_bug_keeps_its_traceback_and_is_in_the_log(demo: str) -> None:
@@ -564,6 +627,172 @@ def test_a_package_of_ones_own_is_allowed_by_main(
     assert runs[0].hparams["net"].width == 3
 
 
+def test_a_package_that_lists_its_names_is_open_to_these_alone(
+    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "mytask"
+    package.mkdir()
+    (package / "__init__.py").write_text("YAML_NAMES = ('nets.Net',)\nRUN_NAMES = ()\n")
+    (package / "nets.py").write_text("class Net:\n    width = 3\nclass Other(Net):\n    pass\n")
+    (package / "train.py").write_text(
+        "def train(run):\n    return {'width': run.hparams['net'].width}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train = importlib.import_module("mytask.train").train
+    Path("toy.yaml").write_text("net: !new:mytask.nets.Net\n")
+    assert main(train, ["toy.yaml"]) == {"width": 3}
+    Path("other.yaml").write_text("net: !new:mytask.nets.Other\n")
+    said = fails(capsys, train, "other.yaml")
+    assert "mytask.nets.Other is not allowed: mytask does not list it" in said
+    assert "YAML_NAMES of mytask/__init__.py" in said
+
+
+# ---------------------------------------------------------------- runs from Python
+
+
+def regress(run: Run) -> dict[str, float]:
+    """Train a small network for the epochs of the hyperparameters, and test it."""
+    brain = Regressor(
+        {"net": net()},
+        lambda params: torch.optim.SGD(params, run.hparams["lr"]),
+        run.hparams,
+        run.options,
+        run.checkpointer,
+    )
+    brain.fit(range(1, run.hparams["epochs"] + 1), batches(3), batches(1))
+    return {
+        "loss": brain.evaluate(batches(1)),
+        "epochs": brain.epoch,
+        "steps": brain.optimizer_step,
+    }
+
+
+def test_launch_leaves_a_run_folder_and_returns_the_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    folder = tmp_path / "runs" / "x"
+    hparams = {
+        "lr": 0.1,
+        "epochs": 2,
+        "seed": 7,
+        "progressbar": False,
+        "net": torch.nn.Linear(1, 2),
+        "nested": {"path": tmp_path, "act": torch.relu, "sizes": (1, 2)},
+    }
+    metrics = launch(regress, hparams, output_folder=folder)
+    assert metrics["steps"] == 6
+    assert capsys.readouterr().out.startswith("test: loss=")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert logging.getLogger("trainer").handlers == []
+    assert {each.name for each in folder.iterdir()} >= {
+        *("hyperparams.yaml", "command.txt", "environment.json", "train.log", "metrics.jsonl"),
+        "checkpoints",
+    }
+    record = load_hparams(folder / "hyperparams.yaml")
+    assert record == {
+        "lr": 0.1,
+        "epochs": 2,
+        "seed": 7,
+        "net": "repr: Linear(in_features=1, out_features=2, bias=True)",
+        "nested": {
+            "path": str(tmp_path),
+            "act": "repr: <built-in method relu of type object>",
+            "sizes": [1, 2],
+        },
+        "output_folder": str(folder),
+    }
+    assert "stands for an object" in (folder / "hyperparams.yaml").read_text().splitlines()[0]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["stage"] == "test"
+    assert last["steps"] == 6
+
+
+def test_launch_again_resumes_and_says_what_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hparams = {"lr": 0.1, "epochs": 2, "progressbar": False, "act": torch.nn.ReLU()}
+    launch(regress, hparams, tmp_path / "half")
+    assert launch(regress, hparams | {"epochs": 4}, tmp_path / "half")["steps"] == 12
+    whole = launch(regress, hparams | {"epochs": 4}, tmp_path / "whole")
+    resumed = launch(regress, hparams | {"epochs": 4}, tmp_path / "half")
+    assert resumed == whole
+    assert "at the last start: epochs: 2 -> 4\n" in capsys.readouterr().err
+    fresh = launch(regress, hparams | {"epochs": 1, "overwrite": True}, tmp_path / "half")
+    assert fresh["steps"] == 3
+
+
+def test_launch_and_main_train_the_same(demo: str, tmp_path: Path) -> None:
+    Path("toy.yaml").write_text("lr: 0.1\nepochs: 2\nprogressbar: false\n")
+    assert main(regress, ["toy.yaml", "--seed=5"]) == launch(
+        regress, {"lr": 0.1, "epochs": 2, "progressbar": False, "seed": 5}, tmp_path / "x"
+    )
+
+
+def test_launch_raises_what_train_raises_and_releases_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+
+    def train(run: Run) -> None:
+        raise RuntimeError("too warm")
+
+    with pytest.raises(RuntimeError, match="too warm"):
+        launch(train, {}, folder)
+    log = (folder / "train.log").read_text()
+    assert "RuntimeError: too warm" in log
+    assert "Traceback" in log
+    assert launch(lambda run: {"seed": run.options.seed}, {}, folder) == {"seed": 1234}
+
+
+def test_launch_is_interrupted_by_exceptions(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    for number, kind in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
+
+        def train(_run: Run, number: int = number) -> None:
+            raise Interrupted(number)
+
+        with pytest.raises(kind):
+            launch(train, {}, tmp_path / "x")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("hparams", "folder", "said"),
+    [
+        ({}, None, "launch needs a run folder"),
+        ({"precision": "fp8"}, "x", "precision must be one of fp32, fp16, bf16, not 'fp8'"),
+        ({"device": "cuda:99"}, "x", "asks for GPU 99"),
+    ],
+)
+def test_launch_refuses_wrong_options(
+    tmp_path: Path, hparams: dict[str, Any], folder: str | None, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        launch(regress, hparams, folder and tmp_path / folder)
+    assert not (tmp_path / "x").exists()
+
+
+def test_launch_takes_options_among_the_hyperparameters(tmp_path: Path) -> None:
+    runs: list[Run] = []
+    mine = Checkpointer(tmp_path / "mine")
+    hparams = {"precision": "bf16", "on_bad_audio": "raise", "checkpointer": mine, "debug": True}
+    launch(keep(runs), hparams, tmp_path / "x")
+    (run,) = runs
+    assert (run.options.precision, run.options.on_bad_item) == ("bf16", "raise")
+    assert run.checkpointer is mine
+    assert run.hparams["output_folder"] == run.options.output_folder == str(run.folder)
+    assert not (tmp_path / "x").exists()
+    assert not run.folder.exists()
+    launch(keep(runs), {"output_folder": str(tmp_path / "y")})
+    assert runs[1].checkpointer is runs[1].checkpointer
+    assert runs[1].checkpointer.folder == tmp_path / "y" / "checkpoints"
+
+
+def test_a_step_of_a_launched_run_is_replayed_by_launch(tmp_path: Path) -> None:
+    launch(keep([]), {}, tmp_path / "x")
+    with pytest.raises(ValueError, match="is a run by trainer.launch: .* replay='.*/nonfinite/3'"):
+        replay_command([str(tmp_path / "x"), "3"])
+
+
 # ---------------------------------------------------------------- environment, SpeechBrain's names
 
 
@@ -600,6 +829,23 @@ def test_speechbrains_head_of_a_recipe(demo: str) -> None:
     assert len(Path("results/sb/command.txt").read_text().splitlines()) == 2
     assert Configuration(demo).is_flag("shuffle")
     assert Text("x") == "x"
+
+
+@pytest.mark.long
+def test_launch_joins_the_processes_of_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "launched.py"
+    script.write_text(
+        "import trainer\nfrom trainer import distributed\n"
+        "def train(run):\n"
+        "    return {'ranks': distributed.world_size(), 'lr': run.hparams['lr']}\n"
+        "for lr in (1, 2):\n"
+        "    trainer.launch(train, {'lr': lr, 'device': 'cpu'}, f'runs/{lr}')\n"
+        "assert distributed.world_size() == 2\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "test: ranks=2 lr=1\ntest: ranks=2 lr=2\n"
 
 
 @pytest.mark.long

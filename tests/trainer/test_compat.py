@@ -1,7 +1,10 @@
-"""Recipes as they are written for SpeechBrain: their hooks, their names, their steps by hand."""
+"""Recipes written for SpeechBrain or for earlier versions: hooks, names, steps by hand, imports."""
 
+import importlib
+import pydoc
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +13,12 @@ from torch import Tensor
 
 import trainer as sb
 from tests.trainer.small import Players, Regressor, batches, everything, make, net, same
-from trainer import Stage
+from trainer import Stage, load_hparams
+from trainer.compat.old_paths import OLD_PATHS, current_path
 
 
 class ByHand(Players):
-    """A vocoder's fit_batch as it is written there, with names as they are given there."""
+    """Vocoder with SpeechBrain's fit_batch and attribute names."""
 
     def init_optimizers(self) -> None:
         opt_g_class, opt_d_class, sch_g_class = self.opt_class
@@ -220,3 +224,66 @@ def test_zero_grad_forgets_open_windows() -> None:
     brain.fit([1], data)
     plain.fit([1], data[1:])
     assert same(everything(brain), everything(plain))
+
+
+@pytest.mark.parametrize("old", OLD_PATHS)
+def test_former_modules_are_those_that_replaced_them(old: str) -> None:
+    module = importlib.import_module(old)
+    new = [importlib.import_module(each) for each in OLD_PATHS[old]]
+    if len(new) == 1 and not hasattr(new[0], "__path__"):
+        assert module is new[0]
+    for each in new:
+        assert each.__spec__ is not None
+        assert each.__spec__.name == each.__name__
+        assert {name for name in vars(each) if name[0] != "_"} <= set(vars(module))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trainer.averages.Mean",
+        "trainer.averages.WeightAverage",
+        "trainer.hparams.load_hparams",
+        "trainer.nonfinite.NonFiniteError",
+        "trainer.run.main",
+        "trainer.interrupt.Interrupted",
+    ],
+)
+def test_former_names_lead_to_the_same_objects(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    assert pydoc.locate(name) is found
+    assert pydoc.locate(current_path(name)) is found
+    assert current_path(name) != name
+
+
+def test_a_former_package_has_no_second_copies_of_modules() -> None:
+    importlib.import_module("trainer.run")
+    with pytest.raises(ModuleNotFoundError, match="is not a package"):
+        importlib.import_module("trainer.run.folder")
+
+
+def test_a_yaml_may_use_current_and_former_names(tmp_path: Path) -> None:
+    path = tmp_path / "names.yaml"
+    path.write_text(
+        "schedule: !name:trainer.schedules.WarmupDecay {warmup_steps: 10}\n"
+        "mean: !new:trainer.averages.Mean\n"
+        "average: !name:trainer.averages.WeightAverage\n"
+    )
+    found = load_hparams(path)
+    assert found["schedule"].func is pydoc.locate("trainer.schedules.WarmupDecay")
+    assert type(found["mean"]) is pydoc.locate("trainer.metrics.Mean")
+    assert found["average"] is pydoc.locate("trainer.optim.ema.WeightAverage")
+    path.write_text("x: !apply:trainer.run.main\n")
+    with pytest.raises(ValueError, match="is not allowed"):
+        load_hparams(path)
+
+
+def test_unknown_modules_and_attributes_are_unknown() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("trainer.nothing")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sb.nothing  # type: ignore[attr-defined]
+    assert current_path("torch.nn.Linear") == "torch.nn.Linear"
+    assert sb.__version__
+    assert {"Callback", "launch", "main"} <= set(dir(sb)) | set(sb.__all__)

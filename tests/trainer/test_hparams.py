@@ -1,4 +1,4 @@
-"""YAML to objects: what may be named, what is refused, and the sentence for every mistake."""
+"""YAML to objects: allowed names, refused ones, and a sentence for every mistake."""
 
 import re
 import sys
@@ -15,16 +15,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.config.guard import Guard
+from trainer.config.building import arithmetic
 from trainer.config.hyperparameters import Configuration, Text, describe, load_hparams
-from trainer.config.references import arithmetic
+from trainer.config.registry import Registry
 
 Write = Callable[..., Path]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a YAML, dedented, and gives its path."""
+    """Return a function that writes a dedented YAML and returns its path."""
 
     def _write(text: str, name: str = "demo.yaml") -> Path:
         path = tmp_path / name
@@ -273,6 +273,14 @@ def test_keys_are_described_without_building_anything(write: Write) -> None:
     assert nowhere[2] == ("y", "!PLACEHOLDER", "a folder")
 
 
+def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
+    for text in ("epochs: 3\nnotes:\n", "epochs: 3\nnotes:", "epochs: 3\nnotes:  # none\n\n"):
+        path = write(text)
+        assert load_hparams(path) == {"epochs": 3, "notes": None}
+        assert [key.name for key in describe(path)] == ["epochs", "notes"]
+    assert describe(path)[1].comment == "none"
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -299,7 +307,7 @@ def test_keys_are_described_without_building_anything(write: Write) -> None:
         ("a: !ref <b>\nb: !ref <a>\n", "line 1: the reference is circular: {}, line 1 -> {}"),
         ("a: {b: !ref <a>}\n", "line 1: the reference is circular"),
         ("a: !ref <b>x\nb: !new:dict\n", "line 1: <b> is an object (!new:dict), which cannot be"),
-        ("a: !ref <b>/0\nb: 1\n", "line 1: 1/0 cannot be worked out: division by zero"),
+        ("a: !ref <b>/0\nb: 1\n", "line 1: 1/0 cannot be evaluated: division by zero"),
         (
             "x:\n  y: !new:torch.nn.Liner\n",
             "x.y ({}, line 2): torch.nn.Liner is not there: torch.nn has no 'Liner'; did you mean "
@@ -330,7 +338,7 @@ def test_keys_are_described_without_building_anything(write: Write) -> None:
         ),
         ("x: !applyref:torch.zeros [2]\n", "is a Tensor; a YAML value must be"),
         ("x: (1, [2)\n", "x ({}, line 1): (1, [2) is no tuple; quote it if it is text"),
-        ("base: 16\n", "line 1: base is the YAML that this file varies: a path that ends in .yaml"),
+        ("base: 16\n", "line 1: base must be the path of a YAML file, ending in .yaml"),
     ],
 )
 def test_a_mistake_gets_a_sentence_that_says_where(write: Write, text: str, sentence: str) -> None:
@@ -530,25 +538,50 @@ def test_a_package_of_ones_own_is_allowed_by_name(
         load_hparams(write("net: !new:ownpackage.Net\nx: !ref <net.cwd>\n"), allow=["ownpackage"])
 
 
+def test_a_run_folder_builds_only_what_recipes_list_for_run_folders(write: Write) -> None:
+    text = """\
+        network: !new:recipes.segan.model.VirtualBatchNorm {channels: 2}
+        corpus: !apply:recipes.asr.data.embedded {train: 1, valid: 1, test: 1}
+        also: {by_reference: !ref <corpus>}
+        width: 8
+        """
+    found = load_hparams(write(text), run_folder=True)
+    assert set(found) == {"network", "width"}
+    for name in ("recipes.asr.data.embedded", "recipes.asr.train.train", "os.getcwd"):
+        with pytest.raises(ValueError, match=f"{name} is not allowed"):
+            load_hparams(write(f"x: !applyref:{name}\n"), run_folder=True)
+    place = "listed in YAML_NAMES of recipes/asr/__init__.py"
+    with pytest.raises(ValueError, match=place):
+        load_hparams(write("x: !new:recipes.asr.scoring.Scores\n"))
+    with pytest.raises(ValueError, match=place.replace("YAML", "RUN")):
+        load_hparams(write("x: !new:recipes.asr.scoring.Scores\n"), run_folder=True)
+    # A package that lists its names is not opened by allowing it.
+    with pytest.raises(ValueError, match=place):
+        load_hparams(write("x: !new:recipes.asr.scoring.Scores\n"), allow=["recipes.asr"])
+    assert "x" in load_hparams(
+        write("x: !new:recipes.asr.scoring.Scores\n"), allow=["recipes.asr.scoring.Scores"]
+    )
+
+
 def test_allowing_all_of_torch_does_not_allow_its_loaders() -> None:
-    guard = Guard(["torch"])
-    assert guard.locate("torch.manual_seed") is torch.manual_seed
+    registry = Registry(["torch"])
+    assert registry.locate("torch.manual_seed") is torch.manual_seed
     for name in ("torch.load", "torch.hub.load", "torch.utils.collect_env.run", "torch.os.system"):
         with pytest.raises(ValueError, match="is not allowed"):
-            guard.locate(name)
+            registry.locate(name)
 
 
 def test_what_recipes_use_is_allowed() -> None:
-    guard = Guard()
+    registry = Registry()
     names = """
         torch.nn.Linear torch.nn.functional.relu torch.nn.functional.conv1d torch.optim.AdamW
         torch.optim.lr_scheduler.LambdaLR torch.utils.data.DataLoader torch.hann_window
         torch.float32 torch.device torch.Generator torch.fft.rfft torch.zeros dict range sorted
         collections.Counter math.pi trainer.schedules.Noam trainer.EpochCounter
     """
-    assert len([guard.locate(name) for name in names.split()]) == 19
+    assert len([registry.locate(name) for name in names.split()]) == 19
     with pytest.raises(ValueError, match="allow must hold names"):
-        Guard(["../x"])
+        Registry(["../x"])
 
 
 # ---------------------------------------------------------------- bombs

@@ -1,5 +1,6 @@
 """The command line: arguments, run folder, messages, signals."""
 
-from trainer.cli.run import Run, configure, main
+from trainer.cli.arguments import configure
+from trainer.cli.run import Run, launch, main
 
-__all__ = ["Run", "configure", "main"]
+__all__ = ["Run", "configure", "launch", "main"]

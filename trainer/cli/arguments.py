@@ -1,7 +1,7 @@
 """The command line: `train.py FILE [--key value | --key=value | --flag | --no-flag]…`.
 
 Names are those of the run options and of the YAML's keys, in full; nested keys are dotted. Values
-are YAML. Nothing here changes anything: the result says what is to be changed.
+are YAML.
 """
 
 from __future__ import annotations
@@ -9,32 +9,91 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from trainer.config.hyperparameters import Configuration, Key, Text
-from trainer.options import METADATA, RunOptions, nearest
+from ruamel.yaml.nodes import ScalarNode
+
+from trainer.config.hyperparameters import Configuration, Key, Text, option
+from trainer.config.reading import NULL, get, plain, tag
+from trainer.options import (
+    ALIASES,
+    METADATA,
+    TRANSIENT_OPTIONS,
+    RunOptions,
+    current_name,
+    nearest,
+)
 
 USAGE = "usage: {} FILE [--key value | --key=value | --flag | --no-flag]…"
 HELP = ("-h", "--help")
+EXAMPLES = (
+    "{} FILE --device cuda --precision bf16 --seed 7",
+    "{} FILE --max_grad_norm=1 --no-progressbar --output_folder results/clip-1",
+    "torchrun --standalone --nproc_per_node=2 {} FILE",
+)
 
 
-def file_of(argv: Sequence[str]) -> str:
-    """The YAML that the command line names: its first argument."""
+def yaml_path(argv: Sequence[str]) -> str:
+    """Return the first argument, which must be the YAML file."""
     if not argv or argv[0].startswith("-"):
         given = f", not {argv[0]!r}" if argv else ""
-        raise ValueError(f"the first argument must be the YAML file{given}; --help says more")
+        raise ValueError(
+            f"the first argument must be the YAML file{given}; --help lists the others"
+        )
     return argv[0]
 
 
-def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, Any]]:
-    """What the arguments after the file set, in their order: ("model.width", Text("256")).
+def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configuration, RunOptions]:
+    """Read the YAML and apply the other arguments: default < YAML < command line.
 
-    Raises ValueError for an unknown name (with the nearest known one), a missing value and
-    anything that is neither.
+    `seed` and `output_folder` are keys of every YAML: they are added if it has none.
+
+    Args:
+        argv: the arguments after the program's name.
+        allow: names that the YAML may build in addition, as for `load_hparams`.
+
+    Returns:
+        The YAML with the overrides, not built yet, and the run options.
+
+    Raises:
+        ValueError: an argument or the YAML is wrong.
     """
-    known = {key.name.partition(".")[0] for key in configuration.described()} | {
-        *RunOptions.names()
-    }
+    path = yaml_path(argv)
+    configuration = Configuration(path, allow)
+    transient: dict[str, Any] = {}
+    for name, value in parse(argv[1:], configuration):
+        if name in TRANSIENT_OPTIONS and get(configuration.root, name) is None:
+            transient[name] = plain(option(name, value))
+        else:
+            configuration.override(nested(name, value))
+    root = configuration.root
+    if get(root, "seed") is None:
+        configuration.override({"seed": RunOptions().seed})
+    folder = get(root, "output_folder")
+    if folder is None or tag(folder) == NULL:
+        file = Path(path).resolve()
+        default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
+        configuration.override({"output_folder": default})
+    return configuration, RunOptions.build(configuration.options(), transient)
+
+
+def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, Any]]:
+    """Parse the arguments after the file.
+
+    Args:
+        argv: arguments such as "--model.width", "256" or "--no-shuffle".
+        configuration: the YAML, whose keys and flags may be named.
+
+    Returns:
+        Names and new values in the order of the arguments, such as ("model.width", Text("256")).
+
+    Raises:
+        ValueError: a name is unknown (the message names the closest one), a value is missing, or
+            an argument is neither.
+    """
+    keys = {key.name.partition(".")[0] for key in configuration.described()}
+    known = {*keys, *RunOptions.names(), *ALIASES}
     changes: list[tuple[str, Any]] = []
     rest = list(argv)
     while rest:
@@ -51,7 +110,8 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
                 raise ValueError(f"--{name}: {name[3:]} is not a key that is true or false")
             changes.append((name[3:], False))
         elif head not in known:
-            raise ValueError(f"there is no key or run option {head!r}{nearest(head, known)}")
+            hint = nearest(head, known - ALIASES.keys())
+            raise ValueError(f"there is no key or run option {head!r}{hint}")
         elif equals:
             changes.append((name, Text(value)))
         elif configuration.is_flag(name) and (not rest or rest[0].lower() not in ("true", "false")):
@@ -62,22 +122,33 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
             )
         else:
             changes.append((name, Text(rest.pop(0))))
-    return changes
+    return [(current_name(name), value) for name, value in changes]
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """ "a.b", 1 as {"a": {"b": 1}}: the form of overrides."""
+    """Return "a.b", 1 in the form of overrides: {"a": {"b": 1}}."""
     head, _, rest = name.partition(".")
     return {head: nested(rest, value) if rest else value}
 
 
 def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
-    """Usage, the run options, and the YAML's own keys with their defaults and comments."""
+    """Return the usage, the run options by section, the YAML's keys, and examples.
+
+    Args:
+        program: name of the program, such as "train.py".
+        file: path of the YAML, if one is given.
+        keys: its keys.
+    """
     rows = list(keys)
     mine = {key.name for key in rows}
-    lines = [USAGE.format(program), "", "Run options (default < YAML < command line):"]
+    lines = [USAGE.format(program), "", "Run options (default < YAML < command line)"]
+    section = ""
     for name, default in vars(RunOptions()).items():
+        section = METADATA[name]["section"] or section
         if name not in mine:
+            if section:
+                lines += ["", f"{section}:"]
+                section = ""
             lines += _row(name, _shown(default), _about(name))
     if file is not None:
         lines += ["", f"Keys of {file}:"]
@@ -85,6 +156,8 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
             lines += _row(key.name, key.default, key.comment or _about(key.name))
     else:
         lines += ["", f"{program} FILE --help lists the keys of a YAML too."]
+    lines += ["", "Examples:"]
+    lines += [f"  {each.format(program).replace('FILE', file or 'FILE')}" for each in EXAMPLES]
     return "\n".join(lines)
 
 
@@ -95,20 +168,20 @@ def _shown(default: Any) -> str:
 
 
 def _about(name: str) -> str:
-    """The line of help of a run option, with its choices; nothing for other names."""
+    """Return the help of a run option with its choices, or nothing for other names."""
     if name not in METADATA:
         return ""
-    choices = METADATA[name]["choices"]
-    return f"{METADATA[name]['help']}{': ' if choices else ''}{', '.join(choices)}"
+    text, choices = str(METADATA[name]["help"]), METADATA[name]["choices"]
+    return f"{text} {{{','.join(choices)}}}" if choices else text
 
 
 def _row(name: str, default: str, about: str) -> list[str]:
-    """One entry of the help, wrapped to the terminal."""
+    """Format one entry of the help, wrapped to the terminal."""
     width = min(shutil.get_terminal_size().columns, 120)
     left = f"  --{name} {default}".rstrip()
     if not about:
         return [left]
     column = 40
-    lines = textwrap.wrap(about, max(width - column, 30))
+    lines = textwrap.wrap(about, max(width - column, 30), break_on_hyphens=False)
     head = [left] if len(left) > column - 2 else [left.ljust(column) + lines.pop(0)]
     return head + [" " * column + line for line in lines]

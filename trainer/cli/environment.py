@@ -1,4 +1,4 @@
-"""Where a run happened: versions, code, machine, as `environment.json` keeps them."""
+"""Environment of a run: versions, code and machine, for `environment.json`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from trainer import distributed
 
 
 def environment(code: Path | None = None) -> dict[str, Any]:
-    """What must be known to repeat a run; `code` is a file of the recipe.
+    """Collect what is needed to repeat a run. Every rank must call it.
 
-    Called on every rank, since machines are gathered.
+    Args:
+        code: a file of the recipe, whose git revision is recorded.
+
+    Returns:
+        Versions, machines, GPUs, threads and packages, as JSON.
     """
     return {
         "python": platform.python_version(),
@@ -38,13 +42,13 @@ def environment(code: Path | None = None) -> dict[str, Any]:
 
 
 def _cores() -> int | None:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def git(folder: Path) -> dict[str, Any] | None:
-    """Revision of the repository that a folder is in, and whether it was changed; None outside."""
+    """Return the git revision of a folder and if it has changes; None outside of a repository."""
     command = ["git", "-C", str(folder)]
     try:
         revision = _output([*command, "rev-parse", "HEAD"])
@@ -61,7 +65,7 @@ def _output(command: list[str]) -> str:
 
 @functools.cache
 def packages() -> dict[str, str]:
-    """Every installed distribution and its version."""
+    """Return every installed distribution with its version."""
     found = {
         str(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()
     }

@@ -1,14 +1,14 @@
-"""The folder of a run, used by one command at a time: what it was, where, and what came of it.
+"""Run folders: the record of a run, used by one command at a time.
 
     results/asr/demo/1234/
-        hyperparams.yaml    the resolved YAML: it runs alone
+        hyperparams.yaml    the YAML with base and overrides merged in; it runs alone
         command.txt         each command that ran here, with its time
-        environment.json    versions, git revision, machine of the last start
-        train.log           what people read; metrics.jsonl: what programs read
-        checkpoints/        a run goes on from these
-        nonfinite/          skipped steps: what made them so, and their batches
+        environment.json    versions, git revision and machine of the last start
+        train.log           messages; metrics.jsonl: the same for programs
+        checkpoints/        states from which the run resumes
+        nonfinite/          skipped steps: reports and batches
 
-Nothing is ever deleted, unless `overwrite` asks for it, and then only what is listed in `OWN`.
+Nothing is ever deleted unless `overwrite` asks for it, and then only what `OWN` lists.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.nodes import Node, ScalarNode
 
-from trainer.config.document import compose
-from trainer.config.nodes import children, tag
+from trainer.config.reading import compose, items, tag
 
 if sys.platform != "win32":
     import fcntl
@@ -53,20 +52,22 @@ OWN = (
     "profile",
 )
 MARK = "# The resolved hyperparameters of a run; this file runs alone."
+LAUNCHED = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
 
 
 class RunFolder:
-    """A run's folder, held with a lock until `close` or the end of the process."""
+    """Run folder, locked from `open` until `close` or the end of the process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
 
     def open(self, overwrite: bool = False) -> None:
-        """Make the folder if there is none, take its lock, and empty it if `overwrite`.
+        """Make the folder if there is none, lock it, and empty it if `overwrite`.
 
-        Raises ValueError for a folder that another command is using or that is not a run's, OSError
-        with a sentence for one that cannot be written.
+        Raises:
+            ValueError: another command is using the folder, or it is not a run's.
+            OSError: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ class RunFolder:
     def _is_a_runs(self) -> bool:
         try:
             with (self.path / HYPERPARAMS).open("rb") as file:
-                return file.readline(200).strip() == MARK.encode()
+                return file.readline(200).strip() in (MARK.encode(), LAUNCHED.encode())
         except OSError:
             return False
 
@@ -114,27 +115,39 @@ class RunFolder:
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
     def close(self) -> None:
-        """Give the lock back; closing twice is harmless."""
+        """Release the lock; closing twice is harmless."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def record(self, hyperparams: str, command: Sequence[str], where: dict[str, Any]) -> list[str]:
-        """Write down how the run was started; what changed in the YAML since the last start."""
+    def record(
+        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], mark: str = MARK
+    ) -> list[str]:
+        """Record the start of a run.
+
+        Args:
+            hyperparams: text of hyperparams.yaml.
+            command: the command line.
+            where: environment, as JSON.
+            mark: first line of hyperparams.yaml.
+
+        Returns:
+            The changes of hyperparams.yaml since the last start, such as "lr: 0.1 -> 0.2".
+        """
         path = self.path / HYPERPARAMS
         before = path.read_text(encoding="utf-8") if path.exists() else None
         changes = [] if before is None else differences(before, hyperparams)
-        _write(path, f"{MARK}\n{hyperparams}")
+        _write(path, f"{mark}\n{hyperparams}")
         _write(self.path / "environment.json", json.dumps(where, indent=1) + "\n")
         self.note(command)
         return changes
 
     def recorded(self) -> bool:
-        """Whether a run has been started here before."""
+        """Return True if a run has been started here before."""
         return (self.path / HYPERPARAMS).exists()
 
     def note(self, command: Sequence[str]) -> None:
-        """Write down a command that was run here."""
+        """Add a command to command.txt."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n"
         try:
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
@@ -144,11 +157,11 @@ class RunFolder:
 
 
 def differences(before: str, after: str) -> list[str]:
-    """The keys whose values differ between two YAML texts: "lr: 0.1 -> 0.2"."""
+    """List the keys whose values differ between two YAML texts: "lr: 0.1 -> 0.2"."""
     try:
         old, new = (dict(_leaves(compose(text, HYPERPARAMS))) for text in (before, after))
     except ValueError as error:
-        return [f"the one before could not be read ({error})"]
+        return [f"the previous one could not be read ({error})"]
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted({*old, *new})
@@ -157,25 +170,20 @@ def differences(before: str, after: str) -> list[str]:
 
 
 def _leaves(node: Node | None, at: str = "") -> list[tuple[str, str]]:
-    """Every scalar with its dotted key, and the tag of every object."""
+    """Return every scalar with its dotted key, and the tag of every object."""
     if node is None:
         return []
     special = "" if tag(node).startswith("tag:yaml.org") else f"{tag(node)} "
     if isinstance(node, ScalarNode):
         return [(at, f"{special}{node.value}")]
     found = [(at, special.strip())] if special else []
-    names = (
-        [key.value for key, _ in node.value]
-        if isinstance(node, MappingNode)
-        else range(len(children(node)))
-    )
-    for name, child in zip(names, children(node), strict=True):
-        found += _leaves(child, f"{at}.{name}" if at else str(name))
+    for key, child in items(node):
+        found += _leaves(child, f"{at}.{key}" if at else key)
     return found
 
 
 def _remove(path: Path) -> None:
-    """Delete a file, a folder, or a link (never what it leads to)."""
+    """Delete a file, a folder, or a link (never its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -183,7 +191,7 @@ def _remove(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     beside = path.with_name(f".{path.name}.new")
     try:
         with beside.open("w", encoding="utf-8") as file:

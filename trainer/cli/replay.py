@@ -1,8 +1,8 @@
-"""`python -m trainer replay RUN STEP`: the recipe of a run, started to replay a skipped step.
+"""`python -m trainer replay RUN STEP`: run a recipe again to replay a skipped step.
 
-The run's folder says with which script it was started. That script is run once more by this Python,
-with the run's own settings, but only if it lies in the current folder and not in the run's, so that
-a folder from elsewhere cannot choose what runs; `--script` names another one.
+The run folder records the script that started the run. It is run again with the run's own settings,
+but only if it lies in the current folder and not in the run folder, so that a folder of unknown
+origin cannot choose what runs; `--script` names another script.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.folder import HYPERPARAMS
+from trainer.cli.folder import HYPERPARAMS, LAUNCHED
 
 USAGE = "usage: python -m trainer replay RUN STEP [--script train.py] [--key value]…"
 
 
 def replay(argv: Sequence[str]) -> int:
-    """Run the command that `command` makes; gives its exit code."""
+    """Run the command that `command` returns, and return its exit code."""
     made = command(argv)
     print(shlex.join(made), file=sys.stderr, flush=True)
     path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
@@ -28,7 +28,14 @@ def replay(argv: Sequence[str]) -> int:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """What replays a step. Raises ValueError with a sentence where that cannot be known."""
+    """Return the command that replays a step.
+
+    Args:
+        argv: RUN, STEP, and further arguments of the recipe.
+
+    Raises:
+        ValueError: the folder has no such step, or does not say how the run was started.
+    """
     rest = list(argv)
     script = None
     if "--script" in rest:
@@ -41,6 +48,11 @@ def command(argv: Sequence[str]) -> list[str]:
     folder = Path(run)
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run's folder: it has no {HYPERPARAMS}")
+    if (folder / HYPERPARAMS).read_text("utf-8").startswith(LAUNCHED):
+        raise ValueError(
+            f"{run} is a run by trainer.launch: call launch again with the hyperparameter "
+            f"replay={str(folder / 'nonfinite' / step)!r}"
+        )
     case = folder / "nonfinite" / step
     if not (case / "batch.pt").is_file():
         found = sorted(
@@ -57,7 +69,7 @@ def command(argv: Sequence[str]) -> list[str]:
 
 
 def _recorded(folder: Path) -> Path:
-    """The script that the last command of the run names, if it is one of those here."""
+    """Return the script of the run's last command, if it lies in the current folder."""
     try:
         last = (folder / "command.txt").read_text("utf-8").splitlines()[-1]
         script = Path(shlex.split(last)[3])  # date, time, python, script

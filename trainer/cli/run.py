@@ -1,62 +1,75 @@
-"""From a command line to a finished run: what `trainer.main(train)` at the end of a train.py does.
+"""Runs: `main` at the end of a train.py, and `launch` in a script or a notebook.
 
     def train(run: trainer.Run) -> dict[str, float]: ...
 
     if __name__ == "__main__":
-        trainer.main(train)
+        trainer.main(train)                              # a YAML and the command line
+        trainer.launch(train, {"lr": 1e-3}, "runs/x")    # objects and values in Python
 
-It reads the YAML and the arguments, joins the other processes, seeds, opens the run folder, builds
-the YAML's objects, calls `train`, and reports the test metrics that it returns.
+Both join the processes of torchrun, seed, open the run folder, redirect messages and signals, call
+`train`, and report the test metrics that it returns.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import inspect
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ruamel.yaml.nodes import ScalarNode
 from torch import Tensor
 
 from trainer import distributed
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.environment import environment
-from trainer.cli.folder import RunFolder
-from trainer.config.guard import NAME
-from trainer.config.hyperparameters import Configuration, describe, option
-from trainer.config.nodes import NULL, get, plain, tag
-from trainer.diagnostics.replay import Replayed
+from trainer.cli.folder import LAUNCHED, MARK, RunFolder
+from trainer.config.hyperparameters import describe
+from trainer.config.reading import dump, represent
+from trainer.config.registry import NAME, recipe_packages
+from trainer.defaults import DriverFinished
 from trainer.distributed.replica_check import DriftError
 from trainer.loggers.run_log import RunLog
 from trainer.optim.build import pick_device
 from trainer.optim.guard import NonFiniteError
-from trainer.options import RunOptions
+from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
-from trainer.tuner import SearchOver
+from trainer.signals import Interrupted
 
-# Options of one command rather than of the run: they are not written to its hyperparams.yaml.
-ONCE = (
-    "overwrite", "test_only", "debug", "progressbar", "profile_training",
-    "find_clip", "find_lr", "find_steps", "find_trials", "replay",
-)  # fmt: skip
+MAX_REPR = 500  # characters of an object in hyperparams.yaml
 
 logger = logging.getLogger("trainer")
 
 
 @dataclass
 class Run:
-    """What a recipe's `train` is given: the built YAML, the options, and the folder of the run."""
+    """Argument of a recipe's `train`.
+
+    Args:
+        hparams: hyperparameters by key, objects built.
+        options: run options.
+        folder: the run folder; every rank has the same.
+        argv: arguments of the command line; none for `launch`.
+    """
 
     hparams: dict[str, Any]
     options: RunOptions
     folder: Path
-    argv: list[str]
+    argv: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def checkpointer(self) -> Checkpointer:
+        """Checkpointer of the hyperparameters, else one that keeps the newest checkpoint."""
+        own: Checkpointer | None = self.hparams.get("checkpointer")
+        return own if own is not None else Checkpointer(self.folder / "checkpoints")
 
 
 Train = Callable[[Run], Mapping[str, Any] | None]
@@ -65,118 +78,214 @@ Train = Callable[[Run], Mapping[str, Any] | None]
 def main(
     train: Train, argv: Sequence[str] | None = None, allow: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Run a recipe by its command line; gives the test metrics that `train` returned.
+    """Run a recipe by its command line: `train.py FILE [--key value]…`.
 
-    `allow` are packages that the YAML may name, beside those allowed anyway and what lies in the
-    folder of `train`. What the user can mend (a wrong value, a missing file, a full disk) becomes
-    one sentence on stderr and exit code 2, its traceback in train.log.
+    Args:
+        train: trains, and returns the test metrics by name or None. It is called on every rank.
+        argv: arguments of the command line; None: those of the process.
+        allow: packages that the YAML may name, in addition to those allowed anyway and the modules
+            beside the file of `train`.
+
+    Returns:
+        The test metrics that `train` returned; empty after `--help`, a search or a replay.
+
+    Raises:
+        SystemExit: with code 2 and one sentence on stderr for errors that users can correct (a
+            wrong value, a missing file, a full disk), whose traceback is in train.log; with code
+            128 + signal after an interrupt.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    folder: list[Path] = []
+    opened: list[Path] = []
     try:
         if any(each in arguments.HELP for each in given):
-            print(_help(given))
+            file = next((each for each in given if not each.startswith("-")), None)
+            keys = describe(file) if file else ()
+            print(arguments.help_text(Path(sys.argv[0]).name, file, keys))
             return {}
-        return _run(train, given, [*allow, *_own_modules(train)], folder)
-    except SearchOver:
-        return {}
+        hyperparameters, options = arguments.configure(given, [*allow, *_own_modules(train)])
+        return _run(train, hyperparameters, options, given, opened)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, NonFiniteError, DriftError) as error:
-        if not session.meant_for_users(error):
+        if not session.is_user_error(error, _package(train)):
             raise
-        place = f"\n(its traceback is in {folder[0] / 'train.log'})" if folder else ""
-        print(f"{session.rank()}error: {session.sentence(error)}{place}", file=sys.stderr)
+        place = f"\n(its traceback is in {opened[0] / 'train.log'})" if opened else ""
+        print(f"{session.rank_prefix()}error: {session.sentence(error)}{place}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         distributed.stop()
 
 
-def _help(given: Sequence[str]) -> str:
-    file = next((each for each in given if not each.startswith("-")), None)
-    return arguments.help_text(Path(sys.argv[0]).name, file, describe(file) if file else ())
+def launch(
+    train: Train,
+    hparams: Mapping[str, Any] | None = None,
+    output_folder: str | Path | None = None,
+) -> dict[str, Any]:
+    """Run a `train` function from a script or a notebook, with everything that `main` does.
+
+    The run folder is locked and keeps hyperparams.yaml, command.txt, environment.json, train.log
+    and metrics.jsonl; a run is resumed by the same call. In a process that torchrun started it
+    joins the others; it starts none itself. Signal handlers are restored afterwards.
+
+    Args:
+        train: trains, and returns the test metrics by name or None. It is called on every rank,
+            after seeding: networks that it builds have the same weights in each run.
+        hparams: hyperparameters by key: values, and objects that exist already, which are recorded
+            by their repr. Keys that are run options (`seed`, `precision`, `debug`, …) set these.
+        output_folder: the run folder; None: that of `hparams`.
+
+    Returns:
+        The test metrics that `train` returned; empty after a search or a replay.
+
+    Raises:
+        ValueError: a run option is wrong, or the run folder is in use or is not a run's.
+        OSError: the run folder cannot be written.
+        KeyboardInterrupt: Ctrl-C, once a checkpoint is saved.
+        SystemExit: SIGTERM, once a checkpoint is saved.
+        Exception: whatever `train` raises, after its traceback is in train.log.
+
+    Example::
+
+        def train(run):
+            adam = partial(torch.optim.Adam, lr=run.hparams["lr"])
+            brain = Digits({"net": Net()}, adam, run.hparams, run.options, run.checkpointer)
+            brain.fit(range(10), train_data, valid_data)
+
+        trainer.launch(train, {"lr": 1e-3}, output_folder="runs/digits")
+    """
+    values = {current_name(str(key)): value for key, value in (hparams or {}).items()}
+    if output_folder is not None:
+        values["output_folder"] = str(output_folder)
+    if values.get("output_folder") is None:
+        raise ValueError("launch needs a run folder: launch(train, hparams, output_folder='…')")
+    options = RunOptions.build(values)
+    hyperparameters = _PlainHyperparameters(
+        {**values, "seed": options.seed, "output_folder": options.output_folder}
+    )
+    if distributed.launched():
+        atexit.register(distributed.stop)  # not here: another launch may follow
+    try:
+        return _run(train, hyperparameters, options, None, [])
+    except Interrupted as stopped:
+        if stopped.signal == "SIGINT":
+            raise KeyboardInterrupt from stopped
+        raise
+
+
+class _Hyperparameters(Protocol):
+    """Hyperparameters that `_run` records and builds: a `Configuration`, or plain values."""
+
+    def override(self, changes: Mapping[str, Any]) -> None: ...
+    def dump(self) -> str: ...
+    def build(self) -> dict[str, Any]: ...
+
+
+class _PlainHyperparameters:
+    """Hyperparameters of `launch`: values and objects that exist already."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def override(self, changes: Mapping[str, Any]) -> None:
+        self.values |= changes
+
+    def dump(self) -> str:
+        values = {k: v for k, v in self.values.items() if k not in TRANSIENT_OPTIONS}
+        return dump(represent(_recordable(values)))
+
+    def build(self) -> dict[str, Any]:
+        return dict(self.values)
+
+
+def _recordable(value: Any) -> Any:
+    """Replace objects in nested values by their repr, which is marked as one."""
+    if isinstance(value, Mapping):
+        return {str(key): _recordable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_recordable(each) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    # Addresses differ from one start to the next.
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
+    return f"repr: {text if len(text) <= MAX_REPR else f'{text[:MAX_REPR]}…'}"
 
 
 def _run(
-    train: Train, given: list[str], allow: Sequence[str], opened: list[Path]
+    train: Train,
+    hyperparameters: _Hyperparameters,
+    options: RunOptions,
+    argv: list[str] | None,
+    opened: list[Path],
 ) -> dict[str, Any]:
-    """The run itself; `opened` gets its folder as soon as that has a log."""
-    configuration, options = configure(given, allow)
+    """Run `train` in a run folder; return its metrics.
+
+    Args:
+        train: as for `main`.
+        hyperparameters: to be recorded and built.
+        options: the run options.
+        argv: arguments of the command line; None for `launch`.
+        opened: receives the run folder as soon as it has a log.
+    """
     distributed.start(str(pick_device(options.device)))
     seed_everything(options.seed, distributed.rank())
     with ExitStack() as stack:
-        folder, changes = stack.enter_context(_folder(configuration, options, train, given))
+        command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
+        mark = LAUNCHED if argv is None else MARK
+        folder, changes = stack.enter_context(
+            _run_folder(hyperparameters, options, _source(train), command, mark)
+        )
         log = RunLog(None if options.replay else folder, main=distributed.is_main())
         stack.callback(log.close)
-        stack.enter_context(session.messages(log, _module(train)))
-        stack.enter_context(session.stoppable())
-        stack.enter_context(session.told(log))
+        stack.enter_context(session.messages(log, [_module(train), *recipe_packages()]))
+        stack.enter_context(session.signals_at_safe_points())
+        stack.enter_context(session.logged_exceptions(log))
         if not (options.debug or options.replay):
             opened.append(folder)
         if changes:
             logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
         try:
-            metrics = _numbers(train(Run(configuration.build(), options, folder, given)))
-        except Replayed:
+            run = Run(hyperparameters.build(), options, folder, argv or [])
+            metrics = _test_metrics(train(run))
+        except DriverFinished:
             return {}
-        if metrics:
+        if metrics and distributed.is_main():
             _report(metrics, folder)
     return metrics
 
 
-def configure(given: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configuration, RunOptions]:
-    """The YAML with the arguments in it, and the options that follow: default < YAML < arguments.
-
-    `seed` and `output_folder` are keys of every YAML: they are added where it has none.
-    """
-    path = arguments.file_of(given)
-    configuration = Configuration(path, allow)
-    once: dict[str, Any] = {}
-    for name, value in arguments.parse(given[1:], configuration):
-        if name in ONCE and get(configuration.root, name) is None:
-            once[name] = plain(option(name, value))
-        else:
-            configuration.override(arguments.nested(name, value))
-    root = configuration.root
-    if get(root, "seed") is None:
-        configuration.override({"seed": RunOptions().seed})
-    folder = get(root, "output_folder")
-    if folder is None or tag(folder) == NULL:
-        file = Path(path).resolve()
-        default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
-        configuration.override({"output_folder": default})
-    options = RunOptions.build(configuration.options(), once)
-    return configuration, options
-
-
 @contextmanager
-def _folder(
-    configuration: Configuration, options: RunOptions, train: Train, given: Sequence[str]
+def _run_folder(
+    hyperparameters: _Hyperparameters,
+    options: RunOptions,
+    source: Path | None,
+    command: list[str],
+    mark: str,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """The run folder, opened by the main process, and what changed in the YAML since last time."""
+    """Open the run folder on the main process; yield it with changes since the last start."""
     if options.debug:
-        with tempfile.TemporaryDirectory(prefix="debug-") as passing:
+        with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
             # All ranks use that of the main process, which waits for them before it is deleted.
-            options.output_folder = str(distributed.broadcast_json(passing))
-            configuration.override({"output_folder": options.output_folder})
+            options.output_folder = str(distributed.broadcast_json(temporary))
+            hyperparameters.override({"output_folder": options.output_folder})
             yield Path(options.output_folder), []
             distributed.barrier()
         return
     folder = RunFolder(Path(str(options.output_folder)))
-    if options.replay:  # It looks, and leaves no trace, even where the run still goes on.
+    if options.replay:  # A replay writes nothing, even while the run itself goes on.
         yield folder.path, []
         return
-    where = environment(_source(train))
+    where = environment(source)
     problem, changes = None, []
     if distributed.is_main():
-        command = [sys.executable, sys.argv[0], *given]
         try:
             folder.open(options.overwrite and not options.searching)
             if options.searching and folder.recorded():
-                folder.note(command)  # A search leaves the run that is there as it is.
+                folder.note(command)  # A search leaves the record of an earlier run unchanged.
             else:
-                changes = folder.record(configuration.dump(), command, where)
+                changes = folder.record(hyperparameters.dump(), command, where, mark)
         except (ValueError, OSError) as error:
             problem = session.sentence(error)
     problem = distributed.broadcast_json(problem)
@@ -193,7 +302,7 @@ def _module(train: Train) -> str:
 
 
 def _source(train: Train) -> Path | None:
-    """The file that `train` is written in."""
+    """Return the file that `train` is written in."""
     try:
         file = inspect.getsourcefile(train)
     except TypeError:  # a callable object, a partial
@@ -201,10 +310,26 @@ def _source(train: Train) -> Path | None:
     return Path(file).resolve() if file else None
 
 
+def _package(train: Train) -> str:
+    """Return the package of `train`; of a file that runs as a script, by its folders."""
+    package = getattr(train, "__globals__", {}).get("__package__")
+    if package:
+        return str(package)
+    source = _source(train)
+    parts: list[str] = []
+    folder = source.parent if source is not None else Path()
+    while source is not None and (folder / "__init__.py").exists():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return ".".join(parts)
+
+
 def _own_modules(train: Train) -> list[str]:
-    """The package of `train` and the modules in its folder: they are the user's own."""
-    package = getattr(train, "__globals__", {}).get("__package__") or _module(train)
-    names = {package.partition(".")[0]}
+    """Return the package of `train` and the modules in its folder: they are the user's own."""
+    own = _package(train)
+    if not hasattr(sys.modules.get(own), "YAML_NAMES"):  # a package that lists no names is open
+        own = (getattr(train, "__globals__", {}).get("__package__") or _module(train)).split(".")[0]
+    names = {own}
     source = _source(train)
     if source is not None and source.parent == Path(sys.path[0] or ".").resolve():
         found = source.parent.iterdir()
@@ -213,13 +338,13 @@ def _own_modules(train: Train) -> list[str]:
             for each in found
             if each.suffix == ".py" or (each.is_dir() and (each / "__init__.py").exists())
         }
-    # A file beside train.py may bear the name of one of Python's modules.
+    # A file beside train.py may have the name of one of Python's modules.
     others = sys.stdlib_module_names | {"trainer", "torch"}
     return sorted(name for name in names if NAME.fullmatch(name) and name not in others)
 
 
-def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `train` returned, as plain numbers by name."""
+def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what `train` returned as plain numbers by name; ValueError for anything else."""
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
@@ -237,19 +362,16 @@ def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _report(metrics: dict[str, Any], folder: Path) -> None:
-    """Print the line of the test, and make it the last of metrics.jsonl."""
-    if not distributed.is_main():
-        return
-    words = (f"{name}={_readable(value)}" for name, value in metrics.items())
-    print("test:", *words, flush=True)
-    # Opened anew: a run that resumed has put a shorter file in the place of the first.
+    """Print the test metrics, and write them as the last line of metrics.jsonl."""
+    print("test:", *(f"{name}={_readable(value)}" for name, value in metrics.items()), flush=True)
+    # Opened anew: a resumed run has replaced the first file by a shorter one.
     log = RunLog(folder)
     log.stage({"stage": "test", **metrics})
     log.close()
 
 
 def _readable(value: float) -> str:
-    """Two decimals, or four digits of a number below a tenth."""
+    """Format with two decimals, or four digits for a number below a tenth."""
     if isinstance(value, int):
         return str(value)
     return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4g}"

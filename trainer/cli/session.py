@@ -1,4 +1,4 @@
-"""What surrounds a run: where its messages go, how it is stopped, and how its errors are told."""
+"""Messages, signals and errors of a run."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from trainer import distributed, signals
+from trainer.config.registry import recipe_packages
 from trainer.loggers.run_log import RunLog
-
-LOGGERS = ("trainer", "recipes", "py.warnings")
 
 
 class _ToLog(logging.Handler):
-    """Messages into train.log, each of their lines with the time before it."""
+    """Handler that writes messages to train.log, each of their lines with the time."""
 
     def __init__(self, log: RunLog) -> None:
         super().__init__(logging.INFO)
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message; a full disk ends the run here as anywhere."""
+        """Write a message; OSError, as elsewhere, if the disk is full."""
         for line in self.format(record).splitlines():
             self.log.text(line)
 
 
 class _ToTerminal(logging.Handler):
-    """Messages to stderr, above the progress bar: all of the main process, warnings of others."""
+    """Handler that writes to stderr, above the progress bar; off the main rank only warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO if distributed.is_main() else logging.WARNING)
@@ -41,16 +40,19 @@ class _ToTerminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message."""
         warning = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{rank()}{warning}{self.format(record)}", file=sys.stderr)
+        tqdm.write(f"{rank_prefix()}{warning}{self.format(record)}", file=sys.stderr)
 
 
 @contextmanager
-def messages(log: RunLog, own: str) -> Iterator[None]:
-    """While it lasts, what is logged under `LOGGERS` and the module `own`, and Python's warnings,
-    go to train.log and the terminal.
+def messages(log: RunLog, names: Iterable[str]) -> Iterator[None]:
+    """Context manager that sends messages and Python's warnings to train.log and the terminal.
+
+    Args:
+        log: the open log of the run.
+        names: loggers in addition to those of the trainer.
     """
     handlers = [_ToLog(log), _ToTerminal()]
-    loggers = [logging.getLogger(name) for name in {*LOGGERS, own}]
+    loggers = [logging.getLogger(name) for name in {"trainer", "py.warnings", *names}]
     before = [(each.level, each.propagate) for each in loggers]
     logging.captureWarnings(True)
     for each in loggers:
@@ -70,10 +72,10 @@ def messages(log: RunLog, own: str) -> Iterator[None]:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """While it lasts SIGTERM and Ctrl-C are requests that the loop follows at a safe point."""
+def signals_at_safe_points() -> Iterator[None]:
+    """Context manager in which SIGTERM and Ctrl-C let the loop save and stop at a safe point."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows signal handlers in the main thread alone.
+        yield  # Python allows signal handlers in the main thread only.
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signals.install()
@@ -86,8 +88,8 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def told(log: RunLog) -> Iterator[None]:
-    """An exception that leaves it is in train.log, with its traceback, before it goes on."""
+def logged_exceptions(log: RunLog) -> Iterator[None]:
+    """Context manager that writes the traceback of an exception to train.log."""
     try:
         yield
     except BaseException as error:
@@ -95,18 +97,22 @@ def told(log: RunLog) -> Iterator[None]:
             lines = [f"stopped with exit code {error.code}"]
         else:
             lines = "".join(traceback.format_exception(error)).splitlines()
-        with contextlib.suppress(OSError):  # A full disk may be the very error to tell.
+        with contextlib.suppress(OSError):  # A full disk may be the error itself.
             for line in lines:
                 log.text(line)
         raise
 
 
-def meant_for_users(error: BaseException) -> bool:
-    """Whether an error is one that the user can mend, so that its sentence is enough.
+def is_user_error(error: BaseException, package: str = "") -> bool:
+    """Return True for an error that users can correct, so that its message is enough.
 
-    Such are what the system refuses (files, space), and what this package and the recipes raise
-    themselves, a package that is to be installed among them; one out of anything below them, or of
-    an import that nobody foresaw, is a bug to be traced.
+    These are what the system refuses (files, space), and what the trainer and the recipes raise
+    themselves, including a package that is not installed. An error from a library below them, or of
+    an unforeseen import, is a bug that needs its traceback.
+
+    Args:
+        error: an exception with its traceback.
+        package: the package of the program that runs as a script.
     """
     if isinstance(error, OSError):
         return True
@@ -116,16 +122,18 @@ def meant_for_users(error: BaseException) -> bool:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     name = str(last.tb_frame.f_globals.get("__name__")) if last is not None else ""
-    return name.partition(".")[0] in ("trainer", "recipes")
+    if name == "__main__":
+        name = package
+    return any(f"{name}.".startswith(f"{each}.") for each in ("trainer", *recipe_packages()))
 
 
 def sentence(error: BaseException) -> str:
-    """An error as a user reads it: what the system says without its number."""
+    """Return the message of an error; of the system's without its number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
-def rank() -> str:
-    """What goes before a message of a process that is not the main one."""
+def rank_prefix() -> str:
+    """Return the prefix of messages from other processes than the main one."""
     return "" if distributed.is_main() else f"[rank {distributed.rank()}] "

@@ -1,4 +1,4 @@
-"""SpeechBrain's two functions for the head of a recipe, so that its recipes run with our import.
+"""SpeechBrain's two functions for the head of a recipe.
 
     hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
     hparams = load_hparams(hparams_file, overrides)
@@ -22,21 +22,29 @@ from trainer.cli import arguments
 from trainer.cli.environment import environment
 from trainer.cli.folder import RunFolder
 from trainer.config.hyperparameters import Configuration, option
-from trainer.config.nodes import get, plain
+from trainer.config.reading import get, plain
 from trainer.options import RunOptions
 
-_held: list[RunFolder] = []  # Their locks last as long as the process.
+_open_folders: list[RunFolder] = []  # locked until the process ends
 
 
 def parse_arguments(
     arg_list: Sequence[str] | None = None,
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A command line as the YAML's path, the run options and the overrides of YAML keys, typed.
+    """Parse a command line.
 
-    A run option that is also a key of the YAML is in both.
+    Args:
+        arg_list: the YAML file and further arguments; None: those of the process.
+
+    Returns:
+        The path of the YAML, the run options, and the overrides of its keys, both with typed
+        values. A run option that is also a key of the YAML is in both.
+
+    Raises:
+        ValueError: an argument or the YAML is wrong.
     """
     given = list(sys.argv[1:] if arg_list is None else arg_list)
-    path = arguments.file_of(given)
+    path = arguments.yaml_path(given)
     configuration = Configuration(path)
     keys = [str(key.value) for key, _ in configuration.root.value]
     run_opts: dict[str, Any] = {}
@@ -53,7 +61,7 @@ def parse_arguments(
 
 
 def _value(root: MappingNode, name: str) -> Any:
-    """What a key holds by now."""
+    """Return the plain value of a dotted key."""
     node: Any = root
     for part in name.split("."):
         node = get(node, part)
@@ -71,15 +79,24 @@ def create_experiment_directory(
     hyperparams_to_save: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make the folder of an experiment, and keep in it the YAML, the command and the environment.
+    """Make the folder of an experiment and record YAML, command and environment in it.
 
-    The folder is this process's until it ends: a second command in it is refused (ValueError).
+    The folder is locked until the process ends. Every rank must call this function.
+
+    Args:
+        experiment_directory: the folder.
+        hyperparams_to_save: the YAML file.
+        overrides: new values of its keys.
+
+    Raises:
+        ValueError: another command is using the folder, or it is not a run's.
+        OSError: the folder cannot be written.
     """
     where = environment(Path(sys.argv[0]) if sys.argv[0] else None)
     if distributed.is_main():
         folder = RunFolder(Path(experiment_directory))
         folder.open()
-        _held.append(folder)
+        _open_folders.append(folder)
         text = ""
         if hyperparams_to_save is not None:
             configuration = Configuration(hyperparams_to_save)

@@ -1,4 +1,4 @@
-"""How a YAML becomes objects: reading, references, and the guard before what it names.
+"""Configuration: reading a YAML, resolving references, building objects behind an allow-list.
 
-`trainer.config.hyperparameters` is the way in.
+`trainer.config.hyperparameters` is the entry point.
 """

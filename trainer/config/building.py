@@ -1,13 +1,21 @@
-"""A resolved tree as objects: HyperPyYAML's constructors, each behind the guard.
+"""From nodes to objects: references are resolved, then HyperPyYAML's constructors build the rest.
 
-HyperPyYAML builds with a YAML loader that it is given. Ours is a safe one (no tag of Python's own),
-checks every name before HyperPyYAML sees it, and says where in the user's files an error arose.
+`resolve` replaces `!ref`, `!copy`, `!applyref:` and reports `!PLACEHOLDER`. The language is
+HyperPyYAML's: `<key[inner]>` is the value under those keys (in a plain mapping `<key.inner>` too),
+`<object.attribute>` an attribute of a built object; text around references is kept, and arithmetic
+is evaluated. Beyond it, references may point forward and chain in any order.
+
+`build` gives HyperPyYAML a safe YAML loader (without Python's own tags), checks every name with the
+registry before HyperPyYAML sees it, and adds the place in the user's files to errors.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
+import copy
 import inspect
+import operator
 import pydoc
 import re
 from collections.abc import Callable
@@ -19,37 +27,263 @@ from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.loader import SafeLoader
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from trainer.config.document import compose
-from trainer.config.guard import Guard
-from trainer.config.nodes import (
+from trainer.config.reading import (
     FLOAT,
     MAP,
+    MAX_DEPTH,
+    MAX_NODES,
+    PLAIN,
+    REFERENCE,
     SEQ,
     STR,
     TUPLE,
     children,
+    clone,
+    compose,
     dump,
+    expanded_size,
+    items,
+    location,
     nodes,
     plain,
+    represent,
     tag,
-    where,
 )
-from trainer.config.references import ATTRIBUTE
+from trainer.config.registry import Registry
 from trainer.options import nearest
 
-EXACT = "!float"  # ours: HyperPyYAML writes numbers once more, and loses the last digit of some
+ATTRIBUTE = "!attribute"  # of this module: [object, "name.of.attribute"], for `!ref <object.name>`
+EXACT = "!float"  # of this module: HyperPyYAML rewrites floats and loses the last digit of some
+MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
+MAX_POWER = 64  # largest exponent in arithmetic
 Constructor = Callable[[Any, str, Any], Any]
 
 
-class Misbuilt(ValueError):
-    """An object could not be built; the message has the key, the file and the line."""
+class BuildError(ValueError):
+    """An object could not be built; the message names the key, the file and the line."""
 
 
-def build(root: MappingNode, guard: Guard) -> dict[str, Any]:
-    """The values of a tree without references, objects built.
+# ---------------------------------------------------------------- references
 
-    Raises ValueError naming key, file and line for a name that is not allowed or not there, and
-    for arguments that do not fit. The tree is used up.
+
+def resolve(root: MappingNode, registry: Registry) -> MappingNode:
+    """Return a copy of a tree in which every reference is replaced by its value.
+
+    Args:
+        root: the tree; it is left unchanged.
+        registry: names that `!applyref:` may call.
+
+    Raises:
+        ValueError: a placeholder has no value (all of them are listed), or a reference is unknown,
+            circular or too large.
+    """
+    missing = {path: node for path, node in _paths(root) if tag(node) == "!PLACEHOLDER"}
+    if missing:
+        places = ", ".join(f"{path} ({location(node)})" for path, node in missing.items())
+        options = " ".join(f"--{path} …" for path in missing)
+        raise ValueError(
+            f"no value for {places}, which the YAML leaves open (!PLACEHOLDER); "
+            f"give {'it' if len(missing) == 1 else 'them'} as {options}"
+        )
+    root = clone(root)
+    _Resolver(root, registry).fill(root)
+    expanded_size(root)
+    return root
+
+
+def _paths(root: Node, at: str = "") -> list[tuple[str, Node]]:
+    """Return every node with its dotted key: "model.width"."""
+    found = [(at, root)]
+    for key, child in items(root):
+        found += _paths(child, f"{at}.{key}" if at else key)
+    return found
+
+
+class _Resolver:
+    """Replaces references in place, each node once; detects circular ones."""
+
+    def __init__(self, root: MappingNode, registry: Registry) -> None:
+        self.root = root
+        self.registry = registry
+        self.done: dict[int, Node] = {}
+        self.active: list[Node] = []
+        self.alive: list[Node] = []  # keeps replaced nodes alive, so that no id is used twice
+        self.copied = 0
+
+    def fill(self, node: Node) -> Node:
+        """Return the replacement of a node, with everything below it resolved."""
+        if id(node) in self.done:
+            return self.done[id(node)]
+        if node in self.active or len(self.active) > MAX_DEPTH:
+            lines = " -> ".join(location(each) for each in (*self.active[-MAX_DEPTH:], node))
+            why = "circular" if node in self.active else f"nested more than {MAX_DEPTH} deep"
+            raise ValueError(f"{location(node)}: the reference is {why}: {lines}")
+        self.active.append(node)
+        result = self._replace(node)
+        self.active.pop()
+        self.alive.append(node)
+        self.done[id(node)] = self.done[id(result)] = result
+        return result
+
+    def _replace(self, node: Node) -> Node:
+        if isinstance(node, ScalarNode):
+            return self._reference(node) if tag(node) in ("!ref", "!copy") else node
+        if isinstance(node, MappingNode):
+            node.value = [(key, self.fill(value)) for key, value in node.value]
+        else:
+            node.value = [self.fill(value) for value in children(node)]
+        if tag(node).startswith("!applyref:"):
+            value = _apply(tag(node).partition(":")[2], node, self.registry)
+            return represent(value, node)
+        return node
+
+    def _reference(self, node: ScalarNode) -> Node:
+        text = str(node.value)
+        whole = REFERENCE.fullmatch(text.strip())
+        if whole:
+            target = self._target(whole[1], node)
+            if isinstance(target, ScalarNode) and tag(target) in PLAIN:
+                return copy.copy(target)  # A shared scalar would be written as an alias.
+            return self._copy(target) if tag(node) == "!copy" else target
+        result = REFERENCE.sub(lambda match: self._text(match[1], node), text)
+        if len(result) > MAX_TEXT:
+            raise ValueError(f"{location(node)}: the text is longer than {MAX_TEXT} characters")
+        try:
+            return represent(arithmetic(result), node)
+        except (SyntaxError, TypeError, RecursionError, MemoryError):
+            return represent(result, node)  # not arithmetic: a path, for example
+        except (ArithmeticError, ValueError) as error:
+            raise ValueError(f"{location(node)}: {result} cannot be evaluated: {error}") from None
+
+    def _text(self, name: str, node: Node) -> str:
+        target = self._target(name, node)
+        if tag(target) not in PLAIN:
+            raise ValueError(
+                f"{location(node)}: <{name}> is an object ({tag(target)}), "
+                "which cannot be part of a text"
+            )
+        return str(plain(target))
+
+    def _copy(self, target: Node) -> Node:
+        self.copied += expanded_size(target)
+        if self.copied > MAX_NODES:
+            raise ValueError(
+                f"{location(target)}: more than {MAX_NODES} values are copied by !copy"
+            )
+        copied: Node = clone(target)
+        return copied
+
+    def _target(self, name: str, node: Node) -> Node:
+        """Return the resolved node that `<name>` refers to, or one that reads an attribute."""
+        branch: Node = self.root
+        steps = _steps(name)
+        for count, (step, dotted) in enumerate(steps):
+            if tag(branch) in ("!ref", "!copy"):
+                branch = self.fill(branch)
+            below = dict(items(branch))
+            if dotted and (tag(branch) not in PLAIN or isinstance(branch, ScalarNode)):
+                attribute = ".".join(each for each, _ in steps[count:])
+                return _attribute_node(self.fill(branch), attribute, node)
+            if step not in below:
+                raise ValueError(
+                    f"{location(node)}: the reference <{name}> leads nowhere: there is no {step!r}"
+                    f"{nearest(step, below)}"
+                )
+            branch = below[step]
+        return self.fill(branch)
+
+
+def _steps(name: str) -> list[tuple[str, bool]]:
+    """Split "a[b].c" into ("a", False), ("b", False), ("c", True): keys, and if a dot precedes."""
+    steps = []
+    for index, part in enumerate(name.split(".")):
+        first, *keys = part.replace("]", "").split("[")
+        steps += [(first.strip(), index > 0), *((key.strip(), False) for key in keys)]
+    return steps
+
+
+def _attribute_node(owner: Node, name: str, node: Node) -> Node:
+    if any(not part.isidentifier() or part.startswith("_") for part in name.split(".")):
+        raise ValueError(
+            f"{location(node)}: {name!r} is not a public attribute; references may not read others"
+        )
+    values = [owner, ScalarNode(tag=STR, value=name)]
+    return SequenceNode(ATTRIBUTE, values, node.start_mark, node.end_mark, flow_style=True)
+
+
+def arithmetic(text: str) -> int | float:
+    """Evaluate arithmetic on numbers: "2 * (3 + 4)" is 14.
+
+    Raises:
+        SyntaxError: the text is not an expression.
+        TypeError: the text holds something else than numbers and `+ - * / // % **`.
+        ArithmeticError: there is no result, or it is too large.
+    """
+    number: int | float = _evaluate(ast.parse(text.strip(), mode="eval").body)
+    return number
+
+
+_BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+
+
+def _evaluate(node: ast.AST) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = _evaluate(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        left, right = _evaluate(node.left), _evaluate(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > MAX_POWER:
+            raise OverflowError(f"an exponent may be at most {MAX_POWER}")
+        result = _BINARY[type(node.op)](left, right)
+        if isinstance(result, int) and result.bit_length() > 1024:
+            raise OverflowError("the number is too large")
+        return result
+    raise TypeError(type(node).__name__)
+
+
+def _apply(name: str, node: Node, registry: Registry) -> Any:
+    """Call the function of an `!applyref:name` with the plain arguments in its node."""
+    try:
+        function = registry.locate(name)
+        if isinstance(node, MappingNode):
+            values = plain(MappingNode(MAP, node.value))
+        else:
+            values = plain(SequenceNode(SEQ, node.value))
+    except ValueError as error:
+        raise BuildError(f"{location(node)}: {error}") from error
+    args = values if isinstance(values, list) else []
+    kwargs = values if isinstance(values, dict) else {}
+    if set(kwargs) == {"_args", "_kwargs"}:
+        args, kwargs = kwargs["_args"], kwargs["_kwargs"]
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise BuildError(f"{location(node)}: {name} failed: {error}") from error
+
+
+# ---------------------------------------------------------------- objects
+
+
+def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
+    """Build the values of a tree without references.
+
+    Args:
+        root: a resolved tree; it is used up.
+        registry: names that may be built.
+
+    Raises:
+        ValueError: a name is not allowed or does not exist, or arguments do not fit; the message
+            names key, file and line.
     """
     for node in nodes(root):
         bare = isinstance(node, ScalarNode) and tag(node) == STR and not node.style
@@ -60,53 +294,30 @@ def build(root: MappingNode, guard: Guard) -> dict[str, Any]:
         elif isinstance(node, (MappingNode, SequenceNode)):
             node.flow_style = not node.value  # In {} and [] some texts do not survive rewriting.
     try:
-        values: dict[str, Any] = load_hyperpyyaml(dump(root), loader=_loader(root, guard))
+        values: dict[str, Any] = load_hyperpyyaml(dump(root), loader=_loader(root, registry))
     finally:
-        # HyperPyYAML changes this default while it loads, and an error would leave it changed.
+        # HyperPyYAML changes this default while it loads; an error would leave it changed.
         for library in (yaml, ruamel.yaml):
             library.constructor.BaseConstructor.construct_object.__defaults__ = (False,)
     return values
 
 
-def call(name: str, node: Node, guard: Guard) -> Any:
-    """What `!applyref:name` gives for the plain arguments in its node."""
-    try:
-        function = guard.locate(name)
-        values = plain(_untagged(node))
-    except ValueError as error:
-        raise Misbuilt(f"{where(node)}: {error}") from error
-    args = values if isinstance(values, list) else []
-    kwargs = values if isinstance(values, dict) else {}
-    if set(kwargs) == {"_args", "_kwargs"}:
-        args, kwargs = kwargs["_args"], kwargs["_kwargs"]
-    try:
-        return function(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise Misbuilt(f"{where(node)}: {name} failed: {error}") from error
-
-
-def _untagged(node: Node) -> Node:
-    if isinstance(node, MappingNode):
-        return MappingNode(MAP, node.value)
-    return SequenceNode(SEQ, node.value)
-
-
 def parameters(target: Any) -> dict[str, inspect.Parameter] | None:
-    """The parameters of a callable by name, None where Python cannot tell."""
+    """Return the parameters of a callable by name, None if Python cannot tell."""
     try:
         return dict(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # Some compiled callables keep it to themselves.
+    except (TypeError, ValueError):  # Some compiled callables have no signature.
         return None
 
 
-def _loader(root: MappingNode, guard: Guard) -> type[SafeLoader]:
-    """A loader class of its own for one tree, so that nothing is registered for others."""
+def _loader(root: MappingNode, registry: Registry) -> type[SafeLoader]:
+    """Make a loader class for one tree, so that nothing is registered for other YAML files."""
 
     class Loader(SafeLoader):
         places: dict[int, str]
 
         def get_single_node(self) -> Any:
-            """Compose, and note for each node where its original stands."""
+            """Compose, and note the original place of each node."""
             node = super().get_single_node()
             self.places = {}
             _pair(node, root, "", self.places)
@@ -114,58 +325,55 @@ def _loader(root: MappingNode, guard: Guard) -> type[SafeLoader]:
 
         @classmethod
         def add_constructor(cls, tag: Any, constructor: Any) -> None:
-            """HyperPyYAML's tuples are read with an unsafe loader: ours are not."""
+            """Replace HyperPyYAML's constructor of tuples, which reads with an unsafe loader."""
             super().add_constructor(tag, _tuple if tag == TUPLE else constructor)
 
         @classmethod
         def add_implicit_resolver(cls, tag: Any, regexp: Any, first: Any) -> None:
-            """HyperPyYAML's rule for tuples would hold for every YAML of this process."""
+            """Ignore HyperPyYAML's rule for tuples: it would hold for all YAML of this process."""
 
         @classmethod
         def add_multi_constructor(cls, tag_prefix: Any, multi_constructor: Any) -> None:
-            """HyperPyYAML's constructors of objects, each behind the guard."""
-            guarded = _guarded(tag_prefix, multi_constructor, guard)
-            super().add_multi_constructor(tag_prefix, guarded)
+            """Put the registry's check before each of HyperPyYAML's constructors of objects."""
+            checked = _checked_constructor(tag_prefix, multi_constructor, registry)
+            super().add_multi_constructor(tag_prefix, checked)
 
     Loader.add_constructor(EXACT, lambda loader, node: loader.construct_yaml_float(node))
-    Loader.add_constructor(ATTRIBUTE, lambda loader, node: _attribute(loader, node, guard))
+    Loader.add_constructor(ATTRIBUTE, lambda loader, node: _attribute(loader, node, registry))
     return Loader
 
 
 def _pair(node: Node, original: Node, at: str, places: dict[int, str]) -> None:
+    """Note for each node the key and the place of its original."""
     if id(node) in places:
         return
-    places[id(node)] = f"{at} ({where(original)})"
-    if isinstance(node, MappingNode) and isinstance(original, MappingNode):
-        keys = [str(key.value) for key, _ in node.value]
-    else:
-        keys = [str(slot) for slot, _ in enumerate(children(node))]
-    for key, below, its in zip(keys, children(node), children(original), strict=True):
+    places[id(node)] = f"{at} ({location(original)})"
+    for (key, below), its in zip(items(node), children(original), strict=True):
         _pair(below, its, f"{at}.{key}" if at else key, places)
 
 
-def _guarded(prefix: str, constructor: Constructor, guard: Guard) -> Constructor:
-    """A constructor that runs only for what the guard lets through, with arguments that fit."""
+def _checked_constructor(prefix: str, constructor: Constructor, registry: Registry) -> Constructor:
+    """Wrap a constructor: it runs only for names that the registry allows, if arguments fit."""
 
     def construct(loader: Any, name: str, node: Any) -> Any:
         place = loader.places[id(node)]
         try:
-            target = guard.locate(name)
-            # In place of a built-in it would import a file of that name.
-            whole = f"builtins.{name}" if target is getattr(builtins, name, None) else name
-            if pydoc.locate(whole) is not target:  # HyperPyYAML is about to look it up like this.
+            target = registry.locate(name)
+            # A bare built-in name would import a file of that name.
+            full = f"builtins.{name}" if target is getattr(builtins, name, None) else name
+            if pydoc.locate(full) is not target:  # HyperPyYAML is about to look it up like this.
                 raise ValueError(f"{name} is both a module and something else; give its full name")
             _check_arguments(prefix, name, target, node)
         except ValueError as error:
-            raise Misbuilt(f"{place}: {error}") from error
+            raise BuildError(f"{place}: {error}") from error
         try:
-            return constructor(loader, whole, node)
-        except Misbuilt:
+            return constructor(loader, full, node)
+        except BuildError:
             raise
         except (TypeError, ValueError) as error:
             # HyperPyYAML puts a sentence of its own before the message of a TypeError.
             reason = error.args[-1] if error.args else error
-            raise Misbuilt(f"{place}: {name} could not be built: {reason}") from error
+            raise BuildError(f"{place}: {name} could not be built: {reason}") from error
 
     return construct
 
@@ -182,19 +390,16 @@ def _check_arguments(prefix: str, name: str, target: Any, node: Node) -> None:
     try:
         bind(*[None] * count, **dict.fromkeys(keys))
     except TypeError as error:
-        takes = ", ".join(_shown(each) for each in known.values()) or "none"
+        # A parameter is shown as "width" or "bias=True".
+        shown = (each.replace(annotation=inspect.Parameter.empty) for each in known.values())
+        takes = ", ".join(map(str, shown)) or "none"
         unknown = next((key for key in keys if key not in known), None)
         hint = nearest(unknown, known) if unknown is not None else ""
         raise ValueError(f"{name}: {error}{hint}; its arguments are: {takes}") from None
 
 
-def _shown(parameter: inspect.Parameter) -> str:
-    """A parameter as "width" or "bias=True"."""
-    return str(parameter.replace(annotation=inspect.Parameter.empty))
-
-
-def _attribute(loader: Any, node: Any, guard: Guard) -> Any:
-    """What `!ref <object.attribute>` means, once the object is built."""
+def _attribute(loader: Any, node: Any, registry: Registry) -> Any:
+    """Read the attribute of a built object that a `!ref <object.attribute>` names."""
     value, name = loader.construct_sequence(node, deep=True)
     place = loader.places[id(node)]
     for part in name.split("."):
@@ -202,22 +407,22 @@ def _attribute(loader: Any, node: Any, guard: Guard) -> Any:
             value = getattr(value, part)
         except AttributeError:
             known = [each for each in dir(value) if not each.startswith("_")]
-            raise Misbuilt(
+            raise BuildError(
                 f"{place}: {type(value).__name__} has no attribute {part!r}{nearest(part, known)}"
             ) from None
         try:
-            guard.check_attribute(value, name)
+            registry.check_attribute(value, name)
         except ValueError as error:
-            raise Misbuilt(f"{place}: {error}") from None
+            raise BuildError(f"{place}: {error}") from None
     return value
 
 
 def _tuple(loader: Any, node: Any) -> tuple[Any, ...]:
-    """ "(3, 4)" as (3, 4): what is in the parentheses is read like a list of plain values."""
+    """Read "(3, 4)" as (3, 4); the content of the parentheses is a list of plain values."""
     text = loader.construct_scalar(node)
     place = loader.places[id(node)]
     try:
-        items = compose(f"[{text.strip()[1:-1]}]", place)
-        return tuple(plain(items)) if items is not None else ()
+        values = compose(f"[{text.strip()[1:-1]}]", place)
+        return tuple(plain(values)) if values is not None else ()
     except ValueError as error:
-        raise Misbuilt(f"{place}: {text} is no tuple; quote it if it is text: {error}") from None
+        raise BuildError(f"{place}: {text} is no tuple; quote it if it is text: {error}") from None

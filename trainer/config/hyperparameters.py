@@ -1,10 +1,10 @@
-"""Hyperparameters: a YAML file, what the command line changes in it, and the objects it builds.
+"""Hyperparameters: a YAML file, overrides from the command line, and the objects it builds.
 
     hparams = load_hparams("hparams/asr/demo.yaml", {"model": {"width": 256}})
 
 The language is HyperPyYAML's (`!new:`, `!name:`, `!apply:`, `!ref`, `!copy`, `!include:` …), read
-within limits and behind an allow-list, so that a YAML from elsewhere can be looked at and run. A
-file may vary another one: see `trainer.config.document`.
+within limits and behind an allow-list, so that a YAML of unknown origin can be inspected and run. A
+file may be a variant of another one: see `trainer.config.reading`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from trainer.config import building, document
-from trainer.config.guard import Guard
-from trainer.config.nodes import (
+from trainer.config import building, reading
+from trainer.config.reading import (
     BOOL,
     FLOAT,
     INT,
@@ -29,18 +28,19 @@ from trainer.config.nodes import (
     SEQ,
     STR,
     children,
-    dump,
     expanded_size,
     get,
+    location,
     mapping,
+    nodes,
     plain,
+    pop,
     put,
     represent,
     tag,
-    where,
 )
-from trainer.config.references import resolve
-from trainer.options import HINTS, RunOptions, checked, nearest
+from trainer.config.registry import Registry
+from trainer.options import HINTS, RunOptions, checked, current_name, nearest
 
 NUMBER = ("a number", (INT, FLOAT, NULL))
 KINDS = {
@@ -53,13 +53,13 @@ KINDS = {
 
 
 class Text(str):
-    """A value as it was typed: read as YAML, or kept as text where the key holds text."""
+    """Value as typed on a command line: kept as text if the key holds text, else read as YAML."""
 
     __slots__ = ()
 
 
 class Key(NamedTuple):
-    """A key of a YAML as `--help` shows it: "model.width", "144", "channels of the encoder"."""
+    """Key of a YAML for `--help`, such as "model.width", "144", "channels of the encoder"."""
 
     name: str
     default: str
@@ -70,33 +70,59 @@ def load_hparams(
     path: str | os.PathLike[str],
     overrides: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
+    *,
+    run_folder: bool = False,
 ) -> dict[str, Any]:
-    """The values of a YAML by key, objects built.
+    """Read a YAML file and build its objects.
 
-    `overrides` change keys, nested ones too, and may add run options; `allow` are packages that
-    the YAML may name in addition to those allowed anyway. Raises ValueError with one sentence that
-    names key, file and line; FileNotFoundError where the file is missing.
+    Args:
+        path: the YAML file.
+        overrides: new values of keys, nested ones too; run options may be added.
+        allow: packages, modules or objects by dotted name that the YAML may name in addition to
+            those that the trainer and the recipes list.
+        run_folder: the file is the hyperparams.yaml of a run folder, which may come from somebody
+            else: it builds what is needed to use a trained model. Keys that only a training needs
+            (objects that a recipe lists for YAML files but not for run folders) are left out.
+
+    Returns:
+        The values by key, objects built.
+
+    Raises:
+        ValueError: the file or an override is wrong; the message names key, file and line.
+        FileNotFoundError: there is no such file.
     """
-    configuration = Configuration(path, allow)
+    configuration = Configuration(path, allow, run_folder=run_folder)
     configuration.override(overrides or {})
     return configuration.build()
 
 
 def describe(path: str | os.PathLike[str]) -> list[Key]:
-    """The keys of a YAML, nested ones dotted, with defaults and comments; nothing is built."""
+    """List the keys of a YAML, nested ones dotted, with defaults and comments; nothing is built."""
     return Configuration(path).described()
 
 
 class Configuration:
-    """A YAML between being read and being built: its keys can be looked at and changed."""
+    """A YAML file that is read and not yet built: its keys can be listed and changed.
 
-    def __init__(self, path: str | os.PathLike[str], allow: Sequence[str] = ()) -> None:
-        self.guard = Guard(allow)
-        self.document = document.read(path)
+    Args:
+        path: the YAML file.
+        allow: as for `load_hparams`.
+        run_folder: as for `load_hparams`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        allow: Sequence[str] = (),
+        *,
+        run_folder: bool = False,
+    ) -> None:
+        self.registry = Registry(allow, run_folder=run_folder)
+        self.document = reading.read(path)
         self.root = self.document.root
 
     def described(self) -> list[Key]:
-        """All keys with defaults and comments, in the order of the file."""
+        """List all keys with defaults and comments, in the order of the file."""
         return list(self._described(self.root, ()))
 
     def _described(self, node: MappingNode, at: tuple[str, ...]) -> Iterable[Key]:
@@ -107,18 +133,21 @@ class Configuration:
                 yield from self._described(value, path)
 
     def is_flag(self, name: str) -> bool:
-        """Whether `name`, dotted, is a run option or a key of the YAML that is true or false."""
+        """Return True if `name`, dotted, is a boolean run option or a boolean key of the YAML."""
         node: Any = self.root
         for part in name.split("."):
             node = get(node, part) if isinstance(node, MappingNode) else None
         return HINTS.get(name) is bool if node is None else tag(node) == BOOL
 
     def override(self, changes: Mapping[str, Any]) -> None:
-        """Change keys; mappings change what is below theirs. Run options may be new keys.
+        """Change keys; mappings change the keys below theirs.
 
-        An argument that the YAML leaves out can be given to an object if its class takes it. An
-        unknown key, or a value of another type than the default, is a ValueError.
+        Run options may be new keys, and so may arguments that the class of an object takes.
+
+        Raises:
+            ValueError: a key is unknown, or a value has another type than the default.
         """
+        changes = {current_name(str(key)): value for key, value in changes.items()}
         self._override(self.root, changes, ())
         expanded_size(self.root)
 
@@ -136,7 +165,7 @@ class Configuration:
                 put(node, str(key), _fitting(old, value, ".".join(path)))
 
     def _check_new(self, node: MappingNode, path: tuple[str, ...]) -> None:
-        """ValueError unless a key that the YAML does not have may be added."""
+        """Raise ValueError unless a key that the YAML does not have may be added."""
         *above, key = path
         name, parent = ".".join(path), ".".join(above)
         known = [str(each.value) for each, _ in node.value]
@@ -145,11 +174,11 @@ class Configuration:
             if key not in known:
                 raise ValueError(f"there is no key or run option {key!r}{nearest(key, known)}")
         elif tag(node).startswith(NAMING):
-            target = tag(node).partition(":")[2]
+            target = _named(node)
             try:
-                takes = building.parameters(self.guard.locate(target)) or {}
+                takes = building.parameters(self.registry.locate(target)) or {}
             except ValueError as error:
-                raise ValueError(f"{parent} ({where(node)}): {error}") from error
+                raise ValueError(f"{parent} ({location(node)}): {error}") from error
             if key not in takes and not any(
                 each.kind == each.VAR_KEYWORD for each in takes.values()
             ):
@@ -159,15 +188,15 @@ class Configuration:
                 )
         elif known:  # An empty mapping takes any key.
             raise ValueError(
-                f"there is no key {name!r} below {parent} ({where(node)}){nearest(key, known)}"
+                f"there is no key {name!r} below {parent} ({location(node)}){nearest(key, known)}"
             )
 
     def resolved(self) -> MappingNode:
-        """The tree with every reference replaced by what it means."""
-        return resolve(self.root, lambda name, node: building.call(name, node, self.guard))
+        """Return the tree with every reference replaced by its value."""
+        return building.resolve(self.root, self.registry)
 
     def options(self) -> dict[str, Any]:
-        """The run options among the keys, checked; objects are not built by now."""
+        """Return the run options among the keys, checked; objects are left out."""
         values, root = {}, self.resolved()
         for name in RunOptions.names():
             node = get(root, name)
@@ -175,20 +204,29 @@ class Configuration:
                 try:
                     values[name] = checked(name, plain(node))
                 except ValueError as error:
-                    raise ValueError(f"{where(node)}: {error}") from None
+                    raise ValueError(f"{location(node)}: {error}") from None
         return values
 
     def build(self) -> dict[str, Any]:
-        """The values by key, objects built."""
-        return building.build(self.resolved(), self.guard)
+        """Build the objects; return the values by key."""
+        root = self.resolved()
+        for key, value in list(root.value):
+            if any(self.registry.only_trains(_named(each)) for each in nodes(value)):
+                pop(root, key.value)
+        return building.build(root, self.registry)
 
     def dump(self) -> str:
-        """One YAML that says it all: base, includes and overrides in it, references kept."""
-        return dump(self.root)
+        """Write one YAML with base, includes and overrides merged in, references kept."""
+        return reading.dump(self.root)
+
+
+def _named(node: Node) -> str:
+    """Return the dotted name of the Python object that a node names, or nothing."""
+    return tag(node).partition(":")[2] if tag(node).startswith(NAMING) else ""
 
 
 def option(name: str, value: Any) -> Node:
-    """The value of a run option as a node, checked unless it is a reference."""
+    """Convert the value of a run option to a node, checked unless it is a reference."""
     if isinstance(value, Text):
         kinds = (HINTS[name], *typing.get_args(HINTS[name]))
         if str in kinds and not value.startswith("!"):
@@ -197,18 +235,18 @@ def option(name: str, value: Any) -> Node:
             value = _node(value, name)
     if isinstance(value, Node):
         if _builds(value):
-            return value  # A reference: checked once it is resolved.
+            return value  # a reference, checked once it is resolved
         value = plain(value)
     return represent(checked(name, value))
 
 
 def _builds(node: Node) -> bool:
-    """Whether a value is, or holds, an object or a reference."""
+    """Return True if a value is, or directly holds, an object or a reference."""
     return any(tag(each) not in PLAIN for each in [node, *children(node)])
 
 
 def _fitting(old: Node | None, value: Any, name: str) -> Node:
-    """The new value of a key as a node, if it is of the type of the old one."""
+    """Convert the new value of a key to a node; ValueError if its type is not the old one's."""
     kind = NULL if old is None else tag(old)
     if kind == STR and isinstance(value, Text) and not value.startswith("!"):
         if value in ("null", "~"):
@@ -219,22 +257,22 @@ def _fitting(old: Node | None, value: Any, name: str) -> Node:
         return represent(float(new.value))
     words, fitting = KINDS.get(kind, ("", ()))
     if fitting and tag(new) in PLAIN and tag(new) not in fitting:
-        assert old is not None  # It gave the kind.
+        assert old is not None  # NULL has no fitting tags.
         given = repr(brief(new)) if tag(new) == STR else brief(new) or "a mapping"
         raise ValueError(
-            f"{name} must be {words}, as its default {brief(old)} is ({where(old)}), not {given}"
+            f"{name} must be {words}, as its default {brief(old)} is ({location(old)}), not {given}"
         )
     if isinstance(old, ScalarNode) and tag(old) in ("!ref", "!copy") and tag(new) == MAP:
         raise ValueError(
-            f"{name} is {brief(old)} ({where(old)}): change that, or {name} as a whole"
+            f"{name} is {brief(old)} ({location(old)}): change that, or {name} as a whole"
         )
     return new
 
 
 def _node(value: Any, name: str) -> Node:
-    """Any value as a node: typed text read as YAML, mappings and lists item by item."""
+    """Convert any value to a node: `Text` is read as YAML, mappings key by key."""
     if isinstance(value, Text):
-        return document.compose(value, f"--{name}") or represent(None)
+        return reading.compose(value, f"--{name}") or represent(None)
     if isinstance(value, Mapping):
         node = mapping()
         for key, each in value.items():
@@ -244,7 +282,7 @@ def _node(value: Any, name: str) -> Node:
 
 
 def brief(node: Node, width: int = 48) -> str:
-    """A value in a few characters: a number, a list, the tag of an object."""
+    """Return a value in a few characters: a number, a list, the tag of an object."""
     if isinstance(node, ScalarNode):
         text = str(node.value) if tag(node) in PLAIN else f"{tag(node)} {node.value}".strip()
         text = " ".join(text.split()) or ("null" if tag(node) == NULL else "''")

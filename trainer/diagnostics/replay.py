@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trainer.data.batch import to_device
+from trainer.defaults import DriverFinished
 from trainer.diagnostics.nonfinite import Entry, investigate
 from trainer.diagnostics.nonfinite.case import FORMAT, Case
 from trainer.diagnostics.nonfinite.keepsake import unpacked
@@ -24,7 +25,7 @@ from trainer.metrics import StepReport
 logger = logging.getLogger("trainer")
 
 
-class Replayed(Exception):
+class Replayed(DriverFinished):
     """The replay is over, and with it the run."""
 
 
@@ -86,4 +87,4 @@ def run(brain: Any) -> None:
     investigate(brain, case, [entry], [kept["generators"]])
     for line in (*case.lines(), *case.causes[1:]):
         logger.info("%s", line)
-    raise Replayed(case.found())
+    raise Replayed

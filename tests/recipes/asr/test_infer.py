@@ -13,7 +13,7 @@ from recipes.asr.scoring import Scores
 from recipes.asr.train import Recogniser, train
 from recipes.common.run_folder import load_brain
 from tests.recipes.asr.test_train import HPARAMS, TINY
-from trainer import cli
+from trainer import cli, load_hparams
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,9 @@ def test_every_rate_channel_and_length_is_transcribed(
 def test_transcripts_are_those_of_the_test(run: Path, tones: Path) -> None:
     """The weights, the decoding and the precision are the same: so are the error rates."""
     brain = load_brain(Recogniser, run)
-    hparams = vars(brain.hparams)
+    corpus = load_hparams(run / "hyperparams.yaml")["corpus"]()
     scores = Scores()
     with brain.best_weights(min_key="wer"):
-        corpus = hparams["corpus"]()
         for cut in corpus["test"]:
             said = " ".join(each.text for each in cut.supervisions)
             scores.add([cut.id], [said], [brain.transcribe(torch.from_numpy(cut.load_audio())[0])])

@@ -22,7 +22,7 @@ from recipes.common.streaming import (
     targets,
 )
 from tests.recipes.common.speakers import noise, write
-from trainer.config.guard import Guard
+from trainer.config.registry import Registry
 from trainer.data import BadItem
 
 CHUNKS = Chunks(1000, 250, 3)
@@ -178,9 +178,9 @@ def test_files_that_cannot_be_used_are_named_and_the_others_enhanced(
 
 @pytest.mark.parametrize("name", ["enhance_file", "enhance_files", "convert_file"])
 def test_a_yaml_may_cut_chunks_but_write_no_files(name: str) -> None:
-    assert Guard().locate("recipes.common.streaming.Chunks") is Chunks
+    assert Registry().locate("recipes.common.streaming.Chunks") is Chunks
     with pytest.raises(ValueError, match=f"recipes.common.streaming.{name}"):
-        Guard().locate(f"recipes.common.streaming.{name}")
+        Registry().locate(f"recipes.common.streaming.{name}")
 
 
 def test_no_file_overwrites_another_or_itself(tmp_path: Path) -> None:

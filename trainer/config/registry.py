@@ -1,29 +1,46 @@
-"""What a YAML may name: an allow-list, asked before an import and again of what was found.
+"""Registry of the names that a YAML may build: an allow-list, checked before every import.
 
-A YAML is data that people pass around, and `!apply:os.system` would run it as a program. So a name
-resolves only when
+A YAML file is data that people exchange, and `!apply:os.system` would run it as a program. A name
+resolves only if
 
-1. it is written in plain ASCII and no part of it begins with an underscore,
-2. every module on its way belongs to an allowed package (asked before it is imported) and goes by
-   its own name, so that `torch.utils.data.os.system` ends at `os`,
-3. what is found was itself defined in an allowed package, so that a re-export of something else
-   does not pass, and is not among what is refused there.
+1. it is plain ASCII and none of its parts begins with an underscore,
+2. every module on the way to it belongs to an allowed package (checked before it is imported) and
+   has that name itself, so that `torch.utils.data.os.system` ends at `os`,
+3. the object found was defined in an allowed package, so that a re-export of something else does
+   not pass, and is not refused there.
+
+The lists here cover torch, lhotse and the trainer itself. Each recipe lists its own names::
+
+    # recipes/asr/__init__.py
+    RUN_NAMES = ("model.ConformerCTC",)  # what the hyperparams.yaml of a run folder may build
+    YAML_NAMES = (*RUN_NAMES, "data.librispeech")  # what a YAML may build from recipes.asr
+
+and is found by the entry-point group `cortex.recipes` of its distribution (`asr = "recipes.asr"`).
+Such a package must import nothing: it is imported before any of its names is checked.
 """
 
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import pkgutil
 import re
 import sys
+import tomllib
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from trainer.compat.old_paths import current_path
 from trainer.options import nearest
+
+ENTRY_POINTS = "cortex.recipes"
 
 BUILTINS = """
     abs bool dict float frozenset int len list max min range round set slice sorted str sum tuple
@@ -38,7 +55,6 @@ ALLOWED = """
     lhotse.augmentation lhotse.dataset.cut_transforms lhotse.dataset.sampling
     lhotse.dataset.signal_transforms lhotse.features.fbank lhotse.features.kaldi
     lhotse.features.mfcc lhotse.features.spectrogram
-    recipes
     trainer.metrics trainer.optim.ema trainer.checkpoint.checkpointer trainer.clipping
     trainer.data trainer.epochs
     trainer.schedules
@@ -62,43 +78,57 @@ REFUSED = """
     lhotse.audio.backend lhotse.bin lhotse.caching lhotse.features.io lhotse.hf lhotse.kaldi
     lhotse.lazy lhotse.recipes lhotse.serialization lhotse.shar lhotse.tools lhotse.utils
     lhotse.workflows lhotse.dataset.signal_transforms.GlobalMVN.from_file lhotse.dataset.webdataset
-    recipes.common.scoreboard recipes.common.streaming.convert_file
-    recipes.common.streaming.enhance_file recipes.common.streaming.enhance_files
-    recipes.common.speech_cache recipes.common.synthesiser recipes.tacotron2.phonemiser
-    recipes.common.enhancing recipes.common.run_folder recipes.common.mel.write_mel
-    recipes.tacotron2.pictures.write_picture recipes.tacotron2.sound.write_sound
-    recipes.clipping_study.page recipes.clipping_study.study recipes.clipping_study.train
-    trainer.config trainer.config.hyperparameters trainer.cli trainer.main
+    trainer.config trainer.config.hyperparameters trainer.cli trainer.main trainer.launch
 """
-# The parts of each recipe that are programs, or leave files behind.
-REFUSED += "".join(
-    f" recipes.{task}.{part}"
-    for task in ("asr", "hifigan", "metricgan", "segan", "separation", "tacotron2")
-    for part in ("infer", "scoring", "train")
-)
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")
 PLAIN = (bool, int, float, str, list, tuple, dict, set, frozenset, type(None))
 _ABSENT = object()
 
+logger = logging.getLogger("trainer")
 
-class Guard:
-    """Turns the names in a YAML into what they name, where that is allowed.
 
-    `allow` are packages, modules or single objects by dotted name, in addition to `ALLOWED`.
+class Registry:
+    """Resolves the dotted names in a YAML, if they are allowed.
+
+    Args:
+        allow: packages, modules or single objects by dotted name, in addition to the names that
+            the trainer and the recipes list. A package with `YAML_NAMES` is opened by these alone.
+        run_folder: the YAML is the hyperparams.yaml of a run folder, which may come from elsewhere:
+            of recipes only `RUN_NAMES` are allowed.
+
+    Raises:
+        ValueError: `allow` holds something else than names.
     """
 
-    def __init__(self, allow: Iterable[str] = ()) -> None:
+    def __init__(self, allow: Iterable[str] = (), *, run_folder: bool = False) -> None:
+        self.attribute = "RUN_NAMES" if run_folder else "YAML_NAMES"
         self.rules = dict.fromkeys(ALLOWED.split(), True)
         self.rules |= dict.fromkeys(REFUSED.split(), False)
-        for name in [allow] if isinstance(allow, str) else allow:
+        self.packages = set(recipe_packages())
+        allowed = [allow] if isinstance(allow, str) else list(allow)
+        for name in allowed:
             if not NAME.fullmatch(name):
                 raise ValueError(f"allow must hold names such as 'mypackage', not {name!r}")
-            self.rules[name] = True
+            if hasattr(sys.modules.get(name), "YAML_NAMES"):
+                self.packages.add(name)
+        self.training: set[str] = set()  # listed for YAML files and not for run folders
+        for package in self.packages:
+            names = listed_names(package, self.attribute)
+            self.rules |= dict.fromkeys(names, True) | {package: False}
+            if run_folder:
+                self.training |= {*listed_names(package, "YAML_NAMES")} - {*names}
+        self.rules |= {name: True for name in allowed if name not in self.packages}
 
     def locate(self, name: str) -> Any:
-        """The object with this dotted name; ValueError where it is not allowed or not there."""
+        """Return the object with a dotted name.
+
+        Raises:
+            ValueError: the name is not allowed, or there is no such object.
+        """
         self._check_spelling(name)
+        if self._decision(name) is None:
+            name = current_path(name)
         head, _, rest = name.partition(".")
         bare = rest if head == "builtins" else name
         if bare in BUILTINS.split():
@@ -112,6 +142,10 @@ class Guard:
         self._check_found(found, name)
         return found
 
+    def only_trains(self, name: str) -> bool:
+        """Return True for a name that YAML files may build, and run folders need not."""
+        return any(f"{name}.".startswith(f"{each}.") for each in self.training)
+
     def check_attribute(self, value: Any, name: str) -> None:
         """Refuse an attribute of a built object that is a module, or code from elsewhere."""
         code = inspect.isroutine(value) or inspect.isclass(value)
@@ -119,7 +153,7 @@ class Guard:
             raise self._refusal(name, f"it comes from {_origin(value)}")
 
     def _decision(self, name: str) -> bool | None:
-        """What the longest rule that covers `name` says; None where none does."""
+        """Return the decision of the longest rule that covers `name`, None if there is no rule."""
         while name:
             if name in self.rules:
                 return self.rules[name]
@@ -127,7 +161,7 @@ class Guard:
         return None
 
     def _related(self, module: str) -> bool:
-        """Whether a module lies in something allowed, or on the way to it."""
+        """Return True for a module inside of something allowed, or on the way to it."""
         ahead = (rule.startswith(f"{module}.") for rule, allowed in self.rules.items() if allowed)
         return self._decision(module) is True or any(ahead)
 
@@ -142,7 +176,7 @@ class Guard:
             )
 
     def _step(self, owner: Any, parts: list[str], name: str) -> Any:
-        """The next part of a dotted name: a submodule where there is one, else an attribute."""
+        """Return the next part of a dotted name: a submodule if there is one, else an attribute."""
         path, part = ".".join(parts), parts[-1]
         known = self._related(path)
         if known and (owner is None or inspect.ismodule(owner)) and _is_module(path):
@@ -163,7 +197,7 @@ class Guard:
         return found
 
     def _check_found(self, found: Any, name: str) -> None:
-        """The second half of the guard: what was found, whatever it was called."""
+        """Check the object found, whatever its name was."""
         decision = self._decision(name)
         if name not in self.rules and not inspect.ismodule(found) and not isinstance(found, PLAIN):
             allowed = decision is not False and self._defined_inside(found)
@@ -173,7 +207,7 @@ class Guard:
             raise self._refusal(name, f"it is defined in {_origin(found)}")
 
     def _defined_inside(self, found: Any) -> bool:
-        """Whether the code or the class of an object is from somewhere allowed."""
+        """Return True if the code or the class of an object is from somewhere allowed."""
         origin = _origin(found)
         names = {
             getattr(found, key, type(found).__qualname__) for key in ("__qualname__", "__name__")
@@ -185,6 +219,14 @@ class Guard:
         return decisions == {True}
 
     def _refusal(self, name: str, why: str = "") -> ValueError:
+        package = next((each for each in self.packages if name.startswith(f"{each}.")), None)
+        if package is not None:
+            place = f"{package.replace('.', '/')}/__init__.py"
+            return ValueError(
+                f"{name} is not allowed: {package} does not list it; a name that "
+                f"{'a run folder' if self.attribute == 'RUN_NAMES' else 'a YAML'} may build is "
+                f"listed in {self.attribute} of {place}"
+            )
         head = name.partition(".")[0]
         heads = sorted({rule.partition(".")[0] for rule, good in self.rules.items() if good})
         hint = "" if head in heads else nearest(head, heads)
@@ -195,8 +237,50 @@ class Guard:
         )
 
 
+# ---------------------------------------------------------------- recipes
+
+
+@functools.cache
+def recipe_packages() -> tuple[str, ...]:
+    """Return the packages of all recipes: those installed, and those of this checkout.
+
+    In a checkout that is not installed the entry points are read from its pyproject.toml.
+    """
+    found = {each.value for each in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if project.is_file():
+        table = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
+        found |= set(table.get("entry-points", {}).get(ENTRY_POINTS, {}).values())
+    packages = []
+    for name in sorted(found):
+        try:
+            importlib.import_module(name)
+            packages.append(name)
+        except ModuleNotFoundError:  # declared, and not there: a distribution without its recipes
+            logger.debug("the recipe %s is declared and cannot be found", name)
+    return tuple(packages)
+
+
+def listed_names(package: str, attribute: str) -> list[str]:
+    """Return the full names that a recipe's package lists in `attribute`.
+
+    Raises:
+        ValueError: the package lists something else than dotted names.
+    """
+    names = getattr(sys.modules[package], attribute, ())
+    for name in names:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(
+                f"{attribute} of {package} must hold names such as 'model.Net', not {name!r}"
+            )
+    return [f"{package}.{name}" for name in names]
+
+
+# ---------------------------------------------------------------- modules
+
+
 def _origin(found: Any) -> str:
-    """The module in which an object, or else its class, is defined."""
+    """Return the module in which an object, or else its class, is defined."""
     if inspect.ismodule(found):
         return found.__name__
     origin = getattr(found, "__module__", None)
@@ -204,13 +288,13 @@ def _origin(found: Any) -> str:
 
 
 def _public(owner: Any) -> list[str]:
-    """The names that `owner` offers, submodules not yet imported among them."""
+    """Return the public names of `owner`, with submodules that are not imported yet."""
     below = [each.name for each in pkgutil.iter_modules(getattr(owner, "__path__", []))]
     return [each for each in [*dir(owner), *below] if not each.startswith("_")]
 
 
 def _is_module(path: str) -> bool:
-    """Whether there is a module of this name; its parents are imported already."""
+    """Return True if there is a module of this name; its parents are imported already."""
     try:
         return importlib.util.find_spec(path) is not None
     except (ImportError, ValueError):  # The parent is no package, or has no spec.
@@ -222,7 +306,8 @@ def _import(path: str, name: str) -> None:
         importlib.import_module(path)
     except Exception as error:
         extra = (
-            " (the recipes' packages are installed by pip install 'cortex-speech[recipes]')"
+            " (packages that a recipe needs are extras of its distribution, as in "
+            "pip install 'cortex-speech[recipes]')"
             if isinstance(error, ModuleNotFoundError)
             else ""
         )

@@ -1,0 +1,97 @@
+"""Import paths of earlier versions, as aliases of the modules that replaced them.
+
+`install` lets `import trainer.nonfinite` return the module `trainer.optim.guard`, which is not
+imported before it is asked for. Names in a YAML go through `current_path`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.abc import Loader, PathEntryFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Former module: its successors; a name is looked up in each of them in turn.
+OLD_PATHS: dict[str, tuple[str, ...]] = {
+    "trainer.averages": ("trainer.metrics", "trainer.optim.ema"),
+    "trainer.configuration": ("trainer.config",),
+    "trainer.drift": ("trainer.distributed.replica_check",),
+    "trainer.feeding": ("trainer.data.feed",),
+    "trainer.finding": ("trainer.tuner",),
+    "trainer.hooks": ("trainer.progress",),
+    "trainer.hparams": ("trainer.config.hyperparameters",),
+    "trainer.interrupt": ("trainer.signals",),
+    "trainer.journal": ("trainer.loggers",),
+    "trainer.log": ("trainer.loggers.run_log",),
+    "trainer.nonfinite": ("trainer.optim.guard",),
+    "trainer.page": ("trainer.report",),
+    "trainer.precision": ("trainer.optim.precision",),
+    "trainer.replay": ("trainer.diagnostics.replay",),
+    "trainer.run": ("trainer.cli",),
+    "trainer.step": ("trainer.optim.step",),
+    "trainer.testing": ("trainer.evaluation",),
+    "trainer.update": ("trainer.optim.step",),
+}
+
+
+def _successors(name: str) -> tuple[str, ...]:
+    """Return the modules that replaced the module `name`; none for a current one."""
+    parent, _, rest = name, "", ""
+    while parent:
+        if parent in OLD_PATHS:
+            return tuple(f"{each}{rest}" for each in OLD_PATHS[parent])
+        parent, dot, last = parent.rpartition(".")
+        rest = f"{dot}{last}{rest}"
+    return ()
+
+
+def current_path(name: str) -> str:
+    """Return the current dotted name of an object whose module may have moved.
+
+    Args:
+        name: dotted name of a module or of an object in one, such as "trainer.averages.Mean".
+    """
+    successors = _successors(name)
+    for each in successors:
+        module, _, attribute = each.rpartition(".")
+        if len(successors) == 1 or hasattr(importlib.import_module(module), attribute):
+            return each
+    return name
+
+
+class _Finder(PathEntryFinder, Loader):
+    """Finds former modules of `trainer`."""
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in OLD_PATHS else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the successor in the place of `module`; of packages, their public names into it.
+
+        An alias of a package has no submodules: they would be imported a second time.
+        """
+        modules = [importlib.import_module(name) for name in OLD_PATHS[module.__name__]]
+        if len(modules) == 1 and not hasattr(modules[0], "__path__"):
+            sys.modules[module.__name__] = modules[0]
+            return
+        for each in reversed(modules):
+            vars(module).update({name: vars(each)[name] for name in vars(each) if name[0] != "_"})
+
+
+def install(search_path: list[str]) -> None:
+    """Make former import paths importable.
+
+    Args:
+        search_path: `trainer.__path__`, to which an entry is added: it is searched last, and only
+            for modules of `trainer`.
+    """
+    entry = f"{search_path[0]}/<former import paths>"
+
+    def hook(path: str) -> _Finder:
+        if path != entry:
+            raise ImportError
+        return _Finder()
+
+    sys.path_hooks.append(hook)
+    search_path.append(entry)
