@@ -638,7 +638,7 @@ class Brain(SpeechBrainNames):
 
     def make_dataloader(self, dataset: Any, stage: Stage, **loader_kwargs: Any) -> Any:
         """Return a loader of batches of a Dataset; see `trainer.data.make_loader`."""
-        bad = {"on_bad": self.options.on_bad_audio, "max_bad": self.options.max_bad_audio}
+        bad = {"on_bad": self.options.on_bad_item, "max_bad": self.options.max_bad_item}
         return make_loader(
             dataset,
             train=stage is Stage.TRAIN,

@@ -153,9 +153,9 @@ class Learner(Brain):
 
     def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
         if stage is Stage.TRAIN:
-            totals = distributed.gather([self.longest, self.stage_total.total])
+            totals = distributed.all_gather_json([self.longest, self.stage_total.total])
             return {"largest": max(each[0] for each in totals), "total": totals[0][1]}
-        numbers = distributed.gather(torch.rand(()).item())
+        numbers = distributed.all_gather_json(torch.rand(()).item())
         return {"validations": self.validations, "rand": numbers[-1]}
 
 

@@ -12,7 +12,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,38 @@ def call_every_collective() -> Found:
     return {
         "rank": (rank, distributed.world_size(), distributed.local_rank(), distributed.is_main()),
         "any_rank": distributed.any_rank(rank == 0, rank == 1, False, True),
-        "gather": [len(each["text"]) for each in distributed.gather(long)],
-        "gather_exact": distributed.gather(0.1 + rank),
-        "gather_nan": str(distributed.gather(float("nan"))[1 - rank]),
-        "broadcast_object": distributed.broadcast_object({"from": rank}),
+        "gather": [len(each["text"]) for each in distributed.all_gather_json(long)],
+        "gather_exact": distributed.all_gather_json(0.1 + rank),
+        "gather_nan": str(distributed.all_gather_json(float("nan"))[1 - rank]),
+        "broadcast_json": distributed.broadcast_json({"from": rank}),
         "broadcast": tensors,
-        "sum": distributed.sum_(torch.tensor([1.0 + rank, 2.0])),
-        "smallest": distributed.smallest(7 - 3 * rank),
+        "sum": distributed.all_reduce_sum_(torch.tensor([1.0 + rank, 2.0])),
+        "max": distributed.all_reduce_max_(torch.tensor([1.0 + rank, 2.0 - rank])),
+        "rows": distributed.all_gather_rows(torch.full((3 * rank, 2), float(rank))),
+        "no_rows": distributed.all_gather_rows(torch.zeros(0, 2)),
+        "on_main": distributed.run_on_main(lambda: {"from": distributed.rank()}),
+        "failures": {
+            "one": failure({1: OSError("disk")}),
+            "shared": failure({1: ValueError("lost")}, ValueError),
+            "both": failure({0: ValueError("a"), 1: ValueError("b")}, ValueError),
+            "worse": failure({0: ValueError("a"), 1: OSError("disk")}, ValueError),
+            "none": failure({}, ValueError),
+        },
     }
+
+
+def failure(errors: Mapping[int, Exception], shared: type[Exception] | None = None) -> str:
+    """Fail with some error on each of these ranks; return what `run_on_all` raises here."""
+
+    def work() -> str:
+        if (error := errors.get(distributed.rank())) is not None:
+            raise error
+        return "none"
+
+    try:
+        return distributed.run_on_all(work, shared=shared)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def test_collective_functions_give_every_rank_the_same(two_ranks: TwoRanks) -> None:
@@ -518,7 +542,7 @@ class Reader(Line):
         return super().evaluate_batch(batch, stage)
 
     def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
-        everyone = distributed.gather(self.ids)
+        everyone = distributed.all_gather_json(self.ids)
         return {"items": sum(map(len, everyone)), "distinct": len(set(sum(everyone, [])))}
 
 
