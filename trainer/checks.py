@@ -1,4 +1,4 @@
-"""Checks of what a YAML or a saved state gives, with sentences that say what is allowed."""
+"""Checks of hyperparameters and saved states; errors name the owner and what is allowed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,36 @@ def _is_number(value: object) -> bool:
 
 
 def whole(owner: str, name: str, value: float, low: int) -> int:
-    """A count, `low` or more. A YAML reads 25e3 as a float, so that whole floats count as well."""
+    """Return a whole number as an int; floats such as 25e3, as YAML reads it, are allowed.
+
+    Args:
+        owner: the class that takes the value, for the message.
+        name: the name of the value, for the message.
+        value: the value.
+        low: the smallest number allowed.
+
+    Raises:
+        ValueError: if the value is not a whole number of `low` or more.
+    """
     if not _is_number(value) or not math.isfinite(value) or value != int(value) or value < low:
         raise ValueError(f"{owner}: {name} must be a whole number, {low} or more; got {value!r}")
     return int(value)
 
 
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
-    """A number inside an interval; `ends`, such as "(]", says which of its ends belong to it."""
+    """Return a number as a float if it lies in an interval.
+
+    Args:
+        owner: the class that takes the value, for the message.
+        name: the name of the value, for the message.
+        value: the value.
+        low: the lower end of the interval.
+        high: the upper end of the interval.
+        ends: one bracket for each end: "[" or "]" includes it, "(" or ")" excludes it.
+
+    Raises:
+        ValueError: if the value is not a number in the interval.
+    """
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     below = _is_number(value) and (value <= high if ends[1] == "]" else value < high)
     if not (above and below):
@@ -29,14 +51,33 @@ def within(owner: str, name: str, value: float, low: float, high: float, ends: s
 
 
 def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
-    """One of a few words."""
+    """Return a value if it is allowed.
+
+    Args:
+        owner: the class that takes the value, for the message.
+        name: the name of the value, for the message.
+        value: the value.
+        allowed: the values allowed.
+
+    Raises:
+        ValueError: if the value is not one of them.
+    """
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be {' or '.join(allowed)}; got {value!r}")
     return value
 
 
 def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """A saved state must hold exactly the expected keys, no matter in which order."""
+    """Check that a saved state has exactly the expected keys, in any order.
+
+    Args:
+        owner: the object that the state is for, for the message.
+        state: the saved state.
+        expected: the keys.
+
+    Raises:
+        ValueError: if keys are missing or unexpected.
+    """
     missing, unexpected = set(expected) - set(state), set(state) - set(expected)
     if missing or unexpected:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The epochs of a run, counted such that a resumed run goes on where it was."""
+"""Epoch counter that resumes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 
 
 class EpochCounter:
-    """Iterates from the epoch after ``current`` to ``limit``, both counted from 1.
+    """Iterator over the epochs of a run, from the one after ``current`` to ``limit``.
+
+    Args:
+        limit: number of the last epoch, counted from 1; 0 or more.
+
+    Attributes:
+        current: number of the current epoch; 0 before the first.
+
+    Raises:
+        ValueError: if ``limit`` is not a whole number of 0 or more.
 
     >>> list(EpochCounter(3))
     [1, 2, 3]
@@ -27,9 +36,9 @@ class EpochCounter:
             yield self.current
 
     def state_dict(self) -> dict[str, Any]:
-        """The current epoch; the limit is the YAML's."""
+        """Return the current epoch; the limit is a hyperparameter and not saved."""
         return {"current": self.current}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after a saved epoch."""
+        """Continue after the epoch of a state that `state_dict` returned."""
         self.current = state["current"]

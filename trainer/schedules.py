@@ -1,14 +1,14 @@
-"""Learning-rate schedules and early stopping: when to go slower, and when to end.
+"""Learning-rate schedules and early stopping.
 
-Every schedule is a `torch.optim.lr_scheduler.LRScheduler`, so that torch's own and these are one
-thing for whoever steps them. Two class attributes say how: `every` is "step" (after each optimizer
-step) or "epoch", and `needs_metric` is true where `step` wants the value of `metric`.
+Every schedule is a `torch.optim.lr_scheduler.LRScheduler` and is stepped like torch's own. Two
+class attributes say how: `every` is "step" (after each optimizer step) or "epoch", and
+`needs_metric` is true if `step` takes the value of `metric`.
 
     schedule: !name:trainer.schedules.Noam {warmup_steps: 4000}
     schedule: !name:trainer.schedules.NewBob {factor: 0.5, metric: wer}
 
-Progress is saved and hyperparameters are not: a changed YAML counts from the step where it
-takes over. Several parameter groups keep the ratios of their learning rates.
+Progress is saved and hyperparameters are not, so that a resumed run uses those of its YAML. Several
+parameter groups keep the ratios of their learning rates.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from trainer import checks
 Mode = Literal["min", "max"]
 
 
-def _gain(mode: str, reference: float, value: float) -> float:
-    """By how much `value` is better than `reference`; above 0 is better in either mode."""
+def _improvement(mode: str, reference: float, value: float) -> float:
+    """Return by how much a value is better than a reference; above 0 is better in either mode."""
     return reference - value if mode == "min" else value - reference
 
 
 class Schedule(LRScheduler):
-    """What ours have in common: plain numbers for a state, and LRs that are set without a warning.
+    """Base class of the schedules, whose state consists of plain numbers.
 
-    torch's constructor is left out on purpose: it wraps `optimizer.step` in order to warn when the
-    first optimizer step was not taken, which with fp16 is normal (the first scales overflow).
+    torch's constructor is not called: it wraps `optimizer.step` to warn if the first optimizer step
+    was not taken, which is normal in fp16 (the first scales overflow).
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
     """
 
     every: ClassVar[Literal["step", "epoch"]]
@@ -46,11 +49,11 @@ class Schedule(LRScheduler):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.last_epoch = 0  # torch's name for the number of times that `step` was called
+        self.last_epoch = 0  # torch's name for the number of calls of `step`
         self._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
 
-    def _set(self, rates: Sequence[float | Tensor]) -> None:
-        """Give every parameter group its learning rate; a tensor LR (compiled steps) stays one."""
+    def _set_rates(self, rates: Sequence[float | Tensor]) -> None:
+        """Set the learning rate of every group; a tensor (compiled steps) is filled in place."""
         if len(rates) != len(self.optimizer.param_groups):
             raise ValueError(
                 f"{type(self).__name__} was made for {len(rates)} parameter groups, the optimizer "
@@ -64,20 +67,27 @@ class Schedule(LRScheduler):
         self._last_lr = list(rates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers only: how far the schedule has come, not what it was configured with."""
+        """Return the progress of the schedule as plain numbers, without its hyperparameters."""
         return {name: copy(getattr(self, name)) for name in self._saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state; a ValueError where it is another schedule's."""
+        """Restore a state that `state_dict` returned.
+
+        Raises:
+            ValueError: if it is the state of another schedule.
+        """
         checks.same_keys(type(self).__name__, state_dict, self._saved)
         for name in self._saved:
             setattr(self, name, copy(state_dict[name]))
 
 
 class StepSchedule(Schedule):
-    """A learning rate that is a function of the number of the optimizer step alone.
+    """Base class of schedules in which the learning rate depends on the optimizer step alone.
 
     The optimizer's own learning rates are the peak; step n = 1, 2, … runs at `peak * share(n)`.
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
     """
 
     every = "step"
@@ -86,38 +96,45 @@ class StepSchedule(Schedule):
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))  # as torch's schedules leave it
+            group.setdefault("initial_lr", float(group["lr"]))  # as torch's schedules do
         self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
-        self._set(self.get_lr())
+        self._set_rates(self.get_lr())
 
     def share(self, step: int) -> float:
-        """The share of the peak at which optimizer step `step`, counted from 1, runs."""
+        """Return the learning rate of an optimizer step, counted from 1, relative to the peak."""
         raise NotImplementedError
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of each group for the optimizer step that comes next."""
+        """Return the learning rate of each parameter group for the next optimizer step."""
         share = self.share(self.last_epoch + 1)
         return [base * share for base in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
-        """Move on after an optimizer step (or to a given count of them)."""
+        """Set the rates for the next optimizer step; `epoch` overrides the number of past steps."""
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        self._set(self.get_lr())
+        self._set_rates(self.get_lr())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state; sets the rates, whether or not the optimizer's were loaded."""
+        """Restore a state that `state_dict` returned, and set the learning rates."""
         super().load_state_dict(state_dict)
-        self._set(self.get_lr())
+        self._set_rates(self.get_lr())
 
 
 class Noam(StepSchedule):
-    """Linear warm-up, then the inverse square root of the step.
+    """Warm up linearly, then decay with the inverse square root of the step.
 
         share(n) = min(n / w, sqrt(w / n)),   w = warmup_steps
 
     Equation 3 of Vaswani et al. 2017 (arXiv 1706.03762), normalised to a peak of 1 at n = w: the
-    optimizer's `lr` is the peak (the paper's own is `(d_model * w) ** -0.5`). The first step runs
-    at 1/w of it, the lowest of the warm-up.
+    optimizer's `lr` is the peak (the paper's is `(d_model * w) ** -0.5`). The first step runs at
+    1/w of the peak.
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
+        warmup_steps: number of optimizer steps w to the peak, 1 or more.
+
+    Raises:
+        ValueError: if `warmup_steps` is out of range.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
@@ -129,14 +146,24 @@ class Noam(StepSchedule):
 
 
 class WarmupDecay(StepSchedule):
-    """Linear warm-up to the peak, then a decay that ends at `final` times the peak.
+    """Warm up linearly to the peak, then decay to `final` times the peak.
 
         share(n) = n / w                               for n <= w = warmup_steps
         share(n) = final + (1 - final) * d(p)          p = (n - w) / (total_steps - w), at most 1
         d(p) = 1 - p  ("linear"),  (1 + cos(pi * p)) / 2  ("cosine"; arXiv 1608.03983, eq. 5)
 
-    Step w runs at the peak, step `total_steps` and all after it at `final`. Without warm-up the
-    peak is where step 0 would be.
+    Step w runs at the peak, step `total_steps` and all later ones at `final`. Without warm-up,
+    step 0 would run at the peak.
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
+        warmup_steps: number of optimizer steps w to the peak, 0 or more.
+        total_steps: the optimizer step at which the decay ends, above `warmup_steps`.
+        final: the last learning rate relative to the peak, from 0 to 1.
+        shape: the curve of the decay: "linear" or "cosine".
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -167,12 +194,23 @@ class WarmupDecay(StepSchedule):
 
 
 class MetricSchedule(Schedule):
-    """A learning rate that is lowered when the epochs no longer get better.
+    """Base class of schedules that lower the learning rate when a metric stops improving.
 
-    An epoch is good when its `metric` (a name) beats the reference r by more than
-    `threshold * |r|`, downwards for mode "min" and upwards for "max": right for negative values
-    too. After more than `patience` epochs in a row that were not good, every learning rate is
-    multiplied by `factor`, down to `min_lr` at the least, and the count starts anew.
+    An epoch is good if its metric is better than the reference r by more than `threshold * |r|`.
+    After more than `patience` epochs in a row that were not good, every learning rate is multiplied
+    by `factor`, and the count starts again.
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
+        factor: multiplier of the learning rate, between 0 and 1.
+        threshold: the smallest relative improvement of a good epoch, 0 or more.
+        patience: number of epochs that may be not good, 0 or more.
+        mode: "min" if a lower metric is better, "max" if a higher one is.
+        min_lr: the lowest learning rate, 0 or more; rates that are lower already are unchanged.
+        metric: the name of the metric.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     every = "epoch"
@@ -201,11 +239,11 @@ class MetricSchedule(Schedule):
         super().__init__(optimizer)
 
     def next_reference(self, value: float, good: bool) -> float | None:
-        """What the next epoch has to beat, after one of this value."""
+        """Return the reference of the next epoch, after one with this value."""
         raise NotImplementedError
 
     def step(self, metric: float) -> None:  # type: ignore[override]
-        """Judge an epoch by its metric. A value that is not finite is ignored, with a warning."""
+        """Take the metric of an epoch; a value that is not finite is ignored with a warning."""
         value = float(metric)
         self.last_epoch += 1
         if not math.isfinite(value):
@@ -216,7 +254,7 @@ class MetricSchedule(Schedule):
             )
             return
         old = self.reference
-        good = old is None or _gain(self.mode, old, value) > self.threshold * abs(old)
+        good = old is None or _improvement(self.mode, old, value) > self.threshold * abs(old)
         self.reference = self.next_reference(value, good)
         self.waited = 0 if good else self.waited + 1
         if self.waited > self.patience:
@@ -225,15 +263,15 @@ class MetricSchedule(Schedule):
 
     def _lower(self) -> None:
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        # a rate that is below the floor already stays where it is
-        self._set([max(rate * self.factor, min(self.min_lr, rate)) for rate in rates])
+        # A rate that is below the floor already is not raised to it.
+        self._set_rates([max(rate * self.factor, min(self.min_lr, rate)) for rate in rates])
 
 
 class NewBob(MetricSchedule):
-    """Lower the learning rate when an epoch is hardly better than the one before it.
+    """Lower the learning rate when an epoch is hardly better than the previous one.
 
-    The reference of `MetricSchedule` is the previous epoch's value. The defaults, less than 0.25 %
-    better halves the rate at once, are the rule of the hybrid speech recognisers.
+    A `MetricSchedule` whose reference is the previous epoch's value. By default, an improvement of
+    less than 0.25 % halves the rate at once, as in the recipes of hybrid speech recognisers.
     """
 
     def next_reference(self, value: float, good: bool) -> float | None:
@@ -241,9 +279,21 @@ class NewBob(MetricSchedule):
 
 
 class Plateau(MetricSchedule):
-    """Lower the learning rate when the best epoch has not been beaten for a while.
+    """Lower the learning rate when the metric has not reached a new best for some epochs.
 
-    The reference of `MetricSchedule` is the best value so far.
+    A `MetricSchedule` whose reference is the best value so far.
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
+        factor: multiplier of the learning rate, between 0 and 1.
+        patience: number of epochs without a new best, 0 or more.
+        threshold: the smallest relative improvement of a new best, 0 or more.
+        mode: "min" if a lower metric is better, "max" if a higher one is.
+        min_lr: the lowest learning rate, 0 or more; rates that are lower already are unchanged.
+        metric: the name of the metric.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -263,11 +313,19 @@ class Plateau(MetricSchedule):
 
 
 class EarlyStopping:
-    """End the training after `patience` evaluations in a row that did not beat the best one.
+    """End training after `patience` evaluations in a row without a new best value.
 
-    `update(value)` is true when it is time. Value v beats the best b when b - v > min_delta (mode
-    "min") or v - b > min_delta ("max"): an absolute margin, so signs do not matter. A value that is
-    not finite never beats anything.
+    A value v is a new best if b - v > min_delta (mode "min") or v - b > min_delta ("max"), with b
+    the best so far. A value that is not finite never is.
+
+    Args:
+        metric: the name of the metric.
+        mode: "min" if a lower metric is better, "max" if a higher one is.
+        patience: number of evaluations without a new best, 1 or more.
+        min_delta: the smallest improvement of a new best, absolute, 0 or more.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -281,20 +339,24 @@ class EarlyStopping:
         self.waited = 0
 
     def update(self, value: float) -> bool:
-        """Take in one evaluation; true when the training should stop."""
+        """Take the metric of an evaluation; return true if training should stop."""
         value = float(value)
-        beats = self.best is None or _gain(self.mode, self.best, value) > self.min_delta
-        if math.isfinite(value) and beats:
+        better = self.best is None or _improvement(self.mode, self.best, value) > self.min_delta
+        if math.isfinite(value) and better:
             self.best, self.waited = value, 0
         else:
             self.waited += 1
         return self.waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value and how many evaluations have failed to beat it."""
+        """Return the best value, and the number of evaluations since."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; a ValueError where it is not one of an EarlyStopping."""
+        """Restore a state that `state_dict` returned.
+
+        Raises:
+            ValueError: if it is the state of something else.
+        """
         checks.same_keys("EarlyStopping", state, ("best", "waited"))
         self.best, self.waited = state["best"], state["waited"]

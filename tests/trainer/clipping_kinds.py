@@ -1,4 +1,4 @@
-"""Every kind of clipping, made such that it clips small gradients within a few steps."""
+"""Clip kinds with settings that clip small gradients within a few steps."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ KINDS: dict[str, Callable[[], Any]] = {
     "agc": lambda: clipping.AGC(),
     "spam": lambda: clipping.SPAM(theta=2.0, warmup_steps=3),
 }
-# Those that learn from what they see.
+# Kinds whose limit depends on earlier steps.
 ADAPTIVE = ("value-auto", "auto", "median", "z", "adagc")
-# Those that need a gradient's shape.
+# Kinds that need the shape of a gradient.
 DENSE = ("agc", "spam")
 
 
 def bind(clip: Any, params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Tell a clipper the parameters: the odd ones are called biases."""
+    """Bind a clipper to parameters, with names in which every second one is a bias."""
     words = ("weight", "bias")
     names: Mapping[Tensor, str] = {p: f"layer{i}.{words[i % 2]}" for i, p in enumerate(params)}
     if hasattr(clip, "bind"):
@@ -51,7 +51,7 @@ def bind(clip: Any, params: list[nn.Parameter], optimizer: torch.optim.Optimizer
 def clipped(
     clip: Any, optimizer: torch.optim.Optimizer, grads: list[Tensor]
 ) -> tuple[Gradients, bool]:
-    """Give these gradients to the optimizer's parameters, measure them, and clip."""
+    """Set the gradients of the optimizer's parameters, measure them, and clip."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad.clone()

@@ -1,4 +1,4 @@
-"""Norms are right at every scale, limits hold wherever they are set, and "off" is off."""
+"""Accuracy of norms at every scale, and limits of the norm and of elements."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SCALES = [1e-30, 1e-22, 1e-15, 1e-8, 1e-3, 1.0, 1e3, 1e4, 1e15, 1e19, 1e30]
 
 
 def measured(*grads: Tensor, clip: Any = None, **group: Any) -> Gradients:
-    """The gradients of an optimizer with one group, measured as a step does."""
+    """Return the gradients of an optimizer with one group, measured as in a step."""
     params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad.clone()
@@ -31,7 +31,7 @@ def take(gradients: Gradients) -> Gradients:
 
 
 def truth(*grads: Tensor) -> float:
-    """The joint L2 norm in float64, with the scale taken out."""
+    """Return the joint L2 norm in float64, without overflow."""
     wide = [grad.double().reshape(-1) for grad in grads]
     largest = max(float(each.abs().max()) for each in wide)
     return largest * math.hypot(*(float((each / largest).norm()) for each in wide))
@@ -46,7 +46,7 @@ def test_the_norm_is_that_of_float64_in_every_dtype_and_scale() -> None:
     for dtype, most in HALF.items():
         for scale in SCALES:
             if dtype is torch.float16 and scale < 1e-3:
-                continue  # Hardly anything of that scale is left in it.
+                continue  # Most values of that scale are 0 in it.
             for size in (1, 1000, 1025, 10_000, 70_000):
                 grad = (torch.randn(size) * scale).clamp(-most, most).to(dtype)
                 # Many values of half precision are equal, which float32 sums less well.
@@ -263,7 +263,7 @@ def test_a_limit_that_is_no_number_is_refused() -> None:
 
 
 def groups_of(**limits: float | None) -> list[dict[str, Any]]:
-    """Three groups of gradients with norm 10 each: "a" and "b" with limits if given, and a rest."""
+    """Return three groups with gradients of norm 10; "a" and "b" have a limit if given."""
     made: list[dict[str, Any]] = []
     for name in ("a", "b", "rest"):
         param = nn.Parameter(torch.zeros(4))

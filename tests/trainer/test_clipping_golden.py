@@ -1,4 +1,4 @@
-"""Each kind against its paper's formula, written once more in float64 numpy: 100 random cases."""
+"""Every clip kind against its paper's formula in float64 numpy, in 100 random cases."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from .clipping_kinds import bind, clipped
 
 Array = np.ndarray[Any, Any]
 Arrays = list[Array]
-# From a step's gradients and weights to the clipped gradients.
+# Maps a step's gradients and weights to the clipped gradients.
 Rule = Callable[[Arrays, Arrays], Arrays]
 Case = tuple[Any, Rule]
 
@@ -23,17 +23,17 @@ CASES, STEPS = 100, 5
 
 
 def size(grads: Arrays, p: float = 2.0) -> float:
-    """The joint p-norm."""
+    """Return the joint p-norm."""
     flat = np.concatenate([np.abs(g).reshape(-1) for g in grads])
     return float(flat.max()) if p == math.inf else float((flat**p).sum() ** (1 / p))
 
 
 def down(grads: Arrays, c: float, p: float = 2.0, eps: float = 1e-6) -> Arrays:
-    """g · min(1, c / (‖g‖ + ε))."""
+    """Return g · min(1, c / (‖g‖ + ε))."""
     return [g * min(1.0, c / (size(grads, p) + eps)) for g in grads]
 
 
-# --- one function a kind: random hyperparameters, the clipper, and the formula --------------------
+# --- one function for each kind: random hyperparameters, the clipper, and the formula -----
 
 
 def norm(r: np.random.Generator) -> Case:
@@ -95,7 +95,7 @@ def mixed(r: np.random.Generator) -> Case:
 
 
 def auto(r: np.random.Generator) -> Case:
-    """arXiv 2007.14469, section 3: the percentile of all norms, that of this step included."""
+    """Percentile of all norms, the current one included (arXiv 2007.14469, section 3)."""
     p, room, history = float(r.uniform(0, 100)), int(r.integers(2, 12)), []
 
     def rule(grads: Arrays, _: Arrays) -> Arrays:
@@ -116,7 +116,7 @@ def median(r: np.random.Generator) -> Case:
 
 
 def z(r: np.random.Generator) -> Case:
-    """arXiv 2504.02507, algorithm 1, reciprocal clipping."""
+    """Reciprocal clipping (arXiv 2504.02507, algorithm 1)."""
     alpha, threshold, warm = float(r.uniform(0.5, 0.99)), float(r.uniform(0.2, 2)), 3
     first: list[float] = []
     state = [0.0, 0.0]
@@ -139,7 +139,7 @@ def z(r: np.random.Generator) -> Case:
 
 
 def adagc(r: np.random.Generator) -> Case:
-    """arXiv 2502.11034, algorithm 1."""
+    """Moving average of each tensor's norm (arXiv 2502.11034, algorithm 1)."""
     beta, relative = float(r.uniform(0.5, 0.99)), float(r.uniform(0.8, 1.2))
     absolute, warm = float(r.uniform(0.5, 3)), int(r.integers(1, 4))
     seen: list[int] = []
@@ -161,7 +161,7 @@ def adagc(r: np.random.Generator) -> Case:
 
 
 def agc(r: np.random.Generator) -> Case:
-    """arXiv 2102.06171, equation 3."""
+    """Ratio of gradient to weight norm of each unit (arXiv 2102.06171, equation 3)."""
     share, eps = float(10 ** r.uniform(-2, 1)), float(10 ** r.uniform(-3, 0))
 
     def rule(grads: Arrays, weights: Arrays) -> Arrays:
@@ -180,7 +180,7 @@ def agc(r: np.random.Generator) -> Case:
 
 
 def spam(r: np.random.Generator) -> Case:
-    """arXiv 2501.06842, equation 2, with the second moment of Adam (β₂ = 0.9 here)."""
+    """Second moment of Adam with β₂ = 0.9 (arXiv 2501.06842, equation 2)."""
     theta, warm = float(r.uniform(0.5, 10)), int(r.integers(0, 3))
     moments: Arrays = []
     seen: list[int] = []
@@ -211,7 +211,7 @@ def test_every_kind_has_a_formula_here() -> None:
 
 
 def steps(r: np.random.Generator) -> Iterator[Arrays]:
-    """A few steps of gradients of some tensors, their scale changing from step to step."""
+    """Yield gradients of a few tensors for a few steps, whose scale changes between steps."""
     shapes = [(5, 3), (5,), (2, 3, 2), (), (20, 60), (7,)][: int(r.integers(2, 7))]
     for _ in range(STEPS):
         scale = np.exp(r.normal(0, 1))
@@ -252,4 +252,4 @@ def test_a_hundred_random_cases_are_as_the_formula_says(
                 assert gradients.norm_after == pytest.approx(size(truth), rel=1e-5)
             optimizer.step()
     assert compared > 100 * STEPS * 3
-    assert 0.1 * compared < changed < 0.98 * compared  # Both sides of each rule were tried.
+    assert 0.1 * compared < changed < 0.98 * compared  # Both sides of each rule are covered.

@@ -1,4 +1,4 @@
-"""What every kind of clipping owes, whatever its formula."""
+"""Properties of every clip kind."""
 
 import io
 import math
@@ -38,7 +38,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def update(kind: str, net: nn.Module | None = None, **options: Any) -> tuple[Update, nn.Module]:
-    """One optimizer with this kind of clipping, and its network."""
+    """Return an update with this kind of clipping, and its network."""
     net = net or network()
     params = list(net.parameters())
     optimizer = torch.optim.Adam(params, lr=0.01)
@@ -49,7 +49,7 @@ def update(kind: str, net: nn.Module | None = None, **options: Any) -> tuple[Upd
 
 
 def loss_of(net: nn.Module, number: int, examples: int = 8) -> Tensor:
-    """The loss of batch ``number``; some are much steeper than others."""
+    """Return the loss of batch ``number``; some have much larger gradients than others."""
     generator = torch.Generator().manual_seed(number)
     x, y = torch.randn(examples, 4, generator=generator), torch.randn(2, generator=generator)
     weight = next(net.parameters())
@@ -117,7 +117,7 @@ def test_a_state_goes_on_bit_for_bit_from_every_step(kind: str) -> None:
 def test_layers_that_begin_at_zero_move(kind: str) -> None:
     zeroed = network()
     for p in zeroed[2].parameters():
-        nn.init.zeros_(p)  # With it, no gradient reaches the first layer in the first step.
+        nn.init.zeros_(p)  # No gradient reaches the first layer in the first step.
     one, net = update(kind, zeroed)
     before = [p.detach().clone() for p in net.parameters()]
     reports = train(one, net, range(12))
@@ -127,7 +127,7 @@ def test_layers_that_begin_at_zero_move(kind: str) -> None:
 
 
 class Fake(Gradients):
-    """Norms that nobody measured, and gradients that nobody changes."""
+    """Gradients with given norms, which scaling leaves unchanged."""
 
     def scale(self, coefficient: float) -> None:
         self.factors = [coefficient] * len(self.norms)
@@ -162,14 +162,14 @@ def test_a_step_waits_for_the_device_once(kind: str) -> None:
     optimizer = partial(torch.optim.RMSprop, lr=1e-3)  # torch's Adam reads its steps on a CPU.
     found, taken = syncs(Regressor, 12, clip=KINDS[kind](), log_interval=1000, optimizer=optimizer)
     assert taken == 12
-    # Nothing that is not finite, or far from 1, is seen here. Value before another waits again.
+    # All gradients are finite and near 1. A value clip before another kind waits again.
     assert found == 12 if kind != "value-auto" else 12 < found <= 24
 
 
 @every_kind
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_each_of_two_players_has_its_own(kind: str, precision: str) -> None:
-    """With half precision, accumulation, and one clipper object for both."""
+    """Use half precision, accumulation, and one clipper object for both."""
     clip = KINDS[kind]()
     brain = make(Players, clip=clip, precision=precision, grad_accumulation_factor=2)
     brain.fit([1], batches(40, seed=3))
@@ -200,7 +200,7 @@ def test_a_window_is_clipped_as_one_big_batch(kind: str) -> None:
 
 @every_kind
 def test_parameters_that_are_left_out_do_not_disturb_the_others(kind: str) -> None:
-    """skip_nonfinite_grads: the step is that of a network in which they are frozen."""
+    """With skip_nonfinite_grads, the step is that of a network in which they are frozen."""
     skipping, net = update(kind, skip_nonfinite_grads=True)
     frozen, other = update(kind)
     for number in range(12):
@@ -232,7 +232,7 @@ def test_sparse_gradients_stay_sparse_and_are_clipped_as_dense_ones(kind: str) -
             lambda o, *_, seen=seen: seen.update(p.grad.layout for p in o.param_groups[0]["params"])
         )
         for number in range(10):
-            rows = torch.tensor([number % 7, 3, 3])  # One of them twice.
+            rows = torch.tensor([number % 7, 3, 3])  # One row twice.
             loss = torch.stack([(t(rows) - number).square().mean() for t in tables]).sum()
             assert step.optimize([one], loss * (1 + number % 3))[0].outcome == "stepped"
         assert seen == {torch.sparse_coo if sparse else torch.strided}

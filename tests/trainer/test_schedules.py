@@ -1,4 +1,4 @@
-"""Schedules are right in both directions and for both signs, resume exactly, and never warn."""
+"""Learning rates, resuming and validation of the schedules, and early stopping."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def rates_of(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def steps(schedule: Schedule, count: int) -> list[list[float]]:
-    """The rates that optimizer steps 1 … count run at."""
+    """Return the rates of optimizer steps 1 … count."""
     rates = []
     for _ in range(count):
         rates.append(rates_of(schedule.optimizer))
@@ -112,7 +112,7 @@ def test_torch_can_chain_them() -> None:
 
 
 def halvings(schedule: Schedule, values: list[float]) -> list[int]:
-    """After which of the values (counted from 1) the rates were lowered."""
+    """Return after which of the values, counted from 1, the rates were lowered."""
     lowered = []
     for number, value in enumerate(values, start=1):
         before = rates_of(schedule.optimizer)

@@ -1,13 +1,13 @@
-"""Gradient clipping of every kind: what happens to measured gradients before a step.
+"""Gradient clipping: one measurement of an optimizer's gradients, and the kinds that act on it.
 
 | kind | limits |
 |---|---|
 | `NormClip`, `ValueClip` | the joint norm of an optimizer's gradients; each element |
 | `LayerClip`, `PatternClip` | the norm of each tensor; of the parameters of each name pattern |
 | `GradualClip`, `MixedClip` | a limit that changes over steps; several kinds in order |
-| `AutoClip`, `MedianClip`, `ZClip` | the joint norm, by the norms so far |
-| `AdaGC` | the norm of each tensor, by its norms so far |
-| `AGC`, `SPAM` | each unit, by its weights; each element, by its usual square |
+| `AutoClip`, `MedianClip`, `ZClip` | the joint norm, relative to earlier norms |
+| `AdaGC` | the norm of each tensor, relative to its earlier norms |
+| `AGC`, `SPAM` | each unit, relative to its weights; each element, relative to its mean square |
 """
 
 from trainer.clipping.adaptive import AdaGC, AutoClip, MedianClip, ZClip, percentile

@@ -1,6 +1,7 @@
-"""Kinds that find their limit in the norms so far, which are saved; a skipped step never enters.
+"""Clip kinds that set their limit from the norms of earlier steps.
 
-A norm of 0 does not enter either: it would teach a limit of 0, which freezes what it is for.
+The history is saved with the optimizer. A skipped step never enters it, and neither does a norm of
+0, which would lead to a limit of 0 and so freeze the weights.
 """
 
 from __future__ import annotations
@@ -38,11 +39,18 @@ def percentile(sorted_values: Sequence[float], percent: float) -> float:
 
 
 class AutoClip(Clip):
-    """Norm clipping at a percentile of the norms so far (Seetharaman et al. 2020, 2007.14469).
+    """Clip the joint norm at a percentile of its history (Seetharaman et al. 2020, 2007.14469).
 
-    c_t = percentile p of ‖g_1‖ … ‖g_t‖, g ← g · min(1, c_t / ‖g‖). With the paper's 10, nine steps
-    in ten are clipped; the learning rate may be higher for it. ``history``: so many norms are
-    looked back on (the paper keeps all).
+        c_t = percentile p of ‖g_1‖ … ‖g_t‖,    g ← g · min(1, c_t / ‖g‖)
+
+    With the paper's p = 10, nine steps in ten are clipped, which allows a higher learning rate.
+
+    Args:
+        percentile: p, from 0 to 100.
+        history: number of last norms to remember, 1 or more (the paper remembers all).
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     scale = 1.0
@@ -53,33 +61,42 @@ class AutoClip(Clip):
         self._sorted: list[float] = []
 
     def __call__(self, gradients: Gradients) -> bool:
-        if not learns_from(gradients.norm):
+        if not _is_usable(gradients.norm):
             return False
         if len(self._norms) == self._norms.maxlen:
             del self._sorted[bisect.bisect_left(self._sorted, self._norms[0])]
         self._norms.append(gradients.norm)
         bisect.insort(self._sorted, gradients.norm)
         self.limit = self.scale * percentile(self._sorted, self.percentile)
-        return shrunk(gradients, self.limit)
+        return _clip_joint_norm(gradients, self.limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms that it looks back on, and the limit of the last step."""
+        """Return the remembered norms, oldest first, and the limit of the last step."""
         return {"limit": self.limit, "recent": {"norms": list(self._norms)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a state that `state_dict` returned; a shorter history keeps the last norms."""
         checks.same_keys(type(self).__name__, state, ("limit", "recent"))
+        checks.same_keys("the history of norms", state["recent"], ("norms",))
         self.limit = state["limit"]
         self._norms.clear()
-        self._norms.extend(state["recent"]["norms"])  # The last ones, if there are too many.
+        self._norms.extend(state["recent"]["norms"])
         self._sorted = sorted(self._norms)
 
 
 class MedianClip(AutoClip):
-    """Norm clipping at so many times the median of the last norms, as icefall's ScaledAdam has it.
+    """Clip the joint norm at a multiple of the median of the last norms (icefall's ScaledAdam).
 
-    c_t = ``scale`` · median of the last ``history`` norms, the one of this step included: with the
-    default 2.0 a usual step is left as it is, and a spike is cut to twice the usual.
+        c_t = scale · median of the last ``history`` norms, the current one included
+
+    With the default scale a usual step is unchanged, and a spike is cut to twice the usual norm.
+
+    Args:
+        scale: factor on the median, above 0.
+        history: number of last norms to remember, 1 or more.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, scale: float = 2.0, history: int = 100) -> None:
@@ -88,13 +105,23 @@ class MedianClip(AutoClip):
 
 
 class ZClip(Clip):
-    """Clip the norms that are far above a running mean (Kumar et al. 2025, 2504.02507).
+    """Clip norms that are far above their moving mean (Kumar et al. 2025, 2504.02507, algorithm 1).
 
-    With μ and σ² the moving mean and variance of the norm n: z = (n − μ) / (σ + ε); where
-    z > ``z``, c = μ + z*·σ / (z / z*), else nothing is clipped. Then μ ← αμ + (1 − α)n,
-    σ² ← ασ² + (1 − α)(n − μ)², with n = c where it was clipped. The first ``warmup_steps`` norms
-    give the first mean and variance. ``max_norm`` is a limit that holds besides, also in the
-    warm-up. ``limit`` is c, or the norm above which there would have been one.
+        z = (n - μ) / (σ + ε);    where z > z*: c = μ + z*·σ / (z / z*), else no clipping
+        μ ← αμ + (1 - α)n,    σ² ← ασ² + (1 - α)(n - μ)²,    n = c where it was clipped
+
+    n is the joint norm, μ and σ² its moving mean and variance, which start as those of the first
+    ``warmup_steps`` norms. After a step, ``limit`` is c, or the norm above which there would have
+    been one.
+
+    Args:
+        z: the threshold z*, above 0.
+        alpha: decay α of the moving mean and variance, between 0 and 1.
+        warmup_steps: number of steps before clipping begins, 1 or more.
+        max_norm: a fixed limit that holds in addition, also during the warm-up; None for none.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     EPSILON = 1e-6
@@ -116,24 +143,25 @@ class ZClip(Clip):
 
     def __call__(self, gradients: Gradients) -> bool:
         norm = gradients.norm
-        if not learns_from(norm):
+        if not _is_usable(norm):
             return False
         if len(self._first) < self.warmup_steps:
             self._warm_up(norm)
             self.limit = self.max_norm
         else:
-            self.limit = min(self._judge(norm), self.max_norm)
-        return shrunk(gradients, self.limit)
+            self.limit = min(self._update(norm), self.max_norm)
+        return _clip_joint_norm(gradients, self.limit)
 
     def _warm_up(self, norm: float) -> None:
+        """Collect a norm; the last one gives the first mean and variance."""
         self._first.append(norm)
         if len(self._first) == self.warmup_steps:
             self._mean = math.fsum(self._first) / self.warmup_steps
             squares = ((each - self._mean) ** 2 for each in self._first)
             self._variance = math.fsum(squares) / self.warmup_steps
 
-    def _judge(self, norm: float) -> float:
-        """The limit for this norm; mean and variance move on."""
+    def _update(self, norm: float) -> float:
+        """Return the limit for this norm, and update mean and variance."""
         deviation = math.sqrt(self._variance)
         score = (norm - self._mean) / (deviation + self.EPSILON)
         limit = self._mean + self.z * (deviation + self.EPSILON)
@@ -144,26 +172,36 @@ class ZClip(Clip):
         return limit
 
     def state_dict(self) -> dict[str, Any]:
-        """Mean, variance, the norms of the warm-up, and the limit of the last step."""
+        """Return mean, variance, the norms of the warm-up, and the limit of the last step."""
         return {
             "limit": self.limit, "first": list(self._first),
             "mean": self._mean, "variance": self._variance,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a state that `state_dict` returned."""
         checks.same_keys("ZClip", state, ("limit", "first", "mean", "variance"))
         self.limit, self._first = state["limit"], list(state["first"])
         self._mean, self._variance = state["mean"], state["variance"]
 
 
 class AdaGC(Clip):
-    """Clip each tensor at its own moving average (Wang et al. 2025, 2502.11034, algorithm 1).
+    """Clip each tensor at its own moving average norm (Wang et al. 2025, 2502.11034, algorithm 1).
 
-    After ``warmup_steps``: h = min(1, λ_rel·γ / ‖g‖), g ← h·g, γ ← βγ + (1 − β)‖h·g‖, for each
-    tensor alone. Until then the joint norm is clipped at λ_abs and γ is the smallest norm that the
-    tensor had after that. A tensor that has had no gradient but 0 has no γ, and is not clipped.
-    ``limit`` is the joint norm that was allowed: λ_abs, then that of all λ_rel·γ.
+        h = min(1, λ_rel·γ / ‖g‖),    g ← h·g,    γ ← βγ + (1 - β)‖h·g‖
+
+    Until ``warmup_steps`` the joint norm is clipped at λ_abs instead, and γ is the smallest norm
+    that the tensor had after that. A tensor whose gradients have all been 0 has no γ and is not
+    clipped. ``limit`` is the joint norm that was allowed: λ_abs, then the joint of all λ_rel·γ.
+
+    Args:
+        beta: decay β of the average, in [0, 1).
+        lambda_rel: λ_rel, the limit relative to the average, above 0.
+        lambda_abs: λ_abs, the limit of the joint norm during the warm-up, above 0; may be inf.
+        warmup_steps: number of warm-up steps, 0 or more.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -179,12 +217,12 @@ class AdaGC(Clip):
         self.warmup_steps = checks.whole("AdaGC", "warmup_steps", warmup_steps, 0)
         self.limit = self.lambda_abs
         self._steps = 0
-        self._averages: dict[int, float] = {}  # By the parameter's place in the optimizer.
+        self._averages: dict[int, float] = {}  # γ, by the parameter's index in the optimizer.
 
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.finite:
             return False
-        # A tensor's own norm may vanish beside larger ones; here it matters (rare; syncs).
+        # The squares of a small tensor may vanish beside larger ones; here its own norm matters.
         small = [i for i, norm in enumerate(gradients.norms) if not is_reliable(norm)]
         again = dict(zip(small, safe_norms([gradients.tensors[i] for i in small]), strict=True))
         gradients.norms = [again.get(i, norm) for i, norm in enumerate(gradients.norms)]
@@ -205,31 +243,32 @@ class AdaGC(Clip):
         return clipped
 
     def _warm_up(self, gradients: Gradients) -> bool:
+        """Clip the joint norm, and take the smallest norm of each tensor."""
         self.limit = self.lambda_abs
-        clipped = shrunk(gradients, self.limit)
+        clipped = _clip_joint_norm(gradients, self.limit)
         for i, norm in zip(gradients.indices, gradients.norms_after(), strict=True):
             if norm > 0.0:
                 self._averages[i] = min(self._averages.get(i, math.inf), norm)
         return clipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, the average of each tensor, and the limit of the last step."""
+        """Return the number of steps, the average of each tensor, and the last step's limit."""
         return {"limit": self.limit, "steps": self._steps, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a state that `state_dict` returned."""
         checks.same_keys("AdaGC", state, ("limit", "steps", "averages"))
         self.limit, self._steps = state["limit"], state["steps"]
         self._averages = dict(state["averages"])
 
 
-def learns_from(norm: float) -> bool:
-    """Whether a norm may enter a history."""
+def _is_usable(norm: float) -> bool:
+    """Return true if a norm may enter a history."""
     return math.isfinite(norm) and norm > 0.0
 
 
-def shrunk(gradients: Gradients, limit: float) -> bool:
-    """Scale the gradients down to a joint norm of ``limit``; whether they were above it."""
+def _clip_joint_norm(gradients: Gradients, limit: float) -> bool:
+    """Scale the gradients down to the limit; return true if their norm was above it."""
     if not 0.0 < limit < gradients.norm:
         return False
     gradients.scale(limit / gradients.norm)

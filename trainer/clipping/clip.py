@@ -1,4 +1,4 @@
-"""What every kind of clipping is: it is called once a step, with measured gradients."""
+"""Base class and protocol of the clip kinds, which are called once a step."""
 
 from __future__ import annotations
 
@@ -16,39 +16,51 @@ from trainer.clipping.gradients import Gradients
 
 
 class Clipper(Protocol):
-    """What an `Update` needs of a clipper. It may also offer
+    """Protocol of a clipper, as an `Update` calls it.
+
+    It may also offer
 
     - ``bind(owner, names, optimizer)``, called once before the first step (see `Clip.bind`),
-    - ``measure(gradients, factor)``, for what it wants to know beside L2 norms (see `Gradients`),
-    - ``state_dict`` and ``load_state_dict``, where it has a history.
+    - ``measure(gradients, factor)``, for measurements beside L2 norms (see `Gradients`),
+    - ``state_dict`` and ``load_state_dict``, if it has a history.
+
+    Attributes:
+        limit: the threshold of the last step, inf without clipping.
     """
 
     limit: float
 
     def __call__(self, gradients: Gradients) -> bool:
-        """Change the gradients in place where they exceed the limit; say whether that was so."""
+        """Clip the measured gradients in place; return true if any of them changed."""
 
 
 class Clip:
-    """What the kinds share.
+    """Base class of the clip kinds.
 
-    ``limit`` is the threshold of the last step, infinity where nothing is clipped.
+    Attributes:
+        limit: the threshold of the last step, inf without clipping.
+        names: the names of the optimizer's parameters, known after `bind`.
+        by_group: true if a parameter group may have its own ``max_grad_norm``.
+        scales: true if what `measure` returns scales with the gradients.
     """
 
     limit: float = math.inf
     names: Mapping[Tensor, str] = MappingProxyType({})
-    # Whether a parameter group may have a `max_grad_norm` of its own.
     by_group: ClassVar[bool] = False
-    # Whether what it measures is multiplied where the gradients are.
     scales: ClassVar[bool] = True
 
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Learn what it is for, before the first step: the optimizer called ``owner``.
+        """Attach the clipper to an optimizer, before the first step.
 
-        ``names`` are those of its parameters, such as "encoder.0.weight".
-        Raises ValueError where this kind cannot do what was asked for.
+        Args:
+            owner: the name of the optimizer.
+            names: the names of its parameters, such as "encoder.0.weight".
+            optimizer: the optimizer.
+
+        Raises:
+            ValueError: if this kind cannot clip what the optimizer has.
         """
         self.names = names
         limited = any("max_grad_norm" in group for group in optimizer.param_groups)
@@ -60,16 +72,23 @@ class Clip:
             )
 
     def __call__(self, gradients: Gradients) -> bool:
-        """Change the gradients in place where they exceed the limit; say whether that was so."""
+        """Clip the measured gradients in place; return true if any of them changed."""
         raise NotImplementedError
 
 
 def matching(
     owner: str, key: str, patterns: Sequence[str], names: Mapping[Tensor, str]
 ) -> dict[Tensor, str]:
-    """The first pattern that each parameter's name matches, for those that match any.
+    """Return the first pattern that each parameter's name matches, for those that match any.
 
-    Raises ValueError for a pattern to which no parameter is left.
+    Args:
+        owner: the name of the optimizer, for messages.
+        key: the name of the setting, for messages.
+        patterns: patterns with ``*``, ``?`` and ``[…]`` as in file names, in order.
+        names: the names of the optimizer's parameters.
+
+    Raises:
+        ValueError: if no parameter is left for a pattern.
     """
     found: dict[Tensor, str] = {}
     for pattern in patterns:
@@ -91,13 +110,13 @@ def matching(
 
 
 def refuse_complex(clip: object, gradients: Gradients) -> None:
-    """ValueError where a kind that looks at elements is given numbers without an order."""
+    """Raise ValueError if gradients are complex, for kinds that compare elements."""
     if any(tensor.is_complex() for tensor in gradients.tensors):
-        raise ValueError(f"{type(clip).__name__} knows no complex gradients; use NormClip")
+        raise ValueError(f"{type(clip).__name__} cannot take complex gradients; use NormClip")
 
 
 def refuse_sparse(clip: Clip, gradients: Gradients) -> None:
-    """ValueError where a kind that needs the shape of a parameter is given a sparse layout."""
+    """Raise ValueError if gradients are sparse, for kinds that need the shape of a parameter."""
     if gradients.sparse:
         param = next(p for p in gradients.params if p.grad is not None and p.grad.is_sparse)
         raise ValueError(

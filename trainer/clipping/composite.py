@@ -1,4 +1,4 @@
-"""Kinds made of others: a limit that changes over the steps, and several kinds in order."""
+"""Clip kinds made of others: a limit that changes over steps, and several kinds in order."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from trainer.clipping.gradients import Gradients, limit_of, measured
 
 
 class GradualClip(Clip):
-    """A limit that changes over the optimizer's steps, for a kind that has one.
+    """Change the limit of another kind over the optimizer's steps.
 
-    ``limits`` maps numbers of steps to limits: ``{0: 10.0, 5000: 1.0}``. Between two of them the
-    limit moves by ``shape``: "linear", "cosine" (half a wave) or "stepwise" (it stays until the
-    next). Before the first and after the last it is theirs. ``clip`` is a `NormClip` where it is
-    None; a `LayerClip` or `ValueClip` may be given. Steps that were skipped do not count.
+    Between two given steps the limit is interpolated; before the first and after the last it is
+    constant. Skipped steps do not count.
+
+    Args:
+        limits: limits by step number, counted from 0: ``{0: 10.0, 5000: 1.0}``.
+        shape: the interpolation: "linear", "cosine" (half a period) or "stepwise" (constant until
+            the next given step).
+        clip: the kind to use, a `NormClip`, `LayerClip` or `ValueClip`; None for `NormClip`.
+
+    Raises:
+        ValueError: if an argument is not allowed.
     """
 
     by_group = True
@@ -58,7 +65,7 @@ class GradualClip(Clip):
         self.limit = self.limit_at(0)
 
     def limit_at(self, step: int) -> float:
-        """The limit of a step, of which the first is 0."""
+        """Return the limit of a step, counted from 0."""
         right = bisect.bisect_right(self._steps, step)
         if right == 0 or right == len(self._steps) or self.shape == "stepwise":
             return self._limits[max(right - 1, 0)]
@@ -70,7 +77,7 @@ class GradualClip(Clip):
         return before + (after - before) * share
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """What the kind measures."""
+        """Return what the kind measures."""
         return self.clip.measure(gradients, factor)
 
     def __call__(self, gradients: Gradients) -> bool:
@@ -79,22 +86,28 @@ class GradualClip(Clip):
         return self.clip(gradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps there have been."""
+        """Return the number of steps so far."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a state that `state_dict` returned."""
         checks.same_keys("GradualClip", state, ("steps",))
         self.steps = state["steps"]
         self.limit = self.limit_at(self.steps)
 
 
 class MixedClip(Clip):
-    """Several kinds in order, each on what the one before it left: per layer, then by value.
+    """Apply several kinds in order, each to the result of the one before.
 
-    ``limit`` is that of the last one that clipped in this step, else of the first. A kind after one
-    that changed directions (`ValueClip`, `AGC`, `SPAM`), and `AGC` and `SPAM` after any, have to
-    measure again: a second host-device sync, in the steps in which that one clipped.
+    ``limit`` is that of the last kind that clipped in this step, else of the first. After a kind
+    that changes directions (`ValueClip`, `AGC`, `SPAM`) has clipped, and before `AGC` or `SPAM`
+    after any has, the gradients are measured again, which is a second host-device sync.
+
+    Args:
+        clips: the kinds, each a different object; no `MixedClip`.
+
+    Raises:
+        ValueError: if ``clips`` is not such a list.
     """
 
     by_group = True
@@ -117,12 +130,12 @@ class MixedClip(Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Let each learn what it is for."""
+        """Bind every kind."""
         for clip in self.clips:
             clip.bind(owner, names, optimizer)
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """What all of them measure."""
+        """Return what all kinds measure."""
         found: list[Tensor] = []
         self._slices = []
         for clip in self.clips:
@@ -136,25 +149,25 @@ class MixedClip(Clip):
         base, stale, factors = gradients, False, [1.0] * len(gradients.tensors)
         for i, clip in enumerate(self.clips):
             if stale or (clipped and not clip.scales):
-                base, stale = measured(gradients.groups, self), False  # The further sync.
+                base, stale = measured(gradients.groups, self), False  # A second sync.
                 factors = [1.0] * len(base.tensors)
             stage = base.stage(*self._slices[i], factors)
             if clip(stage):
                 clipped, self.limit = True, clip.limit
-                stale = stage.factors is None  # Something else than a scaling.
+                stale = stage.factors is None  # It changed more than the scale.
                 factors = [f * g for f, g in zip(factors, stage.factors or factors, strict=True)]
             gradients.norm_after = stage.norm_after
         return clipped
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of those that have one, and what they are."""
+        """Return the class name and the state of every kind."""
         return {
             "kinds": [type(clip).__name__ for clip in self.clips],
             "clips": [getattr(clip, "state_dict", dict)() for clip in self.clips],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; ValueError where it is that of other kinds."""
+        """Restore a state that `state_dict` returned; raise ValueError if it is of other kinds."""
         checks.same_keys("MixedClip", state, ("kinds", "clips"))
         kinds = [type(clip).__name__ for clip in self.clips]
         if list(state["kinds"]) != kinds:

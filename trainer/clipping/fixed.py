@@ -1,4 +1,4 @@
-"""Kinds with limits that are given: by norm, by layer, by name, by value."""
+"""Clip kinds with given limits: by norm, by layer, by name and by value."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ logger = logging.getLogger("trainer")
 class NormClip(Clip):
     """Scale the gradients of an optimizer down so that their joint norm is at most ``limit``.
 
-    g ← g · min(1, c / (‖g‖ + 1e-6)), with ‖g‖ over every parameter group of the optimizer (Pascanu
-    et al. 2013). A parameter group with its own ``max_grad_norm`` is measured and clipped alone.
-    ``p`` is the order of the norm: 2, any other above 0, or inf, the largest element.
+        g ← g · min(1, c / (‖g‖ + 1e-6))
+
+    ‖g‖ is over every parameter group of the optimizer (Pascanu et al. 2013). A parameter group with
+    its own ``max_grad_norm`` is measured and clipped alone.
+
+    Args:
+        limit: the largest norm c; None, inf, 0 or below for no clipping.
+        p: the order of the norm, above 0; inf for the largest absolute value.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     by_group = True
@@ -32,22 +40,22 @@ class NormClip(Clip):
         self.p = checks.within(type(self).__name__, "p", p, 0.0, math.inf, "(]")
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """The p-norms, unless those are measured anyway."""
+        """Return the p-norms, unless p is 2: those are measured anyway."""
         return [] if self.p == 2.0 else [norms(gradients.tensors, self.p) * factor]
 
     def p_norms(self, gradients: Gradients) -> list[float]:
-        """The p-norm of each tensor."""
+        """Return the p-norm of each tensor."""
         if self.p == 2.0:
             return gradients.norms
-        if not is_reliable(joint(gradients.extra[0], self.p), self.p):  # As for L2: rare; syncs.
-            return safe_norms(gradients.tensors, self.p)
-        return gradients.extra[0]
+        if is_reliable(joint(gradients.extra[0], self.p), self.p):
+            return gradients.extra[0]
+        return safe_norms(gradients.tensors, self.p)  # Syncs, but is rare.
 
     def __call__(self, gradients: Gradients) -> bool:
-        return self.clip_parts(gradients, gradients.parts(self.limit))
+        return self._clip_parts(gradients, gradients.parts(self.limit))
 
-    def clip_parts(self, gradients: Gradients, parts: list[tuple[float, list[int]]]) -> bool:
-        """Clip each part, of these tensors, alone."""
+    def _clip_parts(self, gradients: Gradients, parts: list[tuple[float, list[int]]]) -> bool:
+        """Clip the joint norm of each part, a limit and indices of tensors, alone."""
         each = self.p_norms(gradients)
         coefficients = [1.0] * len(each)
         for limit, members in parts:
@@ -61,8 +69,15 @@ class NormClip(Clip):
 class LayerClip(NormClip):
     """Scale each gradient tensor down so that its own norm is at most ``limit``.
 
-    The norm rule for each parameter alone: one layer's spike leaves the others as they are. A
-    parameter group with its own ``max_grad_norm`` has that for each of its tensors.
+    The rule of `NormClip` for each parameter alone: a spike in one layer leaves the others as they
+    are. In a parameter group with its own ``max_grad_norm``, that limits each tensor.
+
+    Args:
+        limit: the largest norm of a tensor; None, inf, 0 or below for no clipping.
+        p: the order of the norm, above 0; inf for the largest absolute value.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, limit: float | None = 1.0, p: float = 2.0) -> None:
@@ -81,12 +96,19 @@ class LayerClip(NormClip):
 
 
 class PatternClip(NormClip):
-    """Norm clipping with a limit for each pattern of parameter names.
+    """Clip the joint norm of the parameters of each name pattern.
 
-    ``limits`` maps patterns, with ``*``, ``?`` and ``[…]`` as in file names, to limits:
-    ``{"encoder.*": 1.0, "*.bias": null, "*": 5.0}``. A parameter belongs to the first pattern that
-    its name matches; those of one pattern are measured and clipped together, those of none are
-    left as they are. ``limit`` is the largest norm that all limits together let through.
+    A parameter belongs to the first pattern that its name matches. Parameters of one pattern are
+    measured and clipped together by the rule of `NormClip`; those of none are not clipped.
+    ``limit`` is the joint norm of all limits.
+
+    Args:
+        limits: a limit for each pattern of parameter names, with ``*``, ``?`` and ``[…]`` as in
+            file names: ``{"encoder.*": 1.0, "*.bias": null, "*": 5.0}``.
+        p: the order of the norm, above 0; inf for the largest absolute value.
+
+    Raises:
+        ValueError: if an argument is out of range; in `bind`, if a pattern has no parameter.
     """
 
     by_group = False
@@ -105,7 +127,7 @@ class PatternClip(NormClip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Find the parameters of each pattern, and log them."""
+        """Find the parameters of each pattern, and log their number."""
         super().bind(owner, names, optimizer)
         self._pattern = matching(owner, "PatternClip: the pattern", list(self.limits), names)
         found = list(self._pattern.values())
@@ -116,20 +138,27 @@ class PatternClip(NormClip):
 
     def __call__(self, gradients: Gradients) -> bool:
         if self._pattern is None:
-            raise ValueError("PatternClip has not been told the names of the parameters: call bind")
+            raise ValueError("PatternClip does not know the names of the parameters: call bind")
         members: dict[str, list[int]] = {pattern: [] for pattern in self.limits}
         for i, param in enumerate(gradients.params):
             pattern = self._pattern.get(param)
             if pattern is not None:
                 members[pattern].append(i)
         parts = [(self.limits[pattern], where) for pattern, where in members.items() if where]
-        return self.clip_parts(gradients, parts)
+        return self._clip_parts(gradients, parts)
 
 
 class ValueClip(Clip):
     """Clamp every element of the gradients to [-limit, limit]; this may change their direction.
 
-    A parameter group with its own ``max_grad_norm`` is clamped to that.
+    A parameter group with its own ``max_grad_norm`` is clamped to that. Complex gradients are
+    refused: they have no order.
+
+    Args:
+        limit: the largest absolute value; None, inf, 0 or below for no clipping.
+
+    Raises:
+        ValueError: if ``limit`` is not a number.
     """
 
     by_group = True
@@ -138,7 +167,7 @@ class ValueClip(Clip):
         self.limit = limit_of(limit, "ValueClip: limit")
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """The largest element of each tensor."""
+        """Return the largest absolute value of each tensor."""
         refuse_complex(self, gradients)
         return [norms(gradients.tensors, math.inf) * factor]
 

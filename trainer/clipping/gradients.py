@@ -1,4 +1,9 @@
-"""Gradients measured once, safely: what a clipper is given, between ``backward`` and a step."""
+"""Gradients of one optimizer and their norms, measured once between ``backward`` and a step.
+
+Norms are measured in float32 by one foreach call, read by the host in the one transfer of the step,
+and joined there in float64. Only where the joint norm is not finite or too small to be reliable are
+the tensors measured again, at any scale.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +23,35 @@ SMALLEST_COEFFICIENT = 1e-30
 
 
 class Gradients:
-    """The gradients of one optimizer at the end of a window, and their L2 norms.
+    """Gradients of one optimizer at the end of an accumulation window, and their L2 norms.
 
-    ``params`` are those with a gradient; ``tensors`` are the gradients, of a sparse one its
-    coalesced values. ``norms`` has a float for every tensor, ``norm`` is over all of them; both are
-    known after `take`. ``groups`` are the optimizer's parameter groups. Norms have the accuracy of
-    torch's float32 foreach norm, for gradients of scale 1e-30 to 1e30 and of any dtype.
+    Norms have the accuracy of torch's float32 foreach norm, for gradients of scale 1e-30 to 1e30
+    and of any dtype. A clipper may measure more by ``measure(gradients, factor)``, which returns
+    vectors with one number for each tensor, for the gradients times ``factor``; the values come
+    with the same transfer.
 
-    What a clipper wants to know beside it offers as ``measure(gradients, factor)``: vectors with a
-    number for every tensor, of the gradients times ``factor``. They travel in the same transfer and
-    are in ``extra``, one list of floats for each.
+    Args:
+        groups: the optimizer's parameter groups.
+        clip: the clipper, for its ``measure``.
+
+    Attributes:
+        params: the parameters that have a gradient.
+        tensors: their gradients; of a sparse gradient, its coalesced values.
+        norms: the L2 norm of each tensor, known after `take`.
+        norm: the joint L2 norm of all tensors, known after `take`; NaN before.
+        norm_after: the joint norm after clipping; None if it is not known.
+        extra: the values of each vector that the clipper measured.
+        factors: the coefficient that each tensor was scaled by; None if none was.
     """
 
     __slots__ = (
-        "_meter", "extra", "factors", "groups", "norm", "norm_after", "norms", "params", "tensors",
+        "_measure_extra", "extra", "factors", "groups", "norm", "norm_after", "norms", "params",
+        "tensors",
     )  # fmt: skip
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], clip: object = None) -> None:
         self.groups = groups
-        self._meter = getattr(clip, "measure", None)
+        self._measure_extra = getattr(clip, "measure", None)
         found: list[tuple[Tensor, Tensor]] = [
             (p, grad) for group in groups for p in group["params"] if (grad := p.grad) is not None
         ]
@@ -52,26 +67,31 @@ class Gradients:
 
     @property
     def indices(self) -> list[int]:
-        """The place of each tensor's parameter among all of the optimizer's."""
+        """Index of each tensor's parameter among all parameters of the optimizer."""
         every = (p for group in self.groups for p in group["params"])
         return [i for i, p in enumerate(every) if p.grad is not None]
 
     @property
     def sparse(self) -> bool:
-        """Whether any of them is in a sparse layout."""
+        """True if any gradient has a sparse layout."""
         return any(p.grad is not None and p.grad.is_sparse for p in self.params)
 
     def measure(self, factor: float | Tensor = 1.0) -> list[Tensor]:
-        """Vectors on the device, joined, from which `take` makes the norms; no sync.
+        """Measure the gradients, without waiting for the device.
 
-        ``factor`` is what the gradients will be multiplied by, from sums to means.
+        Args:
+            factor: the factor by which `rescale` will multiply the gradients.
+
+        Returns:
+            Vectors of shape (len(tensors),), whose joined values `take` wants.
         """
         if not self.tensors:
             return []
-        return [norms(self.tensors), *(self._meter(self, factor) if self._meter else ())]
+        extra = self._measure_extra(self, factor) if self._measure_extra else []
+        return [norms(self.tensors), *extra]
 
     def take(self, values: list[float]) -> None:
-        """Turn the values of `measure`'s vectors into ``norms``, ``norm`` and ``extra``."""
+        """Set norms and extra from the values of `measure`'s vectors, joined to one list."""
         number = len(self.tensors)
         self.norms = values[:number]
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
@@ -81,20 +101,20 @@ class Gradients:
         self.norm_after = self.norm
 
     def _measure_again(self) -> None:
-        """Measure in the safe form, unless the finite gradients were measured well (syncs)."""
+        """Measure at any scale (syncs), finite gradients as if there were no others."""
         safe = safe_norms(self.tensors)
         finite = [n for n, s in zip(self.norms, safe, strict=True) if math.isfinite(s)]
-        if is_reliable(joint(finite)):  # Then they keep the norms that they have without the rest.
+        if is_reliable(joint(finite)):
             safe = [n if math.isfinite(s) else s for n, s in zip(self.norms, safe, strict=True)]
         self.norms, self.norm = safe, joint(safe)
 
     @property
     def finite(self) -> bool:
-        """Whether every gradient is finite."""
+        """True if every gradient is finite."""
         return math.isfinite(self.norm)
 
     def keep(self, flags: Sequence[bool]) -> None:
-        """Leave out the parameters whose flag is false, as if they were frozen."""
+        """Drop the gradients whose flag is false, as if their parameters were frozen."""
         if all(flags):
             return
         for param, kept in zip(self.params, flags, strict=True):
@@ -107,15 +127,20 @@ class Gradients:
         self.norm = self.norm_after = joint(self.norms)
 
     def rescale(self, factor: float) -> None:
-        """Multiply gradients and norms: from sums to means."""
+        """Multiply gradients and norms in place, to turn sums into means."""
         _multiply(self.tensors, [factor] * len(self.tensors))
         self.norms = [norm * factor for norm in self.norms]
         self.norm = self.norm_after = joint(self.norms)
 
     def parts(self, limit: float) -> list[tuple[float, list[int]]]:
-        """Limits, and the indices into ``tensors`` of what each is over.
+        """Split the tensors by their limit.
 
-        A parameter group with its own ``max_grad_norm`` is a part alone; ``limit`` is for the rest.
+        Args:
+            limit: the limit of parameter groups without their own ``max_grad_norm``.
+
+        Returns:
+            Pairs of a limit and the indices of its tensors: one for each parameter group with its
+            own ``max_grad_norm``, and one for the rest.
         """
         if not any("max_grad_norm" in group for group in self.groups):
             return [(limit, list(range(len(self.tensors))))]
@@ -136,9 +161,10 @@ class Gradients:
         self.scale_each([coefficient] * len(self.tensors))
 
     def scale_each(self, coefficients: Sequence[float]) -> bool:
-        """Multiply each gradient in place by its own coefficient; whether any is not 1.
+        """Multiply each gradient in place by its own coefficient.
 
-        ``factors`` are what each tensor has been multiplied by; `norm_after` follows.
+        Returns:
+            True if any coefficient is not 1.
         """
         places = [i for i, coefficient in enumerate(coefficients) if coefficient != 1.0]
         if not places:
@@ -150,13 +176,13 @@ class Gradients:
         return True
 
     def norms_after(self) -> list[float]:
-        """The norm of each tensor after what `scale` did."""
+        """Return the norm of each tensor after scaling."""
         if self.factors is None:
             return self.norms
         return [norm * factor for norm, factor in zip(self.norms, self.factors, strict=True)]
 
     def stage(self, start: int, stop: int, factors: Sequence[float]) -> Gradients:
-        """The same tensors after each was multiplied by a factor, with the extras start to stop."""
+        """Return these tensors as measured after scaling by ``factors``, with extra[start:stop]."""
         found = copy.copy(self)
         found.factors = None
         if any(factor != 1.0 for factor in factors):
@@ -170,7 +196,7 @@ class Gradients:
 
 
 def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradients:
-    """The gradients as they are now, measured for a clipper (syncs)."""
+    """Return the current gradients, measured for a clipper (syncs)."""
     gradients = Gradients(groups, clip)
     vectors = gradients.measure()
     gradients.take(torch.cat(vectors).tolist() if vectors else [])
@@ -230,13 +256,13 @@ def safe_norms(tensors: Sequence[Tensor], p: float = 2.0) -> list[float]:
         return []
     wide = [t.float() if t.dtype.itemsize < 4 else t for t in tensors]
     largest = _norms(wide, math.inf)
-    ratios = [tensor / most for tensor, most in zip(wide, largest, strict=True)]
+    ratios = [t / m for t, m in zip(wide, largest, strict=True)]
     pairs = zip(_stack(largest).tolist(), _stack(_norms(ratios, p)).tolist(), strict=True)
-    return [most * norm if 0.0 < most < math.inf else most for most, norm in pairs]
+    return [m * norm if 0.0 < m < math.inf else m for m, norm in pairs]
 
 
 def is_reliable(norm: float, p: float = 2.0) -> bool:
-    """Tell whether no power overflowed or vanished in a p-norm that `norms` measured."""
+    """Return true if no power overflowed or vanished in a p-norm that `norms` measured."""
     return (p == math.inf or norm >= SMALLEST_POWER ** (1 / p)) and norm < math.inf
 
 
@@ -268,7 +294,7 @@ def _multiply(tensors: list[Tensor], coefficients: Sequence[float]) -> None:
 
 
 def _dense(param: Tensor) -> Tensor:
-    """The numbers of a gradient; of a sparse one, of which rows may come twice, their sums."""
+    """Return a gradient's values; a sparse one is coalesced, which adds up repeated rows."""
     grad = param.grad
     assert grad is not None
     if not grad.is_sparse:
@@ -278,9 +304,15 @@ def _dense(param: Tensor) -> Tensor:
 
 
 def limit_of(value: float | None, name: str = "max_grad_norm") -> float:
-    """A limit as users write it: None, infinity, 0 and below mean "measure, do not clip".
+    """Return a limit as a float above 0, inf for no clipping.
 
-    A negative limit would turn descent into ascent, and 0 would freeze the weights.
+    Args:
+        value: a number, or None; None, inf, 0 and below mean no clipping: a negative limit would
+            turn descent into ascent, and 0 would freeze the weights.
+        name: the name of the setting, for messages.
+
+    Raises:
+        ValueError: if ``value`` is not a number.
     """
     if value is None:
         return math.inf

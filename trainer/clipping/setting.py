@@ -1,4 +1,4 @@
-"""What a recipe says under ``clip``, and the clipper of each optimizer that it means."""
+"""Options ``clip`` and ``max_grad_norm``: build the clipper of each optimizer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from trainer.clipping.clip import Clipper
 from trainer.clipping.fixed import NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
 
-WORDS = {"norm": NormClip, "value": ValueClip}
+KINDS = {"norm": NormClip, "value": ValueClip}
 
 
 def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
-    """The part of a setting that is for the optimizer ``name``: itself, or its entry if a mapping.
+    """Return one optimizer's part of a setting.
 
-    An optimizer without an entry has the ``default``.
+    Args:
+        setting: a value for all optimizers, or a mapping from their names to values.
+        name: the name of the optimizer.
+        known: the names of all optimizers.
+        key: the name of the setting, for messages.
+        default: the value of an optimizer that a mapping leaves out.
 
-    Raises ValueError for a mapping that names an optimizer which does not exist.
+    Raises:
+        ValueError: if a mapping names an optimizer that does not exist.
     """
     if not isinstance(setting, Mapping):
         return setting
@@ -37,26 +43,34 @@ def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: An
 
 
 def clippers(
-    setting: Any, limit: Any, usual: Any, optimizers: Mapping[str, torch.optim.Optimizer],
+    setting: Any, limit: Any, default_limit: Any, optimizers: Mapping[str, torch.optim.Optimizer],
     names: Mapping[Tensor, str],
 ) -> dict[str, Clipper]:  # fmt: skip
-    """The clipper of each optimizer, bound to it.
+    """Build the clipper of each optimizer, and bind it.
 
-    ``setting`` is "norm", "value", None (no clipping), a clipper, or a mapping of these by
-    optimizer. ``limit`` is that of the words, or a mapping by optimizer; who is not in it has the
-    ``usual`` one. A clipper that is given once for several optimizers is copied: each has a history
-    of its own. ``names`` are those of the parameters.
+    A clipper that is given for several optimizers is copied, so that each has its own history. A
+    limit that a clipper object does not use is warned of.
 
-    Raises ValueError for anything else, and for what a clipper refuses; warns of a limit that a
-    clipper object leaves unused.
+    Args:
+        setting: "norm", "value", None (no clipping), a clipper, or a mapping of these by optimizer.
+        limit: the limit for "norm" and "value", or a mapping of limits by optimizer.
+        default_limit: the limit of an optimizer that the mapping leaves out.
+        optimizers: the optimizers by name.
+        names: the names of the parameters.
+
+    Returns:
+        The clippers by name of the optimizer.
+
+    Raises:
+        ValueError: if a setting or limit is not allowed, or a clipper refuses its optimizer.
     """
     found: dict[str, Clipper] = {}
     known = list(optimizers)
     for name in optimizers:
         own = by_name(setting, name, known, "clip", "norm")
-        bound = limit_of(by_name(limit, name, known, "max_grad_norm", usual))
+        bound = limit_of(by_name(limit, name, known, "max_grad_norm", default_limit))
         clip = _clipper(own, bound)
-        if not isinstance(own, (str, type(None))) and bound not in (usual, math.inf):
+        if not isinstance(own, (str, type(None))) and bound not in (default_limit, math.inf):
             warnings.warn(
                 f"max_grad_norm {bound:g} is not used for the optimizer {name!r}: its clipper, "
                 f"{type(clip).__name__}, has limits of its own",
@@ -71,11 +85,11 @@ def clippers(
 
 
 def _clipper(setting: Any, limit: float) -> Clipper:
-    """What one optimizer's part of the setting means."""
+    """Build a clipper from one optimizer's part of the setting."""
     if setting is None:
         return NormClip(None)
-    if isinstance(setting, str) and setting in WORDS:
-        clip: Clipper = WORDS[setting](limit)
+    if isinstance(setting, str) and setting in KINDS:
+        clip: Clipper = KINDS[setting](limit)
         return clip
     if isinstance(setting, (list, tuple)):
         raise ValueError(
@@ -92,7 +106,7 @@ def _clipper(setting: Any, limit: float) -> Clipper:
 
 
 def _named(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[Tensor, str]:
-    """The names of an optimizer's parameters; of one that no module has, its place."""
+    """Return the names of an optimizer's parameters; for one of no module, its position."""
     return {
         param: names.get(param, f"group {number}, parameter {place}")
         for number, group in enumerate(optimizer.param_groups)

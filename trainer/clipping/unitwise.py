@@ -1,4 +1,4 @@
-"""Kinds that look into a tensor, on its device: against its weights, or its own usual square."""
+"""Clip kinds that judge units or elements of a tensor, by its weights or second moments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer import checks
 from trainer.clipping.clip import Clip, matching, refuse_complex, refuse_sparse
 from trainer.clipping.gradients import Gradients, is_reliable, joint, norms
 
-# Where torch.optim keeps the running mean of squares.
+# Names of the running mean of squares in the states of torch.optim.
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 WITH_MOMENTS = (
     torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
@@ -23,11 +23,20 @@ WITH_MOMENTS = (
 class AGC(Clip):
     """Clip each unit's gradient in proportion to its weights (Brock et al. 2021, 2102.06171).
 
-    For each row i of dimension 0 (a tensor of one dimension is one unit): where
-    ‖G_i‖ / max(‖W_i‖, ε) > λ, G_i ← G_i · λ · max(‖W_i‖, ε) / max(‖G_i‖, 1e-6). Without ε, weights
-    that begin at zero would never move. ``exclude`` are patterns of parameter names that are left
-    alone; the paper leaves out the last linear layer. Sparse gradients are refused. ``limit`` is
-    the joint norm of all bounds.
+        where ‖G_i‖ / max(‖W_i‖, ε) > λ:    G_i ← G_i · λ · max(‖W_i‖, ε) / ‖G_i‖
+
+    A unit i is a row of dimension 0; a tensor of one dimension is one unit. Without ε, weights that
+    start at zero would never move. Sparse gradients are refused. ``limit`` is the joint norm of all
+    bounds λ · max(‖W_i‖, ε).
+
+    Args:
+        clipping: the largest ratio λ of gradient to weight norm, above 0.
+        eps: the smallest weight norm ε, above 0.
+        exclude: patterns of names of parameters that are not clipped; the paper excludes the last
+            linear layer.
+
+    Raises:
+        ValueError: if an argument is out of range; in `bind`, if a pattern has no parameter.
     """
 
     scales = False
@@ -44,12 +53,12 @@ class AGC(Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Find the parameters that are left alone."""
+        """Find the excluded parameters."""
         super().bind(owner, names, optimizer)
         self._excluded = set(matching(owner, "AGC: exclude", self.exclude, names))
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """For each tensor the norm after clipping, the bound, and the largest share that goes."""
+        """Return for each tensor its norm after clipping, its bound and largest relative cut."""
         refuse_sparse(self, gradients)
         places = [i for i, p in enumerate(gradients.params) if p not in self._excluded]
         if not places:
@@ -57,30 +66,31 @@ class AGC(Clip):
         params = [gradients.params[i] for i in places]
         # Squares of huge and of tiny gradients leave the range of float32, those of weights do not.
         wide = torch.float32 if gradients.tensors[0].device.type == "mps" else torch.float64
-        units = unit_norms([gradients.tensors[i] for i in places], wide) * factor
-        bounds = unit_norms([p.detach() for p in params], torch.float32).to(units.dtype)
+        units = _unit_norms([gradients.tensors[i] for i in places], wide) * factor
+        bounds = _unit_norms([p.detach() for p in params], torch.float32).to(units.dtype)
         bounds = bounds.clamp_(min=self.eps).mul_(self.clipping)
         shares = (bounds / units).clamp_(max=1.0)
         rows = [len(p) if p.dim() > 1 else 1 for p in params]
         self._shares = dict(zip(params, shares.float().split(rows), strict=True))
-        of = torch.tensor(places).repeat_interleave(torch.tensor(rows)).to(units.device)
-        none = units.new_zeros(len(gradients.tensors))
+        owners = torch.tensor(places).repeat_interleave(torch.tensor(rows)).to(units.device)
+        zeros = units.new_zeros(len(gradients.tensors))
         return [
-            none.index_add(0, of, (units * shares).square()).sqrt_(),
-            none.index_add(0, of, bounds.square()).sqrt_(),
-            none.scatter_reduce(0, of, 1.0 - shares, "amax"),
+            zeros.index_add(0, owners, (units * shares).square()).sqrt_(),
+            zeros.index_add(0, owners, bounds.square()).sqrt_(),
+            zeros.scatter_reduce(0, owners, 1.0 - shares, "amax"),
         ]
 
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.extra:
             return False
-        after, bounds, gone = gradients.extra
+        after, bounds, cuts = gradients.extra
         self.limit = joint(bounds)
-        clipped = [i for i, share in enumerate(gone) if share > 0.0]
+        clipped = [i for i, cut in enumerate(cuts) if cut > 0.0]
         if not clipped:
             return False
         for i in clipped:
-            tensor, share = gradients.tensors[i], self._shares[gradients.params[i]]
+            tensor = gradients.tensors[i]
+            share = self._shares[gradients.params[i]].to(tensor.device)
             tensor.mul_(share.view(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() > 1 else share[0])
         kept = set(clipped)
         gradients.norm_after = joint(
@@ -90,13 +100,22 @@ class AGC(Clip):
 
 
 class SPAM(Clip):
-    """Clip the elements that are far above their own usual square (Huang et al. 2025, 2501.06842).
+    """Clip the elements that are far above their own mean square (Huang et al. 2025, 2501.06842).
 
-    Where g² > θ·v, g ← sign(g)·√(θ·v), with v the optimizer's running mean of squares (Adam's
-    second moment). The first ``warmup_steps`` clip nothing, since v is not there yet (the authors'
-    code waits as long); nor is an element clipped that has had no gradient yet, which would never
-    move. The paper's resets of the momentum are not part of clipping. Sparse gradients are refused.
-    ``limit`` is the joint norm of all bounds √(θ·v).
+        where g² > θ·v:    g ← sign(g)·√(θ·v)
+
+    v is the optimizer's running mean of squares (Adam's second moment). An element whose v is 0 is
+    not clipped: it would never move. The paper's resets of the momentum are not part of clipping.
+    Sparse and complex gradients are refused. ``limit`` is the joint norm of all bounds √(θ·v).
+
+    Args:
+        theta: the largest ratio θ of the square to its running mean, above 0.
+        warmup_steps: number of first steps without clipping, in which v settles, 0 or more (the
+            default is that of the authors' code).
+
+    Raises:
+        ValueError: if an argument is out of range; in `bind`, if the optimizer has no second
+            moments.
     """
 
     scales = False
@@ -111,15 +130,15 @@ class SPAM(Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Find the second moments, or refuse an optimizer that has none."""
+        """Remember the optimizer; raise ValueError if it has no second moments."""
         super().bind(owner, names, optimizer)
         known = type(optimizer).__module__.startswith("torch.optim")
         if known and not isinstance(optimizer, WITH_MOMENTS):
-            raise no_moments(optimizer)
+            raise _no_moments(optimizer)
         self._optimizer = optimizer
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """For each tensor the norm after clipping, the square of the bound, and the largest cut."""
+        """Return for each tensor its norm after clipping, its sum of v and its largest cut."""
         refuse_sparse(self, gradients)
         refuse_complex(self, gradients)
         moments = [self._moment(p) for p in gradients.params]
@@ -138,14 +157,14 @@ class SPAM(Clip):
             whole = list(torch._foreach_mul(whole, factor))
         cut = torch._foreach_minimum(whole, bounds)
         torch._foreach_maximum_(cut, torch._foreach_neg(bounds))
-        after, gone = norms(cut), norms(torch._foreach_sub(whole, cut), math.inf)
-        found = [after, norms(squares, 1.0), gone]
-        return [_spread(list(each), places, gradients.tensors) for each in found]
+        cuts = torch._foreach_sub(whole, cut)
+        found = [norms(cut), norms(squares, 1.0), norms(cuts, math.inf)]
+        return [_spread(each, places, len(gradients.tensors)) for each in found]
 
     def _moment(self, param: Tensor) -> Tensor | None:
-        """The running mean of squares of a parameter; None before its first step."""
+        """Return the running mean of squares of a parameter; None before its first step."""
         if self._optimizer is None:
-            raise ValueError("SPAM has not been told the optimizer: call bind")
+            raise ValueError("SPAM does not know its optimizer: call bind")
         state = self._optimizer.state.get(param)
         if not state:
             return None
@@ -153,16 +172,16 @@ class SPAM(Clip):
             if name in state:
                 moment: Tensor = state[name]
                 return moment
-        raise no_moments(self._optimizer)
+        raise _no_moments(self._optimizer)
 
     def __call__(self, gradients: Gradients) -> bool:
         self._steps += 1
         self.limit = math.inf
         if not gradients.extra:
             return False
-        after, squares, gone = gradients.extra
+        after, squares, cuts = gradients.extra
         self.limit = math.sqrt(self.theta * math.fsum(squares))
-        clipped = [i for i, cut in enumerate(gone) if cut > 0.0]
+        clipped = [i for i, cut in enumerate(cuts) if cut > 0.0]
         if not clipped:
             return False
         for i in clipped:
@@ -174,17 +193,17 @@ class SPAM(Clip):
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps there have been."""
+        """Return the number of steps so far."""
         return {"steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a saved state."""
+        """Restore a state that `state_dict` returned."""
         checks.same_keys("SPAM", state, ("steps",))
         self._steps = state["steps"]
 
 
-def unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The norms of the rows of dimension 0 of each tensor, joined; of one dimension, of all."""
+def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the norms of all units of all tensors, joined to one vector."""
     found = []
     for tensor in tensors:
         wide = torch.promote_types(tensor.dtype, dtype)
@@ -199,17 +218,16 @@ def unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([norms.to(device) for norms in found])
 
 
-def _spread(scalars: Sequence[Tensor], places: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
-    """Scalars joined to a vector, each at the place of its tensor, with 0 at the others."""
-    found = torch.stack([scalar.to(tensors[0].device) for scalar in scalars])
-    if len(places) == len(tensors):
-        return found
-    at = torch.tensor(places, device=found.device)
-    return found.new_zeros(len(tensors)).index_put_((at,), found)
+def _spread(values: Tensor, places: Sequence[int], length: int) -> Tensor:
+    """Return a vector with the values at the given indices, and 0 elsewhere."""
+    if len(places) == length:
+        return values
+    at = torch.tensor(places, device=values.device)
+    return values.new_zeros(length).index_copy_(0, at, values)
 
 
-def no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
-    """Why SPAM cannot work with this optimizer."""
+def _no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
+    """Return the error of SPAM for an optimizer without second moments."""
     return ValueError(
         f"SPAM needs the running mean of squares that Adam, AdamW, NAdam, RAdam, RMSprop and "
         f"Adadelta keep; {type(optimizer).__name__} has none: use another optimizer, or another "
