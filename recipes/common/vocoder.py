@@ -24,8 +24,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from recipes.common.mel import LogMel
-from trainer import state
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_state import check_weights
 from trainer.config.hyperparameters import Configuration
 from trainer.optim.build import pick_device
 from trainer.options import RunOptions
@@ -271,7 +271,7 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     hparams, options = configuration.build(), RunOptions(**configuration.options())
     generator = hparams["generator"]
     weights = _weights(hparams["checkpointer"], hparams["best"], options)
-    state.check_modules(generator, weights)
+    check_weights(generator, weights)
     generator.load_state_dict(weights)
     return Vocoder(generator.to(pick_device(device)), hparams["mel"])
 
