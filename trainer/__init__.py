@@ -57,6 +57,11 @@ def _register_defaults() -> None:
 
         return ProgressBar(brain.options.progressbar)
 
+    def layer_monitor(brain: Brain) -> Callback | None:
+        from trainer.diagnostics.layer_monitor import make_layer_monitor
+
+        return make_layer_monitor(brain)
+
     def loggers(brain: Brain) -> Callback | None:
         from trainer.loggers.callback import LoggerCallback
 
@@ -74,7 +79,18 @@ def _register_defaults() -> None:
 
         return make_driver(brain)
 
-    defaults.callbacks += [progress_bar, loggers, report]
+    def replica_check(brain: Brain) -> Callback | None:
+        from trainer.diagnostics.replica_check import make_replica_check
+
+        return make_replica_check(brain)
+
+    def profiler(brain: Brain) -> Callback | None:
+        from trainer.diagnostics.profiler import make_profiler
+
+        return make_profiler(brain)
+
+    # The layer monitor writes a record when the state is saved, before the loggers count theirs.
+    defaults.callbacks += [progress_bar, layer_monitor, loggers, report, replica_check, profiler]
     defaults.drivers.append(search)
 
 
