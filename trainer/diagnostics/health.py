@@ -89,9 +89,9 @@ class Health:
             if large >= LARGE_SHARE * WINDOW:
                 found += self._once("large", (
                     f"the gradient norm of {self.name!r} was above {LARGE_NORM:g} before clipping "
-                    f"in {large} of the last {WINDOW} steps (median {middle:.3g}). Lower the learning "
-                    f"rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum over "
-                    "frames or examples, take the mean"
+                    f"in {large} of the last {WINDOW} steps (median {middle:.3g}). Lower the "
+                    f"learning rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum "
+                    "over frames or examples, take the mean"
                 ))  # fmt: skip
             clipped = sum(step.clipped for step in window)
             if clipped >= CLIPPED_SHARE * WINDOW and len({step.limit for step in window}) == 1:
@@ -142,8 +142,9 @@ class Health:
         if still:
             found += self._once(f"still {still[0]}", (
                 f"{_shortened(still)} did not move in the last {PATIENCE} records, {self._steps} "
-                f"steps into the run. If the loss of {self.name!r} is meant to reach it, something is "
-                "detached or left out on the way; if not, requires_grad_(False) freezes it for good"
+                f"steps into the run. If the loss of {self.name!r} is meant to reach it, something "
+                "is detached or left out on the way; if not, requires_grad_(False) freezes it for "
+                "good"
             ))  # fmt: skip
         if faint:
             found += self._once(f"faint {faint[0]}", (
