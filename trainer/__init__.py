@@ -12,7 +12,7 @@ from trainer.callbacks import Callback
 from trainer.checkpoint import Checkpointer
 from trainer.epochs import EpochCounter
 from trainer.metrics import StageReport, StepReport
-from trainer.optim.guard import NonFiniteError
+from trainer.optim.guard import NonFiniteError, Tracer
 from trainer.options import RunOptions
 from trainer.progress import Stage
 
@@ -72,13 +72,6 @@ def _register_defaults() -> None:
 
         return ReportCallback(brain.options)
 
-    def search(brain: Brain) -> defaults.Driver | None:
-        if not brain.options.searching:
-            return None
-        from trainer.tuner import make_driver
-
-        return make_driver(brain)
-
     def replica_check(brain: Brain) -> Callback | None:
         from trainer.diagnostics.replica_check import make_replica_check
 
@@ -89,9 +82,29 @@ def _register_defaults() -> None:
 
         return make_profiler(brain)
 
+    def nonfinite_tracer(brain: Brain) -> Tracer | None:
+        from trainer.diagnostics.nonfinite.tracer import make_nonfinite_tracer
+
+        return make_nonfinite_tracer(brain)
+
+    def search(brain: Brain) -> defaults.Driver | None:
+        if not brain.options.searching:
+            return None
+        from trainer.tuner import make_driver
+
+        return make_driver(brain)
+
+    def replay(brain: Brain) -> defaults.Driver | None:
+        if brain.options.replay is None:
+            return None
+        from trainer.diagnostics.replay import make_replay_driver
+
+        return make_replay_driver(brain)
+
     # The layer monitor writes a record when the state is saved, before the loggers count theirs.
     defaults.callbacks += [progress_bar, layer_monitor, loggers, report, replica_check, profiler]
-    defaults.drivers.append(search)
+    defaults.tracers.append(nonfinite_tracer)
+    defaults.drivers += [search, replay]
 
 
 _register_defaults()
