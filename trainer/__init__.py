@@ -13,7 +13,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.compat import old_paths
 from trainer.epochs import EpochCounter
 from trainer.metrics import StageReport, StepReport
-from trainer.optim.guard import NonFiniteError
+from trainer.optim.guard import NonFiniteError, Tracer
 from trainer.options import RunOptions
 from trainer.progress import Stage
 
@@ -61,6 +61,11 @@ def _register_defaults() -> None:
 
         return ProgressBar(brain.options.progressbar)
 
+    def layer_monitor(brain: Brain) -> Callback | None:
+        from trainer.diagnostics.layer_monitor import make_layer_monitor
+
+        return make_layer_monitor(brain)
+
     def loggers(brain: Brain) -> Callback | None:
         from trainer.loggers.callback import LoggerCallback
 
@@ -71,6 +76,21 @@ def _register_defaults() -> None:
 
         return ReportCallback(brain.options)
 
+    def replica_check(brain: Brain) -> Callback | None:
+        from trainer.diagnostics.replica_check import make_replica_check
+
+        return make_replica_check(brain)
+
+    def profiler(brain: Brain) -> Callback | None:
+        from trainer.diagnostics.profiler import make_profiler
+
+        return make_profiler(brain)
+
+    def nonfinite_tracer(brain: Brain) -> Tracer | None:
+        from trainer.diagnostics.nonfinite.tracer import make_nonfinite_tracer
+
+        return make_nonfinite_tracer(brain)
+
     def search(brain: Brain) -> defaults.Driver | None:
         if not brain.options.searching:
             return None
@@ -78,8 +98,17 @@ def _register_defaults() -> None:
 
         return make_driver(brain)
 
-    defaults.callbacks += [progress_bar, loggers, report]
-    defaults.drivers.append(search)
+    def replay(brain: Brain) -> defaults.Driver | None:
+        if brain.options.replay is None:
+            return None
+        from trainer.diagnostics.replay import make_replay_driver
+
+        return make_replay_driver(brain)
+
+    # The layer monitor writes a record when the state is saved, before the loggers count theirs.
+    defaults.callbacks += [progress_bar, layer_monitor, loggers, report, replica_check, profiler]
+    defaults.tracers.append(nonfinite_tracer)
+    defaults.drivers += [search, replay]
 
 
 _register_defaults()

@@ -690,6 +690,7 @@ class Brain(SpeechBrainNames):
         self,
         optimize: Optimize | None = None,
         on_loss: Callable[[StepReport], None] | None = None,
+        precision: str | None = None,
     ) -> Iterator[None]:
         """Context manager of which nothing lasts; for drivers and diagnostics.
 
@@ -700,10 +701,13 @@ class Brain(SpeechBrainNames):
             optimize: called in place of the step with losses, weight, ``retain_graph`` and
                 ``last``; None lets optimizers step as usual.
             on_loss: called with the report of each loss, as `Callback.on_loss` outside of it.
+            precision: precision of forward passes in training; None for that of the run.
         """
         snapshot = Snapshot(self.progress, self.stateful)
         muted, intercept, tracer = self.callbacks.muted, self.__intercept, self.__tracer
-        outer, self.__on_loss = self.__on_loss, on_loss
+        outer, self.__on_loss = (self.__on_loss, self.__precision), on_loss
+        if precision is not None:
+            self.__precision = Precision(precision, self.device)
         self.zero_grad()
         self.callbacks.muted, self.__intercept, self.__tracer = True, optimize, Tracer()
         self.__depth += 1
@@ -713,7 +717,7 @@ class Brain(SpeechBrainNames):
         finally:
             self.__depth -= 1
             self.callbacks.muted, self.__intercept, self.__tracer = muted, intercept, tracer
-            self.__on_loss = outer
+            self.__on_loss, self.__precision = outer
             snapshot.restore()
 
     def start_training(

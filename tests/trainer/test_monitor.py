@@ -1,4 +1,4 @@
-"""Monitors measure what happened, change nothing, cost nothing when off, and warn once."""
+"""The layer monitor measures what happened, changes nothing, is absent when off, and warns once."""
 
 import json
 import logging
@@ -17,21 +17,21 @@ from tests.trainer.test_page import read
 from tests.trainer.test_syncs import syncs
 from trainer import Brain, Stage, seed
 from trainer.checkpoint import Checkpointer
-from trainer.diagnostics.health import BLOCKS, LOOKS, WINDOW, Health, Step
-from trainer.diagnostics.layer_monitor import Monitor, Off
+from trainer.diagnostics.health import BLOCKS, PATIENCE, WINDOW, Health, Step
+from trainer.diagnostics.layer_monitor import LayerMonitor
 from trainer.report import render
 
 KINDS = [Regressor, Players]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The looks of a run."""
+    """Return the monitor records of a run."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if record["kind"] == "monitor"]
 
 
 def reporting(kind: type[Brain]) -> Any:
-    """A Brain that keeps its step reports."""
+    """Return a kind of Brain that keeps its step reports."""
 
     class Reporting(kind):  # type: ignore[misc, valid-type]
         def optimize(self, *arguments: Any, **named: Any) -> Any:
@@ -44,7 +44,7 @@ def reporting(kind: type[Brain]) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_looking_changes_nothing(kind: type[Brain], precision: str, tmp_path: Path) -> None:
+def test_a_monitor_changes_nothing(kind: type[Brain], precision: str, tmp_path: Path) -> None:
     states = []
     for every in (0, 1, 3):
         brain = make(
@@ -57,15 +57,35 @@ def test_looking_changes_nothing(kind: type[Brain], precision: str, tmp_path: Pa
     assert same(states[0], states[2])
 
 
-def test_off_is_an_object_that_does_nothing_and_no_hook() -> None:
+def monitors(brain: Brain) -> list[LayerMonitor]:
+    return [each for each in brain.callbacks if isinstance(each, LayerMonitor)]
+
+
+def test_off_is_no_callback_and_no_hook() -> None:
     brain = make(monitor_every=0)
     brain.fit([1], batches(2))
-    assert type(brain.monitor) is Off
-    assert brain.monitor.state_dict() == {}
-    optimizer = brain.updates["main"].optimizer
-    assert not optimizer._optimizer_step_post_hooks
-    assert len(optimizer._optimizer_step_pre_hooks) == 1  # That which notices steps by hand.
-    assert type(make().monitor) is Monitor
+    update = brain.updates["main"]
+    assert not update.before_step
+    assert not update.optimizer._optimizer_step_post_hooks
+    assert len(update.optimizer._optimizer_step_pre_hooks) == 1  # Notices steps by hand.
+    assert not monitors(brain)
+    assert len(monitors(make())) == 1
+
+
+def test_a_saved_state_comes_back_and_drops_what_is_measured() -> None:
+    """The layout is that of checkpoints of format 1."""
+    brain = make(monitor_every=2)
+    brain.fit([1], batches(3))
+    (monitor,) = monitors(brain)
+    step = [1.0, None, math.inf, False, 0.1]
+    health = {
+        "window": [step, step], "medians": [1.0], "still": {"net.0": 2}, "faint": {}, "steps": 2,
+        "said": ["large"],
+    }  # fmt: skip
+    state = {"main": {"steps": [step], "health": health}}
+    brain.updates["main"].read_later(torch.ones(4), lambda values: pytest.fail("read"))
+    monitor.load_state_dict(state)
+    assert monitor.state_dict() == state
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,7 +142,7 @@ def test_layers_are_measured_before_clipping_and_updates_as_they_were(tmp_path: 
             assert found["grad"] == pytest.approx(update / 0.1 / clipped, rel=1e-3)
 
 
-def test_a_look_waits_for_nothing_that_a_step_does_not_wait_for() -> None:
+def test_a_record_waits_for_nothing_that_a_step_does_not_wait_for() -> None:
     off, _ = syncs(Regressor, 24, log_interval=1000, monitor_every=0)
     on, _ = syncs(Regressor, 24, log_interval=1000, monitor_every=6)
     assert on == off == 24
@@ -158,7 +178,7 @@ def test_the_norm_after_cutting_elements_comes_with_the_next_step(
     ) == (quiet, 24)
 
 
-def test_skipped_steps_and_accumulation_are_not_looked_at(tmp_path: Path) -> None:
+def test_skipped_and_accumulated_batches_are_not_recorded(tmp_path: Path) -> None:
     data = batches(8)
     data[2] = {**data[2], "factor": math.nan}
     brain = make(grad_accumulation_factor=2, monitor_every=3, output_folder=str(tmp_path))
@@ -230,11 +250,11 @@ CASES: dict[str, tuple[Callable[[int], list[Step]], dict[str, Any], str]] = {
 def test_each_warning_is_said_once_and_alone(case: str) -> None:
     made, layers, words = CASES[case]
     health, said = Health("main"), []
-    for number in range(max(BLOCKS, LOOKS) + 2):
-        restored = Health("main")  # To be resumed between two looks is to say nothing twice.
+    for number in range(max(BLOCKS, PATIENCE) + 2):
+        restored = Health("main")  # A resumed run repeats no warning.
         restored.load_state_dict(health.state_dict())
         health = restored
-        said += health.look(made(number), layers)[1]
+        said += health.add(made(number), layers)[1]
     others = [text for text in said if words not in text]
     assert sum(words in text for text in said) == 1
     assert not others or case == "drift"  # What has grown that much is large as well.
@@ -243,7 +263,7 @@ def test_each_warning_is_said_once_and_alone(case: str) -> None:
 def test_a_healthy_run_has_no_warning() -> None:
     health = Health("main")
     for _ in range(10):
-        facts, said = health.look(steps(QUIET, limit=1.05), HEALTHY)
+        facts, said = health.add(steps(QUIET, limit=1.05), HEALTHY)
         assert not said
         assert facts["spikes"] == 0
     assert 0.2 < facts["clipped_share"] < 0.8
@@ -251,15 +271,15 @@ def test_a_healthy_run_has_no_warning() -> None:
 
 def test_an_adaptive_limit_may_clip_every_step_and_a_rate_of_zero_moves_nothing() -> None:
     health = Health("main")
-    for number in range(2 * LOOKS):
+    for number in range(2 * PATIENCE):
         adaptive = [Step(x, 0.5 * x, 0.5 * x, True, 0.0) for x in QUIET]
-        assert not health.look(adaptive, {"a": layer(1.0, 0.0)})[1], number
+        assert not health.add(adaptive, {"a": layer(1.0, 0.0)})[1], number
 
 
 def test_spikes_are_counted_against_the_median_of_the_steps_before() -> None:
     health = Health("main")
-    assert health.look(steps([50.0, *QUIET[:30]]), HEALTHY)[0]["spikes"] == 0  # Nothing before.
-    assert health.look(steps([1.0, 3.9, 5.0, 1.0, 40.0]), HEALTHY)[0]["spikes"] == 2
+    assert health.add(steps([50.0, *QUIET[:30]]), HEALTHY)[0]["spikes"] == 0  # Nothing before.
+    assert health.add(steps([1.0, 3.9, 5.0, 1.0, 40.0]), HEALTHY)[0]["spikes"] == 2
 
 
 def test_a_run_warns_in_its_log_its_lines_and_its_page(
@@ -282,7 +302,7 @@ def test_a_run_warns_in_its_log_its_lines_and_its_page(
     said = [record.getMessage() for record in caplog.records]
     assert [text.split(":")[0] for text in said] == ["step 2", "step 6"]
     assert "no optimizer has nobody's.weight, nobody's.bias: they never move" in said[0]
-    assert "unused (no gradient) did not move at the last 3 looks" in said[1]
+    assert "unused (no gradient) did not move in the last 3 records" in said[1]
     assert [w for line in lines(tmp_path) for w in line.get("warnings", ())] == [
         text.partition(": ")[2] for text in said
     ]

@@ -1,4 +1,4 @@
-"""A trace of a few steps, where one is asked for."""
+"""The profiler writes a trace of a few steps if one is asked for."""
 
 import json
 from pathlib import Path

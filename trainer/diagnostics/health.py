@@ -1,4 +1,4 @@
-"""What the norms of an optimizer mean: spikes, and warnings that are each said once."""
+"""Gradient health: spikes in the norms of an optimizer, and warnings, each given once."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trainer.diagnostics.layer_norms import Measured, rounded
+from trainer.diagnostics.layer_norms import LayerNorms, rounded
 
-WINDOW = 100  # steps that shares and medians are over
-FEWEST = 20  # norms that a median needs before anything can be a spike
-SPIKE = 4.0  # times the median
-LARGE, OFTEN = 10.0, 0.8  # a norm, and the share of the window above it
-CLIPPED = 0.95  # of the window; adaptive clippers with a percentile of 10 clip 90 %
-TINY = 1e-6  # a norm, or a layer's share of the largest one
-LOOKS = 3  # in a row, before anything is said of a layer
-GROWTH, BLOCKS = 4.0, 5  # a drift: so many medians, each above the last, and so far apart
+WINDOW = 100  # Steps that shares and medians are over.
+MIN_NORMS = 20  # Norms in the window before any can be a spike.
+SPIKE_FACTOR = 4.0  # A spike is above the median by this factor.
+LARGE_NORM, LARGE_SHARE = 10.0, 0.8  # Warn if this share of the window is above this norm.
+CLIPPED_SHARE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
+TINY = 1e-6  # A vanishing norm, or share of the largest layer's norm.
+PATIENCE = 3  # Records in a row before a layer is warned of.
+GROWTH, BLOCKS = 4.0, 5  # Warn if so many medians in a row rise, by this factor in all.
 
 
 class Step(NamedTuple):
-    """What a step measured: see `StepReport`."""
+    """Figures of a step: see `trainer.StepReport`."""
 
     norm: float
     norm_after: float | None
@@ -31,22 +31,34 @@ class Step(NamedTuple):
 
 
 class Health:
-    """The recent steps of the optimizer ``name``, and what has been said about them."""
+    """Recent steps of one optimizer, and the warnings that were given.
+
+    Args:
+        name: name of the optimizer, for the warnings.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._window: deque[Step] = deque(maxlen=WINDOW)
         self._medians: deque[float] = deque(maxlen=BLOCKS)
-        self._still: dict[str, int] = {}  # Looks in a row at which a layer had not moved,
-        self._faint: dict[str, int] = {}  # or had next to no gradient.
-        self._said: set[str] = set()
+        self._still: dict[str, int] = {}  # By layer: records in a row in which it did not move,
+        self._faint: dict[str, int] = {}  # and in which it had hardly any gradient.
+        self._warned: set[str] = set()
         self._steps = 0
 
-    def look(self, steps: Sequence[Step], layers: Measured) -> tuple[dict[str, Any], list[str]]:
-        """The facts of the steps since the last look, as they are logged, and new warnings."""
+    def add(self, steps: Sequence[Step], layers: LayerNorms) -> tuple[dict[str, Any], list[str]]:
+        """Add the steps since the last record.
+
+        Args:
+            steps: at least one.
+            layers: norms of each layer at the last of them.
+
+        Returns:
+            The figures to record, and new warnings.
+        """
         norms = [step.norm for step in self._window]
-        usual = statistics.median(norms) if len(norms) >= FEWEST else math.inf
-        spikes = [step.norm for step in steps if step.norm > SPIKE * usual]
+        usual = statistics.median(norms) if len(norms) >= MIN_NORMS else math.inf
+        spikes = [step.norm for step in steps if step.norm > SPIKE_FACTOR * usual]
         self._window.extend(steps)
         self._medians.append(statistics.median(step.norm for step in steps))
         self._steps += len(steps)
@@ -55,34 +67,34 @@ class Health:
             "norms_after": [
                 None if step.norm_after is None else rounded(step.norm_after) for step in steps
             ],
-            "limits": [step.limit for step in steps],  # An infinite one, none, is null there.
+            "limits": [step.limit for step in steps],  # Infinity, for no limit, is null in JSON.
             "clipped_share": rounded(sum(s.clipped for s in self._window) / len(self._window)),
             "spikes": len(spikes),
         }
-        return facts, [*self._of_norms(len(steps)), *self._of_layers(layers)]
+        return facts, [*self._check_norms(len(steps)), *self._check_layers(layers)]
 
     def _once(self, kind: str, text: str) -> list[str]:
-        if kind in self._said:
+        if kind in self._warned:
             return []
-        self._said.add(kind)
+        self._warned.add(kind)
         return [text]
 
-    def _of_norms(self, block: int) -> list[str]:
-        """What the norms of whole steps tell."""
+    def _check_norms(self, block: int) -> list[str]:
+        """Return warnings about the norms of whole steps, ``block`` of which were added."""
         window, found = list(self._window), []
         if len(window) == WINDOW:
             norms = sorted(step.norm for step in window)
             middle, lr = statistics.median(norms), window[-1].lr
-            large = sum(norm > LARGE for norm in norms)
-            if large >= OFTEN * WINDOW:
+            large = sum(norm > LARGE_NORM for norm in norms)
+            if large >= LARGE_SHARE * WINDOW:
                 found += self._once("large", (
-                    f"the gradient norm of {self.name!r} was above {LARGE:g} before clipping in "
-                    f"{large} of the last {WINDOW} steps (median {middle:.3g}). Lower the learning "
-                    f"rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum over "
-                    "frames or examples, take the mean"
+                    f"the gradient norm of {self.name!r} was above {LARGE_NORM:g} before clipping "
+                    f"in {large} of the last {WINDOW} steps (median {middle:.3g}). Lower the "
+                    f"learning rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum "
+                    "over frames or examples, take the mean"
                 ))  # fmt: skip
             clipped = sum(step.clipped for step in window)
-            if clipped >= CLIPPED * WINDOW and len({step.limit for step in window}) == 1:
+            if clipped >= CLIPPED_SHARE * WINDOW and len({step.limit for step in window}) == 1:
                 found += self._once("clipped", (
                     f"{clipped} of the last {WINDOW} steps of {self.name!r} were clipped (limit "
                     f"{window[-1].limit:g}, median norm {middle:.3g}): the limit, and not the "
@@ -96,9 +108,9 @@ class Health:
                     f"{WINDOW} steps (median {middle:.3g}): nothing is learned any more. Look for "
                     "a saturated output, dead activations, or a loss that is divided twice"
                 ))  # fmt: skip
-        return found + self._of_drift(block)
+        return found + self._check_drift(block)
 
-    def _of_drift(self, block: int) -> list[str]:
+    def _check_drift(self, block: int) -> list[str]:
         medians = list(self._medians)
         rising = all(a < b for a, b in zip(medians, medians[1:], strict=False))
         if len(medians) < BLOCKS or not rising or medians[-1] < max(1.0, GROWTH * medians[0]):
@@ -111,8 +123,8 @@ class Health:
             "its warm-up; a checkpoint from before the growth is the one to go back to"
         ))  # fmt: skip
 
-    def _of_layers(self, layers: Measured) -> list[str]:
-        """Layers that do not move, and those that gradients hardly reach."""
+    def _check_layers(self, layers: LayerNorms) -> list[str]:
+        """Return warnings about layers that do not move, or that gradients hardly reach."""
         if not layers or not self._window[-1].lr:  # At a rate of 0 nothing is meant to move.
             return []
         largest = max((each["grad"] or 0.0 for each in layers.values()), default=0.0)
@@ -122,50 +134,51 @@ class Health:
             self._still[layer] = 0 if each["update"] else self._still.get(layer, 0) + 1
             weak = grad is not None and 0.0 < grad < TINY * largest
             self._faint[layer] = self._faint.get(layer, 0) + 1 if weak else 0
-            if self._still[layer] == LOOKS:
-                still.append(f"{layer} ({_why(grad)})")
-            elif self._faint[layer] == LOOKS:
+            if self._still[layer] == PATIENCE:
+                still.append(f"{layer} ({_describe(grad)})")
+            elif self._faint[layer] == PATIENCE:
                 faint.append(layer)
         found = []
         if still:
             found += self._once(f"still {still[0]}", (
-                f"{_listed(still)} did not move at the last {LOOKS} looks, {self._steps} steps "
-                f"into the run. If the loss of {self.name!r} is meant to reach it, something is "
-                "detached or left out on the way; if not, requires_grad_(False) freezes it for good"
+                f"{_shortened(still)} did not move in the last {PATIENCE} records, {self._steps} "
+                f"steps into the run. If the loss of {self.name!r} is meant to reach it, something "
+                "is detached or left out on the way; if not, requires_grad_(False) freezes it for "
+                "good"
             ))  # fmt: skip
         if faint:
             found += self._once(f"faint {faint[0]}", (
-                f"gradients vanish on their way to {_listed(faint)}: less than {TINY:g} of the "
-                f"largest layer's arrives, {LOOKS} looks in a row. Residual connections, another "
-                "initialisation, a normalisation or fewer saturating activations help"
+                f"gradients vanish on their way to {_shortened(faint)}: less than {TINY:g} of the "
+                f"largest layer's arrives, {PATIENCE} records in a row. Residual connections, "
+                "another initialisation, a normalisation or fewer saturating activations help"
             ))  # fmt: skip
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered."""
+        """Return the recent steps, counts and warnings."""
         return {
             "window": [list(step) for step in self._window],
             "medians": list(self._medians),
             "still": dict(self._still),
             "faint": dict(self._faint),
-            "said": sorted(self._said),
+            "said": sorted(self._warned),
             "steps": self._steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         self._window = deque((Step(*step) for step in state["window"]), maxlen=WINDOW)
         self._medians = deque(state["medians"], maxlen=BLOCKS)
         self._still, self._faint = dict(state["still"]), dict(state["faint"])
-        self._said, self._steps = set(state["said"]), state["steps"]
+        self._warned, self._steps = set(state["said"]), state["steps"]
 
 
-def _why(grad: float | None) -> str:
+def _describe(grad: float | None) -> str:
     if grad is None:
         return "no gradient"
     return "its gradient is 0" if grad == 0.0 else f"gradient {grad:.2g}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

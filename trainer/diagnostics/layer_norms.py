@@ -1,136 +1,116 @@
-"""Norms of gradients, weights and updates, layer by layer, at one step of an optimizer.
+"""Norms of gradients, weights and updates of each layer, at one step of an optimizer.
 
-A layer is a module that has parameters itself: "encoder.0.attention" is its weight and bias.
+A layer is a module that holds parameters itself: "encoder.0.attention" is its weight and bias.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from trainer.clipping import Gradients, joint, norms
+from trainer.clipping import norms
+from trainer.optim.step import Update
 
-# Elements of a parameter that its histogram is drawn from, evenly spread.
-SAMPLE = 2048
+# Number of elements of a parameter that its histogram is made from, evenly spread.
+SAMPLE_SIZE = 2048
 
-Measured = dict[str, dict[str, float | None]]
+# By layer: "grad", "weight", "update" and "ratio" (update over weight).
+LayerNorms = dict[str, dict[str, float | None]]
 
 
-class Layers:
-    """The layers of one optimizer (an `Update`), named by what ``names`` calls their parameters.
+class LayerMeter:
+    """Measures the layers of one optimizer at a step, without a host-device sync of its own.
 
-    ``told`` is called when something has been measured, with the norm after clipping if that was.
+    Args:
+        update: the optimizer.
+        names: names of parameters, by ``id``.
 
-    A look is at one step, once `arm` has been called. What is measured there waits on the device
-    in ``waiting``, for the host to fetch with what it must know of the next step anyway; so does
-    the norm after clipping, where a clipper does not know it without measuring again.
+    Attributes:
+        started: True between `begin` and `finish`.
     """
 
-    def __init__(
-        self, update: Any, names: Mapping[int, str], told: Callable[[float | None], None]
-    ) -> None:
-        self._update, self._told = update, told
-        own = [p for group in update.optimizer.param_groups for p in group["params"]]
+    def __init__(self, update: Update, names: Mapping[int, str]) -> None:
+        self._update = update
         self._names = {
-            id(p): names.get(id(p), f"{update.name}.{number}") for number, p in enumerate(own)
+            id(p): names.get(id(p), f"{update.name}.{number}")
+            for number, p in enumerate(update.all_params)
         }
-        self._armed = self._histograms = False
+        self.started = False
         self._params: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        self._before: list[Tensor] = []
         self._grads: dict[int, float] = {}
         self._samples: list[tuple[str, Tensor]] = []
-        self._clipped = 0  # So many of the numbers that wait are norms after clipping.
-        self.waiting: Tensor | None = None
-        self.measured: Measured = {}
-
-    def arm(self, histograms: bool) -> None:
-        """Look at the next step; ``histograms`` wants samples of weights and gradients, too."""
-        self._armed, self._histograms = True, histograms
 
     @torch.no_grad()
-    def before(self) -> None:
-        """The optimizer is about to step: keep the weights as they are."""
-        if not self._armed:
-            return
+    def begin(self, histograms: bool) -> None:
+        """Copy the weights before the step.
+
+        Args:
+            histograms: also sample weights and gradients, for `samples`.
+        """
+        self.started = True
         self._params = self._update.params
-        self._kept = [p.detach().clone() for p in self._params]
+        self._before = [p.detach().clone() for p in self._params]
         self._samples = []
-        if self._histograms:
-            for p in self._params:
-                name = self._names.get(id(p), self._update.name)
-                self._samples.append((f"weights/{name}", _sample(p)))
-                if p.grad is not None and not p.grad.is_sparse:
-                    self._samples.append((f"gradients/{name}", _sample(p.grad)))
+        for p in self._params if histograms else ():
+            name = self._name(p)
+            self._samples.append((f"weights/{name}", _sample(p)))
+            if p.grad is not None and not p.grad.is_sparse:
+                self._samples.append((f"gradients/{name}", _sample(p.grad)))
 
     @torch.no_grad()
-    def after(self, gradients: Gradients) -> None:
-        """The optimizer has stepped: measure, without waiting for the device."""
-        found = [norms(gradients.tensors)] if gradients.norm_after is None else []
-        self._clipped = len(gradients.tensors) if found else 0
-        if self._armed:
-            self._armed = False
-            self._grads = {id(p): norm for p, norm in zip(*self._update.seen, strict=True)}
-            found += self._moved() or [torch.zeros(0)]
-            self._take_samples()
-        self.waiting = torch.cat(found) if found else None
+    def finish(self) -> Tensor:
+        """Measure after the step.
 
-    def _moved(self) -> list[Tensor]:
-        """How far the step went, and where it led: a norm for each parameter."""
-        kept, now = self._kept, [p.detach() for p in self._params]
-        self._kept = []
-        if not now:
-            return []
-        torch._foreach_sub_(kept, now)
-        return [norms(kept), norms(now)]
-
-    def _take_samples(self) -> None:
-        """On their way to the host, where they are before the next transfer is."""
-        if self._samples:
+        Returns:
+            A vector (2 P,) on the device for `layers`: norms of the updates, then of the weights,
+            of the P parameters.
+        """
+        self.started = False
+        self._grads = {id(p): norm for p, norm in zip(*self._update.measured, strict=True)}
+        before, after = self._before, [p.detach() for p in self._params]
+        self._before = []
+        if self._samples:  # They are on the host before the numbers of the next step are.
             device = self._samples[0][1].device
             joined = torch.cat([values.to(device) for _, values in self._samples])
             parts = joined.to("cpu", non_blocking=True).split([len(v) for _, v in self._samples])
             self._samples = [(n, part) for (n, _), part in zip(self._samples, parts, strict=True)]
+        if not after:
+            return torch.zeros(0)
+        torch._foreach_sub_(before, after)
+        return torch.cat([norms(before), norms(after)])
 
-    def take(self, values: Sequence[float]) -> None:
-        """The values of ``waiting``, fetched."""
-        self.waiting = None
-        after = joint(values[: self._clipped]) if self._clipped else math.nan
-        values = values[self._clipped :]
+    def layers(self, values: Sequence[float]) -> LayerNorms:
+        """Return the norms of each layer.
+
+        Args:
+            values: the numbers of `finish`, on the host.
+        """
         params, self._params = self._params, []
         layers: dict[str, list[tuple[float | None, float, float]]] = {}
         for number, p in enumerate(params):
-            name = self._names.get(id(p), self._update.name)
-            layer = name.rpartition(".")[0] or name
+            name = self._name(p)
             part = self._grads.get(id(p)), values[len(params) + number], values[number]
-            layers.setdefault(layer, []).append(part)
-        self.measured = {layer: _joined(parts) for layer, parts in layers.items()}
-        self._told(after if math.isfinite(after) else None)
-
-    def forget(self) -> None:
-        """What was measured is of a state that is no more."""
-        self.waiting = None
-        self._params, self._samples = [], []
-
-    def fetch(self) -> None:
-        """Do not wait for the next step: one host-device sync."""
-        if self.waiting is not None:
-            self.take(self.waiting.tolist())
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(part)
+        return {layer: _joined(parts) for layer, parts in layers.items()}
 
     def samples(self) -> list[tuple[str, Tensor]]:
-        """For histograms, on the host, as soon as `take` was called; then forgotten."""
+        """Return named samples (N,) on the host for histograms, once."""
         samples, self._samples = self._samples, []
         return samples
 
+    def _name(self, param: Tensor) -> str:
+        return self._names.get(id(param), self._update.name)
+
 
 def _joined(parts: list[tuple[float | None, float, float]]) -> dict[str, float | None]:
-    """A layer from its parameters; its gradient is None where none of them has one."""
+    """Return the norms of a layer from those of its parameters."""
     grads = [grad for grad, _, _ in parts if grad is not None]
     weight = math.hypot(*(weight for _, weight, _ in parts))
-    update = math.hypot(*(moved for _, _, moved in parts))
+    update = math.hypot(*(update for _, _, update in parts))
     return {
         "grad": rounded(math.hypot(*grads)) if grads else None,
         "weight": rounded(weight),
@@ -140,11 +120,11 @@ def _joined(parts: list[tuple[float | None, float, float]]) -> dict[str, float |
 
 
 def rounded(value: float) -> float:
-    """Five digits: a line is read by people, too, and a thousand layers make it long."""
+    """Round to five digits, to keep records short."""
     return float(f"{value:.5g}")
 
 
 def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     # On a GPU a whole parameter would be a transfer of megabytes; a histogram needs thousands.
-    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float()
+    return flat[:: max(1, flat.numel() // SAMPLE_SIZE)][:SAMPLE_SIZE].float()

@@ -1,36 +1,49 @@
-"""A torch.profiler trace of a few training steps, which TensorBoard and chrome://tracing open."""
+"""Profiler: a torch.profiler trace of a few training steps, for TensorBoard or chrome://tracing."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer import distributed
+from trainer.callbacks import Callback
+from trainer.metrics import StageReport
 from trainer.options import RunOptions
+from trainer.progress import Stage
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
 
 logger = logging.getLogger("trainer")
 
 
-class Profiler:
-    """Traces ``profile_steps`` steps after ``profile_warmup`` of the first epoch that it sees.
+class Profiler(Callback):
+    """Trace ``profile_steps`` batches after the first ``profile_warmup`` of a training stage.
 
-    The trace goes to ``profile/`` in the run folder (or in the current one without any), and the
-    operations that took longest are logged. Without ``profile_training`` it does nothing.
+    The trace is written once, to ``profile/`` in the run folder (in the current folder if there is
+    none), and the slowest operations are logged. A stage that ends within the trace writes what
+    there is; one that ends within the warm-up is a warning, and the next one is traced.
+
+    Args:
+        options: run options, of which ``profile_warmup``, ``profile_steps`` and ``output_folder``
+            are used.
     """
 
     def __init__(self, options: RunOptions) -> None:
-        self._wanted = options.profile_training and distributed.is_main()
         self._options = options
+        self._done = False
         self._profile: Any = None
 
-    def __enter__(self) -> Profiler:
-        if not self._wanted:
-            return self
-        folder = Path(self._options.output_folder or ".") / "profile"
+    def on_stage_start(
+        self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
+    ) -> None:
+        """Start the profiler in a training stage, until there is a trace."""
+        if stage is not Stage.TRAIN or self._done or self._profile is not None:
+            return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -42,32 +55,47 @@ class Profiler:
                 active=self._options.profile_steps,
                 repeat=1,
             ),
-            on_trace_ready=lambda profile: self._finish(profile, folder),
+            on_trace_ready=self._write,
             record_shapes=True,
         )
-        self._profile.__enter__()
-        return self
+        self._profile.start()
 
-    def _finish(self, profile: Any, folder: Path) -> None:
+    def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+        """Count a training batch."""
+        if self._profile is not None and stage is Stage.TRAIN:
+            self._profile.step()
+
+    def on_stage_end(self, brain: Brain, report: StageReport) -> None:
+        """Write what was traced, and warn if that is nothing."""
+        if self._profile is None or report.stage != Stage.TRAIN.value:
+            return
+        self._stop()
+        if not self._done:
+            warnings.warn(
+                f"profile_training: the epoch ended within the {self._options.profile_warmup} "
+                "steps of warm-up and nothing was traced; lower profile_warmup, or wait for a "
+                "longer epoch",
+                stacklevel=2,
+            )
+
+    def on_fit_end(self, brain: Brain) -> None:
+        """Stop the profiler after an exception."""
+        self._stop()
+
+    def _stop(self) -> None:
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            profile.stop()  # Writes what there is, if the warm-up is over.
+
+    def _write(self, profile: Any) -> None:
+        folder = Path(self._options.output_folder or ".") / "profile"
         torch.profiler.tensorboard_trace_handler(str(folder))(profile)
         table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12)
         logger.info("trace of %d steps in %s\n%s", self._options.profile_steps, folder, table)
-        self._wanted = False
+        self._done = True
 
-    def step(self) -> None:
-        """A training step is over."""
-        if self._profile is not None:
-            self._profile.step()
 
-    def __exit__(self, *error: object) -> None:
-        if self._profile is None:
-            return
-        self._profile.__exit__(*error)  # Writes what it has, if the trace has begun.
-        self._profile = None
-        if self._wanted and error[0] is None:
-            options = self._options
-            warnings.warn(
-                f"profile_training: the epoch ended within the {options.profile_warmup} steps of "
-                "warm-up and nothing was traced; lower profile_warmup, or wait for a longer epoch",
-                stacklevel=2,
-            )
+def make_profiler(brain: Brain) -> Profiler | None:
+    """Return the profiler of a Brain, on the main rank with ``profile_training``; else None."""
+    wanted = brain.options.profile_training and distributed.is_main()
+    return Profiler(brain.options) if wanted else None

@@ -1,90 +1,126 @@
-"""A batch whose step was skipped, trained on once more: what `fit` does under ``--replay FOLDER``.
+"""Replay of a kept batch: the driver of `Brain.fit` under ``--replay FOLDER``.
 
-The recipe builds its Brain as for a training; `fit` then takes the checkpoint nearest to the step,
-the batch and the random generators from the folder, finds out what is not finite, and ends the run.
-Nothing is written and nothing moves.
+The recipe builds its Brain as for a training. The driver loads the checkpoint nearest to the
+skipped step, takes batch and random generators from the folder, reruns the batch, logs what is not
+finite, and ends the run. Nothing is written and nothing moves.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from trainer.checkpoint import Checkpoint
 from trainer.data.batch import to_device
-from trainer.defaults import DriverFinished
-from trainer.diagnostics.nonfinite import Entry, investigate
-from trainer.diagnostics.nonfinite.case import FORMAT, Case
-from trainer.diagnostics.nonfinite.keepsake import unpacked
-from trainer.hooks import Stage
+from trainer.defaults import Driver, DriverFinished
+from trainer.diagnostics.nonfinite.report import FORMAT, NonFiniteReport
+from trainer.diagnostics.nonfinite.serialize import deserialize_batch
+from trainer.diagnostics.nonfinite.tracer import KeptBatch, investigate
 from trainer.metrics import StepReport
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain, FitArguments
 
 logger = logging.getLogger("trainer")
 
 
 class Replayed(DriverFinished):
-    """The replay is over, and with it the run."""
+    """Raised at the end of a replay."""
+
+
+def make_replay_driver(brain: Brain) -> Driver | None:
+    """Return the driver of `Brain.fit` that replays ``options.replay``; None without that."""
+    if brain.options.replay is None:
+        return None
+    folder, fits = Path(brain.options.replay), 0
+
+    def drive(brain: Brain, arguments: FitArguments) -> None:
+        nonlocal fits
+        fits += 1
+        kept = load(folder)
+        if fits == kept["fits"]:
+            replay(brain, arguments, kept)
+
+    return drive
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What `batch.pt` of a case holds, read without running anything.
+    """Return the content of `batch.pt`, read without running anything.
 
-    Raises ValueError where it is none.
+    Args:
+        folder: folder of a report.
+
+    Raises:
+        ValueError: if it cannot be read or is no kept batch.
     """
     path = folder / "batch.pt"
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # Whatever an unpickler meets in bytes that somebody else wrote.
+    except Exception as error:  # Bytes that somebody else wrote may raise anything.
         raise ValueError(f"{path} is no kept batch: {type(error).__name__}") from error
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         raise ValueError(f"{path} is no kept batch of format {FORMAT}")
     return kept
 
 
-def nearest(checkpoints: Sequence[Any], step: int) -> Any:
-    """The last checkpoint at or before an optimizer step, else the first after it, else None."""
-    known = [each for each in checkpoints if each.step is not None]
-    before = [each for each in known if each.step <= step]
+def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
+    """Return the last checkpoint at or before an optimizer step, or else the first after it."""
+    known = [(each.step, each.number, each) for each in checkpoints if each.step is not None]
+    before = [each for each in known if each[0] <= step]
     if before:
-        return max(before, key=lambda each: (each.step, each.number))
-    return min(known, key=lambda each: (each.step, each.number), default=None)
+        return max(before, key=lambda each: each[:2])[2]
+    return min(known, key=lambda each: each[:2])[2] if known else None
 
 
-def restore(brain: Any) -> Any:
-    """Load the checkpoint nearest to the step that is replayed; None where there is none."""
-    step = load(Path(brain.options.replay))["optimizer_step"]
-    checkpoint = nearest(brain.checkpointer.list_checkpoints(), step)
-    if checkpoint is not None:
-        brain.checkpointer.load_checkpoint(checkpoint)
-    return checkpoint
+def replay(brain: Brain, arguments: FitArguments, kept: dict[str, Any]) -> NoReturn:
+    """Rerun a kept batch and log what is not finite.
 
+    Args:
+        brain: the Brain; it is as before afterwards.
+        arguments: the arguments of its `fit`.
+        kept: a result of `load`.
 
-def run(brain: Any) -> None:
-    """Replay, say what was found, and raise Replayed; returns where it is another `fit`'s turn."""
-    folder = Path(brain.options.replay)
-    kept = load(folder)
-    if brain.keeper.fits != kept["fits"]:
-        return
-    step = kept["optimizer_step"] + 1
-    weights = f"those of step {brain.optimizer_step}" if brain.optimizer_step else "untrained"
-    if brain.optimizer_step >= step:
-        weights += " (no checkpoint from before it is left)"
-    logger.info("replaying step %d, epoch %d; the weights are %s", step, kept["epoch"], weights)
-    brain.modules.train()
-    brain.on_stage_start(Stage.TRAIN, kept["epoch"])
-    brain.keeper.begin_training()
-    brain.epoch, brain.step, brain.optimizer_step = kept["epoch"], kept["step"], step - 1
-    batch = to_device(unpacked(kept["batch"]), brain.device)
-    entry = Entry(batch, kept["weight"], kept["last"], kept["step"], None)
-    loss = None if kept["what"] == "loss" else 0.0
-    report = StepReport(kept["optimizer"], "skipped", loss, lr=brain.updates[kept["optimizer"]].lr)
-    case = Case.of(brain, report, str(step), None)
-    investigate(brain, case, [entry], [kept["generators"]])
-    for line in (*case.lines(), *case.causes[1:]):
-        logger.info("%s", line)
+    Raises:
+        Replayed: when done.
+        ValueError: if the batch or a checkpoint does not fit the recipe.
+    """
+    progress, step = brain.progress, kept["optimizer_step"] + 1
+
+    def recover() -> None:
+        if brain.checkpointer is not None:
+            found = nearest(brain.checkpointer.list_checkpoints(), step - 1)
+            if found is not None:
+                brain.checkpointer.load_checkpoint(found)
+        # Enter the epoch of the batch, also from a checkpoint that was saved after it.
+        progress.fits, progress.epoch = kept["fits"], kept["epoch"]
+        progress.phase, progress.stopped = "train", False
+
+    with brain.sandbox():
+        brain.start_training(replace(arguments, epoch_counter=[kept["epoch"]]), recover)
+        weights = f"those of step {brain.optimizer_step}" if brain.optimizer_step else "untrained"
+        if brain.optimizer_step >= step:
+            weights += " (no checkpoint from before it is left)"
+        logger.info("replaying step %d, epoch %d; the weights are %s", step, kept["epoch"], weights)
+        progress.epoch, progress.step = kept["epoch"], kept["step"]
+        progress.optimizer_step = step - 1
+        name = kept["optimizer"]
+        if name not in brain.updates:
+            raise ValueError(
+                f"the batch was kept for the optimizer {name!r}, which this Brain lacks"
+            )
+        loss = None if kept["what"] == "loss" else 0.0
+        skipped = StepReport(name, "skipped", loss, lr=brain.updates[name].lr)
+        report = NonFiniteReport.of(brain, skipped, str(step), None)
+        batch = to_device(deserialize_batch(kept["batch"]), brain.device)
+        window = [KeptBatch(batch, kept["last"], kept["step"], kept["generators"])]
+        investigate(brain, report, window)
+        for line in (*report.lines(), *report.causes[1:]):
+            logger.info("%s", line)
     raise Replayed

@@ -1,8 +1,8 @@
-"""A batch trained on once more, with every operation watched: where the first NaN comes from.
+"""Probe: watches every operation of a batch, and finds the first that gave NaN or infinity.
 
-What is not finite is followed from the operation that made it, through all that is computed from
-it, to the loss: padding may hold any garbage, and a mask before a softmax is an infinity that is
-meant, as long as neither arrives there.
+A value that is not finite is followed from the operation that made it, through everything computed
+from it, to the loss: padding may hold any garbage, and a mask before a softmax is an intended
+infinity, as long as neither reaches the loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,119 +24,179 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainer.metrics import StepReport
+from trainer.optim.step import Update
 
-# They write what they are told to, or show what was in memory before.
-MEANT = re.compile(
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+
+# Operations that write what they are told to, or show what was in memory before.
+INTENDED = re.compile(
     r"(empty|new_empty|resize|masked_fill|fill|full|new_full|where|scalar_tensor|set_)"
 )
-FIRST = re.compile(r"_ctc_loss|attention|rnn|lstm|gru")  # Their other results are for backward.
+# Operations of which only the first result counts: the others are for the backward pass.
+FIRST_RESULT = re.compile(r"_ctc_loss|attention|rnn|lstm|gru")
+# Folders whose lines are not the user's: torch's and this package's.
 TORCH, HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-FORWARD_OF = re.compile(r'File "([^"]+)", line (\d+)')
+TRACEBACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
-class Found(Exception):
-    """What was looked for is found: the rest of `fit_batch` need not run."""
+class NonFiniteFound(Exception):
+    """Raised when a loss or gradient is not finite: the rest of `fit_batch` need not run."""
 
 
-class NotAlone(Exception):
-    """The forward pass communicates between processes, and the others are not replaying."""
+class CollectiveCalled(Exception):
+    """Raised when the forward pass calls a collective: the other ranks are not rerunning it."""
 
 
 @dataclass
-class Trace:
-    """An operation whose result was the first that is not finite."""
+class Origin:
+    """The first operation whose result was not finite.
+
+    Args:
+        operation: name of the operation, or of autograd's function in the backward pass.
+        module: innermost module that ran it, with its class.
+        line: line of the user's code that called it.
+        phase: "forward" or "backward".
+        inputs_finite: False if an input was NaN or infinity; minus infinity does not count.
+        minus_infinity: True if minus infinity was among the inputs.
+        dtype: dtype of the last input.
+        lowest: smallest finite input.
+        highest: largest finite input.
+        zeros: zeros in the last input: the divisor, or the argument of a logarithm.
+        elements: number of elements of all inputs.
+    """
 
     operation: str
-    module: str | None = None  # the innermost module that ran it, and its class
+    module: str | None = None
     line: str | None = None
     phase: str = "forward"
-    inputs_finite: bool = True  # but for infinities below zero
-    minus_infinity: bool = False  # among the inputs
+    inputs_finite: bool = True
+    minus_infinity: bool = False
     dtype: str = ""
-    lowest: float | None = None  # of the finite inputs
+    lowest: float | None = None
     highest: float | None = None
-    zeros: int = 0  # of the last input: the divisor, the argument of a logarithm
+    zeros: int = 0
     elements: int = 0
 
 
 @dataclass
 class Finding:
-    """What a replay found; `kind` is "loss", "gradient" or None for nothing."""
+    """Result of a rerun.
+
+    Args:
+        kind: "loss", "gradient", or None if everything was finite.
+        optimizer: name of the optimizer whose loss it was.
+        loss: value of the loss.
+        parameters: names of the parameters whose gradients were not finite.
+        first: the operation that it came from, where known.
+        module: first module whose output was not finite.
+        backward: function whose derivative was NaN, as autograd's anomaly detection names it.
+        backward_line: line of the user's code that called that function.
+        ctc: for each CTC loss: numbers of frames, target lengths and repeats, by example.
+    """
 
     kind: str | None = None
     optimizer: str | None = None
     loss: float | None = None
     parameters: list[str] = field(default_factory=list)
-    first: Trace | None = None
-    module: str | None = None  # the first whose output was not finite
-    backward: str | None = None  # what autograd says
+    first: Origin | None = None
+    module: str | None = None
+    backward: str | None = None
     backward_line: str | None = None
     ctc: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """For the report."""
+        """Return all fields as plain values."""
         return asdict(self)
 
 
 class Probe(TorchDispatchMode):
-    """Watches the operations of one replay; `optimize` stands in for `Training._optimize`."""
+    """Watches the operations of one rerun. Its `optimize` takes the place of a step.
 
-    def __init__(self, brain: Any) -> None:
+    Args:
+        brain: the Brain whose batch is rerun.
+
+    Attributes:
+        finding: what was found so far.
+    """
+
+    def __init__(self, brain: Brain) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.finding = Finding()
-        self.names: dict[int, str] = {}
+        self._names: dict[int, str] = {}
         for name, p in brain.modules.named_parameters():
-            self.names.setdefault(id(p), name)
+            self._names.setdefault(id(p), name)
         self._modules = {id(m): name for name, m in brain.modules.named_modules() if name}
         self._stack: list[str] = []
         self._phase = "forward"
-        self._origins: dict[int, Trace] = {}  # by the memory that holds what is not finite
-        self._scales = {name: update.scaler for name, update in brain.updates.items()}
+        self._origins: dict[int, Origin] = {}  # By address of the memory that is not finite.
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context manager in which every operation is watched."""
+        hooks = nn.modules.module
+        with ExitStack() as stack:
+            for handle in (
+                hooks.register_module_forward_pre_hook(self._enter),
+                hooks.register_module_forward_hook(self._leave, always_call=True),
+            ):
+                stack.callback(handle.remove)
+            if "torch._dynamo" in sys.modules:  # Otherwise nothing is compiled.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # Only to know the line of each function: NaN is looked for here.
+            stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
+            stack.enter_context(self)
+            yield
 
     # ------------------------------------------------------------------------------- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note whether its result is the first that is not finite."""
         if "c10d" in func.namespace:
-            raise NotAlone
+            raise CollectiveCalled
         kwargs = kwargs or {}
         if func.is_view:
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         origin = self._origin(_floats((args, kwargs)))
-        # What is computed in place is no longer what came in.
+        # An operation in place overwrites its inputs.
         facts = _facts(args, kwargs) if func._schema.is_mutable else None
         out = func(*args, **kwargs)
         if "_ctc_loss" in name and "backward" not in name:
             self._note_ctc(args)
-        results = _floats(out[0] if FIRST.search(name) and isinstance(out, tuple) else out)
-        tops = [_extremes(t) for t in results]
-        if any(map(any, tops)) and origin is None and not MEANT.match(name):
+        first_only = FIRST_RESULT.search(name) and isinstance(out, tuple)
+        results = _floats(out[0] if first_only else out)
+        bad = [_nonfinite(t) for t in results]
+        if any(map(any, bad)) and origin is None and not INTENDED.match(name):
             facts = facts or _facts(args, kwargs)
-            if any(nan or high for nan, high, _ in tops) or not facts["minus_infinity"]:
-                origin = self._trace(name, facts)
-        for tensor, top in zip(results, tops, strict=True):
-            if any(top) and origin is not None:
-                self._origins[_place(tensor)] = origin
+            if any(nan or high for nan, high, _ in bad) or not facts["minus_infinity"]:
+                origin = self._make_origin(name, facts)
+        for tensor, kinds in zip(results, bad, strict=True):
+            if any(kinds) and origin is not None:
+                self._origins[_address(tensor)] = origin
             else:
-                self._origins.pop(_place(tensor), None)
+                self._origins.pop(_address(tensor), None)
         return out
 
-    def _origin(self, tensors: list[Tensor]) -> Trace | None:
-        """Where what is not finite in these came from, as far as an operation was seen to do it."""
-        known = (self._origins.get(_place(t)) for t in tensors) if self._origins else ()
+    def _origin(self, tensors: list[Tensor]) -> Origin | None:
+        """Return the origin of what is not finite in tensors, if an operation was seen to make it.
+
+        Tensors that are finite have none.
+        """
+        known = (self._origins.get(_address(t)) for t in tensors) if self._origins else ()
         return next((origin for origin in known if origin is not None), None)
 
-    def _trace(self, name: str, facts: dict[str, Any]) -> Trace:
+    def _make_origin(self, name: str, facts: dict[str, Any]) -> Origin:
         module, line = self._stack[-1] if self._stack else None, None
         node: Any = torch._C._current_autograd_node() if self._phase == "backward" else None
-        if node is not None:  # The operation that is being differentiated, and where it was called.
+        if node is not None:  # The function that is differentiated, and the line that called it.
             name = node.name()
-            line = _last_own("".join(node.metadata.get("traceback_", ())))
-        return Trace(name, module, line or _line(), self._phase, **facts)
+            line = _last_own_line("".join(node.metadata.get("traceback_", ())))
+        return Origin(name, module, line or _calling_line(), self._phase, **facts)
 
     def _note_ctc(self, args: Any) -> None:
         _, targets, frames, lengths = args[:4]
-        frames, lengths = _numbers(frames), _numbers(lengths)
+        frames, lengths = _as_list(frames), _as_list(lengths)
         rows = targets if targets.dim() == 2 else targets.split(lengths)
         repeats = [
             int((row[1:n] == row[: n - 1]).sum()) if n > 1 else 0
@@ -153,67 +213,69 @@ class Probe(TorchDispatchMode):
     def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
         name = self._stack.pop() if self._stack else type(module).__name__
         if self.finding.module is None and any(
-            nan or high for nan, high, _ in map(_extremes, _floats(output))
+            nan or high for nan, high, _ in map(_nonfinite, _floats(output))
         ):
             self.finding.module = name
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While it lasts, everything that is computed is looked at."""
-        hooks = nn.modules.module
-        with ExitStack() as stack:
-            for handle in (
-                hooks.register_module_forward_pre_hook(self._enter),
-                hooks.register_module_forward_hook(self._leave, always_call=True),
-            ):
-                stack.callback(handle.remove)
-            if (
-                "torch._dynamo" in sys.modules
-            ):  # Else nothing is compiled, and importing it is slow.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # Only the graph with its lines: what is not finite is looked for here.
-            stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
-            stack.enter_context(self)
-            yield
-
     # ------------------------------------------------------------------------- losses, gradients
 
-    def optimize(self, parts: Any, weight: float, retain_graph: bool, last: bool) -> StepReport:
-        """Judge losses and their gradients; nothing moves."""
-        for updates, loss in parts:
+    def optimize(
+        self,
+        losses: list[tuple[list[Update], Tensor]],
+        weight: float,
+        retain_graph: bool,
+        last: bool,
+    ) -> StepReport:
+        """Check losses and their gradients; nothing moves.
+
+        Args:
+            losses: optimizers that step together, and their loss.
+            weight: number of examples that the losses are means over.
+            retain_graph: has no effect; graphs are kept.
+            last: has no effect.
+
+        Returns:
+            A report of the outcome "accumulated".
+
+        Raises:
+            NonFiniteFound: if a loss or gradient is not finite.
+        """
+        value = math.nan
+        for updates, loss in losses:
             name, value = updates[0].name, float(loss.detach())
             if not math.isfinite(value):
                 self.finding.kind, self.finding.optimizer = "loss", name
                 self.finding.loss = value
                 self.finding.first = self._origin([loss.detach()])
-                raise Found
+                raise NonFiniteFound
             if weight and loss.requires_grad:
-                self._judge(name, loss, [p for update in updates for p in update.params])
-        return StepReport(parts[0][0][0].name, "accumulated", value, weight)
+                self._check_gradients(updates, loss)
+        return StepReport(losses[0][0][0].name, "accumulated", value, weight)
 
-    def _judge(self, name: str, loss: Tensor, params: list[Tensor]) -> None:
-        scaler = self._scales[name]
+    def _check_gradients(self, updates: list[Update], loss: Tensor) -> None:
+        name, scaler = updates[0].name, updates[0].scaler
+        params = [p for update in updates for p in update.params]
         scaled = loss * scaler.get_scale() if scaler.is_enabled() else loss
         self._phase = "backward"
         grads = torch.autograd.grad(scaled, params, retain_graph=True, allow_unused=True)
         bad = [
-            (self.names.get(id(p), f"{name}: {tuple(p.shape)}"), _values(grad))
+            (self._names.get(id(p), f"{name}: {tuple(p.shape)}"), _values(grad))
             for p, grad in zip(params, grads, strict=True)
             if grad is not None and not bool(torch.isfinite(_values(grad)).all())
         ]
         if bad:
-            if loss.is_cpu:  # Elsewhere, backward runs in a thread that nobody watches.
+            if loss.is_cpu:  # Elsewhere, backward runs in a thread that the mode does not see.
                 self.finding.first = self._origin([grad for _, grad in bad])
             self.finding.kind, self.finding.optimizer = "gradient", name
             self.finding.loss = float(loss.detach())
             self.finding.parameters = [each for each, _ in bad]
-            self._ask_autograd(scaled, params)
-            raise Found
+            self._detect_anomaly(scaled, params)
+            raise NonFiniteFound
         self._phase = "forward"
 
-    def _ask_autograd(self, loss: Tensor, params: list[Tensor]) -> None:
-        """Which derivative it is, and where its function was called. It tells of NaN alone."""
-        with warnings.catch_warnings(record=True) as told:
+    def _detect_anomaly(self, loss: Tensor, params: list[Tensor]) -> None:
+        """Ask autograd which derivative is NaN, and where its function was called."""
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 with torch.autograd.set_detect_anomaly(True):
@@ -221,17 +283,18 @@ class Probe(TorchDispatchMode):
             except RuntimeError as error:
                 match = re.search(r"Function '(\w+)' returned nan", str(error))
                 self.finding.backward = match[1] if match else str(error)
-        for warning in told:
+        for warning in caught:
             if "forward call that caused the error" in str(warning.message):
-                self.finding.backward_line = _last_own(str(warning.message))
+                self.finding.backward_line = _last_own_line(str(warning.message))
 
 
 def _floats(value: Any) -> list[Tensor]:
+    """Return the floating-point and complex tensors in nested containers."""
     found = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return [_values(t) for t in found if (t.is_floating_point() or t.is_complex()) and t.numel()]
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
@@ -239,8 +302,8 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
-def _extremes(tensor: Tensor) -> tuple[bool, bool, bool]:
-    """Whether there is a NaN, an infinity, and one below zero in it."""
+def _nonfinite(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Return True for each of NaN, infinity and minus infinity that a tensor has."""
     if bool(torch.isfinite(tensor).all()):
         return False, False, False
     if tensor.is_complex():
@@ -249,46 +312,46 @@ def _extremes(tensor: Tensor) -> tuple[bool, bool, bool]:
 
 
 def _facts(args: Any, kwargs: Any) -> dict[str, Any]:
-    """What is to be known of an operation's inputs."""
-    given = _floats((args, kwargs))
-    tops = [_extremes(t) for t in given]
+    """Return the fields of `Origin` that describe an operation's inputs."""
+    inputs = _floats((args, kwargs))
+    bad = [_nonfinite(t) for t in inputs]
     last = next((t for t in reversed(tree_leaves((args, kwargs))) if isinstance(t, Tensor)), None)
-    numbers = [t[torch.isfinite(t)].double() for t in given if not t.is_complex()]
+    numbers = [t[torch.isfinite(t)].double() for t in inputs if not t.is_complex()]
     numbers = [t for t in numbers if t.numel()]
     return {
-        "inputs_finite": not any(nan or high for nan, high, _ in tops),
-        "minus_infinity": any(low for _, _, low in tops),
+        "inputs_finite": not any(nan or high for nan, high, _ in bad),
+        "minus_infinity": any(low for _, _, low in bad),
         "dtype": str(last.dtype).removeprefix("torch.") if last is not None else "",
         "lowest": min((float(t.min()) for t in numbers), default=None),
         "highest": max((float(t.max()) for t in numbers), default=None),
         "zeros": int((last == 0).sum()) if last is not None else 0,
-        "elements": sum(t.numel() for t in given),
+        "elements": sum(t.numel() for t in inputs),
     }
 
 
-def _numbers(value: Any) -> list[int]:
+def _as_list(value: Any) -> list[int]:
     return value.tolist() if isinstance(value, Tensor) else list(value)
 
 
-def _line() -> str | None:
-    """The innermost line that is neither torch's nor ours."""
+def _calling_line() -> str | None:
+    """Return the innermost line on the stack that is neither torch's nor this package's."""
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((TORCH, HERE, "<")):
-            return _shown(file, frame.f_lineno)
+            return _format_line(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
-def _last_own(traceback: str) -> str | None:
-    """The innermost such line of a traceback that is text."""
-    places = FORWARD_OF.findall(traceback)
-    own = [place for place in places if not place[0].startswith((TORCH, HERE, "<"))]
-    return _shown(own[-1][0], int(own[-1][1])) if own else None
+def _last_own_line(traceback: str) -> str | None:
+    """Return the innermost such line of a formatted traceback."""
+    lines = TRACEBACK_LINE.findall(traceback)
+    own = [line for line in lines if not line[0].startswith((TORCH, HERE, "<"))]
+    return _format_line(own[-1][0], int(own[-1][1])) if own else None
 
 
-def _shown(file: str, number: int) -> str:
+def _format_line(file: str, number: int) -> str:
     text = linecache.getline(file, number).strip()
     try:
         file = str(Path(file).relative_to(Path.cwd()))

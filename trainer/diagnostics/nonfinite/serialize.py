@@ -1,4 +1,4 @@
-"""A batch as tensors, texts and numbers, to be kept in a file and made a batch again."""
+"""Batches as tensors, texts and numbers, to save in a file that is safe to load."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from torch import Tensor
 from trainer.data.batch import Batch
 
 SCALARS = (int, float, str, bool, type(None))
-DEEPEST = 12
+MAX_DEPTH = 12
+MAX_REPR = 500
+
+# A class without any of these is one whose objects consist of their attributes.
+SPECIAL = ("__slots__", "__del__", "__new__", "__setattr__", "__getattribute__")
 
 
-def packed(value: Any, depth: int = 0) -> Any:
-    """``value`` as a dict with a "kind", in which everything is safe to load."""
+def serialize_batch(value: Any, depth: int = 0) -> Any:
+    """Return a batch as nested dicts, each with a "kind", of tensors and plain values.
+
+    Args:
+        value: tensors, arrays of NumPy, plain values, a `Batch`, mappings, lists, tuples,
+            dataclasses and objects that consist of their attributes, nested in any way. Of anything
+            else only the repr is kept.
+        depth: number of containers around it.
+    """
     kind = type(value)
     if kind in SCALARS:
         return {"kind": "plain", "value": value}
@@ -25,39 +36,49 @@ def packed(value: Any, depth: int = 0) -> Any:
         return {"kind": "tensor", "value": value.detach().cpu().clone().contiguous()}
     if hasattr(value, "dtype") and hasattr(value, "tolist") and not isinstance(value, Tensor):
         return {"kind": "array", "dtype": str(value.dtype), "value": value.tolist()}
-    if depth < DEEPEST:
+    if depth < MAX_DEPTH:
         if isinstance(value, Batch):
-            fields = {name: packed(value[name], depth + 1) for name in value}
+            fields = {name: serialize_batch(value[name], depth + 1) for name in value}
             return {"kind": "batch", "fields": fields, "size": len(value)}
         if isinstance(value, Mapping):
-            names = [packed(name, depth + 1) for name in value]
-            return _of("mapping", value, [names, [packed(value[n], depth + 1) for n in value]])
+            names = [serialize_batch(name, depth + 1) for name in value]
+            parts = [serialize_batch(value[name], depth + 1) for name in value]
+            return _typed("mapping", value, [names, parts])
         if isinstance(value, (list, tuple)):
-            return _of("row", value, [packed(each, depth + 1) for each in value])
-        if dataclasses.is_dataclass(value) or _plain_object(kind):
-            parts = {name: packed(each, depth + 1) for name, each in vars(value).items()}
-            return _of("object", value, parts)
-    return {"kind": "lost", "value": repr(value)[:500]}
+            return _typed("row", value, [serialize_batch(each, depth + 1) for each in value])
+        if hasattr(value, "__dict__") and _is_plain(kind):
+            attributes = vars(value).items()
+            return _typed(
+                "object",
+                value,
+                {name: serialize_batch(each, depth + 1) for name, each in attributes},
+            )
+    return {"kind": "lost", "value": repr(value)[:MAX_REPR]}
 
 
-def _of(kind: str, value: Any, parts: Any) -> dict[str, Any]:
+def _typed(kind: str, value: Any, parts: Any) -> dict[str, Any]:
     made = type(value)
     return {"kind": kind, "class": f"{made.__module__}:{made.__qualname__}", "parts": parts}
 
 
-def _plain_object(kind: type) -> bool:
-    """An object that is its attributes: to make it anew runs none of its code."""
+def _is_plain(kind: type) -> bool:
+    """Return True if objects consist of their attributes, so that making one runs no code."""
     own = [each for each in kind.__mro__ if each is not object]
-    special = ("__slots__", "__del__", "__new__", "__setattr__", "__getattribute__")
-    return all(each.__flags__ & 1 << 9 for each in own) and not any(
-        name in vars(each) for each in own for name in special
+    return dataclasses.is_dataclass(kind) or not any(
+        name in vars(each) for each in own for name in SPECIAL
     )
 
 
-def unpacked(kept: Mapping[str, Any]) -> Any:
-    """What `packed` was given. Classes are looked for in what is imported, never imported.
+def deserialize_batch(kept: Mapping[str, Any]) -> Any:
+    """Return the batch that `serialize_batch` was given.
 
-    Raises ValueError where a class is not there, or is not one whose objects are their attributes.
+    Classes are looked up in imported modules; nothing is imported.
+
+    Args:
+        kept: a result of `serialize_batch`.
+
+    Raises:
+        ValueError: if a part could not be kept, or if a class is not imported or not plain.
     """
     kind = kept["kind"]
     if kind in ("plain", "tensor"):
@@ -67,28 +88,28 @@ def unpacked(kept: Mapping[str, Any]) -> Any:
             raise ValueError("the batch holds an array of NumPy's, which this recipe never imports")
         return sys.modules["numpy"].asarray(kept["value"], dtype=kept["dtype"])
     if kind == "batch":
-        fields = {name: unpacked(value) for name, value in kept["fields"].items()}
+        fields = {name: deserialize_batch(value) for name, value in kept["fields"].items()}
         return Batch(fields, kept["size"])
     if kind == "lost":
         raise ValueError(f"a part of the batch could not be kept: {kept['value']}")
-    made = _class(kept["class"])
+    made = _imported_class(kept["class"])
     if kind == "mapping":
-        names, values = ([unpacked(each) for each in part] for part in kept["parts"])
+        names, values = ([deserialize_batch(each) for each in part] for part in kept["parts"])
         return dict(zip(names, values, strict=True))
     if kind == "row":
-        row = [unpacked(each) for each in kept["parts"]]
+        row = [deserialize_batch(each) for each in kept["parts"]]
         if made is not None and issubclass(made, tuple):
             return made(*row) if hasattr(made, "_fields") else tuple(row)
         return row
-    if made is None or not (dataclasses.is_dataclass(made) or _plain_object(made)):
+    if made is None or not _is_plain(made):
         raise ValueError(f"the batch holds a {kept['class']}, which this recipe does not know")
     new: Any = object.__new__(made)
-    vars(new).update({name: unpacked(value) for name, value in kept["parts"].items()})
+    vars(new).update({name: deserialize_batch(value) for name, value in kept["parts"].items()})
     return new
 
 
-def _class(name: str) -> type | None:
-    """A class by "module:name", if that is imported and is one."""
+def _imported_class(name: str) -> type | None:
+    """Return a class by "module:name" if its module is imported."""
     module, _, path = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
@@ -96,17 +117,12 @@ def _class(name: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def described(batch: Any) -> dict[str, dict[str, Any]]:
-    """The fields of a batch by name: their lengths, their texts, their shapes.
+def batch_fields(batch: Any) -> dict[str, Any]:
+    """Return the parts of a batch by name.
 
-    Any batch has fields: those of a mapping or `Batch`, the attributes of an object, the numbered
-    entries of a row, or itself.
+    These are the items of a mapping or `Batch`, the attributes of an object, the numbered entries
+    of a list or tuple, or the batch itself.
     """
-    return {name: _described(value) for name, value in fields(batch).items()}
-
-
-def fields(batch: Any) -> dict[str, Any]:
-    """What a batch is made of, by name."""
     if isinstance(batch, (Batch, Mapping)):
         return {str(name): batch[name] for name in batch}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -118,10 +134,10 @@ def fields(batch: Any) -> dict[str, Any]:
     return {"batch": batch}
 
 
-def with_lengths(value: Any) -> tuple[Tensor, Tensor] | None:
-    """Data (B, T, …) and lengths (B,) in entries of T, where a field is both.
+def data_and_lengths(value: Any) -> tuple[Tensor, Tensor] | None:
+    """Return padded data (B, T, …) and lengths (B,) in entries of T, or None if this is neither.
 
-    Fractions of the longest, as SpeechBrain has them, are made lengths.
+    Fractions of the longest, as in SpeechBrain, are made lengths.
     """
     if not (isinstance(value, tuple) and len(value) == 2):
         return None
@@ -135,10 +151,15 @@ def with_lengths(value: Any) -> tuple[Tensor, Tensor] | None:
     return data, lengths.long()
 
 
-def _described(value: Any) -> dict[str, Any]:
-    both = with_lengths(value)
-    if both is not None:
-        return {"shape": list(both[0].shape), "lengths": both[1].tolist()}
+def describe_batch(batch: Any) -> dict[str, dict[str, Any]]:
+    """Return the shapes, lengths, texts or values of the fields of a batch."""
+    return {name: _describe(value) for name, value in batch_fields(batch).items()}
+
+
+def _describe(value: Any) -> dict[str, Any]:
+    padded = data_and_lengths(value)
+    if padded is not None:
+        return {"shape": list(padded[0].shape), "lengths": padded[1].tolist()}
     if isinstance(value, Tensor):
         found: dict[str, Any] = {"shape": list(value.shape)}
         if value.dim() <= 1 and value.numel() <= 64:

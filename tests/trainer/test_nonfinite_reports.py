@@ -1,4 +1,4 @@
-"""A step that is not finite is looked into without a trace, and what is found is true."""
+"""A report of a skipped step says what was not finite; making it leaves no trace in the run."""
 
 import json
 import logging
@@ -33,11 +33,12 @@ from tests.trainer.small import (
 )
 from tests.trainer.test_guard import History
 from tests.trainer.test_page import read
-from trainer import Brain, NonFiniteError, Stage, seed
+from trainer import Brain, NonFiniteError, Stage, defaults, seed
 from trainer.cli.replay import command
 from trainer.data.batch import Batch, Padded
-from trainer.diagnostics.nonfinite import Forensics, Off
-from trainer.diagnostics.nonfinite.keepsake import packed, unpacked
+from trainer.diagnostics.nonfinite.report import NonFiniteReport
+from trainer.diagnostics.nonfinite.serialize import deserialize_batch, serialize_batch
+from trainer.diagnostics.nonfinite.tracer import NonFiniteTracer
 from trainer.diagnostics.replay import load, nearest
 from trainer.report import render
 
@@ -45,7 +46,7 @@ KINDS = [Regressor, Players]
 
 
 def report(folder: Path, step: str = "3") -> dict[str, Any]:
-    """What a run has found out about a step."""
+    """Return the report of a step."""
     found = json.loads((folder / "nonfinite" / step / "report.json").read_text())
     assert isinstance(found, dict)
     return found
@@ -130,7 +131,7 @@ def test_to_look_changes_nothing(
         brain = make(
             busy(kind), norm=True, precision=precision, grad_accumulation_factor=factor,
             nonfinite_reports=reports, ema_decay=0.9, output_folder=str(tmp_path / str(reports)),
-            hparams={"clipper": {name: clippers[name] for name in names}},
+            hparams={"clip": {name: clippers[name] for name in names}},
         )  # fmt: skip
         brain.fit([1], data)
         networks = [
@@ -156,12 +157,12 @@ def test_to_look_changes_nothing(
     assert not torch.is_anomaly_enabled()
 
 
-def test_off_is_an_object_that_does_nothing(tmp_path: Path) -> None:
+def test_off_is_no_tracer_and_no_folder(tmp_path: Path) -> None:
     data = [spoilt(batch, "nan") for batch in batches(2)]
     brain = make(nonfinite_reports=0, output_folder=str(tmp_path))
     brain.fit([1], data)
-    assert type(brain.forensics) is Off
-    assert type(make().forensics) is Forensics
+    assert defaults.make_tracer(brain) is None
+    assert type(defaults.make_tracer(make())) is NonFiniteTracer
     assert not (tmp_path / "nonfinite").exists()
 
 
@@ -294,7 +295,7 @@ def test_known_causes_are_said_in_words(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 3  # What happened, what made it so, and where it is kept.
     assert said[1].startswith(f"first not finite: the {kind}")
-    assert "test_forensics.py" in said[1]
+    assert "test_nonfinite_reports.py" in said[1]
     text = (tmp_path / "nonfinite" / "1" / "report.txt").read_text()
     assert found["causes"][0] in text
     assert found["ids"] == ["utt0", "utt1"]
@@ -329,7 +330,7 @@ def test_an_overflow_while_the_scale_adapts_is_no_case(kind: type[Brain], tmp_pa
 
     brain = make(Large, precision="fp16", output_folder=str(tmp_path))
     brain.fit([1], batches(8))
-    assert brain.journal.counts["overflowed"] > 0
+    assert brain.stateful()["metrics"].part.counts["overflowed"] > 0
     assert not (tmp_path / "nonfinite").exists()
 
 
@@ -363,7 +364,7 @@ def test_the_batch_of_a_window_that_was_bad_is_the_one_kept(tmp_path: Path) -> N
     data[1], data[6] = spoilt(data[1], "input"), spoilt(data[6], "gradient")
     make(grad_accumulation_factor=4, output_folder=str(tmp_path)).fit([1], data)
     assert [report(tmp_path, name)["ids"][0] for name in ("1", "1-2")] == ["utt1-0", "utt6-0"]
-    kept = unpacked(load(tmp_path / "nonfinite" / "1-2")["batch"])
+    kept = deserialize_batch(load(tmp_path / "nonfinite" / "1-2")["batch"])
     assert same(kept, data[6])
 
 
@@ -413,7 +414,7 @@ def test_a_full_disk_and_a_hostile_batch_are_one_warning_and_no_error(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.diagnostics.nonfinite.keep", full)
+    monkeypatch.setattr(NonFiniteReport, "write", full)
     data = batches(6)
     data[1], data[3] = spoilt(data[1], "nan"), spoilt(data[3], "nan")
     brain = make(output_folder=str(tmp_path))
@@ -489,16 +490,16 @@ def test_batches_of_any_kind_are_kept_safely_and_come_back(tmp_path: Path) -> No
         Record(torch.ones(2), ["a"]), Plain(),
     ]  # fmt: skip
     for value in many:
-        torch.save(packed(value), tmp_path / "batch.pt")
-        back = unpacked(torch.load(tmp_path / "batch.pt", weights_only=True))
+        torch.save(serialize_batch(value), tmp_path / "batch.pt")
+        back = deserialize_batch(torch.load(tmp_path / "batch.pt", weights_only=True))
         assert type(back) is type(value)
-        assert same(packed(back), packed(value))
+        assert same(serialize_batch(back), serialize_batch(value))
     with pytest.raises(ValueError, match="a part of the batch could not be kept: <_io.TextIO"):
-        unpacked(packed({"file": sys.__stdout__}))
+        deserialize_batch(serialize_batch({"file": sys.__stdout__}))
     with pytest.raises(ValueError, match="nowhere:Thing, which this recipe does not know"):
-        unpacked({"kind": "object", "class": "nowhere:Thing", "parts": {}})
+        deserialize_batch({"kind": "object", "class": "nowhere:Thing", "parts": {}})
     with pytest.raises(ValueError, match="which this recipe does not know"):  # It has a finaliser.
-        unpacked({"kind": "object", "class": f"{__name__}:Bomb", "parts": {}})
+        deserialize_batch({"kind": "object", "class": f"{__name__}:Bomb", "parts": {}})
 
 
 # --------------------------------------------------------------------------------- the same again

@@ -1,4 +1,4 @@
-"""Known causes of what is not finite, recognised and said in words with what to do."""
+"""Diagnoses: known causes of non-finite losses and gradients, and what to do about each."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from trainer.diagnostics.nonfinite.keepsake import fields, with_lengths
-from trainer.diagnostics.nonfinite.probe import Finding, Trace
+from trainer.diagnostics.nonfinite.probe import Finding, Origin
+from trainer.diagnostics.nonfinite.serialize import batch_fields, data_and_lengths
 
-NAMED = 5  # examples that a sentence names
+MAX_NAMED = 5  # Examples that a sentence names.
+# Names of fields that hold targets.
 TARGETS = re.compile(r"tok|target|label|char|phn|phon|text|word|trans|y$")
+# Autograd functions, and why their derivative is not finite.
 BACKWARD = (
     (r"Sqrt|Norm|Std|Var|Cdist|Dist", "the derivative of a square root (or norm, or standard "
      "deviation) at 0 is infinite: add a small number under the root, or clamp"),
@@ -29,41 +31,45 @@ BACKWARD = (
 )  # fmt: skip
 
 
-def causes(finding: Finding, batch: Any, ids: Sequence[str], full_is_finite: bool) -> list[str]:
-    """Sentences, the surest first; none where nothing that is known fits.
+def diagnose(
+    finding: Finding, batch: Any, ids: Sequence[str], finite_in_fp32: bool = False
+) -> list[str]:
+    """Return the causes that fit, as sentences, the surest first.
 
-    ``full_is_finite``: the same batch gave nothing bad in fp32.
+    Args:
+        finding: result of the rerun.
+        batch: the batch.
+        ids: names of its examples; may be empty.
+        finite_in_fp32: True if a rerun of an fp16 batch in fp32 was finite.
     """
-    found = [*_of_input(batch, ids), *_of_ctc(finding, ids)]
+    found = [*_in_batch(batch, ids), *_in_ctc(finding, ids), *_in_padding(finding, batch, ids)]
     origin = finding.first
-    padded = _padding(finding, batch, ids)
-    found += padded
-    if full_is_finite:
-        found.append(_overflow(origin))
+    if finite_in_fp32:
+        found.append(_fp16_overflow(origin))
     elif origin is not None and origin.phase == "forward" and not found:
-        found += _of_operation(origin)
+        found += _in_operation(origin)
     elif not found:
         function = origin.operation if origin is not None else finding.backward or ""
         found += [text for names, text in BACKWARD if re.search(names, function)][:1]
     if finding.kind is not None:
-        found += _of_lengths(batch, ids)
+        found += _in_lengths(batch, ids)
     return found
 
 
-def _who(rows: Sequence[int], ids: Sequence[str]) -> str:
-    """Examples by their ids, or by their places."""
+def _names(rows: Sequence[int], ids: Sequence[str]) -> str:
+    """Return examples by their ids, or by their numbers."""
     if ids and max(rows) < len(ids):
-        names = [ids[row] for row in rows[:NAMED]]
+        names = [ids[row] for row in rows[:MAX_NAMED]]
     else:
-        names = [f"example {row}" for row in rows[:NAMED]]
-    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        names = [f"example {row}" for row in rows[:MAX_NAMED]]
+    more = f" and {len(rows) - MAX_NAMED} more" if len(rows) > MAX_NAMED else ""
     return ", ".join(names) + more
 
 
-def _of_input(batch: Any, ids: Sequence[str]) -> list[str]:
-    """NaN and infinities in the batch itself."""
+def _in_batch(batch: Any, ids: Sequence[str]) -> list[str]:
+    """Find NaN and infinities in the batch itself."""
     found = []
-    for name, value in fields(batch).items():
+    for name, value in batch_fields(batch).items():
         for tensor in tree_leaves(value):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 continue
@@ -76,16 +82,16 @@ def _of_input(batch: Any, ids: Sequence[str]) -> list[str]:
                 )
                 found.append(
                     f"the batch itself is not finite: {int(bad.sum())} of {bad.numel()} values of "
-                    f"{name!r} ({_who(rows, ids)}). Look at that file, and at what prepares it"
+                    f"{name!r} ({_names(rows, ids)}). Look at that file, and at what prepares it"
                 )
     return found
 
 
-def _of_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
-    """Targets that have no path through their frames."""
+def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
+    """Find CTC targets that do not fit in their frames."""
     found: list[str] = []
     if finding.first is not None and "ctc" not in finding.first.operation.lower():
-        return found  # What is not finite did not come from there.
+        return found  # The CTC loss was finite.
     for frames, lengths, repeats in finding.ctc:
         long = [
             row
@@ -95,7 +101,7 @@ def _of_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
         if long:
             row = long[0]
             found.append(
-                f"a CTC target is longer than its input: {_who(long, ids)} (the first has "
+                f"a CTC target is longer than its input: {_names(long, ids)} (the first has "
                 f"{lengths[row]} tokens and {repeats[row]} repeats in {frames[row]} frames; a "
                 "repeat needs a blank between). Leave such utterances out, subsample less, or say "
                 "zero_infinity=True"
@@ -103,33 +109,33 @@ def _of_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
         empty = [row for row, length in enumerate(lengths) if length == 0]
         if empty:
             found.append(
-                f"an empty target: that of {_who(empty, ids)} has no token. Leave it out; a loss "
+                f"an empty target: that of {_names(empty, ids)} has no token. Leave it out; a loss "
                 "that is divided by the length of its target is 0/0 there"
             )
     return list(dict.fromkeys(found))
 
 
-def _padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
-    """A softmax without a position to attend to."""
+def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
+    """Find a softmax over masked positions alone."""
     first = finding.first
     attends = first is not None and re.search("softmax|attention", first.operation)
     if not attends or first is None or not (first.minus_infinity or "attention" in first.operation):
         return []
     rows = [
         row
-        for value in fields(batch).values()
-        if (both := with_lengths(value)) is not None
-        for row, length in enumerate(both[1].tolist())
+        for value in batch_fields(batch).values()
+        if (padded := data_and_lengths(value)) is not None
+        for row, length in enumerate(padded[1].tolist())
         if length == 0
     ]
-    who = f" ({_who(sorted(set(rows)), ids)} has length 0)" if rows else ""
+    names = f" ({_names(sorted(set(rows)), ids)} has length 0)" if rows else ""
     return [
-        f"an all-padding row: every position that a softmax looks at is masked{who}, and the "
+        f"an all-padding row: every position that a softmax looks at is masked{names}, and the "
         "exponentials sum to 0. Leave one position unmasked, or drop empty examples"
     ]
 
 
-def _overflow(origin: Trace | None) -> str:
+def _fp16_overflow(origin: Origin | None) -> str:
     what = "a value" if origin is None else f"the result of {origin.operation}"
     return (
         f"fp16 overflow: {what} is above 65504, the largest number of half precision; the same "
@@ -138,8 +144,9 @@ def _overflow(origin: Trace | None) -> str:
     )
 
 
-def _of_operation(trace: Trace) -> list[str]:
-    name, low = trace.operation, trace.lowest
+def _in_operation(origin: Origin) -> list[str]:
+    """Find a function outside of its domain or range."""
+    name, low = origin.operation, origin.lowest
     if re.match(r"log(2|10|1p)?_?$|xlogy", name) and low is not None:
         edge = -1.0 if "log1p" in name else 0.0
         if low < edge:
@@ -148,38 +155,40 @@ def _of_operation(trace: Trace) -> list[str]:
                 "of something that may be below zero?"
             ]
         return [
-            f"the log of zero: {trace.zeros} of {trace.elements} values are 0. Clamp them, as in "
+            f"the log of zero: {origin.zeros} of {origin.elements} values are 0. Clamp them, as in "
             "x.clamp(min=1e-8).log(), or use log_softmax or logsigmoid on what comes before"
         ]
-    if re.match(r"(div|true_divide|reciprocal|floor_divide)_?$", name) and trace.zeros:
+    if re.match(r"(div|true_divide|reciprocal|floor_divide)_?$", name) and origin.zeros:
         return [
-            f"a division by zero ({trace.zeros} of the divisors are 0): clamp them, or drop "
+            f"a division by zero ({origin.zeros} of the divisors are 0): clamp them, or drop "
             "such examples"
         ]
-    if re.match(r"(mean|var|std|var_mean|median|nanmean)", name) and not trace.elements:
+    if re.match(r"(mean|var|std|var_mean|median|nanmean)", name) and not origin.elements:
         return [f"the {name} of nothing: is a mask, or a target, empty?"]
     if re.match(r"r?sqrt_?$|pow", name) and low is not None and low <= 0.0:
         return [f"{name} of {low:.3g}: clamp its argument, or add a small number to it"]
-    if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) and trace.highest is not None:
-        return [f"{name} of {trace.highest:.3g} overflows: bound its argument"]
+    if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) and origin.highest is not None:
+        return [f"{name} of {origin.highest:.3g} overflows: bound its argument"]
     return []
 
 
-def _of_lengths(batch: Any, ids: Sequence[str]) -> list[str]:
-    """Empty targets and silent examples: no proof, but where to look."""
+def _in_lengths(batch: Any, ids: Sequence[str]) -> list[str]:
+    """Find empty targets and silent examples, which are suspects."""
     found = []
-    for name, value in fields(batch).items():
-        both = with_lengths(value)
-        if both is not None:
-            data, lengths = both
+    for name, value in batch_fields(batch).items():
+        padded = data_and_lengths(value)
+        if padded is not None:
+            data, lengths = padded
             empty = torch.nonzero(lengths == 0).flatten().tolist()
             silent = torch.nonzero((data.reshape(len(data), -1) == 0).all(1)).flatten().tolist()
             if empty:
-                found.append(f"{name!r} is empty in {_who(empty, ids)}")
+                found.append(f"{name!r} is empty in {_names(empty, ids)}")
             elif silent and data.is_floating_point():
-                found.append(f"{name!r} is 0 everywhere in {_who(silent, ids)}: an all-padding row")
+                found.append(
+                    f"{name!r} is 0 everywhere in {_names(silent, ids)}: an all-padding row"
+                )
         elif isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value):
             empty = [row for row, text in enumerate(value) if not text.strip()]
             if empty and TARGETS.search(name.lower()):
-                found.append(f"an empty target: {name!r} of {_who(empty, ids)} has no text")
+                found.append(f"an empty target: {name!r} of {_names(empty, ids)} has no text")
     return found

@@ -1,4 +1,4 @@
-"""Fingerprints differ by one bit of one element, in every dtype. Ranks: test_two_processes."""
+"""Fingerprints differ by one bit of one element, in every dtype; ranks: test_two_processes."""
 
 import pytest
 import torch

@@ -1,0 +1,230 @@
+"""Report of a skipped step: its facts, what a rerun found, and the folder that keeps both."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer import distributed
+from trainer.diagnostics.nonfinite.probe import Finding
+from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
+from trainer.loggers.jsonl import as_json
+from trainer.metrics import StepReport
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+
+FORMAT = 1
+MAX_NAMED = 3  # Parameters that a sentence names.
+
+
+@dataclass
+class NonFiniteReport:
+    """Everything known about a skipped step.
+
+    Args:
+        step: number of the optimizer step that was skipped.
+        name: name of the report's folder within ``nonfinite/``.
+        what: "loss" or "gradients".
+        facts: place, settings and norms, by name.
+        gradients: gradient norms by parameter.
+        folder: folder that the report is written into, or None.
+        finding: result of the rerun.
+        problem: reason why the rerun did not come to its end, or None.
+        causes: diagnoses, the surest first.
+        ids: names of the examples.
+        moved: names of the optimizers that stepped in the same batch.
+        exact_generators: False if the rerun drew from a generator whose state at the start of the
+            batch is unknown.
+    """
+
+    step: int
+    name: str
+    what: str
+    facts: dict[str, Any]
+    gradients: dict[str, float] = field(default_factory=dict)
+    folder: Path | None = None
+    finding: Finding = field(default_factory=Finding)
+    problem: str | None = None
+    causes: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    exact_generators: bool = True
+
+    @classmethod
+    def of(
+        cls, brain: Brain, step_report: StepReport, name: str, folder: Path | None
+    ) -> NonFiniteReport:
+        """Note what a Brain knows of the step that it has just skipped.
+
+        Args:
+            brain: the Brain, within the batch.
+            step_report: the outcome.
+            name: name of the report's folder; other ranks than 0 have a folder of their own in it.
+            folder: the run's ``nonfinite/``, or None.
+        """
+        update = brain.updates[step_report.name]
+        names: dict[int, str] = {}
+        for each, p in brain.modules.named_parameters():
+            names.setdefault(id(p), each)
+        gradients = {
+            names.get(id(p), f"{update.name}.{number}"): norm
+            for number, (p, norm) in enumerate(zip(*update.measured, strict=True))
+        }
+        tally = brain.stateful()["metrics"].part.tallies.get(update.name)
+        facts = {
+            "epoch": brain.epoch,
+            "batch": brain.step,
+            "optimizer": update.name,
+            "rank": distributed.rank(),
+            "processes": distributed.world_size(),
+            "precision": brain.options.precision,
+            "lr": step_report.lr,
+            "scale": step_report.scale,
+            "limit": step_report.limit,
+            "last_norm": update.last_norm,
+            "recent_norms": [] if tally is None else tally.recent_norms(),
+            "batches_in_window": update.size,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "torch": torch.__version__,
+        }
+        if folder is not None:
+            name = f"{name}/rank{distributed.rank()}" if distributed.rank() else name
+            folder = folder / name
+        what = "loss" if step_report.loss is None else "gradients"
+        return cls(brain.optimizer_step + 1, name, what, facts, gradients, folder)
+
+    def command(self) -> str:
+        """Return the command that replays the batch."""
+        assert self.folder is not None
+        run = self.folder.parents[1 + self.name.count("/")]
+        return f"python -m trainer replay {shlex.quote(str(run))} {self.name}"
+
+    def hint(self) -> str:
+        """Return where to look, for an error message."""
+        return f"What made it so is in {self.folder}; to run that batch again: {self.command()}"
+
+    def lines(self) -> list[str]:
+        """Return the lines of the log that follow the one about the skip itself."""
+        cause = f"; {self.causes[0]}" if self.causes else ""
+        lines = [f"first not finite: {self.found()}{cause}"]
+        if self.folder is not None and self.folder.exists():
+            lines.append(f"kept in {self.folder}; again: {self.command()}")
+        return lines
+
+    def found(self) -> str:
+        """Return in words what was not finite first."""
+        finding, first = self.finding, self.finding.first
+        if finding.kind is None:
+            subject = f"the {self.what} of {self.facts['optimizer']!r}"
+            if self.problem is not None:
+                return f"{subject}; the batch could not be replayed to the end ({self.problem})"
+            moved = f", after a step of {' and '.join(self.moved)}" if self.moved else ""
+            return f"{subject}; a replay of the batch{moved} was finite"
+        if finding.kind == "loss":
+            subject = f"the loss of {finding.optimizer!r}"
+        else:
+            bad = finding.parameters
+            more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+            names = ", ".join(bad[:MAX_NAMED])
+            subject = f"the gradient of {names}{more} ({finding.optimizer!r})"
+            if finding.backward is not None and (first is None or first.phase == "forward"):
+                line = finding.backward_line
+                return f"{subject}, by {finding.backward}" + (f" of {line}" if line else "")
+        if first is None:
+            return subject
+        module = f" in {first.module}" if first.module else ""
+        line = f" at {first.line}" if first.line else ""
+        return f"{subject}, by {first.operation}{module}{line}"
+
+    def record(self, batch: Any) -> dict[str, Any]:
+        """Return the content of `report.json`."""
+        return {
+            "format": FORMAT, "step": self.step, "not_finite": self.what, "first": self.found(),
+            "causes": self.causes, **self.facts, "ids": self.ids,
+            "batch_fields": describe_batch(batch),
+            "gradient_norms": {
+                name: norm if math.isfinite(norm) else str(norm)
+                for name, norm in self.gradients.items()
+            },
+            "stepped_in_the_same_batch": self.moved, "replay": self.finding.record(),
+            "replay_problem": self.problem, "generators_known": self.exact_generators,
+        }  # fmt: skip
+
+    def text(self, record: Mapping[str, Any]) -> str:
+        """Return the content of `report.txt`, for people.
+
+        Args:
+            record: content of `report.json`.
+        """
+        bad = [name for name, norm in self.gradients.items() if not math.isfinite(norm)]
+        lines = [
+            f"Step {self.step} (epoch {record['epoch']}, batch {record['batch']}) was skipped: "
+            f"the {self.what} of {record['optimizer']!r} not finite. Nothing has moved.",
+            f"First not finite: {self.found()}",
+            f"First module with such an output: {self.finding.module or 'none'}",
+            *(f"Cause: {cause}" for cause in self.causes or ["none of those that are known"]),
+            f"Gradients that were not finite: {', '.join(bad) or 'none'}",
+            f"Precision {record['precision']}, lr {record['lr']:.4g}, scale {record['scale']:g}, "
+            f"limit {record['limit']:g}, last finite norm {record['last_norm']}",
+            f"Norms before: {', '.join(f'{norm:.4g}' for norm in record['recent_norms']) or '-'}",
+            f"Batch: {', '.join(self.ids) or 'without ids'}",
+            *(f"  {name}: {facts}" for name, facts in record["batch_fields"].items()),
+        ]
+        if not self.exact_generators:
+            lines.append(
+                "Python's or NumPy's generator was in use and unwatched: a replay may draw others."
+            )
+        if self.folder is not None:
+            lines.append(f"Again: {self.command()}")
+        return "\n".join(lines) + "\n"
+
+    def write(self, brain: Brain, batch: Any, step: int, is_last: bool, generators: Any) -> None:
+        """Write the folder with `report.json`, `report.txt` and `batch.pt`, all or nothing.
+
+        Args:
+            brain: the Brain.
+            batch: the batch that was bad.
+            step: its number in the epoch.
+            is_last: True if it was the last of the epoch.
+            generators: states of the random generators at its start.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        assert self.folder is not None
+        target = self.folder
+        record = self.record(batch)
+        data = io.BytesIO()
+        torch.save({
+            "format": FORMAT, "batch": serialize_batch(batch), "generators": generators,
+            "last": is_last, "step": step, "epoch": brain.epoch, "optimizer_step": self.step - 1,
+            "fits": brain.progress.fits, "what": self.what, "optimizer": self.facts["optimizer"],
+        }, data)  # fmt: skip
+        new = target.with_name(f".{target.name}.{os.getpid()}.new")
+        try:
+            new.mkdir(parents=True)
+            (new / "report.json").write_text(json.dumps(as_json(record), indent=1), "utf-8")
+            (new / "report.txt").write_text(self.text(record), "utf-8", "backslashreplace")
+            (new / "batch.pt").write_bytes(data.getbuffer())
+            try:
+                os.replace(new, target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+                # A resumed run is at this step again, or another rank has its folder in there.
+                for file in list(new.iterdir()):
+                    os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,269 @@
+"""Tracer of non-finite steps: reruns the batch of a skipped step, and writes a report.
+
+A skipped step leaves a folder ``nonfinite/<step>/`` in the run folder, with `report.txt` for
+people, `report.json` for programs, and `batch.pt`, from which `python -m trainer replay RUN STEP`
+reruns the batch. The rerun watches every operation (`probe`) and recognises known causes
+(`diagnoses`). It takes place within `Brain.sandbox`, which restores everything that has state; what
+a hook does elsewhere, such as a line in a file, happens again. It never ends the run. Each rank
+reruns its own batch, and asks no other.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from trainer import distributed, seed
+from trainer.clipping import Gradients
+from trainer.diagnostics.nonfinite.diagnoses import diagnose
+from trainer.diagnostics.nonfinite.probe import CollectiveCalled, Finding, NonFiniteFound, Probe
+from trainer.diagnostics.nonfinite.report import NonFiniteReport
+from trainer.loggers.folder import run_folder
+from trainer.metrics import StepReport
+from trainer.optim.guard import NonFiniteError, Tracer
+from trainer.optim.step import Update
+from trainer.report import ReportCallback
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+
+logger = logging.getLogger("trainer")
+
+MAX_BATCHES = 16  # Batches of an accumulation window that are remembered.
+
+
+class KeptBatch(NamedTuple):
+    """A batch, and what its rerun needs.
+
+    Args:
+        batch: the batch, on the device.
+        is_last: True if it is the last of its epoch.
+        step: its number in the epoch.
+        generators: states of random generators at its start, as `seed.rng_state` has them; those
+            that are absent are unknown.
+    """
+
+    batch: Any
+    is_last: bool
+    step: int
+    generators: dict[str, Any]
+
+
+class NonFiniteTracer(Tracer):
+    """Report the first skipped steps of a run.
+
+    Args:
+        brain: the Brain.
+        limit: number of reports in the run folder.
+    """
+
+    def __init__(self, brain: Brain, limit: int) -> None:
+        self._brain, self._left = brain, limit
+        folder = run_folder(brain.options)
+        self._folder = None if folder is None else folder / "nonfinite"
+        self._window: deque[KeptBatch] = deque(maxlen=MAX_BATCHES)
+        self._report: NonFiniteReport | None = None
+        self._numbers: Counter[int] = Counter()  # Reports by step.
+        self._moved: set[str] | None = None  # Optimizers that have stepped in this batch.
+
+    def begin_batch(self, batch: Any, weight: float, is_last: bool) -> None:
+        """Remember the batch until the next accumulation window."""
+        updates = self._brain.updates.values()
+        if self._moved is None:
+            for update in updates:
+                update.after_step.append(self._note_step)
+        if not any(update.window.count for update in updates):
+            self._window.clear()
+        self._moved = set()
+        generators = _torch_generators(self._brain.device)
+        self._window.append(KeptBatch(batch, is_last, self._brain.progress.step, generators))
+
+    def _note_step(self, update: Update, gradients: Gradients) -> None:
+        if self._moved is not None:
+            self._moved.add(update.name)
+
+    def skipped(self, report: StepReport) -> str:
+        """Note the facts, and return where the report will be; the batch is rerun when it ends."""
+        if self._report is None and self._window and self._has_room():
+            self._left -= 1
+            step = self._brain.optimizer_step + 1
+            self._numbers[step] += 1
+            number = self._numbers[step]
+            name = str(step) if number == 1 else f"{step}-{number}"
+            self._report = NonFiniteReport.of(self._brain, report, name, self._folder)
+        noted = self._report
+        return "" if noted is None or noted.folder is None else noted.hint()
+
+    def _has_room(self) -> bool:
+        """Return True if the run may have another report; those of earlier starts count."""
+        folder = self._folder
+        if self._left > 0 and not self._numbers and folder is not None and folder.is_dir():
+            self._left -= sum(not each.name.startswith(".") for each in folder.iterdir())
+        return self._left > 0
+
+    def end_batch(self) -> None:
+        """Rerun the batch of a skipped step and write the report; a failure is one warning."""
+        report, self._report = self._report, None
+        if report is None:
+            return
+        try:
+            report.moved = sorted(self._moved or ())
+            rerun = investigate(self._brain, report, list(self._window))
+            if report.folder is not None and (distributed.is_main() or report.finding.kind):
+                kept = rerun.kept
+                report.write(self._brain, kept.batch, kept.step, kept.is_last, rerun.generators)
+                for callback in self._brain.callbacks:
+                    if isinstance(callback, ReportCallback):
+                        callback.refresh()
+            for line in report.lines():
+                logger.warning("%s", line)
+        except Exception as error:  # An explanation is not worth a run.
+            self._left = 0
+            warnings.warn(
+                f"a step that was not finite could not be looked into ({type(error).__name__}: "
+                f"{error}); later ones will not be",
+                stacklevel=2,
+            )
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Write the report of the step that exhausted the patience."""
+        if isinstance(error, NonFiniteError):
+            self.end_batch()
+
+
+def make_nonfinite_tracer(brain: Brain) -> NonFiniteTracer | None:
+    """Return the tracer of a Brain; None if it is off, in a search and in a replay."""
+    options = brain.options
+    if not options.nonfinite_reports or options.searching or options.replay:
+        return None
+    return NonFiniteTracer(brain, options.nonfinite_reports)
+
+
+@dataclass
+class Rerun:
+    """Result of a rerun.
+
+    Args:
+        kept: the batch.
+        generators: states of all random generators at its start.
+        finding: what was found.
+        problem: reason why it did not come to its end, or None.
+        exact: False if it drew from a generator whose state in training is unknown.
+    """
+
+    kept: KeptBatch
+    generators: dict[str, Any]
+    finding: Finding
+    problem: str | None
+    exact: bool
+
+
+def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatch]) -> Rerun:
+    """Rerun the batches of a window until one is not finite, the newest first.
+
+    Args:
+        brain: the Brain; it is as before afterwards.
+        report: finding, problem, causes and ids are set.
+        window: at least one batch.
+
+    Returns:
+        The rerun that was not finite, or that of the newest batch.
+    """
+    reruns = []
+    for kept in reversed(window):
+        reruns.append(rerun(brain, kept))
+        if reruns[-1].finding.kind is not None:
+            break
+    found = reruns[-1] if reruns[-1].finding.kind is not None else reruns[0]
+    finite_in_fp32 = (
+        found.finding.kind is not None
+        and brain.options.precision == "fp16"
+        and rerun(brain, found.kept, "fp32").finding.kind is None
+    )
+    report.finding, report.problem = found.finding, found.problem
+    report.exact_generators = found.exact
+    report.ids = brain.batch_ids(found.kept.batch)
+    report.causes = diagnose(found.finding, found.kept.batch, report.ids, finite_in_fp32)
+    return found
+
+
+def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
+    """Train on a batch once more without moving anything, until something is not finite.
+
+    Args:
+        brain: the Brain; it is as before afterwards.
+        kept: the batch.
+        precision: precision of the forward pass; None for that of training.
+    """
+    probe, problem = Probe(brain), None
+    generators = _complete(kept.generators, brain.device)
+    batch = _copy(kept.batch)
+    with (
+        brain.sandbox(optimize=probe.optimize, precision=precision),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # They were given in training.
+        brain.progress.step = kept.step - 1
+        seed.set_rng_state(generators)
+        try:
+            with probe.watching():
+                brain.train_batch(batch, kept.is_last)
+        except NonFiniteFound:
+            pass
+        except CollectiveCalled:
+            problem = "its forward pass communicates between processes"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        drawn = seed.rng_state()
+    exact = all(
+        name in kept.generators or _same(generators.get(name), drawn.get(name))
+        for name in ("python", "numpy")
+    )
+    return Rerun(kept, generators, probe.finding, problem, exact)
+
+
+def _torch_generators(device: torch.device) -> dict[str, Any]:
+    """Return the states of torch's generators.
+
+    Those of Python and NumPy take longer to read than a small step, and few networks draw from
+    them.
+    """
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _complete(generators: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the states of all generators: those that are given, and the present ones."""
+    state = {**seed.rng_state(), **generators}
+    if isinstance(generators.get("cuda"), torch.Tensor):
+        every = torch.cuda.get_rng_state_all()
+        every[torch.cuda.current_device() if device.index is None else device.index] = state["cuda"]
+        state["cuda"] = every
+    return state
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return True if two states of a generator are equal; they are lists with a tensor."""
+    if a is None or b is None:
+        return a is b
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else bool(x == y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _copy(batch: Any) -> Any:
+    """Return a copy of a batch, which `fit_batch` may change; or itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return batch
