@@ -1,7 +1,7 @@
-"""Runs that are stopped and go on: Brains with every kind of state, and what must come out equal.
+"""Stop and resume runs of Brains that have every kind of state, and compare how they end.
 
 A run saves a checkpoint after each batch and goes on. To stop it after batch k, that checkpoint
-alone is taken into a new folder, beside a log that knows what came later, as after a kill.
+alone is copied into a new folder, beside a log that is already further, as after a kill.
 """
 
 import copy
@@ -48,7 +48,7 @@ class Sentences(Dataset):
 
 
 def batches() -> list[dict[str, Any]]:
-    """The same in a plain list of batches."""
+    """Return as many items in a plain list of batches."""
     numbers = torch.Generator().manual_seed(0)
     sizes = [min(SIZE, ITEMS - start) for start in range(0, ITEMS, SIZE)]
     xs = [torch.randn(size, 3, generator=numbers) for size in sizes]
@@ -67,7 +67,7 @@ class Endless:
 
 
 class Lines(IterableDataset):
-    """A dataset that is only to be read from its beginning."""
+    """A dataset that can only be read from its beginning."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index in range(ITEMS):
@@ -75,7 +75,7 @@ class Lines(IterableDataset):
 
 
 class Counting:
-    """A stateful object that nobody registers."""
+    """A stateful object that is registered nowhere."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -130,7 +130,7 @@ class Learner(Brain):
         self.count(float(loss), list(batch["id"]))
 
     def count(self, loss: float, ids: list[str]) -> None:
-        """Keep numbers of the batch in every way, and do what the test wants."""
+        """Keep numbers of the batch in every kind of state; call the hook of the test."""
         self.train_stats["batches"] += 1
         self.train_stats["sum"] += loss
         self.longest, self.best = max((self.longest, self.best), (np.float64(loss), ids[0]))
@@ -183,7 +183,7 @@ class Adversary(Learner):
 
 
 class Undecided(Adversary):
-    """Who trains depends on the batch with which a window opens."""
+    """The players that train depend on the batch with which a window opens."""
 
     fit_batch = Brain.fit_batch
 
@@ -196,7 +196,7 @@ class Undecided(Adversary):
 
 
 class ByHand(Learner):
-    """Does everything itself, and accumulates by a counter."""
+    """Calls backward and step itself, and accumulates by a counter."""
 
     def fit_batch(self, batch: Any) -> Tensor:
         loss = self.compute_objectives(self.compute_forward(batch, Stage.TRAIN), batch, Stage.TRAIN)
@@ -217,7 +217,7 @@ SCHEDULES = {
 
 @dataclass
 class Setting:
-    """One combination of what a run can be made of."""
+    """One combination of Brain, options, data and epochs."""
 
     brain: type[Learner] = Learner
     dropout: float = 0.5
@@ -236,7 +236,7 @@ class Setting:
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
 
     def make(self, folder: Path, seed: int = 0) -> Learner:
-        """A new Brain, of weights and generators that differ with ``seed``."""
+        """Return a new Brain, with weights and generators that depend on ``seed``."""
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -273,7 +273,7 @@ class Setting:
         )
 
     def fit(self, brain: Learner) -> Learner:
-        """Train it to its end."""
+        """Train to the end of the run."""
         loader = None if self.loader is None else {**self.loader, "num_workers": self.workers}
         brain.fit(
             brain.hparams.epoch_counter,
@@ -286,7 +286,7 @@ class Setting:
 
 
 def saving(*stops: int) -> Callable[[Learner], None]:
-    """Save after these batches, counted over the run, and keep all."""
+    """Return a hook that saves after these batches, counted over the run."""
 
     def save(brain: Learner) -> None:
         batch = len(brain.test.trace)
@@ -300,14 +300,14 @@ Program = Callable[[Setting, Learner], Learner]
 
 
 def run(setting: Setting, folder: Path, stops: Iterable[int], program: Program) -> Learner:
-    """The run that nothing stops."""
+    """Run without a stop, saving after these batches."""
     brain = setting.make(folder)
     brain.test.after = saving(*stops)
     return program(setting, brain)
 
 
 def resume(setting: Setting, folder: Path, name: str, into: Path, program: Program) -> Learner:
-    """The run stopped at a checkpoint, gone on with by a Brain that knows nothing of it."""
+    """Resume from a checkpoint of a run, with a new Brain."""
     stopped(folder, name, into)
     return program(setting, setting.make(into, seed=99))
 
@@ -315,7 +315,7 @@ def resume(setting: Setting, folder: Path, name: str, into: Path, program: Progr
 def check(
     setting: Setting, folder: Path, stops: Iterable[int], program: Program = Setting.fit
 ) -> Learner:
-    """Stop after each of these batches and resume: everything must come out the same."""
+    """Check that runs resumed after each of these batches end as the one without a stop."""
     straight = run(setting, folder / "straight", stops, program)
     for stop in stops:
         resumed = resume(
@@ -326,7 +326,7 @@ def check(
 
 
 def stopped(folder: Path, name: str, into: Path) -> None:
-    """A folder as a kill leaves it: that checkpoint, and a log that is already further."""
+    """Make a folder as a kill leaves it: one checkpoint, and a log that is already further."""
     shutil.copytree(folder / "saved" / name, into / "saved" / name)
     shutil.copy(folder / "metrics.jsonl", into)
 
@@ -375,7 +375,7 @@ def brain_state(brain: Brain) -> dict[str, Any]:
 
 
 def update_state(update: Any) -> dict[str, Any]:
-    """Return the states of what belongs to one optimizer."""
+    """Return the states of an optimizer, its schedule, scaler and clipper, and its last norm."""
     parts = {name: getattr(update, name) for name in ("optimizer", "schedule", "scaler", "clip")}
     states = {
         name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")
@@ -384,14 +384,14 @@ def update_state(update: Any) -> dict[str, Any]:
 
 
 def log(brain: Learner) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without their times."""
+    """Return the lines of metrics.jsonl without their times."""
     path = Path(brain.options.output_folder) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """Where two states differ, to the bit."""
+    """Yield where two states differ, to the bit."""
     if isinstance(a, np.float64):  # A checkpoint makes a float of it.
         a, b = float(a), float(b)
     if type(a) is not type(b):
@@ -414,7 +414,7 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
 
 
 def assert_exact(straight: Learner, resumed: Learner, stop: int) -> None:
-    """A run resumed after ``stop`` batches saw the same and ended the same, to the bit."""
+    """Check that a run resumed after ``stop`` batches saw and ended the same, to the bit."""
     found = list(differences(straight.test.trace[stop:], resumed.test.trace, "trace"))
     ends = [final_state(straight), final_state(resumed)]
     if not resumed.test.trace:  # No stage began that would have made it.
@@ -425,7 +425,7 @@ def assert_exact(straight: Learner, resumed: Learner, stop: int) -> None:
 
 
 def main(folder: str) -> None:
-    """A process that says when it has come to its seventh batch, and waits there to be stopped."""
+    """Train up to the seventh batch, print a line, and wait for a signal to stop."""
     signals.install()
     brain = Setting().make(Path(folder))
 
