@@ -95,7 +95,6 @@ def test_the_trainer_needs_torch_hyperpyyaml_and_tqdm_alone() -> None:
     assert found - set(sys.stdlib_module_names) <= allowed
 
 
-@pytest.mark.xfail(reason="the allow-list still names modules of recipes")
 def test_the_trainer_names_no_recipe_in_a_string() -> None:
     for path in sources(TRAINER):
         assert not re.search(r"\brecipes[./]\w", code_of(path)), path

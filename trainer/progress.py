@@ -19,7 +19,7 @@ class Stage(enum.Enum):
 
 @dataclass
 class Progress:
-    """Where a run is: plain values that are saved with every checkpoint.
+    """Position of a run: plain values that are saved with every checkpoint.
 
     Fields with the metadata ``of_run`` count over the whole run; a `fit` that a hook of another
     `fit` calls adds to them. The others belong to one `fit`, and are restored when such a nested

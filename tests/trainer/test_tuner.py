@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import trainer
-from tests.processes import launch
+from tests.processes import TwoRanks
 from tests.trainer.small import Players, Regressor, batches, everything, make, same
 from tests.trainer.test_page import read
 from trainer import Brain, Checkpointer, Stage, distributed, seed, signals
@@ -338,11 +337,10 @@ def test_a_failing_rate_ends_the_trial_and_not_the_program(
 # ---------------------------------------------------------------- on two ranks
 
 
-def on_two_ranks(folder: Path) -> None:
-    """Search, then search and be interrupted on rank 1 alone; store what came of it."""
-    distributed.start("cpu")
+def on_two_ranks(folder: str) -> dict[str, Any]:
+    """Search, then search and be interrupted on rank 1 alone; return what came of it."""
     rank = distributed.rank()
-    brain = make(output_folder=str(folder / "run"), find_lr=True, find_clip=True)
+    brain = make(output_folder=folder, find_lr=True, find_clip=True)
     findings = found(brain, batches(40), find_lr=True, find_clip=True)
     before = everything(brain), seed.rng_state()
     again = found(brain, batches(40), find_lr=True, find_clip=True)
@@ -365,13 +363,13 @@ def on_two_ranks(folder: Path) -> None:
         interrupted.fit([1], batches(40))
     except signals.Interrupted as stop:
         result["exit"] = stop.code, len(trained)
-    torch.save(result, folder / f"{rank}.pt")
-    distributed.stop()
+    return result
 
 
-def test_two_ranks_find_what_one_finds_and_stop_together(tmp_path: Path) -> None:
-    launch(tmp_path, "-m", "tests.trainer.test_tuner")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_two_ranks_find_what_one_finds_and_stop_together(
+    tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    ranks = two_ranks(on_two_ranks, tmp_path / "run")
     assert same(*ranks)
     assert ranks[0]["kept"]
     assert ranks[0]["exit"] == (128 + signal.SIGTERM, 5)
@@ -490,7 +488,3 @@ def test_a_search_leaves_the_settings_of_a_run_and_its_files(
     assert [(folder / name).read_bytes() for name in kept] == before
     assert sorted(folder.glob("checkpoints/*")) == saved
     assert "--find_clip" in (folder / "command.txt").read_text()
-
-
-if __name__ == "__main__":
-    on_two_ranks(Path(sys.argv[1]))

@@ -83,7 +83,7 @@ class Snapshot:
         self._progress, self._stateful, self._of_fit = progress, stateful, of_fit
         self._place = copied(progress.state_dict())
         self._states = {
-            name: copied(entry.part.state_dict())
+            name: copied(getattr(entry.part, "snapshot", entry.part.state_dict)())
             for name, entry in stateful().items()
             if entry.of_fit or not of_fit
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
@@ -29,6 +30,7 @@ MAX_ENTRIES = 100  # A longer container is data, in which no stateful objects ar
 HPARAMS = "hparams."
 SCALARS = (int, float, str, bool, type(None))
 DICTS = (dict, OrderedDict, Counter)
+CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 
 
 def find_stateful(
@@ -115,9 +117,25 @@ class UserAttributes:
         ]
         return {"values": changed, "on_device": away}
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state for as long as the process lives.
+
+        It also has the content of containers that a checkpoint cannot hold.
+        """
+        contents = {
+            name: _Content(value)
+            for name, value in self._own().items()
+            if isinstance(value, CONTAINERS) and not _is_plain(value)
+        }
+        return {**self.state_dict(), "contents": contents}
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
-        values = {**{name: _copy(value) for name, value in self._start.items()}, **saved["values"]}
+        contents = saved.get("contents", {})
+        for name, content in contents.items():
+            setattr(self._owner, name, content.restored())
+        start = {name: _copy(v) for name, v in self._start.items() if name not in contents}
+        values = {**start, **saved["values"]}
         for name, value in values.items():
             if name in saved["on_device"]:
                 value = map_leaves(self._to_device, value)
@@ -139,7 +157,7 @@ class UserAttributes:
             try:
                 found[name] = _copy(value)
             except TypeError:
-                if isinstance(value, (Mapping, MutableSequence, MutableSet)):
+                if isinstance(value, CONTAINERS):
                     self._leave_out(name, value, tell)
         return found
 
@@ -154,6 +172,30 @@ class UserAttributes:
             self._unsaved[name] = None
         elif not tell:
             self._unsaved[name] = content
+
+
+class _Content:
+    """A container, and a shallow copy of what is in it."""
+
+    def __init__(self, container: Any) -> None:
+        self._container, self._content = container, copy.copy(container)
+
+    def restored(self) -> Any:
+        """Return the container with that content."""
+        container = self._container
+        if container != self._content:
+            container.clear()
+            add = container.extend if isinstance(container, MutableSequence) else container.update
+            add(self._content)
+        return container
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        _copy(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _copy(value: Any) -> Any:

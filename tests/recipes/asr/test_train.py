@@ -83,8 +83,8 @@ def test_the_published_size() -> None:
     hparams = load_hparams(HPARAMS / "librispeech.yaml", {"data_folder": "LibriSpeech"})
     parameters = sum(p.numel() for p in hparams["model"].parameters())
     assert parameters == 28_224_925
-    assert hparams["average_checkpoints"] == hparams["checkpointer"].keep.last == 10
-    assert not hparams["checkpointer"].keep.best
+    assert hparams["average_checkpoints"] == hparams["checkpointer"].retention.last == 10
+    assert not hparams["checkpointer"].retention.best
 
 
 @pytest.mark.long

@@ -104,11 +104,11 @@ def test_two_players_each_have_everything(tmp_path: Path) -> None:
     assert rates == pytest.approx({"discriminator": 0.01 * 0.25, "generator": 0.01 * 0.01})
     scalers = {update.scaler for update in brain.updates.values()}
     assert len(scalers) == 2
-    saved = brain.checkpointer.read(brain.checkpointer.find()[0])["brain"]["updates"]
+    saved = brain.checkpointer.read(brain.checkpointer.find()[0])["brain"]
     for name, update in brain.updates.items():
-        assert saved[name]["scaler"] == update.scaler.state_dict() != {}
-        assert saved[name]["schedule"]["last_epoch"] == 2
-        assert saved[name]["optimizer"]["state"]
+        assert saved[f"optimizers.{name}"]["scaler"] == update.scaler.state_dict() != {}
+        assert saved[f"optimizers.{name}"]["schedule"]["last_epoch"] == 2
+        assert saved[f"optimizers.{name}"]["optimizer"]["state"]
     reported = {name for line in lines(brain) for name in line.get("optimizers", {})}
     assert reported == {"discriminator", "generator"}
 

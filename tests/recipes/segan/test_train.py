@@ -47,7 +47,7 @@ class Watching(Enhancer):
 
     def note(self, name: str) -> Any:
         def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._stage.value == "train":
+            if self.modules.training:
                 facts = snapshot(module), inputs[0].detach(), output.detach().clone()
                 self.seen += ((f"{name} forward", *facts),)
 
