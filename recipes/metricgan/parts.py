@@ -40,7 +40,7 @@ def keep_outcomes(brain: Any) -> None:
     """Have the outcome of each phase of an `Enhancer` kept, beside what its YAML keeps."""
     keeper = brain.checkpointer
     if keeper is not None:
-        keeper.keep = keeper.keep.widened(1, (), brain.bests.values(), 1)
+        keeper.retention = keeper.retention.widened(1, (), brain.bests.values(), 1)
 
 
 def evaluate_phases(brain: Any, test: Any) -> dict[str, float]:

@@ -9,6 +9,6 @@ from trainer.options import RunOptions
 
 def run_folder(options: RunOptions) -> Path | None:
     """Return the output folder; None where there is none, under --debug and in a replay."""
-    if options.output_folder is None or options.debug or options.replay:
+    if not options.output_folder or options.debug or options.replay:
         return None
     return Path(options.output_folder)
