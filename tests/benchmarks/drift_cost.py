@@ -1,4 +1,4 @@
-"""What the comparison of the ranks' weights adds to a step, at every hundredth batch:
+"""Cost of the replica check in a step, at every hundredth batch.
 
     torchrun --nproc_per_node=2 tests/benchmarks/drift_cost.py
 
@@ -31,6 +31,7 @@ class Wide(Brain):
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Return the duration of a call, in seconds."""
     distributed.barrier()
     start = time.perf_counter()
     work()
@@ -38,6 +39,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """Print the ratio of a check to a step."""
     torch.set_num_threads(1)
     distributed.start("cpu")
     net = nn.Sequential(*(nn.Linear(700, 700) for _ in range(20)))

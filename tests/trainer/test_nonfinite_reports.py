@@ -34,15 +34,23 @@ from tests.trainer.small import (
 from tests.trainer.test_guard import History
 from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, defaults, seed
+from trainer.checkpoint import Checkpointer
 from trainer.cli.replay import command
 from trainer.data.batch import Batch, Padded
 from trainer.diagnostics.nonfinite.report import NonFiniteReport
 from trainer.diagnostics.nonfinite.serialize import deserialize_batch, serialize_batch
 from trainer.diagnostics.nonfinite.tracer import NonFiniteTracer
-from trainer.diagnostics.replay import load, nearest
+from trainer.diagnostics.replay import Replayed, load, nearest
 from trainer.report import render
 
 KINDS = [Regressor, Players]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run without times."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    times = ("seconds", "examples_per_second")
+    return [{name: each[name] for name in each if name not in times} for each in records]
 
 
 def report(folder: Path, step: str = "3") -> dict[str, Any]:
@@ -55,55 +63,40 @@ def report(folder: Path, step: str = "3") -> dict[str, Any]:
 # ----------------------------------------------------------------------------------- harmlessness
 
 
-class Count:
-    """What a recipe may keep: an object with a state of no known kind."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.inner = {"number": 0}
-
-
-class Stateful(nn.Module):
-    """Changes an attribute and a buffer, and draws from three generators."""
+class Drawing(nn.Module):
+    """Changes a buffer, and draws from three generators."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.calls, self.log = network, 0, []
+        self.network = network
         self.register_buffer("total", torch.zeros(()))
 
     def __getitem__(self, index: int) -> Any:
         return self.network[index]  # type: ignore[index]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.log.append(self.calls)
         self.total = self.total + 1
         noise = random.random() + float(np.random.rand()) + torch.rand(())
         return self.network(nn.functional.dropout(x, 0.3)) + 0.01 * noise
 
 
 def busy(kind: type[Brain]) -> Any:
-    """Such a Brain, whose hooks change whatever they can."""
+    """Return such a Brain, whose hooks change everything that has state."""
 
     class Busy(kind):  # type: ignore[misc, valid-type]
         def __init__(self, modules: Any, *others: Any) -> None:
-            super().__init__({name: Stateful(each) for name, each in modules.items()}, *others)
+            super().__init__({name: Drawing(each) for name, each in modules.items()}, *others)
 
         def on_fit_start(self) -> None:
-            self.count, self.history, self.order = Count(), [], Counter()
+            self.history, self.order, self.seen = [], Counter(), {"number": 0}
             self.own = torch.Generator().manual_seed(3)
-            self.method = self.remember
-            self.worker = SimpleNamespace(numbers=(1, [2]), dice=random.Random(4))
-
-        def remember(self, text: str) -> None:
-            self.history.append(text)
+            self.dice = random.Random(4)
 
         def fit_batch(self, batch: Any) -> Any:
-            self.count.seen += batch["id"]
-            self.count.inner["number"] += 1
+            self.seen["number"] += 1
             self.order[batch["id"][0]] += 1
-            self.method(batch["id"][1])
-            self.worker.numbers[1].append(self.worker.dice.random())
+            self.history.append([batch["id"][1], self.dice.random()])
+            self.log("seen", self.seen["number"])
             batch["x"] += torch.rand((), generator=self.own)
             self.modules.train()
             return super().fit_batch(batch)
@@ -115,7 +108,7 @@ def busy(kind: type[Brain]) -> Any:
 @pytest.mark.parametrize(("how", "factor", "precision"), [
     ("input", 1, "fp32"), ("gradient", 1, "fp32"), ("nan", 3, "fp32"), ("inf", 1, "fp16"),
 ])  # fmt: skip
-def test_to_look_changes_nothing(
+def test_a_report_changes_nothing(
     kind: type[Brain], how: str, factor: int, precision: str, tmp_path: Path
 ) -> None:
     """Weights, optimizers, clippers, generators, batches, attributes: the same to the bit."""
@@ -134,23 +127,19 @@ def test_to_look_changes_nothing(
             hparams={"clip": {name: clippers[name] for name in names}},
         )  # fmt: skip
         brain.fit([1], data)
-        networks = [
-            [each.calls, each.log, each.total]
-            for each in brain.modules.modules()
-            if isinstance(each, Stateful)
-        ]
-        kept = [brain.count.seen, brain.count.inner, brain.history, brain.order, networks]
-        kept += [brain.worker.numbers, brain.worker.dice.random(), brain.own.get_state()]
+        kept = [brain.history, brain.order, brain.seen, brain.dice.random(), brain.own.get_state()]
         kept += [[batch["x"].nan_to_num(99.0) for batch in data]]
         kept += [[p.grad is None for p in brain.modules.parameters()], brain.optimizer_step]
+        kept += [vars(brain.progress) | {"seconds": 0}, lines(tmp_path / str(reports))]
         ends.append([everything(brain), seed.rng_state(), kept])
         folder = tmp_path / str(reports) / "nonfinite"
         assert folder.exists() == bool(reports)
     assert same(ends[0], ends[1])
     found = [json.loads(path.read_text()) for path in tmp_path.glob("5/nonfinite/*/report.json")]
     assert len(found) == 2
-    if factor == 1:  # Each replay saw what the run had seen.
-        assert all(each["replay"]["kind"] and each["generators_known"] for each in found)
+    if factor == 1:  # Each rerun saw what the run had seen, apart from the noise.
+        assert all(each["replay"]["kind"] for each in found)
+    assert not any(each["generators_known"] for each in found)
     hooks = nn.modules.module
     assert not hooks._global_forward_hooks
     assert not hooks._global_forward_pre_hooks
@@ -167,8 +156,8 @@ def test_off_is_no_tracer_and_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["torch", "python", "numpy"])
-def test_a_replay_draws_the_same_numbers(source: str, tmp_path: Path) -> None:
-    """What fails by chance, from whichever generator, fails again; at any batch."""
+def test_a_rerun_draws_the_same_numbers_or_says_that_it_cannot(source: str, tmp_path: Path) -> None:
+    """What fails by chance fails again; but only torch's generators are read at every batch."""
 
     class Unlucky(Regressor):
         def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
@@ -191,7 +180,10 @@ def test_a_replay_draws_the_same_numbers(source: str, tmp_path: Path) -> None:
     assert len(brain.draws) == 110
     found = [json.loads(path.read_text()) for path in tmp_path.glob("nonfinite/*/report.json")]
     assert len(found) == min(bad, 5) > 1
-    assert all(each["replay"]["kind"] == "loss" for each in found)
+    assert all(each["generators_known"] == (source == "torch") for each in found)
+    assert source != "torch" or all(each["replay"]["kind"] == "loss" for each in found)
+    for path in tmp_path.glob("nonfinite/*/report.txt"):
+        assert ("a replay may draw others" in path.read_text()) == (source != "torch")
 
 
 # ------------------------------------------------------------------------------------- what is said
@@ -511,6 +503,40 @@ def test_the_nearest_checkpoint_is_the_last_one_before_the_step() -> None:
     assert nearest(found, 9).step == 9
     assert nearest(found, 1).step == 2  # None is before it: the first one after.
     assert nearest([], 1) is None
+
+
+@pytest.mark.parametrize("kept_checkpoint", [True, False])
+def test_a_batch_of_the_second_fit_is_replayed_when_its_turn_comes(
+    kept_checkpoint: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = batches(6)
+    bad = [*data[:2], spoilt(data[2], "input"), *data[3:]]
+
+    def fits(brain: Any) -> None:
+        brain.fit([1], data)
+        brain.fit([1, 2], bad)
+
+    def saver() -> Checkpointer | None:
+        return Checkpointer(tmp_path / "checkpoints") if kept_checkpoint else None
+
+    run = make(output_folder=str(tmp_path), checkpointer=saver())
+    fits(run)
+    assert sorted(each.name for each in (tmp_path / "nonfinite").iterdir()) == ["14", "9"]
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    replaying = make(
+        output_folder=str(tmp_path), checkpointer=saver(),
+        replay=str(tmp_path / "nonfinite" / "14"),
+    )  # fmt: skip
+    start = everything(replaying)
+    with caplog.at_level(logging.INFO, "trainer"), pytest.raises(Replayed) as ended:
+        fits(replaying)
+    assert ended.value.code == 0
+    said = [record.getMessage() for record in caplog.records]
+    of = "those of step 16 (no checkpoint from before it is left)" if kept_checkpoint else "untrain"
+    assert any(f"replaying step 14, epoch 2; the weights are {of}" in text for text in said)
+    assert any("the batch itself is not finite: 1 of 12 values of 'x'" in text for text in said)
+    assert same(everything(replaying)[:1], start[:1])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 TRAIN = """

@@ -74,9 +74,7 @@ class LayerMonitor(Callback):
         self._loggers = next(loggers, None)
         if self._optimizers:
             return
-        names: dict[int, str] = {}
-        for name, p in brain.modules.named_parameters():
-            names.setdefault(id(p), name)
+        names = {id(p): name for name, p in brain.modules.named_parameters()}
         self._optimizers = {
             name: _Monitored(update, names) for name, update in brain.updates.items()
         }

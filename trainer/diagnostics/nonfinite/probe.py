@@ -123,9 +123,7 @@ class Probe(TorchDispatchMode):
     def __init__(self, brain: Brain) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.finding = Finding()
-        self._names: dict[int, str] = {}
-        for name, p in brain.modules.named_parameters():
-            self._names.setdefault(id(p), name)
+        self._names = {id(p): name for name, p in brain.modules.named_parameters()}
         self._modules = {id(m): name for name, m in brain.modules.named_modules() if name}
         self._stack: list[str] = []
         self._phase = "forward"

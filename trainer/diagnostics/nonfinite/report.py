@@ -75,9 +75,7 @@ class NonFiniteReport:
             folder: the run's ``nonfinite/``, or None.
         """
         update = brain.updates[step_report.name]
-        names: dict[int, str] = {}
-        for each, p in brain.modules.named_parameters():
-            names.setdefault(id(p), each)
+        names = {id(p): name for name, p in brain.modules.named_parameters()}
         gradients = {
             names.get(id(p), f"{update.name}.{number}"): norm
             for number, (p, norm) in enumerate(zip(*update.measured, strict=True))
