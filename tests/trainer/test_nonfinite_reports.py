@@ -91,12 +91,15 @@ def busy(kind: type[Brain]) -> Any:
             self.history, self.order, self.seen = [], Counter(), {"number": 0}
             self.own = torch.Generator().manual_seed(3)
             self.dice = random.Random(4)
+            self.batches, self.latest = [], None
 
         def fit_batch(self, batch: Any) -> Any:
             self.seen["number"] += 1
             self.order[batch["id"][0]] += 1
             self.history.append([batch["id"][1], self.dice.random()])
             self.log("seen", self.seen["number"])
+            self.latest = SimpleNamespace(number=self.seen["number"])  # No checkpoint holds it.
+            self.batches.append(self.latest)
             batch["x"] += torch.rand((), generator=self.own)
             self.modules.train()
             return super().fit_batch(batch)
@@ -128,6 +131,7 @@ def test_a_report_changes_nothing(
         )  # fmt: skip
         brain.fit([1], data)
         kept = [brain.history, brain.order, brain.seen, brain.dice.random(), brain.own.get_state()]
+        kept += [[each.number for each in brain.batches], brain.latest is brain.batches[-1]]
         kept += [[batch["x"].nan_to_num(99.0) for batch in data]]
         kept += [[p.grad is None for p in brain.modules.parameters()], brain.optimizer_step]
         kept += [vars(brain.progress) | {"seconds": 0}, lines(tmp_path / str(reports))]
