@@ -38,9 +38,8 @@ def part(before: Sequence[Row], after: Sequence[Row], measure: str) -> Part:
 
 def keep_outcomes(brain: Any) -> None:
     """Have the outcome of each phase of an `Enhancer` kept, beside what its YAML keeps."""
-    keeper = brain.checkpointer
-    if keeper is not None:
-        keeper.retention = keeper.retention.widened(1, (), brain.bests.values(), 1)
+    if brain.checkpointer is not None:
+        brain.checkpointer.keep_best(dict.fromkeys(brain.bests.values(), "max"))
 
 
 def evaluate_phases(brain: Any, test: Any) -> dict[str, float]:

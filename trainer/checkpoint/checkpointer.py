@@ -173,6 +173,18 @@ class Checkpointer:
         for name, obj in recoverables.items():
             self.add_recoverable(name, obj)
 
+    def keep_best(self, rules: Mapping[str, Any]) -> None:
+        """Keep the best checkpoints by further metrics, too.
+
+        Args:
+            rules: as ``keep_best`` of the constructor, such as ``{"wer": "min"}``.
+
+        Raises:
+            ValueError: for a rule that is none.
+        """
+        best = Retention.from_arguments(self.retention.last, rules).best
+        self.retention = Retention(self.retention.last, (*self.retention.best, *best))
+
     # Saving
 
     def save_checkpoint(
