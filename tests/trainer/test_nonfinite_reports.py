@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -86,12 +86,12 @@ def busy(kind: type[Brain]) -> Any:
     class Busy(kind):  # type: ignore[misc, valid-type]
         def __init__(self, modules: Any, *others: Any) -> None:
             super().__init__({name: Drawing(each) for name, each in modules.items()}, *others)
+            self.batches, self.latest, self.pairs = [], None, deque(maxlen=2)
 
         def on_fit_start(self) -> None:
             self.history, self.order, self.seen = [], Counter(), {"number": 0}
             self.own = torch.Generator().manual_seed(3)
             self.dice = random.Random(4)
-            self.batches, self.latest = [], None
 
         def fit_batch(self, batch: Any) -> Any:
             self.seen["number"] += 1
@@ -100,6 +100,7 @@ def busy(kind: type[Brain]) -> Any:
             self.log("seen", self.seen["number"])
             self.latest = SimpleNamespace(number=self.seen["number"])  # No checkpoint holds it.
             self.batches.append(self.latest)
+            self.pairs.append((torch.ones(2), self.latest))
             batch["x"] += torch.rand((), generator=self.own)
             self.modules.train()
             return super().fit_batch(batch)
@@ -132,6 +133,7 @@ def test_a_report_changes_nothing(
         brain.fit([1], data)
         kept = [brain.history, brain.order, brain.seen, brain.dice.random(), brain.own.get_state()]
         kept += [[each.number for each in brain.batches], brain.latest is brain.batches[-1]]
+        kept += [[pair[1].number for pair in brain.pairs]]
         kept += [[batch["x"].nan_to_num(99.0) for batch in data]]
         kept += [[p.grad is None for p in brain.modules.parameters()], brain.optimizer_step]
         kept += [vars(brain.progress) | {"seconds": 0}, lines(tmp_path / str(reports))]
