@@ -120,21 +120,17 @@ class UserAttributes:
     def snapshot(self) -> dict[str, Any]:
         """Return the state for as long as the process lives.
 
-        It also has the content of containers that a checkpoint cannot hold.
+        It also has what a checkpoint cannot hold: the objects, and the entries of containers.
         """
-        contents = {
-            name: _Content(value)
-            for name, value in self._own().items()
-            if isinstance(value, CONTAINERS) and not _is_plain(value)
-        }
-        return {**self.state_dict(), "contents": contents}
+        kept = {n: _Kept(value) for n, value in self._own().items() if not _is_plain(value)}
+        return {**self.state_dict(), "kept": kept}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
-        contents = saved.get("contents", {})
-        for name, content in contents.items():
-            setattr(self._owner, name, content.restored())
-        start = {name: _copy(v) for name, v in self._start.items() if name not in contents}
+        kept = saved.get("kept", {})
+        for name, each in kept.items():
+            setattr(self._owner, name, each.restored())
+        start = {name: _copy(v) for name, v in self._start.items() if name not in kept}
         values = {**start, **saved["values"]}
         for name, value in values.items():
             if name in saved["on_device"]:
@@ -174,20 +170,22 @@ class UserAttributes:
             self._unsaved[name] = content
 
 
-class _Content:
-    """A container, and a shallow copy of what is in it."""
+class _Kept:
+    """An object, and a shallow copy of its entries if it is a container of Python's own."""
 
-    def __init__(self, container: Any) -> None:
-        self._container, self._content = container, copy.copy(container)
+    def __init__(self, value: Any) -> None:
+        self._value, self._entries = value, None
+        # A copy of another kind of container may share its entries.
+        if isinstance(value, (list, dict, set, deque)):
+            self._entries = copy.copy(value)
 
     def restored(self) -> Any:
-        """Return the container with that content."""
-        container = self._container
-        if container != self._content:
-            container.clear()
-            add = container.extend if isinstance(container, MutableSequence) else container.update
-            add(self._content)
-        return container
+        """Return the object with these entries."""
+        value = self._value
+        if self._entries is not None:
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(self._entries)
+        return value
 
 
 def _is_plain(value: Any) -> bool:
