@@ -180,6 +180,11 @@ class NonFiniteGuard:
             "counted": self._counted,
         }
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state with the losses of open windows, for as long as the process lives."""
+        losses = {name: list(window) for name, window in self._suspects.items()}
+        return {**self.state_dict(), "losses": losses}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
         self.begin_stage()
@@ -188,7 +193,7 @@ class NonFiniteGuard:
                 self._kept[i].copy_(state["buffers"][name])
                 self._versions[i] = -1
         self._spoilt, self._counted = state.get("spoilt", False), state.get("counted", False)
-        self._suspects.clear()
+        self._suspects = {name: list(window) for name, window in state.get("losses", {}).items()}
 
     def _bad_ids(self, name: str, ids: list[str]) -> list[str]:
         """Return the ids, of all ranks, of the batches whose loss is not finite, or of all."""
