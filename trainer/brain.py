@@ -670,7 +670,7 @@ class Brain(SpeechBrainNames):
         if not distributed.is_main():
             entries["buffers"] = StateEntry(BufferState(self.modules))
         for name, update in self.updates.items():
-            entries[f"windows.{name}"] = StateEntry(WindowState(update), of_fit=True)
+            entries[f"windows.{name}"] = StateEntry(WindowState(update, self.updates), of_fit=True)
         entries["guard"] = StateEntry(self.__guard, of_fit=True)
         entries["metrics"] = StateEntry(self.__metrics, of_fit=True)
         entries["attributes"] = StateEntry(self.__attributes)
@@ -861,12 +861,8 @@ class Brain(SpeechBrainNames):
             self.__on_hand_step,
         ))  # fmt: skip
         for update in self.updates.values():
-            for event, hooks in (
-                ("before_optimizer_step", update.before_step),
-                ("after_optimizer_step", update.after_step),
-            ):
-                if self.callbacks.overrides(event):
-                    hooks.append(partial(self.callbacks.call, event, self))
+            update.before_step.append(partial(self.callbacks.call, "before_optimizer_step", self))
+            update.after_step.append(partial(self.callbacks.call, "after_optimizer_step", self))
         if options.ema_decay is not None:
             self.__ema = WeightAverage(modules, options.ema_decay)
 

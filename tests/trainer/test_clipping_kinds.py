@@ -213,6 +213,19 @@ def test_parameters_that_are_left_out_do_not_disturb_the_others(kind: str) -> No
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@every_kind
+def test_an_optimizer_without_gradients_steps_with_others_and_learns_nothing(kind: str) -> None:
+    idle, active = update(kind), update(kind)
+    both = [idle[0], active[0]]
+    before = repr(idle[0].state_dict())
+    for number in range(6):
+        reports = step.optimize(both, loss_of(active[1], number))
+        assert [report.outcome for report in reports] == ["stepped", "stepped"]
+        assert not reports[0].clipped
+    idle[0].last_norm = None
+    assert repr(idle[0].state_dict()) == before
+
+
 def embeddings(sparse: bool) -> tuple[nn.ModuleList, torch.optim.Optimizer]:
     torch.manual_seed(0)
     tables = nn.ModuleList(nn.Embedding(7, 3, sparse=sparse) for _ in range(2))

@@ -278,6 +278,20 @@ def test_a_loss_that_holds_weights_which_have_moved_is_explained() -> None:
         make(Late).fit([1], batches(1))
 
 
+def test_optimizers_that_share_a_parameter_cannot_accumulate() -> None:
+    class Shared(Players):
+        def init_optimizers(self) -> None:
+            super().init_optimizers()
+            self.optimizers_dict["generator"].add_param_group(
+                {"params": [self.modules.discriminator[0].weight]}
+            )
+
+    make(Shared).fit([1], batches(2))
+    sentence = "'discriminator' and 'generator' share discriminator.0.weight; with grad_accum"
+    with pytest.raises(ValueError, match=sentence):
+        make(Shared, grad_accumulation_factor=2).fit([1], batches(2))
+
+
 # --- limits --------------------------------------------------------------------------------------
 
 

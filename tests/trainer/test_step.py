@@ -14,7 +14,7 @@ from tests.trainer.small import poison, same, snapshot
 from trainer.clipping import Clipper, Gradients, NormClip
 from trainer.metrics import StepReport
 from trainer.optim import step
-from trainer.optim.step import Update
+from trainer.optim.step import Update, WindowState
 
 
 def scaler(precision: str) -> torch.amp.GradScaler:
@@ -376,6 +376,30 @@ def test_a_joint_step_may_leave_one_without_gradients() -> None:
     assert not torch.equal(nets[1].weight, net(1).weight)
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_joint_window_goes_on_under_another_scale(factor: float) -> None:
+    """All its gradients have the scale of the first optimizer; the others have scales, too."""
+    two = Two(window=2)
+    both = list(two.updates.values())
+    batches = list(torch.randn(2, 5, 4))
+    step.accumulate(both, sum(two.losses(batches[0], two.nets).values()), 5)
+    states = [WindowState(each, two.updates) for each in both]
+    saved = [copy.deepcopy(each.state_dict()) for each in states]
+    for each in both:
+        each.drop_window()
+    both[0].scaler.update(both[0].scaler.get_scale() * factor)
+    for each, state in zip(states, saved, strict=True):
+        each.load_state_dict(state)
+    step.accumulate(both, sum(two.losses(batches[1], two.nets).values()), 5)
+    assert [report.outcome for report in step.finish(both, 5)] == ["stepped"] * 2
+    joint = sum(sum(two.losses(x, two.truth).values()) for x in batches) / 2
+    for name in "ab":
+        params = list(two.truth[name].parameters())
+        truth = torch.autograd.grad(joint, params, retain_graph=True)
+        for mine, grad in zip(two.updates[name].clip.seen[-1], truth, strict=True):
+            torch.testing.assert_close(mine, grad, rtol=1e-6, atol=1e-6)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -409,6 +433,33 @@ def test_a_loss_that_reaches_none_of_the_optimizers_parameters_is_refused() -> N
             step.optimize([one], other(torch.ones(2, 4)).mean())
         refused("reaches none of this optimizer's parameters", other(torch.ones(2, 4)).mean(), one)
     assert all(p.grad is None for p in other.parameters())
+
+
+def test_optimizers_step_together_only_with_one_window() -> None:
+    nets = [net(0), net(1)]
+    x = torch.ones(2, 4)
+
+    def joint() -> Tensor:
+        return nets[0](x).mean() + nets[1](x).mean()
+
+    for first, held in ((0, "'a' has 1 with 'a', 'b' has 0"), (1, "'a' has 0, 'b' has 1 with 'b'")):
+        both = [update(each, name=name, window=2) for each, name in zip(nets, "ab", strict=True)]
+        step.accumulate([both[first]], nets[first](x).mean(), 2)
+        sentence = rf"got a loss for 'a', 'b', whose open .* have other losses \({held}\): until"
+        with pytest.raises(ValueError, match=sentence):
+            step.accumulate(both, joint(), 2)
+        both[first].drop_window()
+    both = [update(each, name=name, window=2) for each, name in zip(nets, "ab", strict=True)]
+    step.accumulate(both, joint(), 2)
+    with pytest.raises(ValueError, match=r"a loss for 'b', .* other losses \('b' has 1 with 'a'\)"):
+        step.accumulate(both[1:], nets[1](x).mean(), 2)
+
+
+def test_optimizers_that_share_a_parameter_do_not_step_together() -> None:
+    model, other = net(0), net(1)
+    both = [update(model, name="a"), update(model, other, name="b")]
+    with pytest.raises(ValueError, match="the optimizers 'a', 'b' step together and share a param"):
+        step.accumulate(both, model(torch.ones(2, 4)).mean(), 2)
 
 
 def test_an_optimizer_whose_parameters_are_all_frozen_is_refused() -> None:

@@ -101,6 +101,8 @@ def make_updates(
         for p in module.parameters(recurse=False)
     }
     default_limit = RunOptions().max_grad_norm  # For an optimizer that a mapping leaves out.
+    if options.grad_accumulation_factor > 1:
+        _refuse_shared(optimizers, parameters, options.grad_accumulation_factor)
     clips = clippers(options.clip, options.max_grad_norm, default_limit, optimizers, parameters)
     updates = {}
     for name, optimizer in optimizers.items():
@@ -119,6 +121,21 @@ def make_updates(
         updates[name].sparse = sparse & own
         updates[name].watch(on_hand_step)
     return updates
+
+
+def _refuse_shared(
+    optimizers: Mapping[str, torch.optim.Optimizer], names: Mapping[Tensor, str], factor: int
+) -> None:
+    """Raise ValueError if two optimizers have a parameter in common: it has one gradient."""
+    owners: dict[Tensor, str] = {}
+    for name, optimizer in optimizers.items():
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if owners.setdefault(p, name) != name:
+                raise ValueError(
+                    f"the optimizers {owners[p]!r} and {name!r} share {names.get(p, 'a parameter')}"
+                    f"; with grad_accumulation_factor {factor} their gradients would mix: give it "
+                    "to one of them, or do not accumulate"
+                )
 
 
 def find_optimizers(
@@ -158,6 +175,11 @@ def find_optimizers(
                 raise ValueError(
                     f"the optimizer {name!r} has weights in float16; precision fp16 computes in "
                     "float16 and needs weights in float32: leave out .half()"
+                )
+            if precision.name == "fp16" and any(p.is_complex() for p in group["params"]):
+                raise ValueError(
+                    f"the optimizer {name!r} has complex weights; precision fp16 scales losses by "
+                    "torch.amp.GradScaler, which cannot unscale their gradients: use fp32 or bf16"
                 )
     return dict(found)
 

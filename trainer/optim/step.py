@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,12 +42,16 @@ class Window:
         weight: sum of their weights.
         reference: weight w_1 of the first batch.
         loss: weighted sum of the losses over ``reference``, a scalar on the device.
+        lead: name of the optimizer whose loss scaler scaled them; empty without batches.
+        params: parameters that required gradients in any of the batches.
     """
 
     count: int = 0
     weight: float = 0.0
     reference: float = 1.0
     loss: Tensor | None = None
+    lead: str = ""
+    params: set[Tensor] = field(default_factory=set)
 
 
 class Update:
@@ -160,6 +164,7 @@ class Update:
 
         Gradients that anything but `optimize` left are dropped, with a warning.
         """
+        self.window.params.update(self.params)
         if self.window.count:
             return
         foreign = False
@@ -175,10 +180,11 @@ class Update:
             )
         self.strategy.begin_window(self.params)
 
-    def add_batch(self, loss: Tensor, weight: float, reference: float) -> None:
+    def add_batch(self, lead: str, loss: Tensor, weight: float, reference: float) -> None:
         """Count a batch whose backward pass is done.
 
         Args:
+            lead: name of the optimizer whose loss scaler scaled it.
             loss: its loss, a detached scalar.
             weight: number of examples that the loss is a mean over.
             reference: weight that the gradients of the window are relative to.
@@ -192,6 +198,7 @@ class Update:
             window.loss = window.loss + loss * (weight / window.reference)
         window.count += 1
         window.weight += weight
+        window.lead = lead
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -210,7 +217,7 @@ class Update:
         """
         for before in self.before_step:
             before(self, gradients)
-        clipped = self.clip(gradients)
+        clipped = bool(gradients.tensors) and self.clip(gradients)
         lr = self.lr
         self._stepping = True
         self.optimizer.step()
@@ -282,22 +289,28 @@ class WindowState:
     """The open accumulation window of an `Update` with its gradients, as a part of a run's state.
 
     Each rank has its own.
+
+    Args:
+        update: the optimizer.
+        updates: all optimizers by name; in a joint step the scaler of another one is used.
     """
 
-    def __init__(self, update: Update) -> None:
-        self._update = update
+    def __init__(self, update: Update, updates: Mapping[str, Update]) -> None:
+        self._update, self._updates = update, updates
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window; gradients of a recipe's own backward passes are in it, too."""
         update = self._update
         window = update.window
+        lead = self._updates[window.lead] if window.lead else update
         return {
             "count": window.count,
             "weight": window.weight,
             "reference": window.reference,
             "loss": None if window.loss is None else window.loss.detach().clone(),
             "grads": [p.grad for p in update.all_params],
-            "scale": float(update.scaler.get_scale()),
+            "lead": window.lead,
+            "scale": float(lead.scaler.get_scale()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -305,14 +318,19 @@ class WindowState:
         update = self._update
         update.drop_window()
         params = update.all_params
+        lead = state.get("lead", update.name if state["count"] else "")  # Absent in format 2.
+        scaler = self._updates[lead].scaler if lead else update.scaler
         # A scaler has no scale before its first use.
-        update.scaler.scale(torch.ones((), device=params[0].device))
-        factor = float(update.scaler.get_scale()) / state["scale"] if state["count"] else 1.0
+        scaler.scale(torch.ones((), device=params[0].device))
+        factor = float(scaler.get_scale()) / state["scale"] if state["count"] else 1.0
         for p, grad in zip(params, state["grads"], strict=True):
             if grad is not None:
                 p.grad = grad.to(p.device) if factor == 1.0 else grad.to(p.device) * factor
         loss = None if state["loss"] is None else state["loss"].to(params[0].device)
-        update.window = Window(state["count"], state["weight"], state["reference"], loss)
+        trained = {p for p in params if p.grad is not None}
+        update.window = Window(
+            state["count"], state["weight"], state["reference"], loss, lead, trained
+        )
 
 
 def optimize(
@@ -342,6 +360,7 @@ def accumulate(
     """Take a loss back through the graph: its gradients join those of the window."""
     lead = updates[0]
     _check(loss, weight, lead.name)
+    _check_windows(updates)
     reference = lead.window.reference if lead.window.weight else weight
     share = weight / reference if weight else 0.0
     for update in updates:
@@ -350,10 +369,12 @@ def accumulate(
         scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
         _backward(updates, scaled, retain_graph)
     loss = loss.detach()
+    if loss.dim():
+        loss = loss.reshape(())
     if loss.dtype.itemsize < 4:
         loss = loss.float()  # Sums of losses are not kept in half precision.
     for update in updates:
-        update.add_batch(loss, weight, reference)
+        update.add_batch(lead.name, loss, weight, reference)
 
 
 def finish(updates: Sequence[Update], weight: float, last: bool = False) -> list[StepReport]:
@@ -368,7 +389,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
     lead = updates[0]
     window, scaler = lead.window, lead.scaler
-    params = [p for update in updates for p in update.params]
+    params = [p for u in updates for p in u.all_params if p.requires_grad or p in u.window.params]
     if window.loss is None:  # A rank without examples takes part with a weight of 0.
         window.loss = torch.zeros((), device=params[0].device)
     sparse = set[Tensor]().union(*(update.sparse for update in updates))
@@ -409,6 +430,11 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
                 f"optimize({name!r}): no parameter of this optimizer requires a gradient; is it "
                 "within frozen()?"
             )
+        if len(set(inputs)) < len(inputs):
+            raise ValueError(
+                f"the optimizers {_names(updates)} step together and share a parameter, which each "
+                "of them would move by one gradient; give it to one of them"
+            )
     try:
         scaled.backward(retain_graph=retain_graph, inputs=inputs)
     except RuntimeError as error:
@@ -434,7 +460,7 @@ def _unscale(updates: Sequence[Update]) -> tuple[list[Tensor], bool]:
     # A scaler that has not scaled anything yet has no scale either.
     scale = scaler.scale(torch.ones((), device=updates[0].window.loss.device))
     for update in updates:
-        if any(p.grad is not None for p in update.params):
+        if any(p.grad is not None for p in update.all_params):
             scaler.unscale_(update.optimizer)
             unscaled = True
     return [scale], unscaled
@@ -493,6 +519,26 @@ def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[S
     for update in updates:
         update.drop_window()
     return [update.report(outcome, **facts) for update in updates]
+
+
+def _check_windows(updates: Sequence[Update]) -> None:
+    """Raise ValueError unless all optimizers have the same losses in their windows."""
+    lead = updates[0]
+    expected = lead.window.count, lead.name if lead.window.count else ""
+    if any((update.window.count, update.window.lead) != expected for update in updates):
+        held = ", ".join(
+            f"{u.name!r} has {u.window.count}"
+            + (f" with {u.window.lead!r}" if u.window.count else "")
+            for u in updates
+        )
+        raise ValueError(
+            f"optimize() got a loss for {_names(updates)}, whose open accumulation windows have "
+            f"other losses ({held}): until a window closes, give its losses to the same optimizers"
+        )
+
+
+def _names(updates: Sequence[Update]) -> str:
+    return ", ".join(repr(update.name) for update in updates)
 
 
 def _check(loss: Tensor, weight: float, name: str) -> None:
