@@ -205,10 +205,6 @@ class CallbackList:
                 error.add_note(f"raised by the callback {method.__qualname__}")
                 raise
 
-    def overrides(self, event: str) -> bool:
-        """Return True if any callback overrides a method."""
-        return bool(self._methods[event])
-
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._callbacks)
 

@@ -97,7 +97,20 @@ def test_callbacks_are_called_in_list_order_and_only_where_they_override() -> No
     brain.fit([1], batches(2))
     assert order == ["first", "second"] * 2
     callbacks = CallbackList([First()])
-    assert [name for name in EVENTS if callbacks.overrides(name)] == ["on_batch_end"]
+    for event in set(EVENTS) - {"on_batch_end"}:
+        callbacks.call(event, "more arguments than", "any method takes", 1, 2, 3, 4)
+
+
+def test_a_callback_that_comes_late_sees_every_moment_that_follows() -> None:
+    class Late(Regressor):
+        def on_fit_start(self) -> None:
+            self.callbacks.append(recorder)
+
+    recorder = Recorder()
+    make(Late, monitor_every=0, nonfinite_reports=0).fit([1], batches(1))
+    assert recorder.seen[:4] == [
+        "on_stage_start", "on_batch_start", "before_optimizer_step", "after_optimizer_step",
+    ]  # fmt: skip
 
 
 def test_callbacks_come_by_constructor_and_by_hparams() -> None:
