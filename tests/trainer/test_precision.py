@@ -134,6 +134,31 @@ def test_the_limit_is_over_all_groups_and_none_of_its_negations_turns_descent_ar
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_complex_weights_are_refused_in_fp16_alone() -> None:
+    class Waves(Regressor):
+        def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+            wave = batch["x"].to(torch.complex64) @ self.modules.net.wave
+            return self.modules.net.layer(batch["x"]) + wave.abs()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+            self.wave = nn.Parameter(torch.ones(4, 2, dtype=torch.complex64))
+
+    def brain(precision: str) -> Brain:
+        options = {"device": "cpu", "progressbar": False, "precision": precision}
+        return Waves({"net": Net()}, torch.optim.Adam, {}, options)
+
+    for precision in ("fp32", "bf16"):
+        waves = brain(precision)
+        waves.fit([1], batches(4))
+        assert waves.optimizer_step == 4
+        assert not torch.equal(waves.modules.net.wave, Net().wave)
+    with pytest.raises(ValueError, match="'main' has complex weights; .* fp16 .*use fp32 or bf16"):
+        brain("fp16").fit([1], batches(1))
+
+
 # --- buffers -------------------------------------------------------------------------------------
 
 
@@ -177,6 +202,27 @@ def test_buffers_return_to_what_was_kept(module: nn.Module) -> None:
         module(x * math.nan)
         guard.roll_back()
         assert same(dict(module.named_buffers()), kept)
+
+
+def test_a_buffer_that_comes_and_goes_returns_to_what_it_was() -> None:
+    module = nn.Module()
+    module.register_buffer("cache", torch.ones(2))
+    buffer = module.cache
+    guard = guard_of(module)
+    module.cache = None
+    guard.roll_back()
+    assert module.cache is buffer
+    module.cache = None
+    guard.begin_window()
+    assert guard.state_dict()["buffers"] == {}
+    module.cache = torch.full((3,), math.nan)
+    guard.roll_back()
+    assert module.cache is None
+    module.cache = torch.zeros(3, dtype=torch.int64)
+    guard.begin_window()
+    module.cache += 1
+    guard.roll_back()
+    assert module.cache.tolist() == [0, 0, 0]
 
 
 def test_what_was_kept_is_saved_in_the_middle_of_a_window() -> None:

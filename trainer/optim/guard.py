@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -48,6 +49,36 @@ class Tracer:
         """Finish what the batch left open, also when the patience has run out within it."""
 
 
+@dataclass(slots=True)
+class _Buffer:
+    """A buffer of a module, and its value at the start of the accumulation window.
+
+    Args:
+        name: full name.
+        owner: buffers of its module.
+        key: name in the module.
+        silent: True if it may change without a new tensor version, as in torch's own norms.
+        tensor: the buffer at the start of the window; None where the module had none.
+        version: tensor version then.
+        kept: copy of its value then.
+    """
+
+    name: str
+    owner: dict[str, Tensor | None]
+    key: str
+    silent: bool
+    tensor: Tensor | None
+    version: int
+    kept: Tensor | None
+
+    def changed(self) -> bool:
+        """Return True if the buffer was changed in place or exchanged."""
+        now = self.owner.get(self.key)
+        return now is not self.tensor or (
+            now is not None and (self.silent or now._version != self.version)
+        )
+
+
 class NonFiniteGuard:
     """Counts the skipped steps of an epoch and undoes what their batches did to buffers.
 
@@ -74,34 +105,32 @@ class NonFiniteGuard:
 
     def begin_stage(self) -> None:
         """Find the buffers (modules may have been exchanged), and keep them."""
-        found = [
-            (f"{path}.{name}", module, name, buffer)
+        self._buffers = [
+            _Buffer(
+                f"{path}.{key}", module._buffers, key, isinstance(module, _NormBase), buffer,
+                buffer._version, buffer.detach().clone(),
+            )
             for path, module in self._modules.named_modules()
-            for name, buffer in module._buffers.items()
+            for key, buffer in module._buffers.items()
             if buffer is not None
-        ]
-        self._names = [full_name for full_name, *_ in found]
-        self._places = [(module._buffers, name) for _, module, name, _ in found]
-        # torch's own norms change their buffers without a new tensor version.
-        self._silent = [isinstance(module, _NormBase) for _, module, *_ in found]
-        self._seen: list[Tensor] = [buffer for *_, buffer in found]
-        self._versions = [buffer._version for buffer in self._seen]
-        self._kept = [buffer.detach().clone() for buffer in self._seen]
+        ]  # fmt: skip
 
     def begin_window(self) -> None:
         """Keep the buffers as they are now; only those that changed are copied."""
         copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for i in self._changed():
-            buffers, name = self._places[i]
-            buffer = buffers[name]
-            assert buffer is not None
-            if buffer.shape == self._kept[i].shape:
-                targets, sources = copies.setdefault(buffer.dtype, ([], []))
-                targets.append(self._kept[i])
-                sources.append(buffer.detach())
+        for each in self._changed():
+            now, kept = each.owner.get(each.key), each.kept
+            each.tensor = now
+            if now is None:
+                each.kept = None
+                continue
+            each.version = now._version
+            if kept is not None and (now.shape, now.dtype) == (kept.shape, kept.dtype):
+                targets, sources = copies.setdefault(now.dtype, ([], []))
+                targets.append(kept)
+                sources.append(now.detach())
             else:
-                self._kept[i] = buffer.detach().clone()
-            self._seen[i], self._versions[i] = buffer, buffer._version
+                each.kept = now.detach().clone()
         for targets, sources in copies.values():  # On a GPU, one kernel for many buffers.
             torch._foreach_copy_(targets, sources)
 
@@ -161,11 +190,11 @@ class NonFiniteGuard:
 
     def roll_back(self) -> None:
         """Put the buffers back as they were at the start of the window."""
-        for i in self._changed():
-            buffers, name = self._places[i]
-            buffers[name] = self._seen[i]
-            self._seen[i].detach().copy_(self._kept[i])
-            self._versions[i] = self._seen[i]._version
+        for each in self._changed():
+            each.owner[each.key] = each.tensor
+            if each.tensor is not None and each.kept is not None:
+                each.tensor.detach().copy_(each.kept)
+                each.version = each.tensor._version
 
     def forget(self) -> None:
         """Forget the batches of open windows, which were dropped."""
@@ -175,7 +204,7 @@ class NonFiniteGuard:
         """Return the kept values of the buffers that changed in the open window."""
         changed = self._changed() if self._in_window() else []
         return {
-            "buffers": {self._names[i]: self._kept[i] for i in changed},
+            "buffers": {each.name: each.kept for each in changed if each.kept is not None},
             "spoilt": self._spoilt,
             "counted": self._counted,
         }
@@ -188,10 +217,10 @@ class NonFiniteGuard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
         self.begin_stage()
-        for i, name in enumerate(self._names):
-            if name in state["buffers"]:
-                self._kept[i].copy_(state["buffers"][name])
-                self._versions[i] = -1
+        for each in self._buffers:
+            if each.kept is not None and each.name in state["buffers"]:
+                each.kept.copy_(state["buffers"][each.name])
+                each.version = -1
         self._spoilt, self._counted = state.get("spoilt", False), state.get("counted", False)
         self._suspects = {name: list(window) for name, window in state.get("losses", {}).items()}
 
@@ -218,12 +247,5 @@ class NonFiniteGuard:
             "are the usual cures."
         )
 
-    def _changed(self) -> list[int]:
-        """Return the indices of buffers that were changed in place or exchanged."""
-        return [
-            i
-            for i, (buffers, name) in enumerate(self._places)
-            if self._silent[i]
-            or (buffer := buffers[name]) is not self._seen[i]
-            or buffer._version != self._versions[i]
-        ]
+    def _changed(self) -> list[_Buffer]:
+        return [each for each in self._buffers if each.changed()]
