@@ -37,7 +37,9 @@ from .two_processes import (
     PlayersNotFrozen,
     Points,
     SparseEmbedding,
+    Thawing,
     TwoForwards,
+    Waves,
     batches,
     make,
     train,
@@ -136,6 +138,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sparse-window": {"kind": SparseEmbedding, "grad_accumulation_factor": 3},
     "players": {"kind": Players},
     "players-window": {"kind": Players, "grad_accumulation_factor": 3},
+    "thawing": {"kind": Thawing, "grad_accumulation_factor": 2},
+    "complex": {"kind": Waves},
+    "complex-window": {"kind": Waves, "grad_accumulation_factor": 3},
     "players-thawed": {"kind": PlayersNotFrozen, "grad_accumulation_factor": 2},
 }
 # Those that learn, and those that are applied to units and elements.

@@ -104,6 +104,30 @@ class SparseEmbedding(Line):
         return y
 
 
+class Thawing(Line):
+    """Freezes a layer in the middle of each window, and another in its other half."""
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        first = not should_step
+        self.modules.net[0].requires_grad_(first)
+        self.modules.branch.requires_grad_(not first)
+
+
+class Waves(Line):
+    """With complex weights, and a loss of one element."""
+
+    def __init__(self, modules: dict[str, nn.Module], *arguments: Any, **named: Any) -> None:
+        wave = nn.Linear(3, 1, dtype=torch.complex128)
+        super().__init__({**modules, "wave": wave}, *arguments, **named)
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        wave = self.modules.wave(batch["x"].to(torch.complex128)).abs().squeeze(-1)
+        return super().compute_forward(batch, stage) + wave.to(batch["x"].dtype)
+
+    def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
+        return super().compute_objectives(predictions, batch, stage).reshape(1)
+
+
 class Players(Line):
     """Two players; with ``frozen_judge`` the second one trains against constants."""
 
@@ -182,7 +206,12 @@ def make(
 
 def weights(brain: Brain) -> Tensor:
     """Return all parameters and buffers in one vector."""
-    return torch.cat([t.detach().double().reshape(-1) for t in brain.modules.state_dict().values()])
+    return torch.cat(
+        [
+            (torch.view_as_real(t) if t.is_complex() else t).detach().double().reshape(-1)
+            for t in brain.modules.state_dict().values()
+        ]
+    )
 
 
 def train(

@@ -43,7 +43,7 @@ def sum_gradients(
     Raises:
         ValueError: a parameter that is not in ``sparse`` has a sparse gradient.
     """
-    dtype = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)
+    dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in params), torch.float32)
     had = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=facts.device)
     pieces = [facts.to(dtype), had]
     dense = [p for p in params if p not in sparse]
@@ -54,6 +54,7 @@ def sum_gradients(
                 f"sparse=True, such as nn.Embedding; a parameter of shape {tuple(p.shape)} is not"
             )
         grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grad = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
         pieces.append(grad.reshape(-1).to(device=facts.device, dtype=dtype) * factor)
     summed = [torch.empty(0)] * len(pieces)
     for bucket in _buckets(pieces):
@@ -61,6 +62,8 @@ def sum_gradients(
         for i, part in zip(bucket, flat.split([pieces[i].numel() for i in bucket]), strict=True):
             summed[i] = part
     for p, total in zip(dense, summed[2:], strict=True):
+        if p.is_complex():
+            total = torch.complex(*total.view(*p.shape, 2).unbind(-1))
         p.grad = total.view_as(p).to(device=p.device, dtype=p.dtype)
     for p in params:
         if p in sparse:
