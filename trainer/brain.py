@@ -935,7 +935,8 @@ class Brain(SpeechBrainNames):
                 self.__on_loss(report)
         lead = self.updates[reports[0].name]
         if reports[0].outcome == "skipped":
-            ids = partial(self.batch_ids, self.__batch.batch)
+            batch = self.__batch.batch  # None where an epoch's end closes a window.
+            ids = list[str] if batch is None else partial(self.batch_ids, batch)
             self.__guard.skip(reports[0], ids, lead.last_norm, self.__tracer)
         if lead.size > 1 and reports[0].outcome != "accumulated":
             self.__guard.close_window(lead.name)
