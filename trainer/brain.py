@@ -656,7 +656,10 @@ class Brain(SpeechBrainNames):
         An override may add entries to those of ``super().stateful()``. Checkpoints, nested fits,
         the tuner and replays carry them all. Entries are restored in this order.
         """
-        entries = {"modules": StateEntry(ModuleState(self.modules), "shared", trained=True)}
+        modules = ModuleState(self.modules)
+        entries = {
+            "modules": StateEntry(modules, "shared", trained=True, snapshot=modules.snapshot)
+        }
         for name, update in self.updates.items():
             entries[f"optimizers.{name}"] = StateEntry(update, "shared", trained=True)
         if self.__ema is not None:
@@ -671,9 +674,9 @@ class Brain(SpeechBrainNames):
             entries["buffers"] = StateEntry(BufferState(self.modules))
         for name, update in self.updates.items():
             entries[f"windows.{name}"] = StateEntry(WindowState(update), of_fit=True)
-        entries["guard"] = StateEntry(self.__guard, of_fit=True)
+        entries["guard"] = StateEntry(self.__guard, of_fit=True, snapshot=self.__guard.snapshot)
         entries["metrics"] = StateEntry(self.__metrics, of_fit=True)
-        entries["attributes"] = StateEntry(self.__attributes)
+        entries["attributes"] = StateEntry(self.__attributes, snapshot=self.__attributes.snapshot)
         for callback in self.callbacks:
             if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
                 name = key = f"callbacks.{type(callback).__name__}"
