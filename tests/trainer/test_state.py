@@ -207,6 +207,33 @@ def test_an_object_of_a_user_may_have_any_further_method() -> None:
     assert brain.hparams.metric.value == 0
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([[]], [[], []]),  # Without any number in it.
+        ({"a": []}, {"a": {}}),
+        ([{}], []),
+        ({1: 2}, {"1": 2}),  # With keys that are written alike.
+        ([1], [True]),
+        ({"a": {"b": 1}}, {"a.b": 1}),
+    ],
+)
+def test_an_attribute_that_changed_in_any_way_is_saved(
+    first: Any, then: Any, tmp_path: Path
+) -> None:
+    class Changing(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> None:
+            self.kept = then
+
+    runs = []
+    for _ in range(2):
+        brain = make(Changing, checkpointer=Checkpointer(tmp_path))
+        brain.kept = first
+        brain.fit([1], batches(2))  # The second time there is nothing left to do.
+        runs.append(brain)
+    assert repr(runs[1].kept) == repr(then)
+
+
 # --- nested fits ---------------------------------------------------------------------------------
 
 
