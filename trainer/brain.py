@@ -261,8 +261,8 @@ class Brain(SpeechBrainNames):
         )
         self.__state = RunState(self.progress, self.stateful)
         self.callbacks = CallbackList(defaults.make_callbacks(self))
-        for callback in (*(getattr(self.hparams, "callbacks", None) or ()), *callbacks):
-            self.callbacks.append(callback)
+        for given in (getattr(self.hparams, "callbacks", None) or (), callbacks):
+            self.callbacks.extend(given)
         self.__tracer = defaults.make_tracer(self) or Tracer()
         self.driver = defaults.make_driver(self)
         self.checkpointer = checkpointer
@@ -276,6 +276,11 @@ class Brain(SpeechBrainNames):
             raise AttributeError(
                 f"{type(self).__name__}.{name} is a method of Brain; {value!r} would replace it: "
                 "choose another name for the attribute"
+            )
+        if name == "driver" and not (value is None or callable(value)):
+            raise AttributeError(
+                f"{type(self).__name__}.driver is called in place of the loop of fit; {value!r} "
+                "cannot be called: choose another name for the attribute"
             )
         if name in ("modules", "checkpointer") and getattr(self, "_Brain__ready", False):
             value = self.__exchange(name, value)
@@ -756,8 +761,7 @@ class Brain(SpeechBrainNames):
     def __configure_callbacks(self) -> None:
         if not self.__configured:
             self.__configured = True
-            for callback in self.configure_callbacks():
-                self.callbacks.append(callback)
+            self.callbacks.extend(self.configure_callbacks())
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
@@ -783,8 +787,8 @@ class Brain(SpeechBrainNames):
 
     def __show_progress(self, shown: bool | None) -> None:
         for callback in self.callbacks:
-            if hasattr(callback, "shown"):  # The progress bar.
-                callback.shown = self.options.progressbar if shown is None else shown
+            if hasattr(callback, "progressbar_shown"):
+                callback.progressbar_shown = self.options.progressbar if shown is None else shown
 
     @contextmanager
     def __fitting(self) -> Iterator[ExitStack]:
