@@ -261,8 +261,8 @@ class Brain(SpeechBrainNames):
         )
         self.__state = RunState(self.progress, self.stateful)
         self.callbacks = CallbackList(defaults.make_callbacks(self))
-        for callback in (*(getattr(self.hparams, "callbacks", None) or ()), *callbacks):
-            self.callbacks.append(callback)
+        for given in (getattr(self.hparams, "callbacks", None) or (), callbacks):
+            self.callbacks.extend(given)
         self.__tracer = defaults.make_tracer(self) or Tracer()
         self.driver = defaults.make_driver(self)
         self.checkpointer = checkpointer
@@ -276,6 +276,11 @@ class Brain(SpeechBrainNames):
             raise AttributeError(
                 f"{type(self).__name__}.{name} is a method of Brain; {value!r} would replace it: "
                 "choose another name for the attribute"
+            )
+        if name == "driver" and not (value is None or callable(value)):
+            raise AttributeError(
+                f"{type(self).__name__}.driver is called in place of the loop of fit; {value!r} "
+                "cannot be called: choose another name for the attribute"
             )
         if name in ("modules", "checkpointer") and getattr(self, "_Brain__ready", False):
             value = self.__exchange(name, value)
@@ -656,7 +661,10 @@ class Brain(SpeechBrainNames):
         An override may add entries to those of ``super().stateful()``. Checkpoints, nested fits,
         the tuner and replays carry them all. Entries are restored in this order.
         """
-        entries = {"modules": StateEntry(ModuleState(self.modules), "shared", trained=True)}
+        modules = ModuleState(self.modules)
+        entries = {
+            "modules": StateEntry(modules, "shared", trained=True, snapshot=modules.snapshot)
+        }
         for name, update in self.updates.items():
             entries[f"optimizers.{name}"] = StateEntry(update, "shared", trained=True)
         if self.__ema is not None:
@@ -671,9 +679,9 @@ class Brain(SpeechBrainNames):
             entries["buffers"] = StateEntry(BufferState(self.modules))
         for name, update in self.updates.items():
             entries[f"windows.{name}"] = StateEntry(WindowState(update, self.updates), of_fit=True)
-        entries["guard"] = StateEntry(self.__guard, of_fit=True)
+        entries["guard"] = StateEntry(self.__guard, of_fit=True, snapshot=self.__guard.snapshot)
         entries["metrics"] = StateEntry(self.__metrics, of_fit=True)
-        entries["attributes"] = StateEntry(self.__attributes)
+        entries["attributes"] = StateEntry(self.__attributes, snapshot=self.__attributes.snapshot)
         for callback in self.callbacks:
             if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
                 name = key = f"callbacks.{type(callback).__name__}"
@@ -753,8 +761,7 @@ class Brain(SpeechBrainNames):
     def __configure_callbacks(self) -> None:
         if not self.__configured:
             self.__configured = True
-            for callback in self.configure_callbacks():
-                self.callbacks.append(callback)
+            self.callbacks.extend(self.configure_callbacks())
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
@@ -780,8 +787,8 @@ class Brain(SpeechBrainNames):
 
     def __show_progress(self, shown: bool | None) -> None:
         for callback in self.callbacks:
-            if hasattr(callback, "shown"):  # The progress bar.
-                callback.shown = self.options.progressbar if shown is None else shown
+            if hasattr(callback, "progressbar_shown"):
+                callback.progressbar_shown = self.options.progressbar if shown is None else shown
 
     @contextmanager
     def __fitting(self) -> Iterator[ExitStack]:
@@ -931,7 +938,8 @@ class Brain(SpeechBrainNames):
                 self.__on_loss(report)
         lead = self.updates[reports[0].name]
         if reports[0].outcome == "skipped":
-            ids = partial(self.batch_ids, self.__batch.batch)
+            batch = self.__batch.batch  # None where an epoch's end closes a window.
+            ids = list[str] if batch is None else partial(self.batch_ids, batch)
             self.__guard.skip(reports[0], ids, lead.last_norm, self.__tracer)
         if lead.size > 1 and reports[0].outcome != "accumulated":
             self.__guard.close_window(lead.name)

@@ -13,7 +13,7 @@ of `Brain.configure_callbacks`. They are called in this order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -166,6 +166,19 @@ class CallbackList:
         self.muted = False
         self._callbacks: list[Callback] = []
         self._methods: dict[str, list[Callable[..., None]]] = {name: [] for name in EVENTS}
+        self.extend(callbacks)
+
+    def extend(self, callbacks: Iterable[Callback]) -> None:
+        """Add callbacks behind the others.
+
+        Raises:
+            ValueError: if it is not a list of `Callback`.
+        """
+        if isinstance(callbacks, (str, Mapping)) or not isinstance(callbacks, Iterable):
+            raise ValueError(
+                f"callbacks is a {type(callbacks).__name__}; allowed: a list of objects of a class "
+                "that derives from trainer.Callback"
+            )
         for each in callbacks:
             self.append(each)
 

@@ -129,6 +129,25 @@ def test_what_is_no_callback_is_refused() -> None:
         make(hparams={"callbacks": [3]})
 
 
+@pytest.mark.parametrize("given", [Recorder(), {"a": Recorder()}, 3])
+def test_what_is_no_list_of_callbacks_is_refused(given: Any) -> None:
+    class Configured(Regressor):
+        def configure_callbacks(self) -> Any:
+            return given
+
+    with pytest.raises(ValueError, match=f"callbacks is a {type(given).__name__}; allowed: a list"):
+        make(hparams={"callbacks": given})
+    with pytest.raises(ValueError, match=f"callbacks is a {type(given).__name__}; allowed: a list"):
+        make(Configured).fit([1], batches(1))
+
+
+def test_a_callback_keeps_its_attributes() -> None:
+    recorder = Recorder()
+    recorder.shown = 7  # type: ignore[attr-defined]
+    with_callbacks(Regressor, recorder).fit([1], batches(1), progressbar=False)
+    assert recorder.shown == 7  # type: ignore[attr-defined]
+
+
 def test_an_error_in_a_callback_names_it() -> None:
     class Broken(Callback):
         def on_loss(self, brain: Brain, report: Any) -> None:

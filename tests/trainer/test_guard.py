@@ -222,6 +222,23 @@ def test_a_skipped_window_names_the_batch_that_spoilt_it(
     assert named[-1] == ["utt4-0", "utt5-0", "utt6-0"]  # A loss that is finite tells of none.
 
 
+def test_an_own_batch_ids_is_asked_for_batches_only(caplog: pytest.LogCaptureFixture) -> None:
+    """The epoch's end closes a window when there is no batch any more."""
+
+    class Named(Regressor):
+        def batch_ids(self, batch: Any) -> list[str]:
+            return [f"my-{name}" for name in batch["id"]]
+
+    data = batches(5)
+    data[4] = spoilt(data[4], "nan")
+    options = {"grad_accumulation_factor": 4, "nonfinite_reports": 0}
+    brain = make(Named, **options)
+    with caplog.at_level("WARNING", "trainer"):
+        brain.fit([1], iter(data))
+    assert brain.nonfinite_count == 1
+    assert "(batch my-utt4-0, my-utt4-1, my-utt4-2)" in caplog.text
+
+
 def test_without_ids_and_before_any_norm_the_message_says_so() -> None:
     data = [{"x": torch.full((2, 4), math.nan), "y": torch.zeros(2, 2)}]
     with pytest.raises(NonFiniteError, match="batch without ids. Its last .* norm was never seen"):

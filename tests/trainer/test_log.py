@@ -725,7 +725,7 @@ def test_a_bar_is_hidden_off_the_main_rank_and_where_it_is_not_wanted(
     monkeypatch.setattr(distributed, "is_main", lambda: not shown)
     brain: Any = SimpleNamespace(step=0)
     bars = ProgressBar()
-    bars.shown = shown
+    bars.progressbar_shown = shown
     bars.on_stage_start(brain, Stage.TRAIN, 1, 10)
     bars.on_batch_end(brain, Stage.TRAIN, None)
     assert terminal[0].disable

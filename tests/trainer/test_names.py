@@ -72,6 +72,12 @@ def test_setting_a_name_that_is_fixed_gets_a_sentence(name: str) -> None:
         setattr(brain, name, 3)
 
 
+def test_a_driver_that_cannot_be_called_is_refused() -> None:
+    brain = make()
+    with pytest.raises(AttributeError, match="driver is called in place of .*; 'taxi' cannot be"):
+        brain.driver = "taxi"
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_method_is_exchanged_by_a_function_and_by_nothing_else(name: str) -> None:
     brain = make()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import trainer.brain
-from tests.trainer.small import Players, Regressor, batches, everything, make, same
+from tests.trainer.small import Players, Regressor, batches, everything, make, same, spoilt
 from trainer import Brain, Stage
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint.run_state import Snapshot, StateEntry
@@ -145,6 +145,93 @@ def test_a_sandbox_leaves_everything_as_it_was(kind: type[Brain], precision: str
     for p, grad in zip(brain.modules.parameters(), grads, strict=True):
         assert (p.grad is None) == (grad is None)
         assert grad is None or torch.equal(p.grad, grad)
+
+
+class Centred(nn.Module):
+    """Subtracts a running mean, and adds a table of positions that grows; neither is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        if len(x) > len(self.table):
+            self.table = torch.zeros(len(x))
+        return self.layer(x - self.mean) + self.table[: len(x), None]
+
+
+def centred(**options: Any) -> Any:
+    torch.manual_seed(0)
+    return Regressor({"net": Centred()}, torch.optim.Adam, None, {"device": "cpu", **options})
+
+
+def test_a_sandbox_leaves_buffers_that_no_checkpoint_holds() -> None:
+    brain = centred(progressbar=False)
+    brain.fit([1], batches(2))
+    mean = brain.modules.net.mean.clone()
+    with brain.sandbox():
+        brain.train_batch(batches(1, size=5)[0])
+    assert torch.equal(brain.modules.net.mean, mean)
+    assert len(brain.modules.net.table) == 3
+
+
+def test_looking_into_a_bad_batch_leaves_no_nan_in_any_buffer(tmp_path: Path) -> None:
+    data = batches(3)
+    data[1] = spoilt(data[1], "input")
+    looked, plain = (
+        centred(progressbar=False, nonfinite_reports=n, output_folder=str(tmp_path)) for n in (3, 0)
+    )
+    for brain in (looked, plain):
+        brain.fit([1], data)
+    assert (tmp_path / "nonfinite").is_dir()
+    assert looked.modules.net.mean.isfinite().all()
+    assert torch.equal(looked.modules.net.mean, plain.modules.net.mean)
+
+
+class Metric(Counter):
+    """A user's object with a method of a name that the framework knows, too."""
+
+    def snapshot(self, path: str) -> None:
+        raise AssertionError(path)
+
+
+def test_an_object_of_a_user_may_have_any_further_method() -> None:
+    brain = make(hparams={"metric": Metric()})
+    brain.fit([1], batches(2), batches(1))
+    with brain.sandbox():
+        brain.hparams.metric.value = 7
+    assert brain.hparams.metric.value == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([[]], [[], []]),  # Without any number in it.
+        ({"a": []}, {"a": {}}),
+        ([{}], []),
+        ({1: 2}, {"1": 2}),  # With keys that are written alike.
+        ([1], [True]),
+        ({"a": {"b": 1}}, {"a.b": 1}),
+    ],
+)
+def test_an_attribute_that_changed_in_any_way_is_saved(
+    first: Any, then: Any, tmp_path: Path
+) -> None:
+    class Changing(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> None:
+            self.kept = then
+
+    runs = []
+    for _ in range(2):
+        brain = make(Changing, checkpointer=Checkpointer(tmp_path))
+        brain.kept = first
+        brain.fit([1], batches(2))  # The second time there is nothing left to do.
+        runs.append(brain)
+    assert repr(runs[1].kept) == repr(then)
 
 
 # --- nested fits ---------------------------------------------------------------------------------

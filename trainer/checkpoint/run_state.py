@@ -47,6 +47,8 @@ class StateEntry:
             them stays; what it does to anything else is undone.
         of_fit: True if it belongs to one `fit`: a nested `fit` leaves it as it was.
         restart: called on loading a checkpoint that lacks the entry; None leaves it as it is.
+        snapshot: returns the state for a `Snapshot`, which may hold more than a checkpoint; None
+            for ``part.state_dict``. The part loads either.
     """
 
     part: Any
@@ -54,6 +56,7 @@ class StateEntry:
     trained: bool = False
     of_fit: bool = False
     restart: Callable[[], None] | None = None
+    snapshot: Callable[[], Any] | None = None
 
 
 Entries = Mapping[str, StateEntry]
@@ -83,7 +86,7 @@ class Snapshot:
         self._progress, self._stateful, self._of_fit = progress, stateful, of_fit
         self._place = copied(progress.state_dict())
         self._states = {
-            name: copied(getattr(entry.part, "snapshot", entry.part.state_dict)())
+            name: copied((entry.snapshot or entry.part.state_dict)())
             for name, entry in stateful().items()
             if entry.of_fit or not of_fit
         }
@@ -272,6 +275,12 @@ class ModuleState:
         """Return the state of the modules."""
         return self._modules.state_dict()
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state with the buffers that are not persistent, which no checkpoint holds."""
+        state = self._modules.state_dict()
+        buffers = {n: b for n, b in self._modules.named_buffers() if n not in state}
+        return {"weights": state, "buffers": buffers}
+
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Check that saved weights fit.
 
@@ -281,7 +290,10 @@ class ModuleState:
         check_weights(self._modules, state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore saved weights."""
+        """Restore saved weights, or a snapshot."""
+        if "weights" in state:  # The names of weights begin with that of their module, and a dot.
+            BufferState(self._modules).load_state_dict(state["buffers"])
+            state = state["weights"]
         self._modules.load_state_dict(state)
 
 
@@ -299,8 +311,10 @@ class BufferState:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore saved buffers."""
         for name, buffer in self._modules.named_buffers():
-            if name in state:
+            if name in state and buffer.shape == state[name].shape:
                 buffer.copy_(state[name])
+            elif name in state:  # One that grows with its input, such as a table of positions.
+                buffer.data = state[name].to(buffer.device)
 
 
 class TrainableState:

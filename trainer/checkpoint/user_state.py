@@ -237,13 +237,12 @@ def _refill(current: Any, value: Any) -> Any:
 
 def _equal(a: Any, b: Any) -> bool:
     """Return True if two copies are the same, to the bit."""
-    one, two = list(leaves(a)), list(leaves(b))
-    if [path for path, _ in one] != [path for path, _ in two] or type(a) is not type(b):
+    if type(a) is not type(b):
         return False
-    for (_, x), (_, y) in zip(one, two, strict=True):
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            if x.dtype != y.dtype or x.device != y.device or not torch.equal(x, y):
-                return False
-        elif type(x) is not type(y) or x != y:
-            return False
-    return True
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)

@@ -42,12 +42,15 @@ class ProgressBar(Callback):
     """Show a progress bar for each stage, on rank 0.
 
     Args:
-        shown: False hides the bars of stages that begin from now on. May be set at any time, as the
-            argument ``progressbar`` of `Brain.fit` and `Brain.evaluate` does.
+        shown: False hides the bars.
+
+    Attributes:
+        progressbar_shown: False hides the bars of stages that begin from now on; set by the
+            argument ``progressbar`` of `Brain.fit` and `Brain.evaluate`.
     """
 
     def __init__(self, shown: bool = True) -> None:
-        self.shown = shown
+        self.progressbar_shown = shown
         self._bars: list[Any] = []  # A hook of one stage may run another stage.
         self._outer: list[int] = []  # Number of bars before each call that runs.
 
@@ -68,7 +71,7 @@ class ProgressBar(Callback):
         """Show the bar of a stage; a resumed training stage starts at the batches it has done."""
         description = stage.value if epoch is None else f"epoch {epoch} {stage.value}"
         done = brain.step if stage is Stage.TRAIN else 0
-        self._bars.append(make_bar(description, total, done, self.shown))
+        self._bars.append(make_bar(description, total, done, self.progressbar_shown))
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
         """Advance the bar by a batch, with the loss behind it if that is known on the host."""

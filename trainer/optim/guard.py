@@ -163,7 +163,7 @@ class NonFiniteGuard:
         self._spoilt = True
         if report.weight <= 0:
             return
-        bad = self._bad_ids(report.name, ids())
+        bad = self._bad_ids(report.name, ids)
         logger.warning(
             "epoch %d, batch %d: %s of %r not finite, step skipped (batch %s)",
             self._progress.epoch, self._progress.step,
@@ -224,9 +224,9 @@ class NonFiniteGuard:
         self._spoilt, self._counted = state.get("spoilt", False), state.get("counted", False)
         self._suspects = {name: list(window) for name, window in state.get("losses", {}).items()}
 
-    def _bad_ids(self, name: str, ids: list[str]) -> list[str]:
+    def _bad_ids(self, name: str, ids: Callable[[], list[str]]) -> list[str]:
         """Return the ids, of all ranks, of the batches whose loss is not finite, or of all."""
-        window = self._suspects.get(name) or [(ids, torch.zeros(()))]
+        window = self._suspects.get(name) or [(ids(), torch.zeros(()))]
         bad = [each for each, loss in window if not math.isfinite(loss.item())]  # Rare; syncs.
         own = list(chain(*(bad or [each for each, _ in window])))
         return list(chain(*distributed.all_gather_json(own)))
