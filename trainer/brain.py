@@ -44,7 +44,7 @@ from trainer.checkpoint.run_state import (
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
 from trainer.data import DataFeed, batch_ids, count_examples, make_feed, make_loader
-from trainer.distributed.strategy import Strategy, make_strategy
+from trainer.distributed.strategy import make_strategy
 from trainer.evaluation import evaluation_mode, evaluation_weights, modes_kept
 from trainer.metrics import Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
@@ -252,7 +252,7 @@ class Brain(SpeechBrainNames):
         self.__intercept: Optimize | None = None
         self.__on_loss: Callable[[StepReport], None] | None = None
         self.__ema: WeightAverage | None = None
-        self.__strategy: Strategy = make_strategy()
+        self.__strategy = make_strategy()
         self.__metrics = TrainingMetrics()
         self.__trainable = TrainableState(self.modules)
         self.__attributes = UserAttributes(self, self.__user_attributes)

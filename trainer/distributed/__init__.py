@@ -219,8 +219,7 @@ def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | Non
         result = work(*args)
     except BaseException as caught:
         error = caught
-        is_shared = shared is not None and isinstance(caught, shared)
-        failure = is_shared, f"{type(caught).__name__}: {caught}"
+        failure = isinstance(caught, shared or ()), f"{type(caught).__name__}: {caught}"
     failures = [(r, *each) for r, each in enumerate(all_gather_json(failure)) if each is not None]
     if failure is None or failure[0]:
         for failed_rank, is_shared, message in failures:
@@ -228,9 +227,8 @@ def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | Non
                 raise RuntimeError(f"rank {failed_rank} failed ({message})") from error
     if error is not None:
         raise error
-    for failed_rank, _, message in failures:
-        assert shared is not None
-        raise shared(f"on rank {failed_rank}: {message}")
+    if failures and shared is not None:
+        raise shared(f"on rank {failures[0][0]}: {failures[0][2]}")
     return result
 
 

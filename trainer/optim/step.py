@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.clipping import Clipper, Gradients
-from trainer.distributed.strategy import SingleProcess, Strategy, WindowSums
+from trainer.distributed.strategy import Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
 
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
@@ -100,7 +100,7 @@ class Update:
         self.name, self.optimizer, self.scaler = name, optimizer, scaler
         self.clip, self.schedule, self.size = clip, schedule, window
         self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
-        self.strategy: Strategy = SingleProcess() if strategy is None else strategy
+        self.strategy = Strategy() if strategy is None else strategy
         self.window = Window()
         self.sparse: set[Tensor] = set()  # Parameters whose gradients may be in sparse layout.
         self.last_norm: float | None = None
