@@ -106,6 +106,18 @@ def test_sums_are_bounded() -> None:
             arithmetic(other)
 
 
+def test_merge_keys_take_lists_and_mappings_and_survive_the_dump(write: Write) -> None:
+    path = write("""\
+        train: &t {batch_size: 8, shape: [3, 4]}
+        valid: {<<: *t, batch_size: 1}
+        both: {<<: [*t, {shape: none, low: {a: 1}}], volume: 2}
+        """)
+    hparams = load_hparams(path)
+    assert hparams["valid"] == {"batch_size": 1, "shape": [3, 4]}
+    assert hparams["both"] == {"batch_size": 8, "shape": [3, 4], "low": {"a": 1}, "volume": 2}
+    assert load_hparams(write(Configuration(path).dump(), "dumped.yaml")) == hparams
+
+
 # ---------------------------------------------------------------- variants and includes
 
 

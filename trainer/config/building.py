@@ -28,24 +28,23 @@ from ruamel.yaml.loader import SafeLoader
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from trainer.config.reading import (
-    FLOAT,
     MAP,
     MAX_DEPTH,
     MAX_NODES,
     PLAIN,
     REFERENCE,
+    REFERENCES,
     SEQ,
     STR,
     TUPLE,
-    children,
-    clone,
     compose,
-    dump,
     expanded_size,
     items,
     location,
     nodes,
+    paths,
     plain,
+    replace_children,
     represent,
     tag,
 )
@@ -53,7 +52,6 @@ from trainer.config.registry import Registry
 from trainer.options import nearest
 
 ATTRIBUTE = "!attribute"  # of this module: [object, "name.of.attribute"], for `!ref <object.name>`
-EXACT = "!float"  # of this module: HyperPyYAML rewrites floats and loses the last digit of some
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
 Constructor = Callable[[Any, str, Any], Any]
@@ -77,7 +75,7 @@ def resolve(root: MappingNode, registry: Registry) -> MappingNode:
         ValueError: a placeholder has no value (all of them are listed), or a reference is unknown,
             circular or too large.
     """
-    missing = {path: node for path, node in _paths(root) if tag(node) == "!PLACEHOLDER"}
+    missing = {path: node for path, node in paths(root) if tag(node) == "!PLACEHOLDER"}
     if missing:
         places = ", ".join(f"{path} ({location(node)})" for path, node in missing.items())
         options = " ".join(f"--{path} …" for path in missing)
@@ -85,18 +83,10 @@ def resolve(root: MappingNode, registry: Registry) -> MappingNode:
             f"no value for {places}, which the YAML leaves open (!PLACEHOLDER); "
             f"give {'it' if len(missing) == 1 else 'them'} as {options}"
         )
-    root = clone(root)
+    root = copy.deepcopy(root)
     _Resolver(root, registry).fill(root)
     expanded_size(root)
     return root
-
-
-def _paths(root: Node, at: str = "") -> list[tuple[str, Node]]:
-    """Return every node with its dotted key: "model.width"."""
-    found = [(at, root)]
-    for key, child in items(root):
-        found += _paths(child, f"{at}.{key}" if at else key)
-    return found
 
 
 class _Resolver:
@@ -105,15 +95,14 @@ class _Resolver:
     def __init__(self, root: MappingNode, registry: Registry) -> None:
         self.root = root
         self.registry = registry
-        self.done: dict[int, Node] = {}
+        self.done: dict[Node, Node] = {}
         self.active: list[Node] = []
-        self.alive: list[Node] = []  # keeps replaced nodes alive, so that no id is used twice
         self.copied = 0
 
     def fill(self, node: Node) -> Node:
         """Return the replacement of a node, with everything below it resolved."""
-        if id(node) in self.done:
-            return self.done[id(node)]
+        if node in self.done:
+            return self.done[node]
         if node in self.active or len(self.active) > MAX_DEPTH:
             lines = " -> ".join(location(each) for each in (*self.active[-MAX_DEPTH:], node))
             why = "circular" if node in self.active else f"nested more than {MAX_DEPTH} deep"
@@ -121,17 +110,13 @@ class _Resolver:
         self.active.append(node)
         result = self._replace(node)
         self.active.pop()
-        self.alive.append(node)
-        self.done[id(node)] = self.done[id(result)] = result
+        self.done[node] = self.done[result] = result
         return result
 
     def _replace(self, node: Node) -> Node:
         if isinstance(node, ScalarNode):
-            return self._reference(node) if tag(node) in ("!ref", "!copy") else node
-        if isinstance(node, MappingNode):
-            node.value = [(key, self.fill(value)) for key, value in node.value]
-        else:
-            node.value = [self.fill(value) for value in children(node)]
+            return self._reference(node) if tag(node) in REFERENCES else node
+        replace_children(node, lambda _, child: self.fill(child))
         if tag(node).startswith("!applyref:"):
             value = _apply(tag(node).partition(":")[2], node, self.registry)
             return represent(value, node)
@@ -170,15 +155,14 @@ class _Resolver:
             raise ValueError(
                 f"{location(target)}: more than {MAX_NODES} values are copied by !copy"
             )
-        copied: Node = clone(target)
-        return copied
+        return copy.deepcopy(target)
 
     def _target(self, name: str, node: Node) -> Node:
         """Return the resolved node that `<name>` refers to, or one that reads an attribute."""
         branch: Node = self.root
         steps = _steps(name)
         for count, (step, dotted) in enumerate(steps):
-            if tag(branch) in ("!ref", "!copy"):
+            if tag(branch) in REFERENCES:
                 branch = self.fill(branch)
             below = dict(items(branch))
             if dotted and (tag(branch) not in PLAIN or isinstance(branch, ScalarNode)):
@@ -289,12 +273,8 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
         bare = isinstance(node, ScalarNode) and tag(node) == STR and not node.style
         if bare and re.fullmatch(r"\(.*\)", node.value):
             node.tag = TUPLE
-        elif tag(node) == FLOAT:
-            node.tag = EXACT
-        elif isinstance(node, (MappingNode, SequenceNode)):
-            node.flow_style = not node.value  # In {} and [] some texts do not survive rewriting.
     try:
-        values: dict[str, Any] = load_hyperpyyaml(dump(root), loader=_loader(root, registry))
+        values: dict[str, Any] = load_hyperpyyaml("{}", loader=_loader(root, registry))
     finally:
         # HyperPyYAML changes this default while it loads; an error would leave it changed.
         for library in (yaml, ruamel.yaml):
@@ -314,14 +294,12 @@ def _loader(root: MappingNode, registry: Registry) -> type[SafeLoader]:
     """Make a loader class for one tree, so that nothing is registered for other YAML files."""
 
     class Loader(SafeLoader):
-        places: dict[int, str]
+        # The first key and the location of each node, for messages.
+        places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
 
         def get_single_node(self) -> Any:
-            """Compose, and note the original place of each node."""
-            node = super().get_single_node()
-            self.places = {}
-            _pair(node, root, "", self.places)
-            return node
+            """Return the tree; the text is ignored."""
+            return root
 
         @classmethod
         def add_constructor(cls, tag: Any, constructor: Any) -> None:
@@ -338,25 +316,15 @@ def _loader(root: MappingNode, registry: Registry) -> type[SafeLoader]:
             checked = _checked_constructor(tag_prefix, multi_constructor, registry)
             super().add_multi_constructor(tag_prefix, checked)
 
-    Loader.add_constructor(EXACT, lambda loader, node: loader.construct_yaml_float(node))
     Loader.add_constructor(ATTRIBUTE, lambda loader, node: _attribute(loader, node, registry))
     return Loader
-
-
-def _pair(node: Node, original: Node, at: str, places: dict[int, str]) -> None:
-    """Note for each node the key and the place of its original."""
-    if id(node) in places:
-        return
-    places[id(node)] = f"{at} ({location(original)})"
-    for (key, below), its in zip(items(node), children(original), strict=True):
-        _pair(below, its, f"{at}.{key}" if at else key, places)
 
 
 def _checked_constructor(prefix: str, constructor: Constructor, registry: Registry) -> Constructor:
     """Wrap a constructor: it runs only for names that the registry allows, if arguments fit."""
 
     def construct(loader: Any, name: str, node: Any) -> Any:
-        place = loader.places[id(node)]
+        place = loader.places[node]
         try:
             target = registry.locate(name)
             # A bare built-in name would import a file of that name.
@@ -401,7 +369,7 @@ def _check_arguments(prefix: str, name: str, target: Any, node: Node) -> None:
 def _attribute(loader: Any, node: Any, registry: Registry) -> Any:
     """Read the attribute of a built object that a `!ref <object.attribute>` names."""
     value, name = loader.construct_sequence(node, deep=True)
-    place = loader.places[id(node)]
+    place = loader.places[node]
     for part in name.split("."):
         try:
             value = getattr(value, part)
@@ -420,7 +388,7 @@ def _attribute(loader: Any, node: Any, registry: Registry) -> Any:
 def _tuple(loader: Any, node: Any) -> tuple[Any, ...]:
     """Read "(3, 4)" as (3, 4); the content of the parentheses is a list of plain values."""
     text = loader.construct_scalar(node)
-    place = loader.places[id(node)]
+    place = loader.places[node]
     try:
         values = compose(f"[{text.strip()[1:-1]}]", place)
         return tuple(plain(values)) if values is not None else ()

@@ -118,8 +118,7 @@ class Configuration:
         run_folder: bool = False,
     ) -> None:
         self.registry = Registry(allow, run_folder=run_folder)
-        self.document = reading.read(path)
-        self.root = self.document.root
+        self.root, self.comments = reading.read(path)
 
     def described(self) -> list[Key]:
         """List all keys with defaults and comments, in the order of the file."""
@@ -128,7 +127,7 @@ class Configuration:
     def _described(self, node: MappingNode, at: tuple[str, ...]) -> Iterable[Key]:
         for key, value in node.value:
             path = (*at, str(key.value))
-            yield Key(".".join(path), brief(value), self.document.comments.get(path, ""))
+            yield Key(".".join(path), brief(value), self.comments.get(path, ""))
             if isinstance(value, MappingNode):
                 yield from self._described(value, path)
 

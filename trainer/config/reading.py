@@ -9,8 +9,8 @@ A variant names its base file and lists only the differences::
     base: demo.yaml          # relative to this file
     model: {width: 256}      # merged into the base, key by key
 
-An untagged mapping, or one with the tag of the base's, is merged into the base's mapping; anything
-else (another class, a list, a number) replaces it.
+An untagged mapping, or one with the same tag as the base's, is merged into the base's mapping;
+anything else (another class, a list, a number) replaces it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, StreamEndEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from trainer.options import ALIASES, current_name
@@ -33,7 +34,7 @@ from trainer.options import ALIASES, current_name
 # Far above any real configuration, and low enough to refuse hostile files at once.
 MAX_NODES = 5_000  # shared nodes count once per use
 MAX_DEPTH = 50
-MAX_BYTES = 64 * 1024
+MAX_CHARACTERS = 64 * 1024
 MAX_FILES = 50
 
 CORE = "tag:yaml.org,2002:"
@@ -43,24 +44,19 @@ PLAIN = {STR, INT, FLOAT, BOOL, NULL, MAP, SEQ, CORE + "timestamp"}
 NAMING = ("!new:", "!name:", "!module:", "!apply:", "!applyref:")  # tags that name Python objects
 INCLUDE = "!include:"
 TUPLE = "!tuple"
-TAGS = ("!ref", "!copy", TUPLE, "!PLACEHOLDER")
+REFERENCES = ("!ref", "!copy")
+TAGS = (*REFERENCES, TUPLE, "!PLACEHOLDER")
 REFERENCE = re.compile(r"<([^<>]*)>")
 COMMENT = re.compile(r"\s*#+\s*(.*?)\s*$")
-OPENINGS = re.compile(rf"(?:[\[{{] *){{{MAX_DEPTH + 1}}}")
 
 Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
 
-@dataclass
-class Document:
-    """A YAML with its base and includes merged in, and the comments of its keys by path."""
-
-    root: MappingNode
-    comments: dict[Keys, str] = field(default_factory=dict)
-
-
-def read(path: str | os.PathLike[str]) -> Document:
+def read(path: str | os.PathLike[str]) -> tuple[MappingNode, dict[Keys, str]]:
     """Read a YAML file and merge it over its base.
+
+    Returns:
+        The tree, and the comments of its keys.
 
     Raises:
         ValueError: a file does not parse, is too large or too deep, or uses a tag that HyperPyYAML
@@ -70,18 +66,18 @@ def read(path: str | os.PathLike[str]) -> Document:
     reader = _Reader()
     root = reader.read(Path(path), ())
     expanded_size(root)
-    return Document(root, reader.comments)
+    return root, reader.comments
 
 
 class _Reader:
-    """Reads a file and the files that it names within one budget, and collects their comments."""
+    """Reads a file and the files that it names, and collects their comments."""
 
     def __init__(self) -> None:
         self.comments: dict[Keys, str] = {}
         self.files = 0
 
     def read(self, path: Path, chain: tuple[Path, ...], at: Keys = ()) -> MappingNode:
-        """Read one file; `chain` are the files that led to it, `at` the keys of its place."""
+        """Read one file; `chain` holds the files that led to it, `at` the keys of its place."""
         real = path.resolve()
         if real in chain:
             loop = " -> ".join(str(each) for each in (*chain[chain.index(real) :], real))
@@ -120,14 +116,11 @@ class _Reader:
 
 
 def _read_text(path: Path) -> str:
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES // 1024} KiB: too large for a YAML")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            return file.read(MAX_CHARACTERS + 1)  # `compose` refuses longer texts.
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text") from None
 
 
 def _rename_options(root: MappingNode) -> None:
@@ -141,63 +134,50 @@ def _rename_options(root: MappingNode) -> None:
                     "which is there too; remove one"
                 )
             key.value = current_name(key.value)
-
-    def renamed(match: re.Match[str]) -> str:
-        return f"<{ALIASES.get(match[1], match[1])}{match[2]}>"
-
-    for node in nodes(root):
-        if tag(node) in ("!ref", "!copy") and isinstance(node, ScalarNode):
-            node.value = re.sub(r"<(\w+)([^<>]*)>", renamed, node.value)
+    _rewrite_references(root, lambda key: ALIASES.get(key, key))
 
 
 def _include(node: Node, at: Keys, read: Callable[[Node, str, Keys], MappingNode]) -> None:
     """Replace every node tagged `!include:file` below `node` by the content of the file."""
-    for slot, child in enumerate(children(node)):
-        key = node.value[slot][0].value if isinstance(node, MappingNode) else slot
-        place = (*at, str(key))
+
+    def included(key: str, child: Node) -> Node:
+        place = (*at, key)
         if tag(child).startswith(INCLUDE):
-            included = read(child, tag(child)[len(INCLUDE) :], place)
-            _move_references(included, place)
+            content = read(child, tag(child).removeprefix(INCLUDE), place)
+            # The file's references are relative to its own root.
+            above = place[0] + "".join(f"[{each}]" for each in place[1:])
+            _rewrite_references(content, lambda first: f"{above}[{first}]")
             if not isinstance(child, MappingNode):
                 raise ValueError(
                     f"{location(child)}: changes to an included file must be a mapping"
                 )
-            child = merge(included, child)
-            if isinstance(node, MappingNode):
-                node.value[slot] = (node.value[slot][0], child)
-            else:
-                node.value[slot] = child
+            child = merge(content, child)
         _include(child, place, read)
+        return child
+
+    replace_children(node, included)
 
 
-def _move_references(root: Node, place: Keys) -> None:
-    """Rewrite references of an included file: `<a[b]>` becomes `<place[a][b]>`."""
-    prefix = place[0] + "".join(f"[{key}]" for key in place[1:])
-
-    def moved(match: re.Match[str]) -> str:
-        first = re.match(r"[^\[.]*", match[1])
-        assert first is not None  # The pattern matches the empty text too.
-        return f"<{prefix}[{first[0]}]{match[1][first.end() :]}>"
-
+def _rewrite_references(root: Node, rewrite: Callable[[str], str]) -> None:
+    """Replace the first key of every reference: `<a[b]>` becomes `<{rewrite("a")}[b]>`."""
     for node in nodes(root):
-        if tag(node) in ("!ref", "!copy") and isinstance(node, ScalarNode):
-            node.value = REFERENCE.sub(moved, node.value)
+        if isinstance(node, ScalarNode) and tag(node) in REFERENCES:
+            node.value = re.sub(
+                r"<([^<>\[.]*)(?=[^<>]*>)", lambda match: f"<{rewrite(match[1])}", node.value
+            )
 
 
 def merge(below: MappingNode, above: MappingNode) -> MappingNode:
     """Merge the keys of `above` into `below`, mapping by mapping, and return `below`."""
-    slots = {key.value: slot for slot, (key, _) in enumerate(below.value)}
     for key, value in above.value:
-        if key.value not in slots:
-            below.value.append((key, value))
-            continue
-        slot = slots[key.value]
-        old = below.value[slot][1]
+        old = get(below, key.value)
         both = isinstance(old, MappingNode) and isinstance(value, MappingNode)
         if both and tag(value) in (MAP, tag(old)):
             merge(old, value)
+        elif old is None:
+            below.value.append((key, value))
         else:
-            below.value[slot] = (key, value)
+            put(below, key.value, value)
     return below
 
 
@@ -207,7 +187,7 @@ def merge(below: MappingNode, above: MappingNode) -> MappingNode:
 def compose(text: str, name: str) -> Node | None:
     """Parse a YAML text into a tree of nodes.
 
-    Aliases become shared nodes; merge keys (`<<`) are merged in.
+    Aliases become shared nodes; merge keys (`<<`) are merged in; `!new:x` is read as `!new:x {}`.
 
     Args:
         text: one YAML document.
@@ -219,116 +199,102 @@ def compose(text: str, name: str) -> Node | None:
     Raises:
         ValueError: the text is not valid YAML, exceeds a limit, or uses a tag that is not allowed.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{name} has more than {MAX_CHARACTERS // 1024} KiB: too large for a YAML")
+    stream = io.StringIO(text)
+    stream.name = name  # The marks take their file name from here.
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Composer
     try:
-        _check_size(text, name)
-        root: Node | None = YAML(typ="safe", pure=True).compose(_named(text, name))
+        root: Node | None = yaml.compose(stream)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = "" if name.startswith("--") else f", line {mark.line + 1}" if mark else ""
         context = f" ({error.context})" if error.context else ""
-        raise ValueError(f"{name}{line}: not valid YAML: {error.problem}{context}") from None
+        place = _place(mark) if mark else name
+        raise ValueError(f"{place}: not valid YAML: {error.problem}{context}") from None
     except YAMLError as error:
         raise ValueError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     if root is not None:
         expanded_size(root)
-        for node in nodes(root):
-            _check(node)
-        root = _with_arguments(root)
     return root
 
 
-def _named(text: str, name: str) -> io.StringIO:
-    stream = io.StringIO(text)
-    stream.name = name  # The marks take their file name from here.
-    return stream
+class _Composer(Composer):
+    """Composer of ruamel.yaml that refuses what is too large or not allowed while it reads."""
 
+    count = 0
+    depth = 0
 
-def _check_size(text: str, name: str) -> None:
-    """Refuse a text with too many or too deep values; walking the events costs no memory."""
-    depth = documents = 0
-    anchors: set[str] = set()
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"{name} has more than {MAX_BYTES // 1024} KiB: too large for a YAML")
-    too_deep = OPENINGS.search(text)
-    if too_deep:  # The parser would be slow on these.
-        line = text.count("\n", 0, too_deep.start()) + 1
-        raise ValueError(f"{name}, line {line}: nested more than {MAX_DEPTH} levels deep")
-    for count, event in enumerate(YAML(typ="safe", pure=True).parse(_named(text, name))):
-        kind = type(event).__name__
-        depth += kind in ("MappingStartEvent", "SequenceStartEvent")
-        depth -= kind in ("MappingEndEvent", "SequenceEndEvent")
-        documents += kind == "DocumentStartEvent"
-        at = f"{name}, line {event.start_mark.line + 1}"
-        if count > MAX_NODES:
-            raise ValueError(f"{at}: more than {MAX_NODES} values: too many for a YAML")
-        if depth > MAX_DEPTH:
-            raise ValueError(f"{at}: nested more than {MAX_DEPTH} levels deep")
-        if documents > 1:
-            raise ValueError(f"{at}: a second document begins; there must be one")
-        if kind != "AliasEvent" and getattr(event, "anchor", None):
-            if event.anchor in anchors:
-                raise ValueError(f"{at}: the anchor &{event.anchor} is defined twice")
-            anchors.add(event.anchor)
+    def compose_document(self) -> Node:
+        """Compose the only document."""
+        root: Node = super().compose_document()
+        if not self.parser.check_event(StreamEndEvent):
+            place = _place(self.parser.peek_event().start_mark)
+            raise ValueError(f"{place}: a second document begins; there must be one")
+        return root
 
+    def compose_node(self, parent: Node | None, index: Any) -> Node:
+        """Compose a node and what is below it."""
+        event = self.parser.peek_event()
+        place = _place(event.start_mark)
+        self.count += 1
+        self.depth += 1
+        if self.count > MAX_NODES:
+            raise ValueError(f"{place}: more than {MAX_NODES} values: too many for a YAML")
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"{place}: nested more than {MAX_DEPTH} levels deep")
+        if event.anchor in self.anchors and not isinstance(event, AliasEvent):
+            raise ValueError(f"{place}: the anchor &{event.anchor} is defined twice")
+        node: Node = super().compose_node(parent, index)
+        self.depth -= 1
+        name = tag(node)
+        known = name in PLAIN or name in TAGS or name.startswith((*NAMING, INCLUDE))
+        if not known and not (name == MERGE and index is None):
+            raise ValueError(
+                f"{location(node)}: the tag {name.replace(CORE, '!!')} is not allowed; allowed are "
+                f"{', '.join((*TAGS, *NAMING, INCLUDE))}"
+            )
+        return node
 
-def _check(node: Node) -> None:
-    """Refuse tags that are not HyperPyYAML's, and keys that are not simple or not unique."""
-    name = tag(node)
-    if name not in PLAIN and name not in TAGS and not name.startswith((*NAMING, INCLUDE)):
-        raise ValueError(
-            f"{location(node)}: the tag {name.replace(CORE, '!!')} is not allowed; allowed are "
-            f"{', '.join((*TAGS, *NAMING, INCLUDE))}"
-        )
-    if isinstance(node, ScalarNode) and name == TUPLE:
-        node.tag, node.style = STR, None  # "(3, 4)" is text until it is built.
-    if not isinstance(node, MappingNode):
-        return
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if not isinstance(key, ScalarNode) or tag(key) not in PLAIN | {MERGE}:
-            raise ValueError(f"{location(key)}: a key must be plain text or a number")
-        if key.value in seen:
-            raise ValueError(f"{location(key)}: the key {key.value!r} is there twice")
-        seen.add(key.value)
-    _flatten(node)
-
-
-def _flatten(node: MappingNode) -> None:
-    """Add the keys that `<<: *alias` merges in, unless the mapping has them itself."""
-    for slot, (key, value) in enumerate(node.value):
-        if tag(key) == MERGE:
-            del node.value[slot]
-            for source in value.value if isinstance(value, SequenceNode) else [value]:
-                if not isinstance(source, MappingNode):
-                    raise ValueError(f"{location(value)}: << merges mappings, nothing else")
-                _flatten(source)
-                present = {each.value for each, _ in node.value}
-                node.value += [pair for pair in source.value if pair[0].value not in present]
-            return
-
-
-def _with_arguments(root: Node) -> Node:
-    """Write `!new:x` as `!new:x {}`, so that arguments can be added to it."""
-    written: dict[int, Node] = {}
-
-    def changed(node: Node) -> Node:
-        if not isinstance(node, ScalarNode) or not tag(node).startswith((*NAMING, INCLUDE)):
+    def compose_scalar_node(self, anchor: str | None) -> Node:
+        """Compose a scalar; `!new:x` becomes a mapping, so that arguments can be added to it."""
+        node: Node = super().compose_scalar_node(anchor)
+        name = tag(node)
+        if name == TUPLE:
+            node.tag, node.style = STR, None  # "(3, 4)" is text until it is built.
+        if not name.startswith((*NAMING, INCLUDE)):
             return node
         if node.value:
             raise ValueError(
-                f"{location(node)}: the arguments of {tag(node)} must be a mapping or a list, "
+                f"{location(node)}: the arguments of {name} must be a mapping or a list, "
                 f"not {node.value!r}"
             )
-        new = mapping(tag(node))
+        new = mapping(name)
         new.start_mark, new.end_mark = node.start_mark, node.end_mark
-        return written.setdefault(id(node), new)
+        if anchor is not None:
+            self.anchors[anchor] = new
+        return new
 
-    for node in nodes(root):
-        if isinstance(node, MappingNode):
-            node.value = [(key, changed(value)) for key, value in node.value]
-        elif isinstance(node, SequenceNode):
-            node.value = [changed(value) for value in node.value]
-    return changed(root)
+    def compose_mapping_node(self, anchor: str | None) -> MappingNode:
+        """Compose a mapping with unique keys; keys that `<<` merges in do not replace its own."""
+        node: MappingNode = super().compose_mapping_node(anchor)
+        pairs: dict[str, tuple[Node, Node]] = {}
+        for key, value in node.value:
+            if not isinstance(key, ScalarNode) or tag(key) not in PLAIN | {MERGE}:
+                raise ValueError(f"{location(key)}: a key must be plain text or a number")
+            if key.value in pairs:
+                raise ValueError(f"{location(key)}: the key {key.value!r} is there twice")
+            pairs[key.value] = key, value
+        if "<<" in pairs and tag(pairs["<<"][0]) == MERGE:
+            _, merged = pairs.pop("<<")
+            for source in merged.value if isinstance(merged, SequenceNode) else [merged]:
+                if not isinstance(source, MappingNode):
+                    raise ValueError(f"{location(merged)}: << merges mappings, nothing else")
+                for key, value in source.value:
+                    # A shared key would be written as an alias.
+                    pairs.setdefault(key.value, (copy.copy(key), value))
+        node.value = list(pairs.values())
+        return node
 
 
 def _comments(root: Node, lines: list[str], at: Keys = ()) -> Iterator[tuple[Keys, str]]:
@@ -389,36 +355,56 @@ def tag(node: Node) -> str:
 
 def location(node: Node) -> str:
     """Return the origin of a node: "hparams/asr/demo.yaml, line 12", or the name of an option."""
-    mark = node.start_mark
-    if mark is None:
-        return "overrides"
+    return "overrides" if node.start_mark is None else _place(node.start_mark)
+
+
+def _place(mark: Any) -> str:
+    """Return the file and line of a mark; only the name for the value of an option."""
     return mark.name if mark.name.startswith("--") else f"{mark.name}, line {mark.line + 1}"
-
-
-def children(node: Node) -> list[Node]:
-    """Return the values directly below a node."""
-    if isinstance(node, MappingNode):
-        return [value for _, value in node.value]
-    return list(node.value) if isinstance(node, SequenceNode) else []
 
 
 def items(node: Node) -> list[tuple[str, Node]]:
     """Return the values directly below a node with their keys; for a list, the indices."""
     if isinstance(node, MappingNode):
         return [(str(key.value), value) for key, value in node.value]
-    return [(str(index), value) for index, value in enumerate(children(node))]
+    return (
+        [(str(index), each) for index, each in enumerate(node.value)]
+        if isinstance(node, SequenceNode)
+        else []
+    )
+
+
+def children(node: Node) -> list[Node]:
+    """Return the values directly below a node."""
+    return [child for _, child in items(node)]
+
+
+def replace_children(node: Node, replace: Callable[[str, Node], Node]) -> None:
+    """Replace each value directly below a node by what `replace` returns for its key and itself."""
+    if isinstance(node, MappingNode):
+        node.value = [(key, replace(str(key.value), value)) for key, value in node.value]
+    elif isinstance(node, SequenceNode):
+        node.value = [replace(str(index), each) for index, each in enumerate(node.value)]
 
 
 def nodes(root: Node) -> Iterator[Node]:
     """Yield every node of a tree once, shared ones too."""
-    seen: set[int] = set()
+    seen: set[Node] = set()
     waiting = [root]
     while waiting:
         node = waiting.pop()
-        if id(node) not in seen:
-            seen.add(id(node))
+        if node not in seen:
+            seen.add(node)
             yield node
             waiting += reversed(children(node))
+
+
+def paths(root: Node, at: str = "") -> list[tuple[str, Node]]:
+    """Return every value with its dotted key, such as "model.width"; shared ones once per use."""
+    found = [(at, root)]
+    for key, child in items(root):
+        found += paths(child, f"{at}.{key}" if at else key)
+    return found
 
 
 def mapping(type_: str = MAP) -> MappingNode:
@@ -447,42 +433,26 @@ def pop(node: MappingNode, key: str) -> Any:
     return found
 
 
-def clone(root: Node) -> Any:
-    """Copy a tree; shared nodes are shared in the copy."""
-    copies: dict[int, Node] = {}
-
-    def cloned(node: Node) -> Node:
-        if id(node) not in copies:
-            new = copies[id(node)] = copy.copy(node)
-            if isinstance(node, MappingNode):
-                new.value = [(key, cloned(value)) for key, value in node.value]
-            elif isinstance(node, SequenceNode):
-                new.value = [cloned(value) for value in node.value]
-        return copies[id(node)]
-
-    return cloned(root)
-
-
 def expanded_size(root: Node) -> int:
     """Return the number of values with every alias written out; ValueError above the limits."""
-    sizes: dict[int, int] = {}
-    active: set[int] = set()
+    sizes: dict[Node, int] = {}
+    active: set[Node] = set()
 
     def size(node: Node) -> int:
-        if id(node) in active:
+        if node in active:
             raise ValueError(f"{location(node)}: the value contains itself")
         if len(active) > MAX_DEPTH:
             raise ValueError(f"{location(node)}: nested more than {MAX_DEPTH} levels deep")
-        if id(node) not in sizes:
-            active.add(id(node))
-            sizes[id(node)] = 1 + sum(size(child) for child in children(node))
-            active.discard(id(node))
-        if sizes[id(node)] > MAX_NODES:
+        if node not in sizes:
+            active.add(node)
+            sizes[node] = 1 + sum(size(child) for child in children(node))
+            active.discard(node)
+        if sizes[node] > MAX_NODES:
             raise ValueError(
                 f"{location(node)}: more than {MAX_NODES} values with aliases and references "
                 "written out: too many for a YAML"
             )
-        return sizes[id(node)]
+        return sizes[node]
 
     return size(root)
 
@@ -499,33 +469,35 @@ def represent(value: Any, near: Node | None = None) -> Node:
     """
     if isinstance(value, Node):
         return value
-    mark: dict[str, Any] = {}
-    if near is not None:
-        mark = {"start_mark": near.start_mark, "end_mark": near.end_mark}
+    node: Node
     if isinstance(value, Mapping):
         pairs = [(represent(key, near), represent(each, near)) for key, each in value.items()]
-        return MappingNode(MAP, pairs, flow_style=not pairs, **mark)
-    if isinstance(value, list):
-        parts = [represent(each, near) for each in value]
-        return SequenceNode(SEQ, parts, flow_style=True, **mark)
-    if value is None or isinstance(value, bool):
-        text = "null" if value is None else str(value).lower()
-        return ScalarNode(NULL if value is None else BOOL, text, **mark)
-    if isinstance(value, int):
-        return ScalarNode(INT, int.__repr__(value), **mark)
-    if isinstance(value, float):
+        node = MappingNode(MAP, pairs, flow_style=not pairs)
+    elif isinstance(value, list):
+        node = SequenceNode(SEQ, [represent(each, near) for each in value], flow_style=True)
+    elif value is None:
+        node = ScalarNode(NULL, "null")
+    elif isinstance(value, bool):
+        node = ScalarNode(BOOL, str(value).lower())
+    elif isinstance(value, int):
+        node = ScalarNode(INT, int.__repr__(value))
+    elif isinstance(value, float):
         text = float.__repr__(value).replace("inf", ".inf").replace("nan", ".nan")
-        return ScalarNode(FLOAT, text, **mark)
-    if isinstance(value, tuple):
-        return ScalarNode(STR, str(value).replace(",)", ")"), **mark)  # text that reads as a tuple
-    if isinstance(value, (str, os.PathLike)):
+        node = ScalarNode(FLOAT, text)
+    elif isinstance(value, tuple):
+        node = ScalarNode(STR, str(value).replace(",)", ")"))  # text that is built as a tuple
+    elif isinstance(value, (str, os.PathLike)):
         simple = re.fullmatch(r"[\w./][\w./ -]*|\(.*\)", str(value))
-        return ScalarNode(STR, str(value), style=None if simple else '"', **mark)
-    place = "" if near is None else f"{location(near)}: "
-    raise ValueError(
-        f"{place}{value!r} is a {type(value).__name__}; a YAML value must be a number, a text, "
-        "true, false, null, a list or a mapping (!apply: builds objects, !applyref: does not)"
-    )
+        node = ScalarNode(STR, str(value), style=None if simple else '"')
+    else:
+        place = "" if near is None else f"{location(near)}: "
+        raise ValueError(
+            f"{place}{value!r} is a {type(value).__name__}; a YAML value must be a number, a text, "
+            "true, false, null, a list or a mapping (!apply: builds objects, !applyref: does not)"
+        )
+    if near is not None:
+        node.start_mark, node.end_mark = near.start_mark, near.end_mark
+    return node
 
 
 def plain(node: Node) -> Any:
@@ -533,7 +505,7 @@ def plain(node: Node) -> Any:
     for each in nodes(node):
         if tag(each) not in PLAIN:
             raise ValueError(f"{location(each)}: {tag(each)} is not a plain value")
-    return YAML(typ="safe", pure=True).constructor.construct_document(clone(node))
+    return YAML(typ="safe", pure=True).constructor.construct_document(node)
 
 
 def dump(root: Node) -> str:
