@@ -36,7 +36,7 @@ from trainer.loggers import (
     TextLog,
 )
 from trainer.loggers.callback import describe
-from trainer.loggers.jsonl import as_json
+from trainer.loggers.files import as_json
 from trainer.progress import Stage
 
 
@@ -189,7 +189,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path, st
     kept = [line.get("step", -1) for line in lines(tmp_path)]
     assert all(n <= step for n in kept if n > 0)
     assert len(kept) == 1 + sum(1 + (n % 5 == 0) for n in range(1, 11) if n <= step)
-    assert log.lines() == len(kept)
+    assert log.lines == len(kept)
     log.scalars("step", {}, step + 1)
     log.close()
     assert lines(tmp_path)[-1]["step"] == step + 1
@@ -203,7 +203,7 @@ def test_records_of_the_checkpoints_own_step_are_told_apart_by_their_number(tmp_
     log = JsonlLogger(tmp_path)
     log.scalars("step", {}, 1)
     log.scalars("step", {}, 2)
-    saved = log.lines()
+    saved = log.lines
     log.scalars("stage", {"stage": "valid"}, 2)
     log.resume(2, saved)
     log.close()

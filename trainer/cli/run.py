@@ -37,7 +37,7 @@ from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, recipe_packages
 from trainer.defaults import DriverFinished
 from trainer.distributed.replica_check import DriftError
-from trainer.loggers.run_log import RunLog
+from trainer.loggers import JsonlLogger, TextLog
 from trainer.optim.build import pick_device
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
@@ -237,7 +237,7 @@ def _run(
         folder, changes = stack.enter_context(
             _run_folder(hyperparameters, options, _source(train), command, mark)
         )
-        log = RunLog(None if options.replay else folder, main=distributed.is_main())
+        log = TextLog(folder if distributed.is_main() and not options.replay else None)
         stack.callback(log.close)
         stack.enter_context(session.messages(log, [_module(train), *recipe_packages()]))
         stack.enter_context(session.signals_at_safe_points())
@@ -365,8 +365,8 @@ def _report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the test metrics, and write them as the last line of metrics.jsonl."""
     print("test:", *(f"{name}={_readable(value)}" for name, value in metrics.items()), flush=True)
     # Opened anew: a resumed run has replaced the first file by a shorter one.
-    log = RunLog(folder)
-    log.stage({"stage": "test", **metrics})
+    log = JsonlLogger(folder)
+    log.write({"kind": "stage", "stage": "test", **metrics})
     log.close()
 
 

@@ -15,20 +15,20 @@ from tqdm import tqdm
 
 from trainer import distributed, signals
 from trainer.config.registry import recipe_packages
-from trainer.loggers.run_log import RunLog
+from trainer.loggers import TextLog
 
 
 class _ToLog(logging.Handler):
     """Handler that writes messages to train.log, each of their lines with the time."""
 
-    def __init__(self, log: RunLog) -> None:
+    def __init__(self, log: TextLog) -> None:
         super().__init__(logging.INFO)
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message; OSError, as elsewhere, if the disk is full."""
         for line in self.format(record).splitlines():
-            self.log.text(line)
+            self.log.write(line)
 
 
 class _ToTerminal(logging.Handler):
@@ -44,7 +44,7 @@ class _ToTerminal(logging.Handler):
 
 
 @contextmanager
-def messages(log: RunLog, names: Iterable[str]) -> Iterator[None]:
+def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
     """Context manager that sends messages and Python's warnings to train.log and the terminal.
 
     Args:
@@ -88,7 +88,7 @@ def signals_at_safe_points() -> Iterator[None]:
 
 
 @contextmanager
-def logged_exceptions(log: RunLog) -> Iterator[None]:
+def logged_exceptions(log: TextLog) -> Iterator[None]:
     """Context manager that writes the traceback of an exception to train.log."""
     try:
         yield
@@ -99,7 +99,7 @@ def logged_exceptions(log: RunLog) -> Iterator[None]:
             lines = "".join(traceback.format_exception(error)).splitlines()
         with contextlib.suppress(OSError):  # A full disk may be the error itself.
             for line in lines:
-                log.text(line)
+                log.write(line)
         raise
 
 

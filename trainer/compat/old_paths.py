@@ -23,7 +23,7 @@ OLD_PATHS: dict[str, tuple[str, ...]] = {
     "trainer.hparams": ("trainer.config.hyperparameters",),
     "trainer.interrupt": ("trainer.signals",),
     "trainer.journal": ("trainer.loggers",),
-    "trainer.log": ("trainer.loggers.run_log",),
+    "trainer.log": ("trainer.loggers.files",),
     "trainer.nonfinite": ("trainer.optim.guard",),
     "trainer.page": ("trainer.report",),
     "trainer.precision": ("trainer.optim.precision",),

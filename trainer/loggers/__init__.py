@@ -5,11 +5,10 @@
 """
 
 from trainer.loggers.callback import LoggerCallback
-from trainer.loggers.jsonl import JsonlLogger
+from trainer.loggers.files import JsonlLogger, TextLog
 from trainer.loggers.progress_bar import ProgressBar
 from trainer.loggers.protocol import Logger
 from trainer.loggers.tensorboard import TensorBoardLogger
-from trainer.loggers.text import TextLog
 
 __all__ = [
     "JsonlLogger",

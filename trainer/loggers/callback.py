@@ -11,8 +11,7 @@ from torch import Tensor
 
 from trainer import distributed
 from trainer.callbacks import Callback
-from trainer.loggers.folder import run_folder
-from trainer.loggers.jsonl import JsonlLogger
+from trainer.loggers.files import JsonlLogger, run_folder
 from trainer.loggers.protocol import Logger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.metrics import RESERVED, StageReport
@@ -84,15 +83,9 @@ class LoggerCallback(Callback):
 
     def on_resume(self, brain: Brain) -> None:
         """Remove what was recorded after the checkpoint, since it will come again."""
-        step, lines = brain.optimizer_step, self._saved_lines
-
-        def resume(logger: Logger) -> None:
-            if isinstance(logger, JsonlLogger):
-                logger.resume(step, lines)
-            else:
-                logger.resume(step)
-
-        self._each(resume)
+        for factory, each in list(self._opened().items()):
+            lines = [self._saved_lines] if isinstance(each, JsonlLogger) else []
+            self._call(factory, "resume", brain.optimizer_step, *lines)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
         """Record the averages of the last steps."""
@@ -118,32 +111,32 @@ class LoggerCallback(Callback):
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Record numbers; see `Logger.scalars`."""
-        self._each(lambda logger: logger.scalars(kind, values, step))
+        self._each("scalars", kind, values, step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Record the distribution of values (N,) on the host."""
-        self._each(lambda logger: logger.histogram(name, values, step))
+        self._each("histogram", name, values, step)
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Record a picture, as the bytes of a PNG file."""
-        self._each(lambda logger: logger.figure(name, png, step))
+        self._each("figure", name, png, step)
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Record sound: samples (T,) in [-1, 1], rate in Hz."""
-        self._each(lambda logger: logger.audio(name, samples, rate, step))
+        self._each("audio", name, samples, rate, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text."""
-        self._each(lambda logger: logger.text(name, text, step))
+        self._each("text", name, text, step)
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file of the run, such as the report or the best checkpoint."""
-        self._each(lambda logger: logger.artifact(name, path))
+        self._each("artifact", name, path)
 
     def close(self) -> None:
         """Close the loggers; what is recorded later opens them again."""
-        for factory, each in list(self._loggers.items()):
-            self._call(factory, each, lambda logger: logger.close())
+        for factory in list(self._loggers):
+            self._call(factory, "close")
         self._loggers.clear()
         self._depth = 0
 
@@ -151,14 +144,8 @@ class LoggerCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of records in `metrics.jsonl`, None where there is no such file."""
-        lines: list[int] = []
-
-        def count(logger: Logger) -> None:
-            if isinstance(logger, JsonlLogger):
-                lines.append(logger.lines())
-
-        self._each(count)
-        return {"jsonl_lines": lines[0] if lines else None}
+        files = [each for each in self._opened().values() if isinstance(each, JsonlLogger)]
+        return {"jsonl_lines": files[0].lines if files else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; nothing is removed before `on_resume`."""
@@ -180,14 +167,15 @@ class LoggerCallback(Callback):
                     self._give_up(factory, getattr(factory, "__name__", repr(factory)), error)
         return self._loggers
 
-    def _each(self, action: Callable[[Logger], None]) -> None:
-        """Do something with every logger in use."""
-        for factory, each in list(self._opened().items()):
-            self._call(factory, each, action)
+    def _each(self, method: str, *arguments: Any) -> None:
+        """Call a method of every logger in use."""
+        for factory in list(self._opened()):
+            self._call(factory, method, *arguments)
 
-    def _call(self, factory: LoggerFactory, each: Logger, action: Callable[[Logger], None]) -> None:
+    def _call(self, factory: LoggerFactory, method: str, *arguments: Any) -> None:
+        each = self._loggers[factory]
         try:
-            action(each)
+            getattr(each, method)(*arguments)
         except Exception as error:
             self._give_up(factory, type(each).__name__, error)
 

@@ -16,28 +16,6 @@ if TYPE_CHECKING:
     from trainer.brain import Brain
 
 
-def make_bar(description: str, total: int | None, done: int = 0, shown: bool = True) -> Any:
-    """Return a tqdm bar that is removed when it is closed.
-
-    Args:
-        description: text before the bar.
-        total: number of batches; None where unknown.
-        done: batches that are done already.
-        shown: False makes a bar that does nothing, as does any rank but 0.
-    """
-    # A file keeps every bar that is drawn; it is given two a minute.
-    pace = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=description,
-        disable=not (shown and distributed.is_main()),
-        leave=False,
-        dynamic_ncols=True,
-        **pace,
-    )
-
-
 class ProgressBar(Callback):
     """Show a progress bar for each stage, on rank 0.
 
@@ -70,16 +48,26 @@ class ProgressBar(Callback):
     ) -> None:
         """Show the bar of a stage; a resumed training stage starts at the batches it has done."""
         description = stage.value if epoch is None else f"epoch {epoch} {stage.value}"
-        done = brain.step if stage is Stage.TRAIN else 0
-        self._bars.append(make_bar(description, total, done, self.progressbar_shown))
+        # A file keeps every bar that is drawn; it is given two a minute.
+        pace = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
+        self._bars.append(
+            tqdm(
+                total=total,
+                initial=brain.progress.step if stage is Stage.TRAIN else 0,
+                desc=description,
+                disable=not (self.progressbar_shown and distributed.is_main()),
+                leave=False,
+                dynamic_ncols=True,
+                **pace,
+            )
+        )
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
         """Advance the bar by a batch, with the loss behind it if that is known on the host."""
-        if not self._bars or self._bars[-1].disable:
+        if not self._bars or self._bars[-1].disable or not self._bars[-1].update():
             return
-        value = loss.loss if isinstance(loss, StepReport) else None
-        if self._bars[-1].update() and value is not None:
-            self._bars[-1].set_postfix(loss=f"{value:.4g}", refresh=False)
+        if isinstance(loss, StepReport) and loss.loss is not None:
+            self._bars[-1].set_postfix(loss=f"{loss.loss:.4g}", refresh=False)
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Remove the bar of the stage."""

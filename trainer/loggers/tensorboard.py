@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.loggers.jsonl import as_json
+from trainer.loggers.files import as_json, readable_errors
 from trainer.loggers.protocol import Logger
-from trainer.loggers.text import readable_errors
 
 # Colour channels by the colour type in the header of a PNG file.
 CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}

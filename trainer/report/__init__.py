@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from trainer import distributed
 from trainer.callbacks import Callback
-from trainer.loggers.folder import run_folder
+from trainer.loggers.files import run_folder
 from trainer.metrics import StageReport
 from trainer.options import RunOptions
 from trainer.report.page import render

@@ -19,7 +19,7 @@ import torch
 from trainer import distributed
 from trainer.diagnostics.nonfinite.probe import Finding
 from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
-from trainer.loggers.jsonl import as_json
+from trainer.loggers.files import as_json
 from trainer.metrics import StepReport
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from trainer.clipping import Gradients
 from trainer.diagnostics.nonfinite.diagnoses import diagnose
 from trainer.diagnostics.nonfinite.probe import CollectiveCalled, Finding, NonFiniteFound, Probe
 from trainer.diagnostics.nonfinite.report import NonFiniteReport
-from trainer.loggers.folder import run_folder
+from trainer.loggers.files import run_folder
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
 from trainer.optim.step import Update

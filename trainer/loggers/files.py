@@ -1,0 +1,220 @@
+"""Text files of a run: `metrics.jsonl` for programs and `train.log` for people.
+
+A line of `metrics.jsonl` is one JSON object: {"kind": "step", "step": 120, "loss": 1.2, …} for a
+logged step, {"kind": "stage", "stage": "valid", "epoch": 2, "step": 120, "wer": 3.2, …} for a
+finished stage, {"kind": "monitor", "step": 100, "layers": {…}, …} for layer norms. ``step`` is the
+number of optimizer steps since the run began. The file is strict JSON: a number that is not finite
+is null.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.loggers.protocol import Logger
+from trainer.options import RunOptions
+
+logger = logging.getLogger("trainer")
+
+
+def run_folder(options: RunOptions) -> Path | None:
+    """Return the folder to record a run in; None without one, under --debug and in a replay."""
+    if not options.output_folder or options.debug or options.replay:
+        return None
+    return Path(options.output_folder)
+
+
+@contextmanager
+def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
+    """Context manager that adds the path and what to do to an OSError.
+
+    Args:
+        path: the file that is written.
+        what: the word for it in the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the run's {what} could not be written ({error.strerror}); "
+            "free some space or choose another --output_folder",
+            str(path),
+        ) from error
+
+
+class LineFile:
+    """Text file that grows by whole lines.
+
+    Each line is one write, so that a killed process leaves at most one partial line, which is cut
+    away when the file is opened again. A line that does not fit on the disk leaves nothing behind.
+
+    Args:
+        path: the file. It and its folder are created where they are missing.
+
+    Attributes:
+        lines: number of lines.
+
+    Raises:
+        OSError: if the file cannot be opened, read or written (all methods).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.new")
+        with readable_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary.unlink(missing_ok=True)
+            self._file = self._open()
+
+    def _open(self) -> int:
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        content = self.path.read_bytes()
+        os.ftruncate(file, content.rfind(b"\n") + 1)
+        self.lines = content.count(b"\n")
+        return file
+
+    def append(self, line: str) -> None:
+        """Write a line."""
+        # Half a surrogate pair (a file name that is not UTF-8) becomes its escape, in JSON as well.
+        data = f"{line}\n".encode(errors="backslashreplace")
+        with readable_errors(self.path):
+            end = os.fstat(self._file).st_size
+            try:
+                while data:  # Loops only on a disk that fills up; the next write raises the error.
+                    data = data[os.write(self._file, data) :]
+            except OSError:
+                os.ftruncate(self._file, end)
+                raise
+        self.lines += 1
+
+    def replace(self, lines: Iterable[bytes]) -> None:
+        """Replace the content by these lines, or leave it as it is if that fails."""
+        with readable_errors(self.path):
+            with self._temporary.open("wb") as new:
+                new.writelines(lines)
+                new.flush()
+                os.fsync(new.fileno())
+            os.replace(self._temporary, self.path)
+            os.close(self._file)
+            self._file = self._open()
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class TextLog:
+    """`train.log`: messages for people, each with the local time before it.
+
+    A line that cannot be written is left out. The first such failure is a warning, and the run goes
+    on.
+
+    Args:
+        folder: run folder; None writes nothing.
+
+    Raises:
+        OSError: if the file cannot be opened.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = None if folder is None else LineFile(folder / "train.log")
+        self._warned = False
+
+    def write(self, line: str) -> None:
+        """Write a line."""
+        if self._file is None:
+            return
+        try:
+            self._file.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        except OSError as error:
+            if not self._warned:
+                self._warned = True  # Before the warning, which may come back here as a line.
+                logger.warning("train.log lacks lines from here on: %s", error)
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class JsonlLogger(LineFile, Logger):
+    """Write records as lines of `metrics.jsonl`; histograms, pictures and sounds are left out.
+
+    Args:
+        folder: run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "metrics.jsonl")
+
+    def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Write a record of numbers."""
+        self.write({"kind": kind, **values, "step": step})
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a record as it is.
+
+        Args:
+            record: values by name; what JSON does not know is converted by `as_json`.
+        """
+        self.append(json.dumps(as_json(record), ensure_ascii=False, allow_nan=False))
+
+    def resume(self, step: int, lines: int | None = None) -> None:
+        """Remove records of later steps, which a resumed run is about to write again.
+
+        Args:
+            step: optimizer steps at the checkpoint. Records without a step are kept, lines that
+                cannot be read are removed.
+            lines: number of records at the checkpoint; those behind them are removed, too, since
+                several records may have one step. None: as many as there are.
+        """
+        with self.path.open("rb") as file:
+            known = list(file)
+        kept = [line for line in known[:lines] if _step_of(line) <= step]
+        if len(kept) < len(known):
+            self.replace(kept)
+
+
+def as_json(value: Any) -> Any:
+    """Convert a value to what strict JSON can hold.
+
+    Args:
+        value: mappings, lists and tuples, nested in any way, of numbers, texts, tensors and NumPy
+            arrays. Reading a tensor on a GPU waits for the device.
+
+    Returns:
+        Dicts and lists of numbers, texts, booleans and None: None for NaN and infinities, a number
+        or lists of numbers for a tensor, the text of anything else.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): as_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(part) for part in value]
+    if hasattr(value, "tolist"):  # Tensors, and NumPy's numbers and arrays.
+        return as_json(value.tolist())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line: -inf where it has none, inf where it cannot be read."""
+    try:
+        step = json.loads(line).get("step")
+    except (ValueError, AttributeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, (int, float)) else -math.inf
