@@ -35,13 +35,12 @@ from trainer import defaults, distributed, seed, signals
 from trainer.callbacks import Callback, CallbackList
 from trainer.checkpoint.run_state import (
     BufferState,
-    ModuleState,
     RunState,
+    Saver,
     Snapshot,
     StateEntry,
     TrainableState,
 )
-from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
 from trainer.data import DataFeed, batch_ids, count_examples, make_feed, make_loader
 from trainer.distributed.strategy import make_strategy
@@ -364,8 +363,7 @@ class Brain(SpeechBrainNames):
             self.__begin_training()
             total = feed.begin(epoch)
             if self.__depth == 1:
-                self.__state.epoch_begun(epoch, total)
-                progress.epoch_batches = total
+                self.__state.enter_epoch(epoch, total)
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             self.__metrics.begin_stage()
             batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
@@ -661,10 +659,7 @@ class Brain(SpeechBrainNames):
         An override may add entries to those of ``super().stateful()``. Checkpoints, nested fits,
         the tuner and replays carry them all. Entries are restored in this order.
         """
-        modules = ModuleState(self.modules)
-        entries = {
-            "modules": StateEntry(modules, "shared", trained=True, snapshot=modules.snapshot)
-        }
+        entries = {"modules": StateEntry(self.modules, "shared", trained=True)}
         for name, update in self.updates.items():
             entries[f"optimizers.{name}"] = StateEntry(update, "shared", trained=True)
         if self.__ema is not None:
@@ -675,8 +670,10 @@ class Brain(SpeechBrainNames):
             entries[f"objects.{name}"] = StateEntry(part, "shared" if networks else "both")
         entries["trainable"] = StateEntry(self.__trainable, "shared")
         entries["strategy"] = StateEntry(self.__strategy, "shared")
-        if not distributed.is_main():
-            entries["buffers"] = StateEntry(BufferState(self.modules))
+        entries["buffers"] = StateEntry(
+            BufferState(self.modules),
+            "memory" if distributed.is_main() else "rank",  # Rank 0's are saved with the modules.
+        )
         for name, update in self.updates.items():
             entries[f"windows.{name}"] = StateEntry(WindowState(update, self.updates), of_fit=True)
         entries["guard"] = StateEntry(self.__guard, of_fit=True, snapshot=self.__guard.snapshot)
@@ -880,7 +877,7 @@ class Brain(SpeechBrainNames):
             if progress.fits < self.__state.resumed_fit:
                 logger.info("fit number %d was over before: nothing to do", progress.fits)
                 return
-            resumed = self.__state.enter_epochs()
+            resumed = progress.fits == self.__state.resumed_fit
         if progress.phase == "valid" and not has_valid:
             progress.phase = "done"
         if resumed and hasattr(counter, "current"):

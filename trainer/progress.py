@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -54,16 +55,11 @@ class Progress:
     averaged: str | None = None
     nonfinite_count: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all fields by name."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any], of_run: bool = True) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], of_run: bool = True) -> None:
         """Set the fields from a saved state.
 
         Args:
-            state: values by field name, as `state_dict` returned them. A field that it lacks keeps
-                its value.
+            state: values by field name. A field that it lacks keeps its value.
             of_run: set the fields that count over the whole run, too.
         """
         for each in fields(self):

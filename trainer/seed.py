@@ -64,7 +64,7 @@ def rng_state() -> dict[str, Any]:
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": pack_python_state(random.getstate()),
+        "python": _pack_python_state(random.getstate()),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -93,13 +93,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
         sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
-def pack_python_state(state: tuple[Any, ...]) -> list[Any]:
+def _pack_python_state(state: tuple[Any, ...]) -> list[Any]:
     """Return a state of `random.Random` with its 625 numbers as a tensor, quicker to save."""
     version, internal, gauss = state
     return [version, torch.tensor(internal), gauss]
 
 
 def _unpack_python_state(state: list[Any]) -> tuple[Any, ...]:
+    """Return the state that `_pack_python_state` was given."""
     version, internal, gauss = state
     return version, tuple(internal.tolist()), gauss
 
@@ -143,7 +144,7 @@ def as_stateful(value: Any) -> Any:
         return _StatefulGenerator(value.get_state, value.set_state)
     if isinstance(value, random.Random):
         return _StatefulGenerator(
-            lambda: pack_python_state(value.getstate()),
+            lambda: _pack_python_state(value.getstate()),
             lambda state: value.setstate(_unpack_python_state(state)),
         )
     bits = getattr(value, "bit_generator", None)  # NumPy's Generator; PCG64 unless chosen.
@@ -163,8 +164,8 @@ class fork_rng:
     """
 
     def __init__(self, seed: int | None = None, generators: Iterable[torch.Generator] = ()) -> None:
-        self._seed, self._generators = seed, tuple(generators)
-        self._inner: list[Any] | None = None
+        self._seed, self._generators = seed, (torch.default_generator, *generators)
+        self._inner: tuple[Any, ...] | None = None
 
     def __enter__(self) -> None:
         self._outer = self._states()
@@ -180,20 +181,18 @@ class fork_rng:
             self._inner = self._states()
         self._restore(self._outer)
 
-    def _states(self) -> list[Any]:
+    def _states(self) -> tuple[Any, ...]:
         numpy = sys.modules.get("numpy")
-        return [
+        return (
             random.getstate(),
             numpy.random.get_state(legacy=False) if numpy else None,
-            *(each.get_state() for each in (torch.default_generator, *self._generators)),
-        ]
+            [generator.get_state() for generator in self._generators],
+        )
 
-    def _restore(self, states: list[Any]) -> None:
-        python, numpy, *rest = states
+    def _restore(self, states: tuple[Any, ...]) -> None:
+        python, numpy, torch_states = states
         random.setstate(python)
         if numpy is not None:  # None: it was imported inside the block.
             sys.modules["numpy"].random.set_state(numpy)
-        for generator, state in zip(
-            (torch.default_generator, *self._generators), rest, strict=True
-        ):
+        for generator, state in zip(self._generators, torch_states, strict=True):
             generator.set_state(state)

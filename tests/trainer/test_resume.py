@@ -178,6 +178,19 @@ def test_at_the_end_of_a_stage(tmp_path: Path, name: str, seen: int) -> None:
     assert_exact(straight, resumed, seen)
 
 
+def test_an_object_that_a_validation_makes_is_made_again(tmp_path: Path) -> None:
+    class Making(SavesAtEnds):
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            super().on_stage_start(stage, epoch)
+            if stage is Stage.VALID:
+                self.errors = Counting()
+
+    setting = Setting(Making, **FEW)
+    straight = run(setting, tmp_path / "straight", (), Setting.fit)
+    resumed = resume(setting, tmp_path / "straight", "valid-1", tmp_path / "resumed", Setting.fit)
+    assert_exact(straight, resumed, 11)
+
+
 def test_at_the_end_of_training_for_good(tmp_path: Path) -> None:
     setting = Setting(SavesAtEnds, valid=False, **FEW)
     straight = run(setting, tmp_path / "straight", (), Setting.fit)

@@ -1,4 +1,4 @@
-"""State of a run: what it consists of, snapshots of it, and resuming from a checkpoint.
+"""State of a run: what it consists of, snapshots of it, when it is saved, and resuming.
 
 State has two sources: a `Progress`, and the entries that `Brain.stateful` lists. Checkpoints, a
 `fit` inside a hook of another `fit`, the trials of the tuner and the replay of a batch all iterate
@@ -8,30 +8,23 @@ these two, and nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from trainer import checks, distributed
+from trainer import checks, distributed, signals
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.storage import Checkpoint
+from trainer.options import RunOptions
 from trainer.progress import Progress
 from trainer.tree import map_leaves
 
 logger = logging.getLogger("trainer")
-
-OBJECTS = "the stateful objects of this Brain"
-
-
-class Stateful(Protocol):
-    """Anything with a state that can be saved and restored."""
-
-    def state_dict(self) -> Any:
-        """Return the state: tensors, plain values, and containers of these."""
-
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Restore a saved state."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +32,11 @@ class StateEntry:
     """One part of a run's state.
 
     Args:
-        part: the object that holds the state.
+        part: the object that holds the state, by ``state_dict`` and ``load_state_dict``.
         scope: "shared": equal on all ranks; rank 0's is saved and every rank loads it. "rank":
             each rank saves and loads its own. "both": rank 0's is saved as the shared one, and each
-            other rank saves its own, too, which a resume with as many ranks loads.
+            other rank saves its own, too, which a resume with as many ranks loads. "memory": kept
+            in snapshots alone; no checkpoint holds it.
         trained: True for weights and optimizers. What `Brain.on_fit_start` of a resumed run does to
             them stays; what it does to anything else is undone.
         of_fit: True if it belongs to one `fit`: a nested `fit` leaves it as it was.
@@ -52,7 +46,7 @@ class StateEntry:
     """
 
     part: Any
-    scope: Literal["shared", "rank", "both"] = "rank"
+    scope: Literal["shared", "rank", "both", "memory"] = "rank"
     trained: bool = False
     of_fit: bool = False
     restart: Callable[[], None] | None = None
@@ -60,6 +54,7 @@ class StateEntry:
 
 
 Entries = Mapping[str, StateEntry]
+SHARED = ("shared", "both")  # Scopes of which rank 0 saves a state for every rank.
 
 
 def copied(state: Any) -> Any:
@@ -84,7 +79,7 @@ class Snapshot:
         self, progress: Progress, stateful: Callable[[], Entries], of_fit: bool = False
     ) -> None:
         self._progress, self._stateful, self._of_fit = progress, stateful, of_fit
-        self._place = copied(progress.state_dict())
+        self._values = copied(vars(progress))
         self._states = {
             name: copied((entry.snapshot or entry.part.state_dict)())
             for name, entry in stateful().items()
@@ -97,7 +92,7 @@ class Snapshot:
             if name in self._states:
                 # A copy, since optimizers take over the tensors that they are given.
                 entry.part.load_state_dict(copied(self._states[name]))
-        self._progress.load_state_dict(copied(self._place), of_run=not self._of_fit)
+        self._progress.load_state_dict(copied(self._values), of_run=not self._of_fit)
 
 
 class RunState:
@@ -111,35 +106,31 @@ class RunState:
     Args:
         progress: progress of the run.
         stateful: lists the entries of the state.
+
+    Attributes:
+        resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
     """
 
     def __init__(self, progress: Progress, stateful: Callable[[], Entries]) -> None:
         self.progress, self._stateful = progress, stateful
-        self.resumed_fit = 0  # Number of the `fit` that the checkpoint was saved in.
-        self._shared: Mapping[str, Any] | None = None
-        self._local: Mapping[str, Any] | None = None
-        self._trained: Mapping[str, Any] | None = None
-        self._place: tuple[int, int | None, int] | None = None
-        self._missing: list[str] = []  # Entries that hooks must have made by the next stage.
-        self._entered = True
+        self.resumed_fit = 0
+        self._shared: Mapping[str, Any] | None = None  # None once everything is restored.
+        self._local: Mapping[str, Any] = {}
+        self._trained: Mapping[str, Any] = {}
 
     # The Checkpointer's protocol
 
     def state_dict(self) -> dict[str, Any]:
         """Return what all ranks share."""
-        self.progress.processes = distributed.world_size()
         entries = self._stateful()
-        shared = {n: e.part.state_dict() for n, e in entries.items() if e.scope != "rank"}
-        return {"progress": self.progress.state_dict(), **shared}
+        shared = {n: e.part.state_dict() for n, e in entries.items() if e.scope in SHARED}
+        return {"progress": dict(vars(self.progress)), **shared}
 
     def local_state_dict(self) -> dict[str, Any]:
         """Return this rank's own part."""
-        main = distributed.is_main()
-        return {
-            name: entry.part.state_dict()
-            for name, entry in self._stateful().items()
-            if entry.scope == "rank" or (entry.scope == "both" and not main)
-        }
+        scopes = ("rank",) if distributed.is_main() else ("rank", "both")
+        entries = self._stateful()
+        return {n: e.part.state_dict() for n, e in entries.items() if e.scope in scopes}
 
     def load_state_dict(self, shared: Mapping[str, Any]) -> None:
         """Restore weights, optimizers, progress and the objects that exist by now.
@@ -148,20 +139,19 @@ class RunState:
             ValueError: if the state is another model's; nothing is changed then.
         """
         entries = self._stateful()
-        own = [n for n in entries if n.startswith("objects.")]
-        names = [n for n in entries if n.startswith("optimizers.")]
-        entries["modules"].part.check_state_dict(shared["modules"])
-        _check_names("the optimizers of this Brain", "optimizers.", shared, names)
-        for name in names:
-            entries[name].part.check_state_dict(shared[name])
-        _check_names(OBJECTS, "objects.", {n: 0 for n in own if n in shared}, own)
+        check_weights(entries["modules"].part, shared["modules"])
+        _check_names("optimizers", "optimizers.", shared, entries)
         for name, entry in entries.items():
-            if entry.trained and name not in shared and entry.restart is not None:
+            if name.startswith("optimizers."):
+                entry.part.check_state_dict(shared[name])
+        _check_names("stateful objects", "objects.", [n for n in shared if n in entries], entries)
+        for name, entry in entries.items():
+            if name not in shared and entry.restart is not None:
                 entry.restart()
-            elif entry.scope != "rank" and name in shared and name != "trainable":
+            elif name in shared and entry.scope in SHARED and name != "trainable":
                 entry.part.load_state_dict(shared[name])
         self._load_progress(shared)
-        self._shared, self._entered = shared, False
+        self._shared, self._local, self._trained = shared, {}, {}
 
     def load_local_state_dict(self, local: Mapping[str, Any]) -> None:
         """Keep this rank's own part until the run has come to where it was saved."""
@@ -169,22 +159,17 @@ class RunState:
 
     # The way back
 
-    def enter_epochs(self) -> bool:
-        """Return True at the first call after a checkpoint was loaded."""
-        entered, self._entered = self._entered, True
-        return not entered
-
     def fit_started(self) -> bool:
         """Go on after `on_fit_start` has run; return True if everything is restored now."""
         if self._shared is None:
             return False
-        if self.progress.phase == "train":  # The hook of the stage runs first.
-            entries = self._stateful()
-            trained = {n: e.part.state_dict() for n, e in entries.items() if e.trained}
-            self._trained = copied(trained)
-            return False
-        self._restore(strict=False)
-        return True
+        if self.progress.phase != "train":
+            self._restore(self._shared)
+            return True
+        # The hook of the stage runs first.
+        trained = {n: e.part.state_dict() for n, e in self._stateful().items() if e.trained}
+        self._trained = copied(trained)
+        return False
 
     def training_started(self) -> bool:
         """Go on after the stage's hook has run; return True if everything is restored now.
@@ -192,113 +177,185 @@ class RunState:
         Raises:
             ValueError: if an object that was saved does not exist by now.
         """
-        if self._shared is not None:
-            entries = self._stateful()
-            for name, state in (self._trained or {}).items():
-                entries[name].part.load_state_dict(state)
-            self._load_progress(self._shared)
-            self._restore(strict=True)
-            return True
-        if self._missing:
-            entries = self._stateful()
-            _check_names(
-                OBJECTS, "objects.", self._missing, [n for n in self._missing if n in entries]
-            )
-            self._missing = []
-        return False
+        if self._shared is None:
+            return False
+        entries = self._stateful()
+        saved = self._shared
+        _check_names("stateful objects", "objects.", saved, [n for n in entries if n in saved])
+        for name, state in self._trained.items():
+            entries[name].part.load_state_dict(state)
+        self._load_progress(saved)
+        self._restore(saved)
+        return True
 
-    def epoch_begun(self, epoch: int, length: int | None) -> None:
-        """Skip the same share of an epoch that has another number of batches than when it was left.
+    def enter_epoch(self, epoch: int, length: int | None) -> None:
+        """Note the length of an epoch, and find the batch at which a resumed one goes on.
+
+        With fewer ranks an epoch has more batches on each. Of an epoch that has another number of
+        batches than when it was left, the same share is skipped.
 
         Args:
             epoch: number of the epoch.
             length: its batches on this rank; None where unknown.
         """
-        place, self._place = self._place, None
-        step, batches, processes = place or (0, None, 1)
-        if length is None or not batches:
+        progress, ranks = self.progress, distributed.world_size()
+        step, batches, processes = progress.step, progress.epoch_batches, progress.processes
+        progress.epoch_batches, progress.processes = length, ranks
+        progress.step = step * processes // ranks
+        if not step or length is None or not batches:
             return
-        ranks = distributed.world_size()
         if abs(length * ranks - batches * processes) >= max(ranks, processes):
-            self.progress.step = step * length // batches
+            progress.step = step * length // batches
             logger.warning(
                 "epoch %d has %d batches now, and had %d when it was left after %d: going on after "
-                "%d", epoch, length, batches, step, self.progress.step,
+                "%d", epoch, length, batches, step, progress.step,
             )  # fmt: skip
 
     def _load_progress(self, shared: Mapping[str, Any]) -> None:
-        progress, fits = self.progress, self.progress.fits
-        progress.load_state_dict(shared["progress"])
-        self.resumed_fit, progress.fits = progress.fits, fits
-        if progress.phase == "train":
-            self._place = progress.step, progress.epoch_batches, progress.processes
-            # With fewer ranks an epoch has more batches on each.
-            progress.step = progress.step * progress.processes // distributed.world_size()
+        fits = self.progress.fits
+        self.progress.load_state_dict(shared["progress"])
+        self.resumed_fit, self.progress.fits = self.progress.fits, fits
 
-    def _restore(self, strict: bool) -> None:
-        """Restore everything but what is trained.
+    def _restore(self, shared: Mapping[str, Any]) -> None:
+        """Restore everything but what is trained."""
+        saved = {**shared, **self._local}
+        for name, entry in self._stateful().items():
+            if not entry.trained and name in saved:
+                entry.part.load_state_dict(saved[name])
+        self._shared, self._local, self._trained = None, {}, {}
+
+
+def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str]) -> None:
+    """Raise ValueError where the entries of one kind are not those that were saved."""
+    has, needs = (
+        {name.removeprefix(prefix): 0 for name in names if name.startswith(prefix)}
+        for names in (saved, own)
+    )
+    checks.same_keys(f"the {kind} of this Brain", has, needs)
+
+
+class Saver:
+    """Saves a run at moments at which its state is whole.
+
+    Saves that hooks ask for wait for such a moment: after a batch, after a stage, at the end of an
+    epoch.
+
+    Args:
+        checkpointer: where and which checkpoints are kept; None saves nothing.
+        state: state of the run.
+        options: intervals of saves within epochs.
+        on_saved: called with every checkpoint that was saved.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer | None,
+        state: RunState,
+        options: RunOptions,
+        on_saved: Callable[[Checkpoint], None],
+    ) -> None:
+        self._checkpointer = Checkpointer(".") if checkpointer is None else checkpointer
+        if checkpointer is None or options.debug:
+            self._checkpointer.enabled = False
+        self._checkpointer.add_recoverable("brain", state)
+        self._progress, self._options, self._on_saved = state.progress, options, on_saved
+        self._saved_at, self._saved_step = time.monotonic(), 0
+        self._before_validation: Snapshot | None = None
+
+    def recover(self) -> Checkpoint | None:
+        """Load the newest sound checkpoint, if there is one. Collective."""
+        if not self._checkpointer.enabled:
+            return None
+        self._checkpointer.prepare()
+        found = self._checkpointer.recover_if_possible()
+        if found is not None:
+            self._saved_step = self._progress.optimizer_step
+        return found
+
+    def due(self) -> bool:
+        """Return True if a save within the epoch is due on this rank."""
+        steps, minutes = (
+            self._options.checkpoint_every_steps,
+            self._options.checkpoint_every_minutes,
+        )
+        if steps is not None and self._progress.optimizer_step - self._saved_step >= steps:
+            return True
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def save(self, metrics: Mapping[str, Any], end_of_epoch: bool) -> None:
+        """Save the run as it is now, and apply the rules of what to keep. Collective."""
+        place = {"epoch": self._progress.epoch, "optimizer_step": self._progress.optimizer_step}
+        self._checkpointer.save_and_keep_only({**place, **metrics}, end_of_epoch=end_of_epoch)
+        self.release()
+
+    def release(self) -> bool:
+        """Do the saves that waited; return True if there were any. Collective."""
+        saved = self._checkpointer.release()
+        self._checkpointer.hold()
+        if saved:
+            self._saved_at, self._saved_step = time.monotonic(), self._progress.optimizer_step
+        for each in saved:
+            self._on_saved(each)
+        return bool(saved)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Context manager in which saves wait, and a run that is asked to stop saves itself."""
+        self._checkpointer.hold()
+        try:
+            yield
+        except signals.Interrupted as stop:
+            if self._progress.phase == "valid" and self._before_validation is not None:
+                self._before_validation.restore()
+            if self._checkpointer.enabled:
+                self.save({}, end_of_epoch=False)
+                logger.info(
+                    "saved and stopping (%s); the same command goes on from here", stop.signal
+                )
+            raise
+        finally:
+            self._checkpointer.drop_waiting()
+            self._before_validation = None
+
+    def begin_validation(self, snapshot: Snapshot) -> None:
+        """Keep the state of hooks: a run interrupted in validation resumes at its start.
 
         Args:
-            strict: every saved entry must exist by now. Otherwise the hook of the next stage may
-                make those that do not.
+            snapshot: state before the first hook of the validation.
         """
-        shared, local = self._shared or {}, self._local or {}
-        entries = self._stateful()
-        objects = [name for name in shared if name.startswith("objects.")]
-        self._missing = [name for name in objects if name not in entries]
-        if strict:
-            found = [name for name in objects if name in entries]
-            _check_names(OBJECTS, "objects.", objects, found)
-        for name, entry in entries.items():
-            if entry.trained:
-                continue
-            if name in local:
-                entry.part.load_state_dict(local[name])
-            elif name in shared:
-                entry.part.load_state_dict(shared[name])
-        self._shared = self._local = self._trained = None
+        self._before_validation = snapshot
 
+    @contextmanager
+    def testing(self, trained: bool) -> Iterator[None]:
+        """Context manager in which saves wait, since the weights are not those of the run.
 
-def _check_names(owner: str, prefix: str, saved: Iterable[str], own: Iterable[str]) -> None:
-    """Raise ValueError where the entries of one kind are not those that were saved."""
-    names = [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
-    checks.same_keys(owner, dict.fromkeys(names), [name.removeprefix(prefix) for name in own])
-
-
-class ModuleState:
-    """The parameters and buffers of the modules."""
-
-    def __init__(self, modules: nn.Module) -> None:
-        self._modules = modules
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the modules."""
-        return self._modules.state_dict()
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state with the buffers that are not persistent, which no checkpoint holds."""
-        state = self._modules.state_dict()
-        buffers = {n: b for n, b in self._modules.named_buffers() if n not in state}
-        return {"weights": state, "buffers": buffers}
-
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that saved weights fit.
-
-        Raises:
-            ValueError: with the first difference.
+        Args:
+            trained: False drops the saves that waited, with a warning.
         """
-        check_weights(self._modules, state)
+        self._checkpointer.hold()
+        try:
+            yield
+            if trained:
+                self.release()
+        finally:
+            if self._checkpointer.drop_waiting():
+                logger.warning("a save within a test was left out: this Brain has not trained")
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore saved weights, or a snapshot."""
-        if "weights" in state:  # The names of weights begin with that of their module, and a dot.
-            BufferState(self._modules).load_state_dict(state["buffers"])
-            state = state["weights"]
-        self._modules.load_state_dict(state)
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Context manager in which nothing is saved, whoever asks."""
+        before, self._checkpointer.enabled = self._checkpointer.enabled, False
+        try:
+            yield
+        finally:
+            self._checkpointer.enabled = before
 
 
 class BufferState:
-    """The buffers of the modules, of which each rank has its own until an epoch ends."""
+    """The buffers of the modules, also those that are not persistent.
+
+    Each rank has its own until an epoch ends.
+    """
 
     def __init__(self, modules: nn.Module) -> None:
         self._modules = modules
