@@ -14,6 +14,7 @@ from collections.abc import (
     MutableSequence,
     MutableSet,
 )
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -101,13 +102,27 @@ class UserAttributes:
 
     def begin(self) -> None:
         """Take the present values as those of the beginning."""
-        self._start = self._all(tell=False)
+        self._start, others = self._values()
+        self._unsaved = {n: (id(v), len(v)) for n, v in others.items() if isinstance(v, CONTAINERS)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the changed values, and the names of those that are not on the CPU."""
+        """Return the changed values, and the names of those that are not on the CPU.
+
+        Warns of containers that have changed and cannot be saved.
+        """
+        values, others = self._values()
+        for name, value in others.items():
+            known = self._unsaved.get(name, ())
+            if isinstance(value, CONTAINERS) and known not in ((id(value), len(value)), None):
+                self._unsaved[name] = None
+                logger.warning(
+                    "%s.%s changes in training and holds what a checkpoint cannot: a resumed run "
+                    "will not have it (numbers, texts, tensors, and containers of these are saved)",
+                    type(self._owner).__name__, name,
+                )  # fmt: skip
         changed = {
             name: value
-            for name, value in self._all().items()
+            for name, value in values.items()
             if name not in self._start or not _equal(value, self._start[name])
         }
         away = [
@@ -122,78 +137,59 @@ class UserAttributes:
 
         It also has what a checkpoint cannot hold: the objects, and the entries of containers.
         """
-        kept = {n: _Kept(value) for n, value in self._own().items() if not _is_plain(value)}
+        kept = {name: _keep(value) for name, value in self._values()[1].items()}
         return {**self.state_dict(), "kept": kept}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
         kept = saved.get("kept", {})
-        for name, each in kept.items():
-            setattr(self._owner, name, each.restored())
-        start = {name: _copy(v) for name, v in self._start.items() if name not in kept}
-        values = {**start, **saved["values"]}
-        for name, value in values.items():
+        for name, restored in kept.items():
+            setattr(self._owner, name, restored())
+        start = {name: _copy(value) for name, value in self._start.items() if name not in kept}
+        for name, value in {**start, **saved["values"]}.items():
             if name in saved["on_device"]:
                 value = map_leaves(self._to_device, value)
             owner = self._owner.hparams if name.startswith(HPARAMS) else self._owner
             name = name.removeprefix(HPARAMS)
-            setattr(owner, name, _refill(getattr(owner, name, None), value))
+            current = getattr(owner, name, None)
+            mapping = isinstance(current, MutableMapping) and type(current) not in DICTS
+            if mapping or isinstance(current, (deque, set)):  # Of a kind that checkpoints lack.
+                value = _filled(current, value)
+            setattr(owner, name, value)
 
     def _to_device(self, leaf: Any) -> Any:
         return leaf.to(self._owner.device) if isinstance(leaf, Tensor) else leaf
 
-    def _all(self, tell: bool = True) -> dict[str, Any]:
-        """Return copies of all that can be saved; warn of containers that change and cannot."""
-        found: dict[str, Any] = {
+    def _values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return copies of the values that can be saved, and the attributes that cannot."""
+        values: dict[str, Any] = {
             HPARAMS + name: value
             for name, value in vars(self._owner.hparams).items()
             if type(value) in SCALARS
         }
+        others = {}
         for name, value in self._own().items():
             try:
-                found[name] = _copy(value)
+                values[name] = _copy(value)
             except TypeError:
-                if isinstance(value, CONTAINERS):
-                    self._leave_out(name, value, tell)
-        return found
-
-    def _leave_out(self, name: str, value: Any, tell: bool) -> None:
-        content = id(value), len(value)
-        if tell and self._unsaved.get(name, ()) not in (content, None):
-            logger.warning(
-                "%s.%s changes in training and holds what a checkpoint cannot: a resumed run will "
-                "not have it (numbers, texts, tensors, and containers of these are saved)",
-                type(self._owner).__name__, name,
-            )  # fmt: skip
-            self._unsaved[name] = None
-        elif not tell:
-            self._unsaved[name] = content
+                others[name] = value
+        return values, others
 
 
-class _Kept:
-    """An object, and a shallow copy of its entries if it is a container of Python's own."""
-
-    def __init__(self, value: Any) -> None:
-        self._value, self._entries = value, None
-        # A copy of another kind of container may share its entries.
-        if isinstance(value, (list, dict, set, deque)):
-            self._entries = copy.copy(value)
-
-    def restored(self) -> Any:
-        """Return the object with these entries."""
-        value = self._value
-        if self._entries is not None:
-            value.clear()
-            (value.extend if isinstance(value, (list, deque)) else value.update)(self._entries)
-        return value
+def _keep(value: Any) -> Callable[[], Any]:
+    """Return a function that returns an object, with the entries that it has now."""
+    # A copy of a container that is not Python's own may share its entries.
+    if isinstance(value, (list, dict, set, deque)):
+        return partial(_filled, value, copy.copy(value))
+    return lambda: value
 
 
-def _is_plain(value: Any) -> bool:
-    try:
-        _copy(value)
-    except TypeError:
-        return False
-    return True
+def _filled(container: Any, entries: Any) -> Any:
+    """Return a container with these entries in place of its own."""
+    container.clear()
+    add = container.extend if isinstance(container, (list, deque)) else container.update
+    add(entries)
+    return container
 
 
 def _copy(value: Any) -> Any:
@@ -220,19 +216,6 @@ def _copy(value: Any) -> Any:
     if kind is set:
         return sorted(map(_copy, value), key=repr)
     raise TypeError(f"a checkpoint holds no {kind.__name__}")
-
-
-def _refill(current: Any, value: Any) -> Any:
-    """Return the value in the present container, if that is of a kind that checkpoints lack."""
-    if isinstance(current, MutableMapping) and type(current) not in DICTS:
-        current.clear()
-        current.update(value)
-        return current
-    if isinstance(current, (deque, set)):
-        current.clear()
-        (current.extend if isinstance(current, deque) else current.update)(value)
-        return current
-    return value
 
 
 def _equal(a: Any, b: Any) -> bool:
