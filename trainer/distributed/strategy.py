@@ -29,9 +29,6 @@ class Strategy(Protocol):
     def prepare(self, modules: nn.Module) -> None:
         """Make the weights of all ranks equal, before optimizers are built. Collective."""
 
-    def begin_window(self, params: Sequence[Tensor]) -> None:
-        """Prepare for the backward passes of an accumulation window over these parameters."""
-
     def end_window(
         self,
         params: Sequence[Tensor],
@@ -73,9 +70,6 @@ class SingleProcess:
     """One process: nothing travels."""
 
     def prepare(self, modules: nn.Module) -> None:
-        """Do nothing."""
-
-    def begin_window(self, params: Sequence[Tensor]) -> None:
         """Do nothing."""
 
     def end_window(
