@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import Brain, Stage
+from trainer import Brain, Stage, StepReport
+from trainer.optim import step
+from trainer.optim.step import Update
 
 
 def snapshot(*parts: Any) -> list[Any]:
@@ -34,6 +36,15 @@ def poison(parameter: Tensor, value: float = math.nan) -> Tensor:
     if math.isnan(value):
         return (element * 0).sqrt()
     return (element - element.detach()).abs().sqrt()
+
+
+def optimize(
+    updates: list[Update], loss: Tensor, weight: float = 1.0, retain_graph: bool = False,
+    last: bool = False,
+) -> list[StepReport]:  # fmt: skip
+    """Give a loss to optimizers, as `Brain.optimize` does."""
+    step.accumulate(updates, loss, weight, retain_graph)
+    return step.finish(updates, weight, last)
 
 
 def net(seed: int = 0, norm: bool = False) -> nn.Sequential:

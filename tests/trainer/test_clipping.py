@@ -25,8 +25,7 @@ def measured(*grads: Tensor, clip: Any = None, **group: Any) -> Gradients:
 
 
 def take(gradients: Gradients) -> Gradients:
-    scalars = gradients.measure()
-    gradients.take(torch.cat(scalars).tolist() if scalars else [])
+    gradients.take(gradients.measure().tolist())
     return gradients
 
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from trainer import clipping
 from trainer.clipping import Gradients
 from trainer.config.hyperparameters import Configuration, Text
-from trainer.optim import step
 from trainer.optim.step import Update
 from trainer.options import RunOptions
 
 from .clipping_kinds import ADAPTIVE, DENSE, KINDS, bind, clipped
-from .small import Players, Regressor, batches, make, poison, same
+from .small import Players, Regressor, batches, make, optimize, poison, same
 from .test_syncs import syncs
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +57,7 @@ def loss_of(net: nn.Module, number: int, examples: int = 8) -> Tensor:
 
 
 def train(updates: Update, net: nn.Module, numbers: Any) -> list[Any]:
-    return [step.optimize([updates], loss_of(net, number))[0] for number in numbers]
+    return [optimize([updates], loss_of(net, number))[0] for number in numbers]
 
 
 @every_kind
@@ -66,10 +65,10 @@ def test_one_nan_and_fifty_clean_steps_are_fifty_clean_steps(kind: str) -> None:
     beside, without = update(kind), update(kind)
     train(*beside, range(6))
     for value in (math.nan, math.inf):
-        (report,) = step.optimize([beside[0]], loss_of(beside[1], 0) * value)
+        (report,) = optimize([beside[0]], loss_of(beside[1], 0) * value)
         assert report.outcome == "skipped"
         bad = loss_of(beside[1], 0) + poison(next(beside[1].parameters()), value)
-        assert step.optimize([beside[0]], bad)[0].outcome == "skipped"
+        assert optimize([beside[0]], bad)[0].outcome == "skipped"
     train(*beside, range(6, 56))
     reports = train(*without, range(56))
     assert sum(report.clipped for report in reports) > 5
@@ -187,13 +186,13 @@ def test_each_of_two_players_has_its_own(kind: str, precision: str) -> None:
 def test_a_window_is_clipped_as_one_big_batch(kind: str) -> None:
     whole, parts = update(kind), update(kind, window=4)
     for number in range(8):
-        step.optimize([whole[0]], loss_of(whole[1], number), weight=8)
+        optimize([whole[0]], loss_of(whole[1], number), weight=8)
         generator = torch.Generator().manual_seed(number)
         x, y = torch.randn(8, 4, generator=generator), torch.randn(2, generator=generator)
         scale = 10.0 if number % 7 == 3 else 1.0
         for start in range(0, 8, 2):
             loss = (parts[1](x[start : start + 2]) - y).square().mean() * scale
-            step.optimize([parts[0]], loss, weight=2)
+            optimize([parts[0]], loss, weight=2)
     for one, other in zip(whole[1].parameters(), parts[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -206,9 +205,9 @@ def test_parameters_that_are_left_out_do_not_disturb_the_others(kind: str) -> No
     for number in range(12):
         bad = number % 3 == 2
         loss = loss_of(net, number)
-        step.optimize([skipping], loss + poison(net[0].weight) if bad else loss)
+        optimize([skipping], loss + poison(net[0].weight) if bad else loss)
         other[0].weight.requires_grad_(not bad)
-        step.optimize([frozen], loss_of(other, number))
+        optimize([frozen], loss_of(other, number))
     for one, two in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
@@ -219,7 +218,7 @@ def test_an_optimizer_without_gradients_steps_with_others_and_learns_nothing(kin
     both = [idle[0], active[0]]
     before = repr(idle[0].state_dict())
     for number in range(6):
-        reports = step.optimize(both, loss_of(active[1], number))
+        reports = optimize(both, loss_of(active[1], number))
         assert [report.outcome for report in reports] == ["stepped", "stepped"]
         assert not reports[0].clipped
     idle[0].last_norm = None
@@ -247,7 +246,7 @@ def test_sparse_gradients_stay_sparse_and_are_clipped_as_dense_ones(kind: str) -
         for number in range(10):
             rows = torch.tensor([number % 7, 3, 3])  # One row twice.
             loss = torch.stack([(t(rows) - number).square().mean() for t in tables]).sum()
-            assert step.optimize([one], loss * (1 + number % 3))[0].outcome == "stepped"
+            assert optimize([one], loss * (1 + number % 3))[0].outcome == "stepped"
         assert seen == {torch.sparse_coo if sparse else torch.strided}
         ends.append([p.detach() for p in tables.parameters()])
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-6)
@@ -265,7 +264,7 @@ def test_a_kind_that_needs_the_shape_refuses_sparse_gradients_before_anything_mo
     before = table.weight.detach().clone()
     sentence = rf"{kind.upper()} cannot take the sparse gradient of table.weight: it looks at whole"
     with pytest.raises(ValueError, match=sentence):
-        step.optimize([one], table(torch.tensor([1, 2])).sum())
+        optimize([one], table(torch.tensor([1, 2])).sum())
     assert torch.equal(table.weight, before)
 
 

@@ -65,7 +65,7 @@ def test_off_is_no_callback_and_no_hook() -> None:
     brain = make(monitor_every=0)
     brain.fit([1], batches(2))
     update = brain.updates["main"]
-    assert not update.before_step
+    assert len(update.before_step) == 1  # Of the list of callbacks.
     assert not update.optimizer._optimizer_step_post_hooks
     assert len(update.optimizer._optimizer_step_pre_hooks) == 1  # Notices steps by hand.
     assert not monitors(brain)

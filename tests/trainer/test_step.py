@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.trainer.small import poison, same, snapshot
+from tests.trainer.small import optimize, poison, same, snapshot
 from trainer.clipping import Clipper, Gradients, NormClip
 from trainer.metrics import StepReport
 from trainer.optim import step
@@ -78,8 +78,8 @@ def test_a_window_of_ragged_batches_is_one_big_batch(
     two = update(whole)
     for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
         # The mean over no example is NaN, of weight 0.
-        report = step.optimize([one], (parted(a) - b).square().mean(), len(a))[0]
-    expected = step.optimize([two], (whole(x) - y).square().mean(), len(x))[0]
+        report = optimize([one], (parted(a) - b).square().mean(), len(a))[0]
+    expected = optimize([two], (whole(x) - y).square().mean(), len(x))[0]
     assert report.outcome == expected.outcome == "stepped"
     assert report.weight == sum(sizes)
     assert report.loss == pytest.approx(expected.loss, rel=tolerance)
@@ -96,7 +96,7 @@ def test_a_short_last_window_steps_with_what_is_in_it(filled: int) -> None:
     expected(x.reshape(-1, 4)).square().mean().backward()
     short = update(model, window=5)
     for number in range(filled):
-        reports = step.optimize([short], model(x[number]).square().mean(), 5)
+        reports = optimize([short], model(x[number]).square().mean(), 5)
         assert reports[0].outcome == "accumulated"
     report = step.close([short])[0]
     assert (report.outcome, report.weight) == ("stepped", 5.0 * filled)
@@ -108,8 +108,8 @@ def test_the_last_batch_closes_its_window_when_it_is_said_to_be_the_last() -> No
     model = net()
     one = update(model, window=4)
     loss = [model(torch.randn(2, 4)).square().mean() for _ in range(2)]
-    assert step.optimize([one], loss[0])[0].outcome == "accumulated"
-    assert step.optimize([one], loss[1], last=True)[0].outcome == "stepped"
+    assert optimize([one], loss[0])[0].outcome == "accumulated"
+    assert optimize([one], loss[1], last=True)[0].outcome == "stepped"
     assert one.window.count == 0
     assert all(p.grad is None for p in model.parameters())
 
@@ -118,7 +118,7 @@ def test_a_window_without_any_example_moves_nothing() -> None:
     model = net()
     one = update(model)
     before = snapshot(model, one)
-    report = step.optimize([one], model(torch.zeros(0, 4)).mean(), 0)[0]
+    report = optimize([one], model(torch.zeros(0, 4)).mean(), 0)[0]
     assert (report.outcome, report.weight) == ("skipped", 0.0)
     assert same(snapshot(model, one), before)
 
@@ -129,7 +129,7 @@ def test_half_precision_losses_are_summed_in_full() -> None:
     losses = [1000.0 + number for number in range(8)]
     for number in losses:
         zero = (model.weight * 0).sum().to(torch.bfloat16)
-        report = step.optimize([one], zero + torch.tensor(number, dtype=torch.bfloat16), 1)[0]
+        report = optimize([one], zero + torch.tensor(number, dtype=torch.bfloat16), 1)[0]
     held = [float(torch.tensor(number, dtype=torch.bfloat16)) for number in losses]
     assert report.loss == pytest.approx(sum(held) / 8, rel=1e-6)
 
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_never_happened(
     batches = torch.randn(3, window, 5, 4)
 
     def run(batch: Tensor, factor: float) -> StepReport:
-        return step.optimize([one], model(batch).square().mean() * factor, 5)[0]
+        return optimize([one], model(batch).square().mean() * factor, 5)[0]
 
     for batch in batches[0]:
         assert run(batch, 1.0).outcome in ("stepped", "accumulated")
@@ -178,7 +178,7 @@ def test_one_bad_element_of_one_gradient_stops_the_step(bad: float, window: int)
         loss = model(torch.ones(2, 4)).mean()
         if number == 0:
             loss = loss + poison(model.bias, bad)
-        report = step.optimize([one], loss)[0]
+        report = optimize([one], loss)[0]
     assert report.outcome == "skipped"
     assert report.loss is not None
     assert math.isfinite(report.loss)
@@ -192,7 +192,7 @@ def test_under_fp16_a_bad_gradient_is_an_overflow_until_the_scale_cannot_be_its_
     before = copy.deepcopy(model.state_dict())
     outcomes, scales = [], []
     for _ in range(19):
-        report = step.optimize([one], model(torch.ones(2, 4)).mean() + poison(model.bias))[0]
+        report = optimize([one], model(torch.ones(2, 4)).mean() + poison(model.bias))[0]
         outcomes.append(report.outcome)
         scales.append(report.scale)
     assert outcomes == ["overflowed"] * 16 + ["skipped"] * 3
@@ -215,7 +215,7 @@ def test_skipping_gradients_freezes_exactly_the_parameters_that_are_not_finite(w
             loss = (model[0](x) + model[1](x)).square().mean()
             if model is poisoned and number == 0:
                 loss = loss + poison(model[1].weight)
-            report = step.optimize([each], loss, 3)[0]
+            report = optimize([each], loss, 3)[0]
             assert report.outcome == ("stepped" if number + 1 == window else "accumulated")
     assert same(poisoned.state_dict(), frozen.state_dict())
     assert one.clip.seen[0][0].shape == (3, 4)
@@ -228,7 +228,7 @@ def test_skipping_gradients_where_none_is_finite_skips_the_step() -> None:
     one = update(model, skip_nonfinite_grads=True)
     before = snapshot(model, one)
     loss = model(torch.ones(1, 4)).mean() + poison(model.weight) + poison(model.bias)
-    report = step.optimize([one], loss)[0]
+    report = optimize([one], loss)[0]
     assert (report.outcome, report.norm) == ("skipped", None)
     assert same(snapshot(model, one), before)
 
@@ -239,7 +239,7 @@ def test_skipping_gradients_is_ignored_under_a_scaler_with_a_warning() -> None:
         one = update(model, precision="fp16", skip_nonfinite_grads=True)
     before = copy.deepcopy(model.state_dict())
     loss = model(torch.ones(1, 4)).mean() + poison(model.weight)
-    assert step.optimize([one], loss)[0].outcome == "overflowed"
+    assert optimize([one], loss)[0].outcome == "overflowed"
     assert same(model.state_dict(), before)
 
 
@@ -306,8 +306,8 @@ def test_an_overflow_of_one_leaves_the_other_alone(window: int) -> None:
     for x in batches:
         losses = two.losses(x, two.nets)
         bad = losses["a"] + poison(two.nets["a"].bias, math.inf)
-        first = step.optimize([two.updates["a"]], bad, 5)[0]
-        second = step.optimize([two.updates["b"]], two.losses(x, two.nets)["b"], 5)[0]
+        first = optimize([two.updates["a"]], bad, 5)[0]
+        second = optimize([two.updates["b"]], two.losses(x, two.nets)["b"], 5)[0]
     assert (first.outcome, second.outcome) == ("overflowed", "stepped")
     assert same(snapshot(two.nets["a"], two.updates["a"].optimizer), before)
     two.check(batches, "b")
@@ -320,10 +320,10 @@ def test_one_that_is_left_out_keeps_its_scaler() -> None:
     two = Two()
     for number in range(4):
         x = torch.randn(5, 4)
-        step.optimize([two.updates["b"]], two.losses(x, two.nets)["b"], 5)
+        optimize([two.updates["b"]], two.losses(x, two.nets)["b"], 5)
         two.check([x], "b")
         if number == 2:
-            step.optimize([two.updates["a"]], two.losses(x, two.nets)["a"], 5)
+            optimize([two.updates["a"]], two.losses(x, two.nets)["a"], 5)
             two.check([x], "a")
     assert [two.steps(name) for name in "ab"] == [1, 4]
 
@@ -336,7 +336,7 @@ def test_a_joint_step_of_two_optimizers_sees_true_gradients(window: int) -> None
         batches = list(torch.randn(window, 5, 4))
         for x in batches:
             loss = sum(two.losses(x, two.nets).values())
-            reports = step.optimize(both, loss, 5)
+            reports = optimize(both, loss, 5)
         assert [report.outcome for report in reports] == ["stepped", "stepped"]
         truth = {name: [torch.zeros_like(p) for p in two.truth[name].parameters()] for name in "ab"}
         for x in batches:
@@ -359,18 +359,18 @@ def test_a_joint_step_moves_all_or_nothing(precision: str) -> None:
     both = [update(each, precision=precision) for each in nets]
     before = snapshot(*nets, *(each.optimizer for each in both))
     loss = sum(each(torch.ones(2, 4)).mean() for each in nets) + poison(nets[1].bias)
-    reports = step.optimize(both, loss)
+    reports = optimize(both, loss)
     outcome = "overflowed" if precision == "fp16" else "skipped"
     assert [report.outcome for report in reports] == [outcome] * 2
     assert same(snapshot(*nets, *(each.optimizer for each in both)), before)
     loss = sum(each(torch.ones(2, 4)).mean() for each in nets)
-    assert [report.outcome for report in step.optimize(both, loss)] == ["stepped"] * 2
+    assert [report.outcome for report in optimize(both, loss)] == ["stepped"] * 2
 
 
 def test_a_joint_step_may_leave_one_without_gradients() -> None:
     nets = [net(0), net(1)]
     both = [update(each, precision="fp16") for each in nets]
-    report = step.optimize(both, nets[1](torch.ones(2, 4)).mean())
+    report = optimize(both, nets[1](torch.ones(2, 4)).mean())
     assert [each.outcome for each in report] == ["stepped"] * 2
     assert torch.equal(nets[0].weight, net(0).weight)
     assert not torch.equal(nets[1].weight, net(1).weight)
@@ -405,7 +405,7 @@ def test_a_joint_window_goes_on_under_another_scale(factor: float) -> None:
 
 def refused(sentence: str, loss: Any, one: Update, weight: float = 1.0) -> None:
     with pytest.raises(ValueError, match=sentence):
-        step.optimize([one], loss, weight)
+        optimize([one], loss, weight)
 
 
 def test_what_is_no_loss_is_refused_with_a_sentence() -> None:
@@ -430,7 +430,7 @@ def test_a_loss_that_reaches_none_of_the_optimizers_parameters_is_refused() -> N
     for window in (1, 4):
         one = update(model, window=window)
         for _ in range(window - 1):
-            step.optimize([one], other(torch.ones(2, 4)).mean())
+            optimize([one], other(torch.ones(2, 4)).mean())
         refused("reaches none of this optimizer's parameters", other(torch.ones(2, 4)).mean(), one)
     assert all(p.grad is None for p in other.parameters())
 
@@ -476,7 +476,7 @@ def test_weights_that_moved_under_a_loss_are_named() -> None:
     one, two = update(first, name="one"), update(second, name="two")
     x = torch.ones(2, 4)
     judged = first(second(x) @ torch.ones(3, 4)).square().mean()
-    step.optimize([one], first(x).square().mean())
+    optimize([one], first(x).square().mean())
     refused(
         r"optimize\('two'\): the graph of this loss holds weights that another opt", judged, two
     )
@@ -489,10 +489,10 @@ def test_a_loss_leaves_gradients_in_its_own_optimizer_alone() -> None:
     first, second = net(0), net(1)
     one = update(first, window=2)
     loss = (first(torch.ones(2, 4)) * second(torch.ones(2, 4))).mean()
-    assert step.optimize([one], loss, retain_graph=True)[0].outcome == "accumulated"
+    assert optimize([one], loss, retain_graph=True)[0].outcome == "accumulated"
     assert all(p.grad is None for p in second.parameters())
     assert all(p.grad is not None for p in first.parameters())
-    assert step.optimize([one], loss)[0].outcome == "stepped"
+    assert optimize([one], loss)[0].outcome == "stepped"
     assert all(p.grad is None for p in (*first.parameters(), *second.parameters()))
 
 
@@ -506,7 +506,7 @@ def test_a_report_says_what_was_measured() -> None:
             for grad in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         ]
     ).norm()
-    report = step.optimize([one], loss, 2)[0]
+    report = optimize([one], loss, 2)[0]
     assert report == StepReport(
         "main", "stepped", pytest.approx(loss.item()), 2, pytest.approx(float(model_norm)),
         pytest.approx(0.5, rel=1e-5), 0.5, True, 1.0, 0.01,

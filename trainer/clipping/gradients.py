@@ -76,22 +76,21 @@ class Gradients:
         """True if any gradient has a sparse layout."""
         return any(p.grad is not None and p.grad.is_sparse for p in self.params)
 
-    def measure(self, factor: float | Tensor = 1.0) -> list[Tensor]:
+    def measure(self, factor: float | Tensor = 1.0) -> Tensor:
         """Measure the gradients, without waiting for the device.
 
         Args:
             factor: the factor by which `rescale` will multiply the gradients.
 
         Returns:
-            Vectors of shape (len(tensors),), whose joined values `take` wants.
+            A vector on the device, whose numbers `take` wants.
         """
-        if not self.tensors:
-            return []
-        extra = self._measure_extra(self, factor) if self._measure_extra else []
-        return [norms(self.tensors), *extra]
+        found = norms(self.tensors)
+        extra = self._measure_extra(self, factor) if self.tensors and self._measure_extra else ()
+        return torch.cat([found, *extra]) if extra else found
 
     def take(self, values: list[float]) -> None:
-        """Set norms and extra from the values of `measure`'s vectors, joined to one list."""
+        """Set norms and extra from the numbers of `measure`."""
         number = len(self.tensors)
         self.norms = values[:number]
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
@@ -198,8 +197,7 @@ class Gradients:
 def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradients:
     """Return the current gradients, measured for a clipper (syncs)."""
     gradients = Gradients(groups, clip)
-    vectors = gradients.measure()
-    gradients.take(torch.cat(vectors).tolist() if vectors else [])
+    gradients.take(gradients.measure().tolist())
     return gradients
 
 

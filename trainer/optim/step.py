@@ -27,7 +27,7 @@ from trainer.metrics import Outcome, StepReport
 LOWEST_SCALE = 1.0
 
 StepHook = Callable[["Update", Gradients], None]
-Take = Callable[[Sequence[float]], None]
+Take = Callable[[list[float]], None]
 
 
 @dataclass(slots=True)
@@ -128,12 +128,9 @@ class Update:
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
         """Have a function called before steps of the optimizer that `optimize` does not take."""
-
-        def before_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
-            if not self._stepping:
-                on_hand_step(self)
-
-        self.optimizer.register_step_pre_hook(before_step)
+        self.optimizer.register_step_pre_hook(
+            lambda *_: None if self._stepping else on_hand_step(self)
+        )
 
     def read_later(self, values: Tensor, take: Take) -> None:
         """Bring numbers to the host together with those of the next step, at no extra sync.
@@ -146,13 +143,7 @@ class Update:
 
     def read_now(self) -> None:
         """Bring the numbers of `read_later` to the host now; one host-device sync."""
-        deferred = self.take_deferred()
-        if deferred:
-            device = deferred[0][0].device
-            numbers = torch.cat([values.to(device) for values, _ in deferred]).tolist()
-            for values, take in deferred:
-                take(numbers[: len(values)])
-                del numbers[: len(values)]
+        _fetch(self.take_deferred())
 
     def take_deferred(self) -> list[tuple[Tensor, Take]]:
         """Return what `read_later` was given, and forget it."""
@@ -164,41 +155,19 @@ class Update:
 
         Gradients that anything but `optimize` left are dropped, with a warning.
         """
-        self.window.params.update(self.params)
-        if self.window.count:
-            return
-        foreign = False
-        for p in self.all_params:
-            if p.grad is not None:
-                p.grad, foreign = None, True
-        if foreign and not self._warned:
+        left = [] if self.window.count else [p for p in self.all_params if p.grad is not None]
+        for p in left:
+            p.grad = None
+        if left and not self._warned:
             self._warned = True
             warnings.warn(
                 f"the parameters of the optimizer {self.name!r} had gradients that no optimize() "
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
-                stacklevel=6,
+                stacklevel=4,
             )
-        self.strategy.begin_window(self.params)
-
-    def add_batch(self, lead: str, loss: Tensor, weight: float, reference: float) -> None:
-        """Count a batch whose backward pass is done.
-
-        Args:
-            lead: name of the optimizer whose loss scaler scaled it.
-            loss: its loss, a detached scalar.
-            weight: number of examples that the loss is a mean over.
-            reference: weight that the gradients of the window are relative to.
-        """
-        window = self.window
-        if not window.weight:
-            window.reference = reference or 1.0
-            window.loss = loss if weight else torch.zeros_like(loss)
-        elif weight:
-            assert window.loss is not None
-            window.loss = window.loss + loss * (weight / window.reference)
-        window.count += 1
-        window.weight += weight
-        window.lead = lead
+        if not self.window.count:
+            self.strategy.begin_window(self.params)
+        self.window.params.update(self.params)
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -333,14 +302,10 @@ class WindowState:
         )
 
 
-def optimize(
-    updates: Sequence[Update],
-    loss: Tensor,
-    weight: float = 1.0,
-    retain_graph: bool = False,
-    last: bool = False,
-) -> list[StepReport]:
-    """Take a loss back through the graph and, where that fills the window, step.
+def accumulate(
+    updates: Sequence[Update], loss: Tensor, weight: float, retain_graph: bool = False
+) -> None:
+    """Take a loss back through the graph: its gradients join those of the window.
 
     Args:
         updates: the optimizers that this loss trains, usually one. Several step together or not
@@ -348,33 +313,32 @@ def optimize(
         loss: a scalar, the mean over what ``weight`` counts.
         weight: number of examples that the mean is over. A batch of weight 0 contributes nothing.
         retain_graph: keep the graph for a second backward pass.
-        last: close the window even if it is not full.
+
+    Raises:
+        ValueError: for a loss or weight that cannot be used, and for optimizers that cannot take
+            this loss together.
     """
-    accumulate(updates, loss, weight, retain_graph)
-    return finish(updates, weight, last)
-
-
-def accumulate(
-    updates: Sequence[Update], loss: Tensor, weight: float, retain_graph: bool = False
-) -> None:
-    """Take a loss back through the graph: its gradients join those of the window."""
     lead = updates[0]
     _check(loss, weight, lead.name)
     _check_windows(updates)
-    reference = lead.window.reference if lead.window.weight else weight
-    share = weight / reference if weight else 0.0
     for update in updates:
         update.open_window()
+    window = lead.window
+    reference = window.reference if window.weight else weight or 1.0
+    share = weight / reference
     if weight:
-        scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
-        _backward(updates, scaled, retain_graph)
-    loss = loss.detach()
-    if loss.dim():
-        loss = loss.reshape(())
-    if loss.dtype.itemsize < 4:
-        loss = loss.float()  # Sums of losses are not kept in half precision.
+        _backward(updates, lead.scaler.scale(loss if share == 1.0 else loss * share), retain_graph)
+    total = loss.detach() if weight else torch.zeros_like(loss)
+    if total.dim():
+        total = total.reshape(())
+    if total.dtype.itemsize < 4:
+        total = total.float()  # Sums of losses are not kept in half precision.
+    if window.weight:
+        assert window.loss is not None
+        total = window.loss + total * share
+    count, weight = window.count + 1, window.weight + weight
     for update in updates:
-        update.add_batch(lead.name, loss, weight, reference)
+        update.window = Window(count, weight, reference, total, lead.name, update.window.params)
 
 
 def finish(updates: Sequence[Update], weight: float, last: bool = False) -> list[StepReport]:
@@ -390,13 +354,12 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     lead = updates[0]
     window, scaler = lead.window, lead.scaler
     params = [p for u in updates for p in u.all_params if p.requires_grad or p in u.window.params]
-    if window.loss is None:  # A rank without examples takes part with a weight of 0.
-        window.loss = torch.zeros((), device=params[0].device)
+    assert window.loss is not None
     sparse = set[Tensor]().union(*(update.sparse for update in updates))
     sums = lead.strategy.end_window(params, window.loss, window.weight, window.reference, sparse)
-    scale_tensors, unscaled = _unscale(updates)
+    scales = _unscale(updates, window.loss.device)
     gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
-    loss, weight, scale = _read(updates, gradients, scale_tensors, sums)
+    loss, weight, scale = _read(updates, gradients, scales, sums)
     for update, grads in zip(updates, gradients, strict=True):
         update.measured = grads.params, grads.norms
     if not math.isfinite(loss) or weight <= 0:
@@ -415,7 +378,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
         outcome: Outcome = "overflowed" if overflow else "skipped"
         return _refuse(updates, outcome, loss=loss, weight=weight, scale=scale)
     reports = [u.step(g, loss, weight, scale) for u, g in zip(updates, gradients, strict=True)]
-    if unscaled:
+    if scaler.is_enabled():
         scaler.update()
     return reports
 
@@ -447,58 +410,44 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
         ) from error
 
 
-def _unscale(updates: Sequence[Update]) -> tuple[list[Tensor], bool]:
-    """Divide gradients by the fp16 scale.
-
-    Returns:
-        The scale as a list of at most one tensor, and True if anything was divided.
-    """
-    scaler, unscaled = updates[0].scaler, False
+def _unscale(updates: Sequence[Update], device: torch.device) -> list[Tensor]:
+    """Divide gradients by the fp16 scale; return the scale, or nothing without a scaler."""
+    scaler = updates[0].scaler
     if not scaler.is_enabled():
-        return [], False
-    assert updates[0].window.loss is not None
+        return []
     # A scaler that has not scaled anything yet has no scale either.
-    scale = scaler.scale(torch.ones((), device=updates[0].window.loss.device))
+    scale = scaler.scale(torch.ones((), device=device))
     for update in updates:
         if any(p.grad is not None for p in update.all_params):
             scaler.unscale_(update.optimizer)
-            unscaled = True
-    return [scale], unscaled
+    return [scale]
 
 
 def _read(
     updates: Sequence[Update],
     gradients: list[Gradients],
-    scale: list[Tensor],
+    scales: list[Tensor],
     sums: WindowSums | None,
 ) -> tuple[float, float, float]:
     """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
     window = updates[0].window
     assert window.loss is not None
-    vectors = [window.loss.reshape(1), *(each.reshape(1) for each in scale)]
-    takers: list[tuple[Callable[[list[float]], None], int]] = []
     weight, factor = window.weight, window.reference / (window.weight or 1.0)
-    for grads in gradients:
+    facts: list[float] = []
+    requests: list[tuple[Tensor, Take]] = [
+        (each.reshape(1), facts.extend) for each in (window.loss, *scales)
+    ]
+    for update, grads in zip(updates, gradients, strict=True):
         measured = grads.measure(factor if sums is None else 1.0 / sums.loss_and_weight[1])
-        vectors += measured
-        takers.append((grads.take, sum(map(len, measured))))
-    for update in updates:
-        for values, deferred in update.take_deferred():
-            vectors.append(values)
-            takers.append((deferred, len(values)))
+        requests += [(measured, grads.take), *update.take_deferred()]
     if sums is not None:
-        vectors += [sums.loss_and_weight, sums.had_gradient]
-    device = window.loss.device
-    if any(vector.device != device for vector in vectors):
-        vectors = [vector.to(device) for vector in vectors]
-    numbers = torch.cat(vectors).tolist()  # The host-device sync of the step.
-    start = 1 + len(scale)
-    for take, count in takers:
-        take(numbers[start : start + count])
-        start += count
-    loss = numbers[0] * factor
-    if sums is not None:
-        total, weight, *had = numbers[start:]
+        requests += [(vector, facts.extend) for vector in sums]
+    _fetch(requests)
+    scale = facts[1] if scales else 1.0
+    if sums is None:
+        loss = facts[0] * factor
+    else:
+        total, weight, *had = facts[1 + len(scales) :]
         factor = 1.0 / (weight or 1.0)
         loss = total * factor
         for grads in gradients:
@@ -507,7 +456,22 @@ def _read(
     if factor != 1.0:
         for grads in gradients:
             grads.rescale(factor)
-    return loss, weight, numbers[1] if scale else 1.0
+    return loss, weight, scale
+
+
+def _fetch(requests: Sequence[tuple[Tensor, Take]]) -> None:
+    """Bring vectors to the host in one transfer, and give the numbers of each to its function."""
+    if not requests:
+        return
+    device = requests[0][0].device
+    vectors = [vector for vector, _ in requests]
+    if any(vector.device != device for vector in vectors):
+        vectors = [vector.to(device) for vector in vectors]
+    numbers = torch.cat(vectors).tolist()
+    start = 0
+    for vector, take in requests:
+        take(numbers[start : start + len(vector)])
+        start += len(vector)
 
 
 def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
