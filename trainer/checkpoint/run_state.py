@@ -8,7 +8,8 @@ these two, and nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -98,6 +99,15 @@ class Snapshot:
                 # A copy, since optimizers take over the tensors that they are given.
                 entry.part.load_state_dict(copied(self._states[name]))
         self._progress.load_state_dict(copied(self._place), of_run=not self._of_fit)
+
+    @contextmanager
+    def restored_after(self, kind: type[BaseException]) -> Iterator[None]:
+        """Context manager that restores the state if an exception of a kind leaves it."""
+        try:
+            yield
+        except kind:
+            self.restore()
+            raise
 
 
 class RunState:

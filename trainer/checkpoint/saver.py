@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer import signals
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.run_state import RunState, Snapshot
+from trainer.checkpoint.run_state import RunState
 from trainer.checkpoint.storage import Checkpoint
 from trainer.options import RunOptions
 from trainer.progress import Progress
@@ -41,7 +41,6 @@ class Saver:
         self._checkpointer, self._state, self._options = checkpointer, state, options
         self._on_saved = on_saved
         self._saved_at, self._saved_step = time.monotonic(), 0
-        self._before_validation: Snapshot | None = None
         if checkpointer is not None:
             checkpointer.add_recoverable("brain", state)
             if options.debug:
@@ -101,22 +100,11 @@ class Saver:
         try:
             yield
         except signals.Interrupted as stop:
-            if self._progress.phase == "valid" and self._before_validation is not None:
-                self._before_validation.restore()
             self.save({}, end_of_epoch=False)
             logger.info("saved and stopping (%s); the same command goes on from here", stop.signal)
             raise
         finally:
             self._checkpointer.drop_waiting()
-            self._before_validation = None
-
-    def begin_validation(self, snapshot: Snapshot) -> None:
-        """Keep the state of hooks: a run interrupted in validation resumes at its start.
-
-        Args:
-            snapshot: state before the first hook of the validation.
-        """
-        self._before_validation = snapshot
 
     @contextmanager
     def testing(self, trained: bool) -> Iterator[None]:
