@@ -362,6 +362,8 @@ class Brain(SpeechBrainNames):
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
             self.modules.train()
+            if progress.step == 0:
+                self.__metrics.forget_logged(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
             total = feed.begin(epoch)
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
@@ -525,6 +527,7 @@ class Brain(SpeechBrainNames):
                 before = Snapshot(self.progress, self.__hook_state)
                 stack.enter_context(before.restored_after(signals.Interrupted))
             stack.enter_context(evaluation_mode(self.modules))
+            self.__metrics.forget_logged(stage.value)
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
             self.on_stage_start(stage, epoch)
@@ -808,10 +811,13 @@ class Brain(SpeechBrainNames):
         with ExitStack() as stack:
             if self.__depth:  # After it, everything but what is trained is as before.
                 self.__nested_fits += 1
+                self.__guard.settle()
                 stack.enter_context(modes_kept(self.modules))
                 stack.enter_context(torch.enable_grad())
                 snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
                 stack.callback(snapshot.restore)
+                self.__metrics.load_state_dict(TrainingMetrics().state_dict())
+                self.__tick()
             else:
                 stack.enter_context(self.__telling_exceptions())
                 stack.enter_context(signals.at_safe_points())
@@ -909,6 +915,8 @@ class Brain(SpeechBrainNames):
             if resumed and (epoch < progress.epoch or (epoch == progress.epoch and done)):
                 continue
             if not (resumed and first and epoch == progress.epoch):
+                if self.__limit_reached():
+                    return
                 progress.epoch, progress.step, progress.phase = epoch, 0, "train"
             first = False
             yield epoch
