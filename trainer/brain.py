@@ -246,6 +246,7 @@ class Brain(SpeechBrainNames):
         )
         self.__stage, self.__batch = Stage.TRAIN, _Batch()
         self.__depth = 0  # A hook of one `fit` may call another.
+        self.__nested_fits = 0  # Number of calls of that kind.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__ticked = time.perf_counter()
         self.__intercept: Optimize | None = None
@@ -315,7 +316,8 @@ class Brain(SpeechBrainNames):
         """Train for some epochs, with a validation at the end of each; resumes by itself.
 
         A `fit` may be called within a hook of another one: it trains the same weights, and the
-        outer one then goes on exactly where it was, its open accumulation window included.
+        outer one then goes on exactly where it was, its open accumulation window included. A
+        request to stop waits for the outer one's next batch, after which it can resume.
 
         Args:
             epoch_counter: numbers of the epochs, such as ``range(1, 11)`` or an `EpochCounter`.
@@ -359,12 +361,14 @@ class Brain(SpeechBrainNames):
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
             self.modules.train()
+            if progress.step == 0:
+                self.__metrics.forget_logged(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
-            self.__begin_training()
             total = feed.begin(epoch)
+            self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
+            self.__begin_training()
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
-            self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             self.__metrics.begin_stage()
             batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
             done = 0  # In this process.
@@ -514,15 +518,25 @@ class Brain(SpeechBrainNames):
 
     def __evaluate(self, feed: DataFeed, stage: Stage, epoch: int | None) -> StageReport:
         mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
+        fits, outermost = self.__nested_fits, stage is Stage.VALID and self.__depth == 1
         with self.__in_stage(stage), ExitStack() as stack:
-            if stage is Stage.VALID and self.__depth == 1:
-                self.__saver.begin_validation(Snapshot(self.progress, self.__hook_state))
+            if outermost:
+                # A run interrupted in a validation resumes at its start.
+                before = Snapshot(self.progress, self.__hook_state)
+                stack.enter_context(before.restored_after(signals.Interrupted))
             stack.enter_context(evaluation_mode(self.modules))
+            self.__metrics.forget_logged(stage.value)
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
             self.on_stage_start(stage, epoch)
             self.callbacks.call("on_stage_start", self, stage, epoch, feed.length())
-            for batch, _ in self.__until_stopped(feed.from_batch(epoch or 0, 0)):
+
+            def may_stop() -> bool:
+                # An evaluation by a hook of a `fit` comes to its end, since the hook could not go
+                # on later, and so does one whose hooks have moved weights.
+                return not self.__depth or (outermost and fits == self.__nested_fits)
+
+            for batch, _ in self.__until_stopped(feed.from_batch(epoch or 0, 0), may_stop):
                 steps += 1
                 loss = self.evaluate_batch(batch, stage)
                 if loss is not None:
@@ -793,10 +807,14 @@ class Brain(SpeechBrainNames):
         outer = self.__stage, self.__in_a_stage
         with ExitStack() as stack:
             if self.__depth:  # After it, everything but what is trained is as before.
+                self.__nested_fits += 1
+                self.__guard.settle()
                 stack.enter_context(modes_kept(self.modules))
                 stack.enter_context(torch.enable_grad())
                 snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
                 stack.callback(snapshot.restore)
+                self.__metrics.load_state_dict(TrainingMetrics().state_dict())
+                self.__tick()
             else:
                 stack.enter_context(self.__telling_exceptions())
                 stack.enter_context(signals.at_safe_points())
@@ -890,6 +908,8 @@ class Brain(SpeechBrainNames):
             if resumed and (epoch < progress.epoch or (epoch == progress.epoch and done)):
                 continue
             if not (resumed and first and epoch == progress.epoch):
+                if self.__limit_reached():
+                    return
                 progress.epoch, progress.step, progress.phase = epoch, 0, "train"
             first = False
             yield epoch
@@ -971,8 +991,8 @@ class Brain(SpeechBrainNames):
             if due:
                 self.__saver.save({}, end_of_epoch=False)
             self.__saver.release()
-        if asked:
-            raise signals.Interrupted(signal or signals.DEFAULT)
+            if asked:
+                raise signals.Interrupted(signal or signals.DEFAULT)
         return self.__limit_reached()
 
     def __limit_reached(self) -> bool:
@@ -1019,7 +1039,9 @@ class Brain(SpeechBrainNames):
                 "can be read only once?"
             )
 
-    def __until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def __until_stopped(
+        self, batches: Iterable[Any], may_stop: Callable[[], bool]
+    ) -> Iterator[Any]:
         """Yield the batches of an evaluation, of which ranks may have different numbers.
 
         After each, all ranks ask each other whether to stop, also those that have no more.
@@ -1028,7 +1050,7 @@ class Brain(SpeechBrainNames):
         def vote(working: bool) -> bool:
             signal = signals.requested()
             asked, working = distributed.any_rank(signal is not None, working)
-            if asked:
+            if asked and may_stop():
                 raise signals.Interrupted(signal or signals.DEFAULT)
             return working
 
@@ -1116,11 +1138,12 @@ class Brain(SpeechBrainNames):
         return find_stateful({**named, **self.__user_attributes()}, known, self.modules)
 
     def __hook_state(self) -> dict[str, StateEntry]:
-        """Return what the hooks of a validation may change: objects without weights, attributes."""
+        """Return what the hooks of a validation may change: all but networks and the like."""
         return {
             name: entry
             for name, entry in self.stateful().items()
-            if name in ("attributes", "metrics") or entry.scope == "both"
+            if name == "metrics"
+            or not (entry.scope == "shared" or entry.of_fit or name in ("buffers", "rng"))
         }
 
     def __on_saved(self, checkpoint: Any) -> None:

@@ -36,7 +36,8 @@ class Callback:
     in a callback ends the run, and its message names the callback.
 
     A callback that has ``state_dict`` and ``load_state_dict`` is saved with every checkpoint, as
-    a rank's own state, and restored when the run resumes.
+    a rank's own state. When the run resumes, events up to the place of the checkpoint come once
+    more, and then the state is restored.
     """
 
     def on_fit_start(self, brain: Brain) -> None:

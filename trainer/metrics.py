@@ -368,6 +368,10 @@ class TrainingMetrics:
         """Add a value of `Brain.log` to the average of its name in a stage."""
         self.logged.setdefault(stage, {}).setdefault(name, Mean()).update(value, weight)
 
+    def forget_logged(self, stage: str) -> None:
+        """Forget what was logged in a stage, such as in one that an error ended."""
+        self.logged.pop(stage, None)
+
     def end_stage(self, stage: str) -> dict[str, Any]:
         """Return the averages over ranks of what was logged in a stage, and forget them.
 

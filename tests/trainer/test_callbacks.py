@@ -262,6 +262,55 @@ def test_checkpoints_are_kept_by_a_logged_metric(tmp_path: Path) -> None:
     assert best.meta["epoch"] == 2
 
 
+class Nesting(Regressor):
+    """Trains on other data in the middle of an epoch, or fails there."""
+
+    depth, fails = 0, False
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Any:
+        self.log("depth", self.depth)
+        return super().compute_objectives(predictions, batch, stage)
+
+    def on_fit_batch_end(self, *args: Any) -> None:
+        if self.step == 3 and self.depth == 0:
+            self.depth = 1
+            self.fit([7], batches(4, seed=5), batches(1))
+            self.depth = 0
+        elif self.step == 2 and self.depth == 1 and self.fails:
+            raise KeyError
+
+
+class Records(Reports):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[int, int]] = []
+
+    def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
+        self.steps.append((record["step"], record["optimizers"]["main"]["stepped"]))
+
+
+def test_a_nested_fit_reports_what_it_trained_and_the_outer_one_the_rest() -> None:
+    records = Records()
+    with_callbacks(Nesting, records, log_interval=2).fit([1], batches(6), batches(2))
+    assert records.metrics == [
+        ("train", {"depth": 1.0}), ("valid", {"depth": 1.0}),
+        ("train", {"depth": 0.0}), ("valid", {"depth": 0.0}),
+    ]  # fmt: skip
+    # Steps 3 to 6 are those of the nested fit, and step 7 that of the batch around it.
+    assert records.steps == [(2, 2), (4, 2), (6, 2), (8, 2), (10, 2)]
+
+
+def test_what_a_failed_stage_logged_is_in_no_later_one() -> None:
+    records = Records()
+    brain = with_callbacks(Nesting, records)
+    brain.fails, brain.depth = True, 1
+    with pytest.raises(KeyError):
+        brain.fit([1], batches(4))
+    brain.depth = -1
+    brain.fit([1], batches(2))
+    assert records.metrics == [("train", {"depth": -1.0})]
+
+
 def test_what_is_no_scalar_cannot_be_logged() -> None:
     brain = make()
     with pytest.raises(ValueError, match="an average is of scalars; got a tensor of shape"):

@@ -1,11 +1,13 @@
 """A run that was stopped, wherever, ends as if it had never been: to the bit."""
 
+import contextlib
 import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer import Brain, EpochCounter, Stage, seed, signals
+from trainer import Brain, Callback, EpochCounter, Stage, seed, signals
 
 from .resuming import (
     ITEMS,
@@ -215,6 +218,112 @@ def test_within_validation(tmp_path: Path, stops: int) -> None:
         signals.reset()
     resumed = Setting(**FEW).fit(Setting(**FEW).make(tmp_path / "stopped", seed=99))
     assert_exact(straight, resumed, 11)
+
+
+class Nesting(Learner):
+    """Evaluates and trains in its hooks, and gets a signal in one of these calls."""
+
+    nested, stop = False, ""
+
+    def run_nested(self, place: str, *, train: bool) -> None:
+        if not self.nested:
+            self.nested, self.place = True, f"{place} {self.epoch}"
+            if train:
+                self.fit(range(8, 9), batches()[:3], batches()[3:5])
+            else:
+                self.evaluate(batches()[:3])
+            self.nested, self.place = False, ""
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        if self.nested and self.place == type(self).stop:
+            type(self).stop = ""
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().compute_forward(batch, stage)
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        if not self.nested:
+            super().on_stage_start(stage, epoch)
+        self.run_nested(f"{stage.value} starts", train=True)
+
+    def count(self, loss: float, ids: list[str]) -> None:
+        if not self.nested:
+            super().count(loss, ids)
+        if self.step == 4:
+            self.run_nested("fit in batch", train=True)
+            self.run_nested("evaluate in batch", train=False)
+
+    def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+        found = None if self.nested else super().on_stage_end(stage, stage_loss, epoch)
+        self.run_nested(f"{stage.value} ends", train=False)
+        return found
+
+
+@pytest.mark.usefixtures("_signals")
+@pytest.mark.parametrize(
+    "stop",
+    [
+        f"{place} {epoch}"
+        for place in (
+            "train starts", "fit in batch", "evaluate in batch", "train ends", "valid starts",
+            "valid ends",
+        )
+        for epoch in (1, 2)
+    ],
+)  # fmt: skip
+def test_within_a_fit_or_an_evaluation_by_a_hook(tmp_path: Path, stop: str) -> None:
+    """The run goes on to where it can resume."""
+    setting = Setting(Nesting, window=3, options={"ema_decay": None}, **FEW)
+    straight = run(setting, tmp_path / "straight", (), Setting.fit)
+    Nesting.stop = stop
+    stopped = setting.make(tmp_path / "stopped")
+    if stop in ("train ends 2", "valid starts 2", "valid ends 2"):
+        setting.fit(stopped)  # Weights move in the validation: it is not left before its end.
+    else:
+        with pytest.raises(signals.Interrupted):
+            setting.fit(stopped)
+    assert not Nesting.stop
+    signals.reset()
+    resumed = setting.fit(setting.make(tmp_path / "stopped", seed=99))
+    assert_exact(straight, resumed, len(straight.test.trace) - len(resumed.test.trace))
+
+
+class Watching(Callback):
+    """Counts events, and sends a signal after some batches of a stage."""
+
+    def __init__(self, stop: tuple[Stage, int] | None = None) -> None:
+        self.events: dict[str, int] = defaultdict(int)
+        self.stop = stop
+
+    def on_stage_start(self, brain: Any, stage: Stage, epoch: Any, total: Any) -> None:
+        self.events[f"{stage.value} starts"] += 1
+
+    def on_batch_end(self, brain: Any, stage: Stage, loss: Any) -> None:
+        self.events[stage.value] += 1
+        if self.stop == (stage, self.events[stage.value]):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.events)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.events = defaultdict(int, state)
+
+
+@pytest.mark.usefixtures("_signals")
+@pytest.mark.parametrize("stop", [(Stage.TRAIN, 3), (Stage.TRAIN, 14), (Stage.VALID, 5)])
+def test_what_a_callback_counts(tmp_path: Path, stop: tuple[Stage, int]) -> None:
+    """An event that comes again, since a run resumes, counts once."""
+    counts = []
+    for each in (stop, None, None):
+        brain = Setting(**FEW).make(tmp_path / ("whole" if len(counts) == 1 else "stopped"))
+        watching = Watching(each)
+        brain.callbacks.append(watching)
+        with contextlib.suppress(signals.Interrupted):
+            Setting(**FEW).fit(brain)
+        signals.reset()
+        counts.append(dict(watching.events))
+    assert counts[0] != counts[1] == counts[2]
+    assert counts[1] == {"train starts": 2, "train": 22, "valid starts": 2, "valid": 6}
 
 
 def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:

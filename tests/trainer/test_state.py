@@ -307,6 +307,32 @@ def test_a_nested_fit_within_a_validation_trains_and_leaves_evaluation_mode() ->
     assert brain.optimizer_step == 4
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_nested_fit_after_a_bad_batch_keeps_none_of_its_statistics(window: int) -> None:
+    class Nesting(Regressor):
+        def on_fit_batch_end(self, *args: Any) -> None:
+            if self.step == 2 and self.epoch == 1:
+                self.fit([9], batches(1, seed=5))
+
+    data = batches(4)
+    data[1] = spoilt(data[1], "input")
+    brain = make(Nesting, norm=True, grad_accumulation_factor=window, nonfinite_reports=0)
+    brain.fit([1], data)
+    assert brain.modules.net[1].running_mean.isfinite().all()
+
+
+def test_a_nested_fit_at_the_limit_of_steps_does_nothing() -> None:
+    class Nesting(Regressor):
+        def on_stage_end(self, *args: Any) -> None:
+            if self.epoch == 1:
+                self.fit([9], batches(2), batches(1))
+                assert self.epoch == 1
+
+    brain = make(Nesting, optimizer_step_limit=3)
+    brain.fit([1, 2], batches(5), batches(1))
+    assert brain.optimizer_step == 3
+
+
 # --- what each rank saves ------------------------------------------------------------------------
 
 

@@ -94,6 +94,15 @@ class Snapshot:
                 entry.part.load_state_dict(copied(self._states[name]))
         self._progress.load_state_dict(copied(self._values), of_run=not self._of_fit)
 
+    @contextmanager
+    def restored_after(self, kind: type[BaseException]) -> Iterator[None]:
+        """Context manager that restores the state if an exception of a kind leaves it."""
+        try:
+            yield
+        except kind:
+            self.restore()
+            raise
+
 
 class RunState:
     """The state of a run as the `Checkpointer` saves it, and a resumed run on its way back to it.
@@ -260,7 +269,6 @@ class Saver:
         self._checkpointer.add_recoverable("brain", state)
         self._progress, self._options, self._on_saved = state.progress, options, on_saved
         self._saved_at, self._saved_step = time.monotonic(), 0
-        self._before_validation: Snapshot | None = None
 
     def recover(self) -> Checkpoint | None:
         """Load the newest sound checkpoint, if there is one. Collective."""
@@ -305,8 +313,6 @@ class Saver:
         try:
             yield
         except signals.Interrupted as stop:
-            if self._progress.phase == "valid" and self._before_validation is not None:
-                self._before_validation.restore()
             if self._checkpointer.enabled:
                 self.save({}, end_of_epoch=False)
                 logger.info(
@@ -315,15 +321,6 @@ class Saver:
             raise
         finally:
             self._checkpointer.drop_waiting()
-            self._before_validation = None
-
-    def begin_validation(self, snapshot: Snapshot) -> None:
-        """Keep the state of hooks: a run interrupted in validation resumes at its start.
-
-        Args:
-            snapshot: state before the first hook of the validation.
-        """
-        self._before_validation = snapshot
 
     @contextmanager
     def testing(self, trained: bool) -> Iterator[None]:
