@@ -169,10 +169,8 @@ def differences(before: str, after: str) -> list[str]:
     ]
 
 
-def _leaves(node: Node | None, at: str = "") -> list[tuple[str, str]]:
+def _leaves(node: Node, at: str = "") -> list[tuple[str, str]]:
     """Return every scalar with its dotted key, and the tag of every object."""
-    if node is None:
-        return []
     special = "" if tag(node).startswith("tag:yaml.org") else f"{tag(node)} "
     if isinstance(node, ScalarNode):
         return [(at, f"{special}{node.value}")]

@@ -16,6 +16,7 @@ import atexit
 import functools
 import inspect
 import logging
+import pkgutil
 import re
 import sys
 import tempfile
@@ -95,7 +96,6 @@ def main(
             128 + signal after an interrupt.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    opened: list[Path] = []
     try:
         if any(each in arguments.HELP for each in given):
             file = next((each for each in given if not each.startswith("-")), None)
@@ -103,15 +103,15 @@ def main(
             print(arguments.help_text(Path(sys.argv[0]).name, file, keys))
             return {}
         hyperparameters, options = arguments.configure(given, [*allow, *_own_modules(train)])
-        return _run(train, hyperparameters, options, given, opened)
+        return _run(train, hyperparameters, options, given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, NonFiniteError, DriftError) as error:
-        if not session.is_user_error(error, _package(train)):
+        if not session.is_user_error(error):
             raise
-        place = f"\n(its traceback is in {opened[0] / 'train.log'})" if opened else ""
-        print(f"{session.rank_prefix()}error: {session.sentence(error)}{place}", file=sys.stderr)
+        message = "\n".join([session.sentence(error), *getattr(error, "__notes__", [])])
+        print(f"{session.rank_prefix()}error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         distributed.stop()
@@ -166,7 +166,7 @@ def launch(
     if distributed.launched():
         atexit.register(distributed.stop)  # not here: another launch may follow
     try:
-        return _run(train, hyperparameters, options, None, [])
+        return _run(train, hyperparameters, options, None)
     except Interrupted as stopped:
         if stopped.signal == "SIGINT":
             raise KeyboardInterrupt from stopped
@@ -214,11 +214,7 @@ def _recordable(value: Any) -> Any:
 
 
 def _run(
-    train: Train,
-    hyperparameters: _Hyperparameters,
-    options: RunOptions,
-    argv: list[str] | None,
-    opened: list[Path],
+    train: Train, hyperparameters: _Hyperparameters, options: RunOptions, argv: list[str] | None
 ) -> dict[str, Any]:
     """Run `train` in a run folder; return its metrics.
 
@@ -227,7 +223,6 @@ def _run(
         hyperparameters: to be recorded and built.
         options: the run options.
         argv: arguments of the command line; None for `launch`.
-        opened: receives the run folder as soon as it has a log.
     """
     distributed.start(str(pick_device(options.device)))
     seed_everything(options.seed, distributed.rank())
@@ -239,11 +234,12 @@ def _run(
         )
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
         stack.callback(log.close)
-        stack.enter_context(session.messages(log, [_module(train), *recipe_packages()]))
+        names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
+        stack.enter_context(session.messages(log, names))
         stack.enter_context(session.signals_at_safe_points())
-        stack.enter_context(session.logged_exceptions(log))
-        if not (options.debug or options.replay):
-            opened.append(folder)
+        kept = not (options.debug or options.replay)
+        note = f"(its traceback is in {folder / 'train.log'})" if kept else ""
+        stack.enter_context(session.logged_exceptions(log, note))
         if changes:
             logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
         try:
@@ -297,10 +293,6 @@ def _run_folder(
         folder.close()
 
 
-def _module(train: Train) -> str:
-    return str(getattr(train, "__module__", "__main__"))
-
-
 def _source(train: Train) -> Path | None:
     """Return the file that `train` is written in."""
     try:
@@ -310,34 +302,15 @@ def _source(train: Train) -> Path | None:
     return Path(file).resolve() if file else None
 
 
-def _package(train: Train) -> str:
-    """Return the package of `train`; of a file that runs as a script, by its folders."""
-    package = getattr(train, "__globals__", {}).get("__package__")
-    if package:
-        return str(package)
-    source = _source(train)
-    parts: list[str] = []
-    folder = source.parent if source is not None else Path()
-    while source is not None and (folder / "__init__.py").exists():
-        parts.insert(0, folder.name)
-        folder = folder.parent
-    return ".".join(parts)
-
-
 def _own_modules(train: Train) -> list[str]:
     """Return the package of `train` and the modules in its folder: they are the user's own."""
-    own = _package(train)
+    own = str(getattr(train, "__globals__", {}).get("__package__") or train.__module__)
     if not hasattr(sys.modules.get(own), "YAML_NAMES"):  # a package that lists no names is open
-        own = (getattr(train, "__globals__", {}).get("__package__") or _module(train)).split(".")[0]
+        own = own.partition(".")[0]
     names = {own}
     source = _source(train)
     if source is not None and source.parent == Path(sys.path[0] or ".").resolve():
-        found = source.parent.iterdir()
-        names |= {
-            each.stem
-            for each in found
-            if each.suffix == ".py" or (each.is_dir() and (each / "__init__.py").exists())
-        }
+        names |= {each.name for each in pkgutil.iter_modules([str(source.parent)])}
     # A file beside train.py may have the name of one of Python's modules.
     others = sys.stdlib_module_names | {"trainer", "torch"}
     return sorted(name for name in names if NAME.fullmatch(name) and name not in others)
@@ -364,7 +337,6 @@ def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 def _report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the test metrics, and write them as the last line of metrics.jsonl."""
     print("test:", *(f"{name}={_readable(value)}" for name, value in metrics.items()), flush=True)
-    # Opened anew: a resumed run has replaced the first file by a shorter one.
     log = JsonlLogger(folder)
     log.write({"kind": "stage", "stage": "test", **metrics})
     log.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import sys
@@ -10,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ class _ToLog(logging.Handler):
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message; OSError, as elsewhere, if the disk is full."""
+        """Write a message."""
         for line in self.format(record).splitlines():
             self.log.write(line)
 
@@ -88,8 +88,13 @@ def signals_at_safe_points() -> Iterator[None]:
 
 
 @contextmanager
-def logged_exceptions(log: TextLog) -> Iterator[None]:
-    """Context manager that writes the traceback of an exception to train.log."""
+def logged_exceptions(log: TextLog, note: str = "") -> Iterator[None]:
+    """Context manager that writes the traceback of an exception to train.log.
+
+    Args:
+        log: the open log of the run.
+        note: added to the exception, for users who see its message alone.
+    """
     try:
         yield
     except BaseException as error:
@@ -97,34 +102,30 @@ def logged_exceptions(log: TextLog) -> Iterator[None]:
             lines = [f"stopped with exit code {error.code}"]
         else:
             lines = "".join(traceback.format_exception(error)).splitlines()
-        with contextlib.suppress(OSError):  # A full disk may be the error itself.
-            for line in lines:
-                log.write(line)
+        for line in lines:
+            log.write(line)
+        if note:
+            error.add_note(note)
         raise
 
 
-def is_user_error(error: BaseException, package: str = "") -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Return True for an error that users can correct, so that its message is enough.
 
     These are what the system refuses (files, space), and what the trainer and the recipes raise
     themselves, including a package that is not installed. An error from a library below them, or of
     an unforeseen import, is a bug that needs its traceback.
-
-    Args:
-        error: an exception with its traceback.
-        package: the package of the program that runs as a script.
     """
     if isinstance(error, OSError):
         return True
     if isinstance(error, ImportError) and error.name is not None:
         return False
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    name = str(last.tb_frame.f_globals.get("__name__")) if last is not None else ""
-    if name == "__main__":
-        name = package
-    return any(f"{name}.".startswith(f"{each}.") for each in ("trainer", *recipe_packages()))
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    file = Path(frame.f_code.co_filename).resolve()
+    packages = [sys.modules[name] for name in ("trainer", *recipe_packages())]
+    return any(
+        Path(folder).resolve() in file.parents for each in packages for folder in each.__path__
+    )
 
 
 def sentence(error: BaseException) -> str:

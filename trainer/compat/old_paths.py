@@ -35,28 +35,17 @@ OLD_PATHS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _successors(name: str) -> tuple[str, ...]:
-    """Return the modules that replaced the module `name`; none for a current one."""
-    parent, _, rest = name, "", ""
-    while parent:
-        if parent in OLD_PATHS:
-            return tuple(f"{each}{rest}" for each in OLD_PATHS[parent])
-        parent, dot, last = parent.rpartition(".")
-        rest = f"{dot}{last}{rest}"
-    return ()
-
-
 def current_path(name: str) -> str:
     """Return the current dotted name of an object whose module may have moved.
 
     Args:
         name: dotted name of a module or of an object in one, such as "trainer.averages.Mean".
     """
-    successors = _successors(name)
-    for each in successors:
-        module, _, attribute = each.rpartition(".")
-        if len(successors) == 1 or hasattr(importlib.import_module(module), attribute):
-            return each
+    parts = name.split(".")
+    modules, rest = OLD_PATHS.get(".".join(parts[:2]), ()), parts[2:]
+    for module in modules:
+        if len(modules) == 1 or (rest and hasattr(importlib.import_module(module), rest[0])):
+            return ".".join([module, *rest])
     return name
 
 

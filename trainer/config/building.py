@@ -36,12 +36,12 @@ from trainer.config.reading import (
     REFERENCES,
     SEQ,
     STR,
-    TUPLE,
     compose,
     expanded_size,
     items,
     location,
     nodes,
+    object_name,
     paths,
     plain,
     replace_children,
@@ -52,9 +52,9 @@ from trainer.config.registry import Registry
 from trainer.options import nearest
 
 ATTRIBUTE = "!attribute"  # of this module: [object, "name.of.attribute"], for `!ref <object.name>`
+PARENTHESES = "!parentheses"  # of this module: text that is read as a tuple, such as "(3, 4)"
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
-Constructor = Callable[[Any, str, Any], Any]
 
 
 class BuildError(ValueError):
@@ -127,8 +127,6 @@ class _Resolver:
         whole = REFERENCE.fullmatch(text.strip())
         if whole:
             target = self._target(whole[1], node)
-            if isinstance(target, ScalarNode) and tag(target) in PLAIN:
-                return copy.copy(target)  # A shared scalar would be written as an alias.
             return self._copy(target) if tag(node) == "!copy" else target
         result = REFERENCE.sub(lambda match: self._text(match[1], node), text)
         if len(result) > MAX_TEXT:
@@ -237,20 +235,17 @@ def _evaluate(node: ast.AST) -> Any:
 
 def _apply(name: str, node: Node, registry: Registry) -> Any:
     """Call the function of an `!applyref:name` with the plain arguments in its node."""
+    kind, plain_tag = (MappingNode, MAP) if isinstance(node, MappingNode) else (SequenceNode, SEQ)
     try:
-        function = registry.locate(name)
-        if isinstance(node, MappingNode):
-            values = plain(MappingNode(MAP, node.value))
-        else:
-            values = plain(SequenceNode(SEQ, node.value))
+        function, values = registry.locate(name), plain(kind(plain_tag, node.value))
     except ValueError as error:
         raise BuildError(f"{location(node)}: {error}") from error
-    args = values if isinstance(values, list) else []
-    kwargs = values if isinstance(values, dict) else {}
-    if set(kwargs) == {"_args", "_kwargs"}:
-        args, kwargs = kwargs["_args"], kwargs["_kwargs"]
     try:
-        return function(*args, **kwargs)
+        if isinstance(values, list):
+            return function(*values)
+        if set(values) == {"_args", "_kwargs"}:
+            return function(*values["_args"], **values["_kwargs"])
+        return function(**values)
     except (TypeError, ValueError) as error:
         raise BuildError(f"{location(node)}: {name} failed: {error}") from error
 
@@ -259,7 +254,7 @@ def _apply(name: str, node: Node, registry: Registry) -> Any:
 
 
 def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
-    """Build the values of a tree without references.
+    """Build the values of a tree without references, once every name in it is checked.
 
     Args:
         root: a resolved tree; it is used up.
@@ -269,12 +264,19 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
         ValueError: a name is not allowed or does not exist, or arguments do not fit; the message
             names key, file and line.
     """
+    # The first key and the location of each node, for messages.
+    places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
     for node in nodes(root):
         bare = isinstance(node, ScalarNode) and tag(node) == STR and not node.style
         if bare and re.fullmatch(r"\(.*\)", node.value):
-            node.tag = TUPLE
+            node.tag = PARENTHESES
+        elif object_name(node):
+            try:
+                _check_object(node, registry)
+            except ValueError as error:
+                raise BuildError(f"{places[node]}: {error}") from error
     try:
-        values: dict[str, Any] = load_hyperpyyaml("{}", loader=_loader(root, registry))
+        values: dict[str, Any] = load_hyperpyyaml("{}", loader=_loader(root, places, registry))
     finally:
         # HyperPyYAML changes this default while it loads; an error would leave it changed.
         for library in (yaml, ruamel.yaml):
@@ -282,94 +284,76 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
     return values
 
 
-def parameters(target: Any) -> dict[str, inspect.Parameter] | None:
-    """Return the parameters of a callable by name, None if Python cannot tell."""
-    try:
-        return dict(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # Some compiled callables have no signature.
-        return None
-
-
-def _loader(root: MappingNode, registry: Registry) -> type[SafeLoader]:
+def _loader(root: Node, places: dict[Node, str], registry: Registry) -> type[SafeLoader]:
     """Make a loader class for one tree, so that nothing is registered for other YAML files."""
 
     class Loader(SafeLoader):
-        # The first key and the location of each node, for messages.
-        places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
-
         def get_single_node(self) -> Any:
             """Return the tree; the text is ignored."""
             return root
 
-        @classmethod
-        def add_constructor(cls, tag: Any, constructor: Any) -> None:
-            """Replace HyperPyYAML's constructor of tuples, which reads with an unsafe loader."""
-            super().add_constructor(tag, _tuple if tag == TUPLE else constructor)
+        def construct_object(self, node: Any, deep: bool = True) -> Any:
+            """Construct a value; an error of a named object's own gets its place."""
+            try:
+                return super().construct_object(node, deep=True)
+            except BuildError:
+                raise
+            except (TypeError, ValueError) as error:
+                # HyperPyYAML puts a sentence of its own before the message of a TypeError.
+                reason = error.args[-1] if error.args else error
+                what = object_name(node).removeprefix("builtins.") or tag(node)
+                raise BuildError(f"{places[node]}: {what} could not be built: {reason}") from error
 
         @classmethod
         def add_implicit_resolver(cls, tag: Any, regexp: Any, first: Any) -> None:
             """Ignore HyperPyYAML's rule for tuples: it would hold for all YAML of this process."""
 
-        @classmethod
-        def add_multi_constructor(cls, tag_prefix: Any, multi_constructor: Any) -> None:
-            """Put the registry's check before each of HyperPyYAML's constructors of objects."""
-            checked = _checked_constructor(tag_prefix, multi_constructor, registry)
-            super().add_multi_constructor(tag_prefix, checked)
+    def attribute(loader: Any, node: Node) -> Any:
+        owner, name = loader.construct_sequence(node, deep=True)
+        return _attribute(owner, name, places[node], registry)
 
-    Loader.add_constructor(ATTRIBUTE, lambda loader, node: _attribute(loader, node, registry))
+    Loader.add_constructor(ATTRIBUTE, attribute)
+    Loader.add_constructor(PARENTHESES, lambda _, node: _tuple(node.value, places[node]))
     return Loader
 
 
-def _checked_constructor(prefix: str, constructor: Constructor, registry: Registry) -> Constructor:
-    """Wrap a constructor: it runs only for names that the registry allows, if arguments fit."""
-
-    def construct(loader: Any, name: str, node: Any) -> Any:
-        place = loader.places[node]
-        try:
-            target = registry.locate(name)
-            # A bare built-in name would import a file of that name.
-            full = f"builtins.{name}" if target is getattr(builtins, name, None) else name
-            if pydoc.locate(full) is not target:  # HyperPyYAML is about to look it up like this.
-                raise ValueError(f"{name} is both a module and something else; give its full name")
-            _check_arguments(prefix, name, target, node)
-        except ValueError as error:
-            raise BuildError(f"{place}: {error}") from error
-        try:
-            return constructor(loader, full, node)
-        except BuildError:
-            raise
-        except (TypeError, ValueError) as error:
-            # HyperPyYAML puts a sentence of its own before the message of a TypeError.
-            reason = error.args[-1] if error.args else error
-            raise BuildError(f"{place}: {name} could not be built: {reason}") from error
-
-    return construct
-
-
-def _check_arguments(prefix: str, name: str, target: Any, node: Node) -> None:
-    """Refuse arguments that the callable does not take, before anything is built."""
-    known = parameters(target) if callable(target) else None
+def _check_object(node: Node, registry: Registry) -> None:
+    """Refuse a name that may not be built, or arguments that its callable does not take."""
+    name = object_name(node)
+    prefix = tag(node).removesuffix(name)
+    target = registry.locate(name)
+    # A bare built-in name would import a file of that name.
+    full = f"builtins.{name}" if target is getattr(builtins, name, None) else name
+    if pydoc.locate(full) is not target:  # HyperPyYAML is going to look it up like this.
+        raise ValueError(f"{name} is both a module and something else; give its full name")
+    node.tag = f"{prefix}{full}"
+    known = signature(target)
     if known is None or prefix == "!module:":
         return
-    keys = [str(key.value) for key, _ in node.value] if isinstance(node, MappingNode) else []
+    keys = [key for key, _ in items(node)] if isinstance(node, MappingNode) else []
     count = len(node.value) if isinstance(node, SequenceNode) else 0
-    signature = inspect.signature(target)
-    bind = signature.bind_partial if prefix == "!name:" else signature.bind
+    bind = known.bind_partial if prefix == "!name:" else known.bind
     try:
         bind(*[None] * count, **dict.fromkeys(keys))
     except TypeError as error:
         # A parameter is shown as "width" or "bias=True".
-        shown = (each.replace(annotation=inspect.Parameter.empty) for each in known.values())
+        shown = (each.replace(annotation=each.empty) for each in known.parameters.values())
         takes = ", ".join(map(str, shown)) or "none"
-        unknown = next((key for key in keys if key not in known), None)
-        hint = nearest(unknown, known) if unknown is not None else ""
+        unknown = next((key for key in keys if key not in known.parameters), None)
+        hint = nearest(unknown, known.parameters) if unknown is not None else ""
         raise ValueError(f"{name}: {error}{hint}; its arguments are: {takes}") from None
 
 
-def _attribute(loader: Any, node: Any, registry: Registry) -> Any:
+def signature(target: Any) -> inspect.Signature | None:
+    """Return the signature of a callable, None if Python cannot tell."""
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):  # Some compiled callables have none.
+        return None
+
+
+def _attribute(value: Any, name: str, place: str, registry: Registry) -> Any:
     """Read the attribute of a built object that a `!ref <object.attribute>` names."""
-    value, name = loader.construct_sequence(node, deep=True)
-    place = loader.places[node]
     for part in name.split("."):
         try:
             value = getattr(value, part)
@@ -385,12 +369,9 @@ def _attribute(loader: Any, node: Any, registry: Registry) -> Any:
     return value
 
 
-def _tuple(loader: Any, node: Any) -> tuple[Any, ...]:
+def _tuple(text: str, place: str) -> tuple[Any, ...]:
     """Read "(3, 4)" as (3, 4); the content of the parentheses is a list of plain values."""
-    text = loader.construct_scalar(node)
-    place = loader.places[node]
     try:
-        values = compose(f"[{text.strip()[1:-1]}]", place)
-        return tuple(plain(values)) if values is not None else ()
+        return tuple(plain(compose(f"[{text[1:-1]}]", place)))
     except ValueError as error:
         raise BuildError(f"{place}: {text} is no tuple; quote it if it is text: {error}") from None

@@ -33,6 +33,7 @@ from trainer.config.reading import (
     location,
     mapping,
     nodes,
+    object_name,
     plain,
     pop,
     put,
@@ -173,11 +174,12 @@ class Configuration:
             if key not in known:
                 raise ValueError(f"there is no key or run option {key!r}{nearest(key, known)}")
         elif tag(node).startswith(NAMING):
-            target = _named(node)
+            target = object_name(node)
             try:
-                takes = building.parameters(self.registry.locate(target)) or {}
+                signature = building.signature(self.registry.locate(target))
             except ValueError as error:
                 raise ValueError(f"{parent} ({location(node)}): {error}") from error
+            takes = signature.parameters if signature is not None else {}
             if key not in takes and not any(
                 each.kind == each.VAR_KEYWORD for each in takes.values()
             ):
@@ -210,18 +212,13 @@ class Configuration:
         """Build the objects; return the values by key."""
         root = self.resolved()
         for key, value in list(root.value):
-            if any(self.registry.only_trains(_named(each)) for each in nodes(value)):
+            if any(self.registry.only_trains(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)
         return building.build(root, self.registry)
 
     def dump(self) -> str:
         """Write one YAML with base, includes and overrides merged in, references kept."""
         return reading.dump(self.root)
-
-
-def _named(node: Node) -> str:
-    """Return the dotted name of the Python object that a node names, or nothing."""
-    return tag(node).partition(":")[2] if tag(node).startswith(NAMING) else ""
 
 
 def option(name: str, value: Any) -> Node:
@@ -271,7 +268,7 @@ def _fitting(old: Node | None, value: Any, name: str) -> Node:
 def _node(value: Any, name: str) -> Node:
     """Convert any value to a node: `Text` is read as YAML, mappings key by key."""
     if isinstance(value, Text):
-        return reading.compose(value, f"--{name}") or represent(None)
+        return reading.compose(value, f"--{name}")
     if isinstance(value, Mapping):
         node = mapping()
         for key, each in value.items():

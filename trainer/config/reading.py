@@ -47,7 +47,6 @@ TUPLE = "!tuple"
 REFERENCES = ("!ref", "!copy")
 TAGS = (*REFERENCES, TUPLE, "!PLACEHOLDER")
 REFERENCE = re.compile(r"<([^<>]*)>")
-COMMENT = re.compile(r"\s*#+\s*(.*?)\s*$")
 
 Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
@@ -86,12 +85,7 @@ class _Reader:
         if self.files > MAX_FILES:
             raise ValueError(f"{path}: more than {MAX_FILES} YAML files are read for one run")
         text = _read_text(path)
-        root = compose(text, str(path)) or mapping()
-        if not isinstance(root, MappingNode) or tag(root) != MAP:
-            raise ValueError(f"{location(root)}: the file must be a mapping of keys to values")
-        for key, _ in root.value:
-            if tag(key) != STR:
-                raise ValueError(f"{location(key)}: the key {key.value!r} must be text; quote it")
+        root = _root_mapping(compose(text, str(path)))
         if not at:  # Keys of included files are below another key: they are no run options.
             _rename_options(root)
         for place, comment in _comments(root, text.splitlines(), at):
@@ -121,6 +115,18 @@ def _read_text(path: Path) -> str:
             return file.read(MAX_CHARACTERS + 1)  # `compose` refuses longer texts.
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def _root_mapping(root: Node) -> MappingNode:
+    """Return the root of a file, which must be a mapping with text as keys, or empty."""
+    if tag(root) == NULL:
+        return mapping()
+    if not isinstance(root, MappingNode) or tag(root) != MAP:
+        raise ValueError(f"{location(root)}: the file must be a mapping of keys to values")
+    for key, _ in root.value:
+        if tag(key) != STR:
+            raise ValueError(f"{location(key)}: the key {key.value!r} must be text; quote it")
+    return root
 
 
 def _rename_options(root: MappingNode) -> None:
@@ -184,7 +190,7 @@ def merge(below: MappingNode, above: MappingNode) -> MappingNode:
 # ---------------------------------------------------------------- text to nodes
 
 
-def compose(text: str, name: str) -> Node | None:
+def compose(text: str, name: str) -> Node:
     """Parse a YAML text into a tree of nodes.
 
     Aliases become shared nodes; merge keys (`<<`) are merged in; `!new:x` is read as `!new:x {}`.
@@ -194,7 +200,7 @@ def compose(text: str, name: str) -> Node | None:
         name: origin of the text for error messages: a path, or an option such as "--width".
 
     Returns:
-        The root node, None for an empty text.
+        The root node; that of an empty text is null.
 
     Raises:
         ValueError: the text is not valid YAML, exceeds a limit, or uses a tag that is not allowed.
@@ -206,7 +212,7 @@ def compose(text: str, name: str) -> Node | None:
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _Composer
     try:
-        root: Node | None = yaml.compose(stream)
+        root: Node = yaml.compose(stream) or represent(None)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
@@ -214,8 +220,7 @@ def compose(text: str, name: str) -> Node | None:
         raise ValueError(f"{place}: not valid YAML: {error.problem}{context}") from None
     except YAMLError as error:
         raise ValueError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    if root is not None:
-        expanded_size(root)
+    expanded_size(root)
     return root
 
 
@@ -258,7 +263,7 @@ class _Composer(Composer):
 
     def compose_scalar_node(self, anchor: str | None) -> Node:
         """Compose a scalar; `!new:x` becomes a mapping, so that arguments can be added to it."""
-        node: Node = super().compose_scalar_node(anchor)
+        node: ScalarNode = super().compose_scalar_node(anchor)
         name = tag(node)
         if name == TUPLE:
             node.tag, node.style = STR, None  # "(3, 4)" is text until it is built.
@@ -316,16 +321,12 @@ def _comments(root: Node, lines: list[str], at: Keys = ()) -> Iterator[tuple[Key
 
 
 def _comment_behind(key: Node, value: Node, lines: list[str]) -> str:
-    """Return the comment at the end of the key's line, or of the last line of its value."""
-    block = isinstance(value, ScalarNode) and value.style in ("|", ">")
-    flow = isinstance(value, ScalarNode) or getattr(value, "flow_style", False)
-    written = value.end_mark.index > value.start_mark.index  # a key may have no value
-    if flow and not block and written and value.end_mark.index > key.end_mark.index:
-        rest = lines[value.end_mark.line][value.end_mark.column :]
-    else:  # The rest of the line is ": !new:x", an alias, or "|".
-        rest = lines[key.end_mark.line][key.end_mark.column :]
-        rest = re.sub(r"^:[^#]*?(?=\s#|$)", "", rest)
-    match = COMMENT.match(rest)
+    """Return the comment at the end of the key's line, or of the last line of a list in [ ]."""
+    end, between = key.end_mark, r":.*?\s"  # ": !new:x", an alias, or "|"
+    flow = value.end_mark.line == end.line or getattr(value, "flow_style", False)
+    if flow and value.end_mark.index > end.index:
+        end, between = value.end_mark, r"\s*"
+    match = re.match(rf"{between}#+\s*(.*?)\s*$", lines[end.line][end.column :])
     return match[1] if match else ""
 
 
@@ -351,6 +352,11 @@ def _comment_above(key: Node, lines: list[str]) -> str:
 def tag(node: Node) -> str:
     """Return the tag of a node as text: `MAP`, "!ref", "!new:torch.nn.Linear"."""
     return str(node.tag)
+
+
+def object_name(node: Node) -> str:
+    """Return the dotted name of the Python object that a node names, or nothing."""
+    return tag(node).partition(":")[2] if tag(node).startswith(NAMING) else ""
 
 
 def location(node: Node) -> str:

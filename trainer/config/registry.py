@@ -22,17 +22,16 @@ Such a package must import nothing: it is imported before any of its names is ch
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import logging
 import pkgutil
 import re
 import sys
 import tomllib
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,6 @@ REFUSED = """
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")
 PLAIN = (bool, int, float, str, list, tuple, dict, set, frozenset, type(None))
-_ABSENT = object()
-
-logger = logging.getLogger("trainer")
 
 
 class Registry:
@@ -126,20 +122,26 @@ class Registry:
         Raises:
             ValueError: the name is not allowed, or there is no such object.
         """
-        self._check_spelling(name)
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!a} is not a public name: parts of ASCII letters, digits and '_', joined by "
+                "dots, none beginning with '_'"
+            )
         if self._decision(name) is None:
             name = current_path(name)
-        head, _, rest = name.partition(".")
-        bare = rest if head == "builtins" else name
+        bare = name.removeprefix("builtins.")
         if bare in BUILTINS.split():
             return getattr(builtins, bare)
-        if not self._related(head):
-            raise self._refusal(name)
         found: Any = None
         parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            found = self._step(found, parts[:count], name)
-        self._check_found(found, name)
+        for count, part in enumerate(parts, 1):
+            found = self._step(found, ".".join(parts[:count]), part, name)
+        if name in self.rules or inspect.ismodule(found) or isinstance(found, PLAIN):
+            allowed = self._decision(name) is True
+        else:
+            allowed = self._decision(name) is not False and self._defined_inside(found)
+        if not allowed:
+            raise self._refusal(name, f"it is defined in {_origin(found)}")
         return found
 
     def only_trains(self, name: str) -> bool:
@@ -165,46 +167,25 @@ class Registry:
         ahead = (rule.startswith(f"{module}.") for rule, allowed in self.rules.items() if allowed)
         return self._decision(module) is True or any(ahead)
 
-    def _check_spelling(self, name: str) -> None:
-        strange = next((letter for letter in name if not letter.isascii()), None)
-        if strange:
-            letter = unicodedata.name(strange, "a strange character")
-            raise ValueError(f"{name!r} has the letter {strange!r} ({letter}), which is not ASCII")
-        if not NAME.fullmatch(name):
-            raise ValueError(
-                f"{name!r} is not a public name: parts joined by dots, none beginning with '_'"
-            )
-
-    def _step(self, owner: Any, parts: list[str], name: str) -> Any:
-        """Return the next part of a dotted name: a submodule if there is one, else an attribute."""
-        path, part = ".".join(parts), parts[-1]
-        known = self._related(path)
-        if known and (owner is None or inspect.ismodule(owner)) and _is_module(path):
-            _import(path, name)
-        found = sys.modules.get(path) if owner is None else getattr(owner, part, _ABSENT)
-        if found is None and owner is None:
+    def _step(self, owner: Any, path: str, part: str, name: str) -> Any:
+        """Return the module `path`, imported if it is related to a rule, or else an attribute."""
+        related = self._related(path)
+        is_module = (owner is None or inspect.ismodule(owner)) and _is_module(path)
+        if related and is_module:
+            found = _import(path, name)
+        elif owner is None and related:
             raise ValueError(f"{name} is not there: no module is called {path!r}")
-        if found is _ABSENT:
-            place = ".".join(parts[:-1])
-            if not known and self._decision(place) is not True and _is_module(path):
-                raise self._refusal(name)
-            raise ValueError(
-                f"{name} is not there: {place} has no {part!r}{nearest(part, _public(owner))}"
-            )
-        if inspect.ismodule(found) and not (found.__name__ == path and known):
+        elif owner is None or (is_module and not hasattr(owner, part)):
+            raise self._refusal(name)
+        elif not hasattr(owner, part):
+            place, hint = path.rpartition(".")[0], nearest(part, _public(owner))
+            raise ValueError(f"{name} is not there: {place} has no {part!r}{hint}")
+        else:
+            found = getattr(owner, part)
+        if inspect.ismodule(found) and not (related and found.__name__ == path):
             why = f"{path} is the module {found.__name__}" if found.__name__ != path else ""
             raise self._refusal(name, why)
         return found
-
-    def _check_found(self, found: Any, name: str) -> None:
-        """Check the object found, whatever its name was."""
-        decision = self._decision(name)
-        if name not in self.rules and not inspect.ismodule(found) and not isinstance(found, PLAIN):
-            allowed = decision is not False and self._defined_inside(found)
-        else:
-            allowed = decision is True
-        if not allowed:
-            raise self._refusal(name, f"it is defined in {_origin(found)}")
 
     def _defined_inside(self, found: Any) -> bool:
         """Return True if the code or the class of an object is from somewhere allowed."""
@@ -253,11 +234,10 @@ def recipe_packages() -> tuple[str, ...]:
         found |= set(table.get("entry-points", {}).get(ENTRY_POINTS, {}).values())
     packages = []
     for name in sorted(found):
-        try:
+        # A distribution may declare recipes that it was installed without.
+        with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
             packages.append(name)
-        except ModuleNotFoundError:  # declared, and not there: a distribution without its recipes
-            logger.debug("the recipe %s is declared and cannot be found", name)
     return tuple(packages)
 
 
@@ -301,16 +281,17 @@ def _is_module(path: str) -> bool:
         return False
 
 
-def _import(path: str, name: str) -> None:
+def _import(path: str, name: str) -> Any:
+    """Import a module on the way to `name`."""
     try:
-        importlib.import_module(path)
+        return importlib.import_module(path)
     except Exception as error:
-        extra = (
-            " (packages that a recipe needs are extras of its distribution, as in "
-            "pip install 'cortex-speech[recipes]')"
-            if isinstance(error, ModuleNotFoundError)
-            else ""
-        )
+        extra = ""
+        if isinstance(error, ModuleNotFoundError):
+            extra = (
+                " (packages that a recipe needs are extras of its distribution, as in "
+                "pip install 'cortex-speech[recipes]')"
+            )
         raise ValueError(
             f"{name} needs the module {path}, whose import failed: "
             f"{type(error).__name__}: {error}{extra}"
