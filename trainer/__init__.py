@@ -67,14 +67,11 @@ def _register_defaults() -> None:
         return make_layer_monitor(brain)
 
     def loggers(brain: Brain) -> Callback | None:
-        from trainer.loggers.callback import LoggerCallback
+        from trainer.loggers import JsonlLogger, LoggerCallback, TensorBoardLogger
+        from trainer.report import ReportLogger
 
-        return LoggerCallback(brain.options)
-
-    def report(brain: Brain) -> Callback | None:
-        from trainer.report import ReportCallback
-
-        return ReportCallback(brain.options)
+        curves = [TensorBoardLogger] if brain.options.tensorboard else []
+        return LoggerCallback(brain.options, [JsonlLogger, *curves, ReportLogger])
 
     def replica_check(brain: Brain) -> Callback | None:
         from trainer.diagnostics.replica_check import make_replica_check
@@ -106,7 +103,7 @@ def _register_defaults() -> None:
         return make_replay_driver(brain)
 
     # The layer monitor writes a record when the state is saved, before the loggers count theirs.
-    defaults.callbacks += [progress_bar, layer_monitor, loggers, report, replica_check, profiler]
+    defaults.callbacks += [progress_bar, layer_monitor, loggers, replica_check, profiler]
     defaults.tracers.append(nonfinite_tracer)
     defaults.drivers += [search, replay]
 

@@ -16,7 +16,7 @@ from recipes.clipping_study.table import markdown
 from recipes.clipping_study.verdicts import KINDS, verdict
 from trainer.report.axis import number
 from trainer.report.chart import Chart, Series, draw
-from trainer.report.style import STYLE
+from trainer.report.html import document, section, table, tiles
 
 ARMS = {
     "recurrent": "{} steps", "warmup": "warm-up of {} steps", "speed": "{}", "spikes": "{}",
@@ -57,36 +57,26 @@ def render(found: Sequence[Finding], trainings: int, seconds: float) -> str:
     """The page as text."""
     sections = "".join(_section(number, each) for number, each in enumerate(found, 1))
     seeds = max((len(row.values) for each in found for row in each.rows), default=0)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>Which clipping for which model</title><style>{STYLE}{MORE}</style></head><body>\n"
-        "<header><h1>Which clipping for which model</h1>"
+    facts = (
         f"<p>{trainings:,} trainings in {seconds / 60:.1f} minutes of CPU; {seeds} seeds for each "
         f"row, none of which tuning had seen. Written {time.strftime('%Y-%m-%d %H:%M')}.</p>"
-        f"{_tiles(found)}</header>\n<main>{sections}</main></body></html>\n"
     )
-
-
-def _tiles(found: Sequence[Finding]) -> str:
-    cells = (
-        f"<li><span>{number}. {escape(each.experiment.title)}</span>"
-        f"<strong>{escape(verdict(each).word)}</strong></li>"
-        for number, each in enumerate(found, 1)
+    titles = [f"{number}. {each.experiment.title}" for number, each in enumerate(found, 1)]
+    words = tiles(
+        (title, verdict(each).word, "") for title, each in zip(titles, found, strict=True)
     )
-    return f'<ul class="tiles">{"".join(cells)}</ul>'
+    return document("Which clipping for which model", facts + words, sections, MORE)
 
 
 def _section(place: int, found: Finding) -> str:
     experiment, said = found.experiment, verdict(found)
     facts = "".join(f"<p>{escape(fact)}</p>" for fact in said.facts)
-    return (
-        f"<section><h2>{place}. {escape(experiment.title)}</h2>"
+    return section(
+        f"{place}. {experiment.title}",
         f"<blockquote><p>Claim: {escape(experiment.claim)}</p></blockquote>"
         f'<p class="soft">{escape(experiment.definition)}</p>'
         f'<p class="verdict">{escape(_first_up(said.word))}.</p>{facts}'
-        f'<div class="charts">{"".join(_figures(found))}</div>{_table(found)}</section>\n'
+        f'<div class="charts">{"".join(_figures(found))}</div>{_table(found)}',
     )
 
 
@@ -208,16 +198,11 @@ def _table(found: Finding) -> str:
     if not any(row.others.get("overflowed") for row in found.rows):
         extra = [name for name in extra if name != "overflowed"]
     head = ["condition", "clipping", "setting", found.experiment.score, "±", "failed"]
-    cells = "".join(f'<th scope="col">{name}</th>' for name in [*head, *(HEADS[e] for e in extra)])
-    rows = "".join(_cells(found, row, extra) for row in found.rows)
-    title = f"Results of {found.experiment.title}"
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(title, quote=True)}">'
-        f"<table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    rows = (_cells(found, row, extra) for row in found.rows)
+    return table(f"Results of {found.experiment.title}", [*head, *(HEADS[e] for e in extra)], rows)
 
 
-def _cells(found: Finding, row: Row, extra: Sequence[str]) -> str:
+def _cells(found: Finding, row: Row, extra: Sequence[str]) -> list[str]:
     setting = ", ".join(f"{name} {value:g}" for name, value in row.setting.items())
     values = [
         KINDS[row.kind], setting, _number(row.mean), _number(row.spread),
@@ -227,8 +212,7 @@ def _cells(found: Finding, row: Row, extra: Sequence[str]) -> str:
         value = row.others[name]
         share = name in ("clipped", "caught", "disturbed")
         values.append(f"{100 * value:.0f} %" if share else _number(value))
-    cells = "".join(f"<td>{escape(value)}</td>" for value in values)
-    return f'<tr><th scope="row">{escape(_arm(found, row.arm))}</th>{cells}</tr>'
+    return [escape(value) for value in (_arm(found, row.arm), *values)]
 
 
 def _number(value: float) -> str:

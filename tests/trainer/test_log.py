@@ -398,7 +398,8 @@ def callback(folder: Path | None, *factories: Any, **options: Any) -> tuple[Logg
     run = RunOptions(output_folder=None if folder is None else str(folder), **options)
     updates = {"main": SimpleNamespace(lr=0.001), "other": SimpleNamespace(lr=0.25)}
     brain: Any = SimpleNamespace(options=run, updates=updates, step=0)
-    return LoggerCallback(run, factories or None), brain
+    usual = [JsonlLogger, TensorBoardLogger] if run.tensorboard else [JsonlLogger]
+    return LoggerCallback(run, factories or usual), brain
 
 
 class Memory(Logger):

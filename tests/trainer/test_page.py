@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer import RunOptions, StageReport, distributed
-from trainer.loggers import JsonlLogger
-from trainer.report import ReportCallback, render, write_html
+from trainer.loggers import JsonlLogger, LoggerCallback
+from trainer.report import ReportLogger, render, write_html
 from trainer.report.axis import Axis, count, number
 from trainer.report.chart import BUCKETS, Chart, Series, decimate, draw, running_mean
 from trainer.report.history import read_history
@@ -292,32 +292,46 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_old_report(tmp_path: Path) -> N
 
 def test_a_report_is_written_again_when_that_is_cheap_and_in_the_end(tmp_path: Path) -> None:
     report = logged(tmp_path, step(1, 1.5)) / "report.html"
-    brain: Any = SimpleNamespace()
-    page = ReportCallback(RunOptions(output_folder=str(tmp_path)))
-    for _ in range(2):  # A fit within a hook of a fit.
-        page.on_fit_start(brain)
-    page.finish()
-    assert not report.exists()  # Nothing was logged since it began.
-    page.on_stage_end(brain, StageReport("train"))
+    page = ReportLogger(tmp_path)
+    page.scalars("step", {}, 1)
+    page.close()
+    assert not report.exists()  # No stage was logged since it began.
+    page.scalars("stage", {}, 1)
     first = report.stat().st_mtime_ns
     logged(tmp_path, step(2, 2.5))
-    page.on_stage_end(brain, StageReport("valid"))  # At once, which would be too often.
-    page.on_fit_end(brain)
+    page.scalars("stage", {}, 2)  # At once, which would be too often.
     assert report.stat().st_mtime_ns == first
-    page.on_fit_end(brain)
+    page.close()
     assert "2.5" in report.read_text()
     last = report.stat().st_mtime_ns
-    page.finish()
+    page.close()
     assert report.stat().st_mtime_ns == last
-    logged(tmp_path, stage("test", None, 7.125))
-    page.on_evaluate_start(brain)
-    page.on_stage_end(brain, StageReport("test"))
-    page.on_evaluate_end(brain)
-    assert "7.125" in report.read_text()
     logged(tmp_path, step(3, 9.875))
-    page.on_fit_start(brain)
-    page.refresh()
-    page.on_exception(brain, RuntimeError())
+    page.artifact("nonfinite/3", tmp_path / "nonfinite" / "3")
+    page.close()
+    assert "9.875" in report.read_text()
+
+
+def test_a_run_has_a_report_after_its_outermost_fit_its_test_and_an_error(tmp_path: Path) -> None:
+    report, brain = tmp_path / "report.html", SimpleNamespace(updates={})
+    loggers = LoggerCallback(RunOptions(output_folder=str(tmp_path)), [JsonlLogger, ReportLogger])
+    for _ in range(2):  # A fit within a hook of a fit.
+        loggers.on_fit_start(brain)
+    loggers.on_stage_end(brain, StageReport("train", 1, 1.5))
+    first = report.stat().st_mtime_ns
+    loggers.on_stage_end(brain, StageReport("valid", 1, 2.5))
+    loggers.on_fit_end(brain)
+    assert report.stat().st_mtime_ns == first
+    loggers.on_fit_end(brain)
+    assert "2.5" in report.read_text()
+    loggers.on_evaluate_start(brain)
+    loggers.on_stage_end(brain, StageReport("test", None, 7.125))
+    loggers.on_evaluate_end(brain)
+    assert "7.125" in report.read_text()
+    loggers.on_fit_start(brain)
+    for loss in (8.625, 9.875):
+        loggers.on_stage_end(brain, StageReport("train", 2, loss))
+    loggers.on_exception(brain, RuntimeError())
     assert "9.875" in report.read_text()
 
 
@@ -331,24 +345,25 @@ def test_without_a_folder_and_off_the_main_rank_there_is_no_report(
     options = RunOptions(
         output_folder=folder, debug=why == "debug", replay="step" if why == "replay" else None
     )
-    brain: Any = SimpleNamespace()
-    ReportCallback(options).on_stage_end(brain, StageReport("test"))
+    loggers = LoggerCallback(options, [ReportLogger])
+    loggers.on_stage_end(SimpleNamespace(updates={}), StageReport("test"))
+    loggers.close()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_report_that_cannot_be_written_is_one_warning_and_ends_no_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    page = ReportCallback(RunOptions(output_folder=str(tmp_path / "gone")))
+    page = ReportLogger(tmp_path / "gone")
     for _ in range(2):
-        page.refresh()
-        page.finish()
+        page.scalars("stage", {}, 1)
+        page.close()
     (warning,) = caplog.messages
     assert str(tmp_path / "gone" / "report.html") in warning
     assert "free some space or choose another --output_folder" in warning
     logged(tmp_path / "gone", step(1))  # There is space again.
-    page.refresh()
-    page.finish()
+    page.scalars("stage", {}, 2)
+    page.close()
     assert (tmp_path / "gone" / "report.html").exists()
 
 

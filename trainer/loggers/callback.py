@@ -13,7 +13,6 @@ from trainer import distributed
 from trainer.callbacks import Callback
 from trainer.loggers.files import JsonlLogger, run_folder
 from trainer.loggers.protocol import Logger
-from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.metrics import RESERVED, StageReport
 from trainer.options import RunOptions
 
@@ -40,17 +39,12 @@ class LoggerCallback(Callback):
     number of records.
 
     Args:
-        options: run options, of which the output folder, ``tensorboard``, ``debug``, ``replay`` and
-            the searches count.
-        factories: make the loggers of a run folder, as `JsonlLogger` does. By default
-            `JsonlLogger`, and `TensorBoardLogger` if ``options.tensorboard``.
+        options: run options, of which the output folder, ``debug``, ``replay`` and the searches
+            count.
+        factories: make the loggers of a run folder, as `JsonlLogger` does.
     """
 
-    def __init__(
-        self, options: RunOptions, factories: Iterable[LoggerFactory] | None = None
-    ) -> None:
-        if factories is None:
-            factories = [JsonlLogger, TensorBoardLogger] if options.tensorboard else [JsonlLogger]
+    def __init__(self, options: RunOptions, factories: Iterable[LoggerFactory]) -> None:
         self.folder = None if options.searching else run_folder(options)
         self._factories = list(factories)
         self._loggers: dict[LoggerFactory, Logger] = {}

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from operator import itemgetter
 
 from trainer.report.axis import Axis, count, number
 
@@ -21,6 +22,7 @@ MAX_MARKERS = 40  # Up to so many points each have a marker with its value.
 MIN_SMOOTHED = 100  # From so many points on, a noisy line has a running mean over it.
 
 Point = tuple[float, float]
+VALUE = itemgetter(1)
 
 
 @dataclass(slots=True)
@@ -80,10 +82,10 @@ def decimate(points: Sequence[Point]) -> Sequence[Point]:
     for n in range(BUCKETS):
         part = points[n * len(points) // BUCKETS : (n + 1) * len(points) // BUCKETS]
         known = [point for point in part if not math.isnan(point[1])]
-        chosen = {min(known, key=_y), max(known, key=_y)} if known else set()
+        chosen = {min(known, key=VALUE), max(known, key=VALUE)} if known else set()
         if len(known) < len(part):
             chosen.add(next(point for point in part if math.isnan(point[1])))
-        kept += sorted(chosen, key=_x)
+        kept += sorted(chosen, key=itemgetter(0))
     return kept
 
 
@@ -102,75 +104,80 @@ def running_mean(points: Sequence[Point]) -> list[Point]:
     return mean
 
 
-def _x(point: Point) -> float:
-    return point[0]
-
-
-def _y(point: Point) -> float:
-    return point[1]
-
-
 def draw(chart: Chart) -> str:
     """Return a chart as an HTML figure: heading, drawing and legend."""
     values = [y for each in chart.series for y in each.ys if math.isfinite(y)]
     places = [end for each in chart.series for end in (*each.xs[:1], *each.xs[-1:])]
     x = Axis([*places, *chart.marks.values()], (LEFT, WIDTH - RIGHT), whole=chart.counts)
     y = Axis(values, (HEIGHT - BOTTOM, TOP), from_zero=chart.from_zero)
-    summary = "; ".join(_facts(each) for each in chart.series)
-    label = escape(f"{chart.title}. {chart.y_label} by {chart.x_label}. {summary}", quote=True)
     lines = "".join(_line(each, x, y, chart.x_label) for each in chart.series)
-    lines += "".join(_mark(name, x.at(place)) for name, place in chart.marks.items())
-    x_label, y_label = (
-        f"{text}, log scale" if axis.log else text
-        for axis, text in ((x, chart.x_label), (y, chart.y_label))
-    )
+    for name, place in chart.marks.items():
+        path = f"M{x.at(place):.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
+        lines += f'<path class="line limit" d="{path}"><title>{escape(name)}</title></path>'
+    # In words, for readers who do not see the drawing.
+    facts = []
+    for each in chart.series:
+        if known := _known(each):
+            low, high = (number(find(known, key=VALUE)[1]) for find in (min, max))
+            facts.append(f"{each.name} from {low} to {high}, last {_last(each)}")
+        else:
+            facts.append(f"{each.name} has no value")
+    label = f"{chart.title}. {chart.y_label} by {chart.x_label}. {'; '.join(facts)}"
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
     return (
         f"<figure><figcaption><h3>{escape(chart.title)}</h3>{note}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">'
-        f"{_frame(x, y, x_label, y_label)}{lines}</svg>{_legend(chart)}</figure>"
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
+        f'aria-label="{escape(label, quote=True)}">'
+        f"{_frame(x, y, chart)}{lines}</svg>{_legend(chart)}</figure>"
     )
 
 
-def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
+def _known(series: Series) -> list[Point]:
+    return [(x, y) for x, y in zip(series.xs, series.ys, strict=True) if math.isfinite(y)]
+
+
+def _last(series: Series) -> str:
+    return number(series.ys[-1]) if math.isfinite(series.ys[-1]) else "lost"
+
+
+def _frame(x: Axis, y: Axis, chart: Chart) -> str:
     """Return grid, ticks and labels."""
-    parts = []
+    parts, floor = [], HEIGHT - BOTTOM
     for value, text in y.ticks(5):
         at = y.at(value)
         parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{WIDTH - RIGHT:g}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 8:g}" y="{at + 4:.1f}">{text}</text>')
-    floor = HEIGHT - BOTTOM
     parts.append(f'<path class="axis" d="M{LEFT:g} {floor:g}H{WIDTH - RIGHT:g}"/>')
     for value, text in x.ticks(7):
         at = x.at(value)
         parts.append(f'<path class="axis" d="M{at:.1f} {floor:g}v5"/>')
         parts.append(f'<text class="tick mid" x="{at:.1f}" y="{floor + 18:g}">{text}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="mid" x="{middle:g}" y="{HEIGHT - 6:g}">{escape(x_label)}</text>')
-    middle = (TOP + floor) / 2
-    place = f'transform="translate(14 {middle:g}) rotate(-90)"'
-    parts.append(f'<text class="mid" {place}>{escape(y_label)}</text>')
+    for axis, text, place in (
+        (x, chart.x_label, f'x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"'),
+        (y, chart.y_label, f'transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"'),
+    ):
+        scale = ", log scale" if axis.log else ""
+        parts.append(f'<text class="mid" {place}>{escape(text + scale)}</text>')
     return "".join(parts)
 
 
 def _line(series: Series, x: Axis, y: Axis, x_label: str) -> str:
+    """Return a line, its running mean if it is noisy, and markers where it has few points."""
     points = list(zip(series.xs, series.ys, strict=True))
-    colour = f"c{series.colour % COLOURS}" if series.style != "limit" else "limit"
-    faint = series.style == "faint"
-    text = ""
+    text, style = "", _style(series)
     if series.noisy and len(points) >= MIN_SMOOTHED:
-        text = f'<path class="line faint {colour}" d="{_path(decimate(points), x, y)}"/>'
+        text = f'<path class="line faint {style}" d="{_path(decimate(points), x, y)}"/>'
         points = running_mean(points)
-    style = "line faint" if faint else "line"
-    text += f'<path class="{style} {colour}" d="{_path(decimate(points), x, y)}"/>'
+    text += f'<path class="line {style}" d="{_path(decimate(points), x, y)}"/>'
     if len(points) <= MAX_MARKERS and series.style == "solid":
         text += "".join(_marker(series, point, x, y, x_label) for point in points)
     return text
 
 
-def _mark(name: str, at: float) -> str:
-    path = f"M{at:.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
-    return f'<path class="line limit" d="{path}"><title>{escape(name)}</title></path>'
+def _style(series: Series) -> str:
+    if series.style == "limit":
+        return "limit"
+    return f"{'faint ' * (series.style == 'faint')}c{series.colour % COLOURS}"
 
 
 def _path(points: Iterable[Point], x: Axis, y: Axis) -> str:
@@ -198,52 +205,29 @@ def _marker(series: Series, point: Point, x: Axis, y: Axis, x_label: str) -> str
     )
 
 
-def _extremes(series: Series) -> tuple[str, Point, Point] | None:
-    """Return the last value and the lowest and highest point; None where no value is known."""
-    known = [(x, y) for x, y in zip(series.xs, series.ys, strict=True) if math.isfinite(y)]
-    if not known:
-        return None
-    last = series.ys[-1]
-    return number(last) if math.isfinite(last) else "lost", min(known, key=_y), max(known, key=_y)
-
-
-def _facts(series: Series) -> str:
-    """Return the extremes in words, for readers who do not see the drawing."""
-    extremes = _extremes(series)
-    if extremes is None:
-        return f"{series.name} has no value"
-    last, low, high = extremes
-    return f"{series.name} from {number(low[1])} to {number(high[1])}, last {last}"
-
-
 def _legend(chart: Chart) -> str:
     """Return the names of the lines with their last, lowest and highest values."""
-    rows, heads = [], ["last"]
+    heads, rows = ["last"], []
     for each in chart.series:
-        colour = "limit" if each.style == "limit" else f"c{each.colour % COLOURS}"
-        faint = " faint" if each.style == "faint" else ""
-        swatch = (
-            '<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">'
-            f'<path class="line {colour}{faint}" d="M2 6H26"/></svg>'
-        )
-        last, *ends = _extremes(each) or ("–",)
-        cells = ""
-        if len({value for _, value in ends}) > 1:  # The last value of a constant is enough.
+        known = _known(each)
+        cells = [_last(each) if known else "–"]
+        if len({y for _, y in known}) > 1:  # The last value of a constant is enough.
             heads = ["last", "lowest", "highest"]
-            cells = "".join(
-                f"<td>{number(y)} <small>at {count(x) if chart.counts else number(x)}</small></td>"
-                for x, y in ends
-            )
-        name = f'<th scope="row">{swatch}{escape(each.name)}</th>'
-        rows.append(f"<tr>{name}<td>{last}</td>{cells}</tr>")
-    for text, value in chart.marks.items():
+            for x, y in (min(known, key=VALUE), max(known, key=VALUE)):
+                place = count(x) if chart.counts else number(x)
+                cells.append(f"{number(y)} <small>at {place}</small>")
+        rows.append((each.name, _style(each), "M2 6H26", cells))
+    rows += [(name, "limit", "M14 0V12", [number(x)]) for name, x in chart.marks.items()]
+    body = ""
+    for name, style, path, cells in rows:
         swatch = (
             '<svg class="swatch" viewBox="0 0 28 12" aria-hidden="true">'
-            '<path class="line limit" d="M14 0V12"/></svg>'
+            f'<path class="line {style}" d="{path}"/></svg>'
         )
-        rows.append(f'<tr><th scope="row">{swatch}{escape(text)}</th><td>{number(value)}</td></tr>')
+        values = "".join(f"<td>{cell}</td>" for cell in cells)
+        body += f'<tr><th scope="row">{swatch}{escape(name)}</th>{values}</tr>'
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return (
         f'<table class="legend"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
+        f"<tbody>{body}</tbody></table>"
     )

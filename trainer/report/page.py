@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from trainer.report.axis import count, number
-from trainer.report.chart import Chart, draw
-from trainer.report.history import History, measures_of, read_history
-from trainer.report.layers import layer_table, warning_list
-from trainer.report.nonfinite import nonfinite_list
+from trainer.report.axis import Axis, count, number
+from trainer.report.chart import draw
+from trainer.report.history import Curve, History, measures_of, read_history
+from trainer.report.html import document, section, table, tiles
 from trainer.report.plots import display_name, sections
-from trainer.report.style import STYLE
 
-MAX_ROWS = 30  # Rows of the table of stages.
+MAX_STAGES = 30  # Rows of the table of stages.
+MAX_LAYERS = 300  # Rows of the table of layers.
+MAX_POINTS = 40  # Points of a small drawing in a row of that table.
+MAX_SKIPPED = 20  # Skipped steps that are listed.
 MAX_CHARACTERS = 200_000  # Characters of a file that are shown.
+SPARK_WIDTH, SPARK_HEIGHT = 96.0, 22.0  # Pixels of a small drawing.
 COUNTS = ("step", "examples", "skipped", "overflowed", "seconds")
+LAYER_HEADS = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
 FILES = (
     ("Command", "command.txt"),
     ("Settings", "hyperparams.yaml"),
@@ -29,16 +34,20 @@ FILES = (
 def render(folder: Path) -> str:
     """Return the page of a run folder as text."""
     history = read_history(folder / "metrics.jsonl")
-    name = escape(" / ".join(folder.resolve().parts[-3:]).lstrip("/ "))
-    charts = "".join(_section(title, charts) for title, charts in sections(history))
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{name}</title><style>{STYLE}</style></head><body>\n"
-        f"<header><h1>{name}</h1><p>{escape(_status(history))}</p>{_tiles(history)}</header>\n"
-        f"<main>{nonfinite_list(folder)}{warning_list(history)}{charts}{layer_table(history)}"
-        f"{_table(history)}{_files(folder)}</main></body></html>\n"
+    warnings = (
+        f"<li><strong>Step {count(step)}</strong>: {escape(text)}.</li>"
+        for step, text in history.warnings
+    )
+    charts = ""
+    for title, found in sections(history):
+        drawn = "".join(draw(each) for each in found if any(len(s.xs) for s in each.series))
+        charts += section(title, f'<div class="charts">{drawn}</div>' if drawn else "")
+    return document(
+        " / ".join(folder.resolve().parts[-3:]).lstrip("/ "),
+        f"<p>{escape(_status(history))}</p>{_tiles(history)}",
+        f"{section('Not finite', _warning_list(_skipped_steps(folder)))}"
+        f"{section('Warnings', _warning_list(''.join(warnings)))}{charts}{_layers(history)}"
+        f"{_stages(history)}{section('To run it again', _files(folder))}",
     )
 
 
@@ -70,59 +79,113 @@ def _duration(seconds: float) -> str:
 
 def _tiles(history: History) -> str:
     """Return tiles with the test results, the lowest validation losses and the lost steps."""
-    tiles = []
+    facts = []
     for record in history.stages:
         if record["stage"] == "test":
             results = [(name, value) for name, value in measures_of(record) if value is not None]
             results.sort(key=lambda result: result[0].split(".")[0] == "loss")  # Metrics first.
-            tiles += [(f"test {display_name(name)}", number(value), "") for name, value in results]
+            facts += [(f"test {display_name(name)}", number(value), "") for name, value in results]
     for name in history.measures():
         known = history.by_epoch("valid", name).known()
         if name.split(".")[0] == "loss" and known:
             epoch, value = min(known, key=lambda point: point[1])
             title = f"lowest valid {display_name(name)}"
-            tiles.append((title, number(value), f"epoch {number(epoch)}"))
+            facts.append((title, number(value), f"epoch {number(epoch)}"))
     for kind in ("skipped", "overflowed"):
         steps = {name: history.of_optimizer(name, kind).sum() for name in history.optimizers()}
         shares = ", ".join(f"{name} {count(lost)}" for name, lost in steps.items() if lost)
         if shares:
-            tiles.append((f"steps {kind}", count(sum(steps.values())), shares))
-    cells = (
-        f"<li><span>{escape(name)}</span><strong>{escape(value)}</strong>"
-        f"<small>{escape(more)}</small></li>"
-        for name, value, more in tiles
-    )
-    return f'<ul class="tiles">{"".join(cells)}</ul>' if tiles else ""
+            facts.append((f"steps {kind}", count(sum(steps.values())), shares))
+    return tiles(facts)
 
 
-def _section(title: str, charts: Iterable[Chart]) -> str:
-    """Return a section with the charts that have a point."""
-    drawn = "".join(draw(chart) for chart in charts if any(len(each.xs) for each in chart.series))
-    if not drawn:
+def _warning_list(items: str) -> str:
+    return f'<ul class="warnings">{items}</ul>' if items else ""
+
+
+def _skipped_steps(folder: Path) -> str:
+    """Return items with the skipped steps that were investigated, and their causes.
+
+    Args:
+        folder: run folder. The reports are in its ``nonfinite/``, one for each step, or one for
+            each process whose own batch was bad; those that cannot be read are left out.
+    """
+    found = []
+    for path in sorted(folder.glob("nonfinite/**/report.json")):
+        try:
+            record = json.loads(path.read_text("utf-8", "replace"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            found.append((path, record))
+    found.sort(key=lambda each: each[1]["step"])
+    items = ""
+    for path, record in found[:MAX_SKIPPED]:
+        causes = record.get("causes")
+        cause = f"; {causes[0]}" if isinstance(causes, list) and causes else ""
+        items += (
+            f"<li><strong>Step {record['step']:,}</strong>: first not finite was "
+            f"{escape(str(record.get('first')))}{escape(cause)}. "
+            f"<small>{escape(str(path.parent.relative_to(folder)))}</small></li>"
+        )
+    return items
+
+
+def _layers(history: History) -> str:
+    """Return a table with a row for each layer: the last values and their history."""
+    rows = []
+    for name in list(history.layers)[:MAX_LAYERS]:
+        grad, weight, ratio = (
+            history.layers[name].get(key, Curve()) for key in ("grad", "weight", "ratio")
+        )
+        grads, weights, ratios = ([y for _, y in each.known()] for each in (grad, weight, ratio))
+        rows.append([
+            escape(name), _of(grads, -1), _spark(grad, f"gradient of {name}"), _of(weights, -1),
+            _of(ratios, -1), _spark(ratio, f"update of {name}"), _of(sorted(ratios), 0),
+            _of(sorted(ratios), -1),
+        ])  # fmt: skip
+    if not rows:
         return ""
-    return f'<section><h2>{escape(title)}</h2><div class="charts">{drawn}</div></section>\n'
+    more = len(history.layers) - MAX_LAYERS
+    note = f"<p>{count(more)} more layers are in metrics.jsonl.</p>" if more > 0 else ""
+    return section("Layers", table("Layers", LAYER_HEADS, rows, "tall") + note)
 
 
-def _table(history: History) -> str:
+def _of(values: list[float], place: int) -> str:
+    return number(values[place]) if values else "–"
+
+
+def _spark(curve: Curve, name: str) -> str:
+    """Return a drawing of the size of a word."""
+    known = curve.known()
+    known = known[:: max(1, math.ceil(len(known) / MAX_POINTS))]
+    if len(known) < 2:
+        return ""
+    x = Axis([known[0][0], known[-1][0]], (2.0, SPARK_WIDTH - 2.0), whole=True)
+    y = Axis([value for _, value in known], (SPARK_HEIGHT - 2.0, 2.0))
+    points = [(x.at(step), y.at(value)) for step, value in known]
+    path = "L".join(f"{a:.0f} {b:.1f}" for a, b in points if not math.isnan(b))
+    return (
+        f'<svg class="spark" viewBox="0 0 {SPARK_WIDTH:g} {SPARK_HEIGHT:g}" role="img" '
+        f'aria-label="{escape(name, quote=True)}"><path class="line c0" d="M{path}"/></svg>'
+    )
+
+
+def _stages(history: History) -> str:
     """Return a table of the last stages, the newest first."""
     if not history.stages:
         return ""
     measures = history.measures()
-    heads = ("stage", "epoch", *(display_name(name) for name in measures), *COUNTS)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     rows = []
-    for record in reversed(history.stages[-MAX_ROWS:]):
+    for record in reversed(history.stages[-MAX_STAGES:]):
         values = {**record, **dict(measures_of(record))}
-        cells = "".join(f"<td>{_cell(values, name)}</td>" for name in (*measures, *COUNTS))
-        stage = escape(str(record["stage"]))
-        epoch = "" if record.get("epoch") is None else escape(str(record["epoch"]))
-        rows.append(f'<tr><th scope="row">{stage}</th><td>{epoch}</td>{cells}</tr>')
-    title = "Stages" if len(history.stages) <= MAX_ROWS else f"The last {MAX_ROWS} stages"
-    return (
-        f"<section><h2>{title}</h2>"
-        f'<div class="wide" tabindex="0" role="region" aria-label="{title}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>\n"
-    )
+        epoch = "" if record.get("epoch") is None else str(record["epoch"])
+        cells = [_cell(values, name) for name in (*measures, *COUNTS)]
+        rows.append([escape(str(record["stage"])), escape(epoch), *cells])
+    heads = ["stage", "epoch", *map(display_name, measures), *COUNTS]
+    many = len(history.stages) > MAX_STAGES
+    title = f"The last {MAX_STAGES} stages" if many else "Stages"
+    return section(title, table(title, heads, rows))
 
 
 def _cell(values: Mapping[str, Any], name: str) -> str:
@@ -134,14 +197,14 @@ def _cell(values: Mapping[str, Any], name: str) -> str:
 
 def _files(folder: Path) -> str:
     """Return the command, the settings and the environment, folded away."""
-    parts = []
+    parts = ""
     for title, name in FILES:
         path = folder / name
         if path.is_file():
             with path.open(encoding="utf-8", errors="replace") as file:
                 text = file.read(MAX_CHARACTERS)
-            parts.append(
+            parts += (
                 f"<details><summary>{title} <small>{name}</small></summary>"
                 f'<pre tabindex="0">{escape(text)}</pre></details>'
             )
-    return f"<section><h2>To run it again</h2>{''.join(parts)}</section>\n" if parts else ""
+    return parts

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 
 from trainer.report.axis import count
 from trainer.report.chart import Chart, Series
 from trainer.report.history import Curve, History
-from trainer.report.layers import layer_charts
 
 STEP = "optimizer step"
+REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "largest": max, "median": statistics.median, "smallest": min,
+}  # fmt: skip
 
 
 def sections(history: History) -> list[tuple[str, list[Chart]]]:
@@ -22,30 +25,32 @@ def sections(history: History) -> list[tuple[str, list[Chart]]]:
     ]
 
 
-def _series(
-    name: str, curve: Curve, colour: int = 0, style: str = "solid", noisy: bool = False
-) -> Series:
-    return Series(name, curve.xs, curve.ys, colour, style, noisy)
-
-
 def display_name(measure: str) -> str:
     """Return a dotted name for people: "loss of generator" for "loss.generator"."""
     return measure.replace("loss.", "loss of ", 1) if measure.startswith("loss.") else measure
 
 
-def _colour(history: History, name: str) -> int:
+def _add(
+    chart: Chart, name: str, curve: Curve, colour: int = 0, style: str = "solid",
+    noisy: bool = False,
+) -> None:  # fmt: skip
+    """Add a curve to a chart, unless none of its values is known."""
+    if curve.known():
+        chart.series.append(Series(name, curve.xs, curve.ys, colour, style, noisy))
+
+
+def _colours(history: History) -> dict[str, int]:
     """Return the colour that an optimizer and the loss of its name have in all charts."""
     losses = [key[5:] for key in history.steps if key.startswith("loss.")]
-    names = list(dict.fromkeys([*history.optimizers(), *losses]))
-    return names.index(name) if name in names else 0
+    names = dict.fromkeys([*history.optimizers(), *losses])
+    return {name: colour for colour, name in enumerate(names)}
 
 
 def _training_loss(history: History) -> Chart:
-    chart = Chart("Training loss", STEP, "loss")
+    chart, colours = Chart("Training loss", STEP, "loss"), _colours(history)
     for key, curve in history.steps.items():
-        if key.split(".")[0] == "loss" and curve.known():
-            name = key[5:] or "loss"
-            chart.series.append(_series(name, curve, _colour(history, name), noisy=True))
+        if key.split(".")[0] == "loss":
+            _add(chart, key[5:] or "loss", curve, colours.get(key[5:], 0), noisy=True)
     return chart
 
 
@@ -56,123 +61,94 @@ def _by_epoch(history: History) -> list[Chart]:
         name = display_name(measure)  # Not in capitals: si_snr is not SI_SNR.
         chart = Chart(f"{name.replace('loss', 'Loss', 1)} by epoch", "epoch", name)
         for stage in history.stage_names():
-            curve = history.by_epoch(stage, measure)
-            if curve.known():
-                chart.series.append(_series(stage, curve, 0 if stage == "train" else 1))
+            _add(chart, stage, history.by_epoch(stage, measure), 0 if stage == "train" else 1)
         charts.append(chart)
     return charts
 
 
 def _optimization(history: History) -> list[Chart]:
-    names = history.optimizers()
-    rates = _per_optimizer(history, Chart("Learning rate", STEP, "learning rate"), "lr")
-    shares = _per_optimizer(
-        history,
-        Chart("Clipped gradients", STEP, "% of steps", from_zero=True),
-        "clipped",
-        lambda curve: curve.scaled(100),
-        _any_above_zero,
-    )
+    rates = Chart("Learning rate", STEP, "learning rate")
+    shares = Chart("Clipped gradients", STEP, "% of steps", from_zero=True)
+    windows = Chart("Clipped, of the last 100 steps", STEP, "% of steps", from_zero=True)
     lost = Chart("Steps not taken, so far", STEP, "steps", from_zero=True)
+    scales = Chart("Loss scale (fp16)", STEP, "scale")
+    names, colours = history.optimizers(), _colours(history)
+    for name in names:
+        _add(rates, name, history.of_optimizer(name, "lr"), colours[name])
+        share = history.of_optimizer(name, "clipped")
+        if any(y > 0 for y in share.ys):
+            _add(shares, name, share.scaled(100), colours[name], noisy=True)
+        scale = history.of_optimizer(name, "scale")
+        if len({y for _, y in scale.known()}) > 1:
+            _add(scales, name, scale, colours[name])
+    for name, curves in history.norms.items():
+        share = curves.get("clipped_share", Curve())
+        if any(y > 0 for y in share.ys):
+            _add(windows, name, share.scaled(100), colours.get(name, 0))
     for shift, kind in enumerate(("skipped", "overflowed")):
         for name in names:
             total = history.of_optimizer(name, kind).total()
-            if _any_above_zero(total):
-                colour = len(names) * shift + _colour(history, name)
-                chart_name = f"{name} {kind}" if len(names) > 1 else kind
-                lost.series.append(_series(chart_name, total, colour))
-    scales = _per_optimizer(
-        history, Chart("Loss scale (fp16)", STEP, "scale"), "scale", worth=_changes
-    )
-    norms = [_norms(history, name, len(names)) for name in names]
-    every = [_every_step(history, name, len(names)) for name in history.norms]
-    return [rates, *norms, *every, shares, *_windows(history), lost, scales, *layer_charts(history)]
+            if any(y > 0 for y in total.ys):
+                line = f"{name} {kind}" if len(names) > 1 else kind
+                _add(lost, line, total, len(names) * shift + colours[name])
+    norms = [_norms(history, name, colours[name]) for name in names]
+    every = [_every_step(history, name) for name in history.norms]
+    return [rates, *norms, *every, shares, windows, lost, scales, *_by_layer(history)]
 
 
-def _every_step(history: History, name: str, optimizers: int) -> Chart:
-    """Return the norms of all steps, before and after clipping."""
-    of = f" of {name}" if optimizers > 1 else ""
-    chart = Chart(f"Gradient norm{of}, every step", STEP, "L2 norm")
-    spikes = history.norms[name].get("spikes", Curve()).sum()
-    if spikes:
-        chart.note = f"{count(spikes)} spikes: above four times the median of the steps before."
-    for label, key, style, colour in (
-        ("before clipping", "norms", "solid", 0),
-        ("after", "norms_after", "solid", 1),
-        ("limit", "limits", "limit", 0),
-    ):
-        curve = history.norms[name].get(key, Curve())
-        if curve.known():
-            chart.series.append(_series(label, curve, colour, style, noisy=style == "solid"))
-    return chart
-
-
-def _windows(history: History) -> list[Chart]:
-    """Return the share of clipped steps among the last 100, at each monitor record."""
-    chart = Chart("Clipped, of the last 100 steps", STEP, "% of steps", from_zero=True)
-    for name, curves in history.norms.items():
-        curve = curves.get("clipped_share", Curve())
-        if _any_above_zero(curve):
-            chart.series.append(_series(name, curve.scaled(100), _colour(history, name)))
-    return [chart]
-
-
-def _any_above_zero(curve: Curve) -> bool:
-    return any(y > 0 for y in curve.ys)
-
-
-def _changes(curve: Curve) -> bool:
-    return len({y for _, y in curve.known()}) > 1
-
-
-def _per_optimizer(
-    history: History,
-    chart: Chart,
-    key: str,
-    change: Callable[[Curve], Curve] = lambda curve: curve,
-    worth: Callable[[Curve], bool] = lambda curve: bool(curve.known()),
-) -> Chart:
-    """Return the chart with a line for each optimizer whose curve is worth one."""
-    for name in history.optimizers():
-        curve = change(history.of_optimizer(name, key))
-        if worth(curve):
-            noisy = key == "clipped"
-            chart.series.append(_series(name, curve, _colour(history, name), noisy=noisy))
-    return chart
-
-
-def _norms(history: History, name: str, optimizers: int) -> Chart:
+def _norms(history: History, name: str, colour: int) -> Chart:
     """Return the gradient norm before clipping, its peaks, the limit, and the share clipped."""
-    of = f" of {name}" if optimizers > 1 else ""
+    of = f" of {name}" if len(history.optimizers()) > 1 else ""
     chart = Chart(f"Gradient norm{of}", STEP, "L2 norm before clipping")
-    colour = _colour(history, name)
-    for label, key, style in (
-        ("largest", "norm_max", "faint"),
-        ("mean", "norm", "solid"),
-        ("limit", "limit", "limit"),
-    ):
-        curve = history.of_optimizer(name, key)
-        if curve.known():
-            chart.series.append(_series(label, curve, colour, style, noisy=key == "norm"))
-    shares = history.of_optimizer(name, "clipped")
-    counts = history.of_optimizer(name, "stepped")
-    if len(shares) == len(counts) and chart.series:
-        pairs = [
-            (share, number)
-            for share, number in zip(shares.ys, counts.ys, strict=True)
-            if math.isfinite(share) and math.isfinite(number)
-        ]
-        steps = sum(number for _, number in pairs)
-        clipped = sum(share * number for share, number in pairs)
-        if steps:
-            percent = f"{100 * clipped / steps:.1f} %"
+    _add(chart, "largest", history.of_optimizer(name, "norm_max"), colour, "faint")
+    _add(chart, "mean", history.of_optimizer(name, "norm"), colour, noisy=True)
+    _add(chart, "limit", history.of_optimizer(name, "limit"), colour, "limit")
+    shares = history.of_optimizer(name, "clipped").ys
+    counts = history.of_optimizer(name, "stepped").ys
+    if len(shares) == len(counts):
+        known = [(s, n) for s, n in zip(shares, counts, strict=True) if math.isfinite(s + n)]
+        steps = sum(n for _, n in known)
+        if steps and chart.series:
+            percent = f"{100 * sum(s * n for s, n in known) / steps:.1f} %"
             chart.note = f"{percent} of {count(steps)} logged steps were clipped."
     return chart
 
 
+def _every_step(history: History, name: str) -> Chart:
+    """Return the norms of all steps, before and after clipping."""
+    of = f" of {name}" if len(history.optimizers()) > 1 else ""
+    chart = Chart(f"Gradient norm{of}, every step", STEP, "L2 norm")
+    curves = history.norms[name]
+    spikes = curves.get("spikes", Curve()).sum()
+    if spikes:
+        chart.note = f"{count(spikes)} spikes: above four times the median of the steps before."
+    _add(chart, "before clipping", curves.get("norms", Curve()), noisy=True)
+    _add(chart, "after", curves.get("norms_after", Curve()), 1, noisy=True)
+    _add(chart, "limit", curves.get("limits", Curve()), style="limit")
+    return chart
+
+
+def _by_layer(history: History) -> list[Chart]:
+    """Return charts of the largest, the median and the smallest value of all layers."""
+    charts = []
+    for title, key, label in (
+        ("Gradient norm by layer", "grad", "L2 norm before clipping"),
+        ("Update by layer", "ratio", "norm of update / norm of weights"),
+    ):
+        by_step: dict[float, list[float]] = {}
+        for curves in history.layers.values():
+            for step, value in curves.get(key, Curve()).known():
+                by_step.setdefault(step, []).append(value)
+        steps, chart = sorted(by_step), Chart(title, STEP, label)
+        for colour, (name, reduce) in enumerate(REDUCTIONS.items()):
+            if len(history.layers) > 1:
+                values = [reduce(by_step[step]) for step in steps]
+                chart.series.append(Series(name, steps, values, colour))
+        charts.append(chart)
+    return charts
+
+
 def _speed(history: History) -> Chart:
     chart = Chart("Throughput", STEP, "examples per second", from_zero=True)
-    curve = history.steps.get("examples_per_second", Curve())
-    if curve.known():
-        chart.series.append(_series("all ranks", curve, noisy=True))
+    _add(chart, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
     return chart

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.report.axis import number
 from trainer.report.chart import Chart, Series, draw
-from trainer.report.style import STYLE
+from trainer.report.html import document, section, table, tiles
 from trainer.tuner.clip_limit import MEASURES, ClipSuggestion
 from trainer.tuner.learning_rate import RateSuggestion
 from trainer.tuner.trial import TrialResult
@@ -52,28 +52,20 @@ def write_findings(
 
 def render(folder: Path, kind: str, found: Suggestions, notes: Sequence[str]) -> str:
     """Return the page of one search as text."""
-    title = f"{TITLES[kind]} of {escape(' / '.join(folder.resolve().parts[-3:]).lstrip('/ '))}"
-    tiles, sections = "", ""
+    facts, sections = [], ""
     for name, each in found.items():
         if isinstance(each, ClipSuggestion):
-            label, value, charts, table = "limit", each.limit, _clip_charts(each), _table(each)
+            label, value, charts, trials = "limit", each.limit, _clip_charts(each), _trials(each)
         else:
-            label, value, charts, table = "learning rate", each.rate, _rate_charts(each), ""
-        shown = "–" if value is None else f"{value:g}"
-        tiles += f"<li><span>{label} of {escape(name)}</span><strong>{shown}</strong></li>"
-        sections += (
-            f"<section><h2>{escape(name)}</h2><p>{escape(each.sentence())}</p>"
-            f'<div class="charts">{"".join(map(draw, charts))}</div>{table}</section>\n'
-        )
+            label, value, charts, trials = "learning rate", each.rate, _rate_charts(each), ""
+        facts.append((f"{label} of {name}", "–" if value is None else f"{value:g}", ""))
+        drawn = f'<div class="charts">{"".join(map(draw, charts))}</div>'
+        sections += section(name, f"<p>{escape(each.sentence())}</p>{drawn}{trials}")
     explained = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
-        f"<header><h1>{title}</h1><p>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>"
-        f'<ul class="tiles">{tiles}</ul></header>\n<main>{sections}'
-        f"<section><h2>How to read it</h2>{explained}</section></main></body></html>\n"
+    return document(
+        f"{TITLES[kind]} of {' / '.join(folder.resolve().parts[-3:]).lstrip('/ ')}",
+        f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>{tiles(facts)}",
+        sections + section("How to read it", explained),
     )
 
 
@@ -141,26 +133,21 @@ def _loss_chart(trials: Sequence[TrialResult]) -> Chart:
     return chart
 
 
-def _table(found: ClipSuggestion) -> str:
+def _trials(found: ClipSuggestion) -> str:
     """Return a table of all trials by limit."""
     rows = []
     for each in found.trials:
         free = math.isinf(each.limit)
         as_good = bool(found.good) and not found.needed if free else each.limit in found.good
-        cells = (
+        rows.append([
+            "none" if free else f"{each.limit:g}",
             "failed" if math.isinf(each.end_loss) else number(each.end_loss),
             f"{100 * each.clipped_share:.0f} %", f"{each.skipped}", f"{each.steps}",
             "yes" if as_good else "",
-        )  # fmt: skip
-        row = "".join(f"<td>{cell}</td>" for cell in cells)
-        limit = "none" if free else f"{each.limit:g}"
-        rows.append(f'<tr><th scope="row">{limit}</th>{row}</tr>')
-    names = ("limit", "loss at the end", "clipped", "not finite", "steps", "as good as the best")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+        ])  # fmt: skip
+    heads = ("limit", "loss at the end", "clipped", "not finite", "steps", "as good as the best")
     percents = " · ".join(f"{p} %: {number(value)}" for p, value in found.percentiles.items())
     return (
         f"<h3>Trials</h3><p>Percentiles of the {MEASURES[found.kind]} without clipping: "
-        f"{percents}</p>"
-        '<div class="wide" tabindex="0" role="region" aria-label="Trials"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{percents}</p>{table('Trials', heads, rows)}"
     )

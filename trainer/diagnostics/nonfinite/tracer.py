@@ -25,11 +25,11 @@ from trainer.clipping import Gradients
 from trainer.diagnostics.nonfinite.diagnoses import diagnose
 from trainer.diagnostics.nonfinite.probe import CollectiveCalled, Finding, NonFiniteFound, Probe
 from trainer.diagnostics.nonfinite.report import NonFiniteReport
+from trainer.loggers.callback import LoggerCallback
 from trainer.loggers.files import run_folder
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
 from trainer.optim.step import Update
-from trainer.report import ReportCallback
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
@@ -120,8 +120,8 @@ class NonFiniteTracer(Tracer):
                 kept = rerun.kept
                 report.write(self._brain, kept.batch, kept.step, kept.is_last, rerun.generators)
                 for callback in self._brain.callbacks:
-                    if isinstance(callback, ReportCallback):
-                        callback.refresh()
+                    if isinstance(callback, LoggerCallback):
+                        callback.artifact(f"nonfinite/{report.name}", report.folder)
             for line in report.lines():
                 logger.warning("%s", line)
         except Exception as error:  # An explanation is not worth a run.

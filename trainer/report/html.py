@@ -1,8 +1,69 @@
-"""Style sheet of the report: light and dark, in colours that colour-blind readers can tell apart.
+"""Parts of a page that is complete in one HTML file: no script, no network, light and dark.
 
-The light colours are those of Okabe and Ito (2008), darkened where a thin line on white needs it;
-each has a contrast of at least 3:1 to its background.
+The light colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart,
+darkened where a thin line on white needs it; each has a contrast of at least 3:1 to its background.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+
+def document(title: str, header: str, main: str, style: str = "") -> str:
+    """Return a page.
+
+    Args:
+        title: text of the title and the first heading.
+        header: HTML below that heading.
+        main: HTML of the content.
+        style: style sheet in addition to `STYLE`.
+    """
+    title = escape(title)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{STYLE}{style}</style></head><body>\n"
+        f"<header><h1>{title}</h1>{header}</header>\n<main>{main}</main></body></html>\n"
+    )
+
+
+def section(title: str, content: str) -> str:
+    """Return a section with a heading; nothing where the content, which is HTML, is empty."""
+    return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
+
+
+def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
+    """Return tiles, each with a name, a value in large letters, and a note, which may be empty."""
+    items = "".join(
+        f"<li><span>{escape(name)}</span><strong>{escape(value)}</strong>"
+        + (f"<small>{escape(note)}</small></li>" if note else "</li>")
+        for name, value, note in facts
+    )
+    return f'<ul class="tiles">{items}</ul>' if items else ""
+
+
+def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """Return a table that scrolls where it is too wide.
+
+    Args:
+        label: name for readers who do not see it.
+        heads: headings of the columns.
+        rows: cells as HTML; the first of each row is its heading.
+        kind: "tall" for a table that scrolls where it is too high, too.
+    """
+    head = "".join(f'<th scope="col">{escape(each)}</th>' for each in heads)
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, *cells in rows
+    )
+    return (
+        f'<div class="{f"wide {kind}".strip()}" tabindex="0" role="region" '
+        f'aria-label="{escape(label, quote=True)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
 
 STYLE = """
 :root { --back: #ffffff; --card: #ffffff; --text: #1c1e21; --soft: #5c636b; --line: #d9dde2;
