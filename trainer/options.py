@@ -384,3 +384,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
+    """Return the end of a message about an unknown key: the keys that may be meant, or nothing.
+
+    Args:
+        name: the unknown key, dotted if it is nested.
+        known: names that may stand in the place of its last part.
+        dotted: all keys of the YAML; those count whose last part is like that of `name`.
+
+    >>> nearest_key("lr", ["seed"], ["seed", "opt_class.lr"])
+    "; did you mean 'opt_class.lr'?"
+    """
+    last = name.rpartition(".")[2]
+    if hint := nearest(last, known):
+        return hint
+    ends: dict[str, list[str]] = {}
+    for each in dotted:
+        ends.setdefault(each.rpartition(".")[2], []).append(each)
+    found = [each for end in difflib.get_close_matches(last, ends, n=1) for each in ends[end]]
+    found.sort(key=lambda each: not each.startswith(f"{name.partition('.')[0]}."))
+    return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
