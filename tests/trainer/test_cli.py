@@ -159,7 +159,12 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(demo: str, tmp_path
         (folder / name).mkdir()
         (folder / name / "contents").write_text("x")
     (folder / "notes.txt").write_text("mine")
+    saved = Checkpointer(folder / "save").save_checkpoint({"epoch": 1})
+    assert saved is not None
+    (folder / "save" / "labels.txt").write_text("mine")
     main(keep(runs), [demo, "--overwrite"])
+    assert not saved.path.exists()
+    assert (folder / "save" / "labels.txt").read_text() == "mine"
     assert (outside / "precious").read_text() == "mine"
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "checkpoints").exists()
