@@ -22,6 +22,14 @@ import torch
 # Former names of options, accepted in a YAML, on the command line and as attributes.
 ALIASES = {"on_bad_audio": "on_bad_item", "max_bad_audio": "max_bad_item"}
 
+# Options of SpeechBrain under other names, which would be ignored without a word.
+SPEECHBRAIN_OPTIONS = {
+    "auto_mix_prec": "precision",
+    "bfloat16_mix_prec": "precision",
+    "ckpt_interval_minutes": "checkpoint_every_minutes",
+    "ckpt_interval_steps": "checkpoint_every_steps",
+}
+
 logger = logging.getLogger("trainer")
 
 
@@ -277,7 +285,8 @@ class RunOptions:
         given = {current_name(name): value for name, value in (run_opts or {}).items()}
         for name in given:
             if name not in known:
-                raise ValueError(f"{name!r} is not a run option{nearest(name, known)}")
+                meant = SPEECHBRAIN_OPTIONS.get(name, name)
+                raise ValueError(f"{name!r} is not a run option{nearest(meant, known)}")
         own = {current_name(name): value for name, value in hparams.items()}
         return cls(**{name: own[name] for name in known if name in own} | given)
 
@@ -374,6 +383,22 @@ def _words(hint: Any) -> str:
     if typing.get_origin(hint) is dict:
         return "a mapping of names to numbers"
     return names[hint]
+
+
+def warn_of_similar_names(hparams: Iterable[str]) -> None:
+    """Warn of hyperparameters that have no effect and whose names are almost those of options.
+
+    Args:
+        hparams: names of hyperparameters, most of which are the recipe's own.
+    """
+    known = RunOptions.names()
+    for name in sorted({*hparams} - {*known} - ALIASES.keys()):
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        meant = SPEECHBRAIN_OPTIONS.get(name) or next(iter(close), None)
+        if meant is not None:
+            logger.warning(
+                "%r is not a run option and has no effect by itself; the option is %r", name, meant
+            )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
