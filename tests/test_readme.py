@@ -1,7 +1,8 @@
-"""The README's program, as a reader would run it."""
+"""Programs and commands in the documentation, as a reader would run them."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import trainer
+from trainer.cli import arguments
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -29,3 +31,29 @@ def test_the_program_of_the_readme_runs_and_runs_again(tmp_path: Path) -> None:
         lines.append(re.findall(r"^test: loss=[\d.]+$", done.stdout, re.MULTILINE))
     assert lines[0] == lines[1] != []  # the second run only tests, and finds the same
     assert (tmp_path / "runs" / "x" / "report.html").is_file()
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Return the training commands of all pages and YAMLs: file, and arguments after train.py."""
+    found = []
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*/README.md")]
+    for page in sorted([*pages, *ROOT.glob("hparams/*/*.yaml")]):
+        text = re.sub(r"\\\n#?", " ", page.read_text())
+        for match in re.finditer(r"recipes/\w+/train\.py (hparams/[^`#|&\n]*)", text):
+            found.append((str(page.relative_to(ROOT)), shlex.split(match[1])))
+    return found
+
+
+def test_every_training_command_of_the_documentation_has_known_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    seen = commands()
+    for page, given in seen:
+        try:
+            if "--help" not in given and not any("…" in each for each in given):
+                arguments.configure(given)
+        except ValueError as error:
+            pytest.fail(f"{page}: {shlex.join(given)}: {error}")
+    assert len(seen) > 40
+    assert len({page for page, _ in seen}) > 15

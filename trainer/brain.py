@@ -52,7 +52,7 @@ from trainer.optim.ema import WeightAverage
 from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
-from trainer.options import RunOptions
+from trainer.options import RunOptions, warn_of_similar_names
 from trainer.progress import Progress, Stage
 from trainer.speechbrain_names import SpeechBrainNames
 
@@ -152,6 +152,11 @@ class Brain(SpeechBrainNames):
         An override sets ``self.optimizer``, or ``self.optimizers_dict`` with a name for each.
         """
         if self.opt_class is not None:
+            if not callable(self.opt_class):
+                raise ValueError(
+                    f"opt_class is a {type(self.opt_class).__name__}; allowed: what makes an "
+                    "optimizer from parameters, such as partial(torch.optim.Adam, lr=1e-3)"
+                )
             self.optimizer = self.opt_class(self.modules.parameters())
 
     def freeze_optimizers(
@@ -230,6 +235,7 @@ class Brain(SpeechBrainNames):
         callbacks: Iterable[Callback] = (),
     ) -> None:
         self.__ready = False
+        warn_of_similar_names(hparams or {})
         self.options = RunOptions.build(hparams or {}, run_opts)
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)

@@ -366,7 +366,11 @@ class TrainingMetrics:
 
     def log(self, stage: str, name: str, value: float | Tensor, weight: float) -> None:
         """Add a value of `Brain.log` to the average of its name in a stage."""
-        self.logged.setdefault(stage, {}).setdefault(name, Mean()).update(value, weight)
+        mean = self.logged.setdefault(stage, {}).setdefault(name, Mean())
+        try:
+            mean.update(value, weight)
+        except ValueError as error:
+            raise ValueError(f"self.log({name!r}, …): {error}") from None
 
     def forget_logged(self, stage: str) -> None:
         """Forget what was logged in a stage, such as in one that an error ended."""

@@ -22,6 +22,14 @@ import torch
 # Former names of options, accepted in a YAML, on the command line and as attributes.
 ALIASES = {"on_bad_audio": "on_bad_item", "max_bad_audio": "max_bad_item"}
 
+# Options of SpeechBrain under other names, which would be ignored without a word.
+SPEECHBRAIN_OPTIONS = {
+    "auto_mix_prec": "precision",
+    "bfloat16_mix_prec": "precision",
+    "ckpt_interval_minutes": "checkpoint_every_minutes",
+    "ckpt_interval_steps": "checkpoint_every_steps",
+}
+
 logger = logging.getLogger("trainer")
 
 
@@ -277,7 +285,8 @@ class RunOptions:
         given = {current_name(name): value for name, value in (run_opts or {}).items()}
         for name in given:
             if name not in known:
-                raise ValueError(f"{name!r} is not a run option{nearest(name, known)}")
+                meant = SPEECHBRAIN_OPTIONS.get(name, name)
+                raise ValueError(f"{name!r} is not a run option{nearest(meant, known)}")
         own = {current_name(name): value for name, value in hparams.items()}
         return cls(**{name: own[name] for name in known if name in own} | given)
 
@@ -376,6 +385,22 @@ def _words(hint: Any) -> str:
     return names[hint]
 
 
+def warn_of_similar_names(hparams: Iterable[str]) -> None:
+    """Warn of hyperparameters that have no effect and whose names are almost those of options.
+
+    Args:
+        hparams: names of hyperparameters, most of which are the recipe's own.
+    """
+    known = RunOptions.names()
+    for name in sorted({*hparams} - {*known} - ALIASES.keys()):
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        meant = SPEECHBRAIN_OPTIONS.get(name) or next(iter(close), None)
+        if meant is not None:
+            logger.warning(
+                "%r is not a run option and has no effect by itself; the option is %r", name, meant
+            )
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the closest known one, or nothing.
 
@@ -384,3 +409,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
+    """Return the end of a message about an unknown key: the keys that may be meant, or nothing.
+
+    Args:
+        name: the unknown key, dotted if it is nested.
+        known: names that may stand in the place of its last part.
+        dotted: all keys of the YAML; those count whose last part is like that of `name`.
+
+    >>> nearest_key("lr", ["seed"], ["seed", "opt_class.lr"])
+    "; did you mean 'opt_class.lr'?"
+    """
+    last = name.rpartition(".")[2]
+    if hint := nearest(last, known):
+        return hint
+    ends: dict[str, list[str]] = {}
+    for each in dotted:
+        ends.setdefault(each.rpartition(".")[2], []).append(each)
+    found = [each for end in difflib.get_close_matches(last, ends, n=1) for each in ends[end]]
+    found.sort(key=lambda each: not each.startswith(f"{name.partition('.')[0]}."))
+    return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""

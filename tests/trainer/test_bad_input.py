@@ -104,6 +104,49 @@ def test_no_optimizer_at_all() -> None:
     )
 
 
+def test_an_optimizer_in_the_place_of_its_class() -> None:
+    built = torch.optim.SGD(net().parameters())
+    brain = Regressor({"net": net()}, built, {}, {"device": "cpu", "progressbar": False})
+    refused("opt_class is a SGD; allowed: what makes an optimizer from parameters", brain)
+
+
+def test_one_module_in_the_place_of_a_mapping() -> None:
+    with pytest.raises(ValueError, match="modules is a Linear; allowed: a mapping from names to"):
+        Regressor(torch.nn.Linear(4, 1), None, {}, {"device": "cpu"})  # type: ignore[arg-type]
+
+
+def test_a_logged_value_that_is_no_scalar_is_named() -> None:
+    class Logging(Regressor):
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            self.log("acc", torch.ones(2, 3))
+
+    refused(r"self.log\('acc', …\): an average is of scalars; got a tensor", make(Logging))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("max_grad_nrm", "max_grad_norm"), ("precison", "precision"), ("auto_mix_prec", "precision")],
+)
+def test_a_hyperparameter_that_is_almost_an_option_is_warned_of(
+    caplog: pytest.LogCaptureFixture, name: str, meant: str
+) -> None:
+    make(hparams={name: 1, "learning_rate": 0.1, "seeds": [1, 2], "width": 3})
+    assert caplog.messages == [
+        f"{name!r} is not a run option and has no effect by itself; the option is {meant!r}"
+    ]
+
+
+def test_a_metric_to_keep_by_that_no_epoch_gives_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    brain = make(checkpointer=Checkpointer(tmp_path, keep_best={"wer": "min", "loss": "min"}))
+    brain.fit(range(1, 4), batches(2), batches(2))
+    assert [each for each in caplog.messages if "keep_best" in each] == [
+        "keep_best names the metric 'wer', which the epoch did not give; it gave loss: no "
+        "checkpoint can be the best by it"
+    ]
+
+
 def test_something_that_is_no_optimizer() -> None:
     class Classy(Players):
         def init_optimizers(self) -> None:

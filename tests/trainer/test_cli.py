@@ -159,7 +159,12 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(demo: str, tmp_path
         (folder / name).mkdir()
         (folder / name / "contents").write_text("x")
     (folder / "notes.txt").write_text("mine")
+    saved = Checkpointer(folder / "save").save_checkpoint({"epoch": 1})
+    assert saved is not None
+    (folder / "save" / "labels.txt").write_text("mine")
     main(keep(runs), [demo, "--overwrite"])
+    assert not saved.path.exists()
+    assert (folder / "save" / "labels.txt").read_text() == "mine"
     assert (outside / "precious").read_text() == "mine"
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "checkpoints").exists()
@@ -294,6 +299,9 @@ def test_arguments_say_what_to_change(demo: str, argv: str, changes: list[Any]) 
             "--output-folder x",
             "no key or run option 'output-folder'; did you mean 'output_folder'?",
         ),
+        ("--rate 1", "there is no key or run option 'rate'; did you mean 'inner.rate'?"),
+        ("--model.rate 1", "has no argument 'rate'; did you mean 'inner.rate'?"),
+        ("--model.xyz 1", "has no argument 'xyz'; its arguments are: in_features, out_features"),
         ("--model.biass 1", "torch.nn.Linear has no argument 'biass'; did you mean 'bias'?"),
         ("--inner.rat 1", "there is no key 'inner.rat' below inner"),
         ("--no-width", "--no-width: width is not a key that is true or false"),

@@ -26,6 +26,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainer.small import batches, make
 from trainer import RunOptions, StageReport, StepReport, distributed
 from trainer.loggers import (
     JsonlLogger,
@@ -731,3 +732,13 @@ def test_a_bar_is_hidden_off_the_main_rank_and_where_it_is_not_wanted(
     bars.on_batch_end(brain, Stage.TRAIN, None)
     assert terminal[0].disable
     bars.on_stage_end(brain, stage())
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_program_without_logging_sees_the_line_of_each_stage(
+    capsys: pytest.CaptureFixture[str], shown: bool
+) -> None:
+    brain = make(progressbar=shown)
+    brain.fit([1], batches(2), batches(2))
+    lines = re.findall(r"epoch 1 \w+: loss [\d.]+", capsys.readouterr().err)
+    assert len(lines) == (2 if shown else 0)

@@ -269,6 +269,7 @@ class Saver:
         self._checkpointer.add_recoverable("brain", state)
         self._progress, self._options, self._on_saved = state.progress, options, on_saved
         self._saved_at, self._saved_step = time.monotonic(), 0
+        self._missed: set[str] = set()  # Metrics of `keep_best` that were warned of.
 
     def recover(self) -> Checkpoint | None:
         """Load the newest sound checkpoint, if there is one. Collective."""
@@ -293,8 +294,20 @@ class Saver:
     def save(self, metrics: Mapping[str, Any], end_of_epoch: bool) -> None:
         """Save the run as it is now, and apply the rules of what to keep. Collective."""
         place = {"epoch": self._progress.epoch, "optimizer_step": self._progress.optimizer_step}
+        if end_of_epoch:
+            self._warn_of_missing(metrics)
         self._checkpointer.save_and_keep_only({**place, **metrics}, end_of_epoch=end_of_epoch)
         self.release()
+
+    def _warn_of_missing(self, metrics: Mapping[str, Any]) -> None:
+        """Warn once of each metric of ``keep_best`` that an epoch did not give."""
+        wanted = {rule.metric for rule in self._checkpointer.retention.best}
+        for metric in sorted(wanted - {*metrics} - self._missed):
+            self._missed.add(metric)
+            logger.warning(
+                "keep_best names the metric %r, which the epoch did not give; it gave %s: no "
+                "checkpoint can be the best by it", metric, ", ".join(metrics),
+            )  # fmt: skip
 
     def release(self) -> bool:
         """Do the saves that waited; return True if there were any. Collective."""

@@ -22,7 +22,7 @@ from trainer.options import (
     TRANSIENT_OPTIONS,
     RunOptions,
     current_name,
-    nearest,
+    nearest_key,
 )
 
 USAGE = "usage: {} FILE [--key value | --key=value | --flag | --no-flag]…"
@@ -89,10 +89,11 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
         Names and new values in the order of the arguments, such as ("model.width", Text("256")).
 
     Raises:
-        ValueError: a name is unknown (the message names the closest one), a value is missing, or
+        ValueError: a name is unknown (the message names the closest ones), a value is missing, or
             an argument is neither.
     """
-    keys = {key.name.partition(".")[0] for key in configuration.described()}
+    dotted = [key.name for key in configuration.described()]
+    keys = {name.partition(".")[0] for name in dotted}
     known = {*keys, *RunOptions.names(), *ALIASES}
     changes: list[tuple[str, Any]] = []
     rest = list(argv)
@@ -110,7 +111,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
                 raise ValueError(f"--{name}: {name[3:]} is not a key that is true or false")
             changes.append((name[3:], False))
         elif head not in known:
-            hint = nearest(head, known - ALIASES.keys())
+            hint = nearest_key(head, known - ALIASES.keys(), dotted)
             raise ValueError(f"there is no key or run option {head!r}{hint}")
         elif equals:
             changes.append((name, Text(value)))

@@ -8,7 +8,8 @@
         checkpoints/        states from which the run resumes
         nonfinite/          skipped steps: reports and batches
 
-Nothing is ever deleted unless `overwrite` asks for it, and then only what `OWN` lists.
+Nothing is ever deleted unless `overwrite` asks for it, and then only what `OWN` lists, and
+checkpoints in folders of other names, such as save/.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 from ruamel.yaml.nodes import Node, ScalarNode
 
+from trainer.checkpoint import storage
 from trainer.config.reading import compose, items, tag
 
 if sys.platform != "win32":
@@ -89,6 +91,14 @@ class RunFolder:
         if overwrite:
             for name in OWN:
                 _remove(self.path / name)
+            self._remove_checkpoints()
+
+    def _remove_checkpoints(self) -> None:
+        """Delete the checkpoints that are left: the new run would resume from them."""
+        for manifest in list(self.path.rglob(storage.MANIFEST)):
+            with contextlib.suppress(storage.BrokenCheckpoint):
+                storage.read_manifest(manifest.parent)
+                storage.delete(manifest.parent)
 
     def _is_a_runs(self) -> bool:
         try:

@@ -169,7 +169,7 @@ def launch(
         return _run(train, hyperparameters, options, None)
     except Interrupted as stopped:
         if stopped.signal == "SIGINT":
-            raise KeyboardInterrupt from stopped
+            raise KeyboardInterrupt from None
         raise
 
 

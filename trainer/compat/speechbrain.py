@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from trainer.cli.folder import RunFolder
 from trainer.config.hyperparameters import Configuration, option
 from trainer.config.reading import get, plain
 from trainer.options import RunOptions
+
+logger = logging.getLogger("trainer")
 
 _open_folders: list[RunFolder] = []  # locked until the process ends
 
@@ -57,6 +60,11 @@ def parse_arguments(
         else:
             configuration.override(arguments.nested(name, value))
             _insert(overrides, name.split("."), _value(configuration.root, name))
+    if run_opts.get("overwrite"):
+        logger.warning(
+            "--overwrite has no effect with create_experiment_directory: delete the folder, or end "
+            "the program in trainer.main(train)"
+        )
     return path, run_opts, overrides
 
 
@@ -81,7 +89,8 @@ def create_experiment_directory(
 ) -> None:
     """Make the folder of an experiment and record YAML, command and environment in it.
 
-    The folder is locked until the process ends. Every rank must call this function.
+    The folder is locked until the process ends. Every rank must call this function. It does not
+    start over, and messages do not go to train.log; `trainer.main` does both.
 
     Args:
         experiment_directory: the folder.

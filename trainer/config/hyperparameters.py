@@ -41,7 +41,7 @@ from trainer.config.reading import (
     tag,
 )
 from trainer.config.registry import Registry
-from trainer.options import HINTS, RunOptions, checked, current_name, nearest
+from trainer.options import HINTS, RunOptions, checked, current_name, nearest_key
 
 NUMBER = ("a number", (INT, FLOAT, NULL))
 KINDS = {
@@ -169,10 +169,12 @@ class Configuration:
         *above, key = path
         name, parent = ".".join(path), ".".join(above)
         known = [str(each.value) for each, _ in node.value]
+        dotted = [each.name for each in self.described()]
         if not above:
             known += RunOptions.names()
             if key not in known:
-                raise ValueError(f"there is no key or run option {key!r}{nearest(key, known)}")
+                hint = nearest_key(key, known, dotted)
+                raise ValueError(f"there is no key or run option {key!r}{hint}")
         elif tag(node).startswith(NAMING):
             target = object_name(node)
             try:
@@ -183,14 +185,14 @@ class Configuration:
             if key not in takes and not any(
                 each.kind == each.VAR_KEYWORD for each in takes.values()
             ):
+                hint = nearest_key(name, [*known, *takes], dotted)
+                hint = hint or f"; its arguments are: {', '.join(takes) or 'none'}"
                 raise ValueError(
-                    f"there is no key {name!r}: {target} has no argument {key!r}"
-                    f"{nearest(key, [*known, *takes])}"
+                    f"there is no key {name!r}: {target} has no argument {key!r}{hint}"
                 )
         elif known:  # An empty mapping takes any key.
-            raise ValueError(
-                f"there is no key {name!r} below {parent} ({location(node)}){nearest(key, known)}"
-            )
+            hint = nearest_key(name, known, dotted)
+            raise ValueError(f"there is no key {name!r} below {parent} ({location(node)}){hint}")
 
     def resolved(self) -> MappingNode:
         """Return the tree with every reference replaced by its value."""

@@ -341,7 +341,7 @@ def _comment_above(key: Node, lines: list[str]) -> str:
         if number == 0:
             return ""  # A comment that opens the file is about the file.
         text = line.strip("# \t")
-        if re.search(r"\w", text):  # not a line drawn by dashes
+        if re.search(r"\w", text) and not text.startswith("----"):  # No ruler, no heading in one.
             found.append(text)
     return " ".join(reversed(found))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from trainer import distributed
 from trainer.callbacks import Callback
@@ -46,6 +48,7 @@ class LoggerCallback(Callback):
 
     def __init__(self, options: RunOptions, factories: Iterable[LoggerFactory]) -> None:
         self.folder = None if options.searching else run_folder(options)
+        self._prints = options.progressbar
         self._factories = list(factories)
         self._loggers: dict[LoggerFactory, Logger] = {}
         self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
@@ -88,13 +91,19 @@ class LoggerCallback(Callback):
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Record a finished stage, and log its line for people.
 
+        In a program that has not set up logging the line is printed, if the progress bar is wanted.
+
         Raises:
             ValueError: if a metric has a name that every record uses.
         """
         self.scalars("stage", report.record(), report.step)
         if distributed.is_main():
             rates = [update.lr for update in brain.updates.values()]
-            logger.info("%s", describe(report, rates))
+            line = describe(report, rates)
+            if logger.isEnabledFor(logging.INFO):
+                logger.info("%s", line)
+            elif self._prints:
+                tqdm.write(line, file=sys.stderr)
 
     # ---------------------------------------------------------------------------------- recording
 

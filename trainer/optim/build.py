@@ -52,8 +52,14 @@ def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn
     """Return the modules by name, compiled in place where the options ask for it.
 
     Raises:
-        ValueError: for something that is no module, and for an unknown name in compile_modules.
+        ValueError: for something that is no mapping of modules, and for an unknown name in
+            compile_modules.
     """
+    if not isinstance(modules, (Mapping, nn.ModuleDict)):
+        raise ValueError(
+            f"modules is a {type(modules).__name__}; allowed: a mapping from names to modules, "
+            "such as {'model': net}"
+        )
     for name, module in modules.items():
         if not isinstance(module, nn.Module):
             raise ValueError(

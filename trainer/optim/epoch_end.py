@@ -87,7 +87,7 @@ def _pick(metrics: Mapping[str, Any], name: str, asker: str) -> float:
     if name not in metrics:
         raise ValueError(
             f"{asker} watches the metric {name!r}, which the stage did not give; it gave "
-            f"{', '.join(metrics)}: return it from on_stage_end"
+            f"{', '.join(metrics)}: log it with self.log, or return it from on_stage_end"
         )
     value = metrics[name]
     return float("nan") if value is None else float(value)
