@@ -398,7 +398,7 @@ def callback(folder: Path | None, *factories: Any, **options: Any) -> tuple[Logg
     """A callback, and a Brain as far as it needs one."""
     run = RunOptions(output_folder=None if folder is None else str(folder), **options)
     updates = {"main": SimpleNamespace(lr=0.001), "other": SimpleNamespace(lr=0.25)}
-    brain: Any = SimpleNamespace(options=run, updates=updates, step=0)
+    brain: Any = SimpleNamespace(options=run, updates=updates, step=0, optimizer_step=0)
     usual = [JsonlLogger, TensorBoardLogger] if run.tensorboard else [JsonlLogger]
     return LoggerCallback(run, factories or usual), brain
 
@@ -672,7 +672,7 @@ def test_a_bar_counts_the_batches_of_a_stage_from_where_it_resumed(
     terminal: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    brain: Any = SimpleNamespace(step=7)
+    brain: Any = SimpleNamespace(progress=SimpleNamespace(step=7))
     bars = ProgressBar()
     bars.on_fit_start(brain)
     bars.on_stage_start(brain, Stage.TRAIN, 2, 10)
@@ -707,7 +707,7 @@ def test_a_bar_shows_the_loss_and_redraws_seldom_where_it_is_a_file(
     terminal: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    brain: Any = SimpleNamespace(step=0)
+    brain: Any = SimpleNamespace(progress=SimpleNamespace(step=0))
     bars = ProgressBar()
     bars.on_stage_start(brain, Stage.TRAIN, 1, 10)
     (bar,) = terminal
@@ -725,7 +725,7 @@ def test_a_bar_is_hidden_off_the_main_rank_and_where_it_is_not_wanted(
     terminal: list[Any], monkeypatch: pytest.MonkeyPatch, shown: bool
 ) -> None:
     monkeypatch.setattr(distributed, "is_main", lambda: not shown)
-    brain: Any = SimpleNamespace(step=0)
+    brain: Any = SimpleNamespace(progress=SimpleNamespace(step=0))
     bars = ProgressBar()
     bars.progressbar_shown = shown
     bars.on_stage_start(brain, Stage.TRAIN, 1, 10)
