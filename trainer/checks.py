@@ -1,10 +1,14 @@
-"""Checks of hyperparameters and saved states; errors name the owner and what is allowed."""
+"""Hyperparameters and saved states: checks, and a base class of objects that have a state.
+
+Errors name the owner and what is allowed.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from copy import copy
+from typing import Any, ClassVar
 
 
 def _is_number(value: object) -> bool:
@@ -84,3 +88,29 @@ def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> 
             f"the saved state does not fit {owner}: missing {sorted(missing) or 'nothing'}, "
             f"unexpected {sorted(unexpected) or 'nothing'}"
         )
+
+
+class Stateful:
+    """Base class of objects whose state is the value of some of their attributes.
+
+    Hyperparameters are not among them: a resumed run uses those that it is given.
+
+    Attributes:
+        saved: names of the attributes.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as plain values that later changes leave alone."""
+        return {name: copy(getattr(self, name)) for name in self.saved}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore a state that `state_dict` returned.
+
+        Raises:
+            ValueError: if it is the state of something else.
+        """
+        same_keys(type(self).__name__, state_dict, self.saved)
+        for name in self.saved:
+            setattr(self, name, copy(state_dict[name]))

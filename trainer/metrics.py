@@ -121,21 +121,6 @@ class StageReport:
         }
 
 
-class _Sum:
-    """Weighted sum that leaves out values that are not finite."""
-
-    __slots__ = ("total", "weight")
-
-    def __init__(self, total: float = 0.0, weight: float = 0.0) -> None:
-        self.total, self.weight = total, weight
-
-    def add(self, value: float, weight: float) -> None:
-        term = value * weight
-        if term - term == 0.0:  # False for NaN and for both infinities.
-            self.total += term
-            self.weight += weight
-
-
 class Mean:
     """Average of a loss, or of several named losses, weighted by examples.
 
@@ -151,8 +136,8 @@ class Mean:
 
     def __init__(self) -> None:
         self._named: bool | None = None  # True if values are mappings; the first one decides.
-        self._sums: dict[str, _Sum] = {}
-        self._pending: list[tuple[_Sum, float | Tensor, float]] = []
+        self._sums: dict[str, list[float]] = {}  # Weighted sum and weight of each name.
+        self._pending: list[tuple[list[float], float | Tensor, float]] = []
 
     def update(
         self, value: float | Tensor | Mapping[str, float | Tensor], weight: float = 1.0
@@ -166,24 +151,18 @@ class Mean:
         if not 0.0 <= weight < math.inf:
             raise ValueError(f"the weight of a value must be finite, 0 or more; got {weight!r}")
         if type(value) is float and self._named is False and not self._pending:
-            self._sums[""].add(value, weight)  # The usual case, in half the time.
+            _add(self._sums[""], value, weight)  # The usual case, in half the time.
             return
         named = isinstance(value, Mapping)
-        if named is not self._named:
-            self._decide(named)
-        if isinstance(value, Mapping):
-            for name, part in value.items():
-                self._add(name, part, weight)
-        else:
-            self._add("", value, weight)
-
-    def _decide(self, named: bool) -> None:
-        if self._named is not None:
+        if self._named not in (None, named):
             raise ValueError(
                 "an average is either of plain values or of mappings; got "
                 f"{'a mapping' if named else 'a plain value'} after the other"
             )
         self._named = named
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for name, part in parts:
+            self._add(name, part, weight)
 
     def _add(self, name: str, value: float | Tensor, weight: float) -> None:
         of = f" of {name!r}" if name else ""
@@ -197,15 +176,13 @@ class Mean:
             value = value.reshape(()) if value.dim() else value
         elif not isinstance(value, (int, float)):
             raise ValueError(f"an average is of numbers; got a {type(value).__name__}{of}")
-        total = self._sums.get(name)
-        if total is None:
-            total = self._sums[name] = _Sum()
+        total = self._sums.setdefault(name, [0.0, 0.0])
         if self._pending or isinstance(value, Tensor):
             self._pending.append((total, value, weight))
             if len(self._pending) >= MAX_PENDING:
                 self.read()
         else:
-            total.add(value, weight)
+            _add(total, value, weight)
 
     def read(self) -> None:
         """Fetch the pending tensors: one host-device sync for each device that has some."""
@@ -216,18 +193,20 @@ class Mean:
                 devices.setdefault(value.device, []).append(value)
         read = {device: iter(torch.stack(t).tolist()) for device, t in devices.items()}
         for total, value, weight in pending:
-            total.add(next(read[value.device]) if isinstance(value, Tensor) else value, weight)
+            _add(total, next(read[value.device]) if isinstance(value, Tensor) else value, weight)
 
     def value(self) -> float | dict[str, float | None] | None:
         """Return the average: None without any value, a mapping if the values were mappings."""
         self.read()
-        means = {name: s.total / s.weight if s.weight else None for name, s in self._sums.items()}
+        means = {
+            name: total / weight if weight else None for name, (total, weight) in self._sums.items()
+        }
         return means if self._named else means.get("")
 
     def weight(self) -> float:
         """Return the number of examples that entered: the most of any name."""
         self.read()
-        return max((each.weight for each in self._sums.values()), default=0.0)
+        return max((weight for _, weight in self._sums.values()), default=0.0)
 
     def reduce(self) -> Mean:
         """Make this the average over all ranks, and return it.
@@ -250,36 +229,44 @@ class Mean:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums as plain numbers."""
         self.read()
-        sums = {name: [each.total, each.weight] for name, each in self._sums.items()}
-        return {"named": self._named, "sums": sums}
+        return {"named": self._named, "sums": {name: list(s) for name, s in self._sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state, to the bit."""
         checks.same_keys("Mean", state, ("named", "sums"))
         self._named, self._pending = state["named"], []
-        self._sums = {name: _Sum(*pair) for name, pair in state["sums"].items()}
+        self._sums = {name: list(pair) for name, pair in state["sums"].items()}
 
 
-class Tally:
+def _add(total: list[float], value: float, weight: float) -> None:
+    """Add to a weighted sum and its weight, unless the value is not finite."""
+    term = value * weight
+    if term - term == 0.0:  # False for NaN and for both infinities.
+        total[0] += term
+        total[1] += weight
+
+
+class Tally(checks.Stateful):
     """Figures of one optimizer since the last log record, from its step reports."""
 
+    saved = ("now", "clipped", "norms", "counts")
+
     def __init__(self) -> None:
-        self._now: dict[str, float | None] = {"lr": None, "limit": None, "scale": None}
+        self.now: dict[str, float | None] = {"lr": None, "limit": None, "scale": None}
         self._clear()
 
     def _clear(self) -> None:
-        self._clipped = 0
-        self._norms: list[float] = []
-        self._counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
+        self.clipped = 0
+        self.norms: list[float] = []
+        self.counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
 
     def add(self, report: StepReport) -> None:
         """Count one report."""
-        now = self._now
-        now["lr"], now["limit"], now["scale"] = report.lr, report.limit, report.scale
-        self._counts[report.outcome] += 1
+        self.now = {"lr": report.lr, "limit": report.limit, "scale": report.scale}
+        self.counts[report.outcome] += 1
         if report.norm is not None and report.outcome == "stepped":
-            self._norms.append(report.norm)
-            self._clipped += report.clipped
+            self.norms.append(report.norm)
+            self.clipped += report.clipped
 
     def record(self) -> dict[str, Any]:
         """Return the figures, and start the next count.
@@ -287,39 +274,20 @@ class Tally:
         Learning rate, limit and scale are the latest; norms and the clipped share are over the
         steps that were taken.
         """
-        measured = len(self._norms)
+        measured = len(self.norms)
         entry: dict[str, Any] = {
-            "lr": self._now["lr"],
-            "norm": math.fsum(self._norms) / measured if measured else None,
-            "norm_max": max(self._norms, default=None),
-            "limit": self._now["limit"],
-            "clipped": self._clipped / measured if measured else None,
-            "stepped": self._counts["stepped"],
-            "skipped": self._counts["skipped"],
-            "overflowed": self._counts["overflowed"],
-            "scale": self._now["scale"],
+            "lr": self.now["lr"],
+            "norm": math.fsum(self.norms) / measured if measured else None,
+            "norm_max": max(self.norms, default=None),
+            "limit": self.now["limit"],
+            "clipped": self.clipped / measured if measured else None,
+            "stepped": self.counts["stepped"],
+            "skipped": self.counts["skipped"],
+            "overflowed": self.counts["overflowed"],
+            "scale": self.now["scale"],
         }
         self._clear()
         return entry
-
-    def recent_norms(self) -> list[float]:
-        """Return the last norms since the last record, at most 20."""
-        return self._norms[-20:]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was counted since the last record."""
-        return {
-            "now": dict(self._now),
-            "clipped": self._clipped,
-            "norms": list(self._norms),
-            "counts": dict(self._counts),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved state."""
-        checks.same_keys("Tally", state, ("now", "clipped", "norms", "counts"))
-        self._now, self._clipped = dict(state["now"]), state["clipped"]
-        self._norms, self._counts = list(state["norms"]), dict(state["counts"])
 
 
 class TrainingMetrics:
@@ -352,10 +320,9 @@ class TrainingMetrics:
 
     def add_report(self, report: StepReport) -> None:
         """Count the outcome of a loss."""
-        tally = self.tallies.get(report.name)
-        if tally is None:
-            tally = self.tallies[report.name] = Tally()
-        tally.add(report)
+        if report.name not in self.tallies:
+            self.tallies[report.name] = Tally()
+        self.tallies[report.name].add(report)
         if report.outcome in self.counts:
             self.counts[report.outcome] += 1
 
@@ -432,19 +399,16 @@ class TrainingMetrics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        self.average, self.interval = _mean(state["average"]), _mean(state["interval"])
+        self.average = _restored(Mean(), state["average"])
+        self.interval = _restored(Mean(), state["interval"])
         self.examples, self.counts = state["examples"], dict(state["counts"])
-        self.tallies = {}
-        for name, saved in state["tallies"].items():
-            self.tallies[name] = Tally()
-            self.tallies[name].load_state_dict(saved)
+        self.tallies = {name: _restored(Tally(), saved) for name, saved in state["tallies"].items()}
         self.logged = {
-            stage: {name: _mean(saved) for name, saved in means.items()}
+            stage: {name: _restored(Mean(), saved) for name, saved in means.items()}
             for stage, means in state["logged"].items()
         }
 
 
-def _mean(state: Mapping[str, Any]) -> Mean:
-    mean = Mean()
-    mean.load_state_dict(state)
-    return mean
+def _restored(part: Any, state: Mapping[str, Any]) -> Any:
+    part.load_state_dict(state)
+    return part

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from copy import copy
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -33,7 +32,7 @@ def _improvement(mode: str, reference: float, value: float) -> float:
     return reference - value if mode == "min" else value - reference
 
 
-class Schedule(LRScheduler):
+class Schedule(checks.Stateful, LRScheduler):
     """Base class of the schedules, whose state consists of plain numbers.
 
     torch's constructor is not called: it wraps `optimizer.step` to warn if the first optimizer step
@@ -45,7 +44,6 @@ class Schedule(LRScheduler):
 
     every: ClassVar[Literal["step", "epoch"]]
     needs_metric: ClassVar[bool] = False
-    _saved: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -66,20 +64,6 @@ class Schedule(LRScheduler):
                 group["lr"] = rate
         self._last_lr = list(rates)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress of the schedule as plain numbers, without its hyperparameters."""
-        return {name: copy(getattr(self, name)) for name in self._saved}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state that `state_dict` returned.
-
-        Raises:
-            ValueError: if it is the state of another schedule.
-        """
-        checks.same_keys(type(self).__name__, state_dict, self._saved)
-        for name in self._saved:
-            setattr(self, name, copy(state_dict[name]))
-
 
 class StepSchedule(Schedule):
     """Base class of schedules in which the learning rate depends on the optimizer step alone.
@@ -91,7 +75,7 @@ class StepSchedule(Schedule):
     """
 
     every = "step"
-    _saved = ("last_epoch", "base_lrs")
+    saved = ("last_epoch", "base_lrs")
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
@@ -114,7 +98,7 @@ class StepSchedule(Schedule):
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._set_rates(self.get_lr())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned, and set the learning rates."""
         super().load_state_dict(state_dict)
         self._set_rates(self.get_lr())
@@ -215,7 +199,7 @@ class MetricSchedule(Schedule):
 
     every = "epoch"
     needs_metric = True
-    _saved = ("last_epoch", "reference", "waited")
+    saved = ("last_epoch", "reference", "waited")
 
     def __init__(
         self,
@@ -312,7 +296,7 @@ class Plateau(MetricSchedule):
         return value if good else self.reference
 
 
-class EarlyStopping:
+class EarlyStopping(checks.Stateful):
     """End training after `patience` evaluations in a row without a new best value.
 
     A value v is a new best if b - v > min_delta (mode "min") or v - b > min_delta ("max"), with b
@@ -327,6 +311,8 @@ class EarlyStopping:
     Raises:
         ValueError: if an argument is out of range.
     """
+
+    saved = ("best", "waited")
 
     def __init__(
         self, metric: str = "loss", mode: Mode = "min", patience: int = 5, min_delta: float = 0.0
@@ -347,16 +333,3 @@ class EarlyStopping:
         else:
             self.waited += 1
         return self.waited >= self.patience
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best value, and the number of evaluations since."""
-        return {"best": self.best, "waited": self.waited}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned.
-
-        Raises:
-            ValueError: if it is the state of something else.
-        """
-        checks.same_keys("EarlyStopping", state, ("best", "waited"))
-        self.best, self.waited = state["best"], state["waited"]

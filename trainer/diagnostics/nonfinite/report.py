@@ -92,7 +92,7 @@ class NonFiniteReport:
             "scale": step_report.scale,
             "limit": step_report.limit,
             "last_norm": update.last_norm,
-            "recent_norms": [] if tally is None else tally.recent_norms(),
+            "recent_norms": [] if tally is None else tally.norms[-20:],
             "batches_in_window": update.size,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
             "torch": torch.__version__,
