@@ -29,16 +29,13 @@ class WeightAverage:
     Args:
         modules: the modules whose weights are averaged.
         decay: d, in (0, 1).
-        warmup: use d = min(decay, (1 + n) / (10 + n)) after n updates, so that the random weights
-            of the beginning are soon forgotten.
 
     Attributes:
         count: number of updates.
     """
 
-    def __init__(self, modules: nn.Module, decay: float, warmup: bool = False) -> None:
+    def __init__(self, modules: nn.Module, decay: float) -> None:
         self.decay = checks.within("WeightAverage", "decay", decay, 0.0, 1.0, "()")
-        self.warmup = warmup
         self.count = 0
         tensors = _tensors(modules)
         self._average = {n: t.detach().to(_kept_as(t), copy=True) for n, t in tensors.items()}
@@ -54,7 +51,7 @@ class WeightAverage:
             torch._foreach_lerp_(
                 [averages[name] for name in self._moving],
                 [tensors[name].to(averages[name].dtype) for name in self._moving],
-                1.0 - self.decay_now(),
+                1.0 - self.decay,
             )
         _overwrite(averages, tensors, self._copied)
         self.count += 1
@@ -67,12 +64,6 @@ class WeightAverage:
         """Restart the average from the present weights."""
         _overwrite(self._average, _tensors(modules), self._average)
         self.count = 0
-
-    def decay_now(self) -> float:
-        """Return the decay of the next update."""
-        if not self.warmup:
-            return self.decay
-        return min(self.decay, (1 + self.count) / (10 + self.count))
 
     @contextmanager
     def applied(self, modules: nn.Module) -> Iterator[None]:
