@@ -221,6 +221,3 @@ class CallbackList:
 
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._callbacks)
-
-    def __len__(self) -> int:
-        return len(self._callbacks)

@@ -171,9 +171,22 @@ class NonFiniteGuard:
             ", ".join(bad) or "without ids",
         )  # fmt: skip
         hint = tracer.skipped(report)
-        if not self._counted:
-            self._counted = True
-            self._count(report.name, last_norm, bad, hint)
+        if self._counted:
+            return
+        self._counted = True
+        progress = self._progress
+        progress.nonfinite_count += 1
+        if progress.nonfinite_count > self.patience:
+            self.roll_back()
+            raise NonFiniteError(
+                f"Loss or gradients were not finite {progress.nonfinite_count} times in epoch "
+                f"{progress.epoch} (nonfinite_patience is {self.patience}); the last time at step "
+                f"{progress.step}, optimizer {report.name!r}, batch "
+                f"{', '.join(bad) or 'without ids'}. Its last finite gradient norm was "
+                f"{'never seen' if last_norm is None else f'{last_norm:.4g}'}. None of these steps "
+                f"touched the weights, which are finite. {hint or ADVICE}. A lower learning rate, "
+                "a lower max_grad_norm or precision fp32 are the usual cures."
+            )
 
     def close_window(self, name: str) -> None:
         """Forget the batches of an optimizer's window, which is closed."""
@@ -230,22 +243,6 @@ class NonFiniteGuard:
         bad = [each for each, loss in window if not math.isfinite(loss.item())]  # Rare; syncs.
         own = list(chain(*(bad or [each for each, _ in window])))
         return list(chain(*distributed.all_gather_json(own)))
-
-    def _count(self, name: str, norm: float | None, ids: list[str], hint: str) -> None:
-        progress = self._progress
-        progress.nonfinite_count += 1
-        if progress.nonfinite_count <= self.patience:
-            return
-        self.roll_back()
-        raise NonFiniteError(
-            f"Loss or gradients were not finite {progress.nonfinite_count} times in epoch "
-            f"{progress.epoch} (nonfinite_patience is {self.patience}); the last time at step "
-            f"{progress.step}, optimizer {name!r}, batch {', '.join(ids) or 'without ids'}. "
-            f"Its last finite gradient norm was {'never seen' if norm is None else f'{norm:.4g}'}. "
-            "None of these steps touched the weights, which are finite. "
-            f"{hint or ADVICE}. A lower learning rate, a lower max_grad_norm or precision fp32 "
-            "are the usual cures."
-        )
 
     def _changed(self) -> list[_Buffer]:
         return [each for each in self._buffers if each.changed()]
