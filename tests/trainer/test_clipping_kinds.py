@@ -128,9 +128,6 @@ def test_layers_that_begin_at_zero_move(kind: str) -> None:
 class Fake(Gradients):
     """Gradients with given norms, which scaling leaves unchanged."""
 
-    def scale(self, coefficient: float) -> None:
-        self.factors = [coefficient] * len(self.norms)
-
     def scale_each(self, coefficients: Any) -> bool:
         self.factors = list(coefficients)
         return True

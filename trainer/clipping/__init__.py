@@ -11,15 +11,21 @@
 """
 
 from trainer.clipping.adaptive import AdaGC, AutoClip, MedianClip, ZClip, percentile
-from trainer.clipping.clip import Clip, Clipper
 from trainer.clipping.composite import GradualClip, MixedClip
 from trainer.clipping.fixed import LayerClip, NormClip, PatternClip, ValueClip
-from trainer.clipping.gradients import Gradients, joint, limit_of, measured, norms
-from trainer.clipping.setting import by_name, clippers
+from trainer.clipping.gradients import (
+    Clip,
+    Clipper,
+    Gradients,
+    joint,
+    limit_of,
+    measured,
+    norms,
+)  # fmt: skip
 from trainer.clipping.unitwise import AGC, SPAM
 
 __all__ = [
     "AGC", "AdaGC", "AutoClip", "Clip", "Clipper", "Gradients", "GradualClip", "LayerClip",
-    "MedianClip", "MixedClip", "NormClip", "PatternClip", "SPAM", "ValueClip", "ZClip", "by_name",
-    "clippers", "joint", "limit_of", "measured", "norms", "percentile",
+    "MedianClip", "MixedClip", "NormClip", "PatternClip", "SPAM", "ValueClip", "ZClip", "joint",
+    "limit_of", "measured", "norms", "percentile",
 ]  # fmt: skip

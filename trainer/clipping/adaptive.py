@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer import checks
-from trainer.clipping.clip import Clip
-from trainer.clipping.gradients import Gradients, is_reliable, joint, limit_of, safe_norms
+from trainer.clipping.gradients import Clip, Gradients, is_reliable, joint, limit_of, safe_norms
 
 
 def percentile(sorted_values: Sequence[float], percent: float) -> float:
@@ -104,7 +103,7 @@ class MedianClip(AutoClip):
         self.scale = checks.within("MedianClip", "scale", scale, 0.0, math.inf, "()")
 
 
-class ZClip(Clip):
+class ZClip(checks.Stateful, Clip):
     """Clip norms that are far above their moving mean (Kumar et al. 2025, 2504.02507, algorithm 1).
 
         z = (n - μ) / (σ + ε);    where z > z*: c = μ + z*·σ / (z / z*), else no clipping
@@ -125,6 +124,7 @@ class ZClip(Clip):
     """
 
     EPSILON = 1e-6
+    saved = ("limit", "first", "mean", "variance")
 
     def __init__(
         self,
@@ -138,14 +138,14 @@ class ZClip(Clip):
         self.warmup_steps = checks.whole("ZClip", "warmup_steps", warmup_steps, 1)
         self.max_norm = limit_of(max_norm, "ZClip: max_norm")
         self.limit = self.max_norm
-        self._first: list[float] = []
-        self._mean = self._variance = 0.0
+        self.first: list[float] = []  # Norms of the warm-up.
+        self.mean = self.variance = 0.0
 
     def __call__(self, gradients: Gradients) -> bool:
         norm = gradients.norm
         if not _is_usable(norm):
             return False
-        if len(self._first) < self.warmup_steps:
+        if len(self.first) < self.warmup_steps:
             self._warm_up(norm)
             self.limit = self.max_norm
         else:
@@ -154,38 +154,25 @@ class ZClip(Clip):
 
     def _warm_up(self, norm: float) -> None:
         """Collect a norm; the last one gives the first mean and variance."""
-        self._first.append(norm)
-        if len(self._first) == self.warmup_steps:
-            self._mean = math.fsum(self._first) / self.warmup_steps
-            squares = ((each - self._mean) ** 2 for each in self._first)
-            self._variance = math.fsum(squares) / self.warmup_steps
+        self.first.append(norm)
+        if len(self.first) == self.warmup_steps:
+            self.mean = math.fsum(self.first) / self.warmup_steps
+            squares = ((each - self.mean) ** 2 for each in self.first)
+            self.variance = math.fsum(squares) / self.warmup_steps
 
     def _update(self, norm: float) -> float:
         """Return the limit for this norm, and update mean and variance."""
-        deviation = math.sqrt(self._variance)
-        score = (norm - self._mean) / (deviation + self.EPSILON)
-        limit = self._mean + self.z * (deviation + self.EPSILON)
+        deviation = math.sqrt(self.variance)
+        score = (norm - self.mean) / (deviation + self.EPSILON)
+        limit = self.mean + self.z * (deviation + self.EPSILON)
         if score > self.z:
-            limit = norm = self._mean + self.z * deviation / (score / self.z)
-        self._mean = self.alpha * self._mean + (1 - self.alpha) * norm
-        self._variance = self.alpha * self._variance + (1 - self.alpha) * (norm - self._mean) ** 2
+            limit = norm = self.mean + self.z * deviation / (score / self.z)
+        self.mean = self.alpha * self.mean + (1 - self.alpha) * norm
+        self.variance = self.alpha * self.variance + (1 - self.alpha) * (norm - self.mean) ** 2
         return limit
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return mean, variance, the norms of the warm-up, and the limit of the last step."""
-        return {
-            "limit": self.limit, "first": list(self._first),
-            "mean": self._mean, "variance": self._variance,
-        }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned."""
-        checks.same_keys("ZClip", state, ("limit", "first", "mean", "variance"))
-        self.limit, self._first = state["limit"], list(state["first"])
-        self._mean, self._variance = state["mean"], state["variance"]
-
-
-class AdaGC(Clip):
+class AdaGC(checks.Stateful, Clip):
     """Clip each tensor at its own moving average norm (Wang et al. 2025, 2502.11034, algorithm 1).
 
         h = min(1, λ_rel·γ / ‖g‖),    g ← h·g,    γ ← βγ + (1 - β)‖h·g‖
@@ -204,6 +191,8 @@ class AdaGC(Clip):
         ValueError: if an argument is out of range.
     """
 
+    saved = ("limit", "steps", "averages")
+
     def __init__(
         self,
         beta: float = 0.98,
@@ -216,8 +205,8 @@ class AdaGC(Clip):
         self.lambda_abs = checks.within("AdaGC", "lambda_abs", lambda_abs, 0.0, math.inf, "(]")
         self.warmup_steps = checks.whole("AdaGC", "warmup_steps", warmup_steps, 0)
         self.limit = self.lambda_abs
-        self._steps = 0
-        self._averages: dict[int, float] = {}  # γ, by the parameter's index in the optimizer.
+        self.steps = 0
+        self.averages: dict[int, float] = {}  # γ, by the parameter's index in the optimizer.
 
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.finite:
@@ -226,10 +215,10 @@ class AdaGC(Clip):
         small = [i for i, norm in enumerate(gradients.norms) if not is_reliable(norm)]
         again = dict(zip(small, safe_norms([gradients.tensors[i] for i in small]), strict=True))
         gradients.norms = [again.get(i, norm) for i, norm in enumerate(gradients.norms)]
-        self._steps += 1
-        if self._steps <= self.warmup_steps:
+        self.steps += 1
+        if self.steps <= self.warmup_steps:
             return self._warm_up(gradients)
-        limits = [self.lambda_rel * self._averages.get(i, math.inf) for i in gradients.indices]
+        limits = [self.lambda_rel * self.averages.get(i, math.inf) for i in gradients.indices]
         self.limit = joint(limits)
         coefficients = [
             limit / norm if norm > limit else 1.0
@@ -238,8 +227,8 @@ class AdaGC(Clip):
         clipped = gradients.scale_each(coefficients)
         for i, norm in zip(gradients.indices, gradients.norms_after(), strict=True):
             if norm > 0.0:
-                old = self._averages.get(i, norm)
-                self._averages[i] = self.beta * old + (1.0 - self.beta) * norm
+                old = self.averages.get(i, norm)
+                self.averages[i] = self.beta * old + (1.0 - self.beta) * norm
         return clipped
 
     def _warm_up(self, gradients: Gradients) -> bool:
@@ -248,18 +237,8 @@ class AdaGC(Clip):
         clipped = _clip_joint_norm(gradients, self.limit)
         for i, norm in zip(gradients.indices, gradients.norms_after(), strict=True):
             if norm > 0.0:
-                self._averages[i] = min(self._averages.get(i, math.inf), norm)
+                self.averages[i] = min(self.averages.get(i, math.inf), norm)
         return clipped
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps, the average of each tensor, and the last step's limit."""
-        return {"limit": self.limit, "steps": self._steps, "averages": dict(self._averages)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned."""
-        checks.same_keys("AdaGC", state, ("limit", "steps", "averages"))
-        self.limit, self._steps = state["limit"], state["steps"]
-        self._averages = dict(state["averages"])
 
 
 def _is_usable(norm: float) -> bool:
@@ -271,5 +250,4 @@ def _clip_joint_norm(gradients: Gradients, limit: float) -> bool:
     """Scale the gradients down to the limit; return true if their norm was above it."""
     if not 0.0 < limit < gradients.norm:
         return False
-    gradients.scale(limit / gradients.norm)
-    return True
+    return gradients.scale_each([limit / gradients.norm] * len(gradients.tensors))

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from trainer import checks
-from trainer.clipping.clip import Clip
 from trainer.clipping.fixed import NormClip, PatternClip, ValueClip
-from trainer.clipping.gradients import Gradients, limit_of, measured
+from trainer.clipping.gradients import Clip, Gradients, limit_of, measured
 
 
-class GradualClip(Clip):
+class GradualClip(checks.Stateful, Clip):
     """Change the limit of another kind over the optimizer's steps.
 
     Between two given steps the limit is interpolated; before the first and after the last it is
@@ -33,6 +32,7 @@ class GradualClip(Clip):
     """
 
     by_group = True
+    saved = ("steps",)
     SHAPES = ("linear", "cosine", "stepwise")
 
     def __init__(
@@ -85,14 +85,9 @@ class GradualClip(Clip):
         self.steps += 1
         return self.clip(gradients)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps so far."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned."""
-        checks.same_keys("GradualClip", state, ("steps",))
-        self.steps = state["steps"]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore a state that `state_dict` returned, and set the limit."""
+        super().load_state_dict(state_dict)
         self.limit = self.limit_at(self.steps)
 
 

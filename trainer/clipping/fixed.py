@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from trainer import checks
-from trainer.clipping.clip import Clip, matching, refuse_complex
-from trainer.clipping.gradients import Gradients, is_reliable, joint, limit_of, norms, safe_norms
+from trainer.clipping.gradients import (
+    Clip,
+    Gradients,
+    is_reliable,
+    joint,
+    limit_of,
+    match_patterns,
+    norms,
+    safe_norms,
+)
 
 logger = logging.getLogger("trainer")
 
@@ -129,7 +137,7 @@ class PatternClip(NormClip):
     ) -> None:
         """Find the parameters of each pattern, and log their number."""
         super().bind(owner, names, optimizer)
-        self._pattern = matching(owner, "PatternClip: the pattern", list(self.limits), names)
+        self._pattern = match_patterns(owner, "PatternClip: the pattern", list(self.limits), names)
         found = list(self._pattern.values())
         parts = [f"{k} {v:g} ({found.count(k)} parameters)" for k, v in self.limits.items()]
         if len(found) < len(names):
@@ -168,7 +176,7 @@ class ValueClip(Clip):
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """Return the largest absolute value of each tensor."""
-        refuse_complex(self, gradients)
+        self.refuse_complex(gradients)
         return [norms(gradients.tensors, math.inf) * factor]
 
     def __call__(self, gradients: Gradients) -> bool:

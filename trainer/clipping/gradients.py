@@ -8,10 +8,13 @@ the tensors measured again, at any scale.
 from __future__ import annotations
 
 import copy
+import difflib
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -57,8 +60,10 @@ class Gradients:
         ]
         self.params = [param for param, _ in found]
         self.tensors = [grad for _, grad in found]
-        if any(tensor.is_sparse for tensor in self.tensors):
-            self.tensors = [_dense(p) for p in self.params]
+        for i, (param, grad) in enumerate(found):
+            if grad.is_sparse:  # Coalescing adds up repeated rows.
+                param.grad = grad.coalesce()
+                self.tensors[i] = param.grad.values()
         self.norms: list[float] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan
@@ -70,11 +75,6 @@ class Gradients:
         """Index of each tensor's parameter among all parameters of the optimizer."""
         every = (p for group in self.groups for p in group["params"])
         return [i for i, p in enumerate(every) if p.grad is not None]
-
-    @property
-    def sparse(self) -> bool:
-        """True if any gradient has a sparse layout."""
-        return any(p.grad is not None and p.grad.is_sparse for p in self.params)
 
     def measure(self, factor: float | Tensor = 1.0) -> Tensor:
         """Measure the gradients, without waiting for the device.
@@ -155,10 +155,6 @@ class Gradients:
             start = stop
         return [*found, (limit, rest)]
 
-    def scale(self, coefficient: float) -> None:
-        """Multiply the gradients in place by one coefficient."""
-        self.scale_each([coefficient] * len(self.tensors))
-
     def scale_each(self, coefficients: Sequence[float]) -> bool:
         """Multiply each gradient in place by its own coefficient.
 
@@ -214,22 +210,26 @@ def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     Returns:
         The norms, shape (len(tensors),), on the device of the first tensor.
     """
-    return _stack(_norms(list(tensors), p)) if tensors else torch.zeros(0)
-
-
-def _norms(tensors: list[Tensor], p: float) -> tuple[Tensor, ...]:
-    """Return the p-norms as scalars, each on the device of its tensor."""
+    if not tensors:
+        return torch.zeros(0)
+    tensors = list(tensors)
     dtypes = {t.dtype for t in tensors}
     if any(dtype.is_complex for dtype in dtypes):
         tensors = [_real(t, p) for t in tensors]
     if p == math.inf:
         tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
-        if all(t.is_cpu for t in tensors):  # Much faster there than that norm.
-            return torch._foreach_max(torch._foreach_abs(tensors))
-    if all(dtype.itemsize >= 4 for dtype in dtypes):
-        return torch._foreach_norm(tensors, p)
-    doubles = not dtypes.isdisjoint({torch.float64, torch.complex128})
-    return torch._foreach_norm(tensors, p, torch.float64 if doubles else torch.float32)
+    if p == math.inf and all(t.is_cpu for t in tensors):  # Much faster there than that norm.
+        found = torch._foreach_max(torch._foreach_abs(tensors))
+    elif all(dtype.itemsize >= 4 for dtype in dtypes):
+        found = torch._foreach_norm(tensors, p)
+    else:
+        doubles = not dtypes.isdisjoint({torch.float64, torch.complex128})
+        found = torch._foreach_norm(tensors, p, torch.float64 if doubles else torch.float32)
+    device = found[0].device
+    if any(norm.device != device for norm in found):
+        found = tuple(norm.to(device) for norm in found)
+    vector = torch.stack(found)
+    return vector if vector.dtype.itemsize >= 4 else vector.float()
 
 
 def _real(tensor: Tensor, p: float) -> Tensor:
@@ -239,23 +239,14 @@ def _real(tensor: Tensor, p: float) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if p == 2.0 else tensor.abs()
 
 
-def _stack(scalars: tuple[Tensor, ...]) -> Tensor:
-    """Join scalars, perhaps of several devices and dtypes, to a vector of 32 bits or more."""
-    device = scalars[0].device
-    if any(scalar.device != device for scalar in scalars):
-        scalars = tuple(scalar.to(device) for scalar in scalars)
-    found = torch.stack(scalars)
-    return found if found.dtype.itemsize >= 4 else found.float()
-
-
 def safe_norms(tensors: Sequence[Tensor], p: float = 2.0) -> list[float]:
     """Return the p-norm of each tensor at any scale: m · ‖g / m‖ with m = max|g| (syncs)."""
     if not tensors:
         return []
     wide = [t.float() if t.dtype.itemsize < 4 else t for t in tensors]
-    largest = _norms(wide, math.inf)
-    ratios = [t / m for t, m in zip(wide, largest, strict=True)]
-    pairs = zip(_stack(largest).tolist(), _stack(_norms(ratios, p)).tolist(), strict=True)
+    largest = norms(wide, math.inf)
+    ratios = [t / m.to(t.device) for t, m in zip(wide, largest, strict=True)]
+    pairs = zip(largest.tolist(), norms(ratios, p).tolist(), strict=True)
     return [m * norm if 0.0 < m < math.inf else m for m, norm in pairs]
 
 
@@ -291,16 +282,6 @@ def _multiply(tensors: list[Tensor], coefficients: Sequence[float]) -> None:
         torch._foreach_mul_(tensors, factors)
 
 
-def _dense(param: Tensor) -> Tensor:
-    """Return a gradient's values; a sparse one is coalesced, which adds up repeated rows."""
-    grad = param.grad
-    assert grad is not None
-    if not grad.is_sparse:
-        return grad
-    param.grad = grad = grad.coalesce()
-    return grad.values()
-
-
 def limit_of(value: float | None, name: str = "max_grad_norm") -> float:
     """Return a limit as a float above 0, inf for no clipping.
 
@@ -319,3 +300,112 @@ def limit_of(value: float | None, name: str = "max_grad_norm") -> float:
             f"{name} is {value!r}; allowed: a number; null, inf, 0 or below mean no clipping"
         )
     return float(value) if value > 0 else math.inf
+
+
+class Clipper(Protocol):
+    """Protocol of a clipper, as an `Update` calls it.
+
+    It may also offer
+
+    - ``bind(owner, names, optimizer)``, called once before the first step (see `Clip.bind`),
+    - ``measure(gradients, factor)``, for measurements beside L2 norms (see `Gradients`),
+    - ``state_dict`` and ``load_state_dict``, if it has a history.
+
+    Attributes:
+        limit: the threshold of the last step, inf without clipping.
+    """
+
+    limit: float
+
+    def __call__(self, gradients: Gradients) -> bool:
+        """Clip the measured gradients in place; return true if any of them changed."""
+
+
+class Clip:
+    """Base class of the clip kinds.
+
+    Attributes:
+        limit: the threshold of the last step, inf without clipping.
+        names: the names of the optimizer's parameters, known after `bind`.
+        by_group: true if a parameter group may have its own ``max_grad_norm``.
+        scales: true if what `measure` returns scales with the gradients.
+    """
+
+    limit: float = math.inf
+    names: Mapping[Tensor, str] = MappingProxyType({})
+    by_group: ClassVar[bool] = False
+    scales: ClassVar[bool] = True
+
+    def bind(
+        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Attach the clipper to an optimizer, before the first step.
+
+        Args:
+            owner: the name of the optimizer.
+            names: the names of its parameters, such as "encoder.0.weight".
+            optimizer: the optimizer.
+
+        Raises:
+            ValueError: if this kind cannot clip what the optimizer has.
+        """
+        self.names = names
+        limited = any("max_grad_norm" in group for group in optimizer.param_groups)
+        if limited and not self.by_group:
+            raise ValueError(
+                f"the optimizer {owner!r} has two clippers: {type(self).__name__}, and parameter "
+                "groups with a max_grad_norm of their own, which that does not heed; leave one "
+                "out, or use trainer.clipping.NormClip, LayerClip or ValueClip"
+            )
+
+    def __call__(self, gradients: Gradients) -> bool:
+        """Clip the measured gradients in place; return True if any of them changed."""
+        raise NotImplementedError
+
+    def refuse_complex(self, gradients: Gradients) -> None:
+        """Raise ValueError if gradients are complex, for kinds that compare elements."""
+        if any(tensor.is_complex() for tensor in gradients.tensors):
+            raise ValueError(f"{type(self).__name__} cannot take complex gradients; use NormClip")
+
+    def refuse_sparse(self, gradients: Gradients) -> None:
+        """Raise ValueError if gradients are sparse, for kinds that need whole parameters."""
+        for param in gradients.params:
+            if param.grad is not None and param.grad.is_sparse:
+                raise ValueError(
+                    f"{type(self).__name__} cannot take the sparse gradient of "
+                    f"{self.names.get(param, 'a parameter')}: it looks at whole parameters; use a "
+                    "kind that needs norms alone, or an embedding with sparse=False"
+                )
+
+
+def match_patterns(
+    owner: str, key: str, patterns: Sequence[str], names: Mapping[Tensor, str]
+) -> dict[Tensor, str]:
+    """Return the first pattern that each parameter's name matches, for those that match any.
+
+    Args:
+        owner: name of the optimizer, for messages.
+        key: name of the setting, for messages.
+        patterns: patterns with ``*``, ``?`` and ``[…]`` as in file names, in order.
+        names: names of the optimizer's parameters.
+
+    Raises:
+        ValueError: if no parameter is left for a pattern.
+    """
+    found: dict[Tensor, str] = {}
+    for pattern in patterns:
+        matched = [p for p, name in names.items() if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            near = difflib.get_close_matches(pattern, names.values(), n=3, cutoff=0.0)
+            raise ValueError(
+                f"{key} {pattern!r} matches no parameter of the optimizer {owner!r}; "
+                f"the nearest names are {', '.join(near)}"
+            )
+        left = [p for p in matched if p not in found]
+        if not left:
+            raise ValueError(
+                f"{key} {pattern!r} comes too late: earlier patterns take every parameter of the "
+                f"optimizer {owner!r} that it matches, such as {names[matched[0]]}"
+            )
+        found.update(dict.fromkeys(left, pattern))
+    return found

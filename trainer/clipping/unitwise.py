@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer import checks
-from trainer.clipping.clip import Clip, matching, refuse_complex, refuse_sparse
-from trainer.clipping.gradients import Gradients, is_reliable, joint, norms
+from trainer.clipping.gradients import Clip, Gradients, is_reliable, joint, match_patterns, norms
 
 # Names of the running mean of squares in the states of torch.optim.
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -55,36 +54,34 @@ class AGC(Clip):
     ) -> None:
         """Find the excluded parameters."""
         super().bind(owner, names, optimizer)
-        self._excluded = set(matching(owner, "AGC: exclude", self.exclude, names))
+        self._excluded = set(match_patterns(owner, "AGC: exclude", self.exclude, names))
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """Return for each tensor its norm after clipping, its bound and largest relative cut."""
-        refuse_sparse(self, gradients)
-        places = [i for i, p in enumerate(gradients.params) if p not in self._excluded]
-        if not places:
-            return []
-        params = [gradients.params[i] for i in places]
+        self.refuse_sparse(gradients)
+        params = gradients.params
         # Squares of huge and of tiny gradients leave the range of float32, those of weights do not.
         wide = torch.float32 if gradients.tensors[0].device.type == "mps" else torch.float64
-        units = _unit_norms([gradients.tensors[i] for i in places], wide) * factor
+        units = _unit_norms(gradients.tensors, wide) * factor
         bounds = _unit_norms([p.detach() for p in params], torch.float32).to(units.dtype)
         bounds = bounds.clamp_(min=self.eps).mul_(self.clipping)
-        shares = (bounds / units).clamp_(max=1.0)
         rows = [len(p) if p.dim() > 1 else 1 for p in params]
+        for p, bound in zip(params, bounds.split(rows), strict=True):
+            if p in self._excluded:
+                bound.fill_(math.inf)
+        shares = (bounds / units).clamp_(max=1.0)
         self._shares = dict(zip(params, shares.float().split(rows), strict=True))
-        owners = torch.tensor(places).repeat_interleave(torch.tensor(rows)).to(units.device)
-        zeros = units.new_zeros(len(gradients.tensors))
         return [
-            zeros.index_add(0, owners, (units * shares).square()).sqrt_(),
-            zeros.index_add(0, owners, bounds.square()).sqrt_(),
-            zeros.scatter_reduce(0, owners, 1.0 - shares, "amax"),
+            norms((units * shares).split(rows)),
+            norms(bounds.split(rows)),
+            norms((1.0 - shares).split(rows), math.inf),
         ]
 
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.extra:
             return False
         after, bounds, cuts = gradients.extra
-        self.limit = joint(bounds)
+        self.limit = joint([bound for bound in bounds if bound < math.inf]) or math.inf
         clipped = [i for i, cut in enumerate(cuts) if cut > 0.0]
         if not clipped:
             return False
@@ -99,7 +96,7 @@ class AGC(Clip):
         return True
 
 
-class SPAM(Clip):
+class SPAM(checks.Stateful, Clip):
     """Clip the elements that are far above their own mean square (Huang et al. 2025, 2501.06842).
 
         where g² > θ·v:    g ← sign(g)·√(θ·v)
@@ -119,11 +116,12 @@ class SPAM(Clip):
     """
 
     scales = False
+    saved = ("steps",)
 
     def __init__(self, theta: float = 5000.0, warmup_steps: int = 20) -> None:
         self.theta = checks.within("SPAM", "theta", theta, 0.0, math.inf, "()")
         self.warmup_steps = checks.whole("SPAM", "warmup_steps", warmup_steps, 0)
-        self._steps = 0
+        self.steps = 0
         self._optimizer: torch.optim.Optimizer | None = None
         self._bounds: dict[Tensor, Tensor] = {}
 
@@ -139,27 +137,26 @@ class SPAM(Clip):
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         """Return for each tensor its norm after clipping, its sum of v and its largest cut."""
-        refuse_sparse(self, gradients)
-        refuse_complex(self, gradients)
+        self.refuse_sparse(gradients)
+        self.refuse_complex(gradients)
         moments = [self._moment(p) for p in gradients.params]
-        places = [i for i, v in enumerate(moments) if v is not None]
-        if self._steps < self.warmup_steps or not places:
+        if self.steps < self.warmup_steps or all(v is None for v in moments):
             return []
-        params = [gradients.params[i] for i in places]
-        squares = [v for v in moments if v is not None]
+        whole = gradients.tensors
+        squares = [
+            torch.zeros_like(t) if v is None else v for t, v in zip(whole, moments, strict=True)
+        ]
         bounds = list(torch._foreach_sqrt(squares))
         torch._foreach_mul_(bounds, math.sqrt(self.theta))
         for bound in bounds:
             bound.masked_fill_(bound == 0, math.inf)
-        self._bounds = dict(zip(params, bounds, strict=True))
-        whole = [gradients.tensors[i] for i in places]
+        self._bounds = dict(zip(gradients.params, bounds, strict=True))
         if isinstance(factor, Tensor) or factor != 1.0:
             whole = list(torch._foreach_mul(whole, factor))
         cut = torch._foreach_minimum(whole, bounds)
         torch._foreach_maximum_(cut, torch._foreach_neg(bounds))
         cuts = torch._foreach_sub(whole, cut)
-        found = [norms(cut), norms(squares, 1.0), norms(cuts, math.inf)]
-        return [_spread(each, places, len(gradients.tensors)) for each in found]
+        return [norms(cut), norms(squares, 1.0), norms(cuts, math.inf)]
 
     def _moment(self, param: Tensor) -> Tensor | None:
         """Return the running mean of squares of a parameter; None before its first step."""
@@ -175,7 +172,7 @@ class SPAM(Clip):
         raise _no_moments(self._optimizer)
 
     def __call__(self, gradients: Gradients) -> bool:
-        self._steps += 1
+        self.steps += 1
         self.limit = math.inf
         if not gradients.extra:
             return False
@@ -192,15 +189,6 @@ class SPAM(Clip):
         gradients.norm_after = joint(norms_after) if is_reliable(gradients.norm) else None
         return True
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of steps so far."""
-        return {"steps": self._steps}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore a state that `state_dict` returned."""
-        checks.same_keys("SPAM", state, ("steps",))
-        self._steps = state["steps"]
-
 
 def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the norms of all units of all tensors, joined to one vector."""
@@ -216,14 +204,6 @@ def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         )
     device = found[0].device
     return torch.cat([norms.to(device) for norms in found])
-
-
-def _spread(values: Tensor, places: Sequence[int], length: int) -> Tensor:
-    """Return a vector with the values at the given indices, and 0 elsewhere."""
-    if len(places) == length:
-        return values
-    at = torch.tensor(places, device=values.device)
-    return values.new_zeros(length).index_copy_(0, at, values)
 
 
 def _no_moments(optimizer: torch.optim.Optimizer) -> ValueError:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.clipping import by_name, clippers, limit_of
+from trainer.clipping import Clipper, NormClip, ValueClip, limit_of
 from trainer.distributed.strategy import Strategy
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
 from trainer.options import RunOptions, nearest
+
+CLIP_KINDS = {"norm": NormClip, "value": ValueClip}
 
 
 def pick_device(name: str) -> torch.device:
@@ -106,13 +111,19 @@ def make_updates(
         if getattr(module, "sparse", False) is True
         for p in module.parameters(recurse=False)
     }
-    default_limit = RunOptions().max_grad_norm  # For an optimizer that a mapping leaves out.
-    if options.grad_accumulation_factor > 1:
-        _refuse_shared(optimizers, parameters, options.grad_accumulation_factor)
-    clips = clippers(options.clip, options.max_grad_norm, default_limit, optimizers, parameters)
-    updates = {}
+    clips = _make_clippers(options, optimizers, parameters)
+    updates: dict[str, Update] = {}
+    owners: dict[Tensor, str] = {}
     for name, optimizer in optimizers.items():
         own = {p for group in optimizer.param_groups for p in group["params"]}
+        shared = next((p for p in own if p in owners), None)
+        if shared is not None and options.grad_accumulation_factor > 1:
+            raise ValueError(
+                f"the optimizers {owners[shared]!r} and {name!r} share "
+                f"{parameters.get(shared, 'a parameter')}; with grad_accumulation_factor above 1 "
+                "their gradients would mix: give it to one of them, or do not accumulate"
+            )
+        owners.update(dict.fromkeys(own, name))
         updates[name] = Update(
             name,
             optimizer,
@@ -129,19 +140,83 @@ def make_updates(
     return updates
 
 
-def _refuse_shared(
-    optimizers: Mapping[str, torch.optim.Optimizer], names: Mapping[Tensor, str], factor: int
-) -> None:
-    """Raise ValueError if two optimizers have a parameter in common: it has one gradient."""
-    owners: dict[Tensor, str] = {}
-    for name, optimizer in optimizers.items():
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if owners.setdefault(p, name) != name:
-                raise ValueError(
-                    f"the optimizers {owners[p]!r} and {name!r} share {names.get(p, 'a parameter')}"
-                    f"; with grad_accumulation_factor {factor} their gradients would mix: give it "
-                    "to one of them, or do not accumulate"
-                )
+def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
+    """Return one optimizer's part of a setting.
+
+    Args:
+        setting: a value for all optimizers, or a mapping from their names to values.
+        name: the name of the optimizer.
+        known: the names of all optimizers.
+        key: the name of the setting, for messages.
+        default: the value of an optimizer that a mapping leaves out.
+
+    Raises:
+        ValueError: if a mapping names an optimizer that does not exist.
+    """
+    if not isinstance(setting, Mapping):
+        return setting
+    unknown = [each for each in setting if each not in known]
+    if unknown:
+        raise ValueError(
+            f"{key} names the optimizer {unknown[0]!r}, which does not exist; "
+            f"this Brain has {', '.join(map(repr, known))}"
+        )
+    return setting.get(name, default)
+
+
+def _make_clippers(
+    options: RunOptions,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    names: Mapping[Tensor, str],
+) -> dict[str, Clipper]:
+    """Build the clipper of each optimizer, and bind it.
+
+    A clipper that is given for several optimizers is copied, so that each has its own history.
+    """
+    found: dict[str, Clipper] = {}
+    known, default = list(optimizers), RunOptions.max_grad_norm
+    for name in optimizers:
+        own = by_name(options.clip, name, known, "clip", "norm")
+        limit = limit_of(by_name(options.max_grad_norm, name, known, "max_grad_norm", default))
+        clip = _make_clipper(own, limit)
+        if clip is own and limit not in (default, math.inf):
+            warnings.warn(
+                f"max_grad_norm {limit:g} is not used for the optimizer {name!r}: its clipper, "
+                f"{type(clip).__name__}, has limits of its own",
+                stacklevel=2,
+            )
+        found[name] = copy.deepcopy(clip) if any(clip is each for each in found.values()) else clip
+    for name, optimizer in optimizers.items():  # Once copied: a bound clipper holds parameters.
+        clip = found[name]
+        if hasattr(clip, "bind"):
+            own_names = {
+                param: names.get(param, f"group {number}, parameter {place}")
+                for number, group in enumerate(optimizer.param_groups)
+                for place, param in enumerate(group["params"])
+            }
+            clip.bind(name, own_names, optimizer)
+    return found
+
+
+def _make_clipper(setting: Any, limit: float) -> Clipper:
+    """Build a clipper from one optimizer's part of the setting."""
+    if setting is None:
+        return NormClip(None)
+    if isinstance(setting, str) and setting in CLIP_KINDS:
+        clip: Clipper = CLIP_KINDS[setting](limit)
+        return clip
+    if isinstance(setting, (list, tuple)):
+        raise ValueError(
+            f"clip is a list of {len(setting)}, and an optimizer has one clipper; for several in "
+            "order write clip: !new:trainer.clipping.MixedClip {clips: […]}"
+        )
+    if callable(setting) and hasattr(setting, "limit") and not isinstance(setting, type):
+        return setting  # type: ignore[no-any-return]
+    raise ValueError(
+        f"clip is {setting!r}; allowed: norm or value (max_grad_norm is their limit), null, a "
+        "clipper such as !new:trainer.clipping.AutoClip {percentile: 10}, or a mapping of these by "
+        "optimizer"
+    )
 
 
 def find_optimizers(
@@ -177,12 +252,13 @@ def find_optimizers(
             )
         for group in optimizer.param_groups:
             limit_of(group.get("max_grad_norm"))
-            if precision.name == "fp16" and any(p.dtype is torch.float16 for p in group["params"]):
+            dtypes = {p.dtype for p in group["params"]} if precision.name == "fp16" else set()
+            if torch.float16 in dtypes:
                 raise ValueError(
                     f"the optimizer {name!r} has weights in float16; precision fp16 computes in "
                     "float16 and needs weights in float32: leave out .half()"
                 )
-            if precision.name == "fp16" and any(p.is_complex() for p in group["params"]):
+            if any(dtype.is_complex for dtype in dtypes):
                 raise ValueError(
                     f"the optimizer {name!r} has complex weights; precision fp16 scales losses by "
                     "torch.amp.GradScaler, which cannot unscale their gradients: use fp32 or bf16"
