@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.clipping import AdaGC, Gradients, NormClip, ValueClip, limit_of, norms
+from trainer.clipping import AdaGC, Gradients, NormClip, ValueClip, norms
+from trainer.clipping.gradients import limit_of
 from trainer.optim.build import by_name
 
 HALF = {torch.float16: 65504.0, torch.bfloat16: 3e38, torch.float32: 3e38}

@@ -376,8 +376,8 @@ def test_a_joint_step_may_leave_one_without_gradients() -> None:
     assert not torch.equal(nets[1].weight, net(1).weight)
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_joint_window_goes_on_under_another_scale(factor: float) -> None:
+@pytest.mark.parametrize(("factor", "named"), [(0.5, True), (2.0, True), (1.0, False)])
+def test_a_joint_window_goes_on_under_another_scale(factor: float, named: bool) -> None:
     """All its gradients have the scale of the first optimizer; the others have scales, too."""
     two = Two(window=2)
     both = list(two.updates.values())
@@ -385,6 +385,8 @@ def test_a_joint_window_goes_on_under_another_scale(factor: float) -> None:
     step.accumulate(both, sum(two.losses(batches[0], two.nets).values()), 5)
     states = [WindowState(each, two.updates) for each in both]
     saved = [copy.deepcopy(each.state_dict()) for each in states]
+    for state in saved if not named else ():
+        del state["lead"]  # As in a checkpoint of an earlier version.
     for each in both:
         each.drop_window()
     both[0].scaler.update(both[0].scaler.get_scale() * factor)

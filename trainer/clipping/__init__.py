@@ -13,19 +13,11 @@
 from trainer.clipping.adaptive import AdaGC, AutoClip, MedianClip, ZClip, percentile
 from trainer.clipping.composite import GradualClip, MixedClip
 from trainer.clipping.fixed import LayerClip, NormClip, PatternClip, ValueClip
-from trainer.clipping.gradients import (
-    Clip,
-    Clipper,
-    Gradients,
-    joint,
-    limit_of,
-    measured,
-    norms,
-)  # fmt: skip
+from trainer.clipping.gradients import Clip, Clipper, Gradients, joint, measured, norms
 from trainer.clipping.unitwise import AGC, SPAM
 
 __all__ = [
     "AGC", "AdaGC", "AutoClip", "Clip", "Clipper", "Gradients", "GradualClip", "LayerClip",
     "MedianClip", "MixedClip", "NormClip", "PatternClip", "SPAM", "ValueClip", "ZClip", "joint",
-    "limit_of", "measured", "norms", "percentile",
+    "measured", "norms", "percentile",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.clipping import Clipper, NormClip, ValueClip, limit_of
+from trainer.clipping import Clipper, NormClip, ValueClip
+from trainer.clipping.gradients import limit_of
 from trainer.distributed.strategy import Strategy
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update

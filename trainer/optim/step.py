@@ -193,7 +193,7 @@ class Update:
         self._stepping = False
         for after in self.after_step:
             after(self, gradients)
-        if self.schedule is not None and getattr(self.schedule, "every", None) == "step":
+        if getattr(self.schedule, "every", None) == "step":
             self.schedule.step()
         for p in gradients.params:
             p.grad = None
@@ -287,7 +287,7 @@ class WindowState:
         update = self._update
         update.drop_window()
         params = update.all_params
-        lead = state.get("lead", update.name if state["count"] else "")  # Absent in format 2.
+        lead = state.get("lead", "")  # Checkpoints of before have none.
         scaler = self._updates[lead].scaler if lead else update.scaler
         # A scaler has no scale before its first use.
         scaler.scale(torch.ones((), device=params[0].device))
@@ -488,8 +488,10 @@ def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[S
 def _check_windows(updates: Sequence[Update]) -> None:
     """Raise ValueError unless all optimizers have the same losses in their windows."""
     lead = updates[0]
-    expected = lead.window.count, lead.name if lead.window.count else ""
-    if any((update.window.count, update.window.lead) != expected for update in updates):
+    if any(
+        update.window.count != lead.window.count or update.window.lead not in ("", lead.name)
+        for update in updates
+    ):
         held = ", ".join(
             f"{u.name!r} has {u.window.count}"
             + (f" with {u.window.lead!r}" if u.window.count else "")
