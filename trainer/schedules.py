@@ -2,7 +2,7 @@
 
 Every schedule is a `torch.optim.lr_scheduler.LRScheduler` and is stepped like torch's own. Two
 class attributes say how: `every` is "step" (after each optimizer step) or "epoch", and
-`needs_metric` is true if `step` takes the value of `metric`.
+`needs_metric` is True if `step` takes the value of `metric`.
 
     schedule: !name:trainer.schedules.Noam {warmup_steps: 4000}
     schedule: !name:trainer.schedules.NewBob {factor: 0.5, metric: wer}
@@ -68,7 +68,7 @@ class Schedule(checks.Stateful, LRScheduler):
 class StepSchedule(Schedule):
     """Base class of schedules in which the learning rate depends on the optimizer step alone.
 
-    The optimizer's own learning rates are the peak; step n = 1, 2, … runs at `peak * share(n)`.
+    The optimizer's own learning rates are the peak; step n = 1, 2, … runs at ``peak * share(n)``.
 
     Args:
         optimizer: the optimizer whose learning rates are set.
@@ -107,11 +107,11 @@ class StepSchedule(Schedule):
 class Noam(StepSchedule):
     """Warm up linearly, then decay with the inverse square root of the step.
 
-        share(n) = min(n / w, sqrt(w / n)),   w = warmup_steps
+        lr(n) = peak · min(n / w, √(w / n)),    w = warmup_steps
 
-    Equation 3 of Vaswani et al. 2017 (arXiv 1706.03762), normalised to a peak of 1 at n = w: the
-    optimizer's `lr` is the peak (the paper's is `(d_model * w) ** -0.5`). The first step runs at
-    1/w of the peak.
+    Vaswani et al. 2017 (arXiv 1706.03762, equation 3). The peak is the optimizer's ``lr``, reached
+    at step n = w; the paper's is ``(d_model * w) ** -0.5``, with w = 4000. The first step runs at
+    peak / w.
 
     Args:
         optimizer: the optimizer whose learning rates are set.
@@ -132,12 +132,13 @@ class Noam(StepSchedule):
 class WarmupDecay(StepSchedule):
     """Warm up linearly to the peak, then decay to `final` times the peak.
 
-        share(n) = n / w                               for n <= w = warmup_steps
-        share(n) = final + (1 - final) * d(p)          p = (n - w) / (total_steps - w), at most 1
-        d(p) = 1 - p  ("linear"),  (1 + cos(pi * p)) / 2  ("cosine"; arXiv 1608.03983, eq. 5)
+        lr(n) = peak · n / w                                for n ≤ w = warmup_steps
+        lr(n) = peak · (final + (1 - final) · d(x))         x = min(1, (n - w) / (total_steps - w))
+        d(x) = 1 - x  ("linear"),    (1 + cos(πx)) / 2  ("cosine")
 
-    Step w runs at the peak, step `total_steps` and all later ones at `final`. Without warm-up,
-    step 0 would run at the peak.
+    The peak is the optimizer's ``lr``. Steps n count from 1: step w runs at the peak, and
+    ``total_steps`` and all later ones at ``final``. The cosine is that of Loshchilov and Hutter
+    2017 (arXiv 1608.03983, equation 5), without restarts.
 
     Args:
         optimizer: the optimizer whose learning rates are set.
@@ -180,9 +181,11 @@ class WarmupDecay(StepSchedule):
 class MetricSchedule(Schedule):
     """Base class of schedules that lower the learning rate when a metric stops improving.
 
-    An epoch is good if its metric is better than the reference r by more than `threshold * |r|`.
-    After more than `patience` epochs in a row that were not good, every learning rate is multiplied
-    by `factor`, and the count starts again.
+        good epoch:    r - v > threshold · |r|  ("min"),    v - r > threshold · |r|  ("max")
+        after more than ``patience`` epochs in a row that were not good:    lr ← factor · lr
+
+    v is the metric of the epoch, r a reference that the subclass takes from earlier epochs. The
+    first epoch is good.
 
     Args:
         optimizer: the optimizer whose learning rates are set.
@@ -254,8 +257,9 @@ class MetricSchedule(Schedule):
 class NewBob(MetricSchedule):
     """Lower the learning rate when an epoch is hardly better than the previous one.
 
-    A `MetricSchedule` whose reference is the previous epoch's value. By default, an improvement of
-    less than 0.25 % halves the rate at once, as in the recipes of hybrid speech recognisers.
+    A `MetricSchedule` whose reference r is the metric of the previous epoch. With the defaults an
+    improvement of 0.25 % or less halves the learning rate at once. The rule is that of ICSI's
+    QuickNet; the defaults are those of SpeechBrain's ``NewBobScheduler``.
     """
 
     def next_reference(self, value: float, good: bool) -> float | None:
@@ -265,7 +269,8 @@ class NewBob(MetricSchedule):
 class Plateau(MetricSchedule):
     """Lower the learning rate when the metric has not reached a new best for some epochs.
 
-    A `MetricSchedule` whose reference is the best value so far.
+    A `MetricSchedule` whose reference r is the best metric so far: the rule of torch's
+    ``ReduceLROnPlateau``, whose defaults are a factor of 0.1 and a patience of 10.
 
     Args:
         optimizer: the optimizer whose learning rates are set.
@@ -299,8 +304,9 @@ class Plateau(MetricSchedule):
 class EarlyStopping(checks.Stateful):
     """End training after `patience` evaluations in a row without a new best value.
 
-    A value v is a new best if b - v > min_delta (mode "min") or v - b > min_delta ("max"), with b
-    the best so far. A value that is not finite never is.
+        new best:    b - v > min_delta  ("min"),    v - b > min_delta  ("max")
+
+    v is the metric of the evaluation, b the best so far. A value that is not finite is no new best.
 
     Args:
         metric: the name of the metric.
@@ -325,7 +331,7 @@ class EarlyStopping(checks.Stateful):
         self.waited = 0
 
     def update(self, value: float) -> bool:
-        """Take the metric of an evaluation; return true if training should stop."""
+        """Take the metric of an evaluation; return True if training should stop."""
         value = float(value)
         better = self.best is None or _improvement(self.mode, self.best, value) > self.min_delta
         if math.isfinite(value) and better:

@@ -38,14 +38,15 @@ def percentile(sorted_values: Sequence[float], percent: float) -> float:
 
 
 class AutoClip(Clip):
-    """Clip the joint norm at a percentile of its history (Seetharaman et al. 2020, 2007.14469).
+    """Clip the joint norm at a percentile of its history.
 
         c_t = percentile p of ‖g_1‖ … ‖g_t‖,    g ← g · min(1, c_t / ‖g‖)
 
-    With the paper's p = 10, nine steps in ten are clipped, which allows a higher learning rate.
+    AutoClip, Seetharaman et al. 2020 (arXiv 2007.14469, section 3). With the paper's p = 10, nine
+    steps in ten are clipped, which allows a higher learning rate.
 
     Args:
-        percentile: p, from 0 to 100.
+        percentile: p, from 0 to 100; the default is the paper's.
         history: number of last norms to remember, 1 or more (the paper remembers all).
 
     Raises:
@@ -84,11 +85,12 @@ class AutoClip(Clip):
 
 
 class MedianClip(AutoClip):
-    """Clip the joint norm at a multiple of the median of the last norms (icefall's ScaledAdam).
+    """Clip the joint norm at a multiple of the median of the last norms.
 
-        c_t = scale · median of the last ``history`` norms, the current one included
+        c_t = scale · median(‖g_{t-history+1}‖ … ‖g_t‖),    g ← g · min(1, c_t / ‖g‖)
 
-    With the default scale a usual step is unchanged, and a spike is cut to twice the usual norm.
+    The rule of the optimizer ScaledAdam in icefall, with its defaults: a usual step is unchanged,
+    and a spike is cut to twice the usual norm.
 
     Args:
         scale: factor on the median, above 0.
@@ -104,20 +106,21 @@ class MedianClip(AutoClip):
 
 
 class ZClip(checks.Stateful, Clip):
-    """Clip norms that are far above their moving mean (Kumar et al. 2025, 2504.02507, algorithm 1).
+    """Clip the joint norm where it is far above its moving mean.
 
-        z = (n - μ) / (σ + ε);    where z > z*: c = μ + z*·σ / (z / z*), else no clipping
-        μ ← αμ + (1 - α)n,    σ² ← ασ² + (1 - α)(n - μ)²,    n = c where it was clipped
+        z = (n - μ) / (σ + ε),    n = ‖g‖,    ε = 1e-6
+        if z > z*:    c = μ + z*·σ / (z / z*),    g ← g · c / n,    n ← c
+        μ ← αμ + (1 - α)n,    σ² ← ασ² + (1 - α)(n - μ)²
 
-    n is the joint norm, μ and σ² its moving mean and variance, which start as those of the first
-    ``warmup_steps`` norms. After a step, ``limit`` is c, or the norm above which there would have
-    been one.
+    ZClip, Kumar et al. 2025 (arXiv 2504.02507, algorithm 1, reciprocal clipping), with the paper's
+    defaults. μ and σ² start as mean and variance of the first ``warmup_steps`` norms. The reported
+    ``limit`` is c in a step that was clipped, else the norm above which it would have been.
 
     Args:
-        z: the threshold z*, above 0.
+        z: threshold z*, above 0.
         alpha: decay α of the moving mean and variance, between 0 and 1.
         warmup_steps: number of steps before clipping begins, 1 or more.
-        max_norm: a fixed limit that holds in addition, also during the warm-up; None for none.
+        max_norm: fixed limit that holds in addition, also during the warm-up; None for none.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -173,18 +176,20 @@ class ZClip(checks.Stateful, Clip):
 
 
 class AdaGC(checks.Stateful, Clip):
-    """Clip each tensor at its own moving average norm (Wang et al. 2025, 2502.11034, algorithm 1).
+    """Clip each tensor relative to the moving average of its own norm.
 
-        h = min(1, λ_rel·γ / ‖g‖),    g ← h·g,    γ ← βγ + (1 - β)‖h·g‖
+        h = min(1, λ_rel·γ / ‖g‖),    g ← h·g,    γ ← βγ + (1 - β)‖h·g‖,    for each tensor g
 
-    Until ``warmup_steps`` the joint norm is clipped at λ_abs instead, and γ is the smallest norm
-    that the tensor had after that. A tensor whose gradients have all been 0 has no γ and is not
-    clipped. ``limit`` is the joint norm that was allowed: λ_abs, then the joint of all λ_rel·γ.
+    AdaGC, Wang et al. 2025 (arXiv 2502.11034, algorithm 1), with the paper's defaults. During the
+    first ``warmup_steps`` steps the joint norm of all tensors is clipped at λ_abs instead, and γ is
+    the smallest norm that the tensor had after that. A tensor whose gradients have all been 0 has
+    no γ and is not clipped. The reported ``limit`` is the joint norm that was allowed: λ_abs, then
+    the joint norm of all λ_rel·γ.
 
     Args:
         beta: decay β of the average, in [0, 1).
-        lambda_rel: λ_rel, the limit relative to the average, above 0.
-        lambda_abs: λ_abs, the limit of the joint norm during the warm-up, above 0; may be inf.
+        lambda_rel: limit λ_rel relative to the average, above 0.
+        lambda_abs: limit λ_abs of the joint norm during the warm-up, above 0; may be inf.
         warmup_steps: number of warm-up steps, 0 or more.
 
     Raises:
@@ -242,12 +247,12 @@ class AdaGC(checks.Stateful, Clip):
 
 
 def _is_usable(norm: float) -> bool:
-    """Return true if a norm may enter a history."""
+    """Return True if a norm may enter a history."""
     return math.isfinite(norm) and norm > 0.0
 
 
 def _clip_joint_norm(gradients: Gradients, limit: float) -> bool:
-    """Scale the gradients down to the limit; return true if their norm was above it."""
+    """Scale the gradients down to the limit; return True if their norm was above it."""
     if not 0.0 < limit < gradients.norm:
         return False
     return gradients.scale_each([limit / gradients.norm] * len(gradients.tensors))

@@ -1,4 +1,4 @@
-"""Clip kinds made of others: a limit that changes over steps, and several kinds in order."""
+"""Clip kinds that use others: a limit that changes over steps, and several kinds in order."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from trainer.clipping.gradients import Clip, Gradients, limit_of, measured
 class GradualClip(checks.Stateful, Clip):
     """Change the limit of another kind over the optimizer's steps.
 
-    Between two given steps the limit is interpolated; before the first and after the last it is
-    constant. Skipped steps do not count.
+        c(t) = c_a + (c_b - c_a) · s(x),    x = (t - a) / (b - a)
+        s(x) = x  ("linear"),  (1 - cos(πx)) / 2  ("cosine"),  0  ("stepwise")
+
+    a and b are the given steps around step t, c_a and c_b their limits. Before the first given step
+    and from the last one on, the limit is constant. Skipped steps do not count.
 
     Args:
         limits: limits by step number, counted from 0: ``{0: 10.0, 5000: 1.0}``.
-        shape: the interpolation: "linear", "cosine" (half a period) or "stepwise" (constant until
-            the next given step).
+        shape: the interpolation: "linear", "cosine" or "stepwise".
         clip: the kind to use, a `NormClip`, `LayerClip` or `ValueClip`; None for `NormClip`.
 
     Raises:
@@ -94,9 +96,10 @@ class GradualClip(checks.Stateful, Clip):
 class MixedClip(Clip):
     """Apply several kinds in order, each to the result of the one before.
 
-    ``limit`` is that of the last kind that clipped in this step, else of the first. After a kind
-    that changes directions (`ValueClip`, `AGC`, `SPAM`) has clipped, and before `AGC` or `SPAM`
-    after any has, the gradients are measured again, which is a second host-device sync.
+    The reported ``limit`` is that of the last kind that clipped in this step, else of the first.
+    The gradients are measured again, at the cost of a second host-device sync, after a kind that
+    changes their direction (`ValueClip`, `AGC`, `SPAM`) has clipped, and before `AGC` or `SPAM` if
+    any kind has.
 
     Args:
         clips: the kinds, each a different object; no `MixedClip`.

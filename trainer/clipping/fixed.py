@@ -1,4 +1,4 @@
-"""Clip kinds with given limits: by norm, by layer, by name and by value."""
+"""Clip kinds with given limits: of the norm, of each layer, by name, and of each element."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ logger = logging.getLogger("trainer")
 class NormClip(Clip):
     """Scale the gradients of an optimizer down so that their joint norm is at most ``limit``.
 
-        g ← g · min(1, c / (‖g‖ + 1e-6))
+        g ← g · min(1, c / (‖g‖ + 1e-6)),    c = limit
 
-    ‖g‖ is over every parameter group of the optimizer (Pascanu et al. 2013). A parameter group with
-    its own ``max_grad_norm`` is measured and clipped alone.
+    ‖g‖ is the norm of all gradients of the optimizer as one vector (Pascanu et al. 2013, arXiv
+    1211.5063). The formula is that of `torch.nn.utils.clip_grad_norm_`. A parameter group with its
+    own ``max_grad_norm`` is measured and clipped alone.
 
     Args:
-        limit: the largest norm c; None, inf, 0 or below for no clipping.
-        p: the order of the norm, above 0; inf for the largest absolute value.
+        limit: largest norm c; None, inf, 0 or below for no clipping. The default, 5, is usual in
+            recognition and separation of speech; 1 is usual for Transformers and Tacotron 2.
+        p: order of the norm, above 0; inf for the largest absolute value.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -77,12 +79,14 @@ class NormClip(Clip):
 class LayerClip(NormClip):
     """Scale each gradient tensor down so that its own norm is at most ``limit``.
 
-    The rule of `NormClip` for each parameter alone: a spike in one layer leaves the others as they
-    are. In a parameter group with its own ``max_grad_norm``, that limits each tensor.
+        g_i ← g_i · min(1, c / (‖g_i‖ + 1e-6)),    c = limit, for each tensor g_i
+
+    This is `NormClip` for each parameter alone: a large gradient in one layer leaves the others
+    unchanged. In a parameter group with its own ``max_grad_norm``, that is the limit c.
 
     Args:
-        limit: the largest norm of a tensor; None, inf, 0 or below for no clipping.
-        p: the order of the norm, above 0; inf for the largest absolute value.
+        limit: largest norm c of a tensor; None, inf, 0 or below for no clipping.
+        p: order of the norm, above 0; inf for the largest absolute value.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -106,14 +110,16 @@ class LayerClip(NormClip):
 class PatternClip(NormClip):
     """Clip the joint norm of the parameters of each name pattern.
 
-    A parameter belongs to the first pattern that its name matches. Parameters of one pattern are
-    measured and clipped together by the rule of `NormClip`; those of none are not clipped.
-    ``limit`` is the joint norm of all limits.
+        g_k ← g_k · min(1, c_k / (‖g_k‖ + 1e-6)),    c_k = limits[pattern k]
+
+    g_k are the gradients of the parameters whose names match pattern k and no earlier one, as one
+    vector. Parameters that match no pattern are not clipped. The reported ``limit`` is the joint
+    norm of all limits.
 
     Args:
         limits: a limit for each pattern of parameter names, with ``*``, ``?`` and ``[…]`` as in
             file names: ``{"encoder.*": 1.0, "*.bias": null, "*": 5.0}``.
-        p: the order of the norm, above 0; inf for the largest absolute value.
+        p: order of the norm, above 0; inf for the largest absolute value.
 
     Raises:
         ValueError: if an argument is out of range; in `bind`, if a pattern has no parameter.
@@ -157,13 +163,16 @@ class PatternClip(NormClip):
 
 
 class ValueClip(Clip):
-    """Clamp every element of the gradients to [-limit, limit]; this may change their direction.
+    """Clamp every element of the gradients to [-limit, limit].
 
-    A parameter group with its own ``max_grad_norm`` is clamped to that. Complex gradients are
-    refused: they have no order.
+        g ← min(max(g, -c), c),    c = limit
+
+    The formula is that of `torch.nn.utils.clip_grad_value_`; it may change the direction of the
+    gradients. In a parameter group with its own ``max_grad_norm``, that is the limit c. Complex
+    gradients are refused: complex numbers have no order.
 
     Args:
-        limit: the largest absolute value; None, inf, 0 or below for no clipping.
+        limit: largest absolute value c; None, inf, 0 or below for no clipping.
 
     Raises:
         ValueError: if ``limit`` is not a number.

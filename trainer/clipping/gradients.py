@@ -251,7 +251,7 @@ def safe_norms(tensors: Sequence[Tensor], p: float = 2.0) -> list[float]:
 
 
 def is_reliable(norm: float, p: float = 2.0) -> bool:
-    """Return true if no power overflowed or vanished in a p-norm that `norms` measured."""
+    """Return True if no power overflowed or vanished in a p-norm that `norms` measured."""
     return (p == math.inf or norm >= SMALLEST_POWER ** (1 / p)) and norm < math.inf
 
 
@@ -318,7 +318,7 @@ class Clipper(Protocol):
     limit: float
 
     def __call__(self, gradients: Gradients) -> bool:
-        """Clip the measured gradients in place; return true if any of them changed."""
+        """Clip the measured gradients in place; return True if any of them changed."""
 
 
 class Clip:
@@ -327,8 +327,8 @@ class Clip:
     Attributes:
         limit: the threshold of the last step, inf without clipping.
         names: the names of the optimizer's parameters, known after `bind`.
-        by_group: true if a parameter group may have its own ``max_grad_norm``.
-        scales: true if what `measure` returns scales with the gradients.
+        by_group: True if a parameter group may have its own ``max_grad_norm``.
+        scales: True if what `measure` returns scales with the gradients.
     """
 
     limit: float = math.inf

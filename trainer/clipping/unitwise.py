@@ -20,19 +20,21 @@ WITH_MOMENTS = (
 
 
 class AGC(Clip):
-    """Clip each unit's gradient in proportion to its weights (Brock et al. 2021, 2102.06171).
+    """Clip the gradient of each unit relative to the norm of its weights.
 
-        where ‖G_i‖ / max(‖W_i‖, ε) > λ:    G_i ← G_i · λ · max(‖W_i‖, ε) / ‖G_i‖
+        if ‖G_i‖ > λ · max(‖W_i‖, ε):    G_i ← G_i · λ · max(‖W_i‖, ε) / ‖G_i‖
 
-    A unit i is a row of dimension 0; a tensor of one dimension is one unit. Without ε, weights that
-    start at zero would never move. Sparse gradients are refused. ``limit`` is the joint norm of all
-    bounds λ · max(‖W_i‖, ε).
+    Adaptive gradient clipping, Brock et al. 2021 (arXiv 2102.06171, equation 3), with the paper's
+    defaults. A unit i is an index of dimension 0 (a row of a matrix, an output channel of a
+    convolution); a tensor of one dimension is one unit. Without ε, weights that start at zero would
+    never move. Sparse gradients are refused. The reported ``limit`` is the joint norm of all bounds
+    λ · max(‖W_i‖, ε).
 
     Args:
-        clipping: the largest ratio λ of gradient to weight norm, above 0.
-        eps: the smallest weight norm ε, above 0.
-        exclude: patterns of names of parameters that are not clipped; the paper excludes the last
-            linear layer.
+        clipping: largest ratio λ of gradient norm to weight norm, above 0.
+        eps: smallest weight norm ε, above 0.
+        exclude: patterns of names of parameters that are not clipped, as in `PatternClip`. The
+            paper excludes the last linear layer.
 
     Raises:
         ValueError: if an argument is out of range; in `bind`, if a pattern has no parameter.
@@ -97,18 +99,20 @@ class AGC(Clip):
 
 
 class SPAM(checks.Stateful, Clip):
-    """Clip the elements that are far above their own mean square (Huang et al. 2025, 2501.06842).
+    """Clip each element whose square is far above its running mean.
 
-        where g² > θ·v:    g ← sign(g)·√(θ·v)
+        if g² > θ·v:    g ← sign(g) · √(θ·v)
 
-    v is the optimizer's running mean of squares (Adam's second moment). An element whose v is 0 is
-    not clipped: it would never move. The paper's resets of the momentum are not part of clipping.
-    Sparse and complex gradients are refused. ``limit`` is the joint norm of all bounds √(θ·v).
+    SPAM, Huang et al. 2025 (arXiv 2501.06842, equation 2), without the paper's resets of the
+    momentum. v is the running mean of squares that the optimizer keeps, such as Adam's second
+    moment. An element whose v is 0 is not clipped: it would never move. Sparse and complex
+    gradients are refused. The reported ``limit`` is the joint norm of all bounds √(θ·v).
 
     Args:
-        theta: the largest ratio θ of the square to its running mean, above 0.
-        warmup_steps: number of first steps without clipping, in which v settles, 0 or more (the
-            default is that of the authors' code).
+        theta: largest ratio θ of the square to its running mean, above 0; the default is the
+            paper's.
+        warmup_steps: number of first steps without clipping, in which v settles, 0 or more; the
+            default is that of the authors' code.
 
     Raises:
         ValueError: if an argument is out of range; in `bind`, if the optimizer has no second

@@ -27,9 +27,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Tracer:
-    """Looks into skipped steps; this one does nothing.
+    """Base class of what examines skipped steps; it does nothing.
 
-    A context manager around each `fit`. A subclass is registered in `trainer.defaults.tracers`.
+    It is a context manager around each `fit`. A subclass is registered in
+    `trainer.defaults.tracers`.
     """
 
     def begin_batch(self, batch: Any, weight: float, is_last: bool) -> None:
@@ -57,7 +58,7 @@ class _Buffer:
         name: full name.
         owner: buffers of its module.
         key: name in the module.
-        silent: True if it may change without a new tensor version, as in torch's own norms.
+        unversioned: True if it may change without a new tensor version, as in torch's own norms.
         tensor: the buffer at the start of the window; None where the module had none.
         version: tensor version then.
         kept: copy of its value then.
@@ -66,7 +67,7 @@ class _Buffer:
     name: str
     owner: dict[str, Tensor | None]
     key: str
-    silent: bool
+    unversioned: bool
     tensor: Tensor | None
     version: int
     kept: Tensor | None
@@ -75,16 +76,16 @@ class _Buffer:
         """Return True if the buffer was changed in place or exchanged."""
         now = self.owner.get(self.key)
         return now is not self.tensor or (
-            now is not None and (self.silent or now._version != self.version)
+            now is not None and (self.unversioned or now._version != self.version)
         )
 
 
 class NonFiniteGuard:
-    """Counts the skipped steps of an epoch and undoes what their batches did to buffers.
+    """Counts the skipped steps of an epoch, and restores the buffers after each.
 
-    A NaN in an input is in the running statistics of a batch norm before any loss shows it, and
-    never leaves them. The guard keeps the buffers at the start of each accumulation window and puts
-    them back after a skipped step. The weights need no such care: a skipped step moves nothing.
+    A NaN in an input enters the running statistics of a batch norm in the forward pass, and never
+    leaves them. The guard copies the buffers at the start of each accumulation window and restores
+    them after a skipped step, which does not move the weights.
 
     Args:
         modules: modules whose buffers are kept.
@@ -99,8 +100,8 @@ class NonFiniteGuard:
         self.patience = patience
         self._progress, self._in_window = progress, in_window
         self._modules = modules
-        self._suspects: dict[str, list[tuple[list[str], Tensor]]] = {}
-        self._spoilt = self._counted = False
+        self._losses: dict[str, list[tuple[list[str], Tensor]]] = {}
+        self._skipped = self._counted = False
         self.begin_stage()
 
     def begin_stage(self) -> None:
@@ -135,12 +136,12 @@ class NonFiniteGuard:
             torch._foreach_copy_(targets, sources)
 
     def begin_batch(self) -> None:
-        """A bad batch counts once, however many losses it spoils."""
+        """Begin a batch, of which at most one skipped step counts."""
         self._counted = False
 
     def add_loss(self, name: str, ids: list[str], loss: Tensor) -> None:
         """Remember a batch of an open window, to name it if the window is skipped."""
-        self._suspects.setdefault(name, []).append((ids, loss.detach()))
+        self._losses.setdefault(name, []).append((ids, loss.detach()))
 
     def skip(
         self,
@@ -160,7 +161,7 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: at ``patience`` + 1 skipped steps in an epoch.
         """
-        self._spoilt = True
+        self._skipped = True
         if report.weight <= 0:
             return
         bad = self._bad_ids(report.name, ids)
@@ -190,16 +191,16 @@ class NonFiniteGuard:
 
     def close_window(self, name: str) -> None:
         """Forget the batches of an optimizer's window, which is closed."""
-        self._suspects.pop(name, None)
+        self._losses.pop(name, None)
 
     def settle(self) -> None:
         """Roll the buffers back if a step of this batch was skipped.
 
         Called after `fit_batch`: until then the graphs of other losses hold the buffers.
         """
-        if self._spoilt:
+        if self._skipped:
             self.roll_back()
-            self._spoilt = False
+            self._skipped = False
 
     def roll_back(self) -> None:
         """Put the buffers back as they were at the start of the window."""
@@ -211,20 +212,20 @@ class NonFiniteGuard:
 
     def forget(self) -> None:
         """Forget the batches of open windows, which were dropped."""
-        self._suspects.clear()
+        self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kept values of the buffers that changed in the open window."""
         changed = self._changed() if self._in_window() else []
         return {
             "buffers": {each.name: each.kept for each in changed if each.kept is not None},
-            "spoilt": self._spoilt,
+            "spoilt": self._skipped,
             "counted": self._counted,
         }
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state with the losses of open windows, for as long as the process lives."""
-        losses = {name: list(window) for name, window in self._suspects.items()}
+        losses = {name: list(window) for name, window in self._losses.items()}
         return {**self.state_dict(), "losses": losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,12 +235,12 @@ class NonFiniteGuard:
             if each.kept is not None and each.name in state["buffers"]:
                 each.kept.copy_(state["buffers"][each.name])
                 each.version = -1
-        self._spoilt, self._counted = state.get("spoilt", False), state.get("counted", False)
-        self._suspects = {name: list(window) for name, window in state.get("losses", {}).items()}
+        self._skipped, self._counted = state.get("spoilt", False), state.get("counted", False)
+        self._losses = {name: list(window) for name, window in state.get("losses", {}).items()}
 
     def _bad_ids(self, name: str, ids: Callable[[], list[str]]) -> list[str]:
         """Return the ids, of all ranks, of the batches whose loss is not finite, or of all."""
-        window = self._suspects.get(name) or [(ids(), torch.zeros(()))]
+        window = self._losses.get(name) or [(ids(), torch.zeros(()))]
         bad = [each for each, loss in window if not math.isfinite(loss.item())]  # Rare; syncs.
         own = list(chain(*(bad or [each for each, _ in window])))
         return list(chain(*distributed.all_gather_json(own)))

@@ -255,9 +255,7 @@ class Update:
 
 
 class WindowState:
-    """The open accumulation window of an `Update` with its gradients, as a part of a run's state.
-
-    Each rank has its own.
+    """State of an open accumulation window with its gradients; each rank has its own.
 
     Args:
         update: the optimizer.
