@@ -34,17 +34,8 @@ class Best(NamedTuple):
 class Retention:
     """Rules for which checkpoints stay: the ``last`` newest ones, and the best by each metric."""
 
-    last: int = 1
+    last: int
     best: tuple[Best, ...] = ()
-
-    @classmethod
-    def from_arguments(cls, keep_last: Any, keep_best: Any) -> Retention:
-        """Build the rules from the arguments of a `Checkpointer`; raise ValueError for others."""
-        if type(keep_last) is not int or keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
-        if keep_best is not None and not isinstance(keep_best, Mapping):
-            raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
-        return cls(keep_last, tuple(_best(*rule) for rule in (keep_best or {}).items()))
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> set[Checkpoint]:
         """Select those of ``checkpoints``, newest first, that stay: at least one."""
@@ -54,16 +45,22 @@ class Retention:
         return kept or set(checkpoints[:1])
 
 
-def _best(metric: Any, rule: Any) -> Best:
-    given = rule if isinstance(rule, Mapping) else {"mode": rule}
-    mode, n = str(given.get("mode")), given.get("n", 1)
-    valid = mode in ("min", "max") and type(n) is int and n >= 1 and set(given) <= {"mode", "n"}
-    if not valid or not isinstance(metric, str):
-        raise ValueError(
-            f"keep_best has {metric!r}: {rule!r}; a metric's rule is min, max, or a mapping like "
-            "{mode: min, n: 3}"
-        )
-    return Best(metric, mode, n)
+def _best_rules(keep_best: Any) -> tuple[Best, ...]:
+    """Return the rules that the argument ``keep_best`` asks for; raise ValueError for others."""
+    if not isinstance(keep_best, Mapping):
+        raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
+    rules = []
+    for metric, rule in keep_best.items():
+        given = rule if isinstance(rule, Mapping) else {"mode": rule}
+        mode, n = str(given.get("mode")), given.get("n", 1)
+        valid = mode in ("min", "max") and type(n) is int and n >= 1 and set(given) <= {"mode", "n"}
+        if not valid or not isinstance(metric, str):
+            raise ValueError(
+                f"keep_best has {metric!r}: {rule!r}; a metric's rule is min, max, or a mapping "
+                "like {mode: min, n: 3}"
+            )
+        rules.append(Best(metric, mode, n))
+    return tuple(rules)
 
 
 def ranked(checkpoints: Sequence[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
@@ -134,7 +131,9 @@ class Checkpointer:
         self.folder = Path(str(folder if folder is not None else checkpoints_dir))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
-        self.retention = Retention.from_arguments(keep_last, keep_best)
+        if type(keep_last) is not int or keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
+        self.retention = Retention(keep_last, _best_rules({} if keep_best is None else keep_best))
         self.enabled = True
         self.recoverables: dict[str, Any] = {}
         self.add_recoverables(recoverables or {})
@@ -185,8 +184,8 @@ class Checkpointer:
         Raises:
             ValueError: for a rule that is none.
         """
-        best = Retention.from_arguments(self.retention.last, rules).best
-        self.retention = Retention(self.retention.last, (*self.retention.best, *best))
+        best = (*self.retention.best, *_best_rules(rules))
+        self.retention = Retention(self.retention.last, best)
 
     # Saving
 
