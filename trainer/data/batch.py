@@ -92,12 +92,6 @@ class Batch:
         else:
             self._fields[name] = value
 
-    def __getstate__(self) -> tuple[dict[str, Any], int]:
-        return self._fields, self._size
-
-    def __setstate__(self, state: tuple[dict[str, Any], int]) -> None:
-        self._fields, self._size = state
-
     def __repr__(self) -> str:
         return f"Batch({', '.join(self._fields)}; {self._size} examples)"
 
