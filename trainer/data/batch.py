@@ -80,9 +80,11 @@ class Batch:
         return self._fields[name]
 
     def __getattr__(self, name: str) -> Any:
-        # Called only for what is no real attribute. Private names are never fields: copying and
-        # unpickling (a batch travels between processes) ask for those before `_fields` exists.
-        if not name.startswith("_") and name in self._fields:
+        # Called only for what is no real attribute. Copying and unpickling, by which a batch
+        # travels between processes, ask for private names before `_fields` exists.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._fields:
             return self._fields[name]
         raise AttributeError(f"the batch has no field {name!r}, only {sorted(self._fields)}")
 
