@@ -83,8 +83,23 @@ def evaluation_weights(
     Raises:
         ValueError: if there is nothing to test.
     """
+    asked = f"min_key={min_key!r}" if min_key else f"max_key={max_key!r}" if max_key else None
+    if checkpointer is None and asked:
+        warnings.warn(
+            f"{asked} asks for the best checkpoint, but this Brain has no checkpointer: its "
+            "weights are tested as they are",
+            stacklevel=4,
+        )
     with rng_kept(), ExitStack() as stack:
-        saved = _weights_to_test(checkpointer, options, trained, max_key, min_key)
+        saved = None
+        present = trained and options.average_checkpoints == 1 and not asked
+        if checkpointer is not None and checkpointer.enabled and not present:
+            saved = _load_weights(checkpointer, options, max_key, min_key)
+            if saved is None and not trained:
+                raise ValueError(
+                    f"there is nothing to test: this Brain has not trained, and "
+                    f"{checkpointer.folder} has no sound checkpoint"
+                )
         if saved is not None:
             stack.enter_context(_swapped(modules, saved))
         elif average is not None:
@@ -92,41 +107,23 @@ def evaluation_weights(
         yield
 
 
-def _weights_to_test(
-    checkpointer: Checkpointer | None,
-    options: RunOptions,
-    trained: bool,
-    max_key: str | None,
-    min_key: str | None,
+def _load_weights(
+    checkpointer: Checkpointer, options: RunOptions, max_key: str | None, min_key: str | None
 ) -> Any:
+    """Return the weights of the best sound checkpoints, or None. Collective."""
     number = options.average_checkpoints
-    if checkpointer is None and (max_key or min_key):
-        warnings.warn(
-            f"{f'min_key={min_key!r}' if min_key else f'max_key={max_key!r}'} asks for the best "
-            "checkpoint, but this Brain has no checkpointer: its weights are tested as they are",
-            stacklevel=5,
-        )
-    if checkpointer is None or not checkpointer.enabled:
-        return None
-    if trained and number == 1 and not (max_key or min_key):
-        return None
-    found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)
     path = ("modules",) if options.ema_decay is None else ("ema", "average")
-    while found:
+    found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)
+    for start in range(0, len(found), number):
+        chosen = found[start : start + number]
         try:
-            weights = checkpointer.average(found[:number], "brain", path)
+            weights = checkpointer.average(chosen, "brain", path)
         except ValueError as broken:
             warnings.warn(str(broken), stacklevel=2)
-            found = found[number:]
             continue
-        names = ", ".join(each.path.name for each in found[:number])
+        names = ", ".join(each.name for each in chosen)
         logger.info("testing with the weights of %s", names)
         return weights
-    if not trained:
-        raise ValueError(
-            f"there is nothing to test: this Brain has not trained, and {checkpointer.folder} "
-            "has no sound checkpoint"
-        )
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import BrokenCheckpoint, Checkpoint, Checkpointer, serialization, storage
+from trainer.checkpoint import BrokenCheckpoint, Checkpoint, Checkpointer, storage
 from trainer.checkpoint.migrate import migrate
 
 WINDOW = Path(__file__).parent / "data" / "checkpoint-v1" / "window"
@@ -20,9 +20,8 @@ def raw(name: str) -> Any:
 
 
 @pytest.fixture
-def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
-    """The kept checkpoint of format 1, read by a version whose Brain has the layout of format 2."""
-    monkeypatch.setattr(serialization, "LAYOUT", 2)
+def old(tmp_path: Path) -> Checkpoint:
+    """The kept checkpoint of format 1."""
     shutil.copytree(WINDOW, tmp_path / "window")
     (checkpoint,) = Checkpointer(tmp_path).find()
     assert checkpoint.format == 1
@@ -30,7 +29,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
 
 
 def test_the_shared_state_has_flat_keys(old: Checkpoint) -> None:
-    state = serialization.load_state(old, "brain")
+    state = storage.load_state(old, "brain")
     optimizers = {f"optimizers.{name}" for name in PLAYERS}
     assert set(state) == {"progress", "modules", "trainable", "ema"} | optimizers
     seconds = raw("rank-0")["brain"]["journal"]["seconds"]
@@ -47,7 +46,7 @@ def test_the_shared_state_has_flat_keys(old: Checkpoint) -> None:
 
 def test_the_local_state_has_flat_keys(old: Checkpoint) -> None:
     saved = raw("rank-0")["brain"]
-    state = serialization.load_local(old, 0, 1)["brain"]
+    state = storage.load_local(old, 0, 1)["brain"]
     windows = {f"windows.{name}" for name in PLAYERS}
     assert set(state) == {"rng", "guard", "metrics", "attributes", "callbacks.LoggerCallback"} | (
         windows
@@ -65,7 +64,7 @@ def test_the_local_state_has_flat_keys(old: Checkpoint) -> None:
     }
     assert state["attributes"] == saved["attributes"]
     assert state["callbacks.LoggerCallback"] == {"jsonl_lines": 6}
-    assert serialization.load_local(old, 0, 2) == {}  # Another number of processes.
+    assert storage.load_local(old, 0, 2) == {}  # Another number of processes.
 
 
 def test_averages_are_read_from_either_format(old: Checkpoint) -> None:
@@ -111,6 +110,6 @@ def test_a_state_that_format_1_never_wrote_is_refused(old: Checkpoint) -> None:
     (old.path / storage.MANIFEST).write_bytes(storage.encode_manifest(content))
     (resealed,) = Checkpointer(old.path.parent).find()
     with pytest.raises(BrokenCheckpoint, match="its state 'brain' is not of format 1"):
-        serialization.load_state(resealed, "brain")
+        storage.load_state(resealed, "brain")
     with pytest.raises(BrokenCheckpoint, match="its state 'brain' is not of format 1"):
-        serialization.load_local(resealed, 0, 1)
+        storage.load_local(resealed, 0, 1)

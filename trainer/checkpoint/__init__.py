@@ -9,8 +9,8 @@
             manifest.json       step, time and metrics, size and hash of each file
 
 `checkpointer` has the class that recipes use and the rules for which checkpoints stay, `storage`
-writes folders atomically and verifies them, `serialization` turns states into files and back, and
-`migrate` reads the layouts of earlier formats.
+writes states into folders and verifies them, `migrate` reads the layouts of earlier formats,
+`run_state` gathers the state of a run, and `user_state` that of users' own objects.
 """
 
 from trainer.checkpoint.checkpointer import Checkpointer

@@ -13,8 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import distributed
-from trainer.checkpoint import serialization, storage
+import torch
+from torch import Tensor
+
+from trainer import distributed, tree
+from trainer.checkpoint import storage
 from trainer.checkpoint.storage import BrokenCheckpoint, Checkpoint, FileEntry
 from trainer.distributed import run_on_all, run_on_main
 
@@ -31,17 +34,8 @@ class Best(NamedTuple):
 class Retention:
     """Rules for which checkpoints stay: the ``last`` newest ones, and the best by each metric."""
 
-    last: int = 1
+    last: int
     best: tuple[Best, ...] = ()
-
-    @classmethod
-    def from_arguments(cls, keep_last: Any, keep_best: Any) -> Retention:
-        """Build the rules from the arguments of a `Checkpointer`; raise ValueError for others."""
-        if type(keep_last) is not int or keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
-        if keep_best is not None and not isinstance(keep_best, Mapping):
-            raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
-        return cls(keep_last, tuple(_best(*rule) for rule in (keep_best or {}).items()))
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> set[Checkpoint]:
         """Select those of ``checkpoints``, newest first, that stay: at least one."""
@@ -51,16 +45,22 @@ class Retention:
         return kept or set(checkpoints[:1])
 
 
-def _best(metric: Any, rule: Any) -> Best:
-    given = rule if isinstance(rule, Mapping) else {"mode": rule}
-    mode, n = str(given.get("mode")), given.get("n", 1)
-    valid = mode in ("min", "max") and type(n) is int and n >= 1 and set(given) <= {"mode", "n"}
-    if not valid or not isinstance(metric, str):
-        raise ValueError(
-            f"keep_best has {metric!r}: {rule!r}; a metric's rule is min, max, or a mapping like "
-            "{mode: min, n: 3}"
-        )
-    return Best(metric, mode, n)
+def _best_rules(keep_best: Any) -> tuple[Best, ...]:
+    """Return the rules that the argument ``keep_best`` asks for; raise ValueError for others."""
+    if not isinstance(keep_best, Mapping):
+        raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
+    rules = []
+    for metric, rule in keep_best.items():
+        given = rule if isinstance(rule, Mapping) else {"mode": rule}
+        mode, n = str(given.get("mode")), given.get("n", 1)
+        valid = mode in ("min", "max") and type(n) is int and n >= 1 and set(given) <= {"mode", "n"}
+        if not valid or not isinstance(metric, str):
+            raise ValueError(
+                f"keep_best has {metric!r}: {rule!r}; a metric's rule is min, max, or a mapping "
+                "like {mode: min, n: 3}"
+            )
+        rules.append(Best(metric, mode, n))
+    return tuple(rules)
 
 
 def ranked(checkpoints: Sequence[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
@@ -131,7 +131,9 @@ class Checkpointer:
         self.folder = Path(str(folder if folder is not None else checkpoints_dir))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
-        self.retention = Retention.from_arguments(keep_last, keep_best)
+        if type(keep_last) is not int or keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
+        self.retention = Retention(keep_last, _best_rules({} if keep_best is None else keep_best))
         self.enabled = True
         self.recoverables: dict[str, Any] = {}
         self.add_recoverables(recoverables or {})
@@ -149,7 +151,7 @@ class Checkpointer:
         Raises:
             ValueError: the name or the object is not of this kind.
         """
-        if not serialization.RECOVERABLE_NAME.fullmatch(name):
+        if not storage.RECOVERABLE_NAME.fullmatch(name):
             raise ValueError(
                 f"{name!r} cannot name a recoverable: it becomes a file name, made of letters, "
                 "digits, - and _, and not beginning with rank-"
@@ -182,8 +184,8 @@ class Checkpointer:
         Raises:
             ValueError: for a rule that is none.
         """
-        best = Retention.from_arguments(self.retention.last, rules).best
-        self.retention = Retention(self.retention.last, (*self.retention.best, *best))
+        best = (*self.retention.best, *_best_rules(rules))
+        self.retention = Retention(self.retention.last, best)
 
     # Saving
 
@@ -297,7 +299,7 @@ class Checkpointer:
                 f"{name[:100]!r} cannot name a checkpoint: it becomes a folder's name, made of at "
                 "most 80 letters, digits and _ . = , -"
             )
-        request = SaveRequest(serialization.to_json(meta), end_of_epoch, name, retention)
+        request = SaveRequest(_to_json(meta), end_of_epoch, name, retention)
         if self._held and self.enabled:
             self._waiting.append(request)
         return self._save(request) if self.enabled and not self._held else None
@@ -354,13 +356,13 @@ class Checkpointer:
         """Write this rank's files: the shared states on rank 0, and its local states."""
         rank, written = distributed.rank(), []
         for name, obj in self.recoverables.items() if rank == 0 else ():
-            written += serialization.write_state(folder, name, obj.state_dict())
+            written += storage.write_state(folder, name, obj.state_dict())
         local = {
             name: obj.local_state_dict()
             for name, obj in self.recoverables.items()
             if hasattr(obj, "local_state_dict")
         }
-        return written + serialization.write_local(folder, rank, local)
+        return written + storage.write_local(folder, rank, local)
 
     def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
         """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""
@@ -526,8 +528,8 @@ class Checkpointer:
             BrokenCheckpoint: a file is damaged.
             ValueError: the checkpoint has no recoverable of such a name.
         """
-        wanted = serialization.recoverable_names(checkpoint) if names is None else names
-        return {name: serialization.load_state(checkpoint, name) for name in wanted}
+        wanted = storage.recoverable_names(checkpoint) if names is None else names
+        return {name: storage.load_state(checkpoint, name) for name in wanted}
 
     def average(
         self,
@@ -558,7 +560,7 @@ class Checkpointer:
         _, newest = next(parts, (None, None))
         if newest is None:
             raise BrokenCheckpoint(f"no checkpoint to average in {self.folder} is sound")
-        serialization.average_into(newest, parts)
+        _average_into(newest, parts)
         return newest
 
     def _candidates(self, max_key: str | None, min_key: str | None) -> list[str]:
@@ -578,7 +580,7 @@ class Checkpointer:
     def _load_all(self, path: Path) -> tuple[Checkpoint, dict[str, Any], dict[str, Any]]:
         checkpoint = storage.read_manifest(path)
         rank, ranks = distributed.rank(), distributed.world_size()
-        return checkpoint, self.read(checkpoint), serialization.load_local(checkpoint, rank, ranks)
+        return checkpoint, self.read(checkpoint), storage.load_local(checkpoint, rank, ranks)
 
     def _check_fit(
         self, checkpoint: Checkpoint, states: Mapping[str, Any], local: Mapping[str, Any]
@@ -614,7 +616,7 @@ class Checkpointer:
         self, checkpoints: Iterable[Checkpoint], name: str, path: Sequence[str]
     ) -> Iterator[tuple[Checkpoint, Any]]:
         """Load a part of each state, leaving out broken checkpoints."""
-        load = serialization.load_part
+        load = storage.load_part
         for checkpoint in checkpoints:
             try:
                 yield checkpoint, run_on_all(load, checkpoint, name, path, shared=BrokenCheckpoint)
@@ -640,3 +642,62 @@ def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[st
             f"{checkpoint.path} does not fit this run: of the {what}, it lacks {missing or 'none'} "
             f"and this run does not know {unknown or 'none'}"
         )
+
+
+def _to_json(value: Any, where: str = "meta") -> Any:
+    """Convert one-element tensors to numbers and non-finite numbers to None, as JSON allows.
+
+    Raises:
+        ValueError: ``value`` holds something that JSON cannot; names its place.
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # torch's, or NumPy's
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if value - value == 0.0 else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise ValueError(
+        f"{where} of a checkpoint is a {type(value).__name__}; it can hold numbers, strings, "
+        "booleans, None, and lists and mappings of these"
+    )
+
+
+def _average_into(newest: Any, older: Iterator[tuple[Checkpoint, Any]]) -> None:
+    """Replace the float tensors of ``newest`` by their mean over all states, taken in float64.
+
+    Integer and boolean tensors (counters, masks) have no mean and stay those of ``newest``.
+
+    Args:
+        newest: state of the newest checkpoint, changed in place.
+        older: the other checkpoints with their states.
+
+    Raises:
+        ValueError: a tensor of the newest state is missing in another one, or has another shape.
+    """
+    targets = {
+        place: leaf
+        for place, leaf in tree.leaves(newest)
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    }
+    totals = {
+        place: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
+        for place, tensor in targets.items()
+    }
+    count = 1
+    for checkpoint, state in older:
+        count += 1
+        given = {place: leaf for place, leaf in tree.leaves(state) if isinstance(leaf, Tensor)}
+        for place, total in totals.items():
+            if place not in given or given[place].shape != total.shape:
+                raise ValueError(
+                    f"{place} has shape {list(total.shape)} in the newest checkpoint and "
+                    f"{list(given[place].shape) if place in given else 'does not exist'} in "
+                    f"{checkpoint.path}; only checkpoints of one model can be averaged"
+                )
+            total += given[place]
+    for place, tensor in targets.items():
+        tensor.copy_(totals[place] / count)

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Layout of the state "brain" that this version saves and restores. States of lower formats are
-# migrated to it when they are read.
-LAYOUT = 2
-
 
 def migrate(
     version: int, shared: dict[str, Any], local: dict[str, Any]

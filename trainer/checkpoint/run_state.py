@@ -157,7 +157,7 @@ class RunState:
         for name, entry in entries.items():
             if name not in shared and entry.restart is not None:
                 entry.restart()
-            elif name in shared and entry.scope in SHARED and name != "trainable":
+            elif name in shared and entry.scope in SHARED:
                 entry.part.load_state_dict(shared[name])
         self._load_progress(shared)
         self._shared, self._local, self._trained = shared, {}, {}

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: atomic writes, and a manifest that verifies every file.
+"""Checkpoint folders on disk: states as files that run no code, each verified by a manifest.
 
 A checkpoint is written to a temporary folder, hashed on the way, synced, and renamed when it is
 complete. A temporary folder has a leading dot, and its name has the process and the machine that
@@ -12,6 +12,7 @@ it is used unchecked: file names must stay inside the folder, sizes and hashes m
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,10 +20,17 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from trainer import tree
+from trainer.checkpoint.migrate import migrate
 
 FORMAT = 2  # of the checkpoints that are written; those of all earlier formats are read
 MANIFEST = "manifest.json"
@@ -35,6 +43,11 @@ CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=,-]{0,99}", re.ASCII)
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.pt", re.ASCII)
 RANK_FILE = re.compile(r"rank-(\d{1,6})\.pt", re.ASCII)
 TEMPORARY_NAME = re.compile(r"\.(?:saving|deleting)-(\d{1,9})@([A-Za-z0-9]*)-.+", re.ASCII)
+
+RECOVERABLE_NAME = re.compile(r"(?!rank-)[A-Za-z0-9_][A-Za-z0-9_-]{0,79}", re.ASCII)
+KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", re.ASCII)
+SCALARS = (int, float, str, bool, type(None), torch.Size, torch.dtype, torch.device)
+MAPPINGS = (dict, OrderedDict, Counter)
 
 
 class BrokenCheckpoint(ValueError):
@@ -163,7 +176,167 @@ def looks_like_checkpoint(path: Path) -> bool:
         return False
 
 
-# Reading
+# States
+
+
+def check_state(state: Any, where: str) -> None:
+    """Raise ValueError if a state holds something that could not be loaded safely; name it."""
+    kind = type(state)  # Exactly: NumPy's float64 is a float as well, and is saved as a pickle.
+    if kind in MAPPINGS:
+        for key, value in state.items():
+            check_state(key, f"{where}: the key {key!r}")
+            check_state(value, f"{where}.{key}")
+    elif kind in (list, tuple):
+        for index, value in enumerate(state):
+            check_state(value, f"{where}[{index}]")
+    elif kind not in (*SCALARS, Tensor, torch.nn.Parameter):
+        raise ValueError(
+            f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; "
+            "a state is made of dict, list, tuple, tensor, int, float, str, bool and None"
+        )
+
+
+def write_state(folder: Path, name: str, state: Any) -> list[tuple[str, int, str]]:
+    """Write a state: a file for each top-level key with tensors in it, and one for the rest.
+
+    Returns:
+        Name, size and hash of each file.
+    """
+    check_state(state, name)
+    # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
+    large = [k for k, v in state.items() if _is_large(k, v)] if type(state) is dict else []
+    rest = {k: v for k, v in state.items() if k not in large} if large else state
+    written = [_write(folder, f"{name}.{key}.pt", state[key]) for key in large]
+    return [*written, _write(folder, f"{name}.pt", rest)]
+
+
+def write_local(folder: Path, rank: int, states: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """Write the local states of a rank, by name; returns what `write_state` does."""
+    check_state(states, f"the local state of rank {rank}")
+    return [_write(folder, f"rank-{rank}.pt", states)] if states else []
+
+
+def _is_large(key: Any, value: Any) -> bool:
+    """Return True if a key can name a file, and a container with tensors belongs to it."""
+    if type(key) is not str or not KEY.fullmatch(key) or isinstance(value, Tensor):
+        return False
+    return any(isinstance(leaf, Tensor) for _, leaf in tree.leaves(value))
+
+
+def _write(folder: Path, name: str, content: Any) -> tuple[str, int, str]:
+    entry = write_file(folder / name, lambda file: torch.save(content, cast(Any, file)))
+    return name, *entry
+
+
+def recoverable_names(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the recoverables in a checkpoint, sorted."""
+    files = (file for file in checkpoint.files if not RANK_FILE.fullmatch(file))
+    return sorted({file.split(".")[0] for file in files})
+
+
+def load_state(checkpoint: Checkpoint, name: str) -> Any:
+    """Load the state of the recoverable ``name``, verified and on the CPU.
+
+    Raises:
+        BrokenCheckpoint: a file of it is damaged or unsafe.
+        ValueError: the checkpoint has no such recoverable.
+    """
+    state = _load_whole(checkpoint, name)
+    if not _is_old(checkpoint, name):
+        return state
+    local = _load_dict(checkpoint, "rank-0.pt") if "rank-0.pt" in checkpoint.files else {}
+    return _migrate(checkpoint, state, local.get(name, {}))[0]
+
+
+def load_part(checkpoint: Checkpoint, name: str, path: Sequence[str]) -> Any:
+    """Load the value at ``path`` in the state of ``name``, reading no more files than it takes.
+
+    Raises:
+        BrokenCheckpoint: a file of it is damaged or unsafe.
+        ValueError: there is no such value.
+    """
+    if path and f"{name}.{path[0]}.pt" in checkpoint.files:
+        part, rest = _load_file(checkpoint, f"{name}.{path[0]}.pt"), path[1:]
+    else:
+        part, rest = load_state(checkpoint, name), path
+    for key in rest:
+        if not isinstance(part, Mapping) or key not in part:
+            raise ValueError(f"{checkpoint.path} has no {'.'.join((name, *path))} (no {key!r})")
+        part = part[key]
+    return part
+
+
+def load_local(checkpoint: Checkpoint, rank: int, ranks: int) -> dict[str, Any]:
+    """Load the local states of a rank, by name; none if another number of ranks saved them.
+
+    Each rank verifies its share of all local files, so that together the ranks verify them all.
+
+    Raises:
+        BrokenCheckpoint: one of the files is damaged or unsafe.
+    """
+    local: dict[str, Any] = {}
+    for file in checkpoint.files:
+        match = RANK_FILE.fullmatch(file)
+        if match and int(match[1]) % ranks == rank:
+            local = _load_dict(checkpoint, file)
+    if checkpoint.processes != ranks:
+        return {}
+    for name in local:
+        if _is_old(checkpoint, name):
+            local[name] = _migrate(checkpoint, _load_whole(checkpoint, name), local[name])[1]
+    return local
+
+
+def _is_old(checkpoint: Checkpoint, name: str) -> bool:
+    return name == "brain" and checkpoint.format < FORMAT
+
+
+def _migrate(checkpoint: Checkpoint, shared: Any, local: Any) -> tuple[Any, Any]:
+    try:
+        return migrate(checkpoint.format, shared, local)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BrokenCheckpoint(
+            f"{checkpoint.path} is refused: its state 'brain' is not of format {checkpoint.format}"
+        ) from error
+
+
+def _load_whole(checkpoint: Checkpoint, name: str) -> Any:
+    """Load the state of ``name`` from all of its files, in the layout of its format."""
+    if f"{name}.pt" not in checkpoint.files:
+        known = ", ".join(recoverable_names(checkpoint)) or "nothing"
+        raise ValueError(f"{checkpoint.path} holds no {name}.pt; it holds {known}")
+    parts = [f for f in checkpoint.files if f.startswith(f"{name}.") and f != f"{name}.pt"]
+    if not parts:
+        return _load_file(checkpoint, f"{name}.pt")
+    whole = _load_dict(checkpoint, f"{name}.pt")
+    for file in parts:
+        whole[file[len(name) + 1 : -len(".pt")]] = _load_file(checkpoint, file)
+    return whole
+
+
+def _load_dict(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    content = _load_file(checkpoint, name)
+    if type(content) is not dict:
+        raise BrokenCheckpoint(f"{checkpoint.path / name} is refused: it is no dict")
+    return content
+
+
+def _load_file(checkpoint: Checkpoint, name: str) -> Any:
+    """Load a file of tensors and plain values, verified first; nothing in it can run."""
+    data = read_verified(checkpoint, name)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # Whatever an unpickler meets in bytes that somebody else hashed.
+        reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))
+        raise BrokenCheckpoint(
+            f"{checkpoint.path / name} is refused: it does not read as tensors and plain values "
+            f"({reason[1] if reason else type(error).__name__})"
+        ) from error
+
+
+# Files
 
 
 def read_file(folder: Path, name: str) -> bytes:
@@ -195,9 +368,6 @@ def read_verified(checkpoint: Checkpoint, name: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != expected.sha256:
         raise BrokenCheckpoint(f"{path} is broken: its SHA-256 is not the manifest's")
     return data
-
-
-# Writing
 
 
 class HashingFile:
@@ -277,6 +447,9 @@ def write_file(path: Path, fill: Callable[[HashingFile], object]) -> FileEntry:
     return entry
 
 
+# Folders
+
+
 def publish(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the manifest, then rename the temporary folder: from then on it is a checkpoint."""
     data = encode_manifest(manifest_content(checkpoint))
@@ -290,8 +463,6 @@ def publish(folder: Path, checkpoint: Checkpoint) -> None:
 
 def _sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
-    if os.name == "nt":  # Windows opens no folders, and keeps their entries in its own journal.
-        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -341,9 +512,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def _is_dead(process: int, host: str) -> bool:
-    if process == os.getpid() and host == HOST:
-        return True
-    if host != HOST or os.name == "nt":  # It cannot be asked from here.
+    if host != HOST:  # It cannot be asked from here.
         return False
     try:
         os.kill(process, 0)  # Signal 0 only asks if the process exists.
@@ -351,7 +520,7 @@ def _is_dead(process: int, host: str) -> bool:
         return True
     except PermissionError:  # It exists, and is another user's.
         return False
-    return False
+    return process == os.getpid()
 
 
 def _age(path: str) -> float:

@@ -80,9 +80,11 @@ class Batch:
         return self._fields[name]
 
     def __getattr__(self, name: str) -> Any:
-        # Called only for what is no real attribute. Private names are never fields: copying and
-        # unpickling (a batch travels between processes) ask for those before `_fields` exists.
-        if not name.startswith("_") and name in self._fields:
+        # Called only for what is no real attribute. Copying and unpickling, by which a batch
+        # travels between processes, ask for private names before `_fields` exists.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._fields:
             return self._fields[name]
         raise AttributeError(f"the batch has no field {name!r}, only {sorted(self._fields)}")
 
@@ -91,12 +93,6 @@ class Batch:
             super().__setattr__(name, value)
         else:
             self._fields[name] = value
-
-    def __getstate__(self) -> tuple[dict[str, Any], int]:
-        return self._fields, self._size
-
-    def __setstate__(self, state: tuple[dict[str, Any], int]) -> None:
-        self._fields, self._size = state
 
     def __repr__(self) -> str:
         return f"Batch({', '.join(self._fields)}; {self._size} examples)"

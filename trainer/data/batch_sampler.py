@@ -124,7 +124,7 @@ class DistributedBatchSampler:
         self.sampler, self.batch_size, self.batched = sampler, batch_size, batched
         self.drop_last, self.train, self.seed = drop_last, train, seed
         self.rank, self.world_size = rank, world_size
-        self.ranks_dealt = 1 if _ranks_of(sampler, world_size) == world_size else world_size
+        self._ranks = 1 if _ranks_of(sampler, world_size) == world_size else world_size
         self.epoch, self.start = 0, 0
         self._cached: tuple[int, list[Sequence[Any]]] | None = None  # An epoch and its batches.
         self._warned = False
@@ -145,14 +145,16 @@ class DistributedBatchSampler:
 
     def __iter__(self) -> Iterator[BatchIndex]:
         start, self.start = self.start, 0
-        sized = hasattr(self.sampler, "__len__")
-        batches: Iterable[Sequence[Any]] = self._epoch_batches() if sized else self._rounds()
-        if sized and start > len(self._epoch_batches()):
-            raise ValueError(
-                f"epoch {self.epoch} has {len(self._epoch_batches())} batches, so that it cannot "
-                f"start at batch {start}: have the data changed?"
-            )
-        items = list(chain.from_iterable(batches)) if sized and self.train else []
+        batches: Iterable[Sequence[Any]] = self._rounds()
+        items: list[Any] = []
+        if hasattr(self.sampler, "__len__"):
+            batches = self._epoch_batches()
+            if start > len(batches):
+                raise ValueError(
+                    f"epoch {self.epoch} has {len(batches)} batches, so that it cannot start at "
+                    f"batch {start}: have the data changed?"
+                )
+            items = list(chain.from_iterable(batches)) if self.train else []
         passed = 0
         for number, batch in enumerate(batches):
             passed += len(batch)
@@ -181,7 +183,7 @@ class DistributedBatchSampler:
             # Not `iter` alone: lhotse's samplers are their own iterators, and start over each time
             # that `iter` is called on them (by `islice` below).
             iterator = (each for each in self.sampler)
-        size = self.ranks_dealt * (self.batch_size or 1)
+        size = self._ranks * (self.batch_size or 1)
         while True:
             with forked:
                 order = list(islice(iterator, size))
@@ -194,7 +196,7 @@ class DistributedBatchSampler:
 
     def _deal(self, order: list[Any]) -> Iterator[Sequence[Any]]:
         """Yield this rank's batches out of all ranks' items."""
-        world, size = self.ranks_dealt, self.batch_size
+        world, size = self._ranks, self.batch_size
         rank = self.rank if world > 1 else 0
         if size is not None:
             full = len(order) // size * size

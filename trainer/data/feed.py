@@ -22,45 +22,45 @@ class DataFeed:
     """Batches of a stage, epoch by epoch.
 
     Args:
-        loader: loader of the batches.
+        source: a list of batches, or their loader.
         device: device that the batches are moved to.
         train: True if ranks must get equally many batches.
         limit: maximum number of batches in an epoch; 0 for all.
         repeat: number of batches, the first of epoch 1, that make up every epoch; 0 for all.
-        deal: True to give each rank its share of the batches here, for a loader that gives every
+        deal: True to give each rank its share of the batches here, for a source that gives every
             rank the same.
     """
 
     def __init__(
         self,
-        loader: Loader | Stream,
+        source: Loader | Stream | list[Any] | tuple[Any, ...],
         device: torch.device,
         train: bool,
         limit: int = 0,
         repeat: int = 0,
         deal: bool = False,
     ) -> None:
-        self.loader, self.device, self.train = loader, device, train
-        self.limit, self.repeat = limit, repeat
-        self._deal = deal
-        self._fixed: list[Any] | None = None  # The batches that are repeated.
+        self._source, self._device, self._train = source, device, train
+        self._limit, self._repeat, self._deal = limit, repeat, deal
+        self._repeated: list[Any] | None = None
 
     def length(self) -> int | None:
         """Return the number of batches in an epoch on this rank; None where it is unknown."""
         try:
-            size = len(self._fixed if self._fixed is not None else self.loader)
+            size = len(self._source if self._repeated is None else self._repeated)
         except TypeError:
             return None
-        if self._deal and self._fixed is None:
+        if self._deal and self._repeated is None:
             rank, world = distributed.rank(), distributed.world_size()
-            size = size // world if self.train else len(range(rank, size, world))
-        for most in (self.limit, self.repeat):
+            size = size // world if self._train else len(range(rank, size, world))
+        for most in (self._limit, self._repeat):
             size = min(size, most) if most else size
         return size
 
     def begin(self, epoch: int) -> int | None:
         """Prepare an epoch, and return its number of batches; None where it is unknown."""
-        self.loader.set_epoch(epoch)
+        if not isinstance(self._source, (list, tuple)):  # These are the same in every epoch.
+            self._source.set_epoch(epoch)
         return self.length()
 
     def from_batch(self, epoch: int, start: int) -> Iterator[tuple[Any, bool]]:
@@ -73,29 +73,32 @@ class DataFeed:
         Yields:
             A batch, and True if it is known to be the last of the epoch.
         """
-        if self.repeat and self._fixed is None:
-            self.loader.set_epoch(1)
-            self._fixed = list(islice(self._batches(0), self.repeat))
-        self.loader.set_epoch(epoch)
-        size, number = self.length(), start
-        batches = islice(self._fixed, start, None) if self._fixed else self._batches(start)
-        on_host = self.device.type == "cpu"
+        if self._repeat and self._repeated is None:
+            self.begin(1)
+            self._repeated = list(islice(self._batches(0), self._repeat))
+        size, number = self.begin(epoch), start
+        batches = islice(self._repeated, start, None) if self._repeated else self._batches(start)
+        on_host = self._device.type == "cpu"
         for batch in batches:
             number += 1
-            yield (batch if on_host else to_device(batch, self.device)), number == size
-            if number == self.limit:
+            yield (batch if on_host else to_device(batch, self._device)), number == size
+            if number == self._limit:
                 return
 
     def _batches(self, start: int) -> Iterator[Any]:
-        """Yield this rank's batches."""
+        """Yield this rank's batches of the source."""
         world = distributed.world_size() if self._deal else 1
-        self.loader.skip(start * world)
+        iterator: Iterator[Any]
+        if isinstance(self._source, (list, tuple)):
+            iterator = islice(self._source, start * world, None)
+        else:
+            self._source.skip(start * world)
+            iterator = iter(self._source)
         if world == 1:
-            yield from self.loader
+            yield from iterator
             return
-        iterator = iter(self.loader)
         while batches := list(islice(iterator, world)):
-            if len(batches) == world or (not self.train and distributed.rank() < len(batches)):
+            if len(batches) == world or (not self._train and distributed.rank() < len(batches)):
                 yield batches[distributed.rank()]
 
 
@@ -125,7 +128,7 @@ def make_feed(
         ValueError: ``source`` is nothing of the above, or is no dataset and there are loader
             options.
     """
-    loader: Any
+    loader = source
     if isinstance(source, Dataset) and not isinstance(source, DataLoader):
         loader = make_loader(source, **loader_kwargs)
     elif loader_kwargs:
@@ -133,24 +136,20 @@ def make_feed(
             f"loader options {sorted(loader_kwargs)} were given for the {name} set, but a "
             f"{type(source).__name__} is no Dataset: they would be ignored"
         )
-    elif isinstance(source, Iterable):
-        loader = source
-    else:
+    elif not isinstance(source, Iterable):
         raise ValueError(
             f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"
         )
-    loader = resumable(
-        loader,
-        seed=options.seed,
-        train=train,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+    listed = isinstance(loader, (list, tuple))
+    if not listed:
+        run = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        loader = resumable(loader, seed=options.seed, train=train, **run)
+    deal = (listed and loader is source) or (
+        not isinstance(loader, Loader) and not _knows_ranks(source)
     )
     limit = options.debug_batches if options.debug else 0
-    repeat = options.overfit_batches if train else 0
-    deal = isinstance(loader, Stream) and not _knows_ranks(source)
-    return DataFeed(loader, device, train, limit, repeat, deal)
+    return DataFeed(loader, device, train, limit, options.overfit_batches if train else 0, deal)
 
 
 def _knows_ranks(source: Any) -> bool:

@@ -225,9 +225,6 @@ class Stream:
 
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
-        if isinstance(self._source, list | tuple):
-            yield from self._source[start:]
-            return
         forked = fork_rng(derive(self._seed, "stream", self._epoch), generators(self._source))
         with forked:
             iterator = iter(self._source)
