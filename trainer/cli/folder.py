@@ -14,23 +14,20 @@ Nothing is ever deleted unless `overwrite` asks for it, and then only what `OWN`
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml.nodes import Node, ScalarNode
+from ruamel.yaml.nodes import ScalarNode
 
-from trainer.config.reading import compose, items, tag
-
-if sys.platform != "win32":
-    import fcntl
+from trainer.config.reading import compose, paths, tag
 
 HYPERPARAMS = "hyperparams.yaml"
 LOCK = ".lock"
@@ -99,8 +96,6 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        if sys.platform == "win32":
-            return  # No locks there.
         try:
             # Not flock: forked workers would hold that one on after this process is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,7 +154,7 @@ class RunFolder:
 def differences(before: str, after: str) -> list[str]:
     """List the keys whose values differ between two YAML texts: "lr: 0.1 -> 0.2"."""
     try:
-        old, new = (dict(_leaves(compose(text, HYPERPARAMS))) for text in (before, after))
+        old, new = _values(before), _values(after)
     except ValueError as error:
         return [f"the previous one could not be read ({error})"]
     return [
@@ -169,14 +164,14 @@ def differences(before: str, after: str) -> list[str]:
     ]
 
 
-def _leaves(node: Node, at: str = "") -> list[tuple[str, str]]:
-    """Return every scalar with its dotted key, and the tag of every object."""
-    special = "" if tag(node).startswith("tag:yaml.org") else f"{tag(node)} "
-    if isinstance(node, ScalarNode):
-        return [(at, f"{special}{node.value}")]
-    found = [(at, special.strip())] if special else []
-    for key, child in items(node):
-        found += _leaves(child, f"{at}.{key}" if at else key)
+def _values(text: str) -> dict[str, str]:
+    """Return every scalar of a YAML by its dotted key, and the tag of every object."""
+    found = {}
+    for key, node in paths(compose(text, HYPERPARAMS)):
+        special = tag(node) if tag(node).startswith("!") else ""
+        if special or isinstance(node, ScalarNode):
+            value = node.value if isinstance(node, ScalarNode) else ""
+            found[key] = f"{special} {value}".strip()
     return found
 
 
