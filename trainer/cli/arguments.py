@@ -16,7 +16,7 @@ from typing import Any
 from ruamel.yaml.nodes import ScalarNode
 
 from trainer.config.hyperparameters import Configuration, Key, Text, brief, option
-from trainer.config.reading import NULL, get, items, plain, represent, tag
+from trainer.config.reading import NULL, find, get, items, plain, represent, tag
 from trainer.options import (
     ALIASES,
     METADATA,
@@ -154,12 +154,11 @@ def parse_arguments(
                 overrides[name] = run_opts[name]
             continue
         configuration.override(nested(name, value))
-        node: Any = configuration.root
         below = overrides
         *parents, last = name.split(".")
         for key in parents:
-            node, below = get(node, key), below.setdefault(key, {})
-        below[last] = plain(get(node, last))
+            below = below.setdefault(key, {})
+        below[last] = plain(find(configuration.root, name))
     return path, run_opts, overrides
 
 

@@ -22,14 +22,15 @@ from trainer.config.reading import (
     FLOAT,
     INT,
     MAP,
-    NAMING,
     NULL,
     PLAIN,
     SEQ,
     STR,
     children,
     expanded_size,
+    find,
     get,
+    items,
     location,
     mapping,
     nodes,
@@ -43,6 +44,7 @@ from trainer.config.reading import (
 from trainer.config.registry import Registry
 from trainer.options import HINTS, RunOptions, checked, current_name, nearest
 
+MAX_BRIEF = 48  # characters of a value in help and messages
 NUMBER = ("a number", (INT, FLOAT, NULL))
 KINDS = {
     BOOL: ("true or false", (BOOL, NULL)),
@@ -134,9 +136,7 @@ class Configuration:
 
     def is_flag(self, name: str) -> bool:
         """Return True if `name`, dotted, is a boolean run option or a boolean key of the YAML."""
-        node: Any = self.root
-        for part in name.split("."):
-            node = get(node, part) if isinstance(node, MappingNode) else None
+        node = find(self.root, name)
         return HINTS.get(name) is bool if node is None else tag(node) == BOOL
 
     def override(self, changes: Mapping[str, Any]) -> None:
@@ -168,29 +168,27 @@ class Configuration:
         """Raise ValueError unless a key that the YAML does not have may be added."""
         *above, key = path
         name, parent = ".".join(path), ".".join(above)
-        known = [str(each.value) for each, _ in node.value]
+        known = [each for each, _ in items(node)]
+        target = object_name(node)
         if not above:
             known += RunOptions.names()
-            if key not in known:
-                raise ValueError(f"there is no key or run option {key!r}{nearest(key, known)}")
-        elif tag(node).startswith(NAMING):
-            target = object_name(node)
+            problem = f"there is no key or run option {key!r}"
+        elif target:
             try:
                 signature = building.signature(self.registry.locate(target))
             except ValueError as error:
                 raise ValueError(f"{parent} ({location(node)}): {error}") from error
-            takes = signature.parameters if signature is not None else {}
-            if key not in takes and not any(
-                each.kind == each.VAR_KEYWORD for each in takes.values()
-            ):
-                raise ValueError(
-                    f"there is no key {name!r}: {target} has no argument {key!r}"
-                    f"{nearest(key, [*known, *takes])}"
-                )
-        elif known:  # An empty mapping takes any key.
-            raise ValueError(
-                f"there is no key {name!r} below {parent} ({location(node)}){nearest(key, known)}"
-            )
+            takes = signature.parameters.values() if signature is not None else ()
+            if any(each.kind == each.VAR_KEYWORD for each in takes):
+                return
+            known += [each.name for each in takes]
+            problem = f"there is no key {name!r}: {target} has no argument {key!r}"
+        elif not known:  # An empty mapping takes any key.
+            return
+        else:
+            problem = f"there is no key {name!r} below {parent} ({location(node)})"
+        if key not in known:
+            raise ValueError(f"{problem}{nearest(key, known)}")
 
     def resolved(self) -> MappingNode:
         """Return the tree with every reference replaced by its value."""
@@ -277,7 +275,7 @@ def _node(value: Any, name: str) -> Node:
     return represent(value)
 
 
-def brief(node: Node, width: int = 48) -> str:
+def brief(node: Node) -> str:
     """Return a value in a few characters: a number, a list, the tag of an object."""
     if isinstance(node, ScalarNode):
         text = str(node.value) if tag(node) in PLAIN else f"{tag(node)} {node.value}".strip()
@@ -285,6 +283,6 @@ def brief(node: Node, width: int = 48) -> str:
     elif isinstance(node, MappingNode):
         text = "" if tag(node) == MAP and node.value else tag(node).replace(MAP, "{}")
     else:
-        items = f"[{', '.join(brief(each) or '{…}' for each in children(node))}]"
-        text = items if tag(node) == SEQ else f"{tag(node)} {items}"
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+        text = f"[{', '.join(brief(each) or '{…}' for each in children(node))}]"
+        text = text if tag(node) == SEQ else f"{tag(node)} {text}"
+    return text if len(text) <= MAX_BRIEF else f"{text[: MAX_BRIEF - 1]}…"

@@ -423,6 +423,13 @@ def get(node: MappingNode, key: str) -> Any:
     return next((value for each, value in node.value if each.value == key), None)
 
 
+def find(root: Node, name: str) -> Any:
+    """Return the node under a dotted key such as "model.width", or None."""
+    head, _, rest = name.partition(".")
+    child = get(root, head) if isinstance(root, MappingNode) else None
+    return find(child, rest) if rest and child is not None else child
+
+
 def put(node: MappingNode, key: str, value: Node) -> None:
     """Set `key`: in its place where it exists, else at the end."""
     for slot, (each, _) in enumerate(node.value):
