@@ -15,7 +15,7 @@ from typing import Any
 
 from ruamel.yaml.nodes import ScalarNode
 
-from trainer.config.hyperparameters import Configuration, Key, Text, brief, option
+from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
 from trainer.config.reading import NULL, find, get, items, plain, represent, tag
 from trainer.options import (
     ALIASES,
@@ -65,7 +65,7 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     transient: dict[str, Any] = {}
     for name, value in parse(argv[1:], configuration):
         if name in TRANSIENT_OPTIONS and get(configuration.root, name) is None:
-            transient[name] = plain(option(name, value))
+            transient[name] = plain(option_node(name, value))
         else:
             configuration.override(nested(name, value))
     root = configuration.root
@@ -102,8 +102,8 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
         name, equals, value = argument[2:].partition("=")
         if not argument.startswith("--") or not name:
             raise ValueError(
-                f"what does {argument!r} belong to? Values follow their key, as in --key value, "
-                "and need quotes if they hold spaces"
+                f"unexpected argument {argument!r}: a value follows its key, as in --key value, "
+                "and needs quotes if it holds spaces"
             )
         head = name.partition(".")[0]
         if head not in known and head.startswith("no-") and head[3:] in known and not equals:
@@ -149,7 +149,7 @@ def parse_arguments(
     overrides: dict[str, Any] = {}
     for name, value in parse(given[1:], configuration):
         if name in RunOptions.names():
-            run_opts[name] = plain(option(name, value))
+            run_opts[name] = plain(option_node(name, value))
             if name in keys:
                 overrides[name] = run_opts[name]
             continue
@@ -186,7 +186,7 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
             if section:
                 lines += ["", f"{section}:"]
                 section = ""
-            lines += _row(name, brief(represent(default)), _about(name))
+            lines += _row(name, summary(represent(default)), _about(name))
     if file is not None:
         lines += ["", f"Keys of {file}:"]
         for key in rows:

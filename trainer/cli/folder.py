@@ -8,7 +8,7 @@
         checkpoints/        states from which the run resumes
         nonfinite/          skipped steps: reports and batches
 
-Nothing is ever deleted unless `overwrite` asks for it, and then only what `OWN` lists.
+Nothing is ever deleted unless `overwrite` asks for it, and then only what `RUN_FILES` lists.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.config.reading import compose, paths, tag
 
 HYPERPARAMS = "hyperparams.yaml"
 LOCK = ".lock"
-OWN = (
+RUN_FILES = (
     HYPERPARAMS,
     "command.txt",
     "environment.json",
@@ -48,8 +48,8 @@ OWN = (
     "tensorboard",
     "profile",
 )
-MARK = "# The resolved hyperparameters of a run; this file runs alone."
-LAUNCHED = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
+HEADER = "# The resolved hyperparameters of a run; this file runs alone."
+LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
 
 
 class RunFolder:
@@ -63,7 +63,7 @@ class RunFolder:
         """Make the folder if there is none, lock it, and empty it if `overwrite`.
 
         Raises:
-            ValueError: another command is using the folder, or it is not a run's.
+            ValueError: another command is using the folder, or it is not a run folder.
             OSError: the folder cannot be written.
         """
         try:
@@ -76,21 +76,21 @@ class RunFolder:
                 f"the run folder {self.path} cannot be written: {reason}; "
                 "choose another with --output_folder"
             ) from error
-        strange = [name for name in OWN if os.path.lexists(self.path / name)]
-        if strange and not self._is_a_runs():
+        found = [name for name in RUN_FILES if os.path.lexists(self.path / name)]
+        if found and not self._is_run_folder():
             self.close()
             raise ValueError(
-                f"{self.path} is not a run's folder, but holds {', '.join(strange)}: nothing was "
+                f"{self.path} is not a run folder, but holds {', '.join(found)}: nothing was "
                 "changed there; choose another with --output_folder"
             )
         if overwrite:
-            for name in OWN:
+            for name in RUN_FILES:
                 _remove(self.path / name)
 
-    def _is_a_runs(self) -> bool:
+    def _is_run_folder(self) -> bool:
         try:
             with (self.path / HYPERPARAMS).open("rb") as file:
-                return file.readline(200).strip() in (MARK.encode(), LAUNCHED.encode())
+                return file.readline(200).strip() in (HEADER.encode(), LAUNCH_HEADER.encode())
         except OSError:
             return False
 
@@ -116,7 +116,7 @@ class RunFolder:
             self._lock = None
 
     def record(
-        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], mark: str = MARK
+        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], mark: str = HEADER
     ) -> list[str]:
         """Record the start of a run.
 
@@ -134,21 +134,21 @@ class RunFolder:
         changes = [] if before is None else differences(before, hyperparams)
         _write(path, f"{mark}\n{hyperparams}")
         _write(self.path / "environment.json", json.dumps(where, indent=1) + "\n")
-        self.note(command)
+        self.add_command(command)
         return changes
 
-    def recorded(self) -> bool:
+    def has_record(self) -> bool:
         """Return True if a run has been started here before."""
         return (self.path / HYPERPARAMS).exists()
 
-    def note(self, command: Sequence[str]) -> None:
+    def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n"
         try:
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise _unwritten(self.path / "command.txt", error) from error
+            raise _write_error(self.path / "command.txt", error) from error
 
 
 def differences(before: str, after: str) -> list[str]:
@@ -195,10 +195,10 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise _unwritten(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _unwritten(path: Path, error: OSError) -> OSError:
+def _write_error(path: Path, error: OSError) -> OSError:
     return OSError(
         f"{path} could not be written: {error.strerror}; free some space or choose another "
         "--output_folder"

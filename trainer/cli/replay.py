@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.folder import HYPERPARAMS, LAUNCHED
+from trainer.cli.folder import HYPERPARAMS, LAUNCH_HEADER
 
 USAGE = "usage: python -m trainer replay RUN STEP [--script train.py] [--key value]…"
 
@@ -45,8 +45,8 @@ def command(argv: Sequence[str]) -> list[str]:
     run, step, *more = rest
     folder = Path(run)
     if not (folder / HYPERPARAMS).is_file():
-        raise ValueError(f"{run} is no run's folder: it has no {HYPERPARAMS}")
-    if (folder / HYPERPARAMS).read_text("utf-8").startswith(LAUNCHED):
+        raise ValueError(f"{run} is not a run folder: it has no {HYPERPARAMS}")
+    if (folder / HYPERPARAMS).read_text("utf-8").startswith(LAUNCH_HEADER):
         raise ValueError(
             f"{run} is a run by trainer.launch: call launch again with the hyperparameter "
             f"replay={str(folder / 'nonfinite' / step)!r}"
@@ -57,8 +57,8 @@ def command(argv: Sequence[str]) -> list[str]:
             path.parent.relative_to(folder / "nonfinite").as_posix()
             for path in (folder / "nonfinite").rglob("batch.pt")
         )
-        kept = f"kept are {', '.join(found)}" if found else "no skipped step was kept"
-        raise ValueError(f"{run} has nothing kept of step {step}: {kept}")
+        kept = f"there are {', '.join(found)}" if found else "no skipped step was kept"
+        raise ValueError(f"{run} has no skipped step {step}: {kept}")
     path = Path(given.script) if given.script is not None else _recorded(folder)
     if not path.is_file():
         raise ValueError(f"there is no {path}: name the recipe's train.py with --script")

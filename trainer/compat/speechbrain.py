@@ -41,7 +41,7 @@ def create_experiment_directory(
         overrides: new values of its keys.
 
     Raises:
-        ValueError: another command is using the folder, or it is not a run's.
+        ValueError: another command is using the folder, or it is not a run folder.
         OSError: the folder cannot be written.
     """
     where = environment(Path(sys.argv[0]) if sys.argv[0] else None)

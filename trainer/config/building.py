@@ -1,12 +1,12 @@
-"""From nodes to objects: references are resolved, then HyperPyYAML's constructors build the rest.
+"""References and objects of a YAML tree.
 
-`resolve` replaces `!ref`, `!copy`, `!applyref:` and reports `!PLACEHOLDER`. The language is
+`resolve` replaces `!ref`, `!copy` and `!applyref:`, and reports `!PLACEHOLDER`. The language is
 HyperPyYAML's: `<key[inner]>` is the value under those keys (in a plain mapping `<key.inner>` too),
 `<object.attribute>` an attribute of a built object; text around references is kept, and arithmetic
-is evaluated. Beyond it, references may point forward and chain in any order.
+is evaluated. In addition, references may point forward and refer to each other in any order.
 
-`build` gives HyperPyYAML a safe YAML loader (without Python's own tags), checks every name with the
-registry before HyperPyYAML sees it, and adds the place in the user's files to errors.
+`build` checks every name in the tree with the registry, and then lets HyperPyYAML's constructors
+build from it, in a safe YAML loader (without Python's own tags). Errors name key, file and line.
 """
 
 from __future__ import annotations
