@@ -6,6 +6,7 @@ line, `--help` and the Brain all read it from there. Precedence: default < YAML 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
@@ -45,20 +46,11 @@ def _note_alias(name: str) -> None:
     logger.warning("the option %s is now called %s", name, ALIASES[name])
 
 
-def _option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
-    section: str = "",
-    transient: bool = False,
-) -> Any:
-    """Make a field with its help and its limits.
+@dataclass(frozen=True)
+class Metadata:
+    """Help and limits of an option.
 
     Args:
-        default: value without a YAML and a command line.
         help: noun phrase for `--help`.
         choices: allowed texts; none: any.
         at_least: lower limit of a number.
@@ -67,15 +59,18 @@ def _option(
         transient: the option is of one command, not of the run: it is not written to
             hyperparams.yaml.
     """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "at_least": at_least,
-        "at_most": at_most,
-        "section": section,
-        "transient": transient,
-    }
-    return field(default=default, metadata=metadata)
+
+    help: str
+    choices: tuple[str, ...] = ()
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    section: str = ""
+    transient: bool = False
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    """Make a field with its default and its `Metadata`."""
+    return field(default=default, metadata={"option": Metadata(help, **limits)})
 
 
 @dataclass
@@ -292,8 +287,17 @@ class RunOptions:
 
 
 HINTS: dict[str, Any] = typing.get_type_hints(RunOptions)
-METADATA: dict[str, Mapping[str, Any]] = {each.name: each.metadata for each in fields(RunOptions)}
-TRANSIENT_OPTIONS = tuple(name for name in METADATA if METADATA[name]["transient"])
+METADATA: dict[str, Metadata] = {each.name: each.metadata["option"] for each in fields(RunOptions)}
+TRANSIENT_OPTIONS = tuple(name for name in METADATA if METADATA[name].transient)
+TYPE_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[str]: "a list of texts",
+    dict[str, float | None]: "a mapping of names to numbers",
+    Any: "an object",
+}
 
 
 def checked(name: str, value: Any) -> Any:
@@ -310,79 +314,48 @@ def checked(name: str, value: Any) -> Any:
     limits = METADATA[name]
     try:
         value = _fit(value, HINTS[name])
+        simple = isinstance(value, (str, int, float))
+        if simple and limits.choices and value not in limits.choices:
+            raise TypeError
+        if isinstance(value, (int, float)) and not limits.at_least <= value <= limits.at_most:
+            raise TypeError
     except TypeError:
-        raise ValueError(_refusal(name, value)) from None
-    if not isinstance(value, (str, int, float)):
-        return value
-    if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(_refusal(name, value))
-    if isinstance(value, (int, float)) and not limits["at_least"] <= value <= limits["at_most"]:
-        raise ValueError(_refusal(name, value))
+        raise ValueError(f"{name} must be {allowed(name)}, not {value!r}") from None
     return value
 
 
 def _fit(value: Any, hint: Any) -> Any:
     """Return `value` as an instance of the type `hint`, or raise TypeError."""
-    if hint is Any:
-        return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for each in inner:
-            try:
+            with contextlib.suppress(TypeError):
                 return _fit(value, each)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is dict and isinstance(value, Mapping):
+    elif origin is dict and isinstance(value, Mapping):
         return {_fit(key, inner[0]): _fit(each, inner[1]) for key, each in value.items()}
-    if origin is list and isinstance(value, (list, tuple)):
+    elif origin is list and isinstance(value, (list, tuple)):
         return [_fit(each, inner[0]) for each in value]
-    if hint is float:
-        return _fit_float(value)
-    if origin is None and type(value) is hint:  # not isinstance: True would pass as an int
+    elif hint is float and not isinstance(value, bool):
+        if value in ("inf", "-inf") or (isinstance(value, (int, float)) and not math.isnan(value)):
+            return float(value)
+    elif hint is Any or type(value) is hint:  # not isinstance: True would pass as an int
         return value
     raise TypeError
-
-
-def _fit_float(value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value in ("inf", "-inf") or (number and not math.isnan(value)):
-        return float(value)
-    raise TypeError
-
-
-def _refusal(name: str, value: Any) -> str:
-    return f"{name} must be {allowed(name)}, not {value!r}"
 
 
 def allowed(name: str) -> str:
     """Describe the allowed values of option `name`, such as "a number from 0 to 1 or null"."""
     limits, hint = METADATA[name], HINTS[name]
-    parts = [each for each in typing.get_args(hint) or (hint,) if each is not type(None)]
-    if typing.get_origin(hint) is list:
-        parts = [hint]
-    words = [_words(each) for each in parts]
-    if limits["choices"]:
-        words = ["one of " + ", ".join(limits["choices"])]
-    low, high = limits["at_least"], limits["at_most"]
-    if math.isfinite(low) and math.isfinite(high) and high < 2**31:
-        words[0] += f" from {low:g} to {high:g}"
-    elif math.isfinite(low):
-        words[0] += f" of at least {low:g}"
-    if type(None) in typing.get_args(hint):
-        words.append("null")
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _words(hint: Any) -> str:
-    if hint is Any:
-        return "an object"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if typing.get_origin(hint) is list:
-        return "a list of texts"
-    if typing.get_origin(hint) is dict:
-        return "a mapping of names to numbers"
-    return names[hint]
+    kinds = typing.get_args(hint) if hint not in TYPE_NAMES else (hint,)
+    words = [TYPE_NAMES[each] for each in kinds if each is not type(None)]
+    if limits.choices:
+        words = [f"one of {', '.join(limits.choices)}"]
+    if limits.at_most < 2**31:
+        words[0] += f" from {limits.at_least:g} to {limits.at_most:g}"
+    elif limits.at_least > -math.inf:
+        words[0] += f" of at least {limits.at_least:g}"
+    text = ", ".join(words)
+    return f"{text} or null" if type(None) in kinds else text
 
 
 def warn_of_similar_names(hparams: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from tests.trainer.small import Regressor, batches, net
 from trainer import Checkpointer
 from trainer.cli import Run, arguments, configure, launch, main
 from trainer.cli.environment import environment, git
-from trainer.cli.folder import OWN, RunFolder, differences
+from trainer.cli.folder import RUN_FILES, RunFolder, differences
 from trainer.cli.replay import command as replay_command
 from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
 from trainer.config.hyperparameters import Configuration, Text, load_hparams
@@ -175,7 +175,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(demo: str, tmp_path
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", RUN_FILES)
 def test_a_folder_that_is_not_a_runs_is_left_alone(
     demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: list[str], name: str
 ) -> None:
@@ -183,7 +183,7 @@ def test_a_folder_that_is_not_a_runs_is_left_alone(
     folder.mkdir()
     (folder / name).write_text("the work of years")
     said = fails(capsys, keep([]), demo, "--output_folder", str(folder), *flag)
-    assert f"{folder} is not a run's folder, but holds {name}" in said
+    assert f"{folder} is not a run folder, but holds {name}" in said
     assert (folder / name).read_text() == "the work of years"
     assert sorted(each.name for each in folder.iterdir()) == sorted([".lock", name])
 
@@ -309,10 +309,10 @@ def test_arguments_say_what_to_change(demo: str, argv: str, changes: list[Any]) 
         ("--no-shuffle=true", "there is no key or run option 'no-shuffle'"),
         ("--width", "--width needs a value; one that begins with -- is given as --width=…"),
         ("--width --debug", "--width needs a value"),
-        ("stray", "what does 'stray' belong to? Values follow their key, as in --key value"),
-        ("--shuffle 3", "what does '3' belong to?"),
-        ("-w 3", "what does '-w' belong to?"),
-        ("--", "what does '--' belong to?"),
+        ("stray", "unexpected argument 'stray': a value follows its key, as in --key value"),
+        ("--shuffle 3", "unexpected argument '3': a value"),
+        ("-w 3", "unexpected argument '-w': a value"),
+        ("--", "unexpected argument '--': a value"),
         ("--width many", "width must be a number, as its default 2 is ({}, line 5), not 'many'"),
         ("--shuffle=1", "shuffle must be true or false, as its default true is"),
         ("--sizes 3", "sizes must be a list, as its default [1, 2] is"),

@@ -301,7 +301,7 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
     [
         ("a: 1\nb: [1, 2\nc: 3\n", "{}, line 3: not valid YAML: "),
         ("a: b: c\n", "{}, line 1: not valid YAML: mapping values are not allowed here"),
-        ("a: 1\na: 2\n", "{}, line 2: the key 'a' is there twice"),
+        ("a: 1\na: 2\n", "{}, line 2: the key 'a' is defined twice"),
         ("- 1\n", "{}, line 1: the file must be a mapping of keys to values"),
         ("a: 1\n--- \nb: 2\n", "{}, line 2: a second document begins; there must be one"),
         ("1: a\n", "{}, line 1: the key '1' must be text; quote it"),
@@ -322,8 +322,8 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
         ("a: !ref <b>/0\nb: 1\n", "line 1: 1/0 cannot be evaluated: division by zero"),
         (
             "x:\n  y: !new:torch.nn.Liner\n",
-            "x.y ({}, line 2): torch.nn.Liner is not there: torch.nn has no 'Liner'; did you mean "
-            "'Linear'?",
+            "x.y ({}, line 2): torch.nn.Liner does not exist: torch.nn has no 'Liner'; did you "
+            "mean 'Linear'?",
         ),
         ("x: !new:torch.optimm.Adam\n", "torch has no 'optimm'; did you mean 'optim'?"),
         ("x: !new:recipes.asr.modle.X\n", "recipes.asr has no 'modle'; did you mean 'model'?"),

@@ -607,7 +607,7 @@ def test_a_kept_batch_is_run_again_by_one_command_that_changes_nothing(tmp_path:
     assert "the log of zero" in done.stderr
     assert {path: path.read_bytes() for path in before} == before
     assert shell(tmp_path, "-m", "trainer", "replay", "run", "9").stderr == (
-        "error: run has nothing kept of step 9: kept are 14, 21, 7\n"
+        "error: run has no skipped step 9: there are 14, 21, 7\n"
     )
 
 

@@ -6,7 +6,9 @@ are YAML.
 
 from __future__ import annotations
 
+import logging
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Any
 
 from ruamel.yaml.nodes import ScalarNode
 
-from trainer.config.hyperparameters import Configuration, Key, Text, option
-from trainer.config.reading import NULL, get, plain, tag
+from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
+from trainer.config.reading import NULL, find, get, items, plain, represent, tag
 from trainer.options import (
     ALIASES,
     METADATA,
@@ -24,6 +26,8 @@ from trainer.options import (
     current_name,
     nearest_key,
 )
+
+logger = logging.getLogger("trainer")
 
 USAGE = "usage: {} FILE [--key value | --key=value | --flag | --no-flag]…"
 HELP = ("-h", "--help")
@@ -64,7 +68,7 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     transient: dict[str, Any] = {}
     for name, value in parse(argv[1:], configuration):
         if name in TRANSIENT_OPTIONS and get(configuration.root, name) is None:
-            transient[name] = plain(option(name, value))
+            transient[name] = plain(option_node(name, value))
         else:
             configuration.override(nested(name, value))
     root = configuration.root
@@ -102,8 +106,8 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
         name, equals, value = argument[2:].partition("=")
         if not argument.startswith("--") or not name:
             raise ValueError(
-                f"what does {argument!r} belong to? Values follow their key, as in --key value, "
-                "and need quotes if they hold spaces"
+                f"unexpected argument {argument!r}: a value follows its key, as in --key value, "
+                "and needs quotes if it holds spaces"
             )
         head = name.partition(".")[0]
         if head not in known and head.startswith("no-") and head[3:] in known and not equals:
@@ -126,6 +130,47 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
     return [(current_name(name), value) for name, value in changes]
 
 
+def parse_arguments(
+    arg_list: Sequence[str] | None = None,
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Parse a command line into run options and overrides, as SpeechBrain's function does.
+
+    Args:
+        arg_list: the YAML file and further arguments; None: those of the process.
+
+    Returns:
+        The path of the YAML, the run options, and the overrides of its keys, both with typed
+        values. A run option that is also a key of the YAML is in both.
+
+    Raises:
+        ValueError: an argument or the YAML is wrong.
+    """
+    given = list(sys.argv[1:] if arg_list is None else arg_list)
+    path = yaml_path(given)
+    configuration = Configuration(path)
+    keys = [key for key, _ in items(configuration.root)]
+    run_opts: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    for name, value in parse(given[1:], configuration):
+        if name in RunOptions.names():
+            run_opts[name] = plain(option_node(name, value))
+            if name in keys:
+                overrides[name] = run_opts[name]
+            continue
+        configuration.override(nested(name, value))
+        below = overrides
+        *parents, last = name.split(".")
+        for key in parents:
+            below = below.setdefault(key, {})
+        below[last] = plain(find(configuration.root, name))
+    if run_opts.get("overwrite"):
+        logger.warning(
+            "--overwrite has no effect with create_experiment_directory: delete the folder, or end "
+            "the program in trainer.main(train)"
+        )
+    return path, run_opts, overrides
+
+
 def nested(name: str, value: Any) -> dict[str, Any]:
     """Return "a.b", 1 in the form of overrides: {"a": {"b": 1}}."""
     head, _, rest = name.partition(".")
@@ -145,12 +190,12 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
     lines = [USAGE.format(program), "", "Run options (default < YAML < command line)"]
     section = ""
     for name, default in vars(RunOptions()).items():
-        section = METADATA[name]["section"] or section
+        section = METADATA[name].section or section
         if name not in mine:
             if section:
                 lines += ["", f"{section}:"]
                 section = ""
-            lines += _row(name, _shown(default), _about(name))
+            lines += _row(name, summary(represent(default)), _about(name))
     if file is not None:
         lines += ["", f"Keys of {file}:"]
         for key in rows:
@@ -162,17 +207,11 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
     return "\n".join(lines)
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return str(default).lower()
-    return "null" if default is None else str(default)
-
-
 def _about(name: str) -> str:
     """Return the help of a run option with its choices, or nothing for other names."""
     if name not in METADATA:
         return ""
-    text, choices = str(METADATA[name]["help"]), METADATA[name]["choices"]
+    text, choices = METADATA[name].help, METADATA[name].choices
     return f"{text} {{{','.join(choices)}}}" if choices else text
 
 

@@ -8,35 +8,32 @@
         checkpoints/        states from which the run resumes
         nonfinite/          skipped steps: reports and batches
 
-Nothing is ever deleted unless `overwrite` asks for it, and then only what `OWN` lists, and
+Nothing is ever deleted unless `overwrite` asks for it, and then only what `RUN_FILES` lists, and
 checkpoints in folders of other names, such as save/.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml.nodes import Node, ScalarNode
+from ruamel.yaml.nodes import ScalarNode
 
 from trainer.checkpoint import storage
-from trainer.config.reading import compose, items, tag
-
-if sys.platform != "win32":
-    import fcntl
+from trainer.config.reading import compose, paths, tag
 
 HYPERPARAMS = "hyperparams.yaml"
 LOCK = ".lock"
-OWN = (
+RUN_FILES = (
     HYPERPARAMS,
     "command.txt",
     "environment.json",
@@ -53,8 +50,8 @@ OWN = (
     "tensorboard",
     "profile",
 )
-MARK = "# The resolved hyperparameters of a run; this file runs alone."
-LAUNCHED = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
+HEADER = "# The resolved hyperparameters of a run; this file runs alone."
+LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
 
 
 class RunFolder:
@@ -68,7 +65,7 @@ class RunFolder:
         """Make the folder if there is none, lock it, and empty it if `overwrite`.
 
         Raises:
-            ValueError: another command is using the folder, or it is not a run's.
+            ValueError: another command is using the folder, or it is not a run folder.
             OSError: the folder cannot be written.
         """
         try:
@@ -81,15 +78,15 @@ class RunFolder:
                 f"the run folder {self.path} cannot be written: {reason}; "
                 "choose another with --output_folder"
             ) from error
-        strange = [name for name in OWN if os.path.lexists(self.path / name)]
-        if strange and not self._is_a_runs():
+        found = [name for name in RUN_FILES if os.path.lexists(self.path / name)]
+        if found and not self._is_run_folder():
             self.close()
             raise ValueError(
-                f"{self.path} is not a run's folder, but holds {', '.join(strange)}: nothing was "
+                f"{self.path} is not a run folder, but holds {', '.join(found)}: nothing was "
                 "changed there; choose another with --output_folder"
             )
         if overwrite:
-            for name in OWN:
+            for name in RUN_FILES:
                 _remove(self.path / name)
             self._remove_checkpoints()
 
@@ -100,17 +97,15 @@ class RunFolder:
                 storage.read_manifest(manifest.parent)
                 storage.delete(manifest.parent)
 
-    def _is_a_runs(self) -> bool:
+    def _is_run_folder(self) -> bool:
         try:
             with (self.path / HYPERPARAMS).open("rb") as file:
-                return file.readline(200).strip() in (MARK.encode(), LAUNCHED.encode())
+                return file.readline(200).strip() in (HEADER.encode(), LAUNCH_HEADER.encode())
         except OSError:
             return False
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        if sys.platform == "win32":
-            return  # No locks there.
         try:
             # Not flock: forked workers would hold that one on after this process is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +126,7 @@ class RunFolder:
             self._lock = None
 
     def record(
-        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], mark: str = MARK
+        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], mark: str = HEADER
     ) -> list[str]:
         """Record the start of a run.
 
@@ -149,27 +144,27 @@ class RunFolder:
         changes = [] if before is None else differences(before, hyperparams)
         _write(path, f"{mark}\n{hyperparams}")
         _write(self.path / "environment.json", json.dumps(where, indent=1) + "\n")
-        self.note(command)
+        self.add_command(command)
         return changes
 
-    def recorded(self) -> bool:
+    def has_record(self) -> bool:
         """Return True if a run has been started here before."""
         return (self.path / HYPERPARAMS).exists()
 
-    def note(self, command: Sequence[str]) -> None:
+    def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n"
         try:
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise _unwritten(self.path / "command.txt", error) from error
+            raise _write_error(self.path / "command.txt", error) from error
 
 
 def differences(before: str, after: str) -> list[str]:
     """List the keys whose values differ between two YAML texts: "lr: 0.1 -> 0.2"."""
     try:
-        old, new = (dict(_leaves(compose(text, HYPERPARAMS))) for text in (before, after))
+        old, new = _values(before), _values(after)
     except ValueError as error:
         return [f"the previous one could not be read ({error})"]
     return [
@@ -179,14 +174,14 @@ def differences(before: str, after: str) -> list[str]:
     ]
 
 
-def _leaves(node: Node, at: str = "") -> list[tuple[str, str]]:
-    """Return every scalar with its dotted key, and the tag of every object."""
-    special = "" if tag(node).startswith("tag:yaml.org") else f"{tag(node)} "
-    if isinstance(node, ScalarNode):
-        return [(at, f"{special}{node.value}")]
-    found = [(at, special.strip())] if special else []
-    for key, child in items(node):
-        found += _leaves(child, f"{at}.{key}" if at else key)
+def _values(text: str) -> dict[str, str]:
+    """Return every scalar of a YAML by its dotted key, and the tag of every object."""
+    found = {}
+    for key, node in paths(compose(text, HYPERPARAMS)):
+        special = tag(node) if tag(node).startswith("!") else ""
+        if special or isinstance(node, ScalarNode):
+            value = node.value if isinstance(node, ScalarNode) else ""
+            found[key] = f"{special} {value}".strip()
     return found
 
 
@@ -210,10 +205,10 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise _unwritten(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _unwritten(path: Path, error: OSError) -> OSError:
+def _write_error(path: Path, error: OSError) -> OSError:
     return OSError(
         f"{path} could not be written: {error.strerror}; free some space or choose another "
         "--output_folder"

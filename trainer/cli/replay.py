@@ -7,6 +7,7 @@ origin cannot choose what runs; `--script` names another script.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.folder import HYPERPARAMS, LAUNCHED
+from trainer.cli.folder import HYPERPARAMS, LAUNCH_HEADER
 
 USAGE = "usage: python -m trainer replay RUN STEP [--script train.py] [--key value]…"
 
@@ -36,19 +37,16 @@ def command(argv: Sequence[str]) -> list[str]:
     Raises:
         ValueError: the folder has no such step, or does not say how the run was started.
     """
-    rest = list(argv)
-    script = None
-    if "--script" in rest:
-        at = rest.index("--script")
-        script = rest[at + 1] if at + 1 < len(rest) else None
-        del rest[at : at + 2]
+    parser = argparse.ArgumentParser(usage=USAGE[7:], add_help=False, allow_abbrev=False)
+    parser.add_argument("--script")
+    given, rest = parser.parse_known_args(argv)
     if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):
         raise ValueError(USAGE)
     run, step, *more = rest
     folder = Path(run)
     if not (folder / HYPERPARAMS).is_file():
-        raise ValueError(f"{run} is no run's folder: it has no {HYPERPARAMS}")
-    if (folder / HYPERPARAMS).read_text("utf-8").startswith(LAUNCHED):
+        raise ValueError(f"{run} is not a run folder: it has no {HYPERPARAMS}")
+    if (folder / HYPERPARAMS).read_text("utf-8").startswith(LAUNCH_HEADER):
         raise ValueError(
             f"{run} is a run by trainer.launch: call launch again with the hyperparameter "
             f"replay={str(folder / 'nonfinite' / step)!r}"
@@ -59,9 +57,9 @@ def command(argv: Sequence[str]) -> list[str]:
             path.parent.relative_to(folder / "nonfinite").as_posix()
             for path in (folder / "nonfinite").rglob("batch.pt")
         )
-        kept = f"kept are {', '.join(found)}" if found else "no skipped step was kept"
-        raise ValueError(f"{run} has nothing kept of step {step}: {kept}")
-    path = Path(script) if script is not None else _recorded(folder)
+        kept = f"there are {', '.join(found)}" if found else "no skipped step was kept"
+        raise ValueError(f"{run} has no skipped step {step}: {kept}")
+    path = Path(given.script) if given.script is not None else _recorded(folder)
     if not path.is_file():
         raise ValueError(f"there is no {path}: name the recipe's train.py with --script")
     settings = [str(folder / HYPERPARAMS), "--output_folder", run, "--replay", str(case)]

@@ -32,7 +32,7 @@ from trainer import distributed
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.environment import environment
-from trainer.cli.folder import LAUNCHED, MARK, RunFolder
+from trainer.cli.folder import HEADER, LAUNCH_HEADER, RunFolder
 from trainer.config.hyperparameters import describe
 from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, recipe_packages
@@ -110,7 +110,7 @@ def main(
     except (ValueError, OSError, ImportError, NonFiniteError, DriftError) as error:
         if not session.is_user_error(error):
             raise
-        message = "\n".join([session.sentence(error), *getattr(error, "__notes__", [])])
+        message = "\n".join([session.message(error), *getattr(error, "__notes__", [])])
         print(f"{session.rank_prefix()}error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
@@ -139,7 +139,7 @@ def launch(
         The test metrics that `train` returned; empty after a search or a replay.
 
     Raises:
-        ValueError: a run option is wrong, or the run folder is in use or is not a run's.
+        ValueError: a run option is wrong, or the folder is in use, or is not a run folder.
         OSError: the run folder cannot be written.
         KeyboardInterrupt: Ctrl-C, once a checkpoint is saved.
         SystemExit: SIGTERM, once a checkpoint is saved.
@@ -228,7 +228,7 @@ def _run(
     seed_everything(options.seed, distributed.rank())
     with ExitStack() as stack:
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
-        mark = LAUNCHED if argv is None else MARK
+        mark = LAUNCH_HEADER if argv is None else HEADER
         folder, changes = stack.enter_context(
             _run_folder(hyperparameters, options, _source(train), command, mark)
         )
@@ -278,12 +278,14 @@ def _run_folder(
     if distributed.is_main():
         try:
             folder.open(options.overwrite and not options.searching)
-            if options.searching and folder.recorded():
-                folder.note(command)  # A search leaves the record of an earlier run unchanged.
+            if options.searching and folder.has_record():
+                folder.add_command(
+                    command
+                )  # A search leaves the record of an earlier run unchanged.
             else:
                 changes = folder.record(hyperparameters.dump(), command, where, mark)
         except (ValueError, OSError) as error:
-            problem = session.sentence(error)
+            problem = session.message(error)
     problem = distributed.broadcast_json(problem)
     try:
         if problem:
@@ -336,13 +338,13 @@ def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the test metrics, and write them as the last line of metrics.jsonl."""
-    print("test:", *(f"{name}={_readable(value)}" for name, value in metrics.items()), flush=True)
+    print("test:", *(f"{name}={_formatted(value)}" for name, value in metrics.items()), flush=True)
     log = JsonlLogger(folder)
     log.write({"kind": "stage", "stage": "test", **metrics})
     log.close()
 
 
-def _readable(value: float) -> str:
+def _formatted(value: float) -> str:
     """Format with two decimals, or four digits for a number below a tenth."""
     if isinstance(value, int):
         return str(value)

@@ -18,7 +18,7 @@ from trainer.config.registry import recipe_packages
 from trainer.loggers import TextLog
 
 
-class _ToLog(logging.Handler):
+class _LogFileHandler(logging.Handler):
     """Handler that writes messages to train.log, each of their lines with the time."""
 
     def __init__(self, log: TextLog) -> None:
@@ -31,7 +31,7 @@ class _ToLog(logging.Handler):
             self.log.write(line)
 
 
-class _ToTerminal(logging.Handler):
+class _TerminalHandler(logging.Handler):
     """Handler that writes to stderr, above the progress bar; off the main rank only warnings."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
         log: the open log of the run.
         names: loggers in addition to those of the trainer.
     """
-    handlers = [_ToLog(log), _ToTerminal()]
+    handlers = [_LogFileHandler(log), _TerminalHandler()]
     loggers = [logging.getLogger(name) for name in {"trainer", "py.warnings", *names}]
     before = [(each.level, each.propagate) for each in loggers]
     logging.captureWarnings(True)
@@ -128,13 +128,13 @@ def is_user_error(error: BaseException) -> bool:
     )
 
 
-def sentence(error: BaseException) -> str:
-    """Return the message of an error; of the system's without its number."""
+def message(error: BaseException) -> str:
+    """Return the message of an error; that of an OSError without its number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
 def rank_prefix() -> str:
-    """Return the prefix of messages from other processes than the main one."""
+    """Return "[rank 1] ", the prefix of messages from processes other than the main one."""
     return "" if distributed.is_main() else f"[rank {distributed.rank()}] "

@@ -9,77 +9,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml.nodes import MappingNode
-
 from trainer import distributed
-from trainer.cli import arguments
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.environment import environment
 from trainer.cli.folder import RunFolder
-from trainer.config.hyperparameters import Configuration, option
-from trainer.config.reading import get, plain
-from trainer.options import RunOptions
+from trainer.config.hyperparameters import Configuration
 
-logger = logging.getLogger("trainer")
+__all__ = ["create_experiment_directory", "parse_arguments"]
 
 _open_folders: list[RunFolder] = []  # locked until the process ends
-
-
-def parse_arguments(
-    arg_list: Sequence[str] | None = None,
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Parse a command line.
-
-    Args:
-        arg_list: the YAML file and further arguments; None: those of the process.
-
-    Returns:
-        The path of the YAML, the run options, and the overrides of its keys, both with typed
-        values. A run option that is also a key of the YAML is in both.
-
-    Raises:
-        ValueError: an argument or the YAML is wrong.
-    """
-    given = list(sys.argv[1:] if arg_list is None else arg_list)
-    path = arguments.yaml_path(given)
-    configuration = Configuration(path)
-    keys = [str(key.value) for key, _ in configuration.root.value]
-    run_opts: dict[str, Any] = {}
-    overrides: dict[str, Any] = {}
-    for name, value in arguments.parse(given[1:], configuration):
-        if name in RunOptions.names():
-            run_opts[name] = plain(option(name, value))
-            if name in keys:
-                overrides[name] = run_opts[name]
-        else:
-            configuration.override(arguments.nested(name, value))
-            _insert(overrides, name.split("."), _value(configuration.root, name))
-    if run_opts.get("overwrite"):
-        logger.warning(
-            "--overwrite has no effect with create_experiment_directory: delete the folder, or end "
-            "the program in trainer.main(train)"
-        )
-    return path, run_opts, overrides
-
-
-def _value(root: MappingNode, name: str) -> Any:
-    """Return the plain value of a dotted key."""
-    node: Any = root
-    for part in name.split("."):
-        node = get(node, part)
-    return plain(node)
-
-
-def _insert(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
 
 
 def create_experiment_directory(
@@ -98,7 +42,7 @@ def create_experiment_directory(
         overrides: new values of its keys.
 
     Raises:
-        ValueError: another command is using the folder, or it is not a run's.
+        ValueError: another command is using the folder, or it is not a run folder.
         OSError: the folder cannot be written.
     """
     where = environment(Path(sys.argv[0]) if sys.argv[0] else None)

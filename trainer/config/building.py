@@ -1,12 +1,12 @@
-"""From nodes to objects: references are resolved, then HyperPyYAML's constructors build the rest.
+"""References and objects of a YAML tree.
 
-`resolve` replaces `!ref`, `!copy`, `!applyref:` and reports `!PLACEHOLDER`. The language is
+`resolve` replaces `!ref`, `!copy` and `!applyref:`, and reports `!PLACEHOLDER`. The language is
 HyperPyYAML's: `<key[inner]>` is the value under those keys (in a plain mapping `<key.inner>` too),
 `<object.attribute>` an attribute of a built object; text around references is kept, and arithmetic
-is evaluated. Beyond it, references may point forward and chain in any order.
+is evaluated. In addition, references may point forward and refer to each other in any order.
 
-`build` gives HyperPyYAML a safe YAML loader (without Python's own tags), checks every name with the
-registry before HyperPyYAML sees it, and adds the place in the user's files to errors.
+`build` checks every name in the tree with the registry, and then lets HyperPyYAML's constructors
+build from it, in a safe YAML loader (without Python's own tags). Errors name key, file and line.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from trainer.options import nearest
 
 ATTRIBUTE = "!attribute"  # of this module: [object, "name.of.attribute"], for `!ref <object.name>`
 PARENTHESES = "!parentheses"  # of this module: text that is read as a tuple, such as "(3, 4)"
+STEP = re.compile(r"(^|\.|\[)([^.\[\]]*)")  # the steps of "a[b].c" are "a", "[b" and ".c"
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
 
@@ -158,13 +159,13 @@ class _Resolver:
     def _target(self, name: str, node: Node) -> Node:
         """Return the resolved node that `<name>` refers to, or one that reads an attribute."""
         branch: Node = self.root
-        steps = _steps(name)
-        for count, (step, dotted) in enumerate(steps):
+        steps = [(before, key.strip()) for before, key in STEP.findall(name)]
+        for count, (before, step) in enumerate(steps):
             if tag(branch) in REFERENCES:
                 branch = self.fill(branch)
             below = dict(items(branch))
-            if dotted and (tag(branch) not in PLAIN or isinstance(branch, ScalarNode)):
-                attribute = ".".join(each for each, _ in steps[count:])
+            if before == "." and (tag(branch) not in PLAIN or isinstance(branch, ScalarNode)):
+                attribute = ".".join(each for _, each in steps[count:])
                 return _attribute_node(self.fill(branch), attribute, node)
             if step not in below:
                 raise ValueError(
@@ -173,15 +174,6 @@ class _Resolver:
                 )
             branch = below[step]
         return self.fill(branch)
-
-
-def _steps(name: str) -> list[tuple[str, bool]]:
-    """Split "a[b].c" into ("a", False), ("b", False), ("c", True): keys, and if a dot precedes."""
-    steps = []
-    for index, part in enumerate(name.split(".")):
-        first, *keys = part.replace("]", "").split("[")
-        steps += [(first.strip(), index > 0), *((key.strip(), False) for key in keys)]
-    return steps
 
 
 def _attribute_node(owner: Node, name: str, node: Node) -> Node:

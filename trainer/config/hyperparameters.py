@@ -22,14 +22,15 @@ from trainer.config.reading import (
     FLOAT,
     INT,
     MAP,
-    NAMING,
     NULL,
     PLAIN,
     SEQ,
     STR,
     children,
     expanded_size,
+    find,
     get,
+    items,
     location,
     mapping,
     nodes,
@@ -43,6 +44,7 @@ from trainer.config.reading import (
 from trainer.config.registry import Registry
 from trainer.options import HINTS, RunOptions, checked, current_name, nearest_key
 
+MAX_SUMMARY = 48  # characters of a value in help and messages
 NUMBER = ("a number", (INT, FLOAT, NULL))
 KINDS = {
     BOOL: ("true or false", (BOOL, NULL)),
@@ -60,7 +62,7 @@ class Text(str):
 
 
 class Key(NamedTuple):
-    """Key of a YAML for `--help`, such as "model.width", "144", "channels of the encoder"."""
+    """Key of a YAML for `--help`: name ("model.width"), default ("144") and comment."""
 
     name: str
     default: str
@@ -82,8 +84,8 @@ def load_hparams(
         allow: packages, modules or objects by dotted name that the YAML may name in addition to
             those that the trainer and the recipes list.
         run_folder: the file is the hyperparams.yaml of a run folder, which may come from somebody
-            else: it builds what is needed to use a trained model. Keys that only a training needs
-            (objects that a recipe lists for YAML files but not for run folders) are left out.
+            else. Only the objects that a trained model needs are built: keys with objects that a
+            recipe lists for YAML files but not for run folders are left out.
 
     Returns:
         The values by key, objects built.
@@ -128,15 +130,13 @@ class Configuration:
     def _described(self, node: MappingNode, at: tuple[str, ...]) -> Iterable[Key]:
         for key, value in node.value:
             path = (*at, str(key.value))
-            yield Key(".".join(path), brief(value), self.comments.get(path, ""))
+            yield Key(".".join(path), summary(value), self.comments.get(path, ""))
             if isinstance(value, MappingNode):
                 yield from self._described(value, path)
 
     def is_flag(self, name: str) -> bool:
         """Return True if `name`, dotted, is a boolean run option or a boolean key of the YAML."""
-        node: Any = self.root
-        for part in name.split("."):
-            node = get(node, part) if isinstance(node, MappingNode) else None
+        node = find(self.root, name)
         return HINTS.get(name) is bool if node is None else tag(node) == BOOL
 
     def override(self, changes: Mapping[str, Any]) -> None:
@@ -160,39 +160,38 @@ class Configuration:
             if isinstance(value, Mapping) and isinstance(old, MappingNode):
                 self._override(old, value, path)
             elif len(path) == 1 and key in HINTS:
-                put(node, str(key), option(str(key), value))
+                put(node, str(key), option_node(str(key), value))
             else:
-                put(node, str(key), _fitting(old, value, ".".join(path)))
+                put(node, str(key), _converted(old, value, ".".join(path)))
 
     def _check_new(self, node: MappingNode, path: tuple[str, ...]) -> None:
         """Raise ValueError unless a key that the YAML does not have may be added."""
         *above, key = path
         name, parent = ".".join(path), ".".join(above)
-        known = [str(each.value) for each, _ in node.value]
+        known = [each for each, _ in items(node)]
         dotted = [each.name for each in self.described()]
+        target = object_name(node)
+        hint = ""
         if not above:
             known += RunOptions.names()
-            if key not in known:
-                hint = nearest_key(key, known, dotted)
-                raise ValueError(f"there is no key or run option {key!r}{hint}")
-        elif tag(node).startswith(NAMING):
-            target = object_name(node)
+            problem = f"there is no key or run option {key!r}"
+        elif target:
             try:
                 signature = building.signature(self.registry.locate(target))
             except ValueError as error:
                 raise ValueError(f"{parent} ({location(node)}): {error}") from error
             takes = signature.parameters if signature is not None else {}
-            if key not in takes and not any(
-                each.kind == each.VAR_KEYWORD for each in takes.values()
-            ):
-                hint = nearest_key(name, [*known, *takes], dotted)
-                hint = hint or f"; its arguments are: {', '.join(takes) or 'none'}"
-                raise ValueError(
-                    f"there is no key {name!r}: {target} has no argument {key!r}{hint}"
-                )
-        elif known:  # An empty mapping takes any key.
-            hint = nearest_key(name, known, dotted)
-            raise ValueError(f"there is no key {name!r} below {parent} ({location(node)}){hint}")
+            if any(each.kind == each.VAR_KEYWORD for each in takes.values()):
+                return
+            known += takes
+            problem = f"there is no key {name!r}: {target} has no argument {key!r}"
+            hint = f"; its arguments are: {', '.join(takes) or 'none'}"
+        elif not known:  # An empty mapping takes any key.
+            return
+        else:
+            problem = f"there is no key {name!r} below {parent} ({location(node)})"
+        if key not in known:
+            raise ValueError(f"{problem}{nearest_key(name, known, dotted) or hint}")
 
     def resolved(self) -> MappingNode:
         """Return the tree with every reference replaced by its value."""
@@ -203,7 +202,9 @@ class Configuration:
         values, root = {}, self.resolved()
         for name in RunOptions.names():
             node = get(root, name)
-            if node is not None and not (Any in typing.get_args(HINTS[name]) and _builds(node)):
+            if node is not None and not (
+                Any in typing.get_args(HINTS[name]) and _holds_object(node)
+            ):
                 try:
                     values[name] = checked(name, plain(node))
                 except ValueError as error:
@@ -214,7 +215,7 @@ class Configuration:
         """Build the objects; return the values by key."""
         root = self.resolved()
         for key, value in list(root.value):
-            if any(self.registry.only_trains(object_name(each)) for each in nodes(value)):
+            if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)
         return building.build(root, self.registry)
 
@@ -223,63 +224,64 @@ class Configuration:
         return reading.dump(self.root)
 
 
-def option(name: str, value: Any) -> Node:
-    """Convert the value of a run option to a node, checked unless it is a reference."""
+def option_node(name: str, value: Any) -> Node:
+    """Convert the value of a run option to a node; it is checked unless it is a reference."""
     if isinstance(value, Text):
         kinds = (HINTS[name], *typing.get_args(HINTS[name]))
         if str in kinds and not value.startswith("!"):
             value = None if type(None) in kinds and value in ("null", "~") else str(value)
         else:
-            value = _node(value, name)
+            value = _to_node(value, name)
     if isinstance(value, Node):
-        if _builds(value):
+        if _holds_object(value):
             return value  # a reference, checked once it is resolved
         value = plain(value)
     return represent(checked(name, value))
 
 
-def _builds(node: Node) -> bool:
-    """Return True if a value is, or directly holds, an object or a reference."""
+def _holds_object(node: Node) -> bool:
+    """Return True if a value is an object or a reference, or a list or mapping of some."""
     return any(tag(each) not in PLAIN for each in [node, *children(node)])
 
 
-def _fitting(old: Node | None, value: Any, name: str) -> Node:
-    """Convert the new value of a key to a node; ValueError if its type is not the old one's."""
+def _converted(old: Node | None, value: Any, name: str) -> Node:
+    """Convert the new value of a key to a node, which must have the type of the default `old`."""
     kind = NULL if old is None else tag(old)
     if kind == STR and isinstance(value, Text) and not value.startswith("!"):
         if value in ("null", "~"):
             return represent(None)
         return ScalarNode(STR, str(value), style=getattr(old, "style", None))
-    new = _node(value, name)
+    new = _to_node(value, name)
     if kind in (INT, FLOAT) and new.value in ("inf", "-inf"):
         return represent(float(new.value))
     words, fitting = KINDS.get(kind, ("", ()))
     if fitting and tag(new) in PLAIN and tag(new) not in fitting:
         assert old is not None  # NULL has no fitting tags.
-        given = repr(brief(new)) if tag(new) == STR else brief(new) or "a mapping"
+        given = repr(summary(new)) if tag(new) == STR else summary(new) or "a mapping"
         raise ValueError(
-            f"{name} must be {words}, as its default {brief(old)} is ({location(old)}), not {given}"
+            f"{name} must be {words}, as its default {summary(old)} is ({location(old)}), "
+            f"not {given}"
         )
     if isinstance(old, ScalarNode) and tag(old) in ("!ref", "!copy") and tag(new) == MAP:
         raise ValueError(
-            f"{name} is {brief(old)} ({location(old)}): change that, or {name} as a whole"
+            f"{name} is {summary(old)} ({location(old)}): change that, or {name} as a whole"
         )
     return new
 
 
-def _node(value: Any, name: str) -> Node:
+def _to_node(value: Any, name: str) -> Node:
     """Convert any value to a node: `Text` is read as YAML, mappings key by key."""
     if isinstance(value, Text):
         return reading.compose(value, f"--{name}")
     if isinstance(value, Mapping):
         node = mapping()
         for key, each in value.items():
-            put(node, str(key), _node(each, f"{name}.{key}"))
+            put(node, str(key), _to_node(each, f"{name}.{key}"))
         return node
     return represent(value)
 
 
-def brief(node: Node, width: int = 48) -> str:
+def summary(node: Node) -> str:
     """Return a value in a few characters: a number, a list, the tag of an object."""
     if isinstance(node, ScalarNode):
         text = str(node.value) if tag(node) in PLAIN else f"{tag(node)} {node.value}".strip()
@@ -287,6 +289,6 @@ def brief(node: Node, width: int = 48) -> str:
     elif isinstance(node, MappingNode):
         text = "" if tag(node) == MAP and node.value else tag(node).replace(MAP, "{}")
     else:
-        items = f"[{', '.join(brief(each) or '{…}' for each in children(node))}]"
-        text = items if tag(node) == SEQ else f"{tag(node)} {items}"
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+        text = f"[{', '.join(summary(each) or '{…}' for each in children(node))}]"
+        text = text if tag(node) == SEQ else f"{tag(node)} {text}"
+    return text if len(text) <= MAX_SUMMARY else f"{text[: MAX_SUMMARY - 1]}…"

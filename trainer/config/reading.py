@@ -76,7 +76,7 @@ class _Reader:
         self.files = 0
 
     def read(self, path: Path, chain: tuple[Path, ...], at: Keys = ()) -> MappingNode:
-        """Read one file; `chain` holds the files that led to it, `at` the keys of its place."""
+        """Read one file that the files in `chain` led to, as the value of the keys `at`."""
         real = path.resolve()
         if real in chain:
             loop = " -> ".join(str(each) for each in (*chain[chain.index(real) :], real))
@@ -173,18 +173,18 @@ def _rewrite_references(root: Node, rewrite: Callable[[str], str]) -> None:
             )
 
 
-def merge(below: MappingNode, above: MappingNode) -> MappingNode:
-    """Merge the keys of `above` into `below`, mapping by mapping, and return `below`."""
-    for key, value in above.value:
-        old = get(below, key.value)
+def merge(base: MappingNode, changes: MappingNode) -> MappingNode:
+    """Merge the keys of `changes` into `base`, mapping by mapping, and return `base`."""
+    for key, value in changes.value:
+        old = get(base, key.value)
         both = isinstance(old, MappingNode) and isinstance(value, MappingNode)
         if both and tag(value) in (MAP, tag(old)):
             merge(old, value)
         elif old is None:
-            below.value.append((key, value))
+            base.value.append((key, value))
         else:
-            put(below, key.value, value)
-    return below
+            put(base, key.value, value)
+    return base
 
 
 # ---------------------------------------------------------------- text to nodes
@@ -216,7 +216,7 @@ def compose(text: str, name: str) -> Node:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
-        place = _place(mark) if mark else name
+        place = _location_of(mark) if mark else name
         raise ValueError(f"{place}: not valid YAML: {error.problem}{context}") from None
     except YAMLError as error:
         raise ValueError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -234,14 +234,14 @@ class _Composer(Composer):
         """Compose the only document."""
         root: Node = super().compose_document()
         if not self.parser.check_event(StreamEndEvent):
-            place = _place(self.parser.peek_event().start_mark)
+            place = _location_of(self.parser.peek_event().start_mark)
             raise ValueError(f"{place}: a second document begins; there must be one")
         return root
 
     def compose_node(self, parent: Node | None, index: Any) -> Node:
         """Compose a node and what is below it."""
         event = self.parser.peek_event()
-        place = _place(event.start_mark)
+        place = _location_of(event.start_mark)
         self.count += 1
         self.depth += 1
         if self.count > MAX_NODES:
@@ -288,7 +288,7 @@ class _Composer(Composer):
             if not isinstance(key, ScalarNode) or tag(key) not in PLAIN | {MERGE}:
                 raise ValueError(f"{location(key)}: a key must be plain text or a number")
             if key.value in pairs:
-                raise ValueError(f"{location(key)}: the key {key.value!r} is there twice")
+                raise ValueError(f"{location(key)}: the key {key.value!r} is defined twice")
             pairs[key.value] = key, value
         if "<<" in pairs and tag(pairs["<<"][0]) == MERGE:
             _, merged = pairs.pop("<<")
@@ -312,7 +312,7 @@ def _comments(root: Node, lines: list[str], at: Keys = ()) -> Iterator[tuple[Key
         return
     for key, value in root.value:
         path = (*at, str(key.value))
-        comment = _comment_behind(key, value, lines) or _comment_above(key, lines)
+        comment = _trailing_comment(key, value, lines) or _preceding_comment(key, lines)
         if comment:
             yield path, comment
         # An alias is defined elsewhere: its comments are yielded there.
@@ -320,7 +320,7 @@ def _comments(root: Node, lines: list[str], at: Keys = ()) -> Iterator[tuple[Key
             yield from _comments(value, lines, path)
 
 
-def _comment_behind(key: Node, value: Node, lines: list[str]) -> str:
+def _trailing_comment(key: Node, value: Node, lines: list[str]) -> str:
     """Return the comment at the end of the key's line, or of the last line of a list in [ ]."""
     end, between = key.end_mark, r":.*?\s"  # ": !new:x", an alias, or "|"
     flow = value.end_mark.line == end.line or getattr(value, "flow_style", False)
@@ -330,7 +330,7 @@ def _comment_behind(key: Node, value: Node, lines: list[str]) -> str:
     return match[1] if match else ""
 
 
-def _comment_above(key: Node, lines: list[str]) -> str:
+def _preceding_comment(key: Node, lines: list[str]) -> str:
     """Return the comment lines directly above a key, unless they open the file."""
     found: list[str] = []
     indent = key.start_mark.column
@@ -361,10 +361,10 @@ def object_name(node: Node) -> str:
 
 def location(node: Node) -> str:
     """Return the origin of a node: "hparams/asr/demo.yaml, line 12", or the name of an option."""
-    return "overrides" if node.start_mark is None else _place(node.start_mark)
+    return "overrides" if node.start_mark is None else _location_of(node.start_mark)
 
 
-def _place(mark: Any) -> str:
+def _location_of(mark: Any) -> str:
     """Return the file and line of a mark; only the name for the value of an option."""
     return mark.name if mark.name.startswith("--") else f"{mark.name}, line {mark.line + 1}"
 
@@ -421,6 +421,13 @@ def mapping(type_: str = MAP) -> MappingNode:
 def get(node: MappingNode, key: str) -> Any:
     """Return the node under `key`, or None."""
     return next((value for each, value in node.value if each.value == key), None)
+
+
+def find(root: Node, name: str) -> Any:
+    """Return the node under a dotted key such as "model.width", or None."""
+    head, _, rest = name.partition(".")
+    child = get(root, head) if isinstance(root, MappingNode) else None
+    return find(child, rest) if rest and child is not None else child
 
 
 def put(node: MappingNode, key: str, value: Node) -> None:

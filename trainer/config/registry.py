@@ -144,8 +144,8 @@ class Registry:
             raise self._refusal(name, f"it is defined in {_origin(found)}")
         return found
 
-    def only_trains(self, name: str) -> bool:
-        """Return True for a name that YAML files may build, and run folders need not."""
+    def is_for_training_only(self, name: str) -> bool:
+        """Return True for a name that recipes list for YAML files, but not for run folders."""
         return any(f"{name}.".startswith(f"{each}.") for each in self.training)
 
     def check_attribute(self, value: Any, name: str) -> None:
@@ -174,12 +174,12 @@ class Registry:
         if related and is_module:
             found = _import(path, name)
         elif owner is None and related:
-            raise ValueError(f"{name} is not there: no module is called {path!r}")
+            raise ValueError(f"{name} does not exist: no module is called {path!r}")
         elif owner is None or (is_module and not hasattr(owner, part)):
             raise self._refusal(name)
         elif not hasattr(owner, part):
             place, hint = path.rpartition(".")[0], nearest(part, _public(owner))
-            raise ValueError(f"{name} is not there: {place} has no {part!r}{hint}")
+            raise ValueError(f"{name} does not exist: {place} has no {part!r}{hint}")
         else:
             found = getattr(owner, part)
         if inspect.ismodule(found) and not (related and found.__name__ == path):
