@@ -91,9 +91,9 @@ def _register_defaults() -> None:
     def search(brain: Brain) -> defaults.Driver | None:
         if not brain.options.searching:
             return None
-        from trainer.tuner import make_driver
+        from trainer import tuner
 
-        return make_driver(brain)
+        return tuner.search
 
     def replay(brain: Brain) -> defaults.Driver | None:
         if brain.options.replay is None:

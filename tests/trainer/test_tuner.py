@@ -21,7 +21,7 @@ from trainer import Brain, Checkpointer, Stage, distributed, seed, signals
 from trainer.clipping import AutoClip, LayerClip, MixedClip, NormClip, percentile
 from trainer.options import RunOptions
 from trainer.schedules import WarmupDecay
-from trainer.tuner import SearchOver, make_driver
+from trainer.tuner import SearchOver, search
 from trainer.tuner.clip_limit import search_limits, suggest_limit
 from trainer.tuner.learning_rate import exponential_rates, suggest_rate
 from trainer.tuner.trial import TrialResult
@@ -33,7 +33,7 @@ def found(brain: Any, data: Any, **options: Any) -> dict[str, Any]:
     """Return the findings of a search by these options."""
     for name, value in {**SMALL, **options}.items():
         setattr(brain.options, name, value)
-    brain.driver = make_driver(brain)
+    brain.driver = search
     with pytest.raises(SearchOver) as over:
         brain.fit([1], data)
     assert over.value.code == 0
@@ -81,7 +81,7 @@ def test_the_limit_of_a_bowl_that_is_too_steep_for_its_rate(scale: float) -> Non
     advice = found(brain, data, find_clip=True, find_steps=40, find_trials=14)["find_clip"]
     best = 10 / (40 * 0.25) * scale
     assert advice["main"].needed
-    assert all(best <= limit <= 8 * best for limit in advice["main"].good)
+    assert all(best <= limit <= 8 * best for limit in advice["main"].as_good)
     assert best < advice["main"].limit < 5 * best
     assert len(advice["main"].trials) <= 14
 
@@ -91,7 +91,7 @@ def test_the_limit_of_elements_is_looked_for_where_elements_are_clipped() -> Non
     advice = found(brain, nothing(40), find_clip=True, find_steps=40, find_trials=14)["find_clip"]
     assert advice["main"].kind == "ValueClip"
     # Of four equal elements, each has half of the norm.
-    assert all(0.5 <= limit <= 4 for limit in advice["main"].good)
+    assert all(0.5 <= limit <= 4 for limit in advice["main"].as_good)
     assert advice["main"].percentiles[1] >= 50  # the first gradient: 10 · 5 an element
 
 
@@ -136,8 +136,8 @@ def test_the_rate_of_a_bowl_is_below_that_which_diverges(curvature: float) -> No
         data = [noise * curvature * torch.randn(1) for _ in range(200)]
         brain = bowl(lr=1e-3, curvature=curvature, max_grad_norm=None)
         suggestion = found(brain, data, find_lr=True, find_steps=100)["find_lr"]["main"]
-        assert 0.01 / curvature < suggestion.rate < 1 / curvature
-        assert suggestion.rate < suggestion.lowest
+        assert 0.01 / curvature < suggestion.lr < 1 / curvature
+        assert suggestion.lr < suggestion.lowest
         if 2 / curvature < 5:
             assert suggestion.lowest < suggestion.diverged
             assert suggestion.diverged > 1.9 / curvature
@@ -146,10 +146,10 @@ def test_the_rate_of_a_bowl_is_below_that_which_diverges(curvature: float) -> No
 def test_the_limit_is_looked_for_at_the_rate_that_was_found() -> None:
     brain = bowl(lr=1e-5)
     both = found(brain, nothing(80), find_lr=True, find_clip=True, find_steps=40)
-    assert both["find_lr"]["main"].rate > 1e-3
-    assert both["find_clip"]["main"].rate == pytest.approx(both["find_lr"]["main"].rate, rel=1e-3)
+    assert both["find_lr"]["main"].lr > 1e-3
+    assert both["find_clip"]["main"].lr == pytest.approx(both["find_lr"]["main"].lr, rel=1e-3)
     alone = found(bowl(lr=1e-5), nothing(80), find_clip=True, find_steps=40)["find_clip"]["main"]
-    assert alone.rate == pytest.approx(1e-5)
+    assert alone.lr == pytest.approx(1e-5)
     ends = [
         min(trial.end_loss for trial in each.trials) for each in (both["find_clip"]["main"], alone)
     ]
@@ -167,7 +167,7 @@ def test_a_schedule_counts_from_the_rate_that_was_found() -> None:
     hparams = {"schedule": partial(WarmupDecay, warmup_steps=5, total_steps=100)}
     brain = make(Recording, hparams=hparams)
     both = found(brain, batches(30), find_lr=True, find_clip=True, **SMALL)
-    peak = both["find_lr"]["main"].rate
+    peak = both["find_lr"]["main"].lr
     assert peak not in (None, 0.01)
     assert max(rates[-SMALL["find_steps"] :]) == pytest.approx(peak, rel=0.05)
     assert brain.optimizer.param_groups[0]["initial_lr"] == 0.01
@@ -216,7 +216,7 @@ def test_nothing_is_recommended_where_nothing_was_learned() -> None:
     assert advice.limit is None
     assert "--find_steps" in advice.sentence()
     suggestion = suggest_rate(exponential_rates(20), flat.losses, flat, 0.1, math.inf)
-    assert suggestion.rate is None
+    assert suggestion.lr is None
     assert suggestion.ratio == 1.0
 
 
@@ -327,7 +327,7 @@ def test_a_failing_rate_ends_the_trial_and_not_the_program(
     brain = make(Exploding, optimizer=sgd, **options)
     suggestion = found(brain, batches(60), find_lr=True, find_steps=30)["find_lr"]["main"]
     assert suggestion.diverged is not None
-    assert suggestion.rate < suggestion.diverged
+    assert suggestion.lr < suggestion.diverged
     assert len(suggestion.losses) < 60
     assert brain.nonfinite_count == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["find_lr.html", "find_lr.json"]
@@ -383,7 +383,7 @@ def test_two_ranks_find_what_one_finds_and_stop_together(
     ]
     alone = found(make(), pairs, find_lr=True, find_clip=True)
     assert limit["limit"] == alone["find_clip"]["main"].limit
-    assert rate["lr"] == alone["find_lr"]["main"].rate
+    assert rate["lr"] == alone["find_lr"]["main"].lr
     assert rate["losses"] == pytest.approx(alone["find_lr"]["main"].losses, rel=1e-4)
     assert same(ranks[0]["weights"], make().modules.state_dict())
 

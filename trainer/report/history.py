@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainer.metrics import RESERVED
-
-Number = tuple[str, float | None]
 
 
 class Curve:
@@ -35,9 +34,6 @@ class Curve:
             self.ys.pop()
         xs.append(x)
         self.ys.append(math.nan if y is None else y)
-
-    def __len__(self) -> int:
-        return len(self.xs)
 
     def known(self) -> list[tuple[float, float]]:
         """Return the points without the gaps."""
@@ -62,6 +58,9 @@ class Curve:
         return scaled
 
 
+Curves = defaultdict[str, Curve]
+
+
 @dataclass(slots=True)
 class History:
     """The records of a run.
@@ -80,9 +79,9 @@ class History:
         unreadable: number of lines that are no records.
     """
 
-    steps: dict[str, Curve] = field(default_factory=dict)
-    norms: dict[str, dict[str, Curve]] = field(default_factory=dict)
-    layers: dict[str, dict[str, Curve]] = field(default_factory=dict)
+    steps: Curves = field(default_factory=lambda: Curves(Curve))
+    norms: dict[str, Curves] = field(default_factory=dict)
+    layers: dict[str, Curves] = field(default_factory=dict)
     warnings: list[tuple[float, str]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     last_step: int = 0
@@ -119,9 +118,9 @@ class History:
         return curve
 
 
-def measures_of(record: Mapping[str, Any]) -> list[Number]:
+def measures_of(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     """Return the losses and metrics of a stage record with their dotted names."""
-    return _numbers({key: value for key, value in record.items() if key not in RESERVED})
+    return list(_numbers({key: value for key, value in record.items() if key not in RESERVED}))
 
 
 def read_history(path: Path) -> History:
@@ -140,56 +139,47 @@ def read_history(path: Path) -> History:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if not isinstance(record, dict):
-                history.unreadable += 1
-            elif record.get("kind") == "step" and _is_number(record.get("step")):
-                _add_step(history, record)
-            elif record.get("kind") == "monitor" and _is_number(record.get("step")):
-                _add_monitor(history, record)
+            record = record if isinstance(record, dict) else {}
+            kind, step = record.get("kind"), record.get("step")
+            if kind == "step" and _is_number(step):
+                _add(history.steps, step, record)
+                if _is_number(record.get("seconds")):
+                    history.seconds = record["seconds"]
+            elif kind == "monitor" and _is_number(step):
+                _add_monitor(history, step, record)
             elif "stage" in record:
                 key = (str(record["stage"]), str(record.get("epoch")))
                 # The last one counts, at its own place; what only an earlier one has is kept.
                 stages[key] = stages.pop(key, {}) | record
-                _advance(history, record)
             else:
                 history.unreadable += 1
+                continue
+            if _is_number(step):
+                history.last_step = max(history.last_step, int(step))  # A test on its own has 0.
     history.stages = list(stages.values())
     return history
 
 
-def _add_step(history: History, record: Mapping[str, Any]) -> None:
-    step = record["step"]
+def _add(curves: Curves, step: float, record: Mapping[str, Any]) -> None:
     for name, value in _numbers(record):
-        curve = history.steps.get(name)
-        if curve is None:
-            curve = history.steps[name] = Curve()
-        curve.add(step, value)
-    if _is_number(record.get("seconds")):
-        history.seconds = record["seconds"]
-    _advance(history, record)
+        curves[name].add(step, value)
 
 
-def _add_monitor(history: History, record: Mapping[str, Any]) -> None:
+def _add_monitor(history: History, step: float, record: Mapping[str, Any]) -> None:
     """Add the norms of all steps of an optimizer since its last record, and its layers."""
-    step = record["step"]
     for name, facts in _parts(record.get("optimizers")).items():
-        curves = history.norms.setdefault(name, {})
+        curves = history.norms.setdefault(name, Curves(Curve))
         for key in ("norms", "norms_after", "limits"):
             values = facts.get(key)
             if isinstance(values, list):
-                curve = curves.setdefault(key, Curve())
-                for number, value in enumerate(values, step - len(values) + 1):
-                    curve.add(number, float(value) if _is_number(value) else None)
-        for key, value in _numbers(facts):
-            curves.setdefault(key, Curve()).add(step, value)
+                for number, value in enumerate(values, int(step) - len(values) + 1):
+                    curves[key].add(number, float(value) if _is_number(value) else None)
+        _add(curves, step, facts)
     for name, facts in _parts(record.get("layers")).items():
-        layer = history.layers.setdefault(name, {})
-        for key, value in _numbers(facts):
-            layer.setdefault(key, Curve()).add(step, value)
+        _add(history.layers.setdefault(name, Curves(Curve)), step, facts)
     warnings = record.get("warnings")
     if isinstance(warnings, list):
         history.warnings += [(step, text) for text in warnings if isinstance(text, str)]
-    _advance(history, record)
 
 
 def _parts(value: Any) -> dict[str, dict[str, Any]]:
@@ -198,29 +188,19 @@ def _parts(value: Any) -> dict[str, dict[str, Any]]:
     return {name: part for name, part in found.items() if isinstance(part, dict)}
 
 
-def _advance(history: History, record: Mapping[str, Any]) -> None:
-    if _is_number(record.get("step")):
-        history.last_step = max(history.last_step, int(record["step"]))  # A test on its own has 0.
-
-
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Return True if a value can be a step or an epoch."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def _numbers(
-    record: Mapping[str, Any], prefix: str = "", into: list[Number] | None = None
-) -> list[Number]:
-    """Return numbers and nulls of a nested record with their dotted names."""
-    found: list[Number] = [] if into is None else into
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+    """Yield the numbers and nulls of a nested record with their dotted names."""
     for key, value in record.items():
         if isinstance(value, dict):
-            _numbers(value, f"{prefix}{key}.", found)
+            yield from _numbers(value, f"{prefix}{key}.")
         elif value is None:
-            found.append((prefix + key, None))
-        elif isinstance(value, (float, int)) and value is not True and value is not False:
+            yield prefix + key, None
+        elif isinstance(value, (float, int)) and not isinstance(value, bool):
             # Beyond 1e300 the distance of two numbers overflows: no chart could show them.
             size = abs(value)
-            shown = None if not size < 1e300 else float(value) if size > 1e-300 else 0.0
-            found.append((prefix + key, shown))
-    return found
+            yield prefix + key, None if not size < 1e300 else float(value) if size > 1e-300 else 0.0

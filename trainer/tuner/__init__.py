@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from trainer import distributed
-from trainer.defaults import Driver, DriverFinished
+from trainer import distributed, signals
+from trainer.defaults import DriverFinished
+from trainer.metrics import StepReport
 from trainer.tuner.clip_limit import ClipSuggestion, find_limit
 from trainer.tuner.learning_rate import RateSuggestion, range_test
 from trainer.tuner.report import Suggestions, write_findings
@@ -28,7 +29,7 @@ from trainer.tuner.trial import TrialRunner
 if TYPE_CHECKING:
     from trainer.brain import Brain, FitArguments
 
-__all__ = ["ClipSuggestion", "RateSuggestion", "SearchOver", "make_driver", "search"]
+__all__ = ["ClipSuggestion", "RateSuggestion", "SearchOver", "search"]
 
 logger = logging.getLogger("trainer")
 
@@ -54,13 +55,10 @@ class SearchOver(DriverFinished):
         self.findings = findings
 
 
-def make_driver(brain: Brain) -> Driver | None:
-    """Return the driver of `Brain.fit` that searches; None where the options ask for no search."""
-    return search if brain.options.searching else None
-
-
 def search(brain: Brain, arguments: FitArguments) -> NoReturn:
     """Do the searches that the options ask for, print the results and write them. Collective.
+
+    This is the driver of `Brain.fit` under ``--find_lr`` and ``--find_clip``.
 
     Args:
         brain: the Brain, which is as before afterwards, apart from the optimizers that it has then.
@@ -73,7 +71,9 @@ def search(brain: Brain, arguments: FitArguments) -> NoReturn:
     """
     findings: dict[str, Suggestions] = {}
     ratios: dict[str, float] = {}
-    with TrialRunner.started(brain, arguments) as runner:
+    reports: list[StepReport] = []
+    with signals.at_safe_points(), brain.sandbox(on_loss=reports.append):
+        runner = TrialRunner(brain, brain.start_training(arguments), reports)
         names = runner.optimizers()
         if brain.options.find_lr:
             findings["find_lr"] = rates = {name: range_test(runner, name) for name in names}

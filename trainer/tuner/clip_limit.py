@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
-from trainer.clipping import Clipper, LayerClip, NormClip, ValueClip, percentile
+from trainer.clipping import LayerClip, NormClip, ValueClip, percentile
 from trainer.tuner.learning_rate import base_rates, scale_rates
 from trainer.tuner.trial import TrialResult, TrialRunner, mean, replaced
 
@@ -38,9 +40,9 @@ class ClipSuggestion:
         kind: class of the clippers that were tried, a key of `MEASURES`.
         limit: the suggested limit; None if no trial learned anything.
         reason: how the trials led to it.
-        rate: learning rate of the trials.
+        lr: learning rate of the trials.
         needed: True if training without clipping did worse than the best trial.
-        good: limits that did as well as the best one, ascending.
+        as_good: limits that did as well as the best one, ascending.
         clipped: share of the steps that were clipped under ``limit``, from 0 to 1.
         percentiles: percentiles of the gradient size without clipping, by percent.
         trials: results in ascending order of their limits.
@@ -49,9 +51,9 @@ class ClipSuggestion:
     kind: str
     limit: float | None
     reason: str
-    rate: float
+    lr: float
     needed: bool = False
-    good: list[float] = field(default_factory=list)
+    as_good: list[float] = field(default_factory=list)
     clipped: float = 0.0
     percentiles: dict[int, float] = field(default_factory=dict)
     trials: list[TrialResult] = field(default_factory=list)
@@ -61,28 +63,11 @@ class ClipSuggestion:
         what = "no limit can be recommended" if self.limit is None else f"limit {self.limit:g}"
         sizes = ", ".join(f"{p} %: {self.percentiles[p]:.3g}" for p in (10, 50, 90, 99))
         measure = MEASURES[self.kind].capitalize()
-        return f"{what}: {self.reason}. {measure} without clipping at {sizes}; lr {self.rate:.3g}."
+        return f"{what}: {self.reason}. {measure} without clipping at {sizes}; lr {self.lr:.3g}."
 
     def record(self) -> dict[str, Any]:
-        """Return everything as JSON values; an infinite limit or loss is null."""
-        return {
-            "kind": self.kind, "limit": self.limit, "reason": self.reason, "lr": self.rate,
-            "needed": self.needed, "as_good": self.good, "clipped": self.clipped,
-            "percentiles": {str(p): _finite(value) for p, value in self.percentiles.items()},
-            "trials": [
-                {
-                    "limit": _finite(each.limit), "start": _finite(each.start_loss),
-                    "end": _finite(each.end_loss), "clipped": each.clipped_share,
-                    "skipped": each.skipped, "ended_early": each.failed, "losses": each.losses,
-                    "norms": each.norms,
-                }
-                for each in self.trials
-            ],
-        }  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        """Return everything by its name in the JSON file."""
+        return {**vars(self), "trials": [each.record() for each in self.trials]}
 
 
 def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> ClipSuggestion:
@@ -95,30 +80,20 @@ def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> C
     """
     brain = runner.brain
     update, options = brain.updates[name], brain.options
-    make_clipper = clipper_factory(update.clip)
+    # A kind that has not one given limit is replaced by clipping of the joint norm.
+    own = type(update.clip) in (NormClip, LayerClip, ValueClip)
+    clip = copy.copy(update.clip) if own else NormClip()
 
     def trial(limit: float) -> TrialResult:
         logger.info("find_clip: %s under limit %.3g", name, limit)
-        with runner.trial(), replaced(update, "clip", make_clipper(limit)):
+        clip.limit = limit
+        with runner.trial(), replaced(update, "clip", clip):
             scale_rates(brain, ratios)
             return runner.train(name, options.find_steps)
 
     rate = base_rates(update)[0] * ratios.get(name, 1.0)
     trials = search_limits(trial, options.find_trials)
-    return suggest_limit(type(make_clipper(1.0)).__name__, trials, rate)
-
-
-def clipper_factory(clip: Any) -> Callable[[float], Clipper]:
-    """Return a function that makes a clipper of the same kind from a limit.
-
-    A kind that has not one given limit is replaced by clipping of the joint norm.
-    """
-    if type(clip) is ValueClip:
-        return ValueClip
-    if type(clip) in (NormClip, LayerClip):
-        kind, p = type(clip), clip.p
-        return lambda limit: kind(limit, p)
-    return NormClip
+    return suggest_limit(type(clip).__name__, trials, rate)
 
 
 def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> list[TrialResult]:
@@ -159,8 +134,8 @@ def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> lis
 
 def _next_limit(trials: Sequence[TrialResult], largest: float) -> float | None:
     """Return the limit to try next; None where the best is known closely enough."""
-    limited = sorted((each for each in trials if each.limit < math.inf), key=_by_limit)
-    place = min(range(len(limited)), key=lambda i: _by_quality(limited[i]))
+    limited = sorted((each for each in trials if each.limit < math.inf), key=attrgetter("limit"))
+    place = min(range(len(limited)), key=lambda i: limited[i].rank)
     best = limited[place].limit
     if place == 0:
         return _round(best / STRIDE)
@@ -170,15 +145,6 @@ def _next_limit(trials: Sequence[TrialResult], largest: float) -> float | None:
     if max(below, above) < MIN_GAP:
         return None
     return _round(best * math.sqrt(above) if above >= below else best / math.sqrt(below))
-
-
-def _by_limit(result: TrialResult) -> float:
-    return result.limit
-
-
-def _by_quality(result: TrialResult) -> tuple[int, float]:
-    """Sort the best trial first: the fewest skipped steps, then the lowest loss at the end."""
-    return result.skipped, result.end_loss
 
 
 def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> ClipSuggestion:
@@ -194,9 +160,11 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
         rate: learning rate of the trials.
     """
     free = next(each for each in trials if each.limit == math.inf)
-    best = min(trials, key=_by_quality)
+    best = min(trials, key=attrgetter("rank"))
     sizes = sorted(free.norms)
-    suggestion = ClipSuggestion(kind, None, "", rate, trials=sorted(trials, key=_by_limit))
+    suggestion = ClipSuggestion(
+        kind, None, "", rate, trials=sorted(trials, key=attrgetter("limit"))
+    )
     suggestion.percentiles = {p: percentile(sizes, p) for p in PERCENTILES}
     progress = best.start_loss - best.end_loss
     if not progress > 0:
@@ -218,7 +186,7 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
     ]
     suggestion.needed = free not in good
     limited = [each for each in good if each is not free]
-    suggestion.good = [each.limit for each in limited]
+    suggestion.as_good = [each.limit for each in limited]
     if not limited:
         suggestion.limit = _round(sizes[-1], up=True)
         suggestion.reason = "every limit that acts made it worse; this one is above all norms seen"

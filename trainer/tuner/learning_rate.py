@@ -36,7 +36,7 @@ class RateSuggestion:
     """Suggested learning rate of an optimizer, and the curve that it was read from.
 
     Args:
-        rate: the suggested rate; None where the loss fell at no rate.
+        lr: the suggested rate; None where the loss fell at no rate.
         reason: where the loss fell, and where it diverged.
         own: the recipe's rate.
         limit: the recipe's clip limit.
@@ -44,11 +44,11 @@ class RateSuggestion:
         diverged: rate at which it diverged; None if it never did.
         rates: rate of each step.
         losses: loss of each step.
-        reference: loss of the same batches with all rates at 0.
-        change: ``losses`` less ``reference``, smoothed.
+        at_rest: loss of the same batches with all rates at 0.
+        change: ``losses`` less ``at_rest``, smoothed.
     """
 
-    rate: float | None
+    lr: float | None
     reason: str
     own: float
     limit: float
@@ -56,28 +56,23 @@ class RateSuggestion:
     diverged: float | None = None
     rates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    reference: list[float] = field(default_factory=list)
+    at_rest: list[float] = field(default_factory=list)
     change: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
         """Suggested rate over the recipe's own; 1 where there is no suggestion."""
-        return 1.0 if self.rate is None or not self.own else self.rate / self.own
+        return 1.0 if self.lr is None or not self.own else self.lr / self.own
 
     def sentence(self) -> str:
         """Return the suggestion in words."""
-        what = "no rate can be recommended" if self.rate is None else f"lr {self.rate:.2g}"
+        what = "no rate can be recommended" if self.lr is None else f"lr {self.lr:.2g}"
         limit = "no clipping" if math.isinf(self.limit) else f"limit {self.limit:g}"
         return f"{what}: {self.reason}. The recipe has {self.own:.3g}, and {limit}."
 
     def record(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {
-            "lr": self.rate, "reason": self.reason, "own": self.own,
-            "limit": None if math.isinf(self.limit) else self.limit,
-            "lowest": self.lowest, "diverged": self.diverged, "rates": self.rates,
-            "losses": self.losses, "at_rest": self.reference, "change": self.change,
-        }  # fmt: skip
+        """Return everything by its name in the JSON file."""
+        return vars(self)
 
 
 def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
@@ -176,7 +171,7 @@ def suggest_rate(
             break
     found = RateSuggestion(
         None, "", own, limit, rates=list(rates[:number]), losses=losses[:number],
-        reference=list(reference[:number]), change=change,
+        at_rest=list(reference[:number]), change=change,
     )  # fmt: skip
     if end < number or result.failed or result.skipped:
         found.diverged = rates[max(0, min(end, number - 1))]
@@ -187,7 +182,7 @@ def suggest_rate(
     found.lowest = rates[lowest]
     slopes = _slopes(change[: lowest + 1])
     steepest = rates[min(range(len(slopes)), key=slopes.__getitem__)]
-    found.rate = float(f"{min(steepest, found.lowest / MARGIN):.2g}")
+    found.lr = float(f"{min(steepest, found.lowest / MARGIN):.2g}")
     over = f"it diverges at {found.diverged:.2g}" if found.diverged else "it never diverged"
     found.reason = (
         f"the loss falls most steeply at {steepest:.2g} and is lowest at {found.lowest:.2g} (no "

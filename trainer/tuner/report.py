@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
+from operator import attrgetter
 from pathlib import Path
 
+from trainer.loggers.files import as_json
 from trainer.report.axis import number
 from trainer.report.chart import Chart, Series, draw
 from trainer.report.html import document, section, table, tiles
@@ -42,7 +44,7 @@ def write_findings(
     written = []
     for kind, found in findings.items():
         records = {name: each.record() for name, each in found.items()}
-        text = json.dumps({"steps": steps, "optimizers": records}, allow_nan=False)
+        text = json.dumps(as_json({"steps": steps, "optimizers": records}), allow_nan=False)
         for suffix, content in (("json", text), ("html", render(folder, kind, found, notes))):
             path = folder / f"{kind}.{suffix}"
             path.write_text(content, encoding="utf-8")
@@ -57,7 +59,7 @@ def render(folder: Path, kind: str, found: Suggestions, notes: Sequence[str]) ->
         if isinstance(each, ClipSuggestion):
             label, value, charts, trials = "limit", each.limit, _clip_charts(each), _trials(each)
         else:
-            label, value, charts, trials = "learning rate", each.rate, _rate_charts(each), ""
+            label, value, charts, trials = "learning rate", each.lr, _rate_charts(each), ""
         facts.append((f"{label} of {name}", "–" if value is None else f"{value:g}", ""))
         drawn = f'<div class="charts">{"".join(map(draw, charts))}</div>'
         sections += section(name, f"<p>{escape(each.sentence())}</p>{drawn}{trials}")
@@ -71,7 +73,7 @@ def render(folder: Path, kind: str, found: Suggestions, notes: Sequence[str]) ->
 
 def _rate_charts(found: RateSuggestion) -> list[Chart]:
     """Return charts of the loss over the learning rate."""
-    marks = {"suggested": found.rate, "lowest": found.lowest, "diverged": found.diverged}
+    marks = {"suggested": found.lr, "lowest": found.lowest, "diverged": found.diverged}
     return [
         Chart(
             "Loss against that of the model at rest", "learning rate", "change of the loss",
@@ -82,7 +84,7 @@ def _rate_charts(found: RateSuggestion) -> list[Chart]:
             "Loss of each step", "learning rate", "loss",
             [
                 Series("training", found.rates, _cut(found.losses)),
-                Series("the same batches at rest", found.rates, found.reference, 6, "faint"),
+                Series("the same batches at rest", found.rates, found.at_rest, 6, "faint"),
             ],
             counts=False,
         ),
@@ -117,7 +119,7 @@ def _clip_charts(found: ClipSuggestion) -> list[Chart]:
     if found.limit is not None and free.norms:
         level = [found.limit] * 2
         norms.series.append(Series("recommended", [1, len(free.norms)], level, style="limit"))
-    best = min(limited, key=lambda each: (each.skipped, each.end_loss))
+    best = min(limited, key=attrgetter("rank"))
     chosen = [each for each in limited if each.limit == found.limit]
     return [ends, _loss_chart([limited[0], best, limited[-1], free, *chosen]), norms]
 
@@ -138,7 +140,7 @@ def _trials(found: ClipSuggestion) -> str:
     rows = []
     for each in found.trials:
         free = math.isinf(each.limit)
-        as_good = bool(found.good) and not found.needed if free else each.limit in found.good
+        as_good = bool(found.as_good) and not found.needed if free else each.limit in found.as_good
         rows.append([
             "none" if free else f"{each.limit:g}",
             "failed" if math.isinf(each.end_loss) else number(each.end_loss),

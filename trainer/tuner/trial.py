@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -18,7 +18,7 @@ from trainer.optim.guard import NonFiniteError
 from trainer.optim.step import Update
 
 if TYPE_CHECKING:
-    from trainer.brain import Brain, FitArguments
+    from trainer.brain import Brain
     from trainer.data import DataFeed
 
 logger = logging.getLogger("trainer")
@@ -48,12 +48,14 @@ class TrialResult:
     skipped: int = 0
     failed: bool = False
 
-    def add(self, report: StepReport) -> None:
-        """Count the outcome of a loss."""
-        self.skipped += report.outcome == "skipped"
-        if report.stepped and report.loss is not None:
-            self.losses.append(report.loss)
-            self.clipped += report.clipped
+    def add(self, reports: Iterable[StepReport], name: str) -> None:
+        """Count the outcomes of the losses of an optimizer."""
+        for report in reports:
+            if report.name == name:
+                self.skipped += report.outcome == "skipped"
+                if report.stepped and report.loss is not None:
+                    self.losses.append(report.loss)
+                    self.clipped += report.clipped
 
     @property
     def steps(self) -> int:
@@ -73,9 +75,22 @@ class TrialResult:
         return mean(self.losses[-max(1, len(self.losses) // 4) :])
 
     @property
+    def rank(self) -> tuple[int, float]:
+        """Order of trials, the best first: the fewest skipped steps, the lowest loss at the end."""
+        return self.skipped, self.end_loss
+
+    @property
     def clipped_share(self) -> float:
         """Share of the steps that were clipped, from 0 to 1."""
         return self.clipped / max(1, len(self.losses))
+
+    def record(self) -> dict[str, Any]:
+        """Return everything by its name in the JSON file."""
+        return {
+            "limit": self.limit, "start": self.start_loss, "end": self.end_loss,
+            "clipped": self.clipped_share, "skipped": self.skipped, "ended_early": self.failed,
+            "losses": self.losses, "norms": self.norms,
+        }  # fmt: skip
 
 
 class TrialRunner:
@@ -91,19 +106,6 @@ class TrialRunner:
         self.brain = brain
         self._feed, self._reports = feed, reports
         self._snapshot = Snapshot(brain.progress, brain.stateful)
-
-    @classmethod
-    @contextmanager
-    def started(cls, brain: Brain, arguments: FitArguments) -> Iterator[TrialRunner]:
-        """Context manager that starts a new training, whatever has been saved, and undoes it.
-
-        Args:
-            brain: the Brain to train.
-            arguments: the arguments of its `fit`.
-        """
-        reports: list[StepReport] = []
-        with signals.at_safe_points(), brain.sandbox(on_loss=reports.append):
-            yield cls(brain, brain.start_training(arguments), reports)
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -163,13 +165,13 @@ class TrialRunner:
         update.before_step.append(measure)
         try:
             for _ in self._train_batches(lambda: before_batch(result.steps)):
-                self._add_reports(result, name)
+                result.add(self._reports, name)
                 if reference is not None and _diverged(result.losses, reference):
                     result.failed = True
                 if result.failed or result.steps >= steps:
                     break
         except NonFiniteError:
-            self._add_reports(result, name)
+            result.add(self._reports, name)
             result.failed = True
         finally:
             update.before_step.remove(measure)
@@ -181,11 +183,6 @@ class TrialRunner:
             )
         # Ranks may compute another last bit; what they decide by it must be the same.
         return TrialResult(**distributed.broadcast_json(asdict(result)))
-
-    def _add_reports(self, result: TrialResult, name: str) -> None:
-        for report in self._reports:
-            if report.name == name:
-                result.add(report)
 
     def _train_batches(self, before_batch: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Train on one batch after the other; stop where any rank was asked to."""
