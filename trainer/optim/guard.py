@@ -135,7 +135,7 @@ class NonFiniteGuard:
             torch._foreach_copy_(targets, sources)
 
     def begin_batch(self) -> None:
-        """A bad batch counts once, however many losses it spoils."""
+        """Begin a batch, which counts once, however many of its losses are not finite."""
         self._counted = False
 
     def add_loss(self, name: str, ids: list[str], loss: Tensor) -> None:
