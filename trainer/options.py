@@ -239,6 +239,8 @@ class RunOptions:
             setattr(self, name, checked(name, value))
         if self.searching and self.test_only:
             raise ValueError("find_clip and find_lr train for a while: leave out test_only")
+        if self.overwrite and self.test_only:
+            raise ValueError("overwrite deletes the checkpoint that test_only tests: leave out one")
 
     if not TYPE_CHECKING:  # mypy is to refuse former names
 
@@ -396,6 +398,8 @@ def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
     "; did you mean 'opt_class.lr'?"
     """
     last = name.rpartition(".")[2]
+    if name in SPEECHBRAIN_OPTIONS:
+        return f"; the option is {SPEECHBRAIN_OPTIONS[name]!r}"
     if hint := nearest(last, known):
         return hint
     ends: dict[str, list[str]] = {}

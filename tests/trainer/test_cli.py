@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(
     if Path("/proc/self").exists():
         said = fails(capsys, keep([]), demo, "--output_folder", "/proc/nowhere")
         assert "the run folder /proc/nowhere cannot be written: " in said
-        assert "choose another with --output_folder" in said
+        assert "choose another output_folder" in said
 
 
 def test_a_full_disk_is_a_sentence_and_spoils_nothing(tmp_path: Path) -> None:
@@ -299,6 +299,7 @@ def test_arguments_say_what_to_change(demo: str, argv: str, changes: list[Any]) 
             "--output-folder x",
             "no key or run option 'output-folder'; did you mean 'output_folder'?",
         ),
+        ("--auto_mix_prec=true", "no key or run option 'auto_mix_prec'; the option is 'precision'"),
         ("--rate 1", "there is no key or run option 'rate'; did you mean 'inner.rate'?"),
         ("--model.rate 1", "has no argument 'rate'; did you mean 'inner.rate'?"),
         ("--model.xyz 1", "has no argument 'xyz'; its arguments are: in_features, out_features"),
@@ -408,12 +409,22 @@ def test_former_names_of_options_work_in_yaml_and_on_the_command_line(demo: str)
         load_hparams("both.yaml")
 
 
+def test_a_test_of_a_run_does_not_delete_its_checkpoints(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[Run] = []
+    main(keep(runs), [demo])
+    saved = Checkpointer(runs[0].folder / "checkpoints").save_checkpoint({"epoch": 1})
+    said = fails(capsys, keep([]), demo, "--test_only", "--overwrite")
+    assert "overwrite deletes the checkpoint that test_only tests: leave out one" in said
+    assert saved is not None
+    assert saved.path.exists()
+
+
 def test_options_of_one_command_are_not_written_down(demo: str) -> None:
-    configuration, options = configure(
-        [demo, "--test_only", "--no-progressbar", "--overwrite=true"]
-    )
-    assert (options.test_only, options.progressbar, options.overwrite) == (True, False, True)
-    assert "test_only" not in configuration.build()
+    configuration, options = configure([demo, "--debug", "--no-progressbar", "--overwrite=true"])
+    assert (options.debug, options.progressbar, options.overwrite) == (True, False, True)
+    assert "debug" not in configuration.build()
 
 
 def test_seed_and_output_folder_are_in_every_yaml(demo: str) -> None:
@@ -714,6 +725,16 @@ def test_launch_leaves_a_run_folder_and_returns_the_metrics(
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["stage"] == "test"
     assert last["steps"] == 6
+
+
+def test_launch_warns_of_run_options_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x.py", "--debug", "--seed=3", "--mine", "4"])
+    hparams = {"lr": 0.1, "epochs": 1, "progressbar": False, "seed": 3}
+    launch(regress, hparams, tmp_path / "run")
+    said = "launch reads no command line: --debug has no effect; give {'debug': …} in hparams"
+    assert [each for each in caplog.messages if "command line" in each] == [said]
 
 
 def test_launch_again_resumes_and_says_what_changed(

@@ -76,14 +76,14 @@ class RunFolder:
             reason = f"{files[0]} is a file" if files else error.strerror or str(error)
             raise OSError(
                 f"the run folder {self.path} cannot be written: {reason}; "
-                "choose another with --output_folder"
+                "choose another output_folder"
             ) from error
         found = [name for name in RUN_FILES if os.path.lexists(self.path / name)]
         if found and not self._is_run_folder():
             self.close()
             raise ValueError(
                 f"{self.path} is not a run folder, but holds {', '.join(found)}: nothing was "
-                "changed there; choose another with --output_folder"
+                "changed there; choose another with output_folder"
             )
         if overwrite:
             for name in RUN_FILES:
@@ -114,7 +114,7 @@ class RunFolder:
             self.close()
             raise ValueError(
                 f"the run folder {self.path} is in use by {owner}; wait until it is over, or "
-                "choose another with --output_folder"
+                "choose another output_folder"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
@@ -211,5 +211,5 @@ def _write(path: Path, text: str) -> None:
 def _write_error(path: Path, error: OSError) -> OSError:
     return OSError(
         f"{path} could not be written: {error.strerror}; free some space or choose another "
-        "--output_folder"
+        "output_folder"
     )
