@@ -45,7 +45,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
 from trainer.data import DataFeed, batch_ids, count_examples, make_feed, make_loader
 from trainer.distributed.strategy import Strategy, make_strategy
-from trainer.evaluation import evaluation_mode, evaluation_weights, modes_kept
+from trainer.evaluation import evaluation_mode, evaluation_weights, gradients_kept, modes_kept
 from trainer.metrics import Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
 from trainer.optim.build import find_optimizers, make_updates, pick_device, prepare_modules
@@ -726,20 +726,28 @@ class Brain(SpeechBrainNames):
             precision: precision of forward passes in training; None for that of the run.
         """
         snapshot = Snapshot(self.progress, self.stateful)
+        trained, has_optimizers = self.__trained, bool(self.updates)
+        made = {n: v for n, v in vars(self).items() if n in ("optimizer", "optimizers_dict")}
         muted, intercept, tracer = self.callbacks.muted, self.__intercept, self.__tracer
         outer, self.__on_loss = (self.__on_loss, self.__precision), on_loss
         if precision is not None:
             self.__precision = Precision(precision, self.device)
-        self.zero_grad()
         self.callbacks.muted, self.__intercept, self.__tracer = True, optimize, Tracer()
         self.__depth += 1
         try:
-            with modes_kept(self.modules), self.__saver.disabled():
+            with modes_kept(self.modules), gradients_kept(self.modules), self.__saver.disabled():
+                self.zero_grad()
                 yield
         finally:
             self.__depth -= 1
             self.callbacks.muted, self.__intercept, self.__tracer = muted, intercept, tracer
             self.__on_loss, self.__precision = outer
+            if not has_optimizers:  # The first `fit` builds them.
+                self.updates.clear()
+                self.__ema, self.__trained = None, trained
+                for name in ("optimizer", "optimizers_dict"):
+                    vars(self).pop(name, None)
+                vars(self).update(made)
             snapshot.restore()
 
     def start_training(
@@ -816,6 +824,7 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(torch.enable_grad())
                 snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
                 stack.callback(snapshot.restore)
+                stack.enter_context(gradients_kept(self.modules))
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
             else:

@@ -121,12 +121,16 @@ class UserAttributes:
         """Return the state for as long as the process lives.
 
         It also has what a checkpoint cannot hold: the objects, and the entries of containers.
+        Attributes that appear later are removed by loading it.
         """
-        kept = {n: _Kept(value) for n, value in self._own().items() if not _is_plain(value)}
-        return {**self.state_dict(), "kept": kept}
+        own = self._own()
+        kept = {name: _Kept(value) for name, value in own.items() if not _is_plain(value)}
+        return {**self.state_dict(), "kept": kept, "names": list(own)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
+        for name in set(self._own()).difference(saved.get("names", self._own())):
+            delattr(self._owner, name)
         kept = saved.get("kept", {})
         for name, each in kept.items():
             setattr(self._owner, name, each.restored())
