@@ -347,7 +347,7 @@ class Brain(SpeechBrainNames):
         train, valid = self.__feeds(arguments)
         with self.__fitting() as stack:
             self.__prepare(epoch_counter, self.__saver.recover)
-            stack.callback(self.callbacks.call, "on_fit_end", self)
+            stack.push(self.__telling_end("on_fit_end"))
             self.__start()
             for epoch in self.__epochs(epoch_counter, valid is not None):
                 if self.progress.phase == "train":
@@ -511,8 +511,8 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(self.__telling_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
             stack.enter_context(self.best_weights(max_key, min_key))
+            stack.push(self.__telling_end("on_evaluate_end"))
             self.callbacks.call("on_evaluate_start", self)
-            stack.callback(self.callbacks.call, "on_evaluate_end", self)
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
             report = self.__evaluate(feed, Stage.TEST, None)
         self.test_metrics = report.metrics or {"loss": report.loss}
@@ -846,8 +846,16 @@ class Brain(SpeechBrainNames):
         try:
             yield
         except BaseException as error:
-            self.callbacks.call("on_exception", self, error)
+            self.callbacks.call_every("on_exception", error, self, error)
             raise
+
+    def __telling_end(self, event: str) -> Callable[..., None]:
+        """Return the exit function of a context manager that calls the callbacks."""
+
+        def tell(kind: object, error: BaseException | None, trace: object) -> None:
+            self.callbacks.call_every(event, error, self)
+
+        return tell
 
     def __prepare(self, epochs: Any, recover: Callable[[], Any]) -> None:
         """Build the optimizers, and load a checkpoint."""
