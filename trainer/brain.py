@@ -46,7 +46,7 @@ from trainer.checkpoint.user_state import UserAttributes, find_stateful
 from trainer.data import DataFeed, batch_ids, count_examples, make_feed, make_loader
 from trainer.distributed.strategy import Strategy, make_strategy
 from trainer.evaluation import evaluation_mode, evaluation_weights, gradients_kept, modes_kept
-from trainer.metrics import Mean, StageReport, StepReport, TrainingMetrics
+from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
 from trainer.optim.build import find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
@@ -575,8 +575,13 @@ class Brain(SpeechBrainNames):
             weight: number of examples that the value is a mean over.
 
         Raises:
-            ValueError: for a value that is no scalar.
+            ValueError: for a value that is no scalar, and for a name that cannot be one.
         """
+        if not isinstance(name, str) or not name or name in RESERVED:
+            raise ValueError(
+                f"log got the name {name!r}; allowed: any text but {', '.join(RESERVED)}, which "
+                "every stage line uses already"
+            )
         stage = self.__stage.value if self.__in_a_stage else ""
         self.__metrics.log(stage, name, value, weight)
 
@@ -903,12 +908,8 @@ class Brain(SpeechBrainNames):
             self.__on_hand_step,
         ))  # fmt: skip
         for update in self.updates.values():
-            for event, hooks in (
-                ("before_optimizer_step", update.before_step),
-                ("after_optimizer_step", update.after_step),
-            ):
-                if self.callbacks.overrides(event):
-                    hooks.append(partial(self.callbacks.call, event, self))
+            update.before_step.append(partial(self.callbacks.call, "before_optimizer_step", self))
+            update.after_step.append(partial(self.callbacks.call, "after_optimizer_step", self))
         if options.ema_decay is not None:
             self.__ema = WeightAverage(modules, options.ema_decay)
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,6 +213,16 @@ def test_starts_and_ends_are_balanced_where_a_start_fails() -> None:
     ]  # fmt: skip
 
 
+def test_a_callback_that_comes_late_sees_every_event() -> None:
+    recorder = Recorder()
+    brain = make(monitor_every=0)  # No other callback asks for steps.
+    brain.fit([1], batches(1))
+    brain.callbacks.append(recorder)
+    brain.fit([2], batches(1))
+    assert "before_optimizer_step" in recorder.seen
+    assert "after_optimizer_step" in recorder.seen
+
+
 @pytest.mark.parametrize("kind", [Regressor, Players])
 def test_gradients_are_measured_and_not_clipped_before_a_step(kind: type[Brain]) -> None:
     class Norms(Callback):
@@ -363,6 +374,23 @@ def test_what_a_failed_stage_logged_is_in_no_later_one() -> None:
     brain.depth = -1
     brain.fit([1], batches(2))
     assert records.metrics == [("train", {"depth": -1.0})]
+
+
+@pytest.mark.parametrize("name", ["", 3, "seconds", "stage", "skipped"])
+def test_a_name_that_no_metric_may_have_is_refused_where_it_is_logged(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"log got the name {name!r}; allowed: any text but kind"):
+        make().log(name, 1.0)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    class Scored(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> None:
+            for kind in (np.float32, np.int64, np.float64):
+                self.log("value", kind(3))
+
+    reports = Reports()
+    with_callbacks(Scored, reports).fit([1], batches(1))
+    assert reports.metrics == [("train", {"value": 3.0})]
 
 
 def test_what_is_no_scalar_cannot_be_logged() -> None:
