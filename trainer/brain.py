@@ -44,8 +44,8 @@ from trainer.checkpoint.run_state import (
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
 from trainer.data import DataFeed, batch_ids, count_examples, make_feed, make_loader
 from trainer.distributed.strategy import make_strategy
-from trainer.evaluation import evaluation_mode, evaluation_weights, modes_kept
-from trainer.metrics import Mean, StageReport, StepReport, TrainingMetrics
+from trainer.evaluation import evaluation_mode, evaluation_weights, gradients_kept, modes_kept
+from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
 from trainer.optim.build import find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
@@ -357,7 +357,7 @@ class Brain(SpeechBrainNames):
         train, valid = self.__feeds(arguments)
         with self.__fitting() as stack:
             self.__prepare(epoch_counter, self.__saver.recover)
-            stack.callback(self.callbacks.call, "on_fit_end", self)
+            stack.push(self.__telling_end("on_fit_end"))
             self.__start()
             for epoch in self.__epochs(epoch_counter, valid is not None):
                 if self.progress.phase == "train":
@@ -520,8 +520,8 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(self.__reporting_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
             stack.enter_context(self.best_weights(max_key, min_key))
+            stack.push(self.__telling_end("on_evaluate_end"))
             self.callbacks.call("on_evaluate_start", self)
-            stack.callback(self.callbacks.call, "on_evaluate_end", self)
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
             report = self.__evaluate(feed, Stage.TEST, None)
         self.test_metrics = report.metrics or {"loss": report.loss}
@@ -584,8 +584,13 @@ class Brain(SpeechBrainNames):
             weight: number of examples that the value is a mean over.
 
         Raises:
-            ValueError: for a value that is no scalar.
+            ValueError: for a value that is no scalar, and for a name that cannot be one.
         """
+        if not isinstance(name, str) or not name or name in RESERVED:
+            raise ValueError(
+                f"log got the name {name!r}; allowed: any text but {', '.join(RESERVED)}, which "
+                "every stage line uses already"
+            )
         stage = self.__stage.value if self.__in_a_stage else ""
         self.__metrics.log(stage, name, value, weight)
 
@@ -736,20 +741,28 @@ class Brain(SpeechBrainNames):
             precision: precision of forward passes in training; None for that of the run.
         """
         snapshot = Snapshot(self.progress, self.stateful)
+        trained, has_optimizers = self.__trained, bool(self.updates)
+        made = {n: v for n, v in vars(self).items() if n in ("optimizer", "optimizers_dict")}
         muted, intercept, tracer = self.callbacks.muted, self.__intercept, self.__tracer
         outer, self.__on_loss = (self.__on_loss, self.__precision), on_loss
         if precision is not None:
             self.__precision = Precision(precision, self.device)
-        self.zero_grad()
         self.callbacks.muted, self.__intercept, self.__tracer = True, optimize, Tracer()
         self.__depth += 1
         try:
-            with modes_kept(self.modules), self.__saver.disabled():
+            with modes_kept(self.modules), gradients_kept(self.modules), self.__saver.disabled():
+                self.zero_grad()
                 yield
         finally:
             self.__depth -= 1
             self.callbacks.muted, self.__intercept, self.__tracer = muted, intercept, tracer
             self.__on_loss, self.__precision = outer
+            if not has_optimizers:  # The first `fit` builds them.
+                self.updates.clear()
+                self.__ema, self.__trained = None, trained
+                for name in ("optimizer", "optimizers_dict"):
+                    vars(self).pop(name, None)
+                vars(self).update(made)
             snapshot.restore()
 
     def start_training(
@@ -826,6 +839,7 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(torch.enable_grad())
                 snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
                 stack.callback(snapshot.restore)
+                stack.enter_context(gradients_kept(self.modules))
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
             else:
@@ -847,8 +861,16 @@ class Brain(SpeechBrainNames):
         try:
             yield
         except BaseException as error:
-            self.callbacks.call("on_exception", self, error)
+            self.callbacks.call_every("on_exception", error, self, error)
             raise
+
+    def __telling_end(self, event: str) -> Callable[..., None]:
+        """Return the exit function of a context manager that calls the callbacks."""
+
+        def tell(kind: object, error: BaseException | None, trace: object) -> None:
+            self.callbacks.call_every(event, error, self)
+
+        return tell
 
     def __prepare(self, epochs: Any, recover: Callable[[], Any]) -> None:
         """Build the optimizers, and load a checkpoint."""

@@ -13,6 +13,7 @@ of `Brain.configure_callbacks`. They are called in this order.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from trainer.optim.step import Update
     from trainer.progress import Stage
 
+logger = logging.getLogger("trainer")
+
 
 class Callback:
     """Base class of what watches a run. Every method does nothing by default.
@@ -33,7 +36,9 @@ class Callback:
     which every rank must then call.
 
     Only methods that a subclass overrides are called, so that the others cost nothing. An exception
-    in a callback ends the run, and its message names the callback.
+    in a callback ends the run, and its message names the callback. One in `on_fit_end`,
+    `on_evaluate_end` or `on_exception` keeps no other callback from its call; where an exception
+    ends the run already, it is logged.
 
     A callback that has ``state_dict`` and ``load_state_dict`` is saved with every checkpoint, as
     a rank's own state. When the run resumes, events up to the place of the checkpoint come once
@@ -218,6 +223,38 @@ class CallbackList:
             except Exception as error:
                 error.add_note(f"raised by the callback {method.__qualname__}")
                 raise
+
+    def call_every(self, event: str, error: BaseException | None, *arguments: Any) -> None:
+        """Call a method of every callback at the end of something, whatever any of them raises.
+
+        Args:
+            event: name of the method, such as "on_fit_end".
+            error: the exception that ends it, which matters more than one of a callback: that is
+                logged then.
+            arguments: what the method is given.
+
+        Raises:
+            Exception: the first one that a callback raises, with a note that names it.
+        """
+        first: Exception | None = None
+        for method in () if self.muted else self._methods[event]:
+            try:
+                method(*arguments)
+            except Exception as failure:
+                if error is None and first is None:
+                    failure.add_note(f"raised by the callback {method.__qualname__}")
+                    first = failure
+                else:
+                    logger.warning(
+                        "the callback %s failed (%s: %s)",
+                        method.__qualname__, type(failure).__name__, failure,
+                    )  # fmt: skip
+        if first is not None:
+            raise first
+
+    def overrides(self, event: str) -> bool:
+        """Return True if any callback overrides a method."""
+        return bool(self._methods[event])
 
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._callbacks)

@@ -33,6 +33,20 @@ def modes_kept(modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_kept(modules: nn.Module) -> Iterator[None]:
+    """Context manager that restores the gradients of parameters on exit.
+
+    Within it gradients are replaced and not added to, as after ``zero_grad()``.
+    """
+    before = [(p, p.grad) for p in modules.parameters()]
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+@contextmanager
 def rng_kept() -> Iterator[None]:
     """Context manager that restores the random generators of the process on exit."""
     before = seed.rng_state()

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -174,7 +175,9 @@ class Mean:
             # A copy, since the caller may go on computing in place.
             value = value.detach().clone()
             value = value.reshape(()) if value.dim() else value
-        elif not isinstance(value, (int, float)):
+        elif isinstance(value, Real):  # NumPy's numbers, too.
+            value = float(value)
+        else:
             raise ValueError(f"an average is of numbers; got a {type(value).__name__}{of}")
         total = self._sums.setdefault(name, [0.0, 0.0])
         if self._pending or isinstance(value, Tensor):

@@ -680,3 +680,26 @@ def test_a_bar_is_drawn_often_on_a_terminal_and_seldom_in_a_file(
     make(progressbar=True).fit([1], slowly())
     drawn = capsys.readouterr().err.count("epoch 1 train:")
     assert drawn >= 8 if terminal else 1 <= drawn <= 2
+
+
+def test_an_optimizer_that_several_attributes_hold_is_one() -> None:
+    class Alias(Regressor):
+        def init_optimizers(self) -> None:
+            super().init_optimizers()
+            self.mine = self.optimizer
+
+    plain, alias = make(), make(Alias, hparams={})
+    for brain in (plain, alias):
+        brain.fit([1], batches(2))
+    assert list(alias.updates) == ["main"]
+    assert same(everything(plain), everything(alias))
+
+
+def test_an_optimizer_of_two_names_is_refused() -> None:
+    class Twice(Regressor):
+        def init_optimizers(self) -> None:
+            super().init_optimizers()
+            self.optimizers_dict = {"a": self.optimizer, "b": self.optimizer}
+
+    with pytest.raises(ValueError, match="has the same optimizer twice among a, b; allowed: one"):
+        make(Twice).fit([1], batches(1))

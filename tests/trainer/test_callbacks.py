@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.trainer.small import Players, Regressor, batches, everything, make, same, spoilt
-from trainer import Brain, Stage
+from trainer import Brain, Stage, signals
 from trainer.callbacks import EVENTS, Callback, CallbackList
 from trainer.checkpoint import Checkpointer
 
@@ -156,6 +159,81 @@ def test_an_error_in_a_callback_names_it() -> None:
     with pytest.raises(KeyError) as caught:
         with_callbacks(Regressor, Broken()).fit([1], batches(1))
     assert "Broken.on_loss" in "".join(caught.value.__notes__)
+
+
+class Failing(Callback):
+    """Fails at the end of a run."""
+
+    def on_fit_end(self, brain: Brain) -> None:
+        raise OSError("no space")
+
+    def on_exception(self, brain: Brain, error: BaseException) -> None:
+        raise OSError("no space")
+
+
+class Stopping(Regressor):
+    """Is told to stop."""
+
+    def on_fit_batch_end(self, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_callback_that_fails_at_the_end_keeps_no_other_from_it() -> None:
+    recorder = Recorder()
+    with pytest.raises(OSError, match="no space") as caught:
+        with_callbacks(Regressor, Failing(), recorder).fit([1], batches(1))
+    assert "Failing.on_fit_end" in "".join(caught.value.__notes__)
+    assert recorder.seen[-2:] == ["on_fit_end", "on_exception"]
+
+
+def test_a_callback_that_fails_at_the_end_hides_no_error_and_no_stop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signals.install()
+    saver = Checkpointer(tmp_path)
+    try:
+        with pytest.raises(signals.Interrupted):
+            with_callbacks(Stopping, Failing(), recorder, checkpointer=saver).fit([1], batches(2))
+    finally:
+        signals.reset()
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert len(saver.list_checkpoints()) == 1
+    assert recorder.seen[-3:] == ["on_fit_end", "on_checkpoint", "on_exception"]
+    assert "Failing.on_fit_end failed (OSError: no space)" in caplog.text
+    assert "Failing.on_exception failed (OSError: no space)" in caplog.text
+
+
+def test_starts_and_ends_are_balanced_where_a_start_fails() -> None:
+    class Refusing(Callback):
+        def on_fit_start(self, brain: Brain) -> None:
+            raise KeyError
+
+        def on_evaluate_start(self, brain: Brain) -> None:
+            raise KeyError
+
+    recorder = Recorder()
+    brain = with_callbacks(Regressor, recorder, Refusing())
+    with pytest.raises(KeyError):
+        brain.fit([1], batches(1))
+    with pytest.raises(KeyError):
+        brain.evaluate(batches(1))
+    assert recorder.seen == [
+        "on_fit_start", "on_fit_end", "on_exception",
+        "on_evaluate_start", "on_evaluate_end", "on_exception",
+    ]  # fmt: skip
+
+
+def test_a_callback_that_comes_late_sees_every_event() -> None:
+    recorder = Recorder()
+    brain = make(monitor_every=0)  # No other callback asks for steps.
+    brain.fit([1], batches(1))
+    brain.callbacks.append(recorder)
+    brain.fit([2], batches(1))
+    assert "before_optimizer_step" in recorder.seen
+    assert "after_optimizer_step" in recorder.seen
 
 
 @pytest.mark.parametrize("kind", [Regressor, Players])
@@ -309,6 +387,23 @@ def test_what_a_failed_stage_logged_is_in_no_later_one() -> None:
     brain.depth = -1
     brain.fit([1], batches(2))
     assert records.metrics == [("train", {"depth": -1.0})]
+
+
+@pytest.mark.parametrize("name", ["", 3, "seconds", "stage", "skipped"])
+def test_a_name_that_no_metric_may_have_is_refused_where_it_is_logged(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"log got the name {name!r}; allowed: any text but kind"):
+        make().log(name, 1.0)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    class Scored(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> None:
+            for kind in (np.float32, np.int64, np.float64):
+                self.log("value", kind(3))
+
+    reports = Reports()
+    with_callbacks(Scored, reports).fit([1], batches(1))
+    assert reports.metrics == [("train", {"value": 3.0})]
 
 
 def test_what_is_no_scalar_cannot_be_logged() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 import trainer.brain
 from tests.trainer.small import Players, Regressor, batches, everything, make, same, spoilt
 from trainer import Brain, Stage
+from trainer.brain import FitArguments
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint.run_state import Snapshot, StateEntry
+from trainer.clipping import AutoClip
 from trainer.progress import Progress
+from trainer.schedules import WarmupDecay
 
 FIELDS = 15  # At most so many fields.
 
@@ -145,6 +149,54 @@ def test_a_sandbox_leaves_everything_as_it_was(kind: type[Brain], precision: str
     for p, grad in zip(brain.modules.parameters(), grads, strict=True):
         assert (p.grad is None) == (grad is None)
         assert grad is None or torch.equal(p.grad, grad)
+
+
+def test_a_sandbox_before_the_first_fit_leaves_nothing() -> None:
+    class Marking(Regressor):
+        def init_optimizers(self) -> None:
+            super().init_optimizers()
+            self.mine = self.optimizer
+
+        def on_fit_batch_end(self, *args: Any) -> None:
+            self.late = self.step
+
+    def ends(sandboxed: bool) -> list[Any]:
+        hparams = {
+            "clip": AutoClip(),
+            "schedule": partial(WarmupDecay, warmup_steps=2, total_steps=9),
+        }
+        brain = make(Marking, norm=True, ema_decay=0.9, hparams=hparams)
+        torch.manual_seed(1)
+        before = dir(brain)
+        if sandboxed:
+            with brain.sandbox():
+                brain.fit([1, 2], batches(4, seed=9), batches(1))
+        assert dir(brain) == before
+        brain.fit([1, 2], batches(3), batches(1))
+        return everything(brain)
+
+    assert same(ends(sandboxed=True), ends(sandboxed=False))
+
+
+def test_a_brain_that_trained_in_a_sandbox_alone_has_not_trained(tmp_path: Path) -> None:
+    brain = make(checkpointer=Checkpointer(tmp_path))
+    with brain.sandbox():
+        brain.start_training(FitArguments([1], batches(2)))
+    with pytest.raises(ValueError, match="this Brain has not trained"):
+        brain.evaluate(batches(1))
+
+
+def test_a_sandbox_leaves_gradients_that_are_in_no_optimizer() -> None:
+    class Half(Regressor):
+        def init_optimizers(self) -> None:
+            self.optimizer = torch.optim.SGD(self.modules.net[0].parameters(), lr=0.1)
+
+    brain = make(Half)
+    brain.fit([1], batches(1))
+    grad = brain.modules.net[2].weight.grad = torch.ones(2, 6)
+    with brain.sandbox():
+        brain.train_batch(batches(1)[0])
+    assert brain.modules.net[2].weight.grad is grad
 
 
 class Centred(nn.Module):

@@ -107,11 +107,12 @@ def test_the_limit_of_elements_is_looked_for_where_elements_are_clipped() -> Non
 def test_a_kind_with_a_limit_keeps_it_and_others_make_room_for_a_joint_norm(
     clip: Any, kind: str, measure: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    brain = make(Regressor, hparams={"clip": clip})
+    brain, limit = make(Regressor, hparams={"clip": clip}), clip.limit
     advice = found(brain, batches(12), find_clip=True)["find_clip"]["main"]
     assert advice.kind == kind
     assert measure in capsys.readouterr().out
-    assert brain.updates["main"].clip is clip
+    assert brain.hparams.clip is clip
+    assert clip.limit == limit
     largest = advice.percentiles[100]
     usual = found(make(Regressor), batches(12), find_clip=True)["find_clip"]["main"]
     if isinstance(clip, (LayerClip, NormClip)):
@@ -170,6 +171,7 @@ def test_a_schedule_counts_from_the_rate_that_was_found() -> None:
     peak = both["find_lr"]["main"].lr
     assert peak not in (None, 0.01)
     assert max(rates[-SMALL["find_steps"] :]) == pytest.approx(peak, rel=0.05)
+    brain.fit([1], batches(1))
     assert brain.optimizer.param_groups[0]["initial_lr"] == 0.01
 
 
@@ -278,6 +280,7 @@ def test_each_player_has_a_recommendation_of_its_own() -> None:
     findings = found(brain, batches(30), find_clip=True, find_lr=True)
     for each in findings.values():
         assert sorted(each) == ["discriminator", "generator"]
+    brain.fit([1], batches(1))
     for update, limit in (("generator", 3.0), ("discriminator", math.inf)):
         assert brain.updates[update].clip.limit == limit
         assert findings["find_lr"][update].limit == limit

@@ -136,12 +136,15 @@ class UserAttributes:
         """Return the state for as long as the process lives.
 
         It also has what a checkpoint cannot hold: the objects, and the entries of containers.
+        Attributes that appear later are removed by loading it.
         """
         kept = {name: _keep(value) for name, value in self._values()[1].items()}
-        return {**self.state_dict(), "kept": kept}
+        return {**self.state_dict(), "kept": kept, "names": list(self._own())}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
+        for name in set(self._own()).difference(saved.get("names", self._own())):
+            delattr(self._owner, name)
         kept = saved.get("kept", {})
         for name, restored in kept.items():
             setattr(self._owner, name, restored())

@@ -231,14 +231,22 @@ def find_optimizers(
         precision: training precision.
 
     Raises:
-        ValueError: for something that is no optimizer or needs a closure, for a clip limit that is
-            none, and for float16 weights under fp16.
+        ValueError: for something that is no optimizer or needs a closure, for one that has two
+            names, for a clip limit that is none, and for float16 weights under fp16.
     """
     found = optimizers_dict
     if found is None:
-        found = {n: v for n, v in attributes.items() if isinstance(v, torch.optim.Optimizer)}
+        found = {}
+        for name, value in attributes.items():  # Several attributes may hold the same one.
+            if isinstance(value, torch.optim.Optimizer) and value not in found.values():
+                found[name] = value
         if list(found) == ["optimizer"]:
             found = {"main": found["optimizer"]}
+    if len({id(optimizer) for optimizer in found.values()}) < len(found):
+        raise ValueError(
+            f"optimizers_dict has the same optimizer twice among {', '.join(found)}; allowed: "
+            "one name for each"
+        )
     for name, optimizer in found.items():
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(

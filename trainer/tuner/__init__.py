@@ -61,7 +61,7 @@ def search(brain: Brain, arguments: FitArguments) -> NoReturn:
     This is the driver of `Brain.fit` under ``--find_lr`` and ``--find_clip``.
 
     Args:
-        brain: the Brain, which is as before afterwards, apart from the optimizers that it has then.
+        brain: the Brain, which is as before afterwards.
         arguments: the arguments of its `fit`.
 
     Raises:
@@ -80,8 +80,8 @@ def search(brain: Brain, arguments: FitArguments) -> NoReturn:
             ratios = {name: each.ratio for name, each in rates.items()}
         if brain.options.find_clip:
             findings["find_clip"] = {name: find_limit(runner, name, ratios) for name in names}
-    if distributed.is_main():
-        _report(brain, findings)
+        if distributed.is_main():
+            _report(brain, findings)
     raise SearchOver(findings)
 
 
