@@ -617,6 +617,8 @@ BOMBS = {
     "a long chain": "".join(f"a{i}: !ref <a{i + 1}>\n" for i in range(4000)) + "a4000: 1\n",
     "a sum": "a: 99\nb: !ref <a>**<a>**<a>\n",
     "a text times a number": "a: 999999999\nb: !ref '(x) * <a>'\nc: !ref \"<b><b>\"\nd: [1, 2\n",
+    "merges of merges": "m0: &m0 {a: 1}\n"
+    + "".join(f"m{i}: &m{i} {{<<: *m{i - 1}, k{i}: 1}}\n" for i in range(1, 800)),
     "one huge text": "a: " + "x" * 10**7 + "\n",
 }
 

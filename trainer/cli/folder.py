@@ -126,7 +126,7 @@ class RunFolder:
             self._lock = None
 
     def record(
-        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], mark: str = HEADER
+        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], header: str = HEADER
     ) -> list[str]:
         """Record the start of a run.
 
@@ -134,7 +134,7 @@ class RunFolder:
             hyperparams: text of hyperparams.yaml.
             command: the command line.
             where: environment, as JSON.
-            mark: first line of hyperparams.yaml.
+            header: first line of hyperparams.yaml.
 
         Returns:
             The changes of hyperparams.yaml since the last start, such as "lr: 0.1 -> 0.2".
@@ -142,7 +142,7 @@ class RunFolder:
         path = self.path / HYPERPARAMS
         before = path.read_text(encoding="utf-8") if path.exists() else None
         changes = [] if before is None else differences(before, hyperparams)
-        _write(path, f"{mark}\n{hyperparams}")
+        _write(path, f"{header}\n{hyperparams}")
         _write(self.path / "environment.json", json.dumps(where, indent=1) + "\n")
         self.add_command(command)
         return changes

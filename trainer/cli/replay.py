@@ -37,7 +37,9 @@ def command(argv: Sequence[str]) -> list[str]:
     Raises:
         ValueError: the folder has no such step, or does not say how the run was started.
     """
-    parser = argparse.ArgumentParser(usage=USAGE[7:], add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--script")
     given, rest = parser.parse_known_args(argv)
     if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):

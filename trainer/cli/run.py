@@ -241,9 +241,9 @@ def _run(
     seed_everything(options.seed, distributed.rank())
     with ExitStack() as stack:
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
-        mark = LAUNCH_HEADER if argv is None else HEADER
+        header = LAUNCH_HEADER if argv is None else HEADER
         folder, changes = stack.enter_context(
-            _run_folder(hyperparameters, options, _source(train), command, mark)
+            _run_folder(hyperparameters, options, _source(train), command, header)
         )
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
         stack.callback(log.close)
@@ -271,7 +271,7 @@ def _run_folder(
     options: RunOptions,
     source: Path | None,
     command: list[str],
-    mark: str,
+    header: str,
 ) -> Iterator[tuple[Path, list[str]]]:
     """Open the run folder on the main process; yield it with changes since the last start."""
     if options.debug:
@@ -296,7 +296,7 @@ def _run_folder(
                     command
                 )  # A search leaves the record of an earlier run unchanged.
             else:
-                changes = folder.record(hyperparameters.dump(), command, where, mark)
+                changes = folder.record(hyperparameters.dump(), command, where, header)
         except (ValueError, OSError) as error:
             problem = session.message(error)
     problem = distributed.broadcast_json(problem)

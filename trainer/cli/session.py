@@ -112,9 +112,9 @@ def logged_exceptions(log: TextLog, note: str = "") -> Iterator[None]:
 def is_user_error(error: BaseException) -> bool:
     """Return True for an error that users can correct, so that its message is enough.
 
-    These are what the system refuses (files, space), and what the trainer and the recipes raise
-    themselves, including a package that is not installed. An error from a library below them, or of
-    an unforeseen import, is a bug that needs its traceback.
+    These are errors of the operating system (a missing file, a full disk), and errors that the
+    trainer or a recipe raises itself. An error that a library raises, or an import that fails
+    unexpectedly, is a bug and needs its traceback.
     """
     if isinstance(error, OSError):
         return True

@@ -51,8 +51,9 @@ from trainer.config.reading import (
 from trainer.config.registry import Registry
 from trainer.options import nearest
 
-ATTRIBUTE = "!attribute"  # of this module: [object, "name.of.attribute"], for `!ref <object.name>`
-PARENTHESES = "!parentheses"  # of this module: text that is read as a tuple, such as "(3, 4)"
+# Tags that only this module makes; they are refused in a YAML.
+ATTRIBUTE = "!attribute"  # [object, "name.of.attribute"], for `!ref <object.name>`
+PARENTHESES = "!parentheses"  # text that is built as a tuple, such as "(3, 4)"
 STEP = re.compile(r"(^|\.|\[)([^.\[\]]*)")  # the steps of "a[b].c" are "a", "[b" and ".c"
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
@@ -91,7 +92,7 @@ def resolve(root: MappingNode, registry: Registry) -> MappingNode:
 
 
 class _Resolver:
-    """Replaces references in place, each node once; detects circular ones."""
+    """Replaces references in place, each node once, and refuses circular ones."""
 
     def __init__(self, root: MappingNode, registry: Registry) -> None:
         self.root = root
@@ -285,7 +286,7 @@ def _loader(root: Node, places: dict[Node, str], registry: Registry) -> type[Saf
             return root
 
         def construct_object(self, node: Any, deep: bool = True) -> Any:
-            """Construct a value; an error of a named object's own gets its place."""
+            """Construct a value with everything below it; errors name key, file and line."""
             try:
                 return super().construct_object(node, deep=True)
             except BuildError:

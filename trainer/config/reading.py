@@ -47,6 +47,7 @@ TUPLE = "!tuple"
 REFERENCES = ("!ref", "!copy")
 TAGS = (*REFERENCES, TUPLE, "!PLACEHOLDER")
 REFERENCE = re.compile(r"<([^<>]*)>")
+OPENING_BRACKETS = re.compile(rf"(?:[\[{{] *){{{MAX_DEPTH + 1}}}")
 
 Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
@@ -76,7 +77,7 @@ class _Reader:
         self.files = 0
 
     def read(self, path: Path, chain: tuple[Path, ...], at: Keys = ()) -> MappingNode:
-        """Read one file that the files in `chain` led to, as the value of the keys `at`."""
+        """Read one file; `chain` are the files that include it, `at` the keys of its content."""
         real = path.resolve()
         if real in chain:
             loop = " -> ".join(str(each) for each in (*chain[chain.index(real) :], real))
@@ -137,7 +138,7 @@ def _rename_options(root: MappingNode) -> None:
             if ALIASES[key.value] in names:
                 raise ValueError(
                     f"{location(key)}: {key.value} is the former name of {ALIASES[key.value]}, "
-                    "which is there too; remove one"
+                    "which is given too; remove one"
                 )
             key.value = current_name(key.value)
     _rewrite_references(root, lambda key: ALIASES.get(key, key))
@@ -207,6 +208,9 @@ def compose(text: str, name: str) -> Node:
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{name} has more than {MAX_CHARACTERS // 1024} KiB: too large for a YAML")
+    if brackets := OPENING_BRACKETS.search(text):  # ruamel.yaml's scanner is slow on these.
+        line = text.count("\n", 0, brackets.start()) + 1
+        raise ValueError(f"{name}, line {line}: nested more than {MAX_DEPTH} levels deep")
     stream = io.StringIO(text)
     stream.name = name  # The marks take their file name from here.
     yaml = YAML(typ="safe", pure=True)
@@ -295,6 +299,7 @@ class _Composer(Composer):
             for source in merged.value if isinstance(merged, SequenceNode) else [merged]:
                 if not isinstance(source, MappingNode):
                     raise ValueError(f"{location(merged)}: << merges mappings, nothing else")
+                self.count += len(source.value)
                 for key, value in source.value:
                     # A shared key would be written as an alias.
                     pairs.setdefault(key.value, (copy.copy(key), value))

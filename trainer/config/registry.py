@@ -163,12 +163,12 @@ class Registry:
         return None
 
     def _related(self, module: str) -> bool:
-        """Return True for a module inside of something allowed, or on the way to it."""
+        """Return True for a module that is allowed, or that contains an allowed name."""
         ahead = (rule.startswith(f"{module}.") for rule, allowed in self.rules.items() if allowed)
         return self._decision(module) is True or any(ahead)
 
     def _step(self, owner: Any, path: str, part: str, name: str) -> Any:
-        """Return the module `path`, imported if it is related to a rule, or else an attribute."""
+        """Return the module `path`, imported if it is related, or else the attribute `part`."""
         related = self._related(path)
         is_module = (owner is None or inspect.ismodule(owner)) and _is_module(path)
         if related and is_module:
