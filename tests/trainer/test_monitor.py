@@ -148,6 +148,32 @@ def test_a_record_waits_for_nothing_that_a_step_does_not_wait_for() -> None:
     assert on == off == 24
 
 
+def test_a_step_between_records_calls_nothing_of_the_monitor(tmp_path: Path) -> None:
+    class Watched(Regressor):
+        def on_fit_batch_start(self, *_: Any) -> None:
+            update = self.updates["main"]
+            hooked.append(len(update.before_step))
+
+    hooked: list[int] = []
+    make(Watched, monitor_every=4, output_folder=str(tmp_path)).fit([1], batches(9))
+    # Two in the step that is measured, and in the next one, which brings its numbers.
+    assert hooked == [1, 1, 1, 2, 2, 1, 1, 2, 2]
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8]
+
+
+def test_an_optimizer_that_steps_twice_in_a_batch_is_measured(tmp_path: Path) -> None:
+    class Twice(Regressor):
+        def fit_batch(self, batch: Any) -> Any:
+            for _ in range(2):
+                report = super().fit_batch(batch)
+            return report
+
+    make(Twice, monitor_every=4, output_folder=str(tmp_path)).fit([1], batches(8))
+    norms = [line["optimizers"]["main"]["norms"] for line in lines(tmp_path)]
+    assert sum(map(len, norms)) >= 12
+    assert all(4 <= len(each) <= 5 for each in norms)
+
+
 @pytest.mark.parametrize("every", [1, 4])
 def test_the_norm_after_cutting_elements_comes_with_the_next_step(
     every: int, tmp_path: Path

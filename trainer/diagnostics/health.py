@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trainer.diagnostics.layer_norms import LayerNorms, rounded
-
 WINDOW = 100  # Steps that shares and medians are over.
 MIN_NORMS = 20  # Norms in the window before any can be a spike.
 SPIKE_FACTOR = 4.0  # A spike is above the median by this factor.
@@ -18,6 +16,10 @@ CLIPPED_SHARE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
 TINY = 1e-6  # A vanishing norm, or share of the largest layer's norm.
 PATIENCE = 3  # Records in a row before a layer is warned of.
 GROWTH, BLOCKS = 4.0, 5  # Warn if so many medians in a row rise, by this factor in all.
+MAX_NAMED = 3  # Layers or parameters that a warning names.
+
+# By layer: "grad", "weight", "update" and "ratio" (update over weight).
+LayerNorms = dict[str, dict[str, float | None]]
 
 
 class Step(NamedTuple):
@@ -58,7 +60,6 @@ class Health:
         """
         norms = [step.norm for step in self._window]
         usual = statistics.median(norms) if len(norms) >= MIN_NORMS else math.inf
-        spikes = [step.norm for step in steps if step.norm > SPIKE_FACTOR * usual]
         self._window.extend(steps)
         self._medians.append(statistics.median(step.norm for step in steps))
         self._steps += len(steps)
@@ -69,64 +70,63 @@ class Health:
             ],
             "limits": [step.limit for step in steps],  # Infinity, for no limit, is null in JSON.
             "clipped_share": rounded(sum(s.clipped for s in self._window) / len(self._window)),
-            "spikes": len(spikes),
+            "spikes": sum(step.norm > SPIKE_FACTOR * usual for step in steps),
         }
-        return facts, [*self._check_norms(len(steps)), *self._check_layers(layers)]
+        warnings = []
+        found = self._check_norms(len(steps)) | self._check_layers(layers)
+        for kind, text in found.items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.append(text)
+        return facts, warnings
 
-    def _once(self, kind: str, text: str) -> list[str]:
-        if kind in self._warned:
-            return []
-        self._warned.add(kind)
-        return [text]
-
-    def _check_norms(self, block: int) -> list[str]:
-        """Return warnings about the norms of whole steps, ``block`` of which were added."""
-        window, found = list(self._window), []
-        if len(window) == WINDOW:
-            norms = sorted(step.norm for step in window)
-            middle, lr = statistics.median(norms), window[-1].lr
-            large = sum(norm > LARGE_NORM for norm in norms)
-            if large >= LARGE_SHARE * WINDOW:
-                found += self._once("large", (
-                    f"the gradient norm of {self.name!r} was above {LARGE_NORM:g} before clipping "
-                    f"in {large} of the last {WINDOW} steps (median {middle:.3g}). Lower the "
-                    f"learning rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum "
-                    "over frames or examples, take the mean"
-                ))  # fmt: skip
-            clipped = sum(step.clipped for step in window)
-            if clipped >= CLIPPED_SHARE * WINDOW and len({step.limit for step in window}) == 1:
-                found += self._once("clipped", (
-                    f"{clipped} of the last {WINDOW} steps of {self.name!r} were clipped (limit "
-                    f"{window[-1].limit:g}, median norm {middle:.3g}): the limit, and not the "
-                    "gradient, decides how far a step goes. Raise max_grad_norm to about "
-                    f"{norms[int(0.9 * WINDOW)]:.2g}, the 90th percentile of these norms, or "
-                    "lower the learning rate if the loss jumps"
-                ))  # fmt: skip
-            if norms[-1] < TINY:
-                found += self._once("vanishing", (
-                    f"the gradient norm of {self.name!r} was below {TINY:g} in all of the last "
-                    f"{WINDOW} steps (median {middle:.3g}): nothing is learned any more. Look for "
-                    "a saturated output, dead activations, or a loss that is divided twice"
-                ))  # fmt: skip
-        return found + self._check_drift(block)
-
-    def _check_drift(self, block: int) -> list[str]:
-        medians = list(self._medians)
+    def _check_norms(self, block: int) -> dict[str, str]:
+        """Return warnings by kind about whole steps, ``block`` of which were added."""
+        found = {}
+        medians, window = list(self._medians), list(self._window)
         rising = all(a < b for a, b in zip(medians, medians[1:], strict=False))
-        if len(medians) < BLOCKS or not rising or medians[-1] < max(1.0, GROWTH * medians[0]):
-            return []
-        factor = medians[-1] / medians[0] if medians[0] else math.inf
-        return self._once("drift", (
-            f"the gradient norm of {self.name!r} has grown without a pause over the last "
-            f"{BLOCKS * block} steps, from {medians[0]:.3g} to {medians[-1]:.3g} ({factor:.2g} "
-            "times): a run usually diverges soon after. Lower the learning rate now, or lengthen "
-            "its warm-up; a checkpoint from before the growth is the one to go back to"
-        ))  # fmt: skip
+        if len(medians) == BLOCKS and rising and medians[-1] >= max(1.0, GROWTH * medians[0]):
+            factor = medians[-1] / medians[0] if medians[0] else math.inf
+            found["drift"] = (
+                f"the gradient norm of {self.name!r} has grown without a pause over the last "
+                f"{BLOCKS * block} steps, from {medians[0]:.3g} to {medians[-1]:.3g} ({factor:.2g} "
+                "times): a run usually diverges soon after. Lower the learning rate now, or "
+                "lengthen its warm-up; a checkpoint from before the growth is the one to go back to"
+            )
+        if len(window) < WINDOW:
+            return found
+        norms = sorted(step.norm for step in window)
+        middle, lr = statistics.median(norms), window[-1].lr
+        large = sum(norm > LARGE_NORM for norm in norms)
+        if large >= LARGE_SHARE * WINDOW:
+            found["large"] = (
+                f"the gradient norm of {self.name!r} was above {LARGE_NORM:g} before clipping "
+                f"in {large} of the last {WINDOW} steps (median {middle:.3g}). Lower the "
+                f"learning rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum "
+                "over frames or examples, take the mean"
+            )
+        clipped = sum(step.clipped for step in window)
+        if clipped >= CLIPPED_SHARE * WINDOW and len({step.limit for step in window}) == 1:
+            found["clipped"] = (
+                f"{clipped} of the last {WINDOW} steps of {self.name!r} were clipped (limit "
+                f"{window[-1].limit:g}, median norm {middle:.3g}): the limit, and not the "
+                "gradient, decides how far a step goes. Raise max_grad_norm to about "
+                f"{norms[int(0.9 * WINDOW)]:.2g}, the 90th percentile of these norms, or "
+                "lower the learning rate if the loss jumps"
+            )
+        if norms[-1] < TINY:
+            found["vanishing"] = (
+                f"the gradient norm of {self.name!r} was below {TINY:g} in all of the last "
+                f"{WINDOW} steps (median {middle:.3g}): nothing is learned any more. Look for "
+                "a saturated output, dead activations, or a loss that is divided twice"
+            )
+        return found
 
-    def _check_layers(self, layers: LayerNorms) -> list[str]:
-        """Return warnings about layers that do not move, or that gradients hardly reach."""
+    def _check_layers(self, layers: LayerNorms) -> dict[str, str]:
+        """Return warnings by kind about layers that do not move or have hardly any gradient."""
+        found: dict[str, str] = {}
         if not layers or not self._window[-1].lr:  # At a rate of 0 nothing is meant to move.
-            return []
+            return found
         largest = max((each["grad"] or 0.0 for each in layers.values()), default=0.0)
         still, faint = [], []
         for layer, each in layers.items():
@@ -135,23 +135,23 @@ class Health:
             weak = grad is not None and 0.0 < grad < TINY * largest
             self._faint[layer] = self._faint.get(layer, 0) + 1 if weak else 0
             if self._still[layer] == PATIENCE:
-                still.append(f"{layer} ({_describe(grad)})")
+                cause = "no gradient" if grad is None else f"gradient {grad:.2g}"
+                still.append(f"{layer} ({'its gradient is 0' if grad == 0.0 else cause})")
             elif self._faint[layer] == PATIENCE:
                 faint.append(layer)
-        found = []
         if still:
-            found += self._once(f"still {still[0]}", (
-                f"{_shortened(still)} did not move in the last {PATIENCE} records, {self._steps} "
+            found[f"still {still[0]}"] = (
+                f"{first_names(still)} did not move in the last {PATIENCE} records, {self._steps} "
                 f"steps into the run. If the loss of {self.name!r} is meant to reach it, something "
                 "is detached or left out on the way; if not, requires_grad_(False) freezes it for "
                 "good"
-            ))  # fmt: skip
+            )
         if faint:
-            found += self._once(f"faint {faint[0]}", (
-                f"gradients vanish on their way to {_shortened(faint)}: less than {TINY:g} of the "
+            found[f"faint {faint[0]}"] = (
+                f"gradients vanish on their way to {first_names(faint)}: less than {TINY:g} of the "
                 f"largest layer's arrives, {PATIENCE} records in a row. Residual connections, "
                 "another initialisation, a normalisation or fewer saturating activations help"
-            ))  # fmt: skip
+            )
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,12 +173,12 @@ class Health:
         self._warned, self._steps = set(state["said"]), state["steps"]
 
 
-def _describe(grad: float | None) -> str:
-    if grad is None:
-        return "no gradient"
-    return "its gradient is 0" if grad == 0.0 else f"gradient {grad:.2g}"
+def rounded(value: float) -> float:
+    """Round to five digits, to keep records short."""
+    return float(f"{value:.5g}")
 
 
-def _shortened(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def first_names(names: Sequence[str]) -> str:
+    """Return the first names of a list, and the number of the others."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

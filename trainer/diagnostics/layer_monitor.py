@@ -2,7 +2,8 @@
 
 Every ``monitor_every`` steps of an optimizer it writes a record of kind "monitor": the gradient
 norms of all steps since the last record, and of each layer the norms of its gradient, weights and
-update.
+update. A layer is a module that holds parameters itself: "encoder.0.attention" is its weight and
+bias.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +19,8 @@ from torch import Tensor
 
 from trainer import distributed
 from trainer.callbacks import Callback
-from trainer.clipping import Gradients, joint, norms
-from trainer.diagnostics.health import Health, Step
-from trainer.diagnostics.layer_norms import LayerMeter
+from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
+from trainer.diagnostics.health import Health, LayerNorms, Step, first_names, rounded
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
@@ -30,23 +31,75 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainer")
 
+# Number of elements of a parameter that its histogram is made from, evenly spread.
+SAMPLE_SIZE = 2048
+# Clip kinds that know the norm after clipping, so that nothing is measured between records.
+KNOWING_KINDS = (AGC, AdaGC, AutoClip, NormClip, ZClip)
 
-class _Monitored:
-    """State of the monitor for one optimizer.
+
+class _Meter:
+    """Measurements of one optimizer.
 
     Attributes:
-        steps: steps since the last record.
-        place: step and epoch of the record whose layers are still on the device, or None.
+        health: what earlier steps tell about it.
+        steps: reports of the steps since the last record.
+        params: parameters at the step that is measured.
+        copies: their values before that step; empty but during it.
+        samples: names and values for the histograms of that step.
+        hooked: True if the hooks of the monitor are called at the next step.
     """
 
     def __init__(self, update: Update, names: Mapping[int, str]) -> None:
-        self.update, self.meter, self.health = (
-            update,
-            LayerMeter(update, names),
-            Health(update.name),
-        )
-        self.steps: list[Step] = []
-        self.place: dict[str, int] | None = None
+        self.update, self.health = update, Health(update.name)
+        self.steps: list[StepReport] = []
+        update.history = self.steps
+        self.names = {
+            id(p): names.get(id(p), f"{update.name}.{number}")
+            for number, p in enumerate(update.all_params)
+        }
+        self.params: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        self.samples: list[tuple[str, Tensor]] = []
+        self.hooked = False
+
+    @torch.no_grad()
+    def begin(self, histograms: bool) -> None:
+        """Copy the weights before a step; sample weights and gradients if ``histograms``."""
+        self.params, self.samples = self.update.params, []
+        self.copies = [p.detach().clone() for p in self.params]
+        for p in self.params if histograms else ():
+            name = self.names.get(id(p), self.update.name)
+            self.samples.append((f"weights/{name}", _sample(p)))
+            if p.grad is not None and not p.grad.is_sparse:
+                self.samples.append((f"gradients/{name}", _sample(p.grad)))
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """Return the norms of the updates, then of the weights, (2 P,) on the device."""
+        before, after = self.copies, [p.detach() for p in self.params]
+        self.copies = []
+        if self.samples:  # They are on the host before the numbers of the next step are.
+            names, values = zip(*self.samples, strict=True)
+            joined = torch.cat([each.to(values[0].device) for each in values])
+            parts = joined.to("cpu", non_blocking=True).split(list(map(len, values)))
+            self.samples = list(zip(names, parts, strict=True))
+        torch._foreach_sub_(before, after)
+        return torch.cat([norms(before), norms(after)])
+
+    def layers(self, values: Sequence[float], grads: Mapping[int, float]) -> LayerNorms:
+        """Return the norms of each layer.
+
+        Args:
+            values: what `measure` returned, on the host.
+            grads: norms of the gradients, by ``id`` of the parameter.
+        """
+        found: dict[str, list[tuple[float | None, float, float]]] = {}
+        number = len(self.params)
+        for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):
+            name = self.names.get(id(p), self.update.name)
+            layer = found.setdefault(name.rpartition(".")[0] or name, [])
+            layer.append((grads.get(id(p)), weight, update))
+        return {layer: _join(parts) for layer, parts in found.items()}
 
 
 class LayerMonitor(Callback):
@@ -59,130 +112,146 @@ class LayerMonitor(Callback):
     that is pending.
 
     Args:
-        every: optimizer steps between two records.
+        every: optimizer steps between two records. Of an optimizer that steps several times in a
+            batch, there may be a few more.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self._optimizers: dict[str, _Monitored] = {}
+        self._meters: dict[str, _Meter] = {}
+        self._brain: Brain | None = None
         self._loggers: LoggerCallback | None = None
         self._idle: str | None = None  # Warning that the first record carries.
 
     def on_fit_start(self, brain: Brain) -> None:
         """Find the optimizers and the loggers."""
         loggers = (each for each in brain.callbacks if isinstance(each, LoggerCallback))
-        self._loggers = next(loggers, None)
-        if self._optimizers:
+        self._loggers, self._brain = next(loggers, None), brain
+        if self._meters:
             return
-        names = {id(p): name for name, p in brain.modules.named_parameters()}
-        self._optimizers = {
-            name: _Monitored(update, names) for name, update in brain.updates.items()
-        }
-        self._idle = _without_optimizer(brain)
+        params = dict(brain.modules.named_parameters())
+        names = {id(p): name for name, p in params.items()}
+        self._meters = {name: _Meter(each, names) for name, each in brain.updates.items()}
+        owned = {id(p) for update in brain.updates.values() for p in update.all_params}
+        idle = [name for name, p in params.items() if p.requires_grad and id(p) not in owned]
+        if idle:
+            self._idle = (
+                f"no optimizer has {first_names(idle)}: they never move. Give them to an "
+                "optimizer, or say requires_grad_(False), which saves their gradients"
+            )
 
-    def before_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
+    def on_batch_start(self, brain: Brain, batch: Any) -> None:
+        """Hook into the next step if there is something to measure in it."""
+        for meter in self._meters.values():
+            update = meter.update
+            due = len(meter.steps) + 1 >= self.every or not isinstance(update.clip, KNOWING_KINDS)
+            if due and not meter.hooked:
+                update.before_step.append(self._before_step)
+                update.after_step.append(self._after_step)
+            elif meter.hooked and not due:
+                update.before_step.remove(self._before_step)
+                update.after_step.remove(self._after_step)
+            meter.hooked = due
+
+    def _before_step(self, update: Update, gradients: Gradients) -> None:
         """Copy the weights if this step is measured."""
-        each = self._optimizers[update.name]
-        if len(each.steps) + 1 >= self.every:
-            each.meter.begin(self._loggers is not None and self._loggers.wants_histograms)
+        meter = self._meters[update.name]
+        if len(meter.steps) + 1 >= self.every:
+            meter.begin(self._loggers is not None and self._loggers.wants_histograms)
 
-    def after_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
+    def _after_step(self, update: Update, gradients: Gradients) -> None:
         """Measure what the step did, without waiting for the device."""
-        each = self._optimizers[update.name]
-        measured = each.meter.started
-        vectors: list[Tensor] = []
-        if gradients.norm_after is None:  # The clipper does not know it without measuring.
-            vectors.append(norms(gradients.tensors))
-        clipped = len(gradients.tensors) if vectors else 0
-        if measured:
-            vectors.append(each.meter.finish())
-        if not vectors:
+        meter, brain = self._meters[update.name], self._brain
+        if brain is None or brain.callbacks.muted:
+            meter.copies = []
             return
+        # The step of this batch is counted at its end.
+        place = {"step": brain.optimizer_step + 1, "epoch": brain.epoch}
+        grads = {id(p): norm for p, norm in zip(*update.measured, strict=True)}
+        unknown = gradients.tensors if gradients.norm_after is None else []
+        vectors = [norms(unknown)] if unknown else []
+        if measured := bool(meter.copies):
+            vectors.append(meter.measure())
 
         def take(values: Sequence[float]) -> None:
-            norm_after = joint(values[:clipped])
-            if clipped and math.isfinite(norm_after):
-                each.steps[-1] = each.steps[-1]._replace(norm_after=norm_after)
+            norm_after = joint(values[: len(unknown)])
+            if unknown and math.isfinite(norm_after):
+                meter.steps[-1] = replace(meter.steps[-1], norm_after=norm_after)
             if measured:
-                self._write(each, values[clipped:])
+                self._write(meter, place, meter.layers(values[len(unknown) :], grads))
 
-        update.read_later(torch.cat(vectors), take)
-
-    def on_loss(self, brain: Brain, report: StepReport) -> None:
-        """Add a step that was taken to those since the last record."""
-        if report.outcome != "stepped" or report.norm is None:
-            return
-        each = self._optimizers[report.name]
-        step = Step(report.norm, report.norm_after, report.limit, report.clipped, report.lr)
-        each.steps.append(step)
-        if len(each.steps) >= self.every:
-            # The step of this batch is counted at its end.
-            each.place = {"step": brain.optimizer_step + 1, "epoch": brain.epoch}
+        if vectors:
+            update.read_later(torch.cat(vectors), take)
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Write the pending record at the end of training."""
         if report.stage == Stage.TRAIN.value:
-            self._flush()
+            for meter in self._meters.values():
+                meter.update.read_now()
 
     def state_dict(self) -> dict[str, Any]:
         """Return, by optimizer, the steps since the last record and what its health remembers."""
-        self._flush()
+        for meter in self._meters.values():
+            meter.update.read_now()
         return {
-            name: {"steps": [list(step) for step in each.steps], "health": each.health.state_dict()}
-            for name, each in self._optimizers.items()
+            name: {
+                "steps": [list(_figures(each)) for each in meter.steps],
+                "health": meter.health.state_dict(),
+            }
+            for name, meter in self._meters.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; optimizers that were not monitored then start anew."""
-        for name, each in self._optimizers.items():
-            each.update.take_deferred()
-            each.place = None
+        for name, meter in self._meters.items():
+            meter.update.take_deferred()
+            meter.copies = []
             if name in state:
-                each.steps = [Step(*step) for step in state[name]["steps"]]
-                each.health.load_state_dict(state[name]["health"])
+                steps = [Step(*each)._asdict() for each in state[name]["steps"]]
+                meter.steps[:] = [StepReport(name, "stepped", **each) for each in steps]
+                meter.health.load_state_dict(state[name]["health"])
                 self._idle = None
 
-    def _flush(self) -> None:
-        for each in self._optimizers.values():
-            each.update.read_now()
-
-    def _write(self, each: _Monitored, values: Sequence[float]) -> None:
+    def _write(self, meter: _Meter, place: dict[str, int], layers: LayerNorms) -> None:
         """Write the record of a measured step, and log new warnings."""
-        steps, each.steps = each.steps, []
-        place, each.place = each.place, None
-        samples, layers = each.meter.samples(), each.meter.layers(values)
-        if place is None:  # The step was undone before it was reported.
-            return
-        facts, warnings = each.health.add(steps, layers)
+        facts, warnings = meter.health.add(list(map(_figures, meter.steps)), layers)
+        meter.steps.clear()
         if self._idle:
             warnings, self._idle = [*warnings, self._idle], None
         for warning in warnings:
             logger.warning("step %d: %s", place["step"], warning)
         if self._loggers is None:
             return
-        record = {**place, "optimizers": {each.update.name: facts}, "layers": layers}
+        record = {**place, "optimizers": {meter.update.name: facts}, "layers": layers}
         if warnings:
             record["warnings"] = warnings
         self._loggers.scalars("monitor", record, place["step"])
-        for name, sample in samples:
+        for name, sample in meter.samples:
             self._loggers.histogram(name, sample, place["step"])
 
 
-def _without_optimizer(brain: Brain) -> str | None:
-    """Return a warning about parameters that require gradients and are in no optimizer."""
-    owned = {id(p) for update in brain.updates.values() for p in update.all_params}
-    idle = [
-        name
-        for name, p in brain.modules.named_parameters()
-        if p.requires_grad and id(p) not in owned
-    ]
-    if not idle:
-        return None
-    more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
-    return (
-        f"no optimizer has {', '.join(idle[:3])}{more}: they never move. Give them to an "
-        "optimizer, or say requires_grad_(False), which saves their gradients"
-    )
+def _figures(report: StepReport) -> Step:
+    assert report.norm is not None
+    return Step(report.norm, report.norm_after, report.limit, report.clipped, report.lr)
+
+
+def _join(parts: list[tuple[float | None, float, float]]) -> dict[str, float | None]:
+    """Return the norms of a layer from those of its parameters."""
+    grads = [grad for grad, _, _ in parts if grad is not None]
+    weight = math.hypot(*(weight for _, weight, _ in parts))
+    update = math.hypot(*(update for _, _, update in parts))
+    return {
+        "grad": rounded(math.hypot(*grads)) if grads else None,
+        "weight": rounded(weight),
+        "update": rounded(update),
+        "ratio": rounded(update / weight) if weight else None,
+    }
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    # On a GPU a whole parameter would be a transfer of megabytes; a histogram needs thousands.
+    return flat[:: max(1, flat.numel() // SAMPLE_SIZE)][:SAMPLE_SIZE].float()
 
 
 def make_layer_monitor(brain: Brain) -> LayerMonitor | None:

@@ -74,6 +74,7 @@ class Update:
     Attributes:
         before_step: called with measured, unclipped gradients before a step that will be taken.
         after_step: called when the optimizer has stepped.
+        history: reports of the steps that were taken, if a callback has set a list; it empties it.
         measured: parameters and the norms of their gradients, as last measured.
         last_norm: norm before clipping of the last step that was taken; None before the first.
     """
@@ -107,6 +108,7 @@ class Update:
         self.measured: tuple[list[Tensor], list[float]] = [], []
         self.before_step: list[StepHook] = []
         self.after_step: list[StepHook] = []
+        self.history: list[StepReport] | None = None
         self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned = False
@@ -199,10 +201,13 @@ class Update:
             p.grad = None
         self.window = Window()
         self.last_norm = norm = gradients.norm
-        return StepReport(
+        report = StepReport(
             self.name, "stepped", loss, weight, norm, gradients.norm_after, self.clip.limit,
             clipped, scale, lr,
         )  # fmt: skip
+        if self.history is not None:
+            self.history.append(report)
+        return report
 
     def report(self, outcome: Outcome, **facts: Any) -> StepReport:
         """Build the `StepReport` of a loss that did not lead to a step."""
