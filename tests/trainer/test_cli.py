@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(
     if Path("/proc/self").exists():
         said = fails(capsys, keep([]), demo, "--output_folder", "/proc/nowhere")
         assert "the run folder /proc/nowhere cannot be written: " in said
-        assert "choose another with --output_folder" in said
+        assert "choose another output_folder" in said
 
 
 def test_a_full_disk_is_a_sentence_and_spoils_nothing(tmp_path: Path) -> None:
@@ -714,6 +714,16 @@ def test_launch_leaves_a_run_folder_and_returns_the_metrics(
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["stage"] == "test"
     assert last["steps"] == 6
+
+
+def test_launch_warns_of_run_options_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x.py", "--debug", "--seed=3", "--mine", "4"])
+    hparams = {"lr": 0.1, "epochs": 1, "progressbar": False, "seed": 3}
+    launch(regress, hparams, tmp_path / "run")
+    said = "launch reads no command line: --debug has no effect; give {'debug': …} in hparams"
+    assert [each for each in caplog.messages if "command line" in each] == [said]
 
 
 def test_launch_again_resumes_and_says_what_changed(

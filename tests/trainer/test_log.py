@@ -567,7 +567,7 @@ def test_a_full_disk_ends_no_run_and_the_warning_says_what_to_do(
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "JsonlLogger failed and is not used any more" in warning.message
     assert str(tmp_path / "metrics.jsonl") in warning.message
-    assert "free some space or choose another --output_folder" in warning.message
+    assert "free some space or choose another output_folder" in warning.message
 
 
 def test_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def test_a_report_that_cannot_be_written_is_one_warning_and_ends_no_run(
         page.close()
     (warning,) = caplog.messages
     assert str(tmp_path / "gone" / "report.html") in warning
-    assert "free some space or choose another --output_folder" in warning
+    assert "free some space or choose another output_folder" in warning
     logged(tmp_path / "gone", step(1))  # There is space again.
     page.scalars("stage", {}, 2)
     page.close()

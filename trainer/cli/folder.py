@@ -79,14 +79,14 @@ class RunFolder:
             reason = f"{files[0]} is a file" if files else error.strerror or str(error)
             raise OSError(
                 f"the run folder {self.path} cannot be written: {reason}; "
-                "choose another with --output_folder"
+                "choose another output_folder"
             ) from error
         strange = [name for name in OWN if os.path.lexists(self.path / name)]
         if strange and not self._is_a_runs():
             self.close()
             raise ValueError(
                 f"{self.path} is not a run's folder, but holds {', '.join(strange)}: nothing was "
-                "changed there; choose another with --output_folder"
+                "changed there; choose another output_folder"
             )
         if overwrite:
             for name in OWN:
@@ -119,7 +119,7 @@ class RunFolder:
             self.close()
             raise ValueError(
                 f"the run folder {self.path} is in use by {owner}; wait until it is over, or "
-                "choose another with --output_folder"
+                "choose another output_folder"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
@@ -216,5 +216,5 @@ def _write(path: Path, text: str) -> None:
 def _unwritten(path: Path, error: OSError) -> OSError:
     return OSError(
         f"{path} could not be written: {error.strerror}; free some space or choose another "
-        "--output_folder"
+        "output_folder"
     )

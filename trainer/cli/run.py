@@ -132,7 +132,8 @@ def launch(
         train: trains, and returns the test metrics by name or None. It is called on every rank,
             after seeding: networks that it builds have the same weights in each run.
         hparams: hyperparameters by key: values, and objects that exist already, which are recorded
-            by their repr. Keys that are run options (`seed`, `precision`, `debug`, …) set these.
+            by their repr. Keys that are run options (`seed`, `precision`, `debug`, …) set these;
+            the command line is not read.
         output_folder: the run folder; None: that of `hparams`.
 
     Returns:
@@ -160,6 +161,7 @@ def launch(
     if values.get("output_folder") is None:
         raise ValueError("launch needs a run folder: launch(train, hparams, output_folder='…')")
     options = RunOptions.build(values)
+    _warn_of_arguments(values)
     hyperparameters = _PlainHyperparameters(
         {**values, "seed": options.seed, "output_folder": options.output_folder}
     )
@@ -171,6 +173,17 @@ def launch(
         if stopped.signal == "SIGINT":
             raise KeyboardInterrupt from None
         raise
+
+
+def _warn_of_arguments(hparams: Mapping[str, Any]) -> None:
+    """Warn of run options on the command line of a program, which `launch` does not read."""
+    given = [each[2:].partition("=")[0] for each in sys.argv[1:] if each.startswith("--")]
+    for name in given:
+        if name in RunOptions.names() and name not in hparams:
+            logger.warning(
+                "launch reads no command line: --%s has no effect; give {%r: …} in hparams",
+                name, name,
+            )  # fmt: skip
 
 
 class _Hyperparameters(Protocol):

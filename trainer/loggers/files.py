@@ -46,7 +46,7 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
         raise OSError(
             error.errno,
             f"the run's {what} could not be written ({error.strerror}); "
-            "free some space or choose another --output_folder",
+            "free some space or choose another output_folder",
             str(path),
         ) from error
 
