@@ -57,3 +57,23 @@ def test_every_training_command_of_the_documentation_has_known_keys(
             pytest.fail(f"{page}: {shlex.join(given)}: {error}")
     assert len(seen) > 40
     assert len({page for page, _ in seen}) > 15
+
+
+def test_the_programs_of_the_guide_run(tmp_path: Path) -> None:
+    blocks = re.findall(
+        r"```(?:python|yaml)\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL
+    )
+    program, recipe, settings = blocks
+    (tmp_path / "program.py").write_text(program)
+    (tmp_path / "spotter.py").write_text(program[: program.index("def train(run)")])
+    (tmp_path / "train.py").write_text(recipe)
+    (tmp_path / "spotter.yaml").write_text(settings)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    for command in (["program.py"], ["train.py", "spotter.yaml"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^test: acc=1.00$", done.stdout, re.MULTILINE)
+        assert "warning" not in done.stderr

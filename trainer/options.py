@@ -423,6 +423,8 @@ def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
     "; did you mean 'opt_class.lr'?"
     """
     last = name.rpartition(".")[2]
+    if name in SPEECHBRAIN_OPTIONS:
+        return f"; the option is {SPEECHBRAIN_OPTIONS[name]!r}"
     if hint := nearest(last, known):
         return hint
     ends: dict[str, list[str]] = {}

@@ -299,6 +299,7 @@ def test_arguments_say_what_to_change(demo: str, argv: str, changes: list[Any]) 
             "--output-folder x",
             "no key or run option 'output-folder'; did you mean 'output_folder'?",
         ),
+        ("--auto_mix_prec=true", "no key or run option 'auto_mix_prec'; the option is 'precision'"),
         ("--rate 1", "there is no key or run option 'rate'; did you mean 'inner.rate'?"),
         ("--model.rate 1", "has no argument 'rate'; did you mean 'inner.rate'?"),
         ("--model.xyz 1", "has no argument 'xyz'; its arguments are: in_features, out_features"),
