@@ -113,7 +113,7 @@ class Brain(SpeechBrainNames):
             and ``callbacks``; ``schedule`` and ``clip`` may be mappings by optimizer.
         run_opts: run options, which win over ``hparams``: a mapping or a complete `RunOptions`.
         checkpointer: where and which checkpoints are kept; None keeps none.
-        callbacks: objects that watch the run, behind those that every Brain has.
+        callbacks: objects that watch the run, called after those that every Brain has.
 
     Attributes:
         modules: the networks, an ``nn.ModuleDict`` on ``device``.
@@ -162,9 +162,14 @@ class Brain(SpeechBrainNames):
     def freeze_optimizers(
         self, optimizers: dict[str, torch.optim.Optimizer]
     ) -> dict[str, torch.optim.Optimizer]:
-        """Return those of the optimizers that step now; the others collect no gradients.
+        """Choose the optimizers that train; called at the start of every accumulation window.
 
-        Called at the start of every accumulation window.
+        Args:
+            optimizers: all of them by name.
+
+        Returns:
+            Those that step together at the end of the window. The parameters of the others
+            collect no gradients within it.
         """
         return optimizers
 
@@ -175,16 +180,16 @@ class Brain(SpeechBrainNames):
     def on_fit_start(self) -> None:
         """Called before the first epoch, after the last checkpoint was restored.
 
-        In a resumed run, numbers and stateful objects are as they were saved once this has run,
-        whatever it does to them. What it does to weights and optimizers stays.
+        A resumed run restores the saved numbers and stateful objects once more after this hook:
+        what it does to them is undone. What it does to weights and optimizers stays.
         """
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         """Called before each pass over data; the place to make metrics anew.
 
-        It runs again when a run resumes in the middle of a pass. Everything is as it was saved once
-        it has run: nothing is done a second time. An object whose state is to outlive the pass is
-        made earlier, in the constructor or in `on_fit_start`.
+        A run that resumes in the middle of a pass calls it again, and then restores the saved
+        state: what it does is not done twice. An object whose state is to outlive the pass is made
+        earlier, in the constructor or in `on_fit_start`.
         """
 
     def on_stage_end(
@@ -194,7 +199,7 @@ class Brain(SpeechBrainNames):
 
         Args:
             stage: what the pass was for.
-            stage_loss: average loss over examples: a float, or a dict if the losses are one.
+            stage_loss: average loss over examples: a float, or a dict if `fit_batch` returns dicts.
             epoch: current epoch; None in a test.
 
         Returns:
@@ -203,7 +208,7 @@ class Brain(SpeechBrainNames):
         """
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
-        """Called before each training batch; ``should_step`` if it closes a window."""
+        """Called before each training batch; ``should_step`` is True if it closes a window."""
 
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
         """Called after each training batch."""
@@ -512,7 +517,7 @@ class Brain(SpeechBrainNames):
         self.__show_progress(progressbar)
         with ExitStack() as stack:
             if not self.__depth:
-                stack.enter_context(self.__telling_exceptions())
+                stack.enter_context(self.__reporting_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
             stack.enter_context(self.best_weights(max_key, min_key))
             self.callbacks.call("on_evaluate_start", self)
@@ -598,8 +603,10 @@ class Brain(SpeechBrainNames):
     def is_last_batch(self) -> bool:
         """True if the present batch is known to be the last of its epoch.
 
-        Its windows close however short they are. A recipe whose players must step in order gives
-        it to `optimize` as ``last``.
+        The default `fit_batch` gives it to `optimize` as ``last``, so that a short accumulation
+        window steps with this batch. Windows that are still open after the last batch step then,
+        in the order of the optimizers; a `fit_batch` whose players must step in another order
+        gives it to `optimize`, too.
         """
         return self.__batch.is_last
 
@@ -717,7 +724,7 @@ class Brain(SpeechBrainNames):
         on_loss: Callable[[StepReport], None] | None = None,
         precision: str | None = None,
     ) -> Iterator[None]:
-        """Context manager of which nothing lasts; for drivers and diagnostics.
+        """Context manager that undoes on exit what was done in it; for drivers and diagnostics.
 
         Within it nothing is saved, and no callback is called. On exit the state is what it was:
         progress, everything in `stateful`, training modes and gradients.
@@ -748,7 +755,7 @@ class Brain(SpeechBrainNames):
     def start_training(
         self, arguments: FitArguments, recover: Callable[[], Any] | None = None
     ) -> DataFeed:
-        """Come to the first batch of a training as `fit` does; for drivers.
+        """Do what `fit` does before its first batch; for drivers.
 
         Builds the optimizers, loads a checkpoint, and runs the hooks up to the first batch.
 
@@ -822,7 +829,7 @@ class Brain(SpeechBrainNames):
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
             else:
-                stack.enter_context(self.__telling_exceptions())
+                stack.enter_context(self.__reporting_exceptions())
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
                 stack.enter_context(self.__tracer)
@@ -836,7 +843,7 @@ class Brain(SpeechBrainNames):
                 self.__stage, self.__in_a_stage = outer
 
     @contextmanager
-    def __telling_exceptions(self) -> Iterator[None]:
+    def __reporting_exceptions(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:

@@ -105,9 +105,9 @@ class Snapshot:
 
 
 class RunState:
-    """The state of a run as the `Checkpointer` saves it, and a resumed run on its way back to it.
+    """The state of a run as the `Checkpointer` saves it and a resumed run restores it.
 
-    A checkpoint is restored in three moments, since hooks run once more on the way. When it is
+    A checkpoint is restored in three steps, since a resumed run calls hooks once more. When it is
     loaded, weights, optimizers and existing objects are restored. After `on_fit_start`, which may
     change weights and optimizers, their state is kept. When the stage's hook has run as well, or at
     once if the run stopped between stages, everything is restored.
@@ -163,13 +163,13 @@ class RunState:
         self._shared, self._local, self._trained = shared, {}, {}
 
     def load_local_state_dict(self, local: Mapping[str, Any]) -> None:
-        """Keep this rank's own part until the run has come to where it was saved."""
+        """Keep this rank's own part until the hooks have run."""
         self._local = local
 
-    # The way back
+    # Resuming
 
     def fit_started(self) -> bool:
-        """Go on after `on_fit_start` has run; return True if everything is restored now."""
+        """Restore more after `on_fit_start` has run; return True if everything is restored now."""
         if self._shared is None:
             return False
         if self.progress.phase != "train":
@@ -181,7 +181,7 @@ class RunState:
         return False
 
     def training_started(self) -> bool:
-        """Go on after the stage's hook has run; return True if everything is restored now.
+        """Restore the rest after the stage's hook has run; return True if there was any.
 
         Raises:
             ValueError: if an object that was saved does not exist by now.
@@ -244,7 +244,7 @@ def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str
 
 
 class Saver:
-    """Saves a run at moments at which its state is whole.
+    """Saves a run when its state is complete.
 
     Saves that hooks ask for wait for such a moment: after a batch, after a stage, at the end of an
     epoch.
@@ -387,7 +387,7 @@ class BufferState:
 class TrainableState:
     """Flags ``requires_grad`` that hooks have changed since the first `fit` began.
 
-    Those that nothing has changed are a setting, of which a resumed run may have another.
+    The others come from the recipe's settings, which may differ in a resumed run.
     """
 
     def __init__(self, modules: nn.Module) -> None:
