@@ -244,6 +244,8 @@ class RunOptions:
             setattr(self, name, checked(name, value))
         if self.searching and self.test_only:
             raise ValueError("find_clip and find_lr train for a while: leave out test_only")
+        if self.overwrite and self.test_only:
+            raise ValueError("overwrite deletes the checkpoint that test_only tests: leave out one")
 
     if not TYPE_CHECKING:  # mypy is to refuse former names
 

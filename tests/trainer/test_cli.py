@@ -409,12 +409,22 @@ def test_former_names_of_options_work_in_yaml_and_on_the_command_line(demo: str)
         load_hparams("both.yaml")
 
 
+def test_a_test_of_a_run_does_not_delete_its_checkpoints(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[Run] = []
+    main(keep(runs), [demo])
+    saved = Checkpointer(runs[0].folder / "checkpoints").save_checkpoint({"epoch": 1})
+    said = fails(capsys, keep([]), demo, "--test_only", "--overwrite")
+    assert "overwrite deletes the checkpoint that test_only tests: leave out one" in said
+    assert saved is not None
+    assert saved.path.exists()
+
+
 def test_options_of_one_command_are_not_written_down(demo: str) -> None:
-    configuration, options = configure(
-        [demo, "--test_only", "--no-progressbar", "--overwrite=true"]
-    )
-    assert (options.test_only, options.progressbar, options.overwrite) == (True, False, True)
-    assert "test_only" not in configuration.build()
+    configuration, options = configure([demo, "--debug", "--no-progressbar", "--overwrite=true"])
+    assert (options.debug, options.progressbar, options.overwrite) == (True, False, True)
+    assert "debug" not in configuration.build()
 
 
 def test_seed_and_output_folder_are_in_every_yaml(demo: str) -> None:
