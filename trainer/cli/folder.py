@@ -83,7 +83,7 @@ class RunFolder:
             self.close()
             raise ValueError(
                 f"{self.path} is not a run folder, but holds {', '.join(found)}: nothing was "
-                "changed there; choose another with output_folder"
+                "changed there; choose another output_folder"
             )
         if overwrite:
             for name in RUN_FILES:
