@@ -40,7 +40,7 @@ def command(argv: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(
         usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False
     )
-    parser.add_argument("--script")
+    parser.add_argument("--script", nargs="?")
     given, rest = parser.parse_known_args(argv)
     if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):
         raise ValueError(USAGE)
