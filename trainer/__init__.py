@@ -4,6 +4,7 @@ from trainer import Brain, Stage, main
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import defaults
@@ -100,7 +101,7 @@ def _register_defaults() -> None:
             return None
         from trainer.diagnostics.replay import make_replay_driver
 
-        return make_replay_driver(brain)
+        return make_replay_driver(Path(brain.options.replay))
 
     # The layer monitor writes a record when the state is saved, before the loggers count theirs.
     defaults.callbacks += [progress_bar, layer_monitor, loggers, replica_check, profiler]

@@ -416,7 +416,7 @@ class Brain(SpeechBrainNames):
         outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
         try:
             guard.begin_batch()
-            self.__tracer.begin_batch(batch, weight, is_last)
+            self.__tracer.begin_batch(batch, is_last)
             self.callbacks.call("on_batch_start", self, batch)
             loss = self.fit_batch(batch)
             progress.averaged = loss.name if isinstance(loss, StepReport) else None
@@ -992,7 +992,8 @@ class Brain(SpeechBrainNames):
         if reports[0].outcome == "skipped":
             batch = self.__batch.batch  # None where an epoch's end closes a window.
             ids = list[str] if batch is None else partial(self.batch_ids, batch)
-            self.__guard.skip(reports[0], ids, lead.last_norm, self.__tracer)
+            trace = partial(self.__tracer.skipped, reports[0], self.__batch.reports)
+            self.__guard.skip(reports[0], ids, lead.last_norm, trace)
         if lead.size > 1 and reports[0].outcome != "accumulated":
             self.__guard.close_window(lead.name)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tests.trainer.small import Players, Regressor, batches, everything, make, same
 from tests.trainer.test_page import read
 from tests.trainer.test_syncs import syncs
-from trainer import Brain, Stage, seed
+from trainer import Brain, Stage, StepReport, seed
 from trainer.checkpoint import Checkpointer
-from trainer.diagnostics.health import BLOCKS, PATIENCE, WINDOW, Health, Step
+from trainer.diagnostics.health import BLOCKS, PATIENCE, WINDOW, Health
 from trainer.diagnostics.layer_monitor import LayerMonitor
 from trainer.report import render
 
@@ -252,8 +252,14 @@ def test_tensorboard_has_histograms_of_weights_and_gradients(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------- warnings
 
 
-def steps(norms: Iterable[float], limit: float = math.inf, lr: float = 0.1) -> list[Step]:
-    return [Step(norm, min(norm, limit), limit, norm > limit, lr) for norm in norms]
+def taken(
+    norm: float, after: float, limit: float = math.inf, clipped: bool = False, lr: float = 0.1
+) -> StepReport:
+    return StepReport("main", "stepped", 1.0, 1.0, norm, after, limit, clipped, lr=lr)
+
+
+def steps(norms: Iterable[float], limit: float = math.inf, lr: float = 0.1) -> list[StepReport]:
+    return [taken(norm, min(norm, limit), limit, norm > limit, lr) for norm in norms]
 
 
 def layer(grad: float | None, update: float) -> dict[str, float | None]:
@@ -262,7 +268,7 @@ def layer(grad: float | None, update: float) -> dict[str, float | None]:
 
 HEALTHY = {"a": layer(1.0, 0.1), "b": layer(0.1, 0.1)}
 QUIET = [1.0 + 0.1 * math.sin(n) for n in range(WINDOW)]
-CASES: dict[str, tuple[Callable[[int], list[Step]], dict[str, Any], str]] = {
+CASES: dict[str, tuple[Callable[[int], list[StepReport]], dict[str, Any], str]] = {
     "large": (lambda n: steps([20.0 + x for x in QUIET]), HEALTHY, "above 10 before clipping in 1"),
     "clipped": (lambda n: steps(QUIET, 0.5), HEALTHY, "Raise max_grad_norm to about 1.1"),
     "vanishing": (lambda n: steps([1e-8] * WINDOW), HEALTHY, "nothing is learned any more"),
@@ -298,7 +304,7 @@ def test_a_healthy_run_has_no_warning() -> None:
 def test_an_adaptive_limit_may_clip_every_step_and_a_rate_of_zero_moves_nothing() -> None:
     health = Health("main")
     for number in range(2 * PATIENCE):
-        adaptive = [Step(x, 0.5 * x, 0.5 * x, True, 0.0) for x in QUIET]
+        adaptive = [taken(x, 0.5 * x, 0.5 * x, True, 0.0) for x in QUIET]
         assert not health.add(adaptive, {"a": layer(1.0, 0.0)})[1], number
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from trainer.metrics import StepReport
 
 WINDOW = 100  # Steps that shares and medians are over.
 MIN_NORMS = 20  # Norms in the window before any can be a spike.
@@ -22,16 +24,6 @@ MAX_NAMED = 3  # Layers or parameters that a warning names.
 LayerNorms = dict[str, dict[str, float | None]]
 
 
-class Step(NamedTuple):
-    """Figures of a step: see `trainer.StepReport`."""
-
-    norm: float
-    norm_after: float | None
-    limit: float
-    clipped: bool
-    lr: float
-
-
 class Health:
     """Recent steps of one optimizer, and the warnings that were given.
 
@@ -41,36 +33,38 @@ class Health:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._window: deque[Step] = deque(maxlen=WINDOW)
+        self._window: deque[StepReport] = deque(maxlen=WINDOW)
         self._medians: deque[float] = deque(maxlen=BLOCKS)
         self._still: dict[str, int] = {}  # By layer: records in a row in which it did not move,
         self._faint: dict[str, int] = {}  # and in which it had hardly any gradient.
         self._warned: set[str] = set()
         self._steps = 0
 
-    def add(self, steps: Sequence[Step], layers: LayerNorms) -> tuple[dict[str, Any], list[str]]:
+    def add(
+        self, steps: Sequence[StepReport], layers: LayerNorms
+    ) -> tuple[dict[str, Any], list[str]]:
         """Add the steps since the last record.
 
         Args:
-            steps: at least one.
+            steps: reports of at least one step that was taken.
             layers: norms of each layer at the last of them.
 
         Returns:
             The figures to record, and new warnings.
         """
-        norms = [step.norm for step in self._window]
-        usual = statistics.median(norms) if len(norms) >= MIN_NORMS else math.inf
+        norms, before = _norms(steps), _norms(self._window)
+        usual = statistics.median(before) if len(before) >= MIN_NORMS else math.inf
         self._window.extend(steps)
-        self._medians.append(statistics.median(step.norm for step in steps))
+        self._medians.append(statistics.median(norms))
         self._steps += len(steps)
         facts = {
-            "norms": [rounded(step.norm) for step in steps],
+            "norms": list(map(rounded, norms)),
             "norms_after": [
                 None if step.norm_after is None else rounded(step.norm_after) for step in steps
             ],
             "limits": [step.limit for step in steps],  # Infinity, for no limit, is null in JSON.
-            "clipped_share": rounded(sum(s.clipped for s in self._window) / len(self._window)),
-            "spikes": sum(step.norm > SPIKE_FACTOR * usual for step in steps),
+            "clipped_share": rounded(sum([s.clipped for s in self._window]) / len(self._window)),
+            "spikes": len([norm for norm in norms if norm > SPIKE_FACTOR * usual]),
         }
         warnings = []
         found = self._check_norms(len(steps)) | self._check_layers(layers)
@@ -95,9 +89,9 @@ class Health:
             )
         if len(window) < WINDOW:
             return found
-        norms = sorted(step.norm for step in window)
+        norms = sorted(_norms(window))
         middle, lr = statistics.median(norms), window[-1].lr
-        large = sum(norm > LARGE_NORM for norm in norms)
+        large = len([norm for norm in norms if norm > LARGE_NORM])
         if large >= LARGE_SHARE * WINDOW:
             found["large"] = (
                 f"the gradient norm of {self.name!r} was above {LARGE_NORM:g} before clipping "
@@ -105,7 +99,7 @@ class Health:
                 f"learning rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum "
                 "over frames or examples, take the mean"
             )
-        clipped = sum(step.clipped for step in window)
+        clipped = sum([step.clipped for step in window])
         if clipped >= CLIPPED_SHARE * WINDOW and len({step.limit for step in window}) == 1:
             found["clipped"] = (
                 f"{clipped} of the last {WINDOW} steps of {self.name!r} were clipped (limit "
@@ -157,7 +151,7 @@ class Health:
     def state_dict(self) -> dict[str, Any]:
         """Return the recent steps, counts and warnings."""
         return {
-            "window": [list(step) for step in self._window],
+            "window": pack(self._window),
             "medians": list(self._medians),
             "still": dict(self._still),
             "faint": dict(self._faint),
@@ -167,10 +161,27 @@ class Health:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        self._window = deque((Step(*step) for step in state["window"]), maxlen=WINDOW)
+        self._window = deque(unpack(self.name, state["window"]), maxlen=WINDOW)
         self._medians = deque(state["medians"], maxlen=BLOCKS)
         self._still, self._faint = dict(state["still"]), dict(state["faint"])
         self._warned, self._steps = set(state["said"]), state["steps"]
+
+
+def pack(steps: Iterable[StepReport]) -> list[list[Any]]:
+    """Return what is saved of reports: norm, norm after clipping, limit, clipped, learning rate."""
+    return [[each.norm, each.norm_after, each.limit, each.clipped, each.lr] for each in steps]
+
+
+def unpack(name: str, packed: Iterable[Sequence[Any]]) -> list[StepReport]:
+    """Return the reports of an optimizer's steps from what `pack` returned."""
+    return [
+        StepReport(name, "stepped", None, 1.0, norm, norm_after, limit, clipped, lr=lr)
+        for norm, norm_after, limit, clipped, lr in packed
+    ]
+
+
+def _norms(steps: Iterable[StepReport]) -> list[float]:
+    return [each.norm for each in steps if each.norm is not None]
 
 
 def rounded(value: float) -> float:

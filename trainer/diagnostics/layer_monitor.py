@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer import distributed
 from trainer.callbacks import Callback
 from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
-from trainer.diagnostics.health import Health, LayerNorms, Step, first_names, rounded
+from trainer.diagnostics.health import Health, LayerNorms, first_names, pack, rounded, unpack
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
@@ -194,10 +194,7 @@ class LayerMonitor(Callback):
         for meter in self._meters.values():
             meter.update.read_now()
         return {
-            name: {
-                "steps": [list(_figures(each)) for each in meter.steps],
-                "health": meter.health.state_dict(),
-            }
+            name: {"steps": pack(meter.steps), "health": meter.health.state_dict()}
             for name, meter in self._meters.items()
         }
 
@@ -207,14 +204,13 @@ class LayerMonitor(Callback):
             meter.update.take_deferred()
             meter.copies = []
             if name in state:
-                steps = [Step(*each)._asdict() for each in state[name]["steps"]]
-                meter.steps[:] = [StepReport(name, "stepped", **each) for each in steps]
+                meter.steps[:] = unpack(name, state[name]["steps"])
                 meter.health.load_state_dict(state[name]["health"])
                 self._idle = None
 
     def _write(self, meter: _Meter, place: dict[str, int], layers: LayerNorms) -> None:
         """Write the record of a measured step, and log new warnings."""
-        facts, warnings = meter.health.add(list(map(_figures, meter.steps)), layers)
+        facts, warnings = meter.health.add(meter.steps, layers)
         meter.steps.clear()
         if self._idle:
             warnings, self._idle = [*warnings, self._idle], None
@@ -228,11 +224,6 @@ class LayerMonitor(Callback):
         self._loggers.scalars("monitor", record, place["step"])
         for name, sample in meter.samples:
             self._loggers.histogram(name, sample, place["step"])
-
-
-def _figures(report: StepReport) -> Step:
-    assert report.norm is not None
-    return Step(report.norm, report.norm_after, report.limit, report.clipped, report.lr)
 
 
 def _join(parts: list[tuple[float | None, float, float]]) -> dict[str, float | None]:

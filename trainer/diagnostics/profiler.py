@@ -34,8 +34,7 @@ class Profiler(Callback):
     """
 
     def __init__(self, options: RunOptions) -> None:
-        self._options = options
-        self._done = False
+        self._options, self._done = options, False
         self._profile: Any = None
 
     def on_stage_start(

@@ -18,9 +18,9 @@ import torch
 from trainer.checkpoint import Checkpoint
 from trainer.data.batch import to_device
 from trainer.defaults import Driver, DriverFinished
-from trainer.diagnostics.nonfinite.report import FORMAT, NonFiniteReport
+from trainer.diagnostics.nonfinite.report import FORMAT, KeptBatch, NonFiniteReport
 from trainer.diagnostics.nonfinite.serialize import deserialize_batch
-from trainer.diagnostics.nonfinite.tracer import KeptBatch, investigate
+from trainer.diagnostics.nonfinite.tracer import investigate
 from trainer.metrics import StepReport
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ class Replayed(DriverFinished):
     """Raised at the end of a replay."""
 
 
-def make_replay_driver(brain: Brain) -> Driver | None:
-    """Return the driver of `Brain.fit` that replays ``options.replay``; None without that."""
-    if brain.options.replay is None:
-        return None
-    folder, fits = Path(brain.options.replay), 0
+def make_replay_driver(folder: Path) -> Driver:
+    """Return the driver of `Brain.fit` that replays the batch that a folder holds.
+
+    Args:
+        folder: folder of a report.
+    """
+    fits = 0
 
     def drive(brain: Brain, arguments: FitArguments) -> None:
         nonlocal fits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -33,11 +33,19 @@ class Tracer:
     `trainer.defaults.tracers`.
     """
 
-    def begin_batch(self, batch: Any, weight: float, is_last: bool) -> None:
-        """Called before a batch is trained on."""
+    def begin_batch(self, batch: Any, is_last: bool) -> None:
+        """Called before a batch is trained on; ``is_last`` if it is the last of its epoch."""
 
-    def skipped(self, report: StepReport) -> str:
-        """Called when a step was skipped; return where more about it can be found, or nothing."""
+    def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
+        """Called when a step was skipped.
+
+        Args:
+            report: the outcome.
+            reports: all outcomes of the batch; those of later losses are added to it.
+
+        Returns:
+            Where more about it can be found, or an empty text.
+        """
         return ""
 
     def end_batch(self) -> None:
@@ -148,7 +156,7 @@ class NonFiniteGuard:
         report: StepReport,
         ids: Callable[[], list[str]],
         last_norm: float | None,
-        tracer: Tracer,
+        trace: Callable[[], str],
     ) -> None:
         """Count a skipped step, which all ranks agree on. Collective.
 
@@ -156,7 +164,7 @@ class NonFiniteGuard:
             report: the outcome. One of weight 0 had no examples, and counts for nothing.
             ids: returns the names of the examples in the present batch.
             last_norm: last finite gradient norm of the optimizer.
-            tracer: told about it.
+            trace: called before it is counted; returns where more about it can be found.
 
         Raises:
             NonFiniteError: at ``patience`` + 1 skipped steps in an epoch.
@@ -171,7 +179,7 @@ class NonFiniteGuard:
             "loss" if report.loss is None else "gradients", report.name,
             ", ".join(bad) or "without ids",
         )  # fmt: skip
-        hint = tracer.skipped(report)
+        hint = trace()
         if self._counted:
             return
         self._counted = True

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +57,7 @@ class Origin:
         module: innermost module that ran it, with its class.
         line: line of the user's code that called it.
         phase: "forward" or "backward".
-        inputs_finite: False if an input was NaN or infinity; minus infinity does not count.
         minus_infinity: True if minus infinity was among the inputs.
-        dtype: dtype of the last input.
         lowest: smallest finite input.
         highest: largest finite input.
         zeros: zeros in the last input: the divisor, or the argument of a logarithm.
@@ -70,9 +68,7 @@ class Origin:
     module: str | None = None
     line: str | None = None
     phase: str = "forward"
-    inputs_finite: bool = True
     minus_infinity: bool = False
-    dtype: str = ""
     lowest: float | None = None
     highest: float | None = None
     zeros: int = 0
@@ -104,10 +100,6 @@ class Finding:
     backward: str | None = None
     backward_line: str | None = None
     ctc: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        """Return all fields as plain values."""
-        return asdict(self)
 
 
 class Probe(TorchDispatchMode):
@@ -312,14 +304,11 @@ def _nonfinite(tensor: Tensor) -> tuple[bool, bool, bool]:
 def _facts(args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the fields of `Origin` that describe an operation's inputs."""
     inputs = _floats((args, kwargs))
-    bad = [_nonfinite(t) for t in inputs]
     last = next((t for t in reversed(tree_leaves((args, kwargs))) if isinstance(t, Tensor)), None)
     numbers = [t[torch.isfinite(t)].double() for t in inputs if not t.is_complex()]
     numbers = [t for t in numbers if t.numel()]
     return {
-        "inputs_finite": not any(nan or high for nan, high, _ in bad),
-        "minus_infinity": any(low for _, _, low in bad),
-        "dtype": str(last.dtype).removeprefix("torch.") if last is not None else "",
+        "minus_infinity": any(_nonfinite(t)[2] for t in inputs),
         "lowest": min((float(t.min()) for t in numbers), default=None),
         "highest": max((float(t.max()) for t in numbers), default=None),
         "zeros": int((last == 0).sum()) if last is not None else 0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -10,9 +9,9 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -29,9 +28,44 @@ FORMAT = 1
 MAX_NAMED = 3  # Parameters that a sentence names.
 
 
+class KeptBatch(NamedTuple):
+    """A batch, and what its rerun needs.
+
+    Args:
+        batch: the batch, on the device.
+        is_last: True if it is the last of its epoch.
+        step: its number in the epoch.
+        generators: states of random generators at its start, as `seed.rng_state` has them; those
+            that are absent are unknown.
+    """
+
+    batch: Any
+    is_last: bool
+    step: int
+    generators: dict[str, Any]
+
+
+class Rerun(NamedTuple):
+    """Result of a rerun.
+
+    Args:
+        kept: the batch.
+        generators: states of all random generators at its start.
+        finding: what was found.
+        problem: reason why it did not come to its end, or None.
+        exact: False if it drew from a generator whose state in training is unknown.
+    """
+
+    kept: KeptBatch
+    generators: dict[str, Any]
+    finding: Finding
+    problem: str | None
+    exact: bool
+
+
 @dataclass
 class NonFiniteReport:
-    """Everything known about a skipped step.
+    """Everything known about a skipped step. Rerun, causes and ids are set by `investigate`.
 
     Args:
         step: number of the optimizer step that was skipped.
@@ -40,13 +74,10 @@ class NonFiniteReport:
         facts: place, settings and norms, by name.
         gradients: gradient norms by parameter.
         folder: folder that the report is written into, or None.
-        finding: result of the rerun.
-        problem: reason why the rerun did not come to its end, or None.
         causes: diagnoses, the surest first.
         ids: names of the examples.
         moved: names of the optimizers that stepped in the same batch.
-        exact_generators: False if the rerun drew from a generator whose state at the start of the
-            batch is unknown.
+        rerun: the rerun of its batch.
     """
 
     step: int
@@ -55,12 +86,10 @@ class NonFiniteReport:
     facts: dict[str, Any]
     gradients: dict[str, float] = field(default_factory=dict)
     folder: Path | None = None
-    finding: Finding = field(default_factory=Finding)
-    problem: str | None = None
     causes: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
-    exact_generators: bool = True
+    rerun: Rerun = field(init=False)
 
     @classmethod
     def of(
@@ -103,6 +132,11 @@ class NonFiniteReport:
         what = "loss" if step_report.loss is None else "gradients"
         return cls(brain.optimizer_step + 1, name, what, facts, gradients, folder)
 
+    @property
+    def finding(self) -> Finding:
+        """What the rerun found."""
+        return self.rerun.finding
+
     def command(self) -> str:
         """Return the command that replays the batch."""
         assert self.folder is not None
@@ -126,8 +160,8 @@ class NonFiniteReport:
         finding, first = self.finding, self.finding.first
         if finding.kind is None:
             subject = f"the {self.what} of {self.facts['optimizer']!r}"
-            if self.problem is not None:
-                return f"{subject}; the batch could not be replayed to the end ({self.problem})"
+            if problem := self.rerun.problem:
+                return f"{subject}; the batch could not be replayed to the end ({problem})"
             moved = f", after a step of {' and '.join(self.moved)}" if self.moved else ""
             return f"{subject}; a replay of the batch{moved} was finite"
         if finding.kind == "loss":
@@ -146,18 +180,18 @@ class NonFiniteReport:
         line = f" at {first.line}" if first.line else ""
         return f"{subject}, by {first.operation}{module}{line}"
 
-    def record(self, batch: Any) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return the content of `report.json`."""
         return {
             "format": FORMAT, "step": self.step, "not_finite": self.what, "first": self.found(),
             "causes": self.causes, **self.facts, "ids": self.ids,
-            "batch_fields": describe_batch(batch),
+            "batch_fields": describe_batch(self.rerun.kept.batch),
             "gradient_norms": {
                 name: norm if math.isfinite(norm) else str(norm)
                 for name, norm in self.gradients.items()
             },
-            "stepped_in_the_same_batch": self.moved, "replay": self.finding.record(),
-            "replay_problem": self.problem, "generators_known": self.exact_generators,
+            "stepped_in_the_same_batch": self.moved, "replay": asdict(self.finding),
+            "replay_problem": self.rerun.problem, "generators_known": self.rerun.exact,
         }  # fmt: skip
 
     def text(self, record: Mapping[str, Any]) -> str:
@@ -170,7 +204,7 @@ class NonFiniteReport:
         lines = [
             f"Step {self.step} (epoch {record['epoch']}, batch {record['batch']}) was skipped: "
             f"the {self.what} of {record['optimizer']!r} not finite. Nothing has moved.",
-            f"First not finite: {self.found()}",
+            f"First not finite: {record['first']}",
             f"First module with such an output: {self.finding.module or 'none'}",
             *(f"Cause: {cause}" for cause in self.causes or ["none of those that are known"]),
             f"Gradients that were not finite: {', '.join(bad) or 'none'}",
@@ -180,49 +214,35 @@ class NonFiniteReport:
             f"Batch: {', '.join(self.ids) or 'without ids'}",
             *(f"  {name}: {facts}" for name, facts in record["batch_fields"].items()),
         ]
-        if not self.exact_generators:
+        if not self.rerun.exact:
             lines.append(
                 "Python's or NumPy's generator was in use and unwatched: a replay may draw others."
             )
-        if self.folder is not None:
-            lines.append(f"Again: {self.command()}")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, f"Again: {self.command()}", ""])
 
-    def write(self, brain: Brain, batch: Any, step: int, is_last: bool, generators: Any) -> None:
-        """Write the folder with `report.json`, `report.txt` and `batch.pt`, all or nothing.
-
-        Args:
-            brain: the Brain.
-            batch: the batch that was bad.
-            step: its number in the epoch.
-            is_last: True if it was the last of the epoch.
-            generators: states of the random generators at its start.
+    def write(self, brain: Brain) -> None:
+        """Write the folder with `report.json`, `report.txt` and `batch.pt`.
 
         Raises:
             OSError: if it cannot be written.
         """
         assert self.folder is not None
-        target = self.folder
-        record = self.record(batch)
-        data = io.BytesIO()
-        torch.save({
-            "format": FORMAT, "batch": serialize_batch(batch), "generators": generators,
-            "last": is_last, "step": step, "epoch": brain.epoch, "optimizer_step": self.step - 1,
-            "fits": brain.progress.fits, "what": self.what, "optimizer": self.facts["optimizer"],
-        }, data)  # fmt: skip
-        new = target.with_name(f".{target.name}.{os.getpid()}.new")
+        kept, record = self.rerun.kept, self.record()
+        new = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.new")
         try:
             new.mkdir(parents=True)
-            (new / "report.json").write_text(json.dumps(as_json(record), indent=1), "utf-8")
+            torch.save({
+                "format": FORMAT, "batch": serialize_batch(kept.batch),
+                "generators": self.rerun.generators, "last": kept.is_last, "step": kept.step,
+                "epoch": brain.epoch, "optimizer_step": self.step - 1,
+                "fits": brain.progress.fits, "what": self.what,
+                "optimizer": self.facts["optimizer"],
+            }, new / "batch.pt")  # fmt: skip
             (new / "report.txt").write_text(self.text(record), "utf-8", "backslashreplace")
-            (new / "batch.pt").write_bytes(data.getbuffer())
-            try:
-                os.replace(new, target)
-            except OSError:
-                if not target.is_dir():
-                    raise
-                # A resumed run is at this step again, or another rank has its folder in there.
-                for file in list(new.iterdir()):
-                    os.replace(file, target / file.name)
+            (new / "report.json").write_text(json.dumps(as_json(record), indent=1), "utf-8")
+            # A resumed run may be at this step again, or another rank have its folder in there.
+            self.folder.mkdir(exist_ok=True)
+            for name in ("batch.pt", "report.txt", "report.json"):
+                os.replace(new / name, self.folder / name)
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -15,21 +15,18 @@ import logging
 import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer import distributed, seed
-from trainer.clipping import Gradients
 from trainer.diagnostics.nonfinite.diagnoses import diagnose
-from trainer.diagnostics.nonfinite.probe import CollectiveCalled, Finding, NonFiniteFound, Probe
-from trainer.diagnostics.nonfinite.report import NonFiniteReport
+from trainer.diagnostics.nonfinite.probe import CollectiveCalled, NonFiniteFound, Probe
+from trainer.diagnostics.nonfinite.report import KeptBatch, NonFiniteReport, Rerun
 from trainer.loggers.callback import LoggerCallback
 from trainer.loggers.files import run_folder
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
-from trainer.optim.step import Update
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
@@ -37,23 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer")
 
 MAX_BATCHES = 16  # Batches of an accumulation window that are remembered.
-
-
-class KeptBatch(NamedTuple):
-    """A batch, and what its rerun needs.
-
-    Args:
-        batch: the batch, on the device.
-        is_last: True if it is the last of its epoch.
-        step: its number in the epoch.
-        generators: states of random generators at its start, as `seed.rng_state` has them; those
-            that are absent are unknown.
-    """
-
-    batch: Any
-    is_last: bool
-    step: int
-    generators: dict[str, Any]
 
 
 class NonFiniteTracer(Tracer):
@@ -70,26 +50,22 @@ class NonFiniteTracer(Tracer):
         self._folder = None if folder is None else folder / "nonfinite"
         self._window: deque[KeptBatch] = deque(maxlen=MAX_BATCHES)
         self._report: NonFiniteReport | None = None
+        self._batch_reports: Sequence[StepReport] = ()
         self._numbers: Counter[int] = Counter()  # Reports by step.
-        self._moved: set[str] | None = None  # Optimizers that have stepped in this batch.
 
-    def begin_batch(self, batch: Any, weight: float, is_last: bool) -> None:
+    def begin_batch(self, batch: Any, is_last: bool) -> None:
         """Remember the batch until the next accumulation window."""
-        updates = self._brain.updates.values()
-        if self._moved is None:
-            for update in updates:
-                update.after_step.append(self._note_step)
-        if not any(update.window.count for update in updates):
+        if not any(update.window.count for update in self._brain.updates.values()):
             self._window.clear()
-        self._moved = set()
-        generators = _torch_generators(self._brain.device)
+        # The generators of Python and NumPy take longer to read than a small step, and few networks
+        # draw from them.
+        device = self._brain.device
+        generators: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(device)
         self._window.append(KeptBatch(batch, is_last, self._brain.progress.step, generators))
 
-    def _note_step(self, update: Update, gradients: Gradients) -> None:
-        if self._moved is not None:
-            self._moved.add(update.name)
-
-    def skipped(self, report: StepReport) -> str:
+    def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
         """Note the facts, and return where the report will be; the batch is rerun when it ends."""
         if self._report is None and self._window and self._has_room():
             self._left -= 1
@@ -98,6 +74,7 @@ class NonFiniteTracer(Tracer):
             number = self._numbers[step]
             name = str(step) if number == 1 else f"{step}-{number}"
             self._report = NonFiniteReport.of(self._brain, report, name, self._folder)
+            self._batch_reports = reports
         noted = self._report
         return "" if noted is None or noted.folder is None else noted.hint()
 
@@ -114,11 +91,10 @@ class NonFiniteTracer(Tracer):
         if report is None:
             return
         try:
-            report.moved = sorted(self._moved or ())
-            rerun = investigate(self._brain, report, list(self._window))
+            report.moved = sorted({each.name for each in self._batch_reports if each.stepped})
+            investigate(self._brain, report, list(self._window))
             if report.folder is not None and (distributed.is_main() or report.finding.kind):
-                kept = rerun.kept
-                report.write(self._brain, kept.batch, kept.step, kept.is_last, rerun.generators)
+                report.write(self._brain)
                 for callback in self._brain.callbacks:
                     if isinstance(callback, LoggerCallback):
                         callback.artifact(f"nonfinite/{report.name}", report.folder)
@@ -146,52 +122,29 @@ def make_nonfinite_tracer(brain: Brain) -> NonFiniteTracer | None:
     return NonFiniteTracer(brain, options.nonfinite_reports)
 
 
-@dataclass
-class Rerun:
-    """Result of a rerun.
-
-    Args:
-        kept: the batch.
-        generators: states of all random generators at its start.
-        finding: what was found.
-        problem: reason why it did not come to its end, or None.
-        exact: False if it drew from a generator whose state in training is unknown.
-    """
-
-    kept: KeptBatch
-    generators: dict[str, Any]
-    finding: Finding
-    problem: str | None
-    exact: bool
-
-
-def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatch]) -> Rerun:
+def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatch]) -> None:
     """Rerun the batches of a window until one is not finite, the newest first.
 
     Args:
         brain: the Brain; it is as before afterwards.
-        report: finding, problem, causes and ids are set.
+        report: its rerun, causes and ids are set. The rerun is the one that was not finite, or that
+            of the newest batch.
         window: at least one batch.
-
-    Returns:
-        The rerun that was not finite, or that of the newest batch.
     """
     reruns = []
     for kept in reversed(window):
         reruns.append(rerun(brain, kept))
         if reruns[-1].finding.kind is not None:
             break
-    found = reruns[-1] if reruns[-1].finding.kind is not None else reruns[0]
+    bad = reruns[-1].finding.kind is not None
+    report.rerun = found = reruns[-1 if bad else 0]
     finite_in_fp32 = (
-        found.finding.kind is not None
+        bad
         and brain.options.precision == "fp16"
         and rerun(brain, found.kept, "fp32").finding.kind is None
     )
-    report.finding, report.problem = found.finding, found.problem
-    report.exact_generators = found.exact
     report.ids = brain.batch_ids(found.kept.batch)
     report.causes = diagnose(found.finding, found.kept.batch, report.ids, finite_in_fp32)
-    return found
 
 
 def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
@@ -203,8 +156,19 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
         precision: precision of the forward pass; None for that of training.
     """
     probe, problem = Probe(brain), None
-    generators = _complete(kept.generators, brain.device)
-    batch = _copy(kept.batch)
+    generators = {
+        **seed.rng_state(),
+        **kept.generators,
+    }  # Those that are unknown: the present ones.
+    if isinstance(kept.generators.get("cuda"), torch.Tensor):
+        every = torch.cuda.get_rng_state_all()
+        index = brain.device.index
+        every[torch.cuda.current_device() if index is None else index] = kept.generators["cuda"]
+        generators["cuda"] = every
+    try:
+        batch = copy.deepcopy(kept.batch)  # `fit_batch` may change it.
+    except Exception:
+        batch = kept.batch
     with (
         brain.sandbox(optimize=probe.optimize, precision=precision),
         warnings.catch_warnings(),
@@ -229,28 +193,6 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
     return Rerun(kept, generators, probe.finding, problem, exact)
 
 
-def _torch_generators(device: torch.device) -> dict[str, Any]:
-    """Return the states of torch's generators.
-
-    Those of Python and NumPy take longer to read than a small step, and few networks draw from
-    them.
-    """
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _complete(generators: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return the states of all generators: those that are given, and the present ones."""
-    state = {**seed.rng_state(), **generators}
-    if isinstance(generators.get("cuda"), torch.Tensor):
-        every = torch.cuda.get_rng_state_all()
-        every[torch.cuda.current_device() if device.index is None else device.index] = state["cuda"]
-        state["cuda"] = every
-    return state
-
-
 def _same(a: Any, b: Any) -> bool:
     """Return True if two states of a generator are equal; they are lists with a tensor."""
     if a is None or b is None:
@@ -259,11 +201,3 @@ def _same(a: Any, b: Any) -> bool:
         torch.equal(x, y) if isinstance(x, torch.Tensor) else bool(x == y)
         for x, y in zip(a, b, strict=True)
     )
-
-
-def _copy(batch: Any) -> Any:
-    """Return a copy of a batch, which `fit_batch` may change; or itself if it cannot be copied."""
-    try:
-        return copy.deepcopy(batch)
-    except Exception:
-        return batch
