@@ -342,7 +342,7 @@ class Checkpointer:
         temporary = self.folder / run_on_main(storage.make_temporary, planned.path)
         try:
             by_rank = distributed.all_gather_json(run_on_all(self._write_states, temporary))
-            entries = {name: FileEntry(*entry) for rank in by_rank for name, *entry in rank}
+            entries = {n: FileEntry(*entry) for files in by_rank for n, entry in files.items()}
             saved = replace(planned, files=entries)
             run_on_main(storage.publish, temporary, saved)
         except BaseException:
@@ -352,17 +352,18 @@ class Checkpointer:
             raise
         return saved
 
-    def _write_states(self, folder: Path) -> list[tuple[str, int, str]]:
+    def _write_states(self, folder: Path) -> dict[str, FileEntry]:
         """Write this rank's files: the shared states on rank 0, and its local states."""
-        rank, written = distributed.rank(), []
+        rank = distributed.rank()
+        written: dict[str, FileEntry] = {}
         for name, obj in self.recoverables.items() if rank == 0 else ():
-            written += storage.write_state(folder, name, obj.state_dict())
+            written |= storage.write_state(folder, name, obj.state_dict())
         local = {
             name: obj.local_state_dict()
             for name, obj in self.recoverables.items()
             if hasattr(obj, "local_state_dict")
         }
-        return written + storage.write_local(folder, rank, local)
+        return written | storage.write_local(folder, rank, local)
 
     def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
         """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""

@@ -196,24 +196,25 @@ def check_state(state: Any, where: str) -> None:
         )
 
 
-def write_state(folder: Path, name: str, state: Any) -> list[tuple[str, int, str]]:
+def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
     """Write a state: a file for each top-level key with tensors in it, and one for the rest.
 
     Returns:
-        Name, size and hash of each file.
+        The entry of each file, by name.
     """
     check_state(state, name)
     # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
     large = [k for k, v in state.items() if _is_large(k, v)] if type(state) is dict else []
     rest = {k: v for k, v in state.items() if k not in large} if large else state
-    written = [_write(folder, f"{name}.{key}.pt", state[key]) for key in large]
-    return [*written, _write(folder, f"{name}.pt", rest)]
+    contents = {**{f"{name}.{key}.pt": state[key] for key in large}, f"{name}.pt": rest}
+    return {file: _write(folder / file, content) for file, content in contents.items()}
 
 
-def write_local(folder: Path, rank: int, states: dict[str, Any]) -> list[tuple[str, int, str]]:
+def write_local(folder: Path, rank: int, states: dict[str, Any]) -> dict[str, FileEntry]:
     """Write the local states of a rank, by name; returns what `write_state` does."""
     check_state(states, f"the local state of rank {rank}")
-    return [_write(folder, f"rank-{rank}.pt", states)] if states else []
+    file = f"rank-{rank}.pt"
+    return {file: _write(folder / file, states)} if states else {}
 
 
 def _is_large(key: Any, value: Any) -> bool:
@@ -223,9 +224,8 @@ def _is_large(key: Any, value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for _, leaf in tree.leaves(value))
 
 
-def _write(folder: Path, name: str, content: Any) -> tuple[str, int, str]:
-    entry = write_file(folder / name, lambda file: torch.save(content, cast(Any, file)))
-    return name, *entry
+def _write(path: Path, content: Any) -> FileEntry:
+    return write_file(path, lambda file: torch.save(content, cast(Any, file)))
 
 
 def recoverable_names(checkpoint: Checkpoint) -> list[str]:

@@ -139,6 +139,7 @@ class BatchDataset(Dataset[Any]):
         seed: random seed of the run.
         train: True to replace a batch without a good item by its first good fallback item.
         single: True where an index stands for a whole batch.
+        workers: number of worker processes.
     """
 
     def __init__(
@@ -148,15 +149,13 @@ class BatchDataset(Dataset[Any]):
         seed: int,
         train: bool,
         single: bool,
+        workers: int,
     ) -> None:
         self.dataset, self.collate_fn = dataset, collate_fn
         self.seed, self.train, self.single = seed, train, single
-        self._current = torch.empty(0)  # Index that each worker is loading, in shared memory.
-        self._epoch: int | None = None
-
-    def share_with(self, workers: int) -> None:
-        """Allocate the shared memory in which workers publish the index they are loading."""
+        # The index that each worker is loading, or -1.
         self._current = torch.full((workers,), -1).share_memory_()
+        self._epoch: int | None = None
 
     def __getitem__(self, index: BatchIndex) -> tuple[Any, list[tuple[str, str]]]:
         """Load a batch.

@@ -96,7 +96,8 @@ def make_loader(
     )
     single = sampler.batch_size is None and not sampler.batched
     join = options.pop("collate_fn", None) or (default_convert if single else _collate)
-    batches = BatchDataset(dataset, join, seed, train, single)
+    workers = options.get("num_workers", 0)
+    batches = BatchDataset(dataset, join, seed, train, single, workers)
     policy = BadItemPolicy(on_bad, max_bad, len(dataset) / world_size)
     return Loader(batches, sampler, policy, options)
 
@@ -142,7 +143,6 @@ class Loader:
         self._batches, self._sampler, self._policy = batches, sampler, policy
         self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
         weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
-        batches.share_with(options.get("num_workers", 0))
         self._timeout = options.pop("timeout", 0)
         worker_init_fn = options.pop("worker_init_fn", None)
         self._make = partial(
