@@ -290,7 +290,7 @@ def test_a_sampler_that_knows_its_rank_deals_by_itself() -> None:
         rows.append(orders[0])
     assert sorted(map(int, rows[0] + rows[1])) == list(range(12))
     wrong = DistributedSampler(range(12), num_replicas=3, rank=0)
-    with pytest.raises(ValueError, match="DistributedSampler deals to 3 ranks; the run has 2"):
+    with pytest.raises(ValueError, match="DistributedSampler is set up for 3 ranks; the run"):
         make_loader(Items(12), train=True, sampler=wrong, world_size=2)
 
 

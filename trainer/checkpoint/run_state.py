@@ -108,9 +108,10 @@ class RunState:
     """The state of a run as the `Checkpointer` saves it and a resumed run restores it.
 
     A checkpoint is restored in three steps, since a resumed run calls hooks once more. When it is
-    loaded, weights, optimizers and existing objects are restored. After `on_fit_start`, which may
-    change weights and optimizers, their state is kept. When the stage's hook has run as well, or at
-    once if the run stopped between stages, everything is restored.
+    loaded, everything that ranks share and that exists by then is restored: weights, optimizers,
+    objects. After `on_fit_start`, which may change weights and optimizers, their state is kept.
+    When the stage's hook has run as well, or at once if the run stopped between stages, everything
+    is restored.
 
     Args:
         progress: progress of the run.
@@ -283,12 +284,10 @@ class Saver:
 
     def due(self) -> bool:
         """Return True if a save within the epoch is due on this rank."""
-        steps, minutes = (
-            self._options.checkpoint_every_steps,
-            self._options.checkpoint_every_minutes,
-        )
-        if steps is not None and self._progress.optimizer_step - self._saved_step >= steps:
+        options, steps = self._options, self._progress.optimizer_step - self._saved_step
+        if options.checkpoint_every_steps is not None and steps >= options.checkpoint_every_steps:
             return True
+        minutes = options.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, metrics: Mapping[str, Any], end_of_epoch: bool) -> None:

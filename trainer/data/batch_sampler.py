@@ -88,7 +88,7 @@ class DistributedBatchSampler:
     incomplete round are divided equally, or left out where there are fewer of them than ranks. So
     all ranks get equally many batches, and see together what one process sees with ``world_size``
     times the batch size. In evaluation every item is seen exactly once, and ranks may differ by one
-    batch. A sampler that knows its rank (`DistributedSampler`, lhotse's) deals by itself.
+    batch. A sampler that knows its rank (`DistributedSampler`, lhotse's) is used as it is.
 
     Args:
         sampler: indices of items; or, with ``batch_size=None``, whatever the dataset understands as
@@ -105,7 +105,7 @@ class DistributedBatchSampler:
         start: batch at which the next iteration starts; then 0 again.
 
     Raises:
-        ValueError: the sampler deals to another number of ranks; on iteration, an epoch of training
+        ValueError: the sampler is set up for other ranks; on iteration, an epoch of training
             without a batch, or a ``start`` beyond the epoch's end.
     """
 
@@ -167,7 +167,7 @@ class DistributedBatchSampler:
         if self._cached is None or self._cached[0] != self.epoch:
             with self._fork_rng():
                 order = list(self.sampler)
-            self._cached = self.epoch, list(self._deal(order))
+            self._cached = self.epoch, list(self._split(order))
             if self.train and not self._cached[1]:
                 raise ValueError(
                     f"{len(order)} {'batches' if self.batch_size is None else 'items'} are too few "
@@ -189,12 +189,12 @@ class DistributedBatchSampler:
                 order = list(islice(iterator, size))
             if not order:
                 return
-            yield from self._deal(order)
+            yield from self._split(order)
 
     def _fork_rng(self) -> fork_rng:
         return fork_rng(derive(self.seed, "sampler", self.epoch), generators(self.sampler))
 
-    def _deal(self, order: list[Any]) -> Iterator[Sequence[Any]]:
+    def _split(self, order: list[Any]) -> Iterator[Sequence[Any]]:
         """Yield this rank's batches out of all ranks' items."""
         world, size = self._ranks, self.batch_size
         rank = self.rank if world > 1 else 0
@@ -225,13 +225,13 @@ class DistributedBatchSampler:
 
 
 def _ranks_of(sampler: Any, world_size: int) -> int:
-    """Return the number of ranks that the sampler itself deals to."""
+    """Return the number of ranks among which the sampler itself splits its items."""
     for part in components(sampler):
         ranks = getattr(part, "num_replicas", None) or getattr(part, "world_size", None)
         if ranks is not None and hasattr(part, "rank"):
             if ranks not in (1, world_size):
                 raise ValueError(
-                    f"the sampler {type(part).__name__} deals to {ranks} ranks; "
+                    f"the sampler {type(part).__name__} is set up for {ranks} ranks; "
                     f"the run has {world_size}"
                 )
             return int(ranks)

@@ -27,7 +27,7 @@ class DataFeed:
         train: True if ranks must get equally many batches.
         limit: maximum number of batches in an epoch; 0 for all.
         repeat: number of batches, the first of epoch 1, that make up every epoch; 0 for all.
-        deal: True to give each rank its share of the batches here, for a source that gives every
+        split: True to give each rank its share of the batches here, for a source that gives every
             rank the same.
     """
 
@@ -38,10 +38,10 @@ class DataFeed:
         train: bool,
         limit: int = 0,
         repeat: int = 0,
-        deal: bool = False,
+        split: bool = False,
     ) -> None:
         self._source, self._device, self._train = source, device, train
-        self._limit, self._repeat, self._deal = limit, repeat, deal
+        self._limit, self._repeat, self._split = limit, repeat, split
         self._repeated: list[Any] | None = None
 
     def length(self) -> int | None:
@@ -50,7 +50,7 @@ class DataFeed:
             size = len(self._source if self._repeated is None else self._repeated)
         except TypeError:
             return None
-        if self._deal and self._repeated is None:
+        if self._split and self._repeated is None:
             rank, world = distributed.rank(), distributed.world_size()
             size = size // world if self._train else len(range(rank, size, world))
         for most in (self._limit, self._repeat):
@@ -87,7 +87,7 @@ class DataFeed:
 
     def _batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's batches of the source."""
-        world = distributed.world_size() if self._deal else 1
+        world = distributed.world_size() if self._split else 1
         iterator: Iterator[Any]
         if isinstance(self._source, (list, tuple)):
             iterator = islice(self._source, start * world, None)
@@ -141,15 +141,13 @@ def make_feed(
             f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"
         )
-    listed = isinstance(loader, (list, tuple))
-    if not listed:
+    if not isinstance(loader, (list, tuple)):
         run = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         loader = resumable(loader, seed=options.seed, train=train, **run)
-    deal = (listed and loader is source) or (
-        not isinstance(loader, Loader) and not _knows_ranks(source)
-    )
+    listed = isinstance(source, (list, tuple))
+    split = listed or not (isinstance(loader, Loader) or _knows_ranks(source))
     limit = options.debug_batches if options.debug else 0
-    return DataFeed(loader, device, train, limit, options.overfit_batches if train else 0, deal)
+    return DataFeed(loader, device, train, limit, options.overfit_batches if train else 0, split)
 
 
 def _knows_ranks(source: Any) -> bool:

@@ -54,7 +54,7 @@ def make_loader(
     A dataset raises `BadItem` for an item that cannot be used. In training a batch without a good
     item gets the next good item of the epoch instead; in evaluation it is left out.
 
-    An `IterableDataset` has to deal among ranks and workers by itself; see `resumable`.
+    An `IterableDataset` has to give each rank and worker items of its own; see `resumable`.
 
     Args:
         dataset: a map-style dataset, or an `IterableDataset`. Each item draws from global
@@ -78,7 +78,7 @@ def make_loader(
 
     Raises:
         ValueError: the options are unknown or exclude each other, the dataset is empty, or the
-            sampler deals to another number of ranks.
+            sampler is set up for another number of ranks.
     """
     known = set(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
     if unknown := set(options) - known:
@@ -243,7 +243,7 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
 
     A plain DataLoader of a map-style dataset is made anew by `make_loader`. Other iterables run on
     random numbers seeded by (seed, epoch), so that those that draw from the global generators are
-    resumed exactly too; they have to deal among ranks by themselves.
+    resumed exactly too; they have to give each rank batches of its own.
 
     Args:
         source: a DataLoader or an iterable of batches. A result of this function is returned as it
