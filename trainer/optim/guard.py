@@ -28,7 +28,8 @@ class NonFiniteError(RuntimeError):
 class Tracer:
     """Looks into skipped steps; this one does nothing.
 
-    A context manager around each `fit`. A subclass is registered in `trainer.defaults.tracers`.
+    A context manager around each `fit`, also around one within a hook of another. A subclass is
+    registered in `trainer.defaults.tracers`.
     """
 
     def begin_batch(self, batch: Any, weight: float, is_last: bool) -> None:

@@ -72,6 +72,7 @@ class NonFiniteTracer(Tracer):
         self._report: NonFiniteReport | None = None
         self._numbers: Counter[int] = Counter()  # Reports by step.
         self._moved: set[str] | None = None  # Optimizers that have stepped in this batch.
+        self._outer: list[tuple[deque[KeptBatch], NonFiniteReport | None, set[str] | None]] = []
 
     def begin_batch(self, batch: Any, weight: float, is_last: bool) -> None:
         """Remember the batch until the next accumulation window."""
@@ -132,10 +133,18 @@ class NonFiniteTracer(Tracer):
                 stacklevel=2,
             )
 
+    def __enter__(self) -> Tracer:
+        """Begin with no batches, and keep those of a `fit` around this one."""
+        self._outer.append((self._window, self._report, self._moved))
+        self._window, self._report = deque(maxlen=MAX_BATCHES), None
+        return self
+
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Write the report of the step that exhausted the patience."""
         if isinstance(error, NonFiniteError):
             self.end_batch()
+        self._window, self._report, moved = self._outer.pop()
+        self._moved = self._moved if moved is None else moved
 
 
 def make_nonfinite_tracer(brain: Brain) -> NonFiniteTracer | None:
