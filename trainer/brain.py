@@ -256,6 +256,7 @@ class Brain(SpeechBrainNames):
             self.options.eval_precision or self.options.precision, self.device
         )
         self.__stage, self.__batch = Stage.TRAIN, _Batch()
+        self.__replaced = False  # The modules have weights of an evaluation.
         self.__depth = 0  # A hook of one `fit` may call another.
         self.__nested_fits = 0  # Number of calls of that kind.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
@@ -341,6 +342,7 @@ class Brain(SpeechBrainNames):
 
         Raises:
             ValueError: for arguments that cannot be used.
+            ValueError: within an evaluation whose weights are not those of the training.
             NonFiniteError: after more skipped steps in an epoch than ``nonfinite_patience``.
         """
         if self.options.test_only:
@@ -539,6 +541,7 @@ class Brain(SpeechBrainNames):
             self.__metrics.forget_logged(stage.value)
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
+                stack.enter_context(self.__weights_replaced(True))
             self.on_stage_start(stage, epoch)
             self.callbacks.call("on_stage_start", self, stage, epoch, feed.length())
 
@@ -632,10 +635,11 @@ class Brain(SpeechBrainNames):
             for p in params:
                 p.requires_grad_(True)
 
+    @contextmanager
     def best_weights(
         self, max_key: str | None = None, min_key: str | None = None
-    ) -> AbstractContextManager[None]:
-        """Return a context manager in which the modules have the weights that `evaluate` uses.
+    ) -> Iterator[None]:
+        """Context manager in which the modules have the weights that `evaluate` uses.
 
         Args:
             max_key: metric of which the best checkpoint has the largest value.
@@ -644,10 +648,12 @@ class Brain(SpeechBrainNames):
         Raises:
             ValueError: if this Brain has not trained and there is no sound checkpoint.
         """
-        return evaluation_weights(
+        weights = evaluation_weights(
             self.modules, self.__ema, self.checkpointer, self.options, self.__trained,
             max_key, min_key,
         )  # fmt: skip
+        with weights as replaced, self.__weights_replaced(replaced):
+            yield
 
     def closes_window(self, name: str | None = None) -> bool:
         """Return True if the next `optimize` of this optimizer steps, rather than accumulates."""
@@ -830,16 +836,24 @@ class Brain(SpeechBrainNames):
     @contextmanager
     def __fitting(self) -> Iterator[ExitStack]:
         """Context manager around a `fit`, which may be within a hook of another one."""
+        if self.__replaced:
+            raise ValueError(
+                "fit was called while the modules have the weights of an evaluation, such as "
+                "averages: what it trained would be lost. Allowed: anywhere else, such as in "
+                "on_stage_end of a training"
+            )
         outer = self.__stage, self.__in_a_stage
         with ExitStack() as stack:
+            if self.__depth or self.__in_a_stage:
+                stack.enter_context(modes_kept(self.modules))
+                stack.enter_context(torch.enable_grad())
             if self.__depth:  # After it, everything but what is trained is as before.
                 self.__nested_fits += 1
                 self.__guard.settle()
-                stack.enter_context(modes_kept(self.modules))
-                stack.enter_context(torch.enable_grad())
                 snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
                 stack.callback(snapshot.restore)
                 stack.enter_context(gradients_kept(self.modules))
+                stack.enter_context(self.__tracer)
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
             else:
@@ -1134,6 +1148,15 @@ class Brain(SpeechBrainNames):
         return progress.stopped or self.__limit_reached()
 
     # ----------------------------------------------------------------------------- small internals
+
+    @contextmanager
+    def __weights_replaced(self, replaced: bool) -> Iterator[None]:
+        """Context manager in which the modules have weights that do not last, if ``replaced``."""
+        outer, self.__replaced = self.__replaced, self.__replaced or replaced
+        try:
+            yield
+        finally:
+            self.__replaced = outer
 
     __in_a_stage = False
 

@@ -77,8 +77,8 @@ def evaluation_weights(
     trained: bool,
     max_key: str | None,
     min_key: str | None,
-) -> Iterator[None]:
-    """Context manager in which the modules have the weights to test.
+) -> Iterator[bool]:
+    """Context manager in which the modules have the weights to test; True if they have others now.
 
     These are the weights of the best checkpoint by a metric; without a metric the present ones, or
     those of the newest checkpoint if this process has not trained; the mean of several checkpoints
@@ -102,7 +102,7 @@ def evaluation_weights(
         warnings.warn(
             f"{asked} asks for the best checkpoint, but this Brain has no checkpointer: its "
             "weights are tested as they are",
-            stacklevel=4,
+            stacklevel=7,
         )
     with rng_kept(), ExitStack() as stack:
         saved = None
@@ -118,7 +118,7 @@ def evaluation_weights(
             stack.enter_context(_swapped(modules, saved))
         elif average is not None:
             stack.enter_context(average.applied(modules))
-        yield
+        yield saved is not None or average is not None
 
 
 def _load_weights(

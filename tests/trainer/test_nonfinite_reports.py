@@ -635,3 +635,22 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
     for argv in ([], ["run"], ["--script"], ["run", "--script", "x"]):
         with pytest.raises(ValueError, match="usage: python -m trainer replay RUN STEP"):
             command(argv)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_report_is_of_the_batch_and_not_of_one_that_a_hook_trained_on(
+    window: int, tmp_path: Path
+) -> None:
+    class Nesting(Regressor):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            if self.step == 2 and self.epoch == 1:
+                self.fit([9], batches(2, size=4, seed=5))
+
+    data = batches(4)
+    data[1] = spoilt(data[1], "nan")
+    brain = make(Nesting, grad_accumulation_factor=window, output_folder=str(tmp_path))
+    brain.fit([1], data)
+    (folder,) = (tmp_path / "nonfinite").iterdir()
+    text = (folder / "report.txt").read_text(encoding="utf-8")
+    assert "Batch: utt1-0, utt1-1, utt1-2\n" in text
+    assert "was finite" not in text

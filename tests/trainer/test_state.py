@@ -373,6 +373,41 @@ def test_a_nested_fit_after_a_bad_batch_keeps_none_of_its_statistics(window: int
     assert brain.modules.net[1].running_mean.isfinite().all()
 
 
+@pytest.mark.parametrize("place", ["validation", "test"])
+def test_a_fit_whose_weights_would_be_lost_is_refused(place: str, tmp_path: Path) -> None:
+    class Nesting(Regressor):
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            if stage.value == place[: len(stage.value)]:
+                self.fit([9], batches(2))
+
+    averages = place == "validation"
+    saver = Checkpointer(tmp_path, keep_best={"loss": "min"})
+    brain = make(Nesting, checkpointer=saver, ema_decay=0.9 if averages else None)
+    if averages:
+        run = partial(brain.fit, [1], batches(2), batches(1))
+    else:
+        brain.fit([1], batches(2))
+        run = partial(brain.evaluate, batches(1), min_key="loss")
+    with pytest.raises(ValueError, match="fit was called while .*: what it trained would be lost"):
+        run()
+
+
+def test_a_fit_within_a_test_of_the_present_weights_trains_them() -> None:
+    modes: list[bool] = []
+
+    class Adapting(Regressor):
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            if stage is Stage.TEST:
+                self.fit([9], batches(2))
+                modes.append(self.modules.training)
+
+    brain = make(Adapting)
+    brain.fit([1], batches(2))
+    brain.evaluate(batches(1))
+    assert modes == [False]
+    assert brain.optimizer_step == 4
+
+
 def test_a_nested_fit_at_the_limit_of_steps_does_nothing() -> None:
     class Nesting(Regressor):
         def on_stage_end(self, *args: Any) -> None:

@@ -107,8 +107,8 @@ class Snapshot:
 class RunState:
     """The state of a run as the `Checkpointer` saves it and a resumed run restores it.
 
-        A checkpoint is restored in three moments, since hooks run once more on the way. When it is
-        loaded, everything that ranks share and that exists by then is restored: weights, optimizers,
+    A checkpoint is restored in three steps, since a resumed run calls hooks once more. When it is
+    loaded, everything that ranks share and that exists by then is restored: weights, optimizers,
     objects. After `on_fit_start`, which may change weights and optimizers, their state is kept.
     When the stage's hook has run as well, or at once if the run stopped between stages, everything
     is restored.

@@ -29,8 +29,8 @@ class NonFiniteError(RuntimeError):
 class Tracer:
     """Base class of what examines skipped steps; it does nothing.
 
-    It is a context manager around each `fit`. A subclass is registered in
-    `trainer.defaults.tracers`.
+    It is a context manager around each `fit`, also around one within a hook of another. A subclass
+    is registered in `trainer.defaults.tracers`.
     """
 
     def begin_batch(self, batch: Any, is_last: bool) -> None:

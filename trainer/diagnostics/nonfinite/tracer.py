@@ -52,6 +52,7 @@ class NonFiniteTracer(Tracer):
         self._report: NonFiniteReport | None = None
         self._batch_reports: Sequence[StepReport] = ()
         self._numbers: Counter[int] = Counter()  # Reports by step.
+        self._outer: list[tuple[deque[KeptBatch], NonFiniteReport | None]] = []
 
     def begin_batch(self, batch: Any, is_last: bool) -> None:
         """Remember the batch until the next accumulation window."""
@@ -108,10 +109,17 @@ class NonFiniteTracer(Tracer):
                 stacklevel=2,
             )
 
+    def __enter__(self) -> Tracer:
+        """Begin with no batches, and keep those of a `fit` around this one."""
+        self._outer.append((self._window, self._report))
+        self._window, self._report = deque(maxlen=MAX_BATCHES), None
+        return self
+
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Write the report of the step that exhausted the patience."""
         if isinstance(error, NonFiniteError):
             self.end_batch()
+        self._window, self._report = self._outer.pop()
 
 
 def make_nonfinite_tracer(brain: Brain) -> NonFiniteTracer | None:
