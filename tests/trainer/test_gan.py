@@ -278,7 +278,7 @@ def test_a_loss_that_holds_weights_which_have_moved_is_explained() -> None:
         make(Late).fit([1], batches(1))
 
 
-def test_optimizers_that_share_a_parameter_cannot_accumulate() -> None:
+def test_optimizers_that_share_a_parameter_cannot_accumulate_at_once() -> None:
     class Shared(Players):
         def init_optimizers(self) -> None:
             super().init_optimizers()
@@ -287,7 +287,7 @@ def test_optimizers_that_share_a_parameter_cannot_accumulate() -> None:
             )
 
     make(Shared).fit([1], batches(2))
-    sentence = "'discriminator' and 'generator' share discriminator.0.weight; with grad_accum"
+    sentence = "'discriminator' and 'generator' share a parameter, and the first has an open"
     with pytest.raises(ValueError, match=sentence):
         make(Shared, grad_accumulation_factor=2).fit([1], batches(2))
 

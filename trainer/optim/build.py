@@ -114,17 +114,8 @@ def make_updates(
     }
     clips = _make_clippers(options, optimizers, parameters)
     updates: dict[str, Update] = {}
-    owners: dict[Tensor, str] = {}
     for name, optimizer in optimizers.items():
         own = {p for group in optimizer.param_groups for p in group["params"]}
-        shared = next((p for p in own if p in owners), None)
-        if shared is not None and options.grad_accumulation_factor > 1:
-            raise ValueError(
-                f"the optimizers {owners[shared]!r} and {name!r} share "
-                f"{parameters.get(shared, 'a parameter')}; with grad_accumulation_factor above 1 "
-                "their gradients would mix: give it to one of them, or do not accumulate"
-            )
-        owners.update(dict.fromkeys(own, name))
         updates[name] = Update(
             name,
             optimizer,
@@ -138,6 +129,10 @@ def make_updates(
         )
         updates[name].sparse = sparse & own
         updates[name].watch(on_hand_step)
+        for other in updates.values():
+            if other.name != name and not own.isdisjoint(other.all_params):
+                other.sharing.append(updates[name])
+                updates[name].sharing.append(other)
     return updates
 
 

@@ -103,6 +103,7 @@ class Update:
         self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
         self.strategy = Strategy() if strategy is None else strategy
         self.window = Window()
+        self.sharing: list[Update] = []  # Optimizers that have a parameter of this one, too.
         self.sparse: set[Tensor] = set()  # Parameters whose gradients may be in sparse layout.
         self.last_norm: float | None = None
         self.measured: tuple[list[Tensor], list[float]] = [], []
@@ -156,7 +157,17 @@ class Update:
         """Open an accumulation window if none is open.
 
         Gradients that anything but `optimize` left are dropped, with a warning.
+
+        Raises:
+            ValueError: if an optimizer that shares a parameter has an open window.
         """
+        other = next((each for each in self.sharing if each.window.count), None)
+        if other is not None and not self.window.count:
+            raise ValueError(
+                f"the optimizers {other.name!r} and {self.name!r} share a parameter, and the first "
+                "has an open accumulation window: their gradients would mix. Close it with "
+                "optimize(…, last=True), give the parameter to one of them, or do not accumulate"
+            )
         left = [] if self.window.count else [p for p in self.all_params if p.grad is not None]
         for p in left:
             p.grad = None
