@@ -65,7 +65,7 @@ def load(folder: Path) -> dict[str, Any]:
         kept = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # Bytes that somebody else wrote may raise anything.
+    except Exception as error:  # A file from elsewhere may raise anything.
         raise ValueError(f"{path} is no kept batch: {type(error).__name__}") from error
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         raise ValueError(f"{path} is no kept batch of format {FORMAT}")

@@ -28,7 +28,7 @@ class ReplicaCheck(Callback):
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
-        """Start to count."""
+        """Reset the count."""
         if stage is Stage.TRAIN:
             self._batches = 0
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("trainer")
 
 LoggerFactory = Callable[[Path], Logger]
 
-LOST_STEPS = ("skipped", "overflowed")  # Counts that the line for people has where they are not 0.
+LOST_STEPS = ("skipped", "overflowed")  # Counts that the log line shows if they are not 0.
 
 
 class LoggerCallback(Callback):
@@ -89,7 +89,7 @@ class LoggerCallback(Callback):
         self.scalars("step", record, record["step"])
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Record a finished stage, and log its line for people.
+        """Record a finished stage, and log it in one line.
 
         In a program that has not set up logging the line is printed, if the progress bar is wanted.
 
@@ -183,7 +183,7 @@ class LoggerCallback(Callback):
             self._give_up(factory, type(each).__name__, error)
 
     def _give_up(self, factory: LoggerFactory, name: str, error: Exception) -> None:
-        """Use a logger no more, and warn."""
+        """Stop using a logger, and warn."""
         self._factories.remove(factory)
         self._loggers.pop(factory, None)
         logger.warning(
@@ -193,7 +193,7 @@ class LoggerCallback(Callback):
 
 
 def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
-    """Return the line of a stage for people, such as "epoch 2 valid: loss 1.234, wer 3.21, 12 s".
+    """Return the log line of a stage, such as "epoch 2 valid: loss 1.234, wer 3.21, 12 s".
 
     Args:
         report: the finished stage.

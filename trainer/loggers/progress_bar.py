@@ -48,7 +48,7 @@ class ProgressBar(Callback):
     ) -> None:
         """Show the bar of a stage; a resumed training stage starts at the batches it has done."""
         description = stage.value if epoch is None else f"epoch {epoch} {stage.value}"
-        # A file keeps every bar that is drawn; it is given two a minute.
+        # In a file every redrawn bar stays, so that it is drawn twice a minute only.
         pace = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
         self._bars.append(
             tqdm(

@@ -29,7 +29,7 @@ logger = logging.getLogger("trainer")
 
 
 def write_html(folder: Path | str) -> Path:
-    """Write `report.html` from what has been logged so far, or leave the old one as it is.
+    """Write `report.html` from what has been logged so far; on an error the old one stays.
 
     Args:
         folder: run folder.
@@ -53,7 +53,7 @@ def write_html(folder: Path | str) -> Path:
 
 
 class ReportLogger(Logger):
-    """Keep `report.html` up to date, for about a hundredth of the run's time.
+    """Keep `report.html` up to date, at about 1 % of the run's time.
 
     Reading a long log takes seconds, and a stage may be short. So the report is written after a
     stage only if a hundred times the duration of the last writing has passed since, and again when
@@ -85,7 +85,7 @@ class ReportLogger(Logger):
         started = time.perf_counter()
         try:
             write_html(self.folder)
-        except Exception as error:  # A report is not worth a run.
+        except Exception as error:  # A failed report must not end the run.
             if not self._warned:
                 self._warned = True
                 logger.warning(

@@ -114,7 +114,7 @@ def draw(chart: Chart) -> str:
     for name, place in chart.marks.items():
         path = f"M{x.at(place):.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
         lines += f'<path class="line limit" d="{path}"><title>{escape(name)}</title></path>'
-    # In words, for readers who do not see the drawing.
+    # For screen readers.
     facts = []
     for each in chart.series:
         if known := _known(each):

@@ -18,7 +18,7 @@ from trainer.metrics import RESERVED
 
 
 class Curve:
-    """Numbers over ascending steps or epochs. A number that was lost is NaN, which is a gap."""
+    """Values over ascending steps or epochs; NaN is a gap, where a value was not finite."""
 
     __slots__ = ("xs", "ys")
 
@@ -149,13 +149,13 @@ def read_history(path: Path) -> History:
                 _add_monitor(history, step, record)
             elif "stage" in record:
                 key = (str(record["stage"]), str(record.get("epoch")))
-                # The last one counts, at its own place; what only an earlier one has is kept.
+                # A later record replaces an earlier one; keys that only that one has are kept.
                 stages[key] = stages.pop(key, {}) | record
             else:
                 history.unreadable += 1
                 continue
             if _is_number(step):
-                history.last_step = max(history.last_step, int(step))  # A test on its own has 0.
+                history.last_step = max(history.last_step, int(step))  # A test alone has 0.
     history.stages = list(stages.values())
     return history
 

@@ -48,7 +48,7 @@ def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[str]], kind:
     """Return a table that scrolls where it is too wide.
 
     Args:
-        label: name for readers who do not see it.
+        label: name for screen readers.
         heads: headings of the columns.
         rows: cells as HTML; the first of each row is its heading.
         kind: "tall" for a table that scrolls where it is too high, too.

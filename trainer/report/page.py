@@ -18,10 +18,10 @@ from trainer.report.plots import display_name, sections
 
 MAX_STAGES = 30  # Rows of the table of stages.
 MAX_LAYERS = 300  # Rows of the table of layers.
-MAX_POINTS = 40  # Points of a small drawing in a row of that table.
+MAX_POINTS = 40  # Points of a sparkline.
 MAX_SKIPPED = 20  # Skipped steps that are listed.
 MAX_CHARACTERS = 200_000  # Characters of a file that are shown.
-SPARK_WIDTH, SPARK_HEIGHT = 96.0, 22.0  # Pixels of a small drawing.
+SPARK_WIDTH, SPARK_HEIGHT = 96.0, 22.0  # Pixels of a sparkline.
 COUNTS = ("step", "examples", "skipped", "overflowed", "seconds")
 LAYER_HEADS = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
 FILES = (
@@ -52,7 +52,7 @@ def render(folder: Path) -> str:
 
 
 def _status(history: History) -> str:
-    """Return how far the run has come, and when the page was written."""
+    """Return the progress of the run and the time of writing, as sentences."""
     epochs = [r["epoch"] for r in history.stages if isinstance(r.get("epoch"), int)]
     facts = [f"{count(history.last_step)} optimizer steps"]
     if epochs:
@@ -156,7 +156,7 @@ def _of(values: list[float], place: int) -> str:
 
 
 def _spark(curve: Curve, name: str) -> str:
-    """Return a drawing of the size of a word."""
+    """Return a sparkline: a small line drawing for a cell of a table."""
     known = curve.known()
     known = known[:: max(1, math.ceil(len(known) / MAX_POINTS))]
     if len(known) < 2:

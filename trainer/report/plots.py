@@ -58,7 +58,7 @@ def _by_epoch(history: History) -> list[Chart]:
     """Return a chart over the epochs for each loss and metric, training beside validation."""
     charts = []
     for measure in history.measures():
-        name = display_name(measure)  # Not in capitals: si_snr is not SI_SNR.
+        name = display_name(measure)  # Names of metrics keep their case.
         chart = Chart(f"{name.replace('loss', 'Loss', 1)} by epoch", "epoch", name)
         for stage in history.stage_names():
             _add(chart, stage, history.by_epoch(stage, measure), 0 if stage == "train" else 1)

@@ -1,4 +1,4 @@
-"""Searches in place of a training: the clip limit and the learning rate of each optimizer.
+"""Searches for the clip limit and the learning rate of each optimizer, in place of a training.
 
     python recipes/asr/train.py hparams/asr/demo.yaml --find_clip
     python recipes/asr/train.py hparams/asr/demo.yaml --find_lr --find_clip
@@ -56,7 +56,7 @@ class SearchOver(DriverFinished):
 
 
 def search(brain: Brain, arguments: FitArguments) -> NoReturn:
-    """Do the searches that the options ask for, print the results and write them. Collective.
+    """Run the searches that the options ask for, print the results and write them. Collective.
 
     This is the driver of `Brain.fit` under ``--find_lr`` and ``--find_clip``.
 

@@ -1,4 +1,4 @@
-"""Learning-rate range test: one trial over all learning rates, read where the loss falls fastest.
+"""Learning-rate range test: one trial over all rates, which finds where the loss falls fastest.
 
 Smith 2017, "Cyclical learning rates for training neural networks", section 3.3 (arXiv 1506.01186),
 with two changes. The rates rise exponentially. From the loss of each step is subtracted the loss of

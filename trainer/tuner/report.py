@@ -92,7 +92,7 @@ def _rate_charts(found: RateSuggestion) -> list[Chart]:
 
 
 def _cut(values: Sequence[float]) -> list[float]:
-    """Return the values with gaps where they are so high that they would hide the way down."""
+    """Replace values far above the first ones by gaps, so that a fall of the loss stays visible."""
     start = values[: max(1, len(values) // 4)]
     low, high = min(values, default=0.0), max(start, default=0.0)
     top = high + max(high - low, abs(high) * 0.01)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainer")
 
-MIN_STEPS = 10  # Shorter trials tell nothing.
+MIN_STEPS = 10  # Fewest steps of a trial that say anything.
 MAX_PROBED = 100  # Batches in which an optimizer must be used to be found.
 DIVERGED = 3.0  # Loss above that of the model at rest, over the latter, at which a trial ends.
 
@@ -181,7 +181,7 @@ class TrialRunner:
                 f"has {result.steps}: lower batch_size or grad_accumulation_factor, or give it "
                 "more data"
             )
-        # Ranks may compute another last bit; what they decide by it must be the same.
+        # Figures may differ between ranks in the last bit; decisions must not.
         return TrialResult(**distributed.broadcast_json(asdict(result)))
 
     def _train_batches(self, before_batch: Callable[[], None] = lambda: None) -> Iterator[None]:

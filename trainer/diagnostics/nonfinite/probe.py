@@ -1,7 +1,7 @@
 """Probe: watches every operation of a batch, and finds the first that gave NaN or infinity.
 
 A value that is not finite is followed from the operation that made it, through everything computed
-from it, to the loss: padding may hold any garbage, and a mask before a softmax is an intended
+from it, to the loss: padding may hold any value, and a mask before a softmax is an intended
 infinity, as long as neither reaches the loss.
 """
 
@@ -29,7 +29,7 @@ from trainer.optim.step import Update
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-# Operations that write what they are told to, or show what was in memory before.
+# Operations that write a given value, or that return uninitialised memory.
 INTENDED = re.compile(
     r"(empty|new_empty|resize|masked_fill|fill|full|new_full|where|scalar_tensor|set_)"
 )
@@ -133,7 +133,7 @@ class Probe(TorchDispatchMode):
                 stack.callback(handle.remove)
             if "torch._dynamo" in sys.modules:  # Otherwise nothing is compiled.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # Only to know the line of each function: NaN is looked for here.
+            # Records the line of each function; NaN is detected by this mode.
             stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
             stack.enter_context(self)
             yield

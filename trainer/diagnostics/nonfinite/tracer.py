@@ -101,7 +101,7 @@ class NonFiniteTracer(Tracer):
                         callback.artifact(f"nonfinite/{report.name}", report.folder)
             for line in report.lines():
                 logger.warning("%s", line)
-        except Exception as error:  # An explanation is not worth a run.
+        except Exception as error:  # A failed investigation must not end the run.
             self._left = 0
             warnings.warn(
                 f"a step that was not finite could not be looked into ({type(error).__name__}: "
@@ -164,10 +164,8 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
         precision: precision of the forward pass; None for that of training.
     """
     probe, problem = Probe(brain), None
-    generators = {
-        **seed.rng_state(),
-        **kept.generators,
-    }  # Those that are unknown: the present ones.
+    # Generators whose states at the start are unknown begin as they are now.
+    generators = {**seed.rng_state(), **kept.generators}
     if isinstance(kept.generators.get("cuda"), torch.Tensor):
         every = torch.cuda.get_rng_state_all()
         index = brain.device.index
@@ -181,7 +179,7 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
         brain.sandbox(optimize=probe.optimize, precision=precision),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # They were given in training.
+        warnings.simplefilter("ignore")  # Training has given them already.
         brain.progress.step = kept.step - 1
         seed.set_rng_state(generators)
         try:
