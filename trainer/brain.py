@@ -365,7 +365,7 @@ class Brain(SpeechBrainNames):
         with self.__in_stage(Stage.TRAIN):
             self.modules.train()
             if progress.step == 0:
-                self.__metrics.forget_logged(Stage.TRAIN.value)
+                self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
             total = feed.begin(epoch)
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
@@ -513,6 +513,7 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(self.__telling_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
             stack.enter_context(self.best_weights(max_key, min_key))
+            stack.enter_context(self.__outside_stages())
             stack.push(self.__telling_end("on_evaluate_end"))
             self.callbacks.call("on_evaluate_start", self)
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
@@ -529,7 +530,7 @@ class Brain(SpeechBrainNames):
                 before = Snapshot(self.progress, self.__hook_state)
                 stack.enter_context(before.restored_after(signals.Interrupted))
             stack.enter_context(evaluation_mode(self.modules))
-            self.__metrics.forget_logged(stage.value)
+            self.__metrics.begin_logging(stage.value)
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
                 stack.enter_context(self.__weights_replaced(True))
@@ -569,8 +570,9 @@ class Brain(SpeechBrainNames):
     def log(self, name: str, value: float | Tensor, weight: float = 1.0) -> None:
         """Log a value; may be called in any hook.
 
-        The values of a stage are averaged by weight over the stage and over ranks. The average is
-        among the metrics of the stage: in its line, in the loggers, and for ``keep_best``.
+        The values of a stage are averaged by weight over the stage and over ranks; what is logged
+        between two stages is of the second one. The average is among the metrics of the stage: in
+        its line, in the loggers, and for ``keep_best``.
 
         Args:
             name: name of the metric.
@@ -832,7 +834,6 @@ class Brain(SpeechBrainNames):
                 "averages: what it trained would be lost. Allowed: anywhere else, such as in "
                 "on_stage_end of a training"
             )
-        outer = self.__stage, self.__in_a_stage
         with ExitStack() as stack:
             if self.__depth or self.__in_a_stage:
                 stack.enter_context(modes_kept(self.modules))
@@ -851,6 +852,7 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
                 stack.enter_context(self.__tracer)
+            stack.enter_context(self.__outside_stages())
             self.__ticked = time.perf_counter()
             self.__depth += 1
             try:
@@ -858,7 +860,6 @@ class Brain(SpeechBrainNames):
                     yield inner
             finally:
                 self.__depth -= 1
-                self.__stage, self.__in_a_stage = outer
 
     @contextmanager
     def __telling_exceptions(self) -> Iterator[None]:
@@ -1157,6 +1158,15 @@ class Brain(SpeechBrainNames):
             yield
         finally:
             self.__stage, self.__in_a_stage, self.__batch = outer
+
+    @contextmanager
+    def __outside_stages(self) -> Iterator[None]:
+        """Context manager for hooks before the first stage of a `fit` or an evaluation."""
+        outer, self.__in_a_stage = self.__in_a_stage, False
+        try:
+            yield
+        finally:
+            self.__in_a_stage = outer
 
     def __tick(self) -> None:
         """Add the time since the last call to the run's training time."""
