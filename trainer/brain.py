@@ -699,7 +699,9 @@ class Brain(SpeechBrainNames):
             entries["ema"] = StateEntry(self.__ema, "shared", trained=True, restart=restart)
         for name, part in self.__objects().items():
             networks = isinstance(part, nn.Module) and any(True for _ in part.parameters())
-            entries[f"objects.{name}"] = StateEntry(part, "shared" if networks else "both")
+            entries[f"objects.{name}"] = StateEntry(
+                part, "shared" if networks else "both", of_fit=name == "hparams.early_stopping"
+            )
         entries["trainable"] = StateEntry(self.__trainable, "shared")
         entries["strategy"] = StateEntry(self.__strategy, "shared")
         if not distributed.is_main():
@@ -1201,6 +1203,7 @@ class Brain(SpeechBrainNames):
             name: entry
             for name, entry in self.stateful().items()
             if name == "metrics"
+            or entry.scope == "both"
             or not (entry.scope == "shared" or entry.of_fit or name in ("buffers", "rng"))
         }
 

@@ -70,11 +70,12 @@ class NonFiniteGuard:
         self._progress, self._in_window = progress, in_window
         self._modules = modules
         self._suspects: dict[str, list[tuple[list[str], Tensor]]] = {}
-        self._spoilt = self._counted = False
+        self._counted = False
         self.begin_stage()
 
     def begin_stage(self) -> None:
         """Find the buffers (modules may have been exchanged), and keep them."""
+        self._spoilt = False  # True still if an error ended the last stage.
         found = [
             (f"{path}.{name}", module, name, buffer)
             for path, module in self._modules.named_modules()
