@@ -375,7 +375,7 @@ class Brain(SpeechBrainNames):
         with self.__in_stage(Stage.TRAIN):
             self.modules.train()
             if progress.step == 0:
-                self.__metrics.forget_logged(Stage.TRAIN.value)
+                self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
             total = feed.begin(epoch)
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
@@ -522,6 +522,7 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(self.__reporting_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
             stack.enter_context(self.best_weights(max_key, min_key))
+            stack.enter_context(self.__outside_stages())
             stack.push(self.__telling_end("on_evaluate_end"))
             self.callbacks.call("on_evaluate_start", self)
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
@@ -538,7 +539,7 @@ class Brain(SpeechBrainNames):
                 before = Snapshot(self.progress, self.__hook_state)
                 stack.enter_context(before.restored_after(signals.Interrupted))
             stack.enter_context(evaluation_mode(self.modules))
-            self.__metrics.forget_logged(stage.value)
+            self.__metrics.begin_logging(stage.value)
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
                 stack.enter_context(self.__weights_replaced(True))
@@ -578,8 +579,9 @@ class Brain(SpeechBrainNames):
     def log(self, name: str, value: float | Tensor, weight: float = 1.0) -> None:
         """Log a value; may be called in any hook.
 
-        The values of a stage are averaged by weight over the stage and over ranks. The average is
-        among the metrics of the stage: in its line, in the loggers, and for ``keep_best``.
+        The values of a stage are averaged by weight over the stage and over ranks; what is logged
+        between two stages is of the second one. The average is among the metrics of the stage: in
+        its line, in the loggers, and for ``keep_best``.
 
         Args:
             name: name of the metric.
@@ -705,7 +707,9 @@ class Brain(SpeechBrainNames):
             entries["ema"] = StateEntry(self.__ema, "shared", trained=True, restart=restart)
         for name, part in self.__objects().items():
             networks = isinstance(part, nn.Module) and any(True for _ in part.parameters())
-            entries[f"objects.{name}"] = StateEntry(part, "shared" if networks else "both")
+            entries[f"objects.{name}"] = StateEntry(
+                part, "shared" if networks else "both", of_fit=name == "hparams.early_stopping"
+            )
         entries["trainable"] = StateEntry(self.__trainable, "shared")
         entries["strategy"] = StateEntry(self.__strategy, "shared")
         entries["buffers"] = StateEntry(
@@ -842,7 +846,6 @@ class Brain(SpeechBrainNames):
                 "averages: what it trained would be lost. Allowed: anywhere else, such as in "
                 "on_stage_end of a training"
             )
-        outer = self.__stage, self.__in_a_stage
         with ExitStack() as stack:
             if self.__depth or self.__in_a_stage:
                 stack.enter_context(modes_kept(self.modules))
@@ -861,6 +864,7 @@ class Brain(SpeechBrainNames):
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
                 stack.enter_context(self.__tracer)
+            stack.enter_context(self.__outside_stages())
             self.__ticked = time.perf_counter()
             self.__depth += 1
             try:
@@ -868,7 +872,6 @@ class Brain(SpeechBrainNames):
                     yield inner
             finally:
                 self.__depth -= 1
-                self.__stage, self.__in_a_stage = outer
 
     @contextmanager
     def __reporting_exceptions(self) -> Iterator[None]:
@@ -1169,6 +1172,15 @@ class Brain(SpeechBrainNames):
         finally:
             self.__stage, self.__in_a_stage, self.__batch = outer
 
+    @contextmanager
+    def __outside_stages(self) -> Iterator[None]:
+        """Context manager for hooks before the first stage of a `fit` or an evaluation."""
+        outer, self.__in_a_stage = self.__in_a_stage, False
+        try:
+            yield
+        finally:
+            self.__in_a_stage = outer
+
     def __tick(self) -> None:
         """Add the time since the last call to the run's training time."""
         now = time.perf_counter()
@@ -1202,6 +1214,7 @@ class Brain(SpeechBrainNames):
             name: entry
             for name, entry in self.stateful().items()
             if name == "metrics"
+            or entry.scope == "both"
             or not (entry.scope == "shared" or entry.of_fit or name in ("buffers", "rng"))
         }
 

@@ -342,9 +342,12 @@ class TrainingMetrics:
         except ValueError as error:
             raise ValueError(f"self.log({name!r}, …): {error}") from None
 
-    def forget_logged(self, stage: str) -> None:
-        """Forget what was logged in a stage, such as in one that an error ended."""
-        self.logged.pop(stage, None)
+    def begin_logging(self, stage: str) -> None:
+        """Begin the values of a stage with those that were logged since the last one.
+
+        What was logged in a stage of that name that an error has ended is forgotten.
+        """
+        self.logged[stage] = self.logged.pop("", {})
 
     def end_stage(self, stage: str) -> dict[str, Any]:
         """Return the averages over ranks of what was logged in a stage, and forget them.
@@ -352,8 +355,6 @@ class TrainingMetrics:
         Collective. Ranks may have logged different names.
         """
         means = self.logged.pop(stage, {})
-        for name, mean in self.logged.pop("", {}).items():  # Logged before any stage began.
-            means.setdefault(name, mean)
         if distributed.world_size() > 1:
             names = dict.fromkeys(
                 n for each in distributed.all_gather_json(list(means)) for n in each

@@ -378,6 +378,32 @@ def test_a_nested_fit_reports_what_it_trained_and_the_outer_one_the_rest() -> No
     assert records.steps == [(2, 2), (4, 2), (6, 2), (8, 2), (10, 2)]
 
 
+def test_what_a_hook_logs_before_a_stage_is_in_that_stage() -> None:
+    class Starting(Regressor):
+        depth = 0
+
+        def on_fit_start(self) -> None:
+            self.log("fit", self.depth)
+
+        def on_evaluate_start(self, max_key: str | None = None, min_key: str | None = None) -> None:
+            self.log("evaluate", self.depth)
+
+        def on_fit_batch_end(self, *args: Any) -> None:
+            if self.depth == 0:
+                self.depth = 1
+                self.evaluate(batches(1))
+                self.fit([7], batches(1))
+
+    reports = Reports()
+    brain = with_callbacks(Starting, reports)
+    brain.fit([1], batches(2))
+    brain.evaluate(batches(1))
+    assert reports.metrics == [
+        ("test", {"evaluate": 1.0}), ("train", {"fit": 1.0}),
+        ("train", {"fit": 0.0}), ("test", {"evaluate": 1.0}),
+    ]  # fmt: skip
+
+
 def test_what_a_failed_stage_logged_is_in_no_later_one() -> None:
     records = Records()
     brain = with_callbacks(Nesting, records)

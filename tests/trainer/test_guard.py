@@ -239,6 +239,15 @@ def test_an_own_batch_ids_is_asked_for_batches_only(caplog: pytest.LogCaptureFix
     assert "(batch my-utt4-0, my-utt4-1, my-utt4-2)" in caplog.text
 
 
+def test_a_fit_after_too_many_bad_batches_keeps_its_statistics() -> None:
+    again, new = make(norm=True, nonfinite_patience=0), make(norm=True)
+    with pytest.raises(NonFiniteError):
+        again.fit([1], [spoilt(batches(1)[0], "input")])
+    for brain in (again, new):
+        brain.fit([1], batches(2))
+    assert same(everything(again), everything(new))
+
+
 def test_without_ids_and_before_any_norm_the_message_says_so() -> None:
     data = [{"x": torch.full((2, 4), math.nan), "y": torch.zeros(2, 2)}]
     with pytest.raises(NonFiniteError, match="batch without ids. Its last .* norm was never seen"):

@@ -20,7 +20,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint.run_state import Snapshot, StateEntry
 from trainer.clipping import AutoClip
 from trainer.progress import Progress
-from trainer.schedules import WarmupDecay
+from trainer.schedules import EarlyStopping, WarmupDecay
 
 FIELDS = 15  # At most so many fields.
 
@@ -406,6 +406,25 @@ def test_a_fit_within_a_test_of_the_present_weights_trains_them() -> None:
     brain.evaluate(batches(1))
     assert modes == [False]
     assert brain.optimizer_step == 4
+
+
+def test_a_nested_fit_does_not_stop_the_outer_one_early() -> None:
+    class Nesting(Regressor):
+        scale = 1.0
+
+        def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
+            return super().compute_objectives(predictions, batch, stage) * self.scale
+
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            if stage is Stage.TRAIN and epoch == 2:
+                self.scale = 1e-6  # A loss that the outer fit never reaches.
+                self.fit([9], batches(2), batches(1))
+                self.scale = 1.0
+
+    stopping = EarlyStopping("loss", patience=1)
+    brain = make(Nesting, hparams={"early_stopping": stopping})
+    brain.fit(range(1, 5), batches(4), batches(4))
+    assert brain.epoch == 4
 
 
 def test_a_nested_fit_at_the_limit_of_steps_does_nothing() -> None:

@@ -114,6 +114,7 @@ class NonFiniteGuard:
 
     def begin_stage(self) -> None:
         """Find the buffers (modules may have been exchanged), and keep them."""
+        self._skipped = False  # True still if an error ended the last stage.
         self._buffers = [
             _Buffer(
                 f"{path}.{key}", module._buffers, key, isinstance(module, _NormBase), buffer,
