@@ -1,14 +1,42 @@
-"""Names of SpeechBrain's `Brain` that read and set the progress of a run."""
+"""Names of SpeechBrain's `Brain` and of earlier versions."""
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from trainer.options import RunOptions
 from trainer.progress import Progress
 
 
-class SpeechBrainNames:
-    """Mixin of `Brain`: counters under the names that SpeechBrain's recipes use."""
+class _PrecisionName(StrEnum):
+    """A precision as SpeechBrain has it, a text, and as earlier versions, with a ``name``."""
 
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class SpeechBrainNames:
+    """Mixin of `Brain`: counters and options under the names that recipes use.
+
+    The former names `last_batch` and `precision` can be read until a recipe sets attributes of
+    these names, which are then its own.
+    """
+
+    options: RunOptions
     progress: Progress
+
+    if not TYPE_CHECKING:  # mypy is to refuse former names
+
+        def __getattr__(self, name: str) -> Any:
+            """Return what a former name stands for; called for attributes that are not set."""
+            if name == "last_batch":
+                return self.is_last_batch
+            if name == "precision" and "options" in vars(self):
+                return _PrecisionName(self.options.precision)
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(message, name=name, obj=self)
 
     @property
     def epoch(self) -> int:

@@ -226,6 +226,34 @@ def test_zero_grad_forgets_open_windows() -> None:
     assert same(everything(brain), everything(plain))
 
 
+def test_former_attributes_answer_until_a_recipe_sets_its_own() -> None:
+    class Former(Players):
+        def fit_batch(self, batch: Any) -> Any:
+            last.append(self.last_batch)
+            return super().fit_batch(batch)
+
+    class Own(Players):
+        def on_fit_start(self) -> None:
+            assert self.last_batch is False
+            self.last_batch, self.precision = None, 7
+
+        def fit_batch(self, batch: Any) -> Any:
+            self.last_batch = batch
+            return super().fit_batch(batch)
+
+    last: list[bool] = []
+    brain, own = make(Former, precision="bf16"), make(Own, precision="bf16")
+    brain.fit([1], batches(3))
+    own.fit([1], batches(3))
+    assert last == [False, False, True]
+    assert brain.precision == brain.precision.name == "bf16"
+    assert own.precision == 7
+    assert own.last_batch["x"].equal(batches(3)[-1]["x"])
+    assert same(brain.modules.state_dict(), own.modules.state_dict())
+    with pytest.raises(AttributeError, match="'Own' object has no attribute 'patience'"):
+        _ = own.patience
+
+
 @pytest.mark.parametrize("old", OLD_PATHS)
 def test_former_modules_are_those_that_replaced_them(old: str) -> None:
     module = importlib.import_module(old)
