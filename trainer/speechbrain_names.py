@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from trainer.options import RunOptions
 from trainer.progress import Progress
-
-
-class _PrecisionName(StrEnum):
-    """A precision as SpeechBrain has it, a text, and as earlier versions, with a ``name``."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
 
 
 class SpeechBrainNames:
@@ -34,7 +25,7 @@ class SpeechBrainNames:
             if name == "last_batch":
                 return self.is_last_batch
             if name == "precision" and "options" in vars(self):
-                return _PrecisionName(self.options.precision)
+                return self.options.precision
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
             raise AttributeError(message, name=name, obj=self)
 

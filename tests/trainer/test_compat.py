@@ -246,7 +246,7 @@ def test_former_attributes_answer_until_a_recipe_sets_its_own() -> None:
     brain.fit([1], batches(3))
     own.fit([1], batches(3))
     assert last == [False, False, True]
-    assert brain.precision == brain.precision.name == "bf16"
+    assert brain.precision == "bf16"
     assert own.precision == 7
     assert own.last_batch["x"].equal(batches(3)[-1]["x"])
     assert same(brain.modules.state_dict(), own.modules.state_dict())
