@@ -199,6 +199,45 @@ def test_a_sandbox_leaves_gradients_that_are_in_no_optimizer() -> None:
     assert brain.modules.net[2].weight.grad is grad
 
 
+class Weighing(Regressor):
+    """Trains a parameter that is in no module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = nn.Parameter(torch.ones(2))
+        self.first = self.modules.net[0].weight
+
+    def init_optimizers(self) -> None:
+        self.optimizer = torch.optim.SGD([*self.modules.parameters(), self.scale], lr=0.1)
+
+    def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
+        loss = super().compute_objectives(predictions * self.scale, batch, stage)
+        return loss + self.first.square().sum()
+
+
+def test_a_parameter_that_an_attribute_holds_is_trained_after_a_sandbox_and_a_resume(
+    tmp_path: Path,
+) -> None:
+    ends = []
+    for stops in (False, True):
+        saver = Checkpointer(tmp_path / str(stops))
+        brain = make(Weighing, checkpointer=saver)
+        brain.fit([1], batches(3))
+        if stops:
+            with brain.sandbox():
+                brain.train_batch(batches(1)[0])
+            brain.fit([2], batches(3))
+            brain = make(Weighing, checkpointer=saver)
+            brain.fit([], batches(3))
+            brain.fit([2, 3], batches(3))
+        else:
+            brain.fit([2], batches(3))
+            brain.fit([3], batches(3))
+        assert brain.first is brain.modules.net[0].weight
+        ends.append([brain.scale.data, brain.modules.state_dict()])
+    assert same(*ends)
+
+
 class Centred(nn.Module):
     """Subtracts a running mean, and adds a table of positions that grows; neither is saved."""
 

@@ -158,6 +158,9 @@ class UserAttributes:
             mapping = isinstance(current, MutableMapping) and type(current) not in DICTS
             if mapping or isinstance(current, (deque, set)):  # Of a kind that checkpoints lack.
                 value = _filled(current, value)
+            elif isinstance(current, nn.Parameter) and current.shape == getattr(value, "shape", 0):
+                with torch.no_grad():  # The same object, which an optimizer may train.
+                    value = current.copy_(value)
             setattr(owner, name, value)
 
     def _to_device(self, leaf: Any) -> Any:
