@@ -236,6 +236,27 @@ def test_a_callback_that_comes_late_sees_every_event() -> None:
     assert "after_optimizer_step" in recorder.seen
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_run_goes_on_after_a_callback_failed_in_a_step(nested: bool) -> None:
+    class Broken(Callback):
+        def before_optimizer_step(self, brain: Brain, update: Any, gradients: Any) -> None:
+            if brain.epoch == 9:
+                raise KeyError
+
+    class Nesting(Regressor):
+        def on_fit_batch_end(self, *args: Any) -> None:
+            if nested and self.step == 2 and self.epoch == 1:
+                with pytest.raises(KeyError):
+                    self.fit([9], batches(9))
+
+    brain = with_callbacks(Nesting, Broken(), precision="fp16")
+    if not nested:
+        with pytest.raises(KeyError):
+            brain.fit([9], batches(9))
+    brain.fit([1, 2], batches(6))
+    assert brain.optimizer_step > 6
+
+
 @pytest.mark.parametrize("kind", [Regressor, Players])
 def test_gradients_are_measured_and_not_clipped_before_a_step(kind: type[Brain]) -> None:
     class Norms(Callback):

@@ -184,9 +184,15 @@ class Update:
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
-        for p in self.all_params:
+        params = self.all_params
+        for p in params:
             p.grad = None
         self.window = Window()
+        if self.scaler.is_enabled():
+            # An error may have left unscaled gradients; naming a scale makes the scaler forget.
+            # A scaler that has not scaled anything yet has no scale either.
+            self.scaler.scale(torch.ones((), device=params[0].device))
+            self.scaler.update(self.scaler.get_scale())
 
     def step(self, gradients: Gradients, loss: float, weight: float, scale: float) -> StepReport:
         """Clip finite gradients, step, and advance a schedule that counts steps.
