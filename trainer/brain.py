@@ -408,6 +408,7 @@ class Brain(SpeechBrainNames):
         progress, guard = self.progress, self.__guard
         if not self.__in_window():
             guard.begin_window()
+            self.__tracer.begin_window()
             progress.joint = None
         weight = float(self.count_examples(batch))
         if not 0.0 <= weight < math.inf:

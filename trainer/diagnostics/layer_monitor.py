@@ -46,6 +46,7 @@ class _Meter:
         params: parameters at the step that is measured.
         copies: their values before that step; empty but during it.
         samples: names and values for the histograms of that step.
+        always: True if every step is measured, for the norm after clipping.
         hooked: True if the hooks of the monitor are called at the next step.
     """
 
@@ -60,7 +61,7 @@ class _Meter:
         self.params: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.samples: list[tuple[str, Tensor]] = []
-        self.hooked = False
+        self.always, self.hooked = not isinstance(update.clip, KNOWING_KINDS), False
 
     @torch.no_grad()
     def begin(self, histograms: bool) -> None:
@@ -143,15 +144,16 @@ class LayerMonitor(Callback):
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
         """Hook into the next step if there is something to measure in it."""
         for meter in self._meters.values():
-            update = meter.update
-            due = len(meter.steps) + 1 >= self.every or not isinstance(update.clip, KNOWING_KINDS)
-            if due and not meter.hooked:
+            due = meter.always or len(meter.steps) + 1 >= self.every
+            if due == meter.hooked:
+                continue
+            meter.hooked, update = due, meter.update
+            if due:
                 update.before_step.append(self._before_step)
                 update.after_step.append(self._after_step)
-            elif meter.hooked and not due:
+            else:
                 update.before_step.remove(self._before_step)
                 update.after_step.remove(self._after_step)
-            meter.hooked = due
 
     def _before_step(self, update: Update, gradients: Gradients) -> None:
         """Copy the weights if this step is measured."""

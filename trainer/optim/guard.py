@@ -33,6 +33,9 @@ class Tracer:
     is registered in `trainer.defaults.tracers`.
     """
 
+    def begin_window(self) -> None:
+        """Called before the first batch of an accumulation window."""
+
     def begin_batch(self, batch: Any, is_last: bool) -> None:
         """Called before a batch is trained on; ``is_last`` if it is the last of its epoch."""
 

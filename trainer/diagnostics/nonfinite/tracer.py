@@ -54,10 +54,12 @@ class NonFiniteTracer(Tracer):
         self._numbers: Counter[int] = Counter()  # Reports by step.
         self._outer: list[tuple[deque[KeptBatch], NonFiniteReport | None]] = []
 
+    def begin_window(self) -> None:
+        """Forget the batches of the last accumulation window."""
+        self._window.clear()
+
     def begin_batch(self, batch: Any, is_last: bool) -> None:
         """Remember the batch until the next accumulation window."""
-        if not any(update.window.count for update in self._brain.updates.values()):
-            self._window.clear()
         # The generators of Python and NumPy take longer to read than a small step, and few networks
         # draw from them.
         device = self._brain.device
