@@ -377,11 +377,14 @@ class Brain(SpeechBrainNames):
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
-            total = feed.begin(epoch)
-            self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
-            self.__begin_training()
+            resumed = self.__begin_training()
+            total = feed.begin(epoch)  # The data may be chosen by objects that were just restored.
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
+            restored = Snapshot(self.progress, self.__callback_state) if resumed else None
+            self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
+            if restored is not None:  # The stage had begun before it was saved.
+                restored.restore()
             self.__metrics.begin_stage()
             batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
             done = 0  # In this process.
@@ -969,15 +972,17 @@ class Brain(SpeechBrainNames):
             if self.options.debug and number >= self.options.debug_epochs:
                 return
 
-    def __begin_training(self) -> None:
-        """Prepare for the first batch, once the stage's hook has run."""
+    def __begin_training(self) -> bool:
+        """Prepare for the first batch, once the stage's hook has run; True if a run resumes."""
         self.__guard.begin_stage()
         if self.progress.step == 0:
             self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
             self.__metrics.begin_epoch()
             self.progress.nonfinite_count = 0
-        if self.__depth <= 1 and self.__state.training_started():
+        resumed = self.__depth <= 1 and self.__state.training_started()
+        if resumed:
             self.callbacks.call("on_resume", self)
+        return resumed
 
     def __updates_for(self, name: str | None) -> list[Update]:
         """Return the optimizer of this name, or those that step together in this window."""
@@ -1218,6 +1223,10 @@ class Brain(SpeechBrainNames):
             or entry.scope == "both"
             or not (entry.scope == "shared" or entry.of_fit or name in ("buffers", "rng"))
         }
+
+    def __callback_state(self) -> dict[str, StateEntry]:
+        """Return the entries of the callbacks."""
+        return {n: e for n, e in self.stateful().items() if n.startswith("callbacks.")}
 
     def __on_saved(self, checkpoint: Any) -> None:
         self.callbacks.call("on_checkpoint", self, checkpoint)
