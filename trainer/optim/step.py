@@ -43,7 +43,7 @@ class Window:
         reference: weight w_1 of the first batch.
         loss: weighted sum of the losses over ``reference``, a scalar on the device.
         lead: name of the optimizer whose loss scaler scaled them; empty without batches.
-        params: parameters that required gradients in any of the batches.
+        params: `id` of the parameters that required gradients in any of the batches.
     """
 
     count: int = 0
@@ -51,7 +51,7 @@ class Window:
     reference: float = 1.0
     loss: Tensor | None = None
     lead: str = ""
-    params: set[Tensor] = field(default_factory=set)
+    params: set[int] = field(default_factory=set)
 
 
 class Update:
@@ -180,7 +180,7 @@ class Update:
             )
         if not self.window.count:
             self.strategy.begin_window(self.params)
-        self.window.params.update(self.params)
+        self.window.params.update(map(id, self.params))  # Tensors take long to hash.
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -316,7 +316,7 @@ class WindowState:
             if grad is not None:
                 p.grad = grad.to(p.device) if factor == 1.0 else grad.to(p.device) * factor
         loss = None if state["loss"] is None else state["loss"].to(params[0].device)
-        trained = {p for p in params if p.grad is not None}
+        trained = {id(p) for p in params if p.grad is not None}
         update.window = Window(
             state["count"], state["weight"], state["reference"], loss, lead, trained
         )
@@ -373,7 +373,9 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
     lead = updates[0]
     window, scaler = lead.window, lead.scaler
-    params = [p for u in updates for p in u.all_params if p.requires_grad or p in u.window.params]
+    params = [
+        p for u in updates for p in u.all_params if p.requires_grad or id(p) in u.window.params
+    ]
     assert window.loss is not None
     sparse = set[Tensor]().union(*(update.sparse for update in updates))
     sums = lead.strategy.end_window(params, window.loss, window.weight, window.reference, sparse)
