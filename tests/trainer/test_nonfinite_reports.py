@@ -163,7 +163,7 @@ def test_off_is_no_tracer_and_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["torch", "python", "numpy"])
 def test_a_rerun_draws_the_same_numbers_or_says_that_it_cannot(source: str, tmp_path: Path) -> None:
-    """What fails by chance fails again; but only torch's generators are read at every batch."""
+    """Random failures repeat in the rerun; only torch's generators are read at every batch."""
 
     class Unlucky(Regressor):
         def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:

@@ -134,7 +134,7 @@ class NonFiniteReport:
 
     @property
     def finding(self) -> Finding:
-        """What the rerun found."""
+        """The result of the rerun."""
         return self.rerun.finding
 
     def command(self) -> str:
