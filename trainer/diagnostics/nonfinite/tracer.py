@@ -175,7 +175,7 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
         generators["cuda"] = every
     try:
         batch = copy.deepcopy(kept.batch)  # `fit_batch` may change it.
-    except Exception:
+    except Exception:  # A batch that cannot be copied is rerun as it is.
         batch = kept.batch
     with (
         brain.sandbox(optimize=probe.optimize, precision=precision),
