@@ -282,6 +282,9 @@ class Brain(SpeechBrainNames):
         self.__ready = True
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_Brain__"):  # Set several times a step.
+            super().__setattr__(name, value)
+            return
         if name in FIXED and getattr(self, "_Brain__ready", False):
             raise AttributeError(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
         if not callable(value) and name in METHODS:

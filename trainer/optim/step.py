@@ -178,9 +178,10 @@ class Update:
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
                 stacklevel=4,
             )
+        params = self.params
         if not self.window.count:
-            self.strategy.begin_window(self.params)
-        self.window.params.update(map(id, self.params))  # Tensors take long to hash.
+            self.strategy.begin_window(params)
+        self.window.params.update(map(id, params))  # Tensors take long to hash.
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -377,7 +378,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
         p for u in updates for p in u.all_params if p.requires_grad or id(p) in u.window.params
     ]
     assert window.loss is not None
-    sparse = set[Tensor]().union(*(update.sparse for update in updates))
+    sparse: set[Tensor] = set().union(*(update.sparse for update in updates))
     sums = lead.strategy.end_window(params, window.loss, window.weight, window.reference, sparse)
     scales = _unscale(updates, window.loss.device)
     gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
