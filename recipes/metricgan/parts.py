@@ -39,7 +39,8 @@ def part(before: Sequence[Row], after: Sequence[Row], measure: str) -> Part:
 def keep_outcomes(brain: Any) -> None:
     """Have the outcome of each phase of an `Enhancer` kept, beside what its YAML keeps."""
     if brain.checkpointer is not None:
-        brain.checkpointer.keep_best(dict.fromkeys(brain.bests.values(), "max"))
+        rules = dict.fromkeys(brain.bests.values(), "max")
+        brain.checkpointer.keep_best(rules, every_epoch=False)
 
 
 def evaluate_phases(brain: Any, test: Any) -> dict[str, float]:

@@ -139,7 +139,9 @@ def test_a_hyperparameter_that_is_almost_an_option_is_warned_of(
 def test_a_metric_to_keep_by_that_no_epoch_gives_is_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    brain = make(checkpointer=Checkpointer(tmp_path, keep_best={"wer": "min", "loss": "min"}))
+    checkpointer = Checkpointer(tmp_path, keep_best={"wer": "min", "loss": "min"})
+    checkpointer.keep_best({"of_the_last_epoch": "max"}, every_epoch=False)
+    brain = make(checkpointer=checkpointer)
     brain.fit(range(1, 4), batches(2), batches(2))
     assert [each for each in caplog.messages if "keep_best" in each] == [
         "keep_best names the metric 'wer', which the epoch did not give; it gave loss: no "

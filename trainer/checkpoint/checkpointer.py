@@ -23,11 +23,15 @@ from trainer.distributed import run_on_all, run_on_main
 
 
 class Best(NamedTuple):
-    """Rule that keeps the ``n`` checkpoints with the lowest ("min") or highest ("max") metric."""
+    """Rule that keeps the ``n`` checkpoints with the lowest ("min") or highest ("max") metric.
+
+    ``every_epoch`` is False for a metric that only some epochs give.
+    """
 
     metric: str
     mode: str
     n: int = 1
+    every_epoch: bool = True
 
 
 @dataclass(frozen=True)
@@ -175,17 +179,19 @@ class Checkpointer:
         for name, obj in recoverables.items():
             self.add_recoverable(name, obj)
 
-    def keep_best(self, rules: Mapping[str, Any]) -> None:
+    def keep_best(self, rules: Mapping[str, Any], every_epoch: bool = True) -> None:
         """Keep the best checkpoints by further metrics, too.
 
         Args:
             rules: as ``keep_best`` of the constructor, such as ``{"wer": "min"}``.
+            every_epoch: False for metrics that only some epochs give; an epoch without one of the
+                others is warned of.
 
         Raises:
             ValueError: for a rule that is none.
         """
-        best = (*self.retention.best, *_best_rules(rules))
-        self.retention = Retention(self.retention.last, best)
+        best = [rule._replace(every_epoch=every_epoch) for rule in _best_rules(rules)]
+        self.retention = Retention(self.retention.last, (*self.retention.best, *best))
 
     # Saving
 

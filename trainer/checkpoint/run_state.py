@@ -300,7 +300,7 @@ class Saver:
 
     def _warn_of_missing(self, metrics: Mapping[str, Any]) -> None:
         """Warn once of each metric of ``keep_best`` that an epoch did not give."""
-        wanted = {rule.metric for rule in self._checkpointer.retention.best}
+        wanted = {rule.metric for rule in self._checkpointer.retention.best if rule.every_epoch}
         for metric in sorted(wanted - {*metrics} - self._missed):
             self._missed.add(metric)
             logger.warning(
