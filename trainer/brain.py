@@ -258,6 +258,7 @@ class Brain(SpeechBrainNames):
         self.__stage, self.__batch = Stage.TRAIN, _Batch()
         self.__replaced = False  # The modules have weights of an evaluation.
         self.__depth = 0  # A hook of one `fit` may call another.
+        self.__in_a_stage = False
         self.__nested_fits = 0  # Number of calls of that kind.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__ticked = time.perf_counter()
@@ -1169,8 +1170,6 @@ class Brain(SpeechBrainNames):
             yield
         finally:
             self.__replaced = outer
-
-    __in_a_stage = False
 
     @contextmanager
     def __in_stage(self, stage: Stage) -> Iterator[None]:

@@ -252,9 +252,5 @@ class CallbackList:
         if first is not None:
             raise first
 
-    def overrides(self, event: str) -> bool:
-        """Return True if any callback overrides a method."""
-        return bool(self._methods[event])
-
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._callbacks)
