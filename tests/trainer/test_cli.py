@@ -238,7 +238,7 @@ def test_a_full_disk_is_a_sentence_and_spoils_nothing(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what a full disk looks like
     try:
-        with pytest.raises(OSError, match=r"hyperparams\.yaml could not be written: .*free some"):
+        with pytest.raises(OSError, match=r"hyperparams\.yaml could not be written \(.*\); free"):
             folder.record("a: 1\n" + "# \n" * 1000, ["train.py"], {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

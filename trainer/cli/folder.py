@@ -30,6 +30,7 @@ from ruamel.yaml.nodes import ScalarNode
 
 from trainer.checkpoint import storage
 from trainer.config.reading import compose, paths, tag
+from trainer.loggers.files import readable_errors, replace_file
 
 HYPERPARAMS = "hyperparams.yaml"
 LOCK = ".lock"
@@ -142,8 +143,9 @@ class RunFolder:
         path = self.path / HYPERPARAMS
         before = path.read_text(encoding="utf-8") if path.exists() else None
         changes = [] if before is None else differences(before, hyperparams)
-        _write(path, f"{header}\n{hyperparams}")
-        _write(self.path / "environment.json", json.dumps(where, indent=1) + "\n")
+        text = f"{json.dumps(where, indent=1)}\n"
+        replace_file(path, [f"{header}\n{hyperparams}".encode()], path.name)
+        replace_file(self.path / "environment.json", [text.encode()], "environment.json")
         self.add_command(command)
         return changes
 
@@ -153,12 +155,9 @@ class RunFolder:
 
     def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n"
-        try:
-            with (self.path / "command.txt").open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise _write_error(self.path / "command.txt", error) from error
+        path = self.path / "command.txt"
+        with readable_errors(path, path.name), path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
 
 
 def differences(before: str, after: str) -> list[str]:
@@ -191,25 +190,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise _write_error(path, error) from error
-
-
-def _write_error(path: Path, error: OSError) -> OSError:
-    return OSError(
-        f"{path} could not be written: {error.strerror}; free some space or choose another "
-        "output_folder"
-    )

@@ -51,6 +51,20 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
         ) from error
 
 
+def replace_file(path: Path, lines: Iterable[bytes], what: str = "log") -> None:
+    """Write a file anew, or leave it as it is if that fails; arguments as in `readable_errors`."""
+    new = path.with_name(f".{path.name}.new")
+    with readable_errors(path, what):
+        try:
+            with new.open("wb") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
 class LineFile:
     """Text file that grows by whole lines.
 
@@ -69,10 +83,9 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.new")
         with readable_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary.unlink(missing_ok=True)
+            path.with_name(f".{path.name}.new").unlink(missing_ok=True)  # Of a killed process.
             self._file = self._open()
 
     def _open(self) -> int:
@@ -98,12 +111,8 @@ class LineFile:
 
     def replace(self, lines: Iterable[bytes]) -> None:
         """Replace the content by these lines, or leave it as it is if that fails."""
+        replace_file(self.path, lines)
         with readable_errors(self.path):
-            with self._temporary.open("wb") as new:
-                new.writelines(lines)
-                new.flush()
-                os.fsync(new.fileno())
-            os.replace(self._temporary, self.path)
             os.close(self._file)
             self._file = self._open()
 
@@ -209,6 +218,15 @@ def as_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return str(value)
+
+
+def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+    """Yield numbers and nulls of a nested record by their dotted names; lists are left out."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{key}.")
+        elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            yield f"{prefix}{key}", value
 
 
 def _step_of(line: bytes) -> float:

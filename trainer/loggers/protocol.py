@@ -1,23 +1,20 @@
-"""The Logger protocol: records the numbers, pictures and sounds of a run."""
+"""Base class of loggers: records the numbers, pictures and sounds of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 
-class Logger(Protocol):
-    """Record what a run reports. `trainer.loggers.LoggerCallback` drives it, on rank 0 only.
+class Logger:
+    """Base class of what records a run; `trainer.loggers.LoggerCallback` drives it, on rank 0 only.
 
-    A logger that derives from this class overrides the methods for what it records; the others do
-    nothing. A method that raises is reported once as a warning; that logger is not called again,
-    and the run goes on.
+    A logger overrides the methods for what it records; the others do nothing. A method that raises
+    is reported once as a warning; that logger is not called again, and the run goes on.
     """
-
-    # mypy takes an empty body for an abstract method, hence the `return`.
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Record numbers.
@@ -28,32 +25,24 @@ class Logger(Protocol):
             values: numbers by name, nested by mappings; NaN and infinities stand for unknown.
             step: optimizer steps since the run began.
         """
-        return
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Record the distribution of values (N,) on the host."""
-        return
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Record a picture, as the bytes of a PNG file."""
-        return
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Record sound: samples (T,) in [-1, 1], rate in Hz."""
-        return
 
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text."""
-        return
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file of the run, such as the report or the best checkpoint."""
-        return
 
     def resume(self, step: int) -> None:
         """Discard what was recorded for later optimizer steps, since it will come again."""
-        return
 
     def close(self) -> None:
         """Write what is pending and release files."""
-        return

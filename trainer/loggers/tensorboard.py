@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trainer.loggers.files import as_json, readable_errors
+from trainer.loggers.files import as_json, numbers, readable_errors
 from trainer.loggers.protocol import Logger
 
 # Colour channels by the colour type in the header of a PNG file.
@@ -55,8 +55,8 @@ class TensorBoardLogger(Logger):
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Write the finite numbers, under names such as "train_step/optimizers.main.lr"."""
         group = f"{values.get('stage', 'train')}_{kind}"
-        for name, value in _numbers(as_json(values)):
-            if name != "step":
+        for name, value in numbers(as_json(values)):
+            if name != "step" and value is not None:
                 self._opened().add_scalar(f"{group}/{name}", value, step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
@@ -93,12 +93,3 @@ class TensorBoardLogger(Logger):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers of nested mappings with their dotted names; lists are left out."""
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.loggers.files import readable_errors
+from trainer.loggers.files import replace_file
 from trainer.loggers.protocol import Logger
 from trainer.report.page import render
 
@@ -41,14 +40,8 @@ def write_html(folder: Path | str) -> Path:
         OSError: if it cannot be written.
     """
     folder = Path(folder)
-    path, temporary = folder / "report.html", folder / ".report.html.new"
-    page = render(folder)
-    with readable_errors(path, "report"):
-        try:
-            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    path = folder / "report.html"
+    replace_file(path, [render(folder).encode(errors="backslashreplace")], "report")
     return path
 
 

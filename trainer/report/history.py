@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
 
 
@@ -193,14 +194,11 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
-    """Yield the numbers and nulls of a nested record with their dotted names."""
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif value is None:
-            yield prefix + key, None
-        elif isinstance(value, (float, int)) and not isinstance(value, bool):
-            # Beyond 1e300 the distance of two numbers overflows: no chart could show them.
-            size = abs(value)
-            yield prefix + key, None if not size < 1e300 else float(value) if size > 1e-300 else 0.0
+def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Yield the numbers of a record with their dotted names; None for those that are unknown."""
+    for name, value in numbers(record):
+        # Beyond 1e300 the distance of two numbers overflows: no chart could show them.
+        if value is None or not abs(value) < 1e300:
+            yield name, None
+        else:
+            yield name, float(value) if abs(value) > 1e-300 else 0.0
