@@ -18,18 +18,14 @@ CLIPPED_SHARE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
 TINY = 1e-6  # A vanishing norm, or share of the largest layer's norm.
 PATIENCE = 3  # Records in a row before a layer is warned of.
 GROWTH, BLOCKS = 4.0, 5  # Warn if so many medians in a row rise, by this factor in all.
-MAX_NAMED = 3  # Layers or parameters that a warning names.
+MAX_NAMED = 3  # Layers or parameters that a sentence names.
 
 # By layer: "grad", "weight", "update" and "ratio" (update over weight).
 LayerNorms = dict[str, dict[str, float | None]]
 
 
 class Health:
-    """Recent steps of one optimizer, and the warnings that were given.
-
-    Args:
-        name: name of the optimizer, for the warnings.
-    """
+    """Recent steps of the optimizer ``name``, and the warnings that were given."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -43,11 +39,7 @@ class Health:
     def add(
         self, steps: Sequence[StepReport], layers: LayerNorms
     ) -> tuple[dict[str, Any], list[str]]:
-        """Add the steps since the last record.
-
-        Args:
-            steps: reports of at least one step that was taken.
-            layers: norms of each layer at the last of them.
+        """Add the steps since the last record, at least one, and the norms at the last of them.
 
         Returns:
             The figures to record, and new warnings.
@@ -189,7 +181,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def first_names(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str], most: int = MAX_NAMED) -> str:
     """Return the first names of a list, and the number of the others."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

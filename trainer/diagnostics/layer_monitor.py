@@ -38,30 +38,22 @@ KNOWING_KINDS = (AGC, AdaGC, AutoClip, NormClip, ZClip)
 
 
 class _Meter:
-    """Measurements of one optimizer.
-
-    Attributes:
-        health: what earlier steps tell about it.
-        steps: reports of the steps since the last record.
-        params: parameters at the step that is measured.
-        copies: their values before that step; empty but during it.
-        samples: names and values for the histograms of that step.
-        always: True if every step is measured, for the norm after clipping.
-        hooked: True if the hooks of the monitor are called at the next step.
-    """
+    """Measurements of one optimizer."""
 
     def __init__(self, update: Update, names: Mapping[int, str]) -> None:
         self.update, self.health = update, Health(update.name)
-        self.steps: list[StepReport] = []
+        self.steps: list[StepReport] = []  # Since the last record.
         update.history = self.steps
         self.names = {
             id(p): names.get(id(p), f"{update.name}.{number}")
             for number, p in enumerate(update.all_params)
         }
-        self.params: list[Tensor] = []
-        self.copies: list[Tensor] = []
-        self.samples: list[tuple[str, Tensor]] = []
-        self.always, self.hooked = not isinstance(update.clip, KNOWING_KINDS), False
+        self.params: list[Tensor] = []  # Those at the step that is measured,
+        self.copies: list[Tensor] = []  # their values before it, empty after it,
+        self.samples: list[tuple[str, Tensor]] = []  # and names and values for its histograms.
+        # True if every step is measured, for the norm after clipping.
+        self.always = not isinstance(update.clip, KNOWING_KINDS)
+        self.hooked = False  # True if the hooks of the monitor are called at the next step.
 
     @torch.no_grad()
     def begin(self, histograms: bool) -> None:
@@ -88,12 +80,7 @@ class _Meter:
         return torch.cat([norms(before), norms(after)])
 
     def layers(self, values: Sequence[float], grads: Mapping[int, float]) -> LayerNorms:
-        """Return the norms of each layer.
-
-        Args:
-            values: what `measure` returned, on the host.
-            grads: norms of the gradients, by ``id`` of the parameter.
-        """
+        """Return the norms of each layer from what `measure` returned, and those of gradients."""
         found: dict[str, list[tuple[float | None, float, float]]] = {}
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):

@@ -34,11 +34,7 @@ class Replayed(DriverFinished):
 
 
 def make_replay_driver(folder: Path) -> Driver:
-    """Return the driver of `Brain.fit` that replays the batch that a folder holds.
-
-    Args:
-        folder: folder of a report.
-    """
+    """Return the driver of `Brain.fit` that replays the batch in the folder of a report."""
     fits = 0
 
     def drive(brain: Brain, arguments: FitArguments) -> None:
@@ -53,9 +49,6 @@ def make_replay_driver(folder: Path) -> Driver:
 
 def load(folder: Path) -> dict[str, Any]:
     """Return the content of `batch.pt`, read without running anything.
-
-    Args:
-        folder: folder of a report.
 
     Raises:
         ValueError: if it cannot be read or is no kept batch.
@@ -82,12 +75,7 @@ def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
 
 
 def replay(brain: Brain, arguments: FitArguments, kept: dict[str, Any]) -> NoReturn:
-    """Rerun a kept batch and log what is not finite.
-
-    Args:
-        brain: the Brain; it is as before afterwards.
-        arguments: the arguments of its `fit`.
-        kept: a result of `load`.
+    """Rerun a kept batch, as `load` returned it, and log what is not finite.
 
     Raises:
         Replayed: when done.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from trainer.diagnostics.health import first_names
 from trainer.diagnostics.nonfinite.probe import Finding, Origin
 from trainer.diagnostics.nonfinite.serialize import batch_fields, data_and_lengths
 
@@ -34,14 +35,7 @@ BACKWARD = (
 def diagnose(
     finding: Finding, batch: Any, ids: Sequence[str], finite_in_fp32: bool = False
 ) -> list[str]:
-    """Return the causes that fit, as sentences, the surest first.
-
-    Args:
-        finding: result of the rerun.
-        batch: the batch.
-        ids: names of its examples; may be empty.
-        finite_in_fp32: True if a rerun of an fp16 batch in fp32 was finite.
-    """
+    """Return the causes that fit, as sentences, the surest first; ``ids`` may be empty."""
     found = [*_in_batch(batch, ids), *_in_ctc(finding, ids), *_in_padding(finding, batch, ids)]
     origin = finding.first
     if finite_in_fp32:
@@ -58,12 +52,8 @@ def diagnose(
 
 def _names(rows: Sequence[int], ids: Sequence[str]) -> str:
     """Return examples by their ids, or by their numbers."""
-    if ids and max(rows) < len(ids):
-        names = [ids[row] for row in rows[:MAX_NAMED]]
-    else:
-        names = [f"example {row}" for row in rows[:MAX_NAMED]]
-    more = f" and {len(rows) - MAX_NAMED} more" if len(rows) > MAX_NAMED else ""
-    return ", ".join(names) + more
+    known = ids and max(rows) < len(ids)
+    return first_names([ids[row] if known else f"example {row}" for row in rows], MAX_NAMED)
 
 
 def _in_batch(batch: Any, ids: Sequence[str]) -> list[str]:

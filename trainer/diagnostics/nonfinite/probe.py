@@ -50,67 +50,37 @@ class CollectiveCalled(Exception):
 
 @dataclass
 class Origin:
-    """The first operation whose result was not finite.
+    """The first operation whose result was not finite."""
 
-    Args:
-        operation: name of the operation, or of autograd's function in the backward pass.
-        module: innermost module that ran it, with its class.
-        line: line of the user's code that called it.
-        phase: "forward" or "backward".
-        minus_infinity: True if minus infinity was among the inputs.
-        lowest: smallest finite input.
-        highest: largest finite input.
-        zeros: zeros in the last input: the divisor, or the argument of a logarithm.
-        elements: number of elements of all inputs.
-    """
-
-    operation: str
-    module: str | None = None
-    line: str | None = None
-    phase: str = "forward"
-    minus_infinity: bool = False
-    lowest: float | None = None
-    highest: float | None = None
-    zeros: int = 0
-    elements: int = 0
+    operation: str  # Its name, or that of autograd's function in the backward pass.
+    module: str | None = None  # Innermost module that ran it, with its class.
+    line: str | None = None  # Line of the user's code that called it.
+    phase: str = "forward"  # Or "backward".
+    minus_infinity: bool = False  # True if minus infinity was among the inputs.
+    lowest: float | None = None  # Smallest finite input.
+    highest: float | None = None  # Largest finite input.
+    zeros: int = 0  # In the last input: the divisor, or the argument of a logarithm.
+    elements: int = 0  # Of all inputs.
 
 
 @dataclass
 class Finding:
-    """Result of a rerun.
+    """Result of a rerun."""
 
-    Args:
-        kind: "loss", "gradient", or None if everything was finite.
-        optimizer: name of the optimizer whose loss it was.
-        loss: value of the loss.
-        parameters: names of the parameters whose gradients were not finite.
-        first: the operation that it came from, where known.
-        module: first module whose output was not finite.
-        backward: function whose derivative was NaN, as autograd's anomaly detection names it.
-        backward_line: line of the user's code that called that function.
-        ctc: for each CTC loss: numbers of frames, target lengths and repeats, by example.
-    """
-
-    kind: str | None = None
-    optimizer: str | None = None
+    kind: str | None = None  # "loss", "gradient", or None if everything was finite.
+    optimizer: str | None = None  # Name of the optimizer whose loss it was.
     loss: float | None = None
-    parameters: list[str] = field(default_factory=list)
-    first: Origin | None = None
-    module: str | None = None
-    backward: str | None = None
-    backward_line: str | None = None
+    parameters: list[str] = field(default_factory=list)  # Whose gradients were not finite.
+    first: Origin | None = None  # Where it came from, if that is known.
+    module: str | None = None  # First module whose output was not finite.
+    backward: str | None = None  # Function whose derivative autograd found to be NaN,
+    backward_line: str | None = None  # and the line of the user's code that called it.
+    # For each CTC loss: numbers of frames, target lengths and repeats, by example.
     ctc: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
 
 class Probe(TorchDispatchMode):
-    """Watches the operations of one rerun. Its `optimize` takes the place of a step.
-
-    Args:
-        brain: the Brain whose batch is rerun.
-
-    Attributes:
-        finding: what was found so far.
-    """
+    """Watches the operations of one rerun. Its `optimize` takes the place of a step."""
 
     def __init__(self, brain: Brain) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -216,16 +186,7 @@ class Probe(TorchDispatchMode):
         retain_graph: bool,
         last: bool,
     ) -> StepReport:
-        """Check losses and their gradients; nothing moves.
-
-        Args:
-            losses: optimizers that step together, and their loss.
-            weight: number of examples that the losses are means over.
-            retain_graph: has no effect; graphs are kept.
-            last: has no effect.
-
-        Returns:
-            A report of the outcome "accumulated".
+        """Check losses and their gradients, as `Brain.sandbox` calls it; nothing moves.
 
         Raises:
             NonFiniteFound: if a loss or gradient is not finite.

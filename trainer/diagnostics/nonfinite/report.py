@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from trainer import distributed
+from trainer.diagnostics.health import first_names
 from trainer.diagnostics.nonfinite.probe import Finding
 from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
 from trainer.loggers.files import as_json
@@ -25,70 +26,40 @@ if TYPE_CHECKING:
     from trainer.brain import Brain
 
 FORMAT = 1
-MAX_NAMED = 3  # Parameters that a sentence names.
 
 
 class KeptBatch(NamedTuple):
-    """A batch, and what its rerun needs.
+    """A batch, and what its rerun needs."""
 
-    Args:
-        batch: the batch, on the device.
-        is_last: True if it is the last of its epoch.
-        step: its number in the epoch.
-        generators: states of random generators at its start, as `seed.rng_state` has them; those
-            that are absent are unknown.
-    """
-
-    batch: Any
-    is_last: bool
-    step: int
-    generators: dict[str, Any]
+    batch: Any  # On the device.
+    is_last: bool  # In its epoch.
+    step: int  # Its number in the epoch.
+    generators: dict[str, Any]  # As of `seed.rng_state` at its start; some may be unknown.
 
 
 class Rerun(NamedTuple):
-    """Result of a rerun.
-
-    Args:
-        kept: the batch.
-        generators: states of all random generators at its start.
-        finding: what was found.
-        problem: reason why it did not come to its end, or None.
-        exact: False if it drew from a generator whose state in training is unknown.
-    """
+    """Result of a rerun."""
 
     kept: KeptBatch
-    generators: dict[str, Any]
+    generators: dict[str, Any]  # States of all random generators at its start.
     finding: Finding
-    problem: str | None
-    exact: bool
+    problem: str | None  # Reason why it did not come to its end.
+    exact: bool  # False if it drew from a generator whose state in training is unknown.
 
 
 @dataclass
 class NonFiniteReport:
-    """Everything known about a skipped step. Rerun, causes and ids are set by `investigate`.
+    """Everything known about a skipped step. Rerun, causes and ids are set by `investigate`."""
 
-    Args:
-        step: number of the optimizer step that was skipped.
-        name: name of the report's folder within ``nonfinite/``.
-        what: "loss" or "gradients".
-        facts: place, settings and norms, by name.
-        gradients: gradient norms by parameter.
-        folder: folder that the report is written into, or None.
-        causes: diagnoses, the surest first.
-        ids: names of the examples.
-        moved: names of the optimizers that stepped in the same batch.
-        rerun: the rerun of its batch.
-    """
-
-    step: int
-    name: str
-    what: str
-    facts: dict[str, Any]
-    gradients: dict[str, float] = field(default_factory=dict)
-    folder: Path | None = None
-    causes: list[str] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    moved: list[str] = field(default_factory=list)
+    step: int  # Number of the optimizer step that was skipped.
+    name: str  # Of the report's folder within ``nonfinite/``.
+    what: str  # "loss" or "gradients".
+    facts: dict[str, Any]  # Place, settings and norms.
+    gradients: dict[str, float]  # Norms by parameter.
+    folder: Path | None  # To be written into.
+    causes: list[str] = field(default_factory=list)  # The surest first.
+    ids: list[str] = field(default_factory=list)  # Of the examples.
+    moved: list[str] = field(default_factory=list)  # Optimizers that stepped in the same batch.
     rerun: Rerun = field(init=False)
 
     @classmethod
@@ -167,10 +138,7 @@ class NonFiniteReport:
         if finding.kind == "loss":
             subject = f"the loss of {finding.optimizer!r}"
         else:
-            bad = finding.parameters
-            more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
-            names = ", ".join(bad[:MAX_NAMED])
-            subject = f"the gradient of {names}{more} ({finding.optimizer!r})"
+            subject = f"the gradient of {first_names(finding.parameters)} ({finding.optimizer!r})"
             if finding.backward is not None and (first is None or first.phase == "forward"):
                 line = finding.backward_line
                 return f"{subject}, by {finding.backward}" + (f" of {line}" if line else "")
@@ -195,11 +163,7 @@ class NonFiniteReport:
         }  # fmt: skip
 
     def text(self, record: Mapping[str, Any]) -> str:
-        """Return the content of `report.txt`, for people.
-
-        Args:
-            record: content of `report.json`.
-        """
+        """Return the content of `report.txt`, for people, from that of `report.json`."""
         bad = [name for name, norm in self.gradients.items() if not math.isfinite(norm)]
         lines = [
             f"Step {self.step} (epoch {record['epoch']}, batch {record['batch']}) was skipped: "

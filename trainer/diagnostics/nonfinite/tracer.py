@@ -37,12 +37,7 @@ MAX_BATCHES = 16  # Batches of an accumulation window that are remembered.
 
 
 class NonFiniteTracer(Tracer):
-    """Report the first skipped steps of a run.
-
-    Args:
-        brain: the Brain.
-        limit: number of reports in the run folder.
-    """
+    """Report the first skipped steps of a run, up to ``limit`` in its folder."""
 
     def __init__(self, brain: Brain, limit: int) -> None:
         self._brain, self._left = brain, limit
@@ -135,11 +130,8 @@ def make_nonfinite_tracer(brain: Brain) -> NonFiniteTracer | None:
 def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatch]) -> None:
     """Rerun the batches of a window until one is not finite, the newest first.
 
-    Args:
-        brain: the Brain; it is as before afterwards.
-        report: its rerun, causes and ids are set. The rerun is the one that was not finite, or that
-            of the newest batch.
-        window: at least one batch.
+    Sets rerun, causes and ids of the report. The rerun is the one that was not finite, or that of
+    the newest batch.
     """
     reruns = []
     for kept in reversed(window):
@@ -160,10 +152,7 @@ def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatc
 def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
     """Train on a batch once more without moving anything, until something is not finite.
 
-    Args:
-        brain: the Brain; it is as before afterwards.
-        kept: the batch.
-        precision: precision of the forward pass; None for that of training.
+    The Brain is as before afterwards.
     """
     probe, problem = Probe(brain), None
     # Generators whose states at the start are unknown begin as they are now.
