@@ -32,6 +32,15 @@ def _improvement(mode: str, reference: float, value: float) -> float:
     return reference - value if mode == "min" else value - reference
 
 
+def set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
+    """Set the rate of each parameter group; a tensor (compiled steps) is filled in place."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 class Schedule(checks.Stateful, LRScheduler):
     """Base class of the schedules, whose state consists of plain numbers.
 
@@ -51,17 +60,13 @@ class Schedule(checks.Stateful, LRScheduler):
         self._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
 
     def _set_rates(self, rates: Sequence[float | Tensor]) -> None:
-        """Set the learning rate of every group; a tensor (compiled steps) is filled in place."""
+        """Set the learning rate of every group."""
         if len(rates) != len(self.optimizer.param_groups):
             raise ValueError(
                 f"{type(self).__name__} was made for {len(rates)} parameter groups, the optimizer "
                 f"has {len(self.optimizer.param_groups)} now"
             )
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        set_rates(self.optimizer, rates)
         self._last_lr = list(rates)
 
 

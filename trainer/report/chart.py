@@ -27,48 +27,28 @@ VALUE = itemgetter(1)
 
 @dataclass(slots=True)
 class Series:
-    """A line of a chart.
+    """A line of a chart."""
 
-    Args:
-        name: its name in the legend.
-        xs: places on the x axis, ascending.
-        ys: values; NaN is a gap.
-        colour: number of the colour, counted round from 0.
-        style: "solid", "faint" or "limit" (dashed).
-        noisy: draw a running mean over the line where it has many points.
-    """
-
-    name: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    colour: int = 0
-    style: str = "solid"
-    noisy: bool = False
+    name: str  # In the legend.
+    xs: Sequence[float]  # Places on the x axis, ascending.
+    ys: Sequence[float]  # Values; NaN is a gap.
+    colour: int = 0  # Number of the colour, counted round from 0.
+    style: str = "solid"  # Or "faint", or "limit", which is dashed.
+    noisy: bool = False  # Draw a running mean over the line where it has many points.
 
 
 @dataclass(slots=True)
 class Chart:
-    """Lines over common axes.
-
-    Args:
-        title: heading.
-        x_label: label of the x axis.
-        y_label: label of the y axis.
-        series: the lines.
-        from_zero: let the y axis begin at 0; otherwise it may be logarithmic.
-        note: a sentence under the heading.
-        counts: x is a number of steps or epochs: a linear axis with whole ticks.
-        marks: named places on the x axis, each with an upright line.
-    """
+    """Lines over common axes."""
 
     title: str
     x_label: str
     y_label: str
     series: list[Series] = field(default_factory=list)
-    from_zero: bool = False
-    note: str = ""
-    counts: bool = True
-    marks: dict[str, float] = field(default_factory=dict)
+    from_zero: bool = False  # Let the y axis begin at 0; otherwise it may be logarithmic.
+    note: str = ""  # A sentence under the heading.
+    counts: bool = True  # x is a number of steps or epochs: a linear axis with whole ticks.
+    marks: dict[str, float] = field(default_factory=dict)  # Upright lines at places on the x axis.
 
 
 def decimate(points: Sequence[Point]) -> Sequence[Point]:

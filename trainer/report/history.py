@@ -68,26 +68,18 @@ class History:
 
     Of several records of one stage and epoch (a resumed run, a repeated test, the summary of a
     test) the last one counts.
-
-    Args:
-        steps: curves of the step records by dotted name, such as "optimizers.main.lr".
-        norms: curves of the monitor records, by optimizer and name; gradient norms of every step.
-        layers: curves of the monitor records, by layer and name.
-        warnings: step and text of the monitors' warnings.
-        stages: stage records, in the order of the file.
-        last_step: largest optimizer step of any record.
-        seconds: training time at the last step record.
-        unreadable: number of lines that are no records.
     """
 
+    # Curves of the step records by dotted name, such as "optimizers.main.lr".
     steps: Curves = field(default_factory=lambda: Curves(Curve))
+    # Curves of the monitor records, by optimizer and name: gradient norms of every step.
     norms: dict[str, Curves] = field(default_factory=dict)
-    layers: dict[str, Curves] = field(default_factory=dict)
-    warnings: list[tuple[float, str]] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    last_step: int = 0
-    seconds: float = 0.0
-    unreadable: int = 0
+    layers: dict[str, Curves] = field(default_factory=dict)  # The same, by layer and name.
+    warnings: list[tuple[float, str]] = field(default_factory=list)  # Step and text.
+    stages: list[dict[str, Any]] = field(default_factory=list)  # In the order of the file.
+    last_step: int = 0  # Largest optimizer step of any record.
+    seconds: float = 0.0  # Training time at the last step record.
+    unreadable: int = 0  # Lines that are no records.
 
     def optimizers(self) -> list[str]:
         """Return the names of the optimizers, in the order of the file."""
@@ -125,11 +117,7 @@ def measures_of(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 
 def read_history(path: Path) -> History:
-    """Read a `metrics.jsonl`.
-
-    Args:
-        path: the file; a missing one gives an empty history.
-    """
+    """Read a `metrics.jsonl`; a missing one gives an empty history."""
     history = History()
     stages: dict[tuple[str, Any], dict[str, Any]] = {}
     if not path.exists():

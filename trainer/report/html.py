@@ -11,14 +11,7 @@ from html import escape
 
 
 def document(title: str, header: str, main: str, style: str = "") -> str:
-    """Return a page.
-
-    Args:
-        title: text of the title and the first heading.
-        header: HTML below that heading.
-        main: HTML of the content.
-        style: style sheet in addition to `STYLE`.
-    """
+    """Return a page: a title, HTML below it and as its content, and further style sheets."""
     title = escape(title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -45,13 +38,9 @@ def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Return a table that scrolls where it is too wide.
+    """Return a table that scrolls where it is too wide, if "tall" also where it is too high.
 
-    Args:
-        label: name for screen readers.
-        heads: headings of the columns.
-        rows: cells as HTML; the first of each row is its heading.
-        kind: "tall" for a table that scrolls where it is too high, too.
+    The label is for screen readers. Rows are cells as HTML; the first of each is its heading.
     """
     head = "".join(f'<th scope="col">{escape(each)}</th>' for each in heads)
     body = "".join(

@@ -106,9 +106,8 @@ def _warning_list(items: str) -> str:
 def _skipped_steps(folder: Path) -> str:
     """Return items with the skipped steps that were investigated, and their causes.
 
-    Args:
-        folder: run folder. The reports are in its ``nonfinite/``, one for each step, or one for
-            each process whose own batch was bad; those that cannot be read are left out.
+    A step has one report, or one for each process whose own batch was bad. Those that cannot be
+    read are left out.
     """
     found = []
     for path in sorted(folder.glob("nonfinite/**/report.json")):

@@ -34,29 +34,18 @@ MEASURES = {
 
 @dataclass
 class ClipSuggestion:
-    """Suggested clip limit of an optimizer, and the trials that it comes from.
+    """Suggested clip limit of an optimizer, and the trials that it comes from."""
 
-    Args:
-        kind: class of the clippers that were tried, a key of `MEASURES`.
-        limit: the suggested limit; None if no trial learned anything.
-        reason: how the trials led to it.
-        lr: learning rate of the trials.
-        needed: True if training without clipping did worse than the best trial.
-        as_good: limits that did as well as the best one, ascending.
-        clipped: share of the steps that were clipped under ``limit``, from 0 to 1.
-        percentiles: percentiles of the gradient size without clipping, by percent.
-        trials: results in ascending order of their limits.
-    """
-
-    kind: str
-    limit: float | None
-    reason: str
-    lr: float
-    needed: bool = False
-    as_good: list[float] = field(default_factory=list)
-    clipped: float = 0.0
+    kind: str  # Class of the clippers that were tried, a key of `MEASURES`.
+    limit: float | None  # None if no trial learned anything.
+    reason: str  # How the trials led to it.
+    lr: float  # Learning rate of the trials.
+    needed: bool = False  # True if training without clipping did worse than the best trial.
+    as_good: list[float] = field(default_factory=list)  # Limits that did as well, ascending.
+    clipped: float = 0.0  # Share of the steps that were clipped under it, from 0 to 1.
+    # Of the gradient size without clipping, by percent.
     percentiles: dict[int, float] = field(default_factory=dict)
-    trials: list[TrialResult] = field(default_factory=list)
+    trials: list[TrialResult] = field(default_factory=list)  # By ascending limit.
 
     def sentence(self) -> str:
         """Return the suggestion in words."""
@@ -73,10 +62,7 @@ class ClipSuggestion:
 def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> ClipSuggestion:
     """Search for the clip limit of an optimizer; the others are clipped as usual. Collective.
 
-    Args:
-        runner: runs the trials.
-        name: the optimizer.
-        ratios: factors of the learning rates, by name of the optimizer.
+    Learning rates are multiplied by ``ratios``, which are by name of the optimizer.
     """
     brain = runner.brain
     update, options = brain.updates[name], brain.options
@@ -101,11 +87,7 @@ def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> lis
 
     Next to the lowest or highest limit of those tried comes a fourth or four times it; otherwise
     the geometric middle of the wider gap to a neighbour. A limit above all gradients would never
-    act.
-
-    Args:
-        trial: runs a trial under a limit.
-        max_trials: largest number of trials, at least 4.
+    act. There are at most ``max_trials``, which is 4 or more.
 
     Returns:
         The results in the order in which they were made.
@@ -153,11 +135,6 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
     Where clipping does not help, this is the largest limit that does no harm: it changes the fewest
     steps, and guards against spikes. Where clipping helps, it is the middle of the limits that do
     best, since training fails above them.
-
-    Args:
-        kind: class of the clippers, a key of `MEASURES`.
-        trials: results of at least one step.
-        rate: learning rate of the trials.
     """
     free = next(each for each in trials if each.limit == math.inf)
     best = min(trials, key=attrgetter("rank"))

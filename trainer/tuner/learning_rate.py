@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from statistics import linear_regression
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from trainer.optim.step import Update
+from trainer.schedules import set_rates
 from trainer.tuner.trial import TrialResult, TrialRunner, mean, replaced
 
 if TYPE_CHECKING:
@@ -33,31 +32,18 @@ MARGIN = 3.0  # Below the rate of the lowest loss, at which a longer training wo
 
 @dataclass
 class RateSuggestion:
-    """Suggested learning rate of an optimizer, and the curve that it was read from.
+    """Suggested learning rate of an optimizer, and the curve that it was read from."""
 
-    Args:
-        lr: the suggested rate; None where the loss fell at no rate.
-        reason: where the loss fell, and where it diverged.
-        own: the recipe's rate.
-        limit: the recipe's clip limit.
-        lowest: rate at which the loss was lowest.
-        diverged: rate at which it diverged; None if it never did.
-        rates: rate of each step.
-        losses: loss of each step.
-        at_rest: loss of the same batches with all rates at 0.
-        change: ``losses`` less ``at_rest``, smoothed.
-    """
-
-    lr: float | None
-    reason: str
-    own: float
-    limit: float
-    lowest: float | None = None
-    diverged: float | None = None
-    rates: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    at_rest: list[float] = field(default_factory=list)
-    change: list[float] = field(default_factory=list)
+    lr: float | None  # None where the loss fell at no rate.
+    reason: str  # Where the loss fell, and where it diverged.
+    own: float  # The recipe's rate.
+    limit: float  # The recipe's clip limit.
+    lowest: float | None = None  # Rate at which the loss was lowest.
+    diverged: float | None = None  # Rate at which it diverged; None if it never did.
+    rates: list[float] = field(default_factory=list)  # Of each step.
+    losses: list[float] = field(default_factory=list)  # Of each step.
+    at_rest: list[float] = field(default_factory=list)  # Of the same batches at a rate of 0.
+    change: list[float] = field(default_factory=list)  # The latter two's difference, smoothed.
 
     @property
     def ratio(self) -> float:
@@ -79,10 +65,6 @@ def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
     """Run the range test of an optimizer. Collective.
 
     Other optimizers have a learning rate of 0: what they learn would hide what this one does.
-
-    Args:
-        runner: runs the trials.
-        name: the optimizer.
     """
     updates = runner.brain.updates
     update = updates[name]
@@ -91,13 +73,13 @@ def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
     logger.info("find_lr: %s from %.3g to %.3g", name, rates[0], rates[-1])
 
     def set_rate(rate: float) -> None:  # Other parameter groups keep their ratio to the first.
-        set_rates(update, [rate * each / base[0] if base[0] else rate for each in base])
+        set_rates(update.optimizer, [rate * each / base[0] if base[0] else rate for each in base])
 
     def run(rates: Sequence[float], reference: Sequence[float] | None = None) -> TrialResult:
         with runner.trial(), ExitStack() as stack:
             for each in updates.values():
                 stack.enter_context(replaced(each, "schedule", None))
-                set_rates(each, [0.0 for _ in base_rates(each)])
+                set_rates(each.optimizer, [0.0] * len(each.optimizer.param_groups))
             return runner.train(name, steps, lambda step: set_rate(rates[step]), reference)
 
     reference = run([0.0] * steps).losses
@@ -114,26 +96,12 @@ def base_rates(update: Update) -> list[float]:
     return [float(group.get("initial_lr", group["lr"])) for group in update.optimizer.param_groups]
 
 
-def set_rates(update: Update, rates: Sequence[float]) -> None:
-    """Set the rate of each parameter group; a rate that is a tensor stays one."""
-    for group, rate in zip(update.optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
 def scale_rates(brain: Brain, ratios: Mapping[str, float]) -> None:
-    """Multiply learning rates, and those that schedules start from.
-
-    Args:
-        brain: the owner of the optimizers.
-        ratios: factors by name of the optimizer.
-    """
+    """Multiply learning rates by factors, and those that schedules start from."""
     for name, ratio in ratios.items():
         update = brain.updates[name]
         groups = update.optimizer.param_groups
-        set_rates(update, [float(group["lr"]) * ratio for group in groups])
+        set_rates(update.optimizer, [float(group["lr"]) * ratio for group in groups])
         for group in groups:
             if "initial_lr" in group:
                 group["initial_lr"] *= ratio
@@ -150,14 +118,8 @@ def suggest_rate(
 ) -> RateSuggestion:
     """Suggest the rate at which the loss falls most steeply, before its minimum.
 
-    The loss has diverged where it is as far above the reference as it was below at its lowest.
-
-    Args:
-        rates: rate of each step.
-        reference: loss of each step with all rates at 0.
-        result: what became of the steps.
-        own: the recipe's rate.
-        limit: the recipe's clip limit.
+    The loss has diverged where it is as far above the reference as it was below at its lowest. The
+    reference is the loss of each step with all rates at 0.
     """
     losses = result.losses
     change = _smooth([loss - rest for loss, rest in zip(losses, reference, strict=False)])

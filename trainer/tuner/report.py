@@ -26,19 +26,13 @@ TITLES = {"find_clip": "Clip limit", "find_lr": "Learning rate"}
 def write_findings(
     folder: Path, findings: Mapping[str, Suggestions], notes: Sequence[str], steps: int
 ) -> list[Path]:
-    """Write ``find_clip.html``/``.json`` and ``find_lr.html``/``.json``.
+    """Write ``find_clip.html``/``.json`` and ``find_lr.html``/``.json``; return their paths.
 
     Args:
         folder: the run folder.
         findings: suggestions by option ("find_clip", "find_lr") and optimizer.
         notes: sentences on how to read them.
         steps: the run option ``find_steps``.
-
-    Returns:
-        The paths of the files.
-
-    Raises:
-        OSError: if they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []

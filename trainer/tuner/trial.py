@@ -30,23 +30,15 @@ DIVERGED = 3.0  # Loss above that of the model at rest, over the latter, at whic
 
 @dataclass(slots=True)
 class TrialResult:
-    """Steps of one optimizer in a trial.
+    """Steps of one optimizer in a trial."""
 
-    Args:
-        limit: clip limit of the trial.
-        losses: loss of each step that was taken.
-        norms: gradient size of each of them before clipping, as the clipper measures it.
-        clipped: number of them that were clipped.
-        skipped: number of steps that were skipped, since something was not finite.
-        failed: True if the trial was ended early: too many steps were skipped, or it diverged.
-    """
-
-    limit: float = math.inf
-    losses: list[float] = field(default_factory=list)
+    limit: float = math.inf  # Clip limit of the trial.
+    losses: list[float] = field(default_factory=list)  # Of each step that was taken.
+    # Gradient size of each of them before clipping, as the clipper measures it.
     norms: list[float] = field(default_factory=list)
-    clipped: int = 0
-    skipped: int = 0
-    failed: bool = False
+    clipped: int = 0  # How many of them were clipped.
+    skipped: int = 0  # Steps in which something was not finite.
+    failed: bool = False  # Ended early: too many steps were skipped, or it diverged.
 
     def add(self, reports: Iterable[StepReport], name: str) -> None:
         """Count the outcomes of the losses of an optimizer."""
@@ -151,9 +143,6 @@ class TrialRunner:
             reference: losses of the same steps where nothing is learned. The trial ends early once
                 its loss is far above them.
 
-        Returns:
-            What became of the steps; the same on all ranks.
-
         Raises:
             ValueError: if the epoch has fewer than `MIN_STEPS` steps.
         """
@@ -199,15 +188,10 @@ class TrialRunner:
 
 
 def gradient_size(clip: Any, gradients: Gradients) -> float:
-    """Return what a clipper compares with its limit.
+    """Return what a clipper compares with its limit, of gradients that are not yet clipped.
 
-    Args:
-        clip: the clipper that the gradients were measured for.
-        gradients: measured, not yet clipped.
-
-    Returns:
-        The largest element for `ValueClip`, the largest norm of a tensor for `LayerClip`, the joint
-        norm for all others.
+    That is the largest element for `ValueClip`, the largest norm of a tensor for `LayerClip`, and
+    the joint norm for all others.
     """
     if isinstance(clip, ValueClip):
         return max(gradients.extra[0])
