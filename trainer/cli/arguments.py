@@ -178,13 +178,7 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
-    """Return the usage, the run options by section, the YAML's keys, and examples.
-
-    Args:
-        program: name of the program, such as "train.py".
-        file: path of the YAML, if one is given.
-        keys: its keys.
-    """
+    """Return the usage, the run options by section, the keys of the YAML `file`, and examples."""
     rows = list(keys)
     mine = {key.name for key in rows}
     lines = [USAGE.format(program), "", "Run options (default < YAML < command line)"]

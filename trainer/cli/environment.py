@@ -17,13 +17,10 @@ from trainer import distributed
 
 
 def environment(code: Path | None = None) -> dict[str, Any]:
-    """Collect what is needed to repeat a run. Every rank must call it.
+    """Return what is needed to repeat a run, as JSON. Every rank must call it.
 
     Args:
         code: a file of the recipe, whose git revision is recorded.
-
-    Returns:
-        Versions, machines, GPUs, threads and packages, as JSON.
     """
     return {
         "python": platform.python_version(),

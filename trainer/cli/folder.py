@@ -129,13 +129,7 @@ class RunFolder:
     def record(
         self, hyperparams: str, command: Sequence[str], where: dict[str, Any], header: str = HEADER
     ) -> list[str]:
-        """Record the start of a run.
-
-        Args:
-            hyperparams: text of hyperparams.yaml.
-            command: the command line.
-            where: environment, as JSON.
-            header: first line of hyperparams.yaml.
+        """Record the start of a run: text and first line of its YAML, command, and environment.
 
         Returns:
             The changes of hyperparams.yaml since the last start, such as "lr: 0.1 -> 0.2".

@@ -29,10 +29,7 @@ def replay(argv: Sequence[str]) -> int:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """Return the command that replays a step.
-
-    Args:
-        argv: RUN, STEP, and further arguments of the recipe.
+    """Return the command that replays a step: RUN, STEP, and further arguments of the recipe.
 
     Raises:
         ValueError: the folder has no such step, or does not say how the run was started.

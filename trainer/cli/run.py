@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.environment import environment
 from trainer.cli.folder import HEADER, LAUNCH_HEADER, RunFolder
-from trainer.config.hyperparameters import describe
+from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, recipe_packages
 from trainer.defaults import DriverFinished
@@ -186,16 +186,8 @@ def _warn_of_arguments(hparams: Mapping[str, Any]) -> None:
             )  # fmt: skip
 
 
-class _Hyperparameters(Protocol):
-    """Hyperparameters that `_run` records and builds: a `Configuration`, or plain values."""
-
-    def override(self, changes: Mapping[str, Any]) -> None: ...
-    def dump(self) -> str: ...
-    def build(self) -> dict[str, Any]: ...
-
-
 class _PlainHyperparameters:
-    """Hyperparameters of `launch`: values and objects that exist already."""
+    """Hyperparameters of `launch`: values and objects that exist already, in place of a YAML."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -209,6 +201,9 @@ class _PlainHyperparameters:
 
     def build(self) -> dict[str, Any]:
         return dict(self.values)
+
+
+Hyperparameters = Configuration | _PlainHyperparameters
 
 
 def _recordable(value: Any) -> Any:
@@ -227,16 +222,9 @@ def _recordable(value: Any) -> Any:
 
 
 def _run(
-    train: Train, hyperparameters: _Hyperparameters, options: RunOptions, argv: list[str] | None
+    train: Train, hyperparameters: Hyperparameters, options: RunOptions, argv: list[str] | None
 ) -> dict[str, Any]:
-    """Run `train` in a run folder; return its metrics.
-
-    Args:
-        train: as for `main`.
-        hyperparameters: to be recorded and built.
-        options: the run options.
-        argv: arguments of the command line; None for `launch`.
-    """
+    """Run `train` in a run folder; return its metrics. `argv` is None for `launch`."""
     distributed.start(str(pick_device(options.device)))
     seed_everything(options.seed, distributed.rank())
     with ExitStack() as stack:
@@ -267,7 +255,7 @@ def _run(
 
 @contextmanager
 def _run_folder(
-    hyperparameters: _Hyperparameters,
+    hyperparameters: Hyperparameters,
     options: RunOptions,
     source: Path | None,
     command: list[str],
@@ -292,9 +280,7 @@ def _run_folder(
         try:
             folder.open(options.overwrite and not options.searching)
             if options.searching and folder.has_record():
-                folder.add_command(
-                    command
-                )  # A search leaves the record of an earlier run unchanged.
+                folder.add_command(command)  # The record of the earlier run stays.
             else:
                 changes = folder.record(hyperparameters.dump(), command, where, header)
         except (ValueError, OSError) as error:

@@ -18,48 +18,37 @@ from trainer.config.registry import recipe_packages
 from trainer.loggers import TextLog
 
 
-class _LogFileHandler(logging.Handler):
-    """Handler that writes messages to train.log, each of their lines with the time."""
+class _Handler(logging.Handler):
+    """Handler that writes to train.log, and to stderr; off the main rank only warnings go there."""
 
     def __init__(self, log: TextLog) -> None:
         super().__init__(logging.INFO)
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message."""
-        for line in self.format(record).splitlines():
+        """Write a message: each of its lines with the time, and above the progress bar."""
+        text, warning = self.format(record), record.levelno >= logging.WARNING
+        for line in text.splitlines():
             self.log.write(line)
-
-
-class _TerminalHandler(logging.Handler):
-    """Handler that writes to stderr, above the progress bar; off the main rank only warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO if distributed.is_main() else logging.WARNING)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print a message."""
-        warning = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{rank_prefix()}{warning}{self.format(record)}", file=sys.stderr)
+        if warning or distributed.is_main():
+            prefix = f"{rank_prefix()}{'warning: ' if warning else ''}"
+            tqdm.write(f"{prefix}{text}", file=sys.stderr)
 
 
 @contextmanager
 def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
     """Context manager that sends messages and Python's warnings to train.log and the terminal.
 
-    Args:
-        log: the open log of the run.
-        names: loggers in addition to those of the trainer.
+    These are the messages of the trainer, and of the loggers `names`.
     """
-    handlers = [_LogFileHandler(log), _TerminalHandler()]
+    handler = _Handler(log)
     loggers = [logging.getLogger(name) for name in {"trainer", "py.warnings", *names}]
     before = [(each.level, each.propagate) for each in loggers]
     logging.captureWarnings(True)
     for each in loggers:
         each.setLevel(logging.INFO)
         each.propagate = False
-        for handler in handlers:
-            each.addHandler(handler)
+        each.addHandler(handler)
     try:
         yield
     finally:
@@ -67,8 +56,7 @@ def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
         for each, (level, propagate) in zip(loggers, before, strict=True):
             each.setLevel(level)
             each.propagate = propagate
-            for handler in handlers:
-                each.removeHandler(handler)
+            each.removeHandler(handler)
 
 
 @contextmanager
@@ -91,9 +79,7 @@ def signals_at_safe_points() -> Iterator[None]:
 def logged_exceptions(log: TextLog, note: str = "") -> Iterator[None]:
     """Context manager that writes the traceback of an exception to train.log.
 
-    Args:
-        log: the open log of the run.
-        note: added to the exception, for users who see its message alone.
+    The note is added to the exception, for users who see its message alone.
     """
     try:
         yield
