@@ -168,14 +168,7 @@ class Checkpointer:
         self.recoverables[name] = obj
 
     def add_recoverables(self, recoverables: Mapping[str, Any]) -> None:
-        """Add several objects, as by `add_recoverable`.
-
-        Args:
-            recoverables: objects by name.
-
-        Raises:
-            ValueError: a name or an object is invalid.
-        """
+        """Add several objects by name, as `add_recoverable` does."""
         for name, obj in recoverables.items():
             self.add_recoverable(name, obj)
 
@@ -261,9 +254,6 @@ class Checkpointer:
     def release(self) -> list[Checkpoint]:
         """Do the saves that were deferred, with the state of now. Every rank must call it.
 
-        Returns:
-            The checkpoints.
-
         Raises:
             ValueError, OSError, RuntimeError: as in `save_checkpoint`.
         """
@@ -271,11 +261,7 @@ class Checkpointer:
         return [self._save(request) for request in waiting]
 
     def drop_waiting(self) -> int:
-        """Discard the saves that were deferred, and stop deferring.
-
-        Returns:
-            Number of the saves that were discarded.
-        """
+        """Discard the saves that were deferred, stop deferring, and return their number."""
         waiting, self._held, self._waiting = self._waiting, False, []
         return len(waiting)
 
@@ -388,10 +374,9 @@ class Checkpointer:
     # Finding
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """List the checkpoints in the folder by their manifests alone.
+        """List the checkpoints in the folder, newest first, by their manifests alone.
 
-        Returns:
-            All of them, newest first. A broken one is left out, with a warning that names it.
+        A broken one is left out, with a warning that names it.
         """
         found = []
         for entry in list(os.scandir(self.folder)) if self.folder.is_dir() else ():
@@ -440,18 +425,7 @@ class Checkpointer:
     def find_checkpoint(
         self, max_key: str | None = None, min_key: str | None = None
     ) -> Checkpoint | None:
-        """Find the newest checkpoint, or the best one by a metric.
-
-        Args:
-            max_key: metric in ``meta`` to maximise.
-            min_key: metric to minimise.
-
-        Returns:
-            The checkpoint, or None if there is none.
-
-        Raises:
-            ValueError: both metrics are given.
-        """
+        """Find the newest checkpoint, or the best one by a metric, as `find` does; None if none."""
         return next(iter(self.find(min_key, max_key)), None)
 
     def find_checkpoints(
@@ -460,19 +434,7 @@ class Checkpointer:
         min_key: str | None = None,
         max_num_checkpoints: int | None = None,
     ) -> list[Checkpoint]:
-        """Find checkpoints, as `find` does, by SpeechBrain's arguments.
-
-        Args:
-            max_key: metric in ``meta`` to maximise.
-            min_key: metric to minimise.
-            max_num_checkpoints: number of checkpoints; None for all.
-
-        Returns:
-            The checkpoints, the best or newest first.
-
-        Raises:
-            ValueError: both metrics are given.
-        """
+        """Find checkpoints, as `find` does, by SpeechBrain's arguments; all unless limited."""
         return self.find(min_key, max_key, max_num_checkpoints)
 
     # Restoring
@@ -677,10 +639,6 @@ def _average_into(newest: Any, older: Iterator[tuple[Checkpoint, Any]]) -> None:
     """Replace the float tensors of ``newest`` by their mean over all states, taken in float64.
 
     Integer and boolean tensors (counters, masks) have no mean and stay those of ``newest``.
-
-    Args:
-        newest: state of the newest checkpoint, changed in place.
-        older: the other checkpoints with their states.
 
     Raises:
         ValueError: a tensor of the newest state is missing in another one, or has another shape.

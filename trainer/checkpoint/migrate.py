@@ -9,16 +9,10 @@ from typing import Any
 def migrate(
     version: int, shared: dict[str, Any], local: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state "brain" of a checkpoint in the layout of format 2.
+    """Return the state "brain" of a checkpoint in the layout of format 2, shared and local.
 
-    Args:
-        version: format of the checkpoint.
-        shared: state that all ranks share.
-        local: state of one rank.
-
-    Returns:
-        The shared and the local state. What format 1 saved per rank and format 2 shares is taken
-        from ``local``, which must be rank 0's if the shared state is used.
+    What format 1 saved per rank and format 2 shares is taken from ``local``, which must be rank
+    0's if the shared state is used.
 
     Raises:
         KeyError, TypeError, AttributeError: the states are not of that format.

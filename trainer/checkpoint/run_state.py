@@ -113,10 +113,6 @@ class RunState:
     When the stage's hook has run as well, or at once if the run stopped between stages, everything
     is restored.
 
-    Args:
-        progress: progress of the run.
-        stateful: lists the entries of the state.
-
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
     """
@@ -199,14 +195,10 @@ class RunState:
         return True
 
     def enter_epoch(self, epoch: int, length: int | None) -> None:
-        """Note the length of an epoch, and find the batch at which a resumed one goes on.
+        """Note the length of an epoch on this rank, and find the batch where a resumed one goes on.
 
         With fewer ranks an epoch has more batches on each. Of an epoch that has another number of
         batches than when it was left, the same share is skipped.
-
-        Args:
-            epoch: number of the epoch.
-            length: its batches on this rank; None where unknown.
         """
         progress, ranks = self.progress, distributed.world_size()
         step, batches, processes = progress.step, progress.epoch_batches, progress.processes

@@ -197,11 +197,7 @@ def check_state(state: Any, where: str) -> None:
 
 
 def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
-    """Write a state: a file for each top-level key with tensors in it, and one for the rest.
-
-    Returns:
-        The entry of each file, by name.
-    """
+    """Write a state: a file for each top-level key with tensors in it, and one for the rest."""
     check_state(state, name)
     # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
     large = [k for k, v in state.items() if _is_large(k, v)] if type(state) is dict else []
@@ -211,7 +207,7 @@ def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
 
 
 def write_local(folder: Path, rank: int, states: dict[str, Any]) -> dict[str, FileEntry]:
-    """Write the local states of a rank, by name; returns what `write_state` does."""
+    """Write the local states of a rank, by name."""
     check_state(states, f"the local state of rank {rank}")
     file = f"rank-{rank}.pt"
     return {file: _write(folder / file, states)} if states else {}

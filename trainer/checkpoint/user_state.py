@@ -37,16 +37,11 @@ CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 def find_stateful(
     named: Mapping[str, Any], known: Collection[int], modules: nn.Module
 ) -> dict[str, Any]:
-    """Find the stateful objects among attributes.
+    """Find the stateful objects among attributes, by dotted name, also in lists and dicts.
 
-    Args:
-        named: attributes by name. Lists, tuples and dicts among them are looked into.
-        known: ``id`` of objects that are saved otherwise.
-        modules: modules that are saved otherwise; a module of the same tensors is left out.
-
-    Returns:
-        Objects with ``state_dict`` and ``load_state_dict``, and random generators, by dotted name.
-        Samplers and loaders are left out, since progress says where they are.
+    These are objects with ``state_dict`` and ``load_state_dict``, and random generators. Left out
+    are samplers and loaders, since progress says where they are, and what is saved otherwise:
+    objects whose ``id`` is known, and modules of no other tensors than ``modules`` has.
     """
     seen = set(known)
     tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}

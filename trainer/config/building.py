@@ -69,10 +69,6 @@ class BuildError(ValueError):
 def resolve(root: MappingNode, registry: Registry) -> MappingNode:
     """Return a copy of a tree in which every reference is replaced by its value.
 
-    Args:
-        root: the tree; it is left unchanged.
-        registry: names that `!applyref:` may call.
-
     Raises:
         ValueError: a placeholder has no value (all of them are listed), or a reference is unknown,
             circular or too large.
@@ -247,11 +243,7 @@ def _apply(name: str, node: Node, registry: Registry) -> Any:
 
 
 def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
-    """Build the values of a tree without references, once every name in it is checked.
-
-    Args:
-        root: a resolved tree; it is used up.
-        registry: names that may be built.
+    """Build the values of a resolved tree, once every name in it is checked; it is used up.
 
     Raises:
         ValueError: a name is not allowed or does not exist, or arguments do not fit; the message

@@ -107,10 +107,7 @@ def describe(path: str | os.PathLike[str]) -> list[Key]:
 class Configuration:
     """A YAML file that is read and not yet built: its keys can be listed and changed.
 
-    Args:
-        path: the YAML file.
-        allow: as for `load_hparams`.
-        run_folder: as for `load_hparams`.
+    The arguments are those of `load_hparams`.
     """
 
     def __init__(
@@ -193,13 +190,9 @@ class Configuration:
         if key not in known:
             raise ValueError(f"{problem}{nearest_key(name, known, dotted) or hint}")
 
-    def resolved(self) -> MappingNode:
-        """Return the tree with every reference replaced by its value."""
-        return building.resolve(self.root, self.registry)
-
     def options(self) -> dict[str, Any]:
         """Return the run options among the keys, checked; objects are left out."""
-        values, root = {}, self.resolved()
+        values, root = {}, building.resolve(self.root, self.registry)
         for name in RunOptions.names():
             node = get(root, name)
             if node is not None and not (
@@ -213,7 +206,7 @@ class Configuration:
 
     def build(self) -> dict[str, Any]:
         """Build the objects; return the values by key."""
-        root = self.resolved()
+        root = building.resolve(self.root, self.registry)
         for key, value in list(root.value):
             if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)

@@ -53,10 +53,7 @@ Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
 
 def read(path: str | os.PathLike[str]) -> tuple[MappingNode, dict[Keys, str]]:
-    """Read a YAML file and merge it over its base.
-
-    Returns:
-        The tree, and the comments of its keys.
+    """Read a YAML file and merge it over its base; return the tree, and comments of its keys.
 
     Raises:
         ValueError: a file does not parse, is too large or too deep, or uses a tag that HyperPyYAML
@@ -195,13 +192,11 @@ def compose(text: str, name: str) -> Node:
     """Parse a YAML text into a tree of nodes.
 
     Aliases become shared nodes; merge keys (`<<`) are merged in; `!new:x` is read as `!new:x {}`.
+    The root of an empty text is null.
 
     Args:
         text: one YAML document.
         name: origin of the text for error messages: a path, or an option such as "--width".
-
-    Returns:
-        The root node; that of an empty text is null.
 
     Raises:
         ValueError: the text is not valid YAML, exceeds a limit, or uses a tag that is not allowed.
@@ -378,11 +373,8 @@ def items(node: Node) -> list[tuple[str, Node]]:
     """Return the values directly below a node with their keys; for a list, the indices."""
     if isinstance(node, MappingNode):
         return [(str(key.value), value) for key, value in node.value]
-    return (
-        [(str(index), each) for index, each in enumerate(node.value)]
-        if isinstance(node, SequenceNode)
-        else []
-    )
+    values = node.value if isinstance(node, SequenceNode) else []
+    return [(str(index), each) for index, each in enumerate(values)]
 
 
 def children(node: Node) -> list[Node]:
@@ -476,11 +468,9 @@ def expanded_size(root: Node) -> int:
 
 
 def represent(value: Any, near: Node | None = None) -> Node:
-    """Convert a plain Python value to a node.
+    """Convert numbers, text, paths, None, lists, tuples and mappings of these to a node.
 
-    Args:
-        value: numbers, text, paths, None, lists, tuples and mappings of these.
-        near: the node whose file and line the new node takes.
+    It takes file and line from the node `near`.
 
     Raises:
         ValueError: the value is, or holds, another object.

@@ -195,10 +195,7 @@ class LoggerCallback(Callback):
 def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
     """Return the log line of a stage, such as "epoch 2 valid: loss 1.234, wer 3.21, 12 s".
 
-    Args:
-        report: the finished stage.
-        learning_rates: current learning rate of each optimizer, which the line of a training stage
-            ends with.
+    That of a training stage ends with the current learning rates.
     """
     facts = {
         name: value

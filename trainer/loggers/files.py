@@ -34,12 +34,7 @@ def run_folder(options: RunOptions) -> Path | None:
 
 @contextmanager
 def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
-    """Context manager that adds the path and what to do to an OSError.
-
-    Args:
-        path: the file that is written.
-        what: the word for it in the message.
-    """
+    """Context manager that adds the path, the word for the file and what to do to an OSError."""
     try:
         yield
     except OSError as error:
