@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, Literal
 
@@ -249,19 +250,16 @@ def _add(total: list[float], value: float, weight: float) -> None:
         total[1] += weight
 
 
-class Tally(checks.Stateful):
+@dataclass
+class Tally:
     """Figures of one optimizer since the last log record, from its step reports."""
 
-    saved = ("now", "clipped", "norms", "counts")
-
-    def __init__(self) -> None:
-        self.now: dict[str, float | None] = {"lr": None, "limit": None, "scale": None}
-        self._clear()
-
-    def _clear(self) -> None:
-        self.clipped = 0
-        self.norms: list[float] = []
-        self.counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
+    now: dict[str, float | None] = field(
+        default_factory=lambda: dict.fromkeys(("lr", "limit", "scale"))
+    )
+    clipped: int = 0
+    norms: list[float] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
 
     def add(self, report: StepReport) -> None:
         """Count one report."""
@@ -289,7 +287,7 @@ class Tally(checks.Stateful):
             "overflowed": self.counts["overflowed"],
             "scale": self.now["scale"],
         }
-        self._clear()
+        self.clipped, self.norms, self.counts = 0, [], dict.fromkeys(OUTCOMES, 0)
         return entry
 
 
@@ -394,7 +392,7 @@ class TrainingMetrics:
             "interval": self.interval.state_dict(),
             "examples": self.examples,
             "counts": dict(self.counts),
-            "tallies": {name: tally.state_dict() for name, tally in self.tallies.items()},
+            "tallies": {name: asdict(tally) for name, tally in self.tallies.items()},
             "logged": {
                 stage: {name: mean.state_dict() for name, mean in means.items()}
                 for stage, means in self.logged.items()
@@ -406,7 +404,7 @@ class TrainingMetrics:
         self.average = _restored(Mean(), state["average"])
         self.interval = _restored(Mean(), state["interval"])
         self.examples, self.counts = state["examples"], dict(state["counts"])
-        self.tallies = {name: _restored(Tally(), saved) for name, saved in state["tallies"].items()}
+        self.tallies = {name: Tally(**deepcopy(saved)) for name, saved in state["tallies"].items()}
         self.logged = {
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}
             for stage, means in state["logged"].items()
