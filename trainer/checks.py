@@ -1,6 +1,7 @@
 """Hyperparameters and saved states: checks, and a base class of objects that have a state.
 
-Errors name the owner and what is allowed.
+Each check is given an owner (the class that takes the value, or the object that a state is for) and
+the name of the value. Its error, a ValueError, names both, and what is allowed.
 """
 
 from __future__ import annotations
@@ -16,35 +17,16 @@ def _is_number(value: object) -> bool:
 
 
 def whole(owner: str, name: str, value: float, low: int) -> int:
-    """Return a whole number as an int; floats such as 25e3, as YAML reads it, are allowed.
-
-    Args:
-        owner: the class that takes the value, for the message.
-        name: the name of the value, for the message.
-        value: the value.
-        low: the smallest number allowed.
-
-    Raises:
-        ValueError: if the value is not a whole number of `low` or more.
-    """
+    """Return a whole number of `low` or more as an int; floats such as YAML's 25e3 are allowed."""
     if not _is_number(value) or not math.isfinite(value) or value != int(value) or value < low:
         raise ValueError(f"{owner}: {name} must be a whole number, {low} or more; got {value!r}")
     return int(value)
 
 
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
-    """Return a number as a float if it lies in an interval.
+    """Return a number from `low` to `high` as a float.
 
-    Args:
-        owner: the class that takes the value, for the message.
-        name: the name of the value, for the message.
-        value: the value.
-        low: the lower end of the interval.
-        high: the upper end of the interval.
-        ends: one bracket for each end: "[" or "]" includes it, "(" or ")" excludes it.
-
-    Raises:
-        ValueError: if the value is not a number in the interval.
+    The interval has a bracket for each of its ends: "[" or "]" includes it, "(" or ")" excludes it.
     """
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     below = _is_number(value) and (value <= high if ends[1] == "]" else value < high)
@@ -55,33 +37,14 @@ def within(owner: str, name: str, value: float, low: float, high: float, ends: s
 
 
 def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
-    """Return a value if it is allowed.
-
-    Args:
-        owner: the class that takes the value, for the message.
-        name: the name of the value, for the message.
-        value: the value.
-        allowed: the values allowed.
-
-    Raises:
-        ValueError: if the value is not one of them.
-    """
+    """Return a value if it is among those allowed."""
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be {' or '.join(allowed)}; got {value!r}")
     return value
 
 
 def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Check that a saved state has exactly the expected keys, in any order.
-
-    Args:
-        owner: the object that the state is for, for the message.
-        state: the saved state.
-        expected: the keys.
-
-    Raises:
-        ValueError: if keys are missing or unexpected.
-    """
+    """Check that a saved state has exactly the expected keys, in any order."""
     missing, unexpected = set(expected) - set(state), set(state) - set(expected)
     if missing or unexpected:
         raise ValueError(

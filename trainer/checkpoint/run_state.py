@@ -69,10 +69,7 @@ def copied(state: Any) -> Any:
 class Snapshot:
     """Copy of the state of a run, to return to any number of times.
 
-    Args:
-        progress: the progress that is kept.
-        stateful: lists the entries; called anew at each restore.
-        of_fit: keep only what belongs to one `fit`.
+    With ``of_fit`` it has only what belongs to one `fit`. Entries are listed anew at each restore.
     """
 
     def __init__(
@@ -240,13 +237,7 @@ class Saver:
     """Saves a run when its state is complete.
 
     Saves that hooks ask for wait for such a moment: after a batch, after a stage, at the end of an
-    epoch.
-
-    Args:
-        checkpointer: where and which checkpoints are kept; None saves nothing.
-        state: state of the run.
-        options: intervals of saves within epochs.
-        on_saved: called with every checkpoint that was saved.
+    epoch. Every checkpoint is given to ``on_saved``. Without a checkpointer nothing is saved.
     """
 
     def __init__(
@@ -330,8 +321,7 @@ class Saver:
     def testing(self, trained: bool) -> Iterator[None]:
         """Context manager in which saves wait, since the weights are not those of the run.
 
-        Args:
-            trained: False drops the saves that waited, with a warning.
+        A run that has not trained drops them, with a warning.
         """
         self._checkpointer.hold()
         try:

@@ -82,11 +82,7 @@ class UserAttributes:
 
     Saved are numbers, texts, tensors and containers of these that have changed since the first
     `fit` began; of the hparams, numbers and texts. What nothing has changed is a setting, of which
-    a resumed run may have another.
-
-    Args:
-        owner: the Brain, or anything with ``hparams`` and ``device``.
-        own: returns the attributes of it that are its user's, by name.
+    a resumed run may have another. ``own`` returns the attributes that are the user's, by name.
     """
 
     def __init__(self, owner: Owner, own: Callable[[], Mapping[str, Any]]) -> None:

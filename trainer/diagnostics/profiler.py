@@ -27,10 +27,6 @@ class Profiler(Callback):
     The trace is written once, to ``profile/`` in the run folder (in the current folder if there is
     none), and the slowest operations are logged. A stage that ends within the trace writes what
     there is; one that ends within the warm-up is a warning, and the next one is traced.
-
-    Args:
-        options: run options, of which ``profile_warmup``, ``profile_steps`` and ``output_folder``
-            are used.
     """
 
     def __init__(self, options: RunOptions) -> None:

@@ -14,12 +14,9 @@ if TYPE_CHECKING:
 
 
 class ReplicaCheck(Callback):
-    """Compare the weights of all ranks after the first and every so many training batches.
+    """Compare the weights of all ranks after the first and each ``every``-th training batch.
 
     Batches are counted in each training stage of this process, of which all ranks have as many.
-
-    Args:
-        every: number of batches between two checks.
     """
 
     def __init__(self, every: int) -> None:

@@ -88,10 +88,8 @@ class TrialResult:
 class TrialRunner:
     """Runs trials, each of which begins with the first batch of a new run.
 
-    Args:
-        brain: a Brain in a `Brain.sandbox`, brought to its first batch by `Brain.start_training`.
-        feed: its training data.
-        reports: list that the sandbox appends the report of every loss to.
+    The Brain is in a `Brain.sandbox`, which appends the report of every loss to ``reports``, and at
+    its first batch, to which `Brain.start_training` brings it.
     """
 
     def __init__(self, brain: Brain, feed: DataFeed, reports: list[StepReport]) -> None:
