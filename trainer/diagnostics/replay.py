@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,11 +68,10 @@ def load(folder: Path) -> dict[str, Any]:
 
 def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
     """Return the last checkpoint at or before an optimizer step, or else the first after it."""
-    known = [(each.step, each.number, each) for each in checkpoints if each.step is not None]
-    before = [each for each in known if each[0] <= step]
-    if before:
-        return max(before, key=lambda each: each[:2])[2]
-    return min(known, key=lambda each: each[:2])[2] if known else None
+    place = attrgetter("step", "number")
+    known = [each for each in checkpoints if each.step is not None]
+    before = [each for each in known if each.step is not None and each.step <= step]
+    return max(before, key=place) if before else min(known, key=place, default=None)
 
 
 def replay(brain: Brain, arguments: FitArguments, kept: dict[str, Any]) -> NoReturn:

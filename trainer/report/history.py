@@ -9,8 +9,9 @@ import json
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,9 +24,8 @@ class Curve:
 
     __slots__ = ("xs", "ys")
 
-    def __init__(self) -> None:
-        self.xs = array("d")
-        self.ys = array("d")
+    def __init__(self, xs: Iterable[float] = (), ys: Iterable[float] = ()) -> None:
+        self.xs, self.ys = array("d", xs), array("d", ys)
 
     def add(self, x: float, y: float | None) -> None:
         """Append a point; one at or before an earlier x replaces all from there on."""
@@ -46,17 +46,11 @@ class Curve:
 
     def total(self) -> Curve:
         """Return the running sum; a gap adds nothing."""
-        sums, so_far = Curve(), 0.0
-        for x, y in zip(self.xs, self.ys, strict=True):
-            so_far += y if math.isfinite(y) else 0.0
-            sums.add(x, so_far)
-        return sums
+        return Curve(self.xs, accumulate(y if math.isfinite(y) else 0.0 for y in self.ys))
 
     def scaled(self, factor: float) -> Curve:
         """Return a curve with every value multiplied by a factor."""
-        scaled = Curve()
-        scaled.xs, scaled.ys = self.xs, array("d", (y * factor for y in self.ys))
-        return scaled
+        return Curve(self.xs, (y * factor for y in self.ys))
 
 
 Curves = defaultdict[str, Curve]

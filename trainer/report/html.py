@@ -11,7 +11,14 @@ from html import escape
 
 
 def document(title: str, header: str, main: str, style: str = "") -> str:
-    """Return a page: a title, HTML below it and as its content, and further style sheets."""
+    """Return a page.
+
+    Args:
+        title: text of the title and the first heading.
+        header: HTML below that heading.
+        main: HTML of the content.
+        style: style sheet in addition to `STYLE`.
+    """
     title = escape(title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
