@@ -486,7 +486,7 @@ class Brain(SpeechBrainNames):
         if self.__intercept is not None:
             return self.__intercept(parts, weight, retain_graph, last)
         for number, (updates, part) in enumerate(parts, 1):
-            step.accumulate(updates, part, weight, retain_graph or number < len(parts))
+            step.accumulate(updates, part, weight, retain_graph or number < len(parts), last)
             if updates[0].size > 1:
                 ids = self.batch_ids(self.__batch.batch)
                 self.__guard.add_loss(updates[0].name, ids, part)
@@ -1244,12 +1244,7 @@ class Brain(SpeechBrainNames):
                 f"self.optimize(loss, {update.name!r}) in their place has all of them",
                 stacklevel=4,
             )
-        params, ranks = update.params, distributed.world_size()
-        zero = torch.zeros((), device=self.device)
-        sums = self.__strategy.end_window(params, zero, 0.0, 1 / ranks, update.sparse)
-        if sums is not None:
-            for p, had in zip(params, sums.had_gradient.tolist(), strict=True):
-                p.grad = p.grad if had else None  # As with one process, it does not move at all.
+        self.__strategy.average(update.name)
 
 
 METHODS = frozenset(

@@ -43,7 +43,7 @@ def optimize(
     last: bool = False,
 ) -> list[StepReport]:  # fmt: skip
     """Give a loss to optimizers, as `Brain.optimize` does."""
-    step.accumulate(updates, loss, weight, retain_graph)
+    step.accumulate(updates, loss, weight, retain_graph, last)
     return step.finish(updates, weight, last)
 
 

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.small import optimize, poison, same, snapshot
 from trainer.clipping import Clipper, Gradients, NormClip
 from trainer.metrics import StepReport
 from trainer.optim import step
+from trainer.optim.build import connect
 from trainer.optim.step import Update, WindowState
 
 
@@ -256,6 +258,7 @@ class Two:
             name: update(each, name=name, precision="fp16", window=window)
             for name, each in self.nets.items()
         }
+        connect(list(self.updates.values()))
 
     def losses(self, x: Tensor, nets: dict[str, nn.Linear]) -> dict[str, Tensor]:
         """Each network learns, and "b" is judged by "a"."""
@@ -431,6 +434,7 @@ def test_a_loss_that_reaches_none_of_the_optimizers_parameters_is_refused() -> N
     model, other = net(0), net(1)
     for window in (1, 4):
         one = update(model, window=window)
+        connect([one, update(other, name="other")])
         for _ in range(window - 1):
             optimize([one], other(torch.ones(2, 4)).mean())
         refused("reaches none of this optimizer's parameters", other(torch.ones(2, 4)).mean(), one)
@@ -460,6 +464,7 @@ def test_optimizers_step_together_only_with_one_window() -> None:
 def test_optimizers_that_share_a_parameter_do_not_step_together() -> None:
     model, other = net(0), net(1)
     both = [update(model, name="a"), update(model, other, name="b")]
+    connect(both)
     with pytest.raises(ValueError, match="the optimizers 'a', 'b' step together and share a param"):
         step.accumulate(both, model(torch.ones(2, 4)).mean(), 2)
 
@@ -467,6 +472,7 @@ def test_optimizers_that_share_a_parameter_do_not_step_together() -> None:
 def test_an_optimizer_whose_parameters_are_all_frozen_is_refused() -> None:
     model, other = net(0), net(1)
     one = update(model)
+    connect([one, update(other, name="other")])
     model.requires_grad_(False)
     refused(
         "no parameter of this optimizer requires a gradient", other(torch.ones(1, 4)).mean(), one
@@ -490,12 +496,66 @@ def test_weights_that_moved_under_a_loss_are_named() -> None:
 def test_a_loss_leaves_gradients_in_its_own_optimizer_alone() -> None:
     first, second = net(0), net(1)
     one = update(first, window=2)
+    connect([one, update(second, name="two")])
     loss = (first(torch.ones(2, 4)) * second(torch.ones(2, 4))).mean()
     assert optimize([one], loss, retain_graph=True)[0].outcome == "accumulated"
     assert all(p.grad is None for p in second.parameters())
+    assert all(p.requires_grad for p in second.parameters())
     assert all(p.grad is not None for p in first.parameters())
     assert optimize([one], loss)[0].outcome == "stepped"
     assert all(p.grad is None for p in (*first.parameters(), *second.parameters()))
+
+
+def test_parameters_that_no_optimizer_has_are_named_once_and_keep_their_gradients() -> None:
+    first, second = net(0), net(1)
+    one = update(first)
+    connect([one], [*first.parameters(), *second.parameters()])
+    second.weight.grad = held = torch.ones_like(second.weight)
+    x = torch.ones(2, 4)
+    with pytest.warns(
+        UserWarning, match=r"reaches 2 parameters that no optimizer has .* not train"
+    ):
+        optimize([one], (first(x) * second(x)).mean())
+    optimize([one], (first(x) * second(x)).mean())  # Warns no more.
+    assert second.weight.grad is held
+    assert torch.equal(held, torch.ones_like(held))
+    assert second.bias.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_player_trains_and_reaches_no_other(reentrant: bool) -> None:
+    """Of both kinds of torch's checkpointing, with the other player's loss through it."""
+    nets = {"g": net(0), "d": nn.Linear(3, 1)}
+    updates = {name: update(each, name=name) for name, each in nets.items()}
+    connect(list(updates.values()))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    fake = checkpoint(nets["g"], x, use_reentrant=reentrant)
+    judged = nets["d"](fake).square().mean()
+    expected = torch.autograd.grad(nets["d"](nets["g"](x)).square().mean(), nets["g"].weight)[0]
+    optimize([updates["g"]], judged)
+    seen = updates["g"].clip.seen[-1][0]  # type: ignore[attr-defined]
+    torch.testing.assert_close(seen, expected, rtol=1e-6, atol=1e-6)
+    assert all(
+        p.grad is None and p.requires_grad for each in nets.values() for p in each.parameters()
+    )
+
+
+def test_a_checkpointed_judge_is_frozen_or_refused_in_words() -> None:
+    nets = {"g": net(0), "d": nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))}
+    updates = {name: update(each, name=name) for name, each in nets.items()}
+    connect(list(updates.values()))
+
+    def loss() -> Tensor:
+        return checkpoint(nets["d"], nets["g"](torch.ones(5, 4)), use_reentrant=False).mean()
+
+    with pytest.raises(ValueError, match=r"optimize\('g'\): a checkpointed part .* within frozen"):
+        optimize([updates["g"]], loss())
+    assert all(p.requires_grad for p in nets["d"].parameters())
+    updates["g"].drop_window()
+    nets["d"].requires_grad_(False)  # As within frozen("d").
+    judged = loss()
+    nets["d"].requires_grad_(True)
+    assert optimize([updates["g"]], judged)[0].outcome == "stepped"
 
 
 def test_a_report_says_what_was_measured() -> None:

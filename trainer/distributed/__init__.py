@@ -18,6 +18,10 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
+TIMEOUT = timedelta(minutes=10)
+_timeout = TIMEOUT
+_gradient_group: tuple[Any, Any] = None, None  # The process group it belongs to, and the group.
+
 
 def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -48,7 +52,7 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> None:
+def start(device: str, timeout: timedelta = TIMEOUT) -> None:
     """Join the process group of the processes that torchrun launched.
 
     Every rank must call it. It does nothing in a process that torchrun did not launch, and in one
@@ -60,6 +64,8 @@ def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> None:
     """
     if not launched() or _active():
         return
+    global _timeout
+    _timeout = timeout
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
@@ -67,11 +73,26 @@ def start(device: str, timeout: timedelta = timedelta(minutes=10)) -> None:
 
 def stop() -> None:
     """Leave the process group, if there is one. Every rank must call it."""
+    global _gradient_group
     if _active():
+        _gradient_group = None, None
         dist.destroy_process_group()
 
 
-def _device() -> torch.device:
+def gradient_group() -> Any:
+    """Return the group of the messages with gradients. Every rank must call it.
+
+    Its messages have an order of their own: other collectives may come between them, in another
+    place on each rank.
+    """
+    global _gradient_group
+    world = dist.group.WORLD
+    if _gradient_group[0] is not world:
+        _gradient_group = world, dist.new_group(timeout=_timeout)
+    return _gradient_group[1]
+
+
+def device() -> torch.device:
     """Return the device on which the backend takes tensors."""
     nccl = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -97,22 +118,36 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     """
     if world_size() == 1:
         return flags
-    votes = torch.tensor(flags, dtype=torch.int32, device=_device())
+    votes = torch.tensor(flags, dtype=torch.int32, device=device())
     return tuple(bool(vote) for vote in all_reduce_max_(votes).tolist())
 
 
-def all_reduce_sum_(tensor: Tensor) -> Tensor:
+def all_reduce_sum_(tensor: Tensor, group: Any = None) -> Tensor:
     """Sum a tensor over ranks, in place. Every rank must call it.
 
     Args:
         tensor: of the same shape and dtype on all ranks.
+        group: group of the message; None for the default group.
 
     Returns:
         The tensor itself.
     """
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def begin_sum(tensor: Tensor, group: Any) -> dist.Work:
+    """Begin to sum a tensor over ranks, in place. Every rank must call it.
+
+    Args:
+        tensor: of the same shape and dtype on all ranks; not to be read before the end.
+        group: group of the message.
+
+    Returns:
+        The message, whose ``wait()`` waits for the sum.
+    """
+    return dist.all_reduce(tensor, group=group, async_op=True)
 
 
 def all_reduce_max_(tensor: Tensor) -> Tensor:
@@ -164,7 +199,7 @@ def all_gather_json(item: Any) -> list[Any]:
     if world_size() == 1:
         return [item]
     payload = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8)
-    return [json.loads(bytes(row.tolist())) for row in _all_gather(payload.to(_device()))]
+    return [json.loads(bytes(row.tolist())) for row in _all_gather(payload.to(device()))]
 
 
 def broadcast_json(item: Any) -> Any:

@@ -1,39 +1,44 @@
 """Strategies: how the weights and gradients of several processes are kept equal.
 
-Gradients are summed over ranks once a step, where the accumulation window closes.
+Gradients are summed over ranks during the last backward pass of an accumulation window.
 DistributedDataParallel ties the sum to one forward and one backward pass of one module; adversarial
 recipes, several forward passes, unused parameters and accumulation each break that in their own
-way. A sum at the close of the window has none of these cases: a forward pass may run any number of
-times, ``self.modules.x`` stays the user's own module, and a rank without a gradient sends zeros
-instead of leaving the others waiting.
+way. `Replicate` needs to know which backward pass is the last of a window, and no more: a forward
+pass may run any number of times, ``self.modules.x`` stays the user's own module, and every rank
+sends the same messages whatever its graph did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from functools import reduce
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-
-# Bytes in one message: large enough to fill a link, small beside the gradients of a large model.
-BUCKET_BYTES = 64 * 2**20
+from trainer.distributed.buckets import GradientBuckets
 
 
 class WindowSums(NamedTuple):
     """Sums over ranks of a closed accumulation window, on the device.
 
     Args:
-        loss_and_weight: sum of weighted losses, and sum of weights, (2,).
-        had_gradient: for each of P parameters, the number of ranks on which it had a gradient,
-            (P,).
+        numbers: sum of weighted losses, sum of weights, and for each of the P parameters in
+            ``params`` the number of ranks on which it had a gradient, (2 + P,).
+        params: parameters that may have had no gradient on any rank.
+        reference: weight that the summed gradients are relative to.
     """
 
-    loss_and_weight: Tensor
-    had_gradient: Tensor
+    numbers: Tensor
+    params: list[Tensor]
+    reference: float
 
 
 class Strategy:
@@ -45,37 +50,68 @@ class Strategy:
     def prepare(self, modules: nn.Module) -> None:
         """Make the weights of all ranks equal, before optimizers are built. Collective."""
 
-    def begin_window(self, params: Sequence[Tensor]) -> None:
-        """Prepare for the backward passes of an accumulation window over these parameters."""
+    def register(
+        self,
+        optimizers: Mapping[str, Sequence[Tensor]],
+        names: Mapping[Tensor, str],
+        sparse: set[Tensor],
+    ) -> None:
+        """Take the optimizers of the run. Collective.
+
+        Args:
+            optimizers: parameters by optimizer, the same on all ranks.
+            names: names of the parameters, for messages.
+            sparse: parameters whose gradients may be in sparse layout.
+
+        Raises:
+            ValueError: ranks have different optimizers or parameters.
+        """
+
+    def reference(self, name: str) -> float | None:
+        """Return the weight that gradients of this optimizer are relative to; None if it is free.
+
+        Gradients are sums of w/reference · g over batches of weight w.
+        """
+        return None
+
+    def begin_window(self, name: str, params: Sequence[Tensor]) -> None:
+        """Prepare for the accumulation window of an optimizer over these parameters."""
+
+    def backward(
+        self, names: Sequence[str], reference: float, last: bool
+    ) -> AbstractContextManager[None]:
+        """Return the context manager for a backward pass. Every rank must enter it.
+
+        Args:
+            names: optimizers that the loss trains; the same on all ranks.
+            reference: weight that this rank's gradients are relative to.
+            last: True if the window closes after this backward pass; the same on all ranks.
+        """
+        return nullcontext()
 
     def end_window(
-        self,
-        params: Sequence[Tensor],
-        loss: Tensor,
-        weight: float,
-        reference: float,
-        sparse: Collection[Tensor],
+        self, names: Sequence[str], loss: Tensor, weight: float, reference: float
     ) -> WindowSums | None:
         """Sum the gradients of a window over ranks. Every rank must close its windows in one order.
 
-        Each ``p.grad`` becomes the sum over ranks of ``reference · p.grad``. A parameter without a
-        gradient on this rank counts as zeros and receives the sum.
+        A parameter without a gradient on this rank counts as zeros and receives the sum.
 
         Args:
-            params: parameters of the optimizers that step together, the same on all ranks.
+            names: optimizers that step together, the same on all ranks.
             loss: weighted sum of the window's losses over ``reference``, a scalar.
             weight: number of examples in the window on this rank.
             reference: weight that this rank's gradients are relative to.
-            sparse: those of ``params`` whose gradients may be in sparse layout, the same on all
-                ranks. They are sent as the rows that they have.
 
         Returns:
             The sums, on the device of ``loss``, without waiting for it; None for a single process.
 
         Raises:
-            ValueError: a parameter that is not in ``sparse`` has a sparse gradient.
+            ValueError: a gradient is in sparse layout that may not be.
         """
         return None
+
+    def average(self, name: str) -> None:
+        """Replace gradients of an optimizer by their mean over ranks, before a step by hand."""
 
     def local_gradients(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients, or the parts of them, that this rank measures and clips."""
@@ -97,48 +133,171 @@ class Strategy:
 
 
 class Replicate(Strategy):
-    """Strategy in which every rank holds all weights."""
+    """Strategy in which every rank holds all weights.
+
+    Gradients travel in messages of their own process group, which other collectives, such as those
+    of synchronised batch norm, do not mix with.
+    """
+
+    def __init__(self) -> None:
+        self._group = distributed.gradient_group()
+        self._buckets: dict[str, GradientBuckets] = {}
+        self._names: Mapping[Tensor, str] = {}
+        self._sparse: set[Tensor] = set()
+        self._references: dict[str, float] = {}
+        self._saved: Mapping[str, Any] = {}
+        self._sent_flags: tuple[list[float], Tensor] = [], torch.zeros(0)
 
     def prepare(self, modules: nn.Module) -> None:
+        described = {n: _describe(t) for n, t in modules.state_dict(keep_vars=True).items()}
+        _check_equal("modules", described)
         tensors = [*modules.parameters(), *modules.buffers()]
         distributed.broadcast_([tensor.detach() for tensor in tensors])
 
-    def end_window(
+    def register(
         self,
-        params: Sequence[Tensor],
-        loss: Tensor,
-        weight: float,
-        reference: float,
-        sparse: Collection[Tensor],
+        optimizers: Mapping[str, Sequence[Tensor]],
+        names: Mapping[Tensor, str],
+        sparse: set[Tensor],
+    ) -> None:
+        self._names, self._sparse = names, sparse
+        described = {
+            name: ", ".join(f"{names.get(p, '?')} {_describe(p)}" for p in params)
+            for name, params in optimizers.items()
+        }
+        _check_equal("optimizers", described)
+        for name, params in optimizers.items():
+            self.begin_window(name, params)
+
+    def reference(self, name: str) -> float | None:
+        return self._references.get(name)
+
+    def begin_window(self, name: str, params: Sequence[Tensor]) -> None:
+        buckets = self._buckets.get(name)
+        if buckets is None or len(buckets.params) != len(params):  # A group of parameters is new.
+            named = [(self._names.get(p, f"parameter {i}"), p) for i, p in enumerate(params)]
+            if buckets is not None:
+                buckets.stop_listening()
+            buckets = self._buckets[name] = GradientBuckets(named, self._sparse, self._group)
+            if name in self._saved:
+                buckets.load_state_dict(self._saved[name])
+        buckets.begin_window()
+
+    @contextmanager
+    def backward(self, names: Sequence[str], reference: float, last: bool) -> Iterator[None]:
+        trained = [self._buckets[name] for name in names]
+        agreed = self._references.get(names[0])
+        before = None
+        for buckets in trained:
+            # Gradients relative to another weight have to be scaled first.
+            buckets.listen(send=last and reference == agreed, after=before)
+            before = buckets
+        try:
+            yield
+        finally:
+            for buckets in trained:
+                buckets.stop_listening()
+        if last:
+            self._flush(trained, reference, agreed)
+
+    def end_window(
+        self, names: Sequence[str], loss: Tensor, weight: float, reference: float
     ) -> WindowSums:
-        device = loss.device
-        dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in params), torch.float32)
-        had = torch.tensor([p.grad is not None for p in params], dtype=dtype, device=device)
-        total = loss * reference
-        pieces = [torch.stack([total, total.new_full((), weight)]).to(dtype), had]
-        dense = [p for p in params if p not in sparse]
-        for p in dense:
-            if p.grad is not None and p.grad.is_sparse:
-                raise ValueError(
-                    "with several processes, a sparse gradient must be that of a module with "
-                    f"sparse=True, such as nn.Embedding; a parameter of shape {tuple(p.shape)} is "
-                    "not"
-                )
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            grad = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
-            pieces.append(grad.reshape(-1).to(device=device, dtype=dtype) * reference)
-        summed = [part for bucket in _buckets(pieces) for part in _sum_together(bucket)]
-        for p, part in zip(dense, summed[2:], strict=True):
-            if p.is_complex():
-                part = torch.complex(*part.view(*p.shape, 2).unbind(-1))
-            p.grad = part.view_as(p).to(device=p.device, dtype=p.dtype)
-        for p in params:
-            if p in sparse:
-                _sum_rows(p, reference)
-        return WindowSums(summed[0], summed[1])
+        trained, agreed = [self._buckets[name] for name in names], self._references.get(names[0])
+        self._flush(trained, reference, agreed)
+        agreed = self._close_late(names, reference if weight else 0.0, reference)
+        early = [each for buckets in trained for each in buckets.early_gradients()]
+        total = (loss.detach().double() * reference).reshape(1)
+        flags = self._on_device([weight, *(float(had) for _, had in early)], loss.device)
+        numbers = distributed.all_reduce_sum_(torch.cat([total, flags]), self._group)
+        for buckets in trained:
+            buckets.wait()
+        return WindowSums(numbers, [p for p, _ in early], agreed)
+
+    def average(self, name: str) -> None:
+        sums = self.end_window([name], torch.zeros(()), 1.0, 1.0)
+        ranks = sums.numbers[1:].tolist()
+        for p, had in zip(sums.params, ranks[1:], strict=True):
+            p.grad = p.grad if had else None  # As with one process, it does not move at all.
+        for p in self._buckets[name].params:
+            if p.grad is not None:
+                p.grad.mul_(sums.reference / ranks[0])
 
     def share_buffers(self, modules: nn.Module) -> None:
         distributed.broadcast_([buffer.detach() for buffer in modules.buffers()])
+
+    def state_dict(self) -> dict[str, Any]:
+        buckets = {name: each.state_dict() for name, each in self._buckets.items()}
+        return {"references": dict(self._references), "buckets": buckets}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        # A run of one process has saved nothing.
+        self._references = dict(state.get("references", {}))
+        self._saved = state.get("buckets", {})
+        for name, saved in self._saved.items():
+            if name in self._buckets:
+                self._buckets[name].load_state_dict(saved)
+
+    def _flush(
+        self, trained: Sequence[GradientBuckets], reference: float, agreed: float | None
+    ) -> None:
+        for buckets in trained:
+            buckets.flush(1.0 if agreed is None else reference / agreed)
+
+    def _close_late(self, names: Sequence[str], weighed: float, reference: float) -> float:
+        """Send what has no place in a bucket, and agree on what is not known yet.
+
+        Every rank asks the others in the first window of the process, and where there are late
+        parameters. The reference weight is the sum over ranks: gradients of equal weights need no
+        factor then.
+        """
+        trained, ranks = [self._buckets[name] for name in names], distributed.world_size()
+        late = [(buckets, i) for buckets in trained for i in buckets.late()]
+        every = [(buckets, i) for buckets in trained for i in range(len(buckets.params))]
+        first = not all(buckets.learned for buckets in trained)
+        agreed = self._references.get(names[0])
+        if not late and not first and agreed is not None:
+            return agreed
+        had = [float(buckets.params[i].grad is not None) for buckets, i in late]
+        twice = [float(i in buckets.fired_twice()) for buckets, i in every]
+        question = torch.tensor([weighed, *had, *twice], dtype=torch.float64)
+        answer = distributed.all_reduce_sum_(
+            question.to(distributed.device()), self._group
+        ).tolist()
+        if agreed is None:
+            agreed = answer[0] or 1.0
+        if answer[0]:
+            for name in names:
+                self._references.setdefault(name, agreed)
+        # A first window in which every rank has the same parameters' gradients, and none is sent.
+        alike = len(late) == len(every) and {*answer[1 : 1 + len(late)]} <= {0.0, float(ranks)}
+        own = _norms(trained) if first and alike else []
+        wanted = [place for place, number in zip(late, answer[1:], strict=False) if number]
+        repeated = [p for p, number in zip(every, answer[1 + len(late) :], strict=True) if number]
+        for buckets in trained:
+            buckets.send_late([i for b, i in wanted if b is buckets], reference / agreed)
+            buckets.learn(
+                [i for b, i in wanted if b is buckets], [i for b, i in repeated if b is buckets]
+            )
+        if any(own):
+            for buckets in trained:
+                buckets.wait()
+            if all(map(partial(math.isclose, rel_tol=1e-6), own, _norms(trained))):
+                warnings.warn(
+                    f"the gradients of {', '.join(map(repr, names))} are equal on all {ranks} "
+                    "ranks before they are summed. Either every rank got the same batch, and does "
+                    "the work of one; or something else sums them, such as "
+                    "DistributedDataParallel or an all_reduce in fit_batch: leave that out, the "
+                    "Brain does it",
+                    stacklevel=2,
+                )
+        return agreed
+
+    def _on_device(self, flags: list[float], device: torch.device) -> Tensor:
+        """Return weight and flags as a tensor; those of the last step are there already."""
+        if self._sent_flags[0] != flags or self._sent_flags[1].device != device:
+            self._sent_flags = flags, torch.tensor(flags, dtype=torch.float64, device=device)
+        return self._sent_flags[1]
 
 
 def make_strategy() -> Strategy:
@@ -146,34 +305,28 @@ def make_strategy() -> Strategy:
     return Replicate() if distributed.world_size() > 1 else Strategy()
 
 
-def _buckets(pieces: list[Tensor]) -> list[list[Tensor]]:
-    """Group neighbouring vectors into messages."""
-    buckets: list[list[Tensor]] = [[]]
-    size = 0
-    for piece in pieces:
-        if size > BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(piece)
-        size += piece.nbytes
-    return buckets
+def _norms(trained: Sequence[GradientBuckets]) -> list[float]:
+    """Return the norm of each dense gradient."""
+    grads = [p.grad for buckets in trained for p in buckets.params]
+    return [float(grad.norm()) for grad in grads if grad is not None and not grad.is_sparse]
 
 
-def _sum_together(vectors: list[Tensor]) -> Sequence[Tensor]:
-    """Sum vectors over ranks by one message."""
-    total = distributed.all_reduce_sum_(torch.cat(vectors))
-    return torch.split(total, [len(vector) for vector in vectors])
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _sum_rows(param: Tensor, factor: float) -> None:
-    """Sum a gradient in sparse layout over ranks, by the rows that any rank has."""
-    grad = param.grad
-    if grad is None:
-        rows, values = torch.zeros(0, dtype=torch.long, device=param.device), param.detach()[:0]
-    else:
-        own = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
-        rows, values = own.indices()[0], own.values() * factor
-    rows, values = distributed.all_gather_rows(rows), distributed.all_gather_rows(values)
-    total = torch.sparse_coo_tensor(rows[None], values, param.shape, check_invariants=False)
-    # An embedding that is used as a plain matrix too has a dense gradient.
-    param.grad = total.coalesce() if grad is None or grad.is_sparse else total.to_dense()
+def _check_equal(kind: str, described: Mapping[str, str]) -> None:
+    """Raise ValueError on all ranks if any describes other parts than rank 0."""
+    digest = hashlib.sha256(json.dumps(list(described.items())).encode()).hexdigest()
+    if len(set(distributed.all_gather_json(digest))) == 1:
+        return
+    ranks = [dict(each) for each in distributed.all_gather_json(list(described.items()))]
+    for rank, found in enumerate(ranks):
+        for name in [*ranks[0], *found]:
+            ours, theirs = ranks[0].get(name, "missing"), found.get(name, "missing")
+            if ours != theirs:
+                raise ValueError(
+                    f"all ranks must have the same {kind}, and {name!r} is {ours} on rank 0 and "
+                    f"{theirs} on rank {rank}"
+                )
+    raise ValueError(f"all ranks must have the same {kind} in the same order")

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,7 +115,6 @@ def make_updates(
     clips = _make_clippers(options, optimizers, parameters)
     updates: dict[str, Update] = {}
     for name, optimizer in optimizers.items():
-        own = {p for group in optimizer.param_groups for p in group["params"]}
         updates[name] = Update(
             name,
             optimizer,
@@ -124,16 +123,27 @@ def make_updates(
             _schedule(by_name(schedules, name, names, "schedule"), optimizer, options),
             options.grad_accumulation_factor,
             options.skip_nonfinite_grads,
-            alone=len(names) == 1 and parameters.keys() <= own,
             strategy=strategy,
         )
-        updates[name].sparse = sparse & own
         updates[name].watch(on_hand_step)
-        for other in updates.values():
-            if other.name != name and not own.isdisjoint(other.all_params):
-                other.sharing.append(updates[name])
-                updates[name].sharing.append(other)
+    connect(list(updates.values()), parameters)
+    strategy.register({n: u.all_params for n, u in updates.items()}, parameters, sparse)
     return updates
+
+
+def connect(updates: Sequence[Update], parameters: Iterable[Tensor] = ()) -> None:
+    """Tell optimizers of each other, and of the parameters that none of them has.
+
+    Args:
+        updates: all optimizers of a Brain.
+        parameters: all parameters of its modules.
+    """
+    owned = [set(update.all_params) for update in updates]
+    untrained = [p for p in parameters if not any(p in own for own in owned)]
+    for update, own in zip(updates, owned, strict=True):
+        update.others = [other for other in updates if other is not update]
+        update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]
+        update.untrained = untrained
 
 
 def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from trainer.clipping import Clipper, Gradients
 from trainer.distributed.strategy import Strategy, WindowSums
@@ -43,7 +44,6 @@ class Window:
         reference: weight w_1 of the first batch.
         loss: weighted sum of the losses over ``reference``, a scalar on the device.
         lead: name of the optimizer whose loss scaler scaled them; empty without batches.
-        params: `id` of the parameters that required gradients in any of the batches.
     """
 
     count: int = 0
@@ -51,7 +51,6 @@ class Window:
     reference: float = 1.0
     loss: Tensor | None = None
     lead: str = ""
-    params: set[int] = field(default_factory=set)
 
 
 class Update:
@@ -66,9 +65,6 @@ class Update:
         window: number of batches that make a step (gradient accumulation).
         skip_nonfinite_grads: freeze, for one step, the parameters whose gradient is not finite
             instead of skipping the step. Ignored with a warning under an enabled scaler.
-        alone: True if no parameter outside this optimizer can collect gradients. Otherwise
-            backward is restricted to its parameters, so that the loss of one player does not reach
-            another.
         strategy: how gradients travel between processes.
 
     Attributes:
@@ -88,7 +84,6 @@ class Update:
         schedule: Any = None,
         window: int = 1,
         skip_nonfinite_grads: bool = False,
-        alone: bool = False,
         strategy: Strategy | None = None,
     ) -> None:
         if skip_nonfinite_grads and scaler.is_enabled():
@@ -100,11 +95,12 @@ class Update:
             skip_nonfinite_grads = False
         self.name, self.optimizer, self.scaler = name, optimizer, scaler
         self.clip, self.schedule, self.size = clip, schedule, window
-        self.skip_nonfinite_grads, self.alone = skip_nonfinite_grads, alone
+        self.skip_nonfinite_grads = skip_nonfinite_grads
         self.strategy = Strategy() if strategy is None else strategy
         self.window = Window()
-        self.sharing: list[Update] = []  # Optimizers that have a parameter of this one, too.
-        self.sparse: set[Tensor] = set()  # Parameters whose gradients may be in sparse layout.
+        self.others: list[Update] = []  # All other optimizers,
+        self.sharing: list[Update] = []  # and those that have a parameter of this one, too.
+        self.untrained: list[Tensor] = []  # Parameters of the modules that no optimizer has.
         self.last_norm: float | None = None
         self.measured: tuple[list[Tensor], list[float]] = [], []
         self.before_step: list[StepHook] = []
@@ -112,7 +108,7 @@ class Update:
         self.history: list[StepReport] | None = None
         self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
-        self._warned = False
+        self._warned = self._warned_of_untrained = False
 
     @property
     def params(self) -> list[Tensor]:
@@ -153,6 +149,26 @@ class Update:
         deferred, self._deferred = self._deferred, []
         return deferred
 
+    def take_untrained(self, kept: Sequence[Tensor | None]) -> None:
+        """Put back gradients of parameters that no optimizer has, and warn once if there are new.
+
+        Args:
+            kept: their gradients before the backward pass.
+        """
+        found = [p for p in self.untrained if p.grad is not None]
+        for p, grad in zip(self.untrained, kept, strict=True):
+            p.grad = grad
+        if found and not self._warned_of_untrained:
+            self._warned_of_untrained = True
+            shapes = ", ".join(str(tuple(p.shape)) for p in found[:3])
+            warnings.warn(
+                f"the loss given to optimize({self.name!r}) reaches {len(found)} parameters that "
+                f"no optimizer has (of shape {shapes}{', …' if len(found) > 3 else ''}): they do "
+                "not train, and their gradients cost time. Give them to an optimizer, or call "
+                "requires_grad_(False) on their module",
+                stacklevel=5,
+            )
+
     def open_window(self) -> None:
         """Open an accumulation window if none is open.
 
@@ -178,10 +194,8 @@ class Update:
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
                 stacklevel=4,
             )
-        params = self.params
         if not self.window.count:
-            self.strategy.begin_window(params)
-        self.window.params.update(map(id, params))  # Tensors take long to hash.
+            self.strategy.begin_window(self.name, self.all_params)
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -317,14 +331,15 @@ class WindowState:
             if grad is not None:
                 p.grad = grad.to(p.device) if factor == 1.0 else grad.to(p.device) * factor
         loss = None if state["loss"] is None else state["loss"].to(params[0].device)
-        trained = {id(p) for p in params if p.grad is not None}
-        update.window = Window(
-            state["count"], state["weight"], state["reference"], loss, lead, trained
-        )
+        update.window = Window(state["count"], state["weight"], state["reference"], loss, lead)
 
 
 def accumulate(
-    updates: Sequence[Update], loss: Tensor, weight: float, retain_graph: bool = False
+    updates: Sequence[Update],
+    loss: Tensor,
+    weight: float,
+    retain_graph: bool = False,
+    last: bool = False,
 ) -> None:
     """Take a loss back through the graph: its gradients join those of the window.
 
@@ -334,6 +349,7 @@ def accumulate(
         loss: a scalar, the mean over what ``weight`` counts.
         weight: number of examples that the mean is over. A batch of weight 0 contributes nothing.
         retain_graph: keep the graph for a second backward pass.
+        last: the window closes with this loss, even if it is not full.
 
     Raises:
         ValueError: for a loss or weight that cannot be used, and for optimizers that cannot take
@@ -345,10 +361,16 @@ def accumulate(
     for update in updates:
         update.open_window()
     window = lead.window
-    reference = window.reference if window.weight else weight or 1.0
+    if window.weight:
+        reference = window.reference
+    else:
+        reference = lead.strategy.reference(lead.name) or weight or 1.0
     share = weight / reference
-    if weight:
-        _backward(updates, lead.scaler.scale(loss if share == 1.0 else loss * share), retain_graph)
+    last = last or window.count + 1 >= lead.size
+    with lead.strategy.backward([update.name for update in updates], reference, last):
+        if weight:
+            scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
+            _backward(updates, scaled, retain_graph)
     total = loss.detach() if weight else torch.zeros_like(loss)
     if total.dim():
         total = total.reshape(())
@@ -357,9 +379,11 @@ def accumulate(
     if window.weight:
         assert window.loss is not None
         total = window.loss + total * share
+    elif share != 1.0:
+        total = total * share
     count, weight = window.count + 1, window.weight + weight
     for update in updates:
-        update.window = Window(count, weight, reference, total, lead.name, update.window.params)
+        update.window = Window(count, weight, reference, total, lead.name)
 
 
 def finish(updates: Sequence[Update], weight: float, last: bool = False) -> list[StepReport]:
@@ -374,12 +398,9 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
     lead = updates[0]
     window, scaler = lead.window, lead.scaler
-    params = [
-        p for u in updates for p in u.all_params if p.requires_grad or id(p) in u.window.params
-    ]
     assert window.loss is not None
-    sparse: set[Tensor] = set().union(*(update.sparse for update in updates))
-    sums = lead.strategy.end_window(params, window.loss, window.weight, window.reference, sparse)
+    names = [update.name for update in updates]
+    sums = lead.strategy.end_window(names, window.loss, window.weight, window.reference)
     scales = _unscale(updates, window.loss.device)
     gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
     loss, weight, scale = _read(updates, gradients, scales, sums)
@@ -408,21 +429,35 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
 
 def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:
     """Run backward into the parameters of these optimizers, and of no other."""
-    name, inputs = updates[0].name, None
-    if len(updates) > 1 or not updates[0].alone:
-        inputs = [p for update in updates for p in update.params]
-        if not inputs:
+    name = updates[0].name
+    others, untrained = [], updates[0].untrained
+    if updates[0].others:
+        own = [p for update in updates for p in update.params]
+        if not own:
             raise ValueError(
                 f"optimize({name!r}): no parameter of this optimizer requires a gradient; is it "
                 "within frozen()?"
             )
-        if len(set(inputs)) < len(inputs):
+        ids = {id(p) for p in own}
+        if len(ids) < len(own):
             raise ValueError(
                 f"the optimizers {_names(updates)} step together and share a parameter, which each "
                 "of them would move by one gradient; give it to one of them"
             )
+        others = [p for other in updates[0].others for p in other.params if id(p) not in ids]
+    kept = [p.grad for p in untrained]
+    for p in others:
+        p.requires_grad_(False)
+    for p in untrained:
+        p.grad = None
     try:
-        scaled.backward(retain_graph=retain_graph, inputs=inputs)
+        scaled.backward(retain_graph=retain_graph)
+    except CheckpointError as error:
+        raise ValueError(
+            f"optimize({name!r}): a checkpointed part was computed anew while the parameters of "
+            "other optimizers require no gradient. Compute the loss within frozen(…) with the "
+            "names of these optimizers"
+        ) from error
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
@@ -431,6 +466,10 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
             "moved since. Compute the loss after that step, or give both losses in one call, "
             f"optimize({{…: …, {name!r}: loss}}), which steps after both backward passes"
         ) from error
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+        updates[0].take_untrained(kept)
 
 
 def _unscale(updates: Sequence[Update], device: torch.device) -> list[Tensor]:
@@ -461,21 +500,22 @@ def _read(
         (each.reshape(1), facts.extend) for each in (window.loss, *scales)
     ]
     for update, grads in zip(updates, gradients, strict=True):
-        measured = grads.measure(factor if sums is None else 1.0 / sums.loss_and_weight[1])
+        measured = grads.measure(factor if sums is None else sums.reference / sums.numbers[1])
         requests += [(measured, grads.take), *update.take_deferred()]
     if sums is not None:
-        requests += [(vector, facts.extend) for vector in sums]
+        requests.append((sums.numbers, facts.extend))
     _fetch(requests)
     scale = facts[1] if scales else 1.0
     if sums is None:
         loss = facts[0] * factor
     else:
         total, weight, *had = facts[1 + len(scales) :]
-        factor = 1.0 / (weight or 1.0)
-        loss = total * factor
-        for grads in gradients:
-            grads.keep([ranks > 0 for ranks in had[: len(grads.params)]])
-            del had[: len(grads.params)]
+        factor = sums.reference / (weight or 1.0)
+        loss = total / (weight or 1.0)
+        if not all(had):
+            missing = {id(p) for p, ranks in zip(sums.params, had, strict=True) if not ranks}
+            for grads in gradients:
+                grads.keep([id(p) not in missing for p in grads.params])
     if factor != 1.0:
         for grads in gradients:
             grads.rescale(factor)

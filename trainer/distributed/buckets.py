@@ -1,0 +1,264 @@
+"""Gradients of one optimizer in flat buckets, which are summed over ranks during backward.
+
+All ranks send the same buckets in the same order, whatever their graphs did. A bucket is sent as
+soon as the last backward pass of a window has filled it and those before it; what a rank did not
+fill is sent after that backward pass, as zeros or as earlier passes left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import distributed
+
+# The first message is small, so that it is on its way early; later ones fill a link.
+FIRST_BUCKET_BYTES = 2**20
+BUCKET_BYTES = 25 * 2**20
+
+
+class Bucket:
+    """Flat tensor that holds the gradients of some parameters, one after another.
+
+    Args:
+        params: parameters of one dtype and device.
+
+    Attributes:
+        slots: for each parameter a view of the flat tensor, of its shape and strides.
+        had_gradient: for each parameter, True if this rank has a gradient of it; known once the
+            bucket is filled.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = params
+        self.flat = params[0].detach().new_empty(sum(p.numel() for p in params))
+        parts = self.flat.split([p.numel() for p in params])
+        self.slots = [
+            part.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
+            for p, part in zip(params, parts, strict=True)
+        ]
+        self.had_gradient: list[bool] = []
+
+    def fill(self, factor: float = 1.0) -> None:
+        """Collect the gradients, zeros for those that are missing, and multiply by a factor."""
+        self.had_gradient = [p.grad is not None for p in self.params]
+        for p, slot in zip(self.params, self.slots, strict=True):
+            if p.grad is None:
+                slot.zero_()
+            elif p.grad is not slot:
+                slot.copy_(p.grad)
+            p.grad = slot
+        if factor != 1.0:
+            self.flat.mul_(factor)
+
+
+class GradientBuckets:
+    """Buckets of one optimizer.
+
+    A parameter has a place in a bucket once it is known that it gets gradients, and that its hook
+    fires once a backward pass. All others are late: they are sent at the end of a window.
+
+    Args:
+        params: name and parameter, for all parameters of the optimizer.
+        sparse: those whose gradients may be in sparse layout; they are always late.
+        group: process group of the messages.
+    """
+
+    def __init__(
+        self, params: Iterable[tuple[str, Tensor]], sparse: set[Tensor], group: Any
+    ) -> None:
+        self._group = group
+        self.names, self.params = zip(*params, strict=True)
+        self._sparse = [p in sparse for p in self.params]
+        self._early: set[int] = set()
+        self._fires_twice: set[int] = set()
+        self._buckets: list[Bucket] = []
+        self._place: list[tuple[int, Tensor] | None] = [None] * len(self.params)
+        self._stale = False
+        self.learned = False  # True once a window of this process has shown which hooks fire twice.
+        self._listening = self._sending = False
+        self._fired: set[int] = set()
+        self._twice: set[int] = set()
+        self._left: list[int] = []
+        self._sent = 0
+        self._after: GradientBuckets | None = None
+        self._messages: list[Any] = []
+        for i, p in enumerate(self.params):
+            frozen = not p.requires_grad
+            p.requires_grad_(True)  # torch registers no hook on a frozen parameter.
+            p.register_post_accumulate_grad_hook(partial(self._take_gradient, i))
+            if frozen:
+                p.requires_grad_(False)
+
+    def begin_window(self) -> None:
+        """Prepare for a window."""
+        self._messages.clear()  # An error may have ended the last window.
+        self._sent = 0
+        if self._stale:
+            self._lay_out()
+
+    @property
+    def all_sent(self) -> bool:
+        """True if every bucket of the window is on its way."""
+        return self._sent == len(self._buckets)
+
+    def listen(self, send: bool, after: GradientBuckets | None = None) -> None:
+        """Take the gradients of the backward pass that follows.
+
+        Args:
+            send: send each bucket as soon as it is full.
+            after: buckets that have to be sent before these.
+        """
+        self._listening, self._sending = True, send and self.learned
+        self._after = after
+        self._fired.clear()
+        if self._sending:
+            self._left = [len(bucket.params) for bucket in self._buckets]
+            self._sent = 0
+
+    def stop_listening(self) -> None:
+        """Leave the gradients of other backward passes alone."""
+        self._listening = self._sending = False
+
+    def flush(self, factor: float) -> None:
+        """Send the buckets that are not on their way, with gradients times a factor."""
+        while not self.all_sent:
+            self._send(self._buckets[self._sent], factor)
+            self._sent += 1
+
+    def late(self) -> list[int]:
+        """Return the indices of the late parameters."""
+        return [i for i, place in enumerate(self._place) if place is None]
+
+    def fired_twice(self) -> set[int]:
+        """Return the indices of parameters whose hook fired twice in a backward pass so far."""
+        return self._twice
+
+    def send_late(self, indices: Iterable[int], factor: float) -> None:
+        """Send late parameters that some rank has a gradient of, those in sparse layout last.
+
+        Raises:
+            ValueError: a gradient is in sparse layout that may not be.
+        """
+        chosen = set(indices)
+        dense = [i for i in reversed(range(len(self.params))) if i in chosen - self._rows()]
+        for i in dense:
+            grad = self.params[i].grad
+            if grad is not None and grad.is_sparse:
+                raise ValueError(
+                    "with several processes, a sparse gradient must be that of a module with "
+                    f"sparse=True, such as nn.Embedding; {self.names[i]!r}, a parameter of shape "
+                    f"{tuple(self.params[i].shape)}, is not"
+                )
+        for group in self._group_neighbours(dense):
+            self._send(Bucket([self.params[i] for i in group]), factor)
+        for i in sorted(chosen & self._rows()):
+            self._sum_rows(self.params[i], factor)
+
+    def wait(self) -> None:
+        """Wait for all messages; a GPU's stream waits, and not the host."""
+        for message in self._messages:
+            message.wait()
+        self._messages.clear()
+        self._sent = 0
+
+    def learn(self, have: Iterable[int], twice: Iterable[int]) -> None:
+        """Take what all ranks agree on: who has a gradient, and whose hook fires twice."""
+        before = self._early.copy()
+        self._fires_twice |= set(twice)
+        self._early |= set(have)
+        self._early -= self._fires_twice | self._rows()
+        self._stale |= self._early != before
+        self._twice.clear()
+        self.learned = True
+
+    def early_gradients(self) -> Iterator[tuple[Tensor, bool]]:
+        """Yield each parameter that has a place, and True if this rank has a gradient of it."""
+        for bucket in self._buckets:
+            yield from zip(bucket.params, bucket.had_gradient, strict=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides the buckets, in which order floating-point sums are taken."""
+        return {"early": sorted(self._early), "twice": sorted(self._fires_twice)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the buckets of a saved run; who fires twice is learned again."""
+        self._early, self._fires_twice = set(state["early"]), set(state["twice"])
+        self._stale, self.learned = True, False
+
+    def _rows(self) -> set[int]:
+        return {i for i, sparse in enumerate(self._sparse) if sparse}
+
+    def _lay_out(self) -> None:
+        """Make the buckets anew, in reverse order, which is about that of the backward pass."""
+        self._stale = False
+        self._place = [None] * len(self.params)
+        self._buckets = []
+        for group in self._group_neighbours(sorted(self._early, reverse=True)):
+            bucket = Bucket([self.params[i] for i in group])
+            for i, slot in zip(group, bucket.slots, strict=True):
+                self._place[i] = len(self._buckets), slot
+            self._buckets.append(bucket)
+
+    def _group_neighbours(self, indices: Iterable[int]) -> list[list[int]]:
+        """Split parameters into groups of one dtype and device, and of about a bucket's size."""
+        groups: list[list[int]] = []
+        kind, size, limit = None, 0, FIRST_BUCKET_BYTES
+        for i in indices:
+            p = self.params[i]
+            if kind != (p.dtype, p.device) or size >= limit:
+                limit = BUCKET_BYTES if groups else FIRST_BUCKET_BYTES
+                kind, size = (p.dtype, p.device), 0
+                groups.append([])
+            groups[-1].append(i)
+            size += p.nbytes
+        return groups
+
+    def _take_gradient(self, i: int, p: Tensor) -> None:
+        """Move a gradient to its place; called after each accumulation into the parameter."""
+        if not self._listening or p.grad is None:
+            return
+        if i in self._fired:
+            if self._sending and self._place[i] is not None:
+                raise ValueError(
+                    f"the parameter {self.names[i]!r} got its gradient in two parts, unlike in the "
+                    "first step of this process, and the first part is on its way to the others. "
+                    "torch.utils.checkpoint with use_reentrant=True does so to weights that are "
+                    "used twice; allowed: use_reentrant=False, or the same use in every step"
+                )
+            self._twice.add(i)
+        self._fired.add(i)
+        place = self._place[i]
+        if place is None:
+            return
+        number, slot = place
+        if p.grad is not slot:
+            slot.copy_(p.grad)
+            p.grad = slot
+        if self._sending:
+            self._left[number] -= 1
+            if self._after is None or self._after.all_sent:
+                while not self.all_sent and not self._left[self._sent]:
+                    self._send(self._buckets[self._sent])
+                    self._sent += 1
+
+    def _send(self, bucket: Bucket, factor: float = 1.0) -> None:
+        bucket.fill(factor)
+        self._messages.append(distributed.begin_sum(bucket.flat, self._group))
+
+    def _sum_rows(self, param: Tensor, factor: float) -> None:
+        """Sum a gradient in sparse layout over ranks, by the rows that any rank has."""
+        grad = param.grad
+        if grad is None:
+            rows, values = torch.zeros(0, dtype=torch.long, device=param.device), param.detach()[:0]
+        else:
+            own = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+            rows, values = own.indices()[0], own.values() * factor
+        rows, values = distributed.all_gather_rows(rows), distributed.all_gather_rows(values)
+        total = torch.sparse_coo_tensor(rows[None], values, param.shape, check_invariants=False)
+        # An embedding that is used as a plain matrix too has a dense gradient.
+        param.grad = total.coalesce() if grad is None or grad.is_sparse else total.to_dense()
