@@ -266,6 +266,7 @@ class Brain(SpeechBrainNames):
         self.__on_loss: Callable[[StepReport], None] | None = None
         self.__ema: WeightAverage | None = None
         self.__strategy = make_strategy()
+        self.__strategy.ballot = self.__ballot
         self.__metrics = TrainingMetrics()
         self.__trainable = TrainableState(self.modules)
         self.__attributes = UserAttributes(self, self.__user_attributes)
@@ -1047,16 +1048,23 @@ class Brain(SpeechBrainNames):
 
     def __after_batch(self) -> bool:
         """Save and stop where that is due; return True if the training ends here."""
+        votes, self.__strategy.votes = self.__strategy.votes, None
+        if votes is None:  # Where a window closed, its message has brought them.
+            votes = distributed.any_rank(*self.__ballot())
+        asked, due = votes
         signal = signals.requested()
-        asked, due = distributed.any_rank(signal is not None, self.__saver.due())
         if self.__depth == 1:
             self.__tick()
-            if due:
+            if due or self.__saver.due_by_steps():
                 self.__saver.save({}, end_of_epoch=False)
             self.__saver.release()
             if asked:
                 raise signals.Interrupted(signal or signals.DEFAULT)
         return self.__limit_reached()
+
+    def __ballot(self) -> tuple[bool, bool]:
+        """Return True if this rank was asked to stop, and if it is time for it to save."""
+        return signals.requested() is not None, self.__saver.due_by_time()
 
     def __limit_reached(self) -> bool:
         limit = self.options.optimizer_step_limit

@@ -32,13 +32,20 @@ from .small import ema_of, poison, same
 from .two_processes import (
     ROUNDS,
     ByHand,
+    Joint,
     Line,
     Players,
     PlayersNotFrozen,
     Points,
+    Reentrant,
+    Resting,
+    SmallBuckets,
     SparseEmbedding,
     Thawing,
+    Together,
     TwoForwards,
+    TwoLosses,
+    UnfrozenLater,
     Waves,
     batches,
     make,
@@ -142,6 +149,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "complex": {"kind": Waves},
     "complex-window": {"kind": Waves, "grad_accumulation_factor": 3},
     "players-thawed": {"kind": PlayersNotFrozen, "grad_accumulation_factor": 2},
+    "together": {"kind": Together},
+    "together-window": {"kind": Together, "grad_accumulation_factor": 3},
+    "resting": {"kind": Resting},
+    "resting-window": {"kind": Resting, "grad_accumulation_factor": 2},
+    "two-losses": {"kind": TwoLosses},
+    "reentrant": {"kind": Reentrant},
+    "reentrant-window": {"kind": Reentrant, "grad_accumulation_factor": 3},
+    "joint": {"kind": Joint},
+    "unfrozen-later": {"kind": UnfrozenLater},
+    "small-buckets": {"kind": SmallBuckets},
+    "small-buckets-window": {"kind": SmallBuckets, "grad_accumulation_factor": 3},
 }
 # Those that learn, and those that are applied to units and elements.
 CLIPS = ("pattern", "gradual-linear", "value-auto", "auto", "median", "z", "adagc", "agc", "spam")
@@ -722,7 +740,8 @@ def interrupt(folder: str, moment: str) -> Found:
     return {"code": code, "found": found, "saved": len(saved), "seen": seen}
 
 
-@pytest.mark.parametrize(("moment", "seen"), [("training", 2), ("validation", 6)])
+# In training it is told after its vote of batch 2, which travels with the gradients, has left.
+@pytest.mark.parametrize(("moment", "seen"), [("training", 3), ("validation", 6)])
 def test_one_that_is_told_to_stop_takes_the_other_along(
     two_ranks: TwoRanks, tmp_path: Path, moment: str, seen: int
 ) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from trainer import Brain, Stage, distributed
 from trainer.checkpoint import Checkpointer
+from trainer.distributed import buckets
 from trainer.schedules import WarmupDecay
 
 ROUNDS = 7  # Batches of each rank in an epoch: with windows of 3 the last is of 1.
@@ -157,6 +159,79 @@ class PlayersNotFrozen(Players):
     """The second player's loss reaches the first one's parameters, too."""
 
     frozen_judge = False
+
+
+class Together(Players):
+    """Both losses go backward before either player steps."""
+
+    def fit_batch(self, batch: Any) -> dict[str, Tensor]:
+        judge, x = self.modules.branch, batch["x"]
+        fake = x + self.modules.net(x)
+        loss_d = (judge(x) - 1).square().mean() + judge(fake.detach()).square().mean()
+        loss_g = (judge(fake) - 1).square().mean()
+        self.optimize({"d": loss_d, "g": loss_g})
+        return {"d": loss_d, "g": loss_g}
+
+
+class Resting(Players):
+    """The first player rests in every second batch."""
+
+    def optimize(self, loss: Any, name: str | None = None, **named: Any) -> Any:
+        if name == "d" and self.step % 2 == 0:
+            return None
+        return super().optimize(loss, name, **named)
+
+
+class TwoLosses(Players):
+    """Two losses of one graph go backward in one window of two."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        arguments[3]["grad_accumulation_factor"] = 2
+        super().__init__(*arguments, **named)
+
+    def fit_batch(self, batch: Any) -> dict[str, Tensor]:
+        judge, x = self.modules.branch, batch["x"]
+        fake = x + self.modules.net(x)
+        features = (fake - x).square().mean()
+        with self.frozen("d"):
+            judged = (judge(fake) - 1).square().mean()
+        self.optimize(judged, "g", retain_graph=True)
+        self.optimize(features, "g")
+        loss_d = (judge(x) - 1).square().mean() + judge(fake.detach()).square().mean()
+        self.optimize(loss_d, "d", last=True)
+        return {"d": loss_d, "g": judged}
+
+
+class Reentrant(Line):
+    """Uses a checkpointed network twice: its gradients come in two parts."""
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        x = batch["x"].clone().requires_grad_(stage is Stage.TRAIN)
+        once = checkpoint(self.modules.net, x, use_reentrant=True).squeeze(-1)
+        again = checkpoint(self.modules.net, x.square(), use_reentrant=True).squeeze(-1)
+        return once + again + batch["branch"] * self.modules.branch(x).squeeze(-1)
+
+
+class Joint(Players):
+    """Both optimizers step together with one loss."""
+
+    def fit_batch(self, batch: Any) -> Any:
+        return Brain.fit_batch(self, batch)
+
+
+class UnfrozenLater(Line):
+    """A layer is frozen in the first four steps."""
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        self.modules.net[0].requires_grad_(self.optimizer_step >= 4)
+
+
+class SmallBuckets(TwoForwards):
+    """Each parameter has a bucket of its own."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        buckets.BUCKET_BYTES = buckets.FIRST_BUCKET_BYTES = 1
+        super().__init__(*arguments, **named)
 
 
 class ByHand(Line):

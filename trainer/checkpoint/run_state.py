@@ -265,12 +265,14 @@ class Saver:
             self._saved_step = self._progress.optimizer_step
         return found
 
-    def due(self) -> bool:
-        """Return True if a save within the epoch is due on this rank."""
-        options, steps = self._options, self._progress.optimizer_step - self._saved_step
-        if options.checkpoint_every_steps is not None and steps >= options.checkpoint_every_steps:
-            return True
-        minutes = options.checkpoint_every_minutes
+    def due_by_steps(self) -> bool:
+        """Return True if a save within the epoch is due, on all ranks alike."""
+        most = self._options.checkpoint_every_steps
+        return most is not None and self._progress.optimizer_step - self._saved_step >= most
+
+    def due_by_time(self) -> bool:
+        """Return True if a save within the epoch is due by this rank's clock."""
+        minutes = self._options.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, metrics: Mapping[str, Any], end_of_epoch: bool) -> None:

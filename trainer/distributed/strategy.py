@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,8 +30,9 @@ class WindowSums(NamedTuple):
     """Sums over ranks of a closed accumulation window, on the device.
 
     Args:
-        numbers: sum of weighted losses, sum of weights, and for each of the P parameters in
-            ``params`` the number of ranks on which it had a gradient, (2 + P,).
+        numbers: sum of weighted losses, sum of weights, the number of ranks that vote for each of
+            two questions, and for each of the P parameters in ``params`` the number of ranks on
+            which it had a gradient, (4 + P,).
         params: parameters that may have had no gradient on any rank.
         reference: weight that the summed gradients are relative to.
     """
@@ -45,7 +46,14 @@ class Strategy:
     """Base class of strategies, and the strategy of a single process: nothing is communicated.
 
     A strategy stands between the optimizers and the process group.
+
+    Attributes:
+        ballot: returns this rank's answers to two questions, which travel with the gradients.
+        votes: answers of any rank, once the window of this batch is closed; None before.
     """
+
+    ballot: Callable[[], tuple[bool, bool]] = staticmethod(lambda: (False, False))
+    votes: tuple[bool, ...] | None = None
 
     def prepare(self, modules: nn.Module) -> None:
         """Make the weights of all ranks equal, before optimizers are built. Collective."""
@@ -146,7 +154,7 @@ class Replicate(Strategy):
         self._sparse: set[Tensor] = set()
         self._references: dict[str, float] = {}
         self._saved: Mapping[str, Any] = {}
-        self._sent_flags: tuple[list[float], Tensor] = [], torch.zeros(0)
+        self._sent_flags: tuple[Sequence[float], Tensor] = [], torch.zeros(0)
 
     def prepare(self, modules: nn.Module) -> None:
         described = {n: _describe(t) for n, t in modules.state_dict(keep_vars=True).items()}
@@ -208,16 +216,18 @@ class Replicate(Strategy):
         agreed = self._close_late(names, reference if weight else 0.0, reference)
         early = [each for buckets in trained for each in buckets.early_gradients()]
         total = (loss.detach().double() * reference).reshape(1)
-        flags = self._on_device([weight, *(float(had) for _, had in early)], loss.device)
-        numbers = distributed.all_reduce_sum_(torch.cat([total, flags]), self._group)
+        flags = self._on_device([weight, *self.ballot(), *(had for _, had in early)], loss.device)
+        numbers = torch.cat([total, flags])
+        message = distributed.begin_sum(numbers, self._group)
         for buckets in trained:
             buckets.wait()
+        message.wait()
         return WindowSums(numbers, [p for p, _ in early], agreed)
 
     def average(self, name: str) -> None:
         sums = self.end_window([name], torch.zeros(()), 1.0, 1.0)
         ranks = sums.numbers[1:].tolist()
-        for p, had in zip(sums.params, ranks[1:], strict=True):
+        for p, had in zip(sums.params, ranks[3:], strict=True):
             p.grad = p.grad if had else None  # As with one process, it does not move at all.
         for p in self._buckets[name].params:
             if p.grad is not None:
@@ -293,8 +303,8 @@ class Replicate(Strategy):
                 )
         return agreed
 
-    def _on_device(self, flags: list[float], device: torch.device) -> Tensor:
-        """Return weight and flags as a tensor; those of the last step are there already."""
+    def _on_device(self, flags: Sequence[float], device: torch.device) -> Tensor:
+        """Return numbers as a tensor; where they are those of the last step, the same one."""
         if self._sent_flags[0] != flags or self._sent_flags[1].device != device:
             self._sent_flags = flags, torch.tensor(flags, dtype=torch.float64, device=device)
         return self._sent_flags[1]

@@ -509,7 +509,9 @@ def _read(
     if sums is None:
         loss = facts[0] * factor
     else:
-        total, weight, *had = facts[1 + len(scales) :]
+        total, weight, *answers = facts[1 + len(scales) :]
+        updates[0].strategy.votes = tuple(number > 0 for number in answers[:2])
+        had = answers[2:]
         factor = sums.reference / (weight or 1.0)
         loss = total / (weight or 1.0)
         if not all(had):
