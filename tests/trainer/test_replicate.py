@@ -121,7 +121,7 @@ def build(kind: str) -> Found:
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("shape", "the same modules, and 'net.0.weight' is float64 (4, 3) on rank 0 and float64 (5"),
+        ("shape", "the same modules, and 'net.0.weight' is float64 (4, 3) on rank 0 and float64"),
         ("missing", "same modules, and 'never.weight' is float64 (2, 2) on rank 0 and missing on"),
         ("optimizers", "the same optimizers, and 'd' is branch.weight float64 (1, 3), branch.bias"),
     ],
