@@ -469,6 +469,7 @@ def test_accumulating_ragged_batches_is_one_big_batch(kind: type[Brain], sizes: 
         for brain in (one, parted):
             brain.init_optimizers()
             brain.optimizers_dict.pop("discriminator")
+            brain.modules.discriminator.requires_grad_(False)
             brain.init_optimizers = lambda: None
             brain.fit_batch = lambda batch, brain=brain: {
                 "g": brain.optimize(

@@ -192,7 +192,8 @@ def test_a_sandbox_leaves_gradients_that_are_in_no_optimizer() -> None:
             self.optimizer = torch.optim.SGD(self.modules.net[0].parameters(), lr=0.1)
 
     brain = make(Half)
-    brain.fit([1], batches(1))
+    with pytest.warns(UserWarning, match="reaches 2 parameters that no optimizer has"):
+        brain.fit([1], batches(1))
     grad = brain.modules.net[2].weight.grad = torch.ones(2, 6)
     with brain.sandbox():
         brain.train_batch(batches(1)[0])

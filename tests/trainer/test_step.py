@@ -509,7 +509,7 @@ def test_a_loss_leaves_gradients_in_its_own_optimizer_alone() -> None:
 def test_parameters_that_no_optimizer_has_are_named_once_and_keep_their_gradients() -> None:
     first, second = net(0), net(1)
     one = update(first)
-    connect([one], [*first.parameters(), *second.parameters()])
+    connect([one], {p: f"second.{name}" for name, p in second.named_parameters()})
     second.weight.grad = held = torch.ones_like(second.weight)
     x = torch.ones(2, 4)
     with pytest.warns(

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,15 +131,16 @@ def make_updates(
     return updates
 
 
-def connect(updates: Sequence[Update], parameters: Iterable[Tensor] = ()) -> None:
+def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None = None) -> None:
     """Tell optimizers of each other, and of the parameters that none of them has.
 
     Args:
         updates: all optimizers of a Brain.
-        parameters: all parameters of its modules.
+        parameters: names of all parameters of its modules.
     """
     owned = [set(update.all_params) for update in updates]
-    untrained = [p for p in parameters if not any(p in own for own in owned)]
+    trained = set().union(*owned)
+    untrained = {name: p for p, name in (parameters or {}).items() if p not in trained}
     for update, own in zip(updates, owned, strict=True):
         update.others = [other for other in updates if other is not update]
         update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]

@@ -100,7 +100,7 @@ class Update:
         self.window = Window()
         self.others: list[Update] = []  # All other optimizers,
         self.sharing: list[Update] = []  # and those that have a parameter of this one, too.
-        self.untrained: list[Tensor] = []  # Parameters of the modules that no optimizer has.
+        self.untrained: dict[str, Tensor] = {}  # Parameters of the modules that no optimizer has.
         self.last_norm: float | None = None
         self.measured: tuple[list[Tensor], list[float]] = [], []
         self.before_step: list[StepHook] = []
@@ -155,16 +155,15 @@ class Update:
         Args:
             kept: their gradients before the backward pass.
         """
-        found = [p for p in self.untrained if p.grad is not None]
-        for p, grad in zip(self.untrained, kept, strict=True):
+        found = [name for name, p in self.untrained.items() if p.grad is not None]
+        for p, grad in zip(self.untrained.values(), kept, strict=True):
             p.grad = grad
         if found and not self._warned_of_untrained:
             self._warned_of_untrained = True
-            shapes = ", ".join(str(tuple(p.shape)) for p in found[:3])
             warnings.warn(
                 f"the loss given to optimize({self.name!r}) reaches {len(found)} parameters that "
-                f"no optimizer has (of shape {shapes}{', …' if len(found) > 3 else ''}): they do "
-                "not train, and their gradients cost time. Give them to an optimizer, or call "
+                f"no optimizer has ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): they "
+                "do not train, and their gradients cost time. Give them to an optimizer, or call "
                 "requires_grad_(False) on their module",
                 stacklevel=5,
             )
@@ -430,7 +429,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
 def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:
     """Run backward into the parameters of these optimizers, and of no other."""
     name = updates[0].name
-    others, untrained = [], updates[0].untrained
+    others, untrained = [], updates[0].untrained.values()
     if updates[0].others:
         own = [p for update in updates for p in update.params]
         if not own:
