@@ -49,8 +49,9 @@ class Enhancer(Brain):
     def fit_batch(self, batch: Any) -> dict[str, Tensor]:
         """D on the real pairs, D on the fake ones, then G by the scores of the D that has moved.
 
-        The generator runs once: the graph of its pass serves both losses. The discriminator runs
-        again after its step, since its first scores are those of weights that are gone.
+        The generator runs once. The discriminator's loss stops at its output: it would go back
+        through the generator for nothing. The discriminator runs again after its step, since its
+        first scores are those of weights that are gone.
         """
         generator, discriminator = self.modules.generator, self.modules.discriminator
         own = self.hparams
@@ -58,9 +59,9 @@ class Enhancer(Brain):
         with self.autocast():
             fake = generator(noisy, self.latents(batch.id))  # (B, T)
             real_score = discriminator(torch.stack([clean, noisy], 1))
-            fake_score = discriminator(torch.stack([fake.float(), noisy], 1))
+            fake_score = discriminator(torch.stack([fake.detach().float(), noisy], 1))
             loss_d = discriminator_loss(real_score, fake_score)
-        self.optimize(loss_d, "discriminator", retain_graph=True, last=self.is_last_batch)
+        self.optimize(loss_d, "discriminator", last=self.is_last_batch)
         with self.frozen("discriminator"), self.autocast():
             score = discriminator(torch.stack([fake.float(), noisy], 1))
             distance = (fake.float() - clean).abs().mean()

@@ -85,8 +85,7 @@ def test_d_moves_first_and_g_trains_on_the_scores_of_the_moved_d(tmp_path: Path)
         assert (d[1], d[2]) == ("stepped", ["discriminator"])
         assert (g[1], g[2]) == ("stepped", ["generator"])
         last = start == 12  # of the three batches; a window that is open there closes for both
-        assert d[3] == {"retain_graph": True, "last": last}
-        assert g[3] == {"last": last}
+        assert d[3] == g[3] == {"last": last}
         # Real, then fake; both scores are those of the weights before the step …
         assert same(real_pass[1], fake_pass[1])
         noisy = real_pass[2][:, 1]
