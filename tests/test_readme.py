@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,10 @@ def test_the_programs_of_the_guide_run(tmp_path: Path) -> None:
     blocks = re.findall(
         r"```(?:python|yaml)\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL
     )
-    program, recipe, settings = blocks
+    program, items, recipe, settings = blocks
+    names: dict[str, Any] = {}
+    exec(items, names)
+    assert names["item"]["sig"].shape == (16000,)
     (tmp_path / "program.py").write_text(program)
     (tmp_path / "spotter.py").write_text(program[: program.index("def train(run)")])
     (tmp_path / "train.py").write_text(recipe)

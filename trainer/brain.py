@@ -284,8 +284,8 @@ class Brain(SpeechBrainNames):
         self.__ready = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_Brain__"):  # Set several times a step.
-            super().__setattr__(name, value)
+        if name.startswith("_Brain__"):  # Set several times a step, so that `super` is too slow.
+            object.__setattr__(self, name, value)
             return
         if name in FIXED and getattr(self, "_Brain__ready", False):
             raise AttributeError(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import Expected, good_ones, read_channels, read_header
 from trainer import distributed
-from trainer.data import BadItem
+from trainer.data import BadItem, item_seed
 from trainer.seed import derive
 
 try:
@@ -223,7 +223,7 @@ class Speech(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         cut = self.cuts[index]
-        speed = random.choice(self.speeds)
+        speed = random.Random(item_seed(cut.id)).choice(self.speeds)
         perturbed = cut if speed == 1.0 else cut.perturb_speed(speed)
         signal = load(perturbed, self.sample_rate, self.resample)
         return {"id": cut.id, "sig": signal, **self.labels(cut)}

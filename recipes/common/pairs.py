@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.loading import load
-from trainer.data import BadItem
+from trainer.data import BadItem, item_seed
 from trainer.seed import derive
 
 try:
@@ -179,9 +179,7 @@ class Pairs(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):  # which is what ends an iteration
             raise IndexError(f"there is no pair {index}; allowed: 0 to {len(self) - 1}")
         source, id = self.sources[index % len(self.sources)], self._id(index)
-        # The loader has seeded the global generators by (seed, epoch, item).
-        seed = derive(0, "pair", id) if self.fixed else random.getrandbits(63)
-        rng = random.Random(seed)
+        rng = random.Random(derive(0, "pair", id) if self.fixed else item_seed(id))
         clean, noisy = source.load(self.sample_rate, rng)
         if self.segment is not None:
             if len(clean) < self.segment:  # Its header promised more.

@@ -23,7 +23,7 @@ from recipes.common.audio import check_recordings
 from recipes.common.cuts import SOUNDS, cut_of
 from recipes.common.loading import filter_by_duration, load
 from recipes.common.speech import embedded_speech, to_cuts
-from trainer.data import BadItem
+from trainer.data import BadItem, item_seed
 from trainer.seed import derive
 
 try:
@@ -123,7 +123,7 @@ class Clips(Dataset[dict[str, Any]]):
             return {"id": cut.id, "wav": wav}
         # A little more than a segment, for seconds that are rounded, and cut to it.
         lasting = min(cut.duration, self.segment / self.sample_rate + 0.01)
-        start = random.uniform(0.0, cut.duration - lasting)
+        start = random.Random(item_seed(index)).uniform(0.0, cut.duration - lasting)
         wav = load(cut.truncate(offset=start, duration=lasting), self.sample_rate, self.resample)
         if len(wav) < self.segment:
             raise BadItem(cut.id, f"it gives {len(wav)} of a segment's {self.segment} samples")

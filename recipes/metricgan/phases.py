@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.metricgan.history import History
-from trainer.data import BadItem, report_bad
-from trainer.seed import derive, reseed
+from trainer.data import BadItem, in_epoch, report_bad
+from trainer.seed import derive
 
 # What a batch may be for: the generator by its spectral loss; enhancing (no step; scores are asked
 # for); the discriminator on this epoch's signals; on those of past epochs; the generator against
@@ -200,17 +200,17 @@ class Drawn(Dataset[dict[str, Any]]):
     nothing, so that each pass keeps its batches on every process.
     """
 
-    def __init__(self, pairs: Any, seed: int) -> None:
-        self.pairs, self.seed = pairs, seed
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        reseed(derive(self.seed, "pair", draw.epoch, draw.index))
         weight = draw.weight
         try:
-            pair: Mapping[str, Any] = self.pairs[draw.index]
+            with in_epoch(draw.epoch):
+                pair: Mapping[str, Any] = self.pairs[draw.index]
         except BadItem as bad:
             report_bad(bad.path, bad.reason)
             silence = torch.zeros(1)

@@ -276,7 +276,7 @@ def train(run: trainer.Run) -> dict[str, float]:
     """Train phase after phase as the YAML says, and test what each has come to."""
     hparams, options = run.hparams, run.options
     corpus, rate = hparams["corpus"](), hparams["sample_rate"]
-    training = Drawn(Pairs(corpus["train"], rate, segment=hparams["segment"]), options.seed)
+    training = Drawn(Pairs(corpus["train"], rate, segment=hparams["segment"]))
     valid, test = (Pairs(corpus[split], rate, fixed=True) for split in ("valid", "test"))
     brain = Enhancer(
         hparams["modules"], hparams=hparams, run_opts=options, checkpointer=hparams["checkpointer"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.loading import load
-from trainer.data import BadItem
+from trainer.data import BadItem, item_seed
 from trainer.seed import derive
 
 try:
@@ -135,8 +135,7 @@ class Drawn(Dataset[dict[str, Any]]):
         return f"mixture {index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # The loader has seeded Python's generator with (seed, epoch, index).
-        rng = Rng(random.getrandbits(63) if self.train else derive(0, "mixture", index))
+        rng = Rng(item_seed(index) if self.train else derive(0, "mixture", index))
         cuts = [rng.choice(self.people[name]) for name in self._speakers(rng)]
         sources = torch.stack([self._spoken(cut, rng) for cut in cuts], 1)  # (T, S)
         mixture = sources.sum(1)

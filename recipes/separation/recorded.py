@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import read_audio
 from recipes.separation.mixing import SILENT, TRIES, check_parts
-from trainer.data import BadItem
+from trainer.data import BadItem, item_seed
 
 UNEQUAL = 0.01  # of a mixture's level: by more it is not the sum of its sources (-40 dB)
 ROUNDING = 1e-4  # of full scale: what 16-bit files of a mixture and its sources may differ by
@@ -63,18 +63,21 @@ class Recorded(Dataset[dict[str, Any]]):
         files = self.mixtures[index]
         mixture, sources, noise = read_mixture(files, self.sample_rate)
         if self.seconds is not None:
-            mixture, sources = self._for_training(sources, noise)
+            rng = random.Random(item_seed(files.id))
+            mixture, sources = self._for_training(sources, noise, rng)
         return {"id": files.id, "mixture": mixture, "sources": sources}
 
-    def _for_training(self, sources: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _for_training(
+        self, sources: Tensor, noise: Tensor, rng: random.Random
+    ) -> tuple[Tensor, Tensor]:
         """A part of (T, S) sources and (T,) noise, at other speeds: its mixture, its sources."""
         assert self.seconds is not None
-        changed = [_at_speed(source, random.choice(self.speeds)) for source in sources.T]
+        changed = [_at_speed(source, rng.choice(self.speeds)) for source in sources.T]
         samples = min(len(noise), *map(len, changed))
         sources = torch.stack([each[:samples] for each in changed], 1)
         length = round(self.seconds * self.sample_rate)
         for _ in range(TRIES):  # A source that is silent here has no SI-SNR that could teach.
-            start = random.randint(0, max(0, samples - length))
+            start = rng.randint(0, max(0, samples - length))
             part = sources[start : start + length]
             if float(part.square().mean(0).min().sqrt()) > SILENT:
                 break

@@ -28,12 +28,20 @@ from torch.utils.data import (
 from trainer.data import (
     BadItem,
     DistributedBatchSampler,
+    in_epoch,
     item_generator,
+    item_seed,
     make_loader,
     report_bad,
     resumable,
 )
 from trainer.seed import fork_rng, rng_state
+
+
+def own_draw(item: str) -> float:
+    """A number that depends on both of an item's own sources."""
+    number = random.Random(item_seed(item)).random()
+    return number + torch.rand(1, generator=item_generator(item)).item()
 
 
 class Items(Dataset):
@@ -53,7 +61,7 @@ class Items(Dataset):
             "id": f"{index}",
             "signal": torch.randn(2 + index % 3),
             "draws": torch.tensor([random.random(), numpy.random.rand()]),
-            "own": torch.rand(1, generator=item_generator(f"{index}")),
+            "own": torch.tensor([own_draw(f"{index}")], dtype=torch.float64),
         }
 
 
@@ -61,6 +69,11 @@ def content(loader: Any) -> list[Any]:
     """Everything in the batches of an epoch, comparable."""
     fields = ("signal", "draws", "own")
     return [(b.id, *(b[name].data.tolist() for name in fields)) for b in loader]
+
+
+def own(batches: list[Any]) -> list[Any]:
+    """What in `content` follows from (seed, epoch, item)."""
+    return [(names, draws) for names, _, _, draws in batches]
 
 
 def ids(loader: Any) -> list[list[str]]:
@@ -93,15 +106,100 @@ def same(left: Any, right: Any) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_goes_on_from_any_batch_with_any_number_of_workers(workers: int) -> None:
-    whole = epoch()
+    whole = epoch(num_workers=1)
     assert len(whole) == 5
     options = {"persistent_workers": True} if workers else {}
     loader = make_loader(Items(), train=True, seed=3, batch_size=3, num_workers=workers, **options)
-    for start in range(6):
+    for start in (*range(6), 0):  # A skip holds for one iteration.
         loader.set_epoch(1)
-        loader.skip(start)
-        assert content(loader) == whole[start:]
-    assert content(loader) == whole  # A skip holds for one iteration.
+        if start:
+            loader.skip(start)
+        found = content(loader)
+        assert own(found) == own(whole)[start:]
+        if workers:  # Global generators too.
+            assert found == whole[start:]
+
+
+def test_in_workers_global_generators_follow_from_seed_epoch_batch_and_rank() -> None:
+    def numbers(**options: Any) -> list[Any]:
+        return [draws for _, *draws, _ in epoch(size=12, num_workers=2, shuffle=False, **options)]
+
+    first = numbers()
+    assert first == numbers()
+    for other in (numbers(number=2), numbers(seed=4), numbers()[::-1]):
+        assert all(left != right for left, right in zip(first, other, strict=True))
+    ranks = [numbers(rank=rank, world_size=2) for rank in range(2)]
+    assert all(left != right for left, right in zip(*ranks, strict=True))
+
+
+def test_without_workers_items_draw_from_the_generators_of_the_process() -> None:
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    found = epoch(batch_size=1, shuffle=False)
+    after = rng_state()
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    items = [Items()[index] for index in range(13)]
+    assert same(rng_state(), after)
+    for batch, item in zip(found, items, strict=True):
+        assert batch[:3] == ([item["id"]], [item["signal"].tolist()], [item["draws"].tolist()])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_loading_itself_draws_nothing(workers: int, sampled: bool) -> None:
+    own = torch.Generator().manual_seed(7)
+    options: dict[str, Any] = {"generator": own}
+    if sampled:
+        options["sampler"] = RandomSampler(range(13), generator=own)
+    numpy.random.randn()  # Leaves a second normal number in NumPy's generator.
+    torch.rand(3)
+    before, mine = rng_state(), own.get_state()
+    data = TensorDataset(torch.arange(13.0))
+    list(make_loader(data, train=True, batch_size=2, num_workers=workers, **options))
+    assert same(rng_state(), before)
+    assert torch.equal(own.get_state(), mine)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_that_take_turns_keep_their_own_seeds_and_epochs(workers: int) -> None:
+    options = {"batch_size": 3, "num_workers": workers}
+    train = make_loader(Items(), train=True, seed=3, **options)
+    train.set_epoch(2)
+    valid = make_loader(Items(), train=False, seed=4, **options)
+    valid.set_epoch(2)
+    found = [content([left, right]) for left, right in zip(train, valid, strict=True)]
+    assert own([left for left, _ in found]) == own(epoch(2))
+    assert own([right for _, right in found]) == own(epoch(2, seed=4, train=False))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_has_its_seed_and_epoch_too(workers: int) -> None:
+    class Own(IterableDataset):
+        def __iter__(self) -> Any:
+            yield from (own_draw(f"{index}") for index in range(4))
+
+    def numbers(number: int, train: bool = True) -> list[float]:
+        source = DataLoader(Own(), batch_size=4, num_workers=workers)
+        loader = resumable(source, seed=3, train=train)
+        loader.set_epoch(number)
+        (batch, *_) = loader
+        assert source.worker_init_fn is None
+        return batch.tolist()
+
+    for number, train in ((2, True), (0, False)):
+        with in_epoch(number, seed=3):
+            expected = [own_draw(f"{index}") for index in range(4)]
+        assert numbers(2, train) == expected
+
+
+def test_the_numbers_of_an_item_may_be_those_of_another_epoch() -> None:
+    outside = own_draw("a")
+    with in_epoch(5, seed=3):
+        fifth = own_draw("a")
+        with in_epoch(6):
+            assert own_draw("a") != fifth
+        assert own_draw("a") == fifth != own_draw("b")
+        assert item_seed(7) == item_seed(numpy.int64(7))
+    assert own_draw("a") == outside
 
 
 def test_what_is_skipped_is_not_loaded() -> None:
@@ -117,7 +215,7 @@ def test_persistent_workers_learn_each_epoch() -> None:
     )
     for number in (1, 2, 1):
         loader.set_epoch(number)
-        assert content(loader) == epoch(number)
+        assert content(loader) == epoch(number, num_workers=1)
 
 
 def test_each_epoch_sees_every_item_once_in_a_new_order() -> None:
@@ -131,18 +229,19 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_order() -> None:
     def draws(number: int, **options: Any) -> dict[str, Any]:
         return {
             name: value
-            for names, _, *values in epoch(number, **options)
-            for name, value in zip(names, zip(*values, strict=True), strict=True)
+            for names, values in own(epoch(number, **options))
+            for name, value in zip(names, values, strict=True)
         }
 
-    assert draws(1) == draws(1, batch_size=5) == draws(1, shuffle=False)
+    assert draws(1) == draws(1, batch_size=5) == draws(1, shuffle=False, num_workers=2)
     assert all(draws(1)[name] != draws(2)[name] for name in draws(1))
     assert len({str(value) for value in draws(1).values()}) == 13
 
 
 def test_evaluation_keeps_the_order_and_sees_the_same_randomness_in_every_epoch() -> None:
-    first, second = epoch(1, train=False), epoch(2, train=False)
+    first, second = (epoch(number, train=False, num_workers=2) for number in (1, 2))
     assert first == second
+    assert own(first) == own(epoch(3, train=False))
     assert flat([batch[0] for batch in first]) == [f"{index}" for index in range(13)]
 
 
@@ -159,35 +258,21 @@ def test_a_forked_block_leaves_no_trace_and_continues_when_it_is_entered_again()
     for _ in range(2):
         with forked:
             found.append(draw())
-        with fork_rng():
-            draw()
         assert same(rng_state(), before)
         assert torch.equal(own.get_state(), mine)
     assert found == expected
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_loading_leaves_every_generator_of_the_process_alone(workers: int, sampled: bool) -> None:
-    own = torch.Generator().manual_seed(7)
-    options: dict[str, Any] = {"generator": own}
-    if sampled:
-        options["sampler"] = RandomSampler(range(13), generator=own)
-    numpy.random.randn()  # Leaves a second normal number in NumPy's generator.
-    torch.rand(3)
-    before, mine = rng_state(), own.get_state()
-    epoch(num_workers=workers, **options)
-    assert same(rng_state(), before)
-    assert torch.equal(own.get_state(), mine)
+def test_the_random_numbers_of_the_main_process_do_not_reach_the_order() -> None:
+    def order(number: int = 1) -> list[Any]:
+        return own(epoch(number, sampler=RandomSampler(range(13))))
 
-
-def test_the_random_numbers_of_the_main_process_do_not_reach_the_batches() -> None:
     torch.manual_seed(1)
-    first = epoch(sampler=RandomSampler(range(13)))
+    first = order()
     torch.manual_seed(2)
-    assert epoch(sampler=RandomSampler(range(13))) == first
-    assert epoch(2, sampler=RandomSampler(range(13))) != first
+    assert order() == first
+    assert order(2) != first
 
 
 def test_loader_options_stay_as_the_caller_wrote_them() -> None:
@@ -261,9 +346,9 @@ def test_ranks_augment_an_item_as_one_process_does() -> None:
     ranks = [epoch(size=16, world_size=2, rank=rank) for rank in range(2)]
     alone = epoch(size=16, batch_size=6)
     assert len(alone) == 3
-    for left, right, both in zip(*ranks, alone, strict=True):
+    for left, right, both in zip(*map(own, ranks), own(alone), strict=True):
         assert left[0] + right[0] == both[0]
-        assert left[2] + right[2] == both[2]
+        assert left[1] + right[1] == both[1]
 
 
 def test_items_too_few_for_each_rank_are_left_out_and_said_once(caplog: Any) -> None:
@@ -326,7 +411,7 @@ class Whole(Dataset):
     def __getitem__(self, index: tuple[int, int]) -> Any:
         if index[1] == 2:
             report_bad("two.wav", "it is cut")
-        return *index, torch.rand(1).item()
+        return *index, own_draw(f"{index}")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -397,6 +482,20 @@ def test_bad_items_are_left_out_logged_once_and_counted(workers: int, caplog: An
         assert loader.bad == {"3.wav": "it is empty", "5.wav": "it is empty"}
     logged = [f"skipped {index}.wav: it is empty" for index in (3, 5)]
     assert sorted(caplog.messages) == logged
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_that_gives_whole_batches_is_asked_for_them(workers: int, caplog: Any) -> None:
+    class Several(Items):
+        def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+            return [{**Items.__getitem__(self, index), "all": len(indices)} for index in indices]
+
+    items = Several(12, bad=(5,))
+    loader = make_loader(items, train=False, batch_size=3, num_workers=workers, max_bad=0.1)
+    batches = list(loader)
+    assert flat([batch.id for batch in batches]) == [f"{i}" for i in range(12) if i != 5]
+    assert ["all" in batch for batch in batches] == [True, False, True, True]  # One has a bad item.
+    assert loader.bad == {"5.wav": "it is empty"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -502,9 +601,17 @@ def _timed(loader: Any) -> tuple[BaseException, float]:
     raise AssertionError("the epoch ended well")
 
 
+class TroubleInSeveral(Trouble):
+    """The same, for whole batches."""
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_in_a_dataset_keeps_its_type_and_names_the_item(workers: int) -> None:
-    loader = make_loader(Trouble(_missing), train=True, batch_size=3, num_workers=workers)
+@pytest.mark.parametrize("kind", [Trouble, TroubleInSeveral])
+def test_an_error_in_a_dataset_keeps_its_type_and_names_the_item(kind: Any, workers: int) -> None:
+    loader = make_loader(kind(_missing), train=True, batch_size=3, num_workers=workers)
     error, _ = _timed(loader)
     assert type(error) is FileNotFoundError
     told = "\n".join([str(error), *getattr(error, "__notes__", [])])

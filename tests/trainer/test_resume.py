@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from trainer import Brain, Callback, EpochCounter, Stage, seed, signals
 
@@ -149,6 +149,43 @@ def test_with_other_data(tmp_path: Path, setting: Setting) -> None:
     last = batches_an_epoch.get(setting.data, 11)
     straight = check(setting, tmp_path, (2, last, last + 2))
     assert len(straight.test.trace) == 2 * last
+
+
+class Mixed(IterableDataset):
+    """Draws as it goes along which of the items that it holds comes next."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        held: list[dict[str, Any]] = []
+        for index in range(ITEMS):
+            held.append(Sentences()[index])
+            if len(held) > 7:
+                yield held.pop(random.randrange(len(held)))
+        yield from held
+
+
+class Rolled:
+    """A sampler without a length that draws each index from the generators of the process."""
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(ITEMS):
+            yield int(torch.randint(ITEMS, ())) if random.random() < 0.5 else np.random.choice(9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(data=Mixed, window=4),
+        Setting(loader={"batch_size": 4, "sampler": Rolled()}),
+        Setting(data=shuffled, loader=None, options={"overfit_batches": 3}),
+    ],
+    ids=["mixed-stream", "rolled", "overfit"],
+)
+def test_with_data_that_draw_as_they_are_read(
+    tmp_path: Path, setting: Setting, workers: int
+) -> None:
+    setting = replace(setting, epochs=lambda: range(1, 3), workers=workers)
+    check(setting, tmp_path, (2, 5))
 
 
 def test_every_epoch_has_another_order_and_other_noise(tmp_path: Path) -> None:
@@ -357,7 +394,7 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
     ids=["epoch-counter", "early-stopping", "step-limit"],
 )
 def test_ends_where_it_would_have(tmp_path: Path, setting: Setting) -> None:
-    steps = 55 if setting.patience == 1 else setting.options.get("optimizer_step_limit", 22)
+    steps = 44 if setting.patience == 1 else setting.options.get("optimizer_step_limit", 22)
     straight = run(setting, tmp_path / "straight", (3, 11, steps), Setting.fit)
     assert len(straight.test.trace) == steps
     for stop in (3, 11, steps):
@@ -379,9 +416,9 @@ def twice(setting: Setting, brain: Learner) -> Learner:
 
 def test_a_second_fit(tmp_path: Path) -> None:
     setting = Setting(**{**FEW, "epochs": lambda: range(1, 9)}, patience=1)
-    straight = check(setting, tmp_path, (4, 55, 58, 66), twice)
-    # It begins although the first one was stopped early, after epoch 5.
-    assert [t[0] for t in straight.test.trace[::11]] == [1, 2, 3, 4, 5, 1]
+    straight = check(setting, tmp_path, (4, 44, 47, 55), twice)
+    # It begins although the first one was stopped early, after epoch 4.
+    assert [t[0] for t in straight.test.trace[::11]] == [1, 2, 3, 4, 1]
 
 
 def test_saves_come_at_the_same_steps(tmp_path: Path) -> None:

@@ -3,7 +3,14 @@
 from trainer.data.batch import Batch, Padded, batch_ids, collate, count_examples, pad, to_device
 from trainer.data.batch_sampler import BatchIndex, DistributedBatchSampler
 from trainer.data.feed import DataFeed, make_feed
-from trainer.data.items import BadItem, BadItemPolicy, item_generator, report_bad
+from trainer.data.items import (
+    BadItem,
+    BadItemPolicy,
+    in_epoch,
+    item_generator,
+    item_seed,
+    report_bad,
+)
 from trainer.data.loader import Loader, Stream, make_loader, resumable
 
 __all__ = [
@@ -19,7 +26,9 @@ __all__ = [
     "batch_ids",
     "collate",
     "count_examples",
+    "in_epoch",
     "item_generator",
+    "item_seed",
     "make_feed",
     "make_loader",
     "pad",

@@ -195,11 +195,18 @@ def _first_tensor(batch: Any) -> Tensor | None:
     """Return the first tensor that has dimensions."""
     if isinstance(batch, Tensor):
         return batch if batch.dim() else None
-    if isinstance(batch, Mapping):
+    if isinstance(batch, (list, tuple)):
+        # Tensors are asked first: to ask for an abstract class takes long.
+        if any(not isinstance(part, Tensor) and isinstance(part, Mapping) for part in batch):
+            return None  # A list of mappings holds examples that were not collated.
+    elif isinstance(batch, Mapping):
         batch = batch.values()
-    elif not isinstance(batch, (list, tuple)) or any(isinstance(part, Mapping) for part in batch):
-        return None  # A list of mappings holds examples that were not collated.
-    return next((t for part in batch if (t := _first_tensor(part)) is not None), None)
+    else:
+        return None
+    for part in batch:
+        if (tensor := _first_tensor(part)) is not None:
+            return tensor
+    return None
 
 
 def batch_ids(batch: Any) -> list[str]:

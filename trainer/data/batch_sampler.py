@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +146,7 @@ class DistributedBatchSampler:
     def __iter__(self) -> Iterator[BatchIndex]:
         start, self.start = self.start, 0
         batches: Iterable[Sequence[Any]] = self._rounds()
-        items: list[Any] = []
+        ahead: list[Any] = []  # All items in order, and the first ones again.
         if hasattr(self.sampler, "__len__"):
             batches = self._epoch_batches()
             if start > len(batches):
@@ -154,13 +154,15 @@ class DistributedBatchSampler:
                     f"epoch {self.epoch} has {len(batches)} batches, so that it cannot start at "
                     f"batch {start}: have the data changed?"
                 )
-            items = list(chain.from_iterable(batches)) if self.train else []
+            if self.train:
+                items = list(chain.from_iterable(batches))
+                ahead = list(islice(cycle(items), len(items) + FALLBACKS))
         passed = 0
         for number, batch in enumerate(batches):
             passed += len(batch)
             if number >= start:
-                ahead = [items[(passed + k) % len(items)] for k in range(FALLBACKS if items else 0)]
-                yield BatchIndex(self.epoch, number * self.world_size + self.rank, batch, ahead)
+                fallbacks = ahead[passed : passed + FALLBACKS]
+                yield BatchIndex(self.epoch, number * self.world_size + self.rank, batch, fallbacks)
 
     def _epoch_batches(self) -> list[Sequence[Any]]:
         """Return this rank's batches of the whole epoch."""

@@ -13,6 +13,7 @@ from trainer import distributed
 from trainer.data.batch import to_device
 from trainer.data.batch_sampler import components
 from trainer.data.loader import Loader, Stream, resumable
+from trainer.seed import derive, fork_rng
 
 if TYPE_CHECKING:
     from trainer.options import RunOptions
@@ -29,6 +30,7 @@ class DataFeed:
         repeat: number of batches, the first of epoch 1, that make up every epoch; 0 for all.
         split: True to give each rank its share of the batches here, for a source that gives every
             rank the same.
+        seed: random seed of the run.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class DataFeed:
         limit: int = 0,
         repeat: int = 0,
         split: bool = False,
+        seed: int = 0,
     ) -> None:
-        self._source, self._device, self._train = source, device, train
+        self._source, self._device, self._train, self._seed = source, device, train, seed
         self._limit, self._repeat, self._split = limit, repeat, split
         self._repeated: list[Any] | None = None
 
@@ -75,7 +78,8 @@ class DataFeed:
         """
         if self._repeat and self._repeated is None:
             self.begin(1)
-            self._repeated = list(islice(self._batches(0), self._repeat))
+            with fork_rng(derive(self._seed, "repeated")):  # They are the same in a resumed run.
+                self._repeated = list(islice(self._batches(0), self._repeat))
         size, number = self.begin(epoch), start
         batches = islice(self._repeated, start, None) if self._repeated else self._batches(start)
         on_host = self._device.type == "cpu"
@@ -147,7 +151,8 @@ def make_feed(
     listed = isinstance(source, (list, tuple))
     split = listed or not (isinstance(loader, Loader) or _knows_ranks(source))
     limit = options.debug_batches if options.debug else 0
-    return DataFeed(loader, device, train, limit, options.overfit_batches if train else 0, split)
+    repeat = options.overfit_batches if train else 0
+    return DataFeed(loader, device, train, limit, repeat, split, options.seed)
 
 
 def _knows_ranks(source: Any) -> bool:

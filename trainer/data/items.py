@@ -1,21 +1,21 @@
-"""Items of a dataset, loaded in a worker: their random numbers, bad items, and joining a batch."""
+"""Items of a dataset: their random numbers, loading them, bad items, and joining a batch."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, Subset, get_worker_info
 
 from trainer.data.batch_sampler import BatchIndex, set_epoch
-from trainer.seed import derive, fork_rng, reseed
+from trainer.seed import derive, reseed
 
 logger = logging.getLogger("trainer.data")
 
@@ -35,30 +35,72 @@ class BadItem(ValueError):
 
 @dataclass
 class _Loading:
-    """State of loading in this process: a worker, or the main process without workers."""
+    """The batch that this process is loading: a worker, or the main process without workers.
+
+    Args:
+        seed: random seed of its loader.
+        epoch: its epoch.
+        bad: path and reason of each of its bad items.
+    """
 
     seed: int = 0
     epoch: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) in this batch
+    bad: list[tuple[str, str]] = field(default_factory=list)
 
 
 _loading = _Loading()
 
 
-def item_generator(item: str) -> torch.Generator:
-    """Return a random generator for one item, for use inside a dataset.
+def begin_loading(seed: int, epoch: int) -> None:
+    """Note the seed and epoch of the batch that this process loads now."""
+    _loading.seed, _loading.epoch, _loading.bad = seed, epoch, []
 
-    The global generators are seeded for each index already. This serves datasets whose index is a
-    whole batch.
+
+def item_seed(item: int | str) -> int:
+    """Return a random seed for one item, for use inside a dataset.
+
+    It serves generators of Python and NumPy: ``random.Random(item_seed(index))`` and
+    ``numpy.random.default_rng(item_seed(index))``. For torch there is `item_generator`.
 
     Args:
-        item: name of the item.
+        item: name or index of the item.
 
     Returns:
-        A generator on the CPU, seeded by the run's seed, the epoch and ``item``. Outside of a
-        loader, seed and epoch are 0.
+        A seed of 63 bits that depends on the loader's seed, the epoch and ``item`` alone: not on
+        the rank, the number of workers, the batch, or where the run was resumed. In evaluation the
+        epoch is always 0. Outside of a loader, seed and epoch are 0; see `in_epoch`.
     """
-    return torch.Generator().manual_seed(derive(_loading.seed, "item", _loading.epoch, item))
+    return derive(_loading.seed, "item", _loading.epoch, str(item))
+
+
+def item_generator(item: int | str) -> torch.Generator:
+    """Return a random generator for one item, for use inside a dataset.
+
+    Args:
+        item: name or index of the item.
+
+    Returns:
+        A generator on the CPU with the seed ``item_seed(item)``.
+    """
+    return torch.Generator().manual_seed(item_seed(item))
+
+
+@contextmanager
+def in_epoch(epoch: int, seed: int | None = None) -> Iterator[None]:
+    """Context manager that sets the epoch of `item_seed` and `item_generator`.
+
+    It is for tests, and for datasets that load items as they were in an earlier epoch.
+
+    Args:
+        epoch: number of the epoch.
+        seed: random seed of the run; None keeps that of the loader.
+    """
+    before = _loading.seed, _loading.epoch
+    _loading.seed, _loading.epoch = _loading.seed if seed is None else seed, epoch
+    try:
+        yield
+    finally:
+        _loading.seed, _loading.epoch = before
 
 
 def report_bad(path: str | os.PathLike[str], reason: str) -> None:
@@ -156,6 +198,9 @@ class BatchDataset(Dataset[Any]):
         # The index that each worker is loading, or -1.
         self._current = torch.full((workers,), -1).share_memory_()
         self._epoch: int | None = None
+        while isinstance(dataset, Subset):  # Its own `__getitems__` gains nothing.
+            dataset = dataset.dataset
+        self._together = not single and getattr(dataset, "__getitems__", None) is not None
 
     def __getitem__(self, index: BatchIndex) -> tuple[Any, list[tuple[str, str]]]:
         """Load a batch.
@@ -166,34 +211,45 @@ class BatchDataset(Dataset[Any]):
         if index.epoch != self._epoch:  # Set here, since a worker may outlive the epoch.
             self._epoch = index.epoch
             set_epoch(self.dataset, index.epoch)
-        _loading.seed, _loading.epoch, _loading.bad = self.seed, index.epoch, []
-        # The main process keeps its random numbers for training.
-        with fork_rng() if get_worker_info() is None else nullcontext():
-            items = self._load(index.indices, index)
-            if not items and self.train:
-                items = self._load_fallback(index)
-            if not items:
-                return None, _loading.bad
+        begin_loading(self.seed, index.epoch)
+        worker = get_worker_info()
+        if worker is not None:  # The main process draws from its own generators, as in torch.
             reseed(derive(self.seed, "batch", index.epoch, index.number))
-            self._publish(None)
-            try:
-                return self.collate_fn(items[0] if self.single else items), _loading.bad
-            except Exception as error:
-                error.add_note(f"while joining {self._names(index.indices)} to a batch")
-                raise
+        items = self._load_together(index.indices) if self._together else None
+        if items is None:
+            items = self._load(index.indices)
+        if not items and self.train:
+            items = self._load_fallback(index)
+        if not items:
+            return None, _loading.bad
+        if worker is not None:
+            self._current[worker.id] = -1
+        try:
+            return self.collate_fn(items[0] if self.single else items), _loading.bad
+        except Exception as error:
+            error.add_note(f"while joining {self._names(index.indices)} to a batch")
+            raise
 
-    def _load(self, indices: Iterable[Any], batch: BatchIndex) -> list[Any]:
-        """Load items, and report the bad ones."""
-        items = []
-        for position, index in enumerate(indices):
-            if isinstance(index, Integral | str):
-                name: tuple[int | str, ...] = (index if isinstance(index, str) else int(index),)
-            else:
-                name = ("at", batch.number, position)
-            reseed(derive(self.seed, "item", batch.epoch, *name))
-            self._publish(index)
+    def _load_together(self, indices: Sequence[Any]) -> Any:
+        """Load all items by the dataset's ``__getitems__``; return None if one of them is bad."""
+        try:
+            return self.dataset.__getitems__(indices)
+        except BadItem:
+            _loading.bad.clear()
+            return None
+        except Exception as error:
+            self._load(indices)  # Raises too, as a rule, and names the item.
+            error.add_note(f"while loading {self._names(indices)}")
+            raise
+
+    def _load(self, indices: Iterable[Any]) -> list[Any]:
+        """Load items one by one, and report the bad ones."""
+        worker, dataset, items = get_worker_info(), self.dataset, []
+        for index in indices:
+            if worker is not None:
+                self._current[worker.id] = int(index) if isinstance(index, Integral) else -1
             try:
-                items.append(self.dataset[index])
+                items.append(dataset[index])
             except BadItem as bad:
                 report_bad(bad.path, bad.reason)
             except Exception as error:
@@ -205,7 +261,7 @@ class BatchDataset(Dataset[Any]):
         """Load the first good fallback item, so that ranks keep equally many batches."""
         reports = _loading.bad.copy()
         for index in batch.fallback_indices:
-            items = self._load([index], batch)
+            items = self._load([index])
             _loading.bad[:] = reports  # Bad fallback items are reported with their own batch.
             if items:
                 return items
@@ -214,11 +270,6 @@ class BatchDataset(Dataset[Any]):
             f"epoch {batch.epoch}: neither a batch nor the {len(batch.fallback_indices)} items "
             f"after it have a good item ({listed})"
         )
-
-    def _publish(self, index: Any) -> None:
-        worker = get_worker_info()
-        if worker is not None:
-            self._current[worker.id] = int(index) if isinstance(index, Integral) else -1
 
     def describe_loading(self) -> str:
         """Return the items that workers are loading, as the end of an error message."""

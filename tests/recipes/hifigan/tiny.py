@@ -1,6 +1,5 @@
 """A HiFi-GAN of a few hundred weights on clips of noise, for tests that train it."""
 
-import random
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from recipes.common.vocoder import Generator
 from recipes.hifigan.model import Discriminators
 from recipes.hifigan.train import HiFiGAN
 from trainer.checkpoint import Checkpointer
+from trainer.data import item_generator
 from trainer.schedules import WarmupDecay
 
 RATE, HOP, SAMPLES = 8000, 16, 256
@@ -33,7 +33,8 @@ class Waves(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tone = torch.sin(torch.arange(SAMPLES) * (0.1 + 0.05 * index))
-        return {"id": f"w{index}", "wav": 0.3 * tone + 0.1 * torch.randn(()) * random.random()}
+        noise = 0.1 * torch.randn((), generator=item_generator(index))
+        return {"id": f"w{index}", "wav": 0.3 * tone + noise}
 
 
 def generator() -> Generator:

@@ -19,6 +19,7 @@ from recipes.metricgan.phases import Drawn, Passes, Phase
 from recipes.metricgan.train import Enhancer
 from tests.trainer.resuming import brain_state, log
 from trainer import Checkpointer, EpochCounter, distributed
+from trainer.data import item_generator
 
 METRIC = Phase("metric", 3, items=6, batch_size=2)
 PHASES = (Phase("warm_up", 1, items=5, batch_size=2, passes=["spectral"]), METRIC)
@@ -36,7 +37,7 @@ class Tones(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         length = self.length or 900 + 77 * index
         clean = 0.3 * torch.sin(torch.arange(length) * (0.1 + 0.05 * index))
-        numbers = torch.Generator().manual_seed(index) if self.fixed else None
+        numbers = torch.Generator().manual_seed(index) if self.fixed else item_generator(index)
         noise = 0.1 * torch.randn(length, generator=numbers)
         return {"id": f"tone{index}", "noisy": clean + noise, "clean": clean}
 
@@ -115,7 +116,7 @@ def fit(brain: Enhancer, pairs: Any = None, valid: Any = None) -> Enhancer:
     )  # fmt: skip
     brain.fit(
         EpochCounter(brain.phases.epochs),
-        Drawn(pairs, brain.options.seed),
+        Drawn(pairs),
         valid,
         train_loader_kwargs={"batch_sampler": batches},
         valid_loader_kwargs=None if valid is None else {"batch_size": 2},

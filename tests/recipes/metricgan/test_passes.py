@@ -114,7 +114,7 @@ def batches(brain: Enhancer, epoch: int) -> list[Any]:
     from trainer.data import make_loader
 
     passes = Passes(brain.phases, 8, brain.history, 5)
-    loader = make_loader(Drawn(Tones(), 5), train=True, batch_sampler=passes)
+    loader = make_loader(Drawn(Tones()), train=True, seed=5, batch_sampler=passes)
     loader.set_epoch(epoch)
     return list(loader)
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from recipes.separation.mixing import LEVEL, Drawn, Mixing
 from recipes.separation.speech import Coloured
 from tests.recipes.separation.conftest import GENDERS, RATE, buzz, cut_of, write
-from trainer.data import BadItem, make_loader
-from trainer.seed import reseed
+from trainer.data import BadItem, in_epoch, make_loader
 
 
 def mixing(**more: Any) -> Mixing:
@@ -51,7 +50,6 @@ def test_a_mixture_is_the_sum_of_different_people(voices: CutSet, people: int) -
     dataset = Drawn(voices, mixing(speakers=people), 12, train=True)
     seen = set()
     for number in range(12):
-        reseed(number)
         item = dataset[number]
         assert item["mixture"].shape == (4000,)
         assert item["sources"].shape == (4000, people)
@@ -110,9 +108,9 @@ def test_mixtures_do_not_depend_on_workers_ranks_or_where_a_run_resumed(voices: 
 def test_mixtures_to_test_are_the_same_every_time(voices: CutSet) -> None:
     dataset = Drawn(voices, mixing(), 4)
     first = [dataset[number] for number in range(4)]
-    reseed(9)
-    for item, number in zip(first, range(4), strict=True):
-        assert torch.equal(dataset[number]["mixture"], item["mixture"])
+    with in_epoch(9, seed=9):
+        for item, number in zip(first, range(4), strict=True):
+            assert torch.equal(dataset[number]["mixture"], item["mixture"])
     assert len({item["id"] for item in first}) == 4
 
 
@@ -126,7 +124,6 @@ def test_speeds_change_the_pitch_in_training_alone(tmp_path: Path) -> None:
     def pitches(train: bool) -> set[int]:
         dataset, found = Drawn(cuts, mixing(seconds=1.0), 8, train), set()
         for number in range(8):
-            reseed(number)
             for source in dataset[number]["sources"].T:
                 found.add(int(torch.fft.rfft(source).abs().argmax()))  # a bin is 1 Hz
         return found
