@@ -457,7 +457,7 @@ class Brain(SpeechBrainNames):
         self,
         loss: Tensor | Mapping[str, Tensor],
         name: str | None = None,
-        weight: float | None = None,
+        weight: float | Tensor | None = None,
         retain_graph: bool = False,
         last: bool = False,
     ) -> StepReport:
@@ -470,7 +470,9 @@ class Brain(SpeechBrainNames):
             loss: a scalar with a graph, the mean over ``weight`` examples; or one for each of
                 several optimizers by name, all of which go backward before any of them steps.
             name: name of the optimizer; None for all that `freeze_optimizers` leaves, together.
-            weight: number of examples that the loss is a mean over; by default the batch's.
+            weight: number of examples that the loss is a mean over; by default the batch's. Where
+                only the device knows it, give a scalar tensor, which nothing waits for; where that
+                is 0, the loss must be finite.
             retain_graph: keep the graph for another loss that shares it.
             last: close the accumulation window even if it is not full.
 
@@ -483,9 +485,12 @@ class Brain(SpeechBrainNames):
         """
         losses = dict(loss).items() if isinstance(loss, Mapping) else [(name, loss)]
         parts = [(self.__updates_for(each), part) for each, part in losses]
-        weight = self.__batch.weight if weight is None else float(weight)
+        if weight is None:
+            weight = self.__batch.weight
+        elif not isinstance(weight, Tensor):
+            weight = float(weight)
         if self.__intercept is not None:
-            return self.__intercept(parts, weight, retain_graph, last)
+            return self.__intercept(parts, float(weight), retain_graph, last)
         for number, (updates, part) in enumerate(parts, 1):
             step.accumulate(updates, part, weight, retain_graph or number < len(parts), last)
             if updates[0].size > 1:

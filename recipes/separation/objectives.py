@@ -5,6 +5,7 @@ Shapes: B mixtures, S sources (people) in each, T samples.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import permutations
 from typing import NamedTuple
 
@@ -54,17 +55,23 @@ def best_order(scores: Tensor) -> Assigned:
     All S! assignments are tried, which is little for the 2 or 3 sources of a mixture.
     """
     people = scores.shape[-1]
-    orders = torch.tensor(list(permutations(range(people))), device=scores.device)  # (S!, S)
+    orders = _orders(people, scores.device)
     each = scores[:, orders, torch.arange(people, device=scores.device)].mean(-1)  # (B, S!)
     score, best = each.max(1)
     return Assigned(score, orders[best])
+
+
+@cache
+def _orders(people: int, device: torch.device) -> Tensor:
+    """All orders of so many, (S!, S); copied to a device once, which waits for it."""
+    return torch.tensor(list(permutations(range(people))), device=device)
 
 
 class Kept(NamedTuple):
     """Part of a batch that is trained on."""
 
     loss: Tensor  # a scalar, the mean over what is kept
-    weight: float  # how many mixtures that are; 0: the batch gives nothing
+    weight: float | Tensor  # how many mixtures that are; 0: the batch gives nothing
 
 
 def keep(losses: Tensor, threshold: float | None, upper: float) -> Kept:
@@ -75,9 +82,9 @@ def keep(losses: Tensor, threshold: float | None, upper: float) -> Kept:
     both on all ranks, and counts them, as it skips a batch of which nothing is left.
     """
     if threshold is None:
-        mean, weight = losses.mean(), float(len(losses))
+        mean, weight = losses.mean(), len(losses)
     else:
         wanted = (losses >= threshold) | ~losses.isfinite()
-        weight = float(wanted.sum())  # A host-device sync.
-        mean = losses[wanted].sum() / max(weight, 1.0)
+        weight = wanted.sum()  # Stays on the device.
+        mean = torch.where(wanted, losses, 0.0).sum() / weight.clamp(min=1)
     return Kept(torch.where(mean > upper, torch.inf, mean), weight)

@@ -39,7 +39,7 @@ def poison(parameter: Tensor, value: float = math.nan) -> Tensor:
 
 
 def optimize(
-    updates: list[Update], loss: Tensor, weight: float = 1.0, retain_graph: bool = False,
+    updates: list[Update], loss: Tensor, weight: Any = 1.0, retain_graph: bool = False,
     last: bool = False,
 ) -> list[StepReport]:  # fmt: skip
     """Give a loss to optimizers, as `Brain.optimize` does."""

@@ -90,6 +90,58 @@ def test_a_window_of_ragged_batches_is_one_big_batch(
         torch.testing.assert_close(mine, truth, rtol=tolerance, atol=tolerance)
 
 
+@given(
+    weights=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=5),
+    precision=st.sampled_from(["fp32", "fp16"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_weight_on_the_device_counts_as_its_number_does(
+    weights: list[tuple[int, bool]], precision: str
+) -> None:
+    models = net(), net()
+    known, read = (update(m, window=len(weights), precision=precision) for m in models)
+    torch.manual_seed(sum(number for number, _ in weights))
+    for number, on_device in weights:
+        x = torch.randn(2, 4)
+        expected = optimize([known], models[0](x).square().mean(), float(number))[0]
+        weight: Any = torch.tensor(number) if on_device else float(number)
+        found = optimize([read], models[1](x).square().mean(), weight)[0]
+        if found.outcome == "accumulated" and on_device:
+            assert math.isnan(found.weight)  # It is not known yet.
+    assert (found.outcome, found.weight) == (expected.outcome, expected.weight)
+    if found.outcome == "skipped":
+        assert same(snapshot(models[1]), snapshot(net()))
+        return
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.norm == pytest.approx(expected.norm, rel=1e-6)
+    for mine, truth in zip(read.clip.seen[0], known.clip.seen[0], strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-6, atol=1e-7)
+
+
+def test_an_open_window_with_a_weight_on_the_device_is_saved() -> None:
+    models = net(), net()
+    one, two = (update(m, window=2) for m in models)
+    x = torch.randn(2, 3, 4)
+    weights = torch.tensor([1.0, 3.0])
+    optimize([one], models[0](x[0]).square().mean(), weights[0])
+    WindowState(two, {"main": two}).load_state_dict(
+        copy.deepcopy(WindowState(one, {"main": one}).state_dict())
+    )
+    first, second = (
+        optimize([each], model(x[1]).square().mean(), weights[1])[0]
+        for each, model in zip((one, two), models, strict=True)
+    )
+    assert first == second
+    assert same(snapshot(models[0]), snapshot(models[1]))
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0)])
+def test_a_weight_of_several_numbers_is_refused(bad: Tensor) -> None:
+    model = net()
+    with pytest.raises(ValueError, match="got a weight of shape"):
+        optimize([update(model)], model(torch.ones(1, 4)).sum(), bad)
+
+
 @pytest.mark.parametrize("filled", [1, 2, 3, 4])
 def test_a_short_last_window_steps_with_what_is_in_it(filled: int) -> None:
     model = net()

@@ -98,7 +98,7 @@ class Strategy:
         return nullcontext()
 
     def end_window(
-        self, names: Sequence[str], loss: Tensor, weight: float, reference: float
+        self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
     ) -> WindowSums | None:
         """Sum the gradients of a window over ranks. Every rank must close its windows in one order.
 
@@ -107,7 +107,7 @@ class Strategy:
         Args:
             names: optimizers that step together, the same on all ranks.
             loss: weighted sum of the window's losses over ``reference``, a scalar.
-            weight: number of examples in the window on this rank.
+            weight: number of examples in the window on this rank, a number or a scalar.
             reference: weight that this rank's gradients are relative to.
 
         Returns:
@@ -209,15 +209,19 @@ class Replicate(Strategy):
             self._flush(trained, reference, agreed)
 
     def end_window(
-        self, names: Sequence[str], loss: Tensor, weight: float, reference: float
+        self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
     ) -> WindowSums:
         trained, agreed = [self._buckets[name] for name in names], self._references.get(names[0])
         self._flush(trained, reference, agreed)
-        agreed = self._close_late(names, reference if weight else 0.0, reference)
+        known = 0.0 if isinstance(weight, Tensor) else weight
+        weighed = reference if known or isinstance(weight, Tensor) else 0.0
+        agreed = self._close_late(names, weighed, reference)
         early = [each for buckets in trained for each in buckets.early_gradients()]
         total = (loss.detach().double() * reference).reshape(1)
-        flags = self._on_device([weight, *self.ballot(), *(had for _, had in early)], loss.device)
+        flags = self._on_device([known, *self.ballot(), *(had for _, had in early)], loss.device)
         numbers = torch.cat([total, flags])
+        if isinstance(weight, Tensor):
+            numbers[1] += weight
         message = distributed.begin_sum(numbers, self._group)
         for buckets in trained:
             buckets.wait()

@@ -40,14 +40,14 @@ class Window:
 
     Args:
         count: batches so far.
-        weight: sum of their weights.
+        weight: sum of their weights; a scalar tensor if one of them is.
         reference: weight w_1 of the first batch.
         loss: weighted sum of the losses over ``reference``, a scalar on the device.
         lead: name of the optimizer whose loss scaler scaled them; empty without batches.
     """
 
     count: int = 0
-    weight: float = 0.0
+    weight: float | Tensor = 0.0
     reference: float = 1.0
     loss: Tensor | None = None
     lead: str = ""
@@ -308,7 +308,7 @@ class WindowState:
         lead = self._updates[window.lead] if window.lead else update
         return {
             "count": window.count,
-            "weight": window.weight,
+            "weight": float(window.weight),
             "reference": window.reference,
             "loss": None if window.loss is None else window.loss.detach().clone(),
             "grads": [p.grad for p in update.all_params],
@@ -336,7 +336,7 @@ class WindowState:
 def accumulate(
     updates: Sequence[Update],
     loss: Tensor,
-    weight: float,
+    weight: float | Tensor,
     retain_graph: bool = False,
     last: bool = False,
 ) -> None:
@@ -346,7 +346,9 @@ def accumulate(
         updates: the optimizers that this loss trains, usually one. Several step together or not
             at all.
         loss: a scalar, the mean over what ``weight`` counts.
-        weight: number of examples that the mean is over. A batch of weight 0 contributes nothing.
+        weight: number of examples that the mean is over. A batch of weight 0 contributes nothing. A
+            tensor is read with the other numbers of the step; where it is 0, the loss must be
+            finite.
         retain_graph: keep the graph for a second backward pass.
         last: the window closes with this loss, even if it is not full.
 
@@ -359,36 +361,43 @@ def accumulate(
     _check_windows(updates)
     for update in updates:
         update.open_window()
-    window = lead.window
-    if window.weight:
+    window, on_device = lead.window, isinstance(weight, Tensor)
+    begun = isinstance(window.weight, Tensor) or window.weight > 0
+    counts = on_device or weight > 0  # A weight on the device is not read here.
+    if begun:
         reference = window.reference
     else:
-        reference = lead.strategy.reference(lead.name) or weight or 1.0
+        agreed = lead.strategy.reference(lead.name)
+        reference = agreed or (1.0 if isinstance(weight, Tensor) else weight or 1.0)
     share = weight / reference
+    whole = not on_device and share == 1.0
     last = last or window.count + 1 >= lead.size
     with lead.strategy.backward([update.name for update in updates], reference, last):
-        if weight:
-            scaled = lead.scaler.scale(loss if share == 1.0 else loss * share)
+        if counts:
+            scaled = lead.scaler.scale(loss if whole else loss * share)
             _backward(updates, scaled, retain_graph)
-    total = loss.detach() if weight else torch.zeros_like(loss)
+    total = loss.detach() if counts else torch.zeros_like(loss)
     if total.dim():
         total = total.reshape(())
     if total.dtype.itemsize < 4:
         total = total.float()  # Sums of losses are not kept in half precision.
-    if window.weight:
-        assert window.loss is not None
-        total = window.loss + total * share
-    elif share != 1.0:
+    if not whole:
         total = total * share
+    if begun:
+        assert window.loss is not None
+        total = window.loss + total
     count, weight = window.count + 1, window.weight + weight
     for update in updates:
         update.window = Window(count, weight, reference, total, lead.name)
 
 
-def finish(updates: Sequence[Update], weight: float, last: bool = False) -> list[StepReport]:
+def finish(
+    updates: Sequence[Update], weight: float | Tensor, last: bool = False
+) -> list[StepReport]:
     """Step if the window is full or ``last``."""
     lead = updates[0]
     if lead.window.count < lead.size and not last:
+        weight = math.nan if isinstance(weight, Tensor) else weight
         return [update.report("accumulated", weight=weight) for update in updates]
     return close(updates)
 
@@ -493,10 +502,15 @@ def _read(
     """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
     window = updates[0].window
     assert window.loss is not None
-    weight, factor = window.weight, window.reference / (window.weight or 1.0)
+    weight, unread = window.weight, []
+    if isinstance(weight, Tensor):
+        factor: float | Tensor = window.reference / weight
+        unread = [weight] if sums is None else []  # The sum over ranks is read.
+    else:
+        factor = window.reference / (weight or 1.0)
     facts: list[float] = []
     requests: list[tuple[Tensor, Take]] = [
-        (each.reshape(1), facts.extend) for each in (window.loss, *scales)
+        (each.reshape(1), facts.extend) for each in (window.loss, *scales, *unread)
     ]
     for update, grads in zip(updates, gradients, strict=True):
         measured = grads.measure(factor if sums is None else sums.reference / sums.numbers[1])
@@ -506,6 +520,8 @@ def _read(
     _fetch(requests)
     scale = facts[1] if scales else 1.0
     if sums is None:
+        weight = facts[-1] if unread else float(weight)
+        factor = window.reference / (weight or 1.0)
         loss = facts[0] * factor
     else:
         total, weight, *answers = facts[1 + len(scales) :]
@@ -571,12 +587,12 @@ def _names(updates: Sequence[Update]) -> str:
     return ", ".join(repr(update.name) for update in updates)
 
 
-def _check(loss: Tensor, weight: float, name: str) -> None:
+def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
     """Check what was given to `optimize`.
 
     Raises:
-        ValueError: for anything but a scalar tensor with a graph, and for a weight that is negative
-            or not finite.
+        ValueError: for anything but a scalar tensor with a graph, and for a weight that is no
+            scalar, negative or not finite. The number of a tensor is not looked at.
     """
     if not isinstance(loss, Tensor):
         raise ValueError(
@@ -587,12 +603,17 @@ def _check(loss: Tensor, weight: float, name: str) -> None:
             f"optimize({name!r}) got a loss of shape {tuple(loss.shape)}; allowed: a scalar "
             "(use loss.mean())"
         )
-    if weight and not loss.requires_grad:
+    if isinstance(weight, Tensor) and weight.numel() != 1:
+        raise ValueError(
+            f"optimize({name!r}) got a weight of shape {tuple(weight.shape)}; allowed: a number or "
+            "a scalar tensor"
+        )
+    if not loss.requires_grad and (isinstance(weight, Tensor) or weight):
         raise ValueError(
             f"optimize({name!r}) got a loss without a graph: no parameter that requires a gradient "
             "led to it. Was it detached, computed under torch.no_grad(), or is every module frozen?"
         )
-    if not 0.0 <= weight < math.inf:
+    if not isinstance(weight, Tensor) and not 0.0 <= weight < math.inf:
         raise ValueError(
             f"optimize({name!r}) got the weight {weight!r}; allowed: a finite number, 0 or more"
         )
