@@ -10,6 +10,7 @@ D the width of the encoder, V the size of the vocabulary.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torchaudio
@@ -111,8 +112,8 @@ class ConformerCTC(nn.Module):
     def _silence(self, depthwise: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         return inputs[0].masked_fill(self._padding[:, None, :], 0.0)  # (B, D, T)
 
-    def frames(self, samples: int) -> int:
-        """Return the number of output frames of so many samples."""
+    def frames(self, samples: Any) -> Any:
+        """Return the number of output frames of so many samples: of a number, or of a tensor."""
         frames = samples // self.features.hop + 1
         for _ in self.front.convs:
             frames = (frames + 1) // 2
@@ -146,15 +147,21 @@ def ctc_loss(log_probs: Tensor, frames: Tensor, tokens: Tensor, lengths: Tensor)
     left out of the mean. None is in training, from which `recipes.asr.data.datasets` leaves them
     out, but valid and test may have some. A loss that is not finite for another reason stays so.
 
-    Args: log probabilities (B, T, V), frames (B,), tokens (B, L) padded, and their lengths (B,).
+    Args:
+        log_probs: log probabilities (B, T, V), on any device.
+        frames: valid frames (B,). These and the next are best on the host, where torch needs
+            lengths: it would wait for those on a GPU.
+        tokens: (B, L), padded.
+        lengths: number of tokens (B,).
     """
+    targets = tokens.to(log_probs.device, non_blocking=True)
     losses = nn.functional.ctc_loss(
-        log_probs.transpose(0, 1), tokens, frames, lengths, reduction="none", zero_infinity=True
+        log_probs.transpose(0, 1), targets, frames, lengths, reduction="none", zero_infinity=True
     )
     repeats = tokens[:, 1:].eq(tokens[:, :-1])
     repeats &= padding_mask(lengths - 1, repeats.shape[1]).logical_not()
     possible = lengths + repeats.sum(1) <= frames
-    return losses.sum() / possible.sum().clamp(min=1)
+    return losses.sum() / int(possible.sum().clamp(min=1))
 
 
 def padding_mask(lengths: Tensor, longest: int) -> Tensor:

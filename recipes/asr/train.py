@@ -43,7 +43,8 @@ class Recogniser(Brain):
     ) -> Tensor:
         if stage is not Stage.TRAIN:
             self.scores.add(batch.id, batch.text, self.texts(predictions))
-        return ctc_loss(*predictions, *batch.tokens)
+        (_, samples), tokens = batch.on_host.sig, batch.on_host.tokens
+        return ctc_loss(predictions[0], self.modules.model.frames(samples), *tokens)
 
     def texts(self, predictions: tuple[Tensor, Tensor]) -> list[str]:
         """Decode the text of each utterance."""

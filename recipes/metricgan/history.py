@@ -46,11 +46,11 @@ def waveform(record: Record) -> Tensor:
 
 def padded(records: Sequence[Record | None], like: Tensor) -> Tensor:
     """The samples of records as a batch of the shape (B, S) of ``like``; silence for None."""
-    waves = torch.zeros_like(like)
+    waves = torch.zeros(like.shape)
     for wave, record in zip(waves, records, strict=True):
         if record is not None:
-            wave[: len(record.wave)] = waveform(record).to(wave)
-    return waves
+            wave[: len(record.wave)] = waveform(record)
+    return waves.to(like, non_blocking=True)  # One copy, for which nobody waits.
 
 
 class History:

@@ -82,9 +82,16 @@ class Spectrum(nn.Module):
 
     def invert(self, spectrum: Tensor, samples: int) -> Tensor:
         """A spectrogram (B, T, F) to samples (B, samples)."""
-        return torch.istft(
-            spectrum.transpose(1, 2), self.size, self.hop, window=self.window, length=samples
+        # As `torch.istft`, which also reads from the device whether the windows overlap.
+        frames = torch.fft.irfft(spectrum, self.size) * self.window  # (B, T, size)
+        weights = self.window.square().expand_as(frames[:1])
+        size = self.size + self.hop * (frames.shape[1] - 1)
+        wav, weight = (
+            torch.ops.aten.unfold_backward(each, [len(each), size], 1, self.size, self.hop)
+            for each in (frames, weights)
         )
+        valid = slice(self.size // 2, self.size // 2 + samples)
+        return wav[:, valid] / weight[:, valid]
 
     def features(self, spectrum: Tensor) -> Tensor:
         """Return the input of both players, log(1 + gain · |X|) by frequency or band.
@@ -163,15 +170,12 @@ class Generator(nn.Module):
     def forward(self, features: Tensor, frames: Tensor | None = None) -> Tensor:
         """Log magnitudes (B, T, F) to masks (B, T, F).
 
-        ``frames`` (B,) says where padding begins; None: nowhere. What an utterance gets does not
-        depend on what it is batched with.
+        ``frames`` (B,), best on the host, says where padding begins; None: nowhere. What an
+        utterance gets does not depend on what it is batched with.
         """
-        padded = frames is not None and bool((frames < features.shape[1]).any())
-        if padded:
-            assert frames is not None
-            packed = pack_padded_sequence(
-                features, frames.cpu(), batch_first=True, enforce_sorted=False
-            )
+        frames = None if frames is None else frames.cpu()
+        if frames is not None and bool((frames < features.shape[1]).any()):
+            packed = pack_padded_sequence(features, frames, batch_first=True, enforce_sorted=False)
             hidden, _ = pad_packed_sequence(
                 self.recur(packed), batch_first=True, total_length=features.shape[1]
             )
@@ -206,11 +210,13 @@ def enhance(
 ) -> Tensor:
     """Samples (B, S) with the mask on their magnitude and their own phase, (B, S).
 
-    They are valid up to ``lengths`` (B,), and what is returned is silent behind. With ``power``
-    (B, 1, F) the mask is raised to it: above 1 takes away more, below 1 less. Differentiable.
+    They are valid up to ``lengths`` (B,), best on the host, and what is returned is silent behind.
+    With ``power`` (B, 1, F) the mask is raised to it: above 1 takes away more, below 1 less.
+    Differentiable.
     """
     noisy = spectrum(wav)
     mask = generator(spectrum.features(noisy), spectrum.frames(lengths))
     mask = mask if power is None else mask**power
     clean = spectrum.invert(noisy * mask.float(), wav.shape[1])
+    lengths = lengths.to(wav.device, non_blocking=True)
     return clean * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])

@@ -80,7 +80,7 @@ class Enhancer(Brain):
             self.optimizers_dict["metric"] = self.hparams.opt_metric(weights)
 
     def count_examples(self, batch: Any) -> float:
-        return float(batch.weight.sum()) if "weight" in batch else float(len(batch))
+        return float(batch.on_host.weight.sum()) if "weight" in batch else float(len(batch))
 
     # ------------------------------------------------------------------------------ the passes
 
@@ -102,46 +102,49 @@ class Enhancer(Brain):
     @torch.no_grad()
     def ask_for_scores(self, batch: Any) -> None:
         """Enhance, keep what came out, and have it scored while the discriminator trains."""
-        lengths = batch.noisy.lengths.tolist()
+        known = batch.on_host
+        columns = (known.index, known.epoch, known.noisy.lengths, known.weight)
+        rows = list(zip(batch.id, *(each.tolist() for each in columns), strict=True))
         for version in self.versions:
             with self.autocast():
-                enhanced = self.enhanced(batch, version)
-            for i, length in enumerate(lengths):
-                if batch.weight[i] > 0:
-                    wave = quantised(enhanced[i, :length])
-                    place = int(batch.index[i]), version
-                    found = Record(batch.id[i], place[0], int(batch.epoch[i]), wave, version)
-                    self.history.current[place] = found
+                waves = quantised(self.enhanced(batch, version))
+            for wave, (name, index, epoch, length, weight) in zip(waves, rows, strict=True):
+                if weight > 0:
+                    found = Record(name, index, epoch, wave[:length].clone(), version)
+                    self.history.current[index, version] = found
         self.ask(batch)
 
     def fit_current(self, batch: Any) -> dict[str, Tensor]:
         """Discriminator: what is clean, what was enhanced in this epoch, and what is noisy."""
         clean = self.features(batch.clean.data)
-        sides = [(batch.clean.data, torch.ones_like(batch.weight)), *self.scored(batch)]
-        measured = batch.weight * torch.stack([scores.isfinite() for _, scores in sides]).all(0)
+        signals, scores = self.scored(batch)
+        sides = [batch.clean.data, *signals]
+        measured = batch.on_host.weight * scores.isfinite().all(0)
+        weights = measured.to(self.device, non_blocking=True)
+        targets = scores.nan_to_num().to(self.device, non_blocking=True)
         with self.autocast():
             predicted = [
                 self.modules.discriminator(self.features(judged), clean, self.frames(batch))
-                for judged, _ in sides
+                for judged in sides
             ]
-            scores = torch.stack([scores.nan_to_num() for _, scores in sides])
-            found = losses(torch.stack(predicted) - scores, self.hparams.within_weight)
-            loss = weighted_mean(found, measured)
+            found = losses(torch.stack(predicted) - targets, self.hparams.within_weight)
+            loss = weighted_mean(found, weights)
         self.step_discriminator(loss, batch, measured)
         # NaN where nothing was measured: a loss of 0 would enter the average.
         return {"current": loss.detach() if measured.any() else torch.tensor(torch.nan)}
 
     def fit_history(self, batch: Any) -> dict[str, Tensor]:
         """Discriminator: what was enhanced in past epochs."""
-        records = [self.history[place] if place >= 0 else None for place in batch.record.tolist()]
+        places = batch.on_host.record.tolist()
+        records = [self.history[place] if place >= 0 else None for place in places]
         scores = torch.tensor([record.score if record else 0.0 for record in records])
         clean = self.features(batch.clean.data)
         with self.autocast():
             judged = self.features(padded(records, batch.clean.data))
             predicted = self.modules.discriminator(judged, clean, self.frames(batch))
-            errors = predicted - scores.to(predicted)
+            errors = predicted - scores.to(predicted, non_blocking=True)
             loss = weighted_mean(errors.square(), batch.weight)
-        self.step_discriminator(loss, batch, batch.weight)
+        self.step_discriminator(loss, batch, batch.on_host.weight)
         return {"history": loss.detach()}
 
     def fit_generator(self, batch: Any) -> dict[str, Tensor]:
@@ -160,11 +163,16 @@ class Enhancer(Brain):
         return {"generator": adversarial.detach(), "predicted": predicted_mean}
 
     def step_discriminator(self, loss: Tensor, batch: Any, weights: Tensor) -> None:
-        self.optimize(loss, "discriminator", float(weights.sum()), last=bool(batch.closes[0]))
+        """Step by a loss that is the mean over utterances of these weights (B,), on the host."""
+        self.optimize(loss, "discriminator", float(weights.sum()), last=self.closes(batch))
 
     def step_generator(self, loss: Tensor, batch: Any, name: str = "generator") -> None:
-        self.optimize(loss, name, last=bool(batch.closes[0]))
+        self.optimize(loss, name, last=self.closes(batch))
         self.modules.generator.sigmoid.limit()
+
+    def closes(self, batch: Any) -> bool:
+        """Return True for the last batch of a pass."""
+        return bool(batch.on_host.closes[0])
 
     # ----------------------------------------------------------------------- signals and scores
 
@@ -175,12 +183,13 @@ class Enhancer(Brain):
 
     def enhanced(self, batch: Any, version: int = 0) -> Tensor:
         """The noisy side of a batch through the generator, (B, S)."""
-        power = None
+        power, known = None, batch.on_host
         if version:
-            places = zip(batch.epoch.tolist(), batch.index.tolist(), strict=True)
+            places = zip(known.epoch.tolist(), known.index.tolist(), strict=True)
             seeds = [derive(self.options.seed, "version", *each, version) for each in places]
-            power = exponents(seeds, self.spectrum.bins).to(self.device)
-        return enhance(self.spectrum, self.modules.generator, *batch.noisy, power)
+            power = exponents(seeds, self.spectrum.bins).to(self.device, non_blocking=True)
+        lengths = known.noisy.lengths
+        return enhance(self.spectrum, self.modules.generator, batch.noisy.data, lengths, power)
 
     def features(self, wav: Tensor) -> Tensor:
         """Samples (B, S) as the discriminator sees them: log magnitudes (B, T, F)."""
@@ -194,16 +203,18 @@ class Enhancer(Brain):
         noisy, clean = self.spectrum(batch.noisy.data), self.spectrum(batch.clean.data)
         frames = self.spectrum.frames(batch.clean.lengths)
         seen = self.spectrum.features
-        mask = self.modules.generator(seen(noisy), frames).float()
+        known = self.spectrum.frames(batch.on_host.clean.lengths)
+        mask = self.modules.generator(seen(noisy), known).float()
         errors = (seen(noisy * mask) - seen(clean)).square().mean(-1)  # (B, T)
         valid = torch.arange(errors.shape[1], device=errors.device) < frames[:, None]
         return (errors * valid).sum(-1) / frames
 
     def ask(self, batch: Any) -> None:
         """Ask for the scores of a batch that are not known, enhanced and noisy."""
-        sides = zip(batch.noisy.data, batch.clean.data, batch.noisy.lengths.tolist(), strict=True)
+        known = batch.on_host
+        sides = zip(known.noisy.data, known.clean.data, known.noisy.lengths.tolist(), strict=True)
         for name, index, (noisy, clean, length) in zip(
-            batch.id, batch.index.tolist(), sides, strict=True
+            known.id, known.index.tolist(), sides, strict=True
         ):
             for version in self.versions:
                 record = self.history.current.get((index, version))
@@ -212,22 +223,25 @@ class Enhancer(Brain):
             if (index, 0) in self.history.current:
                 self.targets.ask(name + NOISY, clean[:length], noisy[:length])
 
-    def scored(self, batch: Any) -> list[tuple[Tensor, Tensor]]:
-        """Return the enhanced and noisy signals of a batch (B, S) with normalised scores (B,).
+    def scored(self, batch: Any) -> tuple[list[Tensor], Tensor]:
+        """Return the enhanced and noisy signals of a batch, and their normalised scores.
 
-        A score is NaN where there is none.
+        Signals are (B, S). Scores are (1 + signals, B), on the host: those of the clean ones, 1,
+        come first. A score is NaN where there is none.
         """
         self.ask(batch)  # Those of a resumed run were asked for in another process.
-        found, current = [], self.history.current
+        signals, current = [], self.history.current
+        places, found = batch.on_host.index.tolist(), [[1.0] * len(batch)]
         for version in self.versions:
-            records = [current.get((index, version)) for index in batch.index.tolist()]
+            records = [current.get((index, version)) for index in places]
             scores = self.targets.get([version_of(name, version) for name in batch.id])
             for record, score in zip(records, scores, strict=True):
                 if record is not None:
                     current[record.index, version] = record._replace(score=score)
-            found.append((padded(records, batch.clean.data), scores))
-        found.append((batch.noisy.data, self.targets.get([name + NOISY for name in batch.id])))
-        return [(wave, torch.tensor(scores, device=self.device)) for wave, scores in found]
+            signals.append(padded(records, batch.clean.data))
+            found.append(scores)
+        found.append(self.targets.get([name + NOISY for name in batch.id]))
+        return [*signals, batch.noisy.data], torch.tensor(found)
 
     # --------------------------------------------------------------------------- valid and test
 

@@ -97,7 +97,7 @@ def gate_loss(logits: Tensor, steps: Tensor, last_step: float = 1.0) -> Tensor:
     error = binary_cross_entropy_with_logits(
         full(logits),
         last.to(full(logits).dtype),
-        pos_weight=torch.tensor(last_step, device=logits.device),
+        pos_weight=full(logits).new_full((), last_step),
         reduction="none",
     )
     return mean_of_means(error, steps)
@@ -127,7 +127,7 @@ def diagonal(tokens: Tensor, symbols: Tensor, durations: Tensor | None = None) -
     """
     if durations is None:
         return torch.arange(tokens.shape[1], device=tokens.device) / symbols.unsqueeze(1)
-    each = durations.to(tokens.device)[tokens]
+    each = durations.to(tokens.device, non_blocking=True)[tokens]
     each = each.masked_fill(padding_mask(symbols, tokens.shape[1]), 0.0)
     ends = each.cumsum(1)
     return (ends - each / 2) / ends[:, -1:]

@@ -120,16 +120,29 @@ class Tacotron(nn.Module):
         """Return the number of decoder steps of so many frames."""
         return (frames + self.reduction - 1) // self.reduction
 
-    def forward(self, tokens: Tensor, symbols: Tensor, mel: Tensor, frames: Tensor) -> Predictions:
+    def forward(
+        self,
+        tokens: Tensor,
+        symbols: Tensor,
+        mel: Tensor,
+        frames: Tensor,
+        known: Tensor | None = None,
+    ) -> Predictions:
         """Teacher forcing: each step sees the true frames before it.
 
-        Args: tokens (B, L) padded and their number (B,), log-mels (B, F, M) padded and frames (B,).
+        Args:
+            tokens: (B, L), padded.
+            symbols: their number (B,).
+            mel: log-mels (B, F, M), padded.
+            frames: their number (B,).
+            known: ``symbols`` on the host, if they are elsewhere: torch needs them there, and would
+                wait for them.
         """
         # Few different lengths: a CPU prepares its kernels anew for each.
         mel = nn.functional.pad(mel, (0, 0, 0, -mel.shape[1] % (GRID * self.reduction)))
         target = (mel - self.mean) / self.deviation
         order = symbols.argsort(descending=True, stable=True)  # as torchaudio's packing wants it
-        memory = self._encode(tokens[order], symbols[order])
+        memory = self._encode(tokens[order], symbols[order], known)
         # The decoder folds r frames into one by a view, for which frames must lie before bands.
         teacher = self._remembered(target[order]).contiguous().transpose(1, 2)
         force = forced if can_force(self.net.decoder) else type(self.net.decoder).forward
@@ -180,13 +193,17 @@ class Tacotron(nn.Module):
         prenet = self.net.decoder.prenet
         return prenet.register_forward_pre_hook(lambda _, seen: (torch.zeros_like(seen[0]),))
 
-    def _encode(self, tokens: Tensor, symbols: Tensor) -> Tensor:
-        """(B, L), the longest first, to the memory (B, L, C) that the attention reads."""
+    def _encode(self, tokens: Tensor, symbols: Tensor, known: Tensor | None = None) -> Tensor:
+        """(B, L), the longest first, to the memory (B, L, C) that the attention reads.
+
+        ``known`` are the ``symbols`` on the host, in any order.
+        """
         self._beyond_text = padding_mask(symbols, tokens.shape[1]).unsqueeze(1)
         embedded = self.net.embedding(tokens).transpose(1, 2)
         if tokens.device.type == "cpu":
             return encoded(self.net.encoder, embedded, symbols)
-        read: Tensor = self.net.encoder(embedded, symbols)
+        lengths = symbols if known is None else known.sort(descending=True).values
+        read: Tensor = self.net.encoder(embedded, lengths)
         return read
 
     def _refine(self, coarse: Tensor, frames: Tensor) -> Tensor:

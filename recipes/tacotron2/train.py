@@ -36,7 +36,8 @@ class Synthesiser(Brain):
     """
 
     def compute_forward(self, batch: Any, stage: Stage) -> Predictions:
-        return self.modules.model(*batch.tokens, *batch.mel)
+        known = batch.on_host.tokens.lengths
+        return self.modules.model(*batch.tokens, *batch.mel, known)
 
     def compute_objectives(self, predictions: Predictions, batch: Any, stage: Stage) -> Tensor:
         parts = self.hparams.objective(

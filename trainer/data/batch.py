@@ -61,11 +61,13 @@ class Batch:
     Args:
         fields: values by name: a `Padded`, a tensor (B, …), or a list of length B.
         size: number of examples, B.
+        host: the same batch as it was loaded, if this one was moved to a device.
     """
 
-    def __init__(self, fields: Mapping[str, Any], size: int) -> None:
+    def __init__(self, fields: Mapping[str, Any], size: int, host: Batch | None = None) -> None:
         self._fields = dict(fields)
         self._size = size
+        self._host = host
 
     def __len__(self) -> int:
         return self._size
@@ -97,6 +99,14 @@ class Batch:
     def __repr__(self) -> str:
         return f"Batch({', '.join(self._fields)}; {self._size} examples)"
 
+    @property
+    def on_host(self) -> Batch:
+        """The batch as it was loaded, before `to` moved it; itself if it was not moved.
+
+        Python reads lengths and counts from it without waiting for the device.
+        """
+        return self if self._host is None else self._host
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return a batch with the same fields whose tensors are on ``device``.
 
@@ -105,7 +115,10 @@ class Batch:
             non_blocking: copy from a GPU without waiting, too. Copies of page-locked memory to a
                 GPU never wait.
         """
-        return self._map(lambda each: each.to(device, non_blocking=non_blocking or each.is_cpu))
+        moved = self._map(lambda each: each.to(device, non_blocking=non_blocking or each.is_cpu))
+        if torch.device(device).type != "cpu":
+            moved._host = self.on_host
+        return moved
 
     def pin_memory(self) -> Batch:
         """Return a batch with the same fields whose tensors are in page-locked memory."""
