@@ -1,15 +1,21 @@
-"""How often a step waits for the device: once an optimizer step, and for nothing else."""
+"""How often a step waits for the device: once an optimizer step, and for nothing else.
+
+And how many operators it dispatches: hardly more than a loop that one would write by hand.
+"""
 
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.benchmarks.step_cost import counted_syncs
+from tests.host_reads import HostReads
 from tests.trainer.small import Players, Regressor, batches, make
-from trainer import Brain
+from trainer import Brain, Stage
+from trainer.brain import FitArguments
 
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "allclose")
 
@@ -25,6 +31,19 @@ class Dispatched(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in READS:
             self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that are dispatched, those of backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten":  # Others are marks for the profiler.
+            self.calls.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -76,6 +95,67 @@ def test_a_line_of_the_log_reads_all_losses_at_once(kind: type[Brain]) -> None:
     lines, _ = syncs(kind, 32, log_interval=16)
     each = 0 if kind is Regressor else 2  # The line's own average and the epoch's.
     assert lines - quiet == 2 * each
+
+
+class Sum(nn.Module):
+    """A network of 128 parameters of unlike shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.ones(i + 1, 3) / 100 for i in range(128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([(weight * x).square().sum() for weight in self.weights]).sum()
+
+
+class Summed(Brain):
+    """Makes that sum small."""
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        return self.modules.net(batch["x"])
+
+    def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
+        return predictions * 0.01
+
+
+def bare_step(net: Sum, optimizer: torch.optim.Optimizer, x: Tensor, limit: float) -> None:
+    """What one would write by hand."""
+    loss = net(x) * 0.01
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
+    if torch.isfinite(norm):
+        optimizer.step()
+    loss.item()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("limit", [1e-2, 1e6])
+def test_a_step_dispatches_few_operators_more_than_a_bare_loop(limit: float) -> None:
+    batch = {"x": torch.ones(3)}
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    net = Sum()
+    optimizer = sgd(net.parameters())
+    bare_step(net, optimizer, batch["x"], limit)
+    with Operators() as bare:
+        bare_step(net, optimizer, batch["x"], limit)
+    options = {"device": "cpu", "progressbar": False, "max_grad_norm": limit}
+    brain = Summed({"net": Sum()}, sgd, None, options)
+    brain.start_training(FitArguments([1], [batch]))
+    brain.train_batch(batch)
+    with Operators() as own:
+        brain.train_batch(batch)
+    for made, expected in zip(brain.modules.net.weights, net.weights, strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-6, atol=0.0)  # It is the same step.
+    reads = HostReads()
+    reads.place([batch["x"], *brain.modules.parameters()])
+    with reads.counted():
+        brain.train_batch(batch)
+    assert len(bare.calls) > 5 * 128
+    assert len(own.calls) <= len(bare.calls) + 30
+    assert reads.calls == ["tolist"]
+    # A tensor that is made of Python's numbers is one to copy to a device. On a CPU, clipping makes
+    # one, since that is faster there.
+    assert own.calls.count("lift_fresh") == (limit < 1.0)
 
 
 def test_validation_waits_at_its_end_alone() -> None:
