@@ -139,12 +139,8 @@ def _delivered(voice: Voice, text: str) -> Voice:
 
 def _speak(spoken: Sequence[tuple[Voice, str]], sample_rate: int) -> list[Utterance]:
     lines = [speech_cache.Line(voice, text, sample_rate) for voice, text in spoken]
-    speech_cache.fill(lines)
     result = []
-    for line in lines:
-        samples = speech_cache.length(line.path)
-        if samples is None:
-            raise FileNotFoundError(f"{line.path} was removed while it was wanted")
+    for line, samples in zip(lines, speech_cache.fill(lines), strict=True):
         name = line.voice.name
         result.append(
             Utterance(

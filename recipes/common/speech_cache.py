@@ -73,12 +73,19 @@ class Line:
     @cached_property
     def key(self) -> str:
         """A hash of all that decides the bytes of the file."""
-        made_of = [EDITION, _version(), self.sample_rate, sorted(self.request.items())]
+        made_of = [EDITION, _known_version(), self.sample_rate, sorted(self.request.items())]
         return hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
 
-    @property
+    @cached_property
     def path(self) -> Path:
+        """The file, in the cache folder."""
         return folder() / "speech" / self.key[:2] / f"{self.key}.wav"
+
+
+@cache
+def _known_version() -> str:
+    """Read the version once: a list has thousands of keys."""
+    return _version()
 
 
 def _version() -> str:
@@ -105,29 +112,45 @@ def length(path: Path) -> int | None:
     return promised // 2 if promised and size == HEADER + promised else None
 
 
-def fill(lines: Sequence[Line]) -> None:
+def fill(lines: Sequence[Line]) -> list[int]:
     """Synthesise those lines that the cache does not have, with a progress bar.
 
-    Raises ``OSError`` where the folder cannot be written, ``RuntimeError`` where the synthesiser
-    fails.
-    """
-    from filelock import FileLock
+    Returns:
+        The number of samples of each line.
 
+    Raises:
+        OSError: the folder cannot be written.
+        RuntimeError: the synthesiser fails.
+        ModuleNotFoundError: there is no synthesiser.
+    """
+    _version()
     try:
-        if missing := _missing(lines):
-            folder().mkdir(parents=True, exist_ok=True)
-            with FileLock(folder() / "speech.lock"):
-                if missing := _missing(missing):  # another process may have made them meanwhile
-                    _synthesise(missing)
+        found = {line: length(line.path) for line in lines}
+        if missing := [line for line, samples in found.items() if samples is None]:
+            _make(missing)
+            found |= {line: length(line.path) for line in missing}
     except OSError as error:
         raise OSError(
             f"cannot write the embedded speech into {folder()} ({error}); the environment variable"
             " CORTEX_CACHE chooses another folder"
         ) from error
+    return [_known(line, found[line]) for line in lines]
 
 
-def _missing(lines: Sequence[Line]) -> list[Line]:
-    return [line for line in lines if length(line.path) is None]
+def _known(line: Line, samples: int | None) -> int:
+    if samples is None:
+        raise FileNotFoundError(f"{line.path} was removed while it was wanted")
+    return samples
+
+
+def _make(lines: Sequence[Line]) -> None:
+    from filelock import FileLock
+
+    folder().mkdir(parents=True, exist_ok=True)
+    with FileLock(folder() / "speech.lock"):
+        # Another process may have made them meanwhile.
+        if missing := [line for line in lines if length(line.path) is None]:
+            _synthesise(missing)
 
 
 def _synthesise(lines: Sequence[Line]) -> None:
