@@ -193,6 +193,22 @@ def test_the_examples_of_a_batch_are_counted(batch: Any, count: int) -> None:
     assert count_examples(batch) == count
 
 
+def test_a_moved_batch_keeps_the_one_that_was_loaded() -> None:
+    loaded = collate([{"x": torch.ones(3), "n": 1}, {"x": torch.ones(2), "n": 2}])
+    assert loaded.on_host is loaded
+    assert loaded.to("cpu").on_host is not loaded  # It is on the host itself.
+    moved = to_device(loaded, META)
+    assert moved.x.lengths.device == META
+    assert moved.on_host is moved.to(META).on_host is loaded
+    assert moved.on_host.x.lengths.tolist() == [3, 2]
+    moved.n = torch.zeros(2)
+    assert moved.on_host.n.tolist() == [1, 2]
+    for again in (copy.deepcopy(moved), copy.copy(moved)):
+        assert again.on_host.n.tolist() == [1, 2]
+    empty = Batch({}, 0)
+    assert empty.to(META).on_host is empty
+
+
 def test_the_examples_of_a_batch_have_names() -> None:
     assert batch_ids({"id": ["a", 2]}) == batch_ids(Batch({"id": ("a", 2)}, 2)) == ["a", "2"]
     assert batch_ids({"id": "a"}) == ["a"]

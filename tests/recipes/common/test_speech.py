@@ -77,6 +77,20 @@ def test_what_is_there_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @installed
+def test_what_is_there_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded_speech("valid", 20)
+    opened, asked = [], []
+    length, version = speech_cache.length, importlib.metadata.version
+    monkeypatch.setattr(speech_cache, "length", lambda path: (opened.append(path), length(path))[1])
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: (asked.append(name), version(name))[1]
+    )
+    found = embedded_speech("valid", 20)
+    assert opened == [each.path for each in found]
+    assert len(asked) <= 2
+
+
+@installed
 @pytest.mark.parametrize("damage", ["cut", "empty", "longer", "gone", "not audio"])
 def test_a_damaged_file_is_made_again_with_the_same_bytes(damage: str) -> None:
     utterances = embedded_speech("valid", 2)
