@@ -21,6 +21,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -747,3 +748,51 @@ def test_a_subset_never_gets_a_stand_in_from_outside() -> None:
     source.collate_fn = None
     loader = resumable(source, train=True, max_bad=1.0)
     assert set(flat(ids(loader))) == {"1", "4"}
+
+
+class Told(Dataset):
+    """Items that show the epoch that the dataset was told, and their own random seed."""
+
+    def __init__(self) -> None:
+        self.epoch, self.inner = -1, False
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        first = item_seed(index)
+        if self.inner:  # Loads batches of another loader.
+            list(make_loader(Told(), train=False, seed=9))
+        assert item_seed(index) == first
+        return self.epoch, first % 10**9
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_that_share_a_dataset_tell_it_their_own_epochs(workers: int) -> None:
+    data = Told()
+    train = make_loader(Subset(data, [0, 1, 2]), train=True, num_workers=workers)
+    valid = make_loader(Subset(data, [3]), train=False, num_workers=workers)
+    for epoch in (1, 2):
+        train.set_epoch(epoch)
+        for told, _ in train:
+            assert int(told) == epoch
+            assert [int(told) for told, _ in valid] == [0]
+
+
+@pytest.mark.parametrize("source", ["loader", "stream"])
+def test_a_loader_leaves_no_epoch_behind(source: str) -> None:
+    data = Told()
+    outside = data[0]
+    loader = make_loader(data, train=True, seed=3)
+    if source == "stream":
+        loader = resumable((data[index] for index in range(4)), seed=3)
+    loader.set_epoch(5)
+    plain = sorted(int(number) for _, number in loader)
+    assert data[0][1] == outside[1]
+    data.inner = True
+    loader = make_loader(data, train=True, seed=3)
+    loader.set_epoch(5)
+    assert sorted(int(number) for _, number in loader) == plain

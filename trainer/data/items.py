@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils.data import Dataset, Subset, get_worker_info
 
-from trainer.data.batch_sampler import BatchIndex, set_epoch
+from trainer.data.batch_sampler import BatchIndex, components
 from trainer.seed import derive, reseed
 
 logger = logging.getLogger("trainer.data")
@@ -49,11 +50,24 @@ class _Loading:
 
 
 _loading = _Loading()
+# By id of a part that has ``set_epoch``: what called it last. Loaders may share a dataset.
+_epoch_set_by: WeakValueDictionary[int, BatchDataset] = WeakValueDictionary()
 
 
 def begin_loading(seed: int, epoch: int) -> None:
     """Note the seed and epoch of the batch that this process loads now."""
     _loading.seed, _loading.epoch, _loading.bad = seed, epoch, []
+
+
+@contextmanager
+def loading(seed: int, epoch: int) -> Iterator[None]:
+    """Context manager around the loading of a batch; an item may load batches of another loader."""
+    outer = _loading.seed, _loading.epoch, _loading.bad
+    begin_loading(seed, epoch)
+    try:
+        yield
+    finally:
+        _loading.seed, _loading.epoch, _loading.bad = outer
 
 
 def item_seed(item: int | str) -> int:
@@ -198,6 +212,7 @@ class BatchDataset(Dataset[Any]):
         # The index that each worker is loading, or -1.
         self._current = torch.full((workers,), -1).share_memory_()
         self._epoch: int | None = None
+        self._told: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
         while isinstance(dataset, Subset):  # Its own `__getitems__` gains nothing.
             dataset = dataset.dataset
         self._together = not single and getattr(dataset, "__getitems__", None) is not None
@@ -208,10 +223,21 @@ class BatchDataset(Dataset[Any]):
         Returns:
             The batch, None if it has no good item; and its bad items as (path, reason).
         """
-        if index.epoch != self._epoch:  # Set here, since a worker may outlive the epoch.
-            self._epoch = index.epoch
-            set_epoch(self.dataset, index.epoch)
-        begin_loading(self.seed, index.epoch)
+        self._set_epoch(index.epoch)
+        with loading(self.seed, index.epoch):
+            return self._load_batch(index)
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Tell the dataset the epoch; here, since a worker may outlive it."""
+        if epoch != self._epoch:
+            self._told = [part for part in components(self.dataset) if hasattr(part, "set_epoch")]
+        for part in self._told:
+            if epoch != self._epoch or _epoch_set_by.get(id(part)) is not self:
+                part.set_epoch(epoch)
+                _epoch_set_by[id(part)] = self
+        self._epoch = epoch
+
+    def _load_batch(self, index: BatchIndex) -> tuple[Any, list[tuple[str, str]]]:
         worker = get_worker_info()
         if worker is not None:  # The main process draws from its own generators, as in torch.
             reseed(derive(self.seed, "batch", index.epoch, index.number))

@@ -32,7 +32,7 @@ from trainer.data.batch_sampler import (
     generators,
     set_epoch,
 )
-from trainer.data.items import BadItemPolicy, BatchDataset, begin_loading
+from trainer.data.items import BadItemPolicy, BatchDataset, begin_loading, loading
 from trainer.seed import derive, fork_rng
 
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
@@ -257,8 +257,7 @@ class Stream:
         plain = type(self._source) is DataLoader and self._source.num_workers > 0
         each = nullcontext() if plain else forked
         for number in count():
-            begin_loading(seed, epoch)
-            with each:
+            with each, loading(seed, epoch):
                 try:
                     batch = next(iterator)
                 except StopIteration:
