@@ -1,6 +1,7 @@
 """Gradients leave during the last backward pass of a window, and ranks that differ are told."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,50 @@ def test_gradients_that_are_equal_on_all_ranks_are_warned_of(
 ) -> None:
     ranks = two_ranks(equal_gradients, kind)
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+
+
+class Noting(Line):
+    """Saves after batch 5, and notes the sizes of the messages that are sent later.
+
+    The layer ``branch`` is used from batch 6 on only.
+    """
+
+    def on_fit_start(self) -> None:
+        self.sizes: list[int] = []
+        send = distributed.begin_sum
+
+        def begin_sum(tensor: Tensor, group: Any) -> Any:
+            self.sizes += [tensor.numel()] if self.step > 5 else []
+            return send(tensor, group)
+
+        distributed.begin_sum = begin_sum
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        return super().compute_forward({**batch, "branch": torch.tensor(self.step > 5)}, stage)
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if self.step == 5:
+            self.checkpointer.save_checkpoint(name="stop")
+
+
+def resume_in_a_window(folder: str) -> Found:
+    straight = make(Noting, folder=Path(folder, "straight"), grad_accumulation_factor=4)
+    straight.fit([1], batches())
+    sizes = straight.sizes.copy()
+    if distributed.is_main():
+        shutil.copytree(Path(folder, "straight", "stop"), Path(folder, "resumed", "stop"))
+    distributed.barrier()
+    resumed = make(Noting, folder=Path(folder, "resumed"), grad_accumulation_factor=4)
+    resumed.fit([1], batches())
+    return {"straight": sizes, "resumed": resumed.sizes}
+
+
+def test_a_window_that_is_resumed_sends_the_same_messages(
+    two_ranks: TwoRanks, tmp_path: Path
+) -> None:
+    for found in two_ranks(resume_in_a_window, tmp_path):
+        assert found["straight"] == found["resumed"]
+        assert found["resumed"][:2] == [12 + 4 + 4 + 1, 3 + 1]  # Network and branch.
 
 
 def references(folder: str) -> Found:

@@ -32,8 +32,13 @@ from .small import ema_of, poison, same
 from .two_processes import (
     ROUNDS,
     ByHand,
+    Catching,
+    Editing,
+    Exchanging,
+    Growing,
     Joint,
     Line,
+    OddLayouts,
     Players,
     PlayersNotFrozen,
     Points,
@@ -160,6 +165,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "unfrozen-later": {"kind": UnfrozenLater},
     "small-buckets": {"kind": SmallBuckets},
     "small-buckets-window": {"kind": SmallBuckets, "grad_accumulation_factor": 3},
+    "growing": {"kind": Growing},
+    "growing-window": {"kind": Growing, "grad_accumulation_factor": 3},
+    "exchanging": {"kind": Exchanging},
+    "exchanging-window": {"kind": Exchanging, "grad_accumulation_factor": 3},
+    "editing": {"kind": Editing},
+    "catching": {"kind": Catching},
+    "catching-window": {"kind": Catching, "grad_accumulation_factor": 3},
+    "odd-layouts": {"kind": OddLayouts},
 }
 # Those that learn, and those that are applied to units and elements.
 CLIPS = ("pattern", "gradual-linear", "value-auto", "auto", "median", "z", "adagc", "agc", "spam")

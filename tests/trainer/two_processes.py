@@ -234,6 +234,92 @@ class SmallBuckets(TwoForwards):
         super().__init__(*arguments, **named)
 
 
+class Growing(Line):
+    """Gives its optimizer a further layer, the ``head``, in the middle of a window of three."""
+
+    exchange = False
+
+    def __init__(self, modules: dict[str, nn.Module], *arguments: Any, **named: Any) -> None:
+        head = nn.Linear(3, 1, dtype=next(modules["net"].parameters()).dtype)
+        super().__init__({**modules, "head": head.requires_grad_(False)}, *arguments, **named)
+
+    def init_optimizers(self) -> None:
+        given = [*self.modules.net.parameters(), *self.modules.branch.parameters()]
+        self.optimizer = torch.optim.SGD(given, lr=0.1)
+        self.start = self.modules.head.weight.detach().clone()
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        if (self.step, self.progress.epoch) == (5, 1):
+            new = list(self.modules.head.requires_grad_(True).parameters())
+            if self.exchange:
+                self.modules.branch.requires_grad_(False)
+                self.optimizer.param_groups[0]["params"][-2:] = new
+            else:
+                self.optimizer.add_param_group({"params": new})
+
+    def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> Any:
+        super().on_stage_end(stage, stage_loss, epoch)
+        assert not torch.equal(self.start, self.modules.head.weight)
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        return super().compute_forward(batch, stage) + self.modules.head(batch["x"]).squeeze(-1)
+
+
+class Exchanging(Growing):
+    """Exchanges parameters of its optimizer for as many others."""
+
+    exchange = True
+
+
+class Editing(SmallBuckets):
+    """Has hooks that edit gradients, registered after the framework's own."""
+
+    def on_fit_start(self) -> None:
+        for i, p in enumerate(self.modules.parameters()):
+            p.register_post_accumulate_grad_hook(self.edit if i % 2 else self.edit_in_place)
+
+    @staticmethod
+    def edit(p: Tensor) -> None:
+        p.grad = 3 * p.grad
+
+    @staticmethod
+    def edit_in_place(p: Tensor) -> None:
+        p.grad.mul_(3)
+
+
+class Catching(SmallBuckets):
+    """Goes on after an error in a backward pass, when some buckets have been sent."""
+
+    def fit_batch(self, batch: Any) -> Any:
+        def fail(p: Tensor) -> None:
+            if self.step in (4, 6):
+                raise OverflowError
+
+        handle = self.modules.net[0].bias.register_post_accumulate_grad_hook(fail)
+        try:
+            return super().fit_batch(batch)
+        except OverflowError:
+            return None
+        finally:
+            handle.remove()
+
+
+class OddLayouts(Line):
+    """With weights in channels_last layout, and weights that are a part of a larger tensor."""
+
+    def __init__(self, modules: dict[str, nn.Module], *arguments: Any, **named: Any) -> None:
+        dtype = next(modules["net"].parameters()).dtype
+        conv = nn.Conv2d(3, 4, (2, 1), dtype=dtype).to(memory_format=torch.channels_last)
+        gaps = nn.Linear(4, 1, dtype=dtype)
+        gaps.weight = nn.Parameter(torch.randn(8, 1, dtype=dtype)[::2].t())
+        super().__init__({**modules, "conv": conv, "gaps": gaps}, *arguments, **named)
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        image = torch.stack([batch["x"], batch["x"] ** 2], 2)[..., None]  # (N, 3, 2, 1)
+        extra = self.modules.gaps(self.modules.conv(image).flatten(1)).squeeze(-1)
+        return super().compute_forward(batch, stage) + extra
+
+
 class ByHand(Line):
     """Steps by itself. Its batches are of one size, since nothing weighs them."""
 
@@ -268,7 +354,9 @@ def make(
         "never": nn.Linear(2, 2),  # Reached by no loss; weight decay must not move it.
     }
     schedule = (
-        {} if issubclass(kind, Players) else {"schedule": lambda opt: WarmupDecay(opt, 2, 40)}
+        {}
+        if issubclass(kind, (Players, Growing))
+        else {"schedule": lambda opt: WarmupDecay(opt, 2, 40)}
     )
     return kind(
         {name: module.to(dtype) for name, module in modules.items()},

@@ -172,7 +172,11 @@ def broadcast_(tensors: list[Tensor]) -> None:
     """
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            # Backends send memory as it lies, which may differ between ranks and have gaps.
+            sent = tensor.contiguous()
+            dist.broadcast(sent, 0)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
 
 def all_gather_rows(tensor: Tensor) -> Tensor:

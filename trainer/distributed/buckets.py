@@ -87,17 +87,24 @@ class GradientBuckets:
         self._sent = 0
         self._after: GradientBuckets | None = None
         self._messages: list[Any] = []
+        self._hooks: list[Any] = []
         for i, p in enumerate(self.params):
             frozen = not p.requires_grad
             p.requires_grad_(True)  # torch registers no hook on a frozen parameter.
-            p.register_post_accumulate_grad_hook(partial(self._take_gradient, i))
+            hook = partial(self._take_gradient, i)
+            self._hooks.append(p.register_post_accumulate_grad_hook(hook))
             if frozen:
                 p.requires_grad_(False)
 
-    def begin_window(self) -> None:
-        """Prepare for a window."""
-        self._messages.clear()  # An error may have ended the last window.
-        self._sent = 0
+    def remove_hooks(self) -> None:
+        """Leave the parameters, which other buckets take over."""
+        self.wait()
+        for hook in self._hooks:
+            hook.remove()
+
+    def prepare(self) -> None:
+        """Prepare for the next backward pass of a window, the first or another."""
+        self.wait()  # An error may have ended the last window.
         if self._stale:
             self._lay_out()
 
@@ -188,7 +195,8 @@ class GradientBuckets:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the buckets of a saved run; who fires twice is learned again."""
         self._early, self._fires_twice = set(state["early"]), set(state["twice"])
-        self._stale, self.learned = True, False
+        self.learned = False
+        self._lay_out()  # Now: a window may be open, which has been restored, too.
 
     def _rows(self) -> set[int]:
         return {i for i, sparse in enumerate(self._sparse) if sparse}
@@ -240,11 +248,13 @@ class GradientBuckets:
             slot.copy_(p.grad)
             p.grad = slot
         if self._sending:
-            self._left[number] -= 1
+            # Without this parameter: hooks of the user's may come after this one, and edit the
+            # gradient. Those of the parameters before it have run.
             if self._after is None or self._after.all_sent:
                 while not self.all_sent and not self._left[self._sent]:
                     self._send(self._buckets[self._sent])
                     self._sent += 1
+            self._left[number] -= 1
 
     def _send(self, bucket: Bucket, factor: float = 1.0) -> None:
         bucket.fill(factor)

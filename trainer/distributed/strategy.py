@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -82,8 +83,8 @@ class Strategy:
         """
         return None
 
-    def begin_window(self, name: str, params: Sequence[Tensor]) -> None:
-        """Prepare for the accumulation window of an optimizer over these parameters."""
+    def prepare_backward(self, name: str, params: Sequence[Tensor]) -> None:
+        """Prepare for a backward pass of an optimizer over these parameters."""
 
     def backward(
         self, names: Sequence[str], reference: float, last: bool
@@ -175,21 +176,21 @@ class Replicate(Strategy):
         }
         _check_equal("optimizers", described)
         for name, params in optimizers.items():
-            self.begin_window(name, params)
+            self.prepare_backward(name, params)
 
     def reference(self, name: str) -> float | None:
         return self._references.get(name)
 
-    def begin_window(self, name: str, params: Sequence[Tensor]) -> None:
+    def prepare_backward(self, name: str, params: Sequence[Tensor]) -> None:
         buckets = self._buckets.get(name)
-        if buckets is None or len(buckets.params) != len(params):  # A group of parameters is new.
+        if buckets is None or not _same(buckets.params, params):  # Some parameters are new.
             named = [(self._names.get(p, f"parameter {i}"), p) for i, p in enumerate(params)]
             if buckets is not None:
-                buckets.stop_listening()
+                buckets.remove_hooks()
             buckets = self._buckets[name] = GradientBuckets(named, self._sparse, self._group)
             if name in self._saved:
                 buckets.load_state_dict(self._saved[name])
-        buckets.begin_window()
+        buckets.prepare()
 
     @contextmanager
     def backward(self, names: Sequence[str], reference: float, last: bool) -> Iterator[None]:
@@ -205,8 +206,8 @@ class Replicate(Strategy):
         finally:
             for buckets in trained:
                 buckets.stop_listening()
-        if last:
-            self._flush(trained, reference, agreed)
+            if last:  # After an error, too: ranks had sent different numbers of buckets by then.
+                self._flush(trained, reference, agreed)
 
     def end_window(
         self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
@@ -317,6 +318,10 @@ class Replicate(Strategy):
 def make_strategy() -> Strategy:
     """Return the strategy for the processes of this run."""
     return Replicate() if distributed.world_size() > 1 else Strategy()
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _norms(trained: Sequence[GradientBuckets]) -> list[float]:

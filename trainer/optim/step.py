@@ -156,8 +156,14 @@ class Update:
             kept: their gradients before the backward pass.
         """
         found = [name for name, p in self.untrained.items() if p.grad is not None]
-        for p, grad in zip(self.untrained.values(), kept, strict=True):
-            p.grad = grad
+        if found:  # An optimizer may have got a group of parameters since.
+            owned = {p for update in (self, *self.others) for p in update.all_params}
+            found = [name for name in found if self.untrained[name] not in owned]
+        for (name, p), grad in zip(tuple(self.untrained.items()), kept, strict=True):
+            if p.grad is not None and name not in found:
+                del self.untrained[name]
+            else:
+                p.grad = grad
         if found and not self._warned_of_untrained:
             self._warned_of_untrained = True
             warnings.warn(
@@ -193,8 +199,8 @@ class Update:
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
                 stacklevel=4,
             )
-        if not self.window.count:
-            self.strategy.begin_window(self.name, self.all_params)
+        # In an open window, too: a group of parameters may have been added since.
+        self.strategy.prepare_backward(self.name, self.all_params)
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -372,10 +378,15 @@ def accumulate(
     share = weight / reference
     whole = not on_device and share == 1.0
     last = last or window.count + 1 >= lead.size
-    with lead.strategy.backward([update.name for update in updates], reference, last):
-        if counts:
-            scaled = lead.scaler.scale(loss if whole else loss * share)
-            _backward(updates, scaled, retain_graph)
+    try:
+        with lead.strategy.backward([update.name for update in updates], reference, last):
+            if counts:
+                scaled = lead.scaler.scale(loss if whole else loss * share)
+                _backward(updates, scaled, retain_graph)
+    except BaseException:
+        for update in updates:  # Its gradients have a part of this loss, on some ranks or all.
+            update.drop_window()
+        raise
     total = loss.detach() if counts else torch.zeros_like(loss)
     if total.dim():
         total = total.reshape(())
