@@ -72,7 +72,7 @@ ROWS = {
 
 
 def run_bare(batches: Batches, epochs: int, window: int = 1) -> None:
-    """What one would write by hand."""
+    """Write the same loop by hand."""
     net = make_net()
     optimizer = torch.optim.Adam(net.parameters())
     total = 0.0

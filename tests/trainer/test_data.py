@@ -73,7 +73,7 @@ def content(loader: Any) -> list[Any]:
 
 
 def own(batches: list[Any]) -> list[Any]:
-    """What in `content` follows from (seed, epoch, item)."""
+    """Return the part of `content` that follows from (seed, epoch, item)."""
     return [(names, draws) for names, _, _, draws in batches]
 
 

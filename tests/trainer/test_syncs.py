@@ -1,4 +1,4 @@
-"""How often a step waits for the device: once an optimizer step, and for nothing else.
+"""Host-device syncs of a step: one an optimizer step, and no other.
 
 And how many operators it dispatches: hardly more than a loop that one would write by hand.
 """
@@ -119,7 +119,7 @@ class Summed(Brain):
 
 
 def bare_step(net: Sum, optimizer: torch.optim.Optimizer, x: Tensor, limit: float) -> None:
-    """What one would write by hand."""
+    """Write the same loop by hand."""
     loss = net(x) * 0.01
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
