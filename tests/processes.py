@@ -173,7 +173,8 @@ def _run(rank: int, call: dict[str, Any]) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     result = function(*call["arguments"])
     torch.save(result, folder / f"result-{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():  # The function may have left it already.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -42,14 +42,23 @@ from trainer.checkpoint.run_state import (
     TrainableState,
 )
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
-from trainer.data import DataFeed, batch_ids, count_examples, make_feed, make_loader
-from trainer.distributed.strategy import make_strategy
+from trainer.data import (
+    DataFeed,
+    batch_ids,
+    batch_sizes,
+    count_examples,
+    make_feed,
+    make_loader,
+)
+from trainer.distributed.announcements import Votes
+from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import evaluation_mode, evaluation_weights, gradients_kept, modes_kept
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
 from trainer.optim.build import find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
 from trainer.optim.guard import NonFiniteGuard, Tracer
+from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, warn_of_similar_names
@@ -100,6 +109,7 @@ class _Batch:
     is_last: bool = False
     reports: list[StepReport] = field(default_factory=list)
     stepped_by_hand: bool = False
+    stepping: bool = False  # An optimizer may be moving weights.
 
 
 class Brain(SpeechBrainNames):
@@ -273,6 +283,8 @@ class Brain(SpeechBrainNames):
         self.__guard = NonFiniteGuard(
             self.modules, self.options.nonfinite_patience, self.progress, self.__in_window
         )
+        self.__memory = MemoryGuard(self.options.oom_patience, self.progress)
+        self.__votes = Votes(stop=False, save=False)  # Of the last batch.
         self.__state = RunState(self.progress, self.stateful)
         self.callbacks = CallbackList(defaults.make_callbacks(self))
         for given in (getattr(self.hparams, "callbacks", None) or (), callbacks):
@@ -410,8 +422,15 @@ class Brain(SpeechBrainNames):
             batch: a batch on the run's device.
             is_last: True if it is the last of its epoch.
 
+        A batch for which memory runs out on any rank is given up on all of them, with the open
+        accumulation windows.
+
         Returns:
-            What `fit_batch` returned.
+            What `fit_batch` returned; None for a batch that was given up.
+
+        Raises:
+            torch.OutOfMemoryError: after more such batches in a row than ``oom_patience``, or if
+                an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
         if not self.__in_window():
@@ -429,9 +448,11 @@ class Brain(SpeechBrainNames):
             guard.begin_batch()
             self.__tracer.begin_batch(batch, is_last)
             self.callbacks.call("on_batch_start", self, batch)
-            loss = self.fit_batch(batch)
-            progress.averaged = loss.name if isinstance(loss, StepReport) else None
-            self.__account(loss, self.__batch)
+            loss = self.__fit_or_give_up(batch)
+            if not self.__votes.gave_up:
+                progress.out_of_memory_count = 0
+                progress.averaged = loss.name if isinstance(loss, StepReport) else None
+                self.__account(loss, self.__batch)
             self.__tracer.end_batch()
             self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
         finally:
@@ -491,6 +512,9 @@ class Brain(SpeechBrainNames):
             weight = float(weight)
         if self.__intercept is not None:
             return self.__intercept(parts, float(weight), retain_graph, last)
+        closing = [updates for updates, _ in parts if step.closes(updates, last)]
+        if closing:
+            self.__strategy.announce([[each.name for each in updates] for updates in closing])
         for number, (updates, part) in enumerate(parts, 1):
             step.accumulate(updates, part, weight, retain_graph or number < len(parts), last)
             if updates[0].size > 1:
@@ -498,7 +522,9 @@ class Brain(SpeechBrainNames):
                 self.__guard.add_loss(updates[0].name, ids, part)
         found: list[StepReport] = []
         for (each, _), (updates, _) in zip(losses, parts, strict=True):
+            self.__batch.stepping = True
             reports = step.finish(updates, weight, last)
+            self.__batch.stepping = False
             if each is None and reports[0].outcome != "accumulated":
                 self.progress.joint = None
             self.__take_reports(reports)
@@ -892,6 +918,8 @@ class Brain(SpeechBrainNames):
         try:
             yield
         except BaseException as error:
+            if is_out_of_memory(error) and ADVICE not in str(error):
+                error.add_note(ADVICE)
             self.callbacks.call_every("on_exception", error, self, error)
             raise
 
@@ -1012,6 +1040,57 @@ class Brain(SpeechBrainNames):
             self.progress.joint = joint
         return [self.updates[name] for name in self.progress.joint]
 
+    def __fit_or_give_up(self, batch: Any) -> Any:
+        """Call `fit_batch` and learn the votes of all ranks; give the batch up if one has to."""
+        strategy, loss, reason = self.__strategy, None, None
+        strategy.begin_batch()
+        try:
+            loss = self.fit_batch(batch)
+        except BatchGivenUp:
+            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.__intercept is not None:
+                raise
+            reason = self.__reason_to_give_up(error)
+        # Outside of the handler: its traceback holds what the batch had in memory.
+        if reason is not None:
+            strategy.give_up_batch(
+                lambda: [update.name for update in self.__updates_for(None)],
+                lambda name: self.updates[name].all_params,
+            )
+        self.__votes = strategy.vote() if strategy.votes is None else strategy.votes
+        if not self.__votes.gave_up:
+            return loss
+        self.zero_grad()
+        self.__guard.roll_back()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        self.__metrics.counts["out_of_memory"] += 1
+        self.__memory.skip(reason)
+        return None
+
+    def __reason_to_give_up(self, error: RuntimeError) -> str:
+        """Return the batch and error for the log; raise if the batch cannot be given up."""
+        known, batch = self.__batch, self.__batch.batch
+        ids = ", ".join(self.batch_ids(batch)) or "without ids"
+        what = f"{ids}; {batch_sizes(batch)}: {str(error).splitlines()[0]}"
+        moved = next((report.name for report in known.reports if report.stepped), None)
+        why = ""
+        if known.stepping:
+            why = "in the step of an optimizer, which may have moved a part of the weights"
+        elif moved is not None or known.stepped_by_hand:
+            why = f"after an optimizer{f', {moved!r},' if moved else ''} had stepped in this batch"
+        elif distributed.world_size() > 1 and any(
+            isinstance(part, nn.SyncBatchNorm) for part in self.modules.modules()
+        ):
+            why = "and the other ranks wait for this one in a SyncBatchNorm"
+        if why:
+            raise torch.OutOfMemoryError(
+                f"memory ran out in epoch {self.progress.epoch}, batch {self.progress.step} "
+                f"({what}), {why}. The run ends; its last checkpoint is sound. {ADVICE}"
+            ) from error
+        return what
+
     def __take_reports(self, reports: list[StepReport]) -> None:
         """Count the outcome of a loss, and tell callbacks and the guard."""
         self.__optimized = True
@@ -1053,10 +1132,7 @@ class Brain(SpeechBrainNames):
 
     def __after_batch(self) -> bool:
         """Save and stop where that is due; return True if the training ends here."""
-        votes, self.__strategy.votes = self.__strategy.votes, None
-        if votes is None:  # Where a window closed, its message has brought them.
-            votes = distributed.any_rank(*self.__ballot())
-        asked, due = votes
+        asked, due, _ = self.__votes
         signal = signals.requested()
         if self.__depth == 1:
             self.__tick()
@@ -1098,7 +1174,8 @@ class Brain(SpeechBrainNames):
             loss = next((r for r in batch.reports if r.name == progress.averaged), None)
             self.__account(loss, batch)
         self.__tracer.end_batch()
-        if done and not (self.__optimized or self.__stepped_by_hand or progress.optimizer_step):
+        trained = self.__optimized or self.__stepped_by_hand or progress.optimizer_step
+        if done and not trained and not self.__metrics.counts["out_of_memory"]:
             raise ValueError(
                 f"{type(self).__name__}.fit_batch ran {done} times and never called "
                 "self.optimize(loss, name): nothing was trained"

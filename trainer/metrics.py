@@ -21,7 +21,10 @@ OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skippe
 # Keys of a stage record that belong to the framework; a metric of that name would hide one of them.
 RESERVED = (
     "kind", "stage", "epoch", "step", "steps", "examples", "seconds", "skipped", "overflowed",
+    "out_of_memory",
 )  # fmt: skip
+
+LOST = ("skipped", "overflowed", "out_of_memory")  # Counts of what did not train.
 
 # Number of tensors that wait to be read at most, so that a long epoch does not hold many.
 MAX_PENDING = 4096
@@ -81,6 +84,7 @@ class StageReport:
         seconds: duration of the pass in this process, in seconds.
         skipped: training steps that were skipped.
         overflowed: training steps whose fp16 scale was too high.
+        out_of_memory: training batches for which memory ran out.
     """
 
     stage: str
@@ -93,6 +97,7 @@ class StageReport:
     seconds: float = 0.0
     skipped: int = 0
     overflowed: int = 0
+    out_of_memory: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return the stage record of `metrics.jsonl`, with the metrics flattened into it.
@@ -120,6 +125,7 @@ class StageReport:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "overflowed": self.overflowed,
+            "out_of_memory": self.out_of_memory,
         }
 
 
@@ -298,14 +304,14 @@ class TrainingMetrics:
         average: losses of the epoch so far.
         interval: losses since the last log record.
         examples: examples on this rank since the last log record.
-        counts: skipped and overflowed steps of the epoch.
+        counts: skipped and overflowed steps of the epoch, and its batches without memory.
         tallies: figures of each optimizer since the last log record.
         logged: values given to `Brain.log`, by stage and name.
     """
 
     def __init__(self) -> None:
         self.average, self.interval, self.examples = Mean(), Mean(), 0.0
-        self.counts = {"skipped": 0, "overflowed": 0}
+        self.counts = dict.fromkeys(LOST, 0)
         self.tallies: dict[str, Tally] = {}
         self.logged: dict[str, dict[str, Mean]] = {}
         self._recorded = time.perf_counter()
@@ -313,7 +319,7 @@ class TrainingMetrics:
     def begin_epoch(self) -> None:
         """Start the averages and counts of an epoch."""
         self.average = Mean()
-        self.counts = {"skipped": 0, "overflowed": 0}
+        self.counts = dict.fromkeys(LOST, 0)
 
     def begin_stage(self) -> None:
         """Start the clock of the throughput."""
@@ -403,7 +409,8 @@ class TrainingMetrics:
         """Restore a saved state."""
         self.average = _restored(Mean(), state["average"])
         self.interval = _restored(Mean(), state["interval"])
-        self.examples, self.counts = state["examples"], dict(state["counts"])
+        self.counts = dict.fromkeys(LOST, 0)
+        self.examples, self.counts = state["examples"], {**self.counts, **state["counts"]}
         self.tallies = {name: Tally(**deepcopy(saved)) for name, saved in state["tallies"].items()}
         self.logged = {
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}

@@ -157,6 +157,9 @@ class RunOptions:
     nonfinite_reports: int = _option(
         5, "skipped steps per run that are diagnosed and kept for replay", at_least=0
     )
+    oom_patience: int = _option(
+        10, "batches in a row that are skipped because memory ran out", at_least=0
+    )
     skip_nonfinite_grads: bool = _option(
         False, "exclusion of only the parameters with non-finite gradients from a step"
     )

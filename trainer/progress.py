@@ -40,6 +40,7 @@ class Progress:
             before the window has begun.
         averaged: name of the optimizer whose loss `Brain.fit_batch` returns.
         nonfinite_count: skipped steps of the current epoch.
+        out_of_memory_count: batches in a row, up to the last one, for which memory ran out.
     """
 
     epoch: int = 0
@@ -54,6 +55,7 @@ class Progress:
     joint: list[str] | None = None
     averaged: str | None = None
     nonfinite_count: int = 0
+    out_of_memory_count: int = 0
 
     def load_state_dict(self, state: Mapping[str, Any], of_run: bool = True) -> None:
         """Set the fields from a saved state.

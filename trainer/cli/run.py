@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trainer import distributed
@@ -45,6 +46,10 @@ from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted
 
+# Errors that users may have made themselves; `session.is_user_error` decides.
+USER_ERRORS = (
+    ValueError, OSError, ImportError, NonFiniteError, DriftError, torch.OutOfMemoryError,
+)  # fmt: skip
 MAX_REPR = 500  # characters of an object in hyperparams.yaml
 
 logger = logging.getLogger("trainer")
@@ -107,7 +112,7 @@ def main(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, ImportError, NonFiniteError, DriftError) as error:
+    except USER_ERRORS as error:
         if not session.is_user_error(error):
             raise
         message = "\n".join([session.message(error), *getattr(error, "__notes__", [])])

@@ -1,6 +1,15 @@
 """Data loading: batches, samplers, loaders, bad items, and the feed of the training loop."""
 
-from trainer.data.batch import Batch, Padded, batch_ids, collate, count_examples, pad, to_device
+from trainer.data.batch import (
+    Batch,
+    Padded,
+    batch_ids,
+    batch_sizes,
+    collate,
+    count_examples,
+    pad,
+    to_device,
+)
 from trainer.data.batch_sampler import BatchIndex, DistributedBatchSampler
 from trainer.data.feed import DataFeed, make_feed
 from trainer.data.items import (
@@ -24,6 +33,7 @@ __all__ = [
     "Padded",
     "Stream",
     "batch_ids",
+    "batch_sizes",
     "collate",
     "count_examples",
     "in_epoch",

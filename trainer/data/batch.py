@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -226,3 +226,24 @@ def batch_ids(batch: Any) -> list[str]:
     """Return the names of the examples in a batch: its field or attribute ``id``, or none."""
     ids = batch.get("id", []) if isinstance(batch, Mapping) else getattr(batch, "id", [])
     return [str(each) for each in ids] if isinstance(ids, (list, tuple)) else [str(ids)]
+
+
+def batch_sizes(batch: Any) -> str:
+    """Return the shapes of the tensors in a batch by name, and the lengths of padded ones."""
+    if isinstance(batch, Tensor):
+        return str(tuple(batch.shape))
+    if isinstance(batch, Mapping):
+        parts: Iterable[tuple[Any, Any]] = batch.items()
+    elif isinstance(batch, (list, tuple)):
+        parts = enumerate(batch)
+    else:
+        parts = getattr(batch, "__dict__", {}).items()
+    told = []
+    for name, part in parts:
+        padded = isinstance(part, tuple) and len(part) == 2
+        data, lengths = part if padded else (part, None)
+        if isinstance(data, Tensor):
+            told.append(f"{name} {tuple(data.shape)}")
+            if isinstance(lengths, Tensor) and lengths.dim() == 1:
+                told[-1] += f" of lengths {' '.join(f'{n:g}' for n in lengths.tolist())}"
+    return ", ".join(told)

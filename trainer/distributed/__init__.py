@@ -150,6 +150,19 @@ def begin_sum(tensor: Tensor, group: Any) -> dist.Work:
     return dist.all_reduce(tensor, group=group, async_op=True)
 
 
+def begin_max(tensor: Tensor, group: Any) -> dist.Work:
+    """Begin to take the maximum over ranks of each element, in place. Every rank must call it.
+
+    Args:
+        tensor: of the same shape and dtype on all ranks; not to be read before the end.
+        group: group of the message.
+
+    Returns:
+        The message, whose ``wait()`` waits for the result.
+    """
+    return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
+
+
 def all_reduce_max_(tensor: Tensor) -> Tensor:
     """Take the maximum over ranks of each element, in place. Every rank must call it.
 

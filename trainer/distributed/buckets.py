@@ -7,7 +7,7 @@ fill is sent after that backward pass, as zeros or as earlier passes left it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,12 +66,17 @@ class GradientBuckets:
         params: name and parameter, for all parameters of the optimizer.
         sparse: those whose gradients may be in sparse layout; they are always late.
         group: process group of the messages.
+        before_send: called before each message.
     """
 
     def __init__(
-        self, params: Iterable[tuple[str, Tensor]], sparse: set[Tensor], group: Any
+        self,
+        params: Iterable[tuple[str, Tensor]],
+        sparse: set[Tensor],
+        group: Any,
+        before_send: Callable[[], None] = lambda: None,
     ) -> None:
-        self._group = group
+        self._group, self._before_send = group, before_send
         self.names, self.params = zip(*params, strict=True)
         self._sparse = [p in sparse for p in self.params]
         self._early: set[int] = set()
@@ -257,6 +262,7 @@ class GradientBuckets:
             self._left[number] -= 1
 
     def _send(self, bucket: Bucket, factor: float = 1.0) -> None:
+        self._before_send()
         bucket.fill(factor)
         self._messages.append(distributed.begin_sum(bucket.flat, self._group))
 

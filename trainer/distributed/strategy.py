@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
+from trainer.distributed.announcements import Announcements, Votes, Windows
 from trainer.distributed.buckets import GradientBuckets
 
 
@@ -31,16 +32,26 @@ class WindowSums(NamedTuple):
     """Sums over ranks of a closed accumulation window, on the device.
 
     Args:
-        numbers: sum of weighted losses, sum of weights, the number of ranks that vote for each of
-            two questions, and for each of the P parameters in ``params`` the number of ranks on
-            which it had a gradient, (4 + P,).
+        numbers: sum of weighted losses, sum of weights, the number of ranks for each of the three
+            `Votes`, and for each of the P parameters in ``params`` the number of ranks on which it
+            had a gradient, (5 + P,).
         params: parameters that may have had no gradient on any rank.
         reference: weight that the summed gradients are relative to.
+        check: a vector on the device, and the function that it is to be given once it is on the
+            host; it raises ValueError if ranks have closed different windows.
     """
 
     numbers: Tensor
     params: list[Tensor]
     reference: float
+    check: tuple[Tensor, Callable[[list[float]], None]] | None = None
+
+
+class BatchGivenUp(BaseException):
+    """Raised in `Brain.optimize` on the ranks that leave a batch which another one has given up.
+
+    It derives from BaseException, so that a recipe that handles errors lets it pass.
+    """
 
 
 class Strategy:
@@ -49,12 +60,12 @@ class Strategy:
     A strategy stands between the optimizers and the process group.
 
     Attributes:
-        ballot: returns this rank's answers to two questions, which travel with the gradients.
-        votes: answers of any rank, once the window of this batch is closed; None before.
+        ballot: returns this rank's votes to stop and to save, which travel with the gradients.
+        votes: those of all ranks, once a window of this batch is closed; None before.
     """
 
     ballot: Callable[[], tuple[bool, bool]] = staticmethod(lambda: (False, False))
-    votes: tuple[bool, ...] | None = None
+    votes: Votes | None = None
 
     def prepare(self, modules: nn.Module) -> None:
         """Make the weights of all ranks equal, before optimizers are built. Collective."""
@@ -82,6 +93,35 @@ class Strategy:
         Gradients are sums of w/reference · g over batches of weight w.
         """
         return None
+
+    def begin_batch(self) -> None:
+        """Begin a batch, of which no window is closed yet."""
+        self.votes = None
+
+    def announce(self, windows: Windows) -> None:
+        """Tell the other ranks which windows the call of `optimize` that follows closes.
+
+        Args:
+            windows: names of the optimizers of each window, in the order of their losses.
+        """
+
+    def vote(self) -> Votes:
+        """Return the votes at the end of a batch that closed no window. Collective."""
+        return Votes(*self.ballot())
+
+    def give_up_batch(
+        self, joint: Callable[[], Sequence[str]], params: Callable[[str], Sequence[Tensor]]
+    ) -> None:
+        """Leave a batch that this rank cannot train on.
+
+        It answers the messages of the others with nothing until they know; then ``votes`` are
+        known, and the batch is over on all ranks.
+
+        Args:
+            joint: returns the names of the optimizers that step together.
+            params: returns the parameters of an optimizer by its name.
+        """
+        self.votes = Votes(*self.ballot(), gave_up=True)
 
     def prepare_backward(self, name: str, params: Sequence[Tensor]) -> None:
         """Prepare for a backward pass of an optimizer over these parameters."""
@@ -155,6 +195,10 @@ class Replicate(Strategy):
         self._sparse: set[Tensor] = set()
         self._references: dict[str, float] = {}
         self._saved: Mapping[str, Any] = {}
+        self._announcements = Announcements([], self._group)
+        self._open: list[list[str]] = []  # Announced windows that are not closed yet.
+        self._flushed = 0  # Number of these whose gradients are on their way.
+        self._confirmed = True  # All ranks are known to have announced these.
         self._sent_flags: tuple[Sequence[float], Tensor] = [], torch.zeros(0)
 
     def prepare(self, modules: nn.Module) -> None:
@@ -175,11 +219,45 @@ class Replicate(Strategy):
             for name, params in optimizers.items()
         }
         _check_equal("optimizers", described)
+        self._announcements = Announcements(list(optimizers), self._group)
         for name, params in optimizers.items():
             self.prepare_backward(name, params)
 
     def reference(self, name: str) -> float | None:
         return self._references.get(name)
+
+    def begin_batch(self) -> None:
+        super().begin_batch()
+        self._open = []
+
+    def announce(self, windows: Windows) -> None:
+        self._announcements.send(windows)
+        self._open, self._flushed = [list(names) for names in windows], 0
+        self._confirmed = False
+
+    def vote(self) -> Votes:
+        self._announcements.send((), *self.ballot())
+        _, votes = self._announcements.read(list)
+        return votes
+
+    def give_up_batch(
+        self, joint: Callable[[], Sequence[str]], params: Callable[[str], Sequence[Tensor]]
+    ) -> None:
+        if not self._open:
+            self._announcements.send(None, *self.ballot())
+            self._open, self.votes = self._announcements.read(joint)
+            self._flushed = 0
+        if not self._open:
+            return
+        for names in self._open[self._flushed :]:
+            for name in names:
+                self.prepare_backward(name, params(name))
+            self._flush([self._buckets[name] for name in names], 1.0, None)
+        names = self._open[0]
+        reference = self._references.get(names[0], 1.0)
+        nothing = torch.zeros((), device=params(names[0])[0].device)
+        numbers = self._close(names, nothing, 0.0, reference, gave_up=True).numbers.tolist()
+        self.votes = Votes(*(number > 0 for number in numbers[2:5]))
 
     def prepare_backward(self, name: str, params: Sequence[Tensor]) -> None:
         buckets = self._buckets.get(name)
@@ -187,7 +265,9 @@ class Replicate(Strategy):
             named = [(self._names.get(p, f"parameter {i}"), p) for i, p in enumerate(params)]
             if buckets is not None:
                 buckets.remove_hooks()
-            buckets = self._buckets[name] = GradientBuckets(named, self._sparse, self._group)
+            buckets = self._buckets[name] = GradientBuckets(
+                named, self._sparse, self._group, self._confirm
+            )
             if name in self._saved:
                 buckets.load_state_dict(self._saved[name])
         buckets.prepare()
@@ -208,18 +288,33 @@ class Replicate(Strategy):
                 buckets.stop_listening()
             if last:  # After an error, too: ranks had sent different numbers of buckets by then.
                 self._flush(trained, reference, agreed)
+                self._flushed += 1
 
     def end_window(
         self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
     ) -> WindowSums:
+        return self._close(names, loss, weight, reference)
+
+    def _close(
+        self,
+        names: Sequence[str],
+        loss: Tensor,
+        weight: float | Tensor,
+        reference: float,
+        gave_up: bool = False,
+    ) -> WindowSums:
         trained, agreed = [self._buckets[name] for name in names], self._references.get(names[0])
+        if not all(buckets.learned for buckets in trained):
+            self._confirm(wait=True)
         self._flush(trained, reference, agreed)
         known = 0.0 if isinstance(weight, Tensor) else weight
         weighed = reference if known or isinstance(weight, Tensor) else 0.0
         agreed = self._close_late(names, weighed, reference)
         early = [each for buckets in trained for each in buckets.early_gradients()]
         total = (loss.detach().double() * reference).reshape(1)
-        flags = self._on_device([known, *self.ballot(), *(had for _, had in early)], loss.device)
+        flags = self._on_device(
+            [known, *self.ballot(), gave_up, *(had for _, had in early)], loss.device
+        )
         numbers = torch.cat([total, flags])
         if isinstance(weight, Tensor):
             numbers[1] += weight
@@ -227,12 +322,26 @@ class Replicate(Strategy):
         for buckets in trained:
             buckets.wait()
         message.wait()
-        return WindowSums(numbers, [p for p, _ in early], agreed)
+        check = None
+        if self._open:
+            if not self._confirmed:
+                check = self._announcements.disagreement(), self._announcements.check
+            self._open.pop(0)
+            self._flushed -= 1
+        return WindowSums(numbers, [p for p, _ in early], agreed, check)
 
     def average(self, name: str) -> None:
+        self.announce([[name]])
+        self.prepare_backward(name, self._buckets[name].params)
         sums = self.end_window([name], torch.zeros(()), 1.0, 1.0)
         ranks = sums.numbers[1:].tolist()
-        for p, had in zip(sums.params, ranks[3:], strict=True):
+        self.votes = Votes(*(number > 0 for number in ranks[1:4]))
+        if self.votes.gave_up:
+            raise BatchGivenUp
+        if sums.check is not None:
+            disagreement, check = sums.check
+            check(disagreement.tolist())
+        for p, had in zip(sums.params, ranks[4:], strict=True):
             p.grad = p.grad if had else None  # As with one process, it does not move at all.
         for p in self._buckets[name].params:
             if p.grad is not None:
@@ -252,6 +361,16 @@ class Replicate(Strategy):
         for name, saved in self._saved.items():
             if name in self._buckets:
                 self._buckets[name].load_state_dict(saved)
+
+    def _confirm(self, wait: bool = False) -> None:
+        """Check the announcement before what it announces is sent.
+
+        Ranks that send different messages would end with an error of the backend, or mix them up. A
+        GPU is waited for only if ``wait``; later announcements are checked with the sums.
+        """
+        if not self._confirmed and (wait or distributed.device().type == "cpu"):
+            self._announcements.confirm()
+            self._confirmed = True
 
     def _flush(
         self, trained: Sequence[GradientBuckets], reference: float, agreed: float | None

@@ -15,7 +15,7 @@ from trainer import distributed
 from trainer.callbacks import Callback
 from trainer.loggers.files import JsonlLogger, run_folder
 from trainer.loggers.protocol import Logger
-from trainer.metrics import RESERVED, StageReport
+from trainer.metrics import LOST, RESERVED, StageReport
 from trainer.options import RunOptions
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer")
 
 LoggerFactory = Callable[[Path], Logger]
-
-LOST_STEPS = ("skipped", "overflowed")  # Counts that the log line shows if they are not 0.
 
 
 class LoggerCallback(Callback):
@@ -200,7 +198,7 @@ def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
     facts = {
         name: value
         for name, value in report.record().items()
-        if name not in RESERVED or (name in LOST_STEPS and value)
+        if name not in RESERVED or (name in LOST and value)
     }
     where = report.stage if report.epoch is None else f"epoch {report.epoch} {report.stage}"
     text = f"{where}: {_join(facts)}, {report.seconds:.0f} s"

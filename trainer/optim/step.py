@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from trainer.clipping import Clipper, Gradients
-from trainer.distributed.strategy import Strategy, WindowSums
+from trainer.distributed.announcements import Votes
+from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
 
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
@@ -377,7 +378,7 @@ def accumulate(
         reference = agreed or (1.0 if isinstance(weight, Tensor) else weight or 1.0)
     share = weight / reference
     whole = not on_device and share == 1.0
-    last = last or window.count + 1 >= lead.size
+    last = closes(updates, last)
     try:
         with lead.strategy.backward([update.name for update in updates], reference, last):
             if counts:
@@ -402,6 +403,11 @@ def accumulate(
         update.window = Window(count, weight, reference, total, lead.name)
 
 
+def closes(updates: Sequence[Update], last: bool = False) -> bool:
+    """Return True if the next loss of these optimizers closes their window."""
+    return last or updates[0].window.count + 1 >= updates[0].size
+
+
 def finish(
     updates: Sequence[Update], weight: float | Tensor, last: bool = False
 ) -> list[StepReport]:
@@ -414,7 +420,12 @@ def finish(
 
 
 def close(updates: Sequence[Update]) -> list[StepReport]:
-    """Step with what the window holds: measure, guard, clip, move. One host-device sync."""
+    """Step with what the window holds: measure, guard, clip, move. One host-device sync.
+
+    Raises:
+        BatchGivenUp: another rank has given up this batch; the window is dropped.
+        ValueError: ranks have closed different windows, or no parameter has a gradient.
+    """
     lead = updates[0]
     window, scaler = lead.window, lead.scaler
     assert window.loss is not None
@@ -423,6 +434,9 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     scales = _unscale(updates, window.loss.device)
     gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
     loss, weight, scale = _read(updates, gradients, scales, sums)
+    if sums is not None and lead.strategy.votes is not None and lead.strategy.votes.gave_up:
+        _refuse(updates, "skipped", scale=scale)
+        raise BatchGivenUp
     for update, grads in zip(updates, gradients, strict=True):
         update.measured = grads.params, grads.norms
     if not math.isfinite(loss) or weight <= 0:
@@ -527,7 +541,7 @@ def _read(
         measured = grads.measure(factor if sums is None else sums.reference / sums.numbers[1])
         requests += [(measured, grads.take), *update.take_deferred()]
     if sums is not None:
-        requests.append((sums.numbers, facts.extend))
+        requests += [(sums.numbers, facts.extend), *([sums.check] if sums.check else [])]
     _fetch(requests)
     scale = facts[1] if scales else 1.0
     if sums is None:
@@ -536,8 +550,8 @@ def _read(
         loss = facts[0] * factor
     else:
         total, weight, *answers = facts[1 + len(scales) :]
-        updates[0].strategy.votes = tuple(number > 0 for number in answers[:2])
-        had = answers[2:]
+        updates[0].strategy.votes = Votes(*(number > 0 for number in answers[:3]))
+        had = answers[3:]
         factor = sums.reference / (weight or 1.0)
         loss = total / (weight or 1.0)
         if not all(had):

@@ -96,6 +96,9 @@ def _tiles(history: History) -> str:
         shares = ", ".join(f"{name} {count(lost)}" for name, lost in steps.items() if lost)
         if shares:
             facts.append((f"steps {kind}", count(sum(steps.values())), shares))
+    found = [record.get("out_of_memory") for record in history.stages]
+    if lost := sum(each for each in found if isinstance(each, int)):
+        facts.append(("batches out of memory", count(lost), ""))
     return tiles(facts)
 
 

@@ -1,0 +1,144 @@
+"""Announcements: short messages in which ranks tell each other what they are about to send.
+
+Before a rank sends gradients, it announces the accumulation windows that it closes; after a batch
+in which it closed none, it announces that. All announcements have one form, so that a rank that has
+given up a batch can wait for the next one and learn from it what it has to answer. Ranks whose
+announcements differ call `Brain.optimize` in different orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer import distributed
+
+Windows = Sequence[Sequence[str]]  # The optimizers of each window that a call of `optimize` closes.
+
+LIMIT = 2**62  # Of a number that stands for windows.
+
+
+class Votes(NamedTuple):
+    """Questions that are True for all ranks if they are for any.
+
+    Args:
+        stop: the run was asked to stop.
+        save: it is time to save a checkpoint.
+        gave_up: a rank has given up this batch.
+    """
+
+    stop: bool
+    save: bool
+    gave_up: bool = False
+
+
+class Announcements:
+    """Announcements of one rank, in the order in which it sends them.
+
+    Args:
+        names: all optimizers, in the same order on all ranks.
+        group: process group of the messages.
+    """
+
+    def __init__(self, names: Sequence[str], group: Any) -> None:
+        self._names, self._group = list(names), group
+        self._joint: list[str] = []
+        self._sent: tuple[Any, ...] = ()
+        self._template = self._answer = torch.zeros(0)
+        self._message: Any = None
+
+    def send(self, windows: Windows | None, stop: bool = False, save: bool = False) -> None:
+        """Announce windows that this rank closes now, none of them, or None for a batch given up.
+
+        Raises:
+            ValueError: if there are too many windows.
+        """
+        for names in windows or ():
+            if len(names) > 1:
+                self._joint = list(names)
+        code = 0 if windows is None else self._encode(windows)
+        # The maxima of a number and of its negative are opposite only if all ranks sent the same.
+        pair = (-LIMIT, -LIMIT) if windows is None else (code, -code)
+        sent = (*pair, stop, save, windows is None)
+        if sent != self._sent:  # The usual one is not brought to the device again.
+            self._sent = sent
+            self._template = torch.tensor(sent, dtype=torch.int64, device=distributed.device())
+        self._answer = self._template.clone()
+        self._message = distributed.begin_max(self._answer, self._group)
+
+    def confirm(self) -> None:
+        """Wait for the announcements of all ranks, before the messages that they announce.
+
+        Raises:
+            ValueError: if ranks have announced different windows.
+        """
+        self.check(self.disagreement().tolist())
+
+    def disagreement(self) -> Tensor:
+        """Return a vector (1,) that is 0 if all ranks announced the same, without reading it."""
+        self._message.wait()
+        return (self._answer[0] + self._answer[1]).double().reshape(1)
+
+    def read(self, joint: Callable[[], Sequence[str]]) -> tuple[list[list[str]], Votes]:
+        """Wait for the announcements of all ranks.
+
+        Args:
+            joint: returns the names of the optimizers that step together.
+
+        Returns:
+            The windows that the other ranks close, and what any rank voted for.
+
+        Raises:
+            ValueError: if ranks have announced different windows.
+        """
+        self._message.wait()
+        most, least, *flags = self._answer.tolist()
+        if most == -LIMIT:  # All ranks have given up the batch.
+            return [], Votes(*map(bool, flags))
+        self.check([most + least])
+        windows = self._decode(most)
+        if [] in windows:
+            self._joint = list(joint())
+        return self._decode(most), Votes(*map(bool, flags))
+
+    def check(self, disagreement: Sequence[float]) -> None:
+        """Check the number of `disagreement`, once it is read.
+
+        Raises:
+            ValueError: if ranks have announced different windows.
+        """
+        if not disagreement[0]:
+            return
+        most, least, *_ = self._answer.tolist()
+        one, other = (
+            " and ".join(repr("+".join(names)) for names in self._decode(code)) or "none"
+            for code in (most, -least)
+        )
+        raise ValueError(
+            f"ranks call optimize in different orders: one rank closes the window of {one} next, "
+            f"and another rank that of {other}. Every rank must call optimize for the same "
+            "optimizers in the same order; where it has no examples, with weight=0"
+        )
+
+    def _encode(self, windows: Windows) -> int:
+        """Return windows as digits: 0 ends the row, 1 … N is an optimizer, N + 1 the joint ones."""
+        code, base = 0, len(self._names) + 2
+        for names in reversed(windows):
+            digit = self._names.index(names[0]) + 1 if len(names) == 1 else base - 1
+            code = code * base + digit
+        if code >= LIMIT:
+            raise ValueError(
+                f"one call of optimize closes {len(windows)} accumulation windows of "
+                f"{len(self._names)} optimizers; with several processes that is too many: split it"
+            )
+        return code
+
+    def _decode(self, code: int) -> list[list[str]]:
+        windows, base = [], len(self._names) + 2
+        while code:
+            code, digit = divmod(code, base)
+            windows.append(self._joint if digit == base - 1 else [self._names[digit - 1]])
+        return windows
