@@ -1,14 +1,22 @@
 """A batch for which memory runs out on one rank is given up on all; nothing else is lost."""
 
+import gc
+import json
+import logging
+import resource
 import warnings
+import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from trainer import Brain, distributed
+from trainer import Brain, Callback, Stage, distributed
 
 from ..processes import TwoRanks
 from . import two_processes
@@ -233,3 +241,150 @@ def test_a_batch_that_has_moved_weights_ends_the_run(
     assert why in found[1]
     assert "its last checkpoint is sound. Allowed: a smaller batch_size" in found[1]
     assert found[0] != "none"
+
+
+class Watching(Callback):
+    """Keeps what the end of each training batch was told."""
+
+    def __init__(self) -> None:
+        self.losses: list[Any] = []
+
+    def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+        self.losses.append(loss)
+
+
+class Named(two_processes.Line):
+    """A Line with named examples, whose evaluation runs out of memory if ``spoilt``."""
+
+    spoilt = False
+
+    def batch_ids(self, batch: Any) -> list[str]:
+        return [f"utt{len(batch['x'])}"]
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        predictions = super().compute_forward(batch, stage)
+        self.predictions = weakref.ref(predictions)
+        if self.spoilt and stage is Stage.VALID:
+            run_out()
+        return predictions
+
+
+@pytest.mark.parametrize("place", ["start", "net"])
+@pytest.mark.parametrize("window", [1, 3])
+def test_one_process_skips_the_batch_and_says_so(
+    place: str, window: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [[0, 1, place], [0, 5, place], [0, LAST, place]]
+    brain = make(short(Named, failures), grad_accumulation_factor=window)
+    watching = Watching()
+    brain.callbacks.append(watching)
+    with caplog.at_level(logging.WARNING):
+        brain.fit([1], batches()[:LAST])
+    expected = make(Named, grad_accumulation_factor=window)
+    rounds = left(window, {1, 5, LAST})
+    expected.fit([1], [batches()[n - 1] for n in rounds])
+    assert torch.equal(weights(brain), weights(expected))
+    assert brain.losses == pytest.approx(expected.losses) or window > 1
+    assert [loss is None for loss in watching.losses] == [n in (1, 5, 7) for n in range(1, 8)]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3
+    assert told[0].startswith(
+        "epoch 1, batch 1: out of memory, batch and open accumulation windows"
+    )
+    assert "(utt3; x (3, 3), y (3,), branch (3,): CUDA out of memory. Tried to allocate" in told[0]
+    assert "Details" not in told[0]
+
+
+def test_the_count_is_in_the_record_of_the_stage(tmp_path: Path) -> None:
+    brain = make(short(Named, [[0, 2, "start"], [0, 4, "net"]]), output_folder=str(tmp_path))
+    brain.fit([1, 2], batches()[:LAST])
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    counts = [each["out_of_memory"] for each in records if each["kind"] == "stage"]
+    assert counts == [2, 2]
+    assert "batches out of memory" in (tmp_path / "report.html").read_text()
+
+
+def test_patience_is_for_batches_in_a_row() -> None:
+    failures = [[0, step, "net"] for step in (1, 2, 4, 5, 6)]
+    make(short(Named, failures), oom_patience=3).fit([1, 2], batches()[:LAST])
+    brain = make(short(Named, failures), oom_patience=2)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        brain.fit([1], batches()[:LAST])
+    for part in (
+        "memory ran out in 3 batches in a row (oom_patience is 2)", "batch 6 of epoch 1", "utt6",
+        "Allowed: a smaller batch_size",
+    ):  # fmt: skip
+        assert part in str(error.value)
+    assert brain.optimizer_step == 1
+
+
+def test_an_evaluation_that_runs_out_of_memory_ends_with_advice() -> None:
+    brain = make(Named)
+    brain.spoilt = True
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        brain.fit([1], batches()[:LAST], batches()[:1])
+    assert any("Allowed: a smaller batch_size" in note for note in error.value.__notes__)
+
+
+def test_errors_of_allocators_count_and_others_do_not() -> None:
+    for message in ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to", "x"):
+
+        class Failing(two_processes.Line):
+            text = message
+
+            def compute_objectives(self, *arguments: Any) -> Tensor:
+                if self.step == 3:
+                    raise RuntimeError(self.text)
+                return super().compute_objectives(*arguments)
+
+        brain = make(Failing)
+        with nullcontext() if len(message) > 1 else pytest.raises(RuntimeError, match="x"):
+            brain.fit([1], batches()[:LAST])
+        assert brain.optimizer_step == (LAST - 1 if len(message) > 1 else 2)
+
+
+@pytest.mark.parametrize("place", ["start", "net"])
+def test_nothing_of_the_batch_stays_in_memory(place: str) -> None:
+    brain = make(short(Named, [[0, 4, place]]))
+    alive: list[bool] = []
+
+    class Looking(Callback):
+        def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+            if loss is None:
+                alive.append(brain.predictions() is not None)
+
+    brain.callbacks.append(Looking())
+    gc.disable()
+    try:
+        brain.fit([1], batches()[:LAST])
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+def growth(_: str) -> float:
+    """Return by how many bytes the process grows from the tenth to the last of 100 failures."""
+    rank, grown = distributed.rank(), []
+
+    class Large(two_processes.Line):
+        def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+            predictions = super().compute_forward(batch, stage)
+            held = predictions.sum() + torch.zeros(500_000, requires_grad=True).exp().sum()
+            if rank == 1 and self.step % 2 == 0:
+                run_out()
+            return predictions + 0 * held
+
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            if self.step % 2:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                grown.append(pages * resource.getpagesize())
+
+    make(Large, oom_patience=1).fit([1], batches()[:2] * 202)
+    assert len(grown) == 101
+    return float(grown[-1] - grown[10])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures by /proc")
+def test_memory_is_flat_over_a_hundred_of_them(two_ranks: TwoRanks) -> None:
+    for grown in two_ranks(growth, ""):
+        assert grown < 10e6
