@@ -385,6 +385,8 @@ class Brain(SpeechBrainNames):
                     report = self.__evaluate(valid, Stage.VALID, epoch)
                 if self.__end_epoch(report):
                     break
+            if self.__depth == 1 and any(distributed.any_rank(signals.requested() is not None)):
+                signals.raise_agreed()  # What follows may not ask for a long time.
 
     def __train(self, feed: DataFeed, epoch: int, then: Any) -> StageReport:
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
@@ -405,7 +407,7 @@ class Brain(SpeechBrainNames):
             self.__metrics.begin_stage()
             batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
             done = 0  # In this process.
-            for batch, is_last in batches:
+            for batch, is_last in self.__awaited(feed, batches, self.__depth == 1):
                 self.train_batch(batch, is_last)
                 done += 1
                 if self.__after_batch():
@@ -561,6 +563,9 @@ class Brain(SpeechBrainNames):
             if not self.__depth:
                 stack.enter_context(self.__reporting_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
+                signals.set_limit(self.options.max_hours)
+                if distributed.world_size() > 1:  # They stop as one, after a batch.
+                    stack.enter_context(signals.at_safe_points())
             stack.enter_context(self.best_weights(max_key, min_key))
             stack.enter_context(self.__outside_stages())
             stack.push(self.__telling_end("on_evaluate_end"))
@@ -591,7 +596,8 @@ class Brain(SpeechBrainNames):
                 # on later, and so does one whose hooks have moved weights.
                 return not self.__depth or (outermost and fits == self.__nested_fits)
 
-            for batch, _ in self.__until_stopped(feed.from_batch(epoch or 0, 0), may_stop):
+            batches = self.__awaited(feed, feed.from_batch(epoch or 0, 0), may_stop())
+            for batch, _ in self.__until_stopped(batches, may_stop):
                 steps += 1
                 loss = self.evaluate_batch(batch, stage)
                 if loss is not None:
@@ -728,7 +734,7 @@ class Brain(SpeechBrainNames):
             seed=self.options.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            **{**bad, **loader_kwargs},
+            **{**bad, "timeout": self.options.item_timeout, **loader_kwargs},
         )
 
     # ---------------------------------------------------------------------------------- the state
@@ -901,6 +907,7 @@ class Brain(SpeechBrainNames):
                 self.__tick()
             else:
                 stack.enter_context(self.__reporting_exceptions())
+                signals.set_limit(self.options.max_hours)
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
                 stack.enter_context(self.__tracer)
@@ -1133,14 +1140,13 @@ class Brain(SpeechBrainNames):
     def __after_batch(self) -> bool:
         """Save and stop where that is due; return True if the training ends here."""
         asked, due, _ = self.__votes
-        signal = signals.requested()
         if self.__depth == 1:
             self.__tick()
             if due or self.__saver.due_by_steps():
                 self.__saver.save({}, end_of_epoch=False)
             self.__saver.release()
             if asked:
-                raise signals.Interrupted(signal or signals.DEFAULT)
+                signals.raise_agreed()
         return self.__limit_reached()
 
     def __ballot(self) -> tuple[bool, bool]:
@@ -1192,6 +1198,38 @@ class Brain(SpeechBrainNames):
                 "can be read only once?"
             )
 
+    def __awaited(self, feed: DataFeed, batches: Iterable[Any], may_stop: bool) -> Iterator[Any]:
+        """Yield batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
+
+        The state is then that of after the last batch. Several ranks save it if all of them wait.
+        """
+        if not may_stop or not feed.may_hang:
+            yield from batches
+            return
+
+        def rescue(number: int) -> None:
+            if self.__stage is Stage.TRAIN and distributed.world_size() == 1:
+                feed.undo_draws()
+                self.__saver.save_stopped(signals.Interrupted(number))
+            else:
+                distributed.leave(number)
+
+        wait, iterator = signals.waiting(feed.describe_wait, rescue), iter(batches)
+        while True:
+            try:
+                with wait:
+                    batch = next(iterator)
+            except StopIteration:
+                return
+            except signals.Interrupted as stop:
+                feed.undo_draws()
+                if distributed.meet("stop", seconds=2.0):
+                    signals.raise_agreed()
+                distributed.leave(stop.number)
+                stop.saves = False
+                raise
+            yield batch
+
     def __until_stopped(
         self, batches: Iterable[Any], may_stop: Callable[[], bool]
     ) -> Iterator[Any]:
@@ -1201,10 +1239,9 @@ class Brain(SpeechBrainNames):
         """
 
         def vote(working: bool) -> bool:
-            signal = signals.requested()
-            asked, working = distributed.any_rank(signal is not None, working)
+            asked, working = distributed.any_rank(signals.requested() is not None, working)
             if asked and may_stop():
-                raise signals.Interrupted(signal or signals.DEFAULT)
+                signals.raise_agreed()
             return working
 
         for batch in batches:

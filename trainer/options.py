@@ -107,6 +107,13 @@ class RunOptions:
     optimizer_step_limit: int | None = _option(
         None, "number of optimizer steps after which training ends (null: no limit)", at_least=1
     )
+    max_hours: float | None = _option(
+        None,
+        "age of the process in hours at which the run saves and ends with exit code 75, before a "
+        "scheduler ends it (null: no limit)",
+        at_least=0,
+        transient=True,
+    )
     schedule_every: str = _option(
         "epoch", "interval at which torch's learning-rate schedules step", choices=("step", "epoch")
     )
@@ -194,6 +201,13 @@ class RunOptions:
     )
     max_bad_item: float = _option(
         0.05, "fraction of items that may be skipped before the run stops", at_least=0, at_most=1
+    )
+
+    item_timeout: float = _option(
+        300.0,
+        "seconds after which a wait for data is an error that names item and worker; without "
+        "workers it is a warning (0: never)",
+        at_least=0,
     )
 
     find_clip: bool = _option(

@@ -1,27 +1,70 @@
-"""Requests to stop: SIGTERM and Ctrl-C end a run at its next safe point, after a checkpoint."""
+"""Requests to stop: signals and a time limit end a run at its next safe point, after a checkpoint.
+
+The loop asks `requested` after each batch. While it waits for data nothing of the run is half-done,
+so that a wait that lasts on after a request is left, too; see `waiting`.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import select
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
-DEFAULT = int(signal.SIGTERM)  # Reported by a rank that stops because another one was signalled.
+from trainer import distributed
+
+logger = logging.getLogger("trainer")
+
+ALWAYS = (signal.SIGTERM, signal.SIGINT)
+# A closed terminal, and warnings of schedulers: handled where the process would die of them.
+UNLESS_IN_USE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+TIME_LIMIT = 0  # In place of a signal's number: the run option max_hours.
+EXIT_CODES = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
+OTHER_EXIT_CODE = 75  # Of every other request: "try again later" in sysexits.h.
+PATIENCE = 3.0  # Seconds that a wait for data may last on after a request.
+RESCUE = 6.0  # Seconds after a request at which a wait that no exception ends is given up.
+
 _received: int | None = None
+_received_at = 0.0
+_deadline: float | None = None
 _deferring = 0  # Depth of `at_safe_points` blocks.
+_stopping = False  # True once an exception for the request was raised.
+_wait: waiting | None = None
+_leaving = threading.Lock()  # Held while a wait ends, and by the thread that gives one up.
 
 
 class Interrupted(SystemExit):
-    """Exit of a run that was asked to stop and has saved a checkpoint.
+    """Exit of a run that was asked to stop.
 
     Args:
-        number: number of the signal; the exit code is 128 + number.
+        number: number of the signal, or `TIME_LIMIT`. The exit code is 143 for SIGTERM, 130 for
+            SIGINT and 75 for all else.
+        saves: False if the state is not that of a safe point: the last checkpoint is the newest.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.signal = signal.Signals(number).name
+    def __init__(self, number: int, saves: bool = True) -> None:
+        super().__init__(EXIT_CODES.get(number, OTHER_EXIT_CODE))
+        self.number, self.saves = number, saves
+        self.signal = name_of(number)
+
+
+class KeyboardInterrupted(KeyboardInterrupt, SystemExit):
+    """Ctrl-C for programs and notebooks: an uncaught one ends the process with exit code 130."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODES[signal.SIGINT])
+        self.code = EXIT_CODES[signal.SIGINT]
+
+
+def name_of(number: int) -> str:
+    """Return the name of a request, such as "SIGTERM" or "max_hours"."""
+    return "max_hours" if number == TIME_LIMIT else signal.Signals(number).name
 
 
 @contextmanager
@@ -38,27 +81,166 @@ def at_safe_points() -> Iterator[None]:
         _deferring -= 1
 
 
+class waiting:
+    """Context manager around a wait for data, in which the state of the run is complete.
+
+    A request that is older than `PATIENCE` seconds raises `Interrupted` in it: the data hang.
+
+    Args:
+        describe: returns what is waited for, such as "waiting for batch 3 of epoch 1".
+        rescue: called in another thread with the number of the request, before the process ends,
+            where the main thread is in a call that no exception ends.
+    """
+
+    def __init__(self, describe: Callable[[], str], rescue: Callable[[int], None]) -> None:
+        self.describe, self.rescue = describe, rescue
+        self.over = False
+
+    def __enter__(self) -> None:
+        global _wait
+        self.over = False
+        _wait = self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        global _wait
+        self.over = True  # From here on no handler raises.
+        with _leaving:
+            _wait = None
+        if isinstance(error, Interrupted):
+            logger.warning("asked to stop (%s) while %s", error.signal, self.describe())
+
+
 def _handle(number: int, _frame: FrameType | None) -> None:
-    global _received
+    global _received, _received_at, _stopping
+    again = _received == signal.SIGINT == number
+    if _received is None:
+        _received, _received_at = number, time.monotonic()
+    waits = _wait is not None and not _wait.over
+    if waits and time.monotonic() - _received_at >= PATIENCE:
+        _stopping = True  # Again and again, where the data swallow exceptions.
+        raise Interrupted(_received)
+    if _stopping and number != signal.SIGINT:
+        return  # It ends already.
     if not _deferring:
+        _stopping = True
         raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(number)
-    if number == signal.SIGINT and _received == signal.SIGINT:
+    if again:
         raise KeyboardInterrupt  # A second Ctrl-C does not wait for a safe point.
-    _received = number
 
 
-def install() -> None:
-    """Install the handler of SIGTERM and SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _handle)
+def install() -> dict[int, Any]:
+    """Install the handler of SIGTERM and SIGINT, and of others that would end the process.
+
+    Returns:
+        The former handlers.
+    """
+    # SIG_IGN stays, as under nohup, and so does a handler of the program.
+    unused = [n for n in UNLESS_IN_USE if signal.getsignal(n) is signal.SIG_DFL]
+    return {number: signal.signal(number, _handle) for number in (*ALWAYS, *unused)}
+
+
+def installed() -> bool:
+    """Return True if this process handles requests by signals."""
+    return signal.getsignal(signal.SIGTERM) is _handle
+
+
+def set_limit(hours: float | None) -> None:
+    """Request a stop once this process is so many hours old; None for never."""
+    global _deadline
+    _deadline = None if hours is None else time.monotonic() - _age() + 3600 * hours
+
+
+def _age() -> float:
+    """Return for how many seconds this process has existed."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def requested() -> int | None:
-    """Return the number of the signal that asked for a stop, or None."""
+    """Return the number of the signal that asked for a stop, `TIME_LIMIT`, or None."""
+    global _received, _received_at
+    if _received is None and _deadline is not None and time.monotonic() >= _deadline:
+        _received, _received_at = TIME_LIMIT, time.monotonic()
     return _received
 
 
+def raise_agreed() -> NoReturn:
+    """Raise `Interrupted` for the request of any rank. Every rank must call it.
+
+    All ranks end with one exit code: that of the first rank with a request.
+    """
+    global _stopping
+    requests = distributed.all_gather_json(requested())
+    _stopping = True
+    raise Interrupted(next(number for number in requests if number is not None))
+
+
 def reset() -> None:
-    """Forget a request to stop."""
-    global _received
-    _received = None
+    """Forget a request to stop, and the time limit."""
+    global _received, _deadline, _stopping
+    _received, _deadline, _stopping = None, None, False
+
+
+@contextmanager
+def hung_waits_left() -> Iterator[None]:
+    """Context manager in which a thread ends waits for data that hang after a request.
+
+    It is told of signals by the system, even while the main thread runs none of Python's handlers.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(reader, done), daemon=True, name="signals")
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        done.set()
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def _watch(reader: int, done: threading.Event) -> None:
+    """Watch the waits of the main thread until ``done`` is set."""
+    number: int | None = None
+    since = 0.0
+    main = threading.main_thread().ident
+    assert main is not None
+    while True:
+        ready, _, _ = select.select([reader], [], [], 1.0)
+        told = os.read(reader, 4096) if ready else b""
+        if done.is_set():
+            return
+        if number is None:
+            heard = [each for each in told if each in (*ALWAYS, *UNLESS_IN_USE)]
+            number, since = heard[0] if heard else requested(), time.monotonic()
+        if number is None or _wait is None or _wait.over:
+            continue
+        lasted = time.monotonic() - since
+        if lasted >= RESCUE:
+            _give_up(number)
+        elif lasted >= PATIENCE:
+            signal.pthread_kill(main, signal.SIGTERM)  # Its handler raises the exception.
+
+
+def _give_up(number: int) -> None:
+    """End the process while its main thread waits for data; return if the wait is over."""
+    with _leaving:
+        wait = _wait
+        if wait is None or wait.over:
+            return
+        logger.error(
+            "asked to stop (%s) while %s: no exception ends this call, so the process does",
+            name_of(number), wait.describe(),
+        )  # fmt: skip
+        rescue = threading.Thread(target=wait.rescue, args=(number,), daemon=True)
+        rescue.start()
+        rescue.join(60)
+        os._exit(EXIT_CODES.get(number, OTHER_EXIT_CODE))

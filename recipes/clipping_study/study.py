@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Any
 
 from recipes.clipping_study.cells import Cell, finish
 from recipes.clipping_study.experiments import Experiment, Setting
-from recipes.common.children import serve
+from trainer.processes import serve
 
 logger = logging.getLogger("recipes")
 
@@ -76,7 +75,7 @@ def _finished(cells: Sequence[Cell], workers: int) -> Iterator[Result]:
         return
     # A forked process would hold on to the lock of the run folder.
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=serve, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=serve) as pool:
         futures = [pool.submit(finish, cell) for cell in cells]
         try:
             for future in as_completed(futures):

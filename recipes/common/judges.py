@@ -22,8 +22,8 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recipes.common.children import serve
 from recipes.common.quality import measure, require
+from trainer.processes import serve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,9 +148,7 @@ class Judges:
         if self._pool is None:
             # Not forked: threads of torch and of loaders may hold locks at that moment.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                self.workers, context, initializer=serve, initargs=(os.getpid(),)
-            )
+            self._pool = ProcessPoolExecutor(self.workers, context, initializer=serve)
         return self._pool
 
     def _restart(self) -> None:

@@ -310,14 +310,21 @@ class Saver:
         try:
             yield
         except signals.Interrupted as stop:
-            if self._checkpointer.enabled:
-                self.save({}, end_of_epoch=False)
-                logger.info(
-                    "saved and stopping (%s); the same command goes on from here", stop.signal
-                )
+            self.save_stopped(stop)
             raise
         finally:
             self._checkpointer.drop_waiting()
+
+    def save_stopped(self, stop: signals.Interrupted) -> None:
+        """Save a run that was asked to stop, if its state is complete. Collective."""
+        if not self._checkpointer.enabled:
+            return
+        if stop.saves:
+            self.save({}, end_of_epoch=False)
+            said = "saved and stopping (%s); the same command goes on from here"
+        else:
+            said = "stopping (%s) without a new checkpoint; the same command goes on from the last"
+        logger.info(said, stop.signal)
 
     @contextmanager
     def testing(self, trained: bool) -> Iterator[None]:

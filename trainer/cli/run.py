@@ -44,7 +44,7 @@ from trainer.optim.build import pick_device
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
-from trainer.signals import Interrupted
+from trainer.signals import Interrupted, KeyboardInterrupted
 
 # Errors that users may have made themselves; `session.is_user_error` decides.
 USER_ERRORS = (
@@ -98,7 +98,7 @@ def main(
     Raises:
         SystemExit: with code 2 and one sentence on stderr for errors that users can correct (a
             wrong value, a missing file, a full disk), whose traceback is in train.log; with code
-            128 + signal after an interrupt.
+            143 after SIGTERM, 130 after Ctrl-C, and 75 after any other request to stop.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -147,8 +147,8 @@ def launch(
     Raises:
         ValueError: a run option is wrong, or the folder is in use, or is not a run folder.
         OSError: the run folder cannot be written.
-        KeyboardInterrupt: Ctrl-C, once a checkpoint is saved.
-        SystemExit: SIGTERM, once a checkpoint is saved.
+        KeyboardInterrupt: Ctrl-C, once a checkpoint is saved; uncaught it is exit code 130.
+        SystemExit: another request to stop, once a checkpoint is saved, with its exit code.
         Exception: whatever `train` raises, after its traceback is in train.log.
 
     Example::
@@ -174,9 +174,11 @@ def launch(
         atexit.register(distributed.stop)  # not here: another launch may follow
     try:
         return _run(train, hyperparameters, options, None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupted from None
     except Interrupted as stopped:
         if stopped.signal == "SIGINT":
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupted from None
         raise
 
 
@@ -230,9 +232,11 @@ def _run(
     train: Train, hyperparameters: Hyperparameters, options: RunOptions, argv: list[str] | None
 ) -> dict[str, Any]:
     """Run `train` in a run folder; return its metrics. `argv` is None for `launch`."""
-    distributed.start(str(pick_device(options.device)))
-    seed_everything(options.seed, distributed.rank())
+    session.end_with_launcher()
     with ExitStack() as stack:
+        stack.enter_context(session.signals_at_safe_points())
+        distributed.start(str(pick_device(options.device)))
+        seed_everything(options.seed, distributed.rank())
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
         header = LAUNCH_HEADER if argv is None else HEADER
         folder, changes = stack.enter_context(
@@ -242,10 +246,10 @@ def _run(
         stack.callback(log.close)
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
         stack.enter_context(session.messages(log, names))
-        stack.enter_context(session.signals_at_safe_points())
         kept = not (options.debug or options.replay)
         note = f"(its traceback is in {folder / 'train.log'})" if kept else ""
         stack.enter_context(session.logged_exceptions(log, note))
+        stack.enter_context(session.stopping_with_others())
         if changes:
             logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
         try:

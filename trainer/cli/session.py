@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,9 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer import distributed, signals
+from trainer import distributed, processes, signals
 from trainer.config.registry import recipe_packages
 from trainer.loggers import TextLog
+
+logger = logging.getLogger("trainer")
+
+ORPHAN_SECONDS = 7.0  # Time that a rank has to save and stop when its launcher has died.
+_follows_launcher = False
 
 
 class _Handler(logging.Handler):
@@ -61,18 +68,46 @@ def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def signals_at_safe_points() -> Iterator[None]:
-    """Context manager in which SIGTERM and Ctrl-C let the loop save and stop at a safe point."""
+    """Context manager in which requests to stop let the loop save and stop at a safe point."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers in the main thread only.
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signals.install()
+    before = signals.install()
     try:
-        yield
+        with signals.hung_waits_left():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         signals.reset()
+
+
+def end_with_launcher() -> None:
+    """Make a rank stop, as by SIGTERM, once the torchrun that started it has ended."""
+    global _follows_launcher
+    if not _follows_launcher and distributed.launched():
+        _follows_launcher = True
+        processes.call_when_orphaned(_stop_orphan)
+
+
+def _stop_orphan() -> None:
+    logger.warning("the launcher of this process has ended: stopping within %g s", ORPHAN_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)
+    logger.error("stopping without a new checkpoint, since the time is over")
+    os._exit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def stopping_with_others() -> Iterator[None]:
+    """Context manager that turns the error of a rank which another has left into its request."""
+    try:
+        yield
+    except Exception as error:
+        number = distributed.left()
+        if number is None:
+            raise
+        raise signals.Interrupted(number, saves=False) from error
 
 
 @contextmanager

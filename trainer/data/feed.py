@@ -60,6 +60,21 @@ class DataFeed:
             size = min(size, most) if most else size
         return size
 
+    @property
+    def may_hang(self) -> bool:
+        """True if the batches are not all in memory."""
+        return not isinstance(self._source, (list, tuple)) and self._repeated is None
+
+    def describe_wait(self) -> str:
+        """Return what an iteration waits for, such as "waiting for batch 3 of epoch 1"."""
+        assert isinstance(self._source, Loader | Stream)
+        return self._source.describe_wait()
+
+    def undo_draws(self) -> None:
+        """Restore the generators that a batch has drawn from which did not come to its end."""
+        assert isinstance(self._source, Loader | Stream)
+        self._source.undo_draws()
+
     def begin(self, epoch: int) -> int | None:
         """Prepare an epoch, and return its number of batches; None where it is unknown."""
         if not isinstance(self._source, (list, tuple)):  # These are the same in every epoch.
@@ -146,8 +161,10 @@ def make_feed(
             "or any iterable of batches"
         )
     if not isinstance(loader, (list, tuple)):
-        run = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-        loader = resumable(loader, seed=options.seed, train=train, **run)
+        loader = resumable(
+            loader, seed=options.seed, train=train, rank=distributed.rank(),
+            world_size=distributed.world_size(), timeout=options.item_timeout,
+        )  # fmt: skip
     listed = isinstance(source, (list, tuple))
     split = listed or not (isinstance(loader, Loader) or _knows_ranks(source))
     limit = options.debug_batches if options.debug else 0

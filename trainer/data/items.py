@@ -209,8 +209,9 @@ class BatchDataset(Dataset[Any]):
     ) -> None:
         self.dataset, self.collate_fn = dataset, collate_fn
         self.seed, self.train, self.single = seed, train, single
-        # The index that each worker is loading, or -1.
+        # The index that each worker is loading, or -1; and that of the process without workers.
         self._current = torch.full((workers,), -1).share_memory_()
+        self._own: Any = None
         self._epoch: int | None = None
         self._told: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
         while isinstance(dataset, Subset):  # Its own `__getitems__` gains nothing.
@@ -250,6 +251,8 @@ class BatchDataset(Dataset[Any]):
             return None, _loading.bad
         if worker is not None:
             self._current[worker.id] = -1
+        else:
+            self._own = None
         try:
             return self.collate_fn(items[0] if self.single else items), _loading.bad
         except Exception as error:
@@ -274,6 +277,8 @@ class BatchDataset(Dataset[Any]):
         for index in indices:
             if worker is not None:
                 self._current[worker.id] = int(index) if isinstance(index, Integral) else -1
+            else:
+                self._own = index
             try:
                 items.append(dataset[index])
             except BadItem as bad:
@@ -298,9 +303,14 @@ class BatchDataset(Dataset[Any]):
         )
 
     def describe_loading(self) -> str:
-        """Return the items that workers are loading, as the end of an error message."""
-        items = [index for index in self._current.tolist() if index >= 0]
-        return f" while workers loaded {self._names(items)}" if items else ""
+        """Return the items that are being loaded, as the end of an error message."""
+        busy = [
+            (worker, index) for worker, index in enumerate(self._current.tolist()) if index >= 0
+        ]
+        named = [f"worker {worker} loaded {self._names([index])}" for worker, index in busy[:8]]
+        if not len(self._current) and self._own is not None:
+            named = [f"loading {self._names([self._own])}"]
+        return f" while {', '.join(named)}" if named else ""
 
     def _names(self, indices: Iterable[Any]) -> str:
         """Return the names of up to 8 items, by the dataset's method ``name_of(index)`` if any."""

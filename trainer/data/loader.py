@@ -8,13 +8,13 @@ signals that ask the main process to stop.
 from __future__ import annotations
 
 import inspect
-import os
+import logging
 import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
 from multiprocessing import connection
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
+from trainer import signals
 from trainer.data.batch import collate
 from trainer.data.batch_sampler import (
     DistributedBatchSampler,
@@ -33,9 +34,14 @@ from trainer.data.batch_sampler import (
     set_epoch,
 )
 from trainer.data.items import BadItemPolicy, BatchDataset, begin_loading, loading
-from trainer.seed import derive, fork_rng
+from trainer.processes import serve
+from trainer.seed import DrawsUndone, derive, fork_rng
+
+logger = logging.getLogger("trainer.data")
 
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
+CLOSING_SECONDS = 1.0  # Time in which workers end after SIGTERM, before they are killed.
+TIMEOUT = 300.0  # Seconds after which a wait for a batch is an error.
 
 
 def make_loader(
@@ -73,8 +79,9 @@ def make_loader(
         on_bad: "skip" to log bad items and leave them out, "raise" to end the run at the first.
         max_bad: share of this rank's items, between 0 and 1, above which bad items end the run.
         **options: options of `DataLoader`. ``batch_size`` is that of one process. Samplers of any
-            kind get the epoch, and draw from random numbers of their own. ``timeout``, in seconds,
-            ends a run whose workers give no batch for that long (0: never).
+            kind get the epoch, and draw from random numbers of their own. ``timeout``, in seconds
+            and 300 by default, ends a run whose workers give no batch for that long; a batch that
+            takes as long without workers is warned of (0: never).
 
     Returns:
         An iterable of batches with ``set_epoch(epoch)`` and ``skip(batches)``.
@@ -87,11 +94,12 @@ def make_loader(
     if unknown := set(options) - known:
         raise ValueError(f"unknown loader options {sorted(unknown)}; known are {sorted(known)}")
     if options.get("num_workers", 0) == 0:  # Options of workers mean nothing without any.
-        for name in ("timeout", "persistent_workers", "prefetch_factor", "worker_init_fn"):
+        for name in ("persistent_workers", "prefetch_factor", "worker_init_fn"):
             options.pop(name, None)
     options["pin_memory"] = options.get("pin_memory", False) and torch.accelerator.is_available()
+    timeout = options.pop("timeout", TIMEOUT)
     if isinstance(dataset, IterableDataset):
-        return Stream(DataLoader(dataset, **options), seed, train)
+        return Stream(DataLoader(dataset, **options), seed, train, timeout)
     if not len(dataset):
         raise ValueError(f"the dataset {type(dataset).__name__} has no items")
     sampler = _pop_sampler(
@@ -102,7 +110,7 @@ def make_loader(
     workers = options.get("num_workers", 0)
     batches = BatchDataset(dataset, join, seed, train, single, workers)
     policy = BadItemPolicy(on_bad, max_bad, len(dataset) / world_size)
-    return Loader(batches, sampler, policy, options)
+    return Loader(batches, sampler, policy, timeout, options)
 
 
 def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
@@ -141,12 +149,14 @@ class Loader:
         batches: BatchDataset,
         sampler: DistributedBatchSampler,
         policy: BadItemPolicy,
+        timeout: float,
         options: dict[str, Any],
     ) -> None:
         self._batches, self._sampler, self._policy = batches, sampler, policy
-        self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
-        weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
-        self._timeout, self._workers = options.pop("timeout", 0), options.get("num_workers", 0)
+        self._closing = _closing_flag(self)
+        self._timeout, self._workers = timeout, options.get("num_workers", 0)
+        self._number = 0  # Of the batch that is waited for.
+        self._before: DrawsUndone | None = None
         worker_init_fn = options.pop("worker_init_fn", None)
         self._make = partial(
             DataLoader,
@@ -156,7 +166,7 @@ class Loader:
             collate_fn=_identity,
             # Without a generator of its own, DataLoader draws from the global one.
             generator=torch.Generator().manual_seed(derive(batches.seed, "workers")),
-            worker_init_fn=partial(_init_worker, self._closing, worker_init_fn),
+            worker_init_fn=partial(_init_worker, self._closing, None, worker_init_fn),
             **options,
         )
         self._loader: DataLoader[Any] = self._make()
@@ -180,42 +190,59 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         return self._from_workers() if self._workers else self._from_process()
 
+    def describe_wait(self) -> str:
+        """Return what an iteration waits for, with the items that are being loaded."""
+        loading = self._batches.describe_loading()
+        return f"waiting for batch {self._number} of epoch {self._sampler.epoch}{loading}"
+
+    def undo_draws(self) -> None:
+        """Restore the generators that the batch which is waited for has drawn from."""
+        if self._before is not None:
+            self._before.undo()
+
     def _from_process(self) -> Iterator[Any]:
         """Yield the batches without workers."""
         self._policy.start_epoch()
+        self._number = self._sampler.start
         # DataLoader only has to pin memory here, and takes some 10 µs for each batch.
         pinned = self._loader.pin_memory
-        loaded = self._loader if pinned else map(self._batches.__getitem__, self._sampler)
-        for batch, reports in loaded:
-            if reports:
-                self._policy.handle(reports)
-            if batch is not None:
-                yield batch
+        loaded = iter(self._loader if pinned else map(self._batches.__getitem__, self._sampler))
+        keeps = self._sampler.train and signals.installed()
+        with closing(_HangWarning(self._timeout, self.describe_wait)) as watch:
+            while True:
+                self._before = DrawsUndone() if keeps else None
+                with watch:
+                    try:
+                        batch, reports = next(loaded)
+                    except StopIteration:
+                        return
+                if reports:
+                    self._policy.handle(reports)
+                self._number += 1
+                if batch is not None:
+                    yield batch
 
     def _from_workers(self) -> Iterator[Any]:
         """Yield the batches that workers load."""
         self._policy.start_epoch()
         self._closing.fill_(False)
         first = self._sampler.start
-        watched = _WatchedIterator(iter(self._loader), self._timeout)
+        watched = _WatchedIterator(
+            iter(self._loader), self._timeout, self._closing, self.describe_wait
+        )
         try:
-            for number in count(first):
-                loaded = watched.next(partial(self._describe_wait, number))
-                if loaded is None:
+            for self._number in count(first):
+                loaded = watched.next()
+                if loaded is _END:
                     return
                 batch, reports = loaded
                 self._policy.handle(reports)
                 if batch is not None:
                     yield batch
         except BaseException:  # GeneratorExit too: the epoch was left early.
-            self._closing.fill_(True)
             watched.close()
             self._loader = self._make()
             raise
-
-    def _describe_wait(self, number: int) -> str:
-        loading = self._batches.describe_loading()
-        return f"waiting for batch {number} of epoch {self._sampler.epoch}{loading}"
 
 
 class Stream:
@@ -230,11 +257,21 @@ class Stream:
         source: an iterable of batches.
         seed: random seed of the run.
         train: False for evaluation, in which every epoch is alike.
+        timeout: seconds without a batch after which the workers of a DataLoader are given up, and
+            any other source is warned of; 0 for never.
     """
 
-    def __init__(self, source: Iterable[Any], seed: int = 0, train: bool = True) -> None:
-        self._source, self._seed, self._train = source, seed, train
-        self._epoch, self._start = 0, 0
+    def __init__(
+        self,
+        source: Iterable[Any],
+        seed: int = 0,
+        train: bool = True,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self._source, self._seed, self._train, self._timeout = source, seed, train, timeout
+        self._epoch, self._start, self._number = 0, 0, 0
+        self._closing = _closing_flag(self)
+        self._forked: fork_rng | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations; tell sampler and dataset."""
@@ -252,18 +289,37 @@ class Stream:
         start, self._start = self._start, 0
         seed, epoch = self._seed, self._epoch  # Another iteration may begin before this one ends.
         forked = fork_rng(derive(seed, "stream", epoch), generators(self._source))
-        with forked, _seeding_workers(self._source, seed, epoch):
+        self._closing.fill_(False)
+        with forked, _preparing_workers(self._source, self._closing, seed, epoch):
             iterator = iter(self._source)
         plain = type(self._source) is DataLoader and self._source.num_workers > 0
         each = nullcontext() if plain else forked
-        for number in count():
-            with each, loading(seed, epoch):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            if number >= start:
-                yield batch
+        self._forked = None if plain else forked
+        watched = _WatchedIterator(iterator, self._timeout, self._closing, self.describe_wait)
+        limit = 0 if watched.workers else self._timeout
+        with closing(_HangWarning(limit, self.describe_wait)) as watch:
+            try:
+                for self._number in count():
+                    with each, loading(seed, epoch), watch:
+                        batch = watched.next()
+                    if batch is _END:
+                        return
+                    if self._number >= start:
+                        yield batch
+            except BaseException:
+                if watched.workers:
+                    watched.close()
+                    self._source._iterator = None  # type: ignore[attr-defined]  # Persistent ones.
+                raise
+
+    def describe_wait(self) -> str:
+        """Return what an iteration waits for."""
+        return f"waiting for batch {self._number} of epoch {self._epoch}"
+
+    def undo_draws(self) -> None:
+        """Restore the generators as they were before the batch which is waited for."""
+        if self._forked is not None:
+            self._forked.undo()
 
 
 def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:
@@ -278,14 +334,17 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
         source: a DataLoader or an iterable of batches. A result of this function is returned as it
             is.
         seed: random seed of the run.
-        **run: further arguments of `make_loader`: train, rank, world_size, on_bad, max_bad.
+        **run: further arguments of `make_loader`: train, rank, world_size, on_bad,
+            max_bad, timeout.
     """
     if isinstance(source, Loader | Stream):
         return source
     if type(source) is not DataLoader or isinstance(source.dataset, IterableDataset):
-        return Stream(source, seed, run.get("train", True))
-    same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
+        return Stream(source, seed, run.get("train", True), run.get("timeout", TIMEOUT))
+    same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn")
     options = {name: getattr(source, name) for name in (*same, "persistent_workers")}
+    if source.timeout:  # 0 is DataLoader's default.
+        options["timeout"] = source.timeout
     if source.num_workers:
         options["prefetch_factor"] = source.prefetch_factor
         options["multiprocessing_context"] = source.multiprocessing_context
@@ -293,74 +352,128 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
         options["batch_sampler"] = source.batch_sampler
     else:
         options |= {"sampler": source.sampler, "batch_size": None}
-    return make_loader(source.dataset, seed=seed, **run, **options)
+    return make_loader(source.dataset, seed=seed, **(run | options))
+
+
+def _closing_flag(owner: Any) -> Tensor:
+    """Return a flag in shared memory, True once the owner's workers are to end."""
+    flag: Tensor = torch.zeros(1, dtype=torch.bool).share_memory_()
+    weakref.finalize(owner, flag.fill_, True)  # At the interpreter's exit too.
+    return flag
 
 
 @contextmanager
-def _seeding_workers(source: Any, seed: int, epoch: int) -> Iterator[None]:
-    """Context manager in which a DataLoader tells its new workers the seed and the epoch."""
+def _preparing_workers(source: Any, closing: Tensor, seed: int, epoch: int) -> Iterator[None]:
+    """Context manager in which a DataLoader prepares its new workers by `_init_worker`."""
     if not getattr(source, "num_workers", 0) or not hasattr(source, "worker_init_fn"):
         yield
         return
     before = source.worker_init_fn
-    source.worker_init_fn = partial(_init_stream_worker, seed, epoch, before)
+    source.worker_init_fn = partial(_init_worker, closing, (seed, epoch), before)
     try:
         yield
     finally:
         source.worker_init_fn = before
 
 
-def _init_stream_worker(
-    seed: int, epoch: int, worker_init_fn: Callable[[int], None] | None, worker: int
-) -> None:
-    begin_loading(seed, epoch)
-    if worker_init_fn is not None:
-        worker_init_fn(worker)
-
-
 def _init_worker(
-    closing: Tensor, worker_init_fn: Callable[[int], None] | None, worker: int
+    closing: Tensor,
+    seed_and_epoch: tuple[int, int] | None,
+    worker_init_fn: Callable[[int], None] | None,
+    worker: int,
 ) -> None:
-    """Make a worker ignore SIGINT and SIGTERM until the main process closes it.
+    """Prepare a worker for signals and the end of its main process; see `serve`.
 
-    Ctrl-C, and torchrun's SIGTERM, reach the workers too. A worker that died of them would break
-    the main process in the middle of the step after which it saves. ``closing`` is in shared
-    memory, and True once the main process ends its workers by SIGTERM.
+    A worker that died of Ctrl-C, or of torchrun's SIGTERM, would break the main process in the
+    middle of the step after which it saves.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)
+    serve(lambda: bool(closing.item()))
+    if seed_and_epoch is not None:
+        begin_loading(*seed_and_epoch)
     if worker_init_fn is not None:
         worker_init_fn(worker)
+
+
+class _HangWarning:
+    """Context manager around a wait for a batch, of which it warns once if it takes too long.
+
+    Args:
+        timeout: seconds after which a thread warns; 0 for never.
+        describe: returns what is waited for.
+    """
+
+    def __init__(self, timeout: float, describe: Callable[[], str]) -> None:
+        self._timeout, self._describe = timeout, describe
+        self._since: float | None = None
+        self._closed = threading.Event()
+        if timeout:
+            threading.Thread(target=self._watch, daemon=True, name="loader").start()
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        warned: float | None = None
+        while not self._closed.wait(min(self._timeout, 1.0)):
+            since = self._since
+            if since is None or since == warned or time.monotonic() - since < self._timeout:
+                continue
+            warned = since
+            logger.warning(
+                "no batch for %g s, %s (the loader option timeout and the run option item_timeout "
+                "set this limit)", self._timeout, self._describe(),
+            )  # fmt: skip
+
+
+_END = object()
 
 
 class _WatchedIterator:
-    """A DataLoader's iterator that notices at once when workers die or hang.
+    """Iterator of batches that notices at once when workers of a DataLoader die or hang.
 
     torch notices a death at once, or after 5 s when the signal comes just before it starts to wait.
+
+    Args:
+        iterator: an iterator of batches; if it is a DataLoader's, its workers are watched.
+        timeout: seconds without a batch after which workers are given up; 0 for never.
+        closing_flag: flag in shared memory, set before workers are ended.
+        describe_wait: returns what is waited for.
     """
 
-    def __init__(self, iterator: Any, timeout: float) -> None:
-        self._iterator, self._timeout = iterator, timeout
-        self._workers: list[BaseProcess] = list(getattr(iterator, "_workers", []))
+    def __init__(
+        self, iterator: Any, timeout: float, closing_flag: Tensor, describe_wait: Callable[[], str]
+    ) -> None:
+        self._iterator, self._timeout, self._closing = iterator, timeout, closing_flag
+        self._describe_wait = describe_wait
+        self.workers: list[BaseProcess] = list(getattr(iterator, "_workers", []))
         self._poll_after(POLL_SECONDS)
 
     def _poll_after(self, seconds: float) -> None:
         """Set for how long torch waits for a batch before it checks its workers and gives up."""
-        if self._workers:  # Not DataLoader's own option: its restart for an epoch may take longer.
+        if self.workers:  # Not DataLoader's own option: its restart for an epoch may take longer.
             self._iterator._timeout = seconds
 
-    def next(self, describe_wait: Callable[[], str]) -> Any:
-        """Return the next batch with its reports; None at the end of the epoch.
+    def next(self) -> Any:
+        """Return the next batch; `_END` at the end of the epoch.
 
         Raises:
-            RuntimeError: a worker died, or gave nothing within the timeout; the message ends in
-                what ``describe_wait`` returns. Errors of the dataset are raised as they are.
+            RuntimeError: a worker died, or gave nothing within the timeout; the message names what
+                was waited for. Errors of the dataset are raised as they are.
         """
+        if not self.workers:
+            return next(self._iterator, _END)
         since = time.monotonic()
         while True:
             try:
-                result = next(self._iterator, None)
-                if result is None:
+                result = next(self._iterator, _END)
+                if result is _END:
                     self._poll_after(0)  # Persistent workers are about to be restarted.
                 return result
             except Exception as error:
@@ -368,7 +481,7 @@ class _WatchedIterator:
                 if cause is None:
                     raise
             if cause:  # Raised out here: chained, it would keep all that torch's frames hold.
-                raise RuntimeError(f"{cause}, {describe_wait()}")
+                raise RuntimeError(f"{cause}, {self._describe_wait()}")
 
     def _explain(self, error: str, waited: float) -> str | None:
         """Return the cause of torch's error; None if it is not about workers, "" to wait on."""
@@ -377,16 +490,22 @@ class _WatchedIterator:
                 return ""
             return (
                 f"the loader's workers gave no batch within {self._timeout:g} s (one hangs, or the "
-                "loader option timeout is too small)"
+                "loader option timeout, by default the run option item_timeout, is too small)"
             )
         # torch begins the errors of a dataset in a worker by "Caught".
-        return None if error.startswith("Caught ") else _describe_exit(self._workers)
+        return None if error.startswith("Caught ") else _describe_exit(self.workers)
 
     def close(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
-        for worker in self._workers:
+        self._closing.fill_(True)
+        for worker in self.workers:
             worker.terminate()
-        if self._workers:
+        end = time.monotonic() + CLOSING_SECONDS
+        for worker in self.workers:
+            worker.join(max(0.0, end - time.monotonic()))
+            if worker.exitcode is None:  # It is in a call that handles no signal.
+                worker.kill()
+        if self.workers:
             # A worker may have ended while it held the lock of torch's event, and torch, which sets
             # that event before it drops the iterator, would wait forever. No worker reads it now.
             self._iterator._workers_done_event = threading.Event()

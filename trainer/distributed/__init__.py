@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 _timeout = TIMEOUT
+RENDEZVOUS = timedelta(seconds=60)  # Time in which all processes have to come together.
+_store: Any = None  # torch's store that is shared by the processes of one start of a run.
 _gradient_group: tuple[Any, Any] = None, None  # The process group it belongs to, and the group.
 
 
@@ -52,6 +55,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def restarts() -> int:
+    """Return how many times torchrun has started this run anew after a process had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if launched() else 0
+
+
 def start(device: str, timeout: timedelta = TIMEOUT) -> None:
     """Join the process group of the processes that torchrun launched.
 
@@ -64,18 +72,27 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
     """
     if not launched() or _active():
         return
-    global _timeout
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    global _store, _timeout
     _timeout = timeout
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+    shared, rank, ranks = next(rendezvous("env://", timeout=RENDEZVOUS))
+    shared.set_timeout(RENDEZVOUS)
+    # torchrun's store outlives the processes: what those of an earlier start wrote, such as the
+    # addresses of processes that are gone, must not be taken for what others write now.
+    _store = PrefixStore(f"restart-{restarts()}", shared)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def stop() -> None:
     """Leave the process group, if there is one. Every rank must call it."""
-    global _gradient_group
+    global _gradient_group, _store
     if _active():
-        _gradient_group = None, None
+        _gradient_group, _store = (None, None), None
         dist.destroy_process_group()
 
 
@@ -301,6 +318,50 @@ def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | No
     result = run_on_all(lambda: work(*args) if is_main() else None, shared=shared)
     on_every_rank: T = broadcast_json(result)
     return on_every_rank
+
+
+# Leaving without the others
+
+
+def meet(name: str, seconds: float) -> bool:
+    """Wait for all ranks outside of their collectives.
+
+    Args:
+        name: name of the place, used once in a run.
+        seconds: time to wait for the others.
+
+    Returns:
+        True if every rank has called it within the time; False, too, where `start` was not called.
+    """
+    if world_size() == 1:
+        return True
+    if _store is None:
+        return False
+    keys = [f"{name}/{each}" for each in range(world_size())]
+    try:
+        _store.set(keys[rank()], "")
+        _store.wait(keys, timedelta(seconds=seconds))
+    except RuntimeError:  # The time is over, or the launcher has died, and its store with it.
+        return False
+    return True
+
+
+def leave(number: int) -> None:
+    """Tell the other ranks that this one ends because of a request to stop.
+
+    Their next collective fails, and `left` tells them the cause.
+    """
+    if _store is not None:
+        with suppress(RuntimeError):
+            _store.set("left", str(number))
+
+
+def left() -> int | None:
+    """Return the request because of which another rank has left; None if none has."""
+    with suppress(RuntimeError):
+        if _store is not None and _store.check(["left"]):
+            return int(_store.get("left"))
+    return None
 
 
 # The name that SpeechBrain-style recipes and messages use.

@@ -178,10 +178,9 @@ class TrialRunner:
             before_batch()
             self._reports.clear()
             self.brain.train_batch(batch, is_last)
-            signal = signals.requested()
-            (asked,) = distributed.any_rank(signal is not None)
+            (asked,) = distributed.any_rank(signals.requested() is not None)
             if asked:
-                raise signals.Interrupted(signal or signals.DEFAULT)
+                signals.raise_agreed()
             yield
 
 

@@ -12,11 +12,9 @@ PARENT = """
 import os, sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from recipes.common.children import serve
+from trainer.processes import serve
 if __name__ == "__main__":
-    pool = ProcessPoolExecutor(
-        1, get_context("spawn"), initializer=serve, initargs=(os.getpid(),)
-    )
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=serve)
     print(pool.submit(os.getpid).result(), flush=True)
     sys.stdin.read()
 """
