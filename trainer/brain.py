@@ -50,6 +50,7 @@ from trainer.data import (
     make_feed,
     make_loader,
 )
+from trainer.distributed import hang_watch
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import evaluation_mode, evaluation_weights, gradients_kept, modes_kept
@@ -277,6 +278,7 @@ class Brain(SpeechBrainNames):
         self.__ema: WeightAverage | None = None
         self.__strategy = make_strategy()
         self.__strategy.ballot = self.__ballot
+        self.__hang_watch = distributed.make_hang_watch(self.options.hang_timeout)
         self.__metrics = TrainingMetrics()
         self.__trainable = TrainableState(self.modules)
         self.__attributes = UserAttributes(self, self.__user_attributes)
@@ -407,11 +409,13 @@ class Brain(SpeechBrainNames):
             self.__metrics.begin_stage()
             batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
             done = 0  # In this process.
-            for batch, is_last in self.__awaited(feed, batches, self.__depth == 1):
-                self.train_batch(batch, is_last)
-                done += 1
-                if self.__after_batch():
-                    break
+            with self.__hang_watch.watching():
+                for batch, is_last in self.__awaited(feed, batches, self.__depth == 1):
+                    self.__hang_watch.mark()
+                    self.train_batch(batch, is_last)
+                    done += 1
+                    if self.__after_batch():
+                        break
             self.__close_windows(done)
             progress.phase = then
             average = self.__metrics.average
@@ -578,7 +582,7 @@ class Brain(SpeechBrainNames):
     def __evaluate(self, feed: DataFeed, stage: Stage, epoch: int | None) -> StageReport:
         mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
         fits, outermost = self.__nested_fits, stage is Stage.VALID and self.__depth == 1
-        with self.__in_stage(stage), ExitStack() as stack:
+        with self.__in_stage(stage), hang_watch.pause(), ExitStack() as stack:
             if outermost:
                 # A run interrupted in a validation resumes at its start.
                 before = Snapshot(self.progress, self.__hook_state)
@@ -1142,9 +1146,10 @@ class Brain(SpeechBrainNames):
         asked, due, _ = self.__votes
         if self.__depth == 1:
             self.__tick()
-            if due or self.__saver.due_by_steps():
-                self.__saver.save({}, end_of_epoch=False)
-            self.__saver.release()
+            with hang_watch.pause():
+                if due or self.__saver.due_by_steps():
+                    self.__saver.save({}, end_of_epoch=False)
+                self.__saver.release()
             if asked:
                 signals.raise_agreed()
         return self.__limit_reached()

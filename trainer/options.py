@@ -124,6 +124,12 @@ class RunOptions:
         at_least=0,
         at_most=1,
     )
+    hang_timeout: float = _option(
+        600.0,
+        "seconds without progress in training after which a rank counts as hung, and all end "
+        "(0: never)",
+        at_least=0,
+    )
     drift_check_every: int = _option(
         100, "batches between two comparisons of the ranks' weights (0: never)", at_least=0
     )

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,9 @@ def _run(
     session.end_with_launcher()
     with ExitStack() as stack:
         stack.enter_context(session.signals_at_safe_points())
-        distributed.start(str(pick_device(options.device)))
+        # The hang watch comes first: a collective that times out does not say which rank hangs.
+        timeout = timedelta(seconds=max(600.0, 6 * options.hang_timeout))
+        distributed.start(str(pick_device(options.device)), timeout)
         seed_everything(options.seed, distributed.rank())
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
         header = LAUNCH_HEADER if argv is None else HEADER

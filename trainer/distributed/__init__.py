@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from trainer.distributed.hang_watch import HangWatch, pause
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
@@ -284,12 +286,14 @@ def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | Non
     """
     error: BaseException | None = None
     failure: tuple[bool, str] | None = None
-    try:
-        result = work(*args)
-    except BaseException as caught:
-        error = caught
-        failure = isinstance(caught, shared or ()), f"{type(caught).__name__}: {caught}"
-    failures = [(r, *each) for r, each in enumerate(all_gather_json(failure)) if each is not None]
+    with pause():
+        try:
+            result = work(*args)
+        except BaseException as caught:
+            error = caught
+            failure = isinstance(caught, shared or ()), f"{type(caught).__name__}: {caught}"
+        answers = all_gather_json(failure)
+    failures = [(r, *each) for r, each in enumerate(answers) if each is not None]
     if failure is None or failure[0]:
         for failed_rank, is_shared, message in failures:
             if not is_shared:
@@ -320,7 +324,17 @@ def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | No
     return on_every_rank
 
 
-# Leaving without the others
+# Outside of collectives
+
+
+def make_hang_watch(timeout: float) -> HangWatch:
+    """Return the watch of this rank; it watches nothing where `start` joined no other processes.
+
+    Args:
+        timeout: time without progress after which a rank counts as hung, in seconds; 0 for never.
+    """
+    store = None if _store is None or world_size() == 1 else _store.clone()
+    return HangWatch(timeout, store, rank(), world_size())
 
 
 def meet(name: str, seconds: float) -> bool:

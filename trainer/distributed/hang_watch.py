@@ -1,0 +1,160 @@
+"""Watch over ranks that hang: the others end, and name it with the place where it stands.
+
+A thread of each rank publishes in torch's store where its main thread stands. Where a rank makes no
+progress for too long, that tells the rank that computes or sleeps from those that wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("trainer")
+
+EXIT_CODE = 1
+DISTRIBUTED = Path(__file__).parent
+PYTHON = Path(os.__file__).parent
+
+_paused = 0  # Depth of `pause` blocks.
+
+
+@contextmanager
+def pause() -> Iterator[None]:
+    """Context manager for work of a rank for which the others may wait for any time.
+
+    Every rank must enter it.
+    """
+    global _paused
+    _paused += 1
+    try:
+        yield
+    finally:
+        _paused -= 1
+
+
+class HangWatch:
+    """Watch of one rank over all of them, while they train.
+
+    Args:
+        timeout: time without progress after which a rank counts as hung, in seconds.
+        store: store that all ranks share; None to watch nothing.
+        rank: rank of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, timeout: float, store: Any, rank: int, world_size: int) -> None:
+        self._timeout, self._store = timeout, store
+        self._rank, self._world_size = rank, world_size
+        self._interval = max(0.1, min(10.0, timeout / 10))
+        self._progress = 0
+        self._over: threading.Event | None = None
+
+    def mark(self) -> None:
+        """Say that this rank makes progress."""
+        self._progress += 1
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context manager in which `mark` is called again and again. Every rank must enter it."""
+        if self._store is None or not self._timeout or self._over is not None:
+            yield
+            return
+        self._over = threading.Event()
+        thread = threading.Thread(
+            target=self._watch, args=(self._over, threading.get_ident()), name="hang watch",
+            daemon=True,
+        )  # fmt: skip
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+            self._over = None
+
+    def _watch(self, over: threading.Event, main: int) -> None:
+        """Publish where the main thread stands, and end the process if a rank hangs."""
+        progress, since, beat = -1, 0.0, 0
+        before: list[dict[str, Any]] | None = None  # What the ranks had published a while ago.
+        while not over.wait(self._interval):
+            beat += 1
+            if _paused or progress != self._progress:
+                progress, since, before = self._progress, time.monotonic(), None
+            waits, place = _standing(main)
+            try:
+                own = {"beat": beat, "waits": waits, "place": place}
+                self._store.set(f"standing/{self._rank}", json.dumps(own))
+                lasted = time.monotonic() - since
+                if before is None and lasted >= self._timeout:
+                    before = self._read()
+                elif before is not None and lasted >= self._timeout + 4 * self._interval:
+                    # The first rank decides.
+                    self._store.compare_set("hung", "", self._describe(before, self._read()))
+                if not self._store.check(["hung"]):
+                    continue
+                verdict = self._store.get("hung").decode(errors="replace")
+            except RuntimeError:
+                return  # The store is gone, and the run with it.
+            logger.error("%s", verdict)
+            # Time for the others to say so too, before their connections break.
+            time.sleep(self._interval * (3 if self._rank == 0 else 2))
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+
+    def _describe(self, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+        """Return a sentence with the ranks that hang."""
+        ranks = range(self._world_size)
+        silent = [r for r in ranks if before[r].get("beat") == now[r].get("beat")]
+        busy = [r for r in ranks if not now[r].get("waits")]
+        hung = silent or busy or list(ranks)
+        places = "; ".join(f"rank {r} at {now[r].get('place', 'an unknown place')}" for r in hung)
+        why = " in a collective that others do not call" if not silent and not busy else ""
+        return (
+            f"no progress for {self._timeout:g} s (hang_timeout): {places} "
+            f"{'stand' if len(hung) > 1 else 'stands'} still{why}. All ranks end; a restart goes "
+            "on from the last checkpoint"
+        )
+
+    def _read(self) -> list[dict[str, Any]]:
+        keys = [f"standing/{rank}" for rank in range(self._world_size)]
+        found: list[dict[str, Any]] = []
+        for key in keys:
+            found.append(json.loads(self._store.get(key)) if self._store.check([key]) else {})
+        return found
+
+
+def _standing(thread: int) -> tuple[bool, str]:
+    """Return True if a thread waits for other ranks, and the place where it stands."""
+    stack = traceback.extract_stack(sys._current_frames().get(thread))
+    if not stack:
+        return False, "an unknown place"
+    waits = any(
+        file.parent == DISTRIBUTED
+        or file.parts[-3:-1] == ("torch", "distributed")
+        # It waits for a device, which waits for the other ranks.
+        or (file.parts[-2:] == ("optim", "step.py") and name == "_fetch")
+        for file, name in ((Path(frame.filename), frame.name) for frame in stack[-4:])
+    )
+    own = next((frame for frame in reversed(stack) if not _is_library(frame.filename)), stack[-1])
+    place = f"{own.filename}:{own.lineno} in {own.name}"
+    last = stack[-1]
+    if last is not own:
+        place += f", {Path(last.filename).name}:{last.lineno} in {last.name}"
+    return waits, place
+
+
+def _is_library(file: str) -> bool:
+    """Return True for a file of Python, torch or the trainer."""
+    parts, folders = Path(file).parts, Path(file).parents
+    if "site-packages" in parts:
+        return "torch" in parts
+    return PYTHON in folders or DISTRIBUTED.parent in folders
