@@ -283,9 +283,11 @@ def _loader(root: Node, places: dict[Node, str], registry: Registry) -> type[Saf
                 return super().construct_object(node, deep=True)
             except BuildError:
                 raise
-            except (TypeError, ValueError) as error:
+            except Exception as error:
                 # HyperPyYAML puts a sentence of its own before the message of a TypeError.
                 reason = error.args[-1] if error.args else error
+                if not isinstance(error, (TypeError, ValueError)):
+                    reason = f"{type(error).__name__}: {error}"
                 what = object_name(node).removeprefix("builtins.") or tag(node)
                 raise BuildError(f"{places[node]}: {what} could not be built: {reason}") from error
 
@@ -341,16 +343,14 @@ def _attribute(value: Any, name: str, place: str, registry: Registry) -> Any:
     """Read the attribute of a built object that a `!ref <object.attribute>` names."""
     for part in name.split("."):
         try:
-            value = getattr(value, part)
+            value = registry.read(value, part)
         except AttributeError:
             known = [each for each in dir(value) if not each.startswith("_")]
             raise BuildError(
                 f"{place}: {type(value).__name__} has no attribute {part!r}{nearest(part, known)}"
             ) from None
-        try:
-            registry.check_attribute(value, name)
-        except ValueError as error:
-            raise BuildError(f"{place}: {error}") from None
+        except Exception as error:  # also of a property
+            raise BuildError(f"{place}: {error}") from error
     return value
 
 
