@@ -192,7 +192,9 @@ class Registry:
         found: Any = None
         path = ""
         for part in current_path(name).split("."):
-            if owner is not None and not (inspect.ismodule(found) or self._allows(path, owner, found)):
+            if owner is not None and not (
+                inspect.ismodule(found) or self._allows(path, owner, found)
+            ):
                 break  # The attributes of what is refused are not looked at.
             path = f"{path}.{part}".removeprefix(".")
             owner, found = found, self._step(found, path, part, full)
@@ -221,10 +223,11 @@ class Registry:
         classes = (*type(owner).__mro__, *(owner.__mro__ if inspect.isclass(owner) else ()))
         code = {name, "__getattr__", "__getattribute__"}
         foreign = (each for each in classes if code & {*vars(each)} and not self._is_readable(each))
+        what = f"{name!r} of a {type(owner).__name__} is not allowed"
         if inspect.ismodule(owner) or any(foreign):
             raise ValueError(
-                f"{name!r} of a {type(owner).__name__} is not allowed: a reference reads attributes "
-                "of networks, tensors, and objects of allowed packages"
+                f"{what}: a reference reads attributes of networks, tensors, and objects of "
+                "allowed packages"
             )
         value = getattr(owner, name)
         if not self._is_value(value):
@@ -233,9 +236,8 @@ class Registry:
                 "object in train.py"
             )
             raise ValueError(
-                f"{name!r} of a {type(owner).__name__} is not allowed: it is a "
-                f"{type(value).__name__}, and a reference reads numbers, texts, tensors, networks, "
-                "paths, and lists or mappings of these"
+                f"{what}: it is a {type(value).__name__}, and a reference reads numbers, texts, "
+                "tensors, networks, paths, and lists or mappings of these"
                 f"{instead if callable(value) else ''}"
             )
         return value
@@ -313,7 +315,10 @@ class Registry:
             if isinstance(each, CONTAINERS) and (kind in CONTAINERS or hasattr(kind, "_fields")):
                 seen.add(id(each))
                 waiting += [*each, *each.values()] if isinstance(each, dict) else [*each]
-            elif inspect.isclass(each) or self._rule(f"{kind.__module__}.{kind.__qualname__}") != "open":
+            elif (
+                inspect.isclass(each)
+                or self._rule(f"{kind.__module__}.{kind.__qualname__}") != "open"
+            ):
                 return False
         return True
 
@@ -397,7 +402,7 @@ def _locate_in_full(name: str) -> Any:
 
 
 def _is_operation(found: Any) -> bool:
-    """Return True for a compiled operation of torch on tensors: zeros, relu, conv1d …"""
+    """Return True for a compiled operation of torch on tensors, such as zeros or conv1d."""
     own = getattr(torch._C._VariableFunctions, found.__name__, None) is found
     return (own or found.__module__ in COMPILED) and found is not torch.from_file
 
