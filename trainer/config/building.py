@@ -29,10 +29,12 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from torch.utils.data import DataLoader
 
 from trainer.config.reading import (
+    BOOL,
+    FLOAT,
+    INT,
     MAP,
     MAX_DEPTH,
     MAX_NODES,
-    NULL,
     PLAIN,
     REFERENCE,
     REFERENCES,
@@ -332,7 +334,7 @@ def _check_object(node: Node, registry: Registry) -> Any:
     # A bare built-in name would import a file of that name.
     full = f"builtins.{name}" if target is getattr(builtins, name, None) else name
     again = pydoc.locate(full)  # HyperPyYAML is going to look it up like this.
-    if again is not target and not (inspect.ismethod(target) and again == target):
+    if again is not target and not (inspect.isroutine(target) and again == target):
         raise ValueError(f"{name} is both a module and something else; give its full name")
     node.tag = f"{prefix}{full}"
     known = signature(target)
@@ -351,7 +353,7 @@ def _check_object(node: Node, registry: Registry) -> Any:
         raise ValueError(f"{name}: {error}{hint}; its arguments are: {takes}") from None
     for key, value in given.items():
         words = set(re.findall(r"\w+", str(known.parameters[key].annotation)))
-        if "Callable" in words and "str" not in words and tag(value) in PLAIN - {NULL, SEQ}:
+        if "Callable" in words and "str" not in words and tag(value) in (STR, INT, FLOAT, BOOL):
             raise ValueError(
                 f"{name}: {key} must be a function, not {value.value!r}; a function of a module "
                 "beside train.py is given by !name:module.function"
