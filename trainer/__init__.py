@@ -43,6 +43,18 @@ __all__ = [
     "parse_arguments",
 ]
 
+# Names of this package that a YAML may build, and the hyperparams.yaml of a run folder too.
+YAML_NAMES = (
+    "Checkpointer", "EpochCounter", "checkpoint.Checkpointer",
+    "checkpoint.checkpointer.Checkpointer", "clipping.AGC", "clipping.AdaGC", "clipping.AutoClip",
+    "clipping.GradualClip", "clipping.LayerClip", "clipping.MedianClip", "clipping.MixedClip",
+    "clipping.NormClip", "clipping.PatternClip", "clipping.SPAM", "clipping.ValueClip",
+    "clipping.ZClip", "data.DistributedBatchSampler", "data.collate", "data.pad",
+    "epochs.EpochCounter", "metrics.Mean", "optim.ema.WeightAverage", "schedules.EarlyStopping",
+    "schedules.NewBob", "schedules.Noam", "schedules.Plateau", "schedules.WarmupDecay",
+)  # fmt: skip
+RUN_NAMES = YAML_NAMES
+
 # YAML and command line are imported on first use: programs that only subclass Brain start faster.
 _LAZY = {
     "Run": "trainer.cli",

@@ -646,6 +646,87 @@ def test_a_package_of_ones_own_is_allowed_by_main(
     assert runs[0].hparams["net"].width == 3
 
 
+# A builtin, compiled modules, modules under another name, classes, methods, values, private names.
+SPELLED = {
+    "!new:zip [[1], [2]]": lambda x: [*x] == [(1, 2)],
+    "!apply:builtins.hash [7]": lambda x: x == 7,
+    "!apply:divmod [7, 2]": lambda x: x == (3, 1),
+    "!apply:operator.add [1, 2]": lambda x: x == 3,
+    "!apply:os.path.join [a, b]": lambda x: x == os.path.join("a", "b"),
+    "!apply:os.getpid": lambda x: x == os.getpid(),
+    "!apply:logging.os.getpid": lambda x: x == os.getpid(),
+    "!new:pathlib.Path [a]": lambda x: x == Path("a"),
+    "!new:collections.defaultdict [!name:list ]": lambda x: x["a"] == [],
+    "!new:functools.partial [!name:max , 3]": lambda x: x(4) == 4,
+    "!name:string.ascii_letters": lambda x: x[0] == "a",
+    "!name:os.sep": lambda x: x == os.sep,
+    "!module:operator": lambda x: x.add(1, 2) == 3,
+    "!module:os.path": lambda x: x is os.path,
+    "!apply:dict.fromkeys [[a], 1]": lambda x: x == {"a": 1},
+    "!apply:str.upper [a]": lambda x: x == "A",
+    "!apply:datetime.datetime.fromtimestamp [0]": lambda x: x.year in (1969, 1970),
+    "!apply:torch.get_num_threads": lambda x: x == torch.get_num_threads(),
+    "!name:torch.nn.Linear.forward": lambda x: x is torch.nn.Linear.forward,
+    "!name:torch.hub.load": lambda x: x is torch.hub.load,
+    "!name:recipes.asr.scoring.Scores": lambda x: x.__name__ == "Scores",
+    "!name:trainer.data.make_loader": lambda x: x.__name__ == "make_loader",
+    "!name:torch.nn.modules.module._addindent": lambda x: x.__name__ == "_addindent",
+    "!name:ownlib.__version__": lambda x: x == "1",
+    "!new:ownlib.Net": lambda x: x.width == 3,
+    "!apply:ownlib.deep.code.make": lambda x: x == 5,
+    "!applyref:operator.mul [2, 3]": lambda x: x == 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_a_refusal_names_the_spelling_that_allows_it(
+    text: str,
+    demo: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "ownlib" / "deep").mkdir(parents=True)
+    (tmp_path / "ownlib/__init__.py").write_text("__version__ = '1'\nclass Net:\n    width = 3\n")
+    (tmp_path / "ownlib/deep/code.py").write_text("def make():\n    return 5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("toy.yaml").write_text(f"x: {text}\ny: [1, {text} ]\n")
+    said = fails(capsys, keep([]), "toy.yaml")
+    assert "x (toy.yaml, line 1)" in said or "toy.yaml, line 1: " in said
+    spelling = re.search(r"--allow \S+", said)
+    assert spelling
+    runs: list[Run] = []
+    main(keep(runs), ["toy.yaml", *spelling[0].split()])
+    assert SPELLED[text](runs[0].hparams["x"])
+    assert SPELLED[text](runs[0].hparams["y"][1])
+
+
+def test_names_are_allowed_one_by_one_and_not_for_the_run_folder(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("toy.yaml").write_text(
+        "x: !new:zip [[1], [2]]\ny: !apply:os.getpid\nz: !apply:operator.add [1, 2]\nallow: [os]\n"
+    )
+    allow = ["--allow=builtins.zip, os.getpid", "--allow", "operator.add"]
+    runs: list[Run] = []
+    main(keep(runs), ["toy.yaml", *allow, "--output_folder", "run"])
+    assert runs[0].hparams["z"] == 3
+    assert runs[0].hparams["allow"] == ["os"]  # a key like any other
+    assert "os.getpid is not allowed" in fails(
+        capsys, keep([]), "toy.yaml", "--allow", "builtins.zip,operator.add"
+    )
+    for run_folder in (False, True):
+        with pytest.raises(ValueError, match="is not allowed"):
+            load_hparams("run/hyperparams.yaml", run_folder=run_folder)
+    for wrong in (["--allow"], ["--allow="], ["--allow", "--debug"], ["--allow", "a,,b"]):
+        assert "--allow needs names" in fails(capsys, keep([]), "toy.yaml", *wrong)
+    assert "--allow needs names" in fails(capsys, keep([]), "toy.yaml", "--allow=../x")
+    with pytest.raises(ValueError, match=r"load_hparams\(path, overrides, allow=\['os'\]\)"):
+        parse_arguments([demo, "--allow", "os"])
+    main(keep([]), [demo, "--help"])
+    assert re.search(r"^  --allow NAME +package or", capsys.readouterr().out, re.M)
+
+
 def test_a_package_that_lists_its_names_is_open_to_these_alone(
     demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

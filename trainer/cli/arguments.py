@@ -1,7 +1,7 @@
 """The command line: `train.py FILE [--key value | --key=value | --flag | --no-flag]…`.
 
 Names are those of the run options and of the YAML's keys, in full; nested keys are dotted. Values
-are YAML.
+are YAML. `--allow name` is neither: it lets the YAML build names of a package.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import ScalarNode
 
 from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
 from trainer.config.reading import NULL, find, get, items, plain, represent, tag
+from trainer.config.registry import NAME_IN_FULL
 from trainer.options import (
     ALIASES,
     METADATA,
@@ -31,6 +32,11 @@ logger = logging.getLogger("trainer")
 
 USAGE = "usage: {} FILE [--key value | --key=value | --flag | --no-flag]…"
 HELP = ("-h", "--help")
+ALLOW = "--allow"
+ALLOW_HELP = (
+    "package or single object that the YAML may name in addition, such as mypackage or "
+    "os.path.join; may be repeated, or hold several names, separated by commas"
+)
 EXAMPLES = (
     "{} FILE --device cuda --precision bf16 --seed 7",
     "{} FILE --max_grad_norm=1 --no-progressbar --output_folder results/clip-1",
@@ -64,9 +70,10 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
         ValueError: an argument or the YAML is wrong.
     """
     path = yaml_path(argv)
-    configuration = Configuration(path, allow)
+    allowed, others = split_allowed(argv[1:])
+    configuration = Configuration(path, [*allow, *allowed])
     transient: dict[str, Any] = {}
-    for name, value in parse(argv[1:], configuration):
+    for name, value in parse(others, configuration):
         if name in TRANSIENT_OPTIONS and get(configuration.root, name) is None:
             transient[name] = plain(option_node(name, value))
         else:
@@ -80,6 +87,33 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
         default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
         configuration.override({"output_folder": default})
     return configuration, RunOptions.build(configuration.options(), transient)
+
+
+def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the names that `--allow name[,name]…` allows a YAML to build from other arguments.
+
+    Raises:
+        ValueError: `--allow` is given without names.
+    """
+    names: list[str] = []
+    others: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        option, _, value = argument.partition("=")
+        if option != ALLOW:
+            others.append(argument)
+            continue
+        if argument == ALLOW and rest and not rest[0].startswith("-"):
+            value = rest.pop(0)
+        given = [each.strip() for each in value.split(",")]
+        if not all(NAME_IN_FULL.fullmatch(each) for each in given):
+            raise ValueError(
+                f"{ALLOW} needs names of packages or of single objects, such as "
+                f"{ALLOW} mypackage,os.path.join, not {value!r}"
+            )
+        names += given
+    return names, others
 
 
 def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, Any]]:
@@ -147,11 +181,17 @@ def parse_arguments(
     """
     given = list(sys.argv[1:] if arg_list is None else arg_list)
     path = yaml_path(given)
+    allowed, others = split_allowed(given[1:])
+    if allowed:
+        raise ValueError(
+            f"{ALLOW} is an option of programs that end in trainer.main(train); here, give "
+            f"load_hparams(path, overrides, allow={allowed})"
+        )
     configuration = Configuration(path)
     keys = [key for key, _ in items(configuration.root)]
     run_opts: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
-    for name, value in parse(given[1:], configuration):
+    for name, value in parse(others, configuration):
         if name in RunOptions.names():
             run_opts[name] = plain(option_node(name, value))
             if name in keys:
@@ -181,7 +221,8 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
     """Return the usage, the run options by section, the keys of the YAML `file`, and examples."""
     rows = list(keys)
     mine = {key.name for key in rows}
-    lines = [USAGE.format(program), "", "Run options (default < YAML < command line)"]
+    lines = [USAGE.format(program), "", *_row(ALLOW[2:], "NAME", ALLOW_HELP)]
+    lines += ["", "Run options (default < YAML < command line)"]
     section = ""
     for name, default in vars(RunOptions()).items():
         section = METADATA[name].section or section

@@ -26,8 +26,12 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.loader import SafeLoader
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from torch.utils.data import DataLoader
 
 from trainer.config.reading import (
+    BOOL,
+    FLOAT,
+    INT,
     MAP,
     MAX_DEPTH,
     MAX_NODES,
@@ -36,6 +40,7 @@ from trainer.config.reading import (
     REFERENCES,
     SEQ,
     STR,
+    children,
     compose,
     expanded_size,
     items,
@@ -235,7 +240,7 @@ def _apply(name: str, node: Node, registry: Registry) -> Any:
         if set(values) == {"_args", "_kwargs"}:
             return function(*values["_args"], **values["_kwargs"])
         return function(**values)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise BuildError(f"{location(node)}: {name} failed: {error}") from error
 
 
@@ -251,15 +256,23 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
     """
     # The first key and the location of each node, for messages.
     places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
+    targets: dict[Node, Any] = {}
     for node in nodes(root):
         bare = isinstance(node, ScalarNode) and tag(node) == STR and not node.style
         if bare and re.fullmatch(r"\(.*\)", node.value):
             node.tag = PARENTHESES
         elif object_name(node):
             try:
-                _check_object(node, registry)
+                targets[node] = _check_object(node, registry)
             except ValueError as error:
                 raise BuildError(f"{places[node]}: {error}") from error
+    for node in targets:
+        if not registry.is_own(object_name(node)) and _takes_loader(node, targets):
+            raise BuildError(
+                f"{places[node]}: {object_name(node).removeprefix('builtins.')} takes no "
+                "DataLoader, whose worker processes it could start; give the data set and the "
+                "arguments of its loader instead"
+            )
     try:
         values: dict[str, Any] = load_hyperpyyaml("{}", loader=_loader(root, places, registry))
     finally:
@@ -283,9 +296,11 @@ def _loader(root: Node, places: dict[Node, str], registry: Registry) -> type[Saf
                 return super().construct_object(node, deep=True)
             except BuildError:
                 raise
-            except (TypeError, ValueError) as error:
+            except Exception as error:
                 # HyperPyYAML puts a sentence of its own before the message of a TypeError.
                 reason = error.args[-1] if error.args else error
+                if not isinstance(error, (TypeError, ValueError)):
+                    reason = f"{type(error).__name__}: {error}"
                 what = object_name(node).removeprefix("builtins.") or tag(node)
                 raise BuildError(f"{places[node]}: {what} could not be built: {reason}") from error
 
@@ -302,24 +317,33 @@ def _loader(root: Node, places: dict[Node, str], registry: Registry) -> type[Saf
     return Loader
 
 
-def _check_object(node: Node, registry: Registry) -> None:
-    """Refuse a name that may not be built, or arguments that its callable does not take."""
+def _takes_loader(node: Node, targets: dict[Node, Any]) -> bool:
+    """Return True for an object with a DataLoader among its arguments, or within one."""
+    return any(
+        (inspect.isclass(targets.get(each)) and issubclass(targets[each], DataLoader))
+        or (tag(each) != ATTRIBUTE and _takes_loader(each, targets))
+        for each in children(node)
+    )
+
+
+def _check_object(node: Node, registry: Registry) -> Any:
+    """Return the object that a node names, if it may be built from the node's arguments."""
     name = object_name(node)
     prefix = tag(node).removesuffix(name)
     target = registry.locate(name)
     # A bare built-in name would import a file of that name.
     full = f"builtins.{name}" if target is getattr(builtins, name, None) else name
-    if pydoc.locate(full) is not target:  # HyperPyYAML is going to look it up like this.
+    again = pydoc.locate(full)  # HyperPyYAML is going to look it up like this.
+    if again is not target and not (inspect.isroutine(target) and again == target):
         raise ValueError(f"{name} is both a module and something else; give its full name")
     node.tag = f"{prefix}{full}"
     known = signature(target)
     if known is None or prefix == "!module:":
-        return
-    keys = [key for key, _ in items(node)] if isinstance(node, MappingNode) else []
-    count = len(node.value) if isinstance(node, SequenceNode) else 0
+        return target
+    keys = dict(items(node)) if isinstance(node, MappingNode) else {}
     bind = known.bind_partial if prefix == "!name:" else known.bind
     try:
-        bind(*[None] * count, **dict.fromkeys(keys))
+        given = bind(*(node.value if isinstance(node, SequenceNode) else ()), **keys).arguments
     except TypeError as error:
         # A parameter is shown as "width" or "bias=True".
         shown = (each.replace(annotation=each.empty) for each in known.parameters.values())
@@ -327,6 +351,14 @@ def _check_object(node: Node, registry: Registry) -> None:
         unknown = next((key for key in keys if key not in known.parameters), None)
         hint = nearest(unknown, known.parameters) if unknown is not None else ""
         raise ValueError(f"{name}: {error}{hint}; its arguments are: {takes}") from None
+    for key, value in given.items():
+        words = set(re.findall(r"\w+", str(known.parameters[key].annotation)))
+        if "Callable" in words and "str" not in words and tag(value) in (STR, INT, FLOAT, BOOL):
+            raise ValueError(
+                f"{name}: {key} must be a function, not {value.value!r}; a function of a module "
+                "beside train.py is given by !name:module.function"
+            )
+    return target
 
 
 def signature(target: Any) -> inspect.Signature | None:
@@ -341,16 +373,14 @@ def _attribute(value: Any, name: str, place: str, registry: Registry) -> Any:
     """Read the attribute of a built object that a `!ref <object.attribute>` names."""
     for part in name.split("."):
         try:
-            value = getattr(value, part)
+            value = registry.read(value, part)
         except AttributeError:
             known = [each for each in dir(value) if not each.startswith("_")]
             raise BuildError(
                 f"{place}: {type(value).__name__} has no attribute {part!r}{nearest(part, known)}"
             ) from None
-        try:
-            registry.check_attribute(value, name)
-        except ValueError as error:
-            raise BuildError(f"{place}: {error}") from None
+        except Exception as error:  # also of a property
+            raise BuildError(f"{place}: {error}") from error
     return value
 
 

@@ -3,8 +3,8 @@
     hparams = load_hparams("hparams/asr/demo.yaml", {"model": {"width": 256}})
 
 The language is HyperPyYAML's (`!new:`, `!name:`, `!apply:`, `!ref`, `!copy`, `!include:` …), read
-within limits and behind an allow-list, so that a YAML of unknown origin can be inspected and run. A
-file may be a variant of another one: see `trainer.config.reading`.
+within limits and behind an allow-list, which is a guard against typos and obvious mischief and no
+sandbox: see SECURITY.md. A file may be a variant of another one: see `trainer.config.reading`.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ MAX_NODES = 5_000  # shared nodes count once per use
 MAX_DEPTH = 50
 MAX_CHARACTERS = 64 * 1024
 MAX_FILES = 50
+MAX_QUOTED = 60  # characters of a value in a message
 
 CORE = "tag:yaml.org,2002:"
 STR, INT, FLOAT, BOOL, NULL = (CORE + name for name in ("str", "int", "float", "bool", "null"))
@@ -266,12 +267,20 @@ class _Composer(Composer):
         name = tag(node)
         if name == TUPLE:
             node.tag, node.style = STR, None  # "(3, 4)" is text until it is built.
+        if name in PLAIN - {STR}:
+            try:
+                plain(node)
+            except Exception:  # of many kinds: `!!int x`, `!!bool x`, 2001-99-99
+                raise ValueError(
+                    f"{location(node)}: {_shortened(node.value)} is no {name.removeprefix(CORE)}; "
+                    "quote it if it is text"
+                ) from None
         if not name.startswith((*NAMING, INCLUDE)):
             return node
         if node.value:
             raise ValueError(
                 f"{location(node)}: the arguments of {name} must be a mapping or a list, "
-                f"not {node.value!r}"
+                f"not {_shortened(node.value)}"
             )
         new = mapping(name)
         new.start_mark, new.end_mark = node.start_mark, node.end_mark
@@ -514,6 +523,11 @@ def plain(node: Node) -> Any:
         if tag(each) not in PLAIN:
             raise ValueError(f"{location(each)}: {tag(each)} is not a plain value")
     return YAML(typ="safe", pure=True).constructor.construct_document(node)
+
+
+def _shortened(text: str) -> str:
+    """Return a text in quotes for a message, with its beginning only if it is long."""
+    return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…")
 
 
 def dump(root: Node) -> str:

@@ -1,40 +1,56 @@
 """Registry of the names that a YAML may build: an allow-list, checked before every import.
 
-A YAML file is data that people exchange, and `!apply:os.system` would run it as a program. A name
-resolves only if
+A name resolves only if it is plain ASCII, none of its parts begins with an underscore, every module
+on the way to it holds allowed names and has that name itself (so that `torch.utils.data.os.system`
+ends at `os`), and the object found is
 
-1. it is plain ASCII and none of its parts begins with an underscore,
-2. every module on the way to it belongs to an allowed package (checked before it is imported) and
-   has that name itself, so that `torch.utils.data.os.system` ends at `os`,
-3. the object found was defined in an allowed package, so that a re-export of something else does
-   not pass, and is not refused there.
+1. listed by name: in `NAMES`, by the trainer, or by a recipe; or
+2. of a kind that `CLASSES` or `FUNCTIONS` has for the module in which it is defined, such as a
+   network in torch.nn.modules, or an operation of torch on tensors. These construct or calculate.
+   Methods and modules are of no such kind; or
+3. public, and defined in a package that the user allows (`--allow`, `allow=[…]`), or that lies
+   beside the user's train.py.
 
-The lists here cover torch, lhotse and the trainer itself. Each recipe lists its own names::
+A name that the user allows in full, such as `os.path.join`, passes without any of these checks.
+
+The trainer and each recipe list names of their own::
 
     # recipes/asr/__init__.py
     RUN_NAMES = ("model.ConformerCTC",)  # what the hyperparams.yaml of a run folder may build
     YAML_NAMES = (*RUN_NAMES, "data.librispeech")  # what a YAML may build from recipes.asr
 
-and is found by the entry-point group `cortex.recipes` of its distribution (`asr = "recipes.asr"`).
-Such a package must import nothing: it is imported before any of its names is checked.
+Recipes are found by the entry-point group `cortex.recipes` of their distribution
+(`asr = "recipes.asr"`). Such a package must import nothing: it is imported before any of its names
+is checked.
 """
 
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import numbers
+import pathlib
 import pkgutil
+import pydoc
 import re
 import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch.distributions import Distribution, Transform
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, Sampler
 
 from trainer.compat.old_paths import current_path
 from trainer.options import nearest
@@ -45,43 +61,79 @@ BUILTINS = """
     abs bool dict float frozenset int len list max min range round set slice sorted str sum tuple
 """
 
-ALLOWED = """
-    collections.Counter collections.OrderedDict collections.defaultdict math
-    torch.device torch.dtype torch.Size torch.Tensor torch.Generator
-    torch.distributions torch.fft torch.linalg torch.nn torch.optim torch.signal torch.special
-    torch.utils.data
-    torchaudio.compliance torchaudio.functional torchaudio.models torchaudio.transforms torchmetrics
-    lhotse.augmentation lhotse.dataset.cut_transforms lhotse.dataset.sampling
-    lhotse.dataset.signal_transforms lhotse.features.fbank lhotse.features.kaldi
-    lhotse.features.mfcc lhotse.features.spectrogram
-    trainer.metrics trainer.optim.ema trainer.checkpoint.checkpointer trainer.clipping
-    trainer.data trainer.epochs
-    trainer.schedules
+NAMES = """
+    collections.Counter collections.OrderedDict math.e math.inf math.nan math.pi math.tau
+    torch.device torch.dtype torch.Generator torch.Size torch.Tensor
+    torch.distributions.kl_divergence torch.nn.Buffer torch.nn.Parameter
+    torch.nn.Embedding.from_pretrained torch.nn.EmbeddingBag.from_pretrained
+    torch.nn.utils.remove_weight_norm torch.nn.utils.spectral_norm torch.nn.utils.weight_norm
+    torch.utils.data.DataLoader torch.utils.data.default_collate torch.utils.data.random_split
 """
 
-# The longest prefix decides, so these hold inside what is allowed above, and inside the whole of a
-# package that a user allows: what runs code or commands, reads pickles, writes files or downloads.
-REFUSED = """
-    torch.classes torch.compile torch.cuda.jiterator torch.distributed torch.export torch.fork
-    torch.from_file torch.fx torch.hub torch.import_ir_module torch.import_ir_module_from_buffer
-    torch.jit torch.library torch.load torch.multiprocessing torch.onnx torch.ops torch.package
-    torch.parse_ir torch.save torch.serialization torch.storage torch.testing
-    torch.utils.benchmark torch.utils.bottleneck torch.utils.bundled_inputs
-    torch.utils.collect_env torch.utils.cpp_extension torch.utils.data.backward_compatibility
-    torch.utils.data.datapipes torch.utils.data.graph torch.utils.data.graph_settings
-    torch.utils.file_baton torch.utils.hipify torch.utils.mobile_optimizer torch.utils.model_dump
-    torch.utils.model_zoo torch.utils.show_pickle torch.utils.tensorboard torch.wait
-    torchaudio.datasets torchaudio.io torchaudio.load torchaudio.save torchaudio.utils
-    torchaudio.models.decoder.download_pretrained_files
-    torchaudio.models.decoder._ctc_decoder.download_pretrained_files
-    lhotse.audio.backend lhotse.bin lhotse.caching lhotse.features.io lhotse.hf lhotse.kaldi
-    lhotse.lazy lhotse.recipes lhotse.serialization lhotse.shar lhotse.tools lhotse.utils
-    lhotse.workflows lhotse.dataset.signal_transforms.GlobalMVN.from_file lhotse.dataset.webdataset
-    trainer.config trainer.config.hyperparameters trainer.cli trainer.main trainer.launch
+# Classes that may be named: the base classes, by the module in which a class is defined.
+CLASSES: dict[str, tuple[type, ...]] = {
+    "torch.distributions": (Distribution, Transform),
+    "torch.nn.modules": (Module,),
+    "torch.optim": (Optimizer, LRScheduler, Module),
+    "torch.utils.data.dataset": (Dataset,),
+    "torch.utils.data.distributed": (Sampler,),
+    "torch.utils.data.sampler": (Sampler,),
+    "torchaudio.models": (Module,),
+    "torchaudio.transforms": (Module,),
+    "torchmetrics.aggregation": (Module,),
+    "torchmetrics.audio": (Module,),
+    "torchmetrics.classification": (Module,),
+    "torchmetrics.regression": (Module,),
+    "torchmetrics.text.cer": (Module,),
+    "torchmetrics.text.wer": (Module,),
+    "lhotse.dataset.cut_transforms": (object,),
+    "lhotse.dataset.sampling": (Sampler,),
+    "lhotse.dataset.signal_transforms": (Module,),
+    "lhotse.features.fbank": (object,),
+    "lhotse.features.kaldi": (object,),
+    "lhotse.features.mfcc": (object,),
+    "lhotse.features.spectrogram": (object,),
+}
+# Modules whose functions may be named.
+FUNCTIONS = """
+    math torch.fft torch.functional torch.linalg torch.nn.functional torch.nn.init
+    torch.nn.utils.parametrizations torch.nn.utils.rnn torch.signal torch.special
+    torchaudio.compliance.kaldi torchaudio.functional torchaudio.models._hdemucs
+    torchaudio.models.conv_tasnet torchaudio.models.rnnt torchaudio.models.squim
+    torchaudio.models.wav2vec2.model
+"""
+COMPILED = ("torch._C._fft", "torch._C._linalg", "torch._C._nn", "torch._C._special")
+
+# Parts of these packages that stay closed when a user allows a package as a whole: they run code or
+# commands, read pickles, write files or download. A user can allow single names of them in full.
+CLOSED = """
+    lhotse.audio.backend lhotse.bin lhotse.caching lhotse.dataset.cut_transforms.reverberate
+    lhotse.dataset.sampling.stateless lhotse.dataset.signal_transforms.GlobalMVN.from_file
+    lhotse.dataset.webdataset lhotse.features.io lhotse.hf lhotse.kaldi lhotse.lazy lhotse.recipes
+    lhotse.serialization lhotse.shar lhotse.tools lhotse.utils lhotse.workflows
+    torch._C torch.classes torch.compile torch.cuda.jiterator torch.distributed torch.export
+    torch.fork torch.from_file torch.fx torch.hub torch.import_ir_module
+    torch.import_ir_module_from_buffer torch.jit torch.library torch.load torch.multiprocessing
+    torch.onnx torch.ops torch.package torch.parse_ir torch.save torch.serialization torch.storage
+    torch.testing torch.utils torch.wait torchaudio.datasets torchaudio.io torchaudio.load
+    torchaudio.models.decoder torchaudio.save torchaudio.utils torchmetrics.audio.dnsmos
+    torchmetrics.audio.nisqa
 """
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")
+NAME_IN_FULL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 PLAIN = (bool, int, float, str, list, tuple, dict, set, frozenset, type(None))
+
+# Attributes that `!ref <object.attribute>` reads: these, and containers of these.
+VALUES = (
+    numbers.Number, str, type(None), pathlib.PurePath, torch.Tensor, Module, torch.dtype,
+    torch.device,
+)  # fmt: skip
+CONTAINERS = (list, tuple, dict, set, frozenset, torch.Size, collections.OrderedDict)
+# Packages whose properties may be read on the way, in addition to those that are allowed.
+READABLE = {"abc", "builtins", "collections", "enum", "pathlib", "trainer"}
+
+Rule = Literal["open", "kind", "closed"]
 
 
 class Registry:
@@ -99,22 +151,26 @@ class Registry:
 
     def __init__(self, allow: Iterable[str] = (), *, run_folder: bool = False) -> None:
         self.attribute = "RUN_NAMES" if run_folder else "YAML_NAMES"
-        self.rules = dict.fromkeys(ALLOWED.split(), True)
-        self.rules |= dict.fromkeys(REFUSED.split(), False)
-        self.packages = set(recipe_packages())
+        self.packages = {"trainer", *recipe_packages()}
         allowed = [allow] if isinstance(allow, str) else list(allow)
         for name in allowed:
-            if not NAME.fullmatch(name):
+            if not NAME_IN_FULL.fullmatch(name):
                 raise ValueError(f"allow must hold names such as 'mypackage', not {name!r}")
             if hasattr(sys.modules.get(name), "YAML_NAMES"):
                 self.packages.add(name)
+        self.allowed = {*allowed} - self.packages
+        self.listed = {*NAMES.split()}
         self.training: set[str] = set()  # listed for YAML files and not for run folders
         for package in self.packages:
             names = listed_names(package, self.attribute)
-            self.rules |= dict.fromkeys(names, True) | {package: False}
+            self.listed |= {*names}
             if run_folder:
                 self.training |= {*listed_names(package, "YAML_NAMES")} - {*names}
-        self.rules |= {name: True for name in allowed if name not in self.packages}
+        # The longest prefix of a name decides.
+        self.rules: dict[str, Rule] = dict.fromkeys([*CLOSED.split(), *self.packages], "closed")
+        self.rules |= dict.fromkeys([*CLASSES, *FUNCTIONS.split()], "kind")
+        self.rules |= dict.fromkeys(self.allowed, "open")
+        self.good = {*self.listed, *(name for name, rule in self.rules.items() if rule != "closed")}
 
     def locate(self, name: str) -> Any:
         """Return the object with a dotted name.
@@ -122,99 +178,174 @@ class Registry:
         Raises:
             ValueError: the name is not allowed, or there is no such object.
         """
+        full = f"builtins.{name}" if hasattr(builtins, name) else name
+        if full in self.allowed:
+            return _locate_in_full(full)
         if not NAME.fullmatch(name):
             raise ValueError(
                 f"{name!a} is not a public name: parts of ASCII letters, digits and '_', joined by "
-                "dots, none beginning with '_'"
+                f"dots, none beginning with '_'{self._way_to_allow(name)}"
             )
-        if self._decision(name) is None:
-            name = current_path(name)
-        bare = name.removeprefix("builtins.")
-        if bare in BUILTINS.split():
-            return getattr(builtins, bare)
+        if full.removeprefix("builtins.") in BUILTINS.split():
+            return getattr(builtins, full.removeprefix("builtins."))
+        owner: Any = None
         found: Any = None
-        parts = name.split(".")
-        for count, part in enumerate(parts, 1):
-            found = self._step(found, ".".join(parts[:count]), part, name)
-        if name in self.rules or inspect.ismodule(found) or isinstance(found, PLAIN):
-            allowed = self._decision(name) is True
-        else:
-            allowed = self._decision(name) is not False and self._defined_inside(found)
-        if not allowed:
-            raise self._refusal(name, f"it is defined in {_origin(found)}")
+        path = ""
+        for part in current_path(name).split("."):
+            if owner is not None and not (
+                inspect.ismodule(found) or self._allows(path, owner, found)
+            ):
+                break  # The attributes of what is refused are not looked at.
+            path = f"{path}.{part}".removeprefix(".")
+            owner, found = found, self._step(found, path, part, full)
+        if not self._allows(path, owner, found):
+            raise self._refusal(full, _description(owner, found))
         return found
 
     def is_for_training_only(self, name: str) -> bool:
         """Return True for a name that recipes list for YAML files, but not for run folders."""
         return any(f"{name}.".startswith(f"{each}.") for each in self.training)
 
-    def check_attribute(self, value: Any, name: str) -> None:
-        """Refuse an attribute of a built object that is a module, or code from elsewhere."""
-        code = inspect.isroutine(value) or inspect.isclass(value)
-        if inspect.ismodule(value) or (code and not self._defined_inside(value)):
-            raise self._refusal(name, f"it comes from {_origin(value)}")
+    def is_own(self, name: str) -> bool:
+        """Return True for a name of a recipe, of the trainer, or of a package of the user."""
+        rule = self._rule(name)
+        return rule == "open" or any(name.startswith(f"{each}.") for each in self.packages)
 
-    def _decision(self, name: str) -> bool | None:
-        """Return the decision of the longest rule that covers `name`, None if there is no rule."""
+    def read(self, owner: Any, name: str) -> Any:
+        """Return an attribute of a built object, for `!ref <object.name>`.
+
+        A property is read only if its class belongs to a package that is allowed.
+
+        Raises:
+            AttributeError: there is no such attribute.
+            ValueError: the attribute is something else than a value or a network.
+        """
+        classes = (*type(owner).__mro__, *(owner.__mro__ if inspect.isclass(owner) else ()))
+        code = {name, "__getattr__", "__getattribute__"}
+        foreign = (each for each in classes if code & {*vars(each)} and not self._is_readable(each))
+        what = f"{name!r} of a {type(owner).__name__} is not allowed"
+        if inspect.ismodule(owner) or any(foreign):
+            raise ValueError(
+                f"{what}: a reference reads attributes of networks, tensors, and objects of "
+                "allowed packages"
+            )
+        value = getattr(owner, name)
+        if not self._is_value(value):
+            instead = (
+                "; a function is given by !name:module.function, and a method is taken from its "
+                "object in train.py"
+            )
+            raise ValueError(
+                f"{what}: it is a {type(value).__name__}, and a reference reads numbers, texts, "
+                "tensors, networks, paths, and lists or mappings of these"
+                f"{instead if callable(value) else ''}"
+            )
+        return value
+
+    def _rule(self, name: str) -> Rule | None:
+        """Return the rule of the longest prefix of `name`, None if there is none."""
         while name:
             if name in self.rules:
                 return self.rules[name]
             name = name.rpartition(".")[0]
         return None
 
-    def _related(self, module: str) -> bool:
+    def _is_related(self, module: str) -> bool:
         """Return True for a module that is allowed, or that contains an allowed name."""
-        ahead = (rule.startswith(f"{module}.") for rule, allowed in self.rules.items() if allowed)
-        return self._decision(module) is True or any(ahead)
+        ahead = any(name.startswith(f"{module}.") for name in self.good)
+        return ahead or self._rule(module) in ("open", "kind")
 
     def _step(self, owner: Any, path: str, part: str, name: str) -> Any:
         """Return the module `path`, imported if it is related, or else the attribute `part`."""
-        related = self._related(path)
-        is_module = (owner is None or inspect.ismodule(owner)) and _is_module(path)
+        related = self._is_related(path)
+        inside = inspect.ismodule(owner)
+        is_module = (owner is None or inside) and _is_module(path)
         if related and is_module:
             found = _import(path, name)
-        elif owner is None and related:
+        elif owner is None:
+            if not related:
+                raise self._refusal(name)
             raise ValueError(f"{name} does not exist: no module is called {path!r}")
-        elif owner is None or (is_module and not hasattr(owner, part)):
-            raise self._refusal(name)
-        elif not hasattr(owner, part):
-            place, hint = path.rpartition(".")[0], nearest(part, _public(owner))
-            raise ValueError(f"{name} does not exist: {place} has no {part!r}{hint}")
         else:
+            # A module may import what it is asked for.
+            have = hasattr(owner, part) if related or not inside else part in vars(owner)
+            if not have and (is_module or part in getattr(owner, "__all__", ())):
+                raise self._refusal(name)
+            if not have:
+                place, hint = path.rpartition(".")[0], nearest(part, _public(owner))
+                raise ValueError(f"{name} does not exist: {place} has no {part!r}{hint}")
             found = getattr(owner, part)
         if inspect.ismodule(found) and not (related and found.__name__ == path):
             why = f"{path} is the module {found.__name__}" if found.__name__ != path else ""
             raise self._refusal(name, why)
         return found
 
-    def _defined_inside(self, found: Any) -> bool:
-        """Return True if the code or the class of an object is from somewhere allowed."""
+    def _allows(self, name: str, owner: Any, found: Any) -> bool:
+        """Return True if `found`, which is `name` and was read from `owner`, may be named."""
+        if name in self.listed or isinstance(found, torch.dtype):
+            return True
+        if inspect.ismodule(found) or isinstance(found, PLAIN):
+            return self._rule(name) == "open"
+        if inspect.isbuiltin(found) and _is_operation(found):
+            return True
         origin = _origin(found)
-        names = {
+        labels = {
             getattr(found, key, type(found).__qualname__) for key in ("__qualname__", "__name__")
         }
-        decisions = {self._decision(f"{origin}.{label}") for label in names}
-        if decisions == {None} and inspect.isbuiltin(found):
-            # torch's operations come from its compiled part: zeros, relu, conv1d …
-            return bool(re.fullmatch(r"torch|torch\._C\._(nn|fft|linalg|special)", origin))
-        return decisions == {True}
+        rules = {self._rule(f"{origin}.{label}") for label in labels}
+        if rules == {"open"}:
+            return self._rule(name) != "closed"
+        return rules == {"kind"} and inspect.ismodule(owner) and _is_of_kind(found, origin)
+
+    def _is_readable(self, kind: type) -> bool:
+        """Return True if properties of a class may be read."""
+        module = str(kind.__module__)
+        roots = READABLE | {each.partition(".")[0] for each in (*CLASSES, *self.packages)}
+        return module.partition(".")[0] in roots or self._rule(module) == "open"
+
+    def _is_value(self, value: Any) -> bool:
+        """Return True for a value or a network, or a container of these."""
+        seen: set[int] = set()
+        waiting = [value]
+        while waiting:
+            each = waiting.pop()
+            kind = type(each)
+            if isinstance(each, VALUES) or id(each) in seen:
+                continue
+            if isinstance(each, CONTAINERS) and (kind in CONTAINERS or hasattr(kind, "_fields")):
+                seen.add(id(each))
+                waiting += [*each, *each.values()] if isinstance(each, dict) else [*each]
+            elif (
+                inspect.isclass(each)
+                or self._rule(f"{kind.__module__}.{kind.__qualname__}") != "open"
+            ):
+                return False
+        return True
+
+    def _way_to_allow(self, name: str) -> str:
+        """Return how a user allows a name in full, to end a sentence."""
+        if self.attribute == "RUN_NAMES" or not NAME_IN_FULL.fullmatch(name):
+            return ""
+        return f"; allow it by --allow {name} on the command line"
 
     def _refusal(self, name: str, why: str = "") -> ValueError:
         package = next((each for each in self.packages if name.startswith(f"{each}.")), None)
+        allow = self._way_to_allow(name)
         if package is not None:
             place = f"{package.replace('.', '/')}/__init__.py"
             return ValueError(
                 f"{name} is not allowed: {package} does not list it; a name that "
                 f"{'a run folder' if self.attribute == 'RUN_NAMES' else 'a YAML'} may build is "
-                f"listed in {self.attribute} of {place}"
+                f"listed in {self.attribute} of {place}{allow}"
             )
         head = name.partition(".")[0]
-        heads = sorted({rule.partition(".")[0] for rule, good in self.rules.items() if good})
+        heads = sorted({each.partition(".")[0] for each in self.good})
         hint = "" if head in heads else nearest(head, heads)
+        if allow:
+            allow += ", or its package by trainer.main(train, allow=['package'])"
         return ValueError(
             f"{name} is not allowed{f' ({why})' if why else ''}; a YAML may name what builds "
-            f"things in {', '.join(heads)} and plain builtins such as dict; a package of your own "
-            f"is allowed by trainer.main(train, allow=['package']){hint}"
+            f"things in {', '.join(heads)} and plain builtins such as dict{allow}{hint}"
         )
 
 
@@ -257,6 +388,43 @@ def listed_names(package: str, attribute: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- modules
+
+
+def _locate_in_full(name: str) -> Any:
+    """Return the object with a name that the user allows in full."""
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        raise ValueError(f"{name} cannot be imported: {error.value}") from error
+    if found is None:
+        raise ValueError(f"{name} does not exist")
+    return found
+
+
+def _is_operation(found: Any) -> bool:
+    """Return True for a compiled operation of torch on tensors, such as zeros or conv1d."""
+    own = getattr(torch._C._VariableFunctions, found.__name__, None) is found
+    return (own or found.__module__ in COMPILED) and found is not torch.from_file
+
+
+def _is_of_kind(found: Any, origin: str) -> bool:
+    """Return True for a class or a function that CLASSES or FUNCTIONS has for its module."""
+    if not inspect.isclass(found):
+        return inspect.isroutine(found) and _is_below(origin, FUNCTIONS.split())
+    return any(_is_below(origin, [each]) and issubclass(found, CLASSES[each]) for each in CLASSES)
+
+
+def _is_below(module: str, packages: Iterable[str]) -> bool:
+    return any(f"{module}.".startswith(f"{each}.") for each in packages)
+
+
+def _description(owner: Any, found: Any) -> str:
+    """Return what a refused object is, for a message."""
+    if inspect.ismodule(found):
+        return "it is a module"
+    if inspect.isclass(owner):
+        return "it is a method"
+    return f"it is defined in {_origin(found)}"
 
 
 def _origin(found: Any) -> str:
