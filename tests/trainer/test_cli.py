@@ -217,6 +217,23 @@ def test_a_run_folder_is_for_one_command_at_a_time(
     main(keep([]), [demo, "--output_folder", str(folder)])
 
 
+def test_a_start_removes_what_killed_processes_left_half_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.record("a: 1\n", ["train.py"], {})
+    kept = folder.path / "nonfinite" / "3"
+    for left in ("nonfinite/.12.new", "nonfinite/3/.rank1.new"):
+        (folder.path / left).mkdir(parents=True)
+        (folder.path / left / "batch.pt").write_bytes(b"half")
+    (folder.path / ".report.html.new").write_bytes(b"half")
+    (folder.path / ".notes.new").write_text("the user's")
+    folder.close()
+    folder.open()
+    folder.close()
+    assert sorted(each.name for each in folder.path.rglob("*.new")) == [".notes.new"]
+    assert kept.is_dir()
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(
     demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ from ruamel.yaml.nodes import ScalarNode
 
 from trainer.checkpoint import storage
 from trainer.config.reading import compose, paths, tag
-from trainer.loggers.files import readable_errors, replace_file
+from trainer.loggers.files import readable_errors, replace_file, temporary
 
 HYPERPARAMS = "hyperparams.yaml"
 LOCK = ".lock"
@@ -86,10 +86,18 @@ class RunFolder:
                 f"{self.path} is not a run folder, but holds {', '.join(found)}: nothing was "
                 "changed there; choose another output_folder"
             )
+        self._remove_temporaries()
         if overwrite:
             for name in RUN_FILES:
                 _remove(self.path / name)
             self._remove_checkpoints()
+
+    def _remove_temporaries(self) -> None:
+        """Delete what killed processes left half-written; nobody else is writing here."""
+        for name in RUN_FILES:
+            _remove(temporary(self.path / name))
+        for path in list((self.path / "nonfinite").glob(f"**/{temporary(Path('*')).name}")):
+            _remove(path)
 
     def _remove_checkpoints(self) -> None:
         """Delete the checkpoints that are left: the new run would resume from them."""

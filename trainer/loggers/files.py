@@ -46,9 +46,14 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
         ) from error
 
 
+def temporary(path: Path) -> Path:
+    """Return the name under which a file or folder is written before it has its own."""
+    return path.with_name(f".{path.name}.new")
+
+
 def replace_file(path: Path, lines: Iterable[bytes], what: str = "log") -> None:
     """Write a file anew, or leave it as it is if that fails; arguments as in `readable_errors`."""
-    new = path.with_name(f".{path.name}.new")
+    new = temporary(path)
     with readable_errors(path, what):
         try:
             with new.open("wb") as file:
@@ -80,7 +85,7 @@ class LineFile:
         self.path = path
         with readable_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}.new").unlink(missing_ok=True)  # Of a killed process.
+            temporary(path).unlink(missing_ok=True)  # Of a killed process.
             self._file = self._open()
 
     def _open(self) -> int:
