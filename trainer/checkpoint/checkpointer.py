@@ -282,13 +282,16 @@ class Checkpointer:
         Raises:
             ValueError, OSError, RuntimeError: as in `save_checkpoint`.
         """
+        return [self.save(request) for request in self.take_waiting()]
+
+    def take_waiting(self) -> list[SaveRequest]:
+        """Stop deferring saves, and return those that were deferred, which are the caller's now."""
         waiting, self._held, self._waiting = self._waiting, False, []
-        return [self._save(request) for request in waiting]
+        return waiting
 
     def drop_waiting(self) -> int:
         """Discard the saves that were deferred, stop deferring, and return their number."""
-        waiting, self._held, self._waiting = self._waiting, False, []
-        return len(waiting)
+        return len(self.take_waiting())
 
     def prepare(self) -> None:
         """Make the folder and remove what killed processes left in it. Every rank must call it.
@@ -329,19 +332,20 @@ class Checkpointer:
         request = SaveRequest(_to_json(meta), end_of_epoch, name, retention)
         if self._held and self.enabled:
             self._waiting.append(request)
-        return self._save(request) if self.enabled and not self._held else None
+        return self.save(request) if self.enabled and not self._held else None
 
-    def _save(self, request: SaveRequest) -> Checkpoint:
+    def save(self, request: SaveRequest) -> Checkpoint:
+        """Save as a deferred request asks for. Every rank must call it.
+
+        Raises:
+            ValueError, OSError, RuntimeError: as in `save_checkpoint`.
+        """
         name, fields = run_on_main(self._plan, request)
         planned = Checkpoint(self.folder / name, **fields)
-        try:
+        with _told(f"the checkpoint {planned.path} could not be saved"):
             saved = self._write(planned)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"the checkpoint {planned.path} could not be saved: {error.strerror or error}",
-            ) from error
-        run_on_main(self._delete_others, saved, request.retention)
+        with _told(f"{saved.path} is saved, but a checkpoint before it could not be deleted"):
+            run_on_main(self._delete_others, saved, request.retention)
         return saved
 
     def _plan(self, request: SaveRequest) -> tuple[str, dict[str, Any]]:
@@ -679,6 +683,18 @@ class Checkpointer:
             f"every checkpoint in {self.folder} that could be used is broken: "
             f"{'; '.join(self._broken.values())}; move them away to start over"
         )
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Context manager that adds to an OSError what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{what}: {error.strerror or error}; free some space or choose another folder",
+        ) from error
 
 
 def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[str]) -> None:

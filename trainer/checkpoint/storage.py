@@ -57,6 +57,10 @@ class BrokenCheckpoint(ValueError):
     """Error for a checkpoint that must not be used; names the file and what is wrong with it."""
 
 
+class UnwritableFolder(OSError, ValueError):
+    """Error for a folder in which checkpoints cannot be saved; names it and says why."""
+
+
 class MissingCheckpoint(BrokenCheckpoint):
     """Error for a checkpoint that was deleted since it was listed, by the run that saves there."""
 
@@ -481,18 +485,18 @@ def _sync_folder(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder of all checkpoints; raise ValueError if it cannot be made or written."""
+    """Create the folder of all checkpoints; raise UnwritableFolder if that cannot be done."""
     try:
         if not folder.is_dir():
             os.makedirs(folder, exist_ok=True)
             _sync_folder(folder.parent)
     except OSError as error:
-        raise ValueError(
+        raise UnwritableFolder(
             f"checkpoints cannot be saved in {folder}: it does not exist and cannot be made "
             f"({error.strerror}); choose another place, or make it writable"
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"checkpoints cannot be saved in {folder}: it is not writable")
+        raise UnwritableFolder(f"checkpoints cannot be saved in {folder}: it is not writable")
 
 
 def make_temporary(path: Path) -> str:

@@ -7,17 +7,21 @@ signals that ask the main process to stop.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
+import re
 import signal
+import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
-from multiprocessing import connection
+from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -36,6 +40,12 @@ from trainer.data.items import BadItemPolicy, BatchDataset, begin_loading, loadi
 from trainer.seed import derive, fork_rng
 
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
+UNSENT, NO_SHARED_MEMORY = 70, 74  # Exit codes of workers that cannot send a batch.
+FULL = (
+    "the shared memory in which loader workers hand over their batches is full (/dev/shm): use "
+    "fewer workers (num_workers), in Docker --ipc=host or a larger --shm-size, or call "
+    "torch.multiprocessing.set_sharing_strategy('file_system')"
+)
 
 
 def make_loader(
@@ -314,8 +324,27 @@ def _init_stream_worker(
     seed: int, epoch: int, worker_init_fn: Callable[[int], None] | None, worker: int
 ) -> None:
     begin_loading(seed, epoch)
+    _end_if_unsent()
     if worker_init_fn is not None:
         worker_init_fn(worker)
+
+
+def _end_if_unsent() -> None:
+    """Make a worker end where a batch cannot be sent: the main process would wait for ever."""
+
+    def end(error: Exception, batch: object) -> None:
+        try:
+            traceback.print_exception(error)
+            sys.stderr.flush()
+        finally:
+            os._exit(NO_SHARED_MEMORY if _is_about_shared_memory(error) else UNSENT)
+
+    # torch's worker sends from a thread of its queue, which only prints what fails.
+    queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
+def _is_about_shared_memory(error: Exception) -> bool:
+    return bool(re.search(r"/torch_\d+|[Ss]hared memory|ancdata", str(error)))
 
 
 def _init_worker(
@@ -329,6 +358,7 @@ def _init_worker(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)
+    _end_if_unsent()
     if worker_init_fn is not None:
         worker_init_fn(worker)
 
@@ -353,6 +383,7 @@ class _WatchedIterator:
         """Return the next batch with its reports; None at the end of the epoch.
 
         Raises:
+            OSError: there is no shared memory left for batches.
             RuntimeError: a worker died, or gave nothing within the timeout; the message ends in
                 what ``describe_wait`` returns. Errors of the dataset are raised as they are.
         """
@@ -364,10 +395,14 @@ class _WatchedIterator:
                     self._poll_after(0)  # Persistent workers are about to be restarted.
                 return result
             except Exception as error:
+                if _is_about_shared_memory(error) and str(error).startswith("Caught "):
+                    raise OSError(errno.ENOSPC, FULL) from error
                 cause = self._explain(str(error), time.monotonic() - since)
                 if cause is None:
                     raise
             if cause:  # Raised out here: chained, it would keep all that torch's frames hold.
+                if cause.endswith(FULL):
+                    raise OSError(errno.ENOSPC, f"{describe_wait()}: {cause}")
                 raise RuntimeError(f"{cause}, {describe_wait()}")
 
     def _explain(self, error: str, waited: float) -> str | None:
@@ -403,7 +438,11 @@ def _describe_exit(workers: list[BaseProcess]) -> str | None:
             if worker.sentinel in ended:
                 worker.join(timeout=POLL_SECONDS)
     for worker in workers:
-        if code := worker.exitcode:
+        if (code := worker.exitcode) in (-signal.SIGBUS, NO_SHARED_MEMORY):
+            return f"a worker of the loader (pid {worker.pid}) died: {FULL}"
+        if code == UNSENT:
+            return f"a worker of the loader (pid {worker.pid}) could not send a batch (see above)"
+        if code:
             how = (
                 f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             )
