@@ -384,6 +384,45 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks: TwoRanks, 
             assert same(ranks[0][moment][part], ranks[1][moment][part])
 
 
+class Remembering(Line):
+    """Remembers the loss of each batch; one on rank 1 is not finite."""
+
+    what = "report"
+
+    def fit_batch(self, batch: Any) -> Any:
+        loss = self.compute_objectives(self.compute_forward(batch, Stage.TRAIN), batch, Stage.TRAIN)
+        report = self.optimize(
+            loss * math.nan if self.step == 5 and distributed.rank() == 1 else loss,
+            last=self.is_last_batch,
+        )
+        vars(self).setdefault("seen", []).append((self.step, loss.item(), len(batch["y"])))
+        return {"report": report, "scalar": loss.detach(), "dict": {"a": loss.detach()}}[self.what]
+
+
+def average_beside_a_skipped_window(what: str) -> Found:
+    brain = make(Remembering, grad_accumulation_factor=3)
+    brain.what = what
+    brain.fit(range(1, 2), batches())
+    loss = brain.losses[0]
+    seen = [each for rank in distributed.all_gather_json(brain.seen) for each in rank]
+    kept = [(value, weight) for step, value, weight in seen if step not in (4, 5, 6)]
+    weight = sum(weight for _, weight in kept)
+    return {
+        "average": loss["a"] if isinstance(loss, dict) else loss,
+        "expected": sum(value * weight for value, weight in kept) / weight,
+        "batches": len(seen),
+    }
+
+
+@pytest.mark.parametrize("what", ["report", "scalar", "dict"])
+def test_no_batch_of_a_window_that_both_skip_is_in_the_average(
+    two_ranks: TwoRanks, what: str
+) -> None:
+    for found in two_ranks(average_beside_a_skipped_window, what):
+        assert found["average"] == pytest.approx(found["expected"], rel=1e-9)
+        assert found["batches"] == 2 * ROUNDS
+
+
 def run_out_of_patience() -> Found:
     brain = poisoned((3, 4, 5, 6, 7), nonfinite_patience=2)
     started = time.monotonic()
