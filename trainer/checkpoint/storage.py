@@ -33,12 +33,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from trainer import tree
+from trainer import json_files, tree
 from trainer.checkpoint.migrate import migrate
 
 FORMAT = 2  # of the checkpoints that are written; those of all earlier formats are read
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 16 << 20  # a usual one has a few thousand
+MAX_MANIFEST_BYTES = json_files.MAX_BYTES  # a usual one has a few thousand
 CHUNK_BYTES = 1 << 20  # smaller writes are gathered up to this
 HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:40]
 
@@ -153,7 +153,7 @@ def read_manifest(path: Path) -> Checkpoint:
     """Read the checkpoint in a folder by its manifest alone; raise BrokenCheckpoint if damaged."""
     data = read_file(path, MANIFEST)
     try:
-        fields = json.loads(data)
+        fields = json_files.parse(data)
         if not isinstance(fields, dict) or fields.get("format") not in range(1, FORMAT + 1):
             raise ValueError(f"it is not a manifest of format 1 to {FORMAT}")
         if encode_manifest(fields) != data:
@@ -162,7 +162,7 @@ def read_manifest(path: Path) -> Checkpoint:
         del fields["sha256"]
         checkpoint = Checkpoint(path=path, files=files, **fields)
         _check_fields(checkpoint)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{path / MANIFEST} is broken: {error}") from error
     return checkpoint
 

@@ -16,9 +16,11 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trainer import json_files
 from trainer.loggers.protocol import Logger
 from trainer.options import RunOptions
 
@@ -90,9 +92,13 @@ class LineFile:
 
     def _open(self) -> int:
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        content = self.path.read_bytes()
-        os.ftruncate(file, content.rfind(b"\n") + 1)
-        self.lines = content.count(b"\n")
+        self.lines = read = end = 0
+        with self.path.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                self.lines += chunk.count(b"\n")
+                end = read + chunk.rfind(b"\n") + 1 if b"\n" in chunk else end
+                read += len(chunk)
+        os.ftruncate(file, end)
         return file
 
     def append(self, line: str) -> None:
@@ -189,11 +195,14 @@ class JsonlLogger(LineFile, Logger):
             lines: number of records at the checkpoint; those behind them are removed, too, since
                 several records may have one step. None: as many as there are.
         """
+        if sum(1 for _ in self._kept(step, lines)) < self.lines:
+            self.replace(self._kept(step, lines))
+
+    def _kept(self, step: int, lines: int | None) -> Iterator[bytes]:
         with self.path.open("rb") as file:
-            known = list(file)
-        kept = [line for line in known[:lines] if _step_of(line) <= step]
-        if len(kept) < len(known):
-            self.replace(kept)
+            for line in islice(json_files.lines(file), lines):
+                if _step_of(line) <= step:
+                    yield line
 
 
 def as_json(value: Any) -> Any:
@@ -232,7 +241,10 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _step_of(line: bytes) -> float:
     """Return the step of a line: -inf where it has none, inf where it cannot be read."""
     try:
-        step = json.loads(line).get("step")
-    except (ValueError, AttributeError, RecursionError):
+        record = json_files.parse(line)
+    except json_files.BadJson:
         return math.inf
+    if not isinstance(record, dict):
+        return math.inf
+    step = record.get("step")
     return step if isinstance(step, (int, float)) else -math.inf
