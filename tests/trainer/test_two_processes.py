@@ -526,6 +526,59 @@ def test_a_rank_that_drifts_by_one_bit_is_found_at_the_next_check(
         assert "Something moved them on one rank alone" in found["message"]
 
 
+class Normed(Line):
+    """With running statistics, which differ between ranks within an epoch, and a constant."""
+
+    what = ""
+
+    def __init__(self, modules: Any, *arguments: Any, **named: Any) -> None:
+        modules["net"].insert(1, nn.BatchNorm1d(4))
+        modules["net"].register_buffer("scale", torch.ones(5))
+        modules["net"].register_buffer("seen", torch.zeros(()))
+        super().__init__(modules, *arguments, **named)
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        if stage is Stage.TRAIN:
+            self.modules.net.seen += batch["x"].sum()  # Each rank sees its own.
+        return super().compute_forward(batch, stage)
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if self.epoch == 2 and self.step == 3 and distributed.rank() == 1:
+            if self.what == "buffer":
+                self.modules.net.scale[2] *= 1 + 2e-7
+                self.modules.net.scale[3] /= 1 + 2e-7
+            elif self.what == "state":
+                for state in self.updates["main"].optimizer.state.values():
+                    moment = next(v for v in state.values() if isinstance(v, Tensor) and v.dim())
+                    moment.reshape(-1)[0] += 1.0
+
+
+def drift_beside(what: str) -> str:
+    brain = make(Normed, torch.float32, drift_check_every=1)
+    brain.what = what
+    data = [each for each in batches(torch.float32) if len(each["x"]) > 1][:8]
+    try:
+        brain.fit(range(1, 4), data)
+    except DriftError as error:
+        return str(error)
+    return f"epoch {brain.epoch}"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("", "epoch 3"),
+        ("buffer", "epoch 2, batch 3: the ranks have different buffers: net.scale. Something"),
+        ("state", "epoch 2, batch 3: the ranks have different optimizer states: main: "),
+    ],
+)
+def test_constant_buffers_and_moments_are_compared_and_running_statistics_are_not(
+    two_ranks: TwoRanks, what: str, said: str
+) -> None:
+    for found in two_ranks(drift_beside, what):
+        assert found.startswith(said)
+
+
 # --- stopping and saving -------------------------------------------------------------------------
 
 
