@@ -631,7 +631,8 @@ class Brain(SpeechBrainNames):
 
         The values of a stage are averaged by weight over the stage and over ranks; what is logged
         between two stages is of the second one. The average is among the metrics of the stage: in
-        its line, in the loggers, and for ``keep_best``.
+        its line, in the loggers, and for ``keep_best``. A value counts whatever becomes of the step
+        of its batch, also where that is skipped.
 
         Args:
             name: name of the metric.
@@ -716,6 +717,7 @@ class Brain(SpeechBrainNames):
         """Drop all gradients and open windows. `optimize` needs no call of it."""
         for update in self.updates.values():
             update.drop_window()
+        self.__metrics.forget_windows()
         self.__guard.forget()
         self.modules.zero_grad(set_to_none)
 
@@ -1130,7 +1132,9 @@ class Brain(SpeechBrainNames):
                 # Loss and weight are sums over ranks already, and will be summed again.
                 metrics.add_loss(loss.loss, loss.weight / distributed.world_size())
         elif loss is not None and "skipped" not in outcomes:
-            metrics.add_loss(loss, batch.weight)
+            last = {report.name: report.outcome for report in batch.reports}
+            windows = [name for name, outcome in last.items() if outcome == "accumulated"]
+            metrics.add_loss(loss, batch.weight, windows)
         metrics.examples += batch.weight
         if "stepped" in outcomes or batch.stepped_by_hand:
             progress.optimizer_step += 1

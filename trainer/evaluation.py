@@ -7,14 +7,16 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainer import seed
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
 from trainer.checkpoint.run_state import check_weights
+from trainer.checkpoint.storage import MissingCheckpoint
 from trainer.optim.ema import WeightAverage
 from trainer.options import RunOptions
 
@@ -108,7 +110,7 @@ def evaluation_weights(
         saved = None
         present = trained and options.average_checkpoints == 1 and not asked
         if checkpointer is not None and checkpointer.enabled and not present:
-            saved = _load_weights(checkpointer, options, max_key, min_key)
+            saved = retry_missing(partial(_load_weights, checkpointer, options, max_key, min_key))
             if saved is None and not trained:
                 raise ValueError(
                     f"there is nothing to test: this Brain has not trained, and "
@@ -132,6 +134,8 @@ def _load_weights(
         chosen = found[start : start + number]
         try:
             weights = checkpointer.average(chosen, "brain", path)
+        except MissingCheckpoint:  # Another process saves there, and has a newer one.
+            raise
         except ValueError as broken:
             warnings.warn(str(broken), stacklevel=2)
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from numbers import Real
@@ -307,6 +307,9 @@ class TrainingMetrics:
         counts: skipped and overflowed steps of the epoch, and its batches without memory.
         tallies: figures of each optimizer since the last log record.
         logged: values given to `Brain.log`, by stage and name.
+
+    The loss of a batch in an open accumulation window waits until the window closes, and is left
+    out where that step is skipped.
     """
 
     def __init__(self) -> None:
@@ -314,10 +317,13 @@ class TrainingMetrics:
         self.counts = dict.fromkeys(LOST, 0)
         self.tallies: dict[str, Tally] = {}
         self.logged: dict[str, dict[str, Mean]] = {}
+        # Optimizers whose windows are open, loss and weight of each batch that waits for them.
+        self._waiting: list[tuple[list[str], Any, float]] = []
         self._recorded = time.perf_counter()
 
     def begin_epoch(self) -> None:
         """Start the averages and counts of an epoch."""
+        self.forget_windows()
         self.average = Mean()
         self.counts = dict.fromkeys(LOST, 0)
 
@@ -332,9 +338,33 @@ class TrainingMetrics:
         self.tallies[report.name].add(report)
         if report.outcome in self.counts:
             self.counts[report.outcome] += 1
+        if report.outcome != "accumulated" and self._waiting:
+            self._close_window(report.name, report.outcome == "skipped")
 
-    def add_loss(self, loss: Any, weight: float) -> None:
-        """Add the loss of ``weight`` examples to the averages."""
+    def _close_window(self, name: str, skipped: bool) -> None:
+        """Add, or leave out, the losses that waited for the window of an optimizer."""
+        waiting, self._waiting = self._waiting, []
+        for names, loss, weight in waiting:
+            if name not in names:
+                self._waiting.append((names, loss, weight))
+            elif not skipped:
+                self.add_loss(loss, weight, [each for each in names if each != name])
+
+    def forget_windows(self) -> None:
+        """Leave out the losses that wait: their windows were dropped."""
+        self._waiting = []
+
+    def add_loss(self, loss: Any, weight: float, windows: Sequence[str] = ()) -> None:
+        """Add the loss of ``weight`` examples to the averages.
+
+        Args:
+            loss: a number, a scalar tensor, or a mapping to these.
+            weight: number of examples.
+            windows: optimizers whose open windows the batch is in; it waits for these.
+        """
+        if windows:
+            self._waiting.append((list(windows), _detached(loss), weight))
+            return
         self.average.update(loss, weight)
         self.interval.update(loss, weight)
 
@@ -403,6 +433,7 @@ class TrainingMetrics:
                 stage: {name: mean.state_dict() for name, mean in means.items()}
                 for stage, means in self.logged.items()
             },
+            "waiting": [[names, _plain(loss), weight] for names, loss, weight in self._waiting],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -416,6 +447,22 @@ class TrainingMetrics:
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}
             for stage, means in state["logged"].items()
         }
+        # Checkpoints of before have none.
+        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state.get("waiting", ())]
+
+
+def _detached(loss: Any) -> Any:
+    """Return a copy of a loss, since the caller may go on computing in place."""
+    if isinstance(loss, Mapping):
+        return {name: _detached(part) for name, part in loss.items()}
+    return loss.detach().clone() if isinstance(loss, Tensor) else loss
+
+
+def _plain(loss: Any) -> Any:
+    """Return a loss as numbers, for a checkpoint."""
+    if isinstance(loss, Mapping):
+        return {name: _plain(part) for name, part in loss.items()}
+    return float(loss)
 
 
 def _restored(part: Any, state: Mapping[str, Any]) -> Any:

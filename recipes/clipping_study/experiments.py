@@ -77,9 +77,15 @@ def _settings(rates: Sequence[float], **values: Sequence[float]) -> list[Setting
 
 
 def experiments(sizes: Mapping[str, Mapping[str, Any]]) -> list[Experiment]:
-    """The experiments that have an entry in ``sizes``, in the order of the study."""
+    """Return the experiments that have an entry in ``sizes``, in the order of the study.
+
+    Raises ValueError for an unknown one.
+    """
     makers = (_recurrent, _warmup, _speed, _spikes, _half, _scales)
     found = [make(dict(sizes.get(make.__name__[1:], {}))) for make in makers]
+    if unknown := set(sizes) - {each.name for each in found}:
+        known = ", ".join(each.name for each in found)
+        raise ValueError(f"experiments has {', '.join(sorted(unknown))}; allowed: {known}")
     return [each for each in found if each.name in sizes]
 
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from trainer import json_files
+
 FLOOR = 1e-5  # of a band's magnitude, before the logarithm
 
 
@@ -197,8 +199,5 @@ def _read_npy(path: Path) -> tuple[Any, Any]:
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise ValueError(f"{path}: how it was made is unknown; expected beside it: {beside.name}")
-    try:
-        config = json.loads(beside.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{beside}: it is not JSON ({error})") from None
+    config = json_files.read(beside)
     return (torch.from_numpy(array) if array.dtype.kind == "f" else array), config

@@ -203,7 +203,9 @@ def sentences(split: str, style: str, seed: int = 0) -> Iterator[str]:
 
 
 def vocabulary(style: str) -> frozenset[str]:
-    """Every word that the grammar can say."""
+    """Return every word that the grammar can say; raise ``ValueError`` for an unknown style."""
+    if style not in GRAMMARS:
+        raise ValueError(f"vocabulary of {style!r}; allowed: {', '.join(GRAMMARS)}")
     words = set()
     if style == "commands":  # the one grammar with rules that count
         words = {*NUMBER_WORDS, *ORDINALS, "thirtieth", *MONTHS, "the", "of"}

@@ -117,6 +117,8 @@ def train(run: trainer.Run) -> dict[str, float]:
     """Train as the YAML says, and test the checkpoint that `best` chooses."""
     hparams, mel = run.hparams, run.hparams["mel"]
     check_sizes(hparams)
+    if hparams["best"] not in (None, "mel_l1"):
+        raise ValueError(f"best is {hparams['best']!r}; allowed: null, mel_l1")
     with Judges(hparams["measures"], 16000, hparams["judges"]) as judges:
         sets = datasets(
             hparams["corpus"](),

@@ -62,9 +62,10 @@ def evaluate_phases(brain: Any, test: Any) -> dict[str, float]:
                 f"standard error {added.error:.3f} over {added.clips} clips",
                 flush=True,
             )
-        before[metric] = brain.test_metrics[target]
+        if target in brain.test_metrics:
+            before[metric] = brain.test_metrics[target]
         last = name, brain.board.rows
-    del before[brain.best]
+    before.pop(brain.best, None)
     return {**brain.test_metrics, **before}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import Tensor
 
@@ -14,6 +14,17 @@ NORMALISED: dict[str, Callable[[float], float]] = {
     "pesq": lambda score: (score + 0.5) / 5.0,
     "stoi": lambda score: score,
 }
+
+
+def check_target(metric: str, measures: Collection[str]) -> None:
+    """Raise ValueError unless a network can learn to predict this metric, and it is measured."""
+    if metric not in NORMALISED:
+        raise ValueError(f"target is {metric!r}; allowed: {', '.join(NORMALISED)}")
+    if metric not in measures:
+        raise ValueError(
+            f"target is {metric!r}, but the judges measure {', '.join(measures)}; allowed: one of "
+            "the measures"
+        )
 
 
 class Targets:
@@ -28,10 +39,7 @@ class Targets:
     """
 
     def __init__(self, judges: Judges, metric: str) -> None:
-        if metric not in NORMALISED:
-            raise ValueError(f"target is {metric!r}; allowed: {', '.join(NORMALISED)}")
-        if metric not in judges.measures:
-            raise ValueError(f"target is {metric!r}, but the judges measure {judges.measures}")
+        check_target(metric, judges.measures)
         self.judges, self.metric = judges, metric
         self._asked: set[str] = set()
         self._known: dict[str, float] = {}

@@ -17,12 +17,13 @@ from torch import Tensor
 import trainer
 from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
+from recipes.common.quality import require
 from recipes.common.scoreboard import NOISY, Scoreboard
 from recipes.metricgan.history import Record, padded, quantised, waveform
 from recipes.metricgan.model import enhance
 from recipes.metricgan.parts import evaluate_phases, keep_outcomes
 from recipes.metricgan.phases import Drawn, Passes, Phases, weighted_mean
-from recipes.metricgan.targets import Targets
+from recipes.metricgan.targets import Targets, check_target
 from recipes.metricgan.variations import exponents, losses, version_of
 from trainer import Brain, EpochCounter, Stage, distributed
 from trainer.seed import derive
@@ -249,7 +250,9 @@ class Enhancer(Brain):
         if stage is Stage.TRAIN:
             self.targets.start()
         elif stage is Stage.VALID:
-            self.board.start("valid", self.hparams.valid_measures)
+            # The target chooses the checkpoint of a phase.
+            wanted = dict.fromkeys([self.hparams.target, *self.hparams.valid_measures])
+            self.board.start("valid", list(wanted))
         else:
             self.board.start("test", extremes=self.hparams.extremes)
 
@@ -270,7 +273,7 @@ class Enhancer(Brain):
         scores = self.board.finish()
         scores.update((n, self.board.means[n]) for n in COMPOSITES if n in self.board.means)
         name = self.phases.outcome(epoch) if epoch is not None else None
-        if stage is Stage.VALID and name is not None:
+        if stage is Stage.VALID and name is not None and self.hparams.target in scores:
             # Under a name of its own, too: checkpoints are chosen among those of a phase.
             scores[self.bests[name]] = scores[self.hparams.target]
         return scores
@@ -289,7 +292,10 @@ class Enhancer(Brain):
 def train(run: trainer.Run) -> dict[str, float]:
     """Train phase after phase as the YAML says, and test what each has come to."""
     hparams, options = run.hparams, run.options
-    corpus, rate = hparams["corpus"](), hparams["sample_rate"]
+    rate = hparams["sample_rate"]
+    check_target(hparams["target"], hparams["measures"])
+    require(hparams["valid_measures"], rate)
+    corpus = hparams["corpus"]()
     training = Drawn(Pairs(corpus["train"], rate, segment=hparams["segment"]))
     valid, test = (Pairs(corpus[split], rate, fixed=True) for split in ("valid", "test"))
     brain = Enhancer(

@@ -17,6 +17,7 @@ from torch import Tensor
 import trainer
 from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
+from recipes.common.quality import require
 from recipes.common.scoreboard import Scoreboard
 from recipes.common.streaming import enhance_signal
 from recipes.segan.model import (
@@ -116,6 +117,12 @@ class Enhancer(Brain):
 def train(run: trainer.Run) -> dict[str, float]:
     """Train as the YAML says, and test the best checkpoint."""
     hparams = run.hparams
+    require(hparams["valid_measures"], hparams["sample_rate"])
+    if hparams["best"] not in hparams["valid_measures"]:
+        known = ", ".join(hparams["valid_measures"])
+        raise ValueError(
+            f"best is {hparams['best']!r}; allowed: one of the valid_measures, {known}"
+        )
     judges = Judges(hparams["measures"], hparams["sample_rate"], hparams["judges"])
     with judges:
         corpus, modules = hparams["corpus"](), hparams["modules"]

@@ -1,4 +1,4 @@
-"""Cost of the replica check in a step, at every hundredth batch.
+"""Cost of the replica check (weights, and a part of Adam's moments), at every hundredth batch.
 
     torchrun --nproc_per_node=2 tests/benchmarks/drift_cost.py
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from trainer import Brain, RunOptions, distributed
-from trainer.distributed.replica_check import check_replicas_in_sync
+from trainer import Brain, RunOptions, Stage, distributed
+from trainer.diagnostics.replica_check import ReplicaCheck
 
 EVERY = RunOptions().drift_check_every
 ROUNDS = 10
@@ -47,17 +47,17 @@ def main() -> None:
     brain = Wide({"net": net}, torch.optim.Adam, run_opts=options)
     batch = torch.randn(32, 700)  # Batches of a list are dealt to the ranks in turn.
     brain.fit([1], [batch] * 2)
-    parameters = dict(brain.modules.named_parameters())
+    check = ReplicaCheck(1)
     steps, checks = [], []
     for epoch in range(2, ROUNDS + 2):
         steps.append(seconds(lambda epoch=epoch: brain.fit([epoch], [batch] * 6)) / 3)
-        checks.append(seconds(lambda: check_replicas_in_sync(parameters, "here")))
+        checks.append(seconds(lambda: check.on_batch_end(brain, Stage.TRAIN, None)))
     if distributed.is_main():
-        step, check = sorted(steps)[ROUNDS // 2], sorted(checks)[ROUNDS // 2]
-        count = sum(p.numel() for p in parameters.values())
+        step, cost = sorted(steps)[ROUNDS // 2], sorted(checks)[ROUNDS // 2]
+        count = sum(p.numel() for p in brain.modules.parameters())
         print(f"{count / 1e6:.1f} M parameters, {distributed.world_size()} processes")
-        print(f"a check costs {check / step:.2f} steps; every {EVERY} batches: "
-              f"{100 * check / step / EVERY:.3f} % of a step")  # fmt: skip
+        print(f"a check costs {cost / step:.2f} steps; every {EVERY} batches: "
+              f"{100 * cost / step / EVERY:.3f} % of a step")  # fmt: skip
     distributed.stop()
 
 

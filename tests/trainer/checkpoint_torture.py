@@ -27,6 +27,7 @@ import torch
 
 from trainer import distributed
 from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import retry_missing
 
 OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "rmdir", "mkdir")
 
@@ -134,6 +135,41 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
         "saves": thing.value,
         "stale_before": len(before),
         "stale_after": len(temporaries(folder)),
+    }
+
+
+def readers(folder: Path, count: int) -> dict[str, Any]:
+    """Find and restore checkpoints while another process saves and deletes them."""
+
+    def loop(report: int) -> None:
+        thing = Uniform()
+        checkpointer = Checkpointer(folder, recoverables={"brain": thing})
+        while True:
+            save(checkpointer, thing, thing.value + 1)
+
+    thing = Uniform()
+    Checkpointer(folder, recoverables={"brain": thing}).save_checkpoint()
+    process, reading = in_child(loop)
+    values = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(count):
+                reader = Checkpointer(folder, recoverables={"brain": thing})
+                assert reader.find_checkpoint() is not None
+                assert reader.recover_if_possible() is not None
+                mean = retry_missing(lambda c=reader: c.average(c.find(), path=("modules",)))
+                assert mean["weight"].min() >= thing.value
+                values.append(thing.value)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(reading)
+    return {
+        "read": len(values),
+        "values": len(set(values)),
+        "ascending": values == sorted(values),
+        "warnings": [str(each.message) for each in caught],
     }
 
 
@@ -302,6 +338,7 @@ def _full_disk(name: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     commands = {"kills": kills, "exits": exits, "limits": limits, "ranks": ranks}
+    commands["readers"] = readers
     for line in sys.stdin:
         command, target, *numbers = json.loads(line)
         print(json.dumps(commands[command](Path(target), *numbers)), flush=True)

@@ -1,9 +1,11 @@
 """The loop: hooks in their order, what a stage counts, and what an evaluation leaves as it was."""
 
 import copy
+import json
 import logging
 import math
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from tests.trainer.small import (
     spoilt,
     training_average,
 )
-from trainer import Brain, EpochCounter, Stage, StepReport
+from trainer import Brain, EpochCounter, Stage, StepReport, metrics, signals
 from trainer.checkpoint import Checkpointer
 from trainer.schedules import EarlyStopping, NewBob, Noam
 
@@ -181,6 +183,85 @@ def test_a_skipped_batch_is_not_in_the_average(kind: type[Brain], how: str) -> N
     without.fit([1], [data[0], *data[2:]])
     assert beside.losses == without.losses
     assert training_average(beside).weight() == 9
+
+
+RETURNS: dict[str, Any] = {
+    "report": lambda report, loss: report,
+    "scalar": lambda report, loss: loss.detach(),
+    "number": lambda report, loss: loss.item(),
+    "dict": lambda report, loss: {"a": loss.detach(), "b": 2 * loss.item()},
+}
+
+
+def returning(what: str) -> type[Brain]:
+    class Returning(recorded(Regressor)):  # type: ignore[misc]
+        def fit_batch(self, batch: Any) -> Any:
+            loss = self.compute_objectives(
+                self.compute_forward(batch, Stage.TRAIN), batch, Stage.TRAIN
+            )
+            report = self.optimize(loss, last=self.is_last_batch)
+            return RETURNS[what](report, loss)
+
+    return Returning
+
+
+@pytest.mark.parametrize("what", RETURNS)
+@pytest.mark.parametrize("bad", range(7))
+def test_no_batch_of_a_skipped_window_is_in_the_average(what: str, bad: int) -> None:
+    data = [batches(1, size, seed=size)[0] for size in (3, 1, 4, 2, 6, 5, 3)]
+    still = partial(torch.optim.SGD, lr=0.0)
+    beside, without = (
+        make(returning(what), optimizer=still, grad_accumulation_factor=3) for _ in range(2)
+    )
+    beside.fit([1], [spoilt(each, "nan") if i == bad else each for i, each in enumerate(data)])
+    # Windows are of batches 0 to 2, 3 to 5, and 6 alone.
+    kept = [each for i, each in enumerate(data) if i // 3 != bad // 3]
+    without.fit([1], kept)
+    assert training_average(beside).weight() == sum(len(each["y"]) for each in kept)
+    ((_, loss),) = beside.losses
+    ((_, expected),) = without.losses
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stopped", range(1, 7))
+def test_losses_that_wait_for_their_window_are_saved_with_it(tmp_path: Path, stopped: int) -> None:
+    data = [spoilt(each, "nan") if i == 4 else each for i, each in enumerate(batches(7))]
+    options = {"grad_accumulation_factor": 3}
+    whole = make(returning("dict"), **options)
+    whole.fit([1], data)
+
+    class Stopping(returning("dict")):  # type: ignore[misc]
+        def fit_batch(self, batch: Any) -> Any:
+            result = super().fit_batch(batch)
+            if self.step == stopped:
+                patch.setattr(signals, "_received", signal.SIGTERM)
+            return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Interrupted):
+        make(Stopping, checkpointer=Checkpointer(tmp_path), **options).fit([1], data)
+    resumed = make(returning("dict"), checkpointer=Checkpointer(tmp_path), **options)
+    resumed.fit([1], data)
+    assert resumed.losses == whole.losses
+
+
+def test_losses_of_players_wait_for_their_own_windows() -> None:
+    found = metrics.TrainingMetrics()
+
+    def close(name: str, outcome: Any) -> None:
+        found.add_report(StepReport(name, outcome))
+
+    found.add_loss(1.0, 1.0, ["a", "b"])
+    found.add_loss(2.0, 1.0, ["a"])
+    close("a", "accumulated")
+    close("a", "stepped")
+    assert found.average.value() == 2.0  # The first waits for the other player.
+    found.add_loss(8.0, 1.0, ["a"])
+    again = metrics.TrainingMetrics()
+    again.load_state_dict(json.loads(json.dumps(found.state_dict())))
+    for each in (found, again):
+        each.add_report(StepReport("b", "skipped"))
+        each.add_report(StepReport("a", "overflowed"))
+        assert each.average.value() == 5.0
 
 
 def test_a_stage_without_any_finite_loss_has_no_average_and_not_zero() -> None:

@@ -1,12 +1,13 @@
 """Processes that are killed, exit, run out of disk or fail one at a time while they save."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,12 +139,89 @@ def test_a_hundred_killed_saves_leave_nothing_after_one_clean_start(tmp_path: Pa
         left = tmp_path / f".{verb}-{dead.pid}@{storage.HOST}-step-{index:08d}"
         left.mkdir()
         (left / "brain.pt").write_bytes(b"half")
-    alive = tmp_path / f".saving-{os.getppid()}@{storage.HOST}-step-00000009"
-    elsewhere = tmp_path / f".saving-{dead.pid}@elsewhere-step-00000009"
-    abandoned = tmp_path / f".saving-{dead.pid}@elsewhere-step-00000008"
-    for each in (alive, elsewhere, abandoned):
-        each.mkdir()
-    os.utime(abandoned, (time.time() - 7200,) * 2)
+    # A container's restart has the process ids and the host name of the one before.
+    (tmp_path / f".saving-{os.getppid()}@{storage.HOST}-step-00000009").mkdir()
+    (tmp_path / f".saving-{dead.pid}@elsewhere-step-00000009").mkdir()
     Checkpointer(tmp_path, recoverables={"brain": Uniform()}).recover_if_possible()
-    # A process that is alive, or of another machine and active within the hour, keeps its folder.
-    assert sorted(temporaries(tmp_path)) == sorted([alive.name, elsewhere.name])
+    assert temporaries(tmp_path) == []
+
+
+# Other processes in the same folder
+
+OWNER = """
+import os, sys, time, torch
+from trainer import Checkpointer
+class Thing:
+    def state_dict(self): return {"x": torch.zeros(2)}
+    def load_state_dict(self, state): pass
+checkpointer = Checkpointer(sys.argv[1], recoverables={"thing": Thing()})
+checkpointer.save_and_keep_only({"optimizer_step": 1})
+if "fork" in sys.argv and os.fork() == 0: time.sleep(60)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a process that saves once and stays alive."""
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(tmp_path / "checkpoints"), *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().isdigit()
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_second_writer_is_refused_and_a_reader_changes_nothing(
+    owner: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process, folder = owner(), tmp_path / "checkpoints"
+    (folder / f".saving-{process.pid}@{storage.HOST}-step-00000002").mkdir()
+    before = sorted(os.listdir(folder))
+    other = Checkpointer(folder, recoverables={"thing": Uniform()})
+    with pytest.raises(ValueError, match=r"checkpoints: another process, .* saves there; end it"):
+        other.save_checkpoint()
+    with pytest.raises(ValueError, match="another process"):
+        other.prepare()
+    assert [each.name for each in other.find()] == ["step-00000001"]
+    with pytest.raises(ValueError, match="does not fit this run"):
+        other.recover_if_possible()
+    assert sorted(os.listdir(folder)) == before
+    process.kill()
+    process.wait()
+    other.save_checkpoint()
+    assert temporaries(folder) == []
+
+
+def test_a_process_that_was_forked_does_not_hold_the_lock_on(
+    owner: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = owner("fork")
+    process.kill()
+    process.wait()
+    Checkpointer(tmp_path / "checkpoints", recoverables={"thing": Uniform()}).save_checkpoint()
+
+
+def test_a_reader_beside_a_writer_never_fails(
+    torture: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    report = torture("readers", tmp_path / "checkpoints", 300)
+    assert report["read"] == 300
+    assert report["values"] >= 10  # The writer went on meanwhile.
+    assert report["ascending"]
+    assert report["warnings"] == []

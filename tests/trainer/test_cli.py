@@ -188,6 +188,62 @@ def test_a_folder_that_is_not_a_runs_is_left_alone(
     assert sorted(each.name for each in folder.iterdir()) == sorted([".lock", name])
 
 
+def test_a_folder_that_was_refused_once_is_refused_again(
+    demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "theses"
+    folder.mkdir()
+    (folder / "hyperparams.yaml").write_text("")
+    (folder / "train.log").write_text("the work of years")
+    for _ in range(2):
+        assert "is not a run folder" in fails(
+            capsys, keep([]), demo, "--output_folder", str(folder), "--overwrite"
+        )
+    assert (folder / "train.log").read_text() == "the work of years"
+
+
+OWN_FILES = (
+    "hyperparams.yaml", "command.txt", "environment.json", "train.log", "metrics.jsonl", ".lock",
+)  # fmt: skip
+
+
+def damaged(path: Path, how: str) -> None:
+    """Damage a file as a power cut may."""
+    content = path.read_bytes() if path.exists() else b""
+    part = {"empty": b"", "cut": content[: len(content) // 2], "byte": content[:1]}
+    path.write_bytes(part.get(how, bytes(len(content))))
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "byte", "zeros"])
+@pytest.mark.parametrize("name", [*OWN_FILES, "all but the lock"])
+def test_a_run_starts_again_beside_its_own_files_that_are_empty_or_cut(
+    demo: str, tmp_path: Path, name: str, how: str
+) -> None:
+    folder = tmp_path / "run"
+    main(keep([]), [demo, "--output_folder", str(folder)])
+    (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    for each in OWN_FILES[:-1] if name.startswith("all") else [name]:
+        damaged(folder / each, how)
+    for _ in range(2):
+        main(keep([]), [demo, "--output_folder", str(folder)])
+    assert (folder / "hyperparams.yaml").read_text().startswith("# The resolved")
+    assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+    commands = (folder / "command.txt").read_text().rstrip("\n").split("\n")
+    assert [each.endswith(str(folder)) for each in commands[-2:]] == [True, True]
+
+
+@pytest.mark.parametrize("content", [b"", b"# The resolved", b"\0" * 300])
+def test_a_start_that_was_killed_before_it_wrote_blocks_no_folder(
+    demo: str, tmp_path: Path, content: bytes
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / ".saving-7@host-step-00000001").mkdir(parents=True)
+    (folder / "hyperparams.yaml").write_bytes(content)
+    (folder / "train.log").write_bytes(b"")
+    main(keep([]), [demo, "--output_folder", str(folder)])
+    assert (folder / "hyperparams.yaml").read_text().startswith("# The resolved")
+
+
 def test_a_debug_run_keeps_nothing(demo: str, tmp_path: Path) -> None:
     runs: list[Run] = []
     main(keep(runs), [demo, "--debug"])
@@ -215,6 +271,23 @@ def test_a_run_folder_is_for_one_command_at_a_time(
         other.wait()
     main(keep([]), [demo, "--output_folder", str(folder)])
     main(keep([]), [demo, "--output_folder", str(folder)])
+
+
+def test_a_start_removes_what_killed_processes_left_half_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.record("a: 1\n", ["train.py"], {})
+    kept = folder.path / "nonfinite" / "3"
+    for left in ("nonfinite/.12.new", "nonfinite/3/.rank1.new"):
+        (folder.path / left).mkdir(parents=True)
+        (folder.path / left / "batch.pt").write_bytes(b"half")
+    (folder.path / ".report.html.new").write_bytes(b"half")
+    (folder.path / ".notes.new").write_text("the user's")
+    folder.close()
+    folder.open()
+    folder.close()
+    assert sorted(each.name for each in folder.path.rglob("*.new")) == [".notes.new"]
+    assert kept.is_dir()
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import resource
 import signal
 import threading
 import time
@@ -643,6 +644,46 @@ def test_a_slow_worker_is_waited_for() -> None:
         Trouble(lambda: time.sleep(1.2)), train=False, batch_size=13, num_workers=1, timeout=5
     )
     assert [len(batch) for batch in loader] == [13]
+
+
+def _full_shared_memory(worker: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # What a full /dev/shm looks like.
+
+
+class Large(Items):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"id": str(index), "x": torch.zeros(1000)}
+
+
+@pytest.mark.parametrize("options", [{}, {"collate_fn": torch.utils.data.default_collate}])
+def test_full_shared_memory_is_a_sentence_that_says_what_to_do(options: dict[str, Any]) -> None:
+    init = {"worker_init_fn": _full_shared_memory, "num_workers": 1, "timeout": 60}
+    error, waited = _timed(make_loader(Large(), train=True, batch_size=2, **init, **options))
+    assert isinstance(error, OSError)
+    for remedy in ("/dev/shm", "num_workers", "--ipc=host", "--shm-size", "set_sharing_strategy"):
+        assert remedy in str(error)
+    assert waited < 10
+
+
+def test_a_worker_that_dies_of_a_bus_error_is_told_as_full_shared_memory() -> None:
+    loader = make_loader(
+        Trouble(lambda: os.kill(os.getpid(), signal.SIGBUS)), train=True, num_workers=1
+    )
+    error, _ = _timed(loader)
+    assert isinstance(error, OSError)
+    assert "/dev/shm" in str(error)
+
+
+class Unsendable(Items):
+    def __getitem__(self, index: int) -> Any:
+        return threading.Lock()
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error_and_no_hang() -> None:
+    loader = make_loader(Unsendable(), train=True, collate_fn=list, num_workers=1, timeout=60)
+    error, waited = _timed(loader)
+    assert "could not send a batch" in str(error)
+    assert waited < 10
 
 
 def test_a_hanging_worker_is_an_error_at_the_timeout_that_names_its_item() -> None:

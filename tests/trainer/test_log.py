@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,6 +219,23 @@ def test_what_cannot_be_read_is_dropped_when_resuming(tmp_path: Path) -> None:
     log.resume(2)
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_large_log_is_resumed_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        for step in range(20_000):
+            file.write(b'{"step": %d, "x": "%s"}\n' % (step, b"x" * 1000))
+        file.write(b"[" * (40 << 20) + b"\n")  # One line of 40 MB.
+    log = JsonlLogger(tmp_path)
+    assert log.lines == 20_001
+    tracemalloc.start()
+    log.resume(10_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    log.close()
+    assert peak < 20 << 20  # Of 60 MB.
+    assert [line["step"] for line in lines(tmp_path)] == list(range(10_001))
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_line(tmp_path: Path) -> None:

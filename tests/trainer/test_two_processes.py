@@ -384,6 +384,45 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks: TwoRanks, 
             assert same(ranks[0][moment][part], ranks[1][moment][part])
 
 
+class Remembering(Line):
+    """Remembers the loss of each batch; one on rank 1 is not finite."""
+
+    what = "report"
+
+    def fit_batch(self, batch: Any) -> Any:
+        loss = self.compute_objectives(self.compute_forward(batch, Stage.TRAIN), batch, Stage.TRAIN)
+        report = self.optimize(
+            loss * math.nan if self.step == 5 and distributed.rank() == 1 else loss,
+            last=self.is_last_batch,
+        )
+        vars(self).setdefault("seen", []).append((self.step, loss.item(), len(batch["y"])))
+        return {"report": report, "scalar": loss.detach(), "dict": {"a": loss.detach()}}[self.what]
+
+
+def average_beside_a_skipped_window(what: str) -> Found:
+    brain = make(Remembering, grad_accumulation_factor=3)
+    brain.what = what
+    brain.fit(range(1, 2), batches())
+    loss = brain.losses[0]
+    seen = [each for rank in distributed.all_gather_json(brain.seen) for each in rank]
+    kept = [(value, weight) for step, value, weight in seen if step not in (4, 5, 6)]
+    weight = sum(weight for _, weight in kept)
+    return {
+        "average": loss["a"] if isinstance(loss, dict) else loss,
+        "expected": sum(value * weight for value, weight in kept) / weight,
+        "batches": len(seen),
+    }
+
+
+@pytest.mark.parametrize("what", ["report", "scalar", "dict"])
+def test_no_batch_of_a_window_that_both_skip_is_in_the_average(
+    two_ranks: TwoRanks, what: str
+) -> None:
+    for found in two_ranks(average_beside_a_skipped_window, what):
+        assert found["average"] == pytest.approx(found["expected"], rel=1e-9)
+        assert found["batches"] == 2 * ROUNDS
+
+
 def run_out_of_patience() -> Found:
     brain = poisoned((3, 4, 5, 6, 7), nonfinite_patience=2)
     started = time.monotonic()
@@ -485,6 +524,59 @@ def test_a_rank_that_drifts_by_one_bit_is_found_at_the_next_check(
             f"epoch 1, batch {found_at}: the ranks have different weights: net."
         )
         assert "Something moved them on one rank alone" in found["message"]
+
+
+class Normed(Line):
+    """With running statistics, which differ between ranks within an epoch, and a constant."""
+
+    what = ""
+
+    def __init__(self, modules: Any, *arguments: Any, **named: Any) -> None:
+        modules["net"].insert(1, nn.BatchNorm1d(4))
+        modules["net"].register_buffer("scale", torch.ones(5))
+        modules["net"].register_buffer("seen", torch.zeros(()))
+        super().__init__(modules, *arguments, **named)
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        if stage is Stage.TRAIN:
+            self.modules.net.seen += batch["x"].sum()  # Each rank sees its own.
+        return super().compute_forward(batch, stage)
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if self.epoch == 2 and self.step == 3 and distributed.rank() == 1:
+            if self.what == "buffer":
+                self.modules.net.scale[2] *= 1 + 2e-7
+                self.modules.net.scale[3] /= 1 + 2e-7
+            elif self.what == "state":
+                for state in self.updates["main"].optimizer.state.values():
+                    moment = next(v for v in state.values() if isinstance(v, Tensor) and v.dim())
+                    moment.reshape(-1)[0] += 1.0
+
+
+def drift_beside(what: str) -> str:
+    brain = make(Normed, torch.float32, drift_check_every=1)
+    brain.what = what
+    data = [each for each in batches(torch.float32) if len(each["x"]) > 1][:8]
+    try:
+        brain.fit(range(1, 4), data)
+    except DriftError as error:
+        return str(error)
+    return f"epoch {brain.epoch}"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("", "epoch 3"),
+        ("buffer", "epoch 2, batch 3: the ranks have different buffers: net.scale. Something"),
+        ("state", "epoch 2, batch 3: the ranks have different optimizer states: main: "),
+    ],
+)
+def test_constant_buffers_and_moments_are_compared_and_running_statistics_are_not(
+    two_ranks: TwoRanks, what: str, said: str
+) -> None:
+    for found in two_ranks(drift_beside, what):
+        assert found.startswith(said)
 
 
 # --- stopping and saving -------------------------------------------------------------------------

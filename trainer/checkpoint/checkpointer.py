@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainer import distributed, tree
 from trainer.checkpoint import storage
-from trainer.checkpoint.storage import BrokenCheckpoint, Checkpoint, FileEntry
+from trainer.checkpoint.storage import (
+    BrokenCheckpoint,
+    Checkpoint,
+    FileEntry,
+    FolderLock,
+    MissingCheckpoint,
+)
 from trainer.distributed import run_on_all, run_on_main
+
+T = TypeVar("T")
+
+LOCK_SECONDS = 2.0  # of waiting for a process that ends, or only looks for remains
+MAX_RETRIES = 100  # of looking for checkpoints that another process replaces at the same time
 
 
 class Best(NamedTuple):
@@ -88,11 +101,22 @@ class SaveRequest:
     retention: Retention | None  # None: delete nothing
 
 
+def retry_missing(work: Callable[[], T]) -> T:
+    """Call a function that finds and reads checkpoints, again where one is deleted in between."""
+    for _ in range(MAX_RETRIES):
+        with contextlib.suppress(MissingCheckpoint):
+            return work()
+    return work()
+
+
 class Checkpointer:
     """Save, find and restore the states of a run.
 
     Saves are atomic: a process that is killed at any moment leaves the previous checkpoints intact.
     Every file is verified when it is loaded, and loading runs no code.
+
+    One process saves in a folder: from its first save on, others that try to are refused while this
+    object lives. Any number may read there at the same time.
 
     Checkpoints at the end of an epoch and those within epochs are counted apart, so that neither
     push out the others.
@@ -144,6 +168,7 @@ class Checkpointer:
         self._held = False
         self._waiting: list[SaveRequest] = []
         self._broken: dict[str, str] = {}  # Reasons by name; these are not looked at again.
+        self._lock: FolderLock | None = None
 
     def add_recoverable(self, name: str, obj: Any) -> None:
         """Save and restore an object from now on.
@@ -257,13 +282,16 @@ class Checkpointer:
         Raises:
             ValueError, OSError, RuntimeError: as in `save_checkpoint`.
         """
+        return [self.save(request) for request in self.take_waiting()]
+
+    def take_waiting(self) -> list[SaveRequest]:
+        """Stop deferring saves, and return those that were deferred, which are the caller's now."""
         waiting, self._held, self._waiting = self._waiting, False, []
-        return [self._save(request) for request in waiting]
+        return waiting
 
     def drop_waiting(self) -> int:
         """Discard the saves that were deferred, stop deferring, and return their number."""
-        waiting, self._held, self._waiting = self._waiting, False, []
-        return len(waiting)
+        return len(self.take_waiting())
 
     def prepare(self) -> None:
         """Make the folder and remove what killed processes left in it. Every rank must call it.
@@ -271,12 +299,22 @@ class Checkpointer:
         Every save does this first. Call it before training to learn of a bad folder in time.
 
         Raises:
-            ValueError: the folder cannot be made or is not writable.
+            ValueError: the folder cannot be made or is not writable, or another process saves in
+                it.
         """
         run_on_main(self._prepare)
 
     def _prepare(self) -> None:
         storage.make_folder(self.folder)
+        last = time.monotonic() + LOCK_SECONDS
+        while (lock := storage.lock_folder(self.folder)) is None and time.monotonic() < last:
+            time.sleep(0.05)
+        self._lock = lock
+        if lock is None:
+            raise ValueError(
+                f"checkpoints cannot be saved in {self.folder}: another process, which is still "
+                "alive, saves there; end it, or choose another folder"
+            )
         storage.remove_stale(self.folder)
 
     def _request(
@@ -294,19 +332,20 @@ class Checkpointer:
         request = SaveRequest(_to_json(meta), end_of_epoch, name, retention)
         if self._held and self.enabled:
             self._waiting.append(request)
-        return self._save(request) if self.enabled and not self._held else None
+        return self.save(request) if self.enabled and not self._held else None
 
-    def _save(self, request: SaveRequest) -> Checkpoint:
+    def save(self, request: SaveRequest) -> Checkpoint:
+        """Save as a deferred request asks for. Every rank must call it.
+
+        Raises:
+            ValueError, OSError, RuntimeError: as in `save_checkpoint`.
+        """
         name, fields = run_on_main(self._plan, request)
         planned = Checkpoint(self.folder / name, **fields)
-        try:
+        with _told(f"the checkpoint {planned.path} could not be saved"):
             saved = self._write(planned)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"the checkpoint {planned.path} could not be saved: {error.strerror or error}",
-            ) from error
-        run_on_main(self._delete_others, saved, request.retention)
+        with _told(f"{saved.path} is saved, but a checkpoint before it could not be deleted"):
+            run_on_main(self._delete_others, saved, request.retention)
         return saved
 
     def _plan(self, request: SaveRequest) -> tuple[str, dict[str, Any]]:
@@ -378,17 +417,33 @@ class Checkpointer:
 
         A broken one is left out, with a warning that names it.
         """
-        found = []
-        for entry in list(os.scandir(self.folder)) if self.folder.is_dir() else ():
+        found: list[Checkpoint] = []
+        for _ in range(MAX_RETRIES):
+            found, complete = self._scan()
+            if complete:
+                break
+        return sorted(found, key=lambda each: (each.number, each.time), reverse=True)
+
+    def _scan(self) -> tuple[list[Checkpoint], bool]:
+        """Return the checkpoints in the folder; and False if others may have come meanwhile."""
+        found, complete, saving = [], True, False
+        try:
+            entries = list(os.scandir(self.folder))
+        except FileNotFoundError:
+            return [], True
+        for entry in entries:
+            saving |= storage.TEMPORARY_NAME.fullmatch(entry.name) is not None
             # A link is not followed: it would be a second name, or lead outside.
             fits = storage.CHECKPOINT_NAME.fullmatch(entry.name)
             if fits and entry.is_dir(follow_symlinks=False) and entry.name not in self._broken:
                 try:
                     found.append(storage.read_manifest(Path(entry.path)))
+                except MissingCheckpoint:  # What replaces it may have come behind the scan.
+                    complete = False
                 except BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(Path(entry.path)):
                         self._mark_broken(entry.name, error)
-        return sorted(found, key=lambda each: (each.number, each.time), reverse=True)
+        return found, complete and bool(found or not saving)
 
     def find(
         self, min_key: str | None = None, max_key: str | None = None, n: int | None = 1
@@ -445,7 +500,8 @@ class Checkpointer:
         """Restore every recoverable from the newest or best checkpoint. Every rank must call it.
 
         Everything is loaded and verified before anything is restored. A broken checkpoint is named
-        in a warning, and the next one is used.
+        in a warning, and the next one is used. Another process may save in the folder meanwhile; if
+        none does, what killed ones left there is removed, unless there is nothing to restore.
 
         Args:
             max_key: metric in ``meta`` to maximise.
@@ -460,10 +516,17 @@ class Checkpointer:
             ValueError: the checkpoint is another model's, or of other recoverables.
             RuntimeError: another rank failed.
         """
+        if self.recoverables:
+            run_on_main(self._clean)
+        return retry_missing(lambda: self._recover(max_key, min_key))
+
+    def _recover(self, max_key: str | None, min_key: str | None) -> Checkpoint | None:
         names = run_on_main(self._candidates, max_key, min_key, shared=BrokenCheckpoint)
         for name in names:
             try:
                 return self._restore(self.folder / name)
+            except MissingCheckpoint:
+                raise
             except BrokenCheckpoint as error:
                 self._mark_broken(name, error)
         if names:
@@ -477,7 +540,8 @@ class Checkpointer:
             checkpoint: as `find` or `list_checkpoints` returned it.
 
         Raises:
-            BrokenCheckpoint: a file is damaged; nothing has been restored.
+            BrokenCheckpoint: a file is damaged, or the checkpoint does not exist any more; nothing
+                has been restored.
             ValueError: the checkpoint is another model's, or of other recoverables.
             RuntimeError: another rank failed.
         """
@@ -520,7 +584,7 @@ class Checkpointer:
             The average, on the CPU.
 
         Raises:
-            BrokenCheckpoint: no checkpoint could be used.
+            BrokenCheckpoint: no checkpoint could be used, or one of them does not exist any more.
             ValueError: there is nothing at ``path``, or the tensors have other shapes.
             RuntimeError: another rank failed.
         """
@@ -532,8 +596,14 @@ class Checkpointer:
         _average_into(newest, parts)
         return newest
 
+    def _clean(self) -> None:
+        """Remove what killed processes left, if no process saves here."""
+        if os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            lock = storage.lock_folder(self.folder)
+            if lock is not None:
+                storage.remove_stale(self.folder)
+
     def _candidates(self, max_key: str | None, min_key: str | None) -> list[str]:
-        storage.remove_stale(self.folder)
         found = self.find(min_key, max_key, None)
         if self._broken and not found and not self.list_checkpoints():
             raise self._all_broken()
@@ -541,10 +611,19 @@ class Checkpointer:
 
     def _restore(self, path: Path) -> Checkpoint:
         """Restore on all ranks or on none: load and verify, then check, then apply."""
-        checkpoint, states, local = run_on_all(self._load_all, path, shared=BrokenCheckpoint)
+        checkpoint, states, local = self._read_on_all(path, self._load_all, path)
         run_on_all(self._check_fit, checkpoint, states, local)
         run_on_all(self._apply, checkpoint, states, local)
         return checkpoint
+
+    def _read_on_all(self, path: Path, load: Callable[..., T], *args: Any) -> T:
+        """Read something of the checkpoint at ``path`` on all ranks, or raise alike on all."""
+        try:
+            return run_on_all(load, *args, shared=BrokenCheckpoint)
+        except BrokenCheckpoint as error:
+            if run_on_main(os.path.lexists, path):
+                raise
+            raise MissingCheckpoint(str(error)) from error
 
     def _load_all(self, path: Path) -> tuple[Checkpoint, dict[str, Any], dict[str, Any]]:
         checkpoint = storage.read_manifest(path)
@@ -588,7 +667,9 @@ class Checkpointer:
         load = storage.load_part
         for checkpoint in checkpoints:
             try:
-                yield checkpoint, run_on_all(load, checkpoint, name, path, shared=BrokenCheckpoint)
+                yield checkpoint, self._read_on_all(checkpoint.path, load, checkpoint, name, path)
+            except MissingCheckpoint:
+                raise
             except BrokenCheckpoint as error:
                 self._mark_broken(checkpoint.name, error)
 
@@ -602,6 +683,18 @@ class Checkpointer:
             f"every checkpoint in {self.folder} that could be used is broken: "
             f"{'; '.join(self._broken.values())}; move them away to start over"
         )
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Context manager that adds to an OSError what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{what}: {error.strerror or error}; free some space or choose another folder",
+        ) from error
 
 
 def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[str]) -> None:

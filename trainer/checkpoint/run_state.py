@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer import checks, distributed, signals
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
 from trainer.checkpoint.storage import Checkpoint
 from trainer.options import RunOptions
 from trainer.progress import Progress
 from trainer.tree import map_leaves
+
+MAX_FAILED_SAVES = 3  # in a row, with which a run ends
 
 logger = logging.getLogger("trainer")
 
@@ -238,6 +240,9 @@ class Saver:
 
     Saves that hooks ask for wait for such a moment: after a batch, after a stage, at the end of an
     epoch. Every checkpoint is given to ``on_saved``. Without a checkpointer nothing is saved.
+
+    A save that the disk does not take is an error in the log, and the next save tries again. The
+    third in a row ends the run, and so does the last one of a run.
     """
 
     def __init__(
@@ -253,6 +258,8 @@ class Saver:
         self._checkpointer.add_recoverable("brain", state)
         self._progress, self._options, self._on_saved = state.progress, options, on_saved
         self._saved_at, self._saved_step = time.monotonic(), 0
+        self._failures = 0  # Saves in a row that the disk did not take.
+        self._unsaved: list[SaveRequest] = []  # Those of the last one.
         self._missed: set[str] = set()  # Metrics of `keep_best` that were warned of.
 
     def recover(self) -> Checkpoint | None:
@@ -294,14 +301,57 @@ class Saver:
             )  # fmt: skip
 
     def release(self) -> bool:
-        """Do the saves that waited; return True if there were any. Collective."""
-        saved = self._checkpointer.release()
+        """Do the saves that waited; return True if there were any. Collective.
+
+        Raises:
+            OSError: the disk did not take a save, for the third time in a row.
+        """
+        requests = self._checkpointer.take_waiting()
         self._checkpointer.hold()
-        if saved:
+        if requests:
             self._saved_at, self._saved_step = time.monotonic(), self._progress.optimizer_step
-        for each in saved:
-            self._on_saved(each)
-        return bool(saved)
+            failure = self._save_all(requests)
+            self._failures = self._failures + 1 if failure else 0
+            if failure and self._failures >= MAX_FAILED_SAVES:
+                raise failure
+            if failure and distributed.is_main():
+                logger.error(
+                    "%s. The run goes on and tries again at its next save; it ends where %d fail "
+                    "in a row", failure.strerror or failure, MAX_FAILED_SAVES,
+                )  # fmt: skip
+        return bool(requests)
+
+    def _save_all(self, requests: Iterable[SaveRequest]) -> OSError | None:
+        """Save each; return the last error of the disk, equal in kind on all ranks, if any."""
+        self._unsaved, failure = [], None
+        for request in requests:
+            try:
+                saved = self._checkpointer.save(request)
+            except Exception as error:
+                failure = self._failure_of_a_disk(error)
+                self._unsaved.append(request)
+            else:
+                self._on_saved(saved)
+        return failure
+
+    def _failure_of_a_disk(self, error: Exception) -> OSError:
+        """Return the error of a save that a disk did not take on some rank, or raise it.
+
+        Collective. It is an OSError on every rank, so that all of them go on or end alike.
+        """
+        disk, elsewhere = isinstance(error, OSError), distributed.failed_elsewhere(error)
+        on_a_disk, otherwise = distributed.any_rank(disk, not (disk or elsewhere))
+        if otherwise or not on_a_disk:
+            raise error
+        if isinstance(error, OSError):
+            return error
+        folder = self._checkpointer.folder
+        return OSError(f"a checkpoint in {folder} could not be saved: {error}; free some space")
+
+    def _save_finally(self) -> None:
+        """Try the saves that failed once more, since none will follow; raise OSError in vain."""
+        if self._unsaved and (failure := self._save_all(self._unsaved)):
+            raise failure
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -309,6 +359,7 @@ class Saver:
         self._checkpointer.hold()
         try:
             yield
+            self._save_finally()
         except signals.Interrupted as stop:
             self.save_stopped(stop)
             raise
@@ -321,6 +372,7 @@ class Saver:
             return
         if stop.saves:
             self.save({}, end_of_epoch=False)
+            self._save_finally()
             said = "saved and stopping (%s); the same command goes on from here"
         else:
             said = "stopping (%s) without a new checkpoint; the same command goes on from the last"
@@ -337,6 +389,7 @@ class Saver:
             yield
             if trained:
                 self.release()
+                self._save_finally()
         finally:
             if self._checkpointer.drop_waiting():
                 logger.warning("a save within a test was left out: this Brain has not trained")

@@ -2,7 +2,9 @@
 
 A checkpoint is written to a temporary folder, hashed on the way, synced, and renamed when it is
 complete. A temporary folder has a leading dot, and its name has the process and the machine that
-work on it, so that the folders of killed processes can be recognised and removed.
+work on it, for whoever looks. Processes that save hold the lock of the folder: temporary folders
+that the holder finds were left by killed ones, and it removes them. Whoever only reads changes
+nothing.
 
 The manifest lists every file with its size and hash. It contains a hash of itself and must be, byte
 for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Nothing in
@@ -11,6 +13,7 @@ it is used unchecked: file names must stay inside the folder, sizes and hashes m
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -19,30 +22,30 @@ import re
 import shutil
 import socket
 import stat
-import time
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from trainer import tree
+from trainer import json_files, tree
 from trainer.checkpoint.migrate import migrate
 
 FORMAT = 2  # of the checkpoints that are written; those of all earlier formats are read
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 16 << 20  # a usual one has a few thousand
+MAX_MANIFEST_BYTES = json_files.MAX_BYTES  # a usual one has a few thousand
 CHUNK_BYTES = 1 << 20  # smaller writes are gathered up to this
-STALE_SECONDS = 3600.0  # without a change, after which a temporary folder is in nobody's use
 HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:40]
 
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=,-]{0,99}", re.ASCII)
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.pt", re.ASCII)
 RANK_FILE = re.compile(r"rank-(\d{1,6})\.pt", re.ASCII)
-TEMPORARY_NAME = re.compile(r"\.(?:saving|deleting)-(\d{1,9})@([A-Za-z0-9]*)-.+", re.ASCII)
+TEMPORARY_NAME = re.compile(r"\.(?:saving|deleting)-\d{1,9}@[A-Za-z0-9]*-.+", re.ASCII)
 
 RECOVERABLE_NAME = re.compile(r"(?!rank-)[A-Za-z0-9_][A-Za-z0-9_-]{0,79}", re.ASCII)
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", re.ASCII)
@@ -52,6 +55,14 @@ MAPPINGS = (dict, OrderedDict, Counter)
 
 class BrokenCheckpoint(ValueError):
     """Error for a checkpoint that must not be used; names the file and what is wrong with it."""
+
+
+class UnwritableFolder(OSError, ValueError):
+    """Error for a folder in which checkpoints cannot be saved; names it and says why."""
+
+
+class MissingCheckpoint(BrokenCheckpoint):
+    """Error for a checkpoint that was deleted since it was listed, by the run that saves there."""
 
 
 class FileEntry(NamedTuple):
@@ -142,7 +153,7 @@ def read_manifest(path: Path) -> Checkpoint:
     """Read the checkpoint in a folder by its manifest alone; raise BrokenCheckpoint if damaged."""
     data = read_file(path, MANIFEST)
     try:
-        fields = json.loads(data)
+        fields = json_files.parse(data)
         if not isinstance(fields, dict) or fields.get("format") not in range(1, FORMAT + 1):
             raise ValueError(f"it is not a manifest of format 1 to {FORMAT}")
         if encode_manifest(fields) != data:
@@ -151,7 +162,7 @@ def read_manifest(path: Path) -> Checkpoint:
         del fields["sha256"]
         checkpoint = Checkpoint(path=path, files=files, **fields)
         _check_fields(checkpoint)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{path / MANIFEST} is broken: {error}") from error
     return checkpoint
 
@@ -172,8 +183,10 @@ def looks_like_checkpoint(path: Path) -> bool:
     """Return True if a folder has files of a checkpoint, though its manifest may be damaged."""
     try:
         return any(name == MANIFEST or name.endswith(".pt") for name in os.listdir(path))
-    except FileNotFoundError:  # Deleted since it was listed, by the process that trains.
+    except FileNotFoundError:
         return False
+    except OSError:  # It is there, and cannot be read.
+        return True
 
 
 # States
@@ -348,7 +361,12 @@ def read_file(folder: Path, name: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
-        raise BrokenCheckpoint(f"{path} is missing") from error
+        if os.path.lexists(folder):
+            raise BrokenCheckpoint(f"{path} is missing") from error
+        raise MissingCheckpoint(
+            f"{folder} does not exist any more: the run that saves there has deleted it since it "
+            "was listed"
+        ) from error
     except OSError as error:
         raise BrokenCheckpoint(f"{path} cannot be read: {error.strerror}") from error
 
@@ -467,18 +485,18 @@ def _sync_folder(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder of all checkpoints; raise ValueError if it cannot be made or written."""
+    """Create the folder of all checkpoints; raise UnwritableFolder if that cannot be done."""
     try:
         if not folder.is_dir():
             os.makedirs(folder, exist_ok=True)
             _sync_folder(folder.parent)
     except OSError as error:
-        raise ValueError(
+        raise UnwritableFolder(
             f"checkpoints cannot be saved in {folder}: it does not exist and cannot be made "
             f"({error.strerror}); choose another place, or make it writable"
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"checkpoints cannot be saved in {folder}: it is not writable")
+        raise UnwritableFolder(f"checkpoints cannot be saved in {folder}: it is not writable")
 
 
 def make_temporary(path: Path) -> str:
@@ -500,26 +518,59 @@ def _temporary(path: Path, verb: str) -> Path:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the temporary folders of this process, which is not saving, and of dead ones."""
-    for entry in list(os.scandir(folder)) if folder.is_dir() else []:
-        match = TEMPORARY_NAME.fullmatch(entry.name)
-        if match and (_is_dead(int(match[1]), match[2]) or _age(entry.path) > STALE_SECONDS):
-            shutil.rmtree(entry.path)
+    """Remove temporary folders. Only the holder of the folder's lock may do so."""
+    for entry in list(os.scandir(folder)):
+        if TEMPORARY_NAME.fullmatch(entry.name):
+            try:
+                shutil.rmtree(entry.path)
+            except OSError as error:
+                warnings.warn(
+                    f"{entry.path} is of no use and cannot be removed: {error}", stacklevel=2
+                )
 
 
-def _is_dead(process: int, host: str) -> bool:
-    if host != HOST:  # It cannot be asked from here.
-        return False
+class FolderLock:
+    """Exclusive lock of a folder, which this process has while the object lives.
+
+    It leaves no file, and it ends with the process, also a killed one. A forked process does not
+    hold it on, but may save as its parent may. On file systems without locks everybody gets it.
+    """
+
+    held: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __del__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the handle; a lock ends when the last process has closed it."""
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
+
+
+def _forget_locks() -> None:
+    for lock in FolderLock.held.values():
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def lock_folder(folder: Path) -> FolderLock | None:
+    """Take the lock of a folder, or share it within this process; None if another one has it."""
+    info = os.stat(folder)
+    lock = FolderLock.held.get((info.st_dev, info.st_ino))
+    if lock is not None:
+        return lock
+    lock = FolderLock(os.open(folder, os.O_RDONLY))
     try:
-        os.kill(process, 0)  # Signal 0 only asks if the process exists.
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # It exists, and is another user's.
-        return False
-    return process == os.getpid()
-
-
-def _age(path: str) -> float:
-    """Return the seconds since anything in a folder changed."""
-    paths = [path, *(entry.path for entry in os.scandir(path))]
-    return time.time() - max(os.stat(each).st_mtime for each in paths)
+        fcntl.flock(lock.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError:  # The file system has no locks for folders; run folders have one of their own.
+        pass
+    FolderLock.held[info.st_dev, info.st_ino] = lock
+    return lock

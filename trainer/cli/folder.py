@@ -30,7 +30,7 @@ from ruamel.yaml.nodes import ScalarNode
 
 from trainer.checkpoint import storage
 from trainer.config.reading import compose, paths, tag
-from trainer.loggers.files import readable_errors, replace_file
+from trainer.loggers.files import readable_errors, replace_file, temporary
 
 HYPERPARAMS = "hyperparams.yaml"
 LOCK = ".lock"
@@ -52,7 +52,10 @@ RUN_FILES = (
     "profile",
 )
 HEADER = "# The resolved hyperparameters of a run; this file runs alone."
+MARK = "a run folder"  # Last line of the lock file; a folder that was refused has none.
+MAX_LOCK = 1000  # bytes of the lock file
 LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
+HEADERS = (HEADER, LAUNCH_HEADER)
 
 
 class RunFolder:
@@ -80,16 +83,25 @@ class RunFolder:
                 "choose another output_folder"
             ) from error
         found = [name for name in RUN_FILES if os.path.lexists(self.path / name)]
-        if found and not self._is_run_folder():
+        if found and not self._is_run_folder() and not all(map(self._is_blank, found)):
             self.close()
             raise ValueError(
                 f"{self.path} is not a run folder, but holds {', '.join(found)}: nothing was "
                 "changed there; choose another output_folder"
             )
+        self._mark()
+        self._remove_temporaries()
         if overwrite:
             for name in RUN_FILES:
                 _remove(self.path / name)
             self._remove_checkpoints()
+
+    def _remove_temporaries(self) -> None:
+        """Delete what killed processes left half-written; nobody else is writing here."""
+        for name in RUN_FILES:
+            _remove(temporary(self.path / name))
+        for path in list((self.path / "nonfinite").glob(f"**/{temporary(Path('*')).name}")):
+            _remove(path)
 
     def _remove_checkpoints(self) -> None:
         """Delete the checkpoints that are left: the new run would resume from them."""
@@ -99,26 +111,55 @@ class RunFolder:
                 storage.delete(manifest.parent)
 
     def _is_run_folder(self) -> bool:
+        """Return True if a run was started here: its YAML says so, or the lock of an earlier one.
+
+        The YAML may be missing, empty or cut, as after a power cut.
+        """
+        assert self._lock is not None
+        path = self.path / HYPERPARAMS
+        if not os.path.lexists(path) or self._is_blank(HYPERPARAMS):
+            return os.pread(self._lock, MAX_LOCK, 0).endswith(f"{MARK}\n".encode())
         try:
-            with (self.path / HYPERPARAMS).open("rb") as file:
-                return file.readline(200).strip() in (HEADER.encode(), LAUNCH_HEADER.encode())
+            with path.open("rb") as file:
+                return file.readline(200).decode(errors="replace").strip() in HEADERS
         except OSError:
             return False
+
+    def _is_blank(self, name: str) -> bool:
+        """Return True if a file or folder has nothing in it but what a killed start leaves."""
+        path = self.path / name
+        if path.is_symlink():
+            return False
+        if path.is_dir():
+            return all(storage.TEMPORARY_NAME.fullmatch(each) for each in os.listdir(path))
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start = file.read(200).strip(b"\0")  # Zeros are what a power cut may leave.
+        cut = name == HYPERPARAMS and any(h.encode().startswith(start) for h in HEADERS)
+        return not start or cut
+
+    def _mark(self) -> None:
+        """Name the owner in the lock file, and mark the folder as that of a run."""
+        assert self._lock is not None
+        text = f"process {os.getpid()} on {platform.node()}\n{MARK}\n".encode()
+        with readable_errors(self.path / LOCK, "lock file"):
+            os.pwrite(self._lock, text, 0)
+            os.ftruncate(self._lock, len(text))
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # Not flock: forked workers would hold that one on after this process is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "another run"
+        except (BlockingIOError, PermissionError):  # Systems differ in which it is.
+            said = os.pread(self._lock, MAX_LOCK, 0).decode(errors="replace").splitlines()
+            owner = said[0] if said else "another run"
             self.close()
             raise ValueError(
                 f"the run folder {self.path} is in use by {owner}; wait until it is over, or "
                 "choose another output_folder"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
     def close(self) -> None:
         """Release the lock; closing twice is harmless."""
@@ -135,7 +176,7 @@ class RunFolder:
             The changes of hyperparams.yaml since the last start, such as "lr: 0.1 -> 0.2".
         """
         path = self.path / HYPERPARAMS
-        before = path.read_text(encoding="utf-8") if path.exists() else None
+        before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
         changes = [] if before is None else differences(before, hyperparams)
         text = f"{json.dumps(where, indent=1)}\n"
         replace_file(path, [f"{header}\n{hyperparams}".encode()], path.name)
@@ -150,8 +191,12 @@ class RunFolder:
     def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
         path = self.path / "command.txt"
-        with readable_errors(path, path.name), path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n"
+        with readable_errors(path, path.name), path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"  # Cut by a killed process.
+            file.write(line.encode(errors="backslashreplace"))
 
 
 def differences(before: str, after: str) -> list[str]:

@@ -35,6 +35,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.environment import environment
 from trainer.cli.folder import HEADER, LAUNCH_HEADER, RunFolder
+from trainer.cli.output import tolerant_output
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, recipe_packages
@@ -248,6 +249,7 @@ def _run(
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
         stack.callback(log.close)
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
+        stack.enter_context(tolerant_output())
         stack.enter_context(session.messages(log, names))
         kept = not (options.debug or options.replay)
         note = f"(its traceback is in {folder / 'train.log'})" if kept else ""
@@ -350,9 +352,12 @@ def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 def _report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the test metrics, and write them as the last line of metrics.jsonl."""
     print("test:", *(f"{name}={_formatted(value)}" for name, value in metrics.items()), flush=True)
-    log = JsonlLogger(folder)
-    log.write({"kind": "stage", "stage": "test", **metrics})
-    log.close()
+    try:
+        log = JsonlLogger(folder)
+        log.write({"kind": "stage", "stage": "test", **metrics})
+        log.close()
+    except OSError as error:  # The run is over, and its results are on the screen.
+        logger.warning("metrics.jsonl lacks the test metrics: %s", error)
 
 
 def _formatted(value: float) -> str:

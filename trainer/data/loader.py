@@ -7,17 +7,22 @@ signals that ask the main process to stop.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
+import os
+import re
 import signal
+import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
-from multiprocessing import connection
+from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -42,6 +47,12 @@ logger = logging.getLogger("trainer.data")
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
 CLOSING_SECONDS = 1.0  # Time in which workers end after SIGTERM, before they are killed.
 TIMEOUT = 300.0  # Seconds after which a wait for a batch is an error.
+UNSENT, NO_SHARED_MEMORY = 70, 74  # Exit codes of workers that cannot send a batch.
+FULL = (
+    "the shared memory in which loader workers hand over their batches is full (/dev/shm): use "
+    "fewer workers (num_workers), in Docker --ipc=host or a larger --shm-size, or call "
+    "torch.multiprocessing.set_sharing_strategy('file_system')"
+)
 
 
 def make_loader(
@@ -376,6 +387,24 @@ def _preparing_workers(source: Any, closing: Tensor, seed: int, epoch: int) -> I
         source.worker_init_fn = before
 
 
+def _end_if_unsent() -> None:
+    """Make a worker end where a batch cannot be sent: the main process would wait for ever."""
+
+    def end(error: Exception, batch: object) -> None:
+        try:
+            traceback.print_exception(error)
+            sys.stderr.flush()
+        finally:
+            os._exit(NO_SHARED_MEMORY if _is_about_shared_memory(error) else UNSENT)
+
+    # torch's worker sends from a thread of its queue, which only prints what fails.
+    queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
+def _is_about_shared_memory(error: Exception) -> bool:
+    return bool(re.search(r"/torch_\d+|[Ss]hared memory|ancdata", str(error)))
+
+
 def _init_worker(
     closing: Tensor,
     seed_and_epoch: tuple[int, int] | None,
@@ -388,6 +417,7 @@ def _init_worker(
     middle of the step after which it saves.
     """
     serve(lambda: bool(closing.item()))
+    _end_if_unsent()
     if seed_and_epoch is not None:
         begin_loading(*seed_and_epoch)
     if worker_init_fn is not None:
@@ -464,6 +494,7 @@ class _WatchedIterator:
         """Return the next batch; `_END` at the end of the epoch.
 
         Raises:
+            OSError: there is no shared memory left for batches.
             RuntimeError: a worker died, or gave nothing within the timeout; the message names what
                 was waited for. Errors of the dataset are raised as they are.
         """
@@ -477,10 +508,14 @@ class _WatchedIterator:
                     self._poll_after(0)  # Persistent workers are about to be restarted.
                 return result
             except Exception as error:
+                if _is_about_shared_memory(error) and str(error).startswith("Caught "):
+                    raise OSError(errno.ENOSPC, FULL) from error
                 cause = self._explain(str(error), time.monotonic() - since)
                 if cause is None:
                     raise
             if cause:  # Raised out here: chained, it would keep all that torch's frames hold.
+                if cause.endswith(FULL):
+                    raise OSError(errno.ENOSPC, f"{self._describe_wait()}: {cause}")
                 raise RuntimeError(f"{cause}, {self._describe_wait()}")
 
     def _explain(self, error: str, waited: float) -> str | None:
@@ -522,7 +557,11 @@ def _describe_exit(workers: list[BaseProcess]) -> str | None:
             if worker.sentinel in ended:
                 worker.join(timeout=POLL_SECONDS)
     for worker in workers:
-        if code := worker.exitcode:
+        if (code := worker.exitcode) in (-signal.SIGBUS, NO_SHARED_MEMORY):
+            return f"a worker of the loader (pid {worker.pid}) died: {FULL}"
+        if code == UNSENT:
+            return f"a worker of the loader (pid {worker.pid}) could not send a batch (see above)"
+        if code:
             how = (
                 f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             )

@@ -84,7 +84,10 @@ class Profiler(Callback):
 
     def _write(self, profile: Any) -> None:
         folder = Path(self._options.output_folder or ".") / "profile"
-        torch.profiler.tensorboard_trace_handler(str(folder))(profile)
+        try:
+            torch.profiler.tensorboard_trace_handler(str(folder))(profile)
+        except (OSError, RuntimeError) as error:  # A full disk; torch raises either.
+            logger.warning("the trace could not be written to %s: %s", folder, error)
         table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12)
         logger.info("trace of %d steps in %s\n%s", self._options.profile_steps, folder, table)
         self._done = True

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, Checkpointer
+from trainer.checkpoint.checkpointer import retry_missing
 from trainer.data.batch import to_device
 from trainer.defaults import Driver, DriverFinished
 from trainer.diagnostics.nonfinite.report import FORMAT, KeptBatch, NonFiniteReport
@@ -74,6 +75,13 @@ def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
     return max(before, key=place) if before else min(known, key=place, default=None)
 
 
+def load_nearest(checkpointer: Checkpointer, step: int) -> None:
+    """Restore the checkpoint that is nearest to a step, as `nearest` says, if there is one."""
+    found = nearest(checkpointer.list_checkpoints(), step)
+    if found is not None:
+        checkpointer.load_checkpoint(found)
+
+
 def replay(brain: Brain, arguments: FitArguments, kept: dict[str, Any]) -> NoReturn:
     """Rerun a kept batch, as `load` returned it, and log what is not finite.
 
@@ -85,9 +93,7 @@ def replay(brain: Brain, arguments: FitArguments, kept: dict[str, Any]) -> NoRet
 
     def recover() -> None:
         if brain.checkpointer is not None:
-            found = nearest(brain.checkpointer.list_checkpoints(), step - 1)
-            if found is not None:
-                brain.checkpointer.load_checkpoint(found)
+            retry_missing(lambda: load_nearest(brain.checkpointer, step - 1))
         # Enter the epoch of the batch, also from a checkpoint that was saved after it.
         progress.fits, progress.epoch = kept["fits"], kept["epoch"]
         progress.phase, progress.stopped = "train", False

@@ -1,12 +1,16 @@
-"""Replica check: a callback that compares the weights of all ranks."""
+"""Replica check: a callback that compares weights, buffers and optimizers of all ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from trainer import distributed
 from trainer.callbacks import Callback
-from trainer.distributed.replica_check import check_replicas_in_sync
+from trainer.distributed.replica_check import ConstantBuffers, check_replicas_in_sync
 from trainer.progress import Stage
 
 if TYPE_CHECKING:
@@ -14,13 +18,17 @@ if TYPE_CHECKING:
 
 
 class ReplicaCheck(Callback):
-    """Compare the weights of all ranks after the first and each ``every``-th training batch.
+    """Compare all ranks after the first and each ``every``-th training batch.
 
-    Batches are counted in each training stage of this process, of which all ranks have as many.
+    Compared are the weights, the buffers that no forward pass changes, and in turns a part of what
+    the optimizers keep, so that a check takes about one and a half times as long as that of the
+    weights. Batches are counted in each training stage of this process, of which all ranks have as
+    many.
     """
 
     def __init__(self, every: int) -> None:
-        self._every, self._batches = every, 0
+        self._every, self._batches, self._turn = every, 0, 0
+        self._buffers: ConstantBuffers | None = None
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
@@ -28,19 +36,50 @@ class ReplicaCheck(Callback):
         """Reset the count."""
         if stage is Stage.TRAIN:
             self._batches = 0
+            if self._buffers is None:
+                self._buffers = ConstantBuffers(brain.modules)
+            self._buffers.note()
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
-        """Compare the weights if that is due. Collective.
+        """Compare the ranks if that is due. Collective.
 
         Raises:
-            DriftError: a parameter is not the same on all ranks.
+            DriftError: something is not the same on all ranks.
         """
         if stage is not Stage.TRAIN:
             return
         self._batches += 1
         if self._batches == 1 or self._batches % self._every == 0:
             where = f"epoch {brain.epoch}, batch {brain.step}:"
-            check_replicas_in_sync(dict(brain.modules.named_parameters()), where)
+            weights = dict(brain.modules.named_parameters())
+            check_replicas_in_sync(weights, where)
+            if self._buffers is not None:
+                check_replicas_in_sync(self._buffers.find(), where, "buffers")
+            state = optimizer_state(brain)
+            size = sum(p.numel() for p in weights.values()) // 2
+            check_replicas_in_sync(self._part(state, size), where, "optimizer states")
+
+    def _part(self, state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+        """Return the tensors whose turn it is: of ``size`` elements together, or a bit more."""
+        names, chosen, total = list(state), dict[str, Tensor](), 0
+        while len(chosen) < len(names) and total <= size:
+            name = names[self._turn % len(names)]
+            chosen[name] = state[name]
+            total += state[name].numel()
+            self._turn += 1
+        return chosen
+
+
+def optimizer_state(brain: Brain) -> dict[str, Tensor]:
+    """Return the tensors that the optimizers keep, by name."""
+    names = {id(p): name for name, p in brain.modules.named_parameters()}
+    return {
+        f"{update.name}: {names.get(id(p), number)} {key}": value
+        for update in brain.updates.values()
+        for number, p in enumerate(update.all_params)
+        for key, value in update.optimizer.state.get(p, {}).items()
+        if isinstance(value, Tensor) and value.layout is torch.strided
+    }
 
 
 def make_replica_check(brain: Brain) -> ReplicaCheck | None:

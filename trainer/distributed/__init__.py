@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -303,6 +304,11 @@ def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | Non
     if failures and shared is not None:
         raise shared(f"on rank {failures[0][0]}: {failures[0][2]}")
     return result
+
+
+def failed_elsewhere(error: Exception) -> bool:
+    """Return True for the error that `run_on_all` raises where another rank has failed."""
+    return type(error) is RuntimeError and re.match(r"rank \d+ failed \(", str(error)) is not None
 
 
 def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | None = None) -> T:

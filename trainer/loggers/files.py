@@ -16,9 +16,11 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trainer import json_files
 from trainer.loggers.protocol import Logger
 from trainer.options import RunOptions
 
@@ -46,9 +48,14 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
         ) from error
 
 
+def temporary(path: Path) -> Path:
+    """Return the name under which a file or folder is written before it has its own."""
+    return path.with_name(f".{path.name}.new")
+
+
 def replace_file(path: Path, lines: Iterable[bytes], what: str = "log") -> None:
     """Write a file anew, or leave it as it is if that fails; arguments as in `readable_errors`."""
-    new = path.with_name(f".{path.name}.new")
+    new = temporary(path)
     with readable_errors(path, what):
         try:
             with new.open("wb") as file:
@@ -80,14 +87,18 @@ class LineFile:
         self.path = path
         with readable_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}.new").unlink(missing_ok=True)  # Of a killed process.
+            temporary(path).unlink(missing_ok=True)  # Of a killed process.
             self._file = self._open()
 
     def _open(self) -> int:
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        content = self.path.read_bytes()
-        os.ftruncate(file, content.rfind(b"\n") + 1)
-        self.lines = content.count(b"\n")
+        self.lines = read = end = 0
+        with self.path.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                self.lines += chunk.count(b"\n")
+                end = read + chunk.rfind(b"\n") + 1 if b"\n" in chunk else end
+                read += len(chunk)
+        os.ftruncate(file, end)
         return file
 
     def append(self, line: str) -> None:
@@ -184,11 +195,14 @@ class JsonlLogger(LineFile, Logger):
             lines: number of records at the checkpoint; those behind them are removed, too, since
                 several records may have one step. None: as many as there are.
         """
+        if sum(1 for _ in self._kept(step, lines)) < self.lines:
+            self.replace(self._kept(step, lines))
+
+    def _kept(self, step: int, lines: int | None) -> Iterator[bytes]:
         with self.path.open("rb") as file:
-            known = list(file)
-        kept = [line for line in known[:lines] if _step_of(line) <= step]
-        if len(kept) < len(known):
-            self.replace(kept)
+            for line in islice(json_files.lines(file), lines):
+                if _step_of(line) <= step:
+                    yield line
 
 
 def as_json(value: Any) -> Any:
@@ -227,7 +241,10 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _step_of(line: bytes) -> float:
     """Return the step of a line: -inf where it has none, inf where it cannot be read."""
     try:
-        step = json.loads(line).get("step")
-    except (ValueError, AttributeError, RecursionError):
+        record = json_files.parse(line)
+    except json_files.BadJson:
         return math.inf
+    if not isinstance(record, dict):
+        return math.inf
+    step = record.get("step")
     return step if isinstance(step, (int, float)) else -math.inf

@@ -5,7 +5,6 @@ Reading never fails on what is in the file: lines that are not records are count
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections import defaultdict
@@ -15,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from trainer import json_files
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
 
@@ -117,10 +117,10 @@ def read_history(path: Path) -> History:
     if not path.exists():
         return history
     with path.open("rb") as file:
-        for line in file:
+        for line in json_files.lines(file):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = json_files.parse(line)
+            except json_files.BadJson:
                 record = None
             record = record if isinstance(record, dict) else {}
             kind, step = record.get("kind"), record.get("step")

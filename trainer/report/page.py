@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from trainer import json_files
 from trainer.report.axis import Axis, count, number
 from trainer.report.chart import draw
 from trainer.report.history import Curve, History, measures_of, read_history
@@ -115,8 +115,8 @@ def _skipped_steps(folder: Path) -> str:
     found = []
     for path in sorted(folder.glob("nonfinite/**/report.json")):
         try:
-            record = json.loads(path.read_text("utf-8", "replace"))
-        except (OSError, ValueError, RecursionError):
+            record = json_files.read(path)
+        except (OSError, json_files.BadJson):
             continue
         if isinstance(record, dict) and type(record.get("step")) is int:
             found.append((path, record))

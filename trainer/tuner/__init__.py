@@ -103,5 +103,8 @@ def _report(brain: Brain, findings: Mapping[str, Suggestions]) -> None:
     options = brain.options
     if options.output_folder is not None and not options.debug:
         folder = Path(options.output_folder)
-        for path in write_findings(folder, findings, notes, options.find_steps):
-            logger.info("written: %s", path)
+        try:
+            for path in write_findings(folder, findings, notes, options.find_steps):
+                logger.info("written: %s", path)
+        except OSError as error:  # A full disk: what was found is on the screen.
+            logger.warning("the files of the search are not complete: %s", error)

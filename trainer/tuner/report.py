@@ -10,7 +10,7 @@ from html import escape
 from operator import attrgetter
 from pathlib import Path
 
-from trainer.loggers.files import as_json
+from trainer.loggers.files import as_json, replace_file
 from trainer.report.axis import number
 from trainer.report.chart import Chart, Series, draw
 from trainer.report.html import document, section, table, tiles
@@ -41,7 +41,7 @@ def write_findings(
         text = json.dumps(as_json({"steps": steps, "optimizers": records}), allow_nan=False)
         for suffix, content in (("json", text), ("html", render(folder, kind, found, notes))):
             path = folder / f"{kind}.{suffix}"
-            path.write_text(content, encoding="utf-8")
+            replace_file(path, [content.encode(errors="backslashreplace")], path.name)
             written.append(path)
     return written
 

@@ -19,7 +19,7 @@ from trainer import distributed
 from trainer.diagnostics.health import first_names
 from trainer.diagnostics.nonfinite.probe import Finding
 from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
-from trainer.loggers.files import as_json
+from trainer.loggers.files import as_json, temporary
 from trainer.metrics import StepReport
 
 if TYPE_CHECKING:
@@ -192,7 +192,8 @@ class NonFiniteReport:
         """
         assert self.folder is not None
         kept, record = self.rerun.kept, self.record()
-        new = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.new")
+        new = temporary(self.folder)
+        shutil.rmtree(new, ignore_errors=True)  # Of a killed process.
         try:
             new.mkdir(parents=True)
             torch.save({

@@ -1,0 +1,100 @@
+"""JSON that is read from files: hostile or broken content is one kind of error.
+
+Strict JSON in UTF-8, with a byte order mark or without. Numbers are of a size that a float can
+have, and nesting is limited, so that whoever walks through the values needs no care.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_DEPTH = 50  # of nested lists and mappings
+MAX_DIGITS = 300  # of a whole number; the largest float has 309
+MAX_BYTES = 16 << 20  # of one value
+MAX_LINE = 4 << 20  # bytes of a line; that of a monitored network with 1,000 layers has 200,000
+
+
+class BadJson(ValueError):
+    """Error for content that is not JSON as this module reads it; says what is wrong."""
+
+
+def parse(data: bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        BadJson: for anything else, such as NaN, bytes that are not UTF-8, and deep nesting.
+    """
+    if len(data) > MAX_BYTES:
+        raise BadJson(f"it has {len(data)} bytes, more than {MAX_BYTES}")
+    try:
+        value = json.loads(
+            data.decode("utf-8-sig"), parse_constant=_constant, parse_int=_int, parse_float=_float
+        )
+    except RecursionError:
+        raise BadJson("it is nested too deeply") from None
+    except ValueError as error:
+        raise BadJson(str(error)) from error
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
+        _check_depth(value)
+    return value
+
+
+def read(path: Path) -> Any:
+    """Return the value of a JSON file.
+
+    Raises:
+        BadJson: for any other content, with the path.
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    try:
+        return parse(data)
+    except BadJson as error:
+        raise BadJson(f"{path}: it is not JSON ({error})") from None
+
+
+def lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file, an empty one in place of one that is too long to be read."""
+    while line := file.readline(MAX_LINE):
+        if line.endswith(b"\n") or len(line) < MAX_LINE:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE)
+        yield b""
+
+
+def _constant(text: str) -> Any:
+    raise BadJson(f"{text} is no number of JSON")
+
+
+def _int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise BadJson(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise BadJson(f"the number {text[:40]} is too large")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for each in level
+            for part in (each.values() if isinstance(each, dict) else each)
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return
+    raise BadJson(f"it is nested more than {MAX_DEPTH} deep")
