@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SPARE_BYTES = 1 << 30  # memory beside what the files of a folder account for
+SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
 MEMORY_PER_BYTE = 8  # weights in the model, as read, as loaded, and twice in float64 for a mean
 
 _limit = threading.RLock()  # The limit is one of the process.

@@ -79,7 +79,7 @@ def load(folder: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         value = kept.get(name)
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
-            raise ValueError(f"{path} is no kept batch: its {name!r} is no {kind.__name__}")
+            raise ValueError(f"{path} is no kept batch: its {name!r} is no valid {kind.__name__}")
     return kept
 
 
@@ -95,7 +95,7 @@ def checked_generators(kept: dict[str, Any]) -> dict[str, Any]:
             seed.set_rng_state({**seed.rng_state(), **generators})
     except Exception as error:  # Each library refuses other states in another way.
         raise ValueError(
-            f"the states of random generators in the kept batch are none ({type(error).__name__})"
+            f"its states of random generators cannot be restored ({type(error).__name__})"
         ) from error
     return generators
 
@@ -122,9 +122,12 @@ def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, 
         ValueError: if the batch or a checkpoint does not fit the recipe.
     """
     progress, step = brain.progress, kept["optimizer_step"] + 1
-    generators = checked_generators(kept)
-    with memory_in_proportion(folder):
-        batch = deserialize_batch(kept["batch"], own_modules(type(brain)))
+    try:
+        generators = checked_generators(kept)
+        with memory_in_proportion(folder):
+            batch = deserialize_batch(kept["batch"], own_modules(type(brain)))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'batch.pt'}: {error}") from error
 
     def recover() -> None:
         if brain.checkpointer is not None:

@@ -128,7 +128,10 @@ def _read(kept: Any, own: Collection[str], depth: int) -> Any:
     if kind == "array" and ARRAY.fullmatch(kept["dtype"]):
         if "numpy" not in sys.modules:
             raise ValueError("the batch holds an array of NumPy's, which this recipe never imports")
-        return sys.modules["numpy"].asarray(kept["value"], dtype=kept["dtype"])
+        try:
+            return sys.modules["numpy"].asarray(kept["value"], dtype=kept["dtype"])
+        except ValueError as error:
+            raise ValueError(f"the kept batch is damaged: {error}") from error
     if kind == "lost":
         raise ValueError(f"a part of the batch could not be kept: {str(kept['value'])[:MAX_REPR]}")
     if kind == "batch" and type(kept["size"]) is int and kept["size"] >= 0:
