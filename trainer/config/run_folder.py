@@ -85,10 +85,6 @@ class RunFolderRegistry(Registry):
         """Return True for a name that using a trained model does not need."""
         return name in TRAINING_ONLY or super().is_for_training_only(name)
 
-    def check_attribute(self, value: Any, name: str) -> None:
-        """Refuse every attribute of a built object."""
-        raise ValueError(f"{name!r} is an attribute of an object, which a run folder may not read")
-
     def _refusal(self, name: str, why: str = "") -> ValueError:
         if any(name.startswith(f"{each}.") for each in self.packages):
             return super()._refusal(name, why)
@@ -120,7 +116,10 @@ def check_objects(root: MappingNode, registry: RunFolderRegistry, folder: Path) 
         name = object_name(node)
         try:
             if tag(node) == ATTRIBUTE:
-                registry.check_attribute(None, str(node.value[1].value))
+                attribute = str(node.value[1].value)
+                raise ValueError(
+                    f"{attribute!r} is an attribute of an object, which a run folder may not read"
+                )
             elif name:
                 _check_object(node, name, registry, folder)
         except ValueError as error:
