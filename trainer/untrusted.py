@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
@@ -56,8 +56,9 @@ def bytes_on_disk(folder: str | Path) -> int:
     found = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            info = os.lstat(os.path.join(place, name))
-            found += 512 * info.st_blocks if stat.S_ISREG(info.st_mode) else 0
+            with suppress(FileNotFoundError):  # A run that goes on replaces its checkpoints.
+                info = os.lstat(os.path.join(place, name))
+                found += 512 * info.st_blocks if stat.S_ISREG(info.st_mode) else 0
     return found
 
 

@@ -544,19 +544,33 @@ attack("kept fields", play, [
 ])  # fmt: skip
 
 
-def in_the_run(name: str, content: str = CANARY) -> Attack:
+def in_the_way(entry: str) -> Attack:
+    """Put a module into the run folder that a tokenizer imports, and the folder on the path."""
+
     def change(run: Path, out: Path) -> None:
-        text(name, content)(run, out)
+        pieces("RUN/none", text("sentencepiece.py", CANARY))(run, out)
+        (out / "link").unlink(missing_ok=True)
+        (out / "link").symlink_to(run)
         os.chdir(run)
+        sys.path.insert(0, entry.replace("RUN", str(run)).replace("OUT", str(out)))
+        sys.modules.pop("sentencepiece", None)
 
     return change
 
 
-attack("modules in the run folder", load, [
-    in_the_run("sentencepiece.py"),
-    in_the_run("flashlight.py"),
-    in_the_run("recipes/__init__.py"),
-    in_the_run("late.py"),
+def load_on_path(run: Path) -> None:
+    try:
+        load(run)
+    finally:
+        del sys.path[0]
+
+
+attack("modules in the run folder", load_on_path, [
+    in_the_way(""),
+    in_the_way("."),
+    in_the_way("RUN"),
+    in_the_way("OUT/link"),
+    in_the_way("RUN/../../outside/link"),
 ])  # fmt: skip
 attack("other files", load, [
     piped("environment.json"),
@@ -603,11 +617,9 @@ def attempts(folder: Path) -> Iterator[dict[str, Any]]:
     import tests.recipes.run_folder_canary as canary
 
     sys.modules["run_folder_canary"] = canary
-    sys.path.insert(0, "")
     os.chdir(here)
     load(run)  # Everything is imported.
     play(run)
-    sys.modules.pop("sentencepiece", None)
     witness = Witness(outside)
     ATTACKS["control"] = lambda run: exec((run / "code").read_text(), {"run": run}), CONTROLS
     for kind, (action, attacks) in ATTACKS.items():

@@ -120,7 +120,7 @@ def check_objects(root: MappingNode, registry: RunFolderRegistry, folder: Path) 
                 raise ValueError(
                     f"{attribute!r} is an attribute of an object, which a run folder may not read"
                 )
-            elif name:
+            if name:
                 _check_object(node, name, registry, folder)
         except ValueError as error:
             raise ValueError(f"{location(node)}: {error}") from error

@@ -133,7 +133,8 @@ def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, 
         if brain.checkpointer is not None:
             found = nearest(brain.checkpointer.list_checkpoints(), step - 1)
             if found is not None:
-                brain.checkpointer.load_checkpoint(found)
+                with memory_in_proportion(brain.checkpointer.folder):
+                    brain.checkpointer.load_checkpoint(found)
         # Enter the epoch of the batch, also from a checkpoint that was saved after it.
         progress.fits, progress.epoch = kept["fits"], kept["epoch"]
         progress.phase, progress.stopped = "train", False

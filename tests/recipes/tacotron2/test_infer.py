@@ -95,3 +95,12 @@ def test_what_cannot_be_used_is_told(
     assert "is no run of a vocoder" in error(run, "--text", "yes", "--vocoder", run)
     shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     assert "has no sound checkpoint" in error(tmp_path / "empty", "--text", "yes")
+    # A run from elsewhere names no folder of this machine.
+    shutil.copytree(run, tmp_path / "far")
+    yaml = (tmp_path / "far" / "hyperparams.yaml").read_text()
+    yaml = yaml.replace("vocoder: null", f"vocoder: {tmp_path}")
+    (tmp_path / "far" / "hyperparams.yaml").write_text(yaml)
+    far = error(tmp_path / "far", "--text", "yes")
+    assert (
+        f"the vocoder of the run, '{tmp_path}' lies outside of {tmp_path / 'far'}: name it" in far
+    )
