@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
+BYTES_PER_CORE = 1 << 25  # for the stacks of torch's threads, which may start at any time
 MEMORY_PER_BYTE = 8  # weights in the model, as read, as loaded, and twice in float64 for a mean
 
 _limit = threading.RLock()  # The limit is one of the process.
@@ -76,7 +77,7 @@ def memory_in_proportion(folder: str | Path) -> Iterator[None]:
     with _limit:
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         used = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
-        wanted = int(used.split()[1]) * 1024 + SPARE_BYTES
+        wanted = int(used.split()[1]) * 1024 + SPARE_BYTES + BYTES_PER_CORE * (os.cpu_count() or 1)
         wanted += MEMORY_PER_BYTE * bytes_on_disk(folder)
         known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *known]), hard))

@@ -261,9 +261,11 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
             )
         # A discriminator may be many times larger than the generator, and only trains it.
         opened.configuration.override({"discriminator": None})
-        hparams, options = opened.build(), opened.options(*OF_THE_MODEL)
-        generator, best = hparams["generator"], hparams["best"]
-        put_weights(generator, opened.checkpointer, options, min_key=best, prefix="generator.")
-        vocoder = Vocoder(generator, hparams["mel"])
+        options, checkpoints = opened.options(*OF_THE_MODEL), opened.checkpointer
+        with opened.limited():
+            hparams = opened.build()
+            generator, best = hparams["generator"], hparams["best"]
+            put_weights(generator, checkpoints, options, min_key=best, prefix="generator.")
+            vocoder = Vocoder(generator, hparams["mel"])
     generator.to(pick_device(device))
     return vocoder

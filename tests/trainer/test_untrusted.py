@@ -57,6 +57,7 @@ def test_memory_is_limited_in_proportion_and_the_limit_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(untrusted, "SPARE_BYTES", 1 << 26)
+    monkeypatch.setattr(untrusted, "BYTES_PER_CORE", 0)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     sizes = 1 << 29
     for allocate in (lambda: bytearray(sizes), lambda: torch.zeros(sizes)):

@@ -134,10 +134,12 @@ def _build(given: _Given, package: str) -> Brain:
             else:
                 opened.configuration.override(nested(name, value))
         options = opened.options(*used, device=device, replay=str(given.case))
-        seed_everything(options.seed)
-        hparams: dict[str, Any] = opened.build()
-        optimizer, checkpoints = hparams.get("opt_class"), opened.checkpointer
-        return recipe_brain(package)(hparams["modules"], optimizer, hparams, options, checkpoints)
+        kind = recipe_brain(package)
+        with opened.limited():
+            seed_everything(options.seed)
+            hparams: dict[str, Any] = opened.build()
+            optimizer, checkpoints = hparams.get("opt_class"), opened.checkpointer
+            return kind(hparams["modules"], optimizer, hparams, options, checkpoints)
 
 
 def _recipe(folder: Path) -> str:

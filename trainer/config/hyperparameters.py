@@ -213,13 +213,21 @@ class Configuration:
 
     def build(self) -> dict[str, Any]:
         """Build the objects; return the values by key."""
+        return building.build(self._checked(), self.registry)
+
+    def check(self) -> None:
+        """Check the references, and in a run folder the objects, whose modules are imported."""
+        self._checked()
+
+    def _checked(self) -> MappingNode:
+        """Return a copy of the tree without references and without what only training needs."""
         root = self._resolved()
         for key, value in list(root.value):
             if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)
         if isinstance(self.registry, RunFolderRegistry):
             check_objects(root, self.registry, self.folder)
-        return building.build(root, self.registry)
+        return root
 
     def _resolved(self) -> MappingNode:
         """Return a copy of the tree without references."""

@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -87,6 +87,16 @@ class OpenRun:
         hparams["output_folder"] = None  # What evaluates a loaded model writes nothing.
         return hparams
 
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Context manager to build in: memory is limited in proportion to the folder.
+
+        What the objects are made of is imported before: modules may take any memory.
+        """
+        self.configuration.check()
+        with memory_in_proportion(self.folder):
+            yield
+
     def brain_class(self) -> type[Brain]:
         """Return the Brain of the installed recipe whose objects the YAML builds.
 
@@ -123,7 +133,7 @@ def open_run(
 ) -> Iterator[OpenRun]:
     """Context manager in which a run folder may be read, and objects built from it.
 
-    Within it memory is limited in proportion to the folder, and no module is imported from there.
+    Within it no module is imported from the folder.
 
     Args:
         run: the run folder.
@@ -139,9 +149,7 @@ def open_run(
     folder = Path(run)
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
-    with ExitStack() as stack:
-        stack.enter_context(no_modules_from(folder))
-        stack.enter_context(memory_in_proportion(folder))
+    with no_modules_from(folder):
         try:
             configuration = Configuration(folder / HYPERPARAMS, allow, run_folder=True)
             configuration.override({"output_folder": str(folder), **(overrides or {})})
@@ -228,13 +236,14 @@ def load(
         torch.zeros(1, device=place)
     with open_run(run, overrides, allow) as opened, rng_kept():
         kind = opened.brain_class() if brain is None else brain
-        hparams = opened.build(modules)
-        options = opened.options(*OF_THE_MODEL, device=device)
-        model = kind(hparams["modules"], hparams=hparams, run_opts=options)
-        if max_key is None and min_key is None:
-            best: Mapping[str, str | None] = getattr(model, "best_checkpoint", {})
-            max_key, min_key = best.get("max_key"), best.get("min_key")
-        put_weights(model.modules, opened.checkpointer, options, max_key, min_key)
+        with opened.limited():
+            hparams = opened.build(modules)
+            options = opened.options(*OF_THE_MODEL, device=device)
+            model = kind(hparams["modules"], hparams=hparams, run_opts=options)
+            if max_key is None and min_key is None:
+                best: Mapping[str, str | None] = getattr(model, "best_checkpoint", {})
+                max_key, min_key = best.get("max_key"), best.get("min_key")
+            put_weights(model.modules, opened.checkpointer, options, max_key, min_key)
     model.modules.eval()
     return model
 

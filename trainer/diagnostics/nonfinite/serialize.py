@@ -83,17 +83,19 @@ def own_modules(kind: type) -> frozenset[str]:
     Args:
         kind: class of the Brain.
     """
-    files = {
-        name: getattr(module, "__file__", None) or f"{name}/"
-        for name, module in list(sys.modules.items())
+    folders = {name: _folder(name, module) for name, module in list(sys.modules.items())}
+    own = {
+        folders.get(each.__module__)
+        for each in kind.__mro__
+        if each is not object and each.__module__.partition(".")[0] != "trainer"
     }
-    names = {each.__module__ for each in kind.__mro__}
-    folders = {
-        os.path.dirname(files[name])
-        for name in names - {"builtins"}
-        if name in files and name.partition(".")[0] != "trainer"
-    }
-    return frozenset(name for name, file in files.items() if os.path.dirname(file) in folders)
+    return frozenset(name for name, folder in folders.items() if folder in own)
+
+
+def _folder(name: str, module: Any) -> str:
+    """Return the folder of a module; a name of its own for one that has no file."""
+    file = getattr(module, "__file__", None)
+    return os.path.dirname(os.path.realpath(file)) if isinstance(file, str) else f"<{name}>"
 
 
 def deserialize_batch(kept: Any, own: Collection[str] = ()) -> Any:
