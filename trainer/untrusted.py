@@ -52,6 +52,11 @@ def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:
         raise ValueError(f"{path} is not UTF-8 text") from None
 
 
+def printable(text: str) -> str:
+    """Return a text without what a terminal would obey."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
 def bytes_on_disk(folder: str | Path) -> int:
     """Return the space that the files below a folder take; holes in files count nothing."""
     found = 0

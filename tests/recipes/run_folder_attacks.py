@@ -544,6 +544,22 @@ attack("kept fields", play, [
 ])  # fmt: skip
 
 
+ESCAPE = "\\e[2J\\e]0;x\\a"  # as YAML writes it: clears the screen, and sets its title
+attack("terminals", load, [
+    yaml(f'x: !ref "<{ESCAPE}>"'),
+    yaml(f'"{ESCAPE}": !new:canary.Fire'),
+    yaml(f'output_folder: "{ESCAPE}"', f'seed: "{ESCAPE}"', drop="output_folder"),
+    yaml(f'x: !new:torch.nn.Linear {{in_features: "{ESCAPE}", out_features: 1}}'),
+])  # fmt: skip
+attack("terminals of kept batches", play, [
+    batch(lambda kept, out: kept["batch"]["fields"]["id"]["parts"][0].update(value="\x1b[2J")),
+    batch(lambda kept, out: kept["batch"]["fields"].update({"\x1b[2J": nested(0)})),
+    part({"kind": "lost", "value": "\x1b[2J"}),
+    part(obj("\x1b[2J:x")),
+    part({"kind": "\x1b[2J"}),
+])  # fmt: skip
+
+
 def in_the_way(entry: str) -> Attack:
     """Put a module into the run folder that a tokenizer imports, and the folder on the path."""
 

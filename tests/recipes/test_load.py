@@ -112,7 +112,7 @@ def test_classes_of_a_program_are_built_when_the_program_names_them(tmp_path: Pa
 
 
 def test_a_skipped_step_of_a_recipe_is_replayed_without_data(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tree(run)
     assert replay([str(run), STEP, "--device", "cpu"]) == 0
@@ -122,6 +122,10 @@ def test_a_skipped_step_of_a_recipe_is_replayed_without_data(
     assert tree(run) == before
     with pytest.raises(ValueError, match="--tensorboard has no effect on a replay"):
         replay([str(run), STEP, "--tensorboard", "true"])
+    monkeypatch.delattr(Recogniser, "on_stage_start")  # As if train() made the scores.
+    monkeypatch.setattr(Recogniser, "on_fit_start", lambda brain: brain.missing)
+    with pytest.raises(ValueError, match=r"without the data of the run \(Attrib.* with --script"):
+        replay([str(run), STEP])
 
 
 # ------------------------------------------------------------------------------------- the attacks
@@ -129,7 +133,7 @@ def test_a_skipped_step_of_a_recipe_is_replayed_without_data(
 # Kinds of which some variants are of no effect at all, so that the folder can be used.
 IGNORED = {
     "attributes", "checkpointer", "output folder", "run options", "modules in the run folder",
-    "other files", "control",
+    "other files", "terminals of kept batches", "control",
 }  # fmt: skip
 
 
@@ -157,6 +161,7 @@ def test_nothing_in_a_run_folder_writes_starts_imports_or_reads_elsewhere(tmp_pa
         else:
             assert each["refused"].count("\n") == 0, each
             assert each["refused"].isprintable()
+    assert "\x1b" not in done.stderr + done.stdout
     assert (tmp_path / "outside" / "precious").read_text() == "precious"
 
 

@@ -30,7 +30,7 @@ from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, r
 from trainer.loggers import TextLog
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
-from trainer.untrusted import confined, read_text
+from trainer.untrusted import confined, printable, read_text
 
 USAGE = "usage: python -m trainer replay RUN STEP [--script train.py] [--key value]…"
 STEP = re.compile(r"\d{1,18}(-\d{1,9})?(/rank\d{1,6})?", re.ASCII)
@@ -99,7 +99,7 @@ def _parse(argv: Sequence[str]) -> _Given:
         found = [each.parent.relative_to(cases).as_posix() for each in cases.rglob("batch.pt")]
         names = ", ".join(sorted(filter(STEP.fullmatch, found)))
         kept = f"there are {names}" if names else "no skipped step was kept"
-        raise ValueError(f"{run} has no skipped step {_printable(step)}: {kept}")
+        raise ValueError(f"{run} has no skipped step {printable(step)}: {kept}")
     script = None if given.script is None else Path(given.script)
     return _Given(folder, cases / step, script, more)
 
@@ -157,14 +157,9 @@ def _recipe(folder: Path) -> str:
         train = (*package.split("."), "train.py")
         if hasattr(sys.modules[package], "BRAIN") and script.parts[-len(train) :] == train:
             return package
-    shown = _printable(shlex.join(started))
+    shown = printable(shlex.join(started))
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
     raise ValueError(
         f"the run was not started by an installed recipe, but by {shown}: name the script with "
         "--script if you trust it and the run folder"
     )
-
-
-def _printable(text: str) -> str:
-    """Return a text without what a terminal would obey, cut to a readable length."""
-    shown = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
-    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"

@@ -26,7 +26,7 @@ from trainer.diagnostics.nonfinite.serialize import deserialize_batch, own_modul
 from trainer.diagnostics.nonfinite.tracer import investigate
 from trainer.evaluation import rng_kept
 from trainer.metrics import StepReport
-from trainer.untrusted import confined, memory_in_proportion
+from trainer.untrusted import confined, memory_in_proportion, printable
 
 if TYPE_CHECKING:
     from trainer.brain import Brain, FitArguments
@@ -127,7 +127,7 @@ def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, 
         with memory_in_proportion(folder):
             batch = deserialize_batch(kept["batch"], own_modules(type(brain)))
     except ValueError as error:
-        raise ValueError(f"{folder / 'batch.pt'}: {error}") from error
+        raise ValueError(f"{folder / 'batch.pt'}: {printable(str(error))}") from error
 
     def recover() -> None:
         if brain.checkpointer is not None:
@@ -159,5 +159,5 @@ def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, 
         window = [KeptBatch(batch, kept["last"], kept["step"], generators)]
         investigate(brain, report, window)
         for line in (*report.lines(), *report.causes[1:]):
-            logger.info("%s", line)
+            logger.info("%s", printable(line))
     raise Replayed

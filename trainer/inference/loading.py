@@ -29,7 +29,7 @@ from trainer.config.registry import recipe_packages
 from trainer.evaluation import load_weights, rng_kept
 from trainer.optim.build import pick_device
 from trainer.options import RunOptions
-from trainer.untrusted import confined, memory_in_proportion, no_modules_from
+from trainer.untrusted import confined, memory_in_proportion, no_modules_from, printable
 
 HYPERPARAMS = "hyperparams.yaml"
 CHECKPOINTS = "checkpoints"
@@ -155,14 +155,16 @@ def open_run(
             configuration.override({"output_folder": str(folder), **(overrides or {})})
             checkpoints = Checkpointer(confined(folder, folder / CHECKPOINTS))
             yield OpenRun(folder, configuration, checkpoints)
-        except (ValueError, OSError, ImportError):
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, ValueError) and not str(error).isprintable():
+                raise ValueError(printable(str(error))) from error
             raise
         except Exception as error:  # Recipes meet what they never do in a YAML of their own.
             memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
             reason = (
                 "it needs far more memory than its checkpoints account for"
                 if memory
-                else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                else f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
             )
             raise ValueError(f"{folder} cannot be used: {reason}") from error
 
