@@ -498,7 +498,8 @@ attack("kept pickles", play, [
     batch(deep),
 ])  # fmt: skip
 attack("kept classes", play, [
-    part(lambda out: obj("run_folder_canary:Eraser", name=f"{out}/precious")),
+    part(lambda out: obj("tests.recipes.run_folder_canary:Eraser", name=f"{out}/precious")),
+    part(lambda out: obj("tests.recipes.run_folder_canary:Record", name=f"{out}/precious")),
     part(obj("subprocess:Popen", args="x")),
     part(obj("pathlib:Path", parts="x")),
     part(obj("torch.nn.modules.linear:Linear", weight=1)),
@@ -508,8 +509,10 @@ attack("kept classes", play, [
     part(obj("trainer:load_hparams", x=1)),
     part(obj("trainer.Brain:x", x=1)),
     part(obj("collections:UserDict", "row", a=1)),
-    part(obj("run_folder_canary:Pair", "row", a=1, b=2, c=3)),
-    part(obj("run_folder_canary:Closing", "row", a=1)),
+    part(obj("tests.recipes.run_folder_canary:Closing", "row", a=1)),
+    part(obj("tests.recipes.run_folder_canary:Finalised", "row", a=1)),
+    part(lambda out: obj("tests.recipes.run_folder_canary:Writing", "row", a=f"{out}/precious")),
+    part(obj("tests.recipes.run_folder_canary:Pair", "row", a=1, b=2, c=3)),
 ])  # fmt: skip
 attack("kept arrays", play, [
     part({"kind": "array", "dtype": "O", "value": [1]}),
@@ -630,9 +633,8 @@ def attempts(folder: Path) -> Iterator[dict[str, Any]]:
     for name in ("canary.py", "train.py"):
         (here / name).write_text(CANARY.replace("OUT", str(outside)))
     # A module of the program with classes that a file must not have made.
-    import tests.recipes.run_folder_canary as canary
+    import tests.recipes.run_folder_canary  # noqa: F401
 
-    sys.modules["run_folder_canary"] = canary
     os.chdir(here)
     load(run)  # Everything is imported.
     play(run)

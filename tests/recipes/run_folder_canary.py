@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class Eraser:
@@ -16,6 +18,13 @@ class Eraser:
         Path(self.name).write_text("")
 
 
+@dataclass
+class Record:
+    """Plain, but of another program."""
+
+    name: str
+
+
 Pair = namedtuple("Pair", "a b")
 
 
@@ -24,3 +33,20 @@ class Closing(namedtuple("Closing", "a")):
 
     def __del__(self) -> None:
         raise AssertionError("made from a file")
+
+
+class Finalised(NamedTuple):
+    """The same, in the other notation."""
+
+    a: Any
+
+    def __del__(self) -> None:
+        raise AssertionError("made from a file")
+
+
+class Writing(namedtuple("Writing", "a")):
+    """Named tuple whose constructor writes a file."""
+
+    def __new__(cls, a: str) -> Writing:
+        Path(a).write_text("")
+        return super().__new__(cls, a)

@@ -156,10 +156,22 @@ def _make_row(name: Any, row: list[Any]) -> Any:
         fields = getattr(made, "_fields", None)
         if fields is None:
             return tuple(row)
-        finaliser = any("__del__" in vars(each) for each in made.__mro__)
-        if type(fields) is tuple and len(fields) == len(row) and not finaliser:
+        if type(fields) is tuple and len(fields) == len(row) and _is_named_tuple(made):
             return tuple.__new__(made, row)
     raise _unknown(name)
+
+
+def _is_named_tuple(made: type) -> bool:
+    """Return True for a class that `collections.namedtuple` made: its constructor runs no code.
+
+    The constructor is called where a batch is moved or copied.
+    """
+    own = f"namedtuple_{made.__name__}"  # The module in which the constructor is made.
+    return (
+        made.__bases__[0] is tuple
+        and getattr(made.__new__, "__globals__", {}).get("__name__") == own
+        and "__del__" not in vars(made)
+    )
 
 
 def _make_object(name: Any, attributes: dict[str, Any], own: Collection[str]) -> Any:
