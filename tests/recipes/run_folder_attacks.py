@@ -453,6 +453,7 @@ attack("weights", load, [
     weights(lambda out: saved(torch.nn.Linear(2, 2))),
     weights(lambda out: saved([1, 2, {3: 4}])),
     weights(lambda out: saved({"model.classify.bias": torch.zeros(1).expand(10**12)})),
+    weights(lambda out: saved(1).replace(b"K\x01", b"cos\n\x1b[2Jx\n")),
     weights(lambda out: b"PK\x03\x04 no zip"),
     weights(lambda out: b""),
 ])  # fmt: skip

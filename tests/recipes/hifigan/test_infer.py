@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 
+import trainer
 from recipes.common import vocoder
 from recipes.common.mel import LogMel, write_mel
 from recipes.common.vocoder import load_vocoder
@@ -140,6 +141,9 @@ def test_the_weights_are_those_that_were_tested(run: Path) -> None:
     norm = direction.flatten(1).norm(dim=1).view_as(length)
     torch.testing.assert_close(ours, length * direction / norm)
     assert not any("parametrizations" in name for name in voice.generator.state_dict())
+    model = trainer.load(run)
+    assert isinstance(model, HiFiGAN)
+    assert torch.equal(model.modules.generator.first.bias, voice.generator.first.bias)
 
 
 def test_the_best_weights_are_found_where_the_test_took_them(

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
+import trainer
 from recipes.tacotron2 import infer
-from recipes.tacotron2.train import train
+from recipes.tacotron2.train import Synthesiser, train
 from tests.recipes.tacotron2.test_train import HPARAMS, RECORDED, TINY
 from trainer import cli
 
@@ -40,6 +41,7 @@ def test_a_text_becomes_the_same_sound_each_time(
     assert files[0].read_bytes() == files[1].read_bytes()
     found = soundfile.info(files[0])
     assert (found.samplerate, found.channels, found.subtype) == (22050, 1, "PCM_16")
+    assert isinstance(trainer.load(run), Synthesiser)
     lines = capsys.readouterr().out.splitlines()
     path, seconds, text = lines[0].split("\t")
     assert path == str(files[0])
