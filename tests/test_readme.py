@@ -73,11 +73,17 @@ def test_the_programs_of_the_guide_run(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(recipe)
     (tmp_path / "spotter.yaml").write_text(settings)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    for command in (["program.py"], ["train.py", "spotter.yaml"]):
+    calls = re.findall(r"`(trainer\.load\(.*?\))`", (ROOT / "docs" / "guide.md").read_text())
+    assert len(calls) == 2
+    lines = [f"assert {call.replace('load(run', 'load(folder')}.modules.net.conv" for call in calls]
+    text = "\n".join(["import trainer", "from spotter import Net, Spotter", *lines])
+    (tmp_path / "use.py").write_text(text.replace("folder", "'results/spotter/1234'"))
+    for command in (["program.py"], ["train.py", "spotter.yaml"], ["use.py"]):
         done = subprocess.run(
             [sys.executable, *command],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert re.search(r"^test: acc=1.00$", done.stdout, re.MULTILINE)
+        trained = command != ["use.py"]
+        assert bool(re.search(r"^test: acc=1.00$", done.stdout, re.MULTILINE)) == trained
         assert "warning" not in done.stderr

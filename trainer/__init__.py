@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.cli import Run, launch, main
     from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
     from trainer.config.hyperparameters import load_hparams
+    from trainer.inference import load
 
     __version__: str
 
@@ -38,6 +39,7 @@ __all__ = [
     "StepReport",
     "create_experiment_directory",
     "launch",
+    "load",
     "load_hparams",
     "main",
     "parse_arguments",
@@ -59,6 +61,7 @@ RUN_NAMES = YAML_NAMES
 _LAZY = {
     "Run": "trainer.cli",
     "launch": "trainer.cli",
+    "load": "trainer.inference",
     "main": "trainer.cli",
     "load_hparams": "trainer.config.hyperparameters",
     "create_experiment_directory": "trainer.compat.speechbrain",

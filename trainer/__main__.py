@@ -14,7 +14,7 @@ def main() -> int:
         return 2
     try:
         return replay(sys.argv[2:])
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

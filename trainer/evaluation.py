@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +109,7 @@ def evaluation_weights(
         saved = None
         present = trained and options.average_checkpoints == 1 and not asked
         if checkpointer is not None and checkpointer.enabled and not present:
-            saved = retry_missing(partial(_load_weights, checkpointer, options, max_key, min_key))
+            saved = load_weights(checkpointer, options, max_key, min_key)
             if saved is None and not trained:
                 raise ValueError(
                     f"there is nothing to test: this Brain has not trained, and "
@@ -123,10 +122,24 @@ def evaluation_weights(
         yield saved is not None or average is not None
 
 
+def load_weights(
+    checkpointer: Checkpointer, options: RunOptions, max_key: str | None, min_key: str | None
+) -> Any:
+    """Return the weights of the best sound checkpoints, or None. Every rank must call it.
+
+    Args:
+        checkpointer: checkpoints of the run.
+        options: ``average_checkpoints`` and ``ema_decay``.
+        max_key: metric of which the best checkpoint has the largest value.
+        min_key: metric of which the best checkpoint has the smallest value.
+    """
+    # Another process that saves there may delete one that is being read.
+    return retry_missing(lambda: _load_weights(checkpointer, options, max_key, min_key))
+
+
 def _load_weights(
     checkpointer: Checkpointer, options: RunOptions, max_key: str | None, min_key: str | None
 ) -> Any:
-    """Return the weights of the best sound checkpoints, or None. Collective."""
     number = options.average_checkpoints
     path = ("modules",) if options.ema_decay is None else ("ema", "average")
     found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)

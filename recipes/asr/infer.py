@@ -5,7 +5,7 @@
 Prints a line ``path<TAB>text`` for each file, of any rate, length and number of channels. All it
 needs is the run folder: its hyperparams.yaml and its checkpoints, of which it takes those that the
 test took. A file that cannot be read is named on stderr and the others are still transcribed; the
-exit code is then 1.
+exit code is then 2.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from torch import Tensor
 from torchaudio.functional import resample
 
+import trainer
 from recipes.asr.train import Recogniser
 from recipes.common.audio import read_audio, read_header
-from recipes.common.run_folder import load_brain
-from trainer.data import BadItem
+from recipes.common.command import each_of, told
 
 LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
 SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut where it is quiet
@@ -35,28 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     parser.add_argument("--decoder", choices=("greedy", "beam"), help="default: the run's")
     given = parser.parse_args(argv)
-    try:
-        decoder = {"decoder": given.decoder} if given.decoder else {}
-        brain = load_brain(Recogniser, given.run, given.device, **decoder)
-        with brain.best_weights(min_key="wer"):
-            return transcribe_all(brain, given.files)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return told(lambda: run(given))
 
 
-def transcribe_all(brain: Recogniser, files: Sequence[str]) -> int:
-    """Print the transcript of each file; 1 if one could not be read."""
-    failed = False
-    for path in files:
-        try:
-            text = transcribe(brain, path)
-        except BadItem as bad:
-            print(f"error: {bad}", file=sys.stderr)
-            failed = True
-        else:
-            print(f"{path}\t{text}", flush=True)
-    return int(failed)
+def run(given: argparse.Namespace) -> int:
+    """Print the transcript of each file; gives the exit code."""
+    decoder = {"decoder": given.decoder} if given.decoder else {}
+    brain = trainer.load(given.run, given.device, brain=Recogniser, overrides=decoder)
+
+    def print_text(path: str) -> None:
+        print(f"{path}\t{transcribe(brain, path)}", flush=True)
+
+    return each_of(given.files, print_text)
 
 
 def transcribe(brain: Recogniser, path: str | Path) -> str:

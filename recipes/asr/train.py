@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Recogniser(Brain):
     Reads from the YAML ``codec``, ``decoder``, ``beam_size`` and ``lexicon`` (the words that can be
     said, null for any); writes ``wer_valid.txt`` and ``wer_test.txt`` into the run folder.
     """
+
+    best_checkpoint: ClassVar = {"min_key": "wer"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,8 +63,9 @@ class Recogniser(Brain):
         if stage is Stage.TRAIN:
             return None
         scores = self.scores.gather()
-        if distributed.is_main():
-            scores.write(Path(self.hparams.output_folder) / f"wer_{stage.value}.txt")
+        folder = self.hparams.output_folder  # None for a model that `trainer.load` made
+        if distributed.is_main() and folder is not None:
+            scores.write(Path(folder) / f"wer_{stage.value}.txt")
         return scores.rates()
 
     @torch.inference_mode()
@@ -97,7 +100,7 @@ def train(run: trainer.Run) -> dict[str, float]:
         train_loader_kwargs=loading["train"],
         valid_loader_kwargs=loading["valid"],
     )
-    brain.evaluate(sets["test"], min_key="wer", test_loader_kwargs=loading["test"])
+    brain.evaluate(sets["test"], test_loader_kwargs=loading["test"], **brain.best_checkpoint)
     return brain.test_metrics
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import Header, check_finite, read_header
+from recipes.common.command import each_of
 from trainer.data import BadItem
 
 try:
@@ -254,19 +254,16 @@ def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:
 def enhance_files(
     files: Sequence[str], folder: str | Path, network: Network, sample_rate: int, chunks: Chunks
 ) -> int:
-    """Enhance files into a folder, and print where each went; 1 if one could not be used, else 0.
+    """Enhance files into a folder, and print where each went; 2 if one could not be used, else 0.
 
     A file that cannot be used is named on stderr, and the others are still enhanced. Raises
     ValueError as `targets`.
     """
-    failed = False
-    for source, target in targets(files, folder).items():
-        try:
-            with torch.inference_mode():
-                enhance_file(source, target, network, sample_rate, chunks)
-        except BadItem as bad:
-            print(f"error: {bad}", file=sys.stderr)
-            failed = True
-        else:
-            print(f"{source}\t{target}", flush=True)
-    return int(failed)
+    found = targets(files, folder)
+
+    def enhance(source: str) -> None:
+        with torch.inference_mode():
+            enhance_file(source, found[source], network, sample_rate, chunks)
+        print(f"{source}\t{found[source]}", flush=True)
+
+    return each_of(found, enhance)

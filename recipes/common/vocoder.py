@@ -13,7 +13,6 @@ Shapes: B signals, M mel bands, F frames, S = F * hop samples, C channels.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,11 +23,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from recipes.common.mel import LogMel
-from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.run_state import check_weights
-from trainer.config.hyperparameters import Configuration
+from trainer.inference.loading import OF_THE_MODEL, open_run, put_weights
 from trainer.optim.build import pick_device
-from trainer.options import RunOptions
 
 SLOPE = 0.1  # of the leaky ReLUs
 CHUNK = 256  # frames that are turned into sound at once
@@ -257,38 +253,19 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     ``device`` is where its network works: auto, cpu, cuda, cuda:1 …; mels and waves are on the CPU.
     Raises ValueError for a folder that is no vocoder's, or that has no sound checkpoint.
     """
-    file = Path(run) / "hyperparams.yaml"
-    if not file.is_file():
-        raise ValueError(f"{run} is no run folder: it has no hyperparams.yaml")
-    configuration = Configuration(file, run_folder=True)
-    keys = {key.name for key in configuration.described()}
-    if missing := {"generator", "discriminator", "mel", "checkpointer", "best"} - keys:
-        raise ValueError(
-            f"{run} is no run of a vocoder: its hyperparams.yaml has no {min(missing)}"
-        )
-    # A discriminator may be many times larger than the generator, and only trains it.
-    configuration.override({"output_folder": str(run), "discriminator": None})
-    hparams, options = configuration.build(), RunOptions(**configuration.options())
-    generator = hparams["generator"]
-    weights = _weights(hparams["checkpointer"], hparams["best"], options)
-    check_weights(generator, weights)
-    generator.load_state_dict(weights)
-    return Vocoder(generator.to(pick_device(device)), hparams["mel"])
-
-
-def _weights(
-    checkpointer: Checkpointer, best: str | None, options: RunOptions
-) -> dict[str, Tensor]:
-    """The generator's part of the best checkpoint by a metric, or the newest; or of their mean."""
-    path = ("modules",) if options.ema_decay is None else ("ema", "average")
-    found = checkpointer.find(min_key=best, n=None)
-    for start in range(0, len(found), options.average_checkpoints):
-        best = found[start : start + options.average_checkpoints]
-        try:
-            saved = checkpointer.average(best, "brain", path)
-        except ValueError as broken:
-            warnings.warn(str(broken), stacklevel=3)
-            continue
-        prefix = "generator."
-        return {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-    raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
+    with open_run(run) as opened:
+        keys = {key.name for key in opened.configuration.described()}
+        if missing := {"generator", "discriminator", "mel", "best"} - keys:
+            raise ValueError(
+                f"{run} is no run of a vocoder: its hyperparams.yaml has no {min(missing)}"
+            )
+        # A discriminator may be many times larger than the generator, and only trains it.
+        opened.configuration.override({"discriminator": None})
+        options, checkpoints = opened.options(*OF_THE_MODEL), opened.checkpointer
+        with opened.limited():
+            hparams = opened.build()
+            generator, best = hparams["generator"], hparams["best"]
+            put_weights(generator, checkpoints, options, min_key=best, prefix="generator.")
+            vocoder = Vocoder(generator, hparams["mel"])
+    generator.to(pick_device(device))
+    return vocoder

@@ -7,7 +7,7 @@ its mels, of the same rate, length and channels. A mel file (`.npy` or `.pt`, se
 `recipes.common.mel`) becomes a WAV. Files are read, made and written piece by piece: an hour needs
 no more memory than a minute, and every piece is what it would be in the whole. All that is needed
 is the run folder. Prints a line ``file<TAB>result`` for each; a file that cannot be used is named
-on stderr and the others are still made; the exit code is then 1.
+on stderr and the others are still made; the exit code is then 2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from recipes.common.command import each_of, told
 from recipes.common.mel import read_mel
 from recipes.common.streaming import convert_file, targets
 from recipes.common.vocoder import CHUNK, Vocoder, load_vocoder
@@ -38,26 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
-    try:
-        vocoder = load_vocoder(given.run, given.device)
-        return vocode_all(vocoder, given.files, given.output)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return told(
+        lambda: vocode_all(load_vocoder(given.run, given.device), given.files, given.output)
+    )
 
 
 def vocode_all(vocoder: Vocoder, files: Sequence[str], folder: Path) -> int:
-    """Make the sound of each file in a folder; 1 if one could not be used."""
-    failed = False
-    for source, target in targets(files, folder).items():
-        try:
-            vocode(vocoder, source, target)
-        except ValueError as bad:
-            print(f"error: {bad}", file=sys.stderr)
-            failed = True
-        else:
-            print(f"{source}\t{target}", flush=True)
-    return int(failed)
+    """Make the sound of each file in a folder; gives the exit code."""
+    found = targets(files, folder)
+
+    def make(source: str) -> None:
+        vocode(vocoder, source, found[source])
+        print(f"{source}\t{found[source]}", flush=True)
+
+    return each_of(found, make)
 
 
 def vocode(vocoder: Vocoder, source: str | Path, target: Path) -> None:

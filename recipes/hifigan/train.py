@@ -38,6 +38,11 @@ class HiFiGAN(Brain):
 
     scores: Scores  # set before anything is tested
 
+    @property
+    def best_checkpoint(self) -> dict[str, str | None]:
+        """The metric that chooses the checkpoint to use; None: the newest."""
+        return {"min_key": self.hparams.best}
+
     def init_optimizers(self) -> None:
         self.optimizers_dict = {
             "discriminator": self.hparams.opt_d(self.modules.discriminator.parameters()),
@@ -146,7 +151,7 @@ def train(run: trainer.Run) -> dict[str, float]:
             train_loader_kwargs=training,
             valid_loader_kwargs=workers,
         )
-        brain.evaluate(sets["test"], min_key=hparams["best"], test_loader_kwargs=workers)
+        brain.evaluate(sets["test"], test_loader_kwargs=workers, **brain.best_checkpoint)
     return brain.test_metrics
 
 

@@ -1,11 +1,13 @@
 """Speech enhancement: MetricGAN+.
 
 Attributes:
+    BRAIN: the Brain of a run, which `trainer.load` makes.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
+BRAIN: str = "train.Enhancer"
 RUN_NAMES: tuple[str, ...] = (
     "discriminator.Discriminator",
     "history.History",

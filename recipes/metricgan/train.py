@@ -71,6 +71,11 @@ class Enhancer(Brain):
         """Return the metric of the last phase, whose checkpoint is the one to use."""
         return list(self.bests.values())[-1]
 
+    @property
+    def best_checkpoint(self) -> dict[str, str]:
+        """The metric that chooses the checkpoint to use."""
+        return {"max_key": self.best}
+
     def init_optimizers(self) -> None:
         self.optimizers_dict = {
             "discriminator": self.hparams.opt_d(self.modules.discriminator.parameters()),

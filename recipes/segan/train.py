@@ -41,6 +41,11 @@ class Enhancer(Brain):
 
     board: Scoreboard  # set before anything is evaluated
 
+    @property
+    def best_checkpoint(self) -> dict[str, str | None]:
+        """The metric that chooses the checkpoint to use; None: the newest."""
+        return {"max_key": self.hparams.best}
+
     def init_optimizers(self) -> None:
         self.optimizers_dict = {
             "discriminator": self.hparams.opt_d(self.modules.discriminator.parameters()),
@@ -145,7 +150,7 @@ def train(run: trainer.Run) -> dict[str, float]:
             train_loader_kwargs={**whole, "batch_size": hparams["batch_size"], "drop_last": True},
             valid_loader_kwargs=whole,
         )
-        brain.evaluate(sets["test"], max_key=hparams["best"], test_loader_kwargs=whole)
+        brain.evaluate(sets["test"], test_loader_kwargs=whole, **brain.best_checkpoint)
     return brain.test_metrics
 
 

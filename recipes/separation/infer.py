@@ -5,7 +5,7 @@
 Of ``talk.flac`` the tracks are ``talk_1.wav``, ``talk_2.wav`` … in the folder: of the rate and the
 length of the file (of several channels, their mean is separated), 32-bit. All it needs is the run
 folder. A file that cannot be read is named on stderr and the others are still separated; the exit
-code is then 1.
+code is then 2.
 
 A long file is separated in pieces that overlap. Within an overlap the tracks of two pieces are put
 into the order in which they fit best, and faded over; memory holds two pieces at a time. A person
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
+import trainer
 from recipes.common.audio import read_audio, read_header
-from recipes.common.run_folder import load_brain
+from recipes.common.command import each_of, told
 from recipes.separation.mixing import fitted
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from recipes.separation.train import Separator
 from trainer import Stage
-from trainer.data import BadItem
 
 try:
     import soundfile
@@ -54,15 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the tracks")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
         check_names(given.files, given.output)
-        brain = load_brain(Separator, given.run, given.device)
+        brain = trainer.load(given.run, given.device, brain=Separator)
         given.output.mkdir(parents=True, exist_ok=True)
-        with brain.best_weights(max_key="si_snri"):
-            return separate_all(Tracks(brain), given.files, given.output)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return separate_all(Tracks(brain), given.files, given.output)
+
+    return told(run)
 
 
 def check_names(files: Sequence[str], folder: Path) -> None:
@@ -89,17 +88,12 @@ def check_names(files: Sequence[str], folder: Path) -> None:
 
 
 def separate_all(separate: Separate, files: Sequence[str], folder: Path) -> int:
-    """Write the tracks of each file and print their names; 1 if one could not be read."""
-    failed = False
-    for path in files:
-        try:
-            written = separate_file(separate, path, folder)
-        except BadItem as bad:
-            print(f"error: {bad}", file=sys.stderr)
-            failed = True
-        else:
-            print(*written, sep="\n", flush=True)
-    return int(failed)
+    """Write the tracks of each file and print their names; gives the exit code."""
+
+    def write(path: str) -> None:
+        print(*separate_file(separate, path, folder), sep="\n", flush=True)
+
+    return each_of(files, write)
 
 
 class Tracks:

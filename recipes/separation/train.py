@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -29,6 +29,8 @@ class Separator(Brain):
     of a batch), ``loss_upper_lim`` (a batch above it is skipped) and ``sample_rate``; writes
     ``scores_valid.csv``, ``scores_test.csv`` and ``examples`` into the run folder.
     """
+
+    best_checkpoint: ClassVar = {"max_key": "si_snri"}
 
     def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
         mixtures, _ = batch.mixture
@@ -76,11 +78,12 @@ class Separator(Brain):
         if stage is Stage.TRAIN:
             return None
         scores = self.scores.gather()
-        folder = Path(self.hparams.output_folder)
-        if distributed.is_main():
-            scores.write_table(folder / f"scores_{stage.value}.csv")
-        if stage is Stage.TEST:
-            scores.write_audio(folder / "examples")
+        if self.hparams.output_folder is not None:
+            folder = Path(self.hparams.output_folder)
+            if distributed.is_main():
+                scores.write_table(folder / f"scores_{stage.value}.csv")
+            if stage is Stage.TEST:
+                scores.write_audio(folder / "examples")
         return scores.means()
 
 
@@ -102,7 +105,7 @@ def train(run: trainer.Run) -> dict[str, float]:
         train_loader_kwargs=training | {"drop_last": True},
         valid_loader_kwargs=testing,
     )
-    brain.evaluate(sets["test"], max_key="si_snri", test_loader_kwargs=testing)
+    brain.evaluate(sets["test"], test_loader_kwargs=testing, **brain.best_checkpoint)
     return brain.test_metrics
 
 

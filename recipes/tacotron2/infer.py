@@ -7,7 +7,7 @@ Of a file, each line becomes ``folder/0001.wav``, ``folder/0002.wav`` and so on.
 abbreviations are spelled out. Prints a line ``path<TAB>seconds<TAB>text`` for each text. All it
 needs is the run folder: its hyperparams.yaml and its checkpoints, of which it takes the one that
 the test took. A text that cannot be said is named on stderr and the others are still said; the exit
-code is then 1.
+code is then 2.
 """
 
 from __future__ import annotations
@@ -19,25 +19,36 @@ from pathlib import Path
 
 import torch
 
-from recipes.common.run_folder import load_brain
+import trainer
+from recipes.common.command import each_of, told
 from recipes.tacotron2.sound import make_sound, write_sound
 from recipes.tacotron2.text import readable
 from recipes.tacotron2.train import Synthesiser
+from trainer.untrusted import confined
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     given = _arguments(argv)
-    try:
+
+    def run() -> int:
         texts = _texts(given.text, given.file, given.output)
-        brain = load_brain(Synthesiser, given.run, given.device)
-        vocoder = given.vocoder or brain.hparams.vocoder
-        sound = make_sound(brain.hparams.mel, vocoder, str(brain.device))
-        with brain.best_weights(min_key="mel_l1"):
-            return say_all(brain, sound, texts)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        brain = trainer.load(given.run, given.device, brain=Synthesiser)
+        vocoder = given.vocoder or _own_vocoder(given.run, brain.hparams.vocoder)
+        return say_all(brain, make_sound(brain.hparams.mel, vocoder, str(brain.device)), texts)
+
+    return told(run)
+
+
+def _own_vocoder(run: Path, named: str | None) -> Path | None:
+    """Return the vocoder that a run names, which may come from elsewhere: one in its folder.
+
+    Raises ValueError for one that lies outside.
+    """
+    try:
+        return None if named is None else confined(run, named)
+    except ValueError as error:
+        raise ValueError(f"the vocoder of the run, {error}: name it by --vocoder") from None
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,16 +90,11 @@ def say_all(
     sound: Callable[[torch.Tensor], torch.Tensor],
     texts: Mapping[Path, tuple[str, str]],
 ) -> int:
-    """Write a sound file of each text; 1 if one could not be said."""
-    failed = False
-    for path, (name, text) in texts.items():
-        try:
-            tokens = tokens_of(brain, name, text)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed = True
-            continue
-        spoken = brain.say(tokens)
+    """Write a sound file of each text; gives the exit code."""
+
+    def say(path: Path) -> None:
+        name, text = texts[path]
+        spoken = brain.say(tokens_of(brain, name, text))
         if not spoken.stopped.item():
             print(
                 f"warning: {name} was cut at {brain.hparams.longest:g} s: the gate did not stop it",
@@ -98,7 +104,8 @@ def say_all(
         rate = brain.hparams.mel.sample_rate
         write_sound(path, wave, rate)
         print(f"{path}\t{len(wave) / rate:.2f}\t{text}", flush=True)
-    return int(failed)
+
+    return each_of(texts, say)
 
 
 def tokens_of(brain: Synthesiser, name: str, text: str) -> torch.Tensor:

@@ -32,6 +32,7 @@ VOWELS = "aæɐɑɒɔəɚɛɜeɪiᵻoʊuʌ"
 CONSONANTS = "bdðfɡhjklmnŋpɹrɾsʃtθvwxzʒʔ"
 SYLLABIC = "̩"  # a combining mark: the n of "button"
 STRESSES, LENGTH = ("", "ˈ", "ˌ"), "ː"
+VOICE = re.compile(r"[A-Za-z0-9]+([-+][A-Za-z0-9]+)*", re.ASCII)  # never a path of a voice file
 SOUND = re.compile(rf"[ˈˌ]?.[{LENGTH}{SYLLABIC}]?")
 
 
@@ -85,6 +86,8 @@ class Phonemes:
     def __init__(self, voice: str = "en-us", silent: str = "") -> None:
         if strange := sorted(set(silent) - set(PUNCTUATION)):
             raise ValueError(f"silent has {strange[0]!r}; allowed: marks of {PUNCTUATION}")
+        if not VOICE.fullmatch(voice):
+            raise ValueError(f"voice is {voice!r}; allowed: names such as en-us and en-gb-x-rp")
         self.voice, self.silent = voice, silent
         vowels = ["".join(parts) for parts in product(STRESSES, VOWELS, ("", LENGTH))]
         syllabic = [f"{stress}{each}{SYLLABIC}" for stress in STRESSES for each in "lmn"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Synthesiser(Brain):
     ``pictures`` (how many utterances are drawn at each validation); writes ``pictures/``,
     ``readings_valid.csv``, ``readings_test.csv`` and, at the test, ``audio/`` into the run folder.
     """
+
+    best_checkpoint: ClassVar = {"min_key": "mel_l1"}
 
     def compute_forward(self, batch: Any, stage: Stage) -> Predictions:
         known = batch.on_host.tokens.lengths
@@ -104,7 +106,7 @@ class Synthesiser(Brain):
         if stage is Stage.TRAIN:
             return None
         scores = self.scores.gather()
-        if distributed.is_main():
+        if distributed.is_main() and self.hparams.output_folder is not None:
             folder = Path(self.hparams.output_folder)
             scores.write(folder / f"readings_{stage.value}.csv")
             name = stage.value if epoch is None else f"{stage.value}-{epoch:04d}"
@@ -150,7 +152,7 @@ def train(run: trainer.Run) -> dict[str, float]:
         train_loader_kwargs=loading["train"],
         valid_loader_kwargs=loading["valid"],
     )
-    brain.evaluate(sets["test"], min_key="mel_l1", test_loader_kwargs=loading["test"])
+    brain.evaluate(sets["test"], test_loader_kwargs=loading["test"], **brain.best_checkpoint)
     return brain.test_metrics
 
 

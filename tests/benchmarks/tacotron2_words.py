@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchaudio.functional import resample
 
-from recipes.common.run_folder import load_brain
+import trainer
 from recipes.tacotron2.data import datasets
 from recipes.tacotron2.sound import make_sound
 from recipes.tacotron2.train import Synthesiser
@@ -69,19 +69,18 @@ def main() -> None:
     )
     parser.add_argument("--vocoder", type=Path, help="run folder of a HiFi-GAN")
     given = parser.parse_args()
-    brain = load_brain(Synthesiser, given.run, "cpu")
+    brain = trainer.load(given.run, "cpu", brain=Synthesiser)
     own = brain.hparams
     corpus = load_hparams(given.run / "hyperparams.yaml")["corpus"]
     test = datasets(corpus(), own.front, own.mel, own.longest_text, own.quiet)["test"]
     sound, listen = make_sound(own.mel, given.vocoder), Listener()
     silent, rows = round(given.silence * own.mel.sample_rate), []
-    with brain.best_weights(min_key="mel_l1"):
-        for index in range(min(given.count, len(test))):
-            item = test[index]
-            free = brain.say(item["tokens"]).mel[0].T
-            waves = [sound(free), sound(item["mel"].T), test.signal(index)]
-            waves = [pad(wave, (silent, silent)) for wave in waves]
-            rows.append([words(item["text"]), *(listen(w, own.mel.sample_rate) for w in waves)])
+    for index in range(min(given.count, len(test))):
+        item = test[index]
+        free = brain.say(item["tokens"]).mel[0].T
+        waves = [sound(free), sound(item["mel"].T), test.signal(index)]
+        waves = [pad(wave, (silent, silent)) for wave in waves]
+        rows.append([words(item["text"]), *(listen(w, own.mel.sample_rate) for w in waves)])
     said, *heard = map(list, zip(*rows, strict=True))
     table = given.run / "words.csv"
     with table.open("w", newline="", encoding="utf-8") as file:

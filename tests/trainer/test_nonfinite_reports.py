@@ -35,10 +35,14 @@ from tests.trainer.test_guard import History
 from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, defaults, seed
 from trainer.checkpoint import Checkpointer
-from trainer.cli.replay import command
+from trainer.cli.replay import command, replay
 from trainer.data.batch import Batch, Padded
 from trainer.diagnostics.nonfinite.report import NonFiniteReport
-from trainer.diagnostics.nonfinite.serialize import deserialize_batch, serialize_batch
+from trainer.diagnostics.nonfinite.serialize import (
+    deserialize_batch,
+    own_modules,
+    serialize_batch,
+)
 from trainer.diagnostics.nonfinite.tracer import NonFiniteTracer
 from trainer.diagnostics.replay import Replayed, load, nearest
 from trainer.report import render
@@ -475,6 +479,10 @@ class Plain:
         self.x, self.size = torch.ones(2), 3
 
 
+class OwnBrain(Regressor):
+    pass
+
+
 class Bomb:
     def __del__(self) -> None:
         raise AssertionError("made from a file")
@@ -489,7 +497,8 @@ def test_batches_of_any_kind_are_kept_safely_and_come_back(tmp_path: Path) -> No
     ]  # fmt: skip
     for value in many:
         torch.save(serialize_batch(value), tmp_path / "batch.pt")
-        back = deserialize_batch(torch.load(tmp_path / "batch.pt", weights_only=True))
+        kept = torch.load(tmp_path / "batch.pt", weights_only=True)
+        back = deserialize_batch(kept, own_modules(OwnBrain))
         assert type(back) is type(value)
         assert same(serialize_batch(back), serialize_batch(value))
     with pytest.raises(ValueError, match="a part of the batch could not be kept: <_io.TextIO"):
@@ -497,7 +506,9 @@ def test_batches_of_any_kind_are_kept_safely_and_come_back(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="nowhere:Thing, which this recipe does not know"):
         deserialize_batch({"kind": "object", "class": "nowhere:Thing", "parts": {}})
     with pytest.raises(ValueError, match="which this recipe does not know"):  # It has a finaliser.
-        deserialize_batch({"kind": "object", "class": f"{__name__}:Bomb", "parts": {}})
+        deserialize_batch(
+            {"kind": "object", "class": f"{__name__}:Bomb", "parts": {}}, own_modules(OwnBrain)
+        )
 
 
 # --------------------------------------------------------------------------------- the same again
@@ -599,6 +610,13 @@ def test_a_kept_batch_is_run_again_by_one_command_that_changes_nothing(tmp_path:
     files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
     before = {path: path.read_bytes() for path in files}
     done = shell(tmp_path, "-m", "trainer", "replay", "run", "21")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the run was not started by an installed recipe, but by "
+        f"{sys.executable} train.py toy.yaml --output_folder run: name the script with --script if "
+        "you trust it and the run folder\n"
+    )
+    done = shell(tmp_path, "-m", "trainer", "replay", "run", "21", "--script", "train.py")
     assert done.returncode == 0, done.stderr
     assert (
         "replaying step 21, epoch 3; the weights are those of step 21 (no checkpoint" in done.stderr
@@ -621,11 +639,15 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
     (tmp_path / "run" / "hyperparams.yaml").write_text("seed: 1\n")
     recorded = tmp_path / "run" / "command.txt"
     elsewhere = tmp_path.parent / "train.py"
-    for script in (elsewhere, tmp_path / "run" / "train.py", tmp_path / "train.sh"):
-        script.write_text("")
+    in_the_way = tmp_path / "recipes" / "asr" / "train.sh"
+    in_the_way.parent.mkdir(parents=True)
+    beside = tmp_path / "train.py"
+    for script in (elsewhere, beside, tmp_path / "run" / "train.py", in_the_way):
+        script.write_text("open('ran', 'w')")
         recorded.write_text(f"2026-01-01 10:00:00 python {script} toy.yaml\n")
-        with pytest.raises(ValueError, match="which is not in the current folder .*--script if yo"):
-            command(["run", "7"])
+        with pytest.raises(ValueError, match="not started by an installed recipe, but by .*--scri"):
+            replay(["run", "7"])
+    assert not (tmp_path / "ran").exists()
     elsewhere.unlink()
     named = command(["run", "7", "--script", str(tmp_path / "run" / "train.py"), "--seed", "2"])
     assert named[1:2] == [str(tmp_path / "run" / "train.py")]
@@ -634,7 +656,7 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
         load(case)
     for argv in ([], ["run"], ["--script"], ["run", "--script", "x"]):
         with pytest.raises(ValueError, match="usage: python -m trainer replay RUN STEP"):
-            command(argv)
+            replay(argv)
 
 
 @pytest.mark.parametrize("window", [1, 3])

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from trainer import json_files, tree
 from trainer.checkpoint.migrate import migrate
+from trainer.untrusted import printable
 
 FORMAT = 2  # of the checkpoints that are written; those of all earlier formats are read
 MANIFEST = "manifest.json"
@@ -341,7 +342,7 @@ def _load_file(checkpoint: Checkpoint, name: str) -> Any:
         reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))
         raise BrokenCheckpoint(
             f"{checkpoint.path / name} is refused: it does not read as tensors and plain values "
-            f"({reason[1] if reason else type(error).__name__})"
+            f"({printable(reason[1]) if reason else type(error).__name__})"
         ) from error
 
 

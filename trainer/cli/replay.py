@@ -1,27 +1,61 @@
-"""`python -m trainer replay RUN STEP`: run a recipe again to replay a skipped step.
+"""`python -m trainer replay RUN STEP`: run the batch of a skipped step again.
 
-The run folder records the script that started the run. It is run again with the run's own settings,
-but only if it lies in the current folder and not in the run folder, so that a folder of unknown
-origin cannot choose what runs; `--script` names another script.
+The Brain of an installed recipe is built from the run folder, as `trainer.load` does it, and reruns
+the batch; no data is needed. The folder may come from elsewhere, and never chooses a program: a run
+of another script is replayed by that script only if `--script` names it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from trainer.brain import Brain, FitArguments
+from trainer.cli import session
+from trainer.cli.arguments import nested, parse
 from trainer.cli.folder import HYPERPARAMS, LAUNCH_HEADER
+from trainer.config.hyperparameters import option_node
+from trainer.config.reading import plain
+from trainer.config.registry import recipe_packages
+from trainer.diagnostics import replay as replaying
+from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, recipe_brain
+from trainer.loggers import TextLog
+from trainer.options import RunOptions
+from trainer.seed import seed_everything
+from trainer.untrusted import confined, printable, read_text
 
 USAGE = "usage: python -m trainer replay RUN STEP [--script train.py] [--key value]…"
+STEP = re.compile(r"\d{1,18}(-\d{1,9})?(/rank\d{1,6})?", re.ASCII)
+MAX_SHOWN = 500  # characters of a recorded command in a message
+
+
+@dataclass
+class _Given:
+    """Arguments: the run, the folder of the step, the script, and those of the recipe."""
+
+    run: Path
+    case: Path
+    script: Path | None
+    more: list[str]
 
 
 def replay(argv: Sequence[str]) -> int:
-    """Run the command that `command` returns, and return its exit code."""
+    """Replay a step: RUN, STEP, and further arguments of the recipe; return the exit code.
+
+    Raises:
+        ValueError: the folder has no such step, or says nothing that can be replayed.
+    """
+    given = _parse(argv)
+    if given.script is None:
+        return _replay_recipe(given)
     made = command(argv)
     print(shlex.join(made), file=sys.stderr, flush=True)
     path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
@@ -29,11 +63,21 @@ def replay(argv: Sequence[str]) -> int:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """Return the command that replays a step: RUN, STEP, and further arguments of the recipe.
+    """Return the command by which the script that `--script` names replays a step.
 
     Raises:
-        ValueError: the folder has no such step, or does not say how the run was started.
+        ValueError: the folder has no such step, or there is no such script.
     """
+    given = _parse(argv)
+    if given.script is None or not given.script.is_file():
+        raise ValueError(f"there is no {given.script}: name the run's train.py with --script")
+    settings = [str(given.run / HYPERPARAMS), "--output_folder", str(given.run)]
+    return [
+        sys.executable, str(given.script), *settings, "--replay", str(given.case), *given.more,
+    ]  # fmt: skip
+
+
+def _parse(argv: Sequence[str]) -> _Given:
     parser = argparse.ArgumentParser(
         usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False
     )
@@ -45,40 +89,77 @@ def command(argv: Sequence[str]) -> list[str]:
     folder = Path(run)
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is not a run folder: it has no {HYPERPARAMS}")
-    if (folder / HYPERPARAMS).read_text("utf-8").startswith(LAUNCH_HEADER):
+    if read_text(folder, HYPERPARAMS).startswith(LAUNCH_HEADER):
         raise ValueError(
             f"{run} is a run by trainer.launch: call launch again with the hyperparameter "
             f"replay={str(folder / 'nonfinite' / step)!r}"
         )
-    case = folder / "nonfinite" / step
-    if not (case / "batch.pt").is_file():
-        found = sorted(
-            path.parent.relative_to(folder / "nonfinite").as_posix()
-            for path in (folder / "nonfinite").rglob("batch.pt")
-        )
-        kept = f"there are {', '.join(found)}" if found else "no skipped step was kept"
-        raise ValueError(f"{run} has no skipped step {step}: {kept}")
-    path = Path(given.script) if given.script is not None else _recorded(folder)
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: name the recipe's train.py with --script")
-    settings = [str(folder / HYPERPARAMS), "--output_folder", run, "--replay", str(case)]
-    return [sys.executable, str(path), *settings, *more]
+    cases = folder / "nonfinite"
+    if not STEP.fullmatch(step) or not (confined(folder, cases / step) / "batch.pt").is_file():
+        found = [each.parent.relative_to(cases).as_posix() for each in cases.rglob("batch.pt")]
+        names = ", ".join(sorted(filter(STEP.fullmatch, found)))
+        kept = f"there are {names}" if names else "no skipped step was kept"
+        raise ValueError(f"{run} has no skipped step {printable(step)}: {kept}")
+    script = None if given.script is None else Path(given.script)
+    return _Given(folder, cases / step, script, more)
 
 
-def _recorded(folder: Path) -> Path:
-    """Return the script of the run's last command, if it lies in the current folder."""
+def _replay_recipe(given: _Given) -> int:
+    """Replay a step of an installed recipe, in this process and without its data."""
+    package, kept = _recipe(given.run), replaying.load(given.case)
+    with session.messages(TextLog(None), [package]):
+        brain = _build(given, package)
+        try:
+            replaying.replay(brain, FitArguments([kept["epoch"]], [None]), given.case, kept)
+        except replaying.Replayed:
+            return 0
+        except ValueError:
+            raise
+        except Exception as error:  # What the recipe's train() sets up may be missing.
+            raise ValueError(
+                f"the step cannot be replayed without the data of the run ({type(error).__name__}: "
+                f"{error}): name the recipe's train.py with --script"
+            ) from error
+
+
+def _build(given: _Given, package: str) -> Brain:
+    """Build the Brain of a recipe as for a training."""
+    used, device = (*OF_THE_MODEL, *OF_THE_TRAINING), "auto"
+    with open_run(given.run) as opened:
+        for name, value in parse(given.more, opened.configuration):
+            if name == "device":
+                device = plain(option_node(name, value))
+            elif name in RunOptions.names() and name not in used:
+                raise ValueError(f"--{name} has no effect on a replay")
+            else:
+                opened.configuration.override(nested(name, value))
+        options = opened.options(*used, device=device, replay=str(given.case))
+        kind = recipe_brain(package)
+        with opened.limited():
+            seed_everything(options.seed)
+            hparams: dict[str, Any] = opened.build()
+            optimizer, checkpoints = hparams.get("opt_class"), opened.checkpointer
+            return kind(hparams["modules"], optimizer, hparams, options, checkpoints)
+
+
+def _recipe(folder: Path) -> str:
+    """Return the package of the installed recipe whose train.py the last command names."""
     try:
-        last = (folder / "command.txt").read_text("utf-8").splitlines()[-1]
-        script = Path(shlex.split(last)[3])  # date, time, python, script
-    except (OSError, IndexError, ValueError):
+        last = read_text(folder, "command.txt").splitlines()[-1]
+        started = shlex.split(last)[2:]  # date, time, python, script
+        script = Path(started[1])
+    except (ValueError, OSError, IndexError):
         raise ValueError(
             f"{folder / 'command.txt'} does not say how the run was started: name the recipe's "
             "train.py with --script"
         ) from None
-    place, here = script.resolve(), Path.cwd()
-    if script.suffix != ".py" or here not in place.parents or folder.resolve() in place.parents:
-        raise ValueError(
-            f"the run was started by {script}, which is not in the current folder {here}: go "
-            "where it was started, or name it with --script if you trust it"
-        )
-    return script
+    for package in recipe_packages():
+        train = (*package.split("."), "train.py")
+        if hasattr(sys.modules[package], "BRAIN") and script.parts[-len(train) :] == train:
+            return package
+    shown = printable(shlex.join(started))
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
+    raise ValueError(
+        f"the run was not started by an installed recipe, but by {shown}: name the script with "
+        "--script if you trust it and the run folder"
+    )

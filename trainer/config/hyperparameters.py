@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
@@ -42,7 +43,9 @@ from trainer.config.reading import (
     tag,
 )
 from trainer.config.registry import Registry
+from trainer.config.run_folder import RunFolderRegistry, check_objects, check_tags
 from trainer.options import HINTS, RunOptions, checked, current_name, nearest_key
+from trainer.untrusted import confined
 
 MAX_SUMMARY = 48  # characters of a value in help and messages
 NUMBER = ("a number", (INT, FLOAT, NULL))
@@ -84,8 +87,9 @@ def load_hparams(
         allow: packages, modules or objects by dotted name that the YAML may name in addition to
             those that the trainer and the recipes list.
         run_folder: the file is the hyperparams.yaml of a run folder, which may come from somebody
-            else. Only the objects that a trained model needs are built: keys with objects that a
-            recipe lists for YAML files but not for run folders are left out.
+            else. Only the objects that a trained model needs are built, see
+            `trainer.config.run_folder`: keys with objects that a recipe lists for YAML files but
+            not for run folders are left out, and so are Checkpointers.
 
     Returns:
         The values by key, objects built.
@@ -117,8 +121,11 @@ class Configuration:
         *,
         run_folder: bool = False,
     ) -> None:
-        self.registry = Registry(allow, run_folder=run_folder)
-        self.root, self.comments = reading.read(path)
+        self.registry = RunFolderRegistry(allow) if run_folder else Registry(allow)
+        self.folder = Path(path).parent
+        if run_folder:
+            confined(self.folder, path)
+        self.root, self.comments = reading.read(path, alone=run_folder)
 
     def described(self) -> list[Key]:
         """List all keys with defaults and comments, in the order of the file."""
@@ -192,7 +199,7 @@ class Configuration:
 
     def options(self) -> dict[str, Any]:
         """Return the run options among the keys, checked; objects are left out."""
-        values, root = {}, building.resolve(self.root, self.registry)
+        values, root = {}, self._resolved()
         for name in RunOptions.names():
             node = get(root, name)
             if node is not None and not (
@@ -206,11 +213,27 @@ class Configuration:
 
     def build(self) -> dict[str, Any]:
         """Build the objects; return the values by key."""
-        root = building.resolve(self.root, self.registry)
+        return building.build(self._checked(), self.registry)
+
+    def check(self) -> None:
+        """Check the references, and in a run folder the objects, whose modules are imported."""
+        self._checked()
+
+    def _checked(self) -> MappingNode:
+        """Return a copy of the tree without references and without what only training needs."""
+        root = self._resolved()
         for key, value in list(root.value):
             if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)
-        return building.build(root, self.registry)
+        if isinstance(self.registry, RunFolderRegistry):
+            check_objects(root, self.registry, self.folder)
+        return root
+
+    def _resolved(self) -> MappingNode:
+        """Return a copy of the tree without references."""
+        if isinstance(self.registry, RunFolderRegistry):
+            check_tags(self.root)
+        return building.resolve(self.root, self.registry)
 
     def dump(self) -> str:
         """Write one YAML with base, includes and overrides merged in, references kept."""

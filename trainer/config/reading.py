@@ -53,15 +53,19 @@ OPENING_BRACKETS = re.compile(rf"(?:[\[{{] *){{{MAX_DEPTH + 1}}}")
 Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
 
-def read(path: str | os.PathLike[str]) -> tuple[MappingNode, dict[Keys, str]]:
+def read(path: str | os.PathLike[str], alone: bool = False) -> tuple[MappingNode, dict[Keys, str]]:
     """Read a YAML file and merge it over its base; return the tree, and comments of its keys.
+
+    Args:
+        path: the file.
+        alone: refuse a file that names others.
 
     Raises:
         ValueError: a file does not parse, is too large or too deep, or uses a tag that HyperPyYAML
             does not have; the message names file and line.
         FileNotFoundError: there is no such file.
     """
-    reader = _Reader()
+    reader = _Reader(alone)
     root = reader.read(Path(path), ())
     expanded_size(root)
     return root, reader.comments
@@ -70,9 +74,10 @@ def read(path: str | os.PathLike[str]) -> tuple[MappingNode, dict[Keys, str]]:
 class _Reader:
     """Reads a file and the files that it names, and collects their comments."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool) -> None:
         self.comments: dict[Keys, str] = {}
         self.files = 0
+        self.alone = alone
 
     def read(self, path: Path, chain: tuple[Path, ...], at: Keys = ()) -> MappingNode:
         """Read one file; `chain` are the files that include it, `at` the keys of its content."""
@@ -91,6 +96,8 @@ class _Reader:
             self.comments.setdefault(place, comment)  # A variant is read before its base.
 
         def read_other(node: Node, name: str, place: Keys) -> MappingNode:
+            if self.alone:
+                raise ValueError(f"{location(node)}: a run folder's YAML may name no other file")
             try:
                 return self.read(path.parent / name, (*chain, real), (*at, *place))
             except OSError as error:

@@ -1,8 +1,9 @@
 """Replay of a kept batch: the driver of `Brain.fit` under ``--replay FOLDER``.
 
-The recipe builds its Brain as for a training. The driver loads the checkpoint nearest to the
-skipped step, takes batch and random generators from the folder, reruns the batch, logs what is not
-finite, and ends the run. Nothing is written and nothing moves.
+The Brain is built as for a training. `replay` loads the checkpoint nearest to the skipped step,
+takes batch and random generators from the folder, reruns the batch, logs what is not finite, and
+ends the run. Nothing is written and nothing moves. The folder may come from elsewhere: what is in
+it is data.
 """
 
 from __future__ import annotations
@@ -16,19 +17,29 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from trainer import seed
 from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.checkpoint.checkpointer import retry_missing
 from trainer.data.batch import to_device
 from trainer.defaults import Driver, DriverFinished
 from trainer.diagnostics.nonfinite.report import FORMAT, KeptBatch, NonFiniteReport
-from trainer.diagnostics.nonfinite.serialize import deserialize_batch
+from trainer.diagnostics.nonfinite.serialize import deserialize_batch, own_modules
 from trainer.diagnostics.nonfinite.tracer import investigate
+from trainer.evaluation import rng_kept
 from trainer.metrics import StepReport
+from trainer.untrusted import confined, memory_in_proportion, printable
 
 if TYPE_CHECKING:
     from trainer.brain import Brain, FitArguments
 
 logger = logging.getLogger("trainer")
+
+# What `NonFiniteReport.write` keeps beside the batch, and the types of it.
+FIELDS: dict[str, type] = {
+    "batch": dict, "generators": dict, "last": bool, "step": int, "epoch": int,
+    "optimizer_step": int, "fits": int, "what": str, "optimizer": str,
+}  # fmt: skip
+MAX_COUNT = 2**53  # of steps and epochs
 
 
 class Replayed(DriverFinished):
@@ -44,7 +55,7 @@ def make_replay_driver(folder: Path) -> Driver:
         fits += 1
         kept = load(folder)
         if fits == kept["fits"]:
-            replay(brain, arguments, kept)
+            replay(brain, arguments, folder, kept)
 
     return drive
 
@@ -57,14 +68,37 @@ def load(folder: Path) -> dict[str, Any]:
     """
     path = folder / "batch.pt"
     try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
+        confined(folder, path)
+        with memory_in_proportion(folder):
+            kept = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # A file from elsewhere may raise anything.
         raise ValueError(f"{path} is no kept batch: {type(error).__name__}") from error
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         raise ValueError(f"{path} is no kept batch of format {FORMAT}")
+    for name, kind in FIELDS.items():
+        value = kept.get(name)
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
+            raise ValueError(f"{path} is no kept batch: its {name!r} is no valid {kind.__name__}")
     return kept
+
+
+def checked_generators(kept: dict[str, Any]) -> dict[str, Any]:
+    """Return the states of random generators in a kept batch.
+
+    Raises:
+        ValueError: they are none.
+    """
+    generators: dict[str, Any] = kept["generators"]
+    try:
+        with rng_kept():
+            seed.set_rng_state({**seed.rng_state(), **generators})
+    except Exception as error:  # Each library refuses other states in another way.
+        raise ValueError(
+            f"its states of random generators cannot be restored ({type(error).__name__})"
+        ) from error
+    return generators
 
 
 def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
@@ -79,17 +113,30 @@ def load_nearest(checkpointer: Checkpointer, step: int) -> None:
     """Restore the checkpoint that is nearest to a step, as `nearest` says, if there is one."""
     found = nearest(checkpointer.list_checkpoints(), step)
     if found is not None:
-        checkpointer.load_checkpoint(found)
+        with memory_in_proportion(checkpointer.folder):
+            checkpointer.load_checkpoint(found)
 
 
-def replay(brain: Brain, arguments: FitArguments, kept: dict[str, Any]) -> NoReturn:
-    """Rerun a kept batch, as `load` returned it, and log what is not finite.
+def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, Any]) -> NoReturn:
+    """Rerun a kept batch, and log what is not finite.
+
+    Args:
+        brain: the Brain, before its training.
+        arguments: the arguments of `fit`.
+        folder: folder of the report.
+        kept: its batch, as `load` returned it.
 
     Raises:
         Replayed: when done.
         ValueError: if the batch or a checkpoint does not fit the recipe.
     """
     progress, step = brain.progress, kept["optimizer_step"] + 1
+    try:
+        generators = checked_generators(kept)
+        with memory_in_proportion(folder):
+            batch = deserialize_batch(kept["batch"], own_modules(type(brain)))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'batch.pt'}: {printable(str(error))}") from error
 
     def recover() -> None:
         if brain.checkpointer is not None:
@@ -114,9 +161,9 @@ def replay(brain: Brain, arguments: FitArguments, kept: dict[str, Any]) -> NoRet
         loss = None if kept["what"] == "loss" else 0.0
         skipped = StepReport(name, "skipped", loss, lr=brain.updates[name].lr)
         report = NonFiniteReport.of(brain, skipped, str(step), None)
-        batch = to_device(deserialize_batch(kept["batch"]), brain.device)
-        window = [KeptBatch(batch, kept["last"], kept["step"], kept["generators"])]
+        batch = to_device(batch, brain.device)
+        window = [KeptBatch(batch, kept["last"], kept["step"], generators)]
         investigate(brain, report, window)
         for line in (*report.lines(), *report.causes[1:]):
-            logger.info("%s", line)
+            logger.info("%s", printable(line))
     raise Replayed

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torchaudio.functional import highpass_biquad, lowpass_biquad, resample
 
-from recipes.common.run_folder import load_brain
+import trainer
 from recipes.separation import infer
 from recipes.separation.scoring import Scores
 from recipes.separation.train import Separator, train
 from tests.recipes.separation.conftest import mixture_folder
 from tests.recipes.separation.test_train import HPARAMS, TINY
-from trainer import cli
+from trainer import Checkpointer, cli
 
 RATE = 8000
 
@@ -164,7 +164,7 @@ def test_unusable_files_are_named_and_the_others_separated(
         "-o",
         str(tmp_path / "o"),
     ]
-    assert infer.main(given) == 1
+    assert infer.main(given) == 2
     told = capsys.readouterr()
     assert told.out.splitlines() == [str(tmp_path / "o" / f"good_{n}.wav") for n in (1, 2)]
     assert f"error: {missing}: it does not exist" in told.err
@@ -234,9 +234,10 @@ def test_the_best_weights_are_taken_as_in_the_test(
     folder = tmp_path / "run"
     cli.main(train, [str(HPARAMS / "wsj0mix.yaml"), "--output_folder", str(folder), *given])
     assert "testing with the weights of step-00000001" in (folder / "train.log").read_text()
-    brain = load_brain(Separator, folder)
-    (best,) = brain.checkpointer.find(max_key="si_snri")
-    saved = brain.checkpointer.read(best)["brain"]["modules"]
+    assert isinstance(trainer.load(folder), Separator)
+    checkpoints = Checkpointer(folder / "checkpoints")
+    (best,) = checkpoints.find(max_key="si_snri")
+    saved = checkpoints.read(best)["brain"]["modules"]
     assert best.meta["si_snri"] == 3.0
 
     class Seen(Exception):

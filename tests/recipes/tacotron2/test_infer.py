@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
+import trainer
 from recipes.tacotron2 import infer
-from recipes.tacotron2.train import train
+from recipes.tacotron2.train import Synthesiser, train
 from tests.recipes.tacotron2.test_train import HPARAMS, RECORDED, TINY
 from trainer import cli
 
@@ -40,6 +41,7 @@ def test_a_text_becomes_the_same_sound_each_time(
     assert files[0].read_bytes() == files[1].read_bytes()
     found = soundfile.info(files[0])
     assert (found.samplerate, found.channels, found.subtype) == (22050, 1, "PCM_16")
+    assert isinstance(trainer.load(run), Synthesiser)
     lines = capsys.readouterr().out.splitlines()
     path, seconds, text = lines[0].split("\t")
     assert path == str(files[0])
@@ -51,7 +53,7 @@ def test_a_file_of_lines(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     """What cannot be said is named with its line, and the others are said."""
     lines = tmp_path / "lines.txt"
     lines.write_text(f"yes\n\nñandú bird\n{'very ' * 20}long\nno\n", encoding="utf-8")
-    assert infer.main([str(run), "--file", str(lines), "-o", str(tmp_path / "said")]) == 1
+    assert infer.main([str(run), "--file", str(lines), "-o", str(tmp_path / "said")]) == 2
     assert sorted(each.name for each in (tmp_path / "said").iterdir()) == ["0001.wav", "0005.wav"]
     told = capsys.readouterr()
     assert told.out.count("\n") == 2
@@ -95,3 +97,12 @@ def test_what_cannot_be_used_is_told(
     assert "is no run of a vocoder" in error(run, "--text", "yes", "--vocoder", run)
     shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     assert "has no sound checkpoint" in error(tmp_path / "empty", "--text", "yes")
+    # A run from elsewhere names no folder of this machine.
+    shutil.copytree(run, tmp_path / "far")
+    yaml = (tmp_path / "far" / "hyperparams.yaml").read_text()
+    yaml = yaml.replace("vocoder: null", f"vocoder: {tmp_path}")
+    (tmp_path / "far" / "hyperparams.yaml").write_text(yaml)
+    far = error(tmp_path / "far", "--text", "yes")
+    assert (
+        f"the vocoder of the run, '{tmp_path}' lies outside of {tmp_path / 'far'}: name it" in far
+    )

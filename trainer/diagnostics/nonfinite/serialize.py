@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ SCALARS = (int, float, str, bool, type(None))
 MAX_DEPTH = 12
 MAX_REPR = 500
 
+# Numbers, booleans and texts: what they become as Python's own is read back without pickle.
+ARRAY = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|[<>=|]?[SU]\d{1,6}")
 # A class without any of these is one whose objects consist of their attributes.
-SPECIAL = ("__slots__", "__del__", "__new__", "__setattr__", "__getattribute__")
+SPECIAL = ("__slots__", "__new__", "__setattr__")
 
 
 def serialize_batch(value: Any, depth: int = 0) -> Any:
@@ -34,7 +38,8 @@ def serialize_batch(value: Any, depth: int = 0) -> Any:
         return {"kind": "plain", "value": value}
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
         return {"kind": "tensor", "value": value.detach().cpu().clone().contiguous()}
-    if hasattr(value, "dtype") and hasattr(value, "tolist") and not isinstance(value, Tensor):
+    numbers = hasattr(value, "tolist") and not isinstance(value, Tensor)
+    if numbers and ARRAY.fullmatch(str(getattr(value, "dtype", ""))):
         return {"kind": "array", "dtype": str(value.dtype), "value": value.tolist()}
     if depth < MAX_DEPTH:
         if isinstance(value, Batch):
@@ -63,58 +68,155 @@ def _typed(kind: str, value: Any, parts: Any) -> dict[str, Any]:
 
 def _is_plain(kind: type) -> bool:
     """Return True if objects consist of their attributes, so that making one runs no code."""
-    own = [each for each in kind.__mro__ if each is not object]
-    return dataclasses.is_dataclass(kind) or not any(
-        name in vars(each) for each in own for name in SPECIAL
+    own = [vars(each) for each in kind.__mro__ if each is not object]
+    if any("__del__" in each or "__getattribute__" in each for each in own):
+        return False
+    return dataclasses.is_dataclass(kind) or not any(n in each for each in own for n in SPECIAL)
+
+
+def own_modules(kind: type) -> frozenset[str]:
+    """Return the names of the imported modules of the program that a Brain belongs to.
+
+    These are the modules in whose folders the classes of the Brain are defined, but for the
+    trainer's own.
+
+    Args:
+        kind: class of the Brain.
+    """
+    folders = {name: _folder(name, module) for name, module in list(sys.modules.items())}
+    own = {
+        folders.get(each.__module__)
+        for each in kind.__mro__
+        if each is not object and each.__module__.partition(".")[0] != "trainer"
+    }
+    return frozenset(name for name, folder in folders.items() if folder in own)
+
+
+def _folder(name: str, module: Any) -> str:
+    """Return the folder of a module; a name of its own for one that has no file."""
+    file = getattr(module, "__file__", None)
+    return os.path.dirname(os.path.realpath(file)) if isinstance(file, str) else f"<{name}>"
+
+
+def deserialize_batch(kept: Any, own: Collection[str] = ()) -> Any:
+    """Return the batch that `serialize_batch` was given.
+
+    The file names classes, and does not decide which are made: a `Batch`, named tuples, and
+    classes of the program itself whose objects consist of their attributes. No method of a class is
+    called, and nothing is imported.
+
+    Args:
+        kept: a result of `serialize_batch`, or whatever a file holds in its place.
+        own: names of the program's modules, as `own_modules` returns them.
+
+    Raises:
+        ValueError: a part could not be kept, is of another class, or is damaged.
+    """
+    try:
+        return _read(kept, own, 0)
+    except (LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"the kept batch is damaged: {type(error).__name__}: {error}") from error
+
+
+def _read(kept: Any, own: Collection[str], depth: int) -> Any:
+    if type(kept) is not dict or depth > MAX_DEPTH:
+        what = "nested too deep" if type(kept) is dict else f"a {type(kept).__name__}"
+        raise ValueError(f"the kept batch is damaged: a part of it is {what}")
+    kind = kept["kind"]
+    if kind == "plain" and type(kept["value"]) in SCALARS:
+        return kept["value"]
+    if kind == "tensor" and _is_stored(kept["value"]):
+        return kept["value"]
+    if kind == "array" and ARRAY.fullmatch(kept["dtype"]):
+        if "numpy" not in sys.modules:
+            raise ValueError("the batch holds an array of NumPy's, which this recipe never imports")
+        try:
+            return sys.modules["numpy"].asarray(kept["value"], dtype=kept["dtype"])
+        except ValueError as error:
+            raise ValueError(f"the kept batch is damaged: {error}") from error
+    if kind == "lost":
+        raise ValueError(f"a part of the batch could not be kept: {str(kept['value'])[:MAX_REPR]}")
+    if kind == "batch" and type(kept["size"]) is int and kept["size"] >= 0:
+        return Batch(_fields(kept["fields"], own, depth), kept["size"])
+    if kind == "mapping":
+        names, values = ([_read(each, own, depth + 1) for each in part] for part in kept["parts"])
+        return dict(zip(names, values, strict=True))
+    if kind == "row":
+        return _make_row(kept["class"], [_read(each, own, depth + 1) for each in kept["parts"]])
+    if kind == "object":
+        return _make_object(kept["class"], _fields(kept["parts"], own, depth), own)
+    raise ValueError(f"the kept batch is damaged: a part of it is no {str(kind)[:80]!r}")
+
+
+def _make_row(name: Any, row: list[Any]) -> Any:
+    made = _imported_class(name)
+    if made is not None and issubclass(made, list):
+        return row
+    if made is not None and issubclass(made, tuple):
+        fields = getattr(made, "_fields", None)
+        if fields is None:
+            return tuple(row)
+        if type(fields) is tuple and len(fields) == len(row) and _is_named_tuple(made):
+            return tuple.__new__(made, row)
+    raise _unknown(name)
+
+
+def _is_named_tuple(made: type) -> bool:
+    """Return True for a class that `collections.namedtuple` made: its constructor runs no code.
+
+    The constructor is called where a batch is moved or copied.
+    """
+    own = f"namedtuple_{made.__name__}"  # The module in which the constructor is made.
+    return (
+        made.__bases__[0] is tuple
+        and getattr(made.__new__, "__globals__", {}).get("__name__") == own
+        and "__del__" not in vars(made)
     )
 
 
-def deserialize_batch(kept: Mapping[str, Any]) -> Any:
-    """Return the batch that `serialize_batch` was given.
-
-    Classes are looked up in imported modules; nothing is imported.
-
-    Args:
-        kept: a result of `serialize_batch`.
-
-    Raises:
-        ValueError: if a part could not be kept, or if a class is not imported or not plain.
-    """
-    kind = kept["kind"]
-    if kind in ("plain", "tensor"):
-        return kept["value"]
-    if kind == "array":
-        if "numpy" not in sys.modules:
-            raise ValueError("the batch holds an array of NumPy's, which this recipe never imports")
-        return sys.modules["numpy"].asarray(kept["value"], dtype=kept["dtype"])
-    if kind == "batch":
-        fields = {name: deserialize_batch(value) for name, value in kept["fields"].items()}
-        return Batch(fields, kept["size"])
-    if kind == "lost":
-        raise ValueError(f"a part of the batch could not be kept: {kept['value']}")
-    made = _imported_class(kept["class"])
-    if kind == "mapping":
-        names, values = ([deserialize_batch(each) for each in part] for part in kept["parts"])
-        return dict(zip(names, values, strict=True))
-    if kind == "row":
-        row = [deserialize_batch(each) for each in kept["parts"]]
-        if made is not None and issubclass(made, tuple):
-            return made(*row) if hasattr(made, "_fields") else tuple(row)
-        return row
-    if made is None or not _is_plain(made):
-        raise ValueError(f"the batch holds a {kept['class']}, which this recipe does not know")
+def _make_object(name: Any, attributes: dict[str, Any], own: Collection[str]) -> Any:
+    made = _imported_class(name)
+    if made is None or made.__module__ not in own or not _is_plain(made):
+        raise _unknown(name)
     new: Any = object.__new__(made)
-    vars(new).update({name: deserialize_batch(value) for name, value in kept["parts"].items()})
+    vars(new).update(attributes)
     return new
 
 
-def _imported_class(name: str) -> type | None:
-    """Return a class by "module:name" if its module is imported."""
-    module, _, path = name.partition(":")
+def _unknown(name: Any) -> ValueError:
+    return ValueError(
+        f"the batch holds a {str(name)[:80]}, which this recipe does not know: allowed are named "
+        "tuples, and dataclasses and plain objects of the recipe's own modules"
+    )
+
+
+def _fields(parts: Any, own: Collection[str], depth: int) -> dict[str, Any]:
+    if type(parts) is not dict or not all(type(name) is str for name in parts):
+        raise ValueError("the kept batch is damaged: fields must have names")
+    return {name: _read(each, own, depth + 1) for name, each in parts.items()}
+
+
+def _is_stored(value: Any) -> bool:
+    """Return True for a tensor that is what it says: its elements take the memory that it has."""
+    return (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.is_contiguous()
+    )
+
+
+def _imported_class(name: Any) -> type | None:
+    """Return a class by "module:name" if it is defined in that module, which is imported."""
+    module, _, path = str(name).partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, type) else None
+        # Not by getattr: a module may import what it is asked for.
+        found = getattr(found, "__dict__", {}).get(part)
+    if isinstance(found, type) and (found.__module__, found.__qualname__) == (module, path):
+        return found
+    return None
 
 
 def batch_fields(batch: Any) -> dict[str, Any]:

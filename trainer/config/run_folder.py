@@ -1,0 +1,154 @@
+"""The YAML of a run folder, which may come from elsewhere: it builds listed classes, and no more.
+
+Allowed are the names that recipes list in `RUN_NAMES`, the classes of torch, torchaudio and the
+trainer that are listed here, and names in packages that the caller allows. Classes are built by
+`!new:` and `!name:`; `!apply:` calls `len` and the listed functions. Refused are `!applyref:`,
+`!module:`, `!include:`, `base`, attributes of objects, and paths that lead out of the run folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from trainer.config.building import ATTRIBUTE, signature
+from trainer.config.reading import items, location, nodes, object_name, plain, tag
+from trainer.config.registry import NAME, Registry, listed_names
+from trainer.untrusted import confined
+
+# Module of the name: base class, and the module (or the package) in which the class is defined.
+KINDS: dict[str, tuple[type, str]] = {
+    "torch.nn": (nn.Module, "torch.nn.modules"),
+    "torch.optim": (Optimizer, "torch.optim"),
+    "torch.optim.lr_scheduler": (LRScheduler, "torch.optim.lr_scheduler"),
+    "trainer": (object, "trainer.epochs"),
+    "trainer.clipping": (object, "trainer.clipping"),
+    "trainer.epochs": (object, "trainer.epochs"),
+    "trainer.schedules": (object, "trainer.schedules"),
+}
+CLASSES = (
+    "torchaudio.models.Conformer",
+    "torchaudio.models.ConvTasNet",
+    "torchaudio.models.Tacotron2",
+    "torchaudio.transforms.SpecAugment",
+)
+# Whoever opens a run folder reads its checkpoints by a Checkpointer of its own.
+TRAINING_ONLY = (
+    "trainer.Checkpointer",
+    "trainer.checkpoint.Checkpointer",
+    "trainer.checkpoint.checkpointer.Checkpointer",
+)
+
+
+class RunFolderRegistry(Registry):
+    """Resolves the names in the YAML of a run folder.
+
+    Args:
+        allow: packages, modules or single objects by dotted name that may be built as well.
+    """
+
+    def __init__(self, allow: Iterable[str] = ()) -> None:
+        self.own = [allow] if isinstance(allow, str) else list(allow)
+        super().__init__(self.own, run_folder=True)
+        listed = [listed_names(package, "RUN_NAMES") for package in self.packages]
+        self.listed = {name for names in listed for name in names}
+
+    def locate(self, name: str) -> Any:
+        """Return the class, or the listed function, with a dotted name.
+
+        Raises:
+            ValueError: the name is not allowed, or there is no such object.
+        """
+        if name == "len":
+            return len
+        within = any(f"{name}.".startswith(f"{each}.") for each in self.own)
+        if within or name in self.listed or name in CLASSES:
+            return super().locate(name)
+        module, _, last = name.rpartition(".")
+        if module in KINDS and NAME.fullmatch(name):
+            base, home = KINDS[module]
+            found = vars(importlib.import_module(module)).get(last)
+            inside = f"{getattr(found, '__module__', '')}.".startswith(f"{home}.")
+            if inside and inspect.isclass(found) and issubclass(found, base):
+                return found
+        raise self._refusal(name)
+
+    def is_for_training_only(self, name: str) -> bool:
+        """Return True for a name that using a trained model does not need."""
+        return name in TRAINING_ONLY or super().is_for_training_only(name)
+
+    def _refusal(self, name: str, why: str = "") -> ValueError:
+        if any(name.startswith(f"{each}.") for each in self.packages):
+            return super()._refusal(name, why)
+        return ValueError(
+            f"{name!a} is not allowed: a run folder may build what installed recipes list in "
+            "RUN_NAMES, layers of torch.nn, and optimizers and schedules; classes of your own are "
+            "allowed by trainer.load(run, brain=YourBrain, allow=['your_package'])"
+        )
+
+
+def check_tags(root: Node) -> None:
+    """Refuse `!applyref:`, which would be called while references are resolved.
+
+    Raises:
+        ValueError: with the place.
+    """
+    for node in nodes(root):
+        if tag(node).startswith("!applyref:"):
+            raise ValueError(f"{location(node)}: {tag(node)} is not allowed in a run folder")
+
+
+def check_objects(root: MappingNode, registry: RunFolderRegistry, folder: Path) -> None:
+    """Check the objects of a resolved tree: kinds, and paths among their arguments.
+
+    Raises:
+        ValueError: with the place.
+    """
+    for node in nodes(root):
+        name = object_name(node)
+        try:
+            if tag(node) == ATTRIBUTE:
+                attribute = str(node.value[1].value)
+                raise ValueError(
+                    f"{attribute!r} is an attribute of an object, which a run folder may not read"
+                )
+            if name:
+                _check_object(node, name, registry, folder)
+        except ValueError as error:
+            raise ValueError(f"{location(node)}: {error}") from error
+
+
+def _check_object(node: Node, name: str, registry: RunFolderRegistry, folder: Path) -> None:
+    kind, target = tag(node).removesuffix(name), registry.locate(name)
+    called = kind == "!apply:" and (name == "len" or name in registry.listed)
+    if not (called and not inspect.isclass(target)) and not (
+        kind in ("!new:", "!name:") and inspect.isclass(target)
+    ):
+        raise ValueError(
+            f"{tag(node)} is not allowed in a run folder: it builds classes by !new: and !name:, "
+            "and calls only functions that recipes list in RUN_NAMES"
+        )
+    for parameter, value in _arguments(node, target):
+        if "Path" in str(parameter.annotation) and isinstance(value, ScalarNode):
+            text = plain(value)
+            if isinstance(text, str):
+                confined(folder, text)
+
+
+def _arguments(node: Node, target: Any) -> Iterator[tuple[inspect.Parameter, Node]]:
+    """Yield the arguments of an object with their parameters, as far as these are known."""
+    known = signature(target)
+    parameters = {} if known is None else dict(known.parameters)
+    names = list(parameters) if isinstance(node, SequenceNode) else []
+    for key, value in items(node):
+        name = names[int(key)] if names and int(key) < len(names) else key
+        if name in parameters:
+            yield parameters[name], value

@@ -1,0 +1,287 @@
+"""Trained models from run folders.
+
+    model = trainer.load("results/asr/demo/1234")
+
+What is found in a run folder is data: it builds only what installed recipes list for it (see
+`trainer.config.run_folder`), reads no file outside of the folder, and changes none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from trainer.brain import Brain
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_state import check_weights
+from trainer.config.hyperparameters import Configuration
+from trainer.config.reading import nodes, object_name
+from trainer.config.registry import recipe_packages
+from trainer.evaluation import load_weights, rng_kept
+from trainer.optim.build import pick_device
+from trainer.options import RunOptions
+from trainer.untrusted import confined, memory_in_proportion, no_modules_from, printable
+
+HYPERPARAMS = "hyperparams.yaml"
+CHECKPOINTS = "checkpoints"
+
+# Run options that a run folder decides: for using a model, and for training steps as well.
+OF_THE_MODEL = ("seed", "precision", "eval_precision", "ema_decay", "average_checkpoints")
+OF_THE_TRAINING = (
+    "grad_accumulation_factor", "schedule_every", "max_grad_norm", "clip", "nonfinite_patience",
+    "skip_nonfinite_grads",
+)  # fmt: skip
+
+B = TypeVar("B", bound=Brain)
+
+
+@dataclass
+class OpenRun:
+    """Content of a run folder.
+
+    Attributes:
+        folder: the run folder.
+        configuration: its YAML, which is not built yet.
+        checkpointer: its checkpoints; to be read only.
+    """
+
+    folder: Path
+    configuration: Configuration
+    checkpointer: Checkpointer
+
+    def options(self, *names: str, **given: Any) -> RunOptions:
+        """Return run options: of the run those of these names, and ``given``.
+
+        Nothing is recorded by a Brain that has them: there is no ``output_folder``.
+        """
+        of_run = self.configuration.options()
+        chosen = {name: value for name, value in of_run.items() if name in names}
+        if of_run.get("threads") is not None:
+            chosen["threads"] = min(of_run["threads"], os.cpu_count() or 1)
+        quiet = {"progressbar": False, "monitor_every": 0, "drift_check_every": 0}
+        return RunOptions(**{**quiet, **chosen, **given})
+
+    def build(self, modules: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+        """Build the hyperparameters; ``modules`` replace those of the YAML.
+
+        Raises:
+            ValueError: the YAML builds something that is not allowed, or no modules.
+        """
+        hparams = self.configuration.build()
+        if modules is not None:
+            hparams["modules"] = modules
+        if not isinstance(hparams.get("modules"), Mapping):
+            raise ValueError(
+                f"{self.folder / HYPERPARAMS} builds no modules: give load(run, brain=…, "
+                "modules={…}) those that the program of the run makes"
+            )
+        hparams["output_folder"] = None  # What evaluates a loaded model writes nothing.
+        return hparams
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Context manager to build in: memory is limited in proportion to the folder.
+
+        What the objects are made of is imported before: modules may take any memory.
+        """
+        self.configuration.check()
+        with memory_in_proportion(self.folder):
+            yield
+
+    def brain_class(self) -> type[Brain]:
+        """Return the Brain of the installed recipe whose objects the YAML builds.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        names = [object_name(each) for each in nodes(self.configuration.root)]
+        found = [
+            package
+            for package in recipe_packages()
+            if hasattr(sys.modules[package], "BRAIN")
+            and any(name.startswith(f"{package}.") for name in names)
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.folder} is a run of {' and '.join(found) or 'no installed recipe'}: name "
+                "its Brain, as in trainer.load(run, brain=YourBrain, allow=['your_package'])"
+            )
+        return recipe_brain(found[0])
+
+
+def recipe_brain(package: str) -> type[Brain]:
+    """Return the Brain that a recipe's package names in ``BRAIN``, such as "train.Recogniser"."""
+    module, _, name = str(sys.modules[package].BRAIN).rpartition(".")
+    kind: type[Brain] = getattr(importlib.import_module(f"{package}.{module}"), name)
+    return kind
+
+
+@contextmanager
+def open_run(
+    run: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+) -> Iterator[OpenRun]:
+    """Context manager in which a run folder may be read, and objects built from it.
+
+    Within it no module is imported from the folder.
+
+    Args:
+        run: the run folder.
+        overrides: new values of keys of its YAML.
+        allow: packages, modules or objects by dotted name that the YAML may build, in addition to
+            those of installed recipes.
+
+    Raises:
+        ValueError: the folder is no run folder, or cannot be used; for whatever an object that is
+            built from it raises, too.
+        ImportError: a package is missing that a recipe needs.
+    """
+    folder = Path(run)
+    if not (folder / HYPERPARAMS).is_file():
+        raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
+    with no_modules_from(folder):
+        try:
+            configuration = Configuration(folder / HYPERPARAMS, allow, run_folder=True)
+            configuration.override({"output_folder": str(folder), **(overrides or {})})
+            checkpoints = Checkpointer(confined(folder, folder / CHECKPOINTS))
+            yield OpenRun(folder, configuration, checkpoints)
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, ValueError) and not str(error).isprintable():
+                raise ValueError(printable(str(error))) from error
+            raise
+        except Exception as error:  # Recipes meet what they never do in a YAML of their own.
+            memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+            reason = (
+                "it needs far more memory than its checkpoints account for"
+                if memory
+                else f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
+            )
+            raise ValueError(f"{folder} cannot be used: {reason}") from error
+
+
+@overload
+def load(
+    run: str | Path,
+    device: str = "auto",
+    *,
+    brain: type[B],
+    modules: Mapping[str, nn.Module] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    max_key: str | None = None,
+    min_key: str | None = None,
+) -> B: ...
+
+
+@overload
+def load(
+    run: str | Path,
+    device: str = "auto",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    max_key: str | None = None,
+    min_key: str | None = None,
+) -> Brain: ...
+
+
+def load(
+    run: str | Path,
+    device: str = "auto",
+    *,
+    brain: type[Brain] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    max_key: str | None = None,
+    min_key: str | None = None,
+) -> Brain:
+    """Load a trained model from its run folder, wherever that lies now and came from.
+
+    Nothing in the folder is run, and nothing is written. The model has the weights that the recipe
+    tests; it is in evaluation mode, has no checkpointer, and records nothing.
+
+    Args:
+        run: the run folder: its hyperparams.yaml and its checkpoints.
+        device: auto, cpu, cuda, cuda:1 …
+        brain: class of the model; None for that of the installed recipe.
+        modules: networks by name, for a run whose YAML builds none, as by `trainer.launch`.
+        overrides: new values of keys of the run's YAML.
+        allow: packages, modules or objects by dotted name that the YAML may build, in addition to
+            what installed recipes list: those of your own program.
+        max_key: metric of which the best checkpoint has the largest value.
+        min_key: metric of which the best checkpoint has the smallest value. Without either, the
+            attribute ``best_checkpoint`` of the class decides, such as ``{"min_key": "wer"}``;
+            without one, the newest checkpoint is taken.
+
+    Raises:
+        ValueError: the folder is no run folder, builds what is not allowed, or has no sound
+            checkpoint.
+        ImportError: a package is missing that the recipe needs.
+
+    Example::
+
+        model = trainer.load("results/asr/demo/1234")
+        model.evaluate(test_set)
+    """
+    place = pick_device(device)
+    if place.type == "cuda":  # CUDA takes memory that no file accounts for.
+        torch.zeros(1, device=place)
+    with open_run(run, overrides, allow) as opened, rng_kept():
+        kind = opened.brain_class() if brain is None else brain
+        with opened.limited():
+            hparams = opened.build(modules)
+            options = opened.options(*OF_THE_MODEL, device=device)
+            model = kind(hparams["modules"], hparams=hparams, run_opts=options)
+            if max_key is None and min_key is None:
+                best: Mapping[str, str | None] = getattr(model, "best_checkpoint", {})
+                max_key, min_key = best.get("max_key"), best.get("min_key")
+            put_weights(model.modules, opened.checkpointer, options, max_key, min_key)
+    model.modules.eval()
+    return model
+
+
+def put_weights(
+    modules: nn.Module,
+    checkpointer: Checkpointer,
+    options: RunOptions,
+    max_key: str | None = None,
+    min_key: str | None = None,
+    prefix: str = "",
+) -> None:
+    """Give modules the weights of the best checkpoint of a run, or of the mean of several.
+
+    Args:
+        modules: modules of the run.
+        checkpointer: its checkpoints.
+        options: ``average_checkpoints`` and ``ema_decay``.
+        max_key: metric of which the best checkpoint has the largest value.
+        min_key: metric of which the best checkpoint has the smallest value.
+        prefix: name of the modules among those of the run, such as "generator.".
+
+    Raises:
+        ValueError: there is no sound checkpoint, or it is of other modules.
+    """
+    found = load_weights(checkpointer, options, max_key, min_key)
+    if found is None:
+        raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
+    own = modules.state_dict()
+    found = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    if options.ema_decay is not None:  # Averages have buffers that a state leaves out.
+        found = {name: found[name] for name in own if name in found}
+    try:
+        check_weights(modules, found)
+    except ValueError as error:
+        raise ValueError(f"{checkpointer.folder}: {error}") from error
+    modules.load_state_dict(found)

@@ -1,0 +1,110 @@
+"""Files that may come from elsewhere: paths that stay in a folder, and memory in proportion."""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
+BYTES_PER_CORE = 1 << 25  # for the stacks of torch's threads, which may start at any time
+MEMORY_PER_BYTE = 8  # weights in the model, as read, as loaded, and twice in float64 for a mean
+
+_limit = threading.RLock()  # The limit is one of the process.
+
+
+def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
+    """Return a path that, links followed, is in a folder; there it may be missing.
+
+    Raises:
+        ValueError: it leads outside, or to something that is neither a file nor a folder.
+    """
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    if os.path.commonpath([real, root]) != root:
+        raise ValueError(f"{str(path)!r} lies outside of {folder}")
+    if os.path.lexists(real):
+        mode = os.lstat(real).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(f"{str(path)!r} is neither a file nor a folder")
+    return Path(path)
+
+
+def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:
+    """Return the text of a file in a folder.
+
+    Raises:
+        ValueError: it lies elsewhere, is not UTF-8, or has more than ``at_most`` bytes.
+        OSError: it cannot be read.
+    """
+    path = confined(folder, Path(folder) / name)
+    with path.open("rb") as file:
+        data = file.read(at_most + 1)
+    if len(data) > at_most:
+        raise ValueError(f"{path} has more than {at_most} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def printable(text: str) -> str:
+    """Return a text without what a terminal would obey."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def bytes_on_disk(folder: str | Path) -> int:
+    """Return the space that the files below a folder take; holes in files count nothing."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # A run that goes on replaces its checkpoints.
+                info = os.lstat(os.path.join(place, name))
+                found += 512 * info.st_blocks if stat.S_ISREG(info.st_mode) else 0
+    return found
+
+
+@contextmanager
+def memory_in_proportion(folder: str | Path) -> Iterator[None]:
+    """Context manager in which this process may take memory in proportion to a folder's files.
+
+    More than that raises MemoryError, or torch's RuntimeError: a size in a file cannot have the
+    process killed for what it asks for. Other threads are under the limit, too. Only Linux has it.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        yield
+        return
+    with _limit:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        used = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
+        wanted = int(used.split()[1]) * 1024 + SPARE_BYTES + BYTES_PER_CORE * (os.cpu_count() or 1)
+        wanted += MEMORY_PER_BYTE * bytes_on_disk(folder)
+        known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *known]), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextmanager
+def no_modules_from(folder: str | Path) -> Iterator[None]:
+    """Context manager in which modules are not looked for in a folder, nor below it."""
+    root = os.path.realpath(folder)
+
+    def inside(entry: str) -> bool:
+        return os.path.commonpath([os.path.realpath(entry or os.curdir), root]) == root
+
+    hidden = [(place, entry) for place, entry in enumerate(sys.path) if inside(entry)]
+    for place, _ in reversed(hidden):
+        del sys.path[place]
+    try:
+        yield
+    finally:
+        for place, entry in hidden:
+            sys.path.insert(place, entry)
