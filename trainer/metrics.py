@@ -21,6 +21,7 @@ OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skippe
 # Keys of a stage record that belong to the framework; a metric of that name would hide one of them.
 RESERVED = (
     "kind", "stage", "epoch", "step", "steps", "examples", "seconds", "skipped", "overflowed",
+    "bad_files",
 )  # fmt: skip
 
 # Number of tensors that wait to be read at most, so that a long epoch does not hold many.
@@ -81,6 +82,7 @@ class StageReport:
         seconds: duration of the pass in this process, in seconds.
         skipped: training steps that were skipped.
         overflowed: training steps whose fp16 scale was too high.
+        bad_files: files of this pass that could not be used, on all ranks.
     """
 
     stage: str
@@ -93,6 +95,7 @@ class StageReport:
     seconds: float = 0.0
     skipped: int = 0
     overflowed: int = 0
+    bad_files: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return the stage record of `metrics.jsonl`, with the metrics flattened into it.
@@ -120,6 +123,7 @@ class StageReport:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "overflowed": self.overflowed,
+            "bad_files": self.bad_files,
         }
 
 

@@ -178,7 +178,9 @@ def good_ones(
     with ThreadPoolExecutor(8) as pool:  # Mostly waiting for disks.
         found = dict(zip(files, pool.map(ask, files), strict=True))
     bad = [(each.path, each.reason) for each in found.values() if isinstance(each, BadItem)]
-    BadItemPolicy(on_bad, max_bad, len(found)).handle(bad)
+    policy = BadItemPolicy(on_bad, max_bad)
+    policy.handle(bad)
+    policy.check(policy.skipped, len(found))
     return {file: each for file, each in found.items() if not isinstance(each, BadItem)}
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
 from multiprocessing import connection
@@ -25,17 +25,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
-from trainer.data.batch import collate
+from trainer.data.batch import collate, count_examples
 from trainer.data.batch_sampler import (
     DistributedBatchSampler,
     ShuffledSampler,
     generators,
     set_epoch,
 )
-from trainer.data.items import BadItemPolicy, BatchDataset, begin_loading, loading
+from trainer.data.items import (
+    BadItemPolicy,
+    BatchDataset,
+    LoadedBatch,
+    ReportingCollate,
+    begin_loading,
+    loading,
+)
 from trainer.seed import derive, fork_rng
 
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
+_END = object()  # Follows the last batch of an iterator.
 
 
 def make_loader(
@@ -52,7 +60,10 @@ def make_loader(
     """Make a loader of this rank's batches from a dataset.
 
     A dataset raises `BadItem` for an item that cannot be used. In training a batch without a good
-    item gets the next good item of the epoch instead; in evaluation it is left out.
+    item gets the next good item of the epoch instead; in evaluation it is left out. A run ends when
+    more than a share of an epoch's files is bad, counted over all ranks: `Brain` judges at each
+    logging interval and at the end of a stage, and a loader that no Brain reads as soon as it is
+    known, where there is one process.
 
     An `IterableDataset` has to give each rank and worker items of its own; see `resumable`.
 
@@ -62,8 +73,9 @@ def make_loader(
             `item_generator` depend on (seed, epoch, item) alone. Global generators are seeded for
             each batch in workers; without workers they are those of the process. A method
             ``set_epoch(epoch)`` is called in every worker; ``name_of(index) -> str`` names items
-            in error messages. ``__getitems__(indices)`` is called if there is one, as by
-            `DataLoader`; a batch with a bad item is loaded again, item by item.
+            in error messages; ``count_files(indices) -> int`` counts the different files of items,
+            which are a file each otherwise. ``__getitems__(indices)`` is called if there is one,
+            as by `DataLoader`; a batch with a bad item is loaded again, item by item.
         train: True for training: shuffle unless a sampler is given, another order and other random
             numbers in each epoch, equally many batches on every rank. False for evaluation: every
             item exactly once, in order, and every epoch alike.
@@ -71,7 +83,7 @@ def make_loader(
         rank: rank of this process.
         world_size: number of processes.
         on_bad: "skip" to log bad items and leave them out, "raise" to end the run at the first.
-        max_bad: share of this rank's items, between 0 and 1, above which bad items end the run.
+        max_bad: share of the files, between 0 and 1, above which bad ones end the run.
         **options: options of `DataLoader`. ``batch_size`` is that of one process. Samplers of any
             kind get the epoch, and draw from random numbers of their own. ``timeout``, in seconds,
             ends a run whose workers give no batch for that long (0: never).
@@ -91,7 +103,8 @@ def make_loader(
             options.pop(name, None)
     options["pin_memory"] = options.get("pin_memory", False) and torch.accelerator.is_available()
     if isinstance(dataset, IterableDataset):
-        return Stream(DataLoader(dataset, **options), seed, train)
+        policy = BadItemPolicy(on_bad, max_bad)
+        return Stream(DataLoader(dataset, **options), seed, train, policy, world_size)
     if not len(dataset):
         raise ValueError(f"the dataset {type(dataset).__name__} has no items")
     sampler = _pop_sampler(
@@ -101,8 +114,7 @@ def make_loader(
     join = options.pop("collate_fn", None) or (default_convert if single else _collate)
     workers = options.get("num_workers", 0)
     batches = BatchDataset(dataset, join, seed, train, single, workers)
-    policy = BadItemPolicy(on_bad, max_bad, len(dataset) / world_size)
-    return Loader(batches, sampler, policy, options)
+    return Loader(batches, sampler, BadItemPolicy(on_bad, max_bad), options)
 
 
 def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
@@ -134,7 +146,12 @@ def _identity(loaded: Any) -> Any:
 
 
 class Loader:
-    """Loader of a dataset's batches, made by `make_loader`."""
+    """Loader of a dataset's batches, made by `make_loader`.
+
+    Attributes:
+        policy: counts the bad items.
+        alone: True if it judges bad items by itself, since nobody does so for all ranks.
+    """
 
     def __init__(
         self,
@@ -143,7 +160,8 @@ class Loader:
         policy: BadItemPolicy,
         options: dict[str, Any],
     ) -> None:
-        self._batches, self._sampler, self._policy = batches, sampler, policy
+        self._batches, self._sampler, self.policy = batches, sampler, policy
+        self.alone = sampler.world_size == 1
         self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
         weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
         self._timeout, self._workers = options.pop("timeout", 0), options.get("num_workers", 0)
@@ -164,7 +182,15 @@ class Loader:
     @property
     def bad(self) -> dict[str, str]:
         """Reasons by path, of the items skipped in the current epoch on this rank."""
-        return dict(self._policy.skipped)
+        return dict(self.policy.skipped)
+
+    def report_bad(self) -> dict[str, Any]:
+        """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
+        indices = self._sampler.epoch_items()
+        if indices is None:
+            return self.policy.report(len(self._batches.dataset))
+        total, unit = self._batches.count_files(indices)
+        return self.policy.report(total * self._sampler.ranks, unit)
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations. In evaluation all are alike."""
@@ -182,19 +208,18 @@ class Loader:
 
     def _from_process(self) -> Iterator[Any]:
         """Yield the batches without workers."""
-        self._policy.start_epoch()
+        self.policy.start_epoch()
         # DataLoader only has to pin memory here, and takes some 10 µs for each batch.
         pinned = self._loader.pin_memory
         loaded = self._loader if pinned else map(self._batches.__getitem__, self._sampler)
-        for batch, reports in loaded:
-            if reports:
-                self._policy.handle(reports)
-            if batch is not None:
-                yield batch
+        for each in loaded:
+            self._count(each)
+            if each.batch is not None:
+                yield each.batch
 
     def _from_workers(self) -> Iterator[Any]:
         """Yield the batches that workers load."""
-        self._policy.start_epoch()
+        self.policy.start_epoch()
         self._closing.fill_(False)
         first = self._sampler.start
         watched = _WatchedIterator(iter(self._loader), self._timeout)
@@ -203,15 +228,19 @@ class Loader:
                 loaded = watched.next(partial(self._describe_wait, number))
                 if loaded is None:
                     return
-                batch, reports = loaded
-                self._policy.handle(reports)
-                if batch is not None:
-                    yield batch
+                self._count(loaded)
+                if loaded.batch is not None:
+                    yield loaded.batch
         except BaseException:  # GeneratorExit too: the epoch was left early.
             self._closing.fill_(True)
             watched.close()
             self._loader = self._make()
             raise
+
+    def _count(self, loaded: LoadedBatch) -> None:
+        self.policy.handle(loaded.reports, loaded.items)
+        if self.alone and self.policy.unjudged:
+            self.policy.judge([self.report_bad()])
 
     def _describe_wait(self, number: int) -> str:
         loading = self._batches.describe_loading()
@@ -230,11 +259,25 @@ class Stream:
         source: an iterable of batches.
         seed: random seed of the run.
         train: False for evaluation, in which every epoch is alike.
+        policy: counts what the source reports by `report_bad`; None to skip up to 5 %.
+        world_size: number of processes.
+
+    Attributes:
+        policy, alone: as those of `Loader`.
     """
 
-    def __init__(self, source: Iterable[Any], seed: int = 0, train: bool = True) -> None:
+    def __init__(
+        self,
+        source: Iterable[Any],
+        seed: int = 0,
+        train: bool = True,
+        policy: BadItemPolicy | None = None,
+        world_size: int = 1,
+    ) -> None:
         self._source, self._seed, self._train = source, seed, train
         self._epoch, self._start = 0, 0
+        self.policy = policy or BadItemPolicy("skip", 0.05)
+        self.alone = world_size == 1
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations; tell sampler and dataset."""
@@ -251,19 +294,29 @@ class Stream:
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
         seed, epoch = self._seed, self._epoch  # Another iteration may begin before this one ends.
+        self.policy.start_epoch()
         forked = fork_rng(derive(seed, "stream", epoch), generators(self._source))
-        with forked, _seeding_workers(self._source, seed, epoch):
+        with forked, _prepared(self._source, seed, epoch):
             iterator = iter(self._source)
         plain = type(self._source) is DataLoader and self._source.num_workers > 0
         each = nullcontext() if plain else forked
         for number in count():
-            with each, loading(seed, epoch):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
+            with each, loading(seed, epoch) as reports:
+                batch = next(iterator, _END)
+            if not isinstance(batch, LoadedBatch):
+                items = 0 if batch is _END else count_examples(batch)
+                batch = LoadedBatch(batch, items + len(reports), reports)
+            self.policy.handle(batch.reports, batch.items)
+            if batch.batch is _END:
+                break
             if number >= start:
-                yield batch
+                yield batch.batch
+        if self.alone and self.policy.unjudged:
+            self.policy.judge([self.report_bad()])
+
+    def report_bad(self) -> dict[str, Any]:
+        """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
+        return self.policy.report()
 
 
 def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:
@@ -283,7 +336,8 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     if isinstance(source, Loader | Stream):
         return source
     if type(source) is not DataLoader or isinstance(source.dataset, IterableDataset):
-        return Stream(source, seed, run.get("train", True))
+        policy = BadItemPolicy(run.get("on_bad", "skip"), run.get("max_bad", 0.05))
+        return Stream(source, seed, run.get("train", True), policy, run.get("world_size", 1))
     same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
     options = {name: getattr(source, name) for name in (*same, "persistent_workers")}
     if source.num_workers:
@@ -297,17 +351,23 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
 
 
 @contextmanager
-def _seeding_workers(source: Any, seed: int, epoch: int) -> Iterator[None]:
-    """Context manager in which a DataLoader tells its new workers the seed and the epoch."""
-    if not getattr(source, "num_workers", 0) or not hasattr(source, "worker_init_fn"):
+def _prepared(source: Any, seed: int, epoch: int) -> Iterator[None]:
+    """Context manager in which a DataLoader begins an epoch.
+
+    It tells new workers the seed and the epoch, and its batches come with their bad items. A class
+    of its own may change batches on their way, and gets them as they are.
+    """
+    changed: dict[str, Any] = {}
+    if type(source) is DataLoader:
+        changed["collate_fn"] = ReportingCollate(source.collate_fn)
+    if getattr(source, "num_workers", 0) and hasattr(source, "worker_init_fn"):
+        before = source.worker_init_fn
+        changed["worker_init_fn"] = partial(_init_stream_worker, seed, epoch, before)
+    with ExitStack() as stack:
+        for name, value in changed.items():
+            stack.callback(setattr, source, name, getattr(source, name))
+            setattr(source, name, value)
         yield
-        return
-    before = source.worker_init_fn
-    source.worker_init_fn = partial(_init_stream_worker, seed, epoch, before)
-    try:
-        yield
-    finally:
-        source.worker_init_fn = before
 
 
 def _init_stream_worker(

@@ -25,7 +25,7 @@ logger = logging.getLogger("trainer")
 
 LoggerFactory = Callable[[Path], Logger]
 
-LOST_STEPS = ("skipped", "overflowed")  # Counts that the log line shows if they are not 0.
+LOST = ("skipped", "overflowed", "bad_files")  # Counts that the log line shows if they are not 0.
 
 
 class LoggerCallback(Callback):
@@ -200,7 +200,7 @@ def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
     facts = {
         name: value
         for name, value in report.record().items()
-        if name not in RESERVED or (name in LOST_STEPS and value)
+        if name not in RESERVED or (name in LOST and value)
     }
     where = report.stage if report.epoch is None else f"epoch {report.epoch} {report.stage}"
     text = f"{where}: {_join(facts)}, {report.seconds:.0f} s"

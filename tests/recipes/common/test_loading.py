@@ -152,7 +152,7 @@ def test_one_file_in_a_hundred_is_bad(tmp_path: Path, caplog: Any) -> None:
     assert len(caplog.messages) == 9
     for cut in cuts[:50]:
         path_of(cut).unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"58 of 1000 items are bad, more than the 5.0%") as caught:
+    with pytest.raises(ValueError, match=r"58 of 1000 files are bad, more than the 5.0%") as caught:
         without_bad(cuts)
     assert str(caught.value).count(".wav: ") == 58
     loader = make_loader(Speech(cuts, RATE), train=True, batch_size=8)
