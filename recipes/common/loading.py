@@ -17,7 +17,6 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.audio import Expected, good_ones, read_channels, read_header
+from recipes.common.audio import Expected, good_ones, read_channels
+from recipes.common.cuts import count_files
 from trainer import distributed
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
@@ -111,10 +111,8 @@ def without_bad(cuts: Iterable[Cut], *, on_bad: str = "skip", max_bad: float = 0
         ValueError: more than the share ``max_bad`` of the files is bad; the message lists them.
     """
     every = list(cuts)
-    files = {cut.id: list(_files(cut).items()) for cut in every}
-    wanted = chain.from_iterable(files.values())
-    good = good_ones(wanted, lambda file: read_header(*file), on_bad, max_bad)
-    return CutSet.from_cuts(cut for cut in every if all(file in good for file in files[cut.id]))
+    files = {number: list(_files(cut).items()) for number, cut in enumerate(every)}
+    return CutSet.from_cuts(every[number] for number in good_ones(files, on_bad, max_bad))
 
 
 def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
@@ -227,6 +225,10 @@ class Speech(Dataset[dict[str, Any]]):
         perturbed = cut if speed == 1.0 else cut.perturb_speed(speed)
         signal = load(perturbed, self.sample_rate, self.resample)
         return {"id": cut.id, "sig": signal, **self.labels(cut)}
+
+    def count_files(self, indices: Iterable[int]) -> int:
+        """Return the number of different files of these utterances."""
+        return count_files(self.cuts[index] for index in indices)
 
     def name_of(self, index: int) -> str:
         """Return the name of an utterance for error messages."""

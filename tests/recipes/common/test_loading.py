@@ -156,7 +156,7 @@ def test_one_file_in_a_hundred_is_bad(tmp_path: Path, caplog: Any) -> None:
         without_bad(cuts)
     assert str(caught.value).count(".wav: ") == 58
     loader = make_loader(Speech(cuts, RATE), train=True, batch_size=8)
-    with pytest.raises(ValueError, match=r"51 of 1000 items are bad, more than the 5.0%"):
+    with pytest.raises(ValueError, match=r"51 of 1000 files are bad, more than the 5.0%"):
         list(loader)
 
 
