@@ -14,6 +14,7 @@ its length, and takes 1 s for 281,000 utterances where lhotse's takes 30 s.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -251,7 +252,7 @@ class DurationBatches:
         processes: number of processes; None for those of the run. 1 without ``shuffle``.
 
     Raises:
-        ValueError: an item lasts longer than ``max_duration``.
+        ValueError: an item lasts longer than ``max_duration``, or no time at all.
     """
 
     JITTER = 0.05  # Durations are sorted after a relative change of up to this: padding is small.
@@ -266,6 +267,9 @@ class DurationBatches:
         max_items: int | None = None,
         processes: int | None = None,
     ) -> None:
+        for index, duration in enumerate(durations):
+            if not 0 < duration < math.inf:  # Nor NaN, which is in no order.
+                raise ValueError(f"item {index} lasts {duration} s; allowed: a number above 0")
         longest = max(durations, default=0.0)
         if longest > max_duration:
             raise ValueError(

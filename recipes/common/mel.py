@@ -199,6 +199,6 @@ def _read_npy(path: Path) -> tuple[Any, Any]:
         raise ValueError(f"{path}: how it was made is unknown; expected beside it: {beside.name}")
     try:
         config = json.loads(beside.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{beside}: it is not JSON ({error})") from None
     return (torch.from_numpy(array) if array.dtype.kind == "f" else array), config

@@ -24,7 +24,7 @@ from recipes.common.loading import load
 from recipes.common.noise import coloured_noise
 from recipes.common.paths import inside
 from recipes.common.speech import embedded_speech, to_cuts
-from recipes.common.tables import named, read_lines, read_rows
+from recipes.common.tables import TableError, named, read_lines, read_rows
 from recipes.separation.mixing import fitted
 from trainer.seed import derive
 
@@ -189,9 +189,18 @@ def listed(
     files = {each.stem: each for each in sorted((folder / audio).glob("*")) if each.is_file()}
 
     def find(name: str) -> Path:
-        usual = folder / audio / f"{name}.wav"  # Not there, which is told with all that is not.
-        return inside(folder, str(files.get(name, usual).relative_to(folder)))
+        inside(folder, name)  # Which refuses what leads elsewhere.
+        file = (
+            files[name].name if name in files else f"{name}.wav"
+        )  # Told with all that is missing.
+        return inside(folder, f"{audio}/{file}")
 
+    for row in rows:
+        if not row.cells["speaker"]:
+            raise TableError(path, f"names no speaker of {row.cells['id']!r}", row.line)
+    if others := sorted({row.cells["split"] for row in rows} - set(SPLITS)):
+        logger.warning("%s has rows of other splits, left out: %s", path, ", ".join(others))
+        rows = [row for row in rows if row.cells["split"] in SPLITS]
     wanted = [named(path, row.line, find, row.cells["id"]) for row in rows]
     good = check_recordings(wanted, on_bad=on_bad, max_bad=max_bad)
     found: dict[str, list[MonoCut]] = {}
