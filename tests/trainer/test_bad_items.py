@@ -271,6 +271,31 @@ def test_files_are_those_of_the_items_that_are_asked_for() -> None:
         list(make_loader(few, train=False, sampler=[*range(10), 1, 2, 3, 3]))
 
 
+class Batches(Takes):
+    """Whole batches, asked for by a list of their items."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = []
+        for each in index:
+            try:
+                found.append(super().__getitem__(each)["x"])
+            except BadItem as bad:
+                report_bad(bad.path, bad.reason)
+        return torch.stack(found)
+
+
+def test_an_index_that_is_a_batch_is_not_taken_for_an_item() -> None:
+    sampler = [list(range(start, start + 10)) for start in range(0, 100, 10)]
+
+    def read(bad: list[int], data: Any = Batches) -> None:
+        list(make_loader(data(100, bad), train=False, sampler=sampler, batch_size=None))
+
+    read([3, 50, 51])
+    read([3, 50, 51], lambda size, bad: Subset(Batches(size, bad), range(size)))
+    with pytest.raises(ValueError, match="6 of 100 items are bad"):
+        read([3, 50, 51, 52, 53, 54])
+
+
 class Shards(IterableDataset):
     """A stream that leaves bad files out, each process those of its own."""
 

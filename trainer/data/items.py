@@ -328,13 +328,15 @@ class BatchDataset(Dataset[Any]):
         Where the dataset has no method ``count_files``: of different items, and "items".
         """
         dataset = self.dataset
-        while isinstance(dataset, Subset):
+        while isinstance(dataset, Subset) and not self.single:
             indices = [dataset.indices[index] for index in indices]
             dataset = dataset.dataset
         if (count_files := getattr(dataset, "count_files", None)) is not None:
             return int(count_files(indices)), "files"
         hashable = all(isinstance(index, Hashable) for index in indices)
-        return len(set(indices) if hashable else indices), "items"
+        items = len(set(indices) if hashable else indices)
+        # An index of ``single`` may be a batch.
+        return max(items, len(dataset)) if self.single else items, "items"
 
     def _set_epoch(self, epoch: int) -> None:
         """Tell the dataset the epoch; here, since a worker may outlive it."""
