@@ -162,6 +162,7 @@ class Loader:
     ) -> None:
         self._batches, self._sampler, self.policy = batches, sampler, policy
         self.alone = sampler.world_size == 1
+        self._total: tuple[int, str] | None = None  # Files of the epoch, once they are counted.
         self._closing = torch.zeros(1, dtype=torch.bool).share_memory_()
         weakref.finalize(self, self._closing.fill_, True)  # At the interpreter's exit too.
         self._timeout, self._workers = options.pop("timeout", 0), options.get("num_workers", 0)
@@ -186,11 +187,12 @@ class Loader:
 
     def report_bad(self) -> dict[str, Any]:
         """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
-        indices = self._sampler.epoch_items()
-        if indices is None:
-            return self.policy.report(len(self._batches.dataset))
-        total, unit = self._batches.count_files(indices)
-        return self.policy.report(total * self._sampler.ranks, unit)
+        if self._total is None:
+            self._total = len(self._batches.dataset), "items"
+            if (indices := self._sampler.epoch_items()) is not None:
+                files, unit = self._batches.count_files(indices)
+                self._total = files * self._sampler.ranks, unit
+        return self.policy.report(*self._total)
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations. In evaluation all are alike."""
@@ -208,7 +210,7 @@ class Loader:
 
     def _from_process(self) -> Iterator[Any]:
         """Yield the batches without workers."""
-        self.policy.start_epoch()
+        self._start_epoch()
         # DataLoader only has to pin memory here, and takes some 10 µs for each batch.
         pinned = self._loader.pin_memory
         loaded = self._loader if pinned else map(self._batches.__getitem__, self._sampler)
@@ -219,7 +221,7 @@ class Loader:
 
     def _from_workers(self) -> Iterator[Any]:
         """Yield the batches that workers load."""
-        self.policy.start_epoch()
+        self._start_epoch()
         self._closing.fill_(False)
         first = self._sampler.start
         watched = _WatchedIterator(iter(self._loader), self._timeout)
@@ -236,6 +238,10 @@ class Loader:
             watched.close()
             self._loader = self._make()
             raise
+
+    def _start_epoch(self) -> None:
+        self.policy.start_epoch()
+        self._total = None
 
     def _count(self, loaded: LoadedBatch) -> None:
         self.policy.handle(loaded.reports, loaded.items)
