@@ -412,14 +412,18 @@ class Brain(SpeechBrainNames):
             with self.__hang_watch.watching():
                 for batch, is_last in self.__awaited(feed, batches, self.__depth == 1):
                     self.__hang_watch.mark()
+                    before = progress.optimizer_step
                     self.train_batch(batch, is_last)
                     done += 1
+                    if before < progress.optimizer_step and self.__logs():
+                        feed.judge_bad(at_end=False)
                     if self.__after_batch():
                         break
+            bad = feed.judge_bad()
             self.__close_windows(done)
             progress.phase = then
             average = self.__metrics.average
-            return self.__end_stage(Stage.TRAIN, average, epoch, progress.step, started)
+            return self.__end_stage(Stage.TRAIN, average, epoch, progress.step, started, bad)
 
     def train_batch(self, batch: Any, is_last: bool = False) -> Any:
         """Train on one batch as `fit` does: `fit_batch`, averages, counters and callbacks.
@@ -609,6 +613,7 @@ class Brain(SpeechBrainNames):
                     examples += weight
                     mean.update(loss, weight)
                 self.callbacks.call("on_batch_end", self, stage, loss)
+            bad = feed.judge_bad()
             self.__check_some(steps, stage)
             lost = examples - mean.weight()
             if lost > 0:
@@ -616,7 +621,7 @@ class Brain(SpeechBrainNames):
                     "%s: the loss of %g of %g examples was not finite; the average leaves them out",
                     stage.value, lost, examples,
                 )  # fmt: skip
-            return self.__end_stage(stage, mean, epoch, steps, started)
+            return self.__end_stage(stage, mean, epoch, steps, started, bad)
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
         """Return the loss of a batch, without training."""
@@ -1140,10 +1145,14 @@ class Brain(SpeechBrainNames):
             progress.optimizer_step += 1
             if self.__ema is not None:
                 self.__ema.update(self.modules)
-            if progress.optimizer_step % self.options.log_interval == 0:
+            if self.__logs():
                 self.__tick()
                 record = metrics.record(progress.epoch, progress.optimizer_step, progress.seconds)
                 self.callbacks.call("on_log", self, record)
+
+    def __logs(self) -> bool:
+        """Return True if the present optimizer step ends a logging interval."""
+        return self.progress.optimizer_step % self.options.log_interval == 0
 
     def __after_batch(self) -> bool:
         """Save and stop where that is due; return True if the training ends here."""
@@ -1260,7 +1269,7 @@ class Brain(SpeechBrainNames):
             pass
 
     def __end_stage(
-        self, stage: Stage, mean: Mean, epoch: int | None, steps: int, started: float
+        self, stage: Stage, mean: Mean, epoch: int | None, steps: int, started: float, bad: int
     ) -> StageReport:
         """Report a stage, on all ranks: its average, its metrics, and saves that waited."""
         average = mean.reduce().value()
@@ -1277,7 +1286,7 @@ class Brain(SpeechBrainNames):
             stage.value, epoch, loss, epoch_end.agree_on_metrics({**logged, **(metrics or {})}),
             self.progress.optimizer_step, steps, mean.weight(),
             round(time.perf_counter() - started, 3),
-            **(self.__metrics.counts if stage is Stage.TRAIN else {}),
+            **(self.__metrics.counts if stage is Stage.TRAIN else {}), bad_files=bad,
         )  # fmt: skip
         self.callbacks.call("on_stage_end", self, report)
         if self.__depth == 1 and self.progress.phase == "valid" and stage is Stage.TRAIN:

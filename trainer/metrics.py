@@ -22,9 +22,11 @@ OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skippe
 RESERVED = (
     "kind", "stage", "epoch", "step", "steps", "examples", "seconds", "skipped", "overflowed",
     "out_of_memory",
+    "bad_files",
 )  # fmt: skip
 
 LOST = ("skipped", "overflowed", "out_of_memory")  # Counts of what did not train.
+SHOWN = (*LOST, "bad_files")  # Counts that the log line shows if they are not 0.
 
 # Number of tensors that wait to be read at most, so that a long epoch does not hold many.
 MAX_PENDING = 4096
@@ -85,6 +87,7 @@ class StageReport:
         skipped: training steps that were skipped.
         overflowed: training steps whose fp16 scale was too high.
         out_of_memory: training batches for which memory ran out.
+        bad_files: files of this pass that could not be used, on all ranks.
     """
 
     stage: str
@@ -98,6 +101,7 @@ class StageReport:
     skipped: int = 0
     overflowed: int = 0
     out_of_memory: int = 0
+    bad_files: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return the stage record of `metrics.jsonl`, with the metrics flattened into it.
@@ -126,6 +130,7 @@ class StageReport:
             "skipped": self.skipped,
             "overflowed": self.overflowed,
             "out_of_memory": self.out_of_memory,
+            "bad_files": self.bad_files,
         }
 
 

@@ -206,7 +206,7 @@ class RunOptions:
         section="Data",
     )
     max_bad_item: float = _option(
-        0.05, "fraction of items that may be skipped before the run stops", at_least=0, at_most=1
+        0.05, "fraction of files that may be skipped before the run stops", at_least=0, at_most=1
     )
 
     item_timeout: float = _option(

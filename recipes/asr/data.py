@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ import torch
 from recipes.asr.text import Codec, check_texts
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import cut_of
+from recipes.common.librispeech import read_parts
 from recipes.common.loading import Speech, filter_by_duration, transcript
 from recipes.common.speech import embedded_speech, to_cuts
-from trainer import distributed
 from trainer.seed import derive
 
 try:
     from lhotse import CutSet, MonoCut
     from lhotse.cut import MixedCut, MixTrack
-    from lhotse.recipes.librispeech import prepare_librispeech
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
@@ -163,13 +162,21 @@ def _string(
 # ------------------------------------------------------------------------------------- LibriSpeech
 
 
-def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests: str) -> Corpus:
-    """LibriSpeech, or any parts of it, prepared by lhotse; the texts in small letters.
+def librispeech(
+    data_folder: str,
+    parts: Mapping[str, Sequence[str]],
+    manifests: str | None = None,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """LibriSpeech, or any parts of it; the texts in small letters.
 
     Args:
         data_folder: where the folders ``train-clean-100``, ``dev-clean`` and so on are.
         parts: which of these make up each split; those that are not there are left out.
-        manifests: the folder for what was prepared, which later runs read.
+        manifests: no longer used; settings of earlier versions have it.
+        on_bad: handling of missing and unusable files, as in the run options.
+        max_bad: largest share of such files in a part, as in the run options.
 
     Raises ValueError for a folder that is missing or has another layout, and for a split of which
     no part is there.
@@ -186,31 +193,11 @@ def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests:
             )
     if missing := wanted - there:
         logger.warning("%s has no %s: going on without", folder, ", ".join(sorted(missing)))
-    if distributed.is_main():
-        _prepare(folder, wanted & there, manifests)
-    distributed.barrier()
-    prepared = _prepare(folder, wanted & there, manifests)  # reads what was written
+    found = read_parts(folder, wanted & there, on_bad, max_bad)
     return {
-        split: CutSet.from_cuts(
-            cut
-            for part in names
-            if part in prepared
-            for cut in CutSet.from_manifests(**prepared[part])
-        )
+        split: CutSet.from_cuts(cut for part in names for cut in found.get(part, ()))
         for split, names in parts.items()
     }
-
-
-def _prepare(folder: Path, parts: Iterable[str], manifests: str) -> dict[str, Any]:
-    try:
-        return prepare_librispeech(
-            folder, dataset_parts=sorted(parts), output_dir=manifests, normalize_text="lower"
-        )
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"lhotse could not prepare {folder} ({error}); expected were, as in LibriSpeech, "
-            "folders part/speaker/chapter with a *.trans.txt and the *.flac that it names"
-        ) from error
 
 
 def _existing(data_folder: str, expected: str) -> Path:

@@ -11,9 +11,10 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -29,8 +30,7 @@ except ImportError as error:
         "reading audio needs soundfile: pip install 'cortex-speech[recipes]'"
     ) from error
 
-File = TypeVar("File", bound=Hashable)
-Result = TypeVar("Result")
+Item = TypeVar("Item", bound=Hashable)
 
 _MP3 = (b"ID3", b"\xff\xfb", b"\xff\xf3")
 _MAGIC = (*_MP3, b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"NIST")
@@ -156,30 +156,57 @@ def check_recordings(
     Each bad one is logged with its reason. Raises BadItem at the first with ``on_bad="raise"``, and
     a ValueError with the whole list when more than the share ``max_bad`` is bad.
     """
-
-    def probe(path: Path) -> Header:
-        return read_header(path, Expected(sample_rate, channels))
-
-    return good_ones(map(Path, paths), probe, on_bad, max_bad)
+    files = {Path(path): [(str(path), Expected(sample_rate, channels))] for path in paths}
+    good = good_ones(files, on_bad, max_bad)
+    return {path: header for path, (header,) in good.items()}
 
 
 def good_ones(
-    files: Iterable[File], probe: Callable[[File], Result], on_bad: str, max_bad: float
-) -> dict[File, Result]:
-    """Probe files in several threads; return the results of those that are not bad."""
+    items: Mapping[Item, Sequence[tuple[str, Expected]]],
+    on_bad: str,
+    max_bad: float,
+    check: Callable[[Item, Sequence[Header]], object] = lambda item, headers: None,
+) -> dict[Item, list[Header]]:
+    """Read the headers of the files of items, in several threads, and select the good items.
 
-    def ask(file: File) -> Result | BadItem:
+    Args:
+        items: the files of each, and how they are expected to be. Items may share files.
+        on_bad: "skip", or "raise" at the first bad file.
+        max_bad: share of the files that may be bad.
+        check: called with an item and its headers; raises BadItem where they do not fit.
+
+    Returns:
+        The headers of the items all of whose files are good.
+
+    Raises:
+        BadItem: with ``on_bad="raise"``, for the first bad file.
+        ValueError: too many files are bad.
+    """
+
+    def ask(file: tuple[str, Expected]) -> Header | BadItem:
         try:
-            return probe(file)
+            return read_header(*file)
         except BadItem as bad:
             return bad
 
-    files = list(dict.fromkeys(files))
+    files = list(dict.fromkeys(chain.from_iterable(items.values())))
     with ThreadPoolExecutor(8) as pool:  # Mostly waiting for disks.
         found = dict(zip(files, pool.map(ask, files), strict=True))
-    bad = [(each.path, each.reason) for each in found.values() if isinstance(each, BadItem)]
-    BadItemPolicy(on_bad, max_bad, len(found)).handle(bad)
-    return {file: each for file, each in found.items() if not isinstance(each, BadItem)}
+    bad: list[BadItem] = []
+    good: dict[Item, list[Header]] = {}
+    for item, names in items.items():
+        headers = [each for name in names if isinstance(each := found[name], Header)]
+        bad += [each for name in names if isinstance(each := found[name], BadItem)]
+        if len(headers) == len(names):
+            try:
+                check(item, headers)
+                good[item] = headers
+            except BadItem as error:
+                bad.append(error)
+    policy = BadItemPolicy(on_bad, max_bad)
+    policy.handle([(each.path, each.reason) for each in bad])
+    policy.check(policy.skipped, len({path for path, _ in files}))
+    return good
 
 
 def _compare(path: str | Path, header: Header, expected: Expected) -> None:

@@ -14,10 +14,10 @@ its length, and takes 1 s for 281,000 utterances where lhotse's takes 30 s.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.audio import Expected, good_ones, read_channels, read_header
+from recipes.common.audio import Expected, good_ones, read_channels
+from recipes.common.cuts import count_files
 from trainer import distributed
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
@@ -111,10 +112,8 @@ def without_bad(cuts: Iterable[Cut], *, on_bad: str = "skip", max_bad: float = 0
         ValueError: more than the share ``max_bad`` of the files is bad; the message lists them.
     """
     every = list(cuts)
-    files = {cut.id: list(_files(cut).items()) for cut in every}
-    wanted = chain.from_iterable(files.values())
-    good = good_ones(wanted, lambda file: read_header(*file), on_bad, max_bad)
-    return CutSet.from_cuts(cut for cut in every if all(file in good for file in files[cut.id]))
+    files = {number: list(_files(cut).items()) for number, cut in enumerate(every)}
+    return CutSet.from_cuts(every[number] for number in good_ones(files, on_bad, max_bad))
 
 
 def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
@@ -228,6 +227,10 @@ class Speech(Dataset[dict[str, Any]]):
         signal = load(perturbed, self.sample_rate, self.resample)
         return {"id": cut.id, "sig": signal, **self.labels(cut)}
 
+    def count_files(self, indices: Iterable[int]) -> int:
+        """Return the number of different files of these utterances."""
+        return count_files(self.cuts[index] for index in indices)
+
     def name_of(self, index: int) -> str:
         """Return the name of an utterance for error messages."""
         return f"{index} ({self.cuts[index].id})"
@@ -249,7 +252,7 @@ class DurationBatches:
         processes: number of processes; None for those of the run. 1 without ``shuffle``.
 
     Raises:
-        ValueError: an item lasts longer than ``max_duration``.
+        ValueError: an item lasts longer than ``max_duration``, or no time at all.
     """
 
     JITTER = 0.05  # Durations are sorted after a relative change of up to this: padding is small.
@@ -264,6 +267,9 @@ class DurationBatches:
         max_items: int | None = None,
         processes: int | None = None,
     ) -> None:
+        for index, duration in enumerate(durations):
+            if not 0 < duration < math.inf:  # Nor NaN, which is in no order.
+                raise ValueError(f"item {index} lasts {duration} s; allowed: a number above 0")
         longest = max(durations, default=0.0)
         if longest > max_duration:
             raise ValueError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from recipes.common.cuts import path_of
 from recipes.common.loading import load
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
@@ -44,6 +45,10 @@ class Source(Protocol):
     """One clip of clean speech that can be had with noise."""
 
     id: str
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Its files, without those of noise that many clips share."""
 
     @property
     def duration(self) -> float:
@@ -70,6 +75,10 @@ class Recorded:
     @property
     def id(self) -> str:
         return str(self.clean.id)
+
+    @property
+    def files(self) -> Sequence[str]:
+        return path_of(self.clean), path_of(self.noisy)
 
     @property
     def duration(self) -> float:
@@ -104,6 +113,10 @@ class Mixed:
         return str(self.cut.id)
 
     @property
+    def files(self) -> Sequence[str]:
+        return (path_of(self.cut),)
+
+    @property
     def duration(self) -> float:
         return float(self.cut.duration)
 
@@ -125,12 +138,6 @@ def mix(clean: Tensor, noise: Tensor, snr: float, sample_rate: int) -> Pair:
     noisy = torch.from_numpy(mixer.mixed_audio[0])
     gain = min(1.0, LOUDEST / float(noisy.abs().max()))
     return clean * gain, noisy * gain
-
-
-def path_of(cut: MonoCut) -> str:
-    """The file of a cut, or its id where it has none."""
-    sources = cut.recording.sources if cut.recording is not None else []
-    return str(sources[0].source) if sources and sources[0].type == "file" else str(cut.id)
 
 
 def check_heard(path: str, samples: Tensor) -> None:
@@ -184,11 +191,16 @@ class Pairs(Dataset[dict[str, Any]]):
         if self.segment is not None:
             if len(clean) < self.segment:  # Its header promised more.
                 raise BadItem(
-                    source.id, f"it has {len(clean)} samples, a segment has {self.segment}"
+                    source.files[0], f"it has {len(clean)} samples, a segment has {self.segment}"
                 )
             start = rng.randint(0, len(clean) - self.segment)
             clean, noisy = (side[start : start + self.segment] for side in (clean, noisy))
         return {"id": id, "noisy": noisy, "clean": clean}
+
+    def count_files(self, indices: Iterable[int]) -> int:
+        """Return the number of different files of these clips, without those of shared noise."""
+        used = {index % len(self.sources) for index in indices}
+        return len({file for number in used for file in self.sources[number].files})
 
     def _id(self, index: int) -> str:
         time, number = divmod(index, len(self.sources))

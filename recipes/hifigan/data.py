@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import SOUNDS, cut_of
+from recipes.common.cuts import SOUNDS, count_files, cut_of, path_of
 from recipes.common.loading import filter_by_duration, load
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer.data import BadItem, item_seed
@@ -117,7 +117,8 @@ class Clips(Dataset[dict[str, Any]]):
             wav = load(cut, self.sample_rate, self.resample)
             if len(wav) < self.shortest:
                 raise BadItem(
-                    cut.id, f"it holds {len(wav)} samples; a mel takes {self.shortest} or more"
+                    path_of(cut),
+                    f"it holds {len(wav)} samples; a mel takes {self.shortest} or more",
                 )
             _check_heard(cut, wav)
             return {"id": cut.id, "wav": wav}
@@ -126,10 +127,16 @@ class Clips(Dataset[dict[str, Any]]):
         start = random.Random(item_seed(index)).uniform(0.0, cut.duration - lasting)
         wav = load(cut.truncate(offset=start, duration=lasting), self.sample_rate, self.resample)
         if len(wav) < self.segment:
-            raise BadItem(cut.id, f"it gives {len(wav)} of a segment's {self.segment} samples")
+            raise BadItem(
+                path_of(cut), f"it gives {len(wav)} of a segment's {self.segment} samples"
+            )
         if _silent(wav):  # A pause, or is there nothing in all of it?
             _check_heard(cut, load(cut, self.sample_rate, self.resample))
         return {"id": cut.id, "wav": wav[: self.segment]}
+
+    def count_files(self, indices: Iterable[int]) -> int:
+        """Return the number of different files of these clips."""
+        return count_files(self.cuts[number] for number in {i % len(self.cuts) for i in indices})
 
     def name_of(self, index: int) -> str:
         """A clip in an error message."""
@@ -143,7 +150,7 @@ def _silent(wav: Tensor) -> bool:
 def _check_heard(cut: MonoCut, wav: Tensor) -> None:
     """Raise BadItem for a clip of which a vocoder can learn nothing, and no judge hear anything."""
     if _silent(wav):
-        raise BadItem(cut.id, "it is silent: nothing in it is louder than -80 dB")
+        raise BadItem(path_of(cut), "it is silent: nothing in it is louder than -80 dB")
 
 
 def datasets(

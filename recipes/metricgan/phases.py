@@ -11,7 +11,7 @@ so that a run which is stopped anywhere goes on there, as any other run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -220,6 +220,12 @@ class Drawn(Dataset[dict[str, Any]]):
             "what": draw.what, "index": draw.index, "epoch": draw.epoch, "record": draw.record,
             "closes": draw.closes,
         }  # fmt: skip
+
+    def count_files(self, draws: Iterable[Draw]) -> int:
+        """Return the number of different files of these draws."""
+        indices = {draw.index for draw in draws}
+        count = getattr(self.pairs, "count_files", len)
+        return int(count(indices))
 
     def name_of(self, draw: Draw) -> str:
         """An item in an error message."""

@@ -7,14 +7,16 @@ kHz and to the length of the longest source alone.)
 
 from __future__ import annotations
 
-import csv
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from recipes.common.audio import good_ones, read_header
+from recipes.common.audio import Expected, Header, good_ones
 from recipes.common.paths import inside
+from recipes.common.tables import Row, TableError, check_unique, named, read_rows
 from recipes.separation.recorded import Mixture
 from recipes.separation.speech import existing
 from trainer.data import BadItem
@@ -115,19 +117,22 @@ def _first(root: Path, name: str, place: str, expected: str) -> Path:
 
 
 def read_folders(folder: Path, kind: str, speakers: int, noisy: bool) -> list[Mixture]:
-    """The files of one name in the folders ``kind``, ``s1``, ``s2`` … and, if asked, ``noise``."""
+    """The files of one name in the folders ``kind``, ``s1``, ``s2`` … and, if asked, ``noise``.
+
+    A name that one of them has is expected in all.
+    """
     names = [kind, *(f"s{n}" for n in range(1, speakers + 1)), *(["noise"] if noisy else [])]
     if missing := [name for name in names if not (folder / name).is_dir()]:
         raise ValueError(
             f"{folder} has no folder {', '.join(missing)}; expected: {', '.join(names)}"
         )
+    if not any((folder / kind).glob("*.wav")):
+        raise ValueError(f"{folder / kind} has no *.wav")
     found = []
-    for path in sorted((folder / kind).glob("*.wav")):
-        others = [folder / name / path.name for name in names[1:]]
+    for file in sorted({path.name for name in names for path in (folder / name).glob("*.wav")}):
+        path, *others = (folder / name / file for name in names)
         noise = others.pop() if noisy else None
         found.append(Mixture(path.stem, path, tuple(others), noise))
-    if not found:
-        raise ValueError(f"{folder / kind} has no *.wav")
     return found
 
 
@@ -137,40 +142,43 @@ def read_table(path: Path, root: Path, noisy: bool) -> list[Mixture]:
     Its paths are those of the machine that made the files: each is looked for in ``root`` by as
     many of its last parts as lead to a file.
 
-    Raises ValueError for a missing table or column.
+    Raises ValueError for a missing table or column, and for a row that does not fit.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not there; expected was a table of mixtures")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = list(rows[0]) if rows else []
+    rows = read_rows(path, "a table of mixtures")
+    columns = list(rows[0].cells)
     name, mixed = (next((c for c in known if c in columns), None) for known in (NAME, MIXED))
     noise = next((c for c in NOISE if c in columns), None) if noisy else None
     matches = ((c, re.fullmatch(s, c)) for c in columns for s in SOURCE)
     sources = [c for _, c in sorted((int(m[1]), c) for c, m in matches if m)]
     if not (name and mixed and sources) or (noisy and not noise):
         wanted = "mixture_ID, mixture_path, source_1_path …" + (", noise_path" if noisy else "")
-        raise ValueError(
-            f"{path} has the columns {', '.join(columns) or 'of no rows'}; expected: {wanted}"
-        )
+        raise TableError(path, f"has the columns {', '.join(columns)}; expected: {wanted}")
+    check_unique(path, [(row.line, row.cells[name]) for row in rows])
+    find = partial(_moved, root)
+
+    def files(row: Row, columns: Sequence[str]) -> tuple[Path, ...]:
+        return tuple(named(path, row.line, find, row.cells[column]) for column in columns)
+
     return [
         Mixture(
-            row[name],
-            _moved(row[mixed], root),
-            tuple(_moved(row[column], root) for column in sources),
-            _moved(row[noise], root) if noise else None,
+            row.cells[name],
+            *files(row, [mixed]),
+            files(row, sources),
+            *files(row, [noise] if noise else []),
         )
         for row in rows
     ]
 
 
-def _moved(written: str, root: Path) -> Path:
+def _moved(root: Path, written: str) -> Path:
     parts = PurePosixPath(written).parts
-    tails = ["/".join(parts[n:]) for n in range(len(parts)) if parts[n] not in ("/", "..")]
-    for tail in tails:
-        if (root / tail).is_file():
-            return inside(root, tail)
-    return inside(root, tails[-1])  # Not there, which is told with all that is not.
+    first = max((n for n, part in enumerate(parts, 1) if part in ("/", "..")), default=0)
+    tails = ["/".join(parts[n:]) for n in range(first, len(parts))]
+    found = next((tail for tail in tails if os.path.isfile(root / tail)), None)
+    if found is None:  # Which is told with all that is not there, each by a name of its own.
+        known = (tail for tail in tails[:-1] if os.path.isdir((root / tail).parent))
+        found = next(known, tails[0])
+    return inside(root, found)
 
 
 def checked(
@@ -185,25 +193,21 @@ def checked(
     Each other one is logged with its reason. Raises BadItem at the first with ``on_bad="raise"``,
     and ValueError when more than the share ``max_bad`` is bad, or has not so many speakers.
     """
-
-    def probe(each: Mixture) -> None:
-        paths = [each.mixture, *each.sources, *([each.noise] if each.noise else [])]
-        headers = {path: read_header(path) for path in paths}
-        for path, header in headers.items():
-            if header.sample_rate != sample_rate:
-                raise BadItem(
-                    path, f"it is sampled at {header.sample_rate} Hz, not at {sample_rate} Hz"
-                )
-            if header.samples != headers[each.mixture].samples:
-                raise BadItem(
-                    path,
-                    f"it has {header.samples} samples, its mixture {each.mixture} has "
-                    f"{headers[each.mixture].samples}",
-                )
-
     for each in mixtures:
         if len(each.sources) != speakers:
             raise ValueError(
                 f"the mixture {each.id} has {len(each.sources)} sources; speakers is {speakers}"
             )
-    return list(good_ones(mixtures, probe, on_bad, max_bad))
+    rate = Expected(sample_rate)
+    files = {each: [(str(path), rate) for path in each.files] for each in mixtures}
+
+    def check(each: Mixture, headers: Sequence[Header]) -> None:
+        for path, header in zip(each.files, headers, strict=True):
+            if header.samples != headers[0].samples:
+                raise BadItem(
+                    path,
+                    f"it has {header.samples} samples, its mixture {each.mixture} has "
+                    f"{headers[0].samples}",
+                )
+
+    return list(good_ones(files, on_bad, max_bad, check))

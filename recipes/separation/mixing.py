@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from recipes.common.cuts import count_files, path_of
 from recipes.common.loading import load
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
@@ -130,6 +131,11 @@ class Drawn(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.size
 
+    def count_files(self, indices: Sequence[int]) -> int:
+        """Return the number of recordings that so many mixtures can have; noise is not counted."""
+        every = count_files(cut for cuts in self.people.values() for cut in cuts)
+        return min(every, len(indices) * self.mixing.speakers)
+
     def name_of(self, index: int) -> str:
         """A mixture in an error message."""
         return f"mixture {index}"
@@ -171,7 +177,7 @@ class Drawn(Dataset[dict[str, Any]]):
             level = float(signal.square().mean().sqrt())
             if level > SILENT:
                 return signal * (LEVEL * gain / level)
-        raise BadItem(_path(cut), "it is silent: nothing in it is louder than -80 dB")
+        raise BadItem(path_of(cut), "it is silent: nothing in it is louder than -80 dB")
 
     def _noise(self, sources: Tensor, rng: Rng) -> Tensor:
         """Noise behind (T, S), so much below the loudest of the sources: (T,)."""
@@ -196,10 +202,6 @@ def _by_speaker(cuts: Iterable[Cut], shortest: float) -> dict[str, list[Cut]]:
 def _gender(cut: Cut) -> str | None:
     gender: str | None = cut.supervisions[0].gender
     return gender
-
-
-def _path(cut: Cut) -> str:
-    return str(cut.recording.sources[0].source) if cut.has_recording else str(cut.id)
 
 
 def fitted(signal: Tensor, samples: int) -> Tensor:

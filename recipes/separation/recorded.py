@@ -6,7 +6,7 @@ Items are those of `recipes.separation.mixing`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,11 @@ class Mixture(NamedTuple):
     mixture: Path
     sources: tuple[Path, ...]
     noise: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them, the mixture first."""
+        return self.mixture, *self.sources, *([self.noise] if self.noise else [])
 
 
 class Recorded(Dataset[dict[str, Any]]):
@@ -54,6 +59,10 @@ class Recorded(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.mixtures)
+
+    def count_files(self, indices: Iterable[int]) -> int:
+        """Return the number of different files of these mixtures."""
+        return len({file for index in indices for file in self.mixtures[index].files})
 
     def name_of(self, index: int) -> str:
         """A mixture in an error message."""

@@ -10,28 +10,26 @@ speaker, and with the speaker's gender where that is known. No speaker is in two
 
 from __future__ import annotations
 
-import csv
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from recipes.common.audio import Header, check_recordings
 from recipes.common.cuts import cut_of
-from recipes.common.loading import load, without_bad
+from recipes.common.librispeech import read_parts
+from recipes.common.loading import load
 from recipes.common.noise import coloured_noise
 from recipes.common.paths import inside
 from recipes.common.speech import embedded_speech, to_cuts
+from recipes.common.tables import TableError, named, read_lines, read_rows
 from recipes.separation.mixing import fitted
-from trainer import distributed
 from trainer.seed import derive
 
 try:
-    from lhotse import CutSet, MonoCut, RecordingSet
-    from lhotse.recipes.librispeech import prepare_librispeech
-    from lhotse.recipes.wham import prepare_wham
+    from lhotse import CutSet, MonoCut
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
@@ -55,19 +53,19 @@ def embedded(train: int, valid: int, test: int, sample_rate: int = 8000) -> Corp
 def recorded(
     data_folder: str,
     parts: Mapping[str, Sequence[str]],
-    manifests: str,
+    manifests: str | None = None,
     on_bad: str = "skip",
     max_bad: float = 0.05,
 ) -> Corpus:
     """Read a folder: by `listed` if it has a table ``utterances.csv``, else by `librispeech`.
 
     Recordings that cannot be used, by their headers, are left out as ``on_bad`` and ``max_bad``
-    say, which are the run options' own.
+    say, which are the run options' own. ``manifests`` is no longer used; settings of earlier
+    versions have it.
     """
     if (Path(data_folder).expanduser() / TABLE).is_file():
         return listed(data_folder, on_bad=on_bad, max_bad=max_bad)
-    corpus = librispeech(data_folder, parts, manifests)
-    return {s: without_bad(cuts, on_bad=on_bad, max_bad=max_bad) for s, cuts in corpus.items()}
+    return librispeech(data_folder, parts, on_bad=on_bad, max_bad=max_bad)
 
 
 def existing(data_folder: str | Path, expected: str) -> Path:
@@ -81,15 +79,23 @@ def existing(data_folder: str | Path, expected: str) -> Path:
 # ------------------------------------------------------------------------------------- LibriSpeech
 
 
-def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests: str) -> Corpus:
-    """LibriSpeech, or any folder of its layout, prepared by lhotse.
+def librispeech(
+    data_folder: str,
+    parts: Mapping[str, Sequence[str]],
+    manifests: str | None = None,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Corpus:
+    """LibriSpeech, or any folder of its layout.
 
     Args:
         data_folder: where the folders ``train-clean-100``, ``dev-clean`` and so on are, and
             ``SPEAKERS.TXT``, which tells genders.
         parts: which of these make up each split; those that are not there are left out. A part
             that several splits name is dealt to them by its speakers: of ten, eight to train.
-        manifests: the folder for what was prepared, which later runs read.
+        manifests: no longer used; settings of earlier versions have it.
+        on_bad: handling of missing and unusable files, as in the run options.
+        max_bad: largest share of such files in a part, as in the run options.
 
     Raises ValueError for a folder that is missing or has another layout, for a split of which no
     part is there, and for too few speakers to deal.
@@ -103,29 +109,15 @@ def librispeech(data_folder: str, parts: Mapping[str, Sequence[str]], manifests:
                 f"{', '.join(sorted(there)[:10]) or 'no folders'}"
             )
     wanted = {part for names in parts.values() for part in names} & there
-    if distributed.is_main():
-        _prepare(folder, wanted, manifests)
-    distributed.barrier()
-    prepared = _prepare(folder, wanted, manifests)  # reads what was written
+    read = read_parts(folder, wanted, on_bad, max_bad)
     genders = _genders(folder)
     found: dict[str, list[MonoCut]] = {split: [] for split in parts}
     for part in sorted(wanted):
-        cuts = [_with_gender(cut, genders) for cut in prepared[part]]
+        cuts = [_with_gender(cut, genders) for cut in read[part]]
         users = [split for split, names in parts.items() if part in names]
         for split, dealt in by_speakers(cuts, users, part).items():
             found[split] += dealt
     return {split: CutSet.from_cuts(cuts) for split, cuts in found.items()}
-
-
-def _prepare(folder: Path, parts: Iterable[str], manifests: str) -> dict[str, CutSet]:
-    try:
-        made = prepare_librispeech(folder, dataset_parts=sorted(parts), output_dir=manifests)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"lhotse could not prepare {folder} ({error}); expected were, as in LibriSpeech, "
-            "folders part/speaker/chapter with a *.trans.txt and the *.flac that it names"
-        ) from error
-    return {part: CutSet.from_manifests(**each) for part, each in made.items()}
 
 
 def _genders(folder: Path) -> dict[str, str]:
@@ -133,7 +125,7 @@ def _genders(folder: Path) -> dict[str, str]:
     file = folder / "SPEAKERS.TXT"
     if not file.is_file():
         return {}
-    lines = [line.split("|") for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line.text.split("|") for line in read_lines(file, "lines of a speaker and a sex")]
     told = [(one.strip(), sex.strip().lower()) for one, sex, *_ in (x for x in lines if x[1:])]
     return {speaker: GENDERS[sex] for speaker, sex in told if sex in GENDERS}
 
@@ -186,39 +178,40 @@ def listed(
     ``audio``, of any kind and rate. Where no row is of the split valid, a tenth of the speakers of
     train are.
 
-    Raises ValueError for a missing folder, table or column, and for a recording that is not there.
+    Recordings that are missing or cannot be used are left out, up to the share ``max_bad``. Raises
+    ValueError for a missing folder, table or column, for a table that does not fit, and for a split
+    without recordings.
     """
     folder = existing(data_folder, f"a table {table} and the recordings that it names in {audio}/")
-    rows = _rows(folder / table)
-    files = {path.stem: path for path in sorted((folder / audio).glob("*")) if path.is_file()}
-    if missing := [row["id"] for row in rows if row["id"] not in files]:
-        raise ValueError(
-            f"{folder / table} names {len(missing)} recordings that {folder / audio} does not "
-            f"have, such as {missing[0]!r}"
-        )
-    wanted = [inside(folder, str(files[row["id"]].relative_to(folder))) for row in rows]
+    expected = "a table with id, split and speaker"
+    path = inside(folder, table)
+    rows = read_rows(path, expected, ("id", "split", "speaker"), key="id", gap="|,")
+    files = {each.stem: each for each in sorted((folder / audio).glob("*")) if each.is_file()}
+
+    def find(name: str) -> Path:
+        inside(folder, name)  # Which refuses what leads elsewhere.
+        file = (
+            files[name].name if name in files else f"{name}.wav"
+        )  # Told with all that is missing.
+        return inside(folder, f"{audio}/{file}")
+
+    for row in rows:
+        if not row.cells["speaker"]:
+            raise TableError(path, f"names no speaker of {row.cells['id']!r}", row.line)
+    if others := sorted({row.cells["split"] for row in rows} - set(SPLITS)):
+        logger.warning("%s has rows of other splits, left out: %s", path, ", ".join(others))
+        rows = [row for row in rows if row.cells["split"] in SPLITS]
+    wanted = [named(path, row.line, find, row.cells["id"]) for row in rows]
     good = check_recordings(wanted, on_bad=on_bad, max_bad=max_bad)
     found: dict[str, list[MonoCut]] = {}
-    for row, path in zip(rows, wanted, strict=True):
-        if path in good:
-            found.setdefault(row["split"], []).append(_cut(row, path, good[path]))
+    for row, file in zip(rows, wanted, strict=True):
+        if file in good:
+            found.setdefault(row.cells["split"], []).append(_cut(row.cells, file, good[file]))
     if "valid" not in found and "train" in found:
         found |= by_speakers(found["train"], ["train", "valid"], "train")
     if lacking := set(SPLITS) - set(found):
-        raise ValueError(f"{folder / table} has no recording of {', '.join(sorted(lacking))}")
+        raise ValueError(f"{path} has no usable recording of {', '.join(sorted(lacking))}")
     return {split: CutSet.from_cuts(found[split]) for split in SPLITS}
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not there; expected was a table with id, split and speaker")
-    with path.open(newline="", encoding="utf-8") as file:
-        first = file.readline()
-        file.seek(0)
-        rows = list(csv.DictReader(file, delimiter="|" if "|" in first else ","))
-    if lacking := {"id", "split", "speaker"} - set(rows[0] if rows else ()):
-        raise ValueError(f"{path} has no column {', '.join(sorted(lacking))}, or no rows")
-    return rows
 
 
 def _cut(row: Mapping[str, str], path: Path, header: Header) -> MonoCut:
@@ -242,9 +235,7 @@ class Coloured:
 class Ambient:
     """Parts of recorded noise."""
 
-    def __init__(self, recordings: RecordingSet, sample_rate: int, seconds: float) -> None:
-        ordered = sorted(recordings, key=lambda each: each.id)  # lhotse lists as the disk does
-        cuts = [recording.to_cut() for recording in ordered]
+    def __init__(self, cuts: Sequence[MonoCut], sample_rate: int, seconds: float) -> None:
         self.cuts = [cut for cut in cuts if cut.duration >= seconds]
         self.sample_rate = sample_rate
         if not self.cuts:
@@ -254,8 +245,6 @@ class Ambient:
         cut = rng.choice(self.cuts)
         seconds = samples / self.sample_rate
         part = cut.truncate(offset=rng.uniform(0.0, cut.duration - seconds), duration=seconds)
-        if isinstance(part.channel, list):  # WHAM is recorded by two microphones.
-            part = part.with_channels([part.channel[0]])
         return fitted(load(part, self.sample_rate, resample=True), samples)
 
 
@@ -264,14 +253,22 @@ def coloured(exponent: float = 1.0) -> Mapping[str, Coloured]:
     return {split: Coloured(exponent) for split in SPLITS}
 
 
-def wham(data_folder: str, sample_rate: int, seconds: float) -> Mapping[str, Ambient]:
-    """The noise of WHAM (``wham_noise`` with tr, cv and tt), found by lhotse."""
-    folder = existing(data_folder, "recordings of noise, in the folders tr, cv and tt")
-    if missing := [name for name in ("tr", "cv", "tt") if not (folder / name).is_dir()]:
-        raise ValueError(f"{folder} has no folder {', '.join(missing)}; expected: tr, cv, tt")
-    made = prepare_wham(folder)
+def wham(
+    data_folder: str,
+    sample_rate: int,
+    seconds: float,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+) -> Mapping[str, Ambient]:
+    """The first channel of the noise of WHAM (``wham_noise`` with tr, cv and tt)."""
+    root = existing(data_folder, "recordings of noise, in the folders tr, cv and tt")
     names = dict(zip(SPLITS, ("tr", "cv", "tt"), strict=True))
-    return {
-        split: Ambient(made[name]["recordings"], sample_rate, seconds)
-        for split, name in names.items()
-    }
+    if missing := [name for name in names.values() if not (root / name).is_dir()]:
+        raise ValueError(f"{root} has no folder {', '.join(missing)}; expected: tr, cv, tt")
+    found = {}
+    for split, name in names.items():
+        paths = sorted((root / name).rglob("*.wav"))
+        good = check_recordings(paths, channels=None, on_bad=on_bad, max_bad=max_bad)
+        cuts = [cut_of(path, header, path.stem) for path, header in good.items()]
+        found[split] = Ambient(cuts, sample_rate, seconds)
+    return found

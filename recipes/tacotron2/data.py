@@ -11,7 +11,8 @@ numbers and abbreviations are spelled out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import SOUNDS, cut_of
+from recipes.common.cuts import count_files, cut_of, sound_of
 from recipes.common.loading import filter_by_duration, load, transcript
 from recipes.common.mel import LogMel
-from recipes.common.paths import inside
 from recipes.common.speech import one_voice_reading, to_cuts
+from recipes.common.tables import TableError, check_unique, named, read_lines
 from recipes.tacotron2.text import Front, check_texts, plain, spell_out
 from trainer.seed import derive
 
@@ -91,15 +92,17 @@ def readings(
     where too few texts are left.
     """
     folder = Path(data_folder).expanduser()
-    texts = dict(_texts(folder, column))
-    for name in [name for name, text in texts.items() if set(text) & set(sounds)]:
-        logger.info("%s is no speech, left out: %s", name, texts.pop(name))
-    files = {_file(folder, name): name for name in texts}
+    files = dict(_texts(folder, column))
+    for path, (name, text) in list(files.items()):
+        if set(text) & set(sounds):
+            logger.info("%s is no speech, left out: %s", name, text)
+            del files[path]
     headers = check_recordings(files, channels=None, on_bad=on_bad, max_bad=max_bad)
     cuts = filter_by_duration(
         (
-            cut_of(path, header, files[path], text=texts[files[path]])
+            cut_of(path, header, name, text=text)
             for path, header in headers.items()
+            for name, text in [files[path]]
         ),
         *lengths,
     )
@@ -108,34 +111,29 @@ def readings(
     return _split(cuts, valid, test)
 
 
-def _texts(folder: Path, column: int) -> Iterator[tuple[str, str]]:
-    """The ids and texts of a metadata.csv."""
+def _texts(folder: Path, column: int) -> Iterator[tuple[Path, tuple[str, str]]]:
+    """The files that a metadata.csv lists, each with its id and its text."""
     if not folder.is_dir():
         raise ValueError(f"data_folder {folder} is not there; expected was {LAYOUT}")
     table = folder / "metadata.csv"
-    if not table.is_file():
+    if not table.exists():
         raise ValueError(
             f"{folder} has another layout: it has no metadata.csv; expected was {LAYOUT}"
         )
-    lines = table.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        fields = line.split("|")
-        if len(fields) <= column or not fields[0]:
-            raise ValueError(
-                f"line {number} of {table} has {len(fields)} columns: {line[:80]!r}; expected were "
-                f"an id and, in column {column + 1}, a text, separated by |"
+    rows = [(line, line.text.split("|")) for line in read_lines(table, LAYOUT)]
+    check_unique(table, [(line.number, fields[0]) for line, fields in rows])
+    find = partial(sound_of, folder / "wavs")
+    for line, fields in rows:
+        if len(fields) <= column:
+            raise TableError(
+                table,
+                f"has {len(fields)} columns: {line.text[:80]!r}; expected were an id and, in "
+                f"column {column + 1}, a text, separated by |",
+                line.number,
             )
         if not fields[column].strip():
-            raise ValueError(f"line {number} of {table} has no text: {line[:80]!r}")
-        yield fields[0], plain(fields[column])
-    if not lines:
-        raise ValueError(f"{table} is empty; expected was {LAYOUT}")
-
-
-def _file(folder: Path, name: str) -> Path:
-    """The recording of an id; where there is none, the `.wav` that should be there."""
-    paths = [inside(folder / "wavs", name + suffix) for suffix in SOUNDS]
-    return next((path for path in paths if path.is_file()), paths[0])
+            raise TableError(table, f"has no text: {line.text[:80]!r}", line.number)
+        yield named(table, line.number, find, fields[0]), (fields[0], plain(fields[column]))
 
 
 def _spelled(cut: MonoCut) -> MonoCut:
@@ -216,6 +214,10 @@ class Mels(Dataset[dict[str, Any]]):
         """The samples (S,) of an utterance, trimmed, at the rate of the spectrograms."""
         signal = load(self.cuts[index], self.mel.sample_rate, resample=True)
         return signal if self.quiet is None else trimmed(signal, self.mel.sample_rate, self.quiet)
+
+    def count_files(self, indices: Iterable[int]) -> int:
+        """Return the number of different files of these utterances."""
+        return count_files(self.cuts[index] for index in indices)
 
     def name_of(self, index: int) -> str:
         """An utterance in an error message."""

@@ -21,6 +21,7 @@ import torch
 
 import trainer
 from recipes.common.command import each_of, told
+from recipes.common.tables import read_text
 from recipes.tacotron2.sound import make_sound, write_sound
 from recipes.tacotron2.text import readable
 from recipes.tacotron2.train import Synthesiser
@@ -73,10 +74,7 @@ def _texts(text: str | None, file: Path | None, output: Path) -> dict[Path, tupl
     """Each sound file to write with the name and the words of its text."""
     if file is None:
         return {output: ("the text", text or "")}
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8 ({error})") from None
+    lines = read_text(file, "a file with a text a line").splitlines()
     if not lines:
         raise ValueError(f"{file} is empty: there is no text to say")
     return {

@@ -103,6 +103,7 @@ class DistributedBatchSampler:
 
     Attributes:
         start: batch at which the next iteration starts; then 0 again.
+        ranks: number of ranks among which the sampler itself splits its items.
 
     Raises:
         ValueError: the sampler is set up for other ranks; on iteration, an epoch of training
@@ -124,9 +125,11 @@ class DistributedBatchSampler:
         self.sampler, self.batch_size, self.batched = sampler, batch_size, batched
         self.drop_last, self.train, self.seed = drop_last, train, seed
         self.rank, self.world_size = rank, world_size
-        self._ranks = 1 if _ranks_of(sampler, world_size) == world_size else world_size
+        self.ranks = _ranks_of(sampler, world_size)
+        self._ranks = 1 if self.ranks == world_size else world_size
         self.epoch, self.start = 0, 0
-        self._cached: tuple[int, list[Sequence[Any]]] | None = None  # An epoch and its batches.
+        # An epoch, the items of all ranks, and this rank's batches.
+        self._cached: tuple[int, list[Any], list[Sequence[Any]]] | None = None
         self._warned = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -164,19 +167,31 @@ class DistributedBatchSampler:
                 fallbacks = ahead[passed : passed + FALLBACKS]
                 yield BatchIndex(self.epoch, number * self.world_size + self.rank, batch, fallbacks)
 
+    def epoch_items(self) -> list[Any] | None:
+        """Return the current epoch's items of all ranks, or None where they are not known yet.
+
+        A sampler that knows its rank gives those of this rank alone; see `ranks`.
+        """
+        if not hasattr(self.sampler, "__len__"):
+            return None
+        self._epoch_batches()
+        assert self._cached is not None
+        order = self._cached[1]
+        return list(chain.from_iterable(order)) if self.batched else order
+
     def _epoch_batches(self) -> list[Sequence[Any]]:
         """Return this rank's batches of the whole epoch."""
         if self._cached is None or self._cached[0] != self.epoch:
             with self._fork_rng():
                 order = list(self.sampler)
-            self._cached = self.epoch, list(self._split(order))
-            if self.train and not self._cached[1]:
+            self._cached = self.epoch, order, list(self._split(order))
+            if self.train and not self._cached[2]:
                 raise ValueError(
                     f"{len(order)} {'batches' if self.batch_size is None else 'items'} are too few "
                     f"to train {self.world_size} processes (batch_size={self.batch_size}, "
                     f"drop_last={self.drop_last})"
                 )
-        return self._cached[1]
+        return self._cached[2]
 
     def _rounds(self) -> Iterator[Sequence[Any]]:
         """Yield this rank's batches of a sampler without a length, which may never end."""

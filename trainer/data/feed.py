@@ -46,6 +46,8 @@ class DataFeed:
         self._source, self._device, self._train, self._seed = source, device, train, seed
         self._limit, self._repeat, self._split = limit, repeat, split
         self._repeated: list[Any] | None = None
+        if not isinstance(source, (list, tuple)):
+            source.alone = False  # `judge_bad` judges.
 
     def length(self) -> int | None:
         """Return the number of batches in an epoch on this rank; None where it is unknown."""
@@ -103,6 +105,27 @@ class DataFeed:
             yield (batch if on_host else to_device(batch, self._device)), number == size
             if number == self._limit:
                 return
+
+    def judge_bad(self, at_end: bool = True) -> int:
+        """Judge the bad files of the current epoch, over all ranks. Collective.
+
+        Args:
+            at_end: False in the middle of an epoch, where too few items put off the verdict.
+
+        Returns:
+            The number of bad files so far.
+
+        Raises:
+            ValueError: too large a share is bad; the same error on all ranks.
+        """
+        if isinstance(self._source, (list, tuple)):
+            return 0
+        policy = self._source.policy
+        (unjudged,) = distributed.any_rank(policy.unjudged)
+        if unjudged:
+            reports = distributed.all_gather_json(self._source.report_bad())
+            policy.judge(reports, shared=self._split, at_end=at_end)
+        return len(policy.all_skipped)
 
     def _batches(self, start: int) -> Iterator[Any]:
         """Yield this rank's batches of the source."""
@@ -162,9 +185,15 @@ def make_feed(
         )
     if not isinstance(loader, (list, tuple)):
         loader = resumable(
-            loader, seed=options.seed, train=train, rank=distributed.rank(),
-            world_size=distributed.world_size(), timeout=options.item_timeout,
-        )  # fmt: skip
+            loader,
+            seed=options.seed,
+            train=train,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            on_bad=options.on_bad_item,
+            max_bad=options.max_bad_item,
+            timeout=options.item_timeout,
+        )
     listed = isinstance(source, (list, tuple))
     split = listed or not (isinstance(loader, Loader) or _knows_ranks(source))
     limit = options.debug_batches if options.debug else 0

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch.utils.data import Dataset, Subset, get_worker_info
 
+from trainer.data.batch import count_examples
 from trainer.data.batch_sampler import BatchIndex, components
 from trainer.seed import derive, reseed
 
 logger = logging.getLogger("trainer.data")
+
+MIN_ITEMS = 100  # Items of an epoch before its share of bad files is judged.
 
 
 class BadItem(ValueError):
@@ -60,12 +64,16 @@ def begin_loading(seed: int, epoch: int) -> None:
 
 
 @contextmanager
-def loading(seed: int, epoch: int) -> Iterator[None]:
-    """Context manager around the loading of a batch; an item may load batches of another loader."""
+def loading(seed: int, epoch: int) -> Iterator[list[tuple[str, str]]]:
+    """Context manager around the loading of a batch; an item may load batches of another loader.
+
+    Yields:
+        The list to which the bad files are added, as (path, reason).
+    """
     outer = _loading.seed, _loading.epoch, _loading.bad
     begin_loading(seed, epoch)
     try:
-        yield
+        yield _loading.bad
     finally:
         _loading.seed, _loading.epoch, _loading.bad = outer
 
@@ -129,61 +137,151 @@ def report_bad(path: str | os.PathLike[str], reason: str) -> None:
     _loading.bad.append((str(path), reason))
 
 
-@dataclass
 class BadItemPolicy:
     """Policy for bad items: log, count and skip them, or end the run.
 
+    What is counted are files, each once an epoch, however many items it is part of. One process
+    judges by `check`; several send each other what `report` returns, and all call `judge`.
+
     Args:
         on_bad: "skip", or "raise" to end the run at the first bad item.
-        max_bad: share of the items that may be bad, between 0 and 1.
-        items: number of items of an epoch on this rank.
+        max_bad: share of the files that may be bad, between 0 and 1.
 
     Attributes:
-        skipped: reasons by path, of the bad items in the current epoch.
+        skipped: reasons by path, of the files that this process found bad in the current epoch.
+        all_skipped: the same of all processes, as of the last `judge`.
+        loaded: items that this process loaded, or skipped, in the current epoch.
 
     Raises:
         ValueError: ``on_bad`` is neither "skip" nor "raise".
     """
 
-    on_bad: str
-    max_bad: float
-    items: float
-
-    def __post_init__(self) -> None:
-        if self.on_bad not in ("skip", "raise"):
-            raise ValueError(f"on_bad must be 'skip' or 'raise', got {self.on_bad!r}")
+    def __init__(self, on_bad: str, max_bad: float) -> None:
+        if on_bad not in ("skip", "raise"):
+            raise ValueError(f"on_bad must be 'skip' or 'raise', got {on_bad!r}")
+        self.on_bad, self.max_bad = on_bad, max_bad
         self._logged: set[str] = set()
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Reset the count of bad items."""
-        self._count = 0
+        """Reset the counts. After a resumption they begin with the first batch that is loaded."""
         self.skipped: dict[str, str] = {}
+        self.all_skipped: dict[str, str] = {}
+        self.loaded = 0
+        self._unreported: dict[str, str] = {}
+        self.unjudged = False
 
-    def handle(self, reports: Iterable[tuple[str, str]]) -> None:
+    def handle(self, reports: Iterable[tuple[str, str]], items: int = 0) -> None:
         """Log and count bad items; each path is logged once.
 
         Args:
             reports: paths and reasons.
+            items: number of items among which they were.
 
         Raises:
             BadItem: for the first of them, where ``on_bad`` is "raise".
-            ValueError: more than the share ``max_bad`` of the epoch's items is bad.
         """
+        self.loaded += items
         for path, reason in reports:
             if self.on_bad == "raise":
                 raise BadItem(path, reason)
             if path not in self._logged:
                 logger.warning("skipped %s: %s", path, reason)
             self._logged.add(path)
-            self.skipped[path] = reason
-            self._count += 1
-        if self._count > self.max_bad * self.items:
-            listed = "\n".join(f"  {path}: {reason}" for path, reason in self.skipped.items())
+            if path not in self.skipped:
+                self.skipped[path] = self._unreported[path] = reason
+                self.unjudged = True
+
+    def report(self, total: int | None = None, unit: str = "items") -> dict[str, Any]:
+        """Return the items and new bad files of this process, for `judge`, as plain values.
+
+        Args:
+            total: number of files, or else of items, in the epoch on all processes; None where it
+                is unknown: the items that were loaded so far stand for it.
+            unit: "files" or "items".
+        """
+        new, self._unreported = self._unreported, {}
+        return {"loaded": self.loaded, "bad": list(new.items()), "total": total, "unit": unit}
+
+    def judge(
+        self, reports: Sequence[Mapping[str, Any]], *, shared: bool = False, at_end: bool = True
+    ) -> None:
+        """Judge the bad files of all processes; the same everywhere, given the same reports.
+
+        Args:
+            reports: what `report` returned on each process.
+            shared: True where all processes load, and count, the same items.
+            at_end: False to put off the verdict until `MIN_ITEMS` items were loaded.
+
+        Raises:
+            ValueError: more than the share ``max_bad`` of the files is bad.
+        """
+        join = max if shared else sum
+        loaded = join(report["loaded"] for report in reports)
+        totals = [report["total"] for report in reports if report["total"] is not None]
+        for report in reports:
+            for path, reason in report["bad"]:
+                self.all_skipped.setdefault(path, reason)
+        if not at_end and loaded < MIN_ITEMS:
+            return
+        if not at_end and not totals:
+            # The items so far are a sample of the epoch: three standard deviations are chance.
+            margin = 3 * math.sqrt(loaded * self.max_bad * (1 - self.max_bad))
+            if len(self.all_skipped) <= self.max_bad * loaded + margin:
+                return
+        self.unjudged = False
+        self.check(self.all_skipped, max(totals, default=loaded), reports[0]["unit"])
+
+    def check(self, bad: Mapping[str, str], total: int, unit: str = "files") -> None:
+        """Check the share of the bad files.
+
+        Args:
+            bad: their reasons by path.
+            total: number of all, good and bad.
+            unit: "files" or "items".
+
+        Raises:
+            ValueError: the share is above ``max_bad``; the message lists the files.
+        """
+        if bad and len(bad) / max(total, len(bad)) > self.max_bad:
+            listed = "\n".join(f"  {path}: {reason}" for path, reason in sorted(bad.items()))
             raise ValueError(
-                f"{self._count} of {self.items:g} items are bad, more than the {self.max_bad:.1%} "
-                f"that may be skipped:\n{listed}"
+                f"{len(bad)} of {total} {unit} are bad, more than the {self.max_bad:.1%} that may "
+                f"be skipped:\n{listed}"
             )
+
+
+class LoadedBatch(NamedTuple):
+    """A batch as the process that loaded it hands it on.
+
+    Args:
+        batch: the batch; None if it has no good item.
+        items: number of items that were asked for.
+        reports: paths and reasons of bad files.
+    """
+
+    batch: Any
+    items: int
+    reports: list[tuple[str, str]]
+
+
+class ReportingCollate:
+    """Function that joins items to a batch, and adds what was reported while they were loaded.
+
+    It brings the reports of an `IterableDataset` out of a worker.
+
+    Args:
+        collate_fn: joins the items.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: Any) -> LoadedBatch:
+        batch = self.collate_fn(items)
+        reports = _loading.bad.copy()
+        _loading.bad.clear()
+        return LoadedBatch(batch, count_examples(batch) + len(reports), reports)
 
 
 class BatchDataset(Dataset[Any]):
@@ -218,15 +316,28 @@ class BatchDataset(Dataset[Any]):
             dataset = dataset.dataset
         self._together = not single and getattr(dataset, "__getitems__", None) is not None
 
-    def __getitem__(self, index: BatchIndex) -> tuple[Any, list[tuple[str, str]]]:
-        """Load a batch.
-
-        Returns:
-            The batch, None if it has no good item; and its bad items as (path, reason).
-        """
+    def __getitem__(self, index: BatchIndex) -> LoadedBatch:
+        """Load a batch."""
         self._set_epoch(index.epoch)
-        with loading(self.seed, index.epoch):
-            return self._load_batch(index)
+        with loading(self.seed, index.epoch) as reports:
+            batch = self._load_batch(index)
+        return LoadedBatch(batch, len(index.indices), reports)
+
+    def count_files(self, indices: Sequence[Any]) -> tuple[int, str]:
+        """Return the number of different files of items, and "files".
+
+        Where the dataset has no method ``count_files``: of different items, and "items".
+        """
+        dataset = self.dataset
+        while isinstance(dataset, Subset) and not self.single:
+            indices = [dataset.indices[index] for index in indices]
+            dataset = dataset.dataset
+        if (count_files := getattr(dataset, "count_files", None)) is not None:
+            return int(count_files(indices)), "files"
+        hashable = all(isinstance(index, Hashable) for index in indices)
+        items = len(set(indices) if hashable else indices)
+        # An index of ``single`` may be a batch.
+        return max(items, len(dataset)) if self.single else items, "items"
 
     def _set_epoch(self, epoch: int) -> None:
         """Tell the dataset the epoch; here, since a worker may outlive it."""
@@ -238,7 +349,7 @@ class BatchDataset(Dataset[Any]):
                 _epoch_set_by[id(part)] = self
         self._epoch = epoch
 
-    def _load_batch(self, index: BatchIndex) -> tuple[Any, list[tuple[str, str]]]:
+    def _load_batch(self, index: BatchIndex) -> Any:
         worker = get_worker_info()
         if worker is not None:  # The main process draws from its own generators, as in torch.
             reseed(derive(self.seed, "batch", index.epoch, index.number))
@@ -248,13 +359,13 @@ class BatchDataset(Dataset[Any]):
         if not items and self.train:
             items = self._load_fallback(index)
         if not items:
-            return None, _loading.bad
+            return None
         if worker is not None:
             self._current[worker.id] = -1
         else:
             self._own = None
         try:
-            return self.collate_fn(items[0] if self.single else items), _loading.bad
+            return self.collate_fn(items[0] if self.single else items)
         except Exception as error:
             error.add_note(f"while joining {self._names(index.indices)} to a batch")
             raise

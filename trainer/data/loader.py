@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
 from multiprocessing import connection, queues
@@ -31,14 +31,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
 from trainer import signals
-from trainer.data.batch import collate
+from trainer.data.batch import collate, count_examples
 from trainer.data.batch_sampler import (
     DistributedBatchSampler,
     ShuffledSampler,
     generators,
     set_epoch,
 )
-from trainer.data.items import BadItemPolicy, BatchDataset, begin_loading, loading
+from trainer.data.items import (
+    BadItemPolicy,
+    BatchDataset,
+    LoadedBatch,
+    ReportingCollate,
+    begin_loading,
+    loading,
+)
 from trainer.processes import serve
 from trainer.seed import DrawsUndone, derive, fork_rng
 
@@ -53,6 +60,7 @@ FULL = (
     "fewer workers (num_workers), in Docker --ipc=host or a larger --shm-size, or call "
     "torch.multiprocessing.set_sharing_strategy('file_system')"
 )
+_END = object()  # Follows the last batch of an iterator.
 
 
 def make_loader(
@@ -69,7 +77,10 @@ def make_loader(
     """Make a loader of this rank's batches from a dataset.
 
     A dataset raises `BadItem` for an item that cannot be used. In training a batch without a good
-    item gets the next good item of the epoch instead; in evaluation it is left out.
+    item gets the next good item of the epoch instead; in evaluation it is left out. A run ends when
+    more than a share of an epoch's files is bad, counted over all ranks: `Brain` judges at each
+    logging interval and at the end of a stage, and a loader that no Brain reads as soon as it is
+    known, where there is one process.
 
     An `IterableDataset` has to give each rank and worker items of its own; see `resumable`.
 
@@ -79,8 +90,9 @@ def make_loader(
             `item_generator` depend on (seed, epoch, item) alone. Global generators are seeded for
             each batch in workers; without workers they are those of the process. A method
             ``set_epoch(epoch)`` is called in every worker; ``name_of(index) -> str`` names items
-            in error messages. ``__getitems__(indices)`` is called if there is one, as by
-            `DataLoader`; a batch with a bad item is loaded again, item by item.
+            in error messages; ``count_files(indices) -> int`` counts the different files of items,
+            which are a file each otherwise. ``__getitems__(indices)`` is called if there is one,
+            as by `DataLoader`; a batch with a bad item is loaded again, item by item.
         train: True for training: shuffle unless a sampler is given, another order and other random
             numbers in each epoch, equally many batches on every rank. False for evaluation: every
             item exactly once, in order, and every epoch alike.
@@ -88,7 +100,7 @@ def make_loader(
         rank: rank of this process.
         world_size: number of processes.
         on_bad: "skip" to log bad items and leave them out, "raise" to end the run at the first.
-        max_bad: share of this rank's items, between 0 and 1, above which bad items end the run.
+        max_bad: share of the files, between 0 and 1, above which bad ones end the run.
         **options: options of `DataLoader`. ``batch_size`` is that of one process. Samplers of any
             kind get the epoch, and draw from random numbers of their own. ``timeout``, in seconds
             and 300 by default, ends a run whose workers give no batch for that long; a batch that
@@ -110,7 +122,8 @@ def make_loader(
     options["pin_memory"] = options.get("pin_memory", False) and torch.accelerator.is_available()
     timeout = options.pop("timeout", TIMEOUT)
     if isinstance(dataset, IterableDataset):
-        return Stream(DataLoader(dataset, **options), seed, train, timeout)
+        policy = BadItemPolicy(on_bad, max_bad)
+        return Stream(DataLoader(dataset, **options), seed, train, timeout, policy, world_size)
     if not len(dataset):
         raise ValueError(f"the dataset {type(dataset).__name__} has no items")
     sampler = _pop_sampler(
@@ -120,8 +133,7 @@ def make_loader(
     join = options.pop("collate_fn", None) or (default_convert if single else _collate)
     workers = options.get("num_workers", 0)
     batches = BatchDataset(dataset, join, seed, train, single, workers)
-    policy = BadItemPolicy(on_bad, max_bad, len(dataset) / world_size)
-    return Loader(batches, sampler, policy, timeout, options)
+    return Loader(batches, sampler, BadItemPolicy(on_bad, max_bad), timeout, options)
 
 
 def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
@@ -153,7 +165,12 @@ def _identity(loaded: Any) -> Any:
 
 
 class Loader:
-    """Loader of a dataset's batches, made by `make_loader`."""
+    """Loader of a dataset's batches, made by `make_loader`.
+
+    Attributes:
+        policy: counts the bad items.
+        alone: True if it judges bad items by itself, since nobody does so for all ranks.
+    """
 
     def __init__(
         self,
@@ -163,7 +180,9 @@ class Loader:
         timeout: float,
         options: dict[str, Any],
     ) -> None:
-        self._batches, self._sampler, self._policy = batches, sampler, policy
+        self._batches, self._sampler, self.policy = batches, sampler, policy
+        self.alone = sampler.world_size == 1
+        self._total: tuple[int, str] | None = None  # Files of the epoch, once they are counted.
         self._closing = _closing_flag(self)
         self._timeout, self._workers = timeout, options.get("num_workers", 0)
         self._number = 0  # Of the batch that is waited for.
@@ -185,7 +204,16 @@ class Loader:
     @property
     def bad(self) -> dict[str, str]:
         """Reasons by path, of the items skipped in the current epoch on this rank."""
-        return dict(self._policy.skipped)
+        return dict(self.policy.skipped)
+
+    def report_bad(self) -> dict[str, Any]:
+        """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
+        if self._total is None:
+            self._total = len(self._batches.dataset), "items"
+            if (indices := self._sampler.epoch_items()) is not None:
+                files, unit = self._batches.count_files(indices)
+                self._total = files * self._sampler.ranks, unit
+        return self.policy.report(*self._total)
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations. In evaluation all are alike."""
@@ -213,29 +241,27 @@ class Loader:
 
     def _from_process(self) -> Iterator[Any]:
         """Yield the batches without workers."""
-        self._policy.start_epoch()
+        self._start_epoch()
         self._number = self._sampler.start
         # DataLoader only has to pin memory here, and takes some 10 µs for each batch.
         pinned = self._loader.pin_memory
-        loaded = iter(self._loader if pinned else map(self._batches.__getitem__, self._sampler))
+        batches = iter(self._loader if pinned else map(self._batches.__getitem__, self._sampler))
         keeps = self._sampler.train and signals.installed()
         with closing(_HangWarning(self._timeout, self.describe_wait)) as watch:
             while True:
                 self._before = DrawsUndone() if keeps else None
                 with watch:
-                    try:
-                        batch, reports = next(loaded)
-                    except StopIteration:
-                        return
-                if reports:
-                    self._policy.handle(reports)
+                    loaded: Any = next(batches, _END)
+                if loaded is _END:
+                    return
+                self._count(loaded)
                 self._number += 1
-                if batch is not None:
-                    yield batch
+                if loaded.batch is not None:
+                    yield loaded.batch
 
     def _from_workers(self) -> Iterator[Any]:
         """Yield the batches that workers load."""
-        self._policy.start_epoch()
+        self._start_epoch()
         self._closing.fill_(False)
         first = self._sampler.start
         watched = _WatchedIterator(
@@ -246,14 +272,22 @@ class Loader:
                 loaded = watched.next()
                 if loaded is _END:
                     return
-                batch, reports = loaded
-                self._policy.handle(reports)
-                if batch is not None:
-                    yield batch
+                self._count(loaded)
+                if loaded.batch is not None:
+                    yield loaded.batch
         except BaseException:  # GeneratorExit too: the epoch was left early.
             watched.close()
             self._loader = self._make()
             raise
+
+    def _start_epoch(self) -> None:
+        self.policy.start_epoch()
+        self._total = None
+
+    def _count(self, loaded: LoadedBatch) -> None:
+        self.policy.handle(loaded.reports, loaded.items)
+        if self.alone and self.policy.unjudged:
+            self.policy.judge([self.report_bad()])
 
 
 class Stream:
@@ -270,6 +304,11 @@ class Stream:
         train: False for evaluation, in which every epoch is alike.
         timeout: seconds without a batch after which the workers of a DataLoader are given up, and
             any other source is warned of; 0 for never.
+        policy: counts what the source reports by `report_bad`; None to skip up to 5 %.
+        world_size: number of processes.
+
+    Attributes:
+        policy, alone: as those of `Loader`.
     """
 
     def __init__(
@@ -278,11 +317,15 @@ class Stream:
         seed: int = 0,
         train: bool = True,
         timeout: float = TIMEOUT,
+        policy: BadItemPolicy | None = None,
+        world_size: int = 1,
     ) -> None:
         self._source, self._seed, self._train, self._timeout = source, seed, train, timeout
         self._epoch, self._start, self._number = 0, 0, 0
         self._closing = _closing_flag(self)
         self._forked: fork_rng | None = None
+        self.policy = policy or BadItemPolicy("skip", 0.05)
+        self.alone = world_size == 1
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations; tell sampler and dataset."""
@@ -299,9 +342,10 @@ class Stream:
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
         seed, epoch = self._seed, self._epoch  # Another iteration may begin before this one ends.
+        self.policy.start_epoch()
         forked = fork_rng(derive(seed, "stream", epoch), generators(self._source))
         self._closing.fill_(False)
-        with forked, _preparing_workers(self._source, self._closing, seed, epoch):
+        with forked, _prepared(self._source, self._closing, seed, epoch):
             iterator = iter(self._source)
         plain = type(self._source) is DataLoader and self._source.num_workers > 0
         each = nullcontext() if plain else forked
@@ -311,17 +355,27 @@ class Stream:
         with closing(_HangWarning(limit, self.describe_wait)) as watch:
             try:
                 for self._number in count():
-                    with each, loading(seed, epoch), watch:
+                    with each, loading(seed, epoch) as reports, watch:
                         batch = watched.next()
-                    if batch is _END:
-                        return
+                    if not isinstance(batch, LoadedBatch):
+                        items = 0 if batch is _END else count_examples(batch)
+                        batch = LoadedBatch(batch, items + len(reports), reports)
+                    self.policy.handle(batch.reports, batch.items)
+                    if batch.batch is _END:
+                        break
                     if self._number >= start:
-                        yield batch
+                        yield batch.batch
             except BaseException:
                 if watched.workers:
                     watched.close()
                     self._source._iterator = None  # type: ignore[attr-defined]  # Persistent ones.
                 raise
+        if self.alone and self.policy.unjudged:
+            self.policy.judge([self.report_bad()])
+
+    def report_bad(self) -> dict[str, Any]:
+        """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
+        return self.policy.report()
 
     def describe_wait(self) -> str:
         """Return what an iteration waits for."""
@@ -351,7 +405,11 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     if isinstance(source, Loader | Stream):
         return source
     if type(source) is not DataLoader or isinstance(source.dataset, IterableDataset):
-        return Stream(source, seed, run.get("train", True), run.get("timeout", TIMEOUT))
+        policy = BadItemPolicy(run.get("on_bad", "skip"), run.get("max_bad", 0.05))
+        return Stream(
+            source, seed, run.get("train", True), run.get("timeout", TIMEOUT), policy,
+            run.get("world_size", 1),
+        )  # fmt: skip
     same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn")
     options = {name: getattr(source, name) for name in (*same, "persistent_workers")}
     if source.timeout:  # 0 is DataLoader's default.
@@ -374,17 +432,23 @@ def _closing_flag(owner: Any) -> Tensor:
 
 
 @contextmanager
-def _preparing_workers(source: Any, closing: Tensor, seed: int, epoch: int) -> Iterator[None]:
-    """Context manager in which a DataLoader prepares its new workers by `_init_worker`."""
-    if not getattr(source, "num_workers", 0) or not hasattr(source, "worker_init_fn"):
+def _prepared(source: Any, closing: Tensor, seed: int, epoch: int) -> Iterator[None]:
+    """Context manager in which a DataLoader begins an epoch.
+
+    It prepares new workers by `_init_worker`, and its batches come with their bad items. A class of
+    its own may change batches on their way, and gets them as they are.
+    """
+    changed: dict[str, Any] = {}
+    if type(source) is DataLoader:
+        changed["collate_fn"] = ReportingCollate(source.collate_fn)
+    if getattr(source, "num_workers", 0) and hasattr(source, "worker_init_fn"):
+        before = source.worker_init_fn
+        changed["worker_init_fn"] = partial(_init_worker, closing, (seed, epoch), before)
+    with ExitStack() as stack:
+        for name, value in changed.items():
+            stack.callback(setattr, source, name, getattr(source, name))
+            setattr(source, name, value)
         yield
-        return
-    before = source.worker_init_fn
-    source.worker_init_fn = partial(_init_worker, closing, (seed, epoch), before)
-    try:
-        yield
-    finally:
-        source.worker_init_fn = before
 
 
 def _end_if_unsent() -> None:
@@ -460,9 +524,6 @@ class _HangWarning:
                 "no batch for %g s, %s (the loader option timeout and the run option item_timeout "
                 "set this limit)", self._timeout, self._describe(),
             )  # fmt: skip
-
-
-_END = object()
 
 
 class _WatchedIterator:

@@ -15,7 +15,7 @@ from trainer import distributed
 from trainer.callbacks import Callback
 from trainer.loggers.files import JsonlLogger, run_folder
 from trainer.loggers.protocol import Logger
-from trainer.metrics import LOST, RESERVED, StageReport
+from trainer.metrics import RESERVED, SHOWN, StageReport
 from trainer.options import RunOptions
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
     facts = {
         name: value
         for name, value in report.record().items()
-        if name not in RESERVED or (name in LOST and value)
+        if name not in RESERVED or (name in SHOWN and value)
     }
     where = report.stage if report.epoch is None else f"epoch {report.epoch} {report.stage}"
     text = f"{where}: {_join(facts)}, {report.seconds:.0f} s"

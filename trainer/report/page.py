@@ -22,7 +22,7 @@ MAX_POINTS = 40  # Points of a sparkline.
 MAX_SKIPPED = 20  # Skipped steps that are listed.
 MAX_CHARACTERS = 200_000  # Characters of a file that are shown.
 SPARK_WIDTH, SPARK_HEIGHT = 96.0, 22.0  # Pixels of a sparkline.
-COUNTS = ("step", "examples", "skipped", "overflowed", "seconds")
+COUNTS = ("step", "examples", "skipped", "overflowed", "bad_files", "seconds")
 LAYER_HEADS = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
 FILES = (
     ("Command", "command.txt"),

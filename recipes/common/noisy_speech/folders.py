@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from recipes.common.audio import Header, good_ones, read_header
+from recipes.common.audio import Expected, Header, good_ones
 from recipes.common.noisy_speech.clips import existing, filled, named_cut, sounds
 from recipes.common.pairs import Corpus, Recorded
 from trainer.data import BadItem
-
-try:
-    from lhotse import MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 VOICEBANK = {
     "train": ("clean_trainset_28spk_wav", "noisy_trainset_28spk_wav"),
@@ -66,17 +61,22 @@ def _paired(clean: Path, noisy: Path, on_bad: str, max_bad: float) -> list[Recor
         raise ValueError(f"{empty} has another layout: expected were sound files, such as .wav")
     names = sorted(set(sides[0]) | set(sides[1]))
 
-    def probe(name: str) -> tuple[MonoCut, MonoCut]:
+    files = {
+        name: [(str(side[name]), Expected()) for side in sides if name in side] for name in names
+    }
+
+    def check(name: str, headers: Sequence[Header]) -> None:
         for own, other, folder in ((0, 1, noisy), (1, 0, clean)):
             if name not in sides[other]:
                 raise BadItem(sides[own][name], f"it has no partner of the same name in {folder}")
-        cuts = [side[name] for side in sides]
-        headers = [read_header(path) for path in cuts]
-        _check_alike(cuts, headers)
-        first, second = (named_cut(*each, name) for each in zip(cuts, headers, strict=True))
-        return first, second
+        _check_alike([side[name] for side in sides], headers)
 
-    return [Recorded(*pair) for pair in good_ones(names, probe, on_bad, max_bad).values()]
+    good = good_ones(files, on_bad, max_bad, check)
+    found = []
+    for name, headers in good.items():
+        pairs = zip(sides, headers, strict=True)
+        found.append(Recorded(*(named_cut(side[name], header, name) for side, header in pairs)))
+    return found
 
 
 def _check_alike(paths: Sequence[Path], headers: Sequence[Header]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import SOUNDS
+from recipes.common.cuts import SOUNDS, path_of
 from recipes.common.loading import load
 from recipes.common.noisy_speech.clips import (
     SPLITS,
@@ -25,7 +25,7 @@ from recipes.common.noisy_speech.clips import (
     snr_range,
     sounds,
 )
-from recipes.common.pairs import Corpus, Mixed, Noise, Source, check_heard, path_of
+from recipes.common.pairs import Corpus, Mixed, Noise, Source, check_heard
 from trainer.seed import derive
 
 try:

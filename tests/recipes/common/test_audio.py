@@ -141,7 +141,7 @@ def test_recordings_are_checked_before_anything_is_trained(tmp_path: Path, caplo
     with pytest.raises(BadItem, match="5.wav: it does not exist"):
         check_recordings(paths, RATE, on_bad="raise")
     paths[20].unlink()
-    with pytest.raises(ValueError, match="3 of 40 items are bad, more than the 5.0%") as caught:
+    with pytest.raises(ValueError, match="3 of 40 files are bad, more than the 5.0%") as caught:
         check_recordings(paths, RATE)
     assert str(caught.value).count("\n") == 3
     assert f"{paths[20]}: it does not exist" in str(caught.value)

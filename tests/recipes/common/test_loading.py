@@ -18,7 +18,9 @@ from lhotse.dataset import DynamicBucketingSampler, SimpleCutSampler
 from torch.utils.data import Dataset
 
 from recipes.common.loading import DurationBatches, Speech, filter_by_duration, load, without_bad
+from tests.processes import TwoRanks
 from tests.recipes.common.test_audio import WAYS
+from trainer import Brain, Stage, distributed
 from trainer.data import BadItem, DistributedBatchSampler, make_loader
 
 RATE = 16000
@@ -152,12 +154,95 @@ def test_one_file_in_a_hundred_is_bad(tmp_path: Path, caplog: Any) -> None:
     assert len(caplog.messages) == 9
     for cut in cuts[:50]:
         path_of(cut).unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"58 of 1000 items are bad, more than the 5.0%") as caught:
+    with pytest.raises(ValueError, match=r"58 of 1000 files are bad, more than the 5.0%") as caught:
         without_bad(cuts)
     assert str(caught.value).count(".wav: ") == 58
     loader = make_loader(Speech(cuts, RATE), train=True, batch_size=8)
-    with pytest.raises(ValueError, match=r"51 of 1000 items are bad, more than the 5.0%"):
+    with pytest.raises(ValueError, match=r"51 of 1000 files are bad, more than the 5.0%"):
         list(loader)
+
+
+class Listener(Brain):
+    """Learns a number, and remembers what it heard."""
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        self.heard: list[str] = []
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Any:
+        self.heard += batch.id
+        return self.modules.net(batch.sig.data[:, :8])
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Any:
+        return predictions.square().mean()
+
+
+def hear(folder: str) -> dict[str, Any]:
+    """Train on the files of a folder; return what was heard, logged and raised."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("trainer.data")
+    log.addHandler(handler)
+    cuts = [
+        MonoCut(
+            path.stem, 0.0, 0.1, 0,
+            recording=Recording(path.stem, [AudioSource("file", [0], str(path))], RATE, 1600, 0.1),
+        )
+        for path in (Path(folder, f"{number:03d}.wav") for number in range(1000))
+    ]  # fmt: skip
+    torch.manual_seed(distributed.rank())
+    brain = Listener(
+        {"net": torch.nn.Linear(8, 1)},
+        lambda params: torch.optim.SGD(params, lr=0.01),
+        run_opts={"device": "cpu", "progressbar": False},
+    )
+    error = None
+    try:
+        kwargs = {"batch_size": 8}
+        brain.fit(
+            range(1, 2), Speech(cuts, RATE, labels=lambda cut: {}), train_loader_kwargs=kwargs
+        )
+    except ValueError as raised:
+        error = str(raised)
+    log.removeHandler(handler)
+    return {
+        "heard": sorted(brain.heard), "logged": logged, "error": error,
+        "batches": brain.progress.step, "steps": brain.progress.optimizer_step,
+    }  # fmt: skip
+
+
+def hear_twice(folder: str) -> list[dict[str, Any]]:
+    """Train, and train again when 60 files are gone."""
+    first = hear(folder)
+    distributed.barrier()
+    if distributed.is_main():
+        for number in range(60):
+            Path(folder, f"{number:03d}.wav").unlink(missing_ok=True)
+    distributed.barrier()
+    return [first, hear(folder)]
+
+
+def test_two_processes_skip_and_stop_together(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    """1,000 files, 10 of them bad in 8 ways; then 60 more."""
+    paths = [tmp_path / f"{index:03d}.wav" for index in range(1000)]
+    for index, path in enumerate(paths):
+        soundfile.write(path, np.random.default_rng(index).normal(0, 0.1, 1600), RATE)
+    ways = ["empty", "cut header", "cut data", "text", "not finite", "rate", "channels", "missing"]
+    bad = [paths[37 + 91 * number] for number in range(10)]
+    for number, path in enumerate(bad):
+        WAYS[ways[number % 8]][0](path)
+    (one, stopped), (other, stopped_too) = two_ranks(hear_twice, tmp_path)
+    assert one["error"] is other["error"] is None
+    assert one["batches"] == other["batches"] == 63
+    assert sorted(one["heard"] + other["heard"]) == sorted(p.stem for p in set(paths) - set(bad))
+    logged = one["logged"] + other["logged"]
+    assert len(set(logged)) == len(logged) == 10
+    assert {message.split()[1].rstrip(":") for message in logged} == set(map(str, bad))
+    assert stopped["error"] == stopped_too["error"]
+    assert stopped["steps"] == stopped_too["steps"] in (50, 63)
+    told, *listed = stopped["error"].splitlines()
+    assert told.endswith("of 1000 files are bad, more than the 5.0% that may be skipped:")
+    assert int(told.split()[0]) == len(listed) > 50
 
 
 # Batches by seconds
@@ -224,6 +309,9 @@ def test_epochs_differ_in_order_and_in_neighbours_and_can_be_repeated(caplog: An
 def test_an_item_longer_than_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"an item lasts 12.00 s, longer than max_duration=10 s"):
         DurationBatches([3.0, 12.0], 10)
+    for duration in (math.nan, -1.0, 0.0, math.inf):
+        with pytest.raises(ValueError, match=r"item 1 lasts .* s; allowed: a number above 0"):
+            DurationBatches([3.0, duration], 10)
 
 
 def test_an_epoch_of_seconds_goes_on_from_any_batch_with_any_number_of_workers(

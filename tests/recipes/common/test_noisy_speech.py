@@ -165,7 +165,7 @@ def test_an_unusable_pair_is_named(pairs_folder: Path, fault: str, reason: str) 
     told = re.escape(reason.format(clean=clean, folder=noisy.parent))
     with pytest.raises(BadItem, match=told):
         voicebank(str(pairs_folder), on_bad="raise")
-    with pytest.raises(ValueError, match=r"of \d+ items are bad, more than the 5.0%"):
+    with pytest.raises(ValueError, match=r"of \d+ files are bad, more than the 5.0%"):
         voicebank(str(pairs_folder))
     corpus = voicebank(str(pairs_folder), max_bad=0.25)
     assert noisy.stem not in [each.id for each in corpus["train"]]

@@ -123,7 +123,7 @@ def test_silence_is_no_target(tmp_path: Path, mixed: list[Mixed]) -> None:
     loader = make_loader(dataset, train=False, batch_size=7, max_bad=0.2)
     assert len(next(iter(loader)).id) == 6
     dataset = Pairs([Mixed(cut(silent), hiss, (0, 0)), Recorded(cut(loud), cut(loud))], RATE)
-    with pytest.raises(ValueError, match=r"1 of 2 items are bad, more than the 5.0%"):
+    with pytest.raises(ValueError, match=r"1 of 2 files are bad, more than the 5.0%"):
         next(iter(make_loader(dataset, train=False, batch_size=2)))
 
 

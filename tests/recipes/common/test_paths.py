@@ -41,7 +41,14 @@ def test_names_inside_are_files_of_the_folder(folder: Path, name: str) -> None:
         ("up/secret.wav", "leads out of"),
         ("", "is empty"),
         (" ", "is empty"),
-        (".", "leads out of"),
+        (".", "names no file"),
+        ("..", "names no file"),
+        ("clips/..", "names no file"),
+        ("clips/", "names no file"),
+        ("~/one.wav", "begins with '~'; it must be relative to the data folder"),
+        ("one\n.wav", "contains a control character, such as a line break"),
+        ("x/" * 600 + "one.wav", "has more than 1024 bytes"),
+        ("\ud800.wav", "contains half of a character"),
     ],
 )
 def test_names_that_lead_elsewhere_are_refused(folder: Path, name: str, sentence: str) -> None:

@@ -60,7 +60,7 @@ def test_too_few_files_and_no_folder_are_told(sounds: Path) -> None:
 def test_broken_files_are_left_out_or_too_many(sounds: Path) -> None:
     (sounds / "broken.wav").write_bytes(b"RIFF")
     assert sum(map(len, folder(str(sounds), 2, 3, max_bad=0.1).values())) == 12
-    with pytest.raises(ValueError, match=r"(?s)1 of 13 items are bad.*broken.wav"):
+    with pytest.raises(ValueError, match=r"(?s)1 of 13 files are bad.*broken.wav"):
         folder(str(sounds), 2, 3, max_bad=0.05)
     with pytest.raises(BadItem, match=r"broken.wav"):
         folder(str(sounds), 2, 3, on_bad="raise")
@@ -123,7 +123,7 @@ def test_a_silent_clip_is_bad_and_a_pause_is_not(tmp_path: Path) -> None:
     for number in range(3):
         soundfile.write(tmp_path / f"{number}.wav", 0 * half, RATE)
     for segment in (None, 256):
-        with pytest.raises(BadItem, match=r"\d: it is silent: nothing in it is louder than -80 dB"):
+        with pytest.raises(BadItem, match=r"\d.wav: it is silent: nothing in it is louder"):
             Clips(cuts, RATE, segment)[0]
 
 

@@ -133,7 +133,7 @@ def test_a_table_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     inner.mkdir()
     rows = [["m0", "../secret.wav", str(tmp_path / "secret.wav"), "/../../secret.wav"]]
     write_table(inner / "a.csv", ["ID", "mix_wav", "s1_wav", "s2_wav"], rows)
-    with pytest.raises(ValueError, match="1 of 1 items are bad.*\n.*secret.wav: it does not exist"):
+    with pytest.raises(ValueError, match="2 of 2 files are bad.*\n.*secret.wav: it does not exist"):
         wsj0mix(str(inner), {"train": "a.csv"})
     with pytest.raises(ValueError, match="contains '..'; it must stay inside the data folder"):
         wsj0mix(str(inner), {"train": "../a.csv"})
@@ -166,7 +166,7 @@ def test_a_mixture_whose_files_do_not_fit_is_left_out_or_ends_the_run(
     assert [each.id for each in found["train"]] == ["m0", "m3"]
     assert "s1/m1.wav: it has 4000 samples, its mixture" in caplog.text
     assert "s2/m2.wav: it is sampled at 16000 Hz, not at 8000 Hz" in caplog.text
-    with pytest.raises(ValueError, match="2 of 4 items are bad"):
+    with pytest.raises(ValueError, match="2 of 12 files are bad"):
         wsj0mix(str(tmp_path), WSJ)
     with pytest.raises(BadItem, match=r"m1.wav: it has 4000 samples"):
         wsj0mix(str(tmp_path), WSJ, on_bad="raise")

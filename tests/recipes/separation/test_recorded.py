@@ -132,7 +132,7 @@ def test_a_bad_mixture_is_skipped_and_counted_or_ends_the_run(files: list[Mixtur
     loader = make_loader(dataset, train=False, batch_size=1, max_bad=0.3)
     assert [batch.id for batch in loader] == [["m0"], ["m1"], ["m3"]]
     assert [Path(path).name for path in loader.bad] == ["m2.wav"]
-    with pytest.raises(ValueError, match=r"1 of 4 items are bad, more than the 5.0%"):
+    with pytest.raises(ValueError, match=r"1 of 16 files are bad, more than the 5.0%"):
         list(make_loader(dataset, train=False, batch_size=1))
     with pytest.raises(BadItem, match="it is silent"):
         list(make_loader(dataset, train=False, batch_size=1, on_bad="raise"))

@@ -91,8 +91,8 @@ def test_what_cannot_be_used_is_told(
         run, "--file", tmp_path / "none.txt"
     )
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    assert "bytes.txt is no text in UTF-8" in error(run, "--file", tmp_path / "bytes.txt")
-    assert "No such file" in error(run, "--file", tmp_path / "missing.txt")
+    assert "bytes.txt is text in UTF-16 or UTF-32" in error(run, "--file", tmp_path / "bytes.txt")
+    assert "missing.txt is not there" in error(run, "--file", tmp_path / "missing.txt")
     assert "hyperparams.yaml" in error(run, "--text", "yes", "--vocoder", tmp_path)
     assert "is no run of a vocoder" in error(run, "--text", "yes", "--vocoder", run)
     shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
