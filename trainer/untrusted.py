@@ -6,6 +6,7 @@ import os
 import resource
 import stat
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,14 +25,18 @@ def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: it leads outside, or to something that is neither a file nor a folder.
     """
-    real, root = os.path.realpath(path), os.path.realpath(folder)
-    if os.path.commonpath([real, root]) != root:
+    real = os.path.realpath(path)
+    if not _is_below(real, os.path.realpath(folder)):
         raise ValueError(f"{str(path)!r} lies outside of {folder}")
     if os.path.lexists(real):
         mode = os.lstat(real).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ValueError(f"{str(path)!r} is neither a file nor a folder")
     return Path(path)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:
@@ -94,11 +99,17 @@ def memory_in_proportion(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def no_modules_from(folder: str | Path) -> Iterator[None]:
-    """Context manager in which modules are not looked for in a folder, nor below it."""
+    """Context manager in which modules are not looked for in a folder, nor below it.
+
+    Python's own and installed packages are found wherever they are.
+    """
     root = os.path.realpath(folder)
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    installed = [os.path.realpath(sysconfig.get_path(kind)) for kind in kinds]
 
     def inside(entry: str) -> bool:
-        return os.path.commonpath([os.path.realpath(entry or os.curdir), root]) == root
+        real = os.path.realpath(entry or os.curdir)
+        return _is_below(real, root) and not any(_is_below(real, each) for each in installed)
 
     hidden = [(place, entry) for place, entry in enumerate(sys.path) if inside(entry)]
     for place, _ in reversed(hidden):

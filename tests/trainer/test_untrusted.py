@@ -87,3 +87,6 @@ def test_no_module_comes_from_the_folder(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(ModuleNotFoundError):
             import from_elsewhere  # noqa: F401
     assert sys.path == path
+    with no_modules_from("/"):  # A project with its environment in it.
+        assert sys.path
+        assert all("lib/python" in each for each in sys.path)
