@@ -1,5 +1,6 @@
 """YAML to objects: allowed names, refused ones, and a sentence for every mistake."""
 
+import inspect
 import re
 import sys
 import textwrap
@@ -15,9 +16,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import trainer.clipping
+import trainer.schedules
+from trainer.clipping import Clip
 from trainer.config.building import arithmetic
 from trainer.config.hyperparameters import Configuration, Text, describe, load_hparams
-from trainer.config.registry import Registry
+from trainer.config.registry import Registry, listed_names
+from trainer.schedules import MetricSchedule, StepSchedule
 
 Write = Callable[..., Path]
 
@@ -680,6 +685,20 @@ def test_kinds_of_names() -> None:
             ValueError, match=rf"{re.escape(name)} is not allowed.* --allow {name} "
         ):
             registry.locate(name)
+
+
+def test_the_trainer_lists_its_clippers_and_schedules() -> None:
+    names = listed_names("trainer", "YAML_NAMES")
+    assert len([Registry().locate(name) for name in names]) == len(names) >= 20
+    abstract = (Clip, StepSchedule, MetricSchedule)
+    found = {
+        f"{module.__name__}.{name}"
+        for module in (trainer.clipping, trainer.schedules)
+        for name, each in vars(module).items()
+        if inspect.isclass(each) and issubclass(each, abstract) and each not in abstract
+    }
+    assert len(found) >= 15
+    assert found <= {*names}
 
 
 def test_a_run_folder_builds_only_what_recipes_list_for_run_folders(write: Write) -> None:
