@@ -1,5 +1,7 @@
 """YAML to objects: allowed names, refused ones, and a sentence for every mistake."""
 
+import contextlib
+import importlib
 import inspect
 import re
 import sys
@@ -685,6 +687,26 @@ def test_kinds_of_names() -> None:
             ValueError, match=rf"{re.escape(name)} is not allowed.* --allow {name} "
         ):
             registry.locate(name)
+
+
+def test_methods_are_no_names_but_two() -> None:
+    registry = Registry()
+    allowed, count = set(), 0
+    for place in ("torch", "torch.nn", "torch.optim", "torch.utils.data", "trainer", "builtins"):
+        for each, kind in vars(importlib.import_module(place)).items():
+            public = inspect.isclass(kind) and not each.startswith("_")
+            for method in dir(kind) if public else ():
+                if method.startswith("_"):
+                    continue
+                count += 1
+                with contextlib.suppress(ValueError):
+                    registry.locate(f"{place}.{each}.{method}")
+                    allowed.add(f"{place}.{each}.{method}")
+    assert count > 5_000
+    assert allowed == {
+        "torch.nn.Embedding.from_pretrained",
+        "torch.nn.EmbeddingBag.from_pretrained",
+    }
 
 
 def test_the_trainer_lists_its_clippers_and_schedules() -> None:
