@@ -344,7 +344,7 @@ def checked(name: str, value: Any) -> Any:
             raise TypeError
         if isinstance(value, (int, float)) and not limits.at_least <= value <= limits.at_most:
             raise TypeError
-    except TypeError:
+    except (TypeError, OverflowError):  # An int may be too large for a float.
         raise ValueError(f"{name} must be {allowed(name)}, not {value!r}") from None
     return value
 

@@ -716,7 +716,11 @@ def test_a_package_of_ones_own_is_allowed_by_main(
     assert "ownnets.Net is not allowed" in fails(capsys, keep([]), "toy.yaml")
     runs: list[Run] = []
     main(keep(runs), ["toy.yaml"], allow=["ownnets"])
-    assert runs[0].hparams["net"].width == 3
+    main(keep(runs), ["toy.yaml"], allow="ownnets")
+    assert [run.hparams["net"].width for run in runs] == [3, 3]
+    with pytest.raises(SystemExit):
+        main(keep(runs), ["toy.yaml"], allow=[sys])  # type: ignore[list-item]
+    assert "allow must hold names such as 'mypackage'" in capsys.readouterr().err
 
 
 # A builtin, compiled modules, modules under another name, classes, methods, values, private names.

@@ -1,5 +1,8 @@
 """YAML to objects: allowed names, refused ones, and a sentence for every mistake."""
 
+import contextlib
+import importlib
+import inspect
 import re
 import sys
 import textwrap
@@ -15,9 +18,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import trainer.clipping
+import trainer.schedules
+from trainer.clipping import Clip
 from trainer.config.building import arithmetic
 from trainer.config.hyperparameters import Configuration, Text, describe, load_hparams
-from trainer.config.registry import Registry
+from trainer.config.registry import Registry, listed_names
+from trainer.schedules import MetricSchedule, StepSchedule
 
 Write = Callable[..., Path]
 
@@ -343,6 +350,18 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
             "x ({}, line 1): torch.nn.Dropout could not be built: dr",
         ),
         ("x: !new:torch.nn.Linear [a, b]\n", "x ({}, line 1): torch.nn.Linear could not be built"),
+        ("x: !new:torch.nn.Linear [-1, 2]\n", "could not be built: RuntimeError: Trying to create"),
+        (
+            "x: !name:torch.optim.lr_scheduler.LambdaLR {lr_lambda: 'lambda n: 0.9'}\n",
+            "x ({}, line 1): torch.optim.lr_scheduler.LambdaLR: lr_lambda must be a function, not "
+            "'lambda n: 0.9'; a function of a module beside train.py is given by !name:module.func",
+        ),
+        (
+            "x: !new:list [!new:torch.utils.data.DataLoader [[1, 2]]]\n",
+            "x ({}, line 1): list takes no DataLoader, whose worker processes it could start",
+        ),
+        ("x: !!int a\n", "{}, line 1: 'a' is no int; quote it if it is text"),
+        ("x: 2001-99-99\n", "{}, line 1: '2001-99-99' is no timestamp; quote it if it is text"),
         ("x: !new:torch.relu [1]\n", "could not be built: !new:torch.relu should be a class"),
         (
             "a: !new:torch.nn.ReLU\nb: !ref <a.inplce>\n",
@@ -548,6 +567,160 @@ def test_a_package_of_ones_own_is_allowed_by_name(
             load_hparams(write(f"x: {attack}\n"), allow=["ownpackage"])
     with pytest.raises(ValueError, match="is not allowed"):
         load_hparams(write("net: !new:ownpackage.Net\nx: !ref <net.cwd>\n"), allow=["ownpackage"])
+
+
+OWN = """\
+import enum
+import os
+import pathlib
+import threading
+from functools import partial
+from os import getcwd
+
+import torch
+
+class Colour(enum.Enum):
+    RED = 1
+
+class Net(torch.nn.Module):
+    width = 3
+    path = pathlib.Path("a/b")
+    table = {"a": [1, (2.5, None)]}
+    colour = Colour.RED
+    functions = {"cwd": getcwd}
+    lock = threading.Lock()
+    maker = partial(getcwd)
+    module = os
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.frames = (each for each in ())
+
+    @property
+    def size(self):
+        return self.width * 2
+
+    @property
+    def broken(self):
+        raise KeyError("x")
+
+    @classmethod
+    def make(cls):
+        return cls()
+"""
+
+
+def test_references_read_values_and_networks_of_objects_and_nothing_else(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ownnet.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = """\
+        net: !apply:ownnet.Net.make
+        weights: [!ref <net.layer.weight>]
+        opt: !new:torch.optim.SGD [!ref <weights>, 0.5]
+        groups: !ref <opt.param_groups>
+        layer: !ref <net.layer>
+        inputs: !ref <net.layer.in_features>
+        shape: !ref <net.layer.weight.shape>
+        kind: !ref <net.layer.weight.dtype>
+        size: !ref <net.size>
+        path: !ref <net.path>
+        name: !ref <net.path.name>
+        table: !ref <net.table>
+        colour: !ref <net.colour>
+        """
+    hparams = load_hparams(write(text), allow=["ownnet"])
+    assert hparams["groups"][0]["lr"] == 0.5
+    assert hparams["layer"] is hparams["net"].layer
+    assert (hparams["inputs"], hparams["size"], hparams["name"]) == (2, 6, "b")
+    assert hparams["shape"] == (2, 2)
+    assert hparams["kind"] is torch.float32
+    assert hparams["table"] == {"a": [1, (2.5, None)]}
+    refused = {
+        "forward": "it is a method, and a reference reads numbers, texts, tensors, networks, "
+        "paths, and lists or mappings of these; a function is given by !name:module.function, "
+        "and a method is taken from its object in train.py",
+        "layer.weight.requires_grad_": "it is a builtin_function_or_method",
+        "frames": "it is a generator",
+        "frames.gi_frame": "it is a generator",
+        "functions": "it is a dict",
+        "lock": "it is a lock",
+        "maker": "it is a partial",
+        "module": "it is a module",
+        "make": "it is a method",
+        "broken": "reading 'broken' of a Net failed: KeyError: 'x'",
+    }
+    for name, why in refused.items():
+        broken = write(f"net: !new:ownnet.Net\nx: !ref <net.{name}>\n")
+        with pytest.raises(
+            ValueError, match=rf"x \({re.escape(str(broken))}, line 2\): .*"
+        ) as raised:
+            load_hparams(broken, allow=["ownnet"])
+        assert why in str(raised.value)
+    # The class is a network, but its property is code of a package that is not allowed.
+    mixed = write("net: !apply:ownnet.Net.make\nx: !ref <net.size>\n")
+    with pytest.raises(ValueError, match="'size' of a Net is not allowed: a reference reads"):
+        load_hparams(mixed, allow=["ownnet.Net.make"])
+
+
+def test_kinds_of_names() -> None:
+    registry = Registry()
+    good = """
+        torch.nn.Embedding.from_pretrained torch.nn.utils.weight_norm torch.nn.init.zeros_
+        torch.utils.data.TensorDataset torch.utils.data.BatchSampler torch.distributions.Normal
+        torch.optim.swa_utils.AveragedModel torch.optim.lr_scheduler.ReduceLROnPlateau torch.tensor
+        torchaudio.transforms.Resample torchaudio.models.wav2vec2_base torchaudio.functional.gain
+        torch.linalg.norm torch.special.expit torch.stft torch.signal.windows.hann torch.arange
+        lhotse.dataset.sampling.SimpleCutSampler lhotse.dataset.signal_transforms.SpecAugment
+        """
+    assert len([registry.locate(name) for name in good.split()]) == 19
+    bad = """
+        torch.nn.Embedding.forward torch.optim.swa_utils.update_bn torch.set_num_threads torch.nn
+        torch.nn.modules.module.register_module_forward_hook torch.default_generator torch.from_file
+        torch.distributions.kl.register_kl lhotse.dataset.sampling.StatelessSampler torch.seed
+        torchaudio.models.wav2vec2.utils.import_fairseq_model torch.nn.cpp.ModuleWrapper
+        """
+    for name in bad.split():
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(name)} is not allowed.* --allow {name} "
+        ):
+            registry.locate(name)
+
+
+def test_methods_are_no_names_but_two() -> None:
+    registry = Registry()
+    allowed, count = set(), 0
+    for place in ("torch", "torch.nn", "torch.optim", "torch.utils.data", "trainer", "builtins"):
+        for each, kind in vars(importlib.import_module(place)).items():
+            public = inspect.isclass(kind) and not each.startswith("_")
+            for method in dir(kind) if public else ():
+                if method.startswith("_"):
+                    continue
+                count += 1
+                with contextlib.suppress(ValueError):
+                    registry.locate(f"{place}.{each}.{method}")
+                    allowed.add(f"{place}.{each}.{method}")
+    assert count > 5_000
+    assert allowed == {
+        "torch.nn.Embedding.from_pretrained",
+        "torch.nn.EmbeddingBag.from_pretrained",
+    }
+
+
+def test_the_trainer_lists_its_clippers_and_schedules() -> None:
+    names = listed_names("trainer", "YAML_NAMES")
+    assert len([Registry().locate(name) for name in names]) == len(names) >= 20
+    abstract = (Clip, StepSchedule, MetricSchedule)
+    found = {
+        f"{module.__name__}.{name}"
+        for module in (trainer.clipping, trainer.schedules)
+        for name, each in vars(module).items()
+        if inspect.isclass(each) and issubclass(each, abstract) and each not in abstract
+    }
+    assert len(found) >= 15
+    assert found <= {*names}
 
 
 def test_a_run_folder_builds_only_what_recipes_list_for_run_folders(write: Write) -> None:

@@ -91,8 +91,8 @@ def main(
     Args:
         train: trains, and returns the test metrics by name or None. It is called on every rank.
         argv: arguments of the command line; None: those of the process.
-        allow: packages that the YAML may name, in addition to those allowed anyway and the modules
-            beside the file of `train`.
+        allow: packages and single objects that the YAML may name, in addition to those allowed
+            anyway, the modules beside the file of `train`, and what `--allow` names.
 
     Returns:
         The test metrics that `train` returned; empty after `--help`, a search or a replay.
@@ -109,7 +109,8 @@ def main(
             keys = describe(file) if file else ()
             print(arguments.help_text(Path(sys.argv[0]).name, file, keys))
             return {}
-        hyperparameters, options = arguments.configure(given, [*allow, *_own_modules(train)])
+        allowed = [allow] if isinstance(allow, str) else [*allow]
+        hyperparameters, options = arguments.configure(given, [*allowed, *_own_modules(train)])
         return _run(train, hyperparameters, options, given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

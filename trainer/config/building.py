@@ -379,8 +379,11 @@ def _attribute(value: Any, name: str, place: str, registry: Registry) -> Any:
             raise BuildError(
                 f"{place}: {type(value).__name__} has no attribute {part!r}{nearest(part, known)}"
             ) from None
-        except Exception as error:  # also of a property
+        except ValueError as error:
             raise BuildError(f"{place}: {error}") from error
+        except Exception as error:  # of a property
+            kind = f"{type(value).__name__} failed: {type(error).__name__}"
+            raise BuildError(f"{place}: reading {part!r} of a {kind}: {error}") from error
     return value
 
 

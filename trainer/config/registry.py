@@ -154,7 +154,7 @@ class Registry:
         self.packages = {"trainer", *recipe_packages()}
         allowed = [allow] if isinstance(allow, str) else list(allow)
         for name in allowed:
-            if not NAME_IN_FULL.fullmatch(name):
+            if not isinstance(name, str) or not NAME_IN_FULL.fullmatch(name):
                 raise ValueError(f"allow must hold names such as 'mypackage', not {name!r}")
             if hasattr(sys.modules.get(name), "YAML_NAMES"):
                 self.packages.add(name)
