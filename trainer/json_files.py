@@ -22,8 +22,12 @@ class BadJson(ValueError):
     """Error for content that is not JSON as this module reads it; says what is wrong."""
 
 
-def parse(data: bytes) -> Any:
+def parse(data: bytes, allow_nan: bool = False) -> Any:
     """Return the value of a JSON text.
+
+    Args:
+        data: the text.
+        allow_nan: take NaN and infinities, too, as Python writes them.
 
     Raises:
         BadJson: for anything else, such as NaN, bytes that are not UTF-8, and deep nesting.
@@ -32,7 +36,10 @@ def parse(data: bytes) -> Any:
         raise BadJson(f"it has {len(data)} bytes, more than {MAX_BYTES}")
     try:
         value = json.loads(
-            data.decode("utf-8-sig"), parse_constant=_constant, parse_int=_int, parse_float=_float
+            data.decode("utf-8-sig"),
+            parse_constant=float if allow_nan else _constant,
+            parse_int=_int,
+            parse_float=_float,
         )
     except RecursionError:
         raise BadJson("it is nested too deeply") from None

@@ -13,6 +13,8 @@ from typing import Any
 
 from recipes.clipping_study.cells import Cell, finish
 from recipes.clipping_study.experiments import Experiment, Setting
+from trainer import json_files
+from trainer.loggers.files import replace_file
 from trainer.processes import serve
 
 logger = logging.getLogger("recipes")
@@ -27,16 +29,17 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[str, Result] = {}
-        whole = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                result = json.loads(line)
-            except ValueError:
-                logger.warning("%s: a line that is not whole is left out", path)
-                continue
-            whole.append(line + "\n")
-            self._known[_key(result["cell"])] = result
-        path.write_text("".join(whole), encoding="utf-8")
+        whole: list[bytes] = []
+        if path.exists():
+            with path.open("rb") as file:
+                for line in json_files.lines(file):
+                    result = _result(line)
+                    if result is None:
+                        logger.warning("%s: a line that is not whole is left out", path)
+                        continue
+                    whole.append(line.rstrip(b"\n") + b"\n")
+                    self._known[_key(result["cell"])] = result
+        replace_file(path, whole, "results")
 
     def of(self, cell: Cell) -> Result | None:
         """Return the result of a cell, or None if it is not finished."""
@@ -54,6 +57,16 @@ class Results:
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _result(line: bytes) -> Result | None:
+    """Return the result of a cell from its line; None if it is not whole."""
+    try:
+        result = json_files.parse(line, allow_nan=True)  # A training that diverged has them.
+    except json_files.BadJson:
+        return None
+    whole = isinstance(result, dict) and isinstance(result.get("cell"), dict)
+    return result if whole and isinstance(result.get("seconds"), (int, float)) else None
 
 
 def _key(cell: Mapping[str, Any]) -> str:

@@ -837,3 +837,32 @@ def test_a_loader_leaves_no_epoch_behind(source: str) -> None:
     loader = make_loader(data, train=True, seed=3)
     loader.set_epoch(5)
     assert sorted(int(number) for _, number in loader) == plain
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unable to resize file </torch_20117_1560127402_2> to the right size: No space left (28)",
+        "unable to open shared memory object </torch_1_2> in read-write mode: No space left (28)",
+        "unable to allocate shared memory(shm) for file </torch_1_2>: Success (0)",
+        "unable to write to file </torch_3>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory. Please try to raise your limit.",
+        "received 0 items of ancdata",
+    ],
+)
+def test_each_of_torchs_messages_on_shared_memory_says_what_to_do(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError(text)
+
+    loader = make_loader(Items(), train=True, batch_size=2, num_workers=1)
+    monkeypatch.setattr(
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "__next__", full
+    )
+    with pytest.raises(OSError, match="--shm-size"):
+        list(loader)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(OSError, match="--shm-size"):
+        make_loader(Items(), train=True, batch_size=2, num_workers=1)

@@ -122,6 +122,43 @@ def test_a_run_resumes_and_reports_from_any_metrics_file(
     render(folder)
 
 
+VALID = b"".join(
+    json.dumps(record).encode() + b"\n"
+    for step in (1, 2, 3)
+    for record in (
+        {"kind": "step", "step": step, "loss": {"a": 1.5, "b": None}, "seconds": 1.0,
+         "optimizers": {"main": {"lr": 0.1, "norm": 2.0, "stepped": 1, "clipped": 0.5}}},
+        {"kind": "monitor", "step": step, "layers": {"net": {"grad": 1.0, "ratio": 0.1}},
+         "optimizers": {"main": {"norms": [1.0, 2.0], "limits": [3.0, None]}}, "warnings": ["w"]},
+        {"kind": "stage", "stage": "valid", "epoch": step, "step": step, "loss": 1.0, "wer": 2.0},
+    )
+)  # fmt: skip
+
+
+@given(
+    places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=4)),
+                    min_size=1, max_size=4),
+    step=st.integers(0, 4),
+)  # fmt: skip
+@MANY
+def test_a_run_resumes_and_reports_from_a_metrics_file_that_was_changed(
+    tmp_path_factory: pytest.TempPathFactory, places: list[tuple[float, int, bytes]], step: int
+) -> None:
+    folder, data = tmp_path_factory.mktemp("run"), VALID
+    for place, cut, new in places:
+        at = int(place * len(data))
+        data = data[:at] + new + data[at + cut :]
+    (folder / "metrics.jsonl").write_bytes(data)
+    render(folder)
+    log = JsonlLogger(folder)
+    log.resume(step)
+    log.close()
+    for line in (folder / "metrics.jsonl").read_bytes().splitlines():
+        place = json_files.parse(line).get("step")
+        assert not isinstance(place, (int, float)) or place <= step
+    render(folder)
+
+
 class Line(Brain):
     def compute_forward(self, batch: Any, stage: Stage) -> Any:
         return self.modules.net(batch["x"])

@@ -132,8 +132,9 @@ def make_loader(
     single = sampler.batch_size is None and not sampler.batched
     join = options.pop("collate_fn", None) or (default_convert if single else _collate)
     workers = options.get("num_workers", 0)
-    batches = BatchDataset(dataset, join, seed, train, single, workers)
-    return Loader(batches, sampler, BadItemPolicy(on_bad, max_bad), timeout, options)
+    with _full_memory_told():
+        batches = BatchDataset(dataset, join, seed, train, single, workers)
+        return Loader(batches, sampler, BadItemPolicy(on_bad, max_bad), timeout, options)
 
 
 def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
@@ -264,9 +265,10 @@ class Loader:
         self._start_epoch()
         self._closing.fill_(False)
         first = self._sampler.start
-        watched = _WatchedIterator(
-            iter(self._loader), self._timeout, self._closing, self.describe_wait
-        )
+        with _full_memory_told():
+            watched = _WatchedIterator(
+                iter(self._loader), self._timeout, self._closing, self.describe_wait
+            )
         try:
             for self._number in count(first):
                 loaded = watched.next()
@@ -466,7 +468,21 @@ def _end_if_unsent() -> None:
 
 
 def _is_about_shared_memory(error: Exception) -> bool:
-    return bool(re.search(r"/torch_\d+|[Ss]hared memory|ancdata", str(error)))
+    """Return True for torch's errors about /dev/shm, and for locks that find no room there."""
+    torchs = r"/torch_\d+|shared memory (object|limit|\(shm\)|file)|of shared memory|ancdata"
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or bool(re.search(torchs, str(error)))
+
+
+@contextmanager
+def _full_memory_told() -> Iterator[None]:
+    """Context manager that raises an OSError that says what to do where shared memory is full."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if not _is_about_shared_memory(error):
+            raise
+        raise OSError(errno.ENOSPC, FULL) from error
 
 
 def _init_worker(
@@ -569,9 +585,10 @@ class _WatchedIterator:
                     self._poll_after(0)  # Persistent workers are about to be restarted.
                 return result
             except Exception as error:
-                if _is_about_shared_memory(error) and str(error).startswith("Caught "):
-                    raise OSError(errno.ENOSPC, FULL) from error
-                cause = self._explain(str(error), time.monotonic() - since)
+                if isinstance(error, RuntimeError) and _is_about_shared_memory(error):
+                    cause: str | None = FULL
+                else:
+                    cause = self._explain(str(error), time.monotonic() - since)
                 if cause is None:
                     raise
             if cause:  # Raised out here: chained, it would keep all that torch's frames hold.

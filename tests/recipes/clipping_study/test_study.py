@@ -56,6 +56,17 @@ def test_the_quick_study_runs_once_and_then_has_nothing_left_to_do(
     assert again[:-2] == lines[:-2]
 
 
+@pytest.mark.parametrize(
+    "line", [b"", b"[" * 90_000, b"1", b"{}", b'{"cell": 1}', b"\xff", b'{"cell": {}}', b"NaN"]
+)
+def test_a_line_that_is_no_result_is_left_out(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "cells.jsonl"
+    good = b'{"cell": {"name": "x"}, "seconds": 1.0, "loss": Infinity}\n'
+    path.write_bytes(line + b"\n" + good + line)
+    assert len(Results(path)) == 1
+    assert path.read_bytes() == good
+
+
 @pytest.mark.long
 def test_processes_give_what_one_gives(tmp_path: Path) -> None:
     cells = [Cell("half", "fp32", "none", {"lr": 0.1}, seed, {"steps": 2}) for seed in (1, 2)]
