@@ -772,18 +772,27 @@ def test_a_refusal_names_the_spelling_that_allows_it(
     assert "x (toy.yaml, line 1)" in said or "toy.yaml, line 1: " in said
     spelling = re.search(r"--allow \S+", said)
     assert spelling
+    in_python = re.search(r"allow=\['(.*?)'\]", said)
+    assert in_python
     runs: list[Run] = []
     main(keep(runs), ["toy.yaml", *spelling[0].split()])
-    assert SPELLED[text](runs[0].hparams["x"])
-    assert SPELLED[text](runs[0].hparams["y"][1])
+    main(keep(runs), ["toy.yaml"], allow=[in_python[1]])
+    for run in runs:
+        assert SPELLED[text](run.hparams["x"])
+        assert SPELLED[text](run.hparams["y"][1])
 
 
 def test_names_are_allowed_one_by_one_and_not_for_the_run_folder(
-    demo: str, capsys: pytest.CaptureFixture[str]
+    demo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("toy.yaml").write_text(
         "x: !new:zip [[1], [2]]\ny: !apply:os.getpid\nz: !apply:operator.add [1, 2]\nallow: [os]\n"
     )
+    Path("netlib.py").write_text("class Net: pass\nclass Other: pass\n")
+    monkeypatch.syspath_prepend(".")
+    Path("own.yaml").write_text("x: !new:netlib.Net\ny: !new:netlib.Other\n")
+    assert "netlib.Net is not allowed" in fails(capsys, keep([]), "own.yaml")
+    assert main(keep([]), ["own.yaml", "--allow", "netlib"])
     allow = ["--allow=builtins.zip, os.getpid", "--allow", "operator.add"]
     runs: list[Run] = []
     main(keep(runs), ["toy.yaml", *allow, "--output_folder", "run"])

@@ -113,8 +113,8 @@ CLOSED = """
     lhotse.serialization lhotse.shar lhotse.tools lhotse.utils lhotse.workflows
     torch._C torch.classes torch.compile torch.cuda.jiterator torch.distributed torch.export
     torch.fork torch.from_file torch.fx torch.hub torch.import_ir_module
-    torch.import_ir_module_from_buffer torch.jit torch.library torch.load torch.multiprocessing
-    torch.onnx torch.ops torch.package torch.parse_ir torch.save torch.serialization torch.storage
+    torch.import_ir_module_from_buffer torch.jit torch.library torch.multiprocessing
+    torch.onnx torch.ops torch.package torch.parse_ir torch.serialization torch.storage
     torch.testing torch.utils torch.wait torchaudio.datasets torchaudio.io torchaudio.load
     torchaudio.models.decoder torchaudio.save torchaudio.utils torchmetrics.audio.dnsmos
     torchmetrics.audio.nisqa
@@ -323,10 +323,10 @@ class Registry:
         return True
 
     def _way_to_allow(self, name: str) -> str:
-        """Return how a user allows a name in full, to end a sentence."""
+        """Return how a user allows a name in full, as the end of a sentence."""
         if self.attribute == "RUN_NAMES" or not NAME_IN_FULL.fullmatch(name):
             return ""
-        return f"; allow it by --allow {name} on the command line"
+        return f"; allow it by --allow {name} on the command line, or allow=['{name}'] in Python"
 
     def _refusal(self, name: str, why: str = "") -> ValueError:
         package = next((each for each in self.packages if name.startswith(f"{each}.")), None)
@@ -342,7 +342,7 @@ class Registry:
         heads = sorted({each.partition(".")[0] for each in self.good})
         hint = "" if head in heads else nearest(head, heads)
         if allow:
-            allow += ", or its package by trainer.main(train, allow=['package'])"
+            allow += ", and the whole of your own package by trainer.main(train, allow=['package'])"
         return ValueError(
             f"{name} is not allowed{f' ({why})' if why else ''}; a YAML may name what builds "
             f"things in {', '.join(heads)} and plain builtins such as dict{allow}{hint}"
