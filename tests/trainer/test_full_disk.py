@@ -283,7 +283,7 @@ def test_checkpoints_that_do_not_fit_end_the_run_with_exit_code_2(tmp_path: Path
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if "could not be saved" in line]
     assert len(errors) == 3
-    assert errors[-1].startswith("error: the checkpoint ")
+    assert all(line.startswith("error: the checkpoint ") for line in errors)
     assert "File too large" in errors[-1]
     assert "Traceback" not in done.stderr
 

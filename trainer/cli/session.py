@@ -38,7 +38,8 @@ class _Handler(logging.Handler):
         for line in text.splitlines():
             self.log.write(line)
         if warning or distributed.is_main():
-            prefix = f"{rank_prefix()}{'warning: ' if warning else ''}"
+            level = "error: " if record.levelno >= logging.ERROR else "warning: " * warning
+            prefix = f"{rank_prefix()}{level}"
             tqdm.write(f"{prefix}{text}", file=sys.stderr)
 
 
