@@ -62,8 +62,12 @@ class RunFolder:
         self.path = path
         self._lock: int | None = None
 
-    def open(self, overwrite: bool = False) -> None:
+    def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
         """Make the folder if there is none, lock it, and empty it if `overwrite`.
+
+        Args:
+            overwrite: delete what an earlier run left.
+            patience: seconds to wait for a process that is about to release the folder.
 
         Raises:
             ValueError: another command is using the folder, or it is not a run folder.
@@ -71,7 +75,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._take_lock(patience)
         except OSError as error:
             files = [str(each) for each in (self.path, *self.path.parents) if each.is_file()]
             reason = f"{files[0]} is a file" if files else error.strerror or str(error)
@@ -105,11 +109,19 @@ class RunFolder:
         except OSError:
             return False
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, patience: float) -> None:
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        end = time.monotonic() + patience
         try:
-            # Not flock: forked workers would hold that one on after this process is killed.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    # Not flock: forked workers would hold that one on after this process is killed.
+                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() >= end:
+                        raise
+                time.sleep(0.1)
         except OSError:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "another run"
             self.close()

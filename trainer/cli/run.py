@@ -45,6 +45,7 @@ from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
 
+LOCK_SECONDS = 15.0  # Time that torchrun's restart waits for the run folder.
 MAX_REPR = 500  # characters of an object in hyperparams.yaml
 
 logger = logging.getLogger("trainer")
@@ -282,7 +283,11 @@ def _run_folder(
     problem, changes = None, []
     if distributed.is_main():
         try:
-            folder.open(options.overwrite and not options.searching)
+            restarted = distributed.restarts() > 0  # Goes on, and its former self may be ending.
+            folder.open(
+                options.overwrite and not options.searching and not restarted,
+                patience=LOCK_SECONDS if restarted else 0.0,
+            )
             if options.searching and folder.has_record():
                 folder.add_command(command)  # The record of the earlier run stays.
             else:
