@@ -153,5 +153,17 @@ def train(run: trainer.Run) -> dict[str, float]:
     return {"loss": loss}
 
 
+def main(folder: str, argv: list[str], hangup: Any) -> None:
+    """Be a run: a forked process with a session, a folder and an output of its own."""
+    os.setsid()
+    os.chdir(folder)
+    signal.signal(signal.SIGHUP, hangup)
+    said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    torch.set_num_threads(1)
+    trainer.main(train, argv)
+
+
 if __name__ == "__main__":
     trainer.main(train)

@@ -20,6 +20,7 @@ import pkgutil
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import distributed
+from trainer import distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.environment import environment
@@ -45,6 +46,7 @@ from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
 
+USER_ERRORS = (ValueError, OSError, ImportError, NonFiniteError, DriftError)
 LOCK_SECONDS = 15.0  # Time that torchrun's restart waits for the run folder.
 MAX_REPR = 500  # characters of an object in hyperparams.yaml
 
@@ -97,6 +99,7 @@ def main(
             143 after SIGTERM, 130 after Ctrl-C, and 75 after any other request to stop.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    code = 0
     try:
         if any(each in arguments.HELP for each in given):
             file = next((each for each in given if not each.startswith("-")), None)
@@ -106,15 +109,31 @@ def main(
         hyperparameters, options = arguments.configure(given, [*allow, *_own_modules(train)])
         return _run(train, hyperparameters, options, given)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, OSError, ImportError, NonFiniteError, DriftError) as error:
-        if not session.is_user_error(error):
+        code = 130
+        session.say("interrupted")
+        raise SystemExit(code) from None
+    except Interrupted as stop:
+        code = signals.exit_code(stop.number)
+        session.tell_launcher(f"stopped ({stop.signal})")
+        raise
+    except session.OtherRankFailed as error:
+        code = 1
+        session.say(f"stopped: {error}")
+        raise SystemExit(code) from None
+    except Exception as error:
+        code = 1
+        session.trim(error)
+        if not isinstance(error, USER_ERRORS) or not session.is_user_error(error):
+            session.tell_launcher("".join(traceback.format_exception(error)))
             raise
+        code = 2
         message = "\n".join([session.message(error), *getattr(error, "__notes__", [])])
-        print(f"{session.rank_prefix()}error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+        session.say(f"error: {message}")
+        raise SystemExit(code) from None
     finally:
+        own = getattr(train, "__globals__", None) is vars(sys.modules["__main__"])
+        if code and (distributed.launched() or own):  # The process ends now.
+            signals.end_with(code)
         distributed.stop()
 
 
@@ -175,6 +194,10 @@ def launch(
     except Interrupted as stopped:
         if stopped.signal == "SIGINT":
             raise KeyboardInterrupted from None
+        raise
+    except Exception as error:
+        session.trim(error)
+        session.tell_launcher("".join(traceback.format_exception(error)))
         raise
 
 
@@ -243,9 +266,10 @@ def _run(
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
         stack.enter_context(session.messages(log, names))
         kept = not (options.debug or options.replay)
-        note = f"(its traceback is in {folder / 'train.log'})" if kept else ""
-        stack.enter_context(session.logged_exceptions(log, note))
-        stack.enter_context(session.stopping_with_others())
+        path = folder / "train.log" if kept else None
+        note = f"(its traceback is in {path})" if kept else ""
+        stack.enter_context(session.logged_exceptions(log, path, note))
+        stack.enter_context(session.failing_as_one())
         if changes:
             logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
         try:
