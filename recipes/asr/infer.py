@@ -5,7 +5,7 @@
 Prints a line ``path<TAB>text`` for each file, of any rate, length and number of channels. All it
 needs is the run folder: its hyperparams.yaml and its checkpoints, of which it takes those that the
 test took. A file that cannot be read is named on stderr and the others are still transcribed; the
-exit code is then 1.
+exit code is then 2.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def transcribe_all(brain: Recogniser, files: Sequence[str]) -> int:
-    """Print the transcript of each file; 1 if one could not be read."""
+    """Print the transcript of each file; 2 if one could not be read."""
     failed = False
     for path in files:
         try:
@@ -56,7 +56,7 @@ def transcribe_all(brain: Recogniser, files: Sequence[str]) -> int:
             failed = True
         else:
             print(f"{path}\t{text}", flush=True)
-    return int(failed)
+    return 2 if failed else 0
 
 
 def transcribe(brain: Recogniser, path: str | Path) -> str:

@@ -254,7 +254,7 @@ def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:
 def enhance_files(
     files: Sequence[str], folder: str | Path, network: Network, sample_rate: int, chunks: Chunks
 ) -> int:
-    """Enhance files into a folder, and print where each went; 1 if one could not be used, else 0.
+    """Enhance files into a folder, and print where each went; 2 if one could not be used, else 0.
 
     A file that cannot be used is named on stderr, and the others are still enhanced. Raises
     ValueError as `targets`.
@@ -269,4 +269,4 @@ def enhance_files(
             failed = True
         else:
             print(f"{source}\t{target}", flush=True)
-    return int(failed)
+    return 2 if failed else 0

@@ -7,7 +7,7 @@ its mels, of the same rate, length and channels. A mel file (`.npy` or `.pt`, se
 `recipes.common.mel`) becomes a WAV. Files are read, made and written piece by piece: an hour needs
 no more memory than a minute, and every piece is what it would be in the whole. All that is needed
 is the run folder. Prints a line ``file<TAB>result`` for each; a file that cannot be used is named
-on stderr and the others are still made; the exit code is then 1.
+on stderr and the others are still made; the exit code is then 2.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def vocode_all(vocoder: Vocoder, files: Sequence[str], folder: Path) -> int:
-    """Make the sound of each file in a folder; 1 if one could not be used."""
+    """Make the sound of each file in a folder; 2 if one could not be used."""
     failed = False
     for source, target in targets(files, folder).items():
         try:
@@ -57,7 +57,7 @@ def vocode_all(vocoder: Vocoder, files: Sequence[str], folder: Path) -> int:
             failed = True
         else:
             print(f"{source}\t{target}", flush=True)
-    return int(failed)
+    return 2 if failed else 0
 
 
 def vocode(vocoder: Vocoder, source: str | Path, target: Path) -> None:

@@ -6,7 +6,7 @@ Writes each file enhanced into FOLDER, under its own name, of its own rate, leng
 prints a line ``file<TAB>enhanced file`` for each. Files may be of any length: they are read and
 written in blocks. All it needs is the run folder, of whose checkpoints it takes the one that the
 test took. A file that cannot be read is named on stderr and the others are still enhanced; the exit
-code is then 1.
+code is then 2.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Of ``talk.flac`` the tracks are ``talk_1.wav``, ``talk_2.wav`` … in the folder: of the rate and the
 length of the file (of several channels, their mean is separated), 32-bit. All it needs is the run
 folder. A file that cannot be read is named on stderr and the others are still separated; the exit
-code is then 1.
+code is then 2.
 
 A long file is separated in pieces that overlap. Within an overlap the tracks of two pieces are put
 into the order in which they fit best, and faded over; memory holds two pieces at a time. A person
@@ -89,7 +89,7 @@ def check_names(files: Sequence[str], folder: Path) -> None:
 
 
 def separate_all(separate: Separate, files: Sequence[str], folder: Path) -> int:
-    """Write the tracks of each file and print their names; 1 if one could not be read."""
+    """Write the tracks of each file and print their names; 2 if one could not be read."""
     failed = False
     for path in files:
         try:
@@ -99,7 +99,7 @@ def separate_all(separate: Separate, files: Sequence[str], folder: Path) -> int:
             failed = True
         else:
             print(*written, sep="\n", flush=True)
-    return int(failed)
+    return 2 if failed else 0
 
 
 class Tracks:

@@ -7,7 +7,7 @@ Of a file, each line becomes ``folder/0001.wav``, ``folder/0002.wav`` and so on.
 abbreviations are spelled out. Prints a line ``path<TAB>seconds<TAB>text`` for each text. All it
 needs is the run folder: its hyperparams.yaml and its checkpoints, of which it takes the one that
 the test took. A text that cannot be said is named on stderr and the others are still said; the exit
-code is then 1.
+code is then 2.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def say_all(
     sound: Callable[[torch.Tensor], torch.Tensor],
     texts: Mapping[Path, tuple[str, str]],
 ) -> int:
-    """Write a sound file of each text; 1 if one could not be said."""
+    """Write a sound file of each text; 2 if one could not be said."""
     failed = False
     for path, (name, text) in texts.items():
         try:
@@ -98,7 +98,7 @@ def say_all(
         rate = brain.hparams.mel.sample_rate
         write_sound(path, wave, rate)
         print(f"{path}\t{len(wave) / rate:.2f}\t{text}", flush=True)
-    return int(failed)
+    return 2 if failed else 0
 
 
 def tokens_of(brain: Synthesiser, name: str, text: str) -> torch.Tensor:

@@ -75,7 +75,7 @@ def test_unusable_files_are_named_and_the_others_transcribed(
     (tmp_path / "text.wav").write_text("no sound at all")
     good = sound(tmp_path / "good.wav", 1.0, 8000)
     missing = tmp_path / "missing.wav"
-    assert infer.main([str(run), str(missing), str(tmp_path / "text.wav"), str(good)]) == 1
+    assert infer.main([str(run), str(missing), str(tmp_path / "text.wav"), str(good)]) == 2
     told = capsys.readouterr()
     assert told.out.startswith(f"{good}\t")
     assert told.out.count("\n") == 1

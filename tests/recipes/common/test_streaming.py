@@ -167,7 +167,7 @@ def test_files_that_cannot_be_used_are_named_and_the_others_enhanced(
     nan = tmp_path / "nan.wav"
     soundfile.write(nan, np.array([0.0, np.nan]), 16000, subtype="FLOAT")
     files = [tmp_path / "none.wav", tmp_path / "text.wav", nan, good]
-    assert enhance_files([*map(str, files)], tmp_path / "out", half, 16000, CHUNKS) == 1
+    assert enhance_files([*map(str, files)], tmp_path / "out", half, 16000, CHUNKS) == 2
     told = capsys.readouterr()
     assert told.out == f"{good}\t{tmp_path / 'out' / 'good.wav'}\n"
     assert [line.partition(".wav: ")[2][:14] for line in told.err.splitlines()] == [

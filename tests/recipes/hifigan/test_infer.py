@@ -97,7 +97,7 @@ def test_a_mel_of_another_configuration_names_the_parameter(
     wrong = torch.full((80, 4), float("nan"))
     write_mel(tmp_path / "wrong.pt", wrong, load_vocoder(run).mel.config)
     good = sound(tmp_path / "good.wav", 5000, 22050)
-    assert made(run, tmp_path / "out", tmp_path / "other.npy", tmp_path / "wrong.pt", good) == 1
+    assert made(run, tmp_path / "out", tmp_path / "other.npy", tmp_path / "wrong.pt", good) == 2
     told = capsys.readouterr()
     assert "other.npy: its mel was made with f_max=7000.0; expected: 8000.0" in told.err
     assert "wrong.pt: its mel has values that are not finite numbers" in told.err
@@ -109,7 +109,7 @@ def test_unusable_files_and_folders_are_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.wav").write_text("no sound at all")
-    assert made(run, tmp_path / "out", tmp_path / "text.wav", tmp_path / "missing.wav") == 1
+    assert made(run, tmp_path / "out", tmp_path / "text.wav", tmp_path / "missing.wav") == 2
     told = capsys.readouterr().err
     assert "text.wav: it is not an audio file" in told
     assert "missing.wav: it does not exist" in told

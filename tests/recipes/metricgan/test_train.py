@@ -178,7 +178,7 @@ def test_files_keep_rate_length_and_channels(
     names = ["stereo.flac", "mono.wav", "broken.wav"]
     output = tmp_path / "out"
     files = [str(tmp_path / name) for name in names]
-    assert infer.main([str(moved), *files, "-o", str(output)]) == 1
+    assert infer.main([str(moved), *files, "-o", str(output)]) == 2
     told = capsys.readouterr()
     assert [line.split("\t")[0] for line in told.out.splitlines()] == files[:2]
     assert "broken.wav: it is not an audio file" in told.err

@@ -69,7 +69,7 @@ def test_what_cannot_be_used_is_told(
 ) -> None:
     good = write(tmp_path / "good.wav", 0.1 * noise(9000))
     missing = tmp_path / "missing.wav"
-    assert infer.main([str(run), str(missing), str(good), "-o", str(tmp_path / "out")]) == 1
+    assert infer.main([str(run), str(missing), str(good), "-o", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert told.out == f"{good}\t{tmp_path / 'out' / 'good.wav'}\n"
     assert f"error: {missing}: it does not exist" in told.err

@@ -164,7 +164,7 @@ def test_unusable_files_are_named_and_the_others_separated(
         "-o",
         str(tmp_path / "o"),
     ]
-    assert infer.main(given) == 1
+    assert infer.main(given) == 2
     told = capsys.readouterr()
     assert told.out.splitlines() == [str(tmp_path / "o" / f"good_{n}.wav") for n in (1, 2)]
     assert f"error: {missing}: it does not exist" in told.err

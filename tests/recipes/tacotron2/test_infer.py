@@ -51,7 +51,7 @@ def test_a_file_of_lines(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     """What cannot be said is named with its line, and the others are said."""
     lines = tmp_path / "lines.txt"
     lines.write_text(f"yes\n\nñandú bird\n{'very ' * 20}long\nno\n", encoding="utf-8")
-    assert infer.main([str(run), "--file", str(lines), "-o", str(tmp_path / "said")]) == 1
+    assert infer.main([str(run), "--file", str(lines), "-o", str(tmp_path / "said")]) == 2
     assert sorted(each.name for each in (tmp_path / "said").iterdir()) == ["0001.wav", "0005.wav"]
     told = capsys.readouterr()
     assert told.out.count("\n") == 2
