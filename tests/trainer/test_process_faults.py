@@ -196,7 +196,7 @@ def test_a_signal_in_a_wait_for_data_that_hang(
     assert run.wait(10) == 143
     assert not lives(loading)
     assert "saved and stopping (SIGTERM)" in run.log()
-    by = "worker 0 loaded" if workers else "loading"
+    by = "worker 0 loaded" if workers else "this process loaded"
     assert f"of epoch 1 while {by} item take13.wav" in run.log()
     if not workers:  # In workers the global generators are others.
         assert run.ends_as(whole)
@@ -209,7 +209,7 @@ def test_two_ranks_that_both_wait_save(run: Run) -> None:
     run.signal(signal.SIGTERM)  # The launcher hands it on.
     wait_for(lambda: not any(map(lives, ranks)), 10)
     assert "saved and stopping (SIGTERM)" in run.log()
-    assert "waiting for batch 4 of epoch 1 while loading item take" in run.log()
+    assert "waiting for batch 4 of epoch 1 while this process loaded item take" in run.log()
     assert run.wait() == 1
 
 
@@ -222,7 +222,7 @@ def test_two_ranks_of_which_one_waits_end_without_a_save(run: Run, fault: str) -
     wait_for(lambda: not any(map(lives, ranks)), 10)
     assert run.wait() == 1
     assert "saved and stopping" not in run.said()
-    assert "while waiting for batch 4 of epoch 1 while loading item take" in run.said()
+    assert "while waiting for batch 4 of epoch 1 while this process loaded item take" in run.said()
     assert run.checkpoints() > 0
     codes = exit_codes(run)
     assert codes in ([143], [143, 143]), run.said()  # torchrun tells of one, or of both.
@@ -232,7 +232,7 @@ def test_a_wait_without_workers_is_warned_of(run: Run) -> None:
     run.start("--moment", "item 13", "--fault", "hang", "--item_timeout", "1")
     run.has_met_its_moment()
     wait_for(lambda: "no batch for 1 s, waiting for batch" in run.log(), 10)
-    assert "while loading item take13.wav" in run.log()
+    assert "while this process loaded item take13.wav" in run.log()
 
 
 # --------------------------------------------------------------------------- launchers and workers

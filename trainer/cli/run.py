@@ -253,8 +253,8 @@ def _run(
     """Run `train` in a run folder; return its metrics. `argv` is None for `launch`."""
     session.end_with_launcher()
     with ExitStack() as stack:
+        distributed.start(str(pick_device(options.device)))  # A signal may end a rank that waits.
         stack.enter_context(session.signals_at_safe_points())
-        distributed.start(str(pick_device(options.device)))
         seed_everything(options.seed, distributed.rank())
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
         header = LAUNCH_HEADER if argv is None else HEADER
