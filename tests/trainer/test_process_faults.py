@@ -244,7 +244,7 @@ def exit_codes(run: Run) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "moment"),
-    [("SIGTERM", "train 3 of 1"), ("SIGUSR1", "valid 6 of 1"), ("SIGUSR1", "test 6 of 2")],
+    [("SIGTERM", "train 3 of 1"), ("SIGUSR1", "valid 6 of 1"), ("SIGUSR1", "between")],
 )
 def test_a_signal_to_one_rank_stops_both_with_one_code(run: Run, name: str, moment: str) -> None:
     run.start("--moment", moment, "--fault", name, "--rank", "1", ranks=2)

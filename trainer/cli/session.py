@@ -115,18 +115,21 @@ def failing_as_one() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        # Collectives raise these; an error that all ranks raise alike is one of another type.
-        collective = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
-        cause = distributed.departure() if collective else None
-        if cause is None:
-            distributed.depart(error=f"{type(error).__name__}: {error}".partition("\n")[0])
-            if distributed.world_size() > 1:
-                error.add_note(f"(on rank {distributed.rank()})")
-            raise
-        if cause["request"] is not None:
+    except (Exception, signals.Interrupted) as error:
+        stop = error if isinstance(error, signals.Interrupted) else None
+        # Collectives raise these, and torchrun stops the ranks that are left by a signal. An error
+        # that all ranks raise alike is one of another type.
+        failed = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+        cause = distributed.departure() if failed or stop is not None else None
+        if cause is not None and cause["request"] is not None:
             raise signals.Interrupted(cause["request"], saves=False) from error
-        raise OtherRankFailed(f"rank {cause['rank']} failed: {cause['error']}") from error
+        if cause is not None:
+            raise OtherRankFailed(f"rank {cause['rank']} failed: {cause['error']}") from error
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        distributed.depart(request=None if stop is None else stop.number, error=said)
+        if stop is None and distributed.world_size() > 1:
+            error.add_note(f"(on rank {distributed.rank()})")
+        raise
 
 
 class OtherRankFailed(RuntimeError):
