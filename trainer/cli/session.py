@@ -247,8 +247,10 @@ def tell_launcher(text: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        whole = Path(f"{path}.new")
         with suppress(OSError):  # It is said on the terminal, too.
-            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+            whole.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+            os.replace(whole, path)  # torchrun fails on a file that it finds half-written.
 
 
 def is_user_error(error: BaseException) -> bool:
