@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 import re
 import signal
 import sys
-import sysconfig
 import threading
 import time
 import traceback
@@ -24,6 +22,7 @@ from tqdm import tqdm
 import trainer
 from trainer import distributed, processes, signals
 from trainer.config.registry import recipe_packages
+from trainer.frames import is_library
 from trainer.loggers import TextLog
 
 logger = logging.getLogger("trainer")
@@ -180,18 +179,6 @@ def _append(path: Path, lines: list[str]) -> None:
         os.close(file)
 
 
-@functools.cache
-def _libraries() -> set[Path]:
-    """Return the folders of Python, of installed packages and of the trainer."""
-    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    own = [Path(trainer.__path__[0]), Path(torch.__path__[0]).parent]
-    return {path.resolve() for path in (*own, *map(Path, places))}
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith("<") or not _libraries().isdisjoint(Path(file).resolve().parents)
-
-
 def trim(error: BaseException) -> None:
     """Leave only the frames of users, and the last one, in the tracebacks of an error.
 
@@ -213,7 +200,7 @@ def trim(error: BaseException) -> None:
             trace = trace.tb_next
         kept = None
         for number, frame in enumerate(reversed(frames)):
-            if not number or not _is_library(frame.tb_frame.f_code.co_filename):
+            if not number or not is_library(frame.tb_frame.f_code.co_filename):
                 kept = TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
         each.__traceback__ = kept
         if each.args and isinstance(each.args[0], str) and each.args[0].startswith("Caught "):
@@ -229,7 +216,7 @@ def _trimmed_text(text: str) -> str:
     for number, line in enumerate(lines):
         found = FRAME.match(line)
         if found:
-            keeps = number == starts[-1] or not _is_library(found[1])
+            keeps = number == starts[-1] or not is_library(found[1])
         elif not line.startswith("    "):
             keeps = True
         if keeps:

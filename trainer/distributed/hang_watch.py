@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.frames import is_library
+
 logger = logging.getLogger("trainer")
 
 EXIT_CODE = 1
 DISTRIBUTED = Path(__file__).parent
-PYTHON = Path(os.__file__).parent
 
 _paused = 0  # Depth of `pause` blocks.
 
@@ -144,17 +145,9 @@ def _standing(thread: int) -> tuple[bool, str]:
         or (file.parts[-2:] == ("optim", "step.py") and name == "_fetch")
         for file, name in ((Path(frame.filename), frame.name) for frame in stack[-4:])
     )
-    own = next((frame for frame in reversed(stack) if not _is_library(frame.filename)), stack[-1])
+    own = next((frame for frame in reversed(stack) if not is_library(frame.filename)), stack[-1])
     place = f"{own.filename}:{own.lineno} in {own.name}"
     last = stack[-1]
     if last is not own:
         place += f", {Path(last.filename).name}:{last.lineno} in {last.name}"
     return waits, place
-
-
-def _is_library(file: str) -> bool:
-    """Return True for a file of Python, torch or the trainer."""
-    parts, folders = Path(file).parts, Path(file).parents
-    if "site-packages" in parts:
-        return "torch" in parts
-    return PYTHON in folders or DISTRIBUTED.parent in folders
