@@ -19,7 +19,6 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
-import trainer
 from trainer import distributed, processes, signals
 from trainer.config.registry import recipe_packages
 from trainer.frames import is_library
