@@ -672,20 +672,20 @@ def test_interrupts_end_with_the_code_of_their_signal(
     before = [signal.getsignal(number) for number in handled]
 
     def polite(_run: Run) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     def hung_up(_run: Run) -> None:
-        os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
 
     def warned(_run: Run) -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
 
     def late(_run: Run) -> None:
         raise Interrupted(TIME_LIMIT)
 
     def impatient(_run: Run) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     codes = ((polite, 143), (hung_up, 75), (warned, 75), (late, 75), (impatient, 130))
     for train, code in codes:
