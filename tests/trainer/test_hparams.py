@@ -334,7 +334,12 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
         ),
         ("x: !new:torch.optimm.Adam\n", "torch has no 'optimm'; did you mean 'optim'?"),
         ("x: !new:recipes.asr.modle.X\n", "recipes.asr has no 'modle'; did you mean 'model'?"),
-        ("x: !new:recipies.asr.X\n", "allow=['package']); did you mean 'recipes'?"),
+        (
+            "x: !new:recipies.asr.X\n",
+            "X does not exist: no module is called 'recipies'; did you mean 'recipes'?",
+        ),
+        ("x: !apply:np.zeros [2]\n", "np.zeros does not exist: no module is called 'np'"),
+        ("x: !new:Net\n", "Net does not exist: no module is called 'Net'"),
         (
             "x: !new:torch.nn.Linear {in_features: 1, out_feature: 2}\n",
             "x ({}, line 1): torch.nn.Linear: missing a required argument: 'out_features'",
@@ -362,7 +367,8 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
         ),
         ("x: !!int a\n", "{}, line 1: 'a' is no int; quote it if it is text"),
         ("x: 2001-99-99\n", "{}, line 1: '2001-99-99' is no timestamp; quote it if it is text"),
-        ("x: !new:torch.relu [1]\n", "could not be built: !new:torch.relu should be a class"),
+        ("x: !new:torch.relu [1]\n", "torch.relu is a function, which !apply:torch.relu calls"),
+        ("x: !apply:torch.device [cpu]\n", "torch.device is a class, which !new:torch.device bui"),
         (
             "a: !new:torch.nn.ReLU\nb: !ref <a.inplce>\n",
             "has no attribute 'inplce'; did you mean 'inp",
@@ -663,6 +669,39 @@ def test_references_read_values_and_networks_of_objects_and_nothing_else(
     mixed = write("net: !apply:ownnet.Net.make\nx: !ref <net.size>\n")
     with pytest.raises(ValueError, match="'size' of a Net is not allowed: a reference reads"):
         load_hparams(mixed, allow=["ownnet.Net.make"])
+
+
+def test_a_package_of_ones_own_gives_functions_and_what_makes_objects_and_no_other_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ownmethods.py").write_text(
+        "import functools, os, torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    @classmethod\n    def make(cls): return cls(1, 1)\n"
+        "    @staticmethod\n    def wide(): return Net(9, 9)\n"
+        "    @functools.cache\n    def cached(self): open('written', 'w')\n"
+        "    def save(self): open('written', 'w')\n"
+        "    later = functools.partialmethod(save)\n"
+        "    class Inner(torch.nn.Module): pass\n"
+        "net, table = Net(1, 1), {'a': 1}\n"
+        "net.hidden = os.system\n"
+        "clamp = functools.partial(torch.nn.functional.hardtanh, min_val=0.0)\n"
+        "twice = functools.partial(clamp, max_val=2.0)\n"
+        "run = functools.partial(os.system)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = Registry(["ownmethods"])
+    for name in ("Net.make", "Net.wide", "Net.Inner", "net", "table", "clamp", "twice"):
+        registry.locate(f"ownmethods.{name}")
+    refused = """
+        Net.save Net.cached Net.later Net.forward Net.to Net.register_forward_hook
+        net.save net.cached net.later net.forward net.make net.hidden table.get table.clear run
+        """
+    for name in refused.split():
+        full = f"ownmethods.{name}"
+        with pytest.raises(ValueError, match=f"{full} is not allowed.* --allow {full} "):
+            registry.locate(full)
+        assert callable(Registry([full]).locate(full))
 
 
 def test_kinds_of_names() -> None:

@@ -337,6 +337,10 @@ def _check_object(node: Node, registry: Registry) -> Any:
     if again is not target and not (inspect.isroutine(target) and again == target):
         raise ValueError(f"{name} is both a module and something else; give its full name")
     node.tag = f"{prefix}{full}"
+    if inspect.isclass(target) and prefix == "!apply:":
+        raise ValueError(f"{name} is a class, which !new:{name} builds; !apply: calls a function")
+    if inspect.isroutine(target) and prefix == "!new:":
+        raise ValueError(f"{name} is a function, which !apply:{name} calls; !new: builds a class")
     known = signature(target)
     if known is None or prefix == "!module:":
         return target
