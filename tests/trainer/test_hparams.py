@@ -340,6 +340,7 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
         ),
         ("x: !apply:np.zeros [2]\n", "np.zeros does not exist: no module is called 'np'"),
         ("x: !new:Net\n", "Net does not exist: no module is called 'Net'"),
+        ("x: !name:str.join\n", "str.join is not allowed; "),
         (
             "x: !new:torch.nn.Linear {in_features: 1, out_feature: 2}\n",
             "x ({}, line 1): torch.nn.Linear: missing a required argument: 'out_features'",
@@ -373,7 +374,7 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
             "a: !new:torch.nn.ReLU\nb: !ref <a.inplce>\n",
             "has no attribute 'inplce'; did you mean 'inp",
         ),
-        ("x: !applyref:torch.zeros [2]\n", "is a Tensor; a YAML value must be"),
+        ("x: !applyref:torch.zeros [2]\n", "tensor([0., 0.]) is a Tensor; a YAML value must be"),
         ("x: (1, [2)\n", "x ({}, line 1): (1, [2) is no tuple; quote it if it is text"),
         ("base: 16\n", "line 1: base must be the path of a YAML file, ending in .yaml"),
     ],

@@ -515,8 +515,9 @@ def represent(value: Any, near: Node | None = None) -> Node:
         node = ScalarNode(STR, str(value), style=None if simple else '"')
     else:
         place = "" if near is None else f"{location(near)}: "
+        shown = " ".join(repr(value)[:MAX_QUOTED].split())
         raise ValueError(
-            f"{place}{value!r} is a {type(value).__name__}; a YAML value must be a number, a text, "
+            f"{place}{shown} is a {type(value).__name__}; a YAML value must be a number, a text, "
             "true, false, null, a list or a mapping (!apply: builds objects, !applyref: does not)"
         )
     if near is not None:

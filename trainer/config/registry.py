@@ -344,7 +344,7 @@ class Registry:
         head = name.partition(".")[0]
         heads = sorted({each.partition(".")[0] for each in self.good})
         hint = "" if head in heads else nearest(head, heads)
-        if not _is_module(head):
+        if not (_is_module(head) or hasattr(builtins, head)):
             return ValueError(f"{name} does not exist: no module is called {head!r}{hint}")
         if allow:
             allow += ", and the whole of your own package by trainer.main(train, allow=['package'])"
