@@ -10,7 +10,9 @@ import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Any
 
 SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
 BYTES_PER_CORE = 1 << 25  # for the stacks of torch's threads, which may start at any time
@@ -101,6 +103,7 @@ def memory_in_proportion(folder: str | Path) -> Iterator[None]:
 def no_modules_from(folder: str | Path) -> Iterator[None]:
     """Context manager in which modules are not looked for in a folder, nor below it.
 
+    Nor is a package found that holds the folder, or is it: a folder may be called like a library.
     Python's own and installed packages are found wherever they are.
     """
     root = os.path.realpath(folder)
@@ -111,11 +114,31 @@ def no_modules_from(folder: str | Path) -> Iterator[None]:
         real = os.path.realpath(entry or os.curdir)
         return _is_below(real, root) and not any(_is_below(real, each) for each in installed)
 
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            """Find a module that is hidden in one place in the others; leave the rest to Python."""
+            others = [each for each in sys.path if not holds(each, name)]
+            if path is not None or len(others) == len(sys.path):
+                return None
+            found = PathFinder.find_spec(name, others)
+            if found is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return found
+
+    def holds(entry: str, name: str) -> bool:
+        place = os.path.realpath(entry or os.curdir)
+        own = os.path.realpath(Path(__file__).parents[1])
+        package = os.path.realpath(os.path.join(place, name))
+        return place not in (*installed, own) and _is_below(root, package)
+
     hidden = [(place, entry) for place, entry in enumerate(sys.path) if inside(entry)]
     for place, _ in reversed(hidden):
         del sys.path[place]
+    sys.meta_path.insert(0, Finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(Finder)
         for place, entry in hidden:
             sys.path.insert(place, entry)
