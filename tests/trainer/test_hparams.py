@@ -375,6 +375,7 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
             "has no attribute 'inplce'; did you mean 'inp",
         ),
         ("x: !applyref:torch.zeros [2]\n", "tensor([0., 0.]) is a Tensor; a YAML value must be"),
+        ("x: !applyref:math.factorial [9999]\n", "{}, line 1: the number is too large: it has 11"),
         ("x: (1, [2)\n", "x ({}, line 1): (1, [2) is no tuple; quote it if it is text"),
         ("base: 16\n", "line 1: base must be the path of a YAML file, ending in .yaml"),
     ],
@@ -786,6 +787,17 @@ def test_a_run_folder_builds_only_what_recipes_list_for_run_folders(write: Write
     assert "x" in load_hparams(
         write("x: !new:recipes.asr.scoring.Scores\n"), allow=["recipes.asr.scoring.Scores"]
     )
+
+
+def test_a_run_folder_hides_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sentencepiece.py").write_text("open('ran', 'w')")
+    (tmp_path / "hyperparams.yaml").write_text("x: !new:recipes.asr.text.Pieces [none, 9]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.delitem(sys.modules, "sentencepiece", raising=False)
+    with contextlib.suppress(ValueError):  # It may not be installed.
+        load_hparams("hyperparams.yaml", run_folder=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_allowing_all_of_torch_does_not_allow_its_loaders() -> None:

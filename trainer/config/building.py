@@ -33,6 +33,7 @@ from trainer.config.reading import (
     FLOAT,
     INT,
     MAP,
+    MAX_BITS,
     MAX_DEPTH,
     MAX_NODES,
     PLAIN,
@@ -221,7 +222,7 @@ def _evaluate(node: ast.AST) -> Any:
         if isinstance(node.op, ast.Pow) and abs(right) > MAX_POWER:
             raise OverflowError(f"an exponent may be at most {MAX_POWER}")
         result = _BINARY[type(node.op)](left, right)
-        if isinstance(result, int) and result.bit_length() > 1024:
+        if isinstance(result, int) and result.bit_length() > MAX_BITS:
             raise OverflowError("the number is too large")
         return result
     raise TypeError(type(node).__name__)
