@@ -376,6 +376,14 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
         ),
         ("x: !applyref:torch.zeros [2]\n", "tensor([0., 0.]) is a Tensor; a YAML value must be"),
         ("x: !applyref:math.factorial [9999]\n", "{}, line 1: the number is too large: it has 11"),
+        (
+            "o: !name:torch.optim.Adam {betas: (0.9, 0.98)}\n",
+            "argument '0.98)' (a tuple within {…} or […] is written as a list: [0.9, 0.98]); its",
+        ),
+        (
+            "m: !new:torch.nn.LSTM [2, 3]\nx: !ref <m.hidden_size> * 2\n",
+            "line 2: <m.hidden_size> is read from an object, which cannot be part",
+        ),
         ("x: (1, [2)\n", "x ({}, line 1): (1, [2) is no tuple; quote it if it is text"),
         ("base: 16\n", "line 1: base must be the path of a YAML file, ending in .yaml"),
     ],

@@ -145,9 +145,11 @@ class _Resolver:
     def _text(self, name: str, node: Node) -> str:
         target = self._target(name, node)
         if tag(target) not in PLAIN:
+            what = (
+                "read from an object" if tag(target) == ATTRIBUTE else f"an object ({tag(target)})"
+            )
             raise ValueError(
-                f"{location(node)}: <{name}> is an object ({tag(target)}), "
-                "which cannot be part of a text"
+                f"{location(node)}: <{name}> is {what}, which cannot be part of a text or of a sum"
             )
         return str(plain(target))
 
@@ -355,6 +357,8 @@ def _check_object(node: Node, registry: Registry) -> Any:
         takes = ", ".join(map(str, shown)) or "none"
         unknown = next((key for key in keys if key not in known.parameters), None)
         hint = nearest(unknown, known.parameters) if unknown is not None else ""
+        if unknown is not None and unknown.endswith(")"):
+            hint = " (a tuple within {…} or […] is written as a list: [0.9, 0.98])"
         raise ValueError(f"{name}: {error}{hint}; its arguments are: {takes}") from None
     for key, value in given.items():
         words = set(re.findall(r"\w+", str(known.parameters[key].annotation)))
