@@ -89,15 +89,17 @@ def test_no_module_comes_from_the_folder(tmp_path: Path, monkeypatch: pytest.Mon
             import from_elsewhere  # noqa: F401
     assert sys.path == path
     meta_path = [*sys.meta_path]
-    for library in ("hidden_library", "colorsys"):  # The second is one of Python's own.
+    # The second is one of Python's own, and the third has no file.
+    for library in ("hidden_library", "colorsys", "_signal"):
         (tmp_path / library / "run").mkdir(parents=True)
         (tmp_path / library / "__init__.py").write_text("raise AssertionError")
         for folder in (tmp_path / library, tmp_path / library / "run"):
             monkeypatch.chdir(tmp_path)
-            with no_modules_from(folder):
-                if library == "colorsys":
-                    sys.modules.pop(library, None)
-                    assert importlib.import_module(library).ONE_THIRD < 1
+            with no_modules_from(tmp_path / "run"), no_modules_from(folder):
+                if library != "hidden_library":
+                    monkeypatch.delitem(sys.modules, library, raising=False)
+                    assert importlib.util.find_spec(library) is not None
+                    assert importlib.import_module(library).__name__ == library
                 else:
                     with pytest.raises(ModuleNotFoundError, match="No module named 'hidden_lib"):
                         importlib.import_module(library)
