@@ -8,9 +8,11 @@ import stat
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Any
 
 SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
 BYTES_PER_CORE = 1 << 25  # for the stacks of torch's threads, which may start at any time
@@ -97,10 +99,35 @@ def memory_in_proportion(folder: str | Path) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+class _Finder:
+    """Finds a module that one place on Python's path hides in the others.
+
+    Args:
+        holds: returns True for an entry of the path and the name of a module that it hides.
+    """
+
+    def __init__(self, holds: Callable[[str, str], bool]) -> None:
+        self.holds = holds
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find a module; None for one that is not hidden, which Python finds itself."""
+        own = [each for each in sys.meta_path if isinstance(each, _Finder)]
+        others = [each for each in sys.path if not any(one.holds(each, name) for one in own)]
+        if path is not None or len(others) == len(sys.path):
+            return None
+        for finder in sys.meta_path:
+            places = others if finder is PathFinder else None
+            found = None if finder in own else finder.find_spec(name, places, target)
+            if found is not None:
+                return found
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 @contextmanager
 def no_modules_from(folder: str | Path) -> Iterator[None]:
     """Context manager in which modules are not looked for in a folder, nor below it.
 
+    Nor is a package found that holds the folder, or is it: a folder may be called like a library.
     Python's own and installed packages are found wherever they are.
     """
     root = os.path.realpath(folder)
@@ -111,11 +138,20 @@ def no_modules_from(folder: str | Path) -> Iterator[None]:
         real = os.path.realpath(entry or os.curdir)
         return _is_below(real, root) and not any(_is_below(real, each) for each in installed)
 
+    def holds(entry: str, name: str) -> bool:
+        place = os.path.realpath(entry or os.curdir)
+        own = os.path.realpath(Path(__file__).parents[1])
+        package = os.path.realpath(os.path.join(place, name))
+        return place not in (*installed, own) and _is_below(root, package)
+
+    finder = _Finder(holds)
     hidden = [(place, entry) for place, entry in enumerate(sys.path) if inside(entry)]
     for place, _ in reversed(hidden):
         del sys.path[place]
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         for place, entry in hidden:
             sys.path.insert(place, entry)

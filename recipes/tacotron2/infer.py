@@ -47,7 +47,7 @@ def _own_vocoder(run: Path, named: str | None) -> Path | None:
     Raises ValueError for one that lies outside.
     """
     try:
-        return None if named is None else confined(run, named)
+        return None if named is None else confined(run, str(named))
     except ValueError as error:
         raise ValueError(f"the vocoder of the run, {error}: name it by --vocoder") from None
 

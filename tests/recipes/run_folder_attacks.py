@@ -505,6 +505,8 @@ attack("kept classes", play, [
     part(obj("pathlib:Path", parts="x")),
     part(obj("torch.nn.modules.linear:Linear", weight=1)),
     part(obj("recipes.asr.train:Recogniser", modules=1)),
+    part(obj("recipes.asr.text:Pieces", file="x")),
+    part(lambda out: obj("recipes.asr.scoring:Scores", folder=f"{out}/precious")),
     part(obj("trainer.checkpoint.checkpointer:Checkpointer", folder="/")),
     part(obj("tempfile:_TemporaryFileCloser", name="x")),
     part(obj("trainer:load_hparams", x=1)),

@@ -334,7 +334,13 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
         ),
         ("x: !new:torch.optimm.Adam\n", "torch has no 'optimm'; did you mean 'optim'?"),
         ("x: !new:recipes.asr.modle.X\n", "recipes.asr has no 'modle'; did you mean 'model'?"),
-        ("x: !new:recipies.asr.X\n", "allow=['package']); did you mean 'recipes'?"),
+        (
+            "x: !new:recipies.asr.X\n",
+            "X does not exist: no module is called 'recipies'; did you mean 'recipes'?",
+        ),
+        ("x: !apply:np.zeros [2]\n", "np.zeros does not exist: no module is called 'np'"),
+        ("x: !new:Net\n", "Net does not exist: no module is called 'Net'"),
+        ("x: !name:str.join\n", "str.join is not allowed; "),
         (
             "x: !new:torch.nn.Linear {in_features: 1, out_feature: 2}\n",
             "x ({}, line 1): torch.nn.Linear: missing a required argument: 'out_features'",
@@ -362,12 +368,22 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
         ),
         ("x: !!int a\n", "{}, line 1: 'a' is no int; quote it if it is text"),
         ("x: 2001-99-99\n", "{}, line 1: '2001-99-99' is no timestamp; quote it if it is text"),
-        ("x: !new:torch.relu [1]\n", "could not be built: !new:torch.relu should be a class"),
+        ("x: !new:torch.relu [1]\n", "torch.relu is a function, which !apply:torch.relu calls"),
+        ("x: !apply:torch.device [cpu]\n", "torch.device is a class, which !new:torch.device bui"),
         (
             "a: !new:torch.nn.ReLU\nb: !ref <a.inplce>\n",
             "has no attribute 'inplce'; did you mean 'inp",
         ),
-        ("x: !applyref:torch.zeros [2]\n", "is a Tensor; a YAML value must be"),
+        ("x: !applyref:torch.zeros [2]\n", "tensor([0., 0.]) is a Tensor; a YAML value must be"),
+        ("x: !applyref:math.factorial [9999]\n", "{}, line 1: the number is too large: it has 11"),
+        (
+            "o: !name:torch.optim.Adam {betas: (0.9, 0.98)}\n",
+            "argument '0.98)' (a tuple within {…} or […] is written as a list: [0.9, 0.98]); its",
+        ),
+        (
+            "m: !new:torch.nn.LSTM [2, 3]\nx: !ref <m.hidden_size> * 2\n",
+            "line 2: <m.hidden_size> is read from an object, which cannot be part",
+        ),
         ("x: (1, [2)\n", "x ({}, line 1): (1, [2) is no tuple; quote it if it is text"),
         ("base: 16\n", "line 1: base must be the path of a YAML file, ending in .yaml"),
     ],
@@ -665,6 +681,39 @@ def test_references_read_values_and_networks_of_objects_and_nothing_else(
         load_hparams(mixed, allow=["ownnet.Net.make"])
 
 
+def test_a_package_of_ones_own_gives_functions_and_what_makes_objects_and_no_other_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ownmethods.py").write_text(
+        "import functools, os, torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    @classmethod\n    def make(cls): return cls(1, 1)\n"
+        "    @staticmethod\n    def wide(): return Net(9, 9)\n"
+        "    @functools.cache\n    def cached(self): open('written', 'w')\n"
+        "    def save(self): open('written', 'w')\n"
+        "    later = functools.partialmethod(save)\n"
+        "    class Inner(torch.nn.Module): pass\n"
+        "net, table = Net(1, 1), {'a': 1}\n"
+        "net.hidden = os.system\n"
+        "clamp = functools.partial(torch.nn.functional.hardtanh, min_val=0.0)\n"
+        "twice = functools.partial(clamp, max_val=2.0)\n"
+        "run = functools.partial(os.system)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = Registry(["ownmethods"])
+    for name in ("Net.make", "Net.wide", "Net.Inner", "net", "table", "clamp", "twice"):
+        registry.locate(f"ownmethods.{name}")
+    refused = """
+        Net.save Net.cached Net.later Net.forward Net.to Net.register_forward_hook
+        net.save net.cached net.later net.forward net.make net.hidden table.get table.clear run
+        """
+    for name in refused.split():
+        full = f"ownmethods.{name}"
+        with pytest.raises(ValueError, match=f"{full} is not allowed.* --allow {full} "):
+            registry.locate(full)
+        assert callable(Registry([full]).locate(full))
+
+
 def test_kinds_of_names() -> None:
     registry = Registry()
     good = """
@@ -746,6 +795,17 @@ def test_a_run_folder_builds_only_what_recipes_list_for_run_folders(write: Write
     assert "x" in load_hparams(
         write("x: !new:recipes.asr.scoring.Scores\n"), allow=["recipes.asr.scoring.Scores"]
     )
+
+
+def test_a_run_folder_hides_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sentencepiece.py").write_text("open('ran', 'w')")
+    (tmp_path / "hyperparams.yaml").write_text("x: !new:recipes.asr.text.Pieces [none, 9]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.delitem(sys.modules, "sentencepiece", raising=False)
+    with contextlib.suppress(ValueError):  # It may not be installed.
+        load_hparams("hyperparams.yaml", run_folder=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_allowing_all_of_torch_does_not_allow_its_loaders() -> None:

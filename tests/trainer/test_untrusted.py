@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import sys
@@ -87,6 +88,23 @@ def test_no_module_comes_from_the_folder(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(ModuleNotFoundError):
             import from_elsewhere  # noqa: F401
     assert sys.path == path
+    meta_path = [*sys.meta_path]
+    # The second is one of Python's own, and the third has no file.
+    for library in ("hidden_library", "colorsys", "_signal"):
+        (tmp_path / library / "run").mkdir(parents=True)
+        (tmp_path / library / "__init__.py").write_text("raise AssertionError")
+        for folder in (tmp_path / library, tmp_path / library / "run"):
+            monkeypatch.chdir(tmp_path)
+            with no_modules_from(tmp_path / "run"), no_modules_from(folder):
+                if library != "hidden_library":
+                    monkeypatch.delitem(sys.modules, library, raising=False)
+                    assert importlib.util.find_spec(library) is not None
+                    assert importlib.import_module(library).__name__ == library
+                else:
+                    with pytest.raises(ModuleNotFoundError, match="No module named 'hidden_lib"):
+                        importlib.import_module(library)
+                    assert importlib.util.find_spec("trainer") is not None
+    assert (sys.path, sys.meta_path) == (path, meta_path)
     with no_modules_from("/"):  # A project with its environment in it.
         assert sys.path
         assert all("lib/python" in each for each in sys.path)

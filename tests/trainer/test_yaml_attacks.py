@@ -36,6 +36,9 @@ ATTACKS: dict[str, list[str]] = {
         f"x: !new:list [!new:{LOADER} {{dataset: [1, 2], num_workers: 2}}]",
         f"l: !new:{LOADER} {{dataset: [1, 2], num_workers: 1}}\nx: !new:dict [[!ref <l>]]",
         f"x: !new:torch.nn.ModuleList [!new:{LOADER} {{dataset: [1], num_workers: 1}}]",
+        f"l: !new:{LOADER} {{dataset: [1], num_workers: 1}}\nx: !apply:trainer.data.pad [!ref <l>]",
+        f"x: !name:trainer.data.collate [[!new:{LOADER} {{dataset: [1], num_workers: 1}}]]",
+        f"x: !new:trainer.Checkpointer {{folder: x, recoverables: {{l: !new:{LOADER} [[1]]}}}}",
     ],
     "eval and exec": [
         'x: !apply:builtins.eval [\'open("MARK", "w")\']',

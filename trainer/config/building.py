@@ -33,6 +33,7 @@ from trainer.config.reading import (
     FLOAT,
     INT,
     MAP,
+    MAX_BITS,
     MAX_DEPTH,
     MAX_NODES,
     PLAIN,
@@ -144,9 +145,11 @@ class _Resolver:
     def _text(self, name: str, node: Node) -> str:
         target = self._target(name, node)
         if tag(target) not in PLAIN:
+            what = (
+                "read from an object" if tag(target) == ATTRIBUTE else f"an object ({tag(target)})"
+            )
             raise ValueError(
-                f"{location(node)}: <{name}> is an object ({tag(target)}), "
-                "which cannot be part of a text"
+                f"{location(node)}: <{name}> is {what}, which cannot be part of a text or of a sum"
             )
         return str(plain(target))
 
@@ -221,7 +224,7 @@ def _evaluate(node: ast.AST) -> Any:
         if isinstance(node.op, ast.Pow) and abs(right) > MAX_POWER:
             raise OverflowError(f"an exponent may be at most {MAX_POWER}")
         result = _BINARY[type(node.op)](left, right)
-        if isinstance(result, int) and result.bit_length() > 1024:
+        if isinstance(result, int) and result.bit_length() > MAX_BITS:
             raise OverflowError("the number is too large")
         return result
     raise TypeError(type(node).__name__)
@@ -337,6 +340,10 @@ def _check_object(node: Node, registry: Registry) -> Any:
     if again is not target and not (inspect.isroutine(target) and again == target):
         raise ValueError(f"{name} is both a module and something else; give its full name")
     node.tag = f"{prefix}{full}"
+    if inspect.isclass(target) and prefix == "!apply:":
+        raise ValueError(f"{name} is a class, which !new:{name} builds; !apply: calls a function")
+    if inspect.isroutine(target) and prefix == "!new:":
+        raise ValueError(f"{name} is a function, which !apply:{name} calls; !new: builds a class")
     known = signature(target)
     if known is None or prefix == "!module:":
         return target
@@ -350,6 +357,8 @@ def _check_object(node: Node, registry: Registry) -> Any:
         takes = ", ".join(map(str, shown)) or "none"
         unknown = next((key for key in keys if key not in known.parameters), None)
         hint = nearest(unknown, known.parameters) if unknown is not None else ""
+        if unknown is not None and unknown.endswith(")"):
+            hint = " (a tuple within {…} or […] is written as a list: [0.9, 0.98])"
         raise ValueError(f"{name}: {error}{hint}; its arguments are: {takes}") from None
     for key, value in given.items():
         words = set(re.findall(r"\w+", str(known.parameters[key].annotation)))

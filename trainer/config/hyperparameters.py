@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ from trainer.config.reading import (
 from trainer.config.registry import Registry
 from trainer.config.run_folder import RunFolderRegistry, check_objects, check_tags
 from trainer.options import HINTS, RunOptions, checked, current_name, nearest_key
-from trainer.untrusted import confined
+from trainer.untrusted import confined, no_modules_from
 
 MAX_SUMMARY = 48  # characters of a value in help and messages
 NUMBER = ("a number", (INT, FLOAT, NULL))
@@ -98,9 +99,10 @@ def load_hparams(
         ValueError: the file or an override is wrong; the message names key, file and line.
         FileNotFoundError: there is no such file.
     """
-    configuration = Configuration(path, allow, run_folder=run_folder)
-    configuration.override(overrides or {})
-    return configuration.build()
+    with no_modules_from(Path(path).parent) if run_folder else nullcontext():
+        configuration = Configuration(path, allow, run_folder=run_folder)
+        configuration.override(overrides or {})
+        return configuration.build()
 
 
 def describe(path: str | os.PathLike[str]) -> list[Key]:

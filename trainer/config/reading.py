@@ -36,6 +36,7 @@ MAX_NODES = 5_000  # shared nodes count once per use
 MAX_DEPTH = 50
 MAX_CHARACTERS = 64 * 1024
 MAX_FILES = 50
+MAX_BITS = 1024  # of an integer; Python writes one of more than 14,000 bits as no text
 MAX_QUOTED = 60  # characters of a value in a message
 
 CORE = "tag:yaml.org,2002:"
@@ -494,6 +495,7 @@ def represent(value: Any, near: Node | None = None) -> Node:
     if isinstance(value, Node):
         return value
     node: Node
+    place = "" if near is None else f"{location(near)}: "
     if isinstance(value, Mapping):
         pairs = [(represent(key, near), represent(each, near)) for key, each in value.items()]
         node = MappingNode(MAP, pairs, flow_style=not pairs)
@@ -504,6 +506,8 @@ def represent(value: Any, near: Node | None = None) -> Node:
     elif isinstance(value, bool):
         node = ScalarNode(BOOL, str(value).lower())
     elif isinstance(value, int):
+        if value.bit_length() > MAX_BITS:
+            raise ValueError(f"{place}the number is too large: it has {value.bit_length()} bits")
         node = ScalarNode(INT, int.__repr__(value))
     elif isinstance(value, float):
         text = float.__repr__(value).replace("inf", ".inf").replace("nan", ".nan")
@@ -514,9 +518,9 @@ def represent(value: Any, near: Node | None = None) -> Node:
         simple = re.fullmatch(r"[\w./][\w./ -]*|\(.*\)", str(value))
         node = ScalarNode(STR, str(value), style=None if simple else '"')
     else:
-        place = "" if near is None else f"{location(near)}: "
+        shown = " ".join(repr(value)[:MAX_QUOTED].split())
         raise ValueError(
-            f"{place}{value!r} is a {type(value).__name__}; a YAML value must be a number, a text, "
+            f"{place}{shown} is a {type(value).__name__}; a YAML value must be a number, a text, "
             "true, false, null, a list or a mapping (!apply: builds objects, !applyref: does not)"
         )
     if near is not None:

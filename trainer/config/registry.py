@@ -9,7 +9,7 @@ ends at `os`), and the object found is
    network in torch.nn.modules, or an operation of torch on tensors. These construct or calculate.
    Methods and modules are of no such kind; or
 3. public, and defined in a package that the user allows (`--allow`, `allow=[…]`), or that lies
-   beside the user's train.py.
+   beside the user's train.py. Of methods these are only class methods and static ones.
 
 A name that the user allows in full, such as `os.path.join`, passes without any of these checks.
 
@@ -207,9 +207,8 @@ class Registry:
         return any(f"{name}.".startswith(f"{each}.") for each in self.training)
 
     def is_own(self, name: str) -> bool:
-        """Return True for a name of a recipe, of the trainer, or of a package of the user."""
-        rule = self._rule(name)
-        return rule == "open" or any(name.startswith(f"{each}.") for each in self.packages)
+        """Return True for a name that the user allows, or that lies in a package of the user."""
+        return self._rule(name) == "open"
 
     def read(self, owner: Any, name: str) -> Any:
         """Return an attribute of a built object, for `!ref <object.name>`.
@@ -288,6 +287,10 @@ class Registry:
             return self._rule(name) == "open"
         if inspect.isbuiltin(found) and _is_operation(found):
             return True
+        if _needs_object(owner, name.rpartition(".")[2], found):
+            return False
+        while isinstance(found, functools.partial) and inspect.ismodule(owner):
+            found = found.func
         origin = _origin(found)
         labels = {
             getattr(found, key, type(found).__qualname__) for key in ("__qualname__", "__name__")
@@ -341,6 +344,8 @@ class Registry:
         head = name.partition(".")[0]
         heads = sorted({each.partition(".")[0] for each in self.good})
         hint = "" if head in heads else nearest(head, heads)
+        if not (_is_module(head) or hasattr(builtins, head)):
+            return ValueError(f"{name} does not exist: no module is called {head!r}{hint}")
         if allow:
             allow += ", and the whole of your own package by trainer.main(train, allow=['package'])"
         return ValueError(
@@ -418,11 +423,19 @@ def _is_below(module: str, packages: Iterable[str]) -> bool:
     return any(f"{module}.".startswith(f"{each}.") for each in packages)
 
 
+def _needs_object(owner: Any, name: str, found: Any) -> bool:
+    """Return True for a method that is called on an object, as `save` is, and makes none."""
+    if not inspect.isroutine(found) or inspect.ismodule(owner):
+        return False
+    defined = inspect.getattr_static(owner, name, None)
+    return not (inspect.isclass(owner) and isinstance(defined, (classmethod, staticmethod)))
+
+
 def _description(owner: Any, found: Any) -> str:
     """Return what a refused object is, for a message."""
     if inspect.ismodule(found):
         return "it is a module"
-    if inspect.isclass(owner):
+    if inspect.isclass(owner) or (inspect.isroutine(found) and not inspect.ismodule(owner)):
         return "it is a method"
     return f"it is defined in {_origin(found)}"
 

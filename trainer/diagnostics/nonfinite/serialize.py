@@ -20,17 +20,14 @@ MAX_REPR = 500
 
 # Numbers, booleans and texts: what they become as Python's own is read back without pickle.
 ARRAY = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|[<>=|]?[SU]\d{1,6}")
-# A class without any of these is one whose objects consist of their attributes.
-SPECIAL = ("__slots__", "__new__", "__setattr__")
 
 
 def serialize_batch(value: Any, depth: int = 0) -> Any:
     """Return a batch as nested dicts, each with a "kind", of tensors and plain values.
 
     Args:
-        value: tensors, arrays of NumPy, plain values, a `Batch`, mappings, lists, tuples,
-            dataclasses and objects that consist of their attributes, nested in any way. Of anything
-            else only the repr is kept.
+        value: tensors, arrays of NumPy, plain values, a `Batch`, mappings, lists, tuples and
+            dataclasses, nested in any way. Of anything else only the repr is kept.
         depth: number of containers around it.
     """
     kind = type(value)
@@ -51,7 +48,7 @@ def serialize_batch(value: Any, depth: int = 0) -> Any:
             return _typed("mapping", value, [names, parts])
         if isinstance(value, (list, tuple)):
             return _typed("row", value, [serialize_batch(each, depth + 1) for each in value])
-        if hasattr(value, "__dict__") and _is_plain(kind):
+        if hasattr(value, "__dict__") and _is_record(kind):
             attributes = vars(value).items()
             return _typed(
                 "object",
@@ -66,12 +63,10 @@ def _typed(kind: str, value: Any, parts: Any) -> dict[str, Any]:
     return {"kind": kind, "class": f"{made.__module__}:{made.__qualname__}", "parts": parts}
 
 
-def _is_plain(kind: type) -> bool:
-    """Return True if objects consist of their attributes, so that making one runs no code."""
-    own = [vars(each) for each in kind.__mro__ if each is not object]
-    if any("__del__" in each or "__getattribute__" in each for each in own):
-        return False
-    return dataclasses.is_dataclass(kind) or not any(n in each for each in own for n in SPECIAL)
+def _is_record(kind: type) -> bool:
+    """Return True for a dataclass of which an object is made and dropped without running code."""
+    own = {name for each in kind.__mro__ if each is not object for name in vars(each)}
+    return dataclasses.is_dataclass(kind) and not own & {"__del__", "__getattribute__"}
 
 
 def own_modules(kind: type) -> frozenset[str]:
@@ -102,8 +97,7 @@ def deserialize_batch(kept: Any, own: Collection[str] = ()) -> Any:
     """Return the batch that `serialize_batch` was given.
 
     The file names classes, and does not decide which are made: a `Batch`, named tuples, and
-    classes of the program itself whose objects consist of their attributes. No method of a class is
-    called, and nothing is imported.
+    dataclasses of the program itself. No method of a class is called, and nothing is imported.
 
     Args:
         kept: a result of `serialize_batch`, or whatever a file holds in its place.
@@ -135,7 +129,10 @@ def _read(kept: Any, own: Collection[str], depth: int) -> Any:
         except ValueError as error:
             raise ValueError(f"the kept batch is damaged: {error}") from error
     if kind == "lost":
-        raise ValueError(f"a part of the batch could not be kept: {str(kept['value'])[:MAX_REPR]}")
+        raise ValueError(
+            f"a part of the batch could not be kept: {str(kept['value'])[:MAX_REPR]}; kept are "
+            "tensors, arrays, plain values, a Batch, mappings, lists, tuples and dataclasses"
+        )
     if kind == "batch" and type(kept["size"]) is int and kept["size"] >= 0:
         return Batch(_fields(kept["fields"], own, depth), kept["size"])
     if kind == "mapping":
@@ -176,7 +173,7 @@ def _is_named_tuple(made: type) -> bool:
 
 def _make_object(name: Any, attributes: dict[str, Any], own: Collection[str]) -> Any:
     made = _imported_class(name)
-    if made is None or made.__module__ not in own or not _is_plain(made):
+    if made is None or made.__module__ not in own or not _is_record(made):
         raise _unknown(name)
     new: Any = object.__new__(made)
     vars(new).update(attributes)
@@ -186,7 +183,7 @@ def _make_object(name: Any, attributes: dict[str, Any], own: Collection[str]) ->
 def _unknown(name: Any) -> ValueError:
     return ValueError(
         f"the batch holds a {str(name)[:80]}, which this recipe does not know: allowed are named "
-        "tuples, and dataclasses and plain objects of the recipe's own modules"
+        "tuples, and dataclasses of the recipe's own modules"
     )
 
 
