@@ -522,23 +522,30 @@ class Brain(SpeechBrainNames):
             weight = float(weight)
         if self.__intercept is not None:
             return self.__intercept(parts, float(weight), retain_graph, last)
-        closing = [updates for updates, _ in parts if step.closes(updates, last)]
-        if closing:
-            self.__strategy.announce([[each.name for each in updates] for updates in closing])
-        for number, (updates, part) in enumerate(parts, 1):
-            step.accumulate(updates, part, weight, retain_graph or number < len(parts), last)
-            if updates[0].size > 1:
-                ids = self.batch_ids(self.__batch.batch)
-                self.__guard.add_loss(updates[0].name, ids, part)
         found: list[StepReport] = []
-        for (each, _), (updates, _) in zip(losses, parts, strict=True):
-            self.__batch.stepping = True
-            reports = step.finish(updates, weight, last)
-            self.__batch.stepping = False
-            if each is None and reports[0].outcome != "accumulated":
-                self.progress.joint = None
-            self.__take_reports(reports)
-            found += reports
+        try:
+            closing = [updates for updates, _ in parts if step.closes(updates, last)]
+            if closing:
+                self.__strategy.announce([[each.name for each in updates] for updates in closing])
+            for number, (updates, part) in enumerate(parts, 1):
+                step.accumulate(updates, part, weight, retain_graph or number < len(parts), last)
+                if updates[0].size > 1:
+                    ids = self.batch_ids(self.__batch.batch)
+                    self.__guard.add_loss(updates[0].name, ids, part)
+            for (each, _), (updates, _) in zip(losses, parts, strict=True):
+                self.__batch.stepping = True
+                reports = step.finish(updates, weight, last)
+                self.__batch.stepping = False
+                if each is None and reports[0].outcome != "accumulated":
+                    self.progress.joint = None
+                self.__take_reports(reports)
+                found += reports
+        except (RuntimeError, MemoryError) as error:
+            if self.__batch.batch is None or not is_out_of_memory(error):
+                raise
+            # What a recipe does about errors of its own must not go on with this one: other ranks
+            # wait for an answer, and weights may have moved in part.
+            raise BatchGivenUp from error
         return found[0]
 
     def evaluate(
@@ -914,6 +921,7 @@ class Brain(SpeechBrainNames):
                 stack.callback(snapshot.restore)
                 stack.enter_context(gradients_kept(self.modules))
                 stack.enter_context(self.__tracer)
+                stack.callback(setattr, self.__strategy, "votes", self.__strategy.votes)
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
             else:
@@ -1060,14 +1068,17 @@ class Brain(SpeechBrainNames):
 
     def __fit_or_give_up(self, batch: Any) -> Any:
         """Call `fit_batch` and learn the votes of all ranks; give the batch up if one has to."""
-        strategy, loss, reason = self.__strategy, None, None
+        if self.__intercept is not None:  # A rank runs this alone.
+            return self.fit_batch(batch)
+        strategy, known, loss, reason = self.__strategy, self.__batch, None, None
         strategy.begin_batch()
         try:
             loss = self.fit_batch(batch)
-        except BatchGivenUp:
-            pass
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or self.__intercept is not None:
+        except BatchGivenUp as left:
+            if left.__cause__ is not None:
+                reason = self.__reason_to_give_up(left.__cause__)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             reason = self.__reason_to_give_up(error)
         # Outside of the handler: its traceback holds what the batch had in memory.
@@ -1076,8 +1087,13 @@ class Brain(SpeechBrainNames):
                 lambda: [update.name for update in self.__updates_for(None)],
                 lambda name: self.updates[name].all_params,
             )
-        self.__votes = strategy.vote() if strategy.votes is None else strategy.votes
-        if not self.__votes.gave_up:
+        votes = strategy.votes
+        moved = known.stepped_by_hand or any(report.stepped for report in known.reports)
+        # Until an optimizer has moved, a rank may give up, also after a step that was skipped.
+        if votes is None or not (moved or votes.gave_up):
+            votes = strategy.vote()
+        self.__votes = votes
+        if not votes.gave_up:
             return loss
         self.zero_grad()
         self.__guard.roll_back()
@@ -1087,11 +1103,13 @@ class Brain(SpeechBrainNames):
         self.__memory.skip(reason)
         return None
 
-    def __reason_to_give_up(self, error: RuntimeError) -> str:
+    def __reason_to_give_up(self, error: BaseException) -> str:
         """Return the batch and error for the log; raise if the batch cannot be given up."""
         known, batch = self.__batch, self.__batch.batch
         ids = ", ".join(self.batch_ids(batch)) or "without ids"
-        what = f"{ids}; {batch_sizes(batch)}: {str(error).splitlines()[0]}"
+        what = (
+            f"{ids}; {batch_sizes(batch)}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        )
         moved = next((report.name for report in known.reports if report.stepped), None)
         why = ""
         if known.stepping:

@@ -28,6 +28,11 @@ SCRIPT = """
         elif KIND == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
 
+    class Upload(trainer.Callback):
+        def on_checkpoint(self, brain, checkpoint):
+            if KIND == "upload" and distributed.is_main():
+                time.sleep(4)
+
     class Net(Brain):
         def compute_forward(self, batch, stage):
             if stage is Stage.TRAIN and self.step == 3 and distributed.rank() == 1:
@@ -42,12 +47,16 @@ SCRIPT = """
             return predictions.square().mean()
 
     def train(run):
-        brain = Net({"net": torch.nn.Linear(2, 1)}, torch.optim.SGD, run.hparams, run.options)
+        brain = Net(
+            {"net": torch.nn.Linear(2, 1)}, torch.optim.SGD, run.hparams, run.options,
+            run.checkpointer, [Upload()],
+        )
         data = [torch.ones(3, 2)] * 16
         brain.fit([1], data, data[:2])
         (FOLDER / f"ended-{distributed.rank()}").touch()
 
-    trainer.launch(train, {"hang_timeout": 1.5, "progressbar": False}, FOLDER / "run")
+    options = {"hang_timeout": 1.5, "progressbar": False, "checkpoint_every_steps": 6}
+    trainer.launch(train, options, FOLDER / "run")
 """
 
 
@@ -93,7 +102,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("kind", ["evaluation", "work"])
+@pytest.mark.parametrize("kind", ["evaluation", "work", "upload"])
 def test_work_that_may_take_long_does_not_count(tmp_path: Path, kind: str) -> None:
     process = start(tmp_path, kind)
     output = finish(process)

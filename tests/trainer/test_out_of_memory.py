@@ -214,6 +214,169 @@ def test_ranks_that_call_optimize_in_different_orders_are_told(
         assert second in found
 
 
+class Thinning(two_processes.Players):
+    """Has three optimizers, of which two step together from batch 3 on; which, ``choose`` says."""
+
+    def choose(self, names: list[str]) -> list[str]:
+        return names[:2]
+
+    def init_optimizers(self) -> None:
+        parts = {"a": self.modules.net[0], "b": self.modules.net[2], "c": self.modules.branch}
+        self.optimizers_dict = {
+            name: torch.optim.SGD(part.parameters(), lr=0.01) for name, part in parts.items()
+        }
+
+    def freeze_optimizers(self, optimizers: Any) -> Any:
+        names = list(optimizers) if self.step < 3 else self.choose(list(optimizers))
+        return {name: optimizers[name] for name in names}
+
+    def fit_batch(self, batch: Any) -> Any:
+        return Brain.fit_batch(self, batch)
+
+
+class Parted(Thinning):
+    """Each rank chooses others."""
+
+    def choose(self, names: list[str]) -> list[str]:
+        return names[distributed.rank() :][:2]
+
+
+class PartedInOrder(Thinning):
+    """Each rank has another order."""
+
+    def choose(self, names: list[str]) -> list[str]:
+        return names[:: 1 - 2 * distributed.rank()]
+
+
+@pytest.mark.parametrize("kind", ["Parted", "PartedInOrder"])
+def test_ranks_that_freeze_other_optimizers_are_told(two_ranks: TwoRanks, kind: str) -> None:
+    for found in two_ranks(disorder, kind, 1, seconds=60):
+        assert found.startswith("ValueError: optimize without a name steps with other optimizers")
+        assert "freeze_optimizers" in found
+
+
+def train_here(kind: str, window: int, failures: Failures, rounds: Sequence[int]) -> Found:
+    two_processes.Thinning = Thinning  # type: ignore[attr-defined]
+    return train_both(kind, window, failures, rounds)
+
+
+@pytest.mark.parametrize("place", ["start", "net"])
+def test_a_rank_answers_for_the_optimizers_that_step_together_now(
+    two_ranks: TwoRanks, place: str
+) -> None:
+    for found in two_ranks(train_here, "Thinning", 1, [[1, 3, place]], left(1, {3})):
+        check(found)
+
+
+class Unlucky(two_processes.Line):
+    """Its second batch is not finite, and rank 1 runs out of memory after it."""
+
+    def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
+        loss = super().compute_objectives(predictions, batch, stage)
+        return loss * float("nan") if self.step == 2 else loss
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if self.step == 2 and distributed.rank() == 1:
+            run_out()
+
+
+class Nesting(two_processes.Line):
+    """Calls another `fit` after the step of batch 2, whose last batch is given up."""
+
+    inner = False
+
+    def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
+        if self.inner and self.step == 2 and distributed.rank() == 1:
+            run_out()
+        return super().compute_objectives(predictions, batch, stage)
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if not self.inner and self.step == 2:
+            self.inner = True
+            self.fit([1], batches(torch.float32)[:4])
+            self.inner = False
+
+
+class Handling(two_processes.Line):
+    """Handles the errors of its steps by going on, or by another try."""
+
+    def fit_batch(self, batch: Any) -> Any:
+        for _ in range(2):
+            try:
+                return super().fit_batch(batch)
+            except Exception:
+                logging.getLogger("test").info("went on")
+        return None
+
+
+def given_up(kind: str, failures: Failures, precision: str) -> Found:
+    """Return the numbers of the batches that were given up, and the weights."""
+    lost: list[int] = []
+
+    class Listing(Callback):
+        def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+            if loss is None:
+                lost.append(brain.step)
+
+    brain = make(
+        short(globals()[kind], failures), torch.float32, precision=precision, drift_check_every=1,
+        nonfinite_reports=0,
+    )  # fmt: skip
+    brain.callbacks.append(Listing())
+    try:
+        brain.fit([1], batches(torch.float32))
+    except Exception as error:
+        distributed.stop()
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"lost": lost, "weights": weights(brain), "steps": brain.optimizer_step}
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "lost", "steps"),
+    [
+        ("Unlucky", "never", [2], 6),
+        ("Unlucky", "between", [2], 6),
+        ("Nesting", "never", [2], 8),
+        ("Handling", "net", [3], 6),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_both_ranks_leave_the_same_batch(
+    two_ranks: TwoRanks, kind: str, place: str, lost: list[int], steps: int, precision: str
+) -> None:
+    step = 2 if kind == "Unlucky" else 3
+    ranks = two_ranks(given_up, kind, [[1, step, place]], precision, seconds=60)
+    for found in ranks:
+        assert "error" not in found, found
+        assert found["lost"] == lost
+        assert found["steps"] == steps - (precision == "fp16")  # The first one overflows.
+    assert torch.equal(*(found["weights"] for found in ranks))
+
+
+def test_a_recipe_does_not_go_on_from_a_step_without_memory(two_ranks: TwoRanks) -> None:
+    found = two_ranks(given_up, "Handling", [[1, 3, "step"]], "fp32", seconds=60)
+    assert "in the step of an optimizer" in found[1]["error"]
+    assert "error" in found[0]
+
+
+def test_the_next_batch_keeps_its_buffers_after_a_step_that_was_skipped() -> None:
+    class Counting(Unlucky):
+        def __init__(self, modules: Any, *arguments: Any, **named: Any) -> None:
+            norm = torch.nn.BatchNorm1d(3, dtype=torch.float64)
+            super().__init__({**modules, "norm": norm}, *arguments, **named)
+
+        def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+            return super().compute_forward({**batch, "x": self.modules.norm(batch["x"])}, stage)
+
+        def on_fit_batch_end(self, *_: Any) -> None:
+            if self.step == 2:
+                run_out()
+
+    brain = make(Counting)
+    brain.fit([1], [batches()[n] for n in (0, 1, 3, 4)])
+    assert brain.modules.norm.num_batches_tracked == 3
+
+
 def caught(kind: str, failures: Failures) -> str:
     """Return the error that ends a training, and leave the other rank."""
     try:
@@ -326,21 +489,32 @@ def test_an_evaluation_that_runs_out_of_memory_ends_with_advice() -> None:
     assert any("Allowed: a smaller batch_size" in note for note in error.value.__notes__)
 
 
-def test_errors_of_allocators_count_and_others_do_not() -> None:
-    for message in ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to", "x"):
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), True),
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("x"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_errors_of_allocators_count_and_others_do_not(error: Exception, counts: bool) -> None:
+    class Failing(two_processes.Line):
+        def compute_objectives(self, *arguments: Any) -> Tensor:
+            if self.step == 3:
+                raise error
+            return super().compute_objectives(*arguments)
 
-        class Failing(two_processes.Line):
-            text = message
-
-            def compute_objectives(self, *arguments: Any) -> Tensor:
-                if self.step == 3:
-                    raise RuntimeError(self.text)
-                return super().compute_objectives(*arguments)
-
-        brain = make(Failing)
-        with nullcontext() if len(message) > 1 else pytest.raises(RuntimeError, match="x"):
-            brain.fit([1], batches()[:LAST])
-        assert brain.optimizer_step == (LAST - 1 if len(message) > 1 else 2)
+    brain = make(Failing)
+    with nullcontext() if counts else pytest.raises(type(error)):
+        brain.fit([1], batches()[:LAST])
+    assert brain.optimizer_step == (LAST - 1 if counts else 2)
 
 
 @pytest.mark.parametrize("place", ["start", "net"])

@@ -1,13 +1,14 @@
 """Announcements: short messages in which ranks tell each other what they are about to send.
 
 Before a rank sends gradients, it announces the accumulation windows that it closes; after a batch
-in which it closed none, it announces that. All announcements have one form, so that a rank that has
-given up a batch can wait for the next one and learn from it what it has to answer. Ranks whose
-announcements differ call `Brain.optimize` in different orders.
+in which no optimizer has stepped, it announces that it closes no more. All announcements have one
+form, so that a rank that has given up a batch can wait for the next one and learn from it what it
+has to answer. Ranks whose announcements differ call `Brain.optimize` in different orders.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,8 +62,9 @@ class Announcements:
                 self._joint = list(names)
         code = 0 if windows is None else self._encode(windows)
         # The maxima of a number and of its negative are opposite only if all ranks sent the same.
-        pair = (-LIMIT, -LIMIT) if windows is None else (code, -code)
-        sent = (*pair, stop, save, windows is None)
+        digest = _digest(windows or ())
+        numbers = (-LIMIT,) * 4 if windows is None else (code, digest, -code, -digest)
+        sent = (*numbers, stop, save, windows is None)
         if sent != self._sent:  # The usual one is not brought to the device again.
             self._sent = sent
             self._template = torch.tensor(sent, dtype=torch.int64, device=distributed.device())
@@ -78,9 +80,9 @@ class Announcements:
         self.check(self.disagreement().tolist())
 
     def disagreement(self) -> Tensor:
-        """Return a vector (1,) that is 0 if all ranks announced the same, without reading it."""
+        """Return a vector (2,) that is 0 if all ranks announced the same, without reading it."""
         self._message.wait()
-        return (self._answer[0] + self._answer[1]).double().reshape(1)
+        return (self._answer[:2] + self._answer[2:4]).double()
 
     def read(self, joint: Callable[[], Sequence[str]]) -> tuple[list[list[str]], Votes]:
         """Wait for the announcements of all ranks.
@@ -95,14 +97,15 @@ class Announcements:
             ValueError: if ranks have announced different windows.
         """
         self._message.wait()
-        most, least, *flags = self._answer.tolist()
+        most, digest, least, opposite, *flags = self._answer.tolist()
         if most == -LIMIT:  # All ranks have given up the batch.
             return [], Votes(*map(bool, flags))
-        self.check([most + least])
+        self.check([most + least, digest + opposite])
+        if any(names is self._joint for names in self._decode(most)):
+            self._joint = list(joint())  # Those of an earlier window may have been others.
         windows = self._decode(most)
-        if [] in windows:
-            self._joint = list(joint())
-        return self._decode(most), Votes(*map(bool, flags))
+        self.check([0, digest - _digest(windows)])
+        return windows, Votes(*map(bool, flags))
 
     def check(self, disagreement: Sequence[float]) -> None:
         """Check the number of `disagreement`, once it is read.
@@ -110,9 +113,15 @@ class Announcements:
         Raises:
             ValueError: if ranks have announced different windows.
         """
-        if not disagreement[0]:
+        if not any(disagreement):
             return
-        most, least, *_ = self._answer.tolist()
+        if not disagreement[0]:
+            raise ValueError(
+                "optimize without a name steps with other optimizers on one rank than on another "
+                f"({', '.join(map(repr, self._joint))} on this one): freeze_optimizers must return "
+                "the same ones, in the same order, on every rank"
+            )
+        most, _, least, *_ = self._answer.tolist()
         one, other = (
             " and ".join(repr("+".join(names)) for names in self._decode(code)) or "none"
             for code in (most, -least)
@@ -142,3 +151,8 @@ class Announcements:
             code, digit = divmod(code, base)
             windows.append(self._joint if digit == base - 1 else [self._names[digit - 1]])
         return windows
+
+
+def _digest(windows: Windows) -> int:
+    """Return a number that stands for the names of all windows, also of those that are joint."""
+    return zlib.crc32(repr([list(names) for names in windows]).encode())

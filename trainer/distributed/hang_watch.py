@@ -84,7 +84,7 @@ class HangWatch:
 
     def _watch(self, over: threading.Event, main: int) -> None:
         """Publish where the main thread stands, and end the process if a rank hangs."""
-        progress, since, beat = -1, 0.0, 0
+        progress, since, since_read, beat = -1, 0.0, 0.0, 0
         before: list[dict[str, Any]] | None = None  # What the ranks had published a while ago.
         while not over.wait(self._interval):
             beat += 1
@@ -92,14 +92,15 @@ class HangWatch:
                 progress, since, before = self._progress, time.monotonic(), None
             waits, place = _standing(main)
             try:
-                own = {"beat": beat, "waits": waits, "place": place}
-                self._store.set(f"standing/{self._rank}", json.dumps(own))
                 lasted = time.monotonic() - since
+                own = {"beat": beat, "waits": waits, "place": place, "lasted": lasted}
+                self._store.set(f"standing/{self._rank}", json.dumps(own))
                 if before is None and lasted >= self._timeout:
-                    before = self._read()
-                elif before is not None and lasted >= self._timeout + 4 * self._interval:
-                    # The first rank decides.
-                    self._store.compare_set("hung", "", self._describe(before, self._read()))
+                    before, since_read = self._read(), time.monotonic()
+                elif before is not None and time.monotonic() - since_read >= 4 * self._interval:
+                    verdict, before = self._describe(before, self._read()), None
+                    if verdict:  # The first rank decides.
+                        self._store.compare_set("hung", "", verdict)
                 if not self._store.check(["hung"]):
                     continue
                 verdict = self._store.get("hung").decode(errors="replace")
@@ -112,9 +113,11 @@ class HangWatch:
             os._exit(EXIT_CODE)
 
     def _describe(self, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-        """Return a sentence with the ranks that hang."""
+        """Return a sentence with the ranks that hang; an empty one if some rank gets on."""
         ranks = range(self._world_size)
         silent = [r for r in ranks if before[r].get("beat") == now[r].get("beat")]
+        if any(now[r]["lasted"] < self._timeout for r in ranks if r not in silent):
+            return ""  # Or it has paused, as for a callback of rank 0 about a checkpoint.
         busy = [r for r in ranks if not now[r].get("waits")]
         hung = silent or busy or list(ranks)
         places = "; ".join(f"rank {r} at {now[r].get('place', 'an unknown place')}" for r in hung)

@@ -212,10 +212,10 @@ class NonFiniteGuard:
         """
         if self._skipped:
             self.roll_back()
-            self._skipped = False
 
     def roll_back(self) -> None:
         """Put the buffers back as they were at the start of the window."""
+        self._skipped = False
         for each in self._changed():
             each.owner[each.key] = each.tensor
             if each.tensor is not None and each.kept is not None:

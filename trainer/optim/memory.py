@@ -16,19 +16,21 @@ ADVICE = (
     "batches or items of bounded length, precision bf16 or fp16, or a device with more memory"
 )
 
-# Parts of the messages of torch's allocators and libraries that raise a plain RuntimeError.
+# Parts of the messages of torch's allocators, drivers and libraries (cuBLAS, cuDNN, cuFFT and the
+# like) that raise a plain RuntimeError.
 MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "error: out of memory",
+    "_ALLOC_FAILED",
     "MPS backend out of memory",
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True for the errors by which torch says that memory has run out."""
-    return isinstance(error, torch.OutOfMemoryError) or (
+    # C++ code in which an allocation of the host fails raises MemoryError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(part in str(error) for part in MESSAGES)
     )
 
