@@ -376,6 +376,23 @@ def leave(number: int) -> None:
             _store.set("left", str(number))
 
 
+def ask(number: int) -> None:
+    """Tell the other ranks of a request to stop, also those that are in no collective."""
+    if _store is not None:
+        with suppress(RuntimeError):
+            _store.set("asked", str(number))
+
+
+def asked() -> int | None:
+    """Return the request to stop that another rank told of by `ask`; None if none did.
+
+    Raises:
+        RuntimeError: the launcher has died, and its store with it.
+    """
+    store = _store
+    return int(store.get("asked")) if store is not None and store.check(["asked"]) else None
+
+
 def left() -> int | None:
     """Return the request because of which another rank has left; None if none has."""
     with suppress(RuntimeError):
