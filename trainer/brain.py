@@ -1230,7 +1230,7 @@ class Brain(SpeechBrainNames):
                 feed.undo_draws()
                 self.__saver.save_stopped(signals.Interrupted(number))
             else:
-                distributed.leave(number)
+                distributed.depart(request=number)
 
         wait, iterator = signals.waiting(feed.describe_wait, rescue), iter(batches)
         while True:
@@ -1243,7 +1243,7 @@ class Brain(SpeechBrainNames):
                 feed.undo_draws()
                 if distributed.meet("stop", seconds=2.0):
                     signals.raise_agreed()
-                distributed.leave(stop.number)
+                distributed.depart(request=stop.number)
                 stop.saves = False
                 raise
             yield batch

@@ -6,10 +6,12 @@ so that a wait that lasts on after a request is left, too; see `waiting`.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ _received_at = 0.0
 _deadline: float | None = None
 _deferring = 0  # Depth of `at_safe_points` blocks.
 _stopping = False  # True once an exception for the request was raised.
+_last_code, _asked_again = 0, False  # See `end_with`.
 _wait: waiting | None = None
 _leaving = threading.Lock()  # Held while a wait ends, and by the thread that gives one up.
 
@@ -49,7 +52,7 @@ class Interrupted(SystemExit):
     """
 
     def __init__(self, number: int, saves: bool = True) -> None:
-        super().__init__(EXIT_CODES.get(number, OTHER_EXIT_CODE))
+        super().__init__(exit_code(number))
         self.number, self.saves = number, saves
         self.signal = name_of(number)
 
@@ -58,8 +61,13 @@ class KeyboardInterrupted(KeyboardInterrupt, SystemExit):
     """Ctrl-C for programs and notebooks: an uncaught one ends the process with exit code 130."""
 
     def __init__(self) -> None:
-        super().__init__(EXIT_CODES[signal.SIGINT])
-        self.code = EXIT_CODES[signal.SIGINT]
+        super().__init__()
+        self.code = exit_code(signal.SIGINT)
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code after a request: 143 for SIGTERM, 130 for SIGINT and 75 for others."""
+    return EXIT_CODES.get(number, OTHER_EXIT_CODE)
 
 
 def name_of(number: int) -> str:
@@ -137,8 +145,42 @@ def install() -> dict[int, Any]:
         The former handlers.
     """
     # SIG_IGN stays, as under nohup, and so does a handler of the program.
-    unused = [n for n in UNLESS_IN_USE if signal.getsignal(n) is signal.SIG_DFL]
+    unused = [n for n in UNLESS_IN_USE if signal.getsignal(n) in (signal.SIG_DFL, _end)]
     return {number: signal.signal(number, _handle) for number in (*ALWAYS, *unused)}
+
+
+def end_with(code: int) -> None:
+    """Keep the exit code of a process that is about to end, whatever signals come.
+
+    torchrun sends SIGTERM to ranks that end already. A second one ends the process at once.
+    """
+    global _last_code, _asked_again
+    _last_code, _asked_again = code, False
+    for number in (signal.SIGTERM, *UNLESS_IN_USE):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+@atexit.register
+def _end_at_exit() -> None:
+    """End a process as `end_with` has it, where Python handles no signal any more."""
+    for number in (signal.SIGTERM, *UNLESS_IN_USE):
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_IGN)
+    if _last_code and distributed.launched():
+        # Threads of process groups abort one in ten processes ("terminate called without an active
+        # exception") that end while other ranks do; their exit code would be lost.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_last_code)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    global _asked_again
+    if _asked_again:
+        os._exit(_last_code)
+    _asked_again = True
 
 
 def installed() -> bool:
@@ -259,4 +301,4 @@ def _give_up(number: int) -> None:
         rescue = threading.Thread(target=wait.rescue, args=(number,), daemon=True)
         rescue.start()
         rescue.join(60)
-        os._exit(EXIT_CODES.get(number, OTHER_EXIT_CODE))
+        os._exit(exit_code(number))

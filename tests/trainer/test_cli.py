@@ -21,7 +21,7 @@ import torch
 
 from recipes.common.quality import require
 from tests.trainer.small import Regressor, batches, net
-from trainer import Checkpointer
+from trainer import Checkpointer, distributed
 from trainer.cli import Run, arguments, configure, launch, main
 from trainer.cli.environment import environment, git
 from trainer.cli.folder import RUN_FILES, RunFolder, differences
@@ -29,7 +29,7 @@ from trainer.cli.replay import command as replay_command
 from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
 from trainer.config.hyperparameters import Configuration, Text, load_hparams
 from trainer.options import RunOptions
-from trainer.signals import Interrupted
+from trainer.signals import TIME_LIMIT, Interrupted, KeyboardInterrupted
 
 DEMO = """\
     # python train.py hparams/toy/demo.yaml
@@ -288,6 +288,24 @@ def test_a_start_removes_what_killed_processes_left_half_written(tmp_path: Path)
     folder.close()
     assert sorted(each.name for each in folder.path.rglob("*.new")) == [".notes.new"]
     assert kept.is_dir()
+
+
+def test_a_restarted_rank_waits_for_the_folder_and_goes_on(
+    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    main(keep([]), [demo, "--output_folder", str(folder)])
+    code = (
+        "import pathlib, sys, time; from trainer.cli.folder import RunFolder; "
+        "RunFolder(pathlib.Path(sys.argv[1])).open(); print('held', flush=True); time.sleep(1)"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    monkeypatch.setattr(distributed, "restarts", lambda: 1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as former:
+        assert former.stdout is not None
+        assert former.stdout.readline() == "held\n"
+        main(keep([]), [demo, "--output_folder", str(folder), "--overwrite"])
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2  # Nothing was deleted.
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(
@@ -650,23 +668,108 @@ def test_a_run_without_a_test_says_nothing(demo: str, capsys: pytest.CaptureFixt
 def test_interrupts_end_with_the_code_of_their_signal(
     demo: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in handled]
 
     def polite(_run: Run) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)  # Only noted: the loop asks for it.
-        raise Interrupted(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def hung_up(_run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    def warned(_run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def late(_run: Run) -> None:
+        raise Interrupted(TIME_LIMIT)
 
     def impatient(_run: Run) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    for train, code in ((polite, 143), (impatient, 130)):
+    codes = ((polite, 143), (hung_up, 75), (warned, 75), (late, 75), (impatient, 130))
+    for train, code in codes:
         with pytest.raises(SystemExit) as stopped:
             main(train, [demo])
         assert stopped.value.code == code
     assert "stopped with exit code 143" in Path("results/toy/demo/7/train.log").read_text()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in handled] == before
     main(keep([]), [demo])  # The lock and the request are gone.
+
+
+def test_a_signal_that_the_program_handles_or_ignores_is_left_to_it(demo: str) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def train(_run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    try:
+        main(train, [demo])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGHUP, ignored)
+    assert heard == [signal.SIGUSR1]
+
+
+USERS = """\
+    import torch
+    import trainer
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+        def __getitem__(self, index):
+            if "{place}" == "item":
+                {error}
+            return {"x": torch.ones(3)}
+
+    class Net(trainer.Brain):
+        def compute_forward(self, batch, stage):
+            {error}
+        def compute_objectives(self, predictions, batch, stage):
+            return predictions.sum()
+
+    def train(run):
+        net = {"net": torch.nn.Linear(3, 1)}
+        brain = Net(net, torch.optim.Adam, run.hparams, run.options)
+        brain.fit(range(2), Items(), train_loader_kwargs={"num_workers": {workers}})
+
+    if __name__ == "__main__":
+        trainer.main(train)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "workers", "error", "said"),
+    [
+        ("forward", 0, "raise ValueError('an odd number')", "ValueError: an odd number"),
+        ("item", 1, "torch.ones(2) @ torch.ones(3)", "RuntimeError: inconsistent tensor size"),
+    ],
+)
+def test_an_error_of_the_user_shows_the_frames_of_the_user(
+    demo: str, tmp_path: Path, place: str, workers: int, error: str, said: str
+) -> None:
+    program = textwrap.dedent(USERS).replace("{place}", place).replace("{error}", error)
+    (tmp_path / "train.py").write_text(program.replace("{workers}", str(workers)))
+    command = [sys.executable, "train.py", demo, "--no-progressbar"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 1
+    shown = done.stderr.partition("Traceback")[2]
+    files = re.findall(r'File "(.+?)", line', shown)
+    others = [file for file in files if not file.endswith("/train.py")]
+    assert len(files) - len(others) >= 3
+    assert len(others) <= 2  # Where the error was raised, in the process and in its worker.
+    assert not [file for file in others if "/trainer/" in file]
+    assert error in shown
+    assert said in shown
+    assert shown.rstrip().endswith("(its traceback is in results/toy/demo/7/train.log)")
+    log = (tmp_path / "results" / "toy" / "demo" / "7" / "train.log").read_text()
+    assert "/trainer/brain.py" in log
+    assert said in log
 
 
 def test_messages_reach_the_terminal_and_the_log(
@@ -949,6 +1052,16 @@ def test_launch_is_interrupted_by_exceptions(tmp_path: Path) -> None:
         with pytest.raises(kind):
             launch(train, {}, tmp_path / "x")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_control_c_in_a_program_that_launches_is_exit_code_130(tmp_path: Path) -> None:
+    def train(_run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupted) as stopped:
+        launch(train, {}, tmp_path / "x")
+    assert isinstance(stopped.value, SystemExit)
+    assert stopped.value.code == 130
 
 
 @pytest.mark.parametrize(

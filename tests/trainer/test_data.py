@@ -696,6 +696,15 @@ def test_a_hanging_worker_is_an_error_at_the_timeout_that_names_its_item() -> No
     assert "5 (take5.wav)" in str(error)
 
 
+def test_a_hang_in_several_items_names_their_batch() -> None:
+    loader = make_loader(
+        TroubleInSeveral(lambda: time.sleep(60)),
+        train=False, num_workers=1, timeout=1, batch_size=3,
+    )  # fmt: skip
+    error, _ = _timed(loader)
+    assert "while worker 0 loaded a batch with item 3 (take3.wav)" in str(error)
+
+
 def test_workers_live_through_the_signals_that_ask_the_main_process_to_stop() -> None:
     def signals() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -94,6 +94,7 @@ def test_a_stage_line_has_the_metrics_beside_the_counts() -> None:
         "seconds": 1.5,
         "skipped": 0,
         "overflowed": 0,
+        "out_of_memory": 0,
         "bad_files": 0,
     }
 

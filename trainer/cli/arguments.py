@@ -37,6 +37,10 @@ ALLOW_HELP = (
     "package or single object that the YAML may name in addition, such as mypackage or "
     "os.path.join; may be repeated, or hold several names, separated by commas"
 )
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 an error of the program; 2 something to mend, in one sentence; 130 "
+    "after Ctrl-C, 143 after SIGTERM and 75 after any other request to stop, with a checkpoint."
+)
 EXAMPLES = (
     "{} FILE --device cuda --precision bf16 --seed 7",
     "{} FILE --max_grad_norm=1 --no-progressbar --output_folder results/clip-1",
@@ -221,7 +225,8 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
     """Return the usage, the run options by section, the keys of the YAML `file`, and examples."""
     rows = list(keys)
     mine = {key.name for key in rows}
-    lines = [USAGE.format(program), "", *_row(ALLOW[2:], "NAME", ALLOW_HELP)]
+    lines = [USAGE.format(program), *textwrap.wrap(EXIT_CODES, 100), ""]
+    lines += [*_row(ALLOW[2:], "NAME", ALLOW_HELP)]
     lines += ["", "Run options (default < YAML < command line)"]
     section = ""
     for name, default in vars(RunOptions()).items():

@@ -65,8 +65,12 @@ class RunFolder:
         self.path = path
         self._lock: int | None = None
 
-    def open(self, overwrite: bool = False) -> None:
+    def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
         """Make the folder if there is none, lock it, and empty it if `overwrite`.
+
+        Args:
+            overwrite: delete what an earlier run left.
+            patience: seconds to wait for a process that is about to release the folder.
 
         Raises:
             ValueError: another command is using the folder, or it is not a run folder.
@@ -74,7 +78,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._take_lock(patience)
         except OSError as error:
             files = [str(each) for each in (self.path, *self.path.parents) if each.is_file()]
             reason = f"{files[0]} is a file" if files else error.strerror or str(error)
@@ -147,12 +151,20 @@ class RunFolder:
             os.pwrite(self._lock, text, 0)
             os.ftruncate(self._lock, len(text))
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, patience: float) -> None:
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        end = time.monotonic() + patience
         try:
-            # Not flock: forked workers would hold that one on after this process is killed.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # Systems differ in which it is.
+            while True:
+                try:
+                    # Not flock: forked workers would hold that one on after this process is killed.
+                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except (BlockingIOError, PermissionError):  # Systems differ in which it is.
+                    if time.monotonic() >= end:
+                        raise
+                time.sleep(0.1)
+        except (BlockingIOError, PermissionError):
             said = os.pread(self._lock, MAX_LOCK, 0).decode(errors="replace").splitlines()
             owner = said[0] if said else "another run"
             self.close()

@@ -20,6 +20,7 @@ import pkgutil
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import distributed
+from trainer import distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.environment import environment
@@ -52,6 +53,7 @@ from trainer.signals import Interrupted, KeyboardInterrupted
 USER_ERRORS = (
     ValueError, OSError, ImportError, NonFiniteError, DriftError, torch.OutOfMemoryError,
 )  # fmt: skip
+LOCK_SECONDS = 15.0  # Time that torchrun's restart waits for the run folder.
 MAX_REPR = 500  # characters of an object in hyperparams.yaml
 
 logger = logging.getLogger("trainer")
@@ -103,6 +105,7 @@ def main(
             143 after SIGTERM, 130 after Ctrl-C, and 75 after any other request to stop.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    code = 0
     try:
         if any(each in arguments.HELP for each in given):
             file = next((each for each in given if not each.startswith("-")), None)
@@ -113,15 +116,31 @@ def main(
         hyperparameters, options = arguments.configure(given, [*allowed, *_own_modules(train)])
         return _run(train, hyperparameters, options, given)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except USER_ERRORS as error:
-        if not session.is_user_error(error):
+        code = 130
+        session.say("interrupted")
+        raise SystemExit(code) from None
+    except Interrupted as stop:
+        code = signals.exit_code(stop.number)
+        session.tell_launcher(f"stopped ({stop.signal})")
+        raise
+    except session.OtherRankFailed as error:
+        code = 1
+        session.say(f"stopped: {error}")
+        raise SystemExit(code) from None
+    except Exception as error:
+        code = 1
+        session.trim(error)
+        if not isinstance(error, USER_ERRORS) or not session.is_user_error(error):
+            session.tell_launcher("".join(traceback.format_exception(error)))
             raise
+        code = 2
         message = "\n".join([session.message(error), *getattr(error, "__notes__", [])])
-        print(f"{session.rank_prefix()}error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+        session.say(f"error: {message}")
+        raise SystemExit(code) from None
     finally:
+        own = getattr(train, "__globals__", None) is vars(sys.modules["__main__"])
+        if code and (distributed.launched() or own):  # The process ends now.
+            signals.end_with(code)
         distributed.stop()
 
 
@@ -183,6 +202,10 @@ def launch(
         if stopped.signal == "SIGINT":
             raise KeyboardInterrupted from None
         raise
+    except Exception as error:
+        session.trim(error)
+        session.tell_launcher("".join(traceback.format_exception(error)))
+        raise
 
 
 def _warn_of_arguments(hparams: Mapping[str, Any]) -> None:
@@ -237,10 +260,11 @@ def _run(
     """Run `train` in a run folder; return its metrics. `argv` is None for `launch`."""
     session.end_with_launcher()
     with ExitStack() as stack:
-        stack.enter_context(session.signals_at_safe_points())
         # The hang watch comes first: a collective that times out does not say which rank hangs.
         timeout = timedelta(seconds=max(600.0, 6 * options.hang_timeout))
+        # A signal may end a rank that waits for the others here.
         distributed.start(str(pick_device(options.device)), timeout)
+        stack.enter_context(session.signals_at_safe_points())
         seed_everything(options.seed, distributed.rank())
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
         header = LAUNCH_HEADER if argv is None else HEADER
@@ -253,9 +277,10 @@ def _run(
         stack.enter_context(tolerant_output())
         stack.enter_context(session.messages(log, names))
         kept = not (options.debug or options.replay)
-        note = f"(its traceback is in {folder / 'train.log'})" if kept else ""
-        stack.enter_context(session.logged_exceptions(log, note))
-        stack.enter_context(session.stopping_with_others())
+        path = folder / "train.log" if kept else None
+        note = f"(its traceback is in {path})" if kept else ""
+        stack.enter_context(session.logged_exceptions(log, path, note))
+        stack.enter_context(session.failing_as_one())
         if changes:
             logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
         try:
@@ -293,7 +318,11 @@ def _run_folder(
     problem, changes = None, []
     if distributed.is_main():
         try:
-            folder.open(options.overwrite and not options.searching)
+            restarted = distributed.restarts() > 0  # Goes on, and its former self may be ending.
+            folder.open(
+                options.overwrite and not options.searching and not restarted,
+                patience=LOCK_SECONDS if restarted else 0.0,
+            )
             if options.searching and folder.has_record():
                 folder.add_command(command)  # The record of the earlier run stays.
             else:

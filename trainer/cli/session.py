@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import os
+import re
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
+import torch
 from tqdm import tqdm
 
+import trainer
 from trainer import distributed, processes, signals
 from trainer.config.registry import recipe_packages
 from trainer.loggers import TextLog
@@ -22,6 +29,7 @@ from trainer.loggers import TextLog
 logger = logging.getLogger("trainer")
 
 ORPHAN_SECONDS = 7.0  # Time that a rank has to save and stop when its launcher has died.
+FRAME = re.compile(r'  File "(.+)", line \d+')
 _follows_launcher = False
 
 
@@ -100,35 +108,150 @@ def _stop_orphan() -> None:
 
 
 @contextmanager
-def stopping_with_others() -> Iterator[None]:
-    """Context manager that turns the error of a rank which another has left into its request."""
+def failing_as_one() -> Iterator[None]:
+    """Context manager around a run of several ranks, of which one may fail while others wait.
+
+    The error of a rank is told to the others. One that fails since another has left or failed ends
+    with the request, or one line about the error, of that one.
+    """
     try:
         yield
-    except Exception as error:
-        number = distributed.left()
-        if number is None:
-            raise
-        raise signals.Interrupted(number, saves=False) from error
+    except (Exception, signals.Interrupted) as error:
+        stop = error if isinstance(error, signals.Interrupted) else None
+        # Collectives raise these, and torchrun stops the ranks that are left by a signal. An error
+        # that all ranks raise alike is one of another type.
+        failed = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+        cause = distributed.departure() if failed or stop is not None else None
+        if cause is not None and cause["request"] is not None:
+            raise signals.Interrupted(cause["request"], saves=False) from error
+        if cause is not None:
+            raise OtherRankFailed(f"rank {cause['rank']} failed: {cause['error']}") from error
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        distributed.depart(request=None if stop is None else stop.number, error=said)
+        if stop is None and distributed.world_size() > 1:
+            error.add_note(f"(on rank {distributed.rank()})")
+        raise
+
+
+class OtherRankFailed(RuntimeError):
+    """Error of a rank that ends since another one has failed."""
 
 
 @contextmanager
-def logged_exceptions(log: TextLog, note: str = "") -> Iterator[None]:
+def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterator[None]:
     """Context manager that writes the traceback of an exception to train.log.
 
-    The note is added to the exception, for users who see its message alone.
+    Args:
+        log: train.log on the main rank.
+        path: train.log, to which the other ranks add their lines; None for no log.
+        note: text that is added to the exception, for users who see its message alone.
     """
     try:
         yield
     except BaseException as error:
         if isinstance(error, SystemExit):
             lines = [f"stopped with exit code {error.code}"]
+        elif isinstance(error, OtherRankFailed):
+            lines = [f"stopped: {error}"]
         else:
             lines = "".join(traceback.format_exception(error)).splitlines()
-        for line in lines:
-            log.write(line)
-        if note:
+        if distributed.is_main():
+            for line in lines:
+                log.write(line)
+        elif path is not None:
+            _append(path, lines)
+        if note and not isinstance(error, OtherRankFailed):
             error.add_note(note)
         raise
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    """Add lines of a rank to train.log by one write, which those of others do not mix with."""
+    start = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {rank_prefix()}"
+    data = "".join(f"{start}{line}\n" for line in lines).encode(errors="backslashreplace")
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)  # Not made: it may be on another machine.
+    except OSError as error:
+        logger.warning("%s lacks the error of rank %d: %s", path, distributed.rank(), error)
+        return
+    try:
+        os.write(file, data)
+    finally:
+        os.close(file)
+
+
+@functools.cache
+def _libraries() -> set[Path]:
+    """Return the folders of Python, of installed packages and of the trainer."""
+    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    own = [Path(trainer.__path__[0]), Path(torch.__path__[0]).parent]
+    return {path.resolve() for path in (*own, *map(Path, places))}
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith("<") or not _libraries().isdisjoint(Path(file).resolve().parents)
+
+
+def trim(error: BaseException) -> None:
+    """Leave only the frames of users, and the last one, in the tracebacks of an error.
+
+    Frames of Python, of installed packages and of the trainer go, also from the text that torch
+    gives errors of loader workers.
+    """
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is None or each in seen:
+            continue
+        seen.append(each)
+        waiting += [each.__cause__, each.__context__]
+        frames: list[TracebackType] = []
+        trace = each.__traceback__
+        while trace is not None:
+            frames.append(trace)
+            trace = trace.tb_next
+        kept = None
+        for number, frame in enumerate(reversed(frames)):
+            if not number or not _is_library(frame.tb_frame.f_code.co_filename):
+                kept = TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+        each.__traceback__ = kept
+        if each.args and isinstance(each.args[0], str) and each.args[0].startswith("Caught "):
+            text = each.args[0]
+            each.args = (type(text)(_trimmed_text(text)), *each.args[1:])
+
+
+def _trimmed_text(text: str) -> str:
+    """Leave out the library's frames in the text of a traceback, but its last frame."""
+    lines = text.splitlines()
+    starts = [n for n, line in enumerate(lines) if FRAME.match(line)]
+    kept, keeps = [], True
+    for number, line in enumerate(lines):
+        found = FRAME.match(line)
+        if found:
+            keeps = number == starts[-1] or not _is_library(found[1])
+        elif not line.startswith("    "):
+            keeps = True
+        if keeps:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def say(text: str) -> None:
+    """Write the last words of this rank to the terminal, and for torchrun's report."""
+    print(f"{rank_prefix()}{text}", file=sys.stderr)
+    tell_launcher(text)
+
+
+def tell_launcher(text: str) -> None:
+    """Have torchrun end its report, the last thing on the screen, with what this rank died of."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        whole = Path(f"{path}.new")
+        with suppress(OSError):  # It is said on the terminal, too.
+            whole.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+            os.replace(whole, path)  # torchrun fails on a file that it finds half-written.
 
 
 def is_user_error(error: BaseException) -> bool:

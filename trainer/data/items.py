@@ -372,6 +372,8 @@ class BatchDataset(Dataset[Any]):
 
     def _load_together(self, indices: Sequence[Any]) -> Any:
         """Load all items by the dataset's ``__getitems__``; return None if one of them is bad."""
+        if len(indices):
+            self._note(indices[0])
         try:
             return self.dataset.__getitems__(indices)
         except BadItem:
@@ -384,12 +386,9 @@ class BatchDataset(Dataset[Any]):
 
     def _load(self, indices: Iterable[Any]) -> list[Any]:
         """Load items one by one, and report the bad ones."""
-        worker, dataset, items = get_worker_info(), self.dataset, []
+        dataset, items = self.dataset, []
         for index in indices:
-            if worker is not None:
-                self._current[worker.id] = int(index) if isinstance(index, Integral) else -1
-            else:
-                self._own = index
+            self._note(index)
             try:
                 items.append(dataset[index])
             except BadItem as bad:
@@ -398,6 +397,14 @@ class BatchDataset(Dataset[Any]):
                 error.add_note(f"while loading {self._names([index])}")
                 raise
         return items
+
+    def _note(self, index: Any) -> None:
+        """Note what this process loads, for messages about one that hangs."""
+        worker = get_worker_info()
+        if worker is None:
+            self._own = index
+        else:
+            self._current[worker.id] = int(index) if isinstance(index, Integral) else -1
 
     def _load_fallback(self, batch: BatchIndex) -> list[Any]:
         """Load the first good fallback item, so that ranks keep equally many batches."""
@@ -415,12 +422,11 @@ class BatchDataset(Dataset[Any]):
 
     def describe_loading(self) -> str:
         """Return the items that are being loaded, as the end of an error message."""
-        busy = [
-            (worker, index) for worker, index in enumerate(self._current.tolist()) if index >= 0
-        ]
-        named = [f"worker {worker} loaded {self._names([index])}" for worker, index in busy[:8]]
+        what = "loaded a batch with" if self._together else "loaded"
+        busy = [(worker, item) for worker, item in enumerate(self._current.tolist()) if item >= 0]
+        named = [f"worker {worker} {what} {self._names([item])}" for worker, item in busy[:8]]
         if not len(self._current) and self._own is not None:
-            named = [f"loading {self._names([self._own])}"]
+            named = [f"this process {what} {self._names([self._own])}"]
         return f" while {', '.join(named)}" if named else ""
 
     def _names(self, indices: Iterable[Any]) -> str:

@@ -233,7 +233,8 @@ class Loader:
     def describe_wait(self) -> str:
         """Return what an iteration waits for, with the items that are being loaded."""
         loading = self._batches.describe_loading()
-        return f"waiting for batch {self._number} of epoch {self._sampler.epoch}{loading}"
+        part = f"epoch {self._sampler.epoch}" if self._sampler.train else "an evaluation"
+        return f"waiting for batch {self._number} of {part}{loading}"
 
     def undo_draws(self) -> None:
         """Restore the generators that the batch which is waited for has drawn from."""
@@ -381,7 +382,8 @@ class Stream:
 
     def describe_wait(self) -> str:
         """Return what an iteration waits for."""
-        return f"waiting for batch {self._number} of epoch {self._epoch}"
+        part = f"epoch {self._epoch}" if self._train else "an evaluation"
+        return f"waiting for batch {self._number} of {part}"
 
     def undo_draws(self) -> None:
         """Restore the generators as they were before the batch which is waited for."""

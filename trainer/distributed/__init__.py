@@ -366,14 +366,17 @@ def meet(name: str, seconds: float) -> bool:
     return True
 
 
-def leave(number: int) -> None:
-    """Tell the other ranks that this one ends because of a request to stop.
+def depart(request: int | None = None, error: str = "") -> None:
+    """Tell the other ranks why this one ends without them; the first to do so is heard.
 
-    Their next collective fails, and `left` tells them the cause.
+    Args:
+        request: number of the request to stop for which it ends; None for an error.
+        error: the error, as one line.
     """
     if _store is not None:
-        with suppress(RuntimeError):
-            _store.set("left", str(number))
+        told = json.dumps({"rank": rank(), "request": request, "error": error})
+        with suppress(RuntimeError):  # The launcher has died, and its store with it.
+            _store.compare_set("departure", "", told)
 
 
 def ask(number: int) -> None:
@@ -393,11 +396,12 @@ def asked() -> int | None:
     return int(store.get("asked")) if store is not None and store.check(["asked"]) else None
 
 
-def left() -> int | None:
-    """Return the request because of which another rank has left; None if none has."""
+def departure() -> dict[str, Any] | None:
+    """Return what another rank gave to `depart`, after a collective failed; None for nothing."""
     with suppress(RuntimeError):
-        if _store is not None and _store.check(["left"]):
-            return int(_store.get("left"))
+        if _store is not None and _store.check(["departure"]):
+            told: dict[str, Any] = json.loads(_store.get("departure"))
+            return told if told["rank"] != rank() else None
     return None
 
 
