@@ -28,20 +28,25 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-EPOCH_BATCHES = 160  # As in the program.
 RANKS = range(2)
+ITEMS, BATCH = 1280, 4  # Items of an epoch, and of a batch on one rank.
+EPOCH_BATCHES = ITEMS // (BATCH * len(RANKS))
+WINDOW, SAVE_EVERY = 2, 10  # Batches per optimizer step, and steps between checkpoints.
+ITEM_TIMEOUT, HANG_TIMEOUT = 8.0, 30.0  # Run options, in seconds.
+DATA_FAULTS = ("NaN", "OOM in forward", "OOM in backward", "bad file")
 MARK = "SOAK_FOLDER"  # Environment variable by which the processes of a soak are found.
 
 GONE = 10.0  # Seconds in which processes that are asked to stop, or lose their launcher, are gone.
-BACK = 20.0  # Seconds in which a run comes back, on a machine with time for it; see `Job.back_in`.
-ITEM_TIMEOUT = 8.0  # As in the program.
-LOST = 50  # Batches: two saves of 10 steps of 2 batches, and the windows that faults skip.
+BACK = 20.0  # Seconds in which a run comes back.
+# Batches that a kill may cost: the save it was in and the one before, and what faults skip.
+LOST = 2 * (SAVE_EVERY + len(DATA_FAULTS)) * WINDOW
 GROWTH = 10e6  # Bytes that a rank may grow by, from a quarter of the reference on.
 TIMES = ("seconds", "examples_per_second", "time")
 PACE = 0.05  # Seconds that a batch takes at least, among faults.
@@ -49,6 +54,12 @@ PACE = 0.05  # Seconds that a batch takes at least, among faults.
 
 class SoakFailed(Exception):
     """Something that must not happen among faults."""
+
+
+def data_faults(seed: int, epoch: int) -> dict[int, str]:
+    """Return the faults of an epoch's items, one of each kind, by item."""
+    items = random.Random(f"{seed} {epoch}").sample(range(ITEMS), len(DATA_FAULTS))
+    return dict(zip(items, DATA_FAULTS, strict=True))
 
 
 def alive(pid: int) -> bool:
@@ -96,12 +107,13 @@ class Job:
         self.launcher: subprocess.Popen[bytes] | None = None
         self.epochs, self.pace = 10**6, PACE
         self.pids: list[int] = []  # Of the ranks that are known.
-        self.restarts = 0
+        self.launches = self.restarts = 0
         self.again = 0  # Batches that were trained again after the last restart.
-        self.back_in = BACK
+        self.gone_in, self.back_in = GONE, BACK
 
     def start(self) -> None:
         """Start the launcher."""
+        self.launches += 1
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary),
             MARK: str(self.folder),
@@ -128,10 +140,10 @@ class Job:
             try:
                 found.append(json.loads((self.folder / f"rank-{rank}").read_text()))
             except FileNotFoundError:
-                found.append({"pid": 0, "first": 0, "batch": 0, "memory": 0})
+                found.append({"pid": 0, "first": 0, "batch": 0, "restarts": 0})
         return found
 
-    def wait_until_back(self, seconds: float, loss: int = 0) -> float:
+    def wait_until_back(self, seconds: float, loss: int = 0, starts: int = 1) -> float:
         """Wait until other ranks than the known ones have trained a batch; return the seconds.
 
         The launcher is started where it has ended.
@@ -139,8 +151,9 @@ class Job:
         Args:
             seconds: time limit.
             loss: number of batches that may be trained again.
+            starts: number of times that the ranks may be started.
         """
-        before, last = self.pids, self.words()
+        before, last, launches = self.pids, self.words(), self.launches
 
         def came_back() -> bool:
             now = self.words()
@@ -160,6 +173,10 @@ class Job:
             self.restarts += 1
             again = [a["batch"] - b["first"] + 1 for a, b in zip(last, now, strict=True)]
             self.again = max(again)
+            same = launches == self.launches
+            started = self.launches - launches + now[0]["restarts"] - same * last[0]["restarts"]
+            if started > starts:
+                raise SoakFailed(f"the ranks had to be started {started} times, where {starts} may")
             if now[0]["first"] != now[1]["first"] or not 0 <= min(again) <= max(again) <= loss:
                 raise SoakFailed(
                     f"{again} batches are trained again by the ranks, where {loss} may"
@@ -177,7 +194,7 @@ class Job:
         """Wait for the end of processes that were asked to stop."""
         wait_for(
             lambda: not any(map(alive, processes)),
-            GONE,
+            self.gone_in,
             f"of {len(processes)} processes some did not end",
         )
 
@@ -226,13 +243,20 @@ def kill_rank(job: Job, rng: random.Random) -> float:
 
 
 def kill_starting(job: Job, rng: random.Random) -> float:
-    """SIGKILL of one rank, and of another process of the run while it starts again."""
-    start = time.monotonic()
+    """SIGKILL of one rank, and of any process of the run but the launcher while it starts again."""
+    start, before = time.monotonic(), job.ranks_and_workers()
     os.kill(rng.choice(job.pids), signal.SIGKILL)
-    time.sleep(rng.uniform(0.0, job.back_in / 3))
-    for pid in rng.sample(sorted(job.ranks_and_workers()), 1):
-        os.kill(pid, signal.SIGKILL)
-    job.wait_until_back(2 * job.back_in, 2 * LOST)
+    due = start + rng.uniform(0.0, job.back_in / 3)
+    while time.monotonic() < due or not job.ranks_and_workers() - before:
+        if any(each["pid"] not in job.pids for each in job.words()):
+            break  # It has begun to train.
+        if time.monotonic() > start + job.back_in:
+            raise SoakFailed(f"torchrun started no rank within {job.back_in:.0f} s")
+        time.sleep(0.05)
+    if starting := sorted(job.ranks_and_workers() - before):
+        with suppress(ProcessLookupError):
+            os.kill(rng.choice(starting), signal.SIGKILL)
+    job.wait_until_back(2 * job.back_in, LOST, starts=2)
     return time.monotonic() - start
 
 
@@ -243,7 +267,7 @@ def kill_launcher(job: Job, _: random.Random) -> float:
     job.launcher.kill()
     job.launcher.wait()
     job.wait_until_gone(processes)
-    job.wait_until_back(GONE + job.back_in)
+    job.wait_until_back(job.gone_in + job.back_in)
     return time.monotonic() - start
 
 
@@ -253,7 +277,7 @@ def stop(job: Job, rng: random.Random, loss: int = 0) -> float:
     start, processes = time.monotonic(), job.ranks_and_workers()
     os.kill(rng.choice([job.launcher.pid, *job.pids]), signal.SIGTERM)
     job.wait_until_gone(processes)
-    job.wait_until_back(GONE + job.back_in, loss)
+    job.wait_until_back(job.gone_in + job.back_in, loss)
     return time.monotonic() - start
 
 
@@ -416,10 +440,15 @@ class Soak:
         """Return the line of a soak that went well; raise `SoakFailed` for the first failure."""
         job, started = self.job, time.monotonic()
         job.start()
-        first = job.wait_until_back(300)
-        job.back_in = max(BACK, 3 * first)  # On a busy machine it takes longer.
-        say(f"the ranks started in {first:.1f} s; they are to be back within {job.back_in:.0f} s")
+        first = job.wait_until_back(120)
+        # To start, and to end, is work for the processor: on a busy machine both take longer.
+        job.gone_in, job.back_in = max(GONE, first), max(BACK, 3 * first)
+        say(
+            f"the ranks started in {first:.1f} s; they are to be gone within {job.gone_in:.0f} s, "
+            f"and back within {job.back_in:.0f} s"
+        )
         for name in self.schedule(started):
+            job.again = 0
             took = FAULTS[name](job, self.rng)
             self.counts[name] += 1
             self.slowest = max(self.slowest, took)
@@ -470,6 +499,9 @@ class Soak:
             raise SoakFailed(
                 f"other faults of the data: {sorted(met(job.folder) ^ met(reference.folder))[:5]}"
             )
+        kept = [sorted(os.listdir(each.folder / "run" / "nonfinite")) for each in (job, reference)]
+        if kept[0] != kept[1]:
+            raise SoakFailed(f"the reports of skipped steps are {kept[0]}, and not {kept[1]}")
         grown = max(map(growth, memory))
         say(f"the ranks of the reference grew by {grown / 1e6:.1f} MB")
         if grown > GROWTH:
@@ -492,10 +524,8 @@ def clear(folder: Path, keep: bool) -> None:
     for part in ("run", "reference"):
         while left := marked(folder / part):
             for pid in left:
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
             time.sleep(0.1)
     if keep:
         say(f"kept: {folder}")

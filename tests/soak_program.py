@@ -14,7 +14,6 @@ import errno
 import json
 import math
 import os
-import random
 import sys
 import time
 from functools import partial
@@ -26,21 +25,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 import trainer
+from tests.soak import (
+    BATCH,
+    EPOCH_BATCHES,
+    HANG_TIMEOUT,
+    ITEM_TIMEOUT,
+    ITEMS,
+    SAVE_EVERY,
+    WINDOW,
+    data_faults,
+)
 from trainer import Brain, Stage, distributed
 from trainer.data import BadItem
 
 FOLDER = Path(sys.argv[1])
 SEED, EPOCHS, PACE = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-ITEMS, BATCH, RANKS = 1280, 4, 2
-EPOCH_BATCHES = ITEMS // (BATCH * RANKS)
-WINDOW, SAVE_EVERY = 2, 10  # Batches per optimizer step, and steps between checkpoints.
-DATA_FAULTS = ("NaN", "OOM in forward", "OOM in backward", "bad file")
-
-
-def faults(seed: int, epoch: int) -> dict[int, str]:
-    """Return the faults of an epoch by item: one of each kind."""
-    items = random.Random(f"{seed} {epoch}").sample(range(ITEMS), len(DATA_FAULTS))
-    return dict(zip(items, DATA_FAULTS, strict=True))
 
 
 def note(what: str) -> None:
@@ -67,7 +66,7 @@ class Points(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.faults = {} if self.seed is None else faults(self.seed, epoch)
+        self.faults = {} if self.seed is None else data_faults(self.seed, epoch)
 
     def __len__(self) -> int:
         return self.items
@@ -120,9 +119,11 @@ class Net(Brain):
         """Tell the soak which batch this process begins; batches are counted from the start."""
         progress, rank = self.progress, distributed.rank()
         batch = (progress.epoch - 1) * EPOCH_BATCHES + progress.step
+        batch = max(batch, STATE.get("batch", 0))  # A skipped window is replayed for its report.
         STATE.setdefault("first", batch)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         STATE.update(batch=batch, pid=os.getpid(), memory=pages * os.sysconf("SC_PAGE_SIZE"))
+        STATE["restarts"] = distributed.restarts()
         new = FOLDER / f"new-{rank}"
         new.write_text(json.dumps(STATE))
         os.replace(new, FOLDER / f"rank-{rank}")
@@ -172,7 +173,7 @@ def main() -> None:
             "seed": SEED, "device": "cpu", "grad_accumulation_factor": WINDOW, "ema_decay": 0.99,
             "precision": ("fp32", "bf16")[SEED // 2 % 2], "checkpoint_every_steps": SAVE_EVERY,
             "log_interval": 2, "monitor_every": 50, "drift_check_every": 20,
-            "item_timeout": 8.0, "hang_timeout": 30.0, "nonfinite_patience": 3,
+            "item_timeout": ITEM_TIMEOUT, "hang_timeout": HANG_TIMEOUT, "nonfinite_patience": 3,
             "progressbar": False,
         },
         output_folder=FOLDER / "run",
