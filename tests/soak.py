@@ -224,7 +224,8 @@ class Job:
 
         def ended() -> bool:
             words = self.words()
-            memory[words[0]["batch"]] = [each["memory"] for each in words]
+            if all(each["pid"] for each in words):
+                memory[words[0]["batch"]] = [each["memory"] for each in words]
             return self.ended() is not None
 
         wait_for(ended, seconds, f"the end of epoch {epochs} did not come")
