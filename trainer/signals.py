@@ -263,6 +263,10 @@ def _watch(reader: int, done: threading.Event) -> None:
         if number is None:
             heard = [each for each in told if each in (*ALWAYS, *UNLESS_IN_USE)]
             number, since = heard[0] if heard else requested(), time.monotonic()
+            if number is not None:
+                distributed.ask(number)
+            else:
+                number = _asked_elsewhere()
         if number is None or _wait is None or _wait.over:
             continue
         lasted = time.monotonic() - since
@@ -270,6 +274,18 @@ def _watch(reader: int, done: threading.Event) -> None:
             _give_up(number)
         elif lasted >= PATIENCE:
             signal.pthread_kill(main, signal.SIGTERM)  # Its handler raises the exception.
+
+
+def _asked_elsewhere() -> int | None:
+    """Take over the request of another rank, which may wait in a collective for this one."""
+    global _received, _received_at
+    try:
+        number = distributed.asked()
+    except RuntimeError:  # The launcher is gone: this process learns of that by itself.
+        return None
+    if number is not None and _received is None:
+        _received, _received_at = number, time.monotonic()
+    return number
 
 
 def _give_up(number: int) -> None:

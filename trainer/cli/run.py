@@ -199,6 +199,8 @@ def launch(
     except KeyboardInterrupt:
         raise KeyboardInterrupted from None
     except Interrupted as stopped:
+        if not stopped.saves:  # Others may wait for this rank: their collectives fail now.
+            distributed.stop()
         if stopped.signal == "SIGINT":
             raise KeyboardInterrupted from None
         raise

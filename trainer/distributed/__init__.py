@@ -379,6 +379,23 @@ def depart(request: int | None = None, error: str = "") -> None:
             _store.compare_set("departure", "", told)
 
 
+def ask(number: int) -> None:
+    """Tell the other ranks of a request to stop, also those that are in no collective."""
+    if _store is not None:
+        with suppress(RuntimeError):
+            _store.set("asked", str(number))
+
+
+def asked() -> int | None:
+    """Return the request to stop that another rank told of by `ask`; None if none did.
+
+    Raises:
+        RuntimeError: the launcher has died, and its store with it.
+    """
+    store = _store
+    return int(store.get("asked")) if store is not None and store.check(["asked"]) else None
+
+
 def departure() -> dict[str, Any] | None:
     """Return what another rank gave to `depart`, after a collective failed; None for nothing."""
     with suppress(RuntimeError):
