@@ -109,7 +109,7 @@ class Job:
         self.pids: list[int] = []  # Of the ranks that are known.
         self.launches = self.restarts = 0
         self.again = 0  # Batches that were trained again after the last restart.
-        self.gone_in, self.back_in = GONE, BACK
+        self.back_in = BACK
 
     def start(self) -> None:
         """Start the launcher."""
@@ -194,7 +194,7 @@ class Job:
         """Wait for the end of processes that were asked to stop."""
         wait_for(
             lambda: not any(map(alive, processes)),
-            self.gone_in,
+            GONE,
             f"of {len(processes)} processes some did not end",
         )
 
@@ -268,7 +268,7 @@ def kill_launcher(job: Job, _: random.Random) -> float:
     job.launcher.kill()
     job.launcher.wait()
     job.wait_until_gone(processes)
-    job.wait_until_back(job.gone_in + job.back_in)
+    job.wait_until_back(GONE + job.back_in)
     return time.monotonic() - start
 
 
@@ -278,7 +278,7 @@ def stop(job: Job, rng: random.Random, loss: int = 0) -> float:
     start, processes = time.monotonic(), job.ranks_and_workers()
     os.kill(rng.choice([job.launcher.pid, *job.pids]), signal.SIGTERM)
     job.wait_until_gone(processes)
-    job.wait_until_back(job.gone_in + job.back_in, loss)
+    job.wait_until_back(GONE + job.back_in, loss)
     return time.monotonic() - start
 
 
@@ -442,10 +442,10 @@ class Soak:
         job, started = self.job, time.monotonic()
         job.start()
         first = job.wait_until_back(120)
-        # To start, and to end, is work for the processor: on a busy machine both take longer.
-        job.gone_in, job.back_in = max(GONE, first), max(BACK, 3 * first)
+        # To start is work for the processor: on a busy machine it takes longer.
+        job.back_in = max(BACK, 3 * first)
         say(
-            f"the ranks started in {first:.1f} s; they are to be gone within {job.gone_in:.0f} s, "
+            f"the ranks started in {first:.1f} s; they are to be gone within {GONE:.0f} s, "
             f"and back within {job.back_in:.0f} s"
         )
         for name in self.schedule(started):

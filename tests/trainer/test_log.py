@@ -39,7 +39,7 @@ from trainer.loggers import (
 )
 from trainer.loggers.callback import describe
 from trainer.loggers.files import as_json
-from trainer.progress import Stage
+from trainer.progress import Progress, Stage
 
 
 def refuse(constant: str) -> None:
@@ -416,7 +416,9 @@ def callback(folder: Path | None, *factories: Any, **options: Any) -> tuple[Logg
     """A callback, and a Brain as far as it needs one."""
     run = RunOptions(output_folder=None if folder is None else str(folder), **options)
     updates = {"main": SimpleNamespace(lr=0.001), "other": SimpleNamespace(lr=0.25)}
-    brain: Any = SimpleNamespace(options=run, updates=updates, step=0, optimizer_step=0)
+    brain: Any = SimpleNamespace(
+        options=run, updates=updates, step=0, optimizer_step=0, progress=Progress()
+    )
     usual = [JsonlLogger, TensorBoardLogger] if run.tensorboard else [JsonlLogger]
     return LoggerCallback(run, factories or usual), brain
 
@@ -613,6 +615,20 @@ def test_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     old.on_resume(brain)
     old.close()
     assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_restart_without_a_checkpoint_has_every_record_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: int
+) -> None:
+    options = {"output_folder": str(tmp_path), "log_interval": 1}
+    make(**options).fit([1], batches(3))
+    before = lines(tmp_path)
+    monkeypatch.setattr(distributed, "restarts", lambda: restarts)
+    make(**options).fit([1], batches(3))
+    steps = [line["step"] for line in lines(tmp_path)]
+    # A user who starts anew keeps the records of before; torchrun's restart takes their place.
+    assert steps == [line["step"] for line in before] * (1 if restarts else 2)
 
 
 @pytest.mark.parametrize("why", ["folder", "rank", "debug", "replay", "find_clip"])

@@ -61,7 +61,12 @@ class LoggerCallback(Callback):
             ValueError: if a logger cannot work as it was asked to, such as for a missing package.
         """
         self._depth += 1
-        self._opened()
+        loggers = self._opened()
+        progress = brain.progress
+        if distributed.restarts() and progress.fits == 1 and not progress.epoch:
+            # torchrun began anew after a rank had died before the first checkpoint.
+            for factory, each in list(loggers.items()):
+                self._call(factory, "resume", 0, *([0] if isinstance(each, JsonlLogger) else []))
 
     def on_fit_end(self, brain: Brain) -> None:
         """Close the loggers when the outermost call ends."""
