@@ -112,6 +112,10 @@ class _Batch:
     stepped_by_hand: bool = False
     stepping: bool = False  # An optimizer may be moving weights.
 
+    def moved(self) -> bool:
+        """Return True if an optimizer has stepped."""
+        return self.stepped_by_hand or any(report.stepped for report in self.reports)
+
 
 class Brain(SpeechBrainNames):
     """Owns a run: modules, optimizers, the training loop and its state.
@@ -1088,9 +1092,8 @@ class Brain(SpeechBrainNames):
                 lambda name: self.updates[name].all_params,
             )
         votes = strategy.votes
-        moved = known.stepped_by_hand or any(report.stepped for report in known.reports)
         # Until an optimizer has moved, a rank may give up, also after a step that was skipped.
-        if votes is None or not (moved or votes.gave_up):
+        if votes is None or not (votes.gave_up or known.moved()):
             votes = strategy.vote()
         self.__votes = votes
         if not votes.gave_up:

@@ -226,6 +226,17 @@ def reset() -> None:
     _received, _deadline, _stopping = None, None, False
 
 
+def _forget_wakeup_fd() -> None:
+    """Leave the pipe of `hung_waits_left` to the process that this one was forked from.
+
+    A loader's worker that is ended by SIGTERM would tell the run of it as of a request to stop.
+    """
+    signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_wakeup_fd)
+
+
 @contextmanager
 def hung_waits_left() -> Iterator[None]:
     """Context manager in which a thread ends waits for data that hang after a request.
