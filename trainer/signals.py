@@ -243,6 +243,12 @@ def raise_agreed() -> NoReturn:
     raise Interrupted(next(number for number in requests if number is not None))
 
 
+def keep_error() -> None:
+    """Let no further signal but SIGINT raise: the run ends with an error already."""
+    global _stopping
+    _stopping = True
+
+
 def reset() -> None:
     """Forget a request to stop, and the time limit."""
     global _received, _deadline, _stopping
