@@ -149,12 +149,35 @@ def install() -> dict[int, Any]:
     return {number: signal.signal(number, _handle) for number in (*ALWAYS, *unused)}
 
 
+def _hold_term(how: int) -> None:
+    """Block SIGTERM in this thread during a fork, or let it through again."""
+    if installed():
+        signal.pthread_sigmask(how, [signal.SIGTERM])
+
+
+def _leave_parent() -> None:
+    """Let SIGTERM end a forked process, and do not tell its parent of its signals."""
+    if installed():
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+os.register_at_fork(
+    before=lambda: _hold_term(signal.SIG_BLOCK),
+    after_in_parent=lambda: _hold_term(signal.SIG_UNBLOCK),
+    after_in_child=_leave_parent,
+)
+
+
 def end_with(code: int) -> None:
     """Keep the exit code of a process that is about to end, whatever signals come.
 
     torchrun sends SIGTERM to ranks that end already. A second one ends the process at once.
     """
     global _last_code, _asked_again
+    if threading.current_thread() is not threading.main_thread():
+        return  # Its end is not that of the process.
     _last_code, _asked_again = code, False
     for number in (signal.SIGTERM, *UNLESS_IN_USE):
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -220,21 +243,16 @@ def raise_agreed() -> NoReturn:
     raise Interrupted(next(number for number in requests if number is not None))
 
 
+def keep_error() -> None:
+    """Let no further signal but SIGINT raise: the run ends with an error already."""
+    global _stopping
+    _stopping = True
+
+
 def reset() -> None:
     """Forget a request to stop, and the time limit."""
     global _received, _deadline, _stopping
     _received, _deadline, _stopping = None, None, False
-
-
-def _forget_wakeup_fd() -> None:
-    """Leave the pipe of `hung_waits_left` to the process that this one was forked from.
-
-    A loader's worker that is ended by SIGTERM would tell the run of it as of a request to stop.
-    """
-    signal.set_wakeup_fd(-1)
-
-
-os.register_at_fork(after_in_child=_forget_wakeup_fd)
 
 
 @contextmanager
@@ -272,7 +290,8 @@ def _watch(reader: int, done: threading.Event) -> None:
         if done.is_set():
             return
         if number is None:
-            heard = [each for each in told if each in (*ALWAYS, *UNLESS_IN_USE)]
+            # The system tells of every signal that has a handler, also one of the program's own.
+            heard = [each for each in told if each and signal.getsignal(each) is _handle]
             number, since = heard[0] if heard else requested(), time.monotonic()
             if number is not None:
                 distributed.ask(number)

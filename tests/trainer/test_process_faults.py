@@ -313,9 +313,13 @@ def test_a_run_comes_back_after_a_rank_was_killed(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ errors
 
 
-def test_the_error_of_one_rank_is_in_the_log_and_the_last_on_the_screen(run: Run) -> None:
-    run.start("--moment", "train 3 of 1", "--fault", "raise_value_error", "--rank", "1", ranks=2)
-    assert run.wait() == 1
+@pytest.mark.parametrize("moment", ["start", "train 3 of 1", "valid 6 of 1"])
+def test_the_error_of_one_rank_is_in_the_log_and_the_last_on_the_screen(
+    run: Run, moment: str
+) -> None:
+    run.start("--moment", moment, "--fault", "raise_value_error", "--rank", "1", ranks=2)
+    run.has_met_its_moment(1)
+    assert run.wait(10) == 1
     error = "ValueError: the number of speakers is odd"
     said, log = run.said().splitlines(), run.log().splitlines()
     assert [line.partition("[rank 1] ")[2] for line in log if error in line][0] == error

@@ -1,8 +1,6 @@
 """A pool's processes end with the one that started them, and not with a signal that it handles."""
 
-import multiprocessing
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -10,13 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer import signals
-
 PARENT = """
 import os, sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from trainer import signals
 from trainer.processes import serve
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=serve)
@@ -61,25 +56,3 @@ def test_they_outlive_a_signal_but_not_their_parent(tmp_path) -> None:
         while lives(child) and time.monotonic() < end:
             time.sleep(0.1)
         assert not lives(child)
-
-
-def test_signals_of_a_forked_process_are_not_those_of_the_run() -> None:
-    assert signals.requested() is None
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer)
-    handler = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    try:
-        child = multiprocessing.get_context("fork").Process(
-            target=signal.raise_signal, args=(signal.SIGTERM,)
-        )
-        child.start()
-        child.join(30)
-        assert child.exitcode == 0
-        told = os.read(reader, 100) if select.select([reader], [], [], 0)[0] else b""
-        assert signal.SIGTERM not in told
-    finally:
-        signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGTERM, handler)
-        os.close(reader)
-        os.close(writer)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,3 +200,56 @@ def test_a_worker_that_is_told_to_end_does_so_after_a_while(
     worker.join(20)
     assert worker.exitcode == 0
     assert time.monotonic() - begin >= 0.9
+
+
+def _terminate_a_fork() -> None:
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    fork.start()
+    fork.terminate()
+    fork.join(10)
+    assert fork.exitcode == -signal.SIGTERM
+
+
+def _terminate_a_worker() -> None:
+    batches = iter(make_loader(list(range(4)), train=False, num_workers=1))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+
+
+def _signal_the_program() -> None:
+    heard: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert heard == [signal.SIGUSR1]
+
+
+@pytest.mark.usefixtures("_handled")
+@pytest.mark.parametrize("act", [_terminate_a_fork, _terminate_a_worker, _signal_the_program])
+def test_signals_for_others_are_no_request(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    monkeypatch.setattr(signals, "PATIENCE", 0.1)
+    wait = signals.waiting(lambda: "waiting for nothing", lambda number: None)
+    with signals.hung_waits_left(), signals.at_safe_points():
+        act()
+        with wait:
+            time.sleep(2.5)  # The thread that ends waits looks each second.
+    assert signals.requested() is None
+
+
+@pytest.mark.usefixtures("_handled")
+def test_a_worker_that_dies_of_the_request_ends_the_run_as_the_request() -> None:
+    def die() -> None:
+        os.kill(os.getppid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    source = DataLoader(Slow(die), batch_size=None, num_workers=1)
+    with signals.at_safe_points(), pytest.raises(signals.Interrupted) as stopped:
+        list(resumable(source, seed=1))
+    assert stopped.value.number == signal.SIGUSR1
+
+
+def test_the_end_of_a_thread_is_not_that_of_the_process() -> None:
+    thread = threading.Thread(target=signals.end_with, args=(1,))
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before

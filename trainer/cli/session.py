@@ -115,6 +115,8 @@ def failing_as_one() -> Iterator[None]:
     try:
         yield
     except (Exception, signals.Interrupted) as error:
+        if distributed.world_size() > 1:
+            signals.keep_error()  # torchrun sends SIGTERM as soon as the first rank has ended.
         stop = error if isinstance(error, signals.Interrupted) else None
         # Collectives raise these, and torchrun stops the ranks that are left by a signal. An error
         # that all ranks raise alike is one of another type.
@@ -168,7 +170,8 @@ def _append(path: Path, lines: list[str]) -> None:
     start = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {rank_prefix()}"
     data = "".join(f"{start}{line}\n" for line in lines).encode(errors="backslashreplace")
     try:
-        file = os.open(path, os.O_WRONLY | os.O_APPEND)  # Not made: it may be on another machine.
+        # The main rank may not have written yet; on another machine there may be no folder.
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
         logger.warning("%s lacks the error of rank %d: %s", path, distributed.rank(), error)
         return

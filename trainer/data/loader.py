@@ -594,6 +594,8 @@ class _WatchedIterator:
                 if cause is None:
                     raise
             if cause:  # Raised out here: chained, it would keep all that torch's frames hold.
+                if (number := signals.requested()) is not None:
+                    raise signals.Interrupted(number)  # It may have met a worker that just began.
                 if cause.endswith(FULL):
                     raise OSError(errno.ENOSPC, f"{self._describe_wait()}: {cause}")
                 raise RuntimeError(f"{cause}, {self._describe_wait()}")

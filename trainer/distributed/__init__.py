@@ -108,6 +108,7 @@ def gradient_group() -> Any:
     global _gradient_group
     world = dist.group.WORLD
     if _gradient_group[0] is not world:
+        barrier()  # It ends when a rank has died; the next line would wait for that rank's address.
         _gradient_group = world, dist.new_group(timeout=_timeout)
     return _gradient_group[1]
 
