@@ -615,6 +615,19 @@ class _WatchedIterator:
     def close(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
         self._closing.fill_(True)
+        try:
+            self._end_workers()
+        except RuntimeError:
+            # torch's handler of SIGCHLD raises once, for a worker that SIGTERM has ended before it
+            # could handle it.
+            self._end_workers()
+        if self.workers:
+            # A worker may have ended while it held the lock of torch's event, and torch, which sets
+            # that event before it drops the iterator, would wait forever. No worker reads it now.
+            self._iterator._workers_done_event = threading.Event()
+        self._iterator = None  # A traceback may keep this object, and must not keep the workers.
+
+    def _end_workers(self) -> None:
         for worker in self.workers:
             worker.terminate()
         end = time.monotonic() + CLOSING_SECONDS
@@ -622,11 +635,6 @@ class _WatchedIterator:
             worker.join(max(0.0, end - time.monotonic()))
             if worker.exitcode is None:  # It is in a call that handles no signal.
                 worker.kill()
-        if self.workers:
-            # A worker may have ended while it held the lock of torch's event, and torch, which sets
-            # that event before it drops the iterator, would wait forever. No worker reads it now.
-            self._iterator._workers_done_event = threading.Event()
-        self._iterator = None  # A traceback may keep this object, and must not keep the workers.
 
 
 def _describe_exit(workers: list[BaseProcess]) -> str | None:
