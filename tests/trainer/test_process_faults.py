@@ -327,6 +327,7 @@ def test_the_error_of_one_rank_is_in_the_log_and_the_last_on_the_screen(
     assert f"stopped: rank 1 failed: {error}" in said
     report = said[max(n for n, line in enumerate(said) if "Root Cause" in line) :]
     assert any(error in line for line in report)
+    assert any("in raise_value_error" in line for line in report)
     shown = [line for line in said if "faulty.py" in line and "in raise_value_error" in line]
     assert len(shown) == 2  # By the rank, and by the launcher at the end.
     assert not any("trainer/brain.py" in line for line in said)

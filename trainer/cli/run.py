@@ -125,7 +125,7 @@ def main(
         raise
     except session.OtherRankFailed as error:
         code = 1
-        session.say(f"stopped: {error}")
+        session.say(f"stopped: {error}", delay=2)  # After the rank that failed.
         raise SystemExit(code) from None
     except Exception as error:
         code = 1

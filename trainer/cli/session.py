@@ -226,17 +226,23 @@ def _trimmed_text(text: str) -> str:
     return "\n".join(kept)
 
 
-def say(text: str) -> None:
+def say(text: str, delay: int = 0) -> None:
     """Write the last words of this rank to the terminal, and for torchrun's report."""
     print(f"{rank_prefix()}{text}", file=sys.stderr)
-    tell_launcher(text)
+    tell_launcher(text, delay)
 
 
-def tell_launcher(text: str) -> None:
-    """Have torchrun end its report, the last thing on the screen, with what this rank died of."""
+def tell_launcher(text: str, delay: int = 0) -> None:
+    """Have torchrun end its report, the last thing on the screen, with what this rank died of.
+
+    Args:
+        text: cause of the end.
+        delay: seconds to add to the time. torchrun takes the earliest, in whole seconds, for the
+            root cause.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()) + delay)}
         whole = Path(f"{path}.new")
         with suppress(OSError):  # It is said on the terminal, too.
             whole.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
