@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from trainer import RunOptions, StageReport, distributed
 from trainer.loggers import JsonlLogger, LoggerCallback
+from trainer.progress import Progress
 from trainer.report import ReportLogger, render, write_html
 from trainer.report.axis import Axis, count, number
 from trainer.report.chart import BUCKETS, Chart, Series, decimate, draw, running_mean
@@ -313,7 +314,7 @@ def test_a_report_is_written_again_when_that_is_cheap_and_in_the_end(tmp_path: P
 
 
 def test_a_run_has_a_report_after_its_outermost_fit_its_test_and_an_error(tmp_path: Path) -> None:
-    report, brain = tmp_path / "report.html", SimpleNamespace(updates={})
+    report, brain = tmp_path / "report.html", SimpleNamespace(updates={}, progress=Progress())
     loggers = LoggerCallback(RunOptions(output_folder=str(tmp_path)), [JsonlLogger, ReportLogger])
     for _ in range(2):  # A fit within a hook of a fit.
         loggers.on_fit_start(brain)
