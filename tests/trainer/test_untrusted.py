@@ -90,7 +90,7 @@ def test_no_module_comes_from_the_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert sys.path == path
     meta_path = [*sys.meta_path]
     # The second is one of Python's own, and the third has no file.
-    for library in ("hidden_library", "colorsys", "_signal"):
+    for library in ("hidden_library", "colorsys", "_symtable"):
         (tmp_path / library / "run").mkdir(parents=True)
         (tmp_path / library / "__init__.py").write_text("raise AssertionError")
         for folder in (tmp_path / library, tmp_path / library / "run"):
