@@ -594,6 +594,7 @@ class _WatchedIterator:
                 if cause is None:
                     raise
             if cause:  # Raised out here: chained, it would keep all that torch's frames hold.
+                time.sleep(0.2)  # A request of the same moment may be noticed a little later.
                 if (number := signals.requested()) is not None:
                     raise signals.Interrupted(number)  # It may have met a worker that just began.
                 if cause.endswith(FULL):
