@@ -294,7 +294,7 @@ def check_restarts(folder: Path, number: int) -> None:
     for seed in range(number):
         rng, run = random.Random(seed), Run(folder / str(seed))
         try:
-            run.start("--slow", "0.05", ranks=2, restarts=3)
+            run.start("--slow", "0.2", ranks=2, restarts=3)  # Longer than until the kill.
             first = [run.rank(rank) for rank in (0, 1)]
             time.sleep(rng.uniform(0.0, 2.0))
             os.kill(first[rng.randrange(2)], signal.SIGKILL)
