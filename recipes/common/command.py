@@ -1,4 +1,4 @@
-"""What the command lines of all ``infer.py`` share: errors and exit codes."""
+"""Errors and exit codes of the command lines of all ``infer.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ Item = TypeVar("Item")
 
 
 def told(work: Callable[[], int]) -> int:
-    """Do ``work``, and return its exit code: 2 after an error that the user can mend, on stderr."""
+    """Call a function, and print an error that the user can mend.
+
+    Args:
+        work: returns an exit code.
+
+    Returns:
+        The exit code of ``work``; 2 after a ValueError, OSError or ImportError.
+    """
     try:
         return work()
     except (ValueError, OSError, ImportError) as error:
@@ -21,10 +28,15 @@ def told(work: Callable[[], int]) -> int:
 
 
 def each_of(items: Iterable[Item], work: Callable[[Item], None]) -> int:
-    """Do ``work`` with each item; the exit code, 2 if any of them failed.
+    """Call a function with each item; an item that fails is named on stderr, and the next follows.
 
-    One that cannot be used, or whose result cannot be written, is named on stderr, and the others
-    are still done.
+    Args:
+        items: the items, such as names of files.
+        work: raises ValueError, OSError or SoundFileError for an item that it cannot use, or whose
+            result it cannot write.
+
+    Returns:
+        The exit code: 2 if any item failed, else 0.
     """
     failed = False
     for item in items:
