@@ -528,9 +528,11 @@ class Brain(SpeechBrainNames):
             return self.__intercept(parts, float(weight), retain_graph, last)
         found: list[StepReport] = []
         try:
-            closing = [updates for updates, _ in parts if step.closes(updates, last)]
-            if closing:
-                self.__strategy.announce([[each.name for each in updates] for updates in closing])
+            if distributed.world_size() > 1:
+                closing = [updates for updates, _ in parts if step.closes(updates, last)]
+                if closing:
+                    names = [[each.name for each in updates] for updates in closing]
+                    self.__strategy.announce(names)
             for number, (updates, part) in enumerate(parts, 1):
                 step.accumulate(updates, part, weight, retain_graph or number < len(parts), last)
                 if updates[0].size > 1:

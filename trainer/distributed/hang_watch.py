@@ -28,17 +28,18 @@ DISTRIBUTED = Path(__file__).parent
 _paused = 0  # Depth of `pause` blocks.
 
 
-@contextmanager
-def pause() -> Iterator[None]:
+class pause:
     """Context manager for work of a rank for which the others may wait for any time.
 
     Every rank must enter it.
     """
-    global _paused
-    _paused += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _paused
+        _paused += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _paused
         _paused -= 1
 
 
