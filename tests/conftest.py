@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tests.processes import TwoRanks
+from trainer import signals
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+HANDLED = (*signals.ALWAYS, *signals.UNLESS_IN_USE)
 
 # The shell may ignore them, as under nohup, and the processes of the tests would inherit that.
 for number, handler in (
@@ -24,9 +26,13 @@ for number, handler in (
 
 @pytest.fixture(autouse=True)
 def _restore_process_state() -> Iterator[None]:
-    """Restore environment variables, default dtype and process group after each test."""
+    """Restore environment variables, signals, default dtype and process group after each test."""
     before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signals.reset()
     os.environ.clear()
     os.environ.update(before)
     torch.set_default_dtype(torch.float32)

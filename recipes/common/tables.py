@@ -86,7 +86,7 @@ def read_rows(
     names = _cells(path, head, separator)
     for name in names:
         if names.count(name) > 1:
-            raise TableError(path, f"has the column {name!r} twice", head.number)
+            raise TableError(path, f"has the column {_shown(name)!r} twice", head.number)
     if lacking := sorted({*columns, *([key] if key else [])} - set(names)):
         raise TableError(
             path,

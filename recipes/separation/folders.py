@@ -152,7 +152,7 @@ def read_table(path: Path, root: Path, noisy: bool) -> list[Mixture]:
     sources = [c for _, c in sorted((int(m[1]), c) for c, m in matches if m)]
     if not (name and mixed and sources) or (noisy and not noise):
         wanted = "mixture_ID, mixture_path, source_1_path …" + (", noise_path" if noisy else "")
-        raise TableError(path, f"has the columns {', '.join(columns)}; expected: {wanted}")
+        raise TableError(path, f"has the columns {', '.join(columns)[:80]}; expected: {wanted}")
     check_unique(path, [(row.line, row.cells[name]) for row in rows])
     find = partial(_moved, root)
 

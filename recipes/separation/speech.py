@@ -197,7 +197,7 @@ def listed(
 
     for row in rows:
         if not row.cells["speaker"]:
-            raise TableError(path, f"names no speaker of {row.cells['id']!r}", row.line)
+            raise TableError(path, f"names no speaker of {row.cells['id'][:80]!r}", row.line)
     if others := sorted({row.cells["split"] for row in rows} - set(SPLITS)):
         logger.warning("%s has rows of other splits, left out: %s", path, ", ".join(others))
         rows = [row for row in rows if row.cells["split"] in SPLITS]

@@ -55,14 +55,9 @@ def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _signals() -> Iterator[None]:
+def _signals() -> None:
     """Signals are noted while the test runs."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
     signals.install()
-    yield
-    signals.reset()
-    for number, handler in before:
-        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------ after each batch

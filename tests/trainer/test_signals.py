@@ -22,12 +22,8 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 @pytest.fixture
-def _handled() -> Iterator[None]:
-    before = signals.install()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signals.reset()
+def _handled() -> None:
+    signals.install()
 
 
 def make(folder: Path, **options: Any) -> Regressor:

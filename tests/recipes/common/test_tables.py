@@ -191,6 +191,7 @@ def test_columns_that_do_not_fit_are_told(name: str, root: Path) -> None:
         ([head], "has no rows; expected was a table"),
         ([head.replace("s", "z"), row], "expected"),
         ([f"{head}{gap}{head}", f"{row}{gap}{row}"], "line 1 of .* has the column '(id|ID)' twice"),
+        ([f"{'x' * 999}{gap}" * 2 + head, row], "line 1 of .* has the column 'x{80}…' twice"),
         ([head, f"{row}{gap}more"], r"line 2 of .* has \d cells for \d columns"),
         ([head, row, row.rpartition(gap)[0]], r"line 3 of .* has \d cells for \d columns"),
         ([head, row, f'"{rest[0]}', *rest[1:]], "line 3 of .* has a quote that is not closed"),

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,14 +113,9 @@ def test_two_players_each_have_everything(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def _signals() -> Iterator[None]:
+def _signals() -> None:
     """Signals are noted while the test runs."""
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     signals.install()
-    yield
-    signals.reset()
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
 
 
 @pytest.mark.usefixtures("_signals")
