@@ -153,6 +153,8 @@ def make_feed(
     options: RunOptions,
     make_loader: Callable[..., Any],
     loader_kwargs: Mapping[str, Any],
+    makes_datasets: bool = False,
+    whole: bool = False,
 ) -> DataFeed:
     """Make a data feed from a dataset, a DataLoader or any iterable of batches.
 
@@ -165,20 +167,24 @@ def make_feed(
         make_loader: called as ``make_loader(dataset, **loader_kwargs)`` for a dataset; returns a
             DataLoader or an iterable of batches.
         loader_kwargs: loader options, allowed for a dataset only.
+        makes_datasets: ``make_loader`` may make a dataset of a mapping.
+        whole: give every rank all batches.
 
     Raises:
         ValueError: ``source`` is nothing of the above, or is no dataset and there are loader
             options.
     """
     loader = source
-    if isinstance(source, Dataset) and not isinstance(source, DataLoader):
+    listing = isinstance(source, Mapping)  # Of items, such as those of a dataset that is to be.
+    dataset = isinstance(source, Dataset) and not isinstance(source, DataLoader)
+    if dataset or (listing and makes_datasets):
         loader = make_loader(source, **loader_kwargs)
     elif loader_kwargs:
         raise ValueError(
             f"loader options {sorted(loader_kwargs)} were given for the {name} set, but a "
             f"{type(source).__name__} is no Dataset: they would be ignored"
         )
-    elif not isinstance(source, Iterable):
+    elif listing or not isinstance(source, Iterable):
         raise ValueError(
             f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"
@@ -188,14 +194,14 @@ def make_feed(
             loader,
             seed=options.seed,
             train=train,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=0 if whole else distributed.rank(),
+            world_size=1 if whole else distributed.world_size(),
             on_bad=options.on_bad_item,
             max_bad=options.max_bad_item,
             timeout=options.item_timeout,
         )
     listed = isinstance(source, (list, tuple))
-    split = listed or not (isinstance(loader, Loader) or _knows_ranks(source))
+    split = not whole and (listed or not (isinstance(loader, Loader) or _knows_ranks(source)))
     limit = options.debug_batches if options.debug else 0
     repeat = options.overfit_batches if train else 0
     return DataFeed(loader, device, train, limit, repeat, split, options.seed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainer import distributed
 from trainer.clipping import Clipper, NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
+from trainer.compat.hooks import keep_in_state_dict
 from trainer.distributed.strategy import Strategy
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
@@ -54,8 +55,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn.ModuleDict:
-    """Return the modules by name, compiled in place where the options ask for it.
+def prepare_modules(
+    modules: Mapping[str, nn.Module], options: RunOptions, device: torch.device
+) -> nn.ModuleDict:
+    """Return the modules by name on a device, compiled in place where the options ask for it.
 
     Raises:
         ValueError: for something that is no mapping of modules, and for an unknown name in
@@ -81,7 +84,12 @@ def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn
     if options.compile or chosen:
         for name in modules if chosen is None else chosen:
             modules[name].compile(mode=options.compile_mode)
-    return nn.ModuleDict(modules)
+    prepared = nn.ModuleDict(modules).to(device)
+    for module in prepared.modules():
+        if type(module).to is not nn.Module.to:  # It may hold tensors that are no buffers.
+            module.to(device)
+    keep_in_state_dict(prepared)
+    return prepared
 
 
 def make_updates(
