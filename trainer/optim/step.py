@@ -10,20 +10,29 @@ Nothing moves before everything about the step is known, on every rank.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.checkpoint import CheckpointError
 
+from trainer.checks import Stateful
 from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
+from trainer.tree import leaves
+
+logger = logging.getLogger("trainer")
 
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
@@ -102,6 +111,7 @@ class Update:
         self.others: list[Update] = []  # All other optimizers,
         self.sharing: list[Update] = []  # and those that have a parameter of this one, too.
         self.untrained: dict[str, Tensor] = {}  # Parameters of the modules that no optimizer has.
+        self.names: Mapping[Tensor, str] = {}  # Of all parameters of the modules.
         self.last_norm: float | None = None
         self.measured: tuple[list[Tensor], list[float]] = [], []
         self.before_step: list[StepHook] = []
@@ -109,7 +119,8 @@ class Update:
         self.history: list[StepReport] | None = None
         self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
-        self._warned = self._warned_of_untrained = False
+        self._warned = self._warned_of_untrained = self._warned_of_end = False
+        self._settings = _settings(schedule)
 
     @property
     def params(self) -> list[Tensor]:
@@ -122,15 +133,19 @@ class Update:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
-    def lr(self) -> float:
-        """The learning rate of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def lr(self) -> float | None:
+        """The learning rate of the first parameter group; None where the optimizer has none."""
+        rate = self.optimizer.param_groups[0].get("lr")
+        return None if rate is None else float(rate)
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
         """Have a function called before steps of the optimizer that `optimize` does not take."""
-        self.optimizer.register_step_pre_hook(
-            lambda *_: None if self._stepping else on_hand_step(self)
-        )
+        # One whose constructor leaves out torch's, as wrappers of other optimizers do, has no hooks
+        # to watch it by; a recipe that steps it by itself then looks as if it trained nothing.
+        with contextlib.suppress(AttributeError):
+            self.optimizer.register_step_pre_hook(
+                lambda *_: None if self._stepping else on_hand_step(self)
+            )
 
     def read_later(self, values: Tensor, take: Take) -> None:
         """Bring numbers to the host together with those of the next step, at no extra sync.
@@ -156,6 +171,8 @@ class Update:
         Args:
             kept: their gradients before the backward pass.
         """
+        if not self.untrained:
+            return
         found = [name for name, p in self.untrained.items() if p.grad is not None]
         if found:  # An optimizer may have got a group of parameters since.
             owned = {p for update in (self, *self.others) for p in update.all_params}
@@ -186,9 +203,11 @@ class Update:
         other = next((each for each in self.sharing if each.window.count), None)
         if other is not None and not self.window.count:
             raise ValueError(
-                f"the optimizers {other.name!r} and {self.name!r} share a parameter, and the first "
-                "has an open accumulation window: their gradients would mix. Close it with "
-                "optimize(…, last=True), give the parameter to one of them, or do not accumulate"
+                f"the optimizers {other.name!r} and {self.name!r} share "
+                f"{self.shared_with(other)}, and the first has an open accumulation window: their "
+                "gradients would mix. Give the parameter to one of them, or call optimize once for "
+                "each, without accumulation or with last=True, and compute the second loss after "
+                "the first call"
             )
         left = [] if self.window.count else [p for p in self.all_params if p.grad is not None]
         for p in left:
@@ -200,8 +219,17 @@ class Update:
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
                 stacklevel=4,
             )
-        # In an open window, too: a group of parameters may have been added since.
-        self.strategy.prepare_backward(self.name, self.all_params)
+        if self.strategy.communicates:
+            # In an open window, too: a group of parameters may have been added since.
+            self.strategy.prepare_backward(self.name, self.all_params)
+
+    def shared_with(self, other: Update) -> str:
+        """Return the names of some parameters that another optimizer has, too."""
+        theirs = set(other.all_params)
+        found = [self.names.get(p, "one without a name") for p in self.all_params if p in theirs]
+        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}" + (
+            f" and {len(found) - 3} more" if found[3:] else ""
+        )
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -234,7 +262,7 @@ class Update:
         for after in self.after_step:
             after(self, gradients)
         if getattr(self.schedule, "every", None) == "step":
-            self.schedule.step()
+            self.advance_schedule()
         for p in gradients.params:
             p.grad = None
         self.window = Window()
@@ -246,6 +274,21 @@ class Update:
         if self.history is not None:
             self.history.append(report)
         return report
+
+    def advance_schedule(self, *metric: float) -> None:
+        """Step the schedule; one that has done all of its steps leaves the rate as it is."""
+        schedule = self.schedule
+        # Torch's own raises its rate again after its last step, and then an error.
+        if isinstance(schedule, OneCycleLR) and schedule.last_epoch >= schedule.total_steps - 1:
+            ended, schedule.last_epoch = schedule.last_epoch, schedule.total_steps
+            if ended >= schedule.total_steps and not self._warned_of_end:
+                self._warned_of_end = True
+                logger.warning(
+                    "%s of the optimizer %r has done its total_steps, %d: the learning rate stays",
+                    type(schedule).__name__, self.name, schedule.total_steps,
+                )  # fmt: skip
+            return
+        schedule.step(*metric)
 
     def report(self, outcome: Outcome, **facts: Any) -> StepReport:
         """Build the `StepReport` of a loss that did not lead to a step."""
@@ -259,6 +302,7 @@ class Update:
             "kinds": {name: type(part).__name__ for name, part in parts.items()},
             "scaler": self.scaler.state_dict(),
             "last_norm": self.last_norm,
+            "settings": self._settings,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -286,15 +330,51 @@ class Update:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            saved = state[name]
+            if name == "schedule" and self._settings:
+                saved = self._with_own_settings(saved, state.get("settings", {}))
+            part.load_state_dict(saved)
         if state["scaler"]:  # Empty if the run was not in fp16: the scaler starts anew.
             self.scaler.load_state_dict(state["scaler"])
         self.last_norm = state["last_norm"]
+
+    def _with_own_settings(
+        self, saved: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return a saved state of the schedule with the settings of this run.
+
+        torch's schedules save their settings beside their progress. A setting is what has not
+        changed since the saved schedule was made.
+        """
+        found = dict(saved)
+        for key, value in self._settings.items():
+            if key not in settings or settings[key] == value:
+                continue
+            if found.get(key) == settings[key]:
+                found[key] = value
+            else:
+                logger.warning(
+                    "%s of the optimizer %r goes on with the %s that was saved: it is a part of "
+                    "its progress", type(self.schedule).__name__, self.name, key,
+                )  # fmt: skip
+        return found
 
     def _parts(self) -> dict[str, Any]:
         # The optimizer comes first, since loading a schedule sets its learning rate.
         parts = {"optimizer": self.optimizer, "schedule": self.schedule, "clip": self.clip}
         return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
+
+
+def _settings(schedule: Any) -> dict[str, Any]:
+    """Return the plain values of the state of a new schedule of torch's, but for its rates."""
+    if not isinstance(schedule, LRScheduler) or isinstance(schedule, Stateful):
+        return {}
+    return {
+        key: copy.deepcopy(value)
+        for key, value in schedule.state_dict().items()
+        if key not in ("base_lrs", "_last_lr")
+        and all(isinstance(leaf, (int, float, str, NoneType)) for _, leaf in leaves(value))
+    }
 
 
 class WindowState:
@@ -473,9 +553,11 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
             )
         ids = {id(p) for p in own}
         if len(ids) < len(own):
+            one, two = next((u, v) for u in updates for v in u.sharing if v in updates)
             raise ValueError(
-                f"the optimizers {_names(updates)} step together and share a parameter, which each "
-                "of them would move by one gradient; give it to one of them"
+                f"the optimizers {_names(updates)} step together, and {one.name!r} and "
+                f"{two.name!r} share {one.shared_with(two)}, which each of them would move by one "
+                "gradient; give it to one of them"
             )
         others = [p for other in updates[0].others for p in other.params if id(p) not in ids]
     kept = [p.grad for p in untrained]
