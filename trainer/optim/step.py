@@ -11,26 +11,22 @@ Nothing moves before everything about the step is known, on every rank.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.checkpoint import CheckpointError
 
-from trainer.checks import Stateful
 from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
-from trainer.tree import leaves
 
 logger = logging.getLogger("trainer")
 
@@ -119,8 +115,8 @@ class Update:
         self.history: list[StepReport] | None = None
         self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
-        self._warned = self._warned_of_untrained = self._warned_of_end = False
-        self._settings = _settings(schedule)
+        self._warned = self._warned_of_untrained = False
+        self._warned_of_nothing = self._warned_of_end = False
 
     @property
     def params(self) -> list[Tensor]:
@@ -191,6 +187,16 @@ class Update:
                 "requires_grad_(False) on their module",
                 stacklevel=5,
             )
+
+    def warn_of_nothing(self) -> None:
+        """Warn once that a loss of several optimizers has given this one no gradient."""
+        if not self._warned_of_nothing:
+            self._warned_of_nothing = True
+            logger.warning(
+                "a loss for several optimizers gives %r no gradient, so that it does not train: is "
+                "it unused, detached, or under reentrant checkpointing with inputs that require no "
+                "gradient (use_reentrant=False does without)?", self.name,
+            )  # fmt: skip
 
     def open_window(self) -> None:
         """Open an accumulation window if none is open.
@@ -302,7 +308,6 @@ class Update:
             "kinds": {name: type(part).__name__ for name, part in parts.items()},
             "scaler": self.scaler.state_dict(),
             "last_norm": self.last_norm,
-            "settings": self._settings,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -330,51 +335,15 @@ class Update:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
         for name, part in self._parts().items():
-            saved = state[name]
-            if name == "schedule" and self._settings:
-                saved = self._with_own_settings(saved, state.get("settings", {}))
-            part.load_state_dict(saved)
+            part.load_state_dict(state[name])
         if state["scaler"]:  # Empty if the run was not in fp16: the scaler starts anew.
             self.scaler.load_state_dict(state["scaler"])
         self.last_norm = state["last_norm"]
-
-    def _with_own_settings(
-        self, saved: Mapping[str, Any], settings: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return a saved state of the schedule with the settings of this run.
-
-        torch's schedules save their settings beside their progress. A setting is what has not
-        changed since the saved schedule was made.
-        """
-        found = dict(saved)
-        for key, value in self._settings.items():
-            if key not in settings or settings[key] == value:
-                continue
-            if found.get(key) == settings[key]:
-                found[key] = value
-            else:
-                logger.warning(
-                    "%s of the optimizer %r goes on with the %s that was saved: it is a part of "
-                    "its progress", type(self.schedule).__name__, self.name, key,
-                )  # fmt: skip
-        return found
 
     def _parts(self) -> dict[str, Any]:
         # The optimizer comes first, since loading a schedule sets its learning rate.
         parts = {"optimizer": self.optimizer, "schedule": self.schedule, "clip": self.clip}
         return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
-
-
-def _settings(schedule: Any) -> dict[str, Any]:
-    """Return the plain values of the state of a new schedule of torch's, but for its rates."""
-    if not isinstance(schedule, LRScheduler) or isinstance(schedule, Stateful):
-        return {}
-    return {
-        key: copy.deepcopy(value)
-        for key, value in schedule.state_dict().items()
-        if key not in ("base_lrs", "_last_lr")
-        and all(isinstance(leaf, (int, float, str, NoneType)) for _, leaf in leaves(value))
-    }
 
 
 class WindowState:
@@ -527,6 +496,8 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
             "parameters: is it another optimizer's loss, or was something detached?"
         )
     for update, grads in zip(updates, gradients, strict=True):
+        if not grads.tensors:
+            update.warn_of_nothing()
         if update.skip_nonfinite_grads and not grads.finite:
             grads.keep([math.isfinite(norm) for norm in grads.norms])
     nothing = not any(grads.tensors for grads in gradients)
@@ -574,6 +545,12 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
             "names of these optimizers"
         ) from error
     except RuntimeError as error:
+        if "none of output has requires_grad=True" in str(error):
+            raise ValueError(
+                f"optimize({name!r}): a part under reentrant checkpointing was computed anew while "
+                "the parameters of other optimizers require no gradient. Use use_reentrant=False, "
+                "and compute the loss within frozen(…) with the names of these optimizers"
+            ) from error
         if "modified by an inplace operation" not in str(error):
             raise
         raise ValueError(
