@@ -337,7 +337,7 @@ class Brain(SpeechBrainNames):
             return
         ready = vars(self).get("_Brain__ready")  # None before the constructor, False within.
         if name in FIXED and ready is not False:
-            if name == "device" and ready and pick_device(str(value)) == self.device:
+            if name == "device" and ready and _is_same_device(value, self.device):
                 return
             raise AttributeInUse(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
         if not callable(value) and name in METHODS:
@@ -1519,6 +1519,14 @@ def _length(counter: Iterable[int]) -> int | None:
         return len(counter)
     limit, current = getattr(counter, "limit", None), getattr(counter, "current", 0)
     return None if limit is None else limit - current
+
+
+def _is_same_device(value: Any, device: torch.device) -> bool:
+    try:
+        other = torch.device(value)
+    except (RuntimeError, TypeError):
+        return False
+    return other.type == device.type and other.index in (None, device.index)
 
 
 def _replaces_method(kind: type, name: str, value: Any) -> str:
