@@ -276,10 +276,7 @@ def put_weights(
         raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
     if not isinstance(found, Mapping):
         raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
-    own = modules.state_dict()
     found = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    if options.ema_decay is not None:  # Averages have buffers that a state leaves out.
-        found = {name: found[name] for name in own if name in found}
     try:
         check_weights(modules, found)
     except ValueError as error:
