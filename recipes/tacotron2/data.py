@@ -11,17 +11,17 @@ numbers and abbreviations are spelled out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import count_files, cut_of, sound_of
+from recipes.common.cuts import count_files, cut_of, sound_of, sounds
 from recipes.common.loading import filter_by_duration, load, transcript
 from recipes.common.mel import LogMel
 from recipes.common.speech import one_voice_reading, to_cuts
@@ -37,6 +37,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 Corpus = Mapping[str, CutSet]
+TABLE = "metadata.csv"
 LAYOUT = "a metadata.csv of lines id|text or id|text|… and a folder wavs with a sound file for each"
 MARGIN = 0.05  # seconds of quiet that trimming leaves
 
@@ -71,6 +72,7 @@ def readings(
     sounds: str = "",
     on_bad: str = "skip",
     max_bad: float = 0.05,
+    follow_links: bool = False,
 ) -> Corpus:
     """Recordings of one voice with their texts, in the layout of LJSpeech (K. Ito, 2017).
 
@@ -78,7 +80,7 @@ def readings(
 
     Args:
         data_folder: has a ``metadata.csv`` of lines ``id|text|…``, and ``wavs/id.wav`` (or .flac,
-            .ogg, .opus, .mp3).
+            .ogg, .mp3, .aiff and others).
         valid: number of different texts held out to validate.
         test: number of different texts held out to test.
         column: number of the column with the text (LJSpeech's column 2: numbers spelled out).
@@ -87,42 +89,49 @@ def readings(
         sounds: texts with one of these characters tell of a sound, and are left out.
         on_bad: handling of unusable files, as in the run options.
         max_bad: largest share of unusable files, as in the run options.
+        follow_links: symbolic links may lead out of ``wavs``.
 
-    Raises ValueError for a folder that is missing or has another layout, for an empty text, and
-    where too few texts are left.
+    Raises ValueError for a folder that is missing or has another layout, for an empty text, for one
+    that cannot be spelled out, and where too few texts are left.
     """
     folder = Path(data_folder).expanduser()
-    files = dict(_texts(folder, column))
-    for path, (name, text) in list(files.items()):
-        if set(text) & set(sounds):
-            logger.info("%s is no speech, left out: %s", name, text)
+    files = _readings(folder, column, follow_links)
+    for path, each in list(files.items()):
+        if set(each.text) & set(sounds):
+            logger.info("%s is no speech, left out: %s", each.id, each.text)
             del files[path]
     headers = check_recordings(files, channels=None, on_bad=on_bad, max_bad=max_bad)
     cuts = filter_by_duration(
         (
-            cut_of(path, header, name, text=text)
+            cut_of(path, header, files[path].id, text=files[path].text)
             for path, header in headers.items()
-            for name, text in [files[path]]
         ),
         *lengths,
     )
-    if spell:
-        cuts = CutSet.from_cuts(map(_spelled, cuts))
+    _spell(cuts, folder / TABLE, {each.id: each.line for each in files.values()}, spell)
     return _split(cuts, valid, test)
 
 
-def _texts(folder: Path, column: int) -> Iterator[tuple[Path, tuple[str, str]]]:
-    """The files that a metadata.csv lists, each with its id and its text."""
+class _Reading(NamedTuple):
+    id: str
+    text: str  # As it is in the table.
+    line: int
+
+
+def _readings(folder: Path, column: int, follow_links: bool) -> dict[Path, _Reading]:
+    """What a metadata.csv says of the files that it lists."""
     if not folder.is_dir():
         raise ValueError(f"data_folder {folder} is not there; expected was {LAYOUT}")
-    table = folder / "metadata.csv"
+    table = folder / TABLE
     if not table.exists():
         raise ValueError(
             f"{folder} has another layout: it has no metadata.csv; expected was {LAYOUT}"
         )
     rows = [(line, line.text.split("|")) for line in read_lines(table, LAYOUT)]
     check_unique(table, [(line.number, fields[0]) for line, fields in rows])
-    find = partial(sound_of, folder / "wavs")
+    place = folder / "wavs"
+    find = partial(sound_of, sounds(place), place, follow_links=follow_links)
+    found = []
     for line, fields in rows:
         if len(fields) <= column:
             raise TableError(
@@ -133,12 +142,25 @@ def _texts(folder: Path, column: int) -> Iterator[tuple[Path, tuple[str, str]]]:
             )
         if not fields[column].strip():
             raise TableError(table, f"has no text: {line.text[:80]!r}", line.number)
-        yield named(table, line.number, find, fields[0]), (fields[0], plain(fields[column]))
+        reading = _Reading(fields[0], fields[column].strip(), line.number)
+        found.append((named(table, line.number, find, fields[0]), reading))
+    check_unique(table, [(each.line, str(path)) for path, each in found])
+    return dict(found)
 
 
-def _spelled(cut: MonoCut) -> MonoCut:
-    cut.supervisions[0].text = spell_out(cut.supervisions[0].text, cut.id)
-    return cut
+def _spell(cuts: CutSet, table: Path, lines: Mapping[str, int], spell: bool) -> None:
+    """Spell out the texts of cuts, or make them plain; TableError for what cannot be."""
+    wrong = []
+    for cut in cuts:
+        said = cut.supervisions[0]
+        try:
+            said.text = spell_out(said.text, cut.id) if spell else plain(said.text)
+        except ValueError as error:
+            wrong.append((lines[cut.id], str(error)))
+    if wrong:
+        line, error = min(wrong)
+        more = f" (and {len(wrong) - 1} more lines)" if wrong[1:] else ""
+        raise TableError(table, f"cannot be used: {error}{more}", line)
 
 
 def _split(cuts: CutSet, valid: int, test: int) -> Corpus:

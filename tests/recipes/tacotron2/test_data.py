@@ -1,6 +1,7 @@
 """Corpora on small made-up folders: what is made of them, and what is said of unusable ones."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,21 @@ def test_numbers_are_spelled_out(recorded: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(data, "spell_out", lambda text, name: f"{name}: {text.lower()}")
     texts = texts_of(make(recorded, spell=True))
     assert "r0: press one." in set.union(*texts.values())
+
+
+def test_a_number_that_is_not_sure_is_told_with_its_line(recorded: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(recorded, tmp_path / "copy")
+    lines = (folder / "metadata.csv").read_text().splitlines()
+    table = folder / "metadata.csv"
+    lines[1:4] = ["r1|In the 1990s.", 'r2|A 10" record.', "r3|On 2/3/2020."]
+    table.write_text("\n".join(lines) + "\n\n \n")
+    told = f"line 3 of {table} cannot be used: r2 has '10\"', which cannot be spelled out: is it in"
+    with pytest.raises(ValueError, match=re.escape(told) + r" inches\? \(and 1 more lines\)"):
+        make(folder, spell=True)
+    lines[2:4] = ["r2|A ten\u2028inch record.", "r3|On the 2nd."]
+    table.write_text("\n".join(lines), "utf-8")
+    said = set.union(*texts_of(make(folder, spell=True)).values())
+    assert {"In the nineteen nineties.", "A ten inch record.", "On the second."} < said
 
 
 def test_a_missing_folder_and_other_layouts_are_told(recorded: Path, tmp_path: Path) -> None:
