@@ -51,7 +51,8 @@ _CUT = re.compile(
     re.MULTILINE,
 )
 # The sizes that a header has, more or less, where its writer did not know the end: that of a pipe.
-_ENDLESS = (0x7F000000, 1 << 31, 1 << 32, 1 << 64)
+_ENDLESS = (0x7F000000, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
+_LARGEST_HEADER = 4096  # bytes, of a file without samples
 
 
 class Expected(NamedTuple):
@@ -259,8 +260,12 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
             endless = any(abs(promised - size) < 1 << 16 for size in _ENDLESS)
             if present < promised and not endless:
                 raise BadItem(path, f"its data are cut: {present} of {promised} {unit}")
+        rewrite = "write it anew, as by ffmpeg -i FILE FILE.wav"
         if file.frames == 0:
-            raise BadItem(path, "it holds no samples")
+            known = f" by its header, which was not finished: {rewrite}"
+            raise BadItem(path, "it holds no samples" + known * (status.st_size > _LARGEST_HEADER))
+        if file.frames >= 1 << 62:  # A FLAC from a pipe, in which libsndfile cannot seek.
+            raise BadItem(path, f"its header does not say how long it is: {rewrite}")
         yield file
 
 

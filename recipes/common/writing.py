@@ -19,7 +19,7 @@ except ImportError as error:
 
 # Formats by suffix, the usual one first. None of them loses anything.
 FORMATS = {
-    ".wav": ("WAV", "WAVEX", "RF64"),
+    ".wav": ("WAV", "WAVEX", "RF64", "NIST"),
     ".flac": ("FLAC",),
     ".aif": ("AIFF",),
     ".aifc": ("AIFF",),
@@ -27,6 +27,7 @@ FORMATS = {
     ".au": ("AU",),
     ".caf": ("CAF",),
     ".rf64": ("RF64",),
+    ".sph": ("NIST",),
     ".w64": ("W64",),
 }
 FLOATS = ("FLOAT", "DOUBLE")

@@ -196,7 +196,17 @@ def test_what_was_written_to_a_pipe_is_as_long_as_it_is(tmp_path: Path) -> None:
         raw[start : start + 4] = promised.to_bytes(4, "big")
         other.write_bytes(raw)
         assert len(read_audio(other, RATE)) == 1600
-    data[40:44] = (1_900_000_000).to_bytes(4, "little")
+    data[4:8], data[40:44] = b"\x24\0\0\0", b"\0\0\0\0"
+    path.write_bytes(data + bytes(4000))
+    with pytest.raises(BadItem, match="no samples by its header, which was not finished: write it"):
+        read_header(path)
+    flac = tone(tmp_path / "one.flac")
+    raw = bytearray(flac.read_bytes())
+    raw[21], raw[22:26] = raw[21] & 0xF0, b"\0\0\0\0"  # Of the 36 bits of the number of samples.
+    flac.write_bytes(raw)
+    with pytest.raises(BadItem, match="its header does not say how long it is: write it anew"):
+        read_audio(flac)
+    data[4:8], data[40:44] = b"\xff" * 4, (1_900_000_000).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(BadItem, match="its data are cut: 3200 of 1900000000 bytes"):
         read_header(path)

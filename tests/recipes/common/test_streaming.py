@@ -202,7 +202,7 @@ def test_no_file_overwrites_another_or_itself(tmp_path: Path) -> None:
         targets([str(tmp_path / "x.flac")], tmp_path)
 
 
-@pytest.mark.parametrize("format", ["WAVEX", "RF64"])
+@pytest.mark.parametrize("format", ["WAVEX", "RF64", "NIST"])
 def test_kinds_of_wav_stay_what_they_are(format: str, tmp_path: Path) -> None:
     source = tmp_path / "a.wav"
     soundfile.write(source, 0.1 * noise(4 * 3000).view(-1, 4).numpy(), RATE, "PCM_24", None, format)
