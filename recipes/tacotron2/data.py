@@ -27,6 +27,7 @@ from recipes.common.mel import LogMel
 from recipes.common.speech import one_voice_reading, to_cuts
 from recipes.common.tables import TableError, check_unique, named, read_lines
 from recipes.tacotron2.text import Front, check_texts, plain, spell_out
+from trainer.data import BadItemPolicy
 from trainer.seed import derive
 
 try:
@@ -87,15 +88,16 @@ def readings(
         spell: numbers and abbreviations are still to be spelled out.
         lengths: the shortest and the longest, in seconds; others are left out.
         sounds: texts with one of these characters tell of a sound, and are left out.
-        on_bad: handling of unusable files, as in the run options.
-        max_bad: largest share of unusable files, as in the run options.
+        on_bad: handling of unusable files, and of texts with a number that is not surely read in
+            one way, as in the run options.
+        max_bad: largest share of these, as in the run options.
         follow_links: symbolic links may lead out of ``wavs``.
 
-    Raises ValueError for a folder that is missing or has another layout, for an empty text, for one
-    that cannot be spelled out, and where too few texts are left.
+    Raises ValueError for a folder that is missing or has another layout, for an empty text, and
+    where too few texts are left.
     """
     folder = Path(data_folder).expanduser()
-    files = _readings(folder, column, follow_links)
+    files = _readings(folder, column, spell, follow_links)
     for path, each in list(files.items()):
         if set(each.text) & set(sounds):
             logger.info("%s is no speech, left out: %s", each.id, each.text)
@@ -108,17 +110,19 @@ def readings(
         ),
         *lengths,
     )
-    _spell(cuts, folder / TABLE, {each.id: each.line for each in files.values()}, spell)
+    if spell:
+        lines = {each.id: f"line {each.line} of {folder / TABLE}" for each in files.values()}
+        cuts = _spelled(cuts, lines, BadItemPolicy(on_bad, max_bad))
     return _split(cuts, valid, test)
 
 
 class _Reading(NamedTuple):
     id: str
-    text: str  # As it is in the table.
+    text: str
     line: int
 
 
-def _readings(folder: Path, column: int, follow_links: bool) -> dict[Path, _Reading]:
+def _readings(folder: Path, column: int, spell: bool, follow_links: bool) -> dict[Path, _Reading]:
     """What a metadata.csv says of the files that it lists."""
     if not folder.is_dir():
         raise ValueError(f"data_folder {folder} is not there; expected was {LAYOUT}")
@@ -142,25 +146,26 @@ def _readings(folder: Path, column: int, follow_links: bool) -> dict[Path, _Read
             )
         if not fields[column].strip():
             raise TableError(table, f"has no text: {line.text[:80]!r}", line.number)
-        reading = _Reading(fields[0], fields[column].strip(), line.number)
+        text = fields[column] if spell else plain(fields[column])
+        reading = _Reading(fields[0], text, line.number)
         found.append((named(table, line.number, find, fields[0]), reading))
     check_unique(table, [(each.line, str(path)) for path, each in found])
     return dict(found)
 
 
-def _spell(cuts: CutSet, table: Path, lines: Mapping[str, int], spell: bool) -> None:
-    """Spell out the texts of cuts, or make them plain; TableError for what cannot be."""
-    wrong = []
+def _spelled(cuts: CutSet, lines: Mapping[str, str], policy: BadItemPolicy) -> CutSet:
+    """Spell out the texts of cuts, whose lines are known by id; one that cannot be is bad."""
+    good, bad = [], []
     for cut in cuts:
         said = cut.supervisions[0]
         try:
-            said.text = spell_out(said.text, cut.id) if spell else plain(said.text)
+            said.text = spell_out(said.text, cut.id)
+            good.append(cut)
         except ValueError as error:
-            wrong.append((lines[cut.id], str(error)))
-    if wrong:
-        line, error = min(wrong)
-        more = f" (and {len(wrong) - 1} more lines)" if wrong[1:] else ""
-        raise TableError(table, f"cannot be used: {error}{more}", line)
+            bad.append((lines[cut.id], str(error)))
+    policy.handle(bad)
+    policy.check(policy.skipped, len(cuts), "texts")
+    return CutSet.from_cuts(good)
 
 
 def _split(cuts: CutSet, valid: int, test: int) -> Corpus:

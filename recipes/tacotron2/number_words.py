@@ -21,6 +21,7 @@ END = r"(?=[.,;:!?)\]]*(?:[\s—]|--|$))"
 ALONE = r"(?! \d)(?! [b-df-hj-np-tv-xzB-DF-HJ-NP-TV-XZ]+\b)"
 WHOLE = r"(?:0|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*)"
 NUMBER = rf"({WHOLE}(?:\.\d+)?|\.\d+)"
+THINGS = r" (?:people|men|women|children|[a-z]{3,}s)\b"  # Which a number may count.
 DAY = r"([12]\d|3[01]|[1-9])"
 MONTH = rf"({'|'.join(name.title() for name in MONTHS)})"
 SHORT = {name[:3].title(): name.title() for name in MONTHS} | {"Sept": "September"}
@@ -32,14 +33,15 @@ UNITS = {
     "%": "percent", "°": "degree", "°C": "degree Celsius", "°F": "degree Fahrenheit",
     "GHz": "gigahertz", "Hz": "hertz", "MHz": "megahertz", "cm": "centimeter", "dB": "decibel",
     "ft": "foot", "hrs": "hour", "kHz": "kilohertz", "kg": "kilogram", "km": "kilometer",
-    "km/h": "kilometer per hour", "lb": "pound", "lbs": "pound", "mg": "milligram", "mi": "mile",
+    "km/h": "kilometer per hour", "min": "minute", "mins": "minute", "sec": "second",
+    "secs": "second", "hr": "hour", "lb": "pound", "lbs": "pound", "mg": "milligram", "mi": "mile",
     "ml": "milliliter", "mm": "millimeter", "mph": "mile per hour", "ms": "millisecond",
     "oz": "ounce", "yd": "yard",
 }  # fmt: skip
 FIXED = {
     "1/2": "one half", "1/3": "one third", "1/4": "one quarter", "2/3": "two thirds",
     "3/4": "three quarters", "24/7": "twenty four seven", "50/50": "fifty fifty",
-    "9/11": "nine eleven",
+    "9/11": "nine eleven", "2D": "two D", "3D": "three D",
 }  # fmt: skip
 # Words before a Roman number: those that it counts, and names of kings and popes.
 COUNTED = "War|Act|Appendix|Article|Book|Chapter|Part|Phase|Scene|Section|Volume"
@@ -48,6 +50,7 @@ NAMED = (
     "Ivan|James|John|Leo|Louis|Mary|Napoleon|Nicholas|Paul|Peter|Philip|Pius|Richard|William"
 )
 ROMAN = r"(?=[IVX])X{0,3}(?:IX|IV|V?I{0,3})"
+LONGER = r"(?=[IVX]{2}|[CIVXL]{3})C{0,3}(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})"
 
 Match = re.Match[str]
 
@@ -162,9 +165,11 @@ def _roman(found: Match) -> str:
 
 
 def _plain(found: Match) -> str:
-    text = found[1]
-    if re.fullmatch(r"1[1-9]\d\d|20[1-9]\d", text):
-        return year(int(text))
+    text, before, behind = found[1], found.string[: found.start()], found.string[found.end() :]
+    if re.fullmatch(r"1[4-9]\d\d|20[1-9]\d", text):
+        counts = re.match(THINGS, behind) and not text.endswith("00")
+        dates = re.search(r"(?i)\b(?:the|in|since|until|during|before|after) $", before)
+        return found[0] if counts and not dates else year(int(text))
     # A long row of digits may be a telephone number.
     long = re.fullmatch(r"\d{7,}", text) and not text.endswith("000")
     return found[0] if long else amount(text)
@@ -184,7 +189,7 @@ RULES = _compiled(
     (rf"\b({_any(SHORT)})\.? (?=\d)", lambda m: f"{SHORT[m[1]]} "),
     (rf"(?<=\d )({_any(SHORT)})\b\.?", lambda m: SHORT[m[1]]),
     (
-        rf"{MONTH} {DAY}(?:st|nd|rd|th)?(?:{END}(?! \d)|(?= (?:1\d{{3}}|20\d\d){END}))",
+        rf"{MONTH} {DAY}(?:st|nd|rd|th)?(?:{END}(?! \d|{THINGS})|(?= (?:1\d{{3}}|20\d\d){END}))",
         lambda m: f"{m[1]} {nth(int(m[2]))}",
     ),
     (
@@ -213,6 +218,10 @@ RULES = _compiled(
     (rf"{START}([1-9][\d,]*)(st|nd|rd|th)(?:{END}|(?=-[a-z]))", _ordinal),
     (rf"{START}(1\d{{3}}|20\d\d)[-–](\d{{4}}|\d\d){END}", _years),
     (rf"{START}([1-9]\d{{0,2}})–([1-9]\d{{0,2}}){END}{ALONE}", _range),
+    (
+        rf"{START}({WHOLE}) (1/2|1/4|3/4){END}",
+        lambda m: f"{amount(m[1])} and {FIXED[m[2]]}",
+    ),
     (rf"{START}({_any(FIXED)}){END}", lambda m: FIXED[m[1]]),
     (
         rf"{START}([-−]?){NUMBER} ?({_any(UNITS)}){END}",
@@ -225,7 +234,9 @@ RULES = _compiled(
 )
 
 
-FEET = re.compile(rf"{START}([1-9])['’′] ?(\d|1[01])(?:[\"”″]|''){END}", re.ASCII)
+FEET = re.compile(
+    rf"{START}([1-9])(?:['’′] ?| ?ft\.? )(\d|1[01])(?:[\"”″]|''| ?in\b\.?){END}", re.ASCII
+)
 THIN = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", re.ASCII)  # As in 10 000.
 TYPED = str.maketrans({"’": "'", "‘": "'", "“": "", "”": ""})
 
@@ -247,7 +258,7 @@ def in_words(text: str) -> str:
     for pattern, said in RULES:
         text = pattern.sub(said, text)
     for word in text.split():
-        roman = re.fullmatch(rf"\W*(?=\w\w){ROMAN}(?:'s)?\W*", word)
+        roman = re.fullmatch(rf"\W*{LONGER}(?:'s)?\W*", word)
         if roman or any(category(each).startswith("N") for each in word):
             shown = word.strip(".,;:!?()[]")
             raise ValueError(f"{shown!r}, which cannot be spelled out for sure: write it in words")
