@@ -43,6 +43,7 @@ FIXED = {
     "3/4": "three quarters", "24/7": "twenty four seven", "50/50": "fifty fifty",
     "9/11": "nine eleven", "2D": "two D", "3D": "three D",
 }  # fmt: skip
+SIGNS = {"+": "plus", "=": "equals", "@": "at"}
 # Words before a Roman number: those that it counts, and names of kings and popes.
 COUNTED = "War|Act|Appendix|Article|Book|Chapter|Part|Phase|Scene|Section|Volume"
 NAMED = (
@@ -242,10 +243,10 @@ TYPED = str.maketrans({"’": "'", "‘": "'", "“": "", "”": ""})
 
 
 def in_words(text: str) -> str:
-    """A text with its numbers in words, single spaces, and no quotation marks.
+    """A text with its numbers and signs in words, single spaces, and no quotation marks.
 
     Raises:
-        ValueError: for a number of which it is not sure how it is read.
+        ValueError: for a number or a sign of which it is not sure how it is read.
     """
     text = FEET.sub(lambda m: f"{several(m[1], 'foot')} {several(m[2], 'inch')}", text)
     text = " ".join(THIN.sub(",", text).translate(TYPED).split())
@@ -257,9 +258,11 @@ def in_words(text: str) -> str:
     text = "".join(quoted)
     for pattern, said in RULES:
         text = pattern.sub(said, text)
+    text = re.sub(r" ?& ?", " and ", text).strip()
+    text = re.sub(r"(?<= )[+=@](?= )", lambda found: SIGNS[found[0]], text)
     for word in text.split():
         roman = re.fullmatch(rf"\W*{LONGER}(?:'s)?\W*", word)
-        if roman or any(category(each).startswith("N") for each in word):
+        if roman or any(category(each)[0] in "NS" or each in "#%*/@\\_" for each in word):
             shown = word.strip(".,;:!?()[]")
             raise ValueError(f"{shown!r}, which cannot be spelled out for sure: write it in words")
     return text
@@ -275,6 +278,5 @@ SHORTENED = re.compile(rf"(?<!\w)({_any(ABBREVIATIONS)})(?= |$)")
 
 
 def abbreviations_in_words(text: str) -> str:
-    """A text with its titles, such as "Dr.", and "&" in words."""
-    text = re.sub(r" ?& ?", " and ", text).strip()
+    """A text with its titles, such as "Dr.", in words."""
     return SHORTENED.sub(lambda found: ABBREVIATIONS[found[1]], text)

@@ -56,6 +56,7 @@ READ = {
     'He said "there are 10" of 7': "He said there are ten of seven",
     "2 cats--3 dogs\u20144": "two cats--three dogs\u2014four",
     "I am V.": "I am V.",
+    "2 + 2 = 4 & more": "two plus two equals four and more",
 }  # fmt: skip
 REFUSED = {
     "10 200 people": "10", "555 1234": "555", "5551234": "5551234", "a 10\" record": '10"',
@@ -65,6 +66,7 @@ REFUSED = {
     "\u00bd": "\u00bd", "x\u00b2": "x\u00b2", "\u0663": "\u0663", "World XIV": "XIV", "II": "II",
     "XLII": "XLII", "of 1945 soldiers": "1945",
     "10-5": "10-5", "2001-11": "2001-11", "10:5": "10:5", "COVID-19": "COVID-19", "5'": "5'",
+    "press #": "#", "the * key": "*", "and/or": "and/or", "so \u2192 what": "\u2192",
     "1e5": "1e5", "4x4": "4x4", "25:00": "25:00", "00s": "00s", "\u2167": "\u2167",
 }  # fmt: skip
 
