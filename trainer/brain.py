@@ -261,6 +261,7 @@ class Brain(SpeechBrainNames):
             torch.set_num_threads(self.options.threads)
         self.device = pick_device(self.options.device)
         self.hparams = SimpleNamespace(**(hparams or {}))
+        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.opt_class = opt_class
         self.modules = prepare_modules(modules or {}, self.options).to(self.device)
         self.updates: dict[str, Update] = {}
