@@ -230,9 +230,7 @@ def test_an_override_of_a_scalar_leaves_its_aliases_and_says_so(
     assert not caplog.records
     found = load_hparams(write(ALIASED), {"n": 4})
     assert (found["n"], found["m"], found["list"][0]) == (4, 3, 3)
-    said = (
-        "n alone is changed: aliases of it (m, list.0) keep the YAML's value; !ref <n> would follow"
-    )
+    said = "n alone is changed: its aliases (m, list.0) keep the YAML's value; !ref <n> follows"
     assert [each.getMessage() for each in caplog.records] == [said]
 
 

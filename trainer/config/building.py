@@ -399,7 +399,7 @@ def _check_object(node: Node, registry: Registry) -> Any:
     if inspect.isroutine(target) and prefix == "!new:":
         raise ValueError(f"{name} is a function, which !apply:{name} calls; !new: builds a class")
     known = signature(target)
-    if known is None or prefix == "!module:":
+    if known is None or prefix == "!module:" or pretrained.takes_any_keyword(target):
         return target
     keys = dict(items(node)) if isinstance(node, MappingNode) else {}
     bind = known.bind_partial if prefix == "!name:" else known.bind

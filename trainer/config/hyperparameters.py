@@ -229,7 +229,7 @@ class Configuration:
         uses = [] if node is None else self._uses(node)
         if len(uses) > 1 and uses[0] == name:
             logger.warning(
-                "%s alone is changed: aliases of it (%s) keep the YAML's value; !ref <%s> would follow",
+                "%s alone is changed: its aliases (%s) keep the YAML's value; !ref <%s> follows",
                 name, ", ".join(uses[1:]), name,
             )  # fmt: skip
 

@@ -25,10 +25,10 @@ BOUND: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
     "use_safetensors": (True,),
     "weights_only": (True,),
-    "attn_implementation": (
-        None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
-    ),
+    "allow_all_kernels": (False,),
+    "attn_implementation": (None, "eager", "sdpa", "flex_attention"),
     "custom_generate": (None,),
+    "experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
     "gguf_file": (None,),
     "kernel_config": (None,),
     "megatron_config": (None,),
@@ -45,6 +45,13 @@ def is_maker(target: Any) -> bool:
         inspect.isclass(owner)
         and str(owner.__module__).startswith("transformers.")
         and target.__name__ in MAKERS
+    )
+
+
+def takes_any_keyword(target: Any) -> bool:
+    """Return True for a configuration class, which keeps keywords that its signature lacks."""
+    return inspect.isclass(target) and any(
+        each.__name__.lower() == "pretrainedconfig" for each in target.__mro__
     )
 
 

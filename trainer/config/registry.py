@@ -72,6 +72,13 @@ NAMES = """
     peft.get_peft_model
 """
 
+# Modules of torchmetrics whose metrics download nothing.
+METRICS = """
+    aggregation audio classification clustering collections image.psnr image.ssim nominal
+    regression retrieval segmentation shape text.bleu text.cer text.chrf text.edit text.eed text.mer
+    text.perplexity text.squad text.ter text.wer text.wil text.wip wrappers
+"""
+
 # Classes that may be named: the base classes, by the module in which a class is defined. Those of
 # packages that are not always installed are given by their names.
 CLASSES: dict[str, tuple[type | str, ...]] = {
@@ -87,12 +94,7 @@ CLASSES: dict[str, tuple[type | str, ...]] = {
     "peft.tuners.ia3": (Module, "PeftConfig"),
     "peft.tuners.lora": (Module, "PeftConfig"),
     "sentencepiece": ("SentencePieceProcessor",),
-    "torchmetrics.aggregation": (Module,),
-    "torchmetrics.audio": (Module,),
-    "torchmetrics.classification": (Module,),
-    "torchmetrics.regression": (Module,),
-    "torchmetrics.text.cer": (Module,),
-    "torchmetrics.text.wer": (Module,),
+    **{f"torchmetrics.{each}": (Module,) for each in METRICS.split()},
     "transformers": (
         *(Module, "PretrainedConfig", "PreTrainedConfig", "PreTrainedTokenizerBase"),
         *("FeatureExtractionMixin", "ProcessorMixin"),
@@ -281,7 +283,11 @@ class Registry:
             raise ValueError(f"{name} does not exist: no module is called {path!r}")
         else:
             # A module may import what it is asked for.
-            have = hasattr(owner, part) if related or not inside else part in vars(owner)
+            try:
+                have = hasattr(owner, part) if related or not inside else part in vars(owner)
+            except ImportError as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{name} cannot be imported: {reason}") from error
             if not have and (is_module or part in getattr(owner, "__all__", ())):
                 raise self._refusal(name)
             if not have:
