@@ -261,7 +261,6 @@ class Brain(SpeechBrainNames):
             torch.set_num_threads(self.options.threads)
         self.device = pick_device(self.options.device)
         self.hparams = SimpleNamespace(**(hparams or {}))
-        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.opt_class = opt_class
         self.modules = prepare_modules(modules or {}, self.options).to(self.device)
         self.updates: dict[str, Update] = {}
@@ -1004,6 +1003,7 @@ class Brain(SpeechBrainNames):
         optimizers = find_optimizers(
             getattr(self, "optimizers_dict", None), self.__user_attributes(True), self.__precision
         )
+        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         schedules = getattr(self.hparams, "schedule", None)
         self.updates.update(make_updates(
             optimizers, modules, options, self.__precision, schedules, self.__strategy,

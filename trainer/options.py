@@ -63,10 +63,12 @@ def translate(name: str, value: Any) -> dict[str, Any]:
     if name not in RENAMED:
         return {}
     option, default, meanings = RENAMED[name]
-    if value != default:
-        _note(f"the option {name} is called {option} here")
     meaning = next((here for there, here in meanings.items() if there == value), value)
-    return {} if meaning is UNSET else {option: meaning}
+    if meaning is UNSET:
+        return {}
+    if value != default:
+        _note(f"{name} {value} means {option} {meaning} here")
+    return {option: meaning}
 
 
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,6 @@ SIMILAR = {
     "accumulate_grad_batches": "grad_accumulation_factor",
     "amp": "precision",
     "bf16": "precision",
-    "clip_grad_norm": "max_grad_norm",
     "default_root_dir": "output_folder",
     "disable_tqdm": "progressbar",
     "enable_progress_bar": "progressbar",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.small import Regressor
+from tests.trainer.small import Regressor, batches, make
 from trainer import options as run_options
 from trainer.cli.arguments import configure, parse_arguments
 from trainer.config.hyperparameters import load_hparams
@@ -233,7 +233,7 @@ def test_early_stopping_that_cannot_stop_is_refused_before_training(value: Any) 
     with pytest.raises(
         ValueError, match="early_stopping is .*; allowed: null, or an object such as"
     ):
-        Regressor({"net": torch.nn.Linear(1, 1)}, hparams={"early_stopping": value})
+        make(hparams={"early_stopping": value}).fit(range(1), batches(1))
 
 
 def test_names_of_other_toolkits_among_hyperparameters_are_named(
