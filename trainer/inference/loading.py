@@ -157,7 +157,7 @@ def open_run(
             built from it raises, too.
         ImportError: a package is missing that a recipe needs.
     """
-    folder = Path(run)
+    folder = Path(run).expanduser()
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
     with no_modules_from(folder):
