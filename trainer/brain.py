@@ -1048,7 +1048,9 @@ class Brain(SpeechBrainNames):
         if distributed.world_size() > 1:  # Equal weights, but different dropout on each rank.
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
-        self.__make_updates(self.__optimizers())
+        optimizers = self.__optimizers()
+        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        self.__make_updates(optimizers)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
             self.__ema = WeightAverage(modules, options.ema_decay)

@@ -165,7 +165,7 @@ class Checkpointer:
     ) -> None:
         if (folder is None) == (checkpoints_dir is None):
             raise ValueError("a Checkpointer needs a folder (also called checkpoints_dir), once")
-        self.folder = Path(str(folder if folder is not None else checkpoints_dir))
+        self.folder = Path(str(checkpoints_dir if folder is None else folder)).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
         if type(keep_last) is not int or keep_last < 1:

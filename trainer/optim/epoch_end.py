@@ -114,6 +114,17 @@ def warn_of_totals(updates: Iterable[Update], epochs: int | None, batches: int |
             )  # fmt: skip
 
 
+def check_early_stopping(early_stopping: Any) -> None:
+    """Raise ValueError for a hyperparameter that cannot stop early, such as the text "None"."""
+    if early_stopping is not None and not (
+        callable(getattr(early_stopping, "update", None)) and hasattr(early_stopping, "metric")
+    ):
+        raise ValueError(
+            f"early_stopping is {early_stopping!r}; allowed: null, or an object such as "
+            "!new:trainer.schedules.EarlyStopping {metric: loss, patience: 3}"
+        )
+
+
 def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
     """Return True if early stopping ends the training.
 
