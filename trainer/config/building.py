@@ -145,7 +145,7 @@ class _Resolver:
 
     def _reference(self, node: ScalarNode) -> Node:
         text = str(node.value)
-        whole = REFERENCE.fullmatch(text.strip())
+        whole = REFERENCE.fullmatch(text)
         if whole:
             target = self._target(whole[1], node)
             return self._copy(target) if tag(node) == "!copy" else target
