@@ -154,6 +154,7 @@ class RunOptions:
     schedule_every: str = _option(
         "epoch", "interval at which torch's learning-rate schedules step", choices=("step", "epoch")
     )
+    schedule_metric: str = _option("loss", "metric that torch's ReduceLROnPlateau watches")
     ema_decay: float | None = _option(
         None,
         "decay of an exponential moving average of the weights, used for evaluation, e.g. 0.999 "
