@@ -69,7 +69,7 @@ from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
-from trainer.options import RunOptions, warn_of_similar_names
+from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
 from trainer.speechbrain_names import SpeechBrainNames
 from trainer.tree import plain_number
@@ -271,6 +271,7 @@ class Brain(SpeechBrainNames):
             raise ValueError(
                 f"hparams is a {type(hparams).__name__}; allowed: a mapping from names to values"
             )
+        run_opts = given_options(run_opts)
         if run_opts is not None and not isinstance(run_opts, (Mapping, RunOptions)):
             raise ValueError(
                 f"run_opts is a {type(run_opts).__name__}; allowed: a mapping from names of run "
