@@ -157,7 +157,7 @@ def open_run(
             built from it raises, too.
         ImportError: a package is missing that a recipe needs.
     """
-    folder = Path(run)
+    folder = Path(run).expanduser()
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
     with no_modules_from(folder):
@@ -288,10 +288,7 @@ def put_weights(
         raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
     if not isinstance(found, Mapping):
         raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
-    own = modules.state_dict()
     found = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    if options.ema_decay is not None:  # Averages have buffers that a state leaves out.
-        found = {name: found[name] for name in own if name in found}
     try:
         check_weights(modules, found)
     except ValueError as error:
