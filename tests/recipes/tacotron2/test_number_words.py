@@ -18,6 +18,8 @@ READ = {
     "$5/hr": "five dollars per hour",
     "10 000 and 1 050 000 people": "ten thousand and one million fifty thousand people",
     "10\u202f500": "ten thousand five hundred",
+    "$10 000, 10 000.5 and 20 000 km": "ten thousand dollars, ten thousand point five and "
+    "twenty thousand kilometers",
     "He is 5'10\" tall.": "He is five feet ten inches tall.",
     "6\u20321\u2033": "six feet one inch",
     "call 555-1234": "call five five five, one two three four",
