@@ -171,9 +171,9 @@ def _plain(found: Match) -> str:
         counts = re.match(THINGS, behind) and not text.endswith("00")
         dates = re.search(r"(?i)\b(?:the|in|since|until|during|before|after) $", before)
         return found[0] if counts and not dates else year(int(text))
-    # A long row of digits may be a telephone number.
-    long = re.fullmatch(r"\d{7,}", text) and not text.endswith("000")
-    return found[0] if long else amount(text)
+    # A telephone number, as long ones may be? A continental ten thousand?
+    unsure = re.fullmatch(r"911|\d{7,}(?<!000)|\d{1,3}\.\d00", text)
+    return found[0] if unsure else amount(text)
 
 
 def _compiled(
