@@ -50,6 +50,7 @@ from trainer.data import (
     make_feed,
     make_loader,
 )
+from trainer.data.batch import add_advice
 from trainer.distributed import hang_watch
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
@@ -87,6 +88,8 @@ FIXED = {
     "progress": "set its fields, as in self.progress.epoch = 3",
     "updates": "set self.optimizer or self.optimizers_dict in init_optimizers",
 }
+
+COUNTERS = ("epoch", "step", "optimizer_step", "nonfinite_count")  # `fit` counts, no recipe.
 
 
 @dataclass
@@ -275,6 +278,7 @@ class Brain(SpeechBrainNames):
         self.__depth = 0  # A hook of one `fit` may call another.
         self.__in_a_stage = False
         self.__nested_fits = 0  # Number of calls of that kind.
+        self.__data: DataFeed | None = None  # Of the training.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__ticked = time.perf_counter()
         self.__intercept: Optimize | None = None
@@ -307,6 +311,14 @@ class Brain(SpeechBrainNames):
             return
         if name in FIXED and getattr(self, "_Brain__ready", False):
             raise AttributeError(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
+        if name in COUNTERS and vars(self).get("_Brain__depth"):
+            if value != getattr(self, name):
+                warnings.warn(
+                    f"{type(self).__name__}.{name} = {value!r} has no effect within fit, which "
+                    "counts by itself: count in an attribute of another name",
+                    stacklevel=2,
+                )
+            return
         if not callable(value) and name in METHODS:
             raise AttributeError(
                 f"{type(self).__name__}.{name} is a method of Brain; {value!r} would replace it: "
@@ -469,6 +481,9 @@ class Brain(SpeechBrainNames):
                 self.__account(loss, self.__batch)
             self.__tracer.end_batch()
             self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
+        except (TypeError, AttributeError, ValueError) as error:
+            add_advice(error, batch)
+            raise
         finally:
             self.__batch = outer
         return loss
@@ -620,7 +635,11 @@ class Brain(SpeechBrainNames):
             batches = self.__awaited(feed, feed.from_batch(epoch or 0, 0), may_stop())
             for batch, _ in self.__until_stopped(batches, may_stop):
                 steps += 1
-                loss = self.evaluate_batch(batch, stage)
+                try:
+                    loss = self.evaluate_batch(batch, stage)
+                except (TypeError, AttributeError, ValueError) as error:
+                    add_advice(error, batch)
+                    raise
                 if loss is not None:
                     weight = self.count_examples(batch)
                     examples += weight
@@ -799,6 +818,8 @@ class Brain(SpeechBrainNames):
                     number += 1
                     key = f"{name}-{number}"
                 entries[key] = StateEntry(callback)
+        if self.__data is not None and self.__data.stateful is not None:
+            entries["data"] = StateEntry(self.__data, snapshot=dict)
         entries["rng"] = StateEntry(seed.RngState())
         return entries
 
@@ -882,6 +903,8 @@ class Brain(SpeechBrainNames):
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
+        if not self.__depth:
+            self.__data = train
         valid = None
         if arguments.valid_set is not None:
             overfit = self.options.overfit_batches > 0
@@ -1377,7 +1400,13 @@ class Brain(SpeechBrainNames):
 
     def __objects(self) -> dict[str, Any]:
         """Return the stateful objects among hparams and users' attributes, by name."""
-        known = {id(self), id(self.checkpointer), *(id(part) for part in self.modules.modules())}
+        data = None if self.__data is None else self.__data.stateful
+        known = {
+            id(self),
+            id(self.checkpointer),
+            id(data),
+            *(id(part) for part in self.modules.modules()),
+        }
         for update in self.updates.values():
             known |= {id(part) for part in (update.optimizer, update.schedule, update.clip, update)}
         known |= {id(callback) for callback in self.callbacks}
