@@ -492,7 +492,7 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
         options["batch_sampler"] = source.batch_sampler
     else:
         options |= {"sampler": source.sampler, "batch_size": None}
-    return make_loader(source.dataset, seed=seed, **(run | options))
+    return make_loader(source.dataset, seed=seed, **{"train": True, **run, **options})
 
 
 def _closing_flag(owner: Any) -> Tensor:
