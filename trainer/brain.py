@@ -1400,16 +1400,12 @@ class Brain(SpeechBrainNames):
 
     def __objects(self) -> dict[str, Any]:
         """Return the stateful objects among hparams and users' attributes, by name."""
-        data = None if self.__data is None else self.__data.stateful
-        known = {
-            id(self),
-            id(self.checkpointer),
-            id(data),
-            *(id(part) for part in self.modules.modules()),
-        }
+        own = [self, self.checkpointer, *self.modules.modules(), *self.callbacks]
+        if self.__data is not None:
+            own += self.__data.sources
+        known = {id(part) for part in own}
         for update in self.updates.values():
             known |= {id(part) for part in (update.optimizer, update.schedule, update.clip, update)}
-        known |= {id(callback) for callback in self.callbacks}
         named = {f"hparams.{name}": value for name, value in vars(self.hparams).items()}
         return find_stateful({**named, **self.__user_attributes()}, known, self.modules)
 

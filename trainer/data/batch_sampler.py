@@ -66,7 +66,7 @@ def _knows_ranks(part: Any) -> bool:
     return any(
         RANK_NAMES & {*code.co_names, *code.co_consts}
         for code in codes
-        if "site-packages" not in code.co_filename  # A library is told by its attributes.
+        if "-packages" not in code.co_filename  # A library is told by its attributes.
     )
 
 

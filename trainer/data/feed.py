@@ -49,7 +49,7 @@ class DataFeed:
         self._source, self._device, self._train, self._seed = source, device, train, seed
         self._limit, self._repeat, self._split = limit, repeat, split
         self._repeated: list[Any] | None = None
-        self._at: dict[str, int] | None = None  # The last batch of the epoch that is under way.
+        self._at: dict[str, Any] | None = None  # The last epoch, and its last batch if it runs.
         self._saved: Mapping[str, Any] = {}
         if not isinstance(source, (list, tuple)):
             source.alone = False  # `judge_bad` judges.
@@ -85,15 +85,20 @@ class DataFeed:
     @property
     def stateful(self) -> Any:
         """What a resumed run restores in place of skipping batches; None where it skips them."""
-        listed = isinstance(self._source, (list, tuple, Loader)) or self._repeat
-        return None if listed else self._source.stateful  # type: ignore[union-attr]
+        streams = isinstance(self._source, Stream) and not self._repeat
+        return self._source.stateful if streams else None  # type: ignore[union-attr]
+
+    @property
+    def sources(self) -> list[Any]:
+        """Objects whose place in an epoch is the feed's concern."""
+        return self._source.sources if isinstance(self._source, Stream) else []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the epoch that is under way; empty if there is none to rely on."""
+        """Return the place of the source; empty if there is none to rely on."""
         if self._at is None or self.stateful is None:
             return {}
         assert isinstance(self._source, Stream)
-        position = self._source.position()
+        position = self._source.position(running=self._at["batch"] is not None)
         return {} if position is None else {**self._at, "position": position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -122,8 +127,9 @@ class DataFeed:
                 self._repeated = list(islice(self._batches(0), self._repeat))
         size, number = self.begin(epoch), start
         saved, self._saved = self._saved, {}
-        here = {"epoch": epoch, "batch": start}
-        position = saved.get("position") if here.items() <= saved.items() else None
+        place = (saved.get("epoch"), saved.get("batch"))
+        fits = place == (epoch, start) or (start == 0 and place[1] is None)
+        position = saved.get("position") if fits else None
         batches: Iterable[Any]
         if self._repeated:
             batches = islice(self._repeated, start, None)
@@ -138,7 +144,7 @@ class DataFeed:
                 if number == self._limit:
                     return
         finally:
-            self._at = None
+            self._at = {"epoch": epoch, "batch": None}
 
     def judge_bad(self, at_end: bool = True) -> int:
         """Judge the bad files of the current epoch, over all ranks. Collective.

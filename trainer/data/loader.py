@@ -41,6 +41,7 @@ from trainer.data.batch import collate, collate_plain, count_examples
 from trainer.data.batch_sampler import (
     DistributedBatchSampler,
     ShuffledSampler,
+    components,
     generators,
     set_epoch,
 )
@@ -348,22 +349,33 @@ class Stream:
         self._closing = _closing_flag(self)
         self._forked: fork_rng | None = None
         self._resumed: Mapping[str, Any] | None = None
-        self._waiting = False
+        self._waiting = self._ended = False
         self.policy = policy or BadItemPolicy("skip", 0.05)
         self.alone = world_size == 1
         dataset = getattr(source, "dataset", None)
         self.dealt = dataset if isinstance(dataset, DealtItems) else None
         self.equal = world_size == 1 or (self.dealt is not None and self.dealt.equal)
         self.stateful: Any = None
+        workers = getattr(source, "num_workers", 0)
         if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
             self.stateful = source
-        elif self.dealt is not None and self.dealt.resumable and not source.num_workers:  # type: ignore[attr-defined]
+        elif self.dealt is not None and self.dealt.resumable and not workers:
             self.stateful = self.dealt
+        if _has_shuffle_buffer(source):
+            self.stateful = None
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations; tell sampler and dataset."""
         self._epoch = epoch if self._train else 0
         set_epoch(self._source, self._epoch)
+
+    @property
+    def sources(self) -> list[Any]:
+        """The source and its datasets, where their states are places in an epoch."""
+        if self.stateful is None and not _has_shuffle_buffer(self._source):
+            return []
+        nested = [part for part in components(self._source) if isinstance(part, IterableDataset)]
+        return [self._source, *nested]
 
     def skip(self, batches: int, position: Mapping[str, Any] | None = None) -> None:
         """Start the next iteration at this batch.
@@ -374,10 +386,16 @@ class Stream:
         """
         self._start, self._resumed = batches, position
 
-    def position(self) -> dict[str, Any] | None:
-        """Return the state of the source after the last batch; None if there is none to rely on."""
-        if self.stateful is None or self._waiting:
+    def position(self, running: bool) -> dict[str, Any] | None:
+        """Return the state of the source after the last batch; None if there is none to rely on.
+
+        Args:
+            running: False between two epochs, which have random numbers of their own.
+        """
+        if self.stateful is None or self._waiting or self._ended is running:
             return None
+        if not running:
+            return {"source": self.stateful.state_dict()}
         with self._forked or nullcontext():
             random = rng_state()
         random.pop("cuda", None)
@@ -404,9 +422,10 @@ class Stream:
             if resumed is not None:
                 self.stateful.load_state_dict(resumed["source"])
             iterator = iter(self._source)
-            if resumed is not None:
+            if resumed is not None and "random" in resumed:
                 set_rng_state(resumed["random"])
-        self._number, self._waiting, loaded = (0 if resumed is None else start), False, 0
+        self._number, loaded = (0 if resumed is None else start), 0
+        self._waiting = self._ended = False
         plain = type(self._source) is DataLoader and self._source.num_workers > 0
         each = nullcontext() if plain else forked
         self._forked = None if plain else forked
@@ -420,11 +439,12 @@ class Stream:
                         batch = watched.next()
                     self._waiting = False
                     if not isinstance(batch, LoadedBatch):
-                        items = 0 if batch is _END else count_examples(batch)
+                        items = 0 if batch is _END or batch is None else count_examples(batch)
                         batch = LoadedBatch(batch, items + len(reports), reports)
                     self.policy.handle(batch.reports, batch.items)
                     loaded += 1
                     if batch.batch is _END:
+                        self._ended = True
                         break
                     if batch.batch is None:
                         self.policy.handle([(f"batch {loaded}", "it is None")], 1)
@@ -440,6 +460,11 @@ class Stream:
         if self.alone and self.policy.unjudged:
             self.policy.judge([self.report_bad()])
 
+    @property
+    def bad(self) -> dict[str, str]:
+        """Reasons by path, of the items skipped in the current epoch on this rank."""
+        return dict(self.policy.skipped)
+
     def report_bad(self) -> dict[str, Any]:
         """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
         return self.policy.report()
@@ -453,6 +478,18 @@ class Stream:
         """Restore the generators as they were before the batch which is waited for."""
         if self._forked is not None:
             self._forked.undo()
+
+
+def _has_shuffle_buffer(source: Any) -> bool:
+    """Return True for data of Hugging Face's with such a buffer, whose content no state has."""
+    waiting = components(source)
+    while waiting:
+        part = waiting.pop()
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        waiting += [getattr(part, n) for n in ("_ex_iterable", "ex_iterable") if hasattr(part, n)]
+        waiting += getattr(part, "ex_iterables", ())
+    return False
 
 
 def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:
