@@ -335,7 +335,10 @@ def test_what_torch_refuses_in_tuples_becomes_a_list() -> None:
     assert row.x.tolist() == [1, 2]
     with pytest.raises(RuntimeError) as caught:
         collate_plain([(torch.ones(2),), (torch.ones(3),)])
-    assert "mappings or dataclasses are padded" in caught.value.__notes__[0]
+    assert "collate_fn=trainer.data.collate pads" in caught.value.__notes__[0]
+    assert collate_plain([{"x": 1, "y": None}, {"y": 2, "x": 3}])["y"] == [None, 2]
+    with pytest.raises(ValueError, match="differ in their types: dict and int"):
+        collate([{"x": 1}, 1])
 
 
 def test_a_batch_unpacks_to_its_values() -> None:

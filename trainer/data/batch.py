@@ -203,12 +203,12 @@ def collate(items: Sequence[Any]) -> Any:
 
 
 def _join_fields(items: Sequence[Any]) -> dict[Any, Any]:
-    rows = [parts_of(item) for item in items]
-    joined = {}
-    for item, row in zip(items, rows, strict=True):
-        if type(item) is not type(items[0]) and {*row} != {*rows[0]}:
+    for item in items:
+        if not is_container(item):
             kinds = f"{type(items[0]).__name__} and {type(item).__name__}"
             raise ValueError(f"examples of a batch differ in their types: {kinds}")
+    joined, rows = {}, [parts_of(item) for item in items]
+    for row in rows:
         if row.keys() != rows[0].keys():
             raise ValueError(
                 f"examples of a batch differ in their fields: {list(rows[0])} and {list(row)}"
@@ -280,12 +280,13 @@ def collate_plain(items: list[Any]) -> Any:
     except TypeError:  # None, dataclasses, objects of any kind.
         if is_dataclass(first):
             return collate(items)
-        if not isinstance(first, (list, tuple)) or len({len(item) for item in items}) > 1:
+        if not is_container(first) or len({len(item) for item in items}) > 1:
             return items
-        columns = [collate_plain(list(column)) for column in zip(*items, strict=True)]
-        return type(first)(*columns) if hasattr(first, "_fields") else columns
+        rows = [parts_of(item) for item in items]
+        joined = {name: collate_plain([row[name] for row in rows]) for name in rows[0]}
+        return list(joined.values()) if type(first) is tuple else rebuilt(first, joined)
     except RuntimeError as error:
-        error.add_note("examples that are mappings or dataclasses are padded to one length")
+        error.add_note("the loader option collate_fn=trainer.data.collate pads examples with names")
         raise
 
 
