@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainer.small import Regressor, batches, everything, make, same
 from trainer import Brain
-from trainer.brain import ATTRIBUTES, COUNTERS, FIXED, METHODS
+from trainer.brain import ATTRIBUTES, FIXED, METHODS
 
 DOCS = Path(__file__).parents[2] / "docs" / "public-names.md"
 # Names that users of Brain-style trainers set, and some that look like internals.
@@ -100,17 +100,3 @@ def test_every_name_of_the_list_can_be_set_or_says_why_not() -> None:
         brain.fit([1], batches(2))
     assert counters == {"epoch", "step", "optimizer_step", "nonfinite_count"}
     assert fixed | methods | counters | plain == public_names()
-    assert counters == set(COUNTERS)
-
-
-@pytest.mark.parametrize("name", COUNTERS)
-def test_counters_that_a_hook_sets_count_as_before(name: str) -> None:
-    class Counting(Regressor):
-        def on_fit_batch_end(self, *given: Any) -> None:
-            setattr(self, name, getattr(self, name) + 1)
-
-    brains = [make(kind, checkpointer=None) for kind in (Counting, Regressor)]
-    with pytest.warns(UserWarning, match=rf"Counting\.{name} = \d+ has no effect within fit"):
-        brains[0].fit([1, 2], batches(4))
-    brains[1].fit([1, 2], batches(4))
-    assert len({tuple(getattr(brain, each) for each in COUNTERS) for brain in brains}) == 1
