@@ -160,6 +160,20 @@ def test_bad_items_of_a_dealt_stream_are_reported_once(workers: int) -> None:
     assert loaded == 20
 
 
+@pytest.mark.parametrize(
+    ("kind", "workers", "warns"),
+    [(Numbers, 2, True), (Numbers, 1, False), (ByWorker, 2, False), (ByAttribute, 2, False)],
+)
+def test_a_loader_of_its_own_class_that_repeats_items_is_warned_of(
+    kind: Any, workers: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = type("Other", (DataLoader,), {})
+    loader = resumable(other(kind(), batch_size=4, num_workers=workers), train=True)
+    assert ("each of the 2 workers of a Other gives all items of Numbers" in caplog.text) == warns
+    seen = Counter(item for batch in loader for item in batch.tolist())
+    assert set(seen.values()) == {2 if warns else 1}
+
+
 def test_a_dataset_that_knows_its_rank_is_not_dealt_again() -> None:
     class Held:
         rank, world_size = 1, 2

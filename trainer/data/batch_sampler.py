@@ -59,14 +59,24 @@ def _knows_ranks(part: Any) -> bool:
         for held in getattr(part, "__dict__", {}).values()
     ):
         return True
-    if not isinstance(part, IterableDataset):
-        return False
+    # A library is told by its attributes: its code asks for ranks that it may not have.
+    return isinstance(part, IterableDataset) and asks_for(part, RANK_NAMES, "-packages")
+
+
+def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
+    """Return True if the code of an object's class has one of some names.
+
+    Args:
+        part: the object.
+        names: names of functions, attributes or variables of the environment.
+        elsewhere: a part of the paths of files that do not count; empty for none.
+    """
     methods = [method for kind in type(part).__mro__ for method in vars(kind).values()]
     codes = [method.__code__ for method in methods if hasattr(method, "__code__")]
     return any(
-        RANK_NAMES & {*code.co_names, *code.co_consts}
+        names & {*code.co_names, *code.co_consts}
         for code in codes
-        if "-packages" not in code.co_filename  # A library is told by its attributes.
+        if not elsewhere or elsewhere not in code.co_filename
     )
 
 

@@ -41,6 +41,7 @@ from trainer.data.batch import collate, collate_plain, count_examples
 from trainer.data.batch_sampler import (
     DistributedBatchSampler,
     ShuffledSampler,
+    asks_for,
     components,
     generators,
     set_epoch,
@@ -510,6 +511,7 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     if isinstance(source, Loader | Stream):
         return source
     if type(source) is not DataLoader:
+        _warn_of_repeated_items(source)
         policy = BadItemPolicy(run.get("on_bad", "skip"), run.get("max_bad", 0.05))
         return Stream(
             source, seed, run.get("train", True), run.get("timeout", TIMEOUT), policy,
@@ -530,6 +532,21 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     else:
         options |= {"sampler": source.sampler, "batch_size": None}
     return make_loader(source.dataset, seed=seed, **{"train": True, **run, **options})
+
+
+def _warn_of_repeated_items(source: Any) -> None:
+    """Warn of a loader whose workers may all give the same items."""
+    dataset, workers = getattr(source, "dataset", None), getattr(source, "num_workers", 0)
+    if not isinstance(dataset, IterableDataset) or isinstance(dataset, IterDataPipe):
+        return
+    splits = getattr(dataset, "splits_by_worker", asks_for(dataset, frozenset({"get_worker_info"})))
+    if workers > 1 and not splits and getattr(source, "worker_init_fn", None) is None:
+        logger.warning(
+            "each of the %d workers of a %s gives all items of %s, which does not ask for "
+            "get_worker_info: use torch's DataLoader, or num_workers=1, or set its attribute "
+            "splits_by_worker = True if it gives each worker items of its own",
+            workers, type(source).__name__, type(dataset).__name__,
+        )  # fmt: skip
 
 
 def _closing_flag(owner: Any) -> Tensor:
