@@ -50,6 +50,7 @@ from trainer.data import (
     make_feed,
     make_loader,
 )
+from trainer.data.batch import add_advice
 from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
@@ -297,6 +298,7 @@ class Brain(SpeechBrainNames):
         self.__depth = 0  # A hook of one `fit` may call another.
         self.__in_a_stage = False
         self.__nested_fits = 0  # Number of calls of that kind.
+        self.__data: DataFeed | None = None  # Of the training.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
         self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
@@ -514,6 +516,9 @@ class Brain(SpeechBrainNames):
                 self.__account(loss, self.__batch)
             self.__tracer.end_batch()
             self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
+        except (TypeError, AttributeError, ValueError) as error:
+            add_advice(error, batch)
+            raise
         finally:
             self.__batch = outer
         return loss
@@ -665,7 +670,11 @@ class Brain(SpeechBrainNames):
             batches = self.__awaited(feed, feed.from_batch(epoch or 0, 0), may_stop())
             for batch, _ in self.__until_stopped(batches, may_stop):
                 steps += 1
-                loss = self.evaluate_batch(batch, stage)
+                try:
+                    loss = self.evaluate_batch(batch, stage)
+                except (TypeError, AttributeError, ValueError) as error:
+                    add_advice(error, batch)
+                    raise
                 if loss is not None:
                     weight = self.count_examples(batch)
                     examples += weight
@@ -844,6 +853,8 @@ class Brain(SpeechBrainNames):
                     number += 1
                     key = f"{name}-{number}"
                 entries[key] = StateEntry(callback)
+        if self.__data is not None and self.__data.stateful is not None:
+            entries["data"] = StateEntry(self.__data, snapshot=dict)
         entries["rng"] = StateEntry(seed.RngState())
         return entries
 
@@ -927,6 +938,8 @@ class Brain(SpeechBrainNames):
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
+        if not self.__depth:
+            self.__data = train
         valid = None
         if arguments.valid_set is not None:
             overfit = self.options.overfit_batches > 0
@@ -1485,10 +1498,12 @@ class Brain(SpeechBrainNames):
 
     def __objects(self) -> dict[str, Any]:
         """Return the stateful objects among hparams and users' attributes, by name."""
-        known = {id(self), id(self.checkpointer), *(id(part) for part in self.modules.modules())}
+        own = [self, self.checkpointer, *self.modules.modules(), *self.callbacks]
+        if self.__data is not None:
+            own += self.__data.sources
+        known = {id(part) for part in own}
         for update in self.updates.values():
             known |= {id(part) for part in (update.optimizer, update.schedule, update.clip, update)}
-        known |= {id(callback) for callback in self.callbacks}
         named = {f"hparams.{name}": value for name, value in vars(self.hparams).items()}
         return find_stateful({**named, **self.__user_attributes()}, known, self.modules)
 
