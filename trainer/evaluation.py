@@ -15,7 +15,7 @@ from torch import nn
 from trainer import seed
 from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
 from trainer.checkpoint.run_state import check_weights
-from trainer.checkpoint.storage import MissingCheckpoint
+from trainer.checkpoint.storage import BrokenCheckpoint, MissingCheckpoint
 from trainer.optim.ema import WeightAverage
 from trainer.options import RunOptions
 
@@ -146,7 +146,19 @@ def _load_weights(
     for start in range(0, len(found), number):
         chosen = found[start : start + number]
         try:
-            weights = checkpointer.average(chosen, "brain", path)
+            try:
+                weights = checkpointer.average(chosen, "brain", path)
+            except BrokenCheckpoint:
+                raise
+            except ValueError:  # There is no average of the weights.
+                if options.ema_decay is None:
+                    raise
+                weights = checkpointer.average(chosen, "brain", ("modules",))
+                warnings.warn(
+                    "ema_decay asks for averages of the weights, and the checkpoints were saved "
+                    "without: the weights are tested as they are",
+                    stacklevel=2,
+                )
         except MissingCheckpoint:  # Another process saves there, and has a newer one.
             raise
         except ValueError as broken:

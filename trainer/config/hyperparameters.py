@@ -9,6 +9,7 @@ sandbox: see SECURITY.md. A file may be a variant of another one: see `trainer.c
 
 from __future__ import annotations
 
+import copy
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -238,8 +239,14 @@ class Configuration:
         return building.resolve(self.root, self.registry)
 
     def dump(self) -> str:
-        """Write one YAML with base, includes and overrides merged in, references kept."""
-        return reading.dump(self.root)
+        """Write one YAML with base, includes and overrides merged in, references kept.
+
+        It is that of the run: what one start does with the folder is left out.
+        """
+        root = copy.copy(self.root)
+        for name in ("overwrite", "change_hparams"):
+            pop(root, name)
+        return reading.dump(root)
 
 
 def option_node(name: str, value: Any) -> Node:
