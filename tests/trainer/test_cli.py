@@ -580,8 +580,9 @@ def test_a_mistake_in_the_yaml_is_a_sentence_and_its_traceback_is_in_the_log(
 ) -> None:
     said = fails(capsys, keep([]), demo, "--model.in_features", "-1.5")
     assert "model (hparams/toy/demo.yaml, line 6): torch.nn.Linear could not be built" in said
-    assert "(its traceback is in results/toy/demo/7/train.log)" in said
-    log = Path("results/toy/demo/7/train.log").read_text()
+    folder = "results/toy/demo/7-model.in_features=-1.5"
+    assert f"(its traceback is in {folder}/train.log)" in said
+    log = Path(f"{folder}/train.log").read_text()
     assert "Traceback (most recent call last)" in log
     assert "BuildError" in log
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import platform
 import shlex
@@ -32,8 +31,6 @@ from trainer.checkpoint import storage
 from trainer.config.changes import Change, Settings
 from trainer.config.reading import read
 from trainer.loggers.files import readable_errors, replace_file, temporary
-
-logger = logging.getLogger("trainer")
 
 HYPERPARAMS = "hyperparams.yaml"
 LOCK = ".lock"
@@ -189,16 +186,16 @@ class RunFolder:
         """Return what differs from the hyperparameters of the last start.
 
         There are none if nothing was trained here yet.
+
+        Raises:
+            ValueError: the hyperparameters of the last start cannot be read.
         """
         path = self.path / HYPERPARAMS
         if not self.has_record() or self._is_blank(HYPERPARAMS) or self.trained() == NOTHING:
             return []
-        try:
-            before = Settings(read(path, alone=True)[0], now.registry)
-        except ValueError as error:
-            logger.warning("the hyperparameters of the last start cannot be compared: %s", error)
-            return []
-        return now.changes(before)
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError(f"{path} is cut")
+        return now.changes(Settings(read(path, alone=True)[0], now.registry))
 
     def trained(self) -> tuple[int, list[tuple[str, int]]]:
         """Return what changes with every checkpoint and every line of metrics.jsonl."""

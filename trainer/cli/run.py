@@ -299,7 +299,7 @@ def _run(
         seed_everything(options.seed, distributed.rank())
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
         header = LAUNCH_HEADER if argv is None else HEADER
-        folder, changes = stack.enter_context(
+        folder, notes = stack.enter_context(
             _run_folder(hyperparameters, options, _source(train), command, header)
         )
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
@@ -312,8 +312,8 @@ def _run(
         note = f"(its traceback is in {path})" if kept else ""
         stack.enter_context(session.logged_exceptions(log, path, note))
         stack.enter_context(session.failing_as_one())
-        if changes:
-            logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
+        for note in notes:
+            logger.warning("%s", note)
         try:
             run = Run(hyperparameters.build(), options, folder, argv or [])
             metrics = _test_metrics(train(run))
@@ -332,7 +332,7 @@ def _run_folder(
     command: list[str],
     header: str,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Open the run folder on the main process; yield it with changes since the last start."""
+    """Open the run folder on the main process; yield it with notes on changes for the log."""
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
             # All ranks use that of the main process, which waits for them before it is deleted.
@@ -346,7 +346,7 @@ def _run_folder(
         yield folder.path, []
         return
     where = environment(source)
-    problem, changes = None, []
+    problem, notes = None, []
     if distributed.is_main():
         try:
             restarted = distributed.restarts() > 0  # Goes on, and its former self may be ending.
@@ -358,8 +358,14 @@ def _run_folder(
                 folder.add_command(command)  # The record of the earlier run stays.
             else:
                 now = Settings(hyperparameters.root, hyperparameters.registry)
-                changes = folder.changes(now)
+                try:
+                    changes = folder.changes(now)
+                except ValueError as error:
+                    changes, notes = [], [f"cannot compare with the last start: {error}"]
                 _check_changes(changes, options, folder.path, "--" if header is HEADER else "")
+                if changes:
+                    told = "; ".join(map(str, changes))
+                    notes = [f"other hyperparameters than at the last start: {told}"]
                 if options.test_only and folder.has_record():
                     folder.add_command(command)
                 else:
@@ -373,7 +379,7 @@ def _run_folder(
             raise ValueError(problem)
         if distributed.is_main():
             stack.enter_context(folder.undone_if_nothing_is_trained())
-        yield folder.path, [str(change) for change in changes]
+        yield folder.path, notes
 
 
 def _check_changes(

@@ -14,6 +14,7 @@ whose value differs is of one of three kinds:
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from urllib.parse import quote
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from trainer.config.building import STEP, resolve
-from trainer.config.hyperparameters import summary
+from trainer.config.hyperparameters import MAX_SUMMARY, summary
 from trainer.config.reading import (
     CORE,
     PLAIN,
@@ -71,7 +72,11 @@ class Change:
     kind: Kind
 
     def __str__(self) -> str:
-        old, new = (summary(represent(each)) for each in (self.old, self.new))
+        old, new = self.old, self.new
+        if isinstance(old, str) and isinstance(new, str) and max(len(old), len(new)) > MAX_SUMMARY:
+            start = max(len(os.path.commonprefix([old, new])) - MAX_SUMMARY // 2, 0)
+            old, new = (f"{'…' * (start > 0)}{each[start:]}" for each in (old, new))
+        old, new = (summary(represent(each)) for each in (old, new))
         return f"{self.key}: {old} -> {new}"
 
 
