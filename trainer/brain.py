@@ -984,6 +984,8 @@ class Brain(SpeechBrainNames):
                 )  # fmt: skip
                 early_stopping = getattr(self.hparams, "early_stopping", None)
                 progress.stopped &= epoch_end.still_stopped(early_stopping)
+                if progress.stopped:
+                    logger.info("early stopping has ended the training: more patience goes on")
             self.__trained = True
 
     def __start(self) -> None:

@@ -101,11 +101,11 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     elif isinstance(folder, ScalarNode):
         folder.value = os.path.expanduser(folder.value)
     is_default = (tag(folder), folder.value) == (tag(default), default.value)
-    if is_default and "output_folder" not in overridden and not transient.get("change_hparams"):
-        settings = Settings(root, configuration.registry)
-        default.value += settings.suffix(overridden)
-        configuration.override({"output_folder": default})
     options = RunOptions.build(configuration.options(), transient)
+    if is_default and "output_folder" not in overridden and not options.change_hparams:
+        default.value += Settings(root, configuration.registry).suffix(overridden)
+        configuration.override({"output_folder": default})
+        options = RunOptions.build(configuration.options(), transient)
     record = Path(str(options.output_folder), HYPERPARAMS)
     if is_default and options.change_hparams and not (options.debug or record.exists()):
         raise ValueError(

@@ -50,13 +50,12 @@ EXTENDING = re.compile(r"(EpochCounter\w*\.(limit|0)|EarlyStopping\.(patience|2)
 RECORDING = re.compile(r"(\.Checkpointer|\.loggers\.\w+|Logger)$")  # objects that train nothing
 PATH = re.compile(r"(.+_)?(folder|dir|directory|path|file|root)s?")
 PLACE = re.compile(
-    r"device|verbose|(num_|n_)?workers|pin_memory|prefetch(_factor)?|persistent_workers"
-    r"|log_(interval|every|level|steps)|loggers?"
+    r"device|verbose|(\w+_)?workers|(num_)?threads|pin_memory|prefetch(_factor)?"
+    r"|log_(interval|every\w*|freq\w*|level|steps)|(\w+_)?loggers?|logging(_\w+)?"
 )
-EVALUATION = re.compile(
-    r"(.*[._])?(valid(ation)?|val|dev|eval(uation)?|test)[._](.*[._])?"
-    r"(batch_(size|seconds|frames|samples|length)|max_batch_\w+)"
-)
+STAGE = r"(valid(ation)?|val|dev|eval(uation)?|test)"
+BATCH = r"(batch_(size|seconds|frames|samples|length)|max_batch_\w+)"
+EVALUATION = re.compile(rf"(.*[._])?({STAGE}[._](.*[._])?{BATCH}|{BATCH}_{STAGE})")
 TIMESTAMP = CORE + "timestamp"
 ABSENT = "absent"
 MAX_SUFFIX = 80  # characters
