@@ -21,7 +21,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,9 +51,15 @@ from trainer.data import (
     make_loader,
 )
 from trainer.distributed import hang_watch
-from trainer.distributed.announcements import Votes
+from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
-from trainer.evaluation import evaluation_mode, evaluation_weights, gradients_kept, modes_kept
+from trainer.evaluation import (
+    evaluation_mode,
+    evaluation_weights,
+    gradients_kept,
+    modes_kept,
+    training_mode,
+)
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
 from trainer.optim.build import find_optimizers, make_updates, pick_device, prepare_modules
@@ -87,6 +93,10 @@ FIXED = {
     "progress": "set its fields, as in self.progress.epoch = 3",
     "updates": "set self.optimizer or self.optimizers_dict in init_optimizers",
 }
+
+
+class AttributeInUse(AttributeError, ValueError):
+    """Error for an attribute of a subclass that would replace one of `Brain`."""
 
 
 @dataclass
@@ -255,6 +265,15 @@ class Brain(SpeechBrainNames):
         callbacks: Iterable[Callback] = (),
     ) -> None:
         self.__ready = False
+        if hparams is not None and not isinstance(hparams, Mapping):
+            raise ValueError(
+                f"hparams is a {type(hparams).__name__}; allowed: a mapping from names to values"
+            )
+        if run_opts is not None and not isinstance(run_opts, (Mapping, RunOptions)):
+            raise ValueError(
+                f"run_opts is a {type(run_opts).__name__}; allowed: a mapping from names of run "
+                "options to values, or RunOptions"
+            )
         warn_of_similar_names(hparams or {})
         self.options = RunOptions.build(hparams or {}, run_opts)
         if self.options.threads is not None:
@@ -276,6 +295,8 @@ class Brain(SpeechBrainNames):
         self.__in_a_stage = False
         self.__nested_fits = 0  # Number of calls of that kind.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
+        self.__opt_class = opt_class  # That of the present optimizers.
+        self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
         self.__ticked = time.perf_counter()
         self.__intercept: Optimize | None = None
         self.__on_loss: Callable[[StepReport], None] | None = None
@@ -290,7 +311,7 @@ class Brain(SpeechBrainNames):
             self.modules, self.options.nonfinite_patience, self.progress, self.__in_window
         )
         self.__memory = MemoryGuard(self.options.oom_patience, self.progress)
-        self.__votes = Votes(stop=False, save=False)  # Of the last batch.
+        self.__votes = NO_VOTES  # Of the last batch.
         self.__state = RunState(self.progress, self.stateful)
         self.callbacks = CallbackList(defaults.make_callbacks(self))
         for given in (getattr(self.hparams, "callbacks", None) or (), callbacks):
@@ -301,30 +322,46 @@ class Brain(SpeechBrainNames):
         self.__saver = Saver(checkpointer, self.__state, self.options, self.__on_saved)
         self.__ready = True
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name, value in vars(cls).items():
+            described = isinstance(value, (property, staticmethod, classmethod))
+            if name in FIXED and not described:
+                raise AttributeInUse(f"{cls.__name__}.{name} cannot be set: {FIXED[name]}")
+            if name in METHODS and not (described or callable(value)):
+                raise AttributeInUse(_replaces_method(cls, name, value))
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_Brain__"):  # Set several times a step, so that `super` is too slow.
             object.__setattr__(self, name, value)
             return
-        if name in FIXED and getattr(self, "_Brain__ready", False):
-            raise AttributeError(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
+        ready = vars(self).get("_Brain__ready")  # None before the constructor, False within.
+        if name in FIXED and ready is not False:
+            if name == "device" and ready and _is_same_device(value, self.device):
+                return
+            raise AttributeInUse(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
         if not callable(value) and name in METHODS:
-            raise AttributeError(
-                f"{type(self).__name__}.{name} is a method of Brain; {value!r} would replace it: "
-                "choose another name for the attribute"
-            )
+            raise AttributeInUse(_replaces_method(type(self), name, value))
         if name == "driver" and not (value is None or callable(value)):
-            raise AttributeError(
+            raise AttributeInUse(
                 f"{type(self).__name__}.driver is called in place of the loop of fit; {value!r} "
                 "cannot be called: choose another name for the attribute"
             )
-        if name in ("modules", "checkpointer") and getattr(self, "_Brain__ready", False):
+        if name == "hparams" and isinstance(value, Mapping):
+            value = SimpleNamespace(**value)
+        elif name == "hparams" and not hasattr(value, "__dict__"):
+            raise AttributeInUse(
+                f"{type(self).__name__}.hparams holds the hyperparameters by name; {value!r} is no "
+                "mapping: choose another name for the attribute"
+            )
+        if name in ("modules", "checkpointer") and ready:
             value = self.__exchange(name, value)
         super().__setattr__(name, value)
 
     def __exchange(self, name: str, value: Any) -> Any:
         """Return other modules or another checkpointer, ready for use, before the first `fit`."""
         if self.updates:
-            raise AttributeError(
+            raise AttributeInUse(
                 f"{type(self).__name__}.{name} cannot be set once fit has begun: set it before"
             )
         if name == "checkpointer":
@@ -382,6 +419,8 @@ class Brain(SpeechBrainNames):
         train, valid = self.__feeds(arguments)
         with self.__fitting() as stack:
             self.__prepare(epoch_counter, self.__saver.recover)
+            if self.__depth == 1:
+                self.__epochs_to_do = _length(epoch_counter)
             stack.push(self.__telling_end("on_fit_end"))
             self.__start()
             for epoch in self.__epochs(epoch_counter, valid is not None):
@@ -398,7 +437,7 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            self.modules.train()
+            training_mode(self.modules)
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
@@ -406,6 +445,8 @@ class Brain(SpeechBrainNames):
             total = feed.begin(epoch)  # The data may be chosen by objects that were just restored.
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
+                if not self.options.debug:
+                    epoch_end.warn_of_totals(self.updates.values(), self.__epochs_to_do, total)
             restored = Snapshot(self.progress, self.__callback_state) if resumed else None
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             if restored is not None:  # The stage had begun before it was saved.
@@ -457,6 +498,7 @@ class Brain(SpeechBrainNames):
                 f"count_examples returned {weight}; allowed: a finite number, 0 or more"
             )
         progress.step += 1
+        progress.counted_by_hand = False
         outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
         try:
             guard.begin_batch()
@@ -528,7 +570,7 @@ class Brain(SpeechBrainNames):
             return self.__intercept(parts, float(weight), retain_graph, last)
         found: list[StepReport] = []
         try:
-            if distributed.world_size() > 1:
+            if self.__strategy.communicates:
                 closing = [updates for updates, _ in parts if step.closes(updates, last)]
                 if closing:
                     names = [[each.name for each in updates] for updates in closing]
@@ -867,7 +909,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        self.modules.train()
+        training_mode(self.modules)
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
         train.begin(self.progress.epoch)
@@ -973,10 +1015,14 @@ class Brain(SpeechBrainNames):
         progress, outermost = self.progress, self.__depth <= 1
         if not self.updates:
             self.__build_optimizers()
+        elif outermost:
+            self.__exchange_optimizers()
         if outermost:
             progress.fits += 1
             if progress.fits != self.__state.resumed_fit:
                 progress.stopped = False
+            elif progress.fits > 1:
+                self.__state.load_optimizers()
             if progress.fits == 1 and (found := recover()) is not None:
                 logger.info(
                     "resuming after epoch %d, batch %d (optimizer step %d) from %s",
@@ -1004,19 +1050,50 @@ class Brain(SpeechBrainNames):
         if distributed.world_size() > 1:  # Equal weights, but different dropout on each rank.
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
-        optimizers = find_optimizers(
+        optimizers = self.__optimizers()
+        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        self.__make_updates(optimizers)
+        if options.ema_decay is not None:
+            self.__ema = WeightAverage(modules, options.ema_decay)
+
+    def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the recipe's optimizers by name, as it has them now."""
+        return find_optimizers(
             getattr(self, "optimizers_dict", None), self.__user_attributes(True), self.__precision
         )
-        schedules = getattr(self.hparams, "schedule", None)
-        self.updates.update(make_updates(
-            optimizers, modules, options, self.__precision, schedules, self.__strategy,
-            self.__on_hand_step,
-        ))  # fmt: skip
+
+    def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        made = make_updates(
+            optimizers, self.modules, self.options, self.__precision,
+            getattr(self.hparams, "schedule", None), self.__strategy, self.__on_hand_step,
+        )  # fmt: skip
+        self.updates.clear()
+        self.updates.update(made)
+        self.__opt_class = self.opt_class
         for update in self.updates.values():
             update.before_step.append(partial(self.callbacks.call, "before_optimizer_step", self))
             update.after_step.append(partial(self.callbacks.call, "after_optimizer_step", self))
-        if options.ema_decay is not None:
-            self.__ema = WeightAverage(modules, options.ema_decay)
+
+    def __exchange_optimizers(self) -> None:
+        """Take over the optimizers that the recipe has made since the last `fit`."""
+        optimizers = self.__optimizers()
+        if self.__trains_with(optimizers):
+            if self.opt_class is not self.__opt_class:
+                logger.warning(
+                    "opt_class was set after the optimizers were made, and has no effect on them: "
+                    "call init_optimizers() before fit"
+                )
+            return
+        self.zero_grad()
+        self.__make_updates(optimizers)
+        kinds = ", ".join(f"{n!r} ({type(o).__name__})" for n, o in optimizers.items())
+        logger.info("this fit trains with new optimizers: %s", kinds)
+
+    def __trains_with(self, optimizers: dict[str, torch.optim.Optimizer]) -> bool:
+        """Return True if these optimizers are those of ``updates``."""
+        return list(self.updates) == list(optimizers) and all(
+            self.updates[name].optimizer is optimizer for name, optimizer in optimizers.items()
+        )
 
     def __epochs(self, counter: Iterable[int], has_valid: bool) -> Iterator[int]:
         """Yield the epochs that are still to do, each entered where it was left."""
@@ -1050,6 +1127,11 @@ class Brain(SpeechBrainNames):
         """Prepare for the first batch, once the stage's hook has run; True if a run resumes."""
         self.__guard.begin_stage()
         if self.progress.step == 0:
+            if not self.__trains_with(self.__optimizers()):
+                logger.warning(
+                    "a hook has exchanged the optimizers while fit runs, which goes on with those "
+                    "of before: exchange them between two calls of fit, or change their groups"
+                )
             self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
             self.__metrics.begin_epoch()
             self.progress.nonfinite_count = 0
@@ -1091,6 +1173,9 @@ class Brain(SpeechBrainNames):
             if not is_out_of_memory(error):
                 raise
             reason = self.__reason_to_give_up(error)
+        except ValueError as error:
+            self.__explain(error)
+            raise
         # Outside of the handler: its traceback holds what the batch had in memory.
         if reason is not None:
             strategy.give_up_batch(
@@ -1101,7 +1186,8 @@ class Brain(SpeechBrainNames):
         # Until an optimizer has moved, a rank may give up, also after a step that was skipped.
         if votes is None or not (votes.gave_up or known.moved()):
             votes = strategy.vote()
-        self.__votes = votes
+        if votes is not self.__votes:
+            self.__votes = votes
         if not votes.gave_up:
             return loss
         self.zero_grad()
@@ -1111,6 +1197,16 @@ class Brain(SpeechBrainNames):
         self.__metrics.counts["out_of_memory"] += 1
         self.__memory.skip(reason)
         return None
+
+    def __explain(self, error: ValueError) -> None:
+        """Raise the error of a batch norm that is given one example as a sentence."""
+        if "Expected more than 1 value per channel" in str(error):
+            ids = ", ".join(self.batch_ids(self.__batch.batch)) or "without ids"
+            raise ValueError(
+                f"epoch {self.progress.epoch}, batch {self.progress.step} ({ids}) has one value "
+                "per channel, of which batch norm can take no variance: leave out a short last "
+                "batch by drop_last=True in train_loader_kwargs, or choose another batch_size"
+            ) from error
 
     def __reason_to_give_up(self, error: BaseException) -> str:
         """Return the batch and error for the log; raise if the batch cannot be given up."""
@@ -1138,7 +1234,8 @@ class Brain(SpeechBrainNames):
 
     def __take_reports(self, reports: list[StepReport]) -> None:
         """Count the outcome of a loss, and tell callbacks and the guard."""
-        self.__optimized = True
+        if not self.__optimized:
+            self.__optimized = True
         self.__batch.reports += reports
         for report in reports:
             self.__metrics.add_report(report)
@@ -1169,7 +1266,8 @@ class Brain(SpeechBrainNames):
             metrics.add_loss(loss, batch.weight, windows)
         metrics.examples += batch.weight
         if "stepped" in outcomes or batch.stepped_by_hand:
-            progress.optimizer_step += 1
+            if not progress.counted_by_hand:
+                progress.optimizer_step += 1
             if self.__ema is not None:
                 self.__ema.update(self.modules)
             if self.__logs():
@@ -1184,7 +1282,7 @@ class Brain(SpeechBrainNames):
     def __after_batch(self) -> bool:
         """Save and stop where that is due; return True if the training ends here."""
         asked, due, _ = self.__votes
-        if self.__depth == 1:
+        if self.__depth == 1 and (asked or due or self.__saver.pending()):
             self.__tick()
             with hang_watch.pause():
                 if due or self.__saver.due_by_steps():
@@ -1213,6 +1311,7 @@ class Brain(SpeechBrainNames):
         joint = [self.updates[name] for name in progress.joint or ()]
         groups = [joint, *([update] for update in self.updates.values() if update not in joint)]
         batch = self.__batch = _Batch(weight=0.0)
+        progress.counted_by_hand = False
         self.__guard.begin_batch()
         for updates in groups:
             if any(update.window.count for update in updates):
@@ -1244,14 +1343,15 @@ class Brain(SpeechBrainNames):
             )
 
     def __awaited(self, feed: DataFeed, batches: Iterable[Any], may_stop: bool) -> Iterator[Any]:
-        """Yield batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
+        """Return batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
 
         The state is then that of after the last batch. Several ranks save it if all of them wait.
         """
         if not may_stop or not feed.may_hang:
-            yield from batches
-            return
+            return iter(batches)
+        return self.__await(feed, batches)
 
+    def __await(self, feed: DataFeed, batches: Iterable[Any]) -> Iterator[Any]:
         def rescue(number: int) -> None:
             if self.__stage is Stage.TRAIN and distributed.world_size() == 1:
                 feed.undo_draws()
@@ -1417,6 +1517,29 @@ class Brain(SpeechBrainNames):
                 stacklevel=4,
             )
         self.__strategy.average(update.name)
+
+
+def _length(counter: Iterable[int]) -> int | None:
+    """Return how many epochs a counter has to give; None where that is unknown."""
+    if isinstance(counter, Sized):
+        return len(counter)
+    limit, current = getattr(counter, "limit", None), getattr(counter, "current", 0)
+    return None if limit is None else limit - current
+
+
+def _is_same_device(value: Any, device: torch.device) -> bool:
+    try:
+        other = torch.device(value)
+    except (RuntimeError, TypeError):
+        return False
+    return other.type == device.type and other.index in (None, device.index)
+
+
+def _replaces_method(kind: type, name: str, value: Any) -> str:
+    return (
+        f"{kind.__name__}.{name} is a method of Brain; {value!r} would replace it: choose another "
+        "name for the attribute"
+    )
 
 
 METHODS = frozenset(

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import seed
 from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
@@ -31,6 +31,28 @@ def modes_kept(modules: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def training_mode(modules: nn.Module) -> None:
+    """Put modules into training mode, but for parts that are frozen and in evaluation mode.
+
+    A part in evaluation mode without a parameter that requires a gradient stays as it is, such as
+    a pretrained encoder whose running statistics are not to change.
+    """
+    kept = [(part, part.training) for root in _frozen(modules) for part in root.modules()]
+    modules.train()
+    for part, mode in kept:
+        part.training = mode
+
+
+def _frozen(module: nn.Module, chosen: bool = True) -> Iterator[nn.Module]:
+    """Yield the parts that stay in evaluation mode; ``chosen`` if this one was put there alone."""
+    trains = [p.requires_grad for p in module.parameters()]
+    if not module.training and not any(trains) and (trains or chosen):
+        yield module
+        return
+    for child in module.children():
+        yield from _frozen(child, chosen=module.training)
 
 
 @contextmanager
@@ -141,39 +163,57 @@ def _load_weights(
     checkpointer: Checkpointer, options: RunOptions, max_key: str | None, min_key: str | None
 ) -> Any:
     number = options.average_checkpoints
-    path = ("modules",) if options.ema_decay is None else ("ema", "average")
     found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)
     for start in range(0, len(found), number):
         chosen = found[start : start + number]
+        names = ", ".join(each.name for each in chosen)
         try:
-            try:
-                weights = checkpointer.average(chosen, "brain", path)
-            except BrokenCheckpoint:
-                raise
-            except ValueError:  # There is no average of the weights.
-                if options.ema_decay is None:
+            weights = checkpointer.average(chosen, "brain", ("modules",))
+            if options.ema_decay is not None:
+                try:
+                    averages = checkpointer.average(chosen, "brain", ("ema", "average"))
+                except BrokenCheckpoint:
                     raise
-                weights = checkpointer.average(chosen, "brain", ("modules",))
-                warnings.warn(
-                    "ema_decay asks for averages of the weights, and the checkpoints were saved "
-                    "without: the weights are tested as they are",
-                    stacklevel=2,
-                )
+                except ValueError:
+                    logger.warning(
+                        "ema_decay is %g, but the run had none when %s was saved: its weights are "
+                        "tested, not their average", options.ema_decay, names,
+                    )  # fmt: skip
+                else:
+                    weights = _with_averages(weights, averages)
         except MissingCheckpoint:  # Another process saves there, and has a newer one.
             raise
         except ValueError as broken:
             warnings.warn(str(broken), stacklevel=2)
             continue
-        names = ", ".join(each.name for each in chosen)
+        if len(chosen) < number:
+            logger.warning(
+                "average_checkpoints is %d, and there are %d: %s", number, len(chosen), names
+            )
         logger.info("testing with the weights of %s", names)
         return weights
     return None
 
 
+def _with_averages(weights: Any, averages: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return weights with their averages in place of them.
+
+    An average has one name; a parameter that is tied has several, and its tensor the same memory.
+    """
+    tied = {_memory(value): averages[name] for name, value in weights.items() if name in averages}
+    return {
+        name: tied.get(_memory(value), value) if isinstance(value, Tensor) else value
+        for name, value in weights.items()
+    }
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 @contextmanager
 def _swapped(modules: nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
     own = copy.deepcopy(modules.state_dict())
-    weights = {name: weights[name] for name in own if name in weights}
     check_weights(modules, weights)
     modules.load_state_dict(weights)
     try:

@@ -41,6 +41,7 @@ class Progress:
         averaged: name of the optimizer whose loss `Brain.fit_batch` returns.
         nonfinite_count: skipped steps of the current epoch.
         out_of_memory_count: batches in a row, up to the last one, for which memory ran out.
+        counted_by_hand: True if the recipe has set ``optimizer_step`` in this batch.
     """
 
     epoch: int = 0
@@ -56,6 +57,7 @@ class Progress:
     averaged: str | None = None
     nonfinite_count: int = 0
     out_of_memory_count: int = 0
+    counted_by_hand: bool = False
 
     def load_state_dict(self, state: Mapping[str, Any], of_run: bool = True) -> None:
         """Set the fields from a saved state.

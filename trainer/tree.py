@@ -7,6 +7,17 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+from torch import Tensor
+
+
+def plain_number(value: Any) -> Any:
+    """Return a tensor, array or NumPy number of one element as Python's number, all else as is."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
+        return value.item()
+    return value
+
 
 def map_leaves(
     function: Callable[[Any], Any],

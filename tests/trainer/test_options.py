@@ -93,7 +93,7 @@ def test_an_unknown_run_option_names_the_nearest() -> None:
 def test_former_names_set_the_same_options_and_are_noted_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run_options._note_alias.cache_clear()
+    run_options._note.cache_clear()
     assert len(ALIASES) >= 2
     with caplog.at_level(logging.WARNING, "trainer"):
         for _ in range(2):

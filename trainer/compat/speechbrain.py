@@ -51,7 +51,7 @@ def create_experiment_directory(
     """
     where = environment(Path(sys.argv[0]) if sys.argv[0] else None)
     if distributed.is_main():
-        folder = RunFolder(Path(experiment_directory))
+        folder = RunFolder(Path(experiment_directory).expanduser())
         folder.open()
         _open_folders.append(folder)
         text, changes = "", []
