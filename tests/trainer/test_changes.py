@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import settings as settings_of_hypothesis
 
+from tests.trainer.test_yaml_properties import FOLDER, GOOD_YAMLS
+from trainer.cli import configure
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
+from trainer.config.reading import represent
+from trainer.config.registry import Registry
 
 TEXT = """\
 seed: 1
@@ -186,11 +192,29 @@ def test_one_changed_leaf_of_any_tree_is_found_and_no_other() -> None:
     assert tried == 60
 
 
+@settings_of_hypothesis(max_examples=60, deadline=None)
+@example("clips: [!new:trainer.clipping.NormClip {max_norm: 1}, !name:torch.nn.ReLU]")
+@example("a: &x 1\nb: [*x, {c: *x}]\nd: !ref <a>")
+@example("a: ['007', '(1, 2)', (1, 2), 'null', '!ref <a>', '']")
+@given(GOOD_YAMLS)
+def test_the_record_of_a_yaml_has_the_same_values(text: str) -> None:
+    """A hyperparams.yaml that is read again is the same run."""
+    path = FOLDER / "first.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        configuration = Configuration(path)
+        before = Settings(configuration.root, configuration.registry)
+    except ValueError:
+        return  # No run begins.
+    path.write_text(configuration.dump(), encoding="utf-8")
+    again = Configuration(path)
+    after = Settings(again.root, again.registry)
+    assert after.changes(before) == []
+    assert after.values.keys() == before.values.keys()
+
+
 def of(value: Any) -> Settings:
     """Return the settings of plain values."""
-    from trainer.config.reading import represent
-    from trainer.config.registry import Registry
-
     return Settings(represent(value), Registry())  # type: ignore[arg-type]
 
 
@@ -238,8 +262,6 @@ def test_a_long_suffix_becomes_a_hash_that_differs(tmp_path: Path) -> None:
 
 def suffix_of(folder: Path, overrides: dict[str, str]) -> str:
     """Return the end of the default folder's name for a command line."""
-    from trainer.cli import configure
-
     path = folder / "x.yaml"
     path.write_text(TEXT.replace("output_folder: results/x\n", ""))
     given = [f"--{key}={value}" for key, value in overrides.items()]
