@@ -1044,6 +1044,10 @@ class Brain(SpeechBrainNames):
                     "resuming after epoch %d, batch %d (optimizer step %d) from %s",
                     progress.epoch, progress.step, progress.optimizer_step, found.path,
                 )  # fmt: skip
+                early_stopping = getattr(self.hparams, "early_stopping", None)
+                progress.stopped &= epoch_end.still_stopped(early_stopping)
+                if progress.stopped:
+                    logger.info("early stopping has ended the training: more patience goes on")
             self.__trained = True
 
     def __start(self) -> None:
