@@ -21,7 +21,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,8 +54,9 @@ from trainer.data import (
     make_feed,
     make_loader,
 )
+from trainer.data.batch import add_advice
 from trainer.distributed import hang_watch
-from trainer.distributed.announcements import Votes
+from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import (
     counters_as_saved,
@@ -64,6 +65,8 @@ from trainer.evaluation import (
     gradients_kept,
     has_weights,
     modes_kept,
+    training_mode,
+    warn_of_modes,
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
@@ -73,8 +76,9 @@ from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
-from trainer.options import RunOptions, warn_of_similar_names
+from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
+from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
 
@@ -97,6 +101,10 @@ FIXED = {
     "progress": "set its fields, as in self.progress.epoch = 3",
     "updates": "set self.optimizer or self.optimizers_dict in init_optimizers",
 }
+
+
+class AttributeInUse(AttributeError, ValueError):
+    """Error for an attribute of a subclass that would replace one of `Brain`."""
 
 
 @dataclass
@@ -267,8 +275,18 @@ class Brain(SpeechBrainNames):
         callbacks: Iterable[Callback] = (),
     ) -> None:
         self.__ready = False
+        if hparams is not None and not isinstance(hparams, Mapping):
+            raise ValueError(
+                f"hparams is a {type(hparams).__name__}; allowed: a mapping from names to values"
+            )
+        run_opts = given_options(run_opts)
+        if run_opts is not None and not isinstance(run_opts, (Mapping, RunOptions)):
+            raise ValueError(
+                f"run_opts is a {type(run_opts).__name__}; allowed: a mapping from names of run "
+                "options to values, or RunOptions"
+            )
         warn_of_similar_names(hparams or {})
-        self.options = RunOptions.build(hparams or {}, toolkit.plain_options(run_opts))
+        self.options = RunOptions.build(hparams or {}, run_opts)
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         self.hparams = SimpleNamespace(**(hparams or {}))
@@ -292,10 +310,13 @@ class Brain(SpeechBrainNames):
         self.__depth = 0  # A hook of one `fit` may call another.
         self.__in_a_stage = False
         self.__nested_fits = 0  # Number of calls of that kind.
+        self.__data: DataFeed | None = None  # Of the training.
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__measuring = False  # A recipe of SpeechBrain that has no optimizer.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
+        self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
+        self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
         self.__ticked = time.perf_counter()
         self.__intercept: Optimize | None = None
         self.__on_loss: Callable[[StepReport], None] | None = None
@@ -310,7 +331,7 @@ class Brain(SpeechBrainNames):
             self.modules, self.options.nonfinite_patience, self.progress, self.__in_window
         )
         self.__memory = MemoryGuard(self.options.oom_patience, self.progress)
-        self.__votes = Votes(stop=False, save=False)  # Of the last batch.
+        self.__votes = NO_VOTES  # Of the last batch.
         self.__state = RunState(self.progress, self.stateful)
         self.callbacks = CallbackList(defaults.make_callbacks(self))
         for given in (getattr(self.hparams, "callbacks", None) or (), callbacks):
@@ -321,35 +342,51 @@ class Brain(SpeechBrainNames):
         self.__saver = Saver(checkpointer, self.__state, self.options, self.__on_saved)
         self.__ready = True
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name, value in vars(cls).items():
+            described = isinstance(value, (property, staticmethod, classmethod))
+            if name in FIXED and not described:
+                raise AttributeInUse(f"{cls.__name__}.{name} cannot be set: {FIXED[name]}")
+            if name in METHODS and not (described or callable(value)):
+                raise AttributeInUse(_replaces_method(cls, name, value))
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_Brain__"):  # Set several times a step, so that `super` is too slow.
             object.__setattr__(self, name, value)
             return
-        if name in FIXED and getattr(self, "_Brain__ready", False):
-            raise AttributeError(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
-        if name in SETTINGS and getattr(self, "_Brain__ready", False):
-            raise AttributeError(
+        ready = vars(self).get("_Brain__ready")  # None before the constructor, False within.
+        if name in FIXED and ready is not False:
+            if name == "device" and ready and _is_same_device(value, self.device):
+                return
+            raise AttributeInUse(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
+        if name in SETTINGS and ready:
+            raise AttributeInUse(
                 f"{type(self).__name__}.{name} cannot be set: it is a run option, which takes "
-                f"effect where the Brain is made: give it in run_opts or hparams"
+                "effect where the Brain is made: give it in run_opts or hparams"
             )
         if not callable(value) and name in METHODS:
-            raise AttributeError(
-                f"{type(self).__name__}.{name} is a method of Brain; {value!r} would replace it: "
-                "choose another name for the attribute"
-            )
+            raise AttributeInUse(_replaces_method(type(self), name, value))
         if name == "driver" and not (value is None or callable(value)):
-            raise AttributeError(
+            raise AttributeInUse(
                 f"{type(self).__name__}.driver is called in place of the loop of fit; {value!r} "
                 "cannot be called: choose another name for the attribute"
             )
-        if name in ("modules", "checkpointer") and getattr(self, "_Brain__ready", False):
+        if name == "hparams" and isinstance(value, Mapping):
+            value = SimpleNamespace(**value)
+        elif name == "hparams" and not hasattr(value, "__dict__"):
+            raise AttributeInUse(
+                f"{type(self).__name__}.hparams holds the hyperparameters by name; {value!r} is no "
+                "mapping: choose another name for the attribute"
+            )
+        if name in ("modules", "checkpointer") and ready:
             value = self.__exchange(name, value)
         super().__setattr__(name, value)
 
     def __exchange(self, name: str, value: Any) -> Any:
         """Return other modules or another checkpointer, ready for use, before the first `fit`."""
         if self.updates:
-            raise AttributeError(
+            raise AttributeInUse(
                 f"{type(self).__name__}.{name} cannot be set once fit has begun: set it before"
             )
         if name == "checkpointer":
@@ -408,6 +445,8 @@ class Brain(SpeechBrainNames):
         train, valid = self.__feeds(arguments)
         with self.__fitting() as stack:
             self.__prepare(epoch_counter, self.__saver.recover)
+            if self.__depth == 1:
+                self.__epochs_to_do = _length(epoch_counter)
             stack.push(self.__telling_end("on_fit_end"))
             self.__start()
             for epoch in self.__epochs(epoch_counter, valid is not None):
@@ -424,7 +463,7 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            self.modules.train()
+            training_mode(self.modules, self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
@@ -435,6 +474,8 @@ class Brain(SpeechBrainNames):
             )  # The data may be chosen by objects that were just restored.
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
+                if not self.options.debug:
+                    epoch_end.warn_of_totals(self.updates.values(), self.__epochs_to_do, total)
             restored = Snapshot(self.progress, self.__callback_state) if resumed else None
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             if restored is not None:  # The stage had begun before it was saved.
@@ -487,6 +528,7 @@ class Brain(SpeechBrainNames):
                 f"count_examples returned {weight}; allowed: a finite number, 0 or more"
             )
         progress.step += 1
+        progress.counted_by_hand = False
         outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
         try:
             guard.begin_batch()
@@ -499,6 +541,9 @@ class Brain(SpeechBrainNames):
                 self.__account(loss, self.__batch)
             self.__tracer.end_batch()
             self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
+        except (TypeError, AttributeError, ValueError) as error:
+            add_advice(error, batch)
+            raise
         finally:
             self.__batch = outer
         return loss
@@ -560,7 +605,7 @@ class Brain(SpeechBrainNames):
             return self.__intercept(parts, float(weight), retain_graph, last)
         found: list[StepReport] = []
         try:
-            if distributed.world_size() > 1:
+            if self.__strategy.communicates:
                 closing = [updates for updates, _ in parts if step.closes(updates, last)]
                 if closing:
                     names = [[each.name for each in updates] for updates in closing]
@@ -720,7 +765,11 @@ class Brain(SpeechBrainNames):
             batches = self.__awaited(feed, feed.from_batch(epoch or 0, 0), may_stop())
             for batch, _ in self.__until_stopped(batches, may_stop):
                 steps += 1
-                loss = self.evaluate_batch(batch, stage)
+                try:
+                    loss = self.evaluate_batch(batch, stage)
+                except (TypeError, AttributeError, ValueError) as error:
+                    add_advice(error, batch)
+                    raise
                 if loss is not None:
                     weight = self.count_examples(batch) / shares
                     examples += weight
@@ -848,7 +897,7 @@ class Brain(SpeechBrainNames):
 
         The epoch's own average is weighted by examples. A loss that is not finite is left out.
         """
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = float(plain_number(loss))
         if not math.isfinite(value):
             return avg_loss
         return avg_loss + (value - avg_loss) / max(self.progress.step, 1)
@@ -916,6 +965,8 @@ class Brain(SpeechBrainNames):
                     number += 1
                     key = f"{name}-{number}"
                 entries[key] = StateEntry(callback)
+        if self.__data is not None and self.__data.stateful is not None:
+            entries["data"] = StateEntry(self.__data, snapshot=dict)
         entries["rng"] = StateEntry(seed.RngState())
         return entries
 
@@ -984,7 +1035,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        self.modules.train()
+        training_mode(self.modules, self.__trained_parameters())
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
         train.begin(self.__data_epoch)
@@ -999,6 +1050,8 @@ class Brain(SpeechBrainNames):
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
+        if not self.__depth:
+            self.__data = train
         valid = None
         if arguments.valid_set is not None:
             overfit = self.options.overfit_batches > 0
@@ -1095,15 +1148,23 @@ class Brain(SpeechBrainNames):
         progress, outermost = self.progress, self.__depth <= 1
         if not self.updates and not self.__measuring:
             self.__build_optimizers()
+        elif outermost:
+            self.__exchange_optimizers()
         if outermost:
             progress.fits += 1
             if progress.fits != self.__state.resumed_fit:
                 progress.stopped = False
+            elif progress.fits > 1:
+                self.__state.load_optimizers()
             if progress.fits == 1 and (found := recover()) is not None:
                 logger.info(
                     "resuming after epoch %d, batch %d (optimizer step %d) from %s",
                     progress.epoch, progress.step, progress.optimizer_step, found.path,
                 )  # fmt: skip
+                early_stopping = getattr(self.hparams, "early_stopping", None)
+                progress.stopped &= epoch_end.still_stopped(early_stopping)
+                if progress.stopped:
+                    logger.info("early stopping has ended the training: more patience goes on")
             self.__trained = True
 
     def __start(self) -> None:
@@ -1122,22 +1183,55 @@ class Brain(SpeechBrainNames):
         if distributed.world_size() > 1:  # Equal weights, but different dropout on each rank.
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
-        optimizers = find_optimizers(
+        optimizers = self.__optimizers()
+        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        self.__make_updates(optimizers)
+        warn_of_modes(modules, self.__trained_parameters())
+        if options.ema_decay is not None:
+            self.__ema = WeightAverage(modules, options.ema_decay)
+
+    def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the recipe's optimizers by name, as it has them now."""
+        return find_optimizers(
             getattr(self, "optimizers_dict", None), self.__user_attributes(True), self.__precision
         )
+
+    def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
         self.__measuring = self.__theirs and not optimizers
         if self.__measuring:
             logger.warning("no optimizer: nothing is trained by gradients, as in k-means")
         schedules = getattr(self.hparams, "schedule", None)
-        self.updates.update(make_updates(
-            optimizers, modules, options, self.__precision, schedules, self.__strategy,
+        made = make_updates(
+            optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
             self.__on_hand_step,
-        ))  # fmt: skip
+        )  # fmt: skip
+        self.updates.clear()
+        self.updates.update(made)
+        self.__made_by = self.opt_class, schedules
         for update in self.updates.values():
             update.before_step.append(partial(self.callbacks.call, "before_optimizer_step", self))
             update.after_step.append(partial(self.callbacks.call, "after_optimizer_step", self))
-        if options.ema_decay is not None:
-            self.__ema = WeightAverage(modules, options.ema_decay)
+
+    def __exchange_optimizers(self) -> None:
+        """Take over the optimizers that the recipe has made since the last `fit`."""
+        optimizers = self.__optimizers()
+        if self.__trains_with(optimizers):
+            if self.__made_by != (self.opt_class, getattr(self.hparams, "schedule", None)):
+                logger.warning(
+                    "opt_class or hparams.schedule was set after the optimizers were made, and has "
+                    "no effect on them: call init_optimizers() before fit"
+                )
+            return
+        self.zero_grad()
+        self.__make_updates(optimizers)
+        kinds = ", ".join(f"{n!r} ({type(o).__name__})" for n, o in optimizers.items())
+        logger.info("this fit trains with new optimizers: %s", kinds)
+
+    def __trains_with(self, optimizers: dict[str, torch.optim.Optimizer]) -> bool:
+        """Return True if these optimizers are those of ``updates``."""
+        return list(self.updates) == list(optimizers) and all(
+            self.updates[name].optimizer is optimizer for name, optimizer in optimizers.items()
+        )
 
     def __epochs(self, counter: Iterable[int], has_valid: bool) -> Iterator[int]:
         """Yield the epochs that are still to do, each entered where it was left."""
@@ -1172,6 +1266,11 @@ class Brain(SpeechBrainNames):
         """Prepare for the first batch, once the stage's hook has run; True if a run resumes."""
         self.__guard.begin_stage()
         if self.progress.step == 0:
+            if not self.__trains_with(self.__optimizers()):
+                logger.warning(
+                    "a hook has exchanged the optimizers while fit runs, which goes on with those "
+                    "of before: exchange them between two calls of fit, or change their groups"
+                )
             self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
             self.__metrics.begin_epoch()
             self.progress.nonfinite_count = 0
@@ -1213,6 +1312,9 @@ class Brain(SpeechBrainNames):
             if not is_out_of_memory(error):
                 raise
             reason = self.__reason_to_give_up(error)
+        except ValueError as error:
+            self.__explain(error)
+            raise
         # Outside of the handler: its traceback holds what the batch had in memory.
         if reason is not None:
             strategy.give_up_batch(
@@ -1223,7 +1325,8 @@ class Brain(SpeechBrainNames):
         # Until an optimizer has moved, a rank may give up, also after a step that was skipped.
         if votes is None or not (votes.gave_up or known.moved()):
             votes = strategy.vote()
-        self.__votes = votes
+        if votes is not self.__votes:
+            self.__votes = votes
         if not votes.gave_up:
             return loss
         self.zero_grad()
@@ -1233,6 +1336,16 @@ class Brain(SpeechBrainNames):
         self.__metrics.counts["out_of_memory"] += 1
         self.__memory.skip(reason)
         return None
+
+    def __explain(self, error: ValueError) -> None:
+        """Raise the error of a batch norm that is given one example as a sentence."""
+        if "Expected more than 1 value per channel" in str(error):
+            ids = ", ".join(self.batch_ids(self.__batch.batch)) or "without ids"
+            raise ValueError(
+                f"epoch {self.progress.epoch}, batch {self.progress.step} ({ids}) has one value "
+                "per channel, of which batch norm can take no variance: leave out a short last "
+                "batch by drop_last=True in train_loader_kwargs, or choose another batch_size"
+            ) from error
 
     def __reason_to_give_up(self, error: BaseException) -> str:
         """Return the batch and error for the log; raise if the batch cannot be given up."""
@@ -1260,7 +1373,8 @@ class Brain(SpeechBrainNames):
 
     def __take_reports(self, reports: list[StepReport]) -> None:
         """Count the outcome of a loss, and tell callbacks and the guard."""
-        self.__optimized = True
+        if not self.__optimized:
+            self.__optimized = True
         self.__batch.reports += reports
         for report in reports:
             self.__metrics.add_report(report)
@@ -1291,7 +1405,8 @@ class Brain(SpeechBrainNames):
             metrics.add_loss(loss, batch.weight, windows)
         metrics.examples += batch.weight
         if "stepped" in outcomes or batch.stepped_by_hand:
-            progress.optimizer_step += 1
+            if not progress.counted_by_hand:
+                progress.optimizer_step += 1
             if self.__ema is not None:
                 self.__ema.update(self.modules)
             if self.__logs():
@@ -1306,7 +1421,7 @@ class Brain(SpeechBrainNames):
     def __after_batch(self) -> bool:
         """Save and stop where that is due; return True if the training ends here."""
         asked, due, _ = self.__votes
-        if self.__depth == 1:
+        if self.__depth == 1 and (asked or due or self.__saver.pending()):
             self.__tick()
             with hang_watch.pause():
                 if due or self.__saver.due_by_steps():
@@ -1335,6 +1450,7 @@ class Brain(SpeechBrainNames):
         joint = [self.updates[name] for name in progress.joint or ()]
         groups = [joint, *([update] for update in self.updates.values() if update not in joint)]
         batch = self.__batch = _Batch(weight=0.0)
+        progress.counted_by_hand = False
         self.__guard.begin_batch()
         for updates in groups:
             if any(update.window.count for update in updates):
@@ -1371,14 +1487,15 @@ class Brain(SpeechBrainNames):
             )
 
     def __awaited(self, feed: DataFeed, batches: Iterable[Any], may_stop: bool) -> Iterator[Any]:
-        """Yield batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
+        """Return batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
 
         The state is then that of after the last batch. Several ranks save it if all of them wait.
         """
         if not may_stop or not feed.may_hang:
-            yield from batches
-            return
+            return iter(batches)
+        return self.__await(feed, batches)
 
+    def __await(self, feed: DataFeed, batches: Iterable[Any]) -> Iterator[Any]:
         def rescue(number: int) -> None:
             if self.__stage is Stage.TRAIN and distributed.world_size() == 1:
                 feed.undo_draws()
@@ -1494,6 +1611,9 @@ class Brain(SpeechBrainNames):
         self.progress.seconds += now - self.__ticked
         self.__ticked = now
 
+    def __trained_parameters(self) -> set[Tensor]:
+        return {p for update in self.updates.values() for p in update.params}
+
     def __in_window(self) -> bool:
         return any(update.window.count for update in self.updates.values())
 
@@ -1508,10 +1628,12 @@ class Brain(SpeechBrainNames):
 
     def __objects(self) -> dict[str, Any]:
         """Return the stateful objects among hparams and users' attributes, by name."""
-        known = {id(self), id(self.checkpointer), *(id(part) for part in self.modules.modules())}
+        own = [self, self.checkpointer, *self.modules.modules(), *self.callbacks]
+        if self.__data is not None:
+            own += self.__data.sources
+        known = {id(part) for part in own}
         for update in self.updates.values():
             known |= {id(part) for part in (update.optimizer, update.schedule, update.clip, update)}
-        known |= {id(callback) for callback in self.callbacks}
         named = {f"hparams.{name}": value for name, value in vars(self.hparams).items()}
         return find_stateful({**named, **self.__user_attributes()}, known, self.modules)
 
@@ -1544,6 +1666,29 @@ class Brain(SpeechBrainNames):
                 stacklevel=4,
             )
         self.__strategy.average(update.name)
+
+
+def _length(counter: Iterable[int]) -> int | None:
+    """Return how many epochs a counter has to give; None where that is unknown."""
+    if isinstance(counter, Sized):
+        return len(counter)
+    limit, current = getattr(counter, "limit", None), getattr(counter, "current", 0)
+    return None if limit is None else limit - current
+
+
+def _is_same_device(value: Any, device: torch.device) -> bool:
+    try:
+        other = torch.device(value)
+    except (RuntimeError, TypeError):
+        return False
+    return other.type == device.type and other.index in (None, device.index)
+
+
+def _replaces_method(kind: type, name: str, value: Any) -> str:
+    return (
+        f"{kind.__name__}.{name} is a method of Brain; {value!r} would replace it: choose another "
+        "name for the attribute"
+    )
 
 
 METHODS = frozenset(

@@ -89,7 +89,7 @@ class Callback:
             stage: what the pass is for.
             epoch: current epoch; None in a test.
             total: batches of the pass on this rank; None where unknown. A resumed pass has done
-                ``brain.step`` of them.
+                ``brain.progress.step`` of them.
         """
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import seed
 from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
 from trainer.checkpoint.run_state import check_weights
-from trainer.checkpoint.storage import MissingCheckpoint, load_plain
+from trainer.checkpoint.storage import BrokenCheckpoint, MissingCheckpoint, load_plain
 from trainer.optim.ema import WeightAverage
 from trainer.options import RunOptions
 
@@ -31,6 +31,50 @@ def modes_kept(modules: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
+    """Put modules into training mode, but for parts that are frozen and in evaluation mode.
+
+    A part in evaluation mode of which nothing is trained stays as it is, such as a pretrained
+    encoder whose running statistics are not to change.
+
+    Args:
+        modules: modules of the Brain.
+        trained: parameters that require gradients and that an optimizer has.
+    """
+    kept = [(part, part.training) for root in _frozen(modules, trained) for part in root.modules()]
+    modules.train()
+    for part, mode in kept:
+        part.training = mode
+
+
+def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
+    """Warn of trained parts that were put into evaluation mode alone, which `fit` undoes."""
+    kept = {part for root in _frozen(modules, trained) for part in root.modules()}
+    names = [
+        f"{name}.{child}"
+        for name, part in modules.named_modules()
+        for child, each in part.named_children()
+        if name and part.training and not each.training and each not in kept
+    ]
+    if names:
+        logger.warning(
+            "fit puts %s into training mode, since it trains; to leave it in evaluation mode, call "
+            "its eval() in on_stage_start", ", ".join(names[:5]),
+        )  # fmt: skip
+
+
+def _frozen(
+    module: nn.Module, trained: Collection[Tensor], chosen: bool = True
+) -> Iterator[nn.Module]:
+    """Yield the parts that stay in evaluation mode; ``chosen`` if this one was put there alone."""
+    trains = [p in trained for p in module.parameters()]
+    if not module.training and not any(trains) and (trains or chosen):
+        yield module
+        return
+    for child in module.children():
+        yield from _frozen(child, trained, chosen=module.training)
 
 
 @contextmanager
@@ -180,27 +224,57 @@ def _load_weights(
     checkpointer: Checkpointer, options: RunOptions, max_key: str | None, min_key: str | None
 ) -> Any:
     number = options.average_checkpoints
-    path = ("modules",) if options.ema_decay is None else ("ema", "average")
     found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)
     for start in range(0, len(found), number):
         chosen = found[start : start + number]
+        names = ", ".join(each.name for each in chosen)
         try:
-            weights = checkpointer.average(chosen, "brain", path)
+            weights = checkpointer.average(chosen, "brain", ("modules",))
+            if options.ema_decay is not None:
+                try:
+                    averages = checkpointer.average(chosen, "brain", ("ema", "average"))
+                except BrokenCheckpoint:
+                    raise
+                except ValueError:
+                    logger.warning(
+                        "ema_decay is %g, but the run had none when %s was saved: its weights are "
+                        "tested, not their average", options.ema_decay, names,
+                    )  # fmt: skip
+                else:
+                    weights = _with_averages(weights, averages)
         except MissingCheckpoint:  # Another process saves there, and has a newer one.
             raise
         except ValueError as broken:
             warnings.warn(str(broken), stacklevel=2)
             continue
-        names = ", ".join(each.name for each in chosen)
+        if len(chosen) < number:
+            logger.warning(
+                "average_checkpoints is %d, and there are %d: %s", number, len(chosen), names
+            )
         logger.info("testing with the weights of %s", names)
         return weights
     return None
 
 
+def _with_averages(weights: Any, averages: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return weights with their averages in place of them.
+
+    An average has one name; a parameter that is tied has several, and its tensor the same memory.
+    """
+    tied = {_memory(value): averages[name] for name, value in weights.items() if name in averages}
+    return {
+        name: tied.get(_memory(value), value) if isinstance(value, Tensor) else value
+        for name, value in weights.items()
+    }
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 @contextmanager
 def _swapped(modules: nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
     own = copy.deepcopy(modules.state_dict())
-    weights = {name: weights[name] for name in own if name in weights}
     check_weights(modules, weights)
     modules.load_state_dict(weights)
     try:

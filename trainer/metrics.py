@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer import checks, distributed
+from trainer.tree import plain_number
 
 Outcome = Literal["stepped", "accumulated", "overflowed", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skipped")
@@ -50,7 +51,8 @@ class StepReport:
         limit: clip threshold of this step; infinity where nothing is clipped.
         clipped: True if the clipper changed the gradients.
         scale: fp16 loss scale.
-        lr: learning rate of the first parameter group in this step.
+        lr: learning rate of the first parameter group in this step; None for an optimizer that has
+            none.
     """
 
     name: str
@@ -62,7 +64,7 @@ class StepReport:
     limit: float = float("inf")
     clipped: bool = False
     scale: float = 1.0
-    lr: float = 0.0
+    lr: float | None = None
 
     @property
     def stepped(self) -> bool:
@@ -179,6 +181,8 @@ class Mean:
 
     def _add(self, name: str, value: float | Tensor, weight: float) -> None:
         of = f" of {name!r}" if name else ""
+        if not isinstance(value, Tensor):
+            value = plain_number(value)
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(

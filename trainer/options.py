@@ -12,24 +12,19 @@ import functools
 import logging
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from trainer.other_options import IGNORED, NAMES, REFUSED, RENAMED, SIMILAR, UNSET
+
 # Former names of options, accepted in a YAML, on the command line and as attributes.
 ALIASES = {"on_bad_audio": "on_bad_item", "max_bad_audio": "max_bad_item"}
-
-# Options of SpeechBrain under other names, which would be ignored without a word.
-SPEECHBRAIN_OPTIONS = {
-    "auto_mix_prec": "precision",
-    "bfloat16_mix_prec": "precision",
-    "ckpt_interval_minutes": "checkpoint_every_minutes",
-    "ckpt_interval_steps": "checkpoint_every_steps",
-}
 
 logger = logging.getLogger("trainer")
 
@@ -37,13 +32,55 @@ logger = logging.getLogger("trainer")
 def current_name(name: str) -> str:
     """Return the current name of an option; the first use of a former name is logged."""
     if name in ALIASES:
-        _note_alias(name)
+        _note(f"the option {name} is now called {ALIASES[name]}")
     return ALIASES.get(name, name)
 
 
 @functools.cache
-def _note_alias(name: str) -> None:
-    logger.warning("the option %s is now called %s", name, ALIASES[name])
+def _note(text: str) -> None:
+    """Warn, once for each text."""
+    logger.warning("%s", text)
+
+
+def translate(name: str, value: Any) -> dict[str, Any]:
+    """Return what an option of another toolkit means here.
+
+    Args:
+        name: any name.
+        value: its value, typed.
+
+    Returns:
+        The option and its value here; nothing for an option that is ignored, which is logged if it
+        is not as it is by default, and for other names.
+
+    Raises:
+        ValueError: the option has no counterpart here; the message says what to do instead.
+    """
+    if name in REFUSED and value not in (REFUSED[name][0], None):
+        raise ValueError(f"there is no option {name} here: {REFUSED[name][1]}")
+    if name in IGNORED and value not in (IGNORED[name][0], None):
+        _note(f"the option {name} is ignored: {IGNORED[name][1]}")
+    if name not in RENAMED:
+        return {}
+    option, default, meanings = RENAMED[name]
+    meaning = next((here for there, here in meanings.items() if there == value), value)
+    if meaning is UNSET:
+        return {}
+    if value != default:
+        _note(f"{name} {value} means {option} {meaning} here")
+    return {option: meaning}
+
+
+def translated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the current names of options, and what options of other toolkits mean."""
+    own = {current_name(name): value for name, value in values.items()}
+    others: dict[str, Any] = {}
+    for name, value in values.items():
+        for option, meaning in translate(name, value).items():
+            if option in own and own[option] != meaning:
+                _note(f"{name} has no effect: {option} is given too")
+            others[option] = meaning
+    return others | own
 
 
 @dataclass(frozen=True)
@@ -58,6 +95,8 @@ class Metadata:
         section: heading of `--help` that begins with this option.
         transient: the option is of one command, not of the run: it is not written to
             hyperparams.yaml.
+        kind: what a run that goes on does with another value: "training" refuses it, "extending"
+            and "neutral" take it; see `trainer.config.changes`.
     """
 
     help: str
@@ -66,6 +105,7 @@ class Metadata:
     at_most: float = math.inf
     section: str = ""
     transient: bool = False
+    kind: Literal["extending", "neutral", "training"] = "training"
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -91,21 +131,31 @@ class RunOptions:
         "auto",
         "compute device: auto (CUDA if there is one), cpu, cuda, cuda:1, …",
         section="Training",
+        kind="neutral",
     )
     threads: int | None = _option(
         None,
         "number of CPU threads for torch (null: torch's default, often slow for small models)",
         at_least=1,
+        kind="neutral",
     )
     seed: int = _option(1234, "random seed", at_least=0, at_most=2**63 - 1)
     output_folder: str | None = _option(
-        None, "run folder (null: results/<task>/<name>/<seed> in the current folder)"
+        None,
+        "run folder (null: results/<task>/<name>/<seed> in the current folder)",
+        kind="neutral",
     )
     overwrite: bool = _option(False, "restart in a run folder that is not empty", transient=True)
+    change_hparams: bool = _option(
+        False, "resuming with other hyperparameters than the run has had", transient=True
+    )
     test_only: bool = _option(False, "test of the best checkpoint without training", transient=True)
     grad_accumulation_factor: int = _option(1, "batches per optimizer step", at_least=1)
     optimizer_step_limit: int | None = _option(
-        None, "number of optimizer steps after which training ends (null: no limit)", at_least=1
+        None,
+        "number of optimizer steps after which training ends (null: no limit)",
+        at_least=1,
+        kind="extending",
     )
     max_hours: float | None = _option(
         None,
@@ -117,6 +167,7 @@ class RunOptions:
     schedule_every: str = _option(
         "epoch", "interval at which torch's learning-rate schedules step", choices=("step", "epoch")
     )
+    schedule_metric: str = _option("loss", "metric that torch's ReduceLROnPlateau watches")
     ema_decay: float | None = _option(
         None,
         "decay of an exponential moving average of the weights, used for evaluation, e.g. 0.999 "
@@ -129,9 +180,13 @@ class RunOptions:
         "seconds without progress in training after which a rank counts as hung, and all end "
         "(0: never)",
         at_least=0,
+        kind="neutral",
     )
     drift_check_every: int = _option(
-        100, "batches between two comparisons of the ranks' weights (0: never)", at_least=0
+        100,
+        "batches between two comparisons of the ranks' weights (0: never)",
+        at_least=0,
+        kind="neutral",
     )
 
     precision: str = _option(
@@ -144,14 +199,18 @@ class RunOptions:
         None,
         "precision for validation and test (null: same as training)",
         choices=("fp32", "fp16", "bf16"),
+        kind="neutral",
     )
-    compile: bool = _option(False, "compilation of the modules by torch.compile")
+    compile: bool = _option(False, "compilation of the modules by torch.compile", kind="neutral")
     compile_mode: str | None = _option(
         None,
         "mode of torch.compile (null: default)",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        kind="neutral",
     )
-    compile_modules: list[str] | None = _option(None, "modules to compile (null: all)")
+    compile_modules: list[str] | None = _option(
+        None, "modules to compile (null: all)", kind="neutral"
+    )
 
     max_grad_norm: float | None | dict[str, float | None] = _option(
         5.0,
@@ -165,13 +224,16 @@ class RunOptions:
         choices=("norm", "value"),
     )
     nonfinite_patience: int = _option(
-        3, "non-finite losses or gradients tolerated per epoch", at_least=0
+        3, "non-finite losses or gradients tolerated per epoch", at_least=0, kind="extending"
     )
     nonfinite_reports: int = _option(
-        5, "skipped steps per run that are diagnosed and kept for replay", at_least=0
+        5,
+        "skipped steps per run that are diagnosed and kept for replay",
+        at_least=0,
+        kind="neutral",
     )
     oom_patience: int = _option(
-        10, "batches in a row that are skipped because memory ran out", at_least=0
+        10, "batches in a row that are skipped because memory ran out", at_least=0, kind="extending"
     )
     skip_nonfinite_grads: bool = _option(
         False, "exclusion of only the parameters with non-finite gradients from a step"
@@ -182,21 +244,29 @@ class RunOptions:
         "optimizer steps between checkpoints within an epoch (null: none)",
         at_least=1,
         section="Checkpoints",
+        kind="neutral",
     )
     checkpoint_every_minutes: float | None = _option(
-        None, "minutes between checkpoints within an epoch (null: none)", at_least=0
+        None, "minutes between checkpoints within an epoch (null: none)", at_least=0, kind="neutral"
     )
     average_checkpoints: int = _option(
-        1, "number of checkpoints whose average is tested", at_least=1
+        1, "number of checkpoints whose average is tested", at_least=1, kind="neutral"
     )
 
     log_interval: int = _option(
-        50, "steps between two lines of metrics.jsonl", at_least=1, section="Logging"
+        50,
+        "steps between two lines of metrics.jsonl",
+        at_least=1,
+        section="Logging",
+        kind="neutral",
     )
     progressbar: bool = _option(True, "progress bar on the terminal", transient=True)
-    tensorboard: bool = _option(False, "TensorBoard curves in the run folder")
+    tensorboard: bool = _option(False, "TensorBoard curves in the run folder", kind="neutral")
     monitor_every: int = _option(
-        50, "optimizer steps between two measurements of the layers (0: never)", at_least=0
+        50,
+        "optimizer steps between two measurements of the layers (0: never)",
+        at_least=0,
+        kind="neutral",
     )
 
     on_bad_item: str = _option(
@@ -204,9 +274,14 @@ class RunOptions:
         "action for an item that cannot be used",
         choices=("skip", "raise"),
         section="Data",
+        kind="extending",
     )
     max_bad_item: float = _option(
-        0.05, "fraction of files that may be skipped before the run stops", at_least=0, at_most=1
+        0.05,
+        "fraction of files that may be skipped before the run stops",
+        at_least=0,
+        at_most=1,
+        kind="extending",
     )
 
     item_timeout: float = _option(
@@ -214,6 +289,7 @@ class RunOptions:
         "seconds after which a wait for data is an error that names item and worker; without "
         "workers it is a warning (0: never)",
         at_least=0,
+        kind="neutral",
     )
 
     find_clip: bool = _option(
@@ -240,8 +316,8 @@ class RunOptions:
         section="Debugging",
         transient=True,
     )
-    debug_batches: int = _option(2, "batches per stage with --debug", at_least=1)
-    debug_epochs: int = _option(2, "epochs with --debug", at_least=1)
+    debug_batches: int = _option(2, "batches per stage with --debug", at_least=1, kind="neutral")
+    debug_epochs: int = _option(2, "epochs with --debug", at_least=1, kind="neutral")
     overfit_batches: int = _option(
         0, "number of first batches to which training is limited (0: all)", at_least=0
     )
@@ -254,14 +330,16 @@ class RunOptions:
     profile_training: bool = _option(
         False, "torch.profiler trace of a few training steps", transient=True
     )
-    profile_warmup: int = _option(5, "steps before the trace", at_least=0)
-    profile_steps: int = _option(5, "steps in the trace", at_least=1)
+    profile_warmup: int = _option(5, "steps before the trace", at_least=0, kind="neutral")
+    profile_steps: int = _option(5, "steps in the trace", at_least=1, kind="neutral")
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             setattr(self, name, checked(name, value))
         if self.searching and self.test_only:
             raise ValueError("find_clip and find_lr train for a while: leave out test_only")
+        if self.overwrite and self.change_hparams:
+            raise ValueError("overwrite starts anew and change_hparams goes on: leave out one")
         if self.overwrite and self.test_only:
             raise ValueError("overwrite deletes the checkpoint that test_only tests: leave out one")
 
@@ -302,12 +380,13 @@ class RunOptions:
                 return replace(run_opts, clip=hparams["clip"])  # an object, built since then
             return run_opts
         known = cls.names()
-        given = {current_name(name): value for name, value in (run_opts or {}).items()}
+        given = translated(given_options(run_opts or {}))
         for name in given:
-            if name not in known:
-                meant = SPEECHBRAIN_OPTIONS.get(name, name)
+            if name not in (*known, *NAMES):
+                meant = SIMILAR.get(name, name)
                 raise ValueError(f"{name!r} is not a run option{nearest(meant, known)}")
-        own = {current_name(name): value for name, value in hparams.items()}
+        given = {name: value for name, value in given.items() if name in known}
+        own = translated(hparams)
         return cls(**{name: own[name] for name in known if name in own} | given)
 
 
@@ -329,13 +408,14 @@ def checked(name: str, value: Any) -> Any:
     """Convert the value of option `name` to its type and check it.
 
     Integers become floats where a float is expected, the texts "inf" and "-inf" too (YAML's own
-    spelling is `.inf`), and paths and torch devices become text.
+    spelling is `.inf`), paths and torch devices become text, and `~` becomes the home folder.
 
     Raises:
         ValueError: the value is not allowed; the message says what is.
     """
     if isinstance(value, (os.PathLike, torch.device)):
         value = str(value)
+    value = at_home(value) if isinstance(value, str) else value
     limits = METADATA[name]
     try:
         value = _fit(value, HINTS[name])
@@ -347,6 +427,11 @@ def checked(name: str, value: Any) -> Any:
     except (TypeError, OverflowError):  # An int may be too large for a float.
         raise ValueError(f"{name} must be {allowed(name)}, not {value!r}") from None
     return value
+
+
+def at_home(text: str) -> str:
+    """Return a text with the home folder in place of `~`, if it is a path that begins with it."""
+    return os.path.expanduser(text) if re.match(r"~[\w.-]*/", text) else text
 
 
 def _fit(value: Any, hint: Any) -> Any:
@@ -390,13 +475,19 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
         hparams: names of hyperparameters, most of which are the recipe's own.
     """
     known = RunOptions.names()
-    for name in sorted({*hparams} - {*known} - ALIASES.keys()):
+    for name in sorted({*hparams} - {*known, *ALIASES, *NAMES}):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
-        meant = SPEECHBRAIN_OPTIONS.get(name) or next(iter(close), None)
+        meant = SIMILAR.get(name) or next(iter(close), None)
         if meant is not None:
             logger.warning(
                 "%r is not a run option and has no effect by itself; the option is %r", name, meant
             )
+
+
+def given_options(run_opts: Any) -> Any:
+    """Return options as they are; of an object that knows which were given, these as a mapping."""
+    names = getattr(run_opts, "overridden_args", None)
+    return run_opts if names is None else {name: run_opts[name] for name in names}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -421,13 +512,34 @@ def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
     "; did you mean 'opt_class.lr'?"
     """
     last = name.rpartition(".")[2]
-    if name in SPEECHBRAIN_OPTIONS:
-        return f"; the option is {SPEECHBRAIN_OPTIONS[name]!r}"
-    if hint := nearest(last, known):
+    if meant := SIMILAR.get(name) or RENAMED.get(name, [""])[0]:
+        return f"; the option is {meant!r}"
+    found, hint = _keys_with(_words(last), dotted), nearest(last, known)
+    if hint and (not found or name != last):
         return hint
-    ends: dict[str, list[str]] = {}
-    for each in dotted:
-        ends.setdefault(each.rpartition(".")[2], []).append(each)
-    found = [each for end in difflib.get_close_matches(last, ends, n=1) for each in ends[end]]
-    found.sort(key=lambda each: not each.startswith(f"{name.partition('.')[0]}."))
+    if not found:
+        ends: dict[str, list[str]] = {}
+        for each in dotted:
+            ends.setdefault(each.rpartition(".")[2], []).append(each)
+        close = difflib.get_close_matches(last, ends, n=1)
+        found = [each for end in close for each in ends[end]]
+    top = f"{name.partition('.')[0]}."
+    found.sort(key=lambda each: (not each.startswith(top), each.rpartition(".")[2] != last))
     return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a name, abbreviated: {"peak", "lr"} of "peak_learning_rate"."""
+    for long, short in (("learning_rate", "lr"), ("batch_size", "bs"), ("weight_decay", "wd")):
+        name = name.replace(long, short)
+    fillers = {"", "max", "n", "num", "number", "of", "total"}
+    return {each.rstrip("s") for each in re.split(r"[._-]", name.lower())} - fillers
+
+
+def _keys_with(words: set[str], dotted: Iterable[str]) -> list[str]:
+    """Return the keys of values that have these words at their end, or else in any part."""
+    keys = list(dotted)
+    parents = {each.rpartition(".")[0] for each in keys}
+    values = [each for each in keys if each not in parents] if words else []
+    ends = [each for each in values if words <= _words(each.rpartition(".")[2])]
+    return ends or [each for each in values if words <= _words(each)]

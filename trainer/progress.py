@@ -50,7 +50,7 @@ class Progress:
         nonfinite_count: skipped steps of the current epoch.
         out_of_memory_count: batches in a row, up to the last one, for which memory ran out.
         outer_epoch: in a nested `fit`, the epoch of the outermost one; None otherwise.
-        own_epoch: epoch that a recipe has set last; None if it has set none.
+        counted_by_hand: True if the recipe has set ``optimizer_step`` in this batch.
     """
 
     epoch: int = 0
@@ -67,7 +67,7 @@ class Progress:
     nonfinite_count: int = 0
     out_of_memory_count: int = 0
     outer_epoch: int | None = None
-    own_epoch: int | None = None
+    counted_by_hand: bool = False
 
     def load_state_dict(self, state: Mapping[str, Any], of_run: bool = True) -> None:
         """Set the fields from a saved state.

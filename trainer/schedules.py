@@ -55,9 +55,17 @@ class Schedule(checks.Stateful, LRScheduler):
     needs_metric: ClassVar[bool] = False
 
     def __init__(self, optimizer: Optimizer) -> None:
+        if any(group.get("lr") is None for group in optimizer.param_groups):
+            raise ValueError(
+                f"{type(self).__name__} sets learning rates, and {type(optimizer).__name__} has "
+                "none (lr is None): give it an lr, or leave out the schedule"
+            )
         self.optimizer = optimizer
         self.last_epoch = 0  # torch's name for the number of calls of `step`
-        self._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each parameter group."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def _set_rates(self, rates: Sequence[float | Tensor]) -> None:
         """Set the learning rate of every group."""
@@ -67,7 +75,6 @@ class Schedule(checks.Stateful, LRScheduler):
                 f"has {len(self.optimizer.param_groups)} now"
             )
         set_rates(self.optimizer, rates)
-        self._last_lr = list(rates)
 
 
 class StepSchedule(Schedule):
@@ -343,4 +350,9 @@ class EarlyStopping(checks.Stateful):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
+        return self.is_exhausted
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True if so many evaluations had no new best value that training should stop."""
         return self.waited >= self.patience

@@ -21,7 +21,7 @@ import torch
 
 from recipes.asr.text import Codec, check_texts
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import cut_of
+from recipes.common.cuts import cut_of, sounds
 from recipes.common.librispeech import read_parts
 from recipes.common.loading import Speech, filter_by_duration, transcript
 from recipes.common.speech import embedded_speech, to_cuts
@@ -74,7 +74,8 @@ def digits(
 
     Args:
         data_folder: the Free Spoken Digit Dataset, or a folder of files named as there,
-            ``digit_speaker_take.wav``, perhaps in a subfolder ``recordings``.
+            ``digit_speaker_take.wav`` (or another sound file), perhaps in a subfolder
+            ``recordings``.
         sample_rate: Hz.
         strings: number of strings in each split.
         takes: the takes that a split is made of, as [first, last].
@@ -127,7 +128,7 @@ def _recorded_digits(
     expected = "recordings named digit_speaker_take.wav, such as 7_theo_32.wav"
     folder = _existing(data_folder, expected)
     folder = folder / "recordings" if (folder / "recordings").is_dir() else folder
-    names = {path: TAKE.fullmatch(path.stem) for path in sorted(folder.glob("*.wav"))}
+    names = {path: TAKE.fullmatch(name) for name, path in sounds(folder).items() if "/" not in name}
     paths = [path for path, name in names.items() if name]
     if not paths:
         raise ValueError(f"{folder} has another layout: expected were {expected}")
@@ -137,7 +138,7 @@ def _recorded_digits(
         name = names[path]
         assert name is not None  # `paths` has no others
         text = DIGITS[int(name["digit"])]
-        cut = cut_of(path, header, path.stem, text=text, speaker=name["speaker"])
+        cut = cut_of(path, header, name.string, text=text, speaker=name["speaker"])
         found.append((name["speaker"], name["digit"], int(name["take"]), cut))
     return found
 
@@ -168,6 +169,7 @@ def librispeech(
     manifests: str | None = None,
     on_bad: str = "skip",
     max_bad: float = 0.05,
+    follow_links: bool = False,
 ) -> Corpus:
     """LibriSpeech, or any parts of it; the texts in small letters.
 
@@ -177,6 +179,7 @@ def librispeech(
         manifests: no longer used; settings of earlier versions have it.
         on_bad: handling of missing and unusable files, as in the run options.
         max_bad: largest share of such files in a part, as in the run options.
+        follow_links: symbolic links may lead out of the folder.
 
     Raises ValueError for a folder that is missing or has another layout, and for a split of which
     no part is there.
@@ -193,7 +196,7 @@ def librispeech(
             )
     if missing := wanted - there:
         logger.warning("%s has no %s: going on without", folder, ", ".join(sorted(missing)))
-    found = read_parts(folder, wanted & there, on_bad, max_bad)
+    found = read_parts(folder, wanted & there, on_bad, max_bad, follow_links)
     return {
         split: CutSet.from_cuts(cut for part in names for cut in found.get(part, ()))
         for split, names in parts.items()

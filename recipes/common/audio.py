@@ -33,10 +33,26 @@ except ImportError as error:
 Item = TypeVar("Item", bound=Hashable)
 
 _MP3 = (b"ID3", b"\xff\xfb", b"\xff\xf3")
-_MAGIC = (*_MP3, b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"NIST")
-# What libsndfile logs when the header of a WAV promises more bytes than the file has.
-_CUT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN = 2**31 - 1024  # Sizes from here on are those of a stream whose end was never written.
+_MAGIC = (
+    *_MP3, b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"NIST", b"riff", b"caff",
+)  # fmt: skip
+# What the files of other programs begin with that libsndfile does not read.
+_OTHERS = {
+    "MPEG-4 (AAC or ALAC)": re.compile(rb"....ftyp", re.DOTALL),
+    "AAC": re.compile(rb"\xff[\xf0\xf1\xf8\xf9]"),
+    "Matroska or WebM": re.compile(rb"\x1aE\xdf\xa3"),
+    "Windows Media": re.compile(rb"0&\xb2u"),
+    "AMR": re.compile(rb"#!AMR"),
+}
+# What libsndfile logs when the header promises more than the file has, by WAV, AIFF, AU, W64, RF64.
+_CUT = re.compile(
+    r"^ *(?:data|SSND|Data Size|riff) *: (?P<bytes>\d+) \(should be (\d+)\)"
+    r"|frame count (\d+) does not match value from 'ds64' chunk of (?P<samples>\d+)",
+    re.MULTILINE,
+)
+# The sizes that a header has, more or less, where its writer did not know the end: that of a pipe.
+_ENDLESS = (0x7F000000, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
+_LARGEST_HEADER = 4096  # bytes, of a file without samples
 
 
 class Expected(NamedTuple):
@@ -234,25 +250,49 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
     if status.st_size == 0:
         raise BadItem(path, "it is empty (0 bytes)")
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(for_soundfile(path))
     except soundfile.SoundFileError as error:
         raise BadItem(path, _unreadable(path, error)) from error
     with file:
-        for promised, present in _CUT.findall(file.extra_info):
-            if int(present) < int(promised) < _UNKNOWN:
-                raise BadItem(path, f"its data are cut: {present} of {promised} bytes")
+        for found in _CUT.finditer(file.extra_info):
+            unit = "bytes" if found["bytes"] else "samples"
+            promised, present = int(found[unit]), int(found[2] or found[3])
+            endless = any(abs(promised - size) < 1 << 16 for size in _ENDLESS)
+            if present < promised and not endless:
+                raise BadItem(path, f"its data are cut: {present} of {promised} {unit}")
+        if file.format == "NIST":  # Of which libsndfile logs nothing.
+            with open(path, "rb") as raw:
+                told = re.search(rb"sample_count -i (\d+)", raw.read(1024))
+            if told and int(told[1]) > file.frames:
+                raise BadItem(path, f"its data are cut: {file.frames} of {int(told[1])} samples")
+        rewrite = "write it anew, as by ffmpeg -i FILE FILE.wav"
         if file.frames == 0:
-            raise BadItem(path, "it holds no samples")
+            known = f" by its header, which was not finished: {rewrite}"
+            raise BadItem(path, "it holds no samples" + known * (status.st_size > _LARGEST_HEADER))
+        if file.frames >= 1 << 62:  # A FLAC from a pipe, in which libsndfile cannot seek.
+            raise BadItem(path, f"its header does not say how long it is: {rewrite}")
         yield file
+
+
+def for_soundfile(path: str | Path) -> str | bytes:
+    """Return a path as soundfile takes it: one whose name is not UTF-8 as bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return str(path)
 
 
 def _unreadable(path: str | Path, error: soundfile.SoundFileError) -> str:
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(12)
     except OSError as cause:
         return f"it cannot be read ({cause})"
     told = str(error).rpartition(": ")[2].rstrip(".")
     if start.startswith(_MAGIC):
         return f"its header is cut or broken ({told})"
-    return f"it is not an audio file ({told}; it begins with {start!r})"
+    for name, pattern in _OTHERS.items():
+        if pattern.match(start):
+            return f"it is {name}, which is not read: convert it, as by ffmpeg -i FILE FILE.flac"
+    return f"it is not an audio file ({told}; it begins with {start[:4]!r})"

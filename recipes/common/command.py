@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -20,6 +21,8 @@ def told(work: Callable[[], int]) -> int:
     Returns:
         The exit code of ``work``; 2 after a ValueError, OSError or ImportError.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # Names that are not UTF-8, as they are.
     try:
         return work()
     except (ValueError, OSError, ImportError) as error:

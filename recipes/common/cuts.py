@@ -1,10 +1,11 @@
-"""Sound files as lhotse's cuts, by what their headers say."""
+"""Sound files: found in folders and by the names of tables, and as lhotse's cuts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from recipes.common.audio import Header
 from recipes.common.paths import inside
@@ -16,7 +17,13 @@ try:
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+# In any case.
+SOUNDS = (
+    ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aifc", ".aiff", ".au", ".caf", ".oga",
+    ".rf64", ".sph", ".w64",
+)  # fmt: skip
+# Recordings that are not read: each is a bad file, unless the same is there in another format.
+UNREAD = (".3gp", ".aac", ".amr", ".m4a", ".m4b", ".mp4", ".webm", ".wma")
 
 
 def cut_of(path: Path, header: Header, name: str, **said: str | None) -> MonoCut:
@@ -31,20 +38,87 @@ def cut_of(path: Path, header: Header, name: str, **said: str | None) -> MonoCut
     return MonoCut(name, 0.0, duration, 0, supervisions=known, recording=recording)
 
 
-def sound_of(folder: Path, name: str, usual: str = SOUNDS[0]) -> Path:
+def files_below(folder: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders, in the order of their paths.
+
+    Links are followed, each folder once. Hidden files and folders are left out, such as the
+    ``._a.wav`` that macOS puts beside ``a.wav``. A folder that is not there has none.
+
+    Raises:
+        OSError: the folder, or one in it, cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(x for x in folders if not x.startswith("."))
+        if real not in seen:
+            found += [Path(place, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return sorted(found)
+
+
+def sounds(folder: Path) -> dict[str, Path]:
+    """Return the sound files of a folder and its subfolders by id, in the order of their paths.
+
+    An id is the path within the folder, without its suffix.
+
+    Raises:
+        ValueError: a recording is there in two formats, or two spellings of its suffix.
+        OSError: a folder cannot be read.
+    """
+    found: dict[str, Path] = {}
+    paths = files_below(folder)
+    for path in paths:
+        if path.suffix.lower() in SOUNDS and found.setdefault(_id(path, folder), path) != path:
+            raise ValueError(
+                f"{found[_id(path, folder)]} and {path} are one recording in two files: remove one "
+                "of them"
+            )
+    for path in paths:
+        if path.suffix.lower() in UNREAD:
+            found.setdefault(_id(path, folder), path)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _id(path: Path, folder: Path) -> str:
+    """The path of a file in a folder, without its suffix, as text that can be written anywhere."""
+    name = os.fsencode(path.relative_to(folder).with_suffix("").as_posix())
+    return normalize("NFC", name.decode("utf-8", "backslashreplace"))
+
+
+def sound_of(
+    found: Mapping[str, Path],
+    folder: Path,
+    name: str,
+    usual: str = SOUNDS[0],
+    follow_links: bool = False,
+) -> Path:
     """Return the sound file of a name; where there is none, the one that should be there.
 
     Args:
+        found: `sounds` of the folder.
         folder: where it is.
-        name: its name without the suffix.
-        usual: the suffix that is looked for first.
+        name: its name, with or without the suffix.
+        usual: the suffix of the one that should be there.
+        follow_links: a symbolic link may lead out of the folder.
 
     Raises:
         ValueError: the name leads out of the folder.
     """
-    order = sorted(SOUNDS, key=lambda suffix: suffix != usual)
-    paths = (inside(folder, name + suffix) for suffix in order)
-    return next((path for path in paths if os.path.isfile(path)), inside(folder, name + usual))
+    path = PurePosixPath(normalize("NFC", name))
+    whole = path.suffix.lower() in (*SOUNDS, *UNREAD)
+    known = found.get(path.as_posix()) or (found.get(str(path.with_suffix(""))) if whole else None)
+    if known is not None:
+        name = known.relative_to(folder).as_posix()
+    elif not whole:
+        name += usual
+    return inside(folder, name, follow_links)
 
 
 def path_of(cut: Cut) -> str:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import trainer
 from recipes.common.command import told
-from recipes.common.streaming import Network, enhance_files
+from recipes.common.streaming import Network, enhance_files, targets
 from trainer import Brain
 
 Trained = TypeVar("Trained", bound=Brain)
@@ -36,6 +36,7 @@ def enhance(
     given = parser.parse_args(argv)
 
     def run() -> int:
+        targets(given.files, given.output)  # Which refuses what cannot be written, before the work.
         brain = trainer.load(given.run, given.device, brain=kind)
         rate, chunks = brain.hparams.sample_rate, brain.hparams.chunks
         return enhance_files(given.files, given.output, network(brain), rate, chunks)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import cut_of, sound_of
+from recipes.common.cuts import cut_of, files_below, sound_of, sounds
 from recipes.common.tables import TableError, check_unique, named, read_lines
 
 try:
@@ -17,7 +17,11 @@ except ImportError as error:
 
 
 def read_parts(
-    folder: Path, parts: Iterable[str], on_bad: str = "skip", max_bad: float = 0.05
+    folder: Path,
+    parts: Iterable[str],
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+    follow_links: bool = False,
 ) -> dict[str, list[MonoCut]]:
     """Read the utterances that the ``*.trans.txt`` of each part list, in the order of their names.
 
@@ -27,6 +31,7 @@ def read_parts(
         on_bad: handling of files that are missing or unusable by their headers, as in the run
             options.
         max_bad: share of such files in a part, as in the run options.
+        follow_links: a symbolic link may lead out of the folder of its list.
 
     Returns:
         Cuts by part; their texts are in small letters.
@@ -39,31 +44,48 @@ def read_parts(
     found = {}
     for part in sorted(parts):
         listed: dict[Path, tuple[str, str]] = {}
-        for table in sorted((folder / part).rglob("*.trans.txt")):
-            listed |= _listed(table)
+        place = folder / part
+        tables = [each for each in files_below(place) if each.name.endswith(".trans.txt")]
+        for table in tables or sorted(place.rglob("[!.]*.trans.txt")):  # A folder is told of.
+            listed |= _listed(table, folder, follow_links)
         if not listed:
             raise ValueError(
-                f"{folder / part} has another layout: expected were, as in LibriSpeech, folders "
+                f"{place} has another layout: expected were, as in LibriSpeech, folders "
                 "speaker/chapter with a *.trans.txt and the *.flac that it names"
             )
         headers = check_recordings(listed, channels=None, on_bad=on_bad, max_bad=max_bad)
         found[part] = [
-            cut_of(path, header, name, text=text.lower(), speaker=name.split("-")[0])
+            cut_of(path, header, id, text=text.lower(), speaker=_speaker(id))
             for path, header in headers.items()
-            for name, text in [listed[path]]
+            for id, text in [listed[path]]
         ]
     return found
 
 
-def _listed(table: Path) -> dict[Path, tuple[str, str]]:
-    """The names and texts of the utterances that a file lists, by path."""
+def utterance_id(path: str) -> str:
+    """Return the id of an utterance, which no other has, by its path in the corpus.
+
+    It is the name where that holds speaker and chapter, as in LibriSpeech, else the path.
+    """
+    *_, speaker, chapter, name = ("", "", *path.split("/"))
+    return name if name.startswith(f"{speaker}-{chapter}-") else path
+
+
+def _speaker(id: str) -> str:
+    return id.rpartition("/")[2].split("-")[0]
+
+
+def _listed(table: Path, folder: Path, follow_links: bool) -> dict[Path, tuple[str, str]]:
+    """The ids and texts of the utterances that a file lists, by path."""
     lines = read_lines(table, "lines of a name and a text")
     split = [(number, *(text.split(maxsplit=1) + [""])[:2]) for number, text in lines]
     check_unique(table, [(number, name) for number, name, _ in split])
-    find = partial(sound_of, table.parent, usual=".flac")
+    place = table.parent
+    find = partial(sound_of, sounds(place), place, usual=".flac", follow_links=follow_links)
     found = {}
     for number, name, text in split:
         if not text:
             raise TableError(table, f"has no text behind {name[:80]!r}", number)
-        found[named(table, number, find, name)] = name, text.strip()
+        id = utterance_id((place.relative_to(folder) / name).as_posix())
+        found[named(table, number, find, name)] = id, " ".join(text.split())
     return found

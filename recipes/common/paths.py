@@ -9,11 +9,12 @@ LONGEST_PATH = 1024  # Bytes of several with their separators, on most systems.
 SHOWN = 80  # Characters of a name that an error shows.
 
 
-def inside(folder: str | Path, name: str) -> Path:
+def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:
     """The file that a manifest names relative to its data folder.
 
     Raises ValueError when the name could lead out of the folder or is none: as `check_name`, an
-    absolute path, ``..``, ``~``, a symbolic link whose target is elsewhere.
+    absolute path, ``..``, ``~``, and without ``follow_links`` a symbolic link whose target is
+    elsewhere.
     """
     check_name(name)
     if reason := _leads_out(name):
@@ -25,9 +26,10 @@ def inside(folder: str | Path, name: str) -> Path:
         raise ValueError(
             f"the name {name[:SHOWN]!r} in a manifest cannot be followed ({error})"
         ) from None
-    if path == root or not path.is_relative_to(root):
+    if path == root or not (follow_links or path.is_relative_to(root)):
         raise ValueError(
-            f"the name {name[:SHOWN]!r} in a manifest leads out of {folder}, to {path}"
+            f"the name {name[:SHOWN]!r} in a manifest leads out of {folder}, to {path}: links may "
+            "where the corpus in the YAML has follow_links: true"
         )
     return path
 

@@ -12,17 +12,16 @@ minute, and gets what it would get at once. Channels are enhanced one by one.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from recipes.common.audio import Header, check_finite, read_header
+from recipes.common.audio import Header, check_finite, for_soundfile, read_header
 from recipes.common.command import each_of
+from recipes.common.writing import FLOATS, FORMATS, check_outputs, kind_for, written
 from trainer.data import BadItem
 
 try:
@@ -37,7 +36,6 @@ Convert = Callable[[Iterable[Tensor]], Iterator[Tensor]]  # blocks (C, ·) to as
 
 BLOCK = 1 << 16  # samples of a file that are read at once
 LARGEST_FILTER = 1 << 25  # entries of a resampler: 128 MB
-KEPT = {".wav": "WAV", ".flac": "FLAC"}  # written as they are read; all others become WAV
 
 
 class Chunks(NamedTuple):
@@ -170,23 +168,19 @@ def convert_file(
 ) -> None:
     """Convert a file at ``sample_rate`` (Hz), block by block; rate, length and channels stay.
 
-    WAV and FLAC stay what they are, with their number of bits; anything else becomes a 16-bit WAV.
+    Format and depth stay as far as the suffix of ``target`` allows; what is lossy becomes 16 bit.
     ``target`` appears whole or not at all. Raises BadItem for a file that cannot be used.
     """
     header = read_header(source)
-    target = Path(target)
-    part = target.with_name(target.name + ".part")
-    try:
-        with _written(source, part, target.suffix, header) as file:
-            left = header.samples
-            for block in _converted(source, header, convert, sample_rate):
-                block = block[:, :left]
-                file.write(block.clamp(-1.0, 1.0).mT.contiguous().numpy())
-                left -= block.shape[1]
-        os.replace(part, target)
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
+    kind = kind_for(Path(target), source)
+    with written(Path(target), header.sample_rate, header.channels, kind) as file:
+        left = header.samples
+        for block in _converted(source, header, convert, sample_rate):
+            block = block[:, :left]
+            if kind.subtype not in FLOATS:
+                block = block.clamp(-1.0, 1.0)
+            file.write(block.mT.contiguous().numpy())
+            left -= block.shape[1]
 
 
 def _converted(
@@ -206,7 +200,7 @@ def _converted(
 def _read(source: str | Path, header: Header) -> Iterator[Tensor]:
     """The file in blocks (C, ·). Raises BadItem for data that are cut or not finite."""
     read = 0
-    with soundfile.SoundFile(source) as file:
+    with soundfile.SoundFile(for_soundfile(source)) as file:
         while True:
             try:
                 data = torch.from_numpy(file.read(BLOCK, dtype="float32", always_2d=True))
@@ -221,26 +215,16 @@ def _read(source: str | Path, header: Header) -> Iterator[Tensor]:
         raise BadItem(source, f"its data are cut: {read} of {header.samples} samples")
 
 
-def _written(source: str | Path, part: Path, suffix: str, header: Header) -> soundfile.SoundFile:
-    kind = KEPT.get(suffix.lower(), "WAV")
-    with soundfile.SoundFile(source) as file:
-        same = file.format == kind and soundfile.check_format(kind, file.subtype)
-        subtype = file.subtype if same else "PCM_16"
-    part.parent.mkdir(parents=True, exist_ok=True)
-    return soundfile.SoundFile(
-        part, "w", header.sample_rate, header.channels, subtype=subtype, format=kind
-    )
-
-
 def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:
     """Return the target of each file that is enhanced into a folder, by its name.
 
-    Raises ValueError where two would become one, or a file would overwrite itself.
+    Raises ValueError where two would become one, a file would overwrite itself, or one cannot be
+    written.
     """
     found: dict[str, Path] = {}
     for name in files:
         path = Path(name)
-        suffix = path.suffix if path.suffix.lower() in KEPT else ".wav"
+        suffix = path.suffix if path.suffix.lower() in FORMATS else ".wav"
         target = Path(folder) / (path.stem + suffix)
         if target in found.values():
             other = next(each for each, its in found.items() if its == target)
@@ -248,6 +232,7 @@ def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:
         if target.resolve() == path.resolve():
             raise ValueError(f"{name} would overwrite itself; choose another folder than {folder}")
         found[name] = target
+    check_outputs(found.values())
     return found
 
 

@@ -256,8 +256,10 @@ def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
     with open_run(run) as opened:
         keys = {key.name for key in opened.configuration.described()}
         if missing := {"generator", "discriminator", "mel", "best"} - keys:
+            others = [each for each in opened.recipes() if each != "recipes.hifigan"]
+            known = f"; it is a run of {others[0]}, not of recipes.hifigan" if others else ""
             raise ValueError(
-                f"{run} is no run of a vocoder: its hyperparams.yaml has no {min(missing)}"
+                f"{run} is no run of a vocoder: its hyperparams.yaml has no {min(missing)}{known}"
             )
         # A discriminator may be many times larger than the generator, and only trains it.
         opened.configuration.override({"discriminator": None})

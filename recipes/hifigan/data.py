@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import SOUNDS, count_files, cut_of, path_of
+from recipes.common.cuts import SOUNDS, count_files, cut_of, path_of, sounds
 from recipes.common.loading import filter_by_duration, load
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer.data import BadItem, item_seed
@@ -60,25 +60,25 @@ def folder(
     same one always the same.
 
     Args:
-        data_folder: has the files, as .wav, .flac, .ogg, .opus or .mp3, of one channel.
+        data_folder: has the files of one channel, as .wav, .flac, .ogg, .mp3, .aiff and others.
         valid: number of files held out to validate.
         test: number of files held out to test.
         on_bad: handling of unusable files, as in the run options.
         max_bad: largest share of unusable files, as in the run options.
 
-    Raises ValueError for a folder that is missing or has too few files.
+    Raises ValueError for a folder that is missing or has too few files, and for a recording in two
+    formats.
     """
     top = Path(data_folder).expanduser()
     if not top.is_dir():
         raise ValueError(f"data_folder {top} is not there; expected was a folder of sound files")
-    paths = sorted(path for path in top.rglob("*") if path.suffix.lower() in SOUNDS)
-    headers = check_recordings(paths, on_bad=on_bad, max_bad=max_bad)
+    names = {path: id for id, path in sounds(top).items()}
+    headers = check_recordings(names, on_bad=on_bad, max_bad=max_bad)
     if len(headers) < valid + test + 1:
         raise ValueError(
             f"{top} has {len(headers)} usable sound files ({', '.join(SOUNDS)}); needed are "
             f"{valid} for valid, {test} for test and at least 1 to train on"
         )
-    names = {path: path.relative_to(top).with_suffix("").as_posix() for path in headers}
     drawn = sorted(headers, key=lambda path: derive(0, "held out", names[path]))
     shares = drawn[valid + test :], drawn[:valid], drawn[valid : valid + test]
     return {

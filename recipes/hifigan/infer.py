@@ -3,23 +3,20 @@
     python recipes/hifigan/infer.py results/hifigan/demo/1234 FILE... -o FOLDER
 
 A sound file of any rate, length and number of channels becomes the sound that the vocoder makes of
-its mels, of the same rate, length and channels. A mel file (`.npy` or `.pt`, see
-`recipes.common.mel`) becomes a WAV. Files are read, made and written piece by piece: an hour needs
-no more memory than a minute, and every piece is what it would be in the whole. All that is needed
-is the run folder. Prints a line ``file<TAB>result`` for each; a file that cannot be used is named
-on stderr and the others are still made; the exit code is then 2.
+its mels, of the same rate, length, channels, format and depth (what is lossy becomes a 16-bit WAV).
+A mel file (`.npy` or `.pt`, see `recipes.common.mel`) becomes a WAV. Files are read, made and
+written piece by piece: an hour needs no more memory than a minute, and every piece is what it would
+be in the whole. All that is needed is the run folder. Prints a line ``file<TAB>result`` for each; a
+file that cannot be used is named on stderr and the others are still made; the exit code is then 2.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import soundfile
 import torch
 from torch import Tensor
 
@@ -27,6 +24,7 @@ from recipes.common.command import each_of, told
 from recipes.common.mel import read_mel
 from recipes.common.streaming import convert_file, targets
 from recipes.common.vocoder import CHUNK, Vocoder, load_vocoder
+from recipes.common.writing import kind_for, written
 
 MELS = (".npy", ".pt")
 
@@ -39,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
-    return told(
-        lambda: vocode_all(load_vocoder(given.run, given.device), given.files, given.output)
-    )
+
+    def run() -> int:
+        found = targets(given.files, given.output)
+        return vocode_all(load_vocoder(given.run, given.device), found)
+
+    return told(run)
 
 
-def vocode_all(vocoder: Vocoder, files: Sequence[str], folder: Path) -> int:
-    """Make the sound of each file in a folder; gives the exit code."""
-    found = targets(files, folder)
+def vocode_all(vocoder: Vocoder, found: Mapping[str, Path]) -> int:
+    """Make the sound of each file, and write it to its target; gives the exit code."""
 
     def make(source: str) -> None:
         vocode(vocoder, source, found[source])
@@ -71,18 +71,9 @@ def _speak_mel(vocoder: Vocoder, source: str | Path, target: Path) -> None:
     """A mel file as a 16-bit WAV, which appears whole or not at all."""
     mel, config = read_mel(source)
     vocoder.mel.check(source, config)
-    part = target.with_name(target.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with soundfile.SoundFile(
-            part, "w", vocoder.sample_rate, channels=1, subtype="PCM_16", format="WAV"
-        ) as file:
-            for wave in vocoder.stream(_pieces(source, mel)):
-                file.write(wave.numpy())
-        os.replace(part, target)
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
+    with written(target, vocoder.sample_rate, 1, kind_for(target)) as file:
+        for wave in vocoder.stream(_pieces(source, mel)):
+            file.write(wave.numpy())
 
 
 def _pieces(source: str | Path, mel: Tensor) -> Iterator[Tensor]:

@@ -70,6 +70,7 @@ class Scores:
         self.judges.forget()
         self._rows: dict[str, dict[str, float]] = {}
         self._files: dict[str, list[str]] = {}
+        self._stems: dict[str, str] = {}
 
     def add(self, id: str, original: Tensor, resynthesis: Tensor) -> None:
         """Take in a clip: samples (S,) each, whole frames of the front end."""
@@ -118,8 +119,10 @@ class Scores:
 
     def _keep(self, id: str, kind: str, wav: Tensor) -> str:
         """Write a sound; its path, relative to the folder."""
-        stem = re.sub(r"[^\w.-]", "_", f"{id[:80]}_{kind}")
-        name = f"samples/{stem}.wav"
+        stem = re.sub(r"[^\w.-]", "_", id[:80])
+        if self._stems.setdefault(stem, id) != id:  # As of a/b and a_b.
+            stem += f"_{len(self._files)}"
+        name = f"samples/{stem}_{kind}.wav"
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         soundfile.write(self.folder / name, wav.clamp(-1, 1).numpy(), self.mel.sample_rate)
         return name

@@ -2,12 +2,13 @@
 
     python recipes/metricgan/infer.py results/metricgan/demo/1234 FILE... -o FOLDER
 
-Writes each file enhanced into FOLDER, under its own name, of its own rate, length and channels, and
-prints a line ``file<TAB>enhanced file`` for each. Files may be of any length: they are read,
-enhanced and written in chunks that fade into each other (``chunks`` in the YAML). The network looks
-both ways, so that a chunk's ends know less than its middle: that is what the overlap is for. All it
-needs is the run folder, of whose checkpoints it takes the one that the test took. A file that
-cannot be read is named on stderr and the others are still enhanced; the exit code is then 2.
+Writes each file enhanced into FOLDER, under its own name, of its own rate, length, channels, format
+and depth (what is lossy becomes a 16-bit WAV), and prints a line ``file<TAB>enhanced file`` for
+each. Files may be of any length: they are read, enhanced and written in chunks that fade into each
+other (``chunks`` in the YAML). The network looks both ways, so that a chunk's ends know less than
+its middle: that is what the overlap is for. All it needs is the run folder, of whose checkpoints it
+takes the one that the test took. A file that cannot be read is named on stderr and the others are
+still enhanced; the exit code is then 2.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from recipes.common.audio import Expected, Header, good_ones
+from recipes.common.cuts import sounds
 from recipes.common.paths import inside
 from recipes.common.tables import Row, TableError, check_unique, named, read_rows
 from recipes.separation.recorded import Mixture
@@ -37,6 +38,7 @@ def librimix(
     sample_rate: int = 8000,
     mode: str = "min",
     noisy: bool = False,
+    follow_links: bool = False,
     **bad: Any,
 ) -> Corpus:
     """LibriMix (Cosentino et al. 2020, arXiv 2005.11262) as its scripts leave it.
@@ -48,6 +50,7 @@ def librimix(
         sample_rate: Hz.
         mode: "min", as long as the shortest source, or "max".
         noisy: ``mix_both``, with noise, in place of ``mix_clean``.
+        follow_links: symbolic links may lead out of the folder.
         **bad: ``on_bad`` and ``max_bad``, as in the run options.
 
     The tables in ``metadata`` are read where they are there, the folders elsewhere. Raises
@@ -61,7 +64,7 @@ def librimix(
     for split, name in sets.items():
         table = root / "metadata" / f"mixture_{name}_{kind}.csv"
         if table.is_file():
-            mixtures = read_table(table, root, noisy)
+            mixtures = read_table(table, root, noisy, follow_links)
         else:
             mixtures = read_folders(root / name, kind, speakers, noisy)
         found[split] = checked(mixtures, speakers, sample_rate, **bad)
@@ -75,6 +78,7 @@ def wsj0mix(
     sample_rate: int = 8000,
     mode: str = "min",
     noisy: bool = False,
+    follow_links: bool = False,
     **bad: Any,
 ) -> Corpus:
     """WSJ0-2mix and WSJ0-3mix, or WHAM, as their scripts leave them.
@@ -89,6 +93,7 @@ def wsj0mix(
         speakers: 2 or 3.
         sample_rate: Hz.
         mode: "min", as long as the shortest source, or "max".
+        follow_links: symbolic links may lead out of the folder.
         **bad: ``on_bad`` and ``max_bad``, as in the run options.
 
     Raises ValueError for a missing folder, and for files that do not belong together.
@@ -98,7 +103,7 @@ def wsj0mix(
     found = {}
     for split, name in sets.items():
         if name.endswith(".csv"):
-            mixtures = read_table(inside(root, name), root, noisy)
+            mixtures = read_table(inside(root, name), root, noisy, follow_links)
         else:
             place = f"wav{sample_rate // 1000}k/{mode}"
             inner = _first(root, f"{speakers}speakers", place, expected) / name
@@ -119,24 +124,29 @@ def _first(root: Path, name: str, place: str, expected: str) -> Path:
 def read_folders(folder: Path, kind: str, speakers: int, noisy: bool) -> list[Mixture]:
     """The files of one name in the folders ``kind``, ``s1``, ``s2`` … and, if asked, ``noise``.
 
-    A name that one of them has is expected in all.
+    A name, or path, that one of them has is expected in all.
     """
     names = [kind, *(f"s{n}" for n in range(1, speakers + 1)), *(["noise"] if noisy else [])]
     if missing := [name for name in names if not (folder / name).is_dir()]:
         raise ValueError(
             f"{folder} has no folder {', '.join(missing)}; expected: {', '.join(names)}"
         )
-    if not any((folder / kind).glob("*.wav")):
-        raise ValueError(f"{folder / kind} has no *.wav")
+    sides = [sounds(folder / name) for name in names]
+    if not sides[0]:
+        raise ValueError(f"{folder / kind} has no *.wav, nor another sound file")
     found = []
-    for file in sorted({path.name for name in names for path in (folder / name).glob("*.wav")}):
-        path, *others = (folder / name / file for name in names)
+    for id in sorted(set().union(*sides)):
+        suffix = next(side[id].suffix for side in sides if id in side)
+        path, *others = (
+            side.get(id, folder / name / (id + suffix))
+            for name, side in zip(names, sides, strict=True)
+        )
         noise = others.pop() if noisy else None
-        found.append(Mixture(path.stem, path, tuple(others), noise))
+        found.append(Mixture(id, path, tuple(others), noise))
     return found
 
 
-def read_table(path: Path, root: Path, noisy: bool) -> list[Mixture]:
+def read_table(path: Path, root: Path, noisy: bool, follow_links: bool = False) -> list[Mixture]:
     """Read the mixtures of a csv.
 
     Its paths are those of the machine that made the files: each is looked for in ``root`` by as
@@ -154,7 +164,7 @@ def read_table(path: Path, root: Path, noisy: bool) -> list[Mixture]:
         wanted = "mixture_ID, mixture_path, source_1_path …" + (", noise_path" if noisy else "")
         raise TableError(path, f"has the columns {', '.join(columns)[:80]}; expected: {wanted}")
     check_unique(path, [(row.line, row.cells[name]) for row in rows])
-    find = partial(_moved, root)
+    find = partial(_moved, root, follow_links=follow_links)
 
     def files(row: Row, columns: Sequence[str]) -> tuple[Path, ...]:
         return tuple(named(path, row.line, find, row.cells[column]) for column in columns)
@@ -170,7 +180,7 @@ def read_table(path: Path, root: Path, noisy: bool) -> list[Mixture]:
     ]
 
 
-def _moved(root: Path, written: str) -> Path:
+def _moved(root: Path, written: str, follow_links: bool) -> Path:
     parts = PurePosixPath(written).parts
     first = max((n for n, part in enumerate(parts, 1) if part in ("/", "..")), default=0)
     tails = ["/".join(parts[n:]) for n in range(first, len(parts))]
@@ -178,7 +188,7 @@ def _moved(root: Path, written: str) -> Path:
     if found is None:  # Which is told with all that is not there, each by a name of its own.
         known = (tail for tail in tails[:-1] if os.path.isdir((root / tail).parent))
         found = next(known, tails[0])
-    return inside(root, found)
+    return inside(root, found, follow_links)
 
 
 def checked(

@@ -19,8 +19,10 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+import soundfile
 import torch
 from torch import Tensor
 from torchaudio.functional import resample
@@ -28,17 +30,11 @@ from torchaudio.functional import resample
 import trainer
 from recipes.common.audio import read_audio, read_header
 from recipes.common.command import each_of, told
+from recipes.common.writing import Kind, check_outputs, written
 from recipes.separation.mixing import fitted
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from recipes.separation.train import Separator
 from trainer import Stage
-
-try:
-    import soundfile
-except ImportError as error:
-    raise ImportError(
-        "writing audio needs soundfile: pip install 'cortex-speech[recipes]'"
-    ) from error
 
 PIECE = 12.0  # seconds to separate at once
 OVERLAP = 4.0  # seconds of these that the next piece has, too
@@ -57,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         check_names(given.files, given.output)
+        check_outputs(given.output / f"{Path(each).stem}_1.wav" for each in given.files)
         brain = trainer.load(given.run, given.device, brain=Separator)
-        given.output.mkdir(parents=True, exist_ok=True)
         return separate_all(Tracks(brain), given.files, given.output)
 
     return told(run)
@@ -128,26 +124,18 @@ def scaled(tracks: Tensor, mixture: Tensor) -> Tensor:
 
 def separate_file(separate: Separate, path: str | Path, folder: Path) -> list[Path]:
     """Write the tracks of one file; their names. Raises BadItem for a file that is not usable."""
-    header = read_header(path)
-    rate = header.sample_rate
-    written: list[Path] = []
-    files: list[soundfile.SoundFile] = []
-    try:
+    rate, stem = read_header(path).sample_rate, Path(path).stem
+    paths: list[Path] = []
+    with ExitStack() as stack:  # Not half a track, which looks like a whole one.
+        files: list[soundfile.SoundFile] = []
         for tracks in joined(separate, path):
             if not files:
-                stem = Path(path).stem
-                written = [folder / f"{stem}_{n}.wav" for n in range(1, len(tracks) + 1)]
-                files = [soundfile.SoundFile(each, "w", rate, 1, "FLOAT") for each in written]
+                paths = [folder / f"{stem}_{n}.wav" for n in range(1, len(tracks) + 1)]
+                kind = Kind("WAV", "FLOAT")
+                files = [stack.enter_context(written(each, rate, 1, kind)) for each in paths]
             for file, track in zip(files, tracks, strict=True):
                 file.write(track.numpy())
-    except BaseException:  # Not half a track, which looks like a whole one.
-        for each in written:
-            each.unlink(missing_ok=True)
-        raise
-    finally:
-        for file in files:
-            file.close()
-    return written
+    return paths
 
 
 def joined(separate: Separate, path: str | Path) -> Iterator[Tensor]:

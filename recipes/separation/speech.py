@@ -13,18 +13,19 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from recipes.common.audio import Header, check_recordings
-from recipes.common.cuts import cut_of
+from recipes.common.cuts import cut_of, sound_of, sounds
 from recipes.common.librispeech import read_parts
 from recipes.common.loading import load
 from recipes.common.noise import coloured_noise
 from recipes.common.paths import inside
 from recipes.common.speech import embedded_speech, to_cuts
-from recipes.common.tables import TableError, named, read_lines, read_rows
+from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
 from recipes.separation.mixing import fitted
 from trainer.seed import derive
 
@@ -56,16 +57,17 @@ def recorded(
     manifests: str | None = None,
     on_bad: str = "skip",
     max_bad: float = 0.05,
+    follow_links: bool = False,
 ) -> Corpus:
     """Read a folder: by `listed` if it has a table ``utterances.csv``, else by `librispeech`.
 
     Recordings that cannot be used, by their headers, are left out as ``on_bad`` and ``max_bad``
-    say, which are the run options' own. ``manifests`` is no longer used; settings of earlier
-    versions have it.
+    say, which are the run options' own; with ``follow_links`` symbolic links may lead out of the
+    folder. ``manifests`` is no longer used; settings of earlier versions have it.
     """
     if (Path(data_folder).expanduser() / TABLE).is_file():
-        return listed(data_folder, on_bad=on_bad, max_bad=max_bad)
-    return librispeech(data_folder, parts, on_bad=on_bad, max_bad=max_bad)
+        return listed(data_folder, on_bad=on_bad, max_bad=max_bad, follow_links=follow_links)
+    return librispeech(data_folder, parts, None, on_bad, max_bad, follow_links)
 
 
 def existing(data_folder: str | Path, expected: str) -> Path:
@@ -85,6 +87,7 @@ def librispeech(
     manifests: str | None = None,
     on_bad: str = "skip",
     max_bad: float = 0.05,
+    follow_links: bool = False,
 ) -> Corpus:
     """LibriSpeech, or any folder of its layout.
 
@@ -96,6 +99,7 @@ def librispeech(
         manifests: no longer used; settings of earlier versions have it.
         on_bad: handling of missing and unusable files, as in the run options.
         max_bad: largest share of such files in a part, as in the run options.
+        follow_links: symbolic links may lead out of the folder.
 
     Raises ValueError for a folder that is missing or has another layout, for a split of which no
     part is there, and for too few speakers to deal.
@@ -109,7 +113,7 @@ def librispeech(
                 f"{', '.join(sorted(there)[:10]) or 'no folders'}"
             )
     wanted = {part for names in parts.values() for part in names} & there
-    read = read_parts(folder, wanted, on_bad, max_bad)
+    read = read_parts(folder, wanted, on_bad, max_bad, follow_links)
     genders = _genders(folder)
     found: dict[str, list[MonoCut]] = {split: [] for split in parts}
     for part in sorted(wanted):
@@ -171,10 +175,11 @@ def listed(
     audio: str = "audio",
     on_bad: str = "skip",
     max_bad: float = 0.05,
+    follow_links: bool = False,
 ) -> Corpus:
     """Recordings that a table lists: ``id``, ``split``, ``speaker`` and, if known, ``gender``.
 
-    Cells are separated by ``|`` or ``,``; a recording is the file of that id in the folder
+    Cells are separated by ``|`` or ``,``; a recording is the file of that id (or path) in
     ``audio``, of any kind and rate. Where no row is of the split valid, a tenth of the speakers of
     train are.
 
@@ -186,14 +191,8 @@ def listed(
     expected = "a table with id, split and speaker"
     path = inside(folder, table)
     rows = read_rows(path, expected, ("id", "split", "speaker"), key="id", gap="|,")
-    files = {each.stem: each for each in sorted((folder / audio).glob("*")) if each.is_file()}
-
-    def find(name: str) -> Path:
-        inside(folder, name)  # Which refuses what leads elsewhere.
-        file = (
-            files[name].name if name in files else f"{name}.wav"
-        )  # Told with all that is missing.
-        return inside(folder, f"{audio}/{file}")
+    place = folder / audio
+    find = partial(sound_of, sounds(place), place, follow_links=follow_links)
 
     for row in rows:
         if not row.cells["speaker"]:
@@ -202,6 +201,7 @@ def listed(
         logger.warning("%s has rows of other splits, left out: %s", path, ", ".join(others))
         rows = [row for row in rows if row.cells["split"] in SPLITS]
     wanted = [named(path, row.line, find, row.cells["id"]) for row in rows]
+    check_unique(path, [(row.line, str(file)) for row, file in zip(rows, wanted, strict=True)])
     good = check_recordings(wanted, on_bad=on_bad, max_bad=max_bad)
     found: dict[str, list[MonoCut]] = {}
     for row, file in zip(rows, wanted, strict=True):
@@ -267,8 +267,8 @@ def wham(
         raise ValueError(f"{root} has no folder {', '.join(missing)}; expected: tr, cv, tt")
     found = {}
     for split, name in names.items():
-        paths = sorted((root / name).rglob("*.wav"))
-        good = check_recordings(paths, channels=None, on_bad=on_bad, max_bad=max_bad)
-        cuts = [cut_of(path, header, path.stem) for path, header in good.items()]
+        ids = {path: id for id, path in sounds(root / name).items()}
+        good = check_recordings(ids, channels=None, on_bad=on_bad, max_bad=max_bad)
+        cuts = [cut_of(path, header, ids[path]) for path, header in good.items()]
         found[split] = Ambient(cuts, sample_rate, seconds)
     return found

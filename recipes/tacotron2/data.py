@@ -11,22 +11,23 @@ numbers and abbreviations are spelled out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import count_files, cut_of, sound_of
+from recipes.common.cuts import count_files, cut_of, sound_of, sounds
 from recipes.common.loading import filter_by_duration, load, transcript
 from recipes.common.mel import LogMel
 from recipes.common.speech import one_voice_reading, to_cuts
 from recipes.common.tables import TableError, check_unique, named, read_lines
 from recipes.tacotron2.text import Front, check_texts, plain, spell_out
+from trainer.data import BadItemPolicy
 from trainer.seed import derive
 
 try:
@@ -37,6 +38,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 Corpus = Mapping[str, CutSet]
+TABLE = "metadata.csv"
 LAYOUT = "a metadata.csv of lines id|text or id|text|… and a folder wavs with a sound file for each"
 MARGIN = 0.05  # seconds of quiet that trimming leaves
 
@@ -71,6 +73,7 @@ def readings(
     sounds: str = "",
     on_bad: str = "skip",
     max_bad: float = 0.05,
+    follow_links: bool = False,
 ) -> Corpus:
     """Recordings of one voice with their texts, in the layout of LJSpeech (K. Ito, 2017).
 
@@ -78,51 +81,61 @@ def readings(
 
     Args:
         data_folder: has a ``metadata.csv`` of lines ``id|text|…``, and ``wavs/id.wav`` (or .flac,
-            .ogg, .opus, .mp3).
+            .ogg, .mp3, .aiff and others).
         valid: number of different texts held out to validate.
         test: number of different texts held out to test.
         column: number of the column with the text (LJSpeech's column 2: numbers spelled out).
         spell: numbers and abbreviations are still to be spelled out.
         lengths: the shortest and the longest, in seconds; others are left out.
         sounds: texts with one of these characters tell of a sound, and are left out.
-        on_bad: handling of unusable files, as in the run options.
-        max_bad: largest share of unusable files, as in the run options.
+        on_bad: handling of unusable files, and of texts with a number that is not surely read in
+            one way, as in the run options.
+        max_bad: largest share of these, as in the run options.
+        follow_links: symbolic links may lead out of ``wavs``.
 
     Raises ValueError for a folder that is missing or has another layout, for an empty text, and
     where too few texts are left.
     """
     folder = Path(data_folder).expanduser()
-    files = dict(_texts(folder, column))
-    for path, (name, text) in list(files.items()):
-        if set(text) & set(sounds):
-            logger.info("%s is no speech, left out: %s", name, text)
+    files = _readings(folder, column, spell, follow_links)
+    for path, each in list(files.items()):
+        if set(each.text) & set(sounds):
+            logger.info("%s is no speech, left out: %s", each.id, each.text)
             del files[path]
     headers = check_recordings(files, channels=None, on_bad=on_bad, max_bad=max_bad)
     cuts = filter_by_duration(
         (
-            cut_of(path, header, name, text=text)
+            cut_of(path, header, files[path].id, text=files[path].text)
             for path, header in headers.items()
-            for name, text in [files[path]]
         ),
         *lengths,
     )
     if spell:
-        cuts = CutSet.from_cuts(map(_spelled, cuts))
+        lines = {each.id: f"line {each.line} of {folder / TABLE}" for each in files.values()}
+        cuts = _spelled(cuts, lines, BadItemPolicy(on_bad, max_bad))
     return _split(cuts, valid, test)
 
 
-def _texts(folder: Path, column: int) -> Iterator[tuple[Path, tuple[str, str]]]:
-    """The files that a metadata.csv lists, each with its id and its text."""
+class _Reading(NamedTuple):
+    id: str
+    text: str
+    line: int
+
+
+def _readings(folder: Path, column: int, spell: bool, follow_links: bool) -> dict[Path, _Reading]:
+    """What a metadata.csv says of the files that it lists."""
     if not folder.is_dir():
         raise ValueError(f"data_folder {folder} is not there; expected was {LAYOUT}")
-    table = folder / "metadata.csv"
+    table = folder / TABLE
     if not table.exists():
         raise ValueError(
             f"{folder} has another layout: it has no metadata.csv; expected was {LAYOUT}"
         )
     rows = [(line, line.text.split("|")) for line in read_lines(table, LAYOUT)]
     check_unique(table, [(line.number, fields[0]) for line, fields in rows])
-    find = partial(sound_of, folder / "wavs")
+    place = folder / "wavs"
+    find = partial(sound_of, sounds(place), place, follow_links=follow_links)
+    found = []
     for line, fields in rows:
         if len(fields) <= column:
             raise TableError(
@@ -133,12 +146,26 @@ def _texts(folder: Path, column: int) -> Iterator[tuple[Path, tuple[str, str]]]:
             )
         if not fields[column].strip():
             raise TableError(table, f"has no text: {line.text[:80]!r}", line.number)
-        yield named(table, line.number, find, fields[0]), (fields[0], plain(fields[column]))
+        text = fields[column] if spell else plain(fields[column])
+        reading = _Reading(fields[0], text, line.number)
+        found.append((named(table, line.number, find, fields[0]), reading))
+    check_unique(table, [(each.line, str(path)) for path, each in found])
+    return dict(found)
 
 
-def _spelled(cut: MonoCut) -> MonoCut:
-    cut.supervisions[0].text = spell_out(cut.supervisions[0].text, cut.id)
-    return cut
+def _spelled(cuts: CutSet, lines: Mapping[str, str], policy: BadItemPolicy) -> CutSet:
+    """Spell out the texts of cuts, whose lines are known by id; one that cannot be is bad."""
+    good, bad = [], []
+    for cut in cuts:
+        said = cut.supervisions[0]
+        try:
+            said.text = spell_out(said.text, cut.id)
+            good.append(cut)
+        except ValueError as error:
+            bad.append((lines[cut.id], str(error)))
+    policy.handle(bad)
+    policy.check(policy.skipped, len(cuts), "texts")
+    return CutSet.from_cuts(good)
 
 
 def _split(cuts: CutSet, valid: int, test: int) -> Corpus:

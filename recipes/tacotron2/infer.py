@@ -22,6 +22,7 @@ import torch
 import trainer
 from recipes.common.command import each_of, told
 from recipes.common.tables import read_text
+from recipes.common.writing import check_outputs, kind_for
 from recipes.tacotron2.sound import make_sound, write_sound
 from recipes.tacotron2.text import readable
 from recipes.tacotron2.train import Synthesiser
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         texts = _texts(given.text, given.file, given.output)
+        check_outputs(texts)
+        for path in texts:
+            kind_for(path)  # Which refuses what no sound file is called.
         brain = trainer.load(given.run, given.device, brain=Synthesiser)
         vocoder = given.vocoder or _own_vocoder(given.run, brain.hparams.vocoder)
         return say_all(brain, make_sound(brain.hparams.mel, vocoder, str(brain.device)), texts)
@@ -73,9 +77,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _texts(text: str | None, file: Path | None, output: Path) -> dict[Path, tuple[str, str]]:
     """Each sound file to write with the name and the words of its text."""
     if file is None:
-        return {output: ("the text", text or "")}
-    lines = read_text(file, "a file with a text a line").splitlines()
-    if not lines:
+        target = output if output.suffix or output.is_dir() else output.with_suffix(".wav")
+        return {target: ("the text", text or "")}
+    lines = read_text(file, "a file with a text a line").rstrip().split("\n")
+    if lines == [""]:
         raise ValueError(f"{file} is empty: there is no text to say")
     return {
         output / f"{number:04d}.wav": (f"line {number} of {file}", line)

@@ -9,13 +9,7 @@ from torch import Tensor
 from recipes.common.griffin_lim import GriffinLim
 from recipes.common.mel import LogMel
 from recipes.common.vocoder import Vocoder, load_vocoder
-
-try:
-    import soundfile
-except ImportError as error:
-    raise ImportError(
-        "writing audio needs soundfile: pip install 'cortex-speech[recipes]'"
-    ) from error
+from recipes.common.writing import kind_for, written
 
 
 def make_sound(
@@ -40,6 +34,6 @@ def make_sound(
 
 
 def write_sound(path: Path, wave: Tensor, sample_rate: int) -> None:
-    """A 16-bit file of samples (S,); its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+    """A 16-bit file of samples (S,), of the format of its suffix; its folder is made."""
+    with written(path, sample_rate, 1, kind_for(path)) as file:
+        file.write(wave.clamp(-1, 1).numpy())

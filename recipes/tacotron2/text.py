@@ -1,8 +1,9 @@
 """Texts to the symbols that are synthesised: characters, or phonemes by espeak-ng.
 
-`spell_out` turns a text as people write it, with numbers and abbreviations, into one as it is read
-aloud, by wetext's grammars. What a front end then still does not know is refused with the character
-and its place: a synthesiser that guesses says something else than the text.
+`spell_out` turns a text as people write it into one as it is read aloud, by the rules of
+`recipes.tacotron2.number_words`. What is not surely read in one way is refused with its place, and
+so is a character that a front end does not know: a synthesiser that guesses says something else
+than the text.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from recipes.tacotron2 import phonemiser
+from recipes.tacotron2.number_words import abbreviations_in_words, in_words
 
 PAD, END = "<pad>", "<end>"
 PUNCTUATION = "!'(),-.:;?"
@@ -183,31 +184,9 @@ def plain(text: str) -> str:
 def spell_out(text: str, name: str = "the text") -> str:
     """A text with its numbers, units and abbreviations as words, and single spaces.
 
-    Raises ValueError with ``name`` for what the grammar cannot read, ImportError with what to
-    install.
+    Raises ValueError with ``name`` for a number of which it is not sure how it is read.
     """
-    typed = plain(text)
-    normalise = _normaliser().normalize
     try:
-        return " ".join(normalise(typed).split())
-    except AssertionError:  # so wetext tells that no path leads through its grammar
-        strange = next((word for word in typed.split() if not _spells(word)), typed)
-        raise ValueError(f"{name} has {strange!r}, which cannot be spelled out") from None
-
-
-def _spells(word: str) -> bool:
-    try:
-        return bool(_normaliser().normalize(word))
-    except AssertionError:
-        return False
-
-
-@cache
-def _normaliser() -> Any:
-    try:
-        from wetext import Normalizer
-    except ImportError as error:
-        raise ImportError(
-            "spelling out numbers and abbreviations needs wetext: pip install 'cortex-speech[tts]'"
-        ) from error
-    return Normalizer(lang="en", operator="tn")
+        return plain(abbreviations_in_words(in_words(text)))
+    except ValueError as error:
+        raise ValueError(f"{name} has {error}") from None

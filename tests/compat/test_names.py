@@ -217,7 +217,7 @@ def test_make_dataloader_may_make_the_dataset_of_a_mapping() -> None:
     brain.fit([1], {name: torch.ones(4) for name in "abc"}, train_loader_kwargs={"batch_size": 2})
     assert asked == [(OurStage.TRAIN, "dataloader-", ["batch_size"])]
     assert brain.optimizer_step == 2
-    with pytest.raises(ValueError, match="the train set is a dict; allowed"):
+    with pytest.raises(ValueError, match="the train set is a mapping, a dict"):
         make().fit([1], {"a": torch.ones(4)})
 
 

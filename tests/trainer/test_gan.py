@@ -287,7 +287,7 @@ def test_optimizers_that_share_a_parameter_cannot_accumulate_at_once() -> None:
             )
 
     make(Shared).fit([1], batches(2))
-    sentence = "'discriminator' and 'generator' share a parameter, and the first has an open"
+    sentence = "'discriminator' and 'generator' share the parameter discriminator.0.weight, and"
     with pytest.raises(ValueError, match=sentence):
         make(Shared, grad_accumulation_factor=2).fit([1], batches(2))
 

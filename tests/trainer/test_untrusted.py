@@ -60,8 +60,9 @@ def test_memory_is_limited_in_proportion_and_the_limit_ends(
     monkeypatch.setattr(untrusted, "SPARE_BYTES", 1 << 26)
     monkeypatch.setattr(untrusted, "BYTES_PER_CORE", 0)
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    sizes = 1 << 29
-    for allocate in (lambda: bytearray(sizes), lambda: torch.zeros(sizes)):
+    # Far above the limit: what other tests left behind may be freed meanwhile.
+    far, near = 1 << 32, 1 << 29
+    for allocate in (lambda: bytearray(far), lambda: torch.zeros(far, dtype=torch.uint8)):
         with pytest.raises((MemoryError, RuntimeError)), memory_in_proportion(tmp_path):
             allocate()
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
@@ -69,10 +70,10 @@ def test_memory_is_limited_in_proportion_and_the_limit_ends(
         file.truncate(1 << 40)  # Takes nothing on the disk.
     assert bytes_on_disk(tmp_path) < 1 << 20
     with pytest.raises(MemoryError), memory_in_proportion(tmp_path):
-        bytearray(sizes)
+        bytearray(far)
     (tmp_path / "full").write_bytes(os.urandom(1 << 20) * 70)
     with memory_in_proportion(tmp_path), memory_in_proportion(tmp_path):
-        bytearray(sizes)
+        bytearray(near)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 

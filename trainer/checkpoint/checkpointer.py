@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -30,10 +31,13 @@ from trainer.checkpoint.storage import (
 )
 from trainer.compat import hooks
 from trainer.distributed import run_on_all, run_on_main
+from trainer.epochs import EpochCounter
 
 T = TypeVar("T")
 Key = Callable[[Checkpoint], Any]
 Predicate = Callable[[Checkpoint], bool]
+
+logger = logging.getLogger("trainer")
 
 LOCK_SECONDS = 2.0  # of waiting for a process that ends, or only looks for remains
 MAX_RETRIES = 100  # of looking for checkpoints that another process replaces at the same time
@@ -63,6 +67,11 @@ class Retention:
     best: tuple[Best, ...] = ()
     keys: tuple[tuple[Key, int], ...] = ()
     predicate: Predicate | None = None
+
+    @property
+    def most(self) -> int:
+        """Number of checkpoints that stay at most."""
+        return self.last + sum(rule.n for rule in self.best)
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> set[Checkpoint]:
         """Select those of ``checkpoints``, newest first, that stay: at least one."""
@@ -173,7 +182,7 @@ class Checkpointer:
             recoverables, keep_last = keep_last, 1
         if (folder is None) == (checkpoints_dir is None):
             raise ValueError("a Checkpointer needs a folder (also called checkpoints_dir), once")
-        self.folder = Path(str(folder if folder is not None else checkpoints_dir))
+        self.folder = Path(str(checkpoints_dir if folder is None else folder)).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
         if type(keep_last) is not int or keep_last < 1:
@@ -185,6 +194,7 @@ class Checkpointer:
         self.add_recoverables(recoverables or {})
         self._held = False
         self._waiting: list[SaveRequest] = []
+        self._missed: set[str] = set()  # Metrics to keep by that were warned of.
         self._broken: dict[str, str] = {}  # Reasons by name; these are not looked at again.
         self._lock: FolderLock | None = None
 
@@ -321,6 +331,24 @@ class Checkpointer:
         retention = Retention(last, (*self.retention.best, *rules), keys, ckpt_predicate)
         return self._request(meta, end_of_epoch, name, retention)
 
+    def _warn_of_missing(self, retention: Retention, meta: Mapping[str, Any]) -> None:
+        """Warn once of each metric to keep by that the save of an epoch does not have."""
+        given = ", ".join(name for name in meta if name not in ("epoch", "optimizer_step"))
+        for metric in sorted({rule.metric for rule in retention.best if rule.every_epoch}):
+            if metric not in meta and metric not in self._missed:
+                self._missed.add(metric)
+                own = any(rule.metric == metric for rule in self.retention.best)
+                logger.warning(
+                    "%s the metric %r, which the epoch did not give; it gave %s: no checkpoint can "
+                    "be the best by it", "keep_best names" if own else "a save is to keep by",
+                    metric, given or "none",
+                )  # fmt: skip
+
+    @property
+    def waits(self) -> bool:
+        """True if a save was deferred."""
+        return bool(self._waiting)
+
     def hold(self) -> None:
         """Defer saves until `release`, since the state is incomplete at the moment."""
         self._held = True
@@ -379,6 +407,8 @@ class Checkpointer:
                 "most 80 letters, digits and _ . = , -"
             )
         request = SaveRequest(_to_json(meta), end_of_epoch, name, retention)
+        if self.enabled and end_of_epoch and retention is not None and distributed.is_main():
+            self._warn_of_missing(retention, meta)
         if self._held and self.enabled:
             self._waiting.append(request)
         return self.save(request) if self.enabled and not self._held else None
@@ -783,6 +813,8 @@ class Checkpointer:
                 obj.load_state_dict(states[name])
                 if name in local:
                     obj.load_local_state_dict(local[name])
+                if isinstance(obj, EpochCounter) and not checkpoint.end_of_epoch:
+                    obj.current = max(obj.current - 1, 0)  # The epoch is not over.
             except Exception as error:
                 raise ValueError(
                     f"{checkpoint.path}: {name!r} ({type(obj).__name__}) cannot take its state: "
@@ -849,13 +881,12 @@ def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[st
 
 
 def _to_json(value: Any, where: str = "meta") -> Any:
-    """Convert one-element tensors to numbers and non-finite numbers to None, as JSON allows.
+    """Convert tensors and arrays of one element to numbers, and non-finite numbers to None.
 
     Raises:
         ValueError: ``value`` holds something that JSON cannot; names its place.
     """
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # torch's, or NumPy's
-        value = value.item()
+    value = tree.plain_number(value)
     if isinstance(value, Mapping):
         return {str(key): _to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):

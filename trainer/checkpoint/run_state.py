@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,9 @@ def copied(state: Any) -> Any:
     """Return a copy of a state whose tensors are in CPU memory and share none."""
 
     def copy(leaf: Any) -> Any:
-        return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+        if isinstance(leaf, Tensor):
+            return leaf.detach().to("cpu", copy=True)
+        return leaf.copy() if type(leaf).__module__ == "numpy" and hasattr(leaf, "copy") else leaf
 
     return map_leaves(copy, state)
 
@@ -152,16 +155,21 @@ class RunState:
         entries = self._stateful()
         shared = {**shared, "modules": shared.get("weights_of_run", shared["modules"])}
         check_weights(entries["modules"].part, shared["modules"])
-        _check_names("optimizers", "optimizers.", shared, entries)
-        for name, entry in entries.items():
-            if name.startswith("optimizers."):
-                entry.part.check_state_dict(shared[name])
+        fitting = True
+        try:
+            _check_optimizers(shared, entries)
+        except ValueError:
+            if shared["progress"].get("fits", 0) <= self.progress.fits:
+                raise
+            fitting = False  # The recipe exchanges them before that fit: see `load_optimizers`.
         _check_names("stateful objects", "objects.", [n for n in shared if n in entries], entries)
         for name, entry in entries.items():
             if name not in shared and entry.restart is not None:
                 entry.restart()
-            elif name in shared and entry.scope in SHARED:
-                entry.part.load_state_dict(shared[name])
+            elif name in shared and entry.scope in SHARED and (fitting or not _optimizes(name)):
+                # An object may take over what it is given, and is given it again after the hooks.
+                state = shared[name] if entry.trained else copied(shared[name])
+                entry.part.load_state_dict(state)
         self._load_progress(shared)
         self._shared, self._local, self._trained = shared, {}, {}
 
@@ -170,6 +178,18 @@ class RunState:
         self._local = local
 
     # Resuming
+
+    def load_optimizers(self) -> None:
+        """Restore the optimizers of the `fit` that resumes, if it is not the first one.
+
+        Raises:
+            ValueError: if the checkpoint has others.
+        """
+        if self._shared is not None and self.resumed_fit > 1:
+            entries = self._stateful()
+            _check_optimizers(self._shared, entries)
+            for name in filter(_optimizes, entries):
+                entries[name].part.load_state_dict(self._shared[name])
 
     def fit_started(self) -> bool:
         """Restore more after `on_fit_start` has run; return True if everything is restored now."""
@@ -233,6 +253,17 @@ class RunState:
         self._shared, self._local, self._trained = None, {}, {}
 
 
+def _optimizes(name: str) -> bool:
+    return name.startswith("optimizers.")
+
+
+def _check_optimizers(shared: Mapping[str, Any], entries: Entries) -> None:
+    """Raise ValueError where a checkpoint has other optimizers than this run."""
+    _check_names("optimizers", "optimizers.", shared, entries)
+    for name in filter(_optimizes, entries):
+        entries[name].part.check_state_dict(shared[name])
+
+
 def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str]) -> None:
     """Raise ValueError where the entries of one kind are not those that were saved."""
     has, needs = (
@@ -259,6 +290,11 @@ class Saver:
         options: RunOptions,
         on_saved: Callable[[Checkpoint], None],
     ) -> None:
+        if not isinstance(checkpointer, (Checkpointer, NoneType)):
+            raise ValueError(
+                f"checkpointer is a {type(checkpointer).__name__}; allowed: a trainer.Checkpointer "
+                "or None"
+            )
         self._checkpointer = Checkpointer(".") if checkpointer is None else checkpointer
         if checkpointer is None or options.debug:
             self._checkpointer.enabled = False
@@ -267,19 +303,29 @@ class Saver:
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._failures = 0  # Saves in a row that the disk did not take.
         self._unsaved: list[SaveRequest] = []  # Those of the last one.
-        self._missed: set[str] = set()  # Metrics of `keep_best` that were warned of.
 
     def recover(self) -> Checkpoint | None:
         """Load the newest sound checkpoint, if there is one. Collective."""
         if not self._checkpointer.enabled:
             return None
         self._checkpointer.prepare()
+        kept, wanted = self._checkpointer.retention.most, self._options.average_checkpoints
+        if wanted > kept:
+            logger.warning(
+                "average_checkpoints is %d, but the checkpointer keeps %d at most (keep_last is "
+                "%d): the average is of fewer, unless the recipe keeps more by its own saves; "
+                "allowed: keep_last=%d", wanted, kept, self._checkpointer.retention.last, wanted,
+            )  # fmt: skip
         found = self._checkpointer.recover_if_possible()
         if found is not None:
             self._saved_step = self._progress.optimizer_step
         else:
             warn_of_others(self._checkpointer.folder)
         return found
+
+    def pending(self) -> bool:
+        """Return True if a save within the epoch is due by steps, or a hook has asked for one."""
+        return self._checkpointer.waits or self.due_by_steps()
 
     def due_by_steps(self) -> bool:
         """Return True if a save within the epoch is due, on all ranks alike."""
@@ -294,20 +340,8 @@ class Saver:
     def save(self, metrics: Mapping[str, Any], end_of_epoch: bool) -> None:
         """Save the run as it is now, and apply the rules of what to keep. Collective."""
         place = {"epoch": self._progress.epoch, "optimizer_step": self._progress.optimizer_step}
-        if end_of_epoch:
-            self._warn_of_missing(metrics)
         self._checkpointer.save_and_keep_only({**place, **metrics}, end_of_epoch=end_of_epoch)
         self.release()
-
-    def _warn_of_missing(self, metrics: Mapping[str, Any]) -> None:
-        """Warn once of each metric of ``keep_best`` that an epoch did not give."""
-        wanted = {rule.metric for rule in self._checkpointer.retention.best if rule.every_epoch}
-        for metric in sorted(wanted - {*metrics} - self._missed):
-            self._missed.add(metric)
-            logger.warning(
-                "keep_best names the metric %r, which the epoch did not give; it gave %s: no "
-                "checkpoint can be the best by it", metric, ", ".join(metrics),
-            )  # fmt: skip
 
     def release(self) -> bool:
         """Do the saves that waited; return True if there were any. Collective.

@@ -13,6 +13,7 @@ it is used unchecked: file names must stay inside the folder, sizes and hashes m
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import io
@@ -25,8 +26,10 @@ import stat
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
@@ -53,6 +56,7 @@ RECOVERABLE_NAME = re.compile(r"(?!rank-)[A-Za-z0-9_][A-Za-z0-9_-]{0,79}", re.AS
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", re.ASCII)
 SCALARS = (int, float, str, bool, type(None), torch.Size, torch.dtype, torch.device)
 MAPPINGS = (dict, OrderedDict, Counter)
+ARRAY = "numpy.ndarray"  # Key of a tensor that was NumPy's array, which torch saves by pickle.
 
 
 class BrokenCheckpoint(ValueError):
@@ -218,26 +222,59 @@ def looks_like_checkpoint(path: Path) -> bool:
 # States
 
 
-def check_state(state: Any, where: str) -> None:
-    """Raise ValueError if a state holds something that could not be loaded safely; name it."""
+def _writable(state: Any, where: str) -> Any:
+    """Return a state as it is written: NumPy's numbers as Python's, its arrays as marked tensors.
+
+    Raises:
+        ValueError: for something that could not be loaded safely; names it.
+    """
     kind = type(state)  # Exactly: NumPy's float64 is a float as well, and is saved as a pickle.
     if kind in MAPPINGS:
-        for key, value in state.items():
-            check_state(key, f"{where}: the key {key!r}")
-            check_state(value, f"{where}.{key}")
-    elif kind in (list, tuple):
-        for index, value in enumerate(state):
-            check_state(value, f"{where}[{index}]")
-    elif kind not in (*SCALARS, Tensor, torch.nn.Parameter):
-        raise ValueError(
-            f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; "
-            "a state is made of dict, list, tuple, tensor, int, float, str, bool and None"
-        )
+        keys = [_writable(key, f"{where}: the key {key!r}") for key in state]
+        values = [_writable(value, f"{where}.{key}") for key, value in state.items()]
+        if all(map(is_, keys, state)) and all(map(is_, values, state.values())):
+            return state
+        state = copy.copy(state)  # With the versions that a module's state has as an attribute.
+        state.clear()
+        for key, value in zip(keys, values, strict=True):
+            state[key] = value
+        return state
+    if kind in (list, tuple):
+        return kind(_writable(value, f"{where}[{index}]") for index, value in enumerate(state))
+    if kind in (*SCALARS, Tensor, torch.nn.Parameter):
+        return state
+    if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
+        with suppress(TypeError, ValueError):  # Of texts, objects and dates.
+            return {ARRAY: torch.from_numpy(state.astype(state.dtype.newbyteorder("=")))}
+    elif kind.__module__ == "numpy" and getattr(state, "ndim", None) == 0:
+        number = state.item()
+        if type(number) in SCALARS:
+            return number
+    raise ValueError(
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; "
+        "a state is made of dict, list, tuple, tensor, int, float, str, bool, None, and "
+        "NumPy's numbers and arrays of numbers"
+    )
+
+
+def _to_numpy(value: Any) -> Any:
+    """Return a loaded value with NumPy's arrays in place of the marked tensors."""
+    kind = type(value)
+    if kind is dict and value.keys() == {ARRAY} and isinstance(value[ARRAY], Tensor):
+        return value[ARRAY].numpy()
+    if kind in MAPPINGS:
+        for key, part in value.items():
+            value[key] = _to_numpy(part)
+    elif kind is list:
+        value[:] = map(_to_numpy, value)
+    elif kind is tuple:
+        return tuple(map(_to_numpy, value))
+    return value
 
 
 def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
     """Write a state: a file for each top-level key with tensors in it, and one for the rest."""
-    check_state(state, name)
+    state = _writable(state, name)
     # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
     large = [k for k, v in state.items() if _is_large(k, v)] if type(state) is dict else []
     rest = {k: v for k, v in state.items() if k not in large} if large else state
@@ -247,7 +284,7 @@ def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
 
 def write_local(folder: Path, rank: int, states: dict[str, Any]) -> dict[str, FileEntry]:
     """Write the local states of a rank, by name."""
-    check_state(states, f"the local state of rank {rank}")
+    states = _writable(states, f"the local state of rank {rank}")
     file = f"rank-{rank}.pt"
     return {file: _write(folder / file, states)} if states else {}
 
@@ -369,7 +406,7 @@ def _load_file(checkpoint: Checkpoint, name: str) -> Any:
     """Load a file of tensors and plain values, verified first; nothing in it can run."""
     data = read_verified(checkpoint, name)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return _to_numpy(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except MemoryError:
         raise
     except Exception as error:  # Whatever an unpickler meets in bytes that somebody else hashed.

@@ -84,9 +84,9 @@ class Owner(Protocol):
 class UserAttributes:
     """Plain attributes of a Brain as a part of its state.
 
-    Saved are numbers, texts, tensors and containers of these that have changed since the first
-    `fit` began; of the hparams, numbers and texts. What nothing has changed is a setting, of which
-    a resumed run may have another. ``own`` returns the attributes that are the user's, by name.
+    Saved are numbers, texts, tensors, arrays and containers of these that have changed since the
+    first `fit` began; of the hparams, numbers and texts. What nothing has changed is a setting, of
+    which a resumed run may have another. ``own`` returns the user's attributes by name.
     """
 
     def __init__(self, owner: Owner, own: Callable[[], Mapping[str, Any]]) -> None:
@@ -206,6 +206,8 @@ def _copy(value: Any) -> Any:
         return value.detach().clone()
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # A number of NumPy's.
         return value.item()
+    if (kind.__module__, kind.__name__) == ("numpy", "ndarray") and value.dtype.kind in "biufc":
+        return value.copy()
     if kind in DICTS:
         return kind({_copy(key): _copy(part) for key, part in value.items()})
     if isinstance(value, dict):
@@ -229,4 +231,7 @@ def _equal(a: Any, b: Any) -> bool:
         return list(a) == list(b) and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
+    if type(a).__module__ == "numpy":
+        same = a.dtype == b.dtype and a.shape == b.shape
+        return bool(same and (a.view("u1") == b.view("u1")).all())
     return bool(a == b)

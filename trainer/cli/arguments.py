@@ -1,12 +1,14 @@
 """The command line: `train.py FILE [--key value | --key=value | --flag | --no-flag]…`.
 
 Names are those of the run options and of the YAML's keys, in full; nested keys are dotted. Values
-are YAML. `--allow name` is neither: it lets the YAML build names of a package.
+are YAML; an empty text is given in quotes. `--allow name` is neither: it lets the YAML build names
+of a package.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 import textwrap
@@ -16,17 +18,24 @@ from typing import Any
 
 from ruamel.yaml.nodes import ScalarNode
 
+from trainer import distributed
+from trainer.cli.folder import HYPERPARAMS
+from trainer.config.changes import ABSENT, Settings
 from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
-from trainer.config.reading import NULL, find, get, items, plain, represent, tag
+from trainer.config.reading import NULL, compose, find, get, items, plain, represent, tag
 from trainer.config.registry import NAME_IN_FULL
+from trainer.optim.build import pick_device
 from trainer.options import (
     ALIASES,
     METADATA,
     TRANSIENT_OPTIONS,
     RunOptions,
     current_name,
+    nearest,
     nearest_key,
+    translate,
 )
+from trainer.other_options import DEFAULTS, FLAGS, NAMES
 
 logger = logging.getLogger("trainer")
 
@@ -61,7 +70,9 @@ def yaml_path(argv: Sequence[str]) -> str:
 def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configuration, RunOptions]:
     """Read the YAML and apply the other arguments: default < YAML < command line.
 
-    `seed` and `output_folder` are keys of every YAML: they are added if it has none.
+    `seed` and `output_folder` are keys of every YAML: they are added if it has none. The default
+    folder, results/<task>/<name>/<seed>, also if the YAML spells it out, is followed by what the
+    command line changes of the training, as in results/asr/demo/1234-lr=0.1.
 
     Args:
         argv: the arguments after the program's name.
@@ -76,21 +87,42 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     path = yaml_path(argv)
     allowed, others = split_allowed(argv[1:])
     configuration = Configuration(path, [*allow, *allowed])
+    configuration.registry.downloads = True  # It is built in the run.
     transient: dict[str, Any] = {}
+    overridden: dict[str, Any] = {}  # Former values by name.
     for name, value in parse(others, configuration):
-        if name in TRANSIENT_OPTIONS and get(configuration.root, name) is None:
+        old = find(configuration.root, name)
+        if name in TRANSIENT_OPTIONS and old is None:
             transient[name] = plain(option_node(name, value))
         else:
+            overridden.setdefault(name, ABSENT if is_null(old) else old.value)
             configuration.override(nested(name, value))
-    root = configuration.root
+    root, file = configuration.root, Path(path).resolve()
     if get(root, "seed") is None:
         configuration.override({"seed": RunOptions().seed})
+    default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
     folder = get(root, "output_folder")
-    if folder is None or tag(folder) == NULL:
-        file = Path(path).resolve()
-        default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
+    if is_null(folder):
         configuration.override({"output_folder": default})
-    return configuration, RunOptions.build(configuration.options(), transient)
+        folder = default
+    is_default = (tag(folder), folder.value) == (tag(default), default.value)
+    options = RunOptions.build(configuration.options(), transient)
+    if is_default and "output_folder" not in overridden and not options.change_hparams:
+        default.value += Settings(root, configuration.registry).suffix(overridden)
+        configuration.override({"output_folder": default})
+        options = RunOptions.build(configuration.options(), transient)
+    record = Path(str(options.output_folder), HYPERPARAMS)
+    if is_default and options.change_hparams and not (options.debug or record.exists()):
+        raise ValueError(
+            f"change_hparams goes on with a run, and there is none in {options.output_folder}: "
+            "name its folder by --output_folder"
+        )
+    return configuration, options
+
+
+def is_null(node: Any) -> bool:
+    """Return True for a key that does not exist or has no value."""
+    return node is None or tag(node) == NULL
 
 
 def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -148,24 +180,40 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
                 "and needs quotes if it holds spaces"
             )
         head = name.partition(".")[0]
+        is_flag = configuration.is_flag(name) or head in FLAGS - known
         if head not in known and head.startswith("no-") and head[3:] in known and not equals:
             if not configuration.is_flag(name[3:]):
                 raise ValueError(f"--{name}: {name[3:]} is not a key that is true or false")
             changes.append((name[3:], False))
-        elif head not in known:
-            hint = nearest_key(head, known - ALIASES.keys(), dotted)
+        elif head not in known and configuration.is_flag(positive := re.sub("^no[_-]?", "", head)):
+            raise ValueError(
+                f"there is no key or run option {head!r}; did you mean --no-{positive}?"
+            )
+        elif head not in known | NAMES:
+            parents = {each.partition(".")[0] for each in dotted if "." in each}
+            hint = nearest(head, parents) if head != name else ""
+            hint = hint or nearest_key(name.rpartition(".")[2], known - ALIASES.keys(), dotted)
             raise ValueError(f"there is no key or run option {head!r}{hint}")
-        elif equals:
-            changes.append((name, Text(value)))
-        elif configuration.is_flag(name) and (not rest or rest[0].lower() not in ("true", "false")):
+        elif is_flag and not equals and (not rest or rest[0].lower() not in ("true", "false")):
             changes.append((name, True))
-        elif not rest or rest[0].startswith("--"):
+        elif not equals and (not rest or rest[0].startswith("--")):
             raise ValueError(
                 f"--{name} needs a value; one that begins with -- is given as --{name}=…"
             )
+        elif text := value if equals else rest.pop(0):
+            changes.append((name, Text(text)))
         else:
-            changes.append((name, Text(rest.pop(0))))
-    return [(current_name(name), value) for name, value in changes]
+            raise ValueError(
+                f"--{name} needs a value; null is written null, and an empty text in quotes: '\"\"'"
+            )
+    found: list[tuple[str, Any]] = []
+    for name, value in changes:
+        if name in NAMES - known:  # of another toolkit
+            typed = plain(compose(value, f"--{name}")) if isinstance(value, Text) else value
+            found += translate(name, typed).items()
+        else:
+            found.append((current_name(name), value))
+    return found
 
 
 def parse_arguments(
@@ -193,7 +241,7 @@ def parse_arguments(
         )
     configuration = Configuration(path)
     keys = [key for key, _ in items(configuration.root)]
-    run_opts: dict[str, Any] = {}
+    run_opts: dict[str, Any] = _RunOpts()
     overrides: dict[str, Any] = {}
     for name, value in parse(others, configuration):
         if name in RunOptions.names():
@@ -213,6 +261,19 @@ def parse_arguments(
             "the program in trainer.main(train)"
         )
     return path, run_opts, overrides
+
+
+class _RunOpts(dict[str, Any]):
+    """Run options that were given; others can be read too, as recipes do: they have defaults."""
+
+    def __missing__(self, name: str) -> Any:
+        if name == "device":
+            return str(pick_device("auto"))
+        if name == "distributed_backend":
+            return "nccl" if self["device"].startswith("cuda") else "gloo"
+        if name == "distributed_launch":
+            return distributed.launched()
+        return DEFAULTS[name] if name in DEFAULTS else vars(RunOptions())[name]
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:

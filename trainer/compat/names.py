@@ -60,27 +60,27 @@ class SpeechBrainNames:
             raise AttributeError(message, name=name, obj=self)
 
     @property
-    def epoch(self) -> int:
-        """Current epoch, as the epoch counter numbers it.
-
-        One that a recipe sets stays for the `fit` that it calls then, within a hook.
-        """
-        progress = self.progress
-        nested = progress.outer_epoch is not None and progress.own_epoch is not None
-        return progress.own_epoch if nested else progress.epoch  # type: ignore[return-value]
+    def epoch(self) -> Any:
+        """Current epoch, as the epoch counter numbers it, until a recipe sets its own."""
+        return vars(self).get("epoch", self.progress.epoch)
 
     @epoch.setter
-    def epoch(self, value: int) -> None:
-        self.progress.epoch = self.progress.own_epoch = value
+    def epoch(self, value: Any) -> None:
+        vars(self)["epoch"] = value  # The loop goes by `progress`.
+
+    @epoch.deleter
+    def epoch(self) -> None:
+        del vars(self)["epoch"]
 
     @property
     def step(self) -> int:
-        """Batches of the current epoch so far."""
-        return self.progress.step
+        """Batches of the current epoch so far, and what a recipe has added to them in the epoch."""
+        epoch, added = vars(self).get("_added_steps", (0, 0))
+        return self.progress.step + (added if epoch == self.progress.epoch else 0)
 
     @step.setter
     def step(self, value: int) -> None:
-        self.progress.step = value
+        self._added_steps = self.progress.epoch, value - self.progress.step
 
     @property
     def optimizer_step(self) -> int:
@@ -89,7 +89,7 @@ class SpeechBrainNames:
 
     @optimizer_step.setter
     def optimizer_step(self, value: int) -> None:
-        self.progress.optimizer_step = value
+        self.progress.optimizer_step, self.progress.counted_by_hand = value, True
 
     @property
     def nonfinite_count(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -30,25 +31,28 @@ from ruamel.yaml.nodes import MappingNode, Node
 from trainer import distributed
 from trainer.brain import Brain
 from trainer.checkpoint import Checkpointer
-from trainer.cli import arguments, session
+from trainer.cli import session
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.environment import environment
 from trainer.cli.folder import RunFolder
 from trainer.cli.output import tolerant_output
 from trainer.compat.toolkit import PACKAGE
+from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import compose, items, object_name
 from trainer.config.registry import recipe_packages
 from trainer.epochs import EpochCounter
 from trainer.loggers import TextLog
 from trainer.optim.build import pick_device
-from trainer.options import RunOptions
 from trainer.progress import Stage
 
 __all__ = [
-    "Brain", "Checkpointer", "EpochCounter", "RunOpts", "Stage", "create_experiment_directory",
+    "Brain", "Checkpointer", "EpochCounter", "Stage", "create_experiment_directory",
     "ddp_init_group", "dump_hyperpyyaml", "if_main_process", "load_hyperpyyaml", "parse_arguments",
     "run_on_main",
 ]  # fmt: skip
+
+logger = logging.getLogger("trainer")
 
 _program = ExitStack()  # What `create_experiment_directory` has opened, until the process ends.
 
@@ -63,42 +67,6 @@ def __getattr__(name: str) -> Any:
     if hasattr(package, name):
         return getattr(package, name)
     return getattr(importlib.import_module(f"{PACKAGE}.core"), name)
-
-
-class RunOpts(dict[str, Any]):
-    """Run options that a command line gives; of the others, the value in force is read."""
-
-    def __missing__(self, name: str) -> Any:
-        if name == "device":
-            return str(pick_device("auto"))
-        if name == "distributed_backend":
-            return "nccl" if self["device"].startswith("cuda") else "gloo"
-        if name == "distributed_launch":
-            return distributed.launched()
-        if name == "noprogressbar":
-            return not self["progressbar"]
-        if name in RunOptions.names():
-            return getattr(RunOptions(), name)
-        raise KeyError(name)
-
-
-def parse_arguments(
-    arg_list: Sequence[str] | None = None,
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Parse a command line into run options and overrides, as SpeechBrain's function does.
-
-    Args:
-        arg_list: the YAML file and further arguments; None: those of the process.
-
-    Returns:
-        The path of the YAML, the run options, and the overrides of its keys, both with typed
-        values. A run option that is also a key of the YAML is in both.
-
-    Raises:
-        ValueError: an argument or the YAML is wrong.
-    """
-    path, run_opts, overrides = arguments.parse_arguments(arg_list)
-    return path, RunOpts(run_opts), overrides
 
 
 def load_hyperpyyaml(
@@ -231,22 +199,25 @@ def create_experiment_directory(
         OSError: the folder cannot be written.
     """
     ddp_init_group()
-    path = Path(experiment_directory)
+    path = Path(experiment_directory).expanduser()
     where = environment(Path(sys.argv[0]) if sys.argv[0] else None)
     close()
 
-    def make() -> None:
+    def make() -> list[str]:
         folder = RunFolder(path)
         folder.open()
         _program.callback(folder.close)
-        text = ""
+        text, changes = "", []
         if hyperparams_to_save is not None:
             configuration = Configuration(hyperparams_to_save)
-            configuration.override(overrides or {})
+            configuration.override({"output_folder": str(folder.path), **(overrides or {})})
             text = configuration.dump()
-        folder.record(text, [sys.executable, *sys.argv], where)
+            now = Settings(configuration.root, configuration.registry)
+            changes = folder.changes(now)
+        folder.record(text, [sys.executable, *sys.argv], where, changes=changes)
+        return list(map(str, changes))
 
-    distributed.run_on_main(make)
+    changes = distributed.run_on_main(make)
     log = TextLog(path if distributed.is_main() else None)
     _program.callback(log.close)
     names = ["__main__", PACKAGE, *recipe_packages()]
@@ -258,6 +229,10 @@ def create_experiment_directory(
         _program.callback(setattr, sys, "excepthook", sys.excepthook)
         sys.excepthook = _log_error(log, path / "train.log", sys.excepthook)
     atexit.register(close)
+    if changes:
+        logger.warning(
+            "the run in %s goes on with other hyperparameters: %s", path, "; ".join(changes)
+        )
 
 
 def close() -> None:

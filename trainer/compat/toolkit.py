@@ -136,13 +136,6 @@ def warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-def plain_options(run_opts: Any) -> Any:
-    """Return the run options of SpeechBrain's `parse_arguments` that were given, as a mapping."""
-    if not is_theirs(run_opts):
-        return run_opts
-    return {name: run_opts[name] for name in run_opts.overridden_args if name != "param_file"}
-
-
 def warn_of_others(folder: Path) -> None:
     """Warn of checkpoints of SpeechBrain's in a folder in which a run is about to begin anew."""
     others = sorted(path.parent.name for path in folder.glob("CKPT+*/CKPT.yaml"))

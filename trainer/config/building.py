@@ -3,7 +3,9 @@
 `resolve` replaces `!ref`, `!copy` and `!applyref:`, and reports `!PLACEHOLDER`. The language is
 HyperPyYAML's: `<key[inner]>` is the value under those keys (in a plain mapping `<key.inner>` too),
 `<object.attribute>` an attribute of a built object; text around references is kept, and arithmetic
-is evaluated. In addition, references may point forward and refer to each other in any order.
+is evaluated, on numbers and on texts in quotes. A text that contains references ("run <seed>") has
+them filled in where it is referred to. In addition, references may point forward and refer to each
+other in any order, and `~/` at the beginning of a text is the home folder.
 
 `build` checks every name in the tree with the registry, and then lets HyperPyYAML's constructors
 build from it, in a safe YAML loader (without Python's own tags). Errors name key, file and line.
@@ -14,11 +16,13 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import functools
 import inspect
 import operator
 import pydoc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import ruamel.yaml
@@ -28,6 +32,7 @@ from ruamel.yaml.loader import SafeLoader
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from torch.utils.data import DataLoader
 
+from trainer.config import pretrained
 from trainer.config.reading import (
     BOOL,
     FLOAT,
@@ -41,9 +46,12 @@ from trainer.config.reading import (
     REFERENCES,
     SEQ,
     STR,
+    TIMESTAMP,
     children,
     compose,
     expanded_size,
+    get,
+    is_tuple,
     items,
     location,
     nodes,
@@ -55,7 +63,7 @@ from trainer.config.reading import (
     tag,
 )
 from trainer.config.registry import Registry
-from trainer.options import nearest
+from trainer.options import at_home, nearest
 
 # Tags that only this module makes; they are refused in a YAML.
 ATTRIBUTE = "!attribute"  # [object, "name.of.attribute"], for `!ref <object.name>`
@@ -63,6 +71,11 @@ PARENTHESES = "!parentheses"  # text that is built as a tuple, such as "(3, 4)"
 STEP = re.compile(r"(^|\.|\[)([^.\[\]]*)")  # the steps of "a[b].c" are "a", "[b" and ".c"
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
+# Words of the annotations of parameters that take texts and nothing else.
+TEXT_TYPES = {
+    *("class", "str", "None", "NoneType", "typing", "Optional", "Union", "pathlib", "Path", "os"),
+    *("PathLike", "list", "List", "tuple", "Tuple", "collections", "abc", "Sequence", "Iterable"),
+}
 
 
 class BuildError(ValueError):
@@ -88,6 +101,9 @@ def resolve(root: MappingNode, registry: Registry) -> MappingNode:
             f"give {'it' if len(missing) == 1 else 'them'} as {options}"
         )
     root = copy.deepcopy(root)
+    for node in nodes(root):
+        if isinstance(node, ScalarNode) and tag(node) in (STR, *REFERENCES):
+            node.value = at_home(node.value)
     _Resolver(root, registry).fill(root)
     expanded_size(root)
     return root
@@ -100,6 +116,7 @@ class _Resolver:
         self.root = root
         self.registry = registry
         self.done: dict[Node, Node] = {}
+        self.texts: dict[Node, Node] = {}  # references in place of texts that contain some
         self.active: list[Node] = []
         self.copied = 0
 
@@ -128,10 +145,12 @@ class _Resolver:
 
     def _reference(self, node: ScalarNode) -> Node:
         text = str(node.value)
-        whole = REFERENCE.fullmatch(text.strip())
+        whole = REFERENCE.fullmatch(text)
         if whole:
             target = self._target(whole[1], node)
             return self._copy(target) if tag(node) == "!copy" else target
+        if not REFERENCE.search(text):
+            return represent(text, node)
         result = REFERENCE.sub(lambda match: self._text(match[1], node), text)
         if len(result) > MAX_TEXT:
             raise ValueError(f"{location(node)}: the text is longer than {MAX_TEXT} characters")
@@ -178,7 +197,16 @@ class _Resolver:
                     f"{nearest(step, below)}"
                 )
             branch = below[step]
-        return self.fill(branch)
+        branch = self.fill(branch)
+        if tag(branch) == STR and self._refers(branch):
+            reference = ScalarNode("!ref", branch.value, branch.start_mark, branch.end_mark)
+            return self.fill(self.texts.setdefault(branch, reference))
+        return branch
+
+    def _refers(self, node: Node) -> bool:
+        """Return True for a text with references to other keys, and none like `<unk>`."""
+        first = [STEP.findall(each)[0][1].strip() for each in REFERENCE.findall(node.value)]
+        return bool(first) and all(get(self.root, each) not in (None, node) for each in first)
 
 
 def _attribute_node(owner: Node, name: str, node: Node) -> Node:
@@ -190,16 +218,15 @@ def _attribute_node(owner: Node, name: str, node: Node) -> Node:
     return SequenceNode(ATTRIBUTE, values, node.start_mark, node.end_mark, flow_style=True)
 
 
-def arithmetic(text: str) -> int | float:
-    """Evaluate arithmetic on numbers: "2 * (3 + 4)" is 14.
+def arithmetic(text: str) -> Any:
+    """Evaluate arithmetic on numbers, and on texts in quotes: "2 * (3 + 4)" is 14.
 
     Raises:
         SyntaxError: the text is not an expression.
-        TypeError: the text holds something else than numbers and `+ - * / // % **`.
+        TypeError: the text holds something else than these and `+ - * / // % **`.
         ArithmeticError: there is no result, or it is too large.
     """
-    number: int | float = _evaluate(ast.parse(text.strip(), mode="eval").body)
-    return number
+    return _evaluate(ast.parse(text.strip(), mode="eval").body)
 
 
 _BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -214,7 +241,7 @@ _BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
 
 
 def _evaluate(node: ast.AST) -> Any:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, type(None))):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = _evaluate(node.operand)
@@ -223,6 +250,8 @@ def _evaluate(node: ast.AST) -> Any:
         left, right = _evaluate(node.left), _evaluate(node.right)
         if isinstance(node.op, ast.Pow) and abs(right) > MAX_POWER:
             raise OverflowError(f"an exponent may be at most {MAX_POWER}")
+        if isinstance(left, str) or isinstance(right, str):
+            _check_text(node.op, left, right)
         result = _BINARY[type(node.op)](left, right)
         if isinstance(result, int) and result.bit_length() > MAX_BITS:
             raise OverflowError("the number is too large")
@@ -230,11 +259,23 @@ def _evaluate(node: ast.AST) -> Any:
     raise TypeError(type(node).__name__)
 
 
+def _check_text(operation: ast.AST, left: Any, right: Any) -> None:
+    """Raise OverflowError for a repetition or a format that would make a huge text."""
+    text, other = (left, right) if isinstance(left, str) else (right, left)
+    long = (
+        isinstance(operation, ast.Mult) and isinstance(other, int) and len(text) * other > MAX_TEXT
+    )
+    if long or (isinstance(operation, ast.Mod) and re.search(r"%[^%a-zA-Z]*\d{4}", text)):
+        raise OverflowError("the text is too long")
+
+
 def _apply(name: str, node: Node, registry: Registry) -> Any:
     """Call the function of an `!applyref:name` with the plain arguments in its node."""
     kind, plain_tag = (MappingNode, MAP) if isinstance(node, MappingNode) else (SequenceNode, SEQ)
     try:
         function, values = registry.locate(name), plain(kind(plain_tag, node.value))
+        if pretrained.is_maker(function):
+            raise ValueError(f"{name} makes an object, which !apply:{name} is for")
     except ValueError as error:
         raise BuildError(f"{location(node)}: {error}") from error
     try:
@@ -260,13 +301,15 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
     # The first key and the location of each node, for messages.
     places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
     targets: dict[Node, Any] = {}
+    makers: dict[str, Callable[..., Any]] = {}
     for node in nodes(root):
-        bare = isinstance(node, ScalarNode) and tag(node) == STR and not node.style
-        if bare and re.fullmatch(r"\(.*\)", node.value):
+        if is_tuple(node):
             node.tag = PARENTHESES
         elif object_name(node):
             try:
                 targets[node] = _check_object(node, registry)
+                make = pretrained.maker(node, targets[node], registry.downloads)
+                makers |= {} if make is None else {tag(node): make}
             except ValueError as error:
                 raise BuildError(f"{places[node]}: {error}") from error
     for node in targets:
@@ -277,7 +320,10 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
                 "arguments of its loader instead"
             )
     try:
-        values: dict[str, Any] = load_hyperpyyaml("{}", loader=_loader(root, places, registry))
+        loader = _loader(root, places, registry)
+        for name, make in makers.items():
+            loader.add_constructor(name, functools.partial(_construct, make))
+        values: dict[str, Any] = load_hyperpyyaml("{}", loader=loader)
     finally:
         # HyperPyYAML changes this default while it loads; an error would leave it changed.
         for library in (yaml, ruamel.yaml):
@@ -320,6 +366,13 @@ def _loader(root: Node, places: dict[Node, str], registry: Registry) -> type[Saf
     return Loader
 
 
+def _construct(make: Callable[..., Any], loader: Any, node: Node) -> Any:
+    """Call a function with the arguments of a node."""
+    if isinstance(node, SequenceNode):
+        return make(*loader.construct_sequence(node, deep=True))
+    return make(**loader.construct_mapping(node, deep=True))
+
+
 def _takes_loader(node: Node, targets: dict[Node, Any]) -> bool:
     """Return True for an object with a DataLoader among its arguments, or within one."""
     return any(
@@ -345,12 +398,12 @@ def _check_object(node: Node, registry: Registry) -> Any:
     if inspect.isroutine(target) and prefix == "!new:":
         raise ValueError(f"{name} is a function, which !apply:{name} calls; !new: builds a class")
     known = signature(target)
-    if known is None or prefix == "!module:":
+    if known is None or prefix == "!module:" or pretrained.takes_any_keyword(target):
         return target
     keys = dict(items(node)) if isinstance(node, MappingNode) else {}
     bind = known.bind_partial if prefix == "!name:" else known.bind
     try:
-        given = bind(*(node.value if isinstance(node, SequenceNode) else ()), **keys).arguments
+        bind(*(node.value if isinstance(node, SequenceNode) else ()), **keys)
     except TypeError as error:
         # A parameter is shown as "width" or "bias=True".
         shown = (each.replace(annotation=each.empty) for each in known.parameters.values())
@@ -360,14 +413,41 @@ def _check_object(node: Node, registry: Registry) -> Any:
         if unknown is not None and unknown.endswith(")"):
             hint = " (a tuple within {…} or […] is written as a list: [0.9, 0.98])"
         raise ValueError(f"{name}: {error}{hint}; its arguments are: {takes}") from None
-    for key, value in given.items():
-        words = set(re.findall(r"\w+", str(known.parameters[key].annotation)))
+    texts: dict[str, Node] = {}
+    for key, parameter, value in arguments(node, target):
+        words = set(re.findall(r"\w+", str(parameter.annotation)))
         if "Callable" in words and "str" not in words and tag(value) in (STR, INT, FLOAT, BOOL):
             raise ValueError(
-                f"{name}: {key} must be a function, not {value.value!r}; a function of a module "
-                "beside train.py is given by !name:module.function"
+                f"{name}: {parameter.name} must be a function, not {value.value!r}; a function of "
+                "a module beside train.py is given by !name:module.function"
             )
+        if words & {"str", "Path", "PathLike"} and words <= TEXT_TYPES:
+            texts[key] = _as_text(value)
+    replace_children(node, lambda key, value: texts.get(key, value))
     return target
+
+
+def arguments(node: Node, target: Any) -> Iterator[tuple[str, inspect.Parameter, Node]]:
+    """Yield key, parameter and value of an object's arguments, as far as parameters are known."""
+    known = signature(target)
+    parameters = {} if known is None else dict(known.parameters)
+    names = list(parameters) if isinstance(node, SequenceNode) else []
+    for key, value in items(node):
+        name = names[int(key)] if names and int(key) < len(names) else key
+        if name in parameters:
+            yield key, parameters[name], value
+
+
+def _as_text(node: Node) -> Node:
+    """Return a number or a date, or a list of some, as the text that it is in the YAML: 007."""
+    if isinstance(node, SequenceNode) and tag(node) == SEQ:
+        values = [_as_text(each) for each in node.value]
+        if values == node.value:
+            return node
+        return SequenceNode(SEQ, values, node.start_mark, node.end_mark, flow_style=True)
+    if tag(node) in (INT, FLOAT, TIMESTAMP):
+        return ScalarNode(STR, node.value, node.start_mark, node.end_mark, style="'")
+    return node
 
 
 def signature(target: Any) -> inspect.Signature | None:
@@ -398,6 +478,10 @@ def _attribute(value: Any, name: str, place: str, registry: Registry) -> Any:
 
 def _tuple(text: str, place: str) -> tuple[Any, ...]:
     """Read "(3, 4)" as (3, 4); the content of the parentheses is a list of plain values."""
+    if "(" in text[1:]:  # a tuple of tuples
+        with suppress(ValueError, SyntaxError):
+            nested = ast.literal_eval(text)
+            return nested if isinstance(nested, tuple) else (nested,)
     try:
         return tuple(plain(compose(f"[{text[1:-1]}]", place)))
     except ValueError as error:

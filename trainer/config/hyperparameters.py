@@ -9,6 +9,8 @@ sandbox: see SECURITY.md. A file may be a variant of another one: see `trainer.c
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,15 +31,18 @@ from trainer.config.reading import (
     PLAIN,
     SEQ,
     STR,
+    TIMESTAMP,
     children,
     expanded_size,
     find,
     get,
+    is_tuple,
     items,
     location,
     mapping,
     nodes,
     object_name,
+    paths,
     plain,
     pop,
     put,
@@ -46,9 +51,21 @@ from trainer.config.reading import (
 )
 from trainer.config.registry import Registry
 from trainer.config.run_folder import RunFolderRegistry, check_objects, check_tags
-from trainer.options import HINTS, RunOptions, checked, current_name, nearest_key
+from trainer.options import (
+    HINTS,
+    RunOptions,
+    checked,
+    current_name,
+    nearest_key,
+    translate,
+    translated,
+)
+from trainer.other_options import NAMES
 from trainer.untrusted import confined, no_modules_from
 
+logger = logging.getLogger("trainer")
+
+QUOTED = {"''": "", '""': "", "'None'": "None", '"None"': "None"}  # texts as typed
 MAX_SUMMARY = 48  # characters of a value in help and messages
 NUMBER = ("a number", (INT, FLOAT, NULL))
 KINDS = {
@@ -134,6 +151,9 @@ class Configuration:
                 node.tag = f"!apply:{SET_SEED}"
                 if get(self.root, "seed") is None:
                     put(self.root, "seed", node.value[0])
+        for name, value in items(self.root):
+            if _takes_text(name) and tag(value) in (INT, FLOAT, TIMESTAMP):  # such as 007
+                put(self.root, name, represent(value.value, value))
 
     def described(self) -> list[Key]:
         """List all keys with defaults and comments, in the order of the file."""
@@ -170,11 +190,54 @@ class Configuration:
             if old is None:
                 self._check_new(node, path)
             if isinstance(value, Mapping) and isinstance(old, MappingNode):
-                self._override(old, value, path)
-            elif len(path) == 1 and key in HINTS:
+                own = self._own(old, path)
+                put(node, str(key), own)
+                self._override(own, value, path)
+                continue
+            self._warn_of_aliases(old, path)
+            if len(path) == 1 and key in HINTS:
                 put(node, str(key), option_node(str(key), value))
             else:
                 put(node, str(key), _converted(old, value, ".".join(path)))
+
+    def _uses(self, node: Node) -> list[str]:
+        """Return the keys of a node: several if it has an alias or is merged in elsewhere."""
+        found: dict[tuple[Node, str], str] = {}
+        for name, parent in paths(self.root):
+            for key, child in items(parent):
+                if child is node:
+                    found.setdefault((parent, key), f"{name}.{key}" if name else key)
+        return list(found.values())
+
+    def _own(self, node: MappingNode, path: tuple[str, ...]) -> MappingNode:
+        """Return a mapping that may be changed below the key `path` and is not changed elsewhere.
+
+        An object with an alias stays one object, which is changed where it is defined.
+        """
+        uses, name = self._uses(node), ".".join(path)
+        if len(uses) == 1:
+            return node
+        if object_name(node):
+            if name == uses[0]:
+                return node
+            raise ValueError(
+                f"{name} is {uses[0]} ({location(node)}), of which it is an alias: change that, or "
+                f"{name} as a whole"
+            )
+        self._warn_of_aliases(node, path)
+        own = copy.copy(node)
+        own.value = [(copy.copy(key), value) for key, value in node.value]
+        return own
+
+    def _warn_of_aliases(self, node: Node | None, path: tuple[str, ...]) -> None:
+        """Warn that aliases keep the value of a key that is changed."""
+        name = ".".join(path)
+        uses = [] if node is None else self._uses(node)
+        if len(uses) > 1 and uses[0] == name:
+            logger.warning(
+                "%s alone is changed: its aliases (%s) keep the YAML's value; !ref <%s> follows",
+                name, ", ".join(uses[1:]), name,
+            )  # fmt: skip
 
     def _check_new(self, node: MappingNode, path: tuple[str, ...]) -> None:
         """Raise ValueError unless a key that the YAML does not have may be added."""
@@ -207,17 +270,20 @@ class Configuration:
 
     def options(self) -> dict[str, Any]:
         """Return the run options among the keys, checked; objects are left out."""
-        values, root = {}, self._resolved()
-        for name in RunOptions.names():
-            node = get(root, name)
-            if node is not None and not (
-                Any in typing.get_args(HINTS[name]) and _holds_object(node)
-            ):
-                try:
+        values: dict[str, Any] = {}
+        for name, node in items(self._resolved()):
+            try:
+                if name in HINTS and not (
+                    Any in typing.get_args(HINTS[name]) and _holds_object(node)
+                ):
                     values[name] = checked(name, plain(node))
-                except ValueError as error:
-                    raise ValueError(f"{location(node)}: {error}") from None
-        return values
+                elif name in NAMES and not _holds_object(node):
+                    values[name] = plain(node)
+                    for option, meaning in translate(name, values[name]).items():
+                        checked(option, meaning)
+            except ValueError as error:
+                raise ValueError(f"{location(node)}: {error}") from None
+        return translated(values)
 
     def build(self) -> dict[str, Any]:
         """Build the objects; return the values by key."""
@@ -244,8 +310,20 @@ class Configuration:
         return building.resolve(self.root, self.registry)
 
     def dump(self) -> str:
-        """Write one YAML with base, includes and overrides merged in, references kept."""
-        return reading.dump(self.root)
+        """Write one YAML with base, includes and overrides merged in, references kept.
+
+        It is that of the run: what one start does with the folder is left out.
+        """
+        root = copy.copy(self.root)
+        for name in ("overwrite", "change_hparams"):
+            pop(root, name)
+        return reading.dump(root)
+
+
+def _takes_text(name: str) -> bool:
+    """Return True for the name of a run option that is a text."""
+    hint = HINTS.get(name)
+    return {*(typing.get_args(hint) or [hint])} <= {str, type(None)}
 
 
 def option_node(name: str, value: Any) -> Node:
@@ -253,7 +331,7 @@ def option_node(name: str, value: Any) -> Node:
     if isinstance(value, Text):
         kinds = (HINTS[name], *typing.get_args(HINTS[name]))
         if str in kinds and not value.startswith("!"):
-            value = None if type(None) in kinds and value in ("null", "~") else str(value)
+            value = _typed_text(value, name, null=type(None) in kinds)
         else:
             value = _to_node(value, name)
     if isinstance(value, Node):
@@ -270,17 +348,19 @@ def _holds_object(node: Node) -> bool:
 
 def _converted(old: Node | None, value: Any, name: str) -> Node:
     """Convert the new value of a key to a node, which must have the type of the default `old`."""
-    kind = NULL if old is None else tag(old)
+    kind = NULL if old is None else SEQ if is_tuple(old) else tag(old)
     if kind == STR and isinstance(value, Text) and not value.startswith("!"):
-        if value in ("null", "~"):
-            return represent(None)
-        return ScalarNode(STR, str(value), style=getattr(old, "style", None))
+        text = _typed_text(value, name)
+        style = getattr(old, "style", None)
+        return represent(None) if text is None else ScalarNode(STR, text, style=style)
     new = _to_node(value, name)
     if kind in (INT, FLOAT) and new.value in ("inf", "-inf"):
         return represent(float(new.value))
     words, fitting = KINDS.get(kind, ("", ()))
-    if fitting and tag(new) in PLAIN and tag(new) not in fitting:
+    fits = tag(new) in fitting or (kind == SEQ and is_tuple(new))
+    if fitting and tag(new) in PLAIN and not fits:
         assert old is not None  # NULL has no fitting tags.
+        words = "a tuple" if is_tuple(old) else words
         given = repr(summary(new)) if tag(new) == STR else summary(new) or "a mapping"
         raise ValueError(
             f"{name} must be {words}, as its default {summary(old)} is ({location(old)}), "
@@ -293,9 +373,20 @@ def _converted(old: Node | None, value: Any, name: str) -> Node:
     return new
 
 
+def _typed_text(value: Text, name: str, null: bool = True) -> str | None:
+    """Return a text as it was typed, None for null; two texts have to be quoted."""
+    if null and value in ("null", "~"):
+        return None
+    if null and value == "None":
+        raise ValueError(f"{name}: null is written null, and the text None in quotes: '\"None\"'")
+    return QUOTED.get(value, str(value))
+
+
 def _to_node(value: Any, name: str) -> Node:
     """Convert any value to a node: `Text` is read as YAML, mappings key by key."""
     if isinstance(value, Text):
+        if value == "None":
+            return represent(_typed_text(value, name))
         return reading.compose(value, f"--{name}")
     if isinstance(value, Mapping):
         node = mapping()

@@ -6,17 +6,20 @@ places. Nodes remember their file and line for error messages.
 
 A variant names its base file and lists only the differences::
 
-    base: demo.yaml          # relative to this file
+    base: demo.yaml          # a path that ends in .yaml or .yml, relative to this file
     model: {width: 256}      # merged into the base, key by key
 
 An untagged mapping, or one with the same tag as the base's, is merged into the base's mapping;
-anything else (another class, a list, a number) replaces it.
+anything else (another class, a list, a number) replaces it. A `base` of any other kind is a key of
+the file's own.
 """
 
 from __future__ import annotations
 
+import codecs
 import copy
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +29,12 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, StreamEndEvent
+from ruamel.yaml.events import StreamEndEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
 
-from trainer.options import ALIASES, current_name
+from trainer.options import ALIASES, at_home, current_name
 
 # Far above any real configuration, and low enough to refuse hostile files at once.
 MAX_NODES = 5_000  # shared nodes count once per use
@@ -41,8 +46,8 @@ MAX_QUOTED = 60  # characters of a value in a message
 
 CORE = "tag:yaml.org,2002:"
 STR, INT, FLOAT, BOOL, NULL = (CORE + name for name in ("str", "int", "float", "bool", "null"))
-MAP, SEQ, MERGE = CORE + "map", CORE + "seq", CORE + "merge"
-PLAIN = {STR, INT, FLOAT, BOOL, NULL, MAP, SEQ, CORE + "timestamp"}
+MAP, SEQ, MERGE, TIMESTAMP = (CORE + name for name in ("map", "seq", "merge", "timestamp"))
+PLAIN = {STR, INT, FLOAT, BOOL, NULL, MAP, SEQ, TIMESTAMP}
 NAMING = ("!new:", "!name:", "!module:", "!apply:", "!applyref:")  # tags that name Python objects
 INCLUDE = "!include:"
 TUPLE = "!tuple"
@@ -50,6 +55,8 @@ REFERENCES = ("!ref", "!copy")
 TAGS = (*REFERENCES, TUPLE, "!PLACEHOLDER")
 REFERENCE = re.compile(r"<([^<>]*)>")
 OPENING_BRACKETS = re.compile(rf"(?:[\[{{] *){{{MAX_DEPTH + 1}}}")
+
+YAML_SUFFIXES = (".yaml", ".yml")
 
 Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
@@ -100,26 +107,40 @@ class _Reader:
             if self.alone:
                 raise ValueError(f"{location(node)}: a run folder's YAML may name no other file")
             try:
-                return self.read(path.parent / name, (*chain, real), (*at, *place))
+                return self.read(path.parent / at_home(name), (*chain, real), (*at, *place))
             except OSError as error:
                 reason = error.strerror or error
                 raise ValueError(f"{location(node)}: {name} cannot be read: {reason}") from None
 
         _include(root, (), read_other)
-        base = pop(root, "base")
-        if base is None:
-            return root
-        if not isinstance(base, ScalarNode) or Path(base.value).suffix not in (".yaml", ".yml"):
+        base = get(root, "base")
+        if base is None or not _names_file(base, path.parent):
+            return root  # A key of that name may be the file's own.
+        if tag(base) != STR or Path(base.value).suffix not in YAML_SUFFIXES:
             raise ValueError(
-                f"{location(base)}: base must be the path of a YAML file, ending in .yaml"
+                f"{location(base)}: base must be the path of one YAML file, ending in .yaml; a key "
+                "of your own that holds the path of a file needs another name"
             )
+        pop(root, "base")
         return merge(read_other(base, base.value, ()), root)
 
 
+def _names_file(base: Node, folder: Path) -> bool:
+    """Return True for a text, or a list of texts, that names a YAML file or a file that exists."""
+    names = [base, *base.value] if isinstance(base, SequenceNode) else [base]
+    texts = [str(each.value) for each in names if tag(each) == STR]
+    return any(
+        Path(each).suffix in YAML_SUFFIXES or os.path.isfile(folder / at_home(each))
+        for each in texts
+    )
+
+
 def _read_text(path: Path) -> str:
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
+        wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = io.TextIOWrapper(file, encoding="utf-16" if wide else "utf-8-sig")
         try:
-            return file.read(MAX_CHARACTERS + 1)  # `compose` refuses longer texts.
+            return text.read(MAX_CHARACTERS + 1)  # `compose` refuses longer texts.
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not UTF-8 text") from None
 
@@ -240,6 +261,7 @@ class _Composer(Composer):
 
     def compose_document(self) -> Node:
         """Compose the only document."""
+        self.warn_double_anchors = False  # An alias is of the last anchor before it.
         root: Node = super().compose_document()
         if not self.parser.check_event(StreamEndEvent):
             place = _location_of(self.parser.peek_event().start_mark)
@@ -256,8 +278,6 @@ class _Composer(Composer):
             raise ValueError(f"{place}: more than {MAX_NODES} values: too many for a YAML")
         if self.depth > MAX_DEPTH:
             raise ValueError(f"{place}: nested more than {MAX_DEPTH} levels deep")
-        if event.anchor in self.anchors and not isinstance(event, AliasEvent):
-            raise ValueError(f"{place}: the anchor &{event.anchor} is defined twice")
         node: Node = super().compose_node(parent, index)
         self.depth -= 1
         name = tag(node)
@@ -297,7 +317,7 @@ class _Composer(Composer):
         return new
 
     def compose_mapping_node(self, anchor: str | None) -> MappingNode:
-        """Compose a mapping with unique keys; keys that `<<` merges in do not replace its own."""
+        """Compose a mapping with unique keys; those that `<<` merges in come first, as defaults."""
         node: MappingNode = super().compose_mapping_node(anchor)
         pairs: dict[str, tuple[Node, Node]] = {}
         for key, value in node.value:
@@ -305,16 +325,17 @@ class _Composer(Composer):
                 raise ValueError(f"{location(key)}: a key must be plain text or a number")
             if key.value in pairs:
                 raise ValueError(f"{location(key)}: the key {key.value!r} is defined twice")
-            pairs[key.value] = key, value
+            pairs[key.value] = copy.copy(key), value  # A shared key would be written as an alias.
         if "<<" in pairs and tag(pairs["<<"][0]) == MERGE:
             _, merged = pairs.pop("<<")
-            for source in merged.value if isinstance(merged, SequenceNode) else [merged]:
+            added: dict[str, tuple[Node, Node]] = {}
+            for source in reversed(merged.value) if isinstance(merged, SequenceNode) else [merged]:
                 if not isinstance(source, MappingNode):
                     raise ValueError(f"{location(merged)}: << merges mappings, nothing else")
                 self.count += len(source.value)
                 for key, value in source.value:
-                    # A shared key would be written as an alias.
-                    pairs.setdefault(key.value, (copy.copy(key), value))
+                    added[key.value] = copy.copy(key), value
+            pairs = added | pairs
         node.value = list(pairs.values())
         return node
 
@@ -392,6 +413,12 @@ def items(node: Node) -> list[tuple[str, Node]]:
         return [(str(key.value), value) for key, value in node.value]
     values = node.value if isinstance(node, SequenceNode) else []
     return [(str(index), each) for index, each in enumerate(values)]
+
+
+def is_tuple(node: Node) -> bool:
+    """Return True for a text that is built as a tuple: (3, 4) without quotes."""
+    bare = isinstance(node, ScalarNode) and tag(node) == STR and not node.style
+    return bare and re.fullmatch(r"\(.*\)", node.value) is not None
 
 
 def children(node: Node) -> list[Node]:
@@ -512,8 +539,9 @@ def represent(value: Any, near: Node | None = None) -> Node:
     elif isinstance(value, float):
         text = float.__repr__(value).replace("inf", ".inf").replace("nan", ".nan")
         node = ScalarNode(FLOAT, text)
-    elif isinstance(value, tuple):
-        node = ScalarNode(STR, str(value).replace(",)", ")"))  # text that is built as a tuple
+    elif isinstance(value, tuple):  # text that is built as a tuple
+        nested = any(isinstance(each, (tuple, list)) for each in value)
+        node = ScalarNode(STR, str(value) if nested else f"({', '.join(map(_in_tuple, value))})")
     elif isinstance(value, (str, os.PathLike)):
         simple = re.fullmatch(r"[\w./][\w./ -]*|\(.*\)", str(value))
         node = ScalarNode(STR, str(value), style=None if simple else '"')
@@ -526,6 +554,12 @@ def represent(value: Any, near: Node | None = None) -> Node:
     if near is not None:
         node.start_mark, node.end_mark = near.start_mark, near.end_mark
     return node
+
+
+def _in_tuple(value: Any) -> str:
+    """Write a number, a text or the like as an item of a tuple."""
+    node = represent(value)
+    return json.dumps(node.value, ensure_ascii=False) if tag(node) == STR else str(node.value)
 
 
 def plain(node: Node) -> Any:
@@ -541,10 +575,21 @@ def _shortened(text: str) -> str:
     return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…")
 
 
+class _Resolver(VersionedResolver):
+    """Resolver that is not changed by HyperPyYAML, whose rule for tuples holds for all YAML."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """Return the tag of a node that has none."""
+        found = super().resolve(kind, value, implicit)
+        return Tag(suffix=STR) if str(found) == TUPLE else found
+
+
 def dump(root: Node) -> str:
     """Write a tree as YAML text; shared nodes are written once, with aliases for the rest."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver = _Resolver
     yaml.width = 100
+    yaml.brace_single_entry_mapping_in_flow_sequence = True  # A tag would need them.
     yaml.serialize(root, stream)
     return stream.getvalue()

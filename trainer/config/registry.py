@@ -54,6 +54,7 @@ from torch.utils.data import Dataset, Sampler
 
 from trainer.compat import toolkit
 from trainer.compat.old_paths import current_path
+from trainer.config.pretrained import is_maker
 from trainer.options import nearest
 
 ENTRY_POINTS = "cortex.recipes"
@@ -69,10 +70,22 @@ NAMES = """
     torch.nn.Embedding.from_pretrained torch.nn.EmbeddingBag.from_pretrained
     torch.nn.utils.remove_weight_norm torch.nn.utils.spectral_norm torch.nn.utils.weight_norm
     torch.utils.data.DataLoader torch.utils.data.default_collate torch.utils.data.random_split
+    peft.get_peft_model
 """
 
-# Classes that may be named: the base classes, by the module in which a class is defined.
-CLASSES: dict[str, tuple[type, ...]] = {
+ADAPTERS = """
+    adalora hra ia3 ln_tuning loha lokr lora oft p_tuning prefix_tuning vera
+"""
+# Modules of torchmetrics whose metrics download nothing.
+METRICS = """
+    aggregation audio classification clustering collections image.psnr image.ssim nominal
+    regression retrieval segmentation shape text.bleu text.cer text.chrf text.edit text.eed text.mer
+    text.perplexity text.squad text.ter text.wer text.wil text.wip wrappers
+"""
+
+# Classes that may be named: the base classes, by the module in which a class is defined. Those of
+# packages that are not always installed are given by their names.
+CLASSES: dict[str, tuple[type | str, ...]] = {
     "torch.distributions": (Distribution, Transform),
     "torch.nn.modules": (Module,),
     "torch.optim": (Optimizer, LRScheduler, Module),
@@ -81,12 +94,16 @@ CLASSES: dict[str, tuple[type, ...]] = {
     "torch.utils.data.sampler": (Sampler,),
     "torchaudio.models": (Module,),
     "torchaudio.transforms": (Module,),
-    "torchmetrics.aggregation": (Module,),
-    "torchmetrics.audio": (Module,),
-    "torchmetrics.classification": (Module,),
-    "torchmetrics.regression": (Module,),
-    "torchmetrics.text.cer": (Module,),
-    "torchmetrics.text.wer": (Module,),
+    "peft.peft_model": (Module,),
+    **{f"peft.tuners.{each}": (Module, "PeftConfig") for each in ADAPTERS.split()},
+    "sentencepiece": ("SentencePieceProcessor",),
+    **{f"torchmetrics.{each}": (Module,) for each in METRICS.split()},
+    "transformers": (
+        *(Module, "PretrainedConfig", "PreTrainedConfig", "PreTrainedTokenizerBase"),
+        *("FeatureExtractionMixin", "ProcessorMixin"),
+    ),
+    "transformers.models.auto": (object,),
+    "transformers.optimization": (Optimizer,),
     "lhotse.dataset.cut_transforms": (object,),
     "lhotse.dataset.sampling": (Sampler,),
     "lhotse.dataset.signal_transforms": (Module,),
@@ -101,7 +118,7 @@ FUNCTIONS = """
     torch.nn.utils.parametrizations torch.nn.utils.rnn torch.signal torch.special
     torchaudio.compliance.kaldi torchaudio.functional torchaudio.models._hdemucs
     torchaudio.models.conv_tasnet torchaudio.models.rnnt torchaudio.models.squim
-    torchaudio.models.wav2vec2.model
+    torchaudio.models.wav2vec2.model transformers.optimization
 """
 COMPILED = ("torch._C._fft", "torch._C._linalg", "torch._C._nn", "torch._C._special")
 
@@ -152,6 +169,7 @@ class Registry:
 
     def __init__(self, allow: Iterable[str] = (), *, run_folder: bool = False) -> None:
         self.attribute = "RUN_NAMES" if run_folder else "YAML_NAMES"
+        self.downloads = False  # Objects may download files while they are built.
         self.packages = {"trainer", *recipe_packages()}
         allowed = [allow] if isinstance(allow, str) else list(allow)
         if not run_folder:
@@ -272,7 +290,11 @@ class Registry:
             raise ValueError(f"{name} does not exist: no module is called {path!r}")
         else:
             # A module may import what it is asked for.
-            have = hasattr(owner, part) if related or not inside else part in vars(owner)
+            try:
+                have = hasattr(owner, part) if related or not inside else part in vars(owner)
+            except ImportError as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{name} cannot be imported: {reason}") from error
             if not have and (is_module or part in getattr(owner, "__all__", ())):
                 raise self._refusal(name)
             if not have:
@@ -292,6 +314,8 @@ class Registry:
             return self._rule(name) == "open"
         if inspect.isbuiltin(found) and _is_operation(found):
             return True
+        if is_maker(found) and inspect.isclass(owner):
+            return self._rule(name) != "closed"  # The class is allowed: it was looked into.
         if _needs_object(owner, name.rpartition(".")[2], found):
             return False
         while isinstance(found, functools.partial) and inspect.ismodule(owner):
@@ -421,7 +445,8 @@ def _is_of_kind(found: Any, origin: str) -> bool:
     """Return True for a class or a function that CLASSES or FUNCTIONS has for its module."""
     if not inspect.isclass(found):
         return inspect.isroutine(found) and _is_below(origin, FUNCTIONS.split())
-    return any(_is_below(origin, [each]) and issubclass(found, CLASSES[each]) for each in CLASSES)
+    bases = {*found.__mro__, *(each.__name__ for each in found.__mro__)}
+    return any(_is_below(origin, [each]) and bases & {*CLASSES[each]} for each in CLASSES)
 
 
 def _is_below(module: str, packages: Iterable[str]) -> bool:

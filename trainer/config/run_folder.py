@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer.config.building import ATTRIBUTE, signature
-from trainer.config.reading import items, location, nodes, object_name, plain, tag
+from trainer.config.building import ATTRIBUTE, arguments
+from trainer.config.reading import location, nodes, object_name, plain, tag
 from trainer.config.registry import NAME, Registry, listed_names
 from trainer.untrusted import confined
 
@@ -136,19 +136,8 @@ def _check_object(node: Node, name: str, registry: RunFolderRegistry, folder: Pa
             f"{tag(node)} is not allowed in a run folder: it builds classes by !new: and !name:, "
             "and calls only functions that recipes list in RUN_NAMES"
         )
-    for parameter, value in _arguments(node, target):
+    for _, parameter, value in arguments(node, target):
         if "Path" in str(parameter.annotation) and isinstance(value, ScalarNode):
             text = plain(value)
             if isinstance(text, str):
                 confined(folder, text)
-
-
-def _arguments(node: Node, target: Any) -> Iterator[tuple[inspect.Parameter, Node]]:
-    """Yield the arguments of an object with their parameters, as far as these are known."""
-    known = signature(target)
-    parameters = {} if known is None else dict(known.parameters)
-    names = list(parameters) if isinstance(node, SequenceNode) else []
-    for key, value in items(node):
-        name = names[int(key)] if names and int(key) < len(names) else key
-        if name in parameters:
-            yield parameters[name], value

@@ -84,11 +84,12 @@ class Health:
         norms = sorted(_norms(window))
         middle, lr = statistics.median(norms), window[-1].lr
         large = len([norm for norm in norms if norm > LARGE_NORM])
+        rate = "" if lr is None else f" (now {lr:.3g})"
         if large >= LARGE_SHARE * WINDOW:
             found["large"] = (
                 f"the gradient norm of {self.name!r} was above {LARGE_NORM:g} before clipping "
                 f"in {large} of the last {WINDOW} steps (median {middle:.3g}). Lower the "
-                f"learning rate (now {lr:.3g}) or warm it up for longer; if the loss is a sum "
+                f"learning rate{rate} or warm it up for longer; if the loss is a sum "
                 "over frames or examples, take the mean"
             )
         clipped = sum([step.clipped for step in window])
@@ -111,7 +112,7 @@ class Health:
     def _check_layers(self, layers: LayerNorms) -> dict[str, str]:
         """Return warnings by kind about layers that do not move or have hardly any gradient."""
         found: dict[str, str] = {}
-        if not layers or not self._window[-1].lr:  # At a rate of 0 nothing is meant to move.
+        if not layers or self._window[-1].lr == 0:  # At a rate of 0 nothing is meant to move.
             return found
         largest = max((each["grad"] or 0.0 for each in layers.values()), default=0.0)
         still, faint = [], []

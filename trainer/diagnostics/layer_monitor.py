@@ -155,7 +155,7 @@ class LayerMonitor(Callback):
             meter.copies = []
             return
         # The step of this batch is counted at its end.
-        place = {"step": brain.optimizer_step + 1, "epoch": brain.epoch}
+        place = {"step": brain.optimizer_step + 1, "epoch": brain.progress.epoch}
         grads = {id(p): norm for p, norm in zip(*update.measured, strict=True)}
         unknown = gradients.tensors if gradients.norm_after is None else []
         vectors = [norms(unknown)] if unknown else []

@@ -50,7 +50,7 @@ class ReplicaCheck(Callback):
             return
         self._batches += 1
         if self._batches == 1 or self._batches % self._every == 0:
-            where = f"epoch {brain.epoch}, batch {brain.step}:"
+            where = f"epoch {brain.progress.epoch}, batch {brain.progress.step}:"
             weights = dict(brain.modules.named_parameters())
             check_replicas_in_sync(weights, where)
             if self._buffers is not None:

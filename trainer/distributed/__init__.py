@@ -24,6 +24,7 @@ from trainer.distributed.hang_watch import HangWatch, pause
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # Of the environment.
 _timeout = TIMEOUT
 RENDEZVOUS = timedelta(seconds=60)  # Time in which all processes have to come together.
 _store: Any = None  # torch's store that is shared by the processes of one start of a run.
@@ -73,9 +74,22 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
     Args:
         device: device of the run, such as "cpu" or "cuda"; CUDA uses NCCL, all else Gloo.
         timeout: time after which a collective that some rank does not call raises an error.
+
+    Raises:
+        ValueError: the environment names processes that do not exist.
     """
     if not launched() or _active():
         return
+    given = {name: os.environ.get(name, "") for name in LAUNCHER}
+    missing = next((name for name, value in given.items() if not value), None)
+    place = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+    numbers = (given["RANK"] + given["WORLD_SIZE"]).isdigit()
+    if missing or not numbers or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise ValueError(
+            f"the environment has {place}, as torchrun sets them, "
+            f"{f'but no {missing}' if missing else 'which do not fit'}: unset RANK and WORLD_SIZE "
+            "for a run of one process, or start with torchrun"
+        )
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
@@ -83,7 +97,14 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
     _timeout = timeout
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    shared, rank, ranks = next(rendezvous("env://", timeout=RENDEZVOUS))
+    try:
+        shared, rank, ranks = next(rendezvous("env://", timeout=RENDEZVOUS))
+    except dist.DistError as error:
+        raise ValueError(
+            f"the processes of this run did not come together within {RENDEZVOUS.seconds} s "
+            f"({place}): start all of them, as torchrun does, or unset RANK and WORLD_SIZE for a "
+            f"run of one process ({str(error).partition(chr(10))[0]})"
+        ) from error
     shared.set_timeout(RENDEZVOUS)
     # torchrun's store outlives the processes: what those of an earlier start wrote, such as the
     # addresses of processes that are gone, must not be taken for what others write now.

@@ -36,6 +36,9 @@ class Votes(NamedTuple):
     gave_up: bool = False
 
 
+NO_VOTES = Votes(stop=False, save=False)
+
+
 class Announcements:
     """Announcements of one rank, in the order in which it sends them.
 

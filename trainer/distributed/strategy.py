@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.distributed.announcements import Announcements, Votes, Windows
+from trainer.distributed.announcements import NO_VOTES, Announcements, Votes, Windows
 from trainer.distributed.buckets import GradientBuckets
 
 
@@ -60,10 +60,12 @@ class Strategy:
     A strategy stands between the optimizers and the process group.
 
     Attributes:
+        communicates: True if there are other processes.
         ballot: returns this rank's votes to stop and to save, which travel with the gradients.
         votes: those of all ranks, once a window of this batch is closed; None before.
     """
 
+    communicates: ClassVar[bool] = False
     ballot: Callable[[], tuple[bool, bool]] = staticmethod(lambda: (False, False))
     votes: Votes | None = None
 
@@ -107,7 +109,8 @@ class Strategy:
 
     def vote(self) -> Votes:
         """Return the votes at the end of a batch that closed no window. Collective."""
-        return Votes(*self.ballot())
+        stop, save = self.ballot()
+        return Votes(stop, save) if stop or save else NO_VOTES
 
     def give_up_batch(
         self, joint: Callable[[], Sequence[str]], params: Callable[[str], Sequence[Tensor]]
@@ -187,6 +190,8 @@ class Replicate(Strategy):
     Gradients travel in messages of their own process group, which other collectives, such as those
     of synchronised batch norm, do not mix with.
     """
+
+    communicates = True
 
     def __init__(self) -> None:
         self._group = distributed.gradient_group()

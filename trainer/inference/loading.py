@@ -98,19 +98,30 @@ class OpenRun:
         with memory_in_proportion(self.folder):
             yield
 
+    def recipes(self) -> list[str]:
+        """Return the packages of the installed recipes whose objects the YAML builds."""
+        names = [object_name(each) for each in nodes(self.configuration.root)]
+        return [
+            package
+            for package in recipe_packages()
+            if hasattr(sys.modules[package], "BRAIN")
+            and any(name.startswith(f"{package}.") for name in names)
+        ]
+
+    def check_brain(self, kind: type[Brain]) -> None:
+        """Raise ValueError for the Brain of an installed recipe other than that of the run."""
+        own = kind.__module__.rpartition(".")[0]
+        found = self.recipes()
+        if found and own in recipe_packages() and own not in found:
+            raise ValueError(f"{self.folder} is a run of {' and '.join(found)}, not of {own}")
+
     def brain_class(self) -> type[Brain]:
         """Return the Brain of the installed recipe whose objects the YAML builds.
 
         Raises:
             ValueError: there is none, or more than one.
         """
-        names = [object_name(each) for each in nodes(self.configuration.root)]
-        found = [
-            package
-            for package in recipe_packages()
-            if hasattr(sys.modules[package], "BRAIN")
-            and any(name.startswith(f"{package}.") for name in names)
-        ]
+        found = self.recipes()
         if len(found) != 1:
             raise ValueError(
                 f"{self.folder} is a run of {' and '.join(found) or 'no installed recipe'}: name "
@@ -147,7 +158,7 @@ def open_run(
             built from it raises, too.
         ImportError: a package is missing that a recipe needs.
     """
-    folder = Path(run)
+    folder = Path(run).expanduser()
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
     with no_modules_from(folder):
@@ -225,8 +236,8 @@ def load(
             without one, the newest checkpoint is taken.
 
     Raises:
-        ValueError: the folder is no run folder, builds what is not allowed, or has no sound
-            checkpoint.
+        ValueError: the folder is no run folder, is one of another recipe than ``brain``, builds
+            what is not allowed, or has no sound checkpoint.
         ImportError: a package is missing that the recipe needs.
 
     Example::
@@ -239,6 +250,7 @@ def load(
         torch.zeros(1, device=place)
     with open_run(run, overrides, allow) as opened, rng_kept():
         kind = opened.brain_class() if brain is None else brain
+        opened.check_brain(kind)
         with opened.limited():
             hparams = opened.build(modules)
             options = opened.options(*OF_THE_MODEL, device=device)
@@ -278,10 +290,7 @@ def put_weights(
     if not isinstance(found, Mapping):
         raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
     keep_in_state_dict(modules)
-    own = modules.state_dict()
     found = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    if options.ema_decay is not None:  # Averages have buffers that a state leaves out.
-        found = {name: found[name] for name in own if name in found}
     try:
         check_weights(modules, found)
     except ValueError as error:

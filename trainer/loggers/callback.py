@@ -195,7 +195,7 @@ class LoggerCallback(Callback):
         )  # fmt: skip
 
 
-def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
+def describe(report: StageReport, learning_rates: Sequence[float | None] = ()) -> str:
     """Return the log line of a stage, such as "epoch 2 valid: loss 1.234, wer 3.21, 12 s".
 
     That of a training stage ends with the current learning rates.
@@ -208,7 +208,8 @@ def describe(report: StageReport, learning_rates: Sequence[float] = ()) -> str:
     where = report.stage if report.epoch is None else f"epoch {report.epoch} {report.stage}"
     text = f"{where}: {_join(facts)}, {report.seconds:.0f} s"
     if report.stage == "train":
-        text += ", lr " + " ".join(f"{rate:.3g}" for rate in learning_rates)
+        rates = ("none" if rate is None else f"{rate:.3g}" for rate in learning_rates)
+        text += f", lr {' '.join(rates)}"
     return text
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trainer import distributed
 from trainer.clipping import Clipper, NormClip, ValueClip
@@ -22,6 +25,8 @@ from trainer.optim.step import Update
 from trainer.options import RunOptions, nearest
 
 CLIP_KINDS = {"norm": NormClip, "value": ValueClip}
+
+logger = logging.getLogger("trainer")
 
 
 def pick_device(name: str) -> torch.device:
@@ -50,8 +55,13 @@ def pick_device(name: str) -> torch.device:
                 "use --device cpu, or auto to take what there is"
             )
         return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not available on this machine; use --device cpu or auto")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"device {name!r} is not available on this machine "
+            f"({str(error).partition(chr(10))[0]}); use --device cpu or auto"
+        ) from None
     return device
 
 
@@ -61,8 +71,8 @@ def prepare_modules(
     """Return the modules by name on a device, compiled in place where the options ask for it.
 
     Raises:
-        ValueError: for something that is no mapping of modules, and for an unknown name in
-            compile_modules.
+        ValueError: for something that is no mapping of modules, for lazy modules without shapes,
+            and for an unknown name in compile_modules.
     """
     if not isinstance(modules, (Mapping, nn.ModuleDict)):
         raise ValueError(
@@ -74,6 +84,12 @@ def prepare_modules(
             raise ValueError(
                 f"modules[{name!r}] is a {type(module).__name__}; allowed: a torch.nn.Module"
             )
+        tensors = (*module.named_parameters(str(name)), *module.named_buffers(str(name)))
+        if unknown := [name for name, tensor in tensors if is_lazy(tensor)]:
+            raise ValueError(
+                f"the shape of {unknown[0]} is not known yet, since it is of a lazy module: run a "
+                "batch through the network, under torch.no_grad(), before it is given to the Brain"
+            )
     chosen = options.compile_modules
     for name in chosen or ():
         if name not in modules:
@@ -84,7 +100,10 @@ def prepare_modules(
     if options.compile or chosen:
         for name in modules if chosen is None else chosen:
             modules[name].compile(mode=options.compile_mode)
-    prepared = nn.ModuleDict(modules).to(device)
+    try:
+        prepared = nn.ModuleDict(modules).to(device)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"modules has a name that cannot be one: {error.args[0]}") from None
     for module in prepared.modules():
         if type(module).to is not nn.Module.to:  # It may hold tensors that are no buffers.
             module.to(device)
@@ -152,7 +171,7 @@ def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None =
     for update, own in zip(updates, owned, strict=True):
         update.others = [other for other in updates if other is not update]
         update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]
-        update.untrained = untrained
+        update.untrained, update.names = untrained, parameters or {}
 
 
 def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
@@ -249,6 +268,11 @@ def find_optimizers(
             names, for a clip limit that is none, and for float16 weights under fp16.
     """
     found = optimizers_dict
+    if not isinstance(found, (Mapping, NoneType)):
+        raise ValueError(
+            f"optimizers_dict is a {type(found).__name__}; allowed: a mapping from names to "
+            "optimizers"
+        )
     if found is None:
         found = {}
         for name, value in attributes.items():  # Several attributes may hold the same one.
@@ -262,31 +286,35 @@ def find_optimizers(
             "one name for each"
         )
     for name, optimizer in found.items():
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(
-                f"optimizers_dict[{name!r}] is {optimizer!r}; allowed: a torch.optim.Optimizer, "
-                "made by calling its class with the parameters"
-            )
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(
-                f"the optimizer {name!r} is {type(optimizer).__name__}, which computes its loss "
-                "several times a step; allowed: one that steps with gradients, such as Adam or SGD"
-            )
-        for group in optimizer.param_groups:
-            limit_of(group.get("max_grad_norm"))
-            dtypes = {p.dtype for p in group["params"]} if precision.name == "fp16" else set()
-            if torch.float16 in dtypes:
-                raise ValueError(
-                    f"the optimizer {name!r} has weights in float16; precision fp16 computes in "
-                    "float16 and needs weights in float32: leave out .half()"
-                )
-            if any(dtype.is_complex for dtype in dtypes):
-                raise ValueError(
-                    f"the optimizer {name!r} has complex weights; precision fp16 scales losses by "
-                    "torch.amp.GradScaler, which cannot unscale their gradients: use fp32 or bf16"
-                )
+        _check_optimizer(name, optimizer, precision)
     return dict(found)
+
+
+def _check_optimizer(name: str, optimizer: Any, precision: Precision) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizers_dict[{name!r}] is {optimizer!r}; allowed: a torch.optim.Optimizer, "
+            "made by calling its class with the parameters"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"the optimizer {name!r} is {type(optimizer).__name__}, which computes its loss "
+            "several times a step; allowed: one that steps with gradients, such as Adam or SGD"
+        )
+    for group in optimizer.param_groups:
+        limit_of(group.get("max_grad_norm"))
+        dtypes = {p.dtype for p in group["params"]} if precision.name == "fp16" else set()
+        if torch.float16 in dtypes:
+            raise ValueError(
+                f"the optimizer {name!r} has weights in float16; precision fp16 computes in "
+                "float16 and needs weights in float32: leave out .half()"
+            )
+        if any(dtype.is_complex for dtype in dtypes):
+            raise ValueError(
+                f"the optimizer {name!r} has complex weights; precision fp16 scales losses by "
+                "torch.amp.GradScaler, which cannot unscale their gradients: use fp32 or bf16"
+            )
 
 
 def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOptions) -> Any:
@@ -298,7 +326,14 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
             "such as !name:trainer.schedules.WarmupDecay {…}, or a mapping of these by optimizer"
         )
     schedule = factory(optimizer)
+    by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     if not hasattr(schedule, "every"):  # One of torch's own.
-        by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
         schedule.every = "epoch" if by_metric else options.schedule_every
+    if by_metric and not hasattr(schedule, "metric"):
+        schedule.metric = options.schedule_metric
+        if schedule.mode == "max" and schedule.metric == "loss":
+            logger.warning(
+                "ReduceLROnPlateau(mode='max') watches the metric 'loss', and lowers the learning "
+                "rate while the loss falls; name another one by the run option schedule_metric"
+            )
     return schedule

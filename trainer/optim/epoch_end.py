@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any
 
-import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from trainer import distributed
+from trainer.checks import Stateful
 from trainer.metrics import StageReport
 from trainer.optim.step import Update
+from trainer.tree import leaves, map_leaves, plain_number
+
+# Attributes of torch's schedules: number of steps in which they go through their course.
+LENGTHS = ("total_steps", "T_max", "total_iters", "total_size", "T_0", "step_size")
 
 logger = logging.getLogger("trainer")
 
@@ -19,11 +27,21 @@ logger = logging.getLogger("trainer")
 def agree_on_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return rank 0's metrics on every rank, so that all ranks decide by the same numbers.
 
-    Collective. Warns where another rank has other values.
+    Collective. Tensors and arrays of one element become numbers. Warns where another rank has other
+    values.
+
+    Raises:
+        ValueError: for a tensor or array of several elements.
     """
+    own: dict[str, Any] = map_leaves(plain_number, dict(metrics))
+    for each, value in leaves(own):
+        if isinstance(value, Tensor) or hasattr(value, "__array__"):
+            raise ValueError(
+                f"on_stage_end returned {each!r} of shape {tuple(value.shape)}; allowed: a number, "
+                "or a tensor or array of one element"
+            )
     if distributed.world_size() == 1:
-        return dict(metrics)
-    own = {name: v.item() if hasattr(v, "item") else v for name, v in metrics.items()}
+        return own
     rows = distributed.all_gather_json(own)
     name = next((n for row in rows for n in row if repr(row[n]) != repr(rows[0].get(n))), None)
     if name is not None:
@@ -49,20 +67,62 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
     Raises:
         ValueError: if a schedule watches a metric that the stage did not give.
     """
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     for update in updates:
         schedule = update.schedule
         if schedule is None or schedule.every != "epoch":
             continue
-        if getattr(schedule, "needs_metric", isinstance(schedule, plateau)):
-            schedule.step(_pick(metrics, getattr(schedule, "metric", "loss"), "schedule"))
+        if getattr(schedule, "needs_metric", isinstance(schedule, ReduceLROnPlateau)):
+            update.advance_schedule(_pick(metrics, getattr(schedule, "metric", "loss"), "schedule"))
         else:
             with warnings.catch_warnings():
                 # torch's schedules ask for an optimizer step in this process, which there is none
                 # of right after a resume, nor where fp16 overflowed for a whole epoch.
                 message = "Detected call of `lr_scheduler.step"
                 warnings.filterwarnings("ignore", message, UserWarning)
-                schedule.step()
+                update.advance_schedule()
+
+
+def warn_of_totals(updates: Iterable[Update], epochs: int | None, batches: int | None) -> None:
+    """Warn of new schedules of torch's whose length does not fit the run.
+
+    Args:
+        updates: the optimizers with their schedules.
+        epochs: number of epochs; None where unknown.
+        batches: number of batches in an epoch; None where unknown.
+    """
+    for update in updates:
+        schedule, every = update.schedule, getattr(update.schedule, "every", None)
+        key = next((key for key in LENGTHS if hasattr(schedule, key)), None)
+        if key is None or not isinstance(schedule, LRScheduler) or isinstance(schedule, Stateful):
+            continue
+        if schedule.last_epoch or not epochs:
+            continue
+        by_epoch, total = every == "epoch", getattr(schedule, key)
+        if by_epoch:
+            moves = epochs
+        elif batches is not None:
+            moves = epochs * math.ceil(batches / update.size)
+        else:
+            continue
+        ends = isinstance(schedule, OneCycleLR) and total < moves
+        if ends or (by_epoch and total > moves):
+            logger.warning(
+                "%s of the optimizer %r has %s=%g, and moves once %s, of which this fit has %d%s: "
+                "see the run option schedule_every (now %s)", type(schedule).__name__, update.name,
+                key, total, "an epoch" if by_epoch else "a step", moves,
+                ", the last ones at the last rate" if ends else "", every,
+            )  # fmt: skip
+
+
+def check_early_stopping(early_stopping: Any) -> None:
+    """Raise ValueError for a hyperparameter that cannot stop early, such as the text "None"."""
+    if early_stopping is not None and not (
+        callable(getattr(early_stopping, "update", None)) and hasattr(early_stopping, "metric")
+    ):
+        raise ValueError(
+            f"early_stopping is {early_stopping!r}; allowed: null, or an object such as "
+            "!new:trainer.schedules.EarlyStopping {metric: loss, patience: 3}"
+        )
 
 
 def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
@@ -83,6 +143,11 @@ def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
     return stopped
 
 
+def still_stopped(early_stopping: Any) -> bool:
+    """Return True if a run that early stopping has ended stays so: by the present patience."""
+    return early_stopping is not None and bool(getattr(early_stopping, "is_exhausted", True))
+
+
 def _pick(metrics: Mapping[str, Any], name: str, asker: str) -> float:
     if name not in metrics:
         raise ValueError(
@@ -90,4 +155,6 @@ def _pick(metrics: Mapping[str, Any], name: str, asker: str) -> float:
             f"{', '.join(metrics)}: log it with self.log, or return it from on_stage_end"
         )
     value = metrics[name]
+    if not isinstance(value, (int, float, NoneType)):
+        raise ValueError(f"{asker} watches the metric {name!r}, which is {value!r} and no number")
     return float("nan") if value is None else float(value)

@@ -10,6 +10,8 @@ Nothing moves before everything about the step is known, on every rank.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.checkpoint import CheckpointError
 
 from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
+from trainer.optim.settings import built_settings, set_rates_anew, with_new_settings
+
+logger = logging.getLogger("trainer")
 
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
@@ -106,6 +112,7 @@ class Update:
         self.others: list[Update] = []  # All other optimizers,
         self.sharing: list[Update] = []  # and those that have a parameter of this one, too.
         self.untrained: dict[str, Tensor] = {}  # Parameters of the modules that no optimizer has.
+        self.names: Mapping[Tensor, str] = {}  # Of all parameters of the modules.
         self.last_norm: float | None = None
         self.measured: tuple[list[Tensor], list[float]] = [], []
         self.before_step: list[StepHook] = []
@@ -114,6 +121,8 @@ class Update:
         self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned = self._warned_of_untrained = False
+        self._built = built_settings(optimizer, schedule)
+        self._warned_of_nothing = self._warned_of_end = False
 
     @property
     def params(self) -> list[Tensor]:
@@ -126,15 +135,19 @@ class Update:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
-    def lr(self) -> float:
-        """The learning rate of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def lr(self) -> float | None:
+        """The learning rate of the first parameter group; None where the optimizer has none."""
+        rate = self.optimizer.param_groups[0].get("lr")
+        return None if rate is None else float(rate)
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
         """Have a function called before steps of the optimizer that `optimize` does not take."""
-        self.optimizer.register_step_pre_hook(
-            lambda *_: None if self._stepping else on_hand_step(self)
-        )
+        # One whose constructor leaves out torch's, as wrappers of other optimizers do, has no hooks
+        # to watch it by; a recipe that steps it by itself then looks as if it trained nothing.
+        with contextlib.suppress(AttributeError):
+            self.optimizer.register_step_pre_hook(
+                lambda *_: None if self._stepping else on_hand_step(self)
+            )
 
     def read_later(self, values: Tensor, take: Take) -> None:
         """Bring numbers to the host together with those of the next step, at no extra sync.
@@ -160,6 +173,8 @@ class Update:
         Args:
             kept: their gradients before the backward pass.
         """
+        if not self.untrained:
+            return
         found = [name for name, p in self.untrained.items() if p.grad is not None]
         if found:  # An optimizer may have got a group of parameters since.
             owned = {p for update in (self, *self.others) for p in update.all_params}
@@ -179,6 +194,16 @@ class Update:
                 stacklevel=5,
             )
 
+    def warn_of_nothing(self) -> None:
+        """Warn once that a loss of several optimizers has given this one no gradient."""
+        if not self._warned_of_nothing:
+            self._warned_of_nothing = True
+            logger.warning(
+                "a loss for several optimizers gives %r no gradient, so that it does not train: is "
+                "it unused, detached, or under reentrant checkpointing with inputs that require no "
+                "gradient (use_reentrant=False does without)?", self.name,
+            )  # fmt: skip
+
     def open_window(self) -> None:
         """Open an accumulation window if none is open.
 
@@ -190,9 +215,11 @@ class Update:
         other = next((each for each in self.sharing if each.window.count), None)
         if other is not None and not self.window.count:
             raise ValueError(
-                f"the optimizers {other.name!r} and {self.name!r} share a parameter, and the first "
-                "has an open accumulation window: their gradients would mix. Close it with "
-                "optimize(…, last=True), give the parameter to one of them, or do not accumulate"
+                f"the optimizers {other.name!r} and {self.name!r} share "
+                f"{self.shared_with(other)}, and the first has an open accumulation window: their "
+                "gradients would mix. Give the parameter to one of them, or call optimize once for "
+                "each, without accumulation or with last=True, and compute the second loss after "
+                "the first call"
             )
         left = [] if self.window.count else [p for p in self.all_params if p.grad is not None]
         for p in left:
@@ -204,8 +231,18 @@ class Update:
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
                 stacklevel=4,
             )
-        # In an open window, too: a group of parameters may have been added since.
-        self.strategy.prepare_backward(self.name, self.all_params)
+        if self.strategy.communicates:
+            # In an open window, too: a group of parameters may have been added since.
+            self.strategy.prepare_backward(self.name, self.all_params)
+
+    def shared_with(self, other: Update) -> str:
+        """Return the names of some parameters that another optimizer has, too."""
+        theirs = set(other.all_params)
+        found = [self.names[p] for p in self.all_params if p in theirs and p in self.names]
+        if not found:
+            return "a parameter"
+        more = f" and {len(found) - 3} more" if found[3:] else ""
+        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}{more}"
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -238,7 +275,7 @@ class Update:
         for after in self.after_step:
             after(self, gradients)
         if getattr(self.schedule, "every", None) == "step":
-            self.schedule.step()
+            self.advance_schedule()
         for p in gradients.params:
             p.grad = None
         self.window = Window()
@@ -250,6 +287,21 @@ class Update:
         if self.history is not None:
             self.history.append(report)
         return report
+
+    def advance_schedule(self, *metric: float) -> None:
+        """Step the schedule; one that has done all of its steps leaves the rate as it is."""
+        schedule = self.schedule
+        # Torch's own raises its rate again after its last step, and then an error.
+        if isinstance(schedule, OneCycleLR) and schedule.last_epoch >= schedule.total_steps - 1:
+            ended, schedule.last_epoch = schedule.last_epoch, schedule.total_steps
+            if ended >= schedule.total_steps and not self._warned_of_end:
+                self._warned_of_end = True
+                logger.warning(
+                    "%s of the optimizer %r has done its total_steps, %d: the learning rate stays",
+                    type(schedule).__name__, self.name, schedule.total_steps,
+                )  # fmt: skip
+            return
+        schedule.step(*metric)
 
     def report(self, outcome: Outcome, **facts: Any) -> StepReport:
         """Build the `StepReport` of a loss that did not lead to a step."""
@@ -263,6 +315,7 @@ class Update:
             "kinds": {name: type(part).__name__ for name, part in parts.items()},
             "scaler": self.scaler.state_dict(),
             "last_norm": self.last_norm,
+            "built": self._built,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -288,9 +341,12 @@ class Update:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state; settings that are built otherwise by now are those of now."""
+        saved = with_new_settings(state, self._built, self.name)
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(saved[name])
+        if saved is not state:
+            set_rates_anew(self.schedule)
         if state["scaler"]:  # Empty if the run was not in fp16: the scaler starts anew.
             self.scaler.load_state_dict(state["scaler"])
         self.last_norm = state["last_norm"]
@@ -451,6 +507,8 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
             "parameters: is it another optimizer's loss, or was something detached?"
         )
     for update, grads in zip(updates, gradients, strict=True):
+        if not grads.tensors:
+            update.warn_of_nothing()
         if update.skip_nonfinite_grads and not grads.finite:
             grads.keep([math.isfinite(norm) for norm in grads.norms])
     nothing = not any(grads.tensors for grads in gradients)
@@ -516,9 +574,11 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
             )
         ids = {id(p) for p in own}
         if len(ids) < len(own):
+            one, two = next((u, v) for u in updates for v in u.sharing if v in updates)
             raise ValueError(
-                f"the optimizers {_names(updates)} step together and share a parameter, which each "
-                "of them would move by one gradient; give it to one of them"
+                f"the optimizers {_names(updates)} step together, and {one.name!r} and "
+                f"{two.name!r} share {one.shared_with(two)}, which each of them would move by one "
+                "gradient; give it to one of them"
             )
         others = [p for other in updates[0].others for p in other.params if id(p) not in ids]
     kept = [p.grad for p in untrained]
@@ -535,6 +595,12 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
             "names of these optimizers"
         ) from error
     except RuntimeError as error:
+        if "none of output has requires_grad=True" in str(error):
+            raise ValueError(
+                f"optimize({name!r}): a part under reentrant checkpointing was computed anew while "
+                "the parameters of other optimizers require no gradient. Use use_reentrant=False, "
+                "and compute the loss within frozen(…) with the names of these optimizers"
+            ) from error
         if "modified by an inplace operation" not in str(error):
             raise
         raise ValueError(

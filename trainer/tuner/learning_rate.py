@@ -92,7 +92,16 @@ def exponential_rates(steps: int) -> list[float]:
 
 
 def base_rates(update: Update) -> list[float]:
-    """Return the rate of each parameter group that schedules start from or peak at."""
+    """Return the rate of each parameter group that schedules start from or peak at.
+
+    Raises:
+        ValueError: for an optimizer without a learning rate.
+    """
+    if update.lr is None:
+        raise ValueError(
+            f"the optimizer {update.name!r} has no learning rate to search by (lr is None): leave "
+            "out find_lr and find_clip, or give it an lr"
+        )
     return [float(group.get("initial_lr", group["lr"])) for group in update.optimizer.param_groups]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.common.audio import Header
-from recipes.common.cuts import SOUNDS, cut_of
+from recipes.common.cuts import cut_of
 from recipes.common.pairs import Corpus, Source
 
 try:
@@ -18,14 +18,9 @@ except ImportError as error:
 SPLITS = ("train", "valid", "test")
 
 
-def sounds(folder: Path) -> list[Path]:
-    """The sound files of a folder and its subfolders, in the order of their paths."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SOUNDS)
-
-
 def named_cut(path: Path, header: Header, name: str) -> MonoCut:
-    """A file whose name begins with its speaker's."""
-    return cut_of(path, header, name, speaker=re.split("[-_]", name)[0])
+    """A file whose name (the last part of ``name``) begins with its speaker's."""
+    return cut_of(path, header, name, speaker=re.split("[-_]", name.rpartition("/")[2])[0])
 
 
 def existing(folder: Path) -> Path:

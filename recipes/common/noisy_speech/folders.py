@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.common.audio import Expected, Header, good_ones
-from recipes.common.noisy_speech.clips import existing, filled, named_cut, sounds
+from recipes.common.cuts import sounds
+from recipes.common.noisy_speech.clips import existing, filled, named_cut
 from recipes.common.pairs import Corpus, Recorded
 from trainer.data import BadItem
 
@@ -25,15 +26,15 @@ def voicebank(
 ) -> Corpus:
     """VoiceBank-DEMAND (Valentini-Botinhao, 2016), or pairs of folders in its layout.
 
-    Two folders make a split: files of the same name in both are one clip, clean and noisy. The
+    Two folders make a split: files of the same path in both are one clip, clean and noisy. The
     files may have any rate (those of the corpus: 48 kHz); both of a pair have the same one.
 
     Args:
         data_folder: has the folders of the splits in it.
         folders: of ``train`` and ``test``, [clean, noisy] each, within ``data_folder``; by default
             those of the official split with 28 speakers.
-        valid: what is taken from ``train`` to validate: clips whose names begin so, by default
-            all of the two speakers who are usually taken.
+        valid: what is taken from ``train`` to validate: clips whose names, or folders, begin so,
+            by default all of the two speakers who are usually taken.
         on_bad: handling of unusable files and of files without a partner, as in the run options.
         max_bad: largest share of such files, as in the run options.
 
@@ -48,14 +49,16 @@ def voicebank(
             )
         clean, noisy = (existing(Path(data_folder).expanduser() / name) for name in names)
         found[split] = _paired(clean, noisy, on_bad, max_bad)
-    held_out = [each for each in found["train"] if each.id.startswith(tuple(valid))]
-    rest = [each for each in found["train"] if not each.id.startswith(tuple(valid))]
-    return filled({"train": rest, "valid": held_out, "test": found["test"]}, data_folder)
+    parts: dict[bool, list[Recorded]] = {True: [], False: []}
+    for each in found["train"]:
+        parts[any(name.startswith(tuple(valid)) for name in each.id.split("/"))].append(each)
+    splits = {"train": parts[False], "valid": parts[True], "test": found["test"]}
+    return filled(splits, data_folder)
 
 
 def _paired(clean: Path, noisy: Path, on_bad: str, max_bad: float) -> list[Recorded]:
     """The clips that are in both folders, in the order of their names."""
-    sides = [{path.stem: path for path in sounds(folder)} for folder in (clean, noisy)]
+    sides = [sounds(folder) for folder in (clean, noisy)]
     if not sides[0] or not sides[1]:
         empty = noisy if sides[0] else clean
         raise ValueError(f"{empty} has another layout: expected were sound files, such as .wav")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import SOUNDS, path_of
+from recipes.common.cuts import cut_of, path_of, sounds
+from recipes.common.librispeech import utterance_id
 from recipes.common.loading import load
 from recipes.common.noisy_speech.clips import (
     SPLITS,
@@ -23,7 +24,6 @@ from recipes.common.noisy_speech.clips import (
     filled,
     named_cut,
     snr_range,
-    sounds,
 )
 from recipes.common.pairs import Corpus, Mixed, Noise, Source, check_heard
 from trainer.seed import derive
@@ -78,7 +78,10 @@ def speech_and_noise(
     for split, paths in chosen.items():
         paths = _evenly(paths, (most or {}).get(split, len(paths)))
         good = check_recordings(paths, None, on_bad=on_bad, max_bad=max_bad)
-        cuts = [named_cut(path, header, path.stem) for path, header in good.items()]
+        cuts = [
+            cut_of(path, header, clips[path].id, speaker=clips[path].speaker)
+            for path, header in good.items()
+        ]
         if split == "train":
             cuts = [piece for cut in cuts for piece in _pieces(cut, longest)]
         corpus[split] = [Mixed(cut, noises[split], (low, high)) for cut in cuts]
@@ -111,18 +114,19 @@ class _Clip(NamedTuple):
     part: str
     speaker: str
     chapter: str
-    path: Path
+    id: str
 
     def belongs_to(self, name: str) -> bool:
         return name in (self.part, self.speaker, f"{self.speaker}-{self.chapter}")
 
 
-def _librispeech(root: Path) -> list[_Clip]:
-    clips = [
-        _Clip(*path.relative_to(root).parts[:3], path)
-        for path in sorted(root.glob("*/*/*/*"))
-        if path.suffix.lower() in SOUNDS
-    ]
+def _librispeech(root: Path) -> dict[Path, _Clip]:
+    split = {path: id.split("/") for id, path in sounds(root).items()}
+    clips = {
+        path: _Clip(*parts[:3], utterance_id("/".join(parts)))
+        for path, parts in split.items()
+        if len(parts) == 4
+    }
     if not clips:
         raise ValueError(
             f"data_folder {root} has another layout: expected were, as in LibriSpeech, sound files "
@@ -132,7 +136,7 @@ def _librispeech(root: Path) -> list[_Clip]:
 
 
 def _split_clips(
-    clips: Sequence[_Clip], splits: Mapping[str, Sequence[str]], root: Path
+    clips: Mapping[Path, _Clip], splits: Mapping[str, Sequence[str]], root: Path
 ) -> dict[str, list[Path]]:
     if set(splits) != set(SPLITS):
         raise ValueError(f"splits must be given for {', '.join(SPLITS)}; got {dict(splits)}")
@@ -140,18 +144,17 @@ def _split_clips(
     for split in SPLITS:
         names = [str(name) for name in splits[split]]
         for name in names:
-            if not any(clip.belongs_to(name) for clip in clips):
-                known = sorted({clip.part for clip in clips} | {clip.speaker for clip in clips})
+            if not any(clip.belongs_to(name) for clip in clips.values()):
+                known = sorted({each for clip in clips.values() for each in clip[:2]})
                 raise ValueError(
                     f"{split} is made of {', '.join(names)}; {root} has no part, speaker or chapter"
                     f" {name}, but for instance {', '.join(known[:10])}"
                 )
-        for clip in clips:
+        for path, clip in clips.items():
             its = any(clip.belongs_to(name) for name in names)
-            if its and owner.setdefault(clip.path, split) != split:
+            if its and owner.setdefault(path, split) != split:
                 raise ValueError(
-                    f"{owner[clip.path]} and {split} share {clip.path.name}; splits must not "
-                    "overlap"
+                    f"{owner[path]} and {split} share {path.name}; splits must not overlap"
                 )
     return {split: [path for path, its in owner.items() if its == split] for split in SPLITS}
 
@@ -166,11 +169,11 @@ def _split_noises(
     shares = shares or {"train": 0.6, "valid": 0.2, "test": 0.2}
     if set(shares) != set(SPLITS) or any(not 0 < share < 1 for share in shares.values()):
         raise ValueError(f"noise_shares must be a share of each of {SPLITS}; got {dict(shares)}")
-    good = check_recordings(sounds(folder), None, None, on_bad=on_bad, max_bad=max_bad)
+    names = {path: id for id, path in sounds(folder).items()}
+    good = check_recordings(names, None, None, on_bad=on_bad, max_bad=max_bad)
     takes: dict[str, list[MonoCut]] = {}  # by recording
     for path, header in good.items():
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        takes.setdefault(recording_of(name), []).append(named_cut(path, header, name))
+        takes.setdefault(recording_of(names[path]), []).append(named_cut(path, header, names[path]))
     if len(takes) < len(SPLITS):
         raise ValueError(
             f"noise_folder {folder} has {len(takes)} recordings ({', '.join(sorted(takes))}), too "
@@ -180,13 +183,13 @@ def _split_noises(
     held = {split: max(1, round(len(order) * shares[split])) for split in ("test", "valid")}
     if sum(held.values()) >= len(order):
         held = dict.fromkeys(held, 1)
-    names = {"test": order[: held["test"]], "train": order[sum(held.values()) :]}
-    names["valid"] = order[held["test"] : sum(held.values())]
+    dealt = {"test": order[: held["test"]], "train": order[sum(held.values()) :]}
+    dealt["valid"] = order[held["test"] : sum(held.values())]
     for split in SPLITS:
-        logger.info("noise of %s: %s", split, ", ".join(sorted(names[split])))
+        logger.info("noise of %s: %s", split, ", ".join(sorted(dealt[split])))
     return {
         split: RecordedNoise([cut for name in its for cut in takes[name]])
-        for split, its in names.items()
+        for split, its in dealt.items()
     }
 
 

@@ -145,3 +145,69 @@ def test_recordings_are_checked_before_anything_is_trained(tmp_path: Path, caplo
         check_recordings(paths, RATE)
     assert str(caught.value).count("\n") == 3
     assert f"{paths[20]}: it does not exist" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "subtype"),
+    [
+        ("one.WAV", "WAV", "PCM_16"),
+        ("one.wav", "WAVEX", "PCM_24"),
+        ("one.wav", "RF64", "PCM_32"),
+        ("one.w64", "W64", "PCM_16"),
+        ("one.aiff", "AIFF", "PCM_24"),
+        ("one.aifc", "AIFF", "FLOAT"),
+        ("one.caf", "CAF", "PCM_16"),
+        ("one.au", "AU", "PCM_16"),
+        ("one.WAV", "NIST", "PCM_16"),
+        ("one.Flac", "FLAC", "PCM_24"),
+        ("one.wav", "WAV", "DOUBLE"),
+    ],
+)
+def test_every_format_is_read_and_told_where_it_is_cut(
+    name: str, format: str, subtype: str, tmp_path: Path
+) -> None:
+    samples = 0.5 * np.sin(np.arange(4000) / 9)
+    loud = 10.0 if subtype in ("FLOAT", "DOUBLE") else 1.0
+    soundfile.write(tmp_path / name, loud * samples, RATE, subtype=subtype, format=format)
+    assert read_header(tmp_path / name) == Header(4000, RATE, 1)
+    found = read_audio(tmp_path / name, RATE)
+    torch.testing.assert_close(found, torch.from_numpy(loud * samples).float(), atol=1e-4, rtol=0)
+    _cut(tmp_path / name, 0.5)
+    with pytest.raises(BadItem, match="its (data are|header is) cut"):
+        read_audio(tmp_path / name, RATE)
+
+
+def test_what_was_written_to_a_pipe_is_as_long_as_it_is(tmp_path: Path) -> None:
+    """Sizes that SoX, FFmpeg, arecord and others leave in the header."""
+    path = tone(tmp_path / "one.wav")
+    data = bytearray(path.read_bytes())
+    for promised in (0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0x7FFFFFDB, 0xFFFFFFFF, 0xFFFFF000):
+        data[40:44] = promised.to_bytes(4, "little")
+        data[4:8] = min(promised + 36, 0xFFFFFFFF).to_bytes(4, "little")
+        path.write_bytes(data)
+        assert read_header(path) == Header(1600, RATE, 1)
+        assert len(read_audio(path, RATE)) == 1600
+    for format, at, promised in (
+        ("AIFF", b"SSND", 0x7F000008),
+        ("AU", b".snd\0\0\0\x18", 0xFFFFFFFF),
+    ):
+        other = tone(tmp_path / f"one.{format}", format=format)
+        raw = bytearray(other.read_bytes())
+        start = raw.index(at) + len(at)
+        raw[start : start + 4] = promised.to_bytes(4, "big")
+        other.write_bytes(raw)
+        assert len(read_audio(other, RATE)) == 1600
+    data[4:8], data[40:44] = b"\x24\0\0\0", b"\0\0\0\0"
+    path.write_bytes(data + bytes(4000))
+    with pytest.raises(BadItem, match="no samples by its header, which was not finished: write it"):
+        read_header(path)
+    flac = tone(tmp_path / "one.flac")
+    raw = bytearray(flac.read_bytes())
+    raw[21], raw[22:26] = raw[21] & 0xF0, b"\0\0\0\0"  # Of the 36 bits of the number of samples.
+    flac.write_bytes(raw)
+    with pytest.raises(BadItem, match="its header does not say how long it is: write it anew"):
+        read_audio(flac)
+    data[4:8], data[40:44] = b"\xff" * 4, (1_900_000_000).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(BadItem, match="its data are cut: 3200 of 1900000000 bytes"):
+        read_header(path)

@@ -1,5 +1,7 @@
 """Signals and files of any length come out as long as they were, whole, and without clicks."""
 
+import os
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,10 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 from recipes.common import streaming
+from recipes.common.command import told
 from recipes.common.streaming import (
     Chunks,
+    convert_file,
     enhance_file,
     enhance_files,
     enhance_signal,
@@ -21,7 +25,7 @@ from recipes.common.streaming import (
     resampled,
     targets,
 )
-from tests.recipes.common.speakers import noise, write
+from tests.recipes.common.speakers import RATE, noise, write
 from trainer.config.registry import Registry
 from trainer.data import BadItem
 
@@ -92,6 +96,12 @@ def test_blocks_are_resampled_as_the_whole_would_be(source: int, target: int, si
         ("studio.wav", 44100, 2, "PCM_24"),
         ("floats.wav", 48000, 1, "FLOAT"),
         ("packed.flac", 8000, 3, "PCM_16"),
+        ("PHONE.WAV", 8000, 1, "ULAW"),
+        ("mac.aiff", 48000, 2, "PCM_24"),
+        ("long.w64", 16000, 1, "PCM_32"),
+        ("exact.caf", 16000, 1, "DOUBLE"),
+        ("apple.caf", 44100, 1, "ALAC_24"),
+        ("old.wav", 11025, 1, "PCM_U8"),
         ("lossy.ogg", 22050, 2, "VORBIS"),
     ],
 )
@@ -109,11 +119,14 @@ def test_a_file_keeps_rate_length_channels_and_bits(
     assert (after.samplerate, after.channels, after.frames) == (rate, channels, before.frames)
     if subtype != "VORBIS":
         assert (after.format, after.subtype) == (before.format, before.subtype)
+        assert target.suffix == source.suffix
     if samples > 1:
         heard, _ = soundfile.read(source, always_2d=True)
         found, _ = soundfile.read(target, always_2d=True)
         inner = slice(100, -100)
-        assert np.abs(found[inner] - heard[inner] / 2).max() < 5e-3
+        assert np.abs(found[inner] - heard[inner] / 2).max() < (
+            0.03 if subtype in ("ULAW", "PCM_U8") else 5e-3
+        )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [target.name]
 
 
@@ -188,3 +201,53 @@ def test_no_file_overwrites_another_or_itself(tmp_path: Path) -> None:
         targets(["a/x.wav", "b/x.ogg"], tmp_path)
     with pytest.raises(ValueError, match=r"x.flac would overwrite itself; choose another folder"):
         targets([str(tmp_path / "x.flac")], tmp_path)
+
+
+@pytest.mark.parametrize("format", ["WAVEX", "RF64", "NIST"])
+def test_kinds_of_wav_stay_what_they_are(format: str, tmp_path: Path) -> None:
+    source = tmp_path / "a.wav"
+    soundfile.write(source, 0.1 * noise(4 * 3000).view(-1, 4).numpy(), RATE, "PCM_24", None, format)
+    convert_file(source, tmp_path / "b.wav", iter, RATE)
+    assert soundfile.info(tmp_path / "b.wav").format == format
+    assert np.array_equal(soundfile.read(source)[0], soundfile.read(tmp_path / "b.wav")[0])
+
+
+def test_samples_above_full_scale_stay_where_the_format_has_them(tmp_path: Path) -> None:
+    loud = 3 * noise(5000).numpy()
+    for suffix, subtype in ((".wav", "FLOAT"), (".caf", "FLOAT"), (".aiff", "DOUBLE")):
+        soundfile.write(tmp_path / f"a{suffix}", loud, RATE, subtype)
+        convert_file(tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", iter, RATE)
+        assert np.array_equal(soundfile.read(tmp_path / f"b{suffix}")[0], loud)
+    soundfile.write(tmp_path / "c.wav", loud / 4, RATE, "PCM_16")
+    convert_file(tmp_path / "c.wav", tmp_path / "d.wav", lambda each: (4 * x for x in each), RATE)
+    clipped = soundfile.read(tmp_path / "d.wav")[0]
+    assert np.abs(clipped - (4 * soundfile.read(tmp_path / "c.wav")[0]).clip(-1, 1)).max() < 1e-4
+
+
+def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder" / "a.wav").mkdir(parents=True)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for folder, reason in (
+        ("file", "a.wav cannot be written: .*file is no folder"),
+        ("file/more", "a.wav cannot be written: .*file is no folder"),
+        ("gone/more", "a.wav cannot be written: .*gone is no folder"),
+        ("folder", "folder/a.wav cannot be written: it is a folder"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            targets(["a.wav"], tmp_path / folder)
+    assert targets(["a.wav"], tmp_path / "new" / "er") == {"a.wav": tmp_path / "new/er/a.wav"}
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"b.xyz cannot be written: .* ends in .wav, .flac, .aif"):
+        convert_file(write(tmp_path / "a.wav", noise(9)), tmp_path / "b.xyz", iter, RATE)
+
+
+def test_a_name_that_is_not_utf_8_stays_as_it_is(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    source = os.fsdecode(str(tmp_path / "caf\u00e9.wav").encode("latin-1"))
+    write(tmp_path / "a.wav", 0.1 * noise(3000)).rename(source)
+    assert told(lambda: enhance_files([source], tmp_path / "out", half, 16000, CHUNKS)) == 0
+    assert [os.fsencode(path.name) for path in (tmp_path / "out").iterdir()] == [b"caf\xe9.wav"]
+    sys.stdout.flush()
+    assert b"out/caf\xe9.wav\n" in capfdbinary.readouterr().out

@@ -12,6 +12,7 @@ from recipes.tacotron2 import data
 from recipes.tacotron2.data import Mels, datasets, readings, trimmed
 from recipes.tacotron2.text import Characters
 from tests.recipes.tacotron2.conftest import RATE, SENTENCES, reading_folder
+from trainer.data import BadItem
 
 
 @pytest.fixture
@@ -69,6 +70,27 @@ def test_numbers_are_spelled_out(recorded: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(data, "spell_out", lambda text, name: f"{name}: {text.lower()}")
     texts = texts_of(make(recorded, spell=True))
     assert "r0: press one." in set.union(*texts.values())
+
+
+def test_a_number_that_is_not_sure_is_told_with_its_line(
+    recorded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(recorded, tmp_path / "copy")
+    lines = (folder / "metadata.csv").read_text().splitlines()
+    table = folder / "metadata.csv"
+    lines[1:4] = ["r1|In the 1990s.", 'r2|A 10" record.', "r3|On 2/3/2020."]
+    table.write_text("\n".join(lines) + "\n\n \n")
+    with pytest.raises(ValueError, match="2 of 10 texts are bad, more than the 5.0%") as caught:
+        make(folder, spell=True)
+    assert f"line 3 of {table}: r2 has '10\"', which cannot be spelled out" in str(caught.value)
+    with pytest.raises(BadItem, match="line 3 of .*: r2 has '10\"'"):
+        make(folder, spell=True, on_bad="raise")
+    assert sum(map(len, make(folder, spell=True, max_bad=0.2).values())) == 8
+    assert f"skipped line 4 of {table}: r3 has '2/3/2020', which cannot be" in caplog.text
+    lines[2:4] = ["r2|A ten\u2028inch record.", "r3|On the 2nd."]
+    table.write_text("\n".join(lines), "utf-8")
+    said = set.union(*texts_of(make(folder, spell=True)).values())
+    assert {"In the nineteen nineties.", "A ten inch record.", "On the second."} < said
 
 
 def test_a_missing_folder_and_other_layouts_are_told(recorded: Path, tmp_path: Path) -> None:

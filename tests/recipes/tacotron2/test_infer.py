@@ -14,8 +14,7 @@ from tests.recipes.tacotron2.test_train import HPARAMS, RECORDED, TINY
 from trainer import cli
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("wetext") is None or importlib.util.find_spec("PIL") is None,
-    reason="needs the extra tts",
+    importlib.util.find_spec("PIL") is None, reason="needs the extra tts"
 )
 
 

@@ -2,18 +2,13 @@
 
 import importlib.util
 import re
-import sys
 from itertools import islice
 
 import pytest
 
 from recipes.common.sentences import sentences
-from recipes.tacotron2 import text as front_ends
 from recipes.tacotron2.text import END, PAD, Characters, Phonemes, check_texts, readable, spell_out
 
-spelling = pytest.mark.skipif(
-    importlib.util.find_spec("wetext") is None, reason="needs the extra tts"
-)
 speaking = pytest.mark.skipif(
     importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
 )
@@ -49,22 +44,22 @@ def test_an_empty_text_is_told(empty: str) -> None:
         check_texts({"line 1": "yes", "line 2": empty, "line 5": ""}, Characters())
 
 
-@spelling
 @pytest.mark.parametrize(
     ("written", "said"),
     [
         ("Dr. Smith has 3 cats.", "doctor Smith has three cats."),
-        ("It costs $5.20.", "It costs five point two dollars."),
+        ("It costs $5.20.", "It costs five dollars and twenty cents."),
         ("45% of 12 km", "forty five percent of twelve kilometers"),
         ("Don’t go — “now”", "Don't go - now"),
         ("  two   spaces ", "two spaces"),
+        ("Mrs. No said No. R&B!", "missus No said No. R and B!"),
+        ("The Sun rose; he Sat in the U.S.", "The Sun rose; he Sat in the U.S."),
     ],
 )
 def test_numbers_and_abbreviations_are_spelled_out(written: str, said: str) -> None:
     assert spell_out(written) == said
 
 
-@spelling
 def test_what_is_not_known_after_spelling_is_told_by_its_place_in_the_text() -> None:
     front = Characters()
     assert readable("line 1", "Room 12 & 13", front) == "Room twelve and thirteen"
@@ -74,17 +69,9 @@ def test_what_is_not_known_after_spelling_is_told_by_its_place_in_the_text() -> 
         readable("line 7", "   ", front)
 
 
-@spelling
-def test_what_the_grammar_cannot_read_is_told() -> None:
+def test_a_number_that_is_not_surely_read_in_one_way_is_told() -> None:
     with pytest.raises(ValueError, match="line 3 has '5€', which cannot be spelled out"):
         readable("line 3", "it costs 5€ now", Characters())
-
-
-def test_without_wetext_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    front_ends._normaliser.cache_clear()
-    monkeypatch.setitem(sys.modules, "wetext", None)
-    with pytest.raises(ImportError, match=r"needs wetext: pip install 'cortex-speech\[tts\]'"):
-        spell_out("7")
 
 
 def test_without_espeak_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

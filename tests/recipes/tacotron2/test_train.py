@@ -85,7 +85,6 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("empty_speech_cache")
-@pytest.mark.skipif(importlib.util.find_spec("wetext") is None, reason="needs the extra tts")
 def test_prompts(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = run("prompts", tmp_path / "run", "--data_folder", str(recorded), *RECORDED)
     check(tmp_path / "run", metrics, capsys.readouterr().out)

@@ -82,8 +82,8 @@ class NonFiniteReport:
         }
         tally = brain.stateful()["metrics"].part.tallies.get(update.name)
         facts = {
-            "epoch": brain.epoch,
-            "batch": brain.step,
+            "epoch": brain.progress.epoch,
+            "batch": brain.progress.step,
             "optimizer": update.name,
             "rank": distributed.rank(),
             "processes": distributed.world_size(),
@@ -165,6 +165,7 @@ class NonFiniteReport:
     def text(self, record: Mapping[str, Any]) -> str:
         """Return the content of `report.txt`, for people, from that of `report.json`."""
         bad = [name for name, norm in self.gradients.items() if not math.isfinite(norm)]
+        rate = "none" if record["lr"] is None else f"{record['lr']:.4g}"
         lines = [
             f"Step {self.step} (epoch {record['epoch']}, batch {record['batch']}) was skipped: "
             f"the {self.what} of {record['optimizer']!r} not finite. Nothing has moved.",
@@ -172,7 +173,7 @@ class NonFiniteReport:
             f"First module with such an output: {self.finding.module or 'none'}",
             *(f"Cause: {cause}" for cause in self.causes or ["none of those that are known"]),
             f"Gradients that were not finite: {', '.join(bad) or 'none'}",
-            f"Precision {record['precision']}, lr {record['lr']:.4g}, scale {record['scale']:g}, "
+            f"Precision {record['precision']}, lr {rate}, scale {record['scale']:g}, "
             f"limit {record['limit']:g}, last finite norm {record['last_norm']}",
             f"Norms before: {', '.join(f'{norm:.4g}' for norm in record['recent_norms']) or '-'}",
             f"Batch: {', '.join(self.ids) or 'without ids'}",
@@ -199,7 +200,7 @@ class NonFiniteReport:
             torch.save({
                 "format": FORMAT, "batch": serialize_batch(kept.batch),
                 "generators": self.rerun.generators, "last": kept.is_last, "step": kept.step,
-                "epoch": brain.epoch, "optimizer_step": self.step - 1,
+                "epoch": brain.progress.epoch, "optimizer_step": self.step - 1,
                 "fits": brain.progress.fits, "what": self.what,
                 "optimizer": self.facts["optimizer"],
             }, new / "batch.pt")  # fmt: skip

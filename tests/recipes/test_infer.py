@@ -1,0 +1,82 @@
+"""Every ``infer.py`` refuses, before it works, another recipe's run and what cannot be written."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.common.speakers import noise, write
+from trainer.inference import loading
+
+# An object of each recipe that the YAML of its run builds.
+RUNS = {
+    "asr": "text.Characters",
+    "hifigan": "model.Discriminators",
+    "metricgan": "discriminator.Discriminator",
+    "segan": "model.Generator",
+    "separation": "model.SepFormer",
+    "tacotron2": "text.Characters",
+}
+WRITES = [name for name in RUNS if name != "asr"]
+
+
+def run_of(recipe: str, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "hyperparams.yaml").write_text(f"thing: !new:recipes.{recipe}.{RUNS[recipe]}\n")
+    return folder
+
+
+def infer(recipe: str, run: Path, file: Path, output: Path) -> int:
+    given = ["--text", "yes"] if recipe == "tacotron2" else [str(file)]
+    given += ["-o", str(output)] if recipe in WRITES else []
+    return int(importlib.import_module(f"recipes.{recipe}.infer").main([str(run), *given]))
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_a_run_of_another_recipe_is_refused_with_both_names(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.wav", noise(900))
+    others = [name for name in RUNS if name != recipe]
+    assert len(others) == 5
+    for other in others:
+        run = run_of(other, tmp_path / other)
+        assert infer(recipe, run, file, tmp_path / "out" / "a.wav") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"is a run of recipes.{other}, not of recipes.{recipe}\n" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", WRITES)
+def test_an_output_that_cannot_be_written_is_refused_before_the_run_is_read(
+    recipe: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the run was read")
+
+    monkeypatch.setattr(loading, "Configuration", opened)
+    run, file = run_of(recipe, tmp_path / "run"), write(tmp_path / "a.wav", noise(900))
+    (tmp_path / "file").write_text("no folder")
+    for name in ("a.wav", "a_1.wav"):
+        (tmp_path / "taken" / name).mkdir(parents=True)
+    for output, reason in (("file/a.wav", "is no folder"), ("taken/a.wav", "it is a folder")):
+        target = tmp_path / output
+        folder = target if recipe == "tacotron2" else target.parent
+        assert infer(recipe, run, file, folder) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"cannot be written: {reason}" in error or error.endswith(f"{reason}\n")
+
+
+def test_speech_is_written_as_a_kind_of_sound_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of("tacotron2", tmp_path / "run")
+    assert infer("tacotron2", run, run, tmp_path / "speech.mp3") == 2
+    assert "speech.mp3 cannot be written: the name of a sound file ends in .wav, .flac" in (
+        capsys.readouterr().err
+    )

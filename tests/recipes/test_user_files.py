@@ -1,0 +1,148 @@
+"""Files as people have them are read alike by every recipe: names, suffixes, links, left-overs."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from recipes.common.cuts import files_below, sounds
+from recipes.tacotron2.data import readings
+from tests.recipes.test_missing_files import CORPORA, sound
+from trainer.data import BadItem
+
+# A table of LibriMix names whole paths; the others find files by their ids.
+BY_ID = [name for name in CORPORA if name != "separation librimix table"]
+
+
+def ids(corpus: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {split: sorted(each.id for each in part) for split, part in corpus.items()}
+
+
+@pytest.mark.parametrize("name", BY_ID)
+def test_suffixes_in_capitals_and_what_lies_beside_change_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    made = CORPORA[name](tmp_path)
+    before = ids(made.load())
+    for number, path in enumerate(made.files):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7" * 20)
+        path.with_suffix(".txt").write_text("what is said")
+        path.with_suffix(".m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
+        if number % 2:
+            path.rename(path.with_suffix(path.suffix.upper()))
+    hidden = made.files[0].parent / ".cache"
+    shutil.copytree(made.files[0].parent, hidden, ignore=shutil.ignore_patterns(".*"))
+    (made.files[0].parent / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    assert ids(made.load()) == before
+
+
+@pytest.mark.parametrize("name", BY_ID)
+def test_one_recording_in_two_formats_is_refused_with_both_names(name: str, tmp_path: Path) -> None:
+    made = CORPORA[name](tmp_path)
+    path = made.files[3]
+    other = path.with_suffix(".aiff")
+    samples, rate = soundfile.read(path)
+    soundfile.write(other, samples, rate)
+    with pytest.raises(ValueError, match="two files") as caught:
+        made.load()
+    assert str(path) in str(caught.value)
+    assert str(other) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hifigan folder", "separation wham"])
+def test_the_same_name_in_two_folders_is_two_recordings(name: str, tmp_path: Path) -> None:
+    made = CORPORA[name](tmp_path)
+    before = ids(made.load())
+    for path in files_below(made.files[0].parent.parent):
+        if path.suffix == ".wav":
+            again = path.parent / "again" / path.name
+            again.parent.mkdir(exist_ok=True)
+            shutil.copy(path, again)
+    found = ids(made.load())
+    every = [each for part in found.values() for each in part]
+    assert len(every) == len(set(every)) == 2 * sum(map(len, before.values())) or "wham" in name
+    assert {f"again/{each}" for part in before.values() for each in part} < set(every)
+
+
+def test_utterances_of_two_chapters_may_have_one_name(tmp_path: Path) -> None:
+    from recipes.asr.data import librispeech
+    from recipes.common.noisy_speech import speech_and_noise
+
+    parts = {"train": ["a"], "valid": ["b"], "test": ["c"]}
+    for number, place in enumerate(f"{p}/{s}/{c}" for p in "abc" for s in "12" for c in "34"):
+        sound(tmp_path / "speech" / place / "0001.wav", number)
+        (tmp_path / "speech" / place / "x.trans.txt").write_text("0001 SOME WORDS\n")
+        sound(tmp_path / "noise" / f"{number}.wav", number)
+    expected = {
+        split: [f"{part}/{s}/{c}/0001" for s in "12" for c in "34"]
+        for split, (part,) in parts.items()
+    }
+    assert ids(librispeech(str(tmp_path / "speech"), parts)) == expected
+    mixed = speech_and_noise(str(tmp_path / "speech"), str(tmp_path / "noise"), parts)
+    assert ids(mixed) == expected
+    assert {each.cut.supervisions[0].speaker for each in mixed["test"]} == {"1", "2"}
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    sound(tmp_path / "elsewhere" / "one.wav", 1)
+    sound(tmp_path / "data" / "two.wav", 2)
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "linked too").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data")
+    assert list(sounds(tmp_path / "data")) == ["linked/one", "two"]
+
+
+def test_links_out_of_the_folder_of_a_table_are_an_option(tmp_path: Path) -> None:
+    made = CORPORA["tacotron2 readings"](tmp_path / "data")
+    path = made.files[0]
+    (tmp_path / "store").mkdir()
+    shutil.move(path, tmp_path / "store" / "x.wav")
+    path.symlink_to(tmp_path / "store" / "x.wav")
+    with pytest.raises(ValueError, match="line 1 of .*leads out of .*follow_links: true"):
+        made.load()
+    assert sum(map(len, made.load(follow_links=True).values())) == 40
+
+
+def test_a_name_that_is_not_utf_8_is_read_and_can_be_written_down(tmp_path: Path) -> None:
+    made = CORPORA["hifigan folder"](tmp_path)
+    odd = made.files[0].with_name(os.fsdecode(b"Gr\xfc.wav"))
+    made.files[0].rename(odd)
+    corpus = made.load()
+    (cut,) = (cut for part in corpus.values() for cut in part if cut.id.startswith("Gr"))
+    assert cut.id == "Gr\\xfc"
+    assert cut.load_audio().shape == (1, 2400)
+    odd.write_bytes(b"no sound")
+    with pytest.raises(BadItem, match="it is not an audio file"):
+        made.load(on_bad="raise")
+
+
+def test_names_with_accents_in_either_form_and_with_suffixes_are_found(tmp_path: Path) -> None:
+    """macOS writes the accent of a file's name as a character of its own."""
+    names = ["caf\u00e9", "b", "c", "d.wav"]
+    for number, name in enumerate(["cafe\u0301", *names[1:3], "d"]):
+        sound(tmp_path / "wavs" / f"{name}.wav", number)
+    (tmp_path / "metadata.csv").write_text(
+        "".join(f"{each}|Text {each[0]}.\n" for each in names), "utf-8"
+    )
+    assert sum(map(len, readings(str(tmp_path), 1, 1, spell=False).values())) == 4
+    (tmp_path / "metadata.csv").write_text("b|Once.\nb.wav|Twice.\n")
+    with pytest.raises(ValueError, match="line 2 of .* has the name '.*b.wav' of line 1 again"):
+        readings(str(tmp_path), 1, 1, spell=False)
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".aac", ".webm", ".wma", ".amr"])
+def test_what_is_not_read_says_how_to_convert_it(suffix: str, tmp_path: Path) -> None:
+    start = {
+        ".m4a": b"\0\0\0\x20ftypM4A ", ".aac": b"\xff\xf1\x50\x80", ".webm": b"\x1aE\xdf\xa3\x01",
+        ".wma": b"0&\xb2u\x8e\x66", ".amr": b"#!AMR\n",
+    }[suffix]  # fmt: skip
+    for name in ("separation listed", "hifigan folder"):
+        made = CORPORA[name](tmp_path / name)
+        made.files[0].unlink()
+        made.files[0].with_suffix(suffix).write_bytes(start + bytes(2000))
+        with pytest.raises(BadItem, match="which is not read: convert it, as by ffmpeg -i FILE"):
+            made.load(on_bad="raise")

@@ -1,0 +1,110 @@
+"""Objects of transformers and peft in a YAML: safetensors alone, no code of a model, no surprise.
+
+`!apply:transformers.AutoModel.from_pretrained [name or folder]` loads weights and tokenizers of a
+local folder, or of the hub. A run downloads what is missing when it builds its objects, after it
+has opened its folder; what only reads a YAML (`load_hparams`) downloads nothing. `!name:` leaves
+the call to the program.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ruamel.yaml.nodes import Node
+from torch.nn import Module
+
+from trainer.config.reading import PLAIN, items, location, nodes, object_name, plain, represent, tag
+
+PACKAGES = ("transformers.", "peft.")
+MAKERS = ("from_pretrained", "from_config")
+# Arguments by which a model brings code, or files that are no safetensors: the values allowed.
+BOUND: dict[str, tuple[Any, ...]] = {
+    "trust_remote_code": (False,),
+    "use_safetensors": (True,),
+    "weights_only": (True,),
+    "allow_all_kernels": (False,),
+    "attn_implementation": (None, "eager", "sdpa", "flex_attention"),
+    "custom_generate": (None,),
+    "experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
+    "gguf_file": (None,),
+    "kernel_config": (None,),
+    "megatron_config": (None,),
+    "megatron_core": ("megatron.core",),
+    "use_kernels": (False,),
+    "use_pretrained_backbone": (False,),
+}  # fmt: skip
+
+
+def is_maker(target: Any) -> bool:
+    """Return True for a class method of transformers that makes a model or a tokenizer."""
+    owner = getattr(target, "__self__", None)
+    return (
+        inspect.isclass(owner)
+        and str(owner.__module__).startswith("transformers.")
+        and target.__name__ in MAKERS
+    )
+
+
+def takes_any_keyword(target: Any) -> bool:
+    """Return True for a configuration class, which keeps keywords that its signature lacks."""
+    return inspect.isclass(target) and any(
+        each.__name__.lower() == "pretrainedconfig" for each in target.__mro__
+    )
+
+
+def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None:
+    """Check the arguments of an object.
+
+    Args:
+        node: an object whose name is allowed.
+        target: what its name stands for.
+        downloads: files that are missing may be downloaded while the object is built.
+
+    Returns:
+        The function to call in place of `from_pretrained` or `from_config`; None for others.
+
+    Raises:
+        ValueError: an argument lets a model bring code, or files other than safetensors.
+    """
+    theirs = object_name(node).startswith(PACKAGES)
+    for each in nodes(node):
+        for key, value in items(each):
+            if theirs or key == "trust_remote_code":  # which others pass on
+                _check(key.lstrip("_"), value)
+    if not is_maker(target):
+        return None
+    kind, later = target.__self__, tag(node).startswith("!name:")
+    bound = {"trust_remote_code": False} if kind.__name__.startswith("Auto") else {}
+    if target.__name__ == "from_pretrained":
+        if issubclass(kind, Module) or kind.__name__.startswith(("AutoModel", "AutoBackbone")):
+            bound["use_safetensors"] = True
+        if not later and not downloads:
+            bound["local_files_only"] = True
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if later:
+            return functools.partial(target, *args, **kwargs | bound)
+        try:
+            return target(*args, **kwargs | bound)
+        except OSError as error:
+            hint = (
+                " (nothing is downloaded while a YAML is read: a run by trainer.main downloads, "
+                "and !name: leaves the call to the program)"
+            )
+            hint = hint if "local_files_only" in bound else ""
+            raise ValueError(f"{' '.join(str(error).split())}{hint}") from error
+
+    return make
+
+
+def _check(key: str, value: Node) -> None:
+    known = BOUND.get(key)
+    if known is not None and (tag(value) not in PLAIN or plain(value) not in known):
+        allowed = " or ".join(str(represent(each).value) for each in known)
+        raise ValueError(
+            f"{key} ({location(value)}) must be {allowed}: a model that a "
+            "YAML names brings no code of its own, and weights in safetensors"
+        )

@@ -1,0 +1,89 @@
+"""Run options of other toolkits: what their names mean here.
+
+Data only; `trainer.options.translate` applies them. The names of the first three tables are those
+of SpeechBrain. They count in `run_opts`, on the command line, and as keys of a YAML.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Name: option here, default there, and what values mean here; others are taken as they are. A
+# meaning of UNSET leaves the option as it is.
+UNSET = object()
+RENAMED: dict[str, tuple[str, Any, dict[Any, Any]]] = {
+    "auto_mix_prec": ("precision", False, {True: "fp16", False: UNSET}),
+    "bfloat16_mix_prec": ("precision", False, {True: "bf16", False: UNSET}),
+    "ckpt_interval_minutes": ("checkpoint_every_minutes", 0, {0: None, -1: None}),
+    "ckpt_interval_steps": ("checkpoint_every_steps", 0, {0: None, -1: None}),
+    "compile_module_keys": ("compile_modules", None, {}),
+    "noprogressbar": ("progressbar", False, {True: False, False: True}),
+}
+
+# Name: default there, and why it is not needed here.
+IGNORED: dict[str, tuple[Any, str]] = {
+    "compile_using_dynamic_shape_tracing": (False, "torch.compile finds shapes that change itself"),
+    "compile_using_fullgraph": (False, "graphs may break; nothing but speed depends on it"),
+    "data_parallel_count": (-1, "torchrun --nproc_per_node sets the number of processes"),
+    "distributed_backend": ("nccl", "it follows from the device: nccl on GPUs, gloo on CPUs"),
+    "distributed_launch": (False, "processes that torchrun starts find each other"),
+    "find_unused_parameters": (False, "parameters without gradients need no option"),
+    "jit": (False, "modules are not scripted; --compile compiles them by torch.compile"),
+    "jit_module_keys": (None, "modules are not scripted; --compile_modules names those to compile"),
+    "local_rank": (None, "torchrun tells each process its rank"),
+    "log_config": (None, "messages go to the terminal and to train.log in the run folder"),
+    "tqdm_barcolor": (
+        {"train": "GREEN", "valid": "MAGENTA", "test": "CYAN"},
+        "bars are plain",
+    ),
+    "tqdm_colored_bar": (False, "progress bars are plain"),
+}
+
+# Name: default there, and what to do instead. These would change the run.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "data_parallel_backend": (
+        False, "start one process for each GPU: torchrun --standalone --nproc_per_node=2 train.py …"
+    ),
+    "debug_persistently": (
+        False, "a debug run keeps nothing; --optimizer_step_limit=2 without --debug is a short run "
+        "that does"
+    ),
+    "remove_vector_weight_decay": (
+        False, "override init_optimizers and give the optimizer two parameter groups, that of the "
+        "vectors (p.ndim < 2) with weight_decay 0"
+    ),
+}  # fmt: skip
+
+DEFAULTS = {
+    **{name: default for name, (_, default, _) in RENAMED.items()},
+    **{name: default for name, (default, _) in (IGNORED | REFUSED).items()},
+}
+NAMES = {*DEFAULTS, "overridden_args", "param_file"}  # The last two are internal.
+FLAGS = {name for name, default in DEFAULTS.items() if default is False}
+
+# Names in Lightning, Hugging Face's Trainer and elsewhere: a hint, since a recipe may have keys of
+# its own with these names.
+SIMILAR = {
+    "accelerator": "device",
+    "accumulate_grad_batches": "grad_accumulation_factor",
+    "amp": "precision",
+    "bf16": "precision",
+    "default_root_dir": "output_folder",
+    "disable_tqdm": "progressbar",
+    "enable_progress_bar": "progressbar",
+    "fast_dev_run": "debug",
+    "fp16": "precision",
+    "grad_clip": "max_grad_norm",
+    "gradient_accumulation_steps": "grad_accumulation_factor",
+    "gradient_clip_val": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "log_every_n_steps": "log_interval",
+    "logging_steps": "log_interval",
+    "max_steps": "optimizer_step_limit",
+    "max_time": "max_hours",
+    "mixed_precision": "precision",
+    "output_dir": "output_folder",
+    "overwrite_output_dir": "overwrite",
+    "save_steps": "checkpoint_every_steps",
+    "torch_compile": "compile",
+}
