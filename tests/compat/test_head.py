@@ -136,8 +136,9 @@ brain = Recipe({{"net": torch.nn.Linear(1, 1)}}, lambda p: torch.optim.SGD(p, 0.
     {{"output_folder": "run"}}, {{"device": "cpu"}}, trainer.Checkpointer("run/checkpoints"))
 data = torch.utils.data.TensorDataset(torch.randn(64, 1))
 brain.fit(range({epochs}), data, progressbar=False, train_loader_kwargs={{"batch_size": 4}})
-print("ranks", distributed.world_size(), "steps", brain.optimizer_step, "weight",
-    round(brain.modules.net.weight.item(), 6), flush=True)
+weight = round(brain.modules.net.weight.item(), 6)
+told = f"ranks {{distributed.world_size()}} steps {{brain.optimizer_step}} weight {{weight}}"
+sys.stdout.write(told + "\\n")  # In one piece: ranks share the terminal.
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
