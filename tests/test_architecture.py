@@ -129,12 +129,20 @@ def test_importing_the_trainer_imports_nothing_heavy_but_torch() -> None:
     script = (
         "import sys, trainer;"
         "heavy = {'torchaudio', 'lhotse', 'soundfile', 'matplotlib', 'tensorboard', 'scipy'};"
+        "heavy.add('speechbrain');"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_other_toolkits_are_named_in_one_package() -> None:
+    for path in sources(TRAINER):
+        code = code_of(path).replace("trainer.compat.speechbrain", "")
+        if TRAINER / "compat" not in path.parents:
+            assert "speechbrain" not in code, path
 
 
 def test_every_yaml_says_how_it_is_run() -> None:
