@@ -381,6 +381,25 @@ def test_texts_that_look_like_sums_stay_texts(write: Write) -> None:
     assert found["number"] == "12"
 
 
+def test_dates_and_texts_that_look_like_sums_are_not_calculated_with(write: Write) -> None:
+    found = load_hparams(
+        write("""\
+            seed: 7
+            day: 2024-10-15
+            text: 10-15
+            half: '1/0'
+            number: '5'
+            folder: !ref <day>/<seed>
+            other: !ref <seed>-<text>
+            more: !ref <half>/<seed>
+            sum: !ref <number> + <seed>
+            nested: !ref <folder> - 1
+            """)
+    )
+    assert (found["folder"], found["other"], found["more"]) == ("2024-10-15/7", "7-10-15", "1/0/7")
+    assert (found["sum"], found["nested"]) == (12, "2024-10-15/7 - 1")
+
+
 class Speaker:
     """A class whose parameters take texts."""
 
