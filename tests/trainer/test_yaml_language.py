@@ -303,6 +303,7 @@ def test_class_methods_are_called(write: Write) -> None:
             later: !name:torch.nn.EmbeddingBag.from_pretrained {mode: sum}
             own: !apply:tests.trainer.test_yaml_language.Table.of_size [4]
             static: !apply:tests.trainer.test_yaml_language.Table.sizes {rows: 3}
+            heir: !apply:tests.trainer.test_yaml_language.Table.from_pretrained [!ref <weights>]
             """),
         allow=["tests.trainer.test_yaml_language"],
     )
@@ -310,6 +311,7 @@ def test_class_methods_are_called(write: Write) -> None:
     assert found["frozen"].weight.requires_grad is True
     assert found["later"](torch.ones(2, 2)).mode == "sum"
     assert isinstance(found["own"], Table)
+    assert isinstance(found["heir"], Table)
     assert found["static"] == [3]
 
 
