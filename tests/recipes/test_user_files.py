@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import soundfile
 
+from recipes.common.audio import read_header
 from recipes.common.cuts import files_below, sounds
 from recipes.tacotron2.data import readings
 from tests.recipes.test_missing_files import CORPORA, sound
@@ -132,6 +133,13 @@ def test_names_with_accents_in_either_form_and_with_suffixes_are_found(tmp_path:
     (tmp_path / "metadata.csv").write_text("b|Once.\nb.wav|Twice.\n")
     with pytest.raises(ValueError, match="line 2 of .* has the name '.*b.wav' of line 1 again"):
         readings(str(tmp_path), 1, 1, spell=False)
+
+
+def test_an_encoding_that_is_not_read_says_how_to_convert_it(tmp_path: Path) -> None:
+    file = sound(tmp_path / "a.caf", 1)
+    file.write_bytes(file.read_bytes().replace(b"lpcm", b"aac "))
+    with pytest.raises(BadItem, match=r"its encoding is not read \(.*\): convert it, as by ffmpeg"):
+        read_header(file)
 
 
 @pytest.mark.parametrize("suffix", [".m4a", ".aac", ".webm", ".wma", ".amr"])
