@@ -103,7 +103,7 @@ def test_links_out_of_the_folder_of_a_table_are_an_option(tmp_path: Path) -> Non
     (tmp_path / "store").mkdir()
     shutil.move(path, tmp_path / "store" / "x.wav")
     path.symlink_to(tmp_path / "store" / "x.wav")
-    with pytest.raises(ValueError, match="line 1 of .*leads out of .*follow_links: true"):
+    with pytest.raises(ValueError, match="line 1 of .*leads out of .*--corpus.follow_links=true"):
         made.load()
     assert sum(map(len, made.load(follow_links=True).values())) == 40
 
