@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -19,9 +20,12 @@ from trainer import distributed
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.environment import environment
 from trainer.cli.folder import RunFolder
+from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 
 __all__ = ["create_experiment_directory", "parse_arguments"]
+
+logger = logging.getLogger("trainer")
 
 _open_folders: list[RunFolder] = []  # locked until the process ends
 
@@ -50,10 +54,17 @@ def create_experiment_directory(
         folder = RunFolder(Path(experiment_directory).expanduser())
         folder.open()
         _open_folders.append(folder)
-        text = ""
+        text, changes = "", []
         if hyperparams_to_save is not None:
             configuration = Configuration(hyperparams_to_save)
-            configuration.override(overrides or {})
+            configuration.override({"output_folder": str(folder.path), **(overrides or {})})
             text = configuration.dump()
-        folder.record(text, [sys.executable, *sys.argv], where)
+            now = Settings(configuration.root, configuration.registry)
+            changes = folder.changes(now)
+        if changes:
+            told = "; ".join(map(str, changes))
+            logger.warning(
+                "the run in %s goes on with other hyperparameters: %s", folder.path, told
+            )
+        folder.record(text, [sys.executable, *sys.argv], where, changes=changes)
     distributed.barrier()

@@ -304,8 +304,14 @@ class Configuration:
         return building.resolve(self.root, self.registry)
 
     def dump(self) -> str:
-        """Write one YAML with base, includes and overrides merged in, references kept."""
-        return reading.dump(self.root)
+        """Write one YAML with base, includes and overrides merged in, references kept.
+
+        It is that of the run: what one start does with the folder is left out.
+        """
+        root = copy.copy(self.root)
+        for name in ("overwrite", "change_hparams"):
+            pop(root, name)
+        return reading.dump(root)
 
 
 def _takes_text(name: str) -> bool:

@@ -590,5 +590,6 @@ def dump(root: Node) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = _Resolver
     yaml.width = 100
+    yaml.brace_single_entry_mapping_in_flow_sequence = True  # A tag would need them.
     yaml.serialize(root, stream)
     return stream.getvalue()

@@ -27,6 +27,7 @@ from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
+from trainer.optim.settings import built_settings, set_rates_anew, with_new_settings
 
 logger = logging.getLogger("trainer")
 
@@ -116,6 +117,7 @@ class Update:
         self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned = self._warned_of_untrained = False
+        self._built = built_settings(optimizer, schedule)
         self._warned_of_nothing = self._warned_of_end = False
 
     @property
@@ -232,10 +234,11 @@ class Update:
     def shared_with(self, other: Update) -> str:
         """Return the names of some parameters that another optimizer has, too."""
         theirs = set(other.all_params)
-        found = [self.names.get(p, "one without a name") for p in self.all_params if p in theirs]
-        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}" + (
-            f" and {len(found) - 3} more" if found[3:] else ""
-        )
+        found = [self.names[p] for p in self.all_params if p in theirs and p in self.names]
+        if not found:
+            return "a parameter"
+        more = f" and {len(found) - 3} more" if found[3:] else ""
+        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}{more}"
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -308,6 +311,7 @@ class Update:
             "kinds": {name: type(part).__name__ for name, part in parts.items()},
             "scaler": self.scaler.state_dict(),
             "last_norm": self.last_norm,
+            "built": self._built,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -333,9 +337,12 @@ class Update:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state; settings that are built otherwise by now are those of now."""
+        saved = with_new_settings(state, self._built, self.name)
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(saved[name])
+        if saved is not state:
+            set_rates_anew(self.schedule)
         if state["scaler"]:  # Empty if the run was not in fp16: the scaler starts anew.
             self.scaler.load_state_dict(state["scaler"])
         self.last_norm = state["last_norm"]
