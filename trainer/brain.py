@@ -50,6 +50,7 @@ from trainer.data import (
     make_feed,
     make_loader,
 )
+from trainer.data.batch import add_advice
 from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
@@ -59,6 +60,7 @@ from trainer.evaluation import (
     gradients_kept,
     modes_kept,
     training_mode,
+    warn_of_modes,
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
@@ -68,9 +70,10 @@ from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
-from trainer.options import RunOptions, warn_of_similar_names
+from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
 from trainer.speechbrain_names import SpeechBrainNames
+from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
 
@@ -269,6 +272,7 @@ class Brain(SpeechBrainNames):
             raise ValueError(
                 f"hparams is a {type(hparams).__name__}; allowed: a mapping from names to values"
             )
+        run_opts = given_options(run_opts)
         if run_opts is not None and not isinstance(run_opts, (Mapping, RunOptions)):
             raise ValueError(
                 f"run_opts is a {type(run_opts).__name__}; allowed: a mapping from names of run "
@@ -294,8 +298,9 @@ class Brain(SpeechBrainNames):
         self.__depth = 0  # A hook of one `fit` may call another.
         self.__in_a_stage = False
         self.__nested_fits = 0  # Number of calls of that kind.
+        self.__data: DataFeed | None = None  # Of the training.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
-        self.__opt_class = opt_class  # That of the present optimizers.
+        self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
         self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
         self.__ticked = time.perf_counter()
         self.__intercept: Optimize | None = None
@@ -437,7 +442,7 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            training_mode(self.modules)
+            training_mode(self.modules, self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
@@ -511,6 +516,9 @@ class Brain(SpeechBrainNames):
                 self.__account(loss, self.__batch)
             self.__tracer.end_batch()
             self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
+        except (TypeError, AttributeError, ValueError) as error:
+            add_advice(error, batch)
+            raise
         finally:
             self.__batch = outer
         return loss
@@ -662,7 +670,11 @@ class Brain(SpeechBrainNames):
             batches = self.__awaited(feed, feed.from_batch(epoch or 0, 0), may_stop())
             for batch, _ in self.__until_stopped(batches, may_stop):
                 steps += 1
-                loss = self.evaluate_batch(batch, stage)
+                try:
+                    loss = self.evaluate_batch(batch, stage)
+                except (TypeError, AttributeError, ValueError) as error:
+                    add_advice(error, batch)
+                    raise
                 if loss is not None:
                     weight = self.count_examples(batch)
                     examples += weight
@@ -786,7 +798,7 @@ class Brain(SpeechBrainNames):
 
         The epoch's own average is weighted by examples. A loss that is not finite is left out.
         """
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = float(plain_number(loss))
         if not math.isfinite(value):
             return avg_loss
         return avg_loss + (value - avg_loss) / max(self.progress.step, 1)
@@ -841,6 +853,8 @@ class Brain(SpeechBrainNames):
                     number += 1
                     key = f"{name}-{number}"
                 entries[key] = StateEntry(callback)
+        if self.__data is not None and self.__data.stateful is not None:
+            entries["data"] = StateEntry(self.__data, snapshot=dict)
         entries["rng"] = StateEntry(seed.RngState())
         return entries
 
@@ -909,7 +923,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        training_mode(self.modules)
+        training_mode(self.modules, self.__trained_parameters())
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
         train.begin(self.progress.epoch)
@@ -924,6 +938,8 @@ class Brain(SpeechBrainNames):
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
+        if not self.__depth:
+            self.__data = train
         valid = None
         if arguments.valid_set is not None:
             overfit = self.options.overfit_batches > 0
@@ -1053,6 +1069,7 @@ class Brain(SpeechBrainNames):
         optimizers = self.__optimizers()
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.__make_updates(optimizers)
+        warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
             self.__ema = WeightAverage(modules, options.ema_decay)
 
@@ -1063,13 +1080,14 @@ class Brain(SpeechBrainNames):
         )
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        schedules = getattr(self.hparams, "schedule", None)
         made = make_updates(
-            optimizers, self.modules, self.options, self.__precision,
-            getattr(self.hparams, "schedule", None), self.__strategy, self.__on_hand_step,
+            optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
+            self.__on_hand_step,
         )  # fmt: skip
         self.updates.clear()
         self.updates.update(made)
-        self.__opt_class = self.opt_class
+        self.__made_by = self.opt_class, schedules
         for update in self.updates.values():
             update.before_step.append(partial(self.callbacks.call, "before_optimizer_step", self))
             update.after_step.append(partial(self.callbacks.call, "after_optimizer_step", self))
@@ -1078,10 +1096,10 @@ class Brain(SpeechBrainNames):
         """Take over the optimizers that the recipe has made since the last `fit`."""
         optimizers = self.__optimizers()
         if self.__trains_with(optimizers):
-            if self.opt_class is not self.__opt_class:
+            if self.__made_by != (self.opt_class, getattr(self.hparams, "schedule", None)):
                 logger.warning(
-                    "opt_class was set after the optimizers were made, and has no effect on them: "
-                    "call init_optimizers() before fit"
+                    "opt_class or hparams.schedule was set after the optimizers were made, and has "
+                    "no effect on them: call init_optimizers() before fit"
                 )
             return
         self.zero_grad()
@@ -1467,6 +1485,9 @@ class Brain(SpeechBrainNames):
         self.progress.seconds += now - self.__ticked
         self.__ticked = now
 
+    def __trained_parameters(self) -> set[Tensor]:
+        return {p for update in self.updates.values() for p in update.params}
+
     def __in_window(self) -> bool:
         return any(update.window.count for update in self.updates.values())
 
@@ -1481,10 +1502,12 @@ class Brain(SpeechBrainNames):
 
     def __objects(self) -> dict[str, Any]:
         """Return the stateful objects among hparams and users' attributes, by name."""
-        known = {id(self), id(self.checkpointer), *(id(part) for part in self.modules.modules())}
+        own = [self, self.checkpointer, *self.modules.modules(), *self.callbacks]
+        if self.__data is not None:
+            own += self.__data.sources
+        known = {id(part) for part in own}
         for update in self.updates.values():
             known |= {id(part) for part in (update.optimizer, update.schedule, update.clip, update)}
-        known |= {id(callback) for callback in self.callbacks}
         named = {f"hparams.{name}": value for name, value in vars(self.hparams).items()}
         return find_stateful({**named, **self.__user_attributes()}, known, self.modules)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,26 +33,48 @@ def modes_kept(modules: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def training_mode(modules: nn.Module) -> None:
+def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
     """Put modules into training mode, but for parts that are frozen and in evaluation mode.
 
-    A part in evaluation mode without a parameter that requires a gradient stays as it is, such as
-    a pretrained encoder whose running statistics are not to change.
+    A part in evaluation mode of which nothing is trained stays as it is, such as a pretrained
+    encoder whose running statistics are not to change.
+
+    Args:
+        modules: modules of the Brain.
+        trained: parameters that require gradients and that an optimizer has.
     """
-    kept = [(part, part.training) for root in _frozen(modules) for part in root.modules()]
+    kept = [(part, part.training) for root in _frozen(modules, trained) for part in root.modules()]
     modules.train()
     for part, mode in kept:
         part.training = mode
 
 
-def _frozen(module: nn.Module, chosen: bool = True) -> Iterator[nn.Module]:
+def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
+    """Warn of trained parts that were put into evaluation mode alone, which `fit` undoes."""
+    kept = {part for root in _frozen(modules, trained) for part in root.modules()}
+    names = [
+        f"{name}.{child}"
+        for name, part in modules.named_modules()
+        for child, each in part.named_children()
+        if name and part.training and not each.training and each not in kept
+    ]
+    if names:
+        logger.warning(
+            "fit puts %s into training mode, since it trains; to leave it in evaluation mode, call "
+            "its eval() in on_stage_start", ", ".join(names[:5]),
+        )  # fmt: skip
+
+
+def _frozen(
+    module: nn.Module, trained: Collection[Tensor], chosen: bool = True
+) -> Iterator[nn.Module]:
     """Yield the parts that stay in evaluation mode; ``chosen`` if this one was put there alone."""
-    trains = [p.requires_grad for p in module.parameters()]
+    trains = [p in trained for p in module.parameters()]
     if not module.training and not any(trains) and (trains or chosen):
         yield module
         return
     for child in module.children():
-        yield from _frozen(child, chosen=module.training)
+        yield from _frozen(child, trained, chosen=module.training)
 
 
 @contextmanager

@@ -380,7 +380,7 @@ class RunOptions:
                 return replace(run_opts, clip=hparams["clip"])  # an object, built since then
             return run_opts
         known = cls.names()
-        given = translated(_given(run_opts or {}))
+        given = translated(given_options(run_opts or {}))
         for name in given:
             if name not in (*known, *NAMES):
                 meant = SIMILAR.get(name, name)
@@ -484,8 +484,8 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
             )
 
 
-def _given(run_opts: Any) -> Mapping[str, Any]:
-    """Return options as a mapping; of an object that knows which were given, these alone."""
+def given_options(run_opts: Any) -> Any:
+    """Return options as they are; of an object that knows which were given, these as a mapping."""
     names = getattr(run_opts, "overridden_args", None)
     return run_opts if names is None else {name: run_opts[name] for name in names}
 

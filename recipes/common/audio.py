@@ -260,6 +260,11 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
             endless = any(abs(promised - size) < 1 << 16 for size in _ENDLESS)
             if present < promised and not endless:
                 raise BadItem(path, f"its data are cut: {present} of {promised} {unit}")
+        if file.format == "NIST":  # Of which libsndfile logs nothing.
+            with open(path, "rb") as raw:
+                told = re.search(rb"sample_count -i (\d+)", raw.read(1024))
+            if told and int(told[1]) > file.frames:
+                raise BadItem(path, f"its data are cut: {file.frames} of {int(told[1])} samples")
         rewrite = "write it anew, as by ffmpeg -i FILE FILE.wav"
         if file.frames == 0:
             known = f" by its header, which was not finished: {rewrite}"

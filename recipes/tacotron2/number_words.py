@@ -171,9 +171,9 @@ def _plain(found: Match) -> str:
         counts = re.match(THINGS, behind) and not text.endswith("00")
         dates = re.search(r"(?i)\b(?:the|in|since|until|during|before|after) $", before)
         return found[0] if counts and not dates else year(int(text))
-    # A long row of digits may be a telephone number.
-    long = re.fullmatch(r"\d{7,}", text) and not text.endswith("000")
-    return found[0] if long else amount(text)
+    # A telephone number, as long ones may be? A continental ten thousand?
+    unsure = re.fullmatch(r"911|\d{7,}(?<!000)|\d{1,3}\.\d00", text)
+    return found[0] if unsure else amount(text)
 
 
 def _compiled(
@@ -202,11 +202,6 @@ RULES = _compiled(
     (
         rf"{START}\+\d{{1,3}}(?:[ -]\(?\d{{2,4}}\)?){{2,4}}{END}",
         lambda m: f"plus {digits(m[0])}",
-    ),
-    # Groups of digits: one that begins with a zero is no number of its own.
-    (
-        rf"{START}[1-9]\d{{0,2}}(?: \d{{3}})* 0\d\d(?: \d{{3}})*{END}{ALONE}",
-        lambda m: cardinal(int(m[0].replace(" ", ""))),
     ),
     (
         rf"{START}([{''.join(COINS)}]){NUMBER}(?: (thousand|million|billion|trillion)\b)?"
@@ -238,6 +233,8 @@ RULES = _compiled(
 FEET = re.compile(
     rf"{START}([1-9])(?:['’′] ?| ?ft\.? )(\d|1[01])(?:[\"”″]|''| ?in\b\.?){END}", re.ASCII
 )
+# Groups of digits: one that begins with a zero is no number of its own.
+GROUPS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?: \d{3})* 0\d\d(?: \d{3})*(?!\w| \d)", re.ASCII)
 THIN = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", re.ASCII)  # As in 10 000.
 TYPED = str.maketrans({"’": "'", "‘": "'", "“": "", "”": ""})
 
@@ -250,6 +247,7 @@ def in_words(text: str) -> str:
     """
     text = FEET.sub(lambda m: f"{several(m[1], 'foot')} {several(m[2], 'inch')}", text)
     text = " ".join(THIN.sub(",", text).translate(TYPED).split())
+    text = GROUPS.sub(lambda found: found[0].replace(" ", ","), text)
     quoted = text.split('"')
     for part in quoted[:-1:2]:  # Each but the last is before a mark that opens a quotation.
         if part[-1:].isdigit():

@@ -204,6 +204,39 @@ def test_other_parts_in_evaluation_mode_are_put_into_training_mode() -> None:
     assert seen == [[True, True, False, False]]
 
 
+def test_a_part_that_no_optimizer_has_stays_in_evaluation_mode() -> None:
+    class HeadOnly(Pair):
+        def init_optimizers(self) -> None:
+            self.optimizer = self.opt_class(self.modules.head.parameters())
+
+        def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+            with torch.no_grad():
+                x = self.modules.enc(batch["x"])
+            return self.modules.head(x)
+
+    modules = pair(norm=True)
+    modules["enc"].eval()
+    build(HeadOnly, modules).fit([1], batches(2))
+    assert torch.equal(modules["enc"][1].running_mean, torch.zeros(6))
+
+
+def test_a_trained_layer_that_was_put_into_evaluation_mode_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Hooked(Regressor):
+        def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+            self.modules.net[1].eval()
+
+    for kind, trains in ((Regressor, True), (Hooked, False)):
+        caplog.clear()
+        brain = make(kind, norm=True)
+        brain.modules.net[1].eval()
+        brain.fit([1, 2], batches(2))
+        assert brain.modules.net[1].training == trains
+        lines = [each for each in caplog.messages if "puts net.1 into training mode" in each]
+        assert len(lines) == 1
+
+
 def test_a_train_method_of_the_users_own_is_called() -> None:
     class Own(nn.Sequential):
         def train(self, mode: bool = True) -> Own:
@@ -530,7 +563,7 @@ def rate_of(schedule: Any) -> float:
     "value",
     [
         torch.tensor([0.5]), torch.tensor([[0.5]]), np.array([0.5]), np.array(0.5),
-        np.float32(0.5), np.float64(0.5),
+        np.float32(0.5), np.float64(0.5), np.array([0.5], "f2"),
     ],
 )  # fmt: skip
 def test_a_metric_of_one_element_is_a_number(tmp_path: Path, value: Any) -> None:
@@ -546,6 +579,21 @@ def test_a_metric_of_one_element_is_a_number(tmp_path: Path, value: Any) -> None
     bare = Checkpointer(tmp_path / "bare").save_checkpoint({"acc": value})
     assert bare is not None
     assert bare.meta["acc"] == 0.5
+
+
+def test_nested_metrics_are_numbers_and_what_decides_is_one(tmp_path: Path) -> None:
+    keep = Checkpointer(tmp_path)
+    nested = {"by": {"a": torch.tensor([0.5]), "b": [np.float32(2)]}}
+    scheduled(None, lambda epoch: nested, checkpointer=keep).fit([1], batches(1), batches(1))
+    found = keep.find_checkpoint()
+    assert found is not None
+    assert found.meta["by"] == {"a": 0.5, "b": [2.0]}
+    for value in ("low", {"a": 1.0}):
+        brain = scheduled(partial(Plateau, metric="acc"), lambda epoch, v=value: {"acc": v})
+        with pytest.raises(
+            ValueError, match="schedule watches the metric 'acc', which is .* no nu"
+        ):
+            brain.fit([1], batches(1), batches(1))
 
 
 def test_a_metric_of_several_elements_is_refused() -> None:
@@ -638,15 +686,29 @@ class Statistics:
         self.rows[0] = self.rows[0] + 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "most": self.most, "rows": self.rows, "none": np.zeros((0, 2))}
+        counts = {np.int64(3): np.uint32(1), np.str_("a"): np.arange(2, dtype=">f8")}
+        return {
+            "total": self.total, "most": self.most, "rows": self.rows, "none": np.zeros((0, 2)),
+            "counts": counts, "random": np.random.RandomState(0).get_state(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert state["none"].shape == (0, 2)
+        assert state["counts"]["a"].tolist() == [0, 1]
+        assert state["counts"][3] == 1
+        np.random.RandomState().set_state(state["random"])
         self.total, self.most, self.rows = state["total"], state["most"], state["rows"]
 
 
 class Normalised(Plain):
     """Changes a user's object and attributes of NumPy's."""
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        self.hparams.statistics.total += 1  # A resumed run undoes it.
+
+    def on_fit_batch_start(self, *given: Any) -> None:
+        if self.optimizer_step == vars(self.hparams).get("stop"):
+            raise Stop
 
     def on_fit_batch_end(self, batch: Any, *given: Any) -> None:
         self.hparams.statistics.update(batch["x"].sum(0)[:3].numpy())
@@ -659,13 +721,15 @@ def numbers_of(brain: Any) -> list[Any]:
 
 
 def test_numpy_in_the_state_of_users_objects_is_saved_and_restored(tmp_path: Path) -> None:
-    def run(epochs: int, folder: str) -> Any:
-        hparams = {"statistics": Statistics()}
-        brain = make(Normalised, hparams=hparams, checkpointer=Checkpointer(tmp_path / folder))
+    def run(epochs: int, folder: str, stop: int = -1) -> Any:
+        hparams = {"statistics": Statistics(), "stop": stop}
+        keep = Checkpointer(tmp_path / folder)
+        brain = make(Normalised, hparams=hparams, checkpointer=keep, checkpoint_every_steps=1)
         brain.fit(range(1, epochs + 1), batches(3))
         return brain
 
-    run(1, "resumed")
+    with pytest.raises(Stop):
+        run(2, "resumed", stop=4)
     resumed, whole = run(2, "resumed"), run(2, "whole")
     assert numbers_of(resumed) == numbers_of(whole)
     found = resumed.hparams.statistics
@@ -683,14 +747,16 @@ def test_a_snapshot_of_arrays_does_not_change_with_them() -> None:
     assert numbers_of(brain) == before
 
 
-@pytest.mark.parametrize("value", [np.array(["a"]), np.array([None]), np.array(["2020"], "M8[D]")])
+@pytest.mark.parametrize(
+    "value", [np.array(["a"]), np.array([None]), np.array(["2020"], "M8[D]"), np.ma.zeros(2)]
+)
 def test_arrays_that_hold_no_numbers_are_refused_by_name(tmp_path: Path, value: Any) -> None:
     class Odd(Statistics):
         def state_dict(self) -> dict[str, Any]:
             return {"total": {"of": value}}
 
     keep = Checkpointer(tmp_path, recoverables={"odd": Odd()})
-    with pytest.raises(ValueError, match=r"odd\.total\.of is a numpy\.ndarray"):
+    with pytest.raises(ValueError, match=r"odd\.total\.of is a numpy\.(ndarray|ma)"):
         keep.save_checkpoint()
 
 
@@ -745,6 +811,9 @@ def test_an_attribute_of_a_class_that_would_have_no_effect_is_refused(
     ("arguments", "sentence"),
     [
         ({"modules": net()}, "modules is a Sequential; allowed: a mapping from names"),
+        ({"modules": [net()]}, "modules is a list; allowed: a mapping from names"),
+        ({"modules": {"a.b": net()}}, "modules has a name that cannot be one: .*a.b"),
+        ({"modules": {1: net()}}, "modules has a name that cannot be one: .*int"),
         ({"hparams": [1]}, "hparams is a list; allowed: a mapping"),
         ({"run_opts": ["cpu"]}, "run_opts is a list; allowed: a mapping"),
         ({"checkpointer": "saves"}, "checkpointer is a str; allowed: a trainer.Checkpointer"),

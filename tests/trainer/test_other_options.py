@@ -190,6 +190,8 @@ def test_options_that_were_not_given_can_be_read_from_parsed_arguments(write: Wr
         ("--lr=1", "did you mean 'adam.lr'?"),
         ("--learning_rate=1", "did you mean 'adam.lr'?"),
         ("--epochs=1", "did you mean 'number_of_epochs'?"),
+        ("--optimizer.lr=1", "did you mean 'adam.lr'?"),
+        ("--adan.lr=1", "did you mean 'adam'?"),
         ("--max_epochs=1", "did you mean 'number_of_epochs'?"),
         ("--limits=1", "did you mean 'counter.limit'?"),
         ("--counters=1", "did you mean 'counter.limit'?"),

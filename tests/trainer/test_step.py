@@ -517,7 +517,9 @@ def test_optimizers_that_share_a_parameter_do_not_step_together() -> None:
     model, other = net(0), net(1)
     both = [update(model, name="a"), update(model, other, name="b")]
     connect(both)
-    with pytest.raises(ValueError, match="the optimizers 'a', 'b' step together and share a param"):
+    with pytest.raises(
+        ValueError, match="'a', 'b' step together, and 'a' and 'b' share a parameter"
+    ):
         step.accumulate(both, model(torch.ones(2, 4)).mean(), 2)
 
 

@@ -66,7 +66,7 @@ def copied(state: Any) -> Any:
     def copy(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.detach().to("cpu", copy=True)
-        return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
+        return leaf.copy() if type(leaf).__module__ == "numpy" and hasattr(leaf, "copy") else leaf
 
     return map_leaves(copy, state)
 
@@ -160,7 +160,9 @@ class RunState:
             if name not in shared and entry.restart is not None:
                 entry.restart()
             elif name in shared and entry.scope in SHARED and (fitting or not _optimizes(name)):
-                entry.part.load_state_dict(shared[name])
+                # An object may take over what it is given, and is given it again after the hooks.
+                state = shared[name] if entry.trained else copied(shared[name])
+                entry.part.load_state_dict(state)
         self._load_progress(shared)
         self._shared, self._local, self._trained = shared, {}, {}
 

@@ -13,6 +13,7 @@ it is used unchecked: file names must stay inside the folder, sizes and hashes m
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import io
@@ -25,7 +26,9 @@ import stat
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
@@ -200,21 +203,33 @@ def _writable(state: Any, where: str) -> Any:
     Raises:
         ValueError: for something that could not be loaded safely; names it.
     """
-    if any(type(leaf).__module__ == "numpy" for _, leaf in tree.leaves(state)):
-        state = tree.map_leaves(_from_numpy, state)
-    _check_state(state, where)
-    return state
-
-
-def _from_numpy(leaf: Any) -> Any:
-    if type(leaf).__module__ != "numpy":
-        return leaf
-    if type(leaf).__name__ != "ndarray":
-        return leaf.item() if hasattr(leaf, "item") else leaf
-    try:
-        return {ARRAY: torch.from_numpy(leaf.copy())}
-    except (TypeError, ValueError):  # Texts, objects, dates: `_check_state` names the array.
-        return leaf
+    kind = type(state)  # Exactly: NumPy's float64 is a float as well, and is saved as a pickle.
+    if kind in MAPPINGS:
+        keys = [_writable(key, f"{where}: the key {key!r}") for key in state]
+        values = [_writable(value, f"{where}.{key}") for key, value in state.items()]
+        if all(map(is_, keys, state)) and all(map(is_, values, state.values())):
+            return state
+        state = copy.copy(state)  # With the versions that a module's state has as an attribute.
+        state.clear()
+        for key, value in zip(keys, values, strict=True):
+            state[key] = value
+        return state
+    if kind in (list, tuple):
+        return kind(_writable(value, f"{where}[{index}]") for index, value in enumerate(state))
+    if kind in (*SCALARS, Tensor, torch.nn.Parameter):
+        return state
+    if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
+        with suppress(TypeError, ValueError):  # Of texts, objects and dates.
+            return {ARRAY: torch.from_numpy(state.astype(state.dtype.newbyteorder("=")))}
+    elif kind.__module__ == "numpy" and getattr(state, "ndim", None) == 0:
+        number = state.item()
+        if type(number) in SCALARS:
+            return number
+    raise ValueError(
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; "
+        "a state is made of dict, list, tuple, tensor, int, float, str, bool, None, and "
+        "NumPy's numbers and arrays of numbers"
+    )
 
 
 def _to_numpy(value: Any) -> Any:
@@ -230,23 +245,6 @@ def _to_numpy(value: Any) -> Any:
     elif kind is tuple:
         return tuple(map(_to_numpy, value))
     return value
-
-
-def _check_state(state: Any, where: str) -> None:
-    kind = type(state)
-    if kind in MAPPINGS:
-        for key, value in state.items():
-            _check_state(key, f"{where}: the key {key!r}")
-            _check_state(value, f"{where}.{key}")
-    elif kind in (list, tuple):
-        for index, value in enumerate(state):
-            _check_state(value, f"{where}[{index}]")
-    elif kind not in (*SCALARS, Tensor, torch.nn.Parameter):
-        raise ValueError(
-            f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; "
-            "a state is made of dict, list, tuple, tensor, int, float, str, bool, None, and "
-            "NumPy's numbers and arrays of numbers"
-        )
 
 
 def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:

@@ -30,6 +30,7 @@ from trainer.options import (
     TRANSIENT_OPTIONS,
     RunOptions,
     current_name,
+    nearest,
     nearest_key,
     translate,
 )
@@ -188,7 +189,9 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
                 f"there is no key or run option {head!r}; did you mean --no-{positive}?"
             )
         elif head not in known | NAMES:
-            hint = nearest_key(head, known - ALIASES.keys(), dotted)
+            parents = {each.partition(".")[0] for each in dotted if "." in each}
+            hint = nearest(head, parents) if head != name else ""
+            hint = hint or nearest_key(name.rpartition(".")[2], known - ALIASES.keys(), dotted)
             raise ValueError(f"there is no key or run option {head!r}{hint}")
         elif is_flag and not equals and (not rest or rest[0].lower() not in ("true", "false")):
             changes.append((name, True))

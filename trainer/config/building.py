@@ -145,7 +145,7 @@ class _Resolver:
 
     def _reference(self, node: ScalarNode) -> Node:
         text = str(node.value)
-        whole = REFERENCE.fullmatch(text.strip())
+        whole = REFERENCE.fullmatch(text)
         if whole:
             target = self._target(whole[1], node)
             return self._copy(target) if tag(node) == "!copy" else target
@@ -308,9 +308,8 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
         elif object_name(node):
             try:
                 targets[node] = _check_object(node, registry)
-                if object_name(node).startswith(pretrained.PACKAGES):
-                    make = pretrained.maker(node, targets[node], registry.downloads)
-                    makers |= {} if make is None else {tag(node): make}
+                make = pretrained.maker(node, targets[node], registry.downloads)
+                makers |= {} if make is None else {tag(node): make}
             except ValueError as error:
                 raise BuildError(f"{places[node]}: {error}") from error
     for node in targets:

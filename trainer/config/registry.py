@@ -72,6 +72,9 @@ NAMES = """
     peft.get_peft_model
 """
 
+ADAPTERS = """
+    adalora hra ia3 ln_tuning loha lokr lora oft p_tuning prefix_tuning vera
+"""
 # Modules of torchmetrics whose metrics download nothing.
 METRICS = """
     aggregation audio classification clustering collections image.psnr image.ssim nominal
@@ -90,9 +93,8 @@ CLASSES: dict[str, tuple[type | str, ...]] = {
     "torch.utils.data.sampler": (Sampler,),
     "torchaudio.models": (Module,),
     "torchaudio.transforms": (Module,),
-    "peft.tuners.adalora": (Module, "PeftConfig"),
-    "peft.tuners.ia3": (Module, "PeftConfig"),
-    "peft.tuners.lora": (Module, "PeftConfig"),
+    "peft.peft_model": (Module,),
+    **{f"peft.tuners.{each}": (Module, "PeftConfig") for each in ADAPTERS.split()},
     "sentencepiece": ("SentencePieceProcessor",),
     **{f"torchmetrics.{each}": (Module,) for each in METRICS.split()},
     "transformers": (

@@ -81,7 +81,7 @@ def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn
             raise ValueError(
                 f"modules[{name!r}] is a {type(module).__name__}; allowed: a torch.nn.Module"
             )
-        tensors = (*module.named_parameters(name), *module.named_buffers(name))
+        tensors = (*module.named_parameters(str(name)), *module.named_buffers(str(name)))
         if unknown := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise ValueError(
                 f"the shape of {unknown[0]} is not known yet, since it is of a lazy module: run a "
@@ -97,7 +97,10 @@ def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn
     if options.compile or chosen:
         for name in modules if chosen is None else chosen:
             modules[name].compile(mode=options.compile_mode)
-    return nn.ModuleDict(modules)
+    try:
+        return nn.ModuleDict(modules)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"modules has a name that cannot be one: {error.args[0]}") from None
 
 
 def make_updates(

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from trainer import distributed
 from trainer.checks import Stateful
 from trainer.metrics import StageReport
 from trainer.optim.step import Update
-from trainer.tree import plain_number
+from trainer.tree import leaves, map_leaves, plain_number
 
 # Attributes of torch's schedules: number of steps in which they go through their course.
 LENGTHS = ("total_steps", "T_max", "total_iters", "total_size", "T_0", "step_size")
@@ -32,8 +33,8 @@ def agree_on_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for a tensor or array of several elements.
     """
-    own = {name: plain_number(value) for name, value in metrics.items()}
-    for each, value in own.items():
+    own: dict[str, Any] = map_leaves(plain_number, dict(metrics))
+    for each, value in leaves(own):
         if isinstance(value, Tensor) or hasattr(value, "__array__"):
             raise ValueError(
                 f"on_stage_end returned {each!r} of shape {tuple(value.shape)}; allowed: a number, "
@@ -154,4 +155,6 @@ def _pick(metrics: Mapping[str, Any], name: str, asker: str) -> float:
             f"{', '.join(metrics)}: log it with self.log, or return it from on_stage_end"
         )
     value = metrics[name]
+    if not isinstance(value, (int, float, NoneType)):
+        raise ValueError(f"{asker} watches the metric {name!r}, which is {value!r} and no number")
     return float("nan") if value is None else float(value)

@@ -234,10 +234,11 @@ class Update:
     def shared_with(self, other: Update) -> str:
         """Return the names of some parameters that another optimizer has, too."""
         theirs = set(other.all_params)
-        found = [self.names.get(p, "one without a name") for p in self.all_params if p in theirs]
-        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}" + (
-            f" and {len(found) - 3} more" if found[3:] else ""
-        )
+        found = [self.names[p] for p in self.all_params if p in theirs and p in self.names]
+        if not found:
+            return "a parameter"
+        more = f" and {len(found) - 3} more" if found[3:] else ""
+        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}{more}"
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
