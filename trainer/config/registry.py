@@ -318,6 +318,8 @@ class Registry:
             return self._rule(name) != "closed"  # The class is allowed: it was looked into.
         if _needs_object(owner, name.rpartition(".")[2], found):
             return False
+        if self._rule(name) == "open" and _is_inherited(found):
+            return True
         while isinstance(found, functools.partial) and inspect.ismodule(owner):
             found = found.func
         origin = _origin(found)
@@ -451,6 +453,14 @@ def _is_of_kind(found: Any, origin: str) -> bool:
 
 def _is_below(module: str, packages: Iterable[str]) -> bool:
     return any(f"{module}.".startswith(f"{each}.") for each in packages)
+
+
+def _is_inherited(found: Any) -> bool:
+    """Return True for a class method that is in `NAMES`, as that of a subclass."""
+    label = f".{getattr(found, '__name__', '')}"
+    twins = [pydoc.locate(each) for each in NAMES.split() if each.endswith(label)]
+    function = getattr(found, "__func__", None)
+    return function is not None and function in [getattr(t, "__func__", None) for t in twins]
 
 
 def _needs_object(owner: Any, name: str, found: Any) -> bool:

@@ -461,19 +461,26 @@ class DealtItems(IterableDataset[Any]):
         train: True to leave out the last items where there are fewer of them than ranks.
         rank: rank of this process.
         world_size: number of processes.
+        batch_size: items of a batch, which one worker loads: with workers the batches are those of
+            a process without; None where an item is a batch.
 
     Attributes:
         equal: True if all ranks get equally many items in training.
         resumable: True if the dataset has a state of its own.
+        ended: True if all items were read, also while the last of them wait for their batch.
     """
 
-    def __init__(self, dataset: Any, train: bool, rank: int, world_size: int) -> None:
+    def __init__(
+        self, dataset: Any, train: bool, rank: int, world_size: int, batch_size: int | None
+    ) -> None:
         self.dataset, self.train = dataset, train
+        self._batch_size = batch_size or 1
         self.equal = world_size == 1 or not knows_ranks(dataset)
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
         self._workers, self._asked = 1, False
         self._position = self._start = 0  # Items that were read; those before an iteration.
+        self.ended = False
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         if rank == 0 and self._world > 1 and not hasattr(dataset, "splits_by_rank"):
             logger.warning(
@@ -494,7 +501,7 @@ class DealtItems(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
-        position, self._start = self._start, 0
+        position, self._start, self.ended = self._start, 0, False
         last = self._world - 1 if self.train else self._rank  # Whose item completes a round.
         self._seed(position, number)
         items, own = iter(self.dataset), None
@@ -503,12 +510,14 @@ class DealtItems(IterableDataset[Any]):
             reports = len(_loading.bad)
             item = next(items, _END)
             round_, place = divmod(position, self._world)
-            keeps = self._splits_by_worker or round_ % self._workers == number
+            turn = round_ // self._batch_size % self._workers
+            keeps = self._splits_by_worker or turn == number
             if not (keeps and place == self._rank):
                 del _loading.bad[reports:]  # Another process reports them.
             elif item is None:
                 report_bad(f"item {position} of {type(self.dataset).__name__}", "it is None")
             if item is _END:
+                self._position, self.ended = 0, True
                 break
             if item is None:
                 continue

@@ -134,7 +134,7 @@ def make_loader(
     timeout = options.pop("timeout", TIMEOUT)
     if isinstance(dataset, IterableDataset):
         if not isinstance(dataset, IterDataPipe):  # torch splits pipes by itself.
-            dataset = DealtItems(dataset, train, rank, world_size)
+            dataset = DealtItems(dataset, train, rank, world_size, options.get("batch_size", 1))
         if options.get("batch_size", 1) is not None and options.get("collate_fn") is None:
             options["collate_fn"] = collate_plain
         policy = BadItemPolicy(on_bad, max_bad)
@@ -397,6 +397,8 @@ class Stream:
             return None
         if not running:
             return {"source": self.stateful.state_dict()}
+        if self.dealt is not None and self.dealt.ended:  # The state may be that of a new epoch.
+            return None
         with self._forked or nullcontext():
             random = rng_state()
         random.pop("cuda", None)
