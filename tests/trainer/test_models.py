@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.small import Regressor, batches, make, net, same
-from trainer import Brain, Checkpointer, EpochCounter, Stage, distributed
+from trainer import Brain, Callback, Checkpointer, EpochCounter, Stage, distributed
 from trainer.optim.build import pick_device
 from trainer.schedules import NewBob, Noam, Plateau
 
@@ -758,6 +758,31 @@ def test_arrays_that_hold_no_numbers_are_refused_by_name(tmp_path: Path, value: 
     keep = Checkpointer(tmp_path, recoverables={"odd": Odd()})
     with pytest.raises(ValueError, match=r"odd\.total\.of is a numpy\.(ndarray|ma)"):
         keep.save_checkpoint()
+
+
+@pytest.mark.parametrize("place", ["hparams", "callback", "recoverable"])
+def test_a_state_that_cannot_be_saved_is_refused_before_the_training(
+    tmp_path: Path, place: str
+) -> None:
+    class Odd(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"names": {"a", "b"}}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    seen: list[Any] = []
+
+    class Noting(Plain):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            seen.append(batch)
+
+    keep = Checkpointer(tmp_path, recoverables={"odd": Odd()} if place == "recoverable" else None)
+    brain = make(Noting, hparams={"odd": Odd()} if place == "hparams" else {}, checkpointer=keep)
+    if place == "callback":
+        brain.callbacks.append(Odd())
+    with pytest.raises(ValueError, match="(?i)odd.*names is a builtins.set, which a checkpoint"):
+        brain.fit([1], batches(2))
+    assert not seen
 
 
 def test_a_rate_of_numpy_is_saved_and_resumed(tmp_path: Path) -> None:
