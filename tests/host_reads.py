@@ -67,7 +67,7 @@ class HostReads:
             return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
         if isinstance(batch, Batch):
-            fields = map_leaves(move, {name: batch[name] for name in batch})
+            fields = map_leaves(move, dict(batch))
             found: Any = Batch(fields, len(batch), host=batch)
         else:
             fields = found = map_leaves(move, batch)

@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -95,6 +95,8 @@ class Metadata:
         section: heading of `--help` that begins with this option.
         transient: the option is of one command, not of the run: it is not written to
             hyperparams.yaml.
+        kind: what a run that goes on does with another value: "training" refuses it, "extending"
+            and "neutral" take it; see `trainer.config.changes`.
     """
 
     help: str
@@ -103,6 +105,7 @@ class Metadata:
     at_most: float = math.inf
     section: str = ""
     transient: bool = False
+    kind: Literal["extending", "neutral", "training"] = "training"
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -128,21 +131,31 @@ class RunOptions:
         "auto",
         "compute device: auto (CUDA if there is one), cpu, cuda, cuda:1, …",
         section="Training",
+        kind="neutral",
     )
     threads: int | None = _option(
         None,
         "number of CPU threads for torch (null: torch's default, often slow for small models)",
         at_least=1,
+        kind="neutral",
     )
     seed: int = _option(1234, "random seed", at_least=0, at_most=2**63 - 1)
     output_folder: str | None = _option(
-        None, "run folder (null: results/<task>/<name>/<seed> in the current folder)"
+        None,
+        "run folder (null: results/<task>/<name>/<seed> in the current folder)",
+        kind="neutral",
     )
     overwrite: bool = _option(False, "restart in a run folder that is not empty", transient=True)
+    change_hparams: bool = _option(
+        False, "resuming with other hyperparameters than the run has had", transient=True
+    )
     test_only: bool = _option(False, "test of the best checkpoint without training", transient=True)
     grad_accumulation_factor: int = _option(1, "batches per optimizer step", at_least=1)
     optimizer_step_limit: int | None = _option(
-        None, "number of optimizer steps after which training ends (null: no limit)", at_least=1
+        None,
+        "number of optimizer steps after which training ends (null: no limit)",
+        at_least=1,
+        kind="extending",
     )
     max_hours: float | None = _option(
         None,
@@ -167,9 +180,13 @@ class RunOptions:
         "seconds without progress in training after which a rank counts as hung, and all end "
         "(0: never)",
         at_least=0,
+        kind="neutral",
     )
     drift_check_every: int = _option(
-        100, "batches between two comparisons of the ranks' weights (0: never)", at_least=0
+        100,
+        "batches between two comparisons of the ranks' weights (0: never)",
+        at_least=0,
+        kind="neutral",
     )
 
     precision: str = _option(
@@ -182,14 +199,18 @@ class RunOptions:
         None,
         "precision for validation and test (null: same as training)",
         choices=("fp32", "fp16", "bf16"),
+        kind="neutral",
     )
-    compile: bool = _option(False, "compilation of the modules by torch.compile")
+    compile: bool = _option(False, "compilation of the modules by torch.compile", kind="neutral")
     compile_mode: str | None = _option(
         None,
         "mode of torch.compile (null: default)",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        kind="neutral",
     )
-    compile_modules: list[str] | None = _option(None, "modules to compile (null: all)")
+    compile_modules: list[str] | None = _option(
+        None, "modules to compile (null: all)", kind="neutral"
+    )
 
     max_grad_norm: float | None | dict[str, float | None] = _option(
         5.0,
@@ -203,13 +224,16 @@ class RunOptions:
         choices=("norm", "value"),
     )
     nonfinite_patience: int = _option(
-        3, "non-finite losses or gradients tolerated per epoch", at_least=0
+        3, "non-finite losses or gradients tolerated per epoch", at_least=0, kind="extending"
     )
     nonfinite_reports: int = _option(
-        5, "skipped steps per run that are diagnosed and kept for replay", at_least=0
+        5,
+        "skipped steps per run that are diagnosed and kept for replay",
+        at_least=0,
+        kind="neutral",
     )
     oom_patience: int = _option(
-        10, "batches in a row that are skipped because memory ran out", at_least=0
+        10, "batches in a row that are skipped because memory ran out", at_least=0, kind="extending"
     )
     skip_nonfinite_grads: bool = _option(
         False, "exclusion of only the parameters with non-finite gradients from a step"
@@ -220,21 +244,29 @@ class RunOptions:
         "optimizer steps between checkpoints within an epoch (null: none)",
         at_least=1,
         section="Checkpoints",
+        kind="neutral",
     )
     checkpoint_every_minutes: float | None = _option(
-        None, "minutes between checkpoints within an epoch (null: none)", at_least=0
+        None, "minutes between checkpoints within an epoch (null: none)", at_least=0, kind="neutral"
     )
     average_checkpoints: int = _option(
-        1, "number of checkpoints whose average is tested", at_least=1
+        1, "number of checkpoints whose average is tested", at_least=1, kind="neutral"
     )
 
     log_interval: int = _option(
-        50, "steps between two lines of metrics.jsonl", at_least=1, section="Logging"
+        50,
+        "steps between two lines of metrics.jsonl",
+        at_least=1,
+        section="Logging",
+        kind="neutral",
     )
     progressbar: bool = _option(True, "progress bar on the terminal", transient=True)
-    tensorboard: bool = _option(False, "TensorBoard curves in the run folder")
+    tensorboard: bool = _option(False, "TensorBoard curves in the run folder", kind="neutral")
     monitor_every: int = _option(
-        50, "optimizer steps between two measurements of the layers (0: never)", at_least=0
+        50,
+        "optimizer steps between two measurements of the layers (0: never)",
+        at_least=0,
+        kind="neutral",
     )
 
     on_bad_item: str = _option(
@@ -242,9 +274,14 @@ class RunOptions:
         "action for an item that cannot be used",
         choices=("skip", "raise"),
         section="Data",
+        kind="extending",
     )
     max_bad_item: float = _option(
-        0.05, "fraction of files that may be skipped before the run stops", at_least=0, at_most=1
+        0.05,
+        "fraction of files that may be skipped before the run stops",
+        at_least=0,
+        at_most=1,
+        kind="extending",
     )
 
     item_timeout: float = _option(
@@ -252,6 +289,7 @@ class RunOptions:
         "seconds after which a wait for data is an error that names item and worker; without "
         "workers it is a warning (0: never)",
         at_least=0,
+        kind="neutral",
     )
 
     find_clip: bool = _option(
@@ -278,8 +316,8 @@ class RunOptions:
         section="Debugging",
         transient=True,
     )
-    debug_batches: int = _option(2, "batches per stage with --debug", at_least=1)
-    debug_epochs: int = _option(2, "epochs with --debug", at_least=1)
+    debug_batches: int = _option(2, "batches per stage with --debug", at_least=1, kind="neutral")
+    debug_epochs: int = _option(2, "epochs with --debug", at_least=1, kind="neutral")
     overfit_batches: int = _option(
         0, "number of first batches to which training is limited (0: all)", at_least=0
     )
@@ -292,14 +330,16 @@ class RunOptions:
     profile_training: bool = _option(
         False, "torch.profiler trace of a few training steps", transient=True
     )
-    profile_warmup: int = _option(5, "steps before the trace", at_least=0)
-    profile_steps: int = _option(5, "steps in the trace", at_least=1)
+    profile_warmup: int = _option(5, "steps before the trace", at_least=0, kind="neutral")
+    profile_steps: int = _option(5, "steps in the trace", at_least=1, kind="neutral")
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             setattr(self, name, checked(name, value))
         if self.searching and self.test_only:
             raise ValueError("find_clip and find_lr train for a while: leave out test_only")
+        if self.overwrite and self.change_hparams:
+            raise ValueError("overwrite starts anew and change_hparams goes on: leave out one")
         if self.overwrite and self.test_only:
             raise ValueError("overwrite deletes the checkpoint that test_only tests: leave out one")
 
@@ -340,7 +380,7 @@ class RunOptions:
                 return replace(run_opts, clip=hparams["clip"])  # an object, built since then
             return run_opts
         known = cls.names()
-        given = translated(_given(run_opts or {}))
+        given = translated(given_options(run_opts or {}))
         for name in given:
             if name not in (*known, *NAMES):
                 meant = SIMILAR.get(name, name)
@@ -444,8 +484,8 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
             )
 
 
-def _given(run_opts: Any) -> Mapping[str, Any]:
-    """Return options as a mapping; of an object that knows which were given, these alone."""
+def given_options(run_opts: Any) -> Any:
+    """Return options as they are; of an object that knows which were given, these as a mapping."""
     names = getattr(run_opts, "overridden_args", None)
     return run_opts if names is None else {name: run_opts[name] for name in names}
 

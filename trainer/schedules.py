@@ -350,4 +350,9 @@ class EarlyStopping(checks.Stateful):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
+        return self.is_exhausted
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True if so many evaluations had no new best value that training should stop."""
         return self.waited >= self.patience

@@ -37,28 +37,53 @@ def map_leaves(
     """
 
     def walk(value: Any) -> Any:
-        if is_leaf(value):
+        if is_leaf(value) or not is_container(value):
             return function(value)
-        if isinstance(value, Mapping):
-            items = {key: walk(part) for key, part in value.items()}
-            if type(value) is dict or not isinstance(value, MutableMapping):
-                return items
-            mapping = copy.copy(value)
-            for key, item in items.items():  # Not update, by which a Counter would add.
-                mapping[key] = item
-            return mapping
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(walk, value))
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(walk, value))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            made = copy.copy(value)
-            for each in dataclasses.fields(value):
-                object.__setattr__(made, each.name, walk(getattr(value, each.name)))
-            return made
-        return function(value)
+        return rebuilt(value, {key: walk(part) for key, part in parts_of(value).items()})
 
     return walk(value)
+
+
+def is_container(value: Any) -> bool:
+    """Return True for a mapping, list, tuple, named tuple or dataclass."""
+    if isinstance(value, (dict, list, tuple, Mapping)):
+        return True
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def parts_of(container: Any) -> Mapping[Any, Any]:
+    """Return the parts of a container by key, index or name of a field."""
+    if isinstance(container, Mapping):
+        return container
+    if isinstance(container, (list, tuple)):
+        return dict(
+            zip(getattr(container, "_fields", range(len(container))), container, strict=True)
+        )
+    return {each.name: getattr(container, each.name) for each in dataclasses.fields(container)}
+
+
+def rebuilt(container: Any, parts: Mapping[Any, Any]) -> Any:
+    """Return a new container of the same type with other parts.
+
+    Args:
+        container: the container. A mapping that cannot be changed becomes a dict.
+        parts: the new parts, by the names that `parts_of` gives.
+    """
+    if isinstance(container, Mapping):
+        if type(container) is dict or not isinstance(container, MutableMapping):
+            return dict(parts)
+        mapping = copy.copy(container)
+        for key, part in parts.items():  # Not update, by which a Counter would add.
+            mapping[key] = part
+        return mapping
+    if isinstance(container, tuple) and hasattr(container, "_fields"):
+        return type(container)(*parts.values())
+    if isinstance(container, (list, tuple)):
+        return type(container)(parts.values())
+    made = copy.copy(container)
+    for name, part in parts.items():
+        object.__setattr__(made, name, part)
+    return made
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -66,15 +91,9 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
     Containers are those of `map_leaves`.
     """
-    parts: Mapping[Any, Any]
-    if isinstance(value, Mapping):
-        parts = value
-    elif isinstance(value, (list, tuple)):
-        parts = dict(enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-    else:
+    if not is_container(value):
         yield path, value
         return
-    for key, part in parts.items():
+    row = isinstance(value, (list, tuple))
+    for key, part in enumerate(value) if row else parts_of(value).items():
         yield from leaves(part, f"{path}.{key}" if path else str(key))

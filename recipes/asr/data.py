@@ -138,7 +138,7 @@ def _recorded_digits(
         name = names[path]
         assert name is not None  # `paths` has no others
         text = DIGITS[int(name["digit"])]
-        cut = cut_of(path, header, path.stem, text=text, speaker=name["speaker"])
+        cut = cut_of(path, header, name.string, text=text, speaker=name["speaker"])
         found.append((name["speaker"], name["digit"], int(name["take"]), cut))
     return found
 

@@ -260,6 +260,11 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
             endless = any(abs(promised - size) < 1 << 16 for size in _ENDLESS)
             if present < promised and not endless:
                 raise BadItem(path, f"its data are cut: {present} of {promised} {unit}")
+        if file.format == "NIST":  # Of which libsndfile logs nothing.
+            with open(path, "rb") as raw:
+                told = re.search(rb"sample_count -i (\d+)", raw.read(1024))
+            if told and int(told[1]) > file.frames:
+                raise BadItem(path, f"its data are cut: {file.frames} of {int(told[1])} samples")
         rewrite = "write it anew, as by ffmpeg -i FILE FILE.wav"
         if file.frames == 0:
             known = f" by its header, which was not finished: {rewrite}"
@@ -285,9 +290,12 @@ def _unreadable(path: str | Path, error: soundfile.SoundFileError) -> str:
     except OSError as cause:
         return f"it cannot be read ({cause})"
     told = str(error).rpartition(": ")[2].rstrip(".")
+    convert = "convert it, as by ffmpeg -i FILE FILE.flac"
+    if "unsupported encoding" in told or "unimplemented format" in told:
+        return f"its encoding is not read ({told}): {convert}"
     if start.startswith(_MAGIC):
         return f"its header is cut or broken ({told})"
     for name, pattern in _OTHERS.items():
         if pattern.match(start):
-            return f"it is {name}, which is not read: convert it, as by ffmpeg -i FILE FILE.flac"
+            return f"it is {name}, which is not read: {convert}"
     return f"it is not an audio file ({told}; it begins with {start[:4]!r})"

@@ -87,5 +87,5 @@ def _listed(table: Path, folder: Path, follow_links: bool) -> dict[Path, tuple[s
         if not text:
             raise TableError(table, f"has no text behind {name[:80]!r}", number)
         id = utterance_id((place.relative_to(folder) / name).as_posix())
-        found[named(table, number, find, name)] = id, text.strip()
+        found[named(table, number, find, name)] = id, " ".join(text.split())
     return found

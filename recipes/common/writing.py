@@ -27,11 +27,12 @@ FORMATS = {
     ".au": ("AU",),
     ".caf": ("CAF",),
     ".rf64": ("RF64",),
+    ".snd": ("AU",),
     ".sph": ("NIST",),
     ".w64": ("W64",),
 }
 FLOATS = ("FLOAT", "DOUBLE")
-DEPTHS = ("PCM_U8", "PCM_S8", "PCM_16", "PCM_24", "PCM_32", *FLOATS, "ULAW", "ALAW")
+DEPTHS = ("PCM_", "ALAC_", "ULAW", "ALAW", *FLOATS)  # What subtypes begin with that are no codecs.
 
 
 class Kind(NamedTuple):
@@ -64,7 +65,7 @@ def kind_for(target: Path, like: str | Path | None = None) -> Kind:
     with soundfile.SoundFile(for_soundfile(like)) as file:
         own = Kind(file.format, file.subtype, file.endian)
     kind = own.format if own.format in formats else formats[0]
-    if own.subtype not in DEPTHS or not soundfile.check_format(kind, own.subtype):
+    if not own.subtype.startswith(DEPTHS) or not soundfile.check_format(kind, own.subtype):
         return Kind(kind)
     same = kind == own.format and soundfile.check_format(*own)
     return own if same else Kind(kind, own.subtype)

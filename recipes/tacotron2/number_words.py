@@ -19,7 +19,7 @@ START = r"(?:(?<![^\s(\[—])|(?<=--)|(?<=mid-)|(?<=pre-)|(?<=post-)|(?<=early-)
 END = r"(?=[.,;:!?)\]]*(?:[\s—]|--|$))"
 # Behind it is no other number (a telephone number?), and no word without a vowel (a unit?).
 ALONE = r"(?! \d)(?! [b-df-hj-np-tv-xzB-DF-HJ-NP-TV-XZ]+\b)"
-WHOLE = r"(?:0|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*)"
+WHOLE = r"(?:0|[1-9]\d{0,2}(?:,\d{3}){1,4}|[1-9]\d{0,14})"  # Below 10^15.
 NUMBER = rf"({WHOLE}(?:\.\d+)?|\.\d+)"
 THINGS = r" (?:people|men|women|children|[a-z]{3,}s)\b"  # Which a number may count.
 DAY = r"([12]\d|3[01]|[1-9])"
@@ -171,9 +171,9 @@ def _plain(found: Match) -> str:
         counts = re.match(THINGS, behind) and not text.endswith("00")
         dates = re.search(r"(?i)\b(?:the|in|since|until|during|before|after) $", before)
         return found[0] if counts and not dates else year(int(text))
-    # A long row of digits may be a telephone number.
-    long = re.fullmatch(r"\d{7,}", text) and not text.endswith("000")
-    return found[0] if long else amount(text)
+    # A telephone number, as long ones may be? A continental ten thousand?
+    unsure = re.fullmatch(r"911|\d{7,}(?<!000)|\d{1,3}\.\d00", text)
+    return found[0] if unsure else amount(text)
 
 
 def _compiled(
@@ -203,11 +203,6 @@ RULES = _compiled(
         rf"{START}\+\d{{1,3}}(?:[ -]\(?\d{{2,4}}\)?){{2,4}}{END}",
         lambda m: f"plus {digits(m[0])}",
     ),
-    # Groups of digits: one that begins with a zero is no number of its own.
-    (
-        rf"{START}[1-9]\d{{0,2}}(?: \d{{3}})* 0\d\d(?: \d{{3}})*{END}{ALONE}",
-        lambda m: cardinal(int(m[0].replace(" ", ""))),
-    ),
     (
         rf"{START}([{''.join(COINS)}]){NUMBER}(?: (thousand|million|billion|trillion)\b)?"
         rf"(?:/({_any(PERIODS)}))?{END}",
@@ -216,7 +211,7 @@ RULES = _compiled(
     (rf"{START}(1[0-2]|[1-9])(?::([0-5]\d))? ?([ap]m\b|[AP]M\b|[ap]\.m\.|[AP]\.M\.)", _clock),
     (rf"{START}(1\d|2[0-3]|[1-9]):([0-5]\d)(){END}", _clock),
     (rf"{START}'?([1-9]\d)?(\d)0'?s{END}", _decade),
-    (rf"{START}([1-9][\d,]*)(st|nd|rd|th)(?:{END}|(?=-[a-z]))", _ordinal),
+    (rf"{START}({WHOLE})(st|nd|rd|th)(?:{END}|(?=-[a-z]))", _ordinal),
     (rf"{START}(1\d{{3}}|20\d\d)[-–](\d{{4}}|\d\d){END}", _years),
     (rf"{START}([1-9]\d{{0,2}})–([1-9]\d{{0,2}}){END}{ALONE}", _range),
     (
@@ -238,6 +233,8 @@ RULES = _compiled(
 FEET = re.compile(
     rf"{START}([1-9])(?:['’′] ?| ?ft\.? )(\d|1[01])(?:[\"”″]|''| ?in\b\.?){END}", re.ASCII
 )
+# Groups of digits: one that begins with a zero is no number of its own.
+GROUPS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?: \d{3})* 0\d\d(?: \d{3})*(?!\w| \d)", re.ASCII)
 THIN = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", re.ASCII)  # As in 10 000.
 TYPED = str.maketrans({"’": "'", "‘": "'", "“": "", "”": ""})
 
@@ -250,6 +247,7 @@ def in_words(text: str) -> str:
     """
     text = FEET.sub(lambda m: f"{several(m[1], 'foot')} {several(m[2], 'inch')}", text)
     text = " ".join(THIN.sub(",", text).translate(TYPED).split())
+    text = GROUPS.sub(lambda found: found[0].replace(" ", ","), text)
     quoted = text.split('"')
     for part in quoted[:-1:2]:  # Each but the last is before a mark that opens a quotation.
         if part[-1:].isdigit():
@@ -263,7 +261,7 @@ def in_words(text: str) -> str:
     for word in text.split():
         roman = re.fullmatch(rf"\W*{LONGER}(?:'s)?\W*", word)
         if roman or any(category(each)[0] in "NS" or each in "#%*/@\\_" for each in word):
-            shown = word.strip(".,;:!?()[]")
+            shown = word.strip(".,;:!?()[]")[:80]
             raise ValueError(f"{shown!r}, which cannot be spelled out for sure: write it in words")
     return text
 

@@ -500,6 +500,33 @@ def test_a_dataset_that_gives_whole_batches_is_asked_for_them(workers: int, capl
     assert loader.bad == {"5.wav": "it is empty"}
 
 
+class Nothing(Items):
+    """Returns None for some items."""
+
+    def __getitem__(self, index: int) -> Any:
+        return None if index in (3, 5) else super().__getitem__(index)
+
+    def name_of(self, index: int) -> str:
+        return f"take{index}"
+
+
+class NothingInSeveral(Nothing):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("kind", [Nothing, NothingInSeveral])
+@pytest.mark.parametrize("options", [{"batch_size": 4}, {"batch_size": None}, {"collate_fn": list}])
+def test_an_item_that_is_none_is_a_bad_item(kind: Any, options: dict[str, Any]) -> None:
+    loader = make_loader(kind(40), train=False, **options)
+    found = [each["id"] for batch in loader for each in ([batch] if "own" in batch else batch)]
+    assert flat([[each] if isinstance(each, str) else each for each in found]) == [
+        f"{index}" for index in range(40) if index not in (3, 5)
+    ]
+    reason = "the dataset returned None"
+    assert loader.bad == {"item take3": reason, "item take5": reason}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_batch_of_bad_items_gets_the_next_good_item(workers: int) -> None:
     options = {"seed": 3, "max_bad": 0.9, "num_workers": workers}

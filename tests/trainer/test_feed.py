@@ -1,5 +1,6 @@
 """Data feeds: any source of batches, from any batch on, limited, repeated and dealt to ranks."""
 
+from collections import UserList, deque
 from typing import Any
 
 import pytest
@@ -91,6 +92,41 @@ def test_what_gives_no_batches_is_refused() -> None:
         ValueError, match=r"loader options \['batch_size'\] were given for the train"
     ):
         feed([], kwargs={"batch_size": 2})
+
+
+class Rows:
+    """A dataset of another library: it has items and a length, and a sequence it is not."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": torch.tensor(float(range(5)[index]))}
+
+
+class Table(Rows):
+    """One that can be iterated over, row by row, and gives several items at once."""
+
+    def __iter__(self) -> Any:
+        return (self[index] for index in range(5))
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("kind", [Rows, Table])
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_dataset_may_be_of_any_class(kind: Any, size: int | None) -> None:
+    source = feed(kind(), train=False, kwargs=size and {"batch_size": size})
+    batches = [batch.x.tolist() for batch, _ in source.from_batch(1, 0)]
+    assert batches == ([[0, 1], [2, 3], [4]] if size else [[0], [1], [2], [3], [4]])
+
+
+def test_sequences_and_tensors_are_batches_and_mappings_are_refused() -> None:
+    for source in (deque([torch.ones(2)] * 3), UserList([torch.ones(2)] * 3), torch.ones(3, 2)):
+        assert content(feed(source)) == [([1, 1], False)] * 2 + [([1, 1], True)]
+    with pytest.raises(ValueError, match="train set is a mapping, a dict; .*: 'train', 'test'"):
+        feed({"train": Rows(), "test": Rows()})
 
 
 def test_a_source_without_a_length_has_none() -> None:

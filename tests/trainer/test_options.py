@@ -113,6 +113,6 @@ def test_former_names_set_the_same_options_and_are_noted_once(
 def test_every_option_is_in_a_section_and_those_of_one_command_are_transient() -> None:
     assert METADATA[RunOptions.names()[0]].section
     assert len([each for each in METADATA.values() if each.section]) >= 6
-    assert len(TRANSIENT_OPTIONS) == 11
+    assert len(TRANSIENT_OPTIONS) == 12
     assert set(TRANSIENT_OPTIONS) >= {"overwrite", "test_only", "debug", "replay"}
     assert not set(TRANSIENT_OPTIONS) & {"seed", "precision", "output_folder"}

@@ -18,6 +18,9 @@ from typing import Any
 
 from ruamel.yaml.nodes import ScalarNode
 
+from trainer import distributed
+from trainer.cli.folder import HYPERPARAMS
+from trainer.config.changes import ABSENT, Settings
 from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
 from trainer.config.reading import NULL, compose, find, get, items, plain, represent, tag
 from trainer.config.registry import NAME_IN_FULL
@@ -28,6 +31,7 @@ from trainer.options import (
     TRANSIENT_OPTIONS,
     RunOptions,
     current_name,
+    nearest,
     nearest_key,
     translate,
 )
@@ -66,7 +70,9 @@ def yaml_path(argv: Sequence[str]) -> str:
 def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configuration, RunOptions]:
     """Read the YAML and apply the other arguments: default < YAML < command line.
 
-    `seed` and `output_folder` are keys of every YAML: they are added if it has none.
+    `seed` and `output_folder` are keys of every YAML: they are added if it has none. The default
+    folder, results/<task>/<name>/<seed>, also if the YAML spells it out, is followed by what the
+    command line changes of the training, as in results/asr/demo/1234-lr=0.1.
 
     Args:
         argv: the arguments after the program's name.
@@ -83,20 +89,40 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     configuration = Configuration(path, [*allow, *allowed])
     configuration.registry.downloads = True  # It is built in the run.
     transient: dict[str, Any] = {}
+    overridden: dict[str, Any] = {}  # Former values by name.
     for name, value in parse(others, configuration):
-        if name in TRANSIENT_OPTIONS and get(configuration.root, name) is None:
+        old = find(configuration.root, name)
+        if name in TRANSIENT_OPTIONS and old is None:
             transient[name] = plain(option_node(name, value))
         else:
+            overridden.setdefault(name, ABSENT if is_null(old) else old.value)
             configuration.override(nested(name, value))
-    root = configuration.root
+    root, file = configuration.root, Path(path).resolve()
     if get(root, "seed") is None:
         configuration.override({"seed": RunOptions().seed})
+    default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
     folder = get(root, "output_folder")
-    if folder is None or tag(folder) == NULL:
-        file = Path(path).resolve()
-        default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
+    if is_null(folder):
         configuration.override({"output_folder": default})
-    return configuration, RunOptions.build(configuration.options(), transient)
+        folder = default
+    is_default = (tag(folder), folder.value) == (tag(default), default.value)
+    options = RunOptions.build(configuration.options(), transient)
+    if is_default and "output_folder" not in overridden and not options.change_hparams:
+        default.value += Settings(root, configuration.registry).suffix(overridden)
+        configuration.override({"output_folder": default})
+        options = RunOptions.build(configuration.options(), transient)
+    record = Path(str(options.output_folder), HYPERPARAMS)
+    if is_default and options.change_hparams and not (options.debug or record.exists()):
+        raise ValueError(
+            f"change_hparams goes on with a run, and there is none in {options.output_folder}: "
+            "name its folder by --output_folder"
+        )
+    return configuration, options
+
+
+def is_null(node: Any) -> bool:
+    """Return True for a key that does not exist or has no value."""
+    return node is None or tag(node) == NULL
 
 
 def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -164,7 +190,9 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
                 f"there is no key or run option {head!r}; did you mean --no-{positive}?"
             )
         elif head not in known | NAMES:
-            hint = nearest_key(head, known - ALIASES.keys(), dotted)
+            parents = {each.partition(".")[0] for each in dotted if "." in each}
+            hint = nearest(head, parents) if head != name else ""
+            hint = hint or nearest_key(name.rpartition(".")[2], known - ALIASES.keys(), dotted)
             raise ValueError(f"there is no key or run option {head!r}{hint}")
         elif is_flag and not equals and (not rest or rest[0].lower() not in ("true", "false")):
             changes.append((name, True))
@@ -241,6 +269,10 @@ class _RunOpts(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         if name == "device":
             return str(pick_device("auto"))
+        if name == "distributed_backend":
+            return "nccl" if self["device"].startswith("cuda") else "gloo"
+        if name == "distributed_launch":
+            return distributed.launched()
         return DEFAULTS[name] if name in DEFAULTS else vars(RunOptions())[name]
 
 

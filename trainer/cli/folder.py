@@ -2,7 +2,7 @@
 
     results/asr/demo/1234/
         hyperparams.yaml    the YAML with base and overrides merged in; it runs alone
-        command.txt         each command that ran here, with its time
+        command.txt         each command that ran here, with its time, and what it changed
         environment.json    versions, git revision and machine of the last start
         train.log           messages; metrics.jsonl: the same for programs
         checkpoints/        states from which the run resumes
@@ -22,14 +22,14 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml.nodes import ScalarNode
-
 from trainer.checkpoint import storage
-from trainer.config.reading import compose, paths, tag
+from trainer.config.changes import Change, Settings
+from trainer.config.reading import read
 from trainer.loggers.files import readable_errors, replace_file, temporary
 
 HYPERPARAMS = "hyperparams.yaml"
@@ -53,6 +53,7 @@ RUN_FILES = (
 )
 HEADER = "# The resolved hyperparameters of a run; this file runs alone."
 MARK = "a run folder"  # Last line of the lock file; a folder that was refused has none.
+NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # was trained in a folder
 MAX_LOCK = 1000  # bytes of the lock file
 LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
 HEADERS = (HEADER, LAUNCH_HEADER)
@@ -64,6 +65,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
+        self._before: bytes | None = None  # hyperparams.yaml before this start, if it has trained
+        self._trained = NOTHING
 
     def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
         """Make the folder if there is none, lock it, and empty it if `overwrite`.
@@ -179,22 +182,81 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def record(
-        self, hyperparams: str, command: Sequence[str], where: dict[str, Any], header: str = HEADER
-    ) -> list[str]:
-        """Record the start of a run: text and first line of its YAML, command, and environment.
+    def changes(self, now: Settings) -> list[Change]:
+        """Return what differs from the hyperparameters of the last start.
 
-        Returns:
-            The changes of hyperparams.yaml since the last start, such as "lr: 0.1 -> 0.2".
+        There are none if nothing was trained here yet.
+
+        Raises:
+            ValueError: the hyperparameters of the last start cannot be read.
         """
         path = self.path / HYPERPARAMS
-        before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-        changes = [] if before is None else differences(before, hyperparams)
-        text = f"{json.dumps(where, indent=1)}\n"
-        replace_file(path, [f"{header}\n{hyperparams}".encode()], path.name)
+        if not self.has_record() or self._is_blank(HYPERPARAMS) or self.trained() == NOTHING:
+            return []
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError(f"{path} is cut")
+        return now.changes(Settings(read(path, alone=True)[0], now.registry))
+
+    def trained(self) -> tuple[int, list[tuple[str, int]]]:
+        """Return what changes with every checkpoint and every line of metrics.jsonl."""
+        metrics = self.path / "metrics.jsonl"
+        manifests = [(str(each), each.lstat().st_mtime_ns) for each in self._manifests()]
+        return metrics.stat().st_size if metrics.exists() else 0, sorted(manifests)
+
+    def last_step(self) -> int:
+        """Return the optimizer step of the latest checkpoint; 0 without one."""
+        steps = [0]
+        for manifest in self._manifests():
+            with contextlib.suppress(storage.BrokenCheckpoint):
+                steps.append(storage.read_manifest(manifest.parent).step or 0)
+        return max(steps)
+
+    def _manifests(self) -> list[Path]:
+        """Return the manifests of the checkpoints; a program may keep these in any folder."""
+        above = ("*/", "*/*/", "*/*/*/")
+        return [each for place in above for each in self.path.glob(place + storage.MANIFEST)]
+
+    def record(
+        self,
+        hyperparams: str,
+        command: Sequence[str],
+        where: dict[str, Any],
+        header: str = HEADER,
+        changes: Sequence[Change] = (),
+    ) -> None:
+        """Record the start of a run: text and first line of its YAML, command, and environment.
+
+        Args:
+            hyperparams: the YAML.
+            command: program and arguments.
+            where: versions and machine.
+            header: first line of hyperparams.yaml.
+            changes: what differs from the last start; command.txt gets it with the step.
+        """
+        path, text = self.path / HYPERPARAMS, f"{json.dumps(where, indent=1)}\n"
+        step = self.last_step() if changes else 0
+        self._trained = self.trained()
+        self._before = path.read_bytes() if path.exists() and self._trained != NOTHING else None
+        replace_file(path, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
         replace_file(self.path / "environment.json", [text.encode()], "environment.json")
         self.add_command(command)
-        return changes
+        for change in changes:
+            self._add_line(f"# from optimizer step {step} on: {change}")
+
+    @contextmanager
+    def undone_if_nothing_is_trained(self) -> Iterator[None]:
+        """Context manager around a run, which keeps hyperparams.yaml true.
+
+        A start that fails before it has trained leaves the hyperparameters of the start before.
+        """
+        try:
+            yield
+        except BaseException:
+            before = self._before
+            if before is not None and self.trained() == self._trained:
+                replace_file(self.path / HYPERPARAMS, [before], HYPERPARAMS)
+                self._add_line("# failed before it trained: hyperparams.yaml is as before")
+            raise
 
     def has_record(self) -> bool:
         """Return True if a run has been started here before."""
@@ -202,37 +264,16 @@ class RunFolder:
 
     def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
-        path = self.path / "command.txt"
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n"
+        self._add_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}")
+
+    def _add_line(self, line: str) -> None:
+        """Add a line to command.txt."""
+        path, line = self.path / "command.txt", f"{line}\n"
         with readable_errors(path, path.name), path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else f"\n{line}"  # Cut by a killed process.
             file.write(line.encode(errors="backslashreplace"))
-
-
-def differences(before: str, after: str) -> list[str]:
-    """List the keys whose values differ between two YAML texts: "lr: 0.1 -> 0.2"."""
-    try:
-        old, new = _values(before), _values(after)
-    except ValueError as error:
-        return [f"the previous one could not be read ({error})"]
-    return [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _values(text: str) -> dict[str, str]:
-    """Return every scalar of a YAML by its dotted key, and the tag of every object."""
-    found = {}
-    for key, node in paths(compose(text, HYPERPARAMS)):
-        special = tag(node) if tag(node).startswith("!") else ""
-        if special or isinstance(node, ScalarNode):
-            value = node.value if isinstance(node, ScalarNode) else ""
-            found[key] = f"{special} {value}".strip()
-    return found
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,9 @@ Both join the processes of torchrun, seed, open the run folder, redirect message
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import hashlib
 import inspect
 import logging
 import pkgutil
@@ -37,9 +39,10 @@ from trainer.cli import arguments, session
 from trainer.cli.environment import environment
 from trainer.cli.folder import HEADER, LAUNCH_HEADER, RunFolder
 from trainer.cli.output import tolerant_output
+from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
-from trainer.config.registry import NAME, recipe_packages
+from trainer.config.registry import NAME, Registry, recipe_packages
 from trainer.defaults import DriverFinished
 from trainer.distributed.replica_check import DriftError
 from trainer.loggers import JsonlLogger, TextLog
@@ -54,6 +57,7 @@ USER_ERRORS = (
     ValueError, OSError, ImportError, NonFiniteError, DriftError, torch.OutOfMemoryError,
 )  # fmt: skip
 LOCK_SECONDS = 15.0  # Time that torchrun's restart waits for the run folder.
+MAX_CHANGES = 8  # that an error lists
 MAX_REPR = 500  # characters of an object in hyperparams.yaml
 
 logger = logging.getLogger("trainer")
@@ -226,13 +230,19 @@ class _PlainHyperparameters:
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
+        self.registry = Registry()
+
+    @property
+    def root(self) -> Any:
+        """The values as a YAML tree, objects by their repr."""
+        values = {k: v for k, v in self.values.items() if k not in TRANSIENT_OPTIONS}
+        return represent(_recordable(values))
 
     def override(self, changes: Mapping[str, Any]) -> None:
         self.values |= changes
 
     def dump(self) -> str:
-        values = {k: v for k, v in self.values.items() if k not in TRANSIENT_OPTIONS}
-        return dump(represent(_recordable(values)))
+        return dump(self.root)
 
     def build(self) -> dict[str, Any]:
         return dict(self.values)
@@ -251,9 +261,31 @@ def _recordable(value: Any) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, (set, frozenset)):
+        return [_recordable(each) for each in sorted(value, key=repr)]
+    return f"repr: {_description(value)}"
+
+
+def _description(value: Any) -> str:
+    """Return the repr of an object, and what its class was given if that shows none of it."""
     # Addresses differ from one start to the next.
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
-    return f"repr: {text if len(text) <= MAX_REPR else f'{text[:MAX_REPR]}…'}"
+    if isinstance(value, Tensor):  # Its repr leaves out most of a large one.
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        text += f", {hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
+    kind = type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    silent = not any("__repr__" in vars(each) for each in kind.__mro__[:-1])
+    if silent and not RECORDING.search(name):
+        with contextlib.suppress(TypeError, ValueError):  # no signature
+            for key in inspect.signature(kind).parameters:
+                own = getattr(value, key, None)
+                plain = isinstance(own, (bool, int, float, str, tuple, list))
+                if plain and not (EXTENDING.search(f"{name}.{key}") or is_place(key)):
+                    text += f", {key}={_recordable(own)}"
+    if len(text) > MAX_REPR:
+        text = f"{text[:MAX_REPR]}…, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return text
 
 
 def _run(
@@ -270,7 +302,7 @@ def _run(
         seed_everything(options.seed, distributed.rank())
         command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
         header = LAUNCH_HEADER if argv is None else HEADER
-        folder, changes = stack.enter_context(
+        folder, notes = stack.enter_context(
             _run_folder(hyperparameters, options, _source(train), command, header)
         )
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
@@ -283,8 +315,8 @@ def _run(
         note = f"(its traceback is in {path})" if kept else ""
         stack.enter_context(session.logged_exceptions(log, path, note))
         stack.enter_context(session.failing_as_one())
-        if changes:
-            logger.warning("other hyperparameters than at the last start: %s", "; ".join(changes))
+        for note in notes:
+            logger.warning("%s", note)
         try:
             run = Run(hyperparameters.build(), options, folder, argv or [])
             metrics = _test_metrics(train(run))
@@ -303,7 +335,7 @@ def _run_folder(
     command: list[str],
     header: str,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Open the run folder on the main process; yield it with changes since the last start."""
+    """Open the run folder on the main process; yield it with notes on changes for the log."""
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
             # All ranks use that of the main process, which waits for them before it is deleted.
@@ -317,7 +349,7 @@ def _run_folder(
         yield folder.path, []
         return
     where = environment(source)
-    problem, changes = None, []
+    problem, notes = None, []
     if distributed.is_main():
         try:
             restarted = distributed.restarts() > 0  # Goes on, and its former self may be ending.
@@ -328,16 +360,44 @@ def _run_folder(
             if options.searching and folder.has_record():
                 folder.add_command(command)  # The record of the earlier run stays.
             else:
-                changes = folder.record(hyperparameters.dump(), command, where, header)
+                now = Settings(hyperparameters.root, hyperparameters.registry)
+                try:
+                    changes = folder.changes(now)
+                except ValueError as error:
+                    changes, notes = [], [f"cannot compare with the last start: {error}"]
+                _check_changes(changes, options, folder.path, "--" if header is HEADER else "")
+                if changes:
+                    told = "; ".join(map(str, changes))
+                    notes = [f"other hyperparameters than at the last start: {told}"]
+                if options.test_only and folder.has_record():
+                    folder.add_command(command)
+                else:
+                    folder.record(hyperparameters.dump(), command, where, header, changes)
         except (ValueError, OSError) as error:
             problem = session.message(error)
     problem = distributed.broadcast_json(problem)
-    try:
+    with ExitStack() as stack:
+        stack.callback(folder.close)
         if problem:
             raise ValueError(problem)
-        yield folder.path, changes
-    finally:
-        folder.close()
+        if distributed.is_main():
+            stack.enter_context(folder.undone_if_nothing_is_trained())
+        yield folder.path, notes
+
+
+def _check_changes(
+    changes: Sequence[Change], options: RunOptions, folder: Path, prefix: str
+) -> None:
+    """Raise ValueError for changes of what a run has been trained with, unless they are wanted."""
+    refused = [str(change) for change in changes if change.kind == "training"]
+    if refused and not options.change_hparams:
+        more = f"; and {len(refused) - MAX_CHANGES} more" if len(refused) > MAX_CHANGES else ""
+        raise ValueError(
+            f"the run in {folder} has been trained with other hyperparameters "
+            f"({'; '.join(refused[:MAX_CHANGES])}{more}): give another {prefix}output_folder, "
+            f"{prefix}overwrite to start anew, or {prefix}change_hparams to go on with the new "
+            "values (a key that only extends a run is listed under resumable_keys)"
+        )
 
 
 def _source(train: Train) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any
 from ruamel.yaml.nodes import Node
 from torch.nn import Module
 
-from trainer.config.reading import PLAIN, items, location, nodes, plain, tag
+from trainer.config.reading import PLAIN, items, location, nodes, object_name, plain, represent, tag
 
 PACKAGES = ("transformers.", "peft.")
 MAKERS = ("from_pretrained", "from_config")
@@ -39,13 +39,12 @@ BOUND: dict[str, tuple[Any, ...]] = {
 
 
 def is_maker(target: Any) -> bool:
-    """Return True for a class method of transformers that makes a model or a tokenizer."""
-    owner = getattr(target, "__self__", None)
-    return (
-        inspect.isclass(owner)
-        and str(owner.__module__).startswith("transformers.")
-        and target.__name__ in MAKERS
-    )
+    """Return True for a class method of transformers that makes a model or a tokenizer.
+
+    It may be that of a subclass elsewhere, which inherits it.
+    """
+    own = inspect.isclass(getattr(target, "__self__", None)) and target.__name__ in MAKERS
+    return own and str(target.__module__).startswith("transformers.")
 
 
 def takes_any_keyword(target: Any) -> bool:
@@ -56,7 +55,7 @@ def takes_any_keyword(target: Any) -> bool:
 
 
 def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None:
-    """Check the arguments of an object of transformers or peft.
+    """Check the arguments of an object.
 
     Args:
         node: an object whose name is allowed.
@@ -69,9 +68,11 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None
     Raises:
         ValueError: an argument lets a model bring code, or files other than safetensors.
     """
+    theirs = object_name(node).startswith(PACKAGES)
     for each in nodes(node):
         for key, value in items(each):
-            _check(key.lstrip("_"), value)
+            if theirs or key == "trust_remote_code":  # which others pass on
+                _check(key.lstrip("_"), value)
     if not is_maker(target):
         return None
     kind, later = target.__self__, tag(node).startswith("!name:")
@@ -101,7 +102,8 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None
 def _check(key: str, value: Node) -> None:
     known = BOUND.get(key)
     if known is not None and (tag(value) not in PLAIN or plain(value) not in known):
+        allowed = " or ".join(str(represent(each).value) for each in known)
         raise ValueError(
-            f"{key} ({location(value)}) must be {' or '.join(map(str, known))}: a model that a "
+            f"{key} ({location(value)}) must be {allowed}: a model that a "
             "YAML names brings no code of its own, and weights in safetensors"
         )

@@ -281,6 +281,10 @@ class _Composer(Composer):
         node: Node = super().compose_node(parent, index)
         self.depth -= 1
         name = tag(node)
+        if name in TAGS and not isinstance(node, ScalarNode):
+            raise ValueError(
+                f"{location(node)}: {name} takes a text; quote what begins with [ or {{"
+            )
         known = name in PLAIN or name in TAGS or name.startswith((*NAMING, INCLUDE))
         if not known and not (name == MERGE and index is None):
             raise ValueError(
@@ -586,9 +590,13 @@ class _Resolver(VersionedResolver):
 
 def dump(root: Node) -> str:
     """Write a tree as YAML text; shared nodes are written once, with aliases for the rest."""
+    for node in nodes(root):
+        if isinstance(node, ScalarNode) and tag(node) == STR and not node.value:
+            node.tag, node.style = STR, '"'  # An empty `!!str` would be written as null.
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = _Resolver
     yaml.width = 100
+    yaml.brace_single_entry_mapping_in_flow_sequence = True  # A tag would need them.
     yaml.serialize(root, stream)
     return stream.getvalue()

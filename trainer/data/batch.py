@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import is_dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_sequence
+from torch.utils.data import default_collate
 
-from trainer.tree import map_leaves
+from trainer.tree import is_container, map_leaves, parts_of, rebuilt
+
+NUMBERS = (bool, int, float, complex)
 
 
 class Padded(NamedTuple):
@@ -29,37 +37,77 @@ class Padded(NamedTuple):
         """Return the lengths as fractions of the padded length, between 0 and 1, (B,)."""
         return self.lengths / max(self.data.shape[1], 1)
 
+    def _refuse(self, other: Any) -> Any:  # A tuple would be repeated or made longer.
+        raise TypeError("arithmetic with a Padded, which is a tensor and its lengths")
+
+    __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # type: ignore[misc]
+
 
 def pad(tensors: Sequence[Tensor], value: float = 0.0) -> Padded:
     """Pad tensors at the end of their first dimension and stack them.
 
     Args:
-        tensors: B tensors (T_i, …) that differ only in their first dimension.
+        tensors: B tensors (T_i, …) that differ only in their first dimension. Different dtypes are
+            promoted as by `torch.promote_types`.
         value: value of the padding.
 
     Returns:
         Data (B, max T_i, …) and lengths T_i (B,).
 
     Raises:
-        ValueError: the tensors differ in another dimension, or one of them is a scalar.
+        ValueError: the tensors differ in another dimension, or one of them is a scalar; no dtype
+            holds the numbers of all of them, or the padding.
     """
     shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
     if len(shapes) != 1 or any(tensor.dim() == 0 for tensor in tensors):
         shown = [tuple(tensor.shape) for tensor in tensors]
         raise ValueError(f"only the first dimension may differ between examples; got {shown}")
     lengths = torch.tensor([len(tensor) for tensor in tensors])
-    data = torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
-    return Padded(data, lengths)
+    joinable = _to_one_dtype(tensors)
+    dtype = joinable[0].dtype
+    if value and not (dtype.is_floating_point or dtype.is_complex):
+        limits = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        if not limits[0] <= value <= limits[1] or value != int(value):
+            raise ValueError(f"{dtype} cannot hold the padding {value}")
+    return Padded(pad_sequence(joinable, batch_first=True, padding_value=value), lengths)
+
+
+def _to_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of one dtype, promoted where they differ, without changing a number.
+
+    Raises:
+        ValueError: there is no such dtype, or it does not hold one of the numbers.
+    """
+    dtypes = sorted({tensor.dtype for tensor in tensors}, key=str)
+    if len(dtypes) == 1:
+        return list(tensors)
+    try:
+        dtype = reduce(torch.promote_types, dtypes)
+    except RuntimeError as error:
+        named = ", ".join(map(str, dtypes))
+        raise ValueError(f"no dtype holds the numbers of {named}: give all examples one") from error
+    if dtype.is_floating_point or dtype.is_complex:
+        limit = int(2 / torch.finfo(dtype).eps)  # Up to here every whole number is exact.
+        for tensor in tensors:
+            whole = not (tensor.is_floating_point() or tensor.is_complex())
+            if whole and tensor.numel() and float(tensor.double().abs().max()) > limit:
+                raise ValueError(
+                    f"examples of {tensor.dtype} would become {dtype}, which holds whole numbers "
+                    f"up to {limit}: give all examples one dtype"
+                )
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 class Batch:
     """Named fields of several examples.
 
-    Fields are read as ``batch.sig`` or ``batch["sig"]``, and set as ``batch.sig = value``.
-    ``len(batch)`` is the number of examples.
+    Fields are read as ``batch.sig`` or ``batch["sig"]``, and set as ``batch.sig = value``. Their
+    values unpack in order, as in ``ids, signals = batch``; ``keys`` returns the names, and
+    ``"sig" in batch`` asks for one. ``len(batch)`` is the number of examples.
 
     Args:
-        fields: values by name: a `Padded`, a tensor (B, …), or a list of length B.
+        fields: values by name: a `Padded`, a tensor (B, …), a list of length B, or containers of
+            these.
         size: number of examples, B.
         host: the same batch as it was loaded, if this one was moved to a device.
     """
@@ -72,8 +120,12 @@ class Batch:
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._fields.values())
+
+    def keys(self) -> list[str]:
+        """Return the names of the fields."""
+        return list(self._fields)
 
     def __contains__(self, name: object) -> bool:
         return name in self._fields
@@ -111,52 +163,131 @@ class Batch:
         """Return a batch with the same fields whose tensors are on ``device``.
 
         Args:
-            device: target device.
+            device: target device; `to_device` describes what is moved.
             non_blocking: copy from a GPU without waiting, too. Copies of page-locked memory to a
                 GPU never wait.
         """
-        moved = self._map(lambda each: each.to(device, non_blocking=non_blocking or each.is_cpu))
-        if torch.device(device).type != "cpu":
-            moved._host = self.on_host
-        return moved
+        host = None if torch.device(device).type == "cpu" else self.on_host
+        return Batch(_move(self._fields, device, non_blocking), self._size, host)
 
     def pin_memory(self) -> Batch:
         """Return a batch with the same fields whose tensors are in page-locked memory."""
-        return self._map(lambda each: each.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        def on_tensors(leaf: Any) -> Any:
-            return function(leaf) if isinstance(leaf, Tensor) else leaf
+        def pins(leaf: Any) -> bool:
+            return _has(leaf, "pin_memory")
 
-        return Batch(map_leaves(on_tensors, self._fields), self._size)
+        pinned = map_leaves(lambda x: x.pin_memory() if pins(x) else x, self._fields, pins)
+        return Batch(pinned, self._size)
 
 
-def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
-    """Join examples into a `Batch`.
+def collate(items: Sequence[Any]) -> Any:
+    """Join examples that have named fields.
+
+    Tensors and arrays (T, …) become a `Padded`; scalars and numbers a tensor (B,). Fields that are
+    mappings, named tuples or dataclasses are joined field by field, and keep their type.
+    Everything else (texts, ids, lists, None) becomes a list of length B. Different dtypes are
+    promoted.
 
     Args:
-        items: B mappings of the same names. Tensors (T, …) become a `Padded`, scalar tensors and
-            numbers a tensor (B,), everything else (texts, ids) a list of length B.
+        items: B mappings or dataclasses with the same fields, in any order.
+
+    Returns:
+        A `Batch` of mappings; of dataclasses, one of the same type.
 
     Raises:
-        ValueError: the examples differ in their names, or their tensors in another dimension than
-            the first.
+        ValueError: the examples differ in their fields, or a field cannot be joined; the message
+            names it.
     """
-    names = list(items[0])
+    fields = _join_fields(items)
+    return Batch(fields, len(items)) if isinstance(items[0], Mapping) else rebuilt(items[0], fields)
+
+
+def _join_fields(items: Sequence[Any]) -> dict[Any, Any]:
     for item in items:
-        if list(item) != names:
+        if not is_container(item):
+            kinds = f"{type(items[0]).__name__} and {type(item).__name__}"
+            raise ValueError(f"examples of a batch differ in their types: {kinds}")
+    joined, rows = {}, [parts_of(item) for item in items]
+    for row in rows:
+        if row.keys() != rows[0].keys():
             raise ValueError(
-                f"examples of a batch differ in their fields: {names} and {list(item)}"
+                f"examples of a batch differ in their fields: {list(rows[0])} and {list(row)}"
             )
-    return Batch({name: _collate([item[name] for item in items]) for name in names}, len(items))
+    for name in rows[0]:
+        try:
+            joined[name] = _join([row[name] for row in rows])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"field {name!r}: {error}") from error
+    return joined
 
 
-def _collate(values: list[Any]) -> Any:
-    if all(isinstance(value, Tensor) for value in values):
-        return pad(values) if any(value.dim() for value in values) else torch.stack(values)
-    if all(isinstance(value, bool | int | float) for value in values):
-        return torch.tensor(values)
+def _join(values: list[Any]) -> Any:
+    """Join one field of all examples."""
+    first = values[0]
+    if type(first) in NUMBERS and len({*map(type, values)}) == 1:
+        with suppress(RuntimeError, ValueError, OverflowError):  # Of 64 bits, which is told below.
+            return torch.tensor(values)
+    tensors: list[Tensor] = []
+    for value in values:
+        tensor = _as_tensor(value)
+        if tensor is None:
+            break
+        tensors.append(tensor)
+    else:
+        if any(tensor.dim() for tensor in tensors):
+            return pad(tensors)
+        scalars = _to_one_dtype(tensors)
+        for index, value in enumerate(values):
+            if type(value) in NUMBERS:  # It is as exact as its neighbours.
+                scalars[index] = torch.tensor(value, dtype=scalars[0].dtype)
+        return torch.stack(scalars)
+    named = is_container(first) and not isinstance(first, list) and type(first) is not tuple
+    if isinstance(first, tuple):
+        named = hasattr(first, "_fields") and not isinstance(first, PackedSequence)
+    if named and all(type(value) is type(first) for value in values):
+        return rebuilt(first, _join_fields(values))
     return values
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """Return a tensor, number, or array of numbers as a tensor; None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    if is_array(value):
+        if value.dtype.kind not in "biufc" or hasattr(value, "mask"):
+            return None
+        # A copy: torch takes no foreign byte order, negative strides or memory that is read-only.
+        native = value.dtype.newbyteorder("=")
+        return torch.from_numpy(sys.modules["numpy"].array(value, dtype=native, order="C"))
+    if not isinstance(value, NUMBERS):
+        return None
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value} does not fit 64 bits: give it as a text")
+    return torch.tensor(value)
+
+
+def is_array(value: Any) -> bool:
+    """Return True for an array or scalar of NumPy."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
+
+
+def collate_plain(items: list[Any]) -> Any:
+    """Join examples as torch's `default_collate` does, and what that refuses to a list."""
+    first = items[0]
+    try:
+        return default_collate(items)
+    except TypeError:  # None, dataclasses, objects of any kind.
+        if is_dataclass(first):
+            return collate(items)
+        if not is_container(first) or len({len(item) for item in items}) > 1:
+            return items
+        rows = [parts_of(item) for item in items]
+        joined = {name: collate_plain([row[name] for row in rows]) for name in rows[0]}
+        return list(joined.values()) if type(first) is tuple else rebuilt(first, joined)
+    except RuntimeError as error:
+        error.add_note("the loader option collate_fn=trainer.data.collate pads examples with names")
+        raise
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -171,60 +302,80 @@ def to_device(batch: Any, device: torch.device) -> Any:
         A batch of the same types; the given one is left where it is, unless its own ``to`` moves it
         in place.
     """
+    return _move(batch, device)
+
+
+def _move(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
+    def movable(value: Any) -> bool:
+        return _has(value, "to") and not isinstance(value, type)
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=value.is_cpu)
-        if not _has_to(value):
+            return value.to(device, non_blocking=non_blocking or value.is_cpu)
+        if not movable(value):
             return value
         if isinstance(value, MutableMapping):
             value = copy.copy(value)  # The batches of transformers' processors move in place.
-        return value.to(device)
+        moved = value.to(device)
+        return value if moved is None else moved
 
-    return map_leaves(move, batch, is_leaf=_has_to)
+    return map_leaves(move, batch, is_leaf=movable)
 
 
-def _has_to(value: Any) -> bool:
-    return callable(getattr(value, "to", None))
+def _has(value: Any, method: str) -> bool:
+    return callable(getattr(value, method, None))
 
 
 def count_examples(batch: Any) -> int:
     """Return the number of examples in a batch.
 
     Returns:
-        The first dimension of the first tensor in a tensor, or in nested mappings, lists and
-        tuples. Without one, the length of the first list of a mapping; or else the length of the
-        batch, where it has one; or else 1. A list of mappings counts as that many examples.
+        The first dimension of the first tensor or array in a tensor, or in nested mappings, lists,
+        tuples, dataclasses and the attributes of an object without a length. Without one, the
+        length of the first list among the fields; or else the length of the batch, where it has
+        one; or else 1. A list of mappings or dataclasses counts as that many examples.
     """
-    tensor = _first_tensor(batch)
-    if tensor is not None:
-        return tensor.shape[0]
-    if isinstance(batch, Mapping):
-        return next((len(part) for part in batch.values() if isinstance(part, (list, tuple))), 1)
-    return len(batch) if hasattr(batch, "__len__") and not isinstance(batch, (Tensor, str)) else 1
+    if (size := _first_size(batch)) is not None:
+        return size
+    if isinstance(batch, (Tensor, str, bytes)) or is_array(batch):
+        return 1
+    if not isinstance(batch, Mapping) and hasattr(type(batch), "__len__"):
+        return len(batch)
+    fields = tuple((parts_of(batch) if is_container(batch) else _attributes(batch)).values())
+    if (size := _first_size(fields)) is not None:
+        return size
+    return next((len(part) for part in fields if isinstance(part, (list, tuple))), 1)
 
 
-def _first_tensor(batch: Any) -> Tensor | None:
-    """Return the first tensor that has dimensions."""
-    if isinstance(batch, Tensor):
-        return batch if batch.dim() else None
-    if isinstance(batch, (list, tuple)):
-        # Tensors are asked first: to ask for an abstract class takes long.
-        if any(not isinstance(part, Tensor) and isinstance(part, Mapping) for part in batch):
-            return None  # A list of mappings holds examples that were not collated.
-    elif isinstance(batch, Mapping):
-        batch = batch.values()
-    else:
-        return None
-    for part in batch:
-        if (tensor := _first_tensor(part)) is not None:
-            return tensor
+def _attributes(value: Any) -> Mapping[str, Any]:
+    return getattr(value, "__dict__", {})
+
+
+def _first_size(batch: Any) -> int | None:
+    """Return the first dimension of the first tensor that has dimensions."""
+    if isinstance(batch, Tensor) or is_array(batch):
+        return batch.shape[0] if batch.ndim else None
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if not is_container(batch):
+        return len(batch) if isinstance(batch, Batch) else None
+    # Tensors are asked first: to ask for an abstract class takes long.
+    if isinstance(batch, list) and any(
+        not isinstance(part, Tensor) and (isinstance(part, Mapping) or is_dataclass(part))
+        for part in batch
+    ):
+        return None  # A list of mappings holds examples that were not collated.
+    for part in parts_of(batch).values():
+        if (size := _first_size(part)) is not None:
+            return size
     return None
 
 
 def batch_ids(batch: Any) -> list[str]:
     """Return the names of the examples in a batch: its field or attribute ``id``, or none."""
-    ids = batch.get("id", []) if isinstance(batch, Mapping) else getattr(batch, "id", [])
+    ids: Any = batch.get("id", []) if isinstance(batch, Mapping) else getattr(batch, "id", [])
+    if isinstance(ids, Tensor) or is_array(ids):
+        ids = ids.tolist()
     return [str(each) for each in ids] if isinstance(ids, (list, tuple)) else [str(ids)]
 
 
@@ -232,14 +383,11 @@ def batch_sizes(batch: Any) -> str:
     """Return the shapes of the tensors in a batch by name, and the lengths of padded ones."""
     if isinstance(batch, Tensor):
         return str(tuple(batch.shape))
-    if isinstance(batch, Mapping):
-        parts: Iterable[tuple[Any, Any]] = batch.items()
-    elif isinstance(batch, (list, tuple)):
-        parts = enumerate(batch)
-    else:
-        parts = getattr(batch, "__dict__", {}).items()
+    if isinstance(batch, Batch):
+        batch = dict(batch)
+    parts = parts_of(batch) if is_container(batch) else _attributes(batch)
     told = []
-    for name, part in parts:
+    for name, part in parts.items():
         padded = isinstance(part, tuple) and len(part) == 2
         data, lengths = part if padded else (part, None)
         if isinstance(data, Tensor):
@@ -247,3 +395,40 @@ def batch_sizes(batch: Any) -> str:
             if isinstance(lengths, Tensor) and lengths.dim() == 1:
                 told[-1] += f" of lengths {' '.join(f'{n:g}' for n in lengths.tolist())}"
     return ", ".join(told)
+
+
+def add_advice(error: BaseException, batch: Any) -> None:
+    """Add a note to an error that a recipe's code met with a batch, where there is a known way out.
+
+    Args:
+        error: the error, as it was caught.
+        batch: the batch.
+    """
+    text, note = str(error), ""
+    if isinstance(error, (TypeError, AttributeError)) and "Padded" in text:
+        field, access = _padded_field(error, batch)
+        note = (
+            f"{access} is a Padded, a tensor and the lengths of its examples: write "
+            f"`{field}, lengths = {access}`, and use `{field}`"
+        )
+    elif isinstance(error, ValueError) and "more than 1 value per channel" in text:
+        note = (
+            "batch normalization cannot train on a batch of one example: the loader option "
+            "drop_last=True (in train_loader_kwargs) leaves out an incomplete last batch"
+        )
+    if note and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def _padded_field(error: BaseException, batch: Any) -> tuple[str, str]:
+    """Return the name of the `Padded` that an error is about, and the expression that reads it."""
+    if not isinstance(batch, (Batch, Mapping)):
+        return "data", "padded"
+    fields = dict(batch).items()
+    names = {id(value): str(name) for name, value in fields if isinstance(value, Padded)}
+    name, trace = next(iter(names.values()), "data"), error.__traceback__
+    while trace is not None:  # The innermost function that has one of them.
+        for value in trace.tb_frame.f_locals.values():
+            name = names.get(id(value), name)
+        trace = trace.tb_next
+    return name, f"batch.{name}" if isinstance(batch, Batch) else f"batch[{name!r}]"

@@ -13,11 +13,16 @@ from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import IterableDataset
 
 from trainer.seed import derive, fork_rng
 
 logger = logging.getLogger("trainer.data")
 
+# By these, the code of a dataset asks for its rank.
+RANK_NAMES = frozenset({
+    "rank", "world_size", "num_replicas", "get_rank", "get_world_size", "RANK", "WORLD_SIZE",
+})  # fmt: skip
 FALLBACKS = 16  # Among so many items after a batch, at least one can be expected to be good.
 
 
@@ -32,6 +37,47 @@ def components(source: Any) -> list[Any]:
             found.append(part)
             waiting += [getattr(part, name, None) for name in names]
     return found
+
+
+def knows_ranks(source: Any) -> bool:
+    """Return True if a component of the data gives each rank its own part.
+
+    An attribute ``splits_by_rank`` says so. Without one, a component does if it has, or holds an
+    object that has, a rank and a number of ranks, or if the code of an `IterableDataset` asks for
+    them.
+    """
+    parts = components(source)
+    told = [bool(part.splits_by_rank) for part in parts if hasattr(part, "splits_by_rank")]
+    return told[0] if told else any(_knows_ranks(part) for part in parts)
+
+
+def _knows_ranks(part: Any) -> bool:
+    if hasattr(part, "rank") or hasattr(part, "num_replicas"):
+        return True
+    if any(
+        hasattr(held, "rank") and (hasattr(held, "world_size") or hasattr(held, "num_replicas"))
+        for held in getattr(part, "__dict__", {}).values()
+    ):
+        return True
+    # A library is told by its attributes: its code asks for ranks that it may not have.
+    return isinstance(part, IterableDataset) and asks_for(part, RANK_NAMES, "-packages")
+
+
+def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
+    """Return True if the code of an object's class has one of some names.
+
+    Args:
+        part: the object.
+        names: names of functions, attributes or variables of the environment.
+        elsewhere: a part of the paths of files that do not count; empty for none.
+    """
+    methods = [method for kind in type(part).__mro__ for method in vars(kind).values()]
+    codes = [method.__code__ for method in methods if hasattr(method, "__code__")]
+    return any(
+        names & {*code.co_names, *code.co_consts}
+        for code in codes
+        if not elsewhere or elsewhere not in code.co_filename
+    )
 
 
 def set_epoch(source: Any, epoch: int) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from trainer import distributed
 from trainer.data.batch import to_device
-from trainer.data.batch_sampler import components
+from trainer.data.batch_sampler import knows_ranks
 from trainer.data.loader import Loader, Stream, resumable
 from trainer.seed import derive, fork_rng
 
 if TYPE_CHECKING:
     from trainer.options import RunOptions
+
+logger = logging.getLogger("trainer.data")
 
 
 class DataFeed:
@@ -46,6 +49,8 @@ class DataFeed:
         self._source, self._device, self._train, self._seed = source, device, train, seed
         self._limit, self._repeat, self._split = limit, repeat, split
         self._repeated: list[Any] | None = None
+        self._at: dict[str, Any] | None = None  # The last epoch, and its last batch if it runs.
+        self._saved: Mapping[str, Any] = {}
         if not isinstance(source, (list, tuple)):
             source.alone = False  # `judge_bad` judges.
 
@@ -77,6 +82,29 @@ class DataFeed:
         assert isinstance(self._source, Loader | Stream)
         self._source.undo_draws()
 
+    @property
+    def stateful(self) -> Any:
+        """What a resumed run restores in place of skipping batches; None where it skips them."""
+        streams = isinstance(self._source, Stream) and not self._repeat
+        return self._source.stateful if streams else None  # type: ignore[union-attr]
+
+    @property
+    def sources(self) -> list[Any]:
+        """Objects whose place in an epoch is the feed's concern."""
+        return self._source.sources if isinstance(self._source, Stream) else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place of the source; empty if there is none to rely on."""
+        if self._at is None or self.stateful is None:
+            return {}
+        assert isinstance(self._source, Stream)
+        position = self._source.position(running=self._at["batch"] is not None)
+        return {} if position is None else {**self._at, "position": position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep a place for the next `from_batch`, which goes on there if it is asked to."""
+        self._saved = state
+
     def begin(self, epoch: int) -> int | None:
         """Prepare an epoch, and return its number of batches; None where it is unknown."""
         if not isinstance(self._source, (list, tuple)):  # These are the same in every epoch.
@@ -98,13 +126,25 @@ class DataFeed:
             with fork_rng(derive(self._seed, "repeated")):  # They are the same in a resumed run.
                 self._repeated = list(islice(self._batches(0), self._repeat))
         size, number = self.begin(epoch), start
-        batches = islice(self._repeated, start, None) if self._repeated else self._batches(start)
+        saved, self._saved = self._saved, {}
+        place = (saved.get("epoch"), saved.get("batch"))
+        fits = place == (epoch, start) or (start == 0 and place[1] is None)
+        position = saved.get("position") if fits else None
+        batches: Iterable[Any]
+        if self._repeated:
+            batches = islice(self._repeated, start, None)
+        else:
+            batches = self._batches(start, position)
         on_host = self._device.type == "cpu"
-        for batch in batches:
-            number += 1
-            yield (batch if on_host else to_device(batch, self._device)), number == size
-            if number == self._limit:
-                return
+        try:
+            for batch in batches:
+                number += 1
+                self._at = {"epoch": epoch, "batch": number}
+                yield (batch if on_host else to_device(batch, self._device)), number == size
+                if number == self._limit:
+                    return
+        finally:
+            self._at = {"epoch": epoch, "batch": None}
 
     def judge_bad(self, at_end: bool = True) -> int:
         """Judge the bad files of the current epoch, over all ranks. Collective.
@@ -127,12 +167,17 @@ class DataFeed:
             policy.judge(reports, shared=self._split, at_end=at_end)
         return len(policy.all_skipped)
 
-    def _batches(self, start: int) -> Iterator[Any]:
+    def _batches(self, start: int, position: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """Yield this rank's batches of the source."""
         world = distributed.world_size() if self._split else 1
         iterator: Iterator[Any]
         if isinstance(self._source, (list, tuple)):
             iterator = islice(self._source, start * world, None)
+        elif isinstance(self._source, Stream):
+            self._source.skip(start * world, position)
+            iterator = iter(self._source)
+            if self._train and not (self._split or self._source.equal):
+                iterator = _end_together(iterator)
         else:
             self._source.skip(start * world)
             iterator = iter(self._source)
@@ -153,6 +198,8 @@ def make_feed(
     options: RunOptions,
     make_loader: Callable[..., Any],
     loader_kwargs: Mapping[str, Any],
+    makes_datasets: bool = False,
+    whole: bool = False,
 ) -> DataFeed:
     """Make a data feed from a dataset, a DataLoader or any iterable of batches.
 
@@ -165,20 +212,28 @@ def make_feed(
         make_loader: called as ``make_loader(dataset, **loader_kwargs)`` for a dataset; returns a
             DataLoader or an iterable of batches.
         loader_kwargs: loader options, allowed for a dataset only.
+        makes_datasets: ``make_loader`` may make a dataset of a mapping.
+        whole: give every rank all batches.
 
     Raises:
         ValueError: ``source`` is nothing of the above, or is no dataset and there are loader
             options.
     """
     loader = source
-    if isinstance(source, Dataset) and not isinstance(source, DataLoader):
+    listing = isinstance(source, Mapping)  # Of items, such as those of a dataset that is to be.
+    if listing and not makes_datasets:
+        raise ValueError(
+            f"the {name} set is a mapping, a {type(source).__name__}; give one of its parts: "
+            f"{', '.join(map(repr, list(source)[:8]))}"
+        )
+    if listing or _is_dataset(source):
         loader = make_loader(source, **loader_kwargs)
     elif loader_kwargs:
         raise ValueError(
             f"loader options {sorted(loader_kwargs)} were given for the {name} set, but a "
             f"{type(source).__name__} is no Dataset: they would be ignored"
         )
-    elif not isinstance(source, Iterable):
+    elif listing or not isinstance(source, Iterable):
         raise ValueError(
             f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"
@@ -188,22 +243,41 @@ def make_feed(
             loader,
             seed=options.seed,
             train=train,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=0 if whole else distributed.rank(),
+            world_size=1 if whole else distributed.world_size(),
             on_bad=options.on_bad_item,
             max_bad=options.max_bad_item,
             timeout=options.item_timeout,
         )
-    listed = isinstance(source, (list, tuple))
-    split = listed or not (isinstance(loader, Loader) or _knows_ranks(source))
+    dealt = isinstance(loader, Loader) or getattr(loader, "dealt", None) is not None
+    split = not (dealt or whole)
+    split = split and (isinstance(loader, (list, tuple)) or not knows_ranks(source))
     limit = options.debug_batches if options.debug else 0
     repeat = options.overfit_batches if train else 0
     return DataFeed(loader, device, train, limit, repeat, split, options.seed)
 
 
-def _knows_ranks(source: Any) -> bool:
-    """Return True if a component of the data gives each rank its own part."""
-    return any(
-        isinstance(part, IterableDataset) or hasattr(part, "rank") or hasattr(part, "num_replicas")
-        for part in components(source)
-    )
+def _is_dataset(source: Any) -> bool:
+    """Return True for a dataset, also for one of another library: it has items and a length."""
+    if isinstance(source, Dataset):
+        return not isinstance(source, DataLoader)
+    if isinstance(source, (Loader, Stream, DataLoader, Sequence)) or hasattr(source, "__array__"):
+        return False
+    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
+
+
+def _end_together(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches until a rank has no more of them. Collective, for each batch."""
+    end, number = object(), 0
+    while True:
+        batch = next(batches, end)
+        ended, going = distributed.any_rank(batch is end, batch is not end)
+        if ended:
+            if going and distributed.is_main():
+                logger.warning(
+                    "the epoch ends on all ranks after %d batches, where the first rank had no "
+                    "more: the data give ranks unequal numbers of batches", number,
+                )  # fmt: skip
+            return
+        number += 1
+        yield batch

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from torch.utils.data import Dataset, Subset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 
 from trainer.data.batch import count_examples
-from trainer.data.batch_sampler import BatchIndex, components
+from trainer.data.batch_sampler import BatchIndex, components, knows_ranks
 from trainer.seed import derive, reseed
 
 logger = logging.getLogger("trainer.data")
@@ -54,6 +54,7 @@ class _Loading:
 
 
 _loading = _Loading()
+_END = object()  # Follows the last item.
 # By id of a part that has ``set_epoch``: what called it last. Loaders may share a dataset.
 _epoch_set_by: WeakValueDictionary[int, BatchDataset] = WeakValueDictionary()
 
@@ -375,7 +376,7 @@ class BatchDataset(Dataset[Any]):
         if len(indices):
             self._note(indices[0])
         try:
-            return self.dataset.__getitems__(indices)
+            return self._without_none(indices, self.dataset.__getitems__(indices))
         except BadItem:
             _loading.bad.clear()
             return None
@@ -390,13 +391,22 @@ class BatchDataset(Dataset[Any]):
         for index in indices:
             self._note(index)
             try:
-                items.append(dataset[index])
+                items += self._without_none([index], [dataset[index]])
             except BadItem as bad:
                 report_bad(bad.path, bad.reason)
             except Exception as error:
                 error.add_note(f"while loading {self._names([index])}")
                 raise
         return items
+
+    def _without_none(self, indices: Sequence[Any], items: Any) -> Any:
+        """Return a list of items without those that are None, which are reported as bad."""
+        if not isinstance(items, list):
+            return items
+        for index, item in zip(indices, items, strict=False):
+            if item is None:
+                report_bad(self._names([index]), "the dataset returned None")
+        return [item for item in items if item is not None]
 
     def _note(self, index: Any) -> None:
         """Note what this process loads, for messages about one that hangs."""
@@ -435,3 +445,122 @@ class BatchDataset(Dataset[Any]):
         shown = [str(name_of(index))[:200] for index in islice(indices, 9)]
         word = "item " if len(shown) == 1 else "items "
         return word + ", ".join(shown[:8]) + (" …" if len(shown) > 8 else "")
+
+
+class DealtItems(IterableDataset[Any]):
+    """The items of an `IterableDataset`, each in one process; copied to every worker.
+
+    Ranks and workers read all items, and each keeps its share, unless the dataset gives it items of
+    its own. A dataset does so for workers if it reads ``num_workers`` of torch's
+    `get_worker_info`, and for ranks by `knows_ranks`; its attributes ``splits_by_worker`` and
+    ``splits_by_rank`` say otherwise. The global generators are seeded for each item that is dealt,
+    so that a dataset which draws the order of its items gives all processes the same.
+
+    Args:
+        dataset: the dataset.
+        train: True to leave out the last items where there are fewer of them than ranks.
+        rank: rank of this process.
+        world_size: number of processes.
+        batch_size: items of a batch, which one worker loads: with workers the batches are those of
+            a process without; None where an item is a batch.
+
+    Attributes:
+        equal: True if all ranks get equally many items in training.
+        resumable: True if the dataset has a state of its own.
+    """
+
+    def __init__(
+        self, dataset: Any, train: bool, rank: int, world_size: int, batch_size: int | None
+    ) -> None:
+        self.dataset, self.train = dataset, train
+        self._batch_size = batch_size or 1
+        self.equal = world_size == 1 or not knows_ranks(dataset)
+        self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
+        self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
+        self._workers, self._asked = 1, False
+        self._position = self._start = 0  # Items that were read; those before an iteration.
+        self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        if rank == 0 and self._world > 1 and not hasattr(dataset, "splits_by_rank"):
+            logger.warning(
+                "each of %d ranks reads all items of %s and keeps its share; a dataset with the "
+                "attribute splits_by_rank = True gives each rank items of its own",
+                world_size, type(dataset).__name__,
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        """Return the number of this rank's items.
+
+        Raises:
+            TypeError: the dataset has no length.
+        """
+        size = len(self.dataset)
+        return size // self._world if self.train else len(range(self._rank, size, self._world))
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number = 0 if worker is None else worker.id
+        position, self._start = self._start, 0
+        last = self._world - 1 if self.train else self._rank  # Whose item completes a round.
+        self._seed(position, number)
+        items, own = iter(self.dataset), None
+        while True:
+            self._seed(position, number)
+            reports = len(_loading.bad)
+            item = next(items, _END)
+            round_, place = divmod(position, self._world)
+            turn = round_ // self._batch_size % self._workers
+            keeps = self._splits_by_worker or turn == number
+            if not (keeps and place == self._rank):
+                del _loading.bad[reports:]  # Another process reports them.
+            elif item is None:
+                report_bad(f"item {position} of {type(self.dataset).__name__}", "it is None")
+            if item is _END:
+                break
+            if item is None:
+                continue
+            position = self._position = position + 1
+            own = item if place == self._rank else own
+            if keeps and place == last:
+                yield own
+        if self.train and position % self._world and self._rank == 0 == number:
+            left = position % self._world
+            logger.info("the epoch leaves out its last %d items: too few for all ranks", left)
+
+    @property
+    def _splits_by_worker(self) -> bool:
+        return self._asked if self._by_worker is None else self._by_worker
+
+    def _seed(self, position: int, worker: int) -> None:
+        """Seed the global generators for an item; equally in all processes that share it."""
+        if self._world > 1 or (self._workers > 1 and not self._by_worker):
+            own = worker if self._splits_by_worker else 0
+            reseed(derive(_loading.seed, "stream", _loading.epoch, position, own))
+
+    def watch_worker(self) -> None:
+        """Notice in this worker if the dataset asks for the number of workers."""
+        info = get_worker_info()
+        assert info is not None
+        dealt, self._workers = self, info.num_workers
+
+        class Watched(type(info)):  # type: ignore[misc]
+            __slots__ = ()
+
+            @property
+            def num_workers(self) -> int:
+                dealt._asked = True
+                return dealt._workers
+
+            @property
+            def dataset(self) -> Any:
+                return dealt.dataset
+
+        object.__setattr__(info, "__class__", Watched)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the dataset is, in a process without workers."""
+        return {"position": self._position, "dataset": self.dataset.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin the next iteration at a saved position."""
+        self._start = self._position = state["position"]
+        self.dataset.load_state_dict(state["dataset"])

@@ -28,26 +28,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    IterDataPipe,
+    default_convert,
+    get_worker_info,
+)
 
 from trainer import signals
-from trainer.data.batch import collate, count_examples
+from trainer.data.batch import collate, collate_plain, count_examples
 from trainer.data.batch_sampler import (
     DistributedBatchSampler,
     ShuffledSampler,
+    asks_for,
+    components,
     generators,
     set_epoch,
 )
 from trainer.data.items import (
     BadItemPolicy,
     BatchDataset,
+    DealtItems,
     LoadedBatch,
     ReportingCollate,
     begin_loading,
     loading,
 )
 from trainer.processes import serve
-from trainer.seed import DrawsUndone, derive, fork_rng
+from trainer.seed import DrawsUndone, derive, fork_rng, rng_state, set_rng_state
 
 logger = logging.getLogger("trainer.data")
 
@@ -82,17 +91,19 @@ def make_loader(
     logging interval and at the end of a stage, and a loader that no Brain reads as soon as it is
     known, where there is one process.
 
-    An `IterableDataset` has to give each rank and worker items of its own; see `resumable`.
+    The items of an `IterableDataset` are dealt among ranks and workers; see `DealtItems`.
 
     Args:
-        dataset: a map-style dataset, or an `IterableDataset`. Items that are mappings become a
-            `Batch`, unless ``collate_fn`` is given. Random numbers from `item_seed` and
-            `item_generator` depend on (seed, epoch, item) alone. Global generators are seeded for
-            each batch in workers; without workers they are those of the process. A method
-            ``set_epoch(epoch)`` is called in every worker; ``name_of(index) -> str`` names items
-            in error messages; ``count_files(indices) -> int`` counts the different files of items,
-            which are a file each otherwise. ``__getitems__(indices)`` is called if there is one,
-            as by `DataLoader`; a batch with a bad item is loaded again, item by item.
+        dataset: a map-style dataset of any class, or an `IterableDataset`. Items that are mappings
+            become a `Batch`, unless ``collate_fn`` is given; those of an `IterableDataset` are
+            joined as by torch's `default_collate`. An item that is None is a bad item. Random
+            numbers from `item_seed` and `item_generator` depend on (seed, epoch, item) alone.
+            Global generators are seeded for each batch in workers; without workers they are those
+            of the process. A method ``set_epoch(epoch)`` is called in every worker;
+            ``name_of(index) -> str`` names items in error messages; ``count_files(indices) -> int``
+            counts the different files of items, which are a file each otherwise.
+            ``__getitems__(indices)`` is called if there is one, as by `DataLoader`; a batch with a
+            bad item is loaded again, item by item.
         train: True for training: shuffle unless a sampler is given, another order and other random
             numbers in each epoch, equally many batches on every rank. False for evaluation: every
             item exactly once, in order, and every epoch alike.
@@ -122,6 +133,10 @@ def make_loader(
     options["pin_memory"] = options.get("pin_memory", False) and torch.accelerator.is_available()
     timeout = options.pop("timeout", TIMEOUT)
     if isinstance(dataset, IterableDataset):
+        if not isinstance(dataset, IterDataPipe):  # torch splits pipes by itself.
+            dataset = DealtItems(dataset, train, rank, world_size, options.get("batch_size", 1))
+        if options.get("batch_size", 1) is not None and options.get("collate_fn") is None:
+            options["collate_fn"] = collate_plain
         policy = BadItemPolicy(on_bad, max_bad)
         return Stream(DataLoader(dataset, **options), seed, train, timeout, policy, world_size)
     if not len(dataset):
@@ -158,7 +173,7 @@ def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> Distribut
 
 
 def _collate(items: list[Any]) -> Any:
-    return collate(items) if isinstance(items[0], Mapping) else default_collate(items)
+    return collate(items) if isinstance(items[0], Mapping) else collate_plain(items)
 
 
 def _identity(loaded: Any) -> Any:
@@ -187,7 +202,7 @@ class Loader:
         self._closing = _closing_flag(self)
         self._timeout, self._workers = timeout, options.get("num_workers", 0)
         self._number = 0  # Of the batch that is waited for.
-        self._before: DrawsUndone | None = None
+        self._before = DrawsUndone()
         worker_init_fn = options.pop("worker_init_fn", None)
         self._make = partial(
             DataLoader,
@@ -238,8 +253,7 @@ class Loader:
 
     def undo_draws(self) -> None:
         """Restore the generators that the batch which is waited for has drawn from."""
-        if self._before is not None:
-            self._before.undo()
+        self._before.undo()
 
     def _from_process(self) -> Iterator[Any]:
         """Yield the batches without workers."""
@@ -249,9 +263,11 @@ class Loader:
         pinned = self._loader.pin_memory
         batches = iter(self._loader if pinned else map(self._batches.__getitem__, self._sampler))
         keeps = self._sampler.train and signals.installed()
+        self._before = DrawsUndone()
         with closing(_HangWarning(self._timeout, self.describe_wait)) as watch:
             while True:
-                self._before = DrawsUndone() if keeps else None
+                if keeps:
+                    self._before.remember()
                 with watch:
                     loaded: Any = next(batches, _END)
                 if loaded is _END:
@@ -301,6 +317,9 @@ class Stream:
     batches after a resumption. To switch between the two takes about 0.2 ms a batch, and nothing
     for a plain DataLoader with workers, which draw for themselves.
 
+    A source with ``state_dict`` and ``load_state_dict`` goes on by them in a resumed run; of any
+    other source the batches before are loaded again.
+
     Args:
         source: an iterable of batches.
         seed: random seed of the run.
@@ -312,6 +331,9 @@ class Stream:
 
     Attributes:
         policy, alone: as those of `Loader`.
+        dealt: the items of an `IterableDataset`, if it deals them among ranks and workers.
+        equal: True if all ranks get equally many batches in training.
+        stateful: what has the state by which a resumed run goes on, or None.
     """
 
     def __init__(
@@ -327,29 +349,84 @@ class Stream:
         self._epoch, self._start, self._number = 0, 0, 0
         self._closing = _closing_flag(self)
         self._forked: fork_rng | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        self._waiting = self._ended = False
         self.policy = policy or BadItemPolicy("skip", 0.05)
         self.alone = world_size == 1
+        dataset = getattr(source, "dataset", None)
+        self.dealt = dataset if isinstance(dataset, DealtItems) else None
+        self.equal = world_size == 1 or (self.dealt is not None and self.dealt.equal)
+        self.stateful: Any = None
+        workers = getattr(source, "num_workers", 0)
+        if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+            self.stateful = source
+        elif self.dealt is not None and self.dealt.resumable and not workers:
+            self.stateful = self.dealt
+        if _has_shuffle_buffer(source):
+            self.stateful = None
 
     def set_epoch(self, epoch: int) -> None:
         """Give the batches of this epoch in later iterations; tell sampler and dataset."""
         self._epoch = epoch if self._train else 0
         set_epoch(self._source, self._epoch)
 
-    def skip(self, batches: int) -> None:
-        """Start the next iteration at this batch; those before it are loaded and discarded."""
-        self._start = batches
+    @property
+    def sources(self) -> list[Any]:
+        """The source and its datasets, where their states are places in an epoch."""
+        if self.stateful is None and not _has_shuffle_buffer(self._source):
+            return []
+        nested = [part for part in components(self._source) if isinstance(part, IterableDataset)]
+        return [self._source, *nested]
+
+    def skip(self, batches: int, position: Mapping[str, Any] | None = None) -> None:
+        """Start the next iteration at this batch.
+
+        Args:
+            batches: number of the batches before it, which are loaded and discarded.
+            position: what `position` returned after them; nothing is loaded then.
+        """
+        self._start, self._resumed = batches, position
+
+    def position(self, running: bool) -> dict[str, Any] | None:
+        """Return the state of the source after the last batch; None if there is none to rely on.
+
+        Args:
+            running: False between two epochs, which have random numbers of their own.
+        """
+        if self.stateful is None or self._waiting or self._ended is running:
+            return None
+        if not running:
+            return {"source": self.stateful.state_dict()}
+        with self._forked or nullcontext():
+            random = rng_state()
+        random.pop("cuda", None)
+        return {"source": self.stateful.state_dict(), "random": random}
 
     def __len__(self) -> int:
+        """Return the number of batches.
+
+        Raises:
+            TypeError: it is unknown.
+        """
+        if self.dealt is not None and self._source.num_workers > 1:  # type: ignore[attr-defined]
+            raise TypeError("the number of batches is unknown where workers join their own items")
         return len(self._source)  # type: ignore[arg-type]  # Raises where there is no length.
 
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
+        resumed, self._resumed = self._resumed, None
         seed, epoch = self._seed, self._epoch  # Another iteration may begin before this one ends.
         self.policy.start_epoch()
         forked = fork_rng(derive(seed, "stream", epoch), generators(self._source))
         self._closing.fill_(False)
         with forked, _prepared(self._source, self._closing, seed, epoch):
+            if resumed is not None:
+                self.stateful.load_state_dict(resumed["source"])
             iterator = iter(self._source)
+            if resumed is not None and "random" in resumed:
+                set_rng_state(resumed["random"])
+        self._number, loaded = (0 if resumed is None else start), 0
+        self._waiting = self._ended = False
         plain = type(self._source) is DataLoader and self._source.num_workers > 0
         each = nullcontext() if plain else forked
         self._forked = None if plain else forked
@@ -357,16 +434,24 @@ class Stream:
         limit = 0 if watched.workers else self._timeout
         with closing(_HangWarning(limit, self.describe_wait)) as watch:
             try:
-                for self._number in count():
+                while True:
+                    self._waiting = True
                     with each, loading(seed, epoch) as reports, watch:
                         batch = watched.next()
+                    self._waiting = False
                     if not isinstance(batch, LoadedBatch):
-                        items = 0 if batch is _END else count_examples(batch)
+                        items = 0 if batch is _END or batch is None else count_examples(batch)
                         batch = LoadedBatch(batch, items + len(reports), reports)
                     self.policy.handle(batch.reports, batch.items)
+                    loaded += 1
                     if batch.batch is _END:
+                        self._ended = True
                         break
-                    if self._number >= start:
+                    if batch.batch is None:
+                        self.policy.handle([(f"batch {loaded}", "it is None")], 1)
+                        continue
+                    self._number += 1
+                    if self._number > start:
                         yield batch.batch
             except BaseException:
                 if watched.workers:
@@ -375,6 +460,11 @@ class Stream:
                 raise
         if self.alone and self.policy.unjudged:
             self.policy.judge([self.report_bad()])
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Reasons by path, of the items skipped in the current epoch on this rank."""
+        return dict(self.policy.skipped)
 
     def report_bad(self) -> dict[str, Any]:
         """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
@@ -391,13 +481,25 @@ class Stream:
             self._forked.undo()
 
 
+def _has_shuffle_buffer(source: Any) -> bool:
+    """Return True for data of Hugging Face's with such a buffer, whose content no state has."""
+    waiting = components(source)
+    while waiting:
+        part = waiting.pop()
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        waiting += [getattr(part, n) for n in ("_ex_iterable", "ex_iterable") if hasattr(part, n)]
+        waiting += getattr(part, "ex_iterables", ())
+    return False
+
+
 def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stream:
     """Give a DataLoader, or any iterable of batches, the interface of `make_loader`'s result.
 
     A plain DataLoader of a map-style dataset is made anew by `make_loader`. Other iterables run on
     random numbers seeded by (seed, epoch), so that those that draw from the global generators are
-    resumed exactly too; they have to give each rank batches of its own. Persistent workers of such
-    a DataLoader keep the epoch in which they started.
+    resumed exactly too. Persistent workers of an `IterableDataset` keep the epoch in which they
+    started.
 
     Args:
         source: a DataLoader or an iterable of batches. A result of this function is returned as it
@@ -408,7 +510,8 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     """
     if isinstance(source, Loader | Stream):
         return source
-    if type(source) is not DataLoader or isinstance(source.dataset, IterableDataset):
+    if type(source) is not DataLoader:
+        _warn_of_repeated_items(source)
         policy = BadItemPolicy(run.get("on_bad", "skip"), run.get("max_bad", 0.05))
         return Stream(
             source, seed, run.get("train", True), run.get("timeout", TIMEOUT), policy,
@@ -421,11 +524,29 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     if source.num_workers:
         options["prefetch_factor"] = source.prefetch_factor
         options["multiprocessing_context"] = source.multiprocessing_context
-    if source.batch_sampler is not None:
+    if isinstance(source.dataset, IterableDataset):
+        options |= {"batch_size": source.batch_size, "drop_last": source.drop_last}
+        options["generator"] = source.generator
+    elif source.batch_sampler is not None:
         options["batch_sampler"] = source.batch_sampler
     else:
         options |= {"sampler": source.sampler, "batch_size": None}
-    return make_loader(source.dataset, seed=seed, **(run | options))
+    return make_loader(source.dataset, seed=seed, **{"train": True, **run, **options})
+
+
+def _warn_of_repeated_items(source: Any) -> None:
+    """Warn of a loader whose workers may all give the same items."""
+    dataset, workers = getattr(source, "dataset", None), getattr(source, "num_workers", 0)
+    if not isinstance(dataset, IterableDataset) or isinstance(dataset, IterDataPipe):
+        return
+    splits = getattr(dataset, "splits_by_worker", asks_for(dataset, frozenset({"get_worker_info"})))
+    if workers > 1 and not splits and getattr(source, "worker_init_fn", None) is None:
+        logger.warning(
+            "each of the %d workers of a %s gives all items of %s, which does not ask for "
+            "get_worker_info: use torch's DataLoader, or num_workers=1, or set its attribute "
+            "splits_by_worker = True if it gives each worker items of its own",
+            workers, type(source).__name__, type(dataset).__name__,
+        )  # fmt: skip
 
 
 def _closing_flag(owner: Any) -> Tensor:
@@ -502,6 +623,9 @@ def _init_worker(
     _end_if_unsent()
     if seed_and_epoch is not None:
         begin_loading(*seed_and_epoch)
+    info = get_worker_info()
+    if info is not None and isinstance(info.dataset, DealtItems):
+        info.dataset.watch_worker()
     if worker_init_fn is not None:
         worker_init_fn(worker)
 

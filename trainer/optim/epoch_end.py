@@ -143,6 +143,11 @@ def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
     return stopped
 
 
+def still_stopped(early_stopping: Any) -> bool:
+    """Return True if a run that early stopping has ended stays so: by the present patience."""
+    return early_stopping is not None and bool(getattr(early_stopping, "is_exhausted", True))
+
+
 def _pick(metrics: Mapping[str, Any], name: str, asker: str) -> float:
     if name not in metrics:
         raise ValueError(

@@ -27,6 +27,7 @@ from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
+from trainer.optim.settings import built_settings, set_rates_anew, with_new_settings
 
 logger = logging.getLogger("trainer")
 
@@ -57,6 +58,10 @@ class Window:
     reference: float = 1.0
     loss: Tensor | None = None
     lead: str = ""
+
+
+class NoGradientError(ValueError):
+    """Error for a loss that reaches no parameter of its optimizers."""
 
 
 class Update:
@@ -116,6 +121,7 @@ class Update:
         self._stepping = False
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned = self._warned_of_untrained = False
+        self._built = built_settings(optimizer, schedule)
         self._warned_of_nothing = self._warned_of_end = False
 
     @property
@@ -309,6 +315,7 @@ class Update:
             "kinds": {name: type(part).__name__ for name, part in parts.items()},
             "scaler": self.scaler.state_dict(),
             "last_norm": self.last_norm,
+            "built": self._built,
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -334,9 +341,12 @@ class Update:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state; settings that are built otherwise by now are those of now."""
+        saved = with_new_settings(state, self._built, self.name)
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(saved[name])
+        if saved is not state:
+            set_rates_anew(self.schedule)
         if state["scaler"]:  # Empty if the run was not in fp16: the scaler starts anew.
             self.scaler.load_state_dict(state["scaler"])
         self.last_norm = state["last_norm"]
@@ -492,7 +502,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
     if not any(grads.tensors for grads in gradients):
-        raise ValueError(
+        raise NoGradientError(
             f"the loss given to optimize({lead.name!r}) reaches none of this optimizer's "
             "parameters: is it another optimizer's loss, or was something detached?"
         )
@@ -510,6 +520,45 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     if scaler.is_enabled():
         scaler.update()
     return reports
+
+
+def step_by_gradients(updates: Sequence[Update]) -> bool:
+    """Clip and step with gradients that a recipe's own backward passes have left, and drop them.
+
+    Returns:
+        False if a gradient is not finite, so that nothing has moved.
+    """
+    scaler = updates[0].scaler
+    for update in updates:
+        if scaler.is_enabled():
+            scaler.unscale_(update.optimizer)
+    gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
+    _fetch([(grads.measure(1.0), grads.take) for grads in gradients])
+    finite = all(grads.finite for grads in gradients)
+    for update, grads in zip(updates, gradients, strict=True):
+        if finite and grads.tensors:
+            update.clip(grads)
+            update._stepping = True
+            update.optimizer.step()
+            update._stepping = False
+    if scaler.is_enabled():
+        scaler.update()
+    for update in updates:
+        for p in update.all_params:
+            p.grad = None
+    return finite
+
+
+def leave(updates: Sequence[Update]) -> list[StepReport]:
+    """Drop a full window in whose place a recipe has done something of its own; report its loss."""
+    window = updates[0].window
+    assert window.loss is not None
+    weight = float(window.weight)
+    loss = float(window.loss) * window.reference / (weight or 1.0)
+    for update in updates:
+        update.drop_window()
+    finite = loss if math.isfinite(loss) else None
+    return [update.report("accumulated", loss=finite, weight=weight) for update in updates]
 
 
 def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:

@@ -180,8 +180,11 @@ def librispeech_like(tmp_path: Path) -> Path:
         folder = tmp_path / "LibriSpeech" / part / name.replace("-", "/")
         for number in range(2):
             write(folder / f"{name}-{number:04d}.flac", 1.0 + number, 0.1, 16000)
-        lines = [f"{name}-0000 GO DO YOU HEAR\n", f"{name}-0001 BUT IN LESS THAN FIVE MINUTES\n"]
-        (folder / f"{name}.trans.txt").write_text("".join(lines))
+        lines = [
+            f"{name}-0000 GO DO YOU HEAR\n",
+            f"{name}-0001 BUT IN LESS\u2028THAN FIVE MINUTES\n\n",
+        ]
+        (folder / f"{name}.trans.txt").write_text("".join(lines), "utf-8")
     return tmp_path / "LibriSpeech"
 
 

@@ -158,6 +158,7 @@ def test_recordings_are_checked_before_anything_is_trained(tmp_path: Path, caplo
         ("one.aifc", "AIFF", "FLOAT"),
         ("one.caf", "CAF", "PCM_16"),
         ("one.au", "AU", "PCM_16"),
+        ("one.WAV", "NIST", "PCM_16"),
         ("one.Flac", "FLAC", "PCM_24"),
         ("one.wav", "WAV", "DOUBLE"),
     ],

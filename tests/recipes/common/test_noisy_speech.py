@@ -112,6 +112,18 @@ def test_the_official_split(pairs_folder: Path) -> None:
     assert 0.005 < (item["noisy"] - item["clean"]).std() < 0.02
 
 
+def test_speakers_may_have_folders_with_the_same_names_in_them(tmp_path: Path) -> None:
+    for side in ("clean", "noisy"):
+        for number, name in enumerate(("p1/001", "p2/001", "p3/001")):
+            write(tmp_path / side / f"{name}.wav", voice(0.5, number, 8000), 8000)
+    folders = {"train": ["clean", "noisy"], "test": ["clean", "noisy"]}
+    corpus = voicebank(str(tmp_path), folders, valid=["p2"])
+    assert [each.id for each in corpus["train"]] == ["p1/001", "p3/001"]
+    assert [each.id for each in corpus["valid"]] == ["p2/001"]
+    (pair,) = corpus["valid"]
+    assert [Path(file).parts[-2:] for file in pair.files] == [("p2", "001.wav")] * 2
+
+
 def test_folders_of_another_name(pairs_folder: Path) -> None:
     own = ["clean_testset_wav", "noisy_testset_wav"]
     corpus = voicebank(str(pairs_folder), {"train": own, "test": own}, valid=["p257"])

@@ -100,6 +100,7 @@ def test_blocks_are_resampled_as_the_whole_would_be(source: int, target: int, si
         ("mac.aiff", 48000, 2, "PCM_24"),
         ("long.w64", 16000, 1, "PCM_32"),
         ("exact.caf", 16000, 1, "DOUBLE"),
+        ("apple.caf", 44100, 1, "ALAC_24"),
         ("old.wav", 11025, 1, "PCM_U8"),
         ("lossy.ogg", 22050, 2, "VORBIS"),
     ],

@@ -76,6 +76,16 @@ def test_a_second_test_forgets_the_first(scores: Scores) -> None:
     assert fill(scores) == first
 
 
+def test_clips_of_like_names_are_kept_apart(scores: Scores, tmp_path: Path) -> None:
+    scores.start()
+    for n, id in enumerate(("a/b", "a_b")):
+        scores.add(id, speech(n), speech(n))
+    scores.finish()
+    heard = [soundfile.read(path)[0] for path in (tmp_path / "samples").glob("*original.wav")]
+    assert len(heard) == 2
+    assert abs(heard[0] - heard[1]).max() > 0.01
+
+
 def test_what_no_clip_has_is_told(scores: Scores) -> None:
     scores.start()
     scores.add("short", speech(0, 2048), speech(0, 2048))

@@ -18,6 +18,8 @@ READ = {
     "$5/hr": "five dollars per hour",
     "10 000 and 1 050 000 people": "ten thousand and one million fifty thousand people",
     "10\u202f500": "ten thousand five hundred",
+    "$10 000, 10 000.5 and 20 000 km": "ten thousand dollars, ten thousand point five and "
+    "twenty thousand kilometers",
     "He is 5'10\" tall.": "He is five feet ten inches tall.",
     "6\u20321\u2033": "six feet one inch",
     "call 555-1234": "call five five five, one two three four",
@@ -59,7 +61,8 @@ READ = {
     "2 + 2 = 4 & more": "two plus two equals four and more",
 }  # fmt: skip
 REFUSED = {
-    "10 200 people": "10", "555 1234": "555", "5551234": "5551234", "a 10\" record": '10"',
+    "10 200 people": "10", "555 1234": "555", "5551234": "5551234", "call 911": "911",
+    "10.000": "10.000", "a 10\" record": '10"',
     "007": "007", "12,34": "12,34", "192.168.0.1": "192.168.0.1", "v2": "v2", "MP3": "MP3",
     "2/3/2020": "2/3/2020", "2020-01-05": "2020-01-05", "5/8": "5/8", "$5k": "$5k", "US$5": "US$5",
     "$5.2": "$5.2", "5\u20ac": "5\u20ac", "1995s": "1995s", "21th": "21th", "5 m": "5", "3 V": "3",
@@ -67,6 +70,7 @@ REFUSED = {
     "XLII": "XLII", "of 1945 soldiers": "1945",
     "10-5": "10-5", "2001-11": "2001-11", "10:5": "10:5", "COVID-19": "COVID-19", "5'": "5'",
     "press #": "#", "the * key": "*", "and/or": "and/or", "so \u2192 what": "\u2192",
+    "1" + "0" * 40: "1" + "0" * 40, "1" + ",000" * 5: "1" + ",000" * 5,
     "1e5": "1e5", "4x4": "4x4", "25:00": "25:00", "00s": "00s", "\u2167": "\u2167",
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ def serialize_batch(value: Any, depth: int = 0) -> Any:
         return {"kind": "array", "dtype": str(value.dtype), "value": value.tolist()}
     if depth < MAX_DEPTH:
         if isinstance(value, Batch):
-            fields = {name: serialize_batch(value[name], depth + 1) for name in value}
+            fields = {n: serialize_batch(part, depth + 1) for n, part in dict(value).items()}
             return {"kind": "batch", "fields": fields, "size": len(value)}
         if isinstance(value, Mapping):
             names = [serialize_batch(name, depth + 1) for name in value]
@@ -223,7 +223,7 @@ def batch_fields(batch: Any) -> dict[str, Any]:
     of a list or tuple, or the batch itself.
     """
     if isinstance(batch, (Batch, Mapping)):
-        return {str(name): batch[name] for name in batch}
+        return {str(name): value for name, value in dict(batch).items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return dict(zip(batch._fields, batch, strict=True))
     if isinstance(batch, (list, tuple)):

@@ -1,0 +1,132 @@
+"""Settings that optimizers and schedules are built with, in a run that resumes with other ones.
+
+A checkpoint holds what training has made of a setting, and what it was built with. Where a resumed
+run builds it otherwise, the new one is in force: a learning rate keeps the ratio that training has
+given it, and anything else is replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import lr_scheduler
+
+RATES = ("lr", "_last_lr", "base_lrs")
+# Schedules of torch whose rates depend on the number of steps alone.
+CLOSED = (
+    lr_scheduler.ConstantLR, lr_scheduler.CosineAnnealingLR, lr_scheduler.CyclicLR,
+    lr_scheduler.CosineAnnealingWarmRestarts, lr_scheduler.ExponentialLR, lr_scheduler.LambdaLR,
+    lr_scheduler.LinearLR, lr_scheduler.MultiStepLR, lr_scheduler.OneCycleLR,
+    lr_scheduler.PolynomialLR, lr_scheduler.StepLR,
+)  # fmt: skip
+
+logger = logging.getLogger("trainer")
+
+
+def built_settings(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
+    """Return the settings of an optimizer's groups, and of its schedule, that are plain values."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = schedule.state_dict() if hasattr(schedule, "state_dict") else {}
+    return {"groups": [_plain(group) for group in groups], "schedule": _plain(state)}
+
+
+def with_new_settings(
+    state: Mapping[str, Any], now: Mapping[str, Any], name: str
+) -> Mapping[str, Any]:
+    """Return a saved state of an `Update` with the settings that are built otherwise now.
+
+    Args:
+        state: the saved state; it stays as it is.
+        now: the present `built_settings`.
+        name: name of the optimizer, for messages.
+    """
+    saved, then = state["optimizer"]["param_groups"], state.get("built")
+    if then is None:
+        _warn_of_other_settings(saved, now["groups"], name)
+    if then is None or then == now:
+        return state
+    told = {
+        key: f"{key}: {old.get(key)} -> {new[key]}"
+        for old, new in [
+            *zip(then["groups"], now["groups"], strict=True),
+            (then["schedule"], now["schedule"]),
+        ]
+        for key in new
+        if old.get(key) != new[key] and not key.startswith("_")
+    }
+    logger.warning(
+        "the optimizer %r goes on with other settings than it was saved with: %s",
+        name, "; ".join(told.values()),
+    )  # fmt: skip
+    changed = {**state}
+    changed["optimizer"] = {
+        **state["optimizer"],
+        "param_groups": [
+            _merged(*each) for each in zip(saved, then["groups"], now["groups"], strict=True)
+        ],
+    }
+    if "schedule" in state:
+        changed["schedule"] = _merged(state["schedule"], then["schedule"], now["schedule"])
+    return changed
+
+
+def set_rates_anew(schedule: Any) -> None:
+    """Set the rates anew by one of torch's schedules whose settings have changed."""
+    if isinstance(schedule, CLOSED):
+        with warnings.catch_warnings(), suppress(ValueError):  # It may be past its new end.
+            warnings.simplefilter("ignore", UserWarning)  # torch prefers steps without a number.
+            schedule.step(schedule.last_epoch)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of the values that consist of numbers and texts."""
+    numbers = {k: v.item() if _is_number(v) else v for k, v in values.items()}
+    return {key: copy.deepcopy(value) for key, value in numbers.items() if _is_plain(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
+    """Return a saved value with what is built otherwise now."""
+    if then == now:
+        return saved
+    if type(saved) is dict and isinstance(now, dict) and isinstance(then, dict):
+        common = [key for key in now if key in then and key in saved]
+        return saved | {k: _merged(saved[k], then[k], now[k], k in RATES) for k in common}
+    alike = isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple))
+    if alike and len(saved) == len(then) == len(now):
+        return type(saved)(_merged(*each, is_rate) for each in zip(saved, then, now, strict=True))
+    if is_rate and then and saved != then:
+        now = float(saved) * now / then
+    return torch.full_like(saved, now) if isinstance(saved, Tensor) else now
+
+
+def _warn_of_other_settings(
+    saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], name: str
+) -> None:
+    """Warn of settings of a checkpoint that does not tell what training has made of them."""
+    rate = "initial_lr" if "initial_lr" in saved[0] else "lr"
+    for key in (rate, "weight_decay"):
+        old, new = saved[0].get(key), now[0].get(key)
+        if old is not None and new is not None and old != new:
+            logger.warning(
+                "the optimizer %r goes on with the %s %s of its checkpoint, which an earlier "
+                "version has written, and not with %s", name, key, old, new,
+            )  # fmt: skip
