@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +102,9 @@ FIXED = {
     "progress": "set its fields, as in self.progress.epoch = 3",
     "updates": "set self.optimizer or self.optimizers_dict in init_optimizers",
 }
+
+
+COUNTS = ("step", "optimizer_step", "nonfinite_count")  # A subclass may set them to numbers.
 
 
 class AttributeInUse(AttributeError, ValueError):
@@ -372,9 +376,15 @@ class Brain(SpeechBrainNames):
                 f"{type(self).__name__}.driver is called in place of the loop of fit; {value!r} "
                 "cannot be called: choose another name for the attribute"
             )
+        if name in COUNTS and (ready is None or not isinstance(value, Real)):
+            raise AttributeInUse(
+                f"{type(self).__name__}.{name} is a count, which begins with super().__init__(): "
+                f"{value!r} cannot be set{' before it' if ready is None else ''}; choose another "
+                "name for the attribute"
+            )
         if name == "hparams" and isinstance(value, Mapping):
             value = SimpleNamespace(**value)
-        elif name == "hparams" and not hasattr(value, "__dict__"):
+        elif name == "hparams" and ready is not None and not hasattr(value, "__dict__"):
             raise AttributeInUse(
                 f"{type(self).__name__}.hparams holds the hyperparameters by name; {value!r} is no "
                 "mapping: choose another name for the attribute"
@@ -559,8 +569,9 @@ class Brain(SpeechBrainNames):
         with self.autocast():
             outputs = self.compute_forward(batch, Stage.TRAIN)
             loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
-        report: Any = loss.detach()
-        if not self.__measuring:
+        if self.__measuring:
+            report: Any = loss.detach()
+        else:
             report = self.optimize(loss, last=self.is_last_batch)
         self.on_fit_batch_end(batch, outputs, loss.detach(), should_step)
         return report

@@ -814,9 +814,18 @@ def test_an_attribute_of_the_framework_runs_or_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"Early\.callbacks cannot be set: use"):
         Early()
+
+    class Counting(Brain):
+        def __init__(self) -> None:
+            self.hparams = None
+            self.step = 0
+            super().__init__()
+
+    with pytest.raises(ValueError, match=r"Counting\.step is a count.*0 cannot be set before it"):
+        Counting()
     for name, value in {
         "device": "meta", "options": {}, "callbacks": [], "progress": 0, "updates": None,
-        "hparams": 3, "log": "text", "driver": 3, "modules": {},
+        "hparams": 3, "step": "one", "log": "text", "driver": 3, "modules": {},
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"Regressor\.{name} .*(use|set|choose|allowed)"):
             setattr(brain, name, value)
