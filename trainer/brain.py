@@ -835,7 +835,7 @@ class Brain(SpeechBrainNames):
             stage: TRAIN for the precision of training, anything else for that of evaluation; None
                 for the present stage.
         """
-        training = (self.__stage if stage is None else stage) == Stage.TRAIN
+        training = self.__stage is Stage.TRAIN if stage is None else stage == Stage.TRAIN
         return (self.__precision if training else self.__eval_precision).autocast()
 
     @property
