@@ -485,7 +485,10 @@ class Brain(SpeechBrainNames):
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
-                    epoch_end.warn_of_totals(self.updates.values(), self.__epochs_to_do, total)
+                    epoch_end.warn_of_totals(
+                        self.updates.values(), self.__epochs_to_do, total,
+                        self.options.optimizer_step_limit,
+                    )  # fmt: skip
             restored = Snapshot(self.progress, self.__callback_state) if resumed else None
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             if restored is not None:  # The stage had begun before it was saved.

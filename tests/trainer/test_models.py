@@ -535,6 +535,14 @@ def test_a_cycle_that_is_over_leaves_the_rate(tmp_path: Path) -> None:
     assert rate(longer) == pytest.approx(last)
 
 
+def test_a_cycle_as_long_as_the_limit_of_steps_is_not_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cycle = partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=4)
+    scheduled(cycle, schedule_every="step", optimizer_step_limit=4).fit([1, 2, 3], batches(2))
+    assert not any("OneCycleLR" in each for each in caplog.messages)
+
+
 @pytest.mark.parametrize("kind", [NewBob, Plateau])
 def test_the_last_rate_of_a_resumed_schedule_is_that_of_the_optimizer(
     tmp_path: Path, kind: Any
@@ -636,6 +644,30 @@ def test_a_bare_checkpointer_goes_on_within_the_epoch(tmp_path: Path, end_of_epo
     again = EpochCounter(3)
     Checkpointer(tmp_path, recoverables={"counter": again}).recover_if_possible()
     assert list(again) == ([3] if end_of_epoch else [2, 3])
+
+
+def test_a_counter_beside_a_brain_goes_on_within_the_epoch(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Noting(Plain):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            if len(seen) == 5:
+                seen.append("killed")
+                raise Stop
+            seen.append((self.progress.epoch, batch["id"][0]))
+
+    for _ in range(2):
+        counter = EpochCounter(2)
+        keep = Checkpointer(tmp_path, recoverables={"counter": counter})
+        brain = make(Noting, checkpointer=keep, checkpoint_every_steps=1)
+        try:
+            brain.fit(counter, batches(3))
+        except Stop:
+            continue
+    wanted: list[Any] = [(epoch, f"utt{item}-0") for epoch in (1, 2) for item in range(3)]
+    wanted.insert(5, "killed")
+    assert seen == wanted
+    assert counter.current == 2
 
 
 class Stop(Exception):

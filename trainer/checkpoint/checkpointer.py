@@ -831,8 +831,9 @@ class Checkpointer:
                 obj.load_state_dict(states[name])
                 if name in local:
                     obj.load_local_state_dict(local[name])
-                if isinstance(obj, EpochCounter) and not checkpoint.end_of_epoch:
-                    obj.current = max(obj.current - 1, 0)  # The epoch is not over.
+                within = not checkpoint.end_of_epoch and "brain" not in self.recoverables
+                if isinstance(obj, EpochCounter) and within:  # A Brain sets it by itself.
+                    obj.current = max(obj.current - 1, 0)
             except Exception as error:
                 raise ValueError(
                     f"{checkpoint.path}: {name!r} ({type(obj).__name__}) cannot take its state: "
