@@ -1215,16 +1215,22 @@ class Brain(SpeechBrainNames):
         if self.__measuring:
             logger.warning("no optimizer: nothing is trained by gradients, as in k-means")
         schedules = getattr(self.hparams, "schedule", None)
+        kept = {n: u for n, u in self.updates.items() if optimizers.get(n) is u.optimizer}
         made = make_updates(
             optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
-            self.__on_hand_step,
+            self.__on_hand_step, kept,
         )  # fmt: skip
+        for update in self.updates.values():
+            if update not in kept.values():
+                update.unwatch()
         self.updates.clear()
         self.updates.update(made)
         self.__made_by = self.opt_class, schedules
-        for update in self.updates.values():
-            update.before_step.append(partial(self.callbacks.call, "before_optimizer_step", self))
-            update.after_step.append(partial(self.callbacks.call, "after_optimizer_step", self))
+        for update in made.values():
+            if update not in kept.values():
+                call = self.callbacks.call
+                update.before_step.append(partial(call, "before_optimizer_step", self))
+                update.after_step.append(partial(call, "after_optimizer_step", self))
 
     def __exchange_optimizers(self) -> None:
         """Take over the optimizers that the recipe has made since the last `fit`."""

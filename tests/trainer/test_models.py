@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
-from tests.trainer.small import Regressor, batches, make, net, same
+from tests.trainer.small import Players, Regressor, batches, make, net, same
 from trainer import Brain, Callback, Checkpointer, EpochCounter, Stage, distributed
 from trainer.optim.build import pick_device
 from trainer.schedules import NewBob, Noam, Plateau
@@ -437,6 +437,21 @@ def test_a_new_optimizer_between_two_fits_trains_and_is_resumed(tmp_path: Path, 
     resumed = phases("cut")
     assert same(resumed.modules.state_dict(), whole.modules.state_dict())
     assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
+
+
+def test_an_optimizer_that_stays_goes_on_beside_a_new_one() -> None:
+    brain = make(Players, hparams={"schedule": partial(Noam, warmup_steps=10)})
+    brain.fit([1], batches(3))
+    kept, old = brain.updates["discriminator"], brain.optimizers_dict["generator"]
+    new = torch.optim.SGD(brain.modules.generator.parameters(), lr=0.1)
+    brain.optimizers_dict = {**brain.optimizers_dict, "generator": new}
+    brain.fit([1], batches(3))
+    assert brain.updates["discriminator"] is kept
+    assert kept.schedule.last_epoch == 6
+    assert brain.updates["generator"].optimizer is new
+    assert brain.updates["generator"].schedule.last_epoch == 3
+    assert kept.others == [brain.updates["generator"]]
+    old.step()  # It is a recipe's own now: no warning.
 
 
 def test_optimizers_that_cannot_be_taken_over_are_told(caplog: pytest.LogCaptureFixture) -> None:
