@@ -57,7 +57,7 @@ class Writer:
         if kind == "object":
             tag = self.random.choice(["!new:collections.Counter", "!name:dict"])
             inner = [merge] * bool(merged) + [f"{name}: {self.flow(depth=1)}" for name in "ab"]
-            return [f"{indent}{key}: {tag} {{{', '.join(inner)}}}"]
+            return [f"{indent}{key}: {self.maybe_anchor()}{tag} {{{', '.join(inner)}}}"]
         anchor, lines = self.random.random() < 0.5, [f"{indent}  {merge}"] * bool(merged)
         names = self.random.sample("abcd", self.random.randint(1, 3))
         for name in names:
@@ -82,7 +82,8 @@ class Writer:
         if kind == "alias" and self.anchors:
             return f"*{choice(self.anchors)} "
         if kind in ("reference", "copy") and self.places:
-            return f"!{'ref' if kind == 'reference' else 'copy'} '{choice(self.places)}'"
+            tag = "!ref" if kind == "reference" else "!copy"
+            return f"{self.maybe_anchor()}{tag} '{choice(self.places)}'"
         if kind == "sum" and self.numbers and place:
             text = choice(["{} * 2", "{} + {}", "results/{}", "{}/x", "{} // 3 - {} % 5"])
             return "!ref " + re.sub("{}", lambda _: choice(self.numbers), text)
@@ -340,6 +341,7 @@ def test_tuples_are_read_from_the_command_line(
 
 
 def test_tuples_of_python_are_tuples(write: Write) -> None:
+    assert load_hparams(write("x: '(laughs)'\n"), {"x": "(sighs)"}) == {"x": "(sighs)"}
     for value in (
         (1, "a, b", None, True),
         (),

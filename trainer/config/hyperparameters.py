@@ -348,6 +348,8 @@ def _converted(old: Node | None, value: Any, name: str) -> Node:
         style = getattr(old, "style", None)
         return represent(None) if text is None else ScalarNode(STR, text, style=style)
     new = _to_node(value, name)
+    if kind == STR and is_tuple(new) and getattr(old, "style", None):
+        new = ScalarNode(STR, new.value, style='"')  # a text in quotes stays one
     if kind in (INT, FLOAT) and new.value in ("inf", "-inf"):
         return represent(float(new.value))
     words, fitting = KINDS.get(kind, ("", ()))
