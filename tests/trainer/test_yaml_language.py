@@ -539,6 +539,8 @@ def test_home_is_home_everywhere(
         table: !ref <data_folder>/a.csv
         deep: [{path: ~/x}]
         here: !ref ~/<seed>
+        root: "~"
+        below: !ref <root>/<seed>
         ratio: ~5
         approximate: a ~/b
         none: ~
@@ -550,6 +552,7 @@ def test_home_is_home_everywhere(
     assert (found["deep"], found["here"]) == ([{"path": f"{home}/x"}], f"{home}/7")
     assert (found["ratio"], found["approximate"], found["none"]) == ("~5", "a ~/b", None)
     assert (found["shared"], found["part"]) == (1, {"shared": 1})
+    assert (found["root"], found["below"]) == ("~", f"{home}/7")
     assert Configuration(path).options()["output_folder"] == f"{home}/runs/<seed>"
     assert "~/data" in Configuration(path).dump()
     typed = {"data_folder": Text("~/b"), "output_folder": Text("~/c")}
