@@ -195,7 +195,7 @@ def test_one_changed_leaf_of_any_tree_is_found_and_no_other() -> None:
 @settings_of_hypothesis(max_examples=60, deadline=None)
 @example("clips: [!new:trainer.clipping.NormClip {max_norm: 1}, !name:torch.nn.ReLU]")
 @example("a: &x 1\nb: [*x, {c: *x}]\nd: !ref <a>")
-@example("a: ['007', '(1, 2)', (1, 2), 'null', '!ref <a>', '']")
+@example("a: ['007', '(1, 2)', (1, 2), 'null', '!ref <a>', '', !!str ]")
 @given(GOOD_YAMLS)
 def test_the_record_of_a_yaml_has_the_same_values(text: str) -> None:
     """A hyperparams.yaml that is read again is the same run."""

@@ -590,6 +590,9 @@ class _Resolver(VersionedResolver):
 
 def dump(root: Node) -> str:
     """Write a tree as YAML text; shared nodes are written once, with aliases for the rest."""
+    for node in nodes(root):
+        if isinstance(node, ScalarNode) and tag(node) == STR and not node.value:
+            node.tag, node.style = STR, '"'  # An empty `!!str` would be written as null.
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = _Resolver
