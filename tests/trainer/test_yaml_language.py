@@ -231,8 +231,11 @@ def test_an_override_of_a_scalar_leaves_its_aliases_and_says_so(
     assert not caplog.records
     found = load_hparams(write(ALIASED), {"n": 4})
     assert (found["n"], found["m"], found["list"][0]) == (4, 3, 3)
+    inner = {"d": {"inner": {"low": 5}}}
+    assert load_hparams(write(ALIASED), inner)["list"][1] == {"low": 1, "high": 2}
+    d = "d alone is changed: its aliases (train, valid) keep the YAML's value; !ref <d> follows"
     said = "n alone is changed: its aliases (m, list.0) keep the YAML's value; !ref <n> follows"
-    assert [each.getMessage() for each in caplog.records] == [said]
+    assert caplog.messages == [said, d]
 
 
 def test_an_object_with_an_alias_stays_one_object(write: Write) -> None:
