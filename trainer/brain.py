@@ -541,7 +541,7 @@ class Brain(SpeechBrainNames):
                 self.__account(loss, self.__batch)
             self.__tracer.end_batch()
             self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError) as error:
             add_advice(error, batch)
             raise
         finally:
@@ -767,7 +767,7 @@ class Brain(SpeechBrainNames):
                 steps += 1
                 try:
                     loss = self.evaluate_batch(batch, stage)
-                except (TypeError, AttributeError, ValueError) as error:
+                except (TypeError, AttributeError) as error:
                     add_advice(error, batch)
                     raise
                 if loss is not None:

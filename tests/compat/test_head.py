@@ -93,10 +93,13 @@ def test_a_key_that_seeds_is_the_seed(name: str, tmp_path: Path) -> None:
 
 def test_the_folder_has_the_log_of_the_run(yaml: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    trainer.create_experiment_directory(folder, yaml, {"lr": 0.3})
+    call = "create(folder, yaml, {'lr': 0.3})"  # As a program does.
+    names = {"create": trainer.create_experiment_directory, "folder": folder, "yaml": yaml}
+    exec(call, {"__name__": "__main__", **names})
     logging.getLogger("__main__").info("a message of the recipe")
     brain = make(hparams={"output_folder": str(folder)})
     brain.fit([1, 2], batches(2))
+    head.close()
     log = (folder / "train.log").read_text()
     assert "a message of the recipe" in log
     assert log.count("train:") == 2 or log.count("epoch") >= 2
@@ -133,8 +136,9 @@ brain = Recipe({{"net": torch.nn.Linear(1, 1)}}, lambda p: torch.optim.SGD(p, 0.
     {{"output_folder": "run"}}, {{"device": "cpu"}}, trainer.Checkpointer("run/checkpoints"))
 data = torch.utils.data.TensorDataset(torch.randn(64, 1))
 brain.fit(range({epochs}), data, progressbar=False, train_loader_kwargs={{"batch_size": 4}})
-print("ranks", distributed.world_size(), "steps", brain.optimizer_step, "weight",
-    round(brain.modules.net.weight.item(), 6), flush=True)
+weight = round(brain.modules.net.weight.item(), 6)
+told = f"ranks {{distributed.world_size()}} steps {{brain.optimizer_step}} weight {{weight}}"
+sys.stdout.write(told + "\\n")  # In one piece: ranks share the terminal.
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

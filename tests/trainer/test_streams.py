@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from trainer import Brain, Checkpointer, Stage, distributed
 from trainer.callbacks import Callback
 from trainer.data import make_loader, report_bad, resumable
+from trainer.data.items import DealtItems
 
 from ..processes import TwoRanks
 
@@ -285,7 +286,7 @@ class Place:
     """Counts what is read of it, and goes on where its state says."""
 
     def __init__(self) -> None:
-        self.size, self.place, self.read = 8, 0, 0
+        self.size, self.place, self.read = 5, 0, 0
 
     def __iter__(self) -> Iterator[Any]:
         while self.place < self.size:
@@ -318,11 +319,15 @@ class Stop(Exception):
 
 
 class Stopping(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, at: str) -> None:
+        self.step, self.at = step, at
 
     def on_batch_start(self, brain: Any, batch: Any) -> None:
-        if self.step and brain.optimizer_step == self.step:
+        if self.at == "batch" and brain.optimizer_step == self.step:
+            raise Stop
+
+    def on_stage_end(self, brain: Any, report: Any) -> None:
+        if self.at == "end" and brain.optimizer_step == self.step:
             raise Stop
 
 
@@ -340,23 +345,38 @@ class Buffered(Placed):
 
 @pytest.mark.parametrize("kind", [Placed, PlacedLoader, Buffered])
 def test_a_stream_goes_on_by_its_own_state(kind: Any, tmp_path: Path) -> None:
-    def run(folder: Path, stop: int = 0) -> tuple[Any, int]:
+    def run(folder: Path, stop: int = 0, at: str = "") -> tuple[Any, int]:
         data: Any = kind()
         source = DataLoader(data, batch_size=2) if kind is Placed else data
         brain = small(folder, checkpoint_every_steps=1)
         brain.hparams.data = source  # A stateful object, too.
-        brain.callbacks.append(Stopping(stop))
+        brain.callbacks.append(Stopping(stop, at))
         with suppress(Stop):
             brain.fit(range(1, 3), source)
         return brain.seen, data.read
 
     whole, read = run(tmp_path / "whole")
-    assert read == 16
-    _, first = run(tmp_path / "parts", 3)
-    rest, second = run(tmp_path / "parts")
-    assert rest == whole
-    again = {Placed: 2, PlacedLoader: 1, Buffered: 4}[kind]  # The batch in which it stopped.
-    assert first + second == 16 + again
+    epoch, reads = 3 if kind is Placed else 5, []
+    # In an epoch; after the save of its last batch; after that of its end.
+    for stop, at in ((2, "batch"), (epoch, "end"), (epoch, "batch")):
+        _, first = run(tmp_path / f"{stop} {at}", stop, at)
+        rest, second = run(tmp_path / f"{stop} {at}")
+        assert rest == whole
+        reads.append(first + second)
+    again = {Placed: 1, PlacedLoader: 1, Buffered: 3}[kind]  # The batch in which it stopped.
+    assert (read, reads[0]) == (10, 10 + again)
+
+
+def test_dealt_items_begin_anew_after_their_end_and_go_on_before_it() -> None:
+    items = DealtItems(Placed(), True, 0, 2, 2)
+    whole = list(items)
+    assert len(whole) == 2
+    items.load_state_dict(items.state_dict())
+    iterator = iter(items)
+    assert next(iterator) == whole[0]
+    other = DealtItems(Placed(), True, 0, 2, 2)
+    other.load_state_dict(items.state_dict())
+    assert list(other) == whole[1:]
 
 
 def test_a_batch_that_is_none_is_left_out_and_counted() -> None:

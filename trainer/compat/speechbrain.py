@@ -184,8 +184,9 @@ def create_experiment_directory(
 ) -> None:
     """Make the folder of an experiment and record YAML, command and environment in it.
 
-    From then on messages go to its train.log and to the terminal. A program that calls it saves and
-    stops at signals. The folder is locked until the process ends. Every rank must call it.
+    The folder is locked until the process ends. Where a program calls this function in its own
+    file, messages go to train.log and to the terminal from then on, and the program saves and stops
+    at signals. Every rank must call it.
 
     Args:
         experiment_directory: the folder.
@@ -218,21 +219,25 @@ def create_experiment_directory(
         return list(map(str, changes))
 
     changes = distributed.run_on_main(make)
-    log = TextLog(path if distributed.is_main() else None)
-    _program.callback(log.close)
-    names = ["__main__", PACKAGE, *recipe_packages()]
-    _program.enter_context(session.messages(log, names, alone=False))
-    if sys._getframe(1).f_globals.get("__name__") == "__main__":  # A program, not a library's call.
-        session.end_with_launcher()
-        _program.enter_context(tolerant_output())
-        _program.enter_context(session.signals_at_safe_points())
-        _program.callback(setattr, sys, "excepthook", sys.excepthook)
-        sys.excepthook = _log_error(log, path / "train.log", sys.excepthook)
-    atexit.register(close)
+    if sys._getframe(1).f_globals.get("__name__") == "__main__":
+        _begin_program(path)
     if changes:
         logger.warning(
             "the run in %s goes on with other hyperparameters: %s", path, "; ".join(changes)
         )
+
+
+def _begin_program(folder: Path) -> None:
+    """Set up messages, signals and the hook for errors, until the process ends."""
+    session.end_with_launcher()
+    log = TextLog(folder if distributed.is_main() else None)
+    _program.callback(log.close)
+    _program.enter_context(tolerant_output())
+    _program.enter_context(session.messages(log, ["__main__", PACKAGE, *recipe_packages()]))
+    _program.enter_context(session.signals_at_safe_points())
+    _program.callback(setattr, sys, "excepthook", sys.excepthook)
+    sys.excepthook = _log_error(log, folder / "train.log", sys.excepthook)
+    atexit.register(close)
 
 
 def close() -> None:

@@ -148,10 +148,10 @@ def warn_of_others(folder: Path) -> None:
         )  # fmt: skip
 
 
-# Names by which a YAML seeds the generators; see `set_seed`.
+# Names by which a key __set_seed of a YAML seeds the generators; see `set_seed`.
 SEEDING = (
     "torch.manual_seed", "torch.random.manual_seed", f"{PACKAGE}.utils.seed_everything",
-    f"{PACKAGE}.utils.seed.seed_everything", "trainer.seed.seed_everything",
+    f"{PACKAGE}.utils.seed.seed_everything",
 )  # fmt: skip
 
 SET_SEED = f"{__name__}.set_seed"

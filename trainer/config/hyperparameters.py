@@ -146,8 +146,9 @@ class Configuration:
         if run_folder:
             confined(self.folder, path)
         self.root, self.comments = reading.read(path, alone=run_folder)
-        for _, node in items(self.root):  # A key that seeds generators has the seed of the run.
-            if object_name(node) in SEEDING and isinstance(node, SequenceNode) and node.value:
+        for key, node in items(self.root):  # Such as __set_seed, which has the seed of the run.
+            seeds = key.startswith("__") and object_name(node) in SEEDING
+            if seeds and isinstance(node, SequenceNode) and node.value:
                 node.tag = f"!apply:{SET_SEED}"
                 if get(self.root, "seed") is None:
                     put(self.root, "seed", node.value[0])

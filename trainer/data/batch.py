@@ -398,25 +398,20 @@ def batch_sizes(batch: Any) -> str:
 
 
 def add_advice(error: BaseException, batch: Any) -> None:
-    """Add a note to an error that a recipe's code met with a batch, where there is a known way out.
+    """Add a note to an error of a recipe that has used a `Padded` of a batch as a tensor.
 
     Args:
         error: the error, as it was caught.
         batch: the batch.
     """
-    text, note = str(error), ""
-    if isinstance(error, (TypeError, AttributeError)) and "Padded" in text:
-        field, access = _padded_field(error, batch)
-        note = (
-            f"{access} is a Padded, a tensor and the lengths of its examples: write "
-            f"`{field}, lengths = {access}`, and use `{field}`"
-        )
-    elif isinstance(error, ValueError) and "more than 1 value per channel" in text:
-        note = (
-            "batch normalization cannot train on a batch of one example: the loader option "
-            "drop_last=True (in train_loader_kwargs) leaves out an incomplete last batch"
-        )
-    if note and note not in getattr(error, "__notes__", ()):
+    if "Padded" not in str(error):
+        return
+    field, access = _padded_field(error, batch)
+    note = (
+        f"{access} is a Padded, a tensor and the lengths of its examples: write "
+        f"`{field}, lengths = {access}`, and use `{field}`"
+    )
+    if note not in getattr(error, "__notes__", ()):  # The batch may be of a `fit` in a hook.
         error.add_note(note)
 
 

@@ -13,7 +13,7 @@ from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, IterDataPipe
 
 from trainer.seed import derive, fork_rng
 
@@ -52,8 +52,8 @@ def knows_ranks(source: Any) -> bool:
 
 
 def _knows_ranks(part: Any) -> bool:
-    if hasattr(part, "rank") or hasattr(part, "num_replicas"):
-        return True
+    if hasattr(part, "rank") or hasattr(part, "num_replicas") or isinstance(part, IterDataPipe):
+        return True  # torch's DataLoader splits pipes.
     if any(
         hasattr(held, "rank") and (hasattr(held, "world_size") or hasattr(held, "num_replicas"))
         for held in getattr(part, "__dict__", {}).values()

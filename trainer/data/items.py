@@ -467,6 +467,7 @@ class DealtItems(IterableDataset[Any]):
     Attributes:
         equal: True if all ranks get equally many items in training.
         resumable: True if the dataset has a state of its own.
+        ended: True if all items were read, also while the last of them wait for their batch.
     """
 
     def __init__(
@@ -479,6 +480,7 @@ class DealtItems(IterableDataset[Any]):
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
         self._workers, self._asked = 1, False
         self._position = self._start = 0  # Items that were read; those before an iteration.
+        self.ended = False
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         if rank == 0 and self._world > 1 and not hasattr(dataset, "splits_by_rank"):
             logger.warning(
@@ -499,7 +501,7 @@ class DealtItems(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
-        position, self._start = self._start, 0
+        position, self._start, self.ended = self._start, 0, False
         last = self._world - 1 if self.train else self._rank  # Whose item completes a round.
         self._seed(position, number)
         items, own = iter(self.dataset), None
@@ -515,6 +517,7 @@ class DealtItems(IterableDataset[Any]):
             elif item is None:
                 report_bad(f"item {position} of {type(self.dataset).__name__}", "it is None")
             if item is _END:
+                self._position, self.ended = 0, True
                 break
             if item is None:
                 continue

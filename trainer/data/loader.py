@@ -397,6 +397,8 @@ class Stream:
             return None
         if not running:
             return {"source": self.stateful.state_dict()}
+        if self.dealt is not None and self.dealt.ended:  # The state may be that of a new epoch.
+            return None
         with self._forked or nullcontext():
             random = rng_state()
         random.pop("cuda", None)
