@@ -17,13 +17,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +198,9 @@ class RunFolder:
             return []
         if not path.read_bytes().endswith(b"\n"):
             raise ValueError(f"{path} is cut")
-        return now.changes(Settings(read(path, alone=True)[0], now.registry))
+        found = now.changes(Settings(read(path, alone=True)[0], now.registry))
+        place = self.progress()
+        return [replace(c, kind="training") if _ends_before(c, *place) else c for c in found]
 
     def trained(self) -> tuple[int, list[tuple[str, int]]]:
         """Return what changes with every checkpoint and every line of metrics.jsonl."""
@@ -203,13 +208,15 @@ class RunFolder:
         manifests = [(str(each), each.lstat().st_mtime_ns) for each in self._manifests()]
         return metrics.stat().st_size if metrics.exists() else 0, sorted(manifests)
 
-    def last_step(self) -> int:
-        """Return the optimizer step of the latest checkpoint; 0 without one."""
-        steps = [0]
+    def progress(self) -> tuple[int, float]:
+        """Return optimizer step and epoch of the latest checkpoint; 0 without one."""
+        places: list[tuple[int, float]] = [(0, 0)]
         for manifest in self._manifests():
             with contextlib.suppress(storage.BrokenCheckpoint):
-                steps.append(storage.read_manifest(manifest.parent).step or 0)
-        return max(steps)
+                saved = storage.read_manifest(manifest.parent)
+                epoch = saved.meta.get("epoch")
+                places.append((saved.step or 0, epoch if isinstance(epoch, (int, float)) else 0))
+        return max(places)
 
     def _manifests(self) -> list[Path]:
         """Return the manifests of the checkpoints; a program may keep these in any folder."""
@@ -234,7 +241,7 @@ class RunFolder:
             changes: what differs from the last start; command.txt gets it with the step.
         """
         path, text = self.path / HYPERPARAMS, f"{json.dumps(where, indent=1)}\n"
-        step = self.last_step() if changes else 0
+        step, _ = self.progress() if changes else (0, 0)
         self._trained = self.trained()
         self._before = path.read_bytes() if path.exists() and self._trained != NOTHING else None
         replace_file(path, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
@@ -274,6 +281,16 @@ class RunFolder:
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else f"\n{line}"  # Cut by a killed process.
             file.write(line.encode(errors="backslashreplace"))
+
+
+def _ends_before(change: Change, step: int, epoch: float) -> bool:
+    """Return True for a new end of a run that lies before what it has trained already."""
+    key, old, new = change.key, change.old, change.new
+    if change.kind != "extending" or not isinstance(new, (int, float)):
+        return False
+    if "patience" in key or "bad" in key or (isinstance(old, (int, float)) and new >= old):
+        return False
+    return new < (step if "step" in key else epoch if re.search("epoch|limit", key) else -math.inf)
 
 
 def _remove(path: Path) -> None:
