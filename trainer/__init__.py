@@ -20,7 +20,15 @@ from trainer.progress import Stage
 
 if TYPE_CHECKING:
     from trainer.cli import Run, launch, main
-    from trainer.compat.speechbrain import create_experiment_directory, parse_arguments
+    from trainer.compat.speechbrain import (
+        create_experiment_directory,
+        ddp_init_group,
+        dump_hyperpyyaml,
+        if_main_process,
+        load_hyperpyyaml,
+        parse_arguments,
+        run_on_main,
+    )
     from trainer.config.hyperparameters import load_hparams
     from trainer.inference import load
 
@@ -38,15 +46,20 @@ __all__ = [
     "StageReport",
     "StepReport",
     "create_experiment_directory",
+    "ddp_init_group",
+    "dump_hyperpyyaml",
+    "if_main_process",
     "launch",
     "load",
     "load_hparams",
+    "load_hyperpyyaml",
     "main",
     "parse_arguments",
+    "run_on_main",
 ]
 
 # Names of this package that a YAML may build, and the hyperparams.yaml of a run folder too.
-YAML_NAMES = (
+RUN_NAMES = (
     "Checkpointer", "EpochCounter", "checkpoint.Checkpointer",
     "checkpoint.checkpointer.Checkpointer", "clipping.AGC", "clipping.AdaGC", "clipping.AutoClip",
     "clipping.GradualClip", "clipping.LayerClip", "clipping.MedianClip", "clipping.MixedClip",
@@ -55,7 +68,7 @@ YAML_NAMES = (
     "epochs.EpochCounter", "metrics.Mean", "optim.ema.WeightAverage", "schedules.EarlyStopping",
     "schedules.NewBob", "schedules.Noam", "schedules.Plateau", "schedules.WarmupDecay",
 )  # fmt: skip
-RUN_NAMES = YAML_NAMES
+YAML_NAMES = (*RUN_NAMES, "compat.toolkit.set_seed")  # A run folder seeds nothing.
 
 # YAML and command line are imported on first use: programs that only subclass Brain start faster.
 _LAZY = {
@@ -65,7 +78,12 @@ _LAZY = {
     "main": "trainer.cli",
     "load_hparams": "trainer.config.hyperparameters",
     "create_experiment_directory": "trainer.compat.speechbrain",
+    "ddp_init_group": "trainer.compat.speechbrain",
+    "dump_hyperpyyaml": "trainer.compat.speechbrain",
+    "if_main_process": "trainer.compat.speechbrain",
+    "load_hyperpyyaml": "trainer.compat.speechbrain",
     "parse_arguments": "trainer.compat.speechbrain",
+    "run_on_main": "trainer.compat.speechbrain",
 }
 
 

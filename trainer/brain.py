@@ -40,8 +40,12 @@ from trainer.checkpoint.run_state import (
     Snapshot,
     StateEntry,
     TrainableState,
+    copied,
 )
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
+from trainer.compat import toolkit
+from trainer.compat.checkpoints import adapted
+from trainer.compat.names import SETTINGS, SpeechBrainNames
 from trainer.data import (
     DataFeed,
     batch_ids,
@@ -55,9 +59,11 @@ from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import (
+    counters_as_saved,
     evaluation_mode,
     evaluation_weights,
     gradients_kept,
+    has_weights,
     modes_kept,
     training_mode,
     warn_of_modes,
@@ -72,7 +78,6 @@ from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
-from trainer.speechbrain_names import SpeechBrainNames
 from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
@@ -124,6 +129,8 @@ class _Batch:
     reports: list[StepReport] = field(default_factory=list)
     stepped_by_hand: bool = False
     stepping: bool = False  # An optimizer may be moving weights.
+    closing: list[Update] | None = None  # While `optimizers_step` is called.
+    closed: list[StepReport] | None = None  # By it.
 
     def moved(self) -> bool:
         """Return True if an optimizer has stepped."""
@@ -282,10 +289,15 @@ class Brain(SpeechBrainNames):
         self.options = RunOptions.build(hparams or {}, run_opts)
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
-        self.device = pick_device(self.options.device)
         self.hparams = SimpleNamespace(**(hparams or {}))
+        checkpointer = adapted(checkpointer, self.hparams)
+        toolkit.check_lengths()
+        toolkit.warn_of_uncalled(type(self))
+        self.__theirs = toolkit.written_for_it(type(self))  # type: ignore[arg-type]
+        distributed.join(str(pick_device(self.options.device)))
+        self.device = pick_device(self.options.device)
         self.opt_class = opt_class
-        self.modules = prepare_modules(modules or {}, self.options).to(self.device)
+        self.modules = prepare_modules(modules or {}, self.options, self.device)
         self.updates: dict[str, Update] = {}
         self.progress = Progress()
         self.test_metrics: dict[str, Any] = {}
@@ -299,7 +311,10 @@ class Brain(SpeechBrainNames):
         self.__in_a_stage = False
         self.__nested_fits = 0  # Number of calls of that kind.
         self.__data: DataFeed | None = None  # Of the training.
+        self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
+        self.__measuring = False  # A recipe of SpeechBrain that has no optimizer.
+        self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
         self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
         self.__ticked = time.perf_counter()
@@ -345,6 +360,11 @@ class Brain(SpeechBrainNames):
             if name == "device" and ready and _is_same_device(value, self.device):
                 return
             raise AttributeInUse(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
+        if name in SETTINGS and ready:
+            raise AttributeInUse(
+                f"{type(self).__name__}.{name} cannot be set: it is a run option, which takes "
+                "effect where the Brain is made: give it in run_opts or hparams"
+            )
         if not callable(value) and name in METHODS:
             raise AttributeInUse(_replaces_method(type(self), name, value))
         if name == "driver" and not (value is None or callable(value)):
@@ -370,9 +390,10 @@ class Brain(SpeechBrainNames):
                 f"{type(self).__name__}.{name} cannot be set once fit has begun: set it before"
             )
         if name == "checkpointer":
+            value = adapted(value, self.hparams)
             self.__saver = Saver(value, self.__state, self.options, self.__on_saved)
             return value
-        modules = prepare_modules(value, self.options).to(self.device)
+        modules = prepare_modules(value, self.options, self.device)
         self.__trainable = TrainableState(modules)
         self.__guard = NonFiniteGuard(
             modules, self.options.nonfinite_patience, self.progress, self.__in_window
@@ -447,7 +468,10 @@ class Brain(SpeechBrainNames):
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
             resumed = self.__begin_training()
-            total = feed.begin(epoch)  # The data may be chosen by objects that were just restored.
+            data_epoch = self.__data_epoch
+            total = feed.begin(
+                data_epoch
+            )  # The data may be chosen by objects that were just restored.
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
@@ -457,7 +481,8 @@ class Brain(SpeechBrainNames):
             if restored is not None:  # The stage had begun before it was saved.
                 restored.restore()
             self.__metrics.begin_stage()
-            batches = () if self.__limit_reached() else feed.from_batch(epoch, progress.step)
+            ended = self.__limit_reached()
+            batches = () if ended else feed.from_batch(data_epoch, progress.step)
             done = 0  # In this process.
             with self.__hang_watch.watching():
                 for batch, is_last in self.__awaited(feed, batches, self.__depth == 1):
@@ -534,7 +559,9 @@ class Brain(SpeechBrainNames):
         with self.autocast():
             outputs = self.compute_forward(batch, Stage.TRAIN)
             loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
-        report = self.optimize(loss, last=self.is_last_batch)
+        report: Any = loss.detach()
+        if not self.__measuring:
+            report = self.optimize(loss, last=self.is_last_batch)
         self.on_fit_batch_end(batch, outputs, loss.detach(), should_step)
         return report
 
@@ -590,7 +617,7 @@ class Brain(SpeechBrainNames):
                     self.__guard.add_loss(updates[0].name, ids, part)
             for (each, _), (updates, _) in zip(losses, parts, strict=True):
                 self.__batch.stepping = True
-                reports = step.finish(updates, weight, last)
+                reports = self.__finish(updates, weight, last)
                 self.__batch.stepping = False
                 if each is None and reports[0].outcome != "accumulated":
                     self.progress.joint = None
@@ -604,6 +631,46 @@ class Brain(SpeechBrainNames):
             raise BatchGivenUp from error
         return found[0]
 
+    def optimizers_step(self) -> None:
+        """Step the optimizers that `freeze_optimizers` leaves; `optimize` calls it, too.
+
+        An override decides about the step where an accumulation window closes: it may do something
+        before and after ``super().optimizers_step()``, or step otherwise. A `fit_batch` that calls
+        ``backward()`` itself calls it to have its gradients clipped and checked.
+        """
+        batch = self.__batch
+        if batch.closing:
+            batch.closed = step.close(batch.closing)
+        elif not self.__measuring:
+            updates = self.__updates_for(None)
+            for update in updates:
+                self.__strategy.average(update.name)
+            self.__optimized = True
+            if step.step_by_gradients(updates):
+                batch.stepped_by_hand = True
+            else:
+                self.nonfinite_count += 1
+
+    def __finish(
+        self, updates: list[Update], weight: float | Tensor, last: bool
+    ) -> list[StepReport]:
+        """Step if the window is full or ``last``, by an override of `optimizers_step` if any."""
+        if not self.__own_step or updates[0].window.count < updates[0].size and not last:
+            try:
+                return step.finish(updates, weight, last)
+            except step.NoGradientError as error:
+                if not self.__theirs:
+                    raise
+                toolkit.warn_once(str(error))  # SpeechBrain steps without gradients.
+                return step.leave(updates)
+        batch = self.__batch
+        batch.closing, batch.closed = updates, None
+        try:
+            self.optimizers_step()
+        finally:
+            batch.closing = None
+        return step.leave(updates) if batch.closed is None else batch.closed
+
     def evaluate(
         self,
         test_set: Any,
@@ -611,6 +678,7 @@ class Brain(SpeechBrainNames):
         min_key: str | None = None,
         progressbar: bool | None = None,
         test_loader_kwargs: Mapping[str, Any] | None = None,
+        keep_weights: bool = False,
     ) -> Any:
         """Return the average loss over data, by the best checkpoint; changes nothing.
 
@@ -623,6 +691,8 @@ class Brain(SpeechBrainNames):
             min_key: metric of which the best checkpoint has the smallest value.
             progressbar: show a bar; None for the run option.
             test_loader_kwargs: arguments of `make_dataloader` for a Dataset.
+            keep_weights: leave the weights that were tested in the modules, as SpeechBrain does;
+                later training goes on with them.
 
         Raises:
             ValueError: if there is nothing to test.
@@ -630,7 +700,9 @@ class Brain(SpeechBrainNames):
         self.__configure_callbacks()
         feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
         self.__show_progress(progressbar)
+        tested = None
         with ExitStack() as stack:
+            own = stack.enter_context(self.__weights_of_run_kept())
             if not self.__depth:
                 stack.enter_context(self.__reporting_exceptions())
                 stack.enter_context(self.__saver.testing(self.__trained))
@@ -641,13 +713,36 @@ class Brain(SpeechBrainNames):
             stack.enter_context(self.__outside_stages())
             stack.push(self.__telling_end("on_evaluate_end"))
             self.callbacks.call("on_evaluate_start", self)
+            placed = copied(self.modules.state_dict()) if own is not None else {}
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
             report = self.__evaluate(feed, Stage.TEST, None)
+            if own is not None and not self.__depth and not has_weights(self.modules, placed):
+                self.__state.weights_of_run = own  # What is saved are weights of the recipe's.
+                self.__saver.release()
+                self.__state.weights_of_run = None
+            if keep_weights:
+                tested = copied(self.modules.state_dict())
+        if tested is not None:
+            self.modules.load_state_dict(tested)
         self.test_metrics = report.metrics or {"loss": report.loss}
         return report.loss
 
+    @contextmanager
+    def __weights_of_run_kept(self) -> Iterator[dict[str, Any] | None]:
+        """Context manager for a test whose hook may load other weights; yields those of the run."""
+        if not self.__trained or type(self).on_evaluate_start is Brain.on_evaluate_start:
+            yield None
+            return
+        own = copied(self.modules.state_dict())
+        try:
+            yield own
+        finally:
+            self.__state.weights_of_run = None
+            self.modules.load_state_dict(own)
+
     def __evaluate(self, feed: DataFeed, stage: Stage, epoch: int | None) -> StageReport:
         mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
+        shares = distributed.world_size() if self.__theirs else 1  # Each rank has all of the data.
         fits, outermost = self.__nested_fits, stage is Stage.VALID and self.__depth == 1
         with self.__in_stage(stage), hang_watch.pause(), ExitStack() as stack:
             if outermost:
@@ -676,7 +771,7 @@ class Brain(SpeechBrainNames):
                     add_advice(error, batch)
                     raise
                 if loss is not None:
-                    weight = self.count_examples(batch)
+                    weight = self.count_examples(batch) / shares
                     examples += weight
                     mean.update(loss, weight)
                 self.callbacks.call("on_batch_end", self, stage, loss)
@@ -729,7 +824,7 @@ class Brain(SpeechBrainNames):
             stage: TRAIN for the precision of training, anything else for that of evaluation; None
                 for the present stage.
         """
-        training = (self.__stage if stage is None else stage) is Stage.TRAIN
+        training = (self.__stage if stage is None else stage) == Stage.TRAIN
         return (self.__precision if training else self.__eval_precision).autocast()
 
     @property
@@ -777,11 +872,15 @@ class Brain(SpeechBrainNames):
             self.modules, self.__ema, self.checkpointer, self.options, self.__trained,
             max_key, min_key,
         )  # fmt: skip
-        with weights as replaced, self.__weights_replaced(replaced):
+        objects = vars(self.hparams).values()
+        counters = counters_as_saved(self.checkpointer, objects, max_key, min_key)
+        with weights as replaced, self.__weights_replaced(replaced), counters:
             yield
 
     def closes_window(self, name: str | None = None) -> bool:
         """Return True if the next `optimize` of this optimizer steps, rather than accumulates."""
+        if self.__measuring:
+            return True
         lead = self.__updates_for(name)[0]
         return lead.window.count + 1 >= lead.size
 
@@ -803,17 +902,30 @@ class Brain(SpeechBrainNames):
             return avg_loss
         return avg_loss + (value - avg_loss) / max(self.progress.step, 1)
 
-    def make_dataloader(self, dataset: Any, stage: Stage, **loader_kwargs: Any) -> Any:
-        """Return a loader of batches of a Dataset; see `trainer.data.make_loader`."""
+    def make_dataloader(
+        self, dataset: Any, stage: Stage, ckpt_prefix: str | None = None, **loader_kwargs: Any
+    ) -> Any:
+        """Return a loader of batches of a Dataset; see `trainer.data.make_loader`.
+
+        Args:
+            dataset: the dataset.
+            stage: what the batches are for.
+            ckpt_prefix: not used: a checkpoint says which batch comes next.
+            **loader_kwargs: arguments of `make_loader`.
+        """
         bad = {"on_bad": self.options.on_bad_item, "max_bad": self.options.max_bad_item}
-        return make_loader(
+        train, looped = stage == Stage.TRAIN, loader_kwargs.pop("looped_nominal_epoch", None)
+        options = toolkit.loader_options(dataset, self.__theirs, train, loader_kwargs)
+        loader = make_loader(
             dataset,
-            train=stage is Stage.TRAIN,
+            train=train,
             seed=self.options.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            **{**bad, "timeout": self.options.item_timeout, **loader_kwargs},
+            # The metrics of SpeechBrain's recipes are of one process, which sees all of the data.
+            rank=0 if self.__theirs and not train else distributed.rank(),
+            world_size=1 if self.__theirs and not train else distributed.world_size(),
+            **{**bad, "timeout": self.options.item_timeout, **options},
         )
+        return loader if looped is None else toolkit.looped(loader, looped)
 
     # ---------------------------------------------------------------------------------- the state
 
@@ -926,7 +1038,7 @@ class Brain(SpeechBrainNames):
         training_mode(self.modules, self.__trained_parameters())
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
-        train.begin(self.progress.epoch)
+        train.begin(self.__data_epoch)
         return train
 
     # ---------------------------------------------------- parts of the loop, in their order of use
@@ -956,7 +1068,9 @@ class Brain(SpeechBrainNames):
             name=stage.value,
             device=self.device,
             options=self.options,
-            make_loader=lambda dataset, **kw: self.make_dataloader(dataset, stage, **kw),
+            make_loader=lambda dataset, **kw: self.make_dataloader(dataset, stage=stage, **kw),
+            makes_datasets=type(self).make_dataloader is not Brain.make_dataloader,
+            whole=stage is not Stage.TRAIN and self.__theirs,
             loader_kwargs=kwargs or {},
         )
 
@@ -983,6 +1097,9 @@ class Brain(SpeechBrainNames):
                 self.__guard.settle()
                 snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
                 stack.callback(snapshot.restore)
+                stack.callback(setattr, self, "_Brain__data_epoch", self.__data_epoch)
+                if self.progress.outer_epoch is None:
+                    self.progress.outer_epoch = self.progress.epoch
                 stack.enter_context(gradients_kept(self.modules))
                 stack.enter_context(self.__tracer)
                 stack.callback(setattr, self.__strategy, "votes", self.__strategy.votes)
@@ -1029,7 +1146,7 @@ class Brain(SpeechBrainNames):
                 "range(1, 11) or EpochCounter(10)"
             )
         progress, outermost = self.progress, self.__depth <= 1
-        if not self.updates:
+        if not self.updates and not self.__measuring:
             self.__build_optimizers()
         elif outermost:
             self.__exchange_optimizers()
@@ -1080,6 +1197,9 @@ class Brain(SpeechBrainNames):
         )
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        self.__measuring = self.__theirs and not optimizers
+        if self.__measuring:
+            logger.warning("no optimizer: nothing is trained by gradients, as in k-means")
         schedules = getattr(self.hparams, "schedule", None)
         made = make_updates(
             optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
@@ -1115,8 +1235,8 @@ class Brain(SpeechBrainNames):
 
     def __epochs(self, counter: Iterable[int], has_valid: bool) -> Iterator[int]:
         """Yield the epochs that are still to do, each entered where it was left."""
-        progress, resumed = self.progress, False
-        if self.__depth <= 1:
+        progress, resumed, nested = self.progress, False, self.__depth > 1
+        if not nested:
             if progress.fits < self.__state.resumed_fit:
                 logger.info("fit number %d was over before: nothing to do", progress.fits)
                 return
@@ -1127,6 +1247,7 @@ class Brain(SpeechBrainNames):
             counter.current = progress.epoch - (progress.phase != "done")
         first = True
         for number, epoch in enumerate(counter, 1):
+            self.__data_epoch = (progress.outer_epoch or 0) + number - 1 if nested else epoch
             done = progress.phase == "done"
             if progress.stopped or (self.__limit_reached() and done):
                 return
@@ -1275,7 +1396,7 @@ class Brain(SpeechBrainNames):
         self.__guard.settle()
         outcomes = [report.outcome for report in batch.reports]
         if isinstance(loss, StepReport):
-            if loss.outcome in ("stepped", "overflowed") and loss.loss is not None:
+            if loss.outcome != "skipped" and loss.loss is not None:
                 # Loss and weight are sums over ranks already, and will be summed again.
                 metrics.add_loss(loss.loss, loss.weight / distributed.world_size())
         elif loss is not None and "skipped" not in outcomes:
@@ -1337,12 +1458,17 @@ class Brain(SpeechBrainNames):
                     for update in updates:
                         update.drop_window()
                 else:
-                    self.__take_reports(step.close(updates))
+                    self.__take_reports(self.__finish(updates, 0.0, last=True))
         if batch.reports:
             loss = next((r for r in batch.reports if r.name == progress.averaged), None)
             self.__account(loss, batch)
         self.__tracer.end_batch()
-        trained = self.__optimized or self.__stepped_by_hand or progress.optimizer_step
+        trained = (
+            self.__optimized
+            or self.__stepped_by_hand
+            or progress.optimizer_step
+            or self.__measuring
+        )
         if done and not trained and not self.__metrics.counts["out_of_memory"]:
             raise ValueError(
                 f"{type(self).__name__}.fit_batch ran {done} times and never called "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer import seed
 from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
 from trainer.checkpoint.run_state import check_weights
-from trainer.checkpoint.storage import BrokenCheckpoint, MissingCheckpoint
+from trainer.checkpoint.storage import BrokenCheckpoint, MissingCheckpoint, load_plain
 from trainer.optim.ema import WeightAverage
 from trainer.options import RunOptions
 
@@ -164,6 +164,45 @@ def evaluation_weights(
         elif average is not None:
             stack.enter_context(average.applied(modules))
         yield saved is not None or average is not None
+
+
+def has_weights(modules: nn.Module, weights: Mapping[str, Any]) -> bool:
+    """Return True if modules have these weights, which may be on another device."""
+    return all(
+        torch.equal(own.cpu(), weights[name])
+        if isinstance(own, torch.Tensor)
+        else own == weights[name]
+        for name, own in modules.state_dict().items()
+    )
+
+
+@contextmanager
+def counters_as_saved(
+    checkpointer: Checkpointer | None,
+    objects: Iterable[Any],
+    max_key: str | None,
+    min_key: str | None,
+) -> Iterator[None]:
+    """Context manager in which epoch counters have the epoch of the checkpoint that is tested.
+
+    Args:
+        checkpointer: checkpoints of the run, or None.
+        objects: any objects; those with ``current`` and ``limit`` are epoch counters.
+        max_key: metric of which the best checkpoint has the largest value.
+        min_key: metric of which the best checkpoint has the smallest value.
+    """
+    counters = [each for each in objects if hasattr(each, "current") and hasattr(each, "limit")]
+    own = [(counter, counter.current) for counter in counters]
+    if counters and checkpointer is not None and checkpointer.enabled and (max_key or min_key):
+        for best in checkpointer.find(min_key=min_key, max_key=max_key):
+            epoch = load_plain(best, "brain").get("progress", {}).get("epoch")
+            for counter in counters if epoch is not None else ():
+                counter.current = epoch
+    try:
+        yield
+    finally:
+        for counter, current in own:
+            counter.current = current
 
 
 def load_weights(

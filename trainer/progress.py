@@ -11,11 +11,19 @@ Phase = Literal["train", "valid", "done"]
 
 
 class Stage(enum.Enum):
-    """The purpose of a pass over data."""
+    """The purpose of a pass over data; equal to the member of that name of another `Stage`."""
 
     TRAIN = "train"
     VALID = "valid"
     TEST = "test"
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, enum.Enum) and type(other).__name__ == "Stage":
+            return self.name == other.name
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # That of every Enum.
 
 
 @dataclass
@@ -41,6 +49,7 @@ class Progress:
         averaged: name of the optimizer whose loss `Brain.fit_batch` returns.
         nonfinite_count: skipped steps of the current epoch.
         out_of_memory_count: batches in a row, up to the last one, for which memory ran out.
+        outer_epoch: in a nested `fit`, the epoch of the outermost one; None otherwise.
         counted_by_hand: True if the recipe has set ``optimizer_step`` in this batch.
     """
 
@@ -57,6 +66,7 @@ class Progress:
     averaged: str | None = None
     nonfinite_count: int = 0
     out_of_memory_count: int = 0
+    outer_epoch: int | None = None
     counted_by_hand: bool = False
 
     def load_state_dict(self, state: Mapping[str, Any], of_run: bool = True) -> None:

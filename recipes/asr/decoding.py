@@ -33,12 +33,15 @@ def greedy(log_probs: Tensor, frames: Tensor) -> list[list[int]]:
     return [path[path != BLANK].tolist() for path in paths]
 
 
-def known_words(text: str, lexicon: Collection[str]) -> str:
-    """The text with each word that ``lexicon`` lacks made the nearest that it has.
+def known_words(text: str, lexicon: Collection[str] | None) -> str:
+    """Return the text with each word that ``lexicon`` lacks replaced by the nearest that it has.
 
     Nearest by the number of edits, as a share of the longer word's letters. For a closed
     vocabulary: what a network spells wrong, "hirteen", can only be one of the words that are said.
+    With an empty lexicon, or None, words are left as they are.
     """
+    if not lexicon:
+        return text
     ordered = sorted(lexicon)  # of several that are equally near, the first
 
     def nearest(word: str) -> str:

@@ -27,7 +27,7 @@ class Recogniser(Brain):
     """Learns by CTC; valid and test are scored in words and characters.
 
     Reads from the YAML ``codec``, ``decoder``, ``beam_size`` and ``lexicon`` (the words that can be
-    said, null for any); writes ``wer_valid.txt`` and ``wer_test.txt`` into the run folder.
+    said; null or empty for any); writes ``wer_valid.txt`` and ``wer_test.txt`` into the run folder.
     """
 
     best_checkpoint: ClassVar = {"min_key": "wer"}
@@ -51,8 +51,7 @@ class Recogniser(Brain):
     def texts(self, predictions: tuple[Tensor, Tensor]) -> list[str]:
         """Decode the text of each utterance."""
         heard = [self.hparams.codec.decode(tokens) for tokens in self.decode(*predictions)]
-        lexicon = self.hparams.lexicon
-        return heard if lexicon is None else [known_words(text, lexicon) for text in heard]
+        return [known_words(text, self.hparams.lexicon) for text in heard]
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         self.scores = Scores()

@@ -290,9 +290,12 @@ def _unreadable(path: str | Path, error: soundfile.SoundFileError) -> str:
     except OSError as cause:
         return f"it cannot be read ({cause})"
     told = str(error).rpartition(": ")[2].rstrip(".")
+    convert = "convert it, as by ffmpeg -i FILE FILE.flac"
+    if "unsupported encoding" in told or "unimplemented format" in told:
+        return f"its encoding is not read ({told}): {convert}"
     if start.startswith(_MAGIC):
         return f"its header is cut or broken ({told})"
     for name, pattern in _OTHERS.items():
         if pattern.match(start):
-            return f"it is {name}, which is not read: convert it, as by ffmpeg -i FILE FILE.flac"
+            return f"it is {name}, which is not read: {convert}"
     return f"it is not an audio file ({told}; it begins with {start[:4]!r})"

@@ -28,8 +28,8 @@ def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:
         ) from None
     if path == root or not (follow_links or path.is_relative_to(root)):
         raise ValueError(
-            f"the name {name[:SHOWN]!r} in a manifest leads out of {folder}, to {path}: links may "
-            "where the corpus in the YAML has follow_links: true"
+            f"the name {name[:SHOWN]!r} in a manifest leads out of {folder}, to {path}; the option "
+            "--corpus.follow_links=true lets links do so"
         )
     return path
 

@@ -176,7 +176,7 @@ def read_text(path: Path, expected: str) -> str:
         raise TableError(
             path,
             f"has the byte 0x{data[start]:02x}, which is not UTF-8, as was expected: is it text in "
-            "Latin-1 or Windows-1252?",
+            "Latin-1 or Windows-1252? (iconv -f CP1252 -t UTF-8 converts it)",
             data.count(b"\n", 0, start) + 1,
         ) from None
 

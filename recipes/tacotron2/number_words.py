@@ -19,7 +19,7 @@ START = r"(?:(?<![^\s(\[—])|(?<=--)|(?<=mid-)|(?<=pre-)|(?<=post-)|(?<=early-)
 END = r"(?=[.,;:!?)\]]*(?:[\s—]|--|$))"
 # Behind it is no other number (a telephone number?), and no word without a vowel (a unit?).
 ALONE = r"(?! \d)(?! [b-df-hj-np-tv-xzB-DF-HJ-NP-TV-XZ]+\b)"
-WHOLE = r"(?:0|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*)"
+WHOLE = r"(?:0|[1-9]\d{0,2}(?:,\d{3}){1,4}|[1-9]\d{0,14})"  # Below 10^15.
 NUMBER = rf"({WHOLE}(?:\.\d+)?|\.\d+)"
 THINGS = r" (?:people|men|women|children|[a-z]{3,}s)\b"  # Which a number may count.
 DAY = r"([12]\d|3[01]|[1-9])"
@@ -211,7 +211,7 @@ RULES = _compiled(
     (rf"{START}(1[0-2]|[1-9])(?::([0-5]\d))? ?([ap]m\b|[AP]M\b|[ap]\.m\.|[AP]\.M\.)", _clock),
     (rf"{START}(1\d|2[0-3]|[1-9]):([0-5]\d)(){END}", _clock),
     (rf"{START}'?([1-9]\d)?(\d)0'?s{END}", _decade),
-    (rf"{START}([1-9][\d,]*)(st|nd|rd|th)(?:{END}|(?=-[a-z]))", _ordinal),
+    (rf"{START}({WHOLE})(st|nd|rd|th)(?:{END}|(?=-[a-z]))", _ordinal),
     (rf"{START}(1\d{{3}}|20\d\d)[-–](\d{{4}}|\d\d){END}", _years),
     (rf"{START}([1-9]\d{{0,2}})–([1-9]\d{{0,2}}){END}{ALONE}", _range),
     (
@@ -261,7 +261,7 @@ def in_words(text: str) -> str:
     for word in text.split():
         roman = re.fullmatch(rf"\W*{LONGER}(?:'s)?\W*", word)
         if roman or any(category(each)[0] in "NS" or each in "#%*/@\\_" for each in word):
-            shown = word.strip(".,;:!?()[]")
+            shown = word.strip(".,;:!?()[]")[:80]
             raise ValueError(f"{shown!r}, which cannot be spelled out for sure: write it in words")
     return text
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import soundfile
 
+from recipes.common.audio import read_header
 from recipes.common.cuts import files_below, sounds
 from recipes.tacotron2.data import readings
 from tests.recipes.test_missing_files import CORPORA, sound
@@ -102,7 +103,7 @@ def test_links_out_of_the_folder_of_a_table_are_an_option(tmp_path: Path) -> Non
     (tmp_path / "store").mkdir()
     shutil.move(path, tmp_path / "store" / "x.wav")
     path.symlink_to(tmp_path / "store" / "x.wav")
-    with pytest.raises(ValueError, match="line 1 of .*leads out of .*follow_links: true"):
+    with pytest.raises(ValueError, match="line 1 of .*leads out of .*--corpus.follow_links=true"):
         made.load()
     assert sum(map(len, made.load(follow_links=True).values())) == 40
 
@@ -132,6 +133,13 @@ def test_names_with_accents_in_either_form_and_with_suffixes_are_found(tmp_path:
     (tmp_path / "metadata.csv").write_text("b|Once.\nb.wav|Twice.\n")
     with pytest.raises(ValueError, match="line 2 of .* has the name '.*b.wav' of line 1 again"):
         readings(str(tmp_path), 1, 1, spell=False)
+
+
+def test_an_encoding_that_is_not_read_says_how_to_convert_it(tmp_path: Path) -> None:
+    file = sound(tmp_path / "a.caf", 1)
+    file.write_bytes(file.read_bytes().replace(b"lpcm", b"aac "))
+    with pytest.raises(BadItem, match=r"its encoding is not read \(.*\): convert it, as by ffmpeg"):
+        read_header(file)
 
 
 @pytest.mark.parametrize("suffix", [".m4a", ".aac", ".webm", ".wma", ".amr"])

@@ -389,6 +389,7 @@ def test_a_key_without_a_value_may_end_the_file(write: Write) -> None:
             "base: [demo.yaml]\n",
             "line 1: base must be the path of one YAML file, ending in .yaml; a",
         ),
+        ("x: !ref [<a>]\n", "line 1: !ref takes a text; quote what begins with [ or {"),
         ("x: (1, [2)\n", "x ({}, line 1): (1, [2) is no tuple; quote it if it is text"),
     ],
 )

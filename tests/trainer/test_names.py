@@ -15,7 +15,7 @@ from trainer.brain import ATTRIBUTES, FIXED, METHODS
 DOCS = Path(__file__).parents[2] / "docs" / "public-names.md"
 # Names that users of Brain-style trainers set, and some that look like internals.
 USERS = (
-    "patience", "statistics", "average", "monitor", "journal", "profiler", "precision",
+    "patience", "statistics", "average", "monitor", "journal", "profiler",
     "framework", "keeper", "forensics", "attributes", "weight_average", "eval_precision",
     "last_batch", "metrics", "ema", "guard", "state", "saver", "tracer", "stage", "batch",
     "depth", "has_valid", "loss", "scaler", "logger", "loggers", "strategy", "train_stats",

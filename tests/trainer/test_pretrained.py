@@ -89,6 +89,21 @@ def test_a_local_folder_is_loaded_and_no_network_asked(write: Write, folder: Pat
     assert torch.equal(weights[0], weights[2])
 
 
+def test_a_model_of_ones_own_is_loaded_like_its_parent(write: Write, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    Path("ownmodel.py").write_text(
+        "import transformers\nclass Net(transformers.BertModel):\n    pass\n"
+    )
+    text = "x: !name:ownmodel.Net.from_pretrained {P: model}\n".replace(
+        "P", "pretrained_model_name_or_path"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(".")
+        later = load_hparams(write(text), allow=["ownmodel"])["x"]
+    assert later.keywords["use_safetensors"] is True
+    assert isinstance(later(), transformers.BertModel)
+
+
 def test_a_download_is_left_to_the_run(write: Write) -> None:
     pytest.importorskip("transformers")
     path = write("model: !apply:transformers.AutoConfig.from_pretrained [somebody/a-model]\n")

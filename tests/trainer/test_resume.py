@@ -151,7 +151,7 @@ class Mixed(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         held: list[dict[str, Any]] = []
-        for index in range(ITEMS - 3):  # Whole batches for each of two workers.
+        for index in range(ITEMS):
             held.append(Sentences()[index])
             if len(held) > 7:
                 yield held.pop(random.randrange(len(held)))

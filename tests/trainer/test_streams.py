@@ -132,6 +132,16 @@ def test_each_item_is_in_one_batch_of_one_rank(kind: str, workers: int, world: i
             assert len(seen) == 13
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_the_batches_of_a_rank_do_not_depend_on_the_workers(train: bool) -> None:
+    for rank in range(2):
+        alone, shared = (
+            read("Shuffled", train, rank, 2, False, num_workers=workers) for workers in (0, 2)
+        )
+        assert alone == shared
+        assert [len(batch) for batch in alone] == ([2, 2, 2] if train or rank else [2, 2, 2, 1])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_items_of_a_dealt_stream_are_reported_once(workers: int) -> None:
     class Bad(IterableDataset):

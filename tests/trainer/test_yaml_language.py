@@ -303,6 +303,7 @@ def test_class_methods_are_called(write: Write) -> None:
             later: !name:torch.nn.EmbeddingBag.from_pretrained {mode: sum}
             own: !apply:tests.trainer.test_yaml_language.Table.of_size [4]
             static: !apply:tests.trainer.test_yaml_language.Table.sizes {rows: 3}
+            heir: !apply:tests.trainer.test_yaml_language.Table.from_pretrained [!ref <weights>]
             """),
         allow=["tests.trainer.test_yaml_language"],
     )
@@ -310,6 +311,7 @@ def test_class_methods_are_called(write: Write) -> None:
     assert found["frozen"].weight.requires_grad is True
     assert found["later"](torch.ones(2, 2)).mode == "sum"
     assert isinstance(found["own"], Table)
+    assert isinstance(found["heir"], Table)
     assert found["static"] == [3]
 
 
@@ -379,6 +381,25 @@ def test_texts_that_look_like_sums_stay_texts(write: Write) -> None:
     assert found["same"] == ["1+2", "1/0", "555-1234"]
     assert (found["path"], found["text"]) == ("results/555-1234", "1+2 apples")
     assert found["number"] == "12"
+
+
+def test_dates_and_texts_that_look_like_sums_are_not_calculated_with(write: Write) -> None:
+    found = load_hparams(
+        write("""\
+            seed: 7
+            day: 2024-10-15
+            text: 10-15
+            half: '1/0'
+            number: '5'
+            folder: !ref <day>/<seed>
+            other: !ref <seed>-<text>
+            more: !ref <half>/<seed>
+            sum: !ref <number> + <seed>
+            nested: !ref <folder> - 1
+            """)
+    )
+    assert (found["folder"], found["other"], found["more"]) == ("2024-10-15/7", "7-10-15", "1/0/7")
+    assert (found["sum"], found["nested"]) == (12, "2024-10-15/7 - 1")
 
 
 class Speaker:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,10 +29,13 @@ from trainer.checkpoint.storage import (
     FolderLock,
     MissingCheckpoint,
 )
+from trainer.compat import hooks
 from trainer.distributed import run_on_all, run_on_main
 from trainer.epochs import EpochCounter
 
 T = TypeVar("T")
+Key = Callable[[Checkpoint], Any]
+Predicate = Callable[[Checkpoint], bool]
 
 logger = logging.getLogger("trainer")
 
@@ -53,10 +57,16 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Retention:
-    """Rules for which checkpoints stay: the ``last`` newest ones, and the best by each metric."""
+    """Rules for which checkpoints stay: the ``last`` newest ones, and the best by each metric.
+
+    ``keys`` are functions of a checkpoint and numbers of those to keep with the largest value.
+    ``predicate`` is True for checkpoints that may be deleted; None for all.
+    """
 
     last: int
     best: tuple[Best, ...] = ()
+    keys: tuple[tuple[Key, int], ...] = ()
+    predicate: Predicate | None = None
 
     @property
     def most(self) -> int:
@@ -68,6 +78,8 @@ class Retention:
         kept = set(checkpoints[: self.last])
         for rule in self.best:
             kept.update(ranked(checkpoints, rule.metric, rule.mode)[: rule.n])
+        for key, n in self.keys:
+            kept.update(sorted(checkpoints, key=key, reverse=True)[:n])
         return kept or set(checkpoints[:1])
 
 
@@ -138,7 +150,8 @@ class Checkpointer:
         recoverables: objects to save and restore, by name. Each has ``state_dict`` and
             ``load_state_dict``. One that has ``local_state_dict`` and ``load_local_state_dict`` as
             well has a part of its state that differs between ranks.
-        checkpoints_dir: SpeechBrain's name for ``folder``.
+        checkpoints_dir: another name for ``folder``.
+        allow_partial_load: restore those recoverables alone that a checkpoint has.
 
     Attributes:
         enabled: set it to False and every save does nothing.
@@ -157,12 +170,16 @@ class Checkpointer:
     def __init__(
         self,
         folder: str | Path | None = None,
-        keep_last: int = 1,
+        keep_last: int | Mapping[str, Any] = 1,
         keep_best: Mapping[str, Any] | None = None,
         recoverables: Mapping[str, Any] | None = None,
         *,
         checkpoints_dir: str | Path | None = None,
+        allow_partial_load: bool = False,
     ) -> None:
+        listed = isinstance(keep_last, Mapping) and all(map(_is_recoverable, keep_last.values()))
+        if listed and isinstance(keep_last, Mapping):  # They may come second.
+            recoverables, keep_last = keep_last, 1
         if (folder is None) == (checkpoints_dir is None):
             raise ValueError("a Checkpointer needs a folder (also called checkpoints_dir), once")
         self.folder = Path(str(checkpoints_dir if folder is None else folder)).expanduser()
@@ -171,8 +188,9 @@ class Checkpointer:
         if type(keep_last) is not int or keep_last < 1:
             raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
         self.retention = Retention(keep_last, _best_rules({} if keep_best is None else keep_best))
-        self.enabled = True
+        self.enabled, self.allow_partial_load = True, allow_partial_load
         self.recoverables: dict[str, Any] = {}
+        self._optional: set[str] = set()
         self.add_recoverables(recoverables or {})
         self._held = False
         self._waiting: list[SaveRequest] = []
@@ -180,12 +198,23 @@ class Checkpointer:
         self._broken: dict[str, str] = {}  # Reasons by name; these are not looked at again.
         self._lock: FolderLock | None = None
 
-    def add_recoverable(self, name: str, obj: Any) -> None:
+    def add_recoverable(
+        self,
+        name: str,
+        obj: Any,
+        custom_load_hook: Callable[[Any, Path, bool], Any] | None = None,
+        custom_save_hook: Callable[[Any, Path], Any] | None = None,
+        optional_load: bool = False,
+    ) -> None:
         """Save and restore an object from now on.
 
         Args:
             name: name of the object in every checkpoint: letters, digits, - and _.
-            obj: object with ``state_dict`` and ``load_state_dict``.
+            obj: object with ``state_dict`` and ``load_state_dict``, or with methods that save and
+                load a file (`trainer.compat.hooks`).
+            custom_load_hook: restores the object from a file, in place of `load_state_dict`.
+            custom_save_hook: writes its state to a file, in place of `state_dict`.
+            optional_load: restore a checkpoint that lacks it, too.
 
         Raises:
             ValueError: the name or the object is not of this kind.
@@ -195,12 +224,19 @@ class Checkpointer:
                 f"{name!r} cannot name a recoverable: it becomes a file name, made of letters, "
                 "digits, - and _, and not beginning with rank-"
             )
-        if not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
+        if custom_load_hook is not None or custom_save_hook is not None:
+            save, load = custom_save_hook or _save, custom_load_hook or _load
+            obj = hooks.FileState(obj, partial(save, obj), partial(load, obj))
+        obj = hooks.as_stateful(obj) or obj
+        if not _is_recoverable(obj):
             raise ValueError(
                 f"the recoverable {name!r} is a {type(obj).__name__}, which has no state_dict and "
                 "load_state_dict"
             )
         self.recoverables[name] = obj
+        self._optional.discard(name)
+        if optional_load:
+            self._optional.add(name)
 
     def add_recoverables(self, recoverables: Mapping[str, Any]) -> None:
         """Add several objects by name, as `add_recoverable` does."""
@@ -224,7 +260,11 @@ class Checkpointer:
     # Saving
 
     def save_checkpoint(
-        self, meta: Mapping[str, Any] = {}, end_of_epoch: bool = True, name: str | None = None
+        self,
+        meta: Mapping[str, Any] = {},
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        verbosity: int | None = None,
     ) -> Checkpoint | None:
         """Save every recoverable, and delete no other checkpoint. Every rank must call it.
 
@@ -233,6 +273,7 @@ class Checkpointer:
             end_of_epoch: False for a save within an epoch.
             name: name of the checkpoint. It then stays until it is deleted by hand or saved again
                 under this name. By default it is named by the ``optimizer_step`` in ``meta``.
+            verbosity: not used.
 
         Returns:
             The checkpoint, or None while saves are held or disabled.
@@ -251,8 +292,11 @@ class Checkpointer:
         name: str | None = None,
         num_to_keep: int = 1,
         keep_recent: bool = True,
+        importance_keys: Iterable[Key] = (),
         max_keys: Iterable[str] = (),
         min_keys: Iterable[str] = (),
+        ckpt_predicate: Predicate | None = None,
+        verbosity: int | None = None,
     ) -> Checkpoint | None:
         """Save every recoverable, then delete the checkpoints that no rule keeps.
 
@@ -265,8 +309,12 @@ class Checkpointer:
             name: as in `save_checkpoint`, but the checkpoint can be deleted by later saves.
             num_to_keep: number to keep of the newest, and of the best by each key; at least 1.
             keep_recent: False to keep the best ones only.
+            importance_keys: functions of a checkpoint, of which those with the largest values are
+                kept.
             max_keys: metrics in ``meta`` of which the highest are kept.
             min_keys: metrics in ``meta`` of which the lowest are kept.
+            ckpt_predicate: True for the checkpoints that may be deleted; None for all.
+            verbosity: not used.
 
         Returns:
             The checkpoint, or None while saves are held or disabled.
@@ -279,7 +327,8 @@ class Checkpointer:
         rules = [Best(key, "min", num_to_keep) for key in min_keys]
         rules += [Best(key, "max", num_to_keep) for key in max_keys]
         last = max(self.retention.last, num_to_keep) if keep_recent else 0
-        retention = Retention(last, (*self.retention.best, *rules))
+        keys = tuple((key, num_to_keep) for key in importance_keys)
+        retention = Retention(last, (*self.retention.best, *rules), keys, ckpt_predicate)
         return self._request(meta, end_of_epoch, name, retention)
 
     def _warn_of_missing(self, retention: Retention, meta: Mapping[str, Any]) -> None:
@@ -436,11 +485,56 @@ class Checkpointer:
                 for each in (saved, *others)
                 if each.end_of_epoch == saved.end_of_epoch and not each.pinned
             ]
-            unwanted |= set(kind) - retention.select([e for e in kind if e not in unwanted])
+            may_go = retention.predicate or (lambda _: True)
+            kept = retention.select([e for e in kind if e not in unwanted])
+            unwanted |= {each for each in kind if each not in kept and may_go(each)}
         for checkpoint in unwanted:
             storage.delete(checkpoint.path)
 
+    def delete_checkpoints(
+        self,
+        *,
+        num_to_keep: int = 1,
+        min_keys: Iterable[str] | None = None,
+        max_keys: Iterable[str] | None = None,
+        importance_keys: Iterable[Key] | None = None,
+        ckpt_predicate: Predicate | None = None,
+        verbosity: int | None = None,
+    ) -> None:
+        """Delete all checkpoints but the newest ones, or the best ones. Every rank must call it.
+
+        Args:
+            num_to_keep: number to keep by each criterion; 0 deletes all.
+            min_keys: metrics in ``meta`` of which the lowest are kept.
+            max_keys: metrics of which the highest are kept.
+            importance_keys: functions of a checkpoint; those with the largest values are kept. By
+                default these are the newest.
+            ckpt_predicate: True for the checkpoints that may be deleted; None for all.
+            verbosity: not used.
+        """
+        if num_to_keep < 0:
+            raise ValueError(f"num_to_keep is {num_to_keep}; it must be 0 or more")
+        rules = [Best(key, "min", num_to_keep) for key in min_keys or ()]
+        rules += [Best(key, "max", num_to_keep) for key in max_keys or ()]
+        keys = tuple((key, num_to_keep) for key in importance_keys or ())
+        last = num_to_keep if importance_keys is None else 0
+
+        def delete() -> None:
+            self._prepare()
+            found = self.list_checkpoints()
+            kept = Retention(last, tuple(rules), keys).select(found) if num_to_keep else set()
+            for each in found:
+                if each not in kept and (ckpt_predicate is None or ckpt_predicate(each)):
+                    storage.delete(each.path)
+
+        run_on_main(delete)
+
     # Finding
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """The folder."""
+        return self.folder
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """List the checkpoints in the folder, newest first, by their manifests alone.
@@ -508,24 +602,49 @@ class Checkpointer:
         return best[:n]
 
     def find_checkpoint(
-        self, max_key: str | None = None, min_key: str | None = None
+        self,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        importance_key: Key | None = None,
+        ckpt_predicate: Predicate | None = None,
     ) -> Checkpoint | None:
-        """Find the newest checkpoint, or the best one by a metric, as `find` does; None if none."""
-        return next(iter(self.find(min_key, max_key)), None)
+        """Find the best checkpoint, as `find_checkpoints` does; None if there is none."""
+        found = self.find_checkpoints(max_key, min_key, 1, importance_key, ckpt_predicate)
+        return next(iter(found), None)
 
     def find_checkpoints(
         self,
         max_key: str | None = None,
         min_key: str | None = None,
         max_num_checkpoints: int | None = None,
+        importance_key: Key | None = None,
+        ckpt_predicate: Predicate | None = None,
     ) -> list[Checkpoint]:
-        """Find checkpoints, as `find` does, by SpeechBrain's arguments; all unless limited."""
-        return self.find(min_key, max_key, max_num_checkpoints)
+        """Find checkpoints, as `find` does, all unless limited.
+
+        Args:
+            max_key: metric in ``meta`` to maximise.
+            min_key: metric to minimise.
+            max_num_checkpoints: number of checkpoints; None for all.
+            importance_key: function of a checkpoint to maximise, in place of a metric.
+            ckpt_predicate: True for the checkpoints that may be found; None for all.
+        """
+        found = self.find(min_key, max_key, None)
+        if ckpt_predicate is not None:
+            found = [each for each in found if ckpt_predicate(each)]
+        if importance_key is not None:
+            found.sort(key=importance_key, reverse=True)
+        return found[:max_num_checkpoints]
 
     # Restoring
 
     def recover_if_possible(
-        self, max_key: str | None = None, min_key: str | None = None
+        self,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        importance_key: Key | None = None,
+        ckpt_predicate: Predicate | None = None,
+        device: Any = None,
     ) -> Checkpoint | None:
         """Restore every recoverable from the newest or best checkpoint. Every rank must call it.
 
@@ -536,6 +655,9 @@ class Checkpointer:
         Args:
             max_key: metric in ``meta`` to maximise.
             min_key: metric to minimise.
+            importance_key: function of a checkpoint to maximise, in place of a metric.
+            ckpt_predicate: True for the checkpoints that may be restored; None for all.
+            device: not used: each object takes its state to its own device.
 
         Returns:
             The checkpoint, or None if there is none.
@@ -548,10 +670,11 @@ class Checkpointer:
         """
         if self.recoverables:
             run_on_main(self._clean)
-        return retry_missing(lambda: self._recover(max_key, min_key))
+        wanted = (max_key, min_key, None, importance_key, ckpt_predicate)
+        return retry_missing(lambda: self._recover(wanted))
 
-    def _recover(self, max_key: str | None, min_key: str | None) -> Checkpoint | None:
-        names = run_on_main(self._candidates, max_key, min_key, shared=BrokenCheckpoint)
+    def _recover(self, wanted: tuple[Any, ...]) -> Checkpoint | None:
+        names = run_on_main(self._candidates, wanted, shared=BrokenCheckpoint)
         for name in names:
             try:
                 return self._restore(self.folder / name)
@@ -633,8 +756,8 @@ class Checkpointer:
             if lock is not None:
                 storage.remove_stale(self.folder)
 
-    def _candidates(self, max_key: str | None, min_key: str | None) -> list[str]:
-        found = self.find(min_key, max_key, None)
+    def _candidates(self, wanted: tuple[Any, ...]) -> list[str]:
+        found = self.find_checkpoints(*wanted)
         if self._broken and not found and not self.list_checkpoints():
             raise self._all_broken()
         return [each.name for each in found]
@@ -665,7 +788,11 @@ class Checkpointer:
     ) -> None:
         """Raise ValueError if a checkpoint has other recoverables than this run."""
         divided = {n for n, o in self.recoverables.items() if hasattr(o, "load_local_state_dict")}
-        _check_names(checkpoint, "states", set(states), set(self.recoverables))
+        needed = set(self.recoverables)
+        if self.allow_partial_load:
+            needed &= set(states)
+        needed -= self._optional - set(states)
+        _check_names(checkpoint, "states", set(states), needed)
         if checkpoint.processes == distributed.world_size():
             _check_names(checkpoint, "local states", set(local), divided)
         elif divided and distributed.is_main():
@@ -680,6 +807,8 @@ class Checkpointer:
         self, checkpoint: Checkpoint, states: Mapping[str, Any], local: Mapping[str, Any]
     ) -> None:
         for name, obj in self.recoverables.items():
+            if name not in states:  # It is optional.
+                continue
             try:
                 obj.load_state_dict(states[name])
                 if name in local:
@@ -715,6 +844,19 @@ class Checkpointer:
             f"every checkpoint in {self.folder} that could be used is broken: "
             f"{'; '.join(self._broken.values())}; move them away to start over"
         )
+
+
+def _is_recoverable(obj: Any) -> bool:
+    stateful = hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
+    return stateful or hooks.as_stateful(obj) is not None
+
+
+def _save(obj: Any, path: Path) -> None:
+    torch.save(obj.state_dict(), path)
+
+
+def _load(obj: Any, path: Path, _: bool) -> None:
+    obj.load_state_dict(torch.load(path, weights_only=True))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
 from trainer.checkpoint.storage import Checkpoint
+from trainer.compat.hooks import KEY
+from trainer.compat.toolkit import warn_of_others
 from trainer.options import RunOptions
 from trainer.progress import Progress
 from trainer.tree import map_leaves
@@ -117,11 +119,13 @@ class RunState:
 
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
+        weights_of_run: weights to resume with, while the modules have those of a test; else None.
     """
 
     def __init__(self, progress: Progress, stateful: Callable[[], Entries]) -> None:
         self.progress, self._stateful = progress, stateful
         self.resumed_fit = 0
+        self.weights_of_run: Mapping[str, Any] | None = None
         self._shared: Mapping[str, Any] | None = None  # None once everything is restored.
         self._local: Mapping[str, Any] = {}
         self._trained: Mapping[str, Any] = {}
@@ -132,6 +136,8 @@ class RunState:
         """Return what all ranks share."""
         entries = self._stateful()
         shared = {n: e.part.state_dict() for n, e in entries.items() if e.scope in SHARED}
+        if self.weights_of_run is not None:
+            shared["weights_of_run"] = self.weights_of_run
         return {"progress": dict(vars(self.progress)), **shared}
 
     def local_state_dict(self) -> dict[str, Any]:
@@ -147,6 +153,7 @@ class RunState:
             ValueError: if the state is another model's; nothing is changed then.
         """
         entries = self._stateful()
+        shared = {**shared, "modules": shared.get("weights_of_run", shared["modules"])}
         check_weights(entries["modules"].part, shared["modules"])
         fitting = True
         try:
@@ -312,6 +319,8 @@ class Saver:
         found = self._checkpointer.recover_if_possible()
         if found is not None:
             self._saved_step = self._progress.optimizer_step
+        else:
+            warn_of_others(self._checkpointer.folder)
         return found
 
     def pending(self) -> bool:
@@ -497,6 +506,8 @@ def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: for a name that is missing or unexpected, and for another shape.
     """
     own = modules.state_dict()
+    for name in [name for name in own if name.endswith(KEY) and name not in state]:
+        del own[name]  # Earlier checkpoints, and averages, have weights alone.
     checks.same_keys("the modules of this Brain", state, own)
     for name, tensor in own.items():
         if isinstance(tensor, Tensor) and tensor.shape != state[name].shape:

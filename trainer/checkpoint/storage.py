@@ -28,6 +28,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -77,6 +78,21 @@ class FileEntry(NamedTuple):
     sha256: str
 
 
+class Meta(dict[str, Any]):
+    """Values that the caller gave to a save, and two of SpeechBrain's on demand."""
+
+    def __init__(self, values: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        super().__init__(values)
+        self._checkpoint = checkpoint
+
+    def __missing__(self, key: str) -> Any:
+        if key == "unixtime":
+            return datetime.fromisoformat(self._checkpoint.time).timestamp()
+        if key == "end-of-epoch":
+            return self._checkpoint.end_of_epoch
+        raise KeyError(key)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Saved state of a run, as its manifest describes it.
@@ -114,10 +130,19 @@ class Checkpoint:
     base: dict[str, Any] | None = field(default=None, hash=False)
     shards: int | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.meta, dict):  # The manifest is not checked yet.
+            object.__setattr__(self, "meta", Meta(self.meta, self))
+
     @property
     def name(self) -> str:
         """Name of the folder."""
         return self.path.name
+
+    @property
+    def paramfiles(self) -> dict[str, Path]:
+        """Files of the recoverables by name; `torch.load` reads them (``weights_only=True``)."""
+        return {name: self.path / f"{name}.pt" for name in recoverable_names(self)}
 
 
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
@@ -129,7 +154,7 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "pinned": (bool,),
     "end_of_epoch": (bool,),
     "processes": (int,),
-    "meta": (dict,),
+    "meta": (Meta,),
     "contents": (str,),
     "base": (dict, type(None)),
     "shards": (int, type(None)),
@@ -293,6 +318,15 @@ def load_state(checkpoint: Checkpoint, name: str) -> Any:
         return state
     local = _load_dict(checkpoint, "rank-0.pt") if "rank-0.pt" in checkpoint.files else {}
     return _migrate(checkpoint, state, local.get(name, {}))[0]
+
+
+def load_plain(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Load the top-level values without tensors of the state of ``name``, and no others.
+
+    Raises:
+        BrokenCheckpoint: the file is damaged or unsafe.
+    """
+    return _load_dict(checkpoint, f"{name}.pt") if f"{name}.pt" in checkpoint.files else {}
 
 
 def load_part(checkpoint: Checkpoint, name: str, path: Sequence[str]) -> Any:

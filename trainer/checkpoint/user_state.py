@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from trainer import seed
+from trainer.compat import hooks
 from trainer.tree import leaves, map_leaves
 
 logger = logging.getLogger("trainer")
@@ -39,20 +40,23 @@ def find_stateful(
 ) -> dict[str, Any]:
     """Find the stateful objects among attributes, by dotted name, also in lists and dicts.
 
-    These are objects with ``state_dict`` and ``load_state_dict``, and random generators. Left out
-    are samplers and loaders, since progress says where they are, and what is saved otherwise:
-    objects whose ``id`` is known, and modules of no other tensors than ``modules`` has.
+    These are objects with ``state_dict`` and ``load_state_dict`` or with methods that save and load
+    a file (`trainer.compat.hooks`), and random generators. Left out are samplers and loaders, since
+    progress says where they are, and what is saved otherwise: objects whose ``id`` is known, and
+    modules of no other tensors than ``modules`` has.
     """
     seen = set(known)
     tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}
     found = {}
     for name, value in _flat(named):
-        part = seed.as_stateful(value) or value
+        part = hooks.as_stateful(value) or seed.as_stateful(value) or value
         stateful = hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
-        if not stateful or isinstance(part, (type, Sampler, DataLoader)) or id(value) in seen:
+        if not stateful or isinstance(value, (type, Sampler, DataLoader)) or id(value) in seen:
             continue
         if isinstance(part, nn.Module) and all(
-            id(t) in tensors for t in part.state_dict(keep_vars=True).values()
+            id(t) in tensors
+            for t in part.state_dict(keep_vars=True).values()
+            if isinstance(t, Tensor)
         ):
             continue
         seen.add(id(value))

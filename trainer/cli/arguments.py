@@ -18,6 +18,7 @@ from typing import Any
 
 from ruamel.yaml.nodes import ScalarNode
 
+from trainer import distributed
 from trainer.cli.folder import HYPERPARAMS
 from trainer.config.changes import ABSENT, Settings
 from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
@@ -268,6 +269,10 @@ class _RunOpts(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         if name == "device":
             return str(pick_device("auto"))
+        if name == "distributed_backend":
+            return "nccl" if self["device"].startswith("cuda") else "gloo"
+        if name == "distributed_launch":
+            return distributed.launched()
         return DEFAULTS[name] if name in DEFAULTS else vars(RunOptions())[name]
 
 

@@ -50,10 +50,11 @@ class _Handler(logging.Handler):
 
 
 @contextmanager
-def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
+def messages(log: TextLog, names: Iterable[str], alone: bool = True) -> Iterator[None]:
     """Context manager that sends messages and Python's warnings to train.log and the terminal.
 
-    These are the messages of the trainer, and of the loggers `names`.
+    These are the messages of the trainer, and of the loggers `names`; with ``alone`` they go
+    nowhere else.
     """
     handler = _Handler(log)
     loggers = [logging.getLogger(name) for name in {"trainer", "py.warnings", *names}]
@@ -61,7 +62,7 @@ def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
     logging.captureWarnings(True)
     for each in loggers:
         each.setLevel(logging.INFO)
-        each.propagate = False
+        each.propagate = each.propagate and not alone
         each.addHandler(handler)
     try:
         yield

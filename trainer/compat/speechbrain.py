@@ -1,59 +1,212 @@
-"""SpeechBrain's two functions for the head of a recipe.
+"""SpeechBrain's names for the head of a recipe; a module to import in SpeechBrain's place.
 
-    hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-    hparams = load_hparams(hparams_file, overrides)
-    create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+    import trainer.compat.speechbrain as sb
 
-`trainer.main` does all of this, and more, by itself.
+    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+    hparams = sb.load_hyperpyyaml(open(hparams_file), overrides)
+    sb.ddp_init_group(run_opts)
+    sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+
+Names that are not defined here are those of SpeechBrain, which is imported when the first of them
+is asked for. `trainer.main` does all of the above, and more, by itself.
 """
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
+
+from hyperpyyaml import dump_hyperpyyaml
+from ruamel.yaml.nodes import MappingNode, Node
 
 from trainer import distributed
+from trainer.brain import Brain
+from trainer.checkpoint import Checkpointer
+from trainer.cli import session
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.environment import environment
 from trainer.cli.folder import RunFolder
+from trainer.cli.output import tolerant_output
+from trainer.compat.toolkit import PACKAGE
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
+from trainer.config.reading import compose, items, object_name
+from trainer.config.registry import recipe_packages
+from trainer.epochs import EpochCounter
+from trainer.loggers import TextLog
+from trainer.optim.build import pick_device
+from trainer.progress import Stage
 
-__all__ = ["create_experiment_directory", "parse_arguments"]
+__all__ = [
+    "Brain", "Checkpointer", "EpochCounter", "Stage", "create_experiment_directory",
+    "ddp_init_group", "dump_hyperpyyaml", "if_main_process", "load_hyperpyyaml", "parse_arguments",
+    "run_on_main",
+]  # fmt: skip
 
 logger = logging.getLogger("trainer")
 
-_open_folders: list[RunFolder] = []  # locked until the process ends
+_program = ExitStack()  # What `create_experiment_directory` has opened, until the process ends.
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of SpeechBrain's."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name == "core":
+        return sys.modules[__name__]
+    package = importlib.import_module(PACKAGE)
+    if hasattr(package, name):
+        return getattr(package, name)
+    return getattr(importlib.import_module(f"{PACKAGE}.core"), name)
+
+
+def load_hyperpyyaml(
+    yaml_stream: IO[str] | str,
+    overrides: str | IO[str] | Mapping[str, Any] | None = None,
+    overrides_must_match: bool = True,
+) -> dict[str, Any]:
+    """Read a YAML and build its objects, as `trainer.load_hparams` does.
+
+    Args:
+        yaml_stream: an open file, or the text of a YAML.
+        overrides: new values of keys: a mapping, or a YAML of one.
+        overrides_must_match: refuse keys that the YAML does not have; False leaves them out.
+
+    Returns:
+        The values by key, objects built.
+
+    Raises:
+        ValueError: the YAML or an override is wrong; the message names key, file and line.
+    """
+    changes: Mapping[str, Any] = {}
+    if isinstance(overrides, Mapping):
+        changes = overrides
+    elif overrides is not None:
+        text = overrides if isinstance(overrides, str) else overrides.read()
+        node = compose(text, "the overrides") if text.strip() else MappingNode("", [])
+        if not isinstance(node, MappingNode):
+            raise ValueError("the overrides are no mapping, such as 'lr: 0.1'")
+        changes = _nested(node)
+    with _path_of(yaml_stream) as path:
+        configuration = Configuration(path)
+        known = {key for key, _ in items(configuration.root)}
+        if not overrides_must_match:
+            changes = {key: value for key, value in changes.items() if key in known}
+        configuration.override(changes)
+        return configuration.build()
+
+
+def _nested(node: Node) -> Any:
+    """Return a plain mapping as a dict, with what is below it, and anything else as it is."""
+    if isinstance(node, MappingNode) and not object_name(node):
+        return {key: _nested(each) for key, each in items(node)}
+    return node
+
+
+@contextmanager
+def _path_of(stream: IO[str] | str) -> Iterator[Path]:
+    name = getattr(stream, "name", None)
+    if isinstance(name, str) and Path(name).is_file():
+        yield Path(name)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "stream.yaml")
+        path.write_text(stream if isinstance(stream, str) else stream.read(), encoding="utf-8")
+        yield path
+
+
+def ddp_init_group(run_opts: Mapping[str, Any] | None = None) -> None:
+    """Join the processes that torchrun launched; nothing in a process that it did not launch.
+
+    Every rank must call it. A `Brain` does so by itself when it is made.
+
+    Args:
+        run_opts: the run options, of which ``device`` is used.
+    """
+    session.end_with_launcher()
+    device = (run_opts or {}).get("device") or "auto"
+    distributed.join(str(pick_device(str(device))))
+
+
+if_main_process = distributed.is_main
+
+
+def run_on_main(
+    func: Callable[..., Any],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    post_func: Callable[..., Any] | None = None,
+    post_args: Sequence[Any] | None = None,
+    post_kwargs: Mapping[str, Any] | None = None,
+    run_post_on_main: bool = False,
+) -> Any:
+    """Call a function on rank 0, and then another one on the others. Every rank must call it.
+
+    An error on one rank is an error on all of them.
+
+    Args:
+        func: called on rank 0.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        post_func: called on the other ranks once rank 0 is done, such as to load what it wrote.
+        post_args: its positional arguments.
+        post_kwargs: its keyword arguments.
+        run_post_on_main: call ``post_func`` on rank 0, too.
+
+    Returns:
+        What ``func`` returned, on every rank; it is sent as JSON.
+    """
+    result = distributed.run_on_main(lambda: func(*(args or ()), **(kwargs or {})))
+    if post_func is not None:
+        after = run_post_on_main or not distributed.is_main()
+        post = post_func
+        distributed.run_on_all(
+            lambda: post(*(post_args or ()), **(post_kwargs or {})) if after else None
+        )
+    return result
 
 
 def create_experiment_directory(
     experiment_directory: str | os.PathLike[str],
     hyperparams_to_save: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    log_config: Any = None,
+    save_env_desc: bool = True,
 ) -> None:
     """Make the folder of an experiment and record YAML, command and environment in it.
 
-    The folder is locked until the process ends. Every rank must call this function. It does not
-    start over, and messages do not go to train.log; `trainer.main` does both.
+    From then on messages go to its train.log and to the terminal. A program that calls it saves and
+    stops at signals. The folder is locked until the process ends. Every rank must call it.
 
     Args:
         experiment_directory: the folder.
         hyperparams_to_save: the YAML file.
         overrides: new values of its keys.
+        log_config: not used.
+        save_env_desc: not used: the environment is always recorded.
 
     Raises:
         ValueError: another command is using the folder, or it is not a run folder.
         OSError: the folder cannot be written.
     """
+    ddp_init_group()
+    path = Path(experiment_directory).expanduser()
     where = environment(Path(sys.argv[0]) if sys.argv[0] else None)
-    if distributed.is_main():
-        folder = RunFolder(Path(experiment_directory).expanduser())
+    close()
+
+    def make() -> list[str]:
+        folder = RunFolder(path)
         folder.open()
-        _open_folders.append(folder)
+        _program.callback(folder.close)
         text, changes = "", []
         if hyperparams_to_save is not None:
             configuration = Configuration(hyperparams_to_save)
@@ -61,10 +214,44 @@ def create_experiment_directory(
             text = configuration.dump()
             now = Settings(configuration.root, configuration.registry)
             changes = folder.changes(now)
-        if changes:
-            told = "; ".join(map(str, changes))
-            logger.warning(
-                "the run in %s goes on with other hyperparameters: %s", folder.path, told
-            )
         folder.record(text, [sys.executable, *sys.argv], where, changes=changes)
-    distributed.barrier()
+        return list(map(str, changes))
+
+    changes = distributed.run_on_main(make)
+    log = TextLog(path if distributed.is_main() else None)
+    _program.callback(log.close)
+    names = ["__main__", PACKAGE, *recipe_packages()]
+    _program.enter_context(session.messages(log, names, alone=False))
+    if sys._getframe(1).f_globals.get("__name__") == "__main__":  # A program, not a library's call.
+        session.end_with_launcher()
+        _program.enter_context(tolerant_output())
+        _program.enter_context(session.signals_at_safe_points())
+        _program.callback(setattr, sys, "excepthook", sys.excepthook)
+        sys.excepthook = _log_error(log, path / "train.log", sys.excepthook)
+    atexit.register(close)
+    if changes:
+        logger.warning(
+            "the run in %s goes on with other hyperparameters: %s", path, "; ".join(changes)
+        )
+
+
+def close() -> None:
+    """Release the folder, and undo what `create_experiment_directory` set up in this process."""
+    _program.close()
+
+
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+
+
+def _log_error(log: TextLog, path: Path, before: ExceptHook) -> ExceptHook:
+    """Return a hook that writes the error that ends the program to train.log, and tells ranks."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            with session.logged_exceptions(log, path), session.failing_as_one():
+                raise error.with_traceback(trace)
+        except BaseException as final:
+            session.tell_launcher(f"{type(final).__name__}: {final}")
+            before(type(final), final, final.__traceback__)
+
+    return hook

@@ -5,7 +5,8 @@ HyperPyYAML's: `<key[inner]>` is the value under those keys (in a plain mapping 
 `<object.attribute>` an attribute of a built object; text around references is kept, and arithmetic
 is evaluated, on numbers and on texts in quotes. A text that contains references ("run <seed>") has
 them filled in where it is referred to. In addition, references may point forward and refer to each
-other in any order, and `~/` at the beginning of a text is the home folder.
+other in any order; `~/` at the beginning of a text is the home folder; and dates and texts that
+look like sums ("555-1234") are not calculated with.
 
 `build` checks every name in the tree with the registry, and then lets HyperPyYAML's constructors
 build from it, in a safe YAML loader (without Python's own tags). Errors name key, file and line.
@@ -154,6 +155,8 @@ class _Resolver:
         result = REFERENCE.sub(lambda match: self._text(match[1], node), text)
         if len(result) > MAX_TEXT:
             raise ValueError(f"{location(node)}: the text is longer than {MAX_TEXT} characters")
+        if any(_is_no_number(self._target(name, node)) for name in REFERENCE.findall(text)):
+            return represent(result, node)
         try:
             return represent(arithmetic(result), node)
         except (SyntaxError, TypeError, RecursionError, MemoryError):
@@ -216,6 +219,18 @@ def _attribute_node(owner: Node, name: str, node: Node) -> Node:
         )
     values = [owner, ScalarNode(tag=STR, value=name)]
     return SequenceNode(ATTRIBUTE, values, node.start_mark, node.end_mark, flow_style=True)
+
+
+def _is_no_number(node: Node) -> bool:
+    """Return True for a date, and for a text that only looks like a sum, such as "555-1234"."""
+    if tag(node) != STR or re.fullmatch(r"[-+]?[\d.]+", node.value):
+        return tag(node) == TIMESTAMP
+    try:
+        return isinstance(arithmetic(node.value), (int, float))
+    except (SyntaxError, TypeError, RecursionError, MemoryError):
+        return False
+    except (ArithmeticError, ValueError):
+        return True
 
 
 def arithmetic(text: str) -> Any:

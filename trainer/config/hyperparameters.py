@@ -18,8 +18,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from trainer.compat.toolkit import SEEDING, SET_SEED
 from trainer.config import building, reading
 from trainer.config.reading import (
     BOOL,
@@ -145,6 +146,11 @@ class Configuration:
         if run_folder:
             confined(self.folder, path)
         self.root, self.comments = reading.read(path, alone=run_folder)
+        for _, node in items(self.root):  # A key that seeds generators has the seed of the run.
+            if object_name(node) in SEEDING and isinstance(node, SequenceNode) and node.value:
+                node.tag = f"!apply:{SET_SEED}"
+                if get(self.root, "seed") is None:
+                    put(self.root, "seed", node.value[0])
         for name, value in items(self.root):
             if _takes_text(name) and tag(value) in (INT, FLOAT, TIMESTAMP):  # such as 007
                 put(self.root, name, represent(value.value, value))

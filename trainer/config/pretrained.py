@@ -39,13 +39,12 @@ BOUND: dict[str, tuple[Any, ...]] = {
 
 
 def is_maker(target: Any) -> bool:
-    """Return True for a class method of transformers that makes a model or a tokenizer."""
-    owner = getattr(target, "__self__", None)
-    return (
-        inspect.isclass(owner)
-        and str(owner.__module__).startswith("transformers.")
-        and target.__name__ in MAKERS
-    )
+    """Return True for a class method of transformers that makes a model or a tokenizer.
+
+    It may be that of a subclass elsewhere, which inherits it.
+    """
+    own = inspect.isclass(getattr(target, "__self__", None)) and target.__name__ in MAKERS
+    return own and str(target.__module__).startswith("transformers.")
 
 
 def takes_any_keyword(target: Any) -> bool:

@@ -281,6 +281,10 @@ class _Composer(Composer):
         node: Node = super().compose_node(parent, index)
         self.depth -= 1
         name = tag(node)
+        if name in TAGS and not isinstance(node, ScalarNode):
+            raise ValueError(
+                f"{location(node)}: {name} takes a text; quote what begins with [ or {{"
+            )
         known = name in PLAIN or name in TAGS or name.startswith((*NAMING, INCLUDE))
         if not known and not (name == MERGE and index is None):
             raise ValueError(

@@ -52,6 +52,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
+from trainer.compat import toolkit
 from trainer.compat.old_paths import current_path
 from trainer.config.pretrained import is_maker
 from trainer.options import nearest
@@ -171,6 +172,8 @@ class Registry:
         self.downloads = False  # Objects may download files while they are built.
         self.packages = {"trainer", *recipe_packages()}
         allowed = [allow] if isinstance(allow, str) else list(allow)
+        if not run_folder:
+            allowed += toolkit.imported()
         for name in allowed:
             if not isinstance(name, str) or not NAME_IN_FULL.fullmatch(name):
                 raise ValueError(f"allow must hold names such as 'mypackage', not {name!r}")
@@ -185,7 +188,9 @@ class Registry:
             if run_folder:
                 self.training |= {*listed_names(package, "YAML_NAMES")} - {*names}
         # The longest prefix of a name decides.
-        self.rules: dict[str, Rule] = dict.fromkeys([*CLOSED.split(), *self.packages], "closed")
+        self.rules: dict[str, Rule] = dict.fromkeys(
+            [*CLOSED.split(), *toolkit.CLOSED, *self.packages], "closed"
+        )
         self.rules |= dict.fromkeys([*CLASSES, *FUNCTIONS.split()], "kind")
         self.rules |= dict.fromkeys(self.allowed, "open")
         self.good = {*self.listed, *(name for name, rule in self.rules.items() if rule != "closed")}
@@ -313,6 +318,8 @@ class Registry:
             return self._rule(name) != "closed"  # The class is allowed: it was looked into.
         if _needs_object(owner, name.rpartition(".")[2], found):
             return False
+        if self._rule(name) == "open" and _is_inherited(found):
+            return True
         while isinstance(found, functools.partial) and inspect.ismodule(owner):
             found = found.func
         origin = _origin(found)
@@ -446,6 +453,14 @@ def _is_of_kind(found: Any, origin: str) -> bool:
 
 def _is_below(module: str, packages: Iterable[str]) -> bool:
     return any(f"{module}.".startswith(f"{each}.") for each in packages)
+
+
+def _is_inherited(found: Any) -> bool:
+    """Return True for a class method that is in `NAMES`, as that of a subclass."""
+    label = f".{getattr(found, '__name__', '')}"
+    twins = [pydoc.locate(each) for each in NAMES.split() if each.endswith(label)]
+    function = getattr(found, "__func__", None)
+    return function is not None and function in [getattr(t, "__func__", None) for t in twins]
 
 
 def _needs_object(owner: Any, name: str, found: Any) -> bool:

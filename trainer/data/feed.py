@@ -198,6 +198,8 @@ def make_feed(
     options: RunOptions,
     make_loader: Callable[..., Any],
     loader_kwargs: Mapping[str, Any],
+    makes_datasets: bool = False,
+    whole: bool = False,
 ) -> DataFeed:
     """Make a data feed from a dataset, a DataLoader or any iterable of batches.
 
@@ -210,25 +212,28 @@ def make_feed(
         make_loader: called as ``make_loader(dataset, **loader_kwargs)`` for a dataset; returns a
             DataLoader or an iterable of batches.
         loader_kwargs: loader options, allowed for a dataset only.
+        makes_datasets: ``make_loader`` may make a dataset of a mapping.
+        whole: give every rank all batches.
 
     Raises:
         ValueError: ``source`` is nothing of the above, or is no dataset and there are loader
             options.
     """
     loader = source
-    if isinstance(source, Mapping):
+    listing = isinstance(source, Mapping)  # Of items, such as those of a dataset that is to be.
+    if listing and not makes_datasets:
         raise ValueError(
             f"the {name} set is a mapping, a {type(source).__name__}; give one of its parts: "
             f"{', '.join(map(repr, list(source)[:8]))}"
         )
-    if _is_dataset(source):
+    if listing or _is_dataset(source):
         loader = make_loader(source, **loader_kwargs)
     elif loader_kwargs:
         raise ValueError(
             f"loader options {sorted(loader_kwargs)} were given for the {name} set, but a "
             f"{type(source).__name__} is no Dataset: they would be ignored"
         )
-    elif not isinstance(source, Iterable):
+    elif listing or not isinstance(source, Iterable):
         raise ValueError(
             f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"
@@ -238,14 +243,15 @@ def make_feed(
             loader,
             seed=options.seed,
             train=train,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=0 if whole else distributed.rank(),
+            world_size=1 if whole else distributed.world_size(),
             on_bad=options.on_bad_item,
             max_bad=options.max_bad_item,
             timeout=options.item_timeout,
         )
     dealt = isinstance(loader, Loader) or getattr(loader, "dealt", None) is not None
-    split = not dealt and (isinstance(loader, (list, tuple)) or not knows_ranks(source))
+    split = not (dealt or whole)
+    split = split and (isinstance(loader, (list, tuple)) or not knows_ranks(source))
     limit = options.debug_batches if options.debug else 0
     repeat = options.overfit_batches if train else 0
     return DataFeed(loader, device, train, limit, repeat, split, options.seed)

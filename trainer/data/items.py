@@ -461,14 +461,19 @@ class DealtItems(IterableDataset[Any]):
         train: True to leave out the last items where there are fewer of them than ranks.
         rank: rank of this process.
         world_size: number of processes.
+        batch_size: items of a batch, which one worker loads: with workers the batches are those of
+            a process without; None where an item is a batch.
 
     Attributes:
         equal: True if all ranks get equally many items in training.
         resumable: True if the dataset has a state of its own.
     """
 
-    def __init__(self, dataset: Any, train: bool, rank: int, world_size: int) -> None:
+    def __init__(
+        self, dataset: Any, train: bool, rank: int, world_size: int, batch_size: int | None
+    ) -> None:
         self.dataset, self.train = dataset, train
+        self._batch_size = batch_size or 1
         self.equal = world_size == 1 or not knows_ranks(dataset)
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
@@ -503,7 +508,8 @@ class DealtItems(IterableDataset[Any]):
             reports = len(_loading.bad)
             item = next(items, _END)
             round_, place = divmod(position, self._world)
-            keeps = self._splits_by_worker or round_ % self._workers == number
+            turn = round_ // self._batch_size % self._workers
+            keeps = self._splits_by_worker or turn == number
             if not (keeps and place == self._rank):
                 del _loading.bad[reports:]  # Another process reports them.
             elif item is None:

@@ -134,7 +134,7 @@ def make_loader(
     timeout = options.pop("timeout", TIMEOUT)
     if isinstance(dataset, IterableDataset):
         if not isinstance(dataset, IterDataPipe):  # torch splits pipes by itself.
-            dataset = DealtItems(dataset, train, rank, world_size)
+            dataset = DealtItems(dataset, train, rank, world_size, options.get("batch_size", 1))
         if options.get("batch_size", 1) is not None and options.get("collate_fn") is None:
             options["collate_fn"] = collate_plain
         policy = BadItemPolicy(on_bad, max_bad)

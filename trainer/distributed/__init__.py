@@ -6,6 +6,7 @@ process, no function of this module communicates.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -110,6 +111,16 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
     _store = PrefixStore(f"restart-{restarts()}", shared)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def join(device: str) -> None:
+    """Join the processes that torchrun launched, for a program that has not done so; see `start`.
+
+    Every rank must call it. The process leaves the group when it ends.
+    """
+    if launched() and int(os.environ["WORLD_SIZE"]) > 1 and not _active():
+        start(device)
+        atexit.register(stop)
 
 
 def stop() -> None:

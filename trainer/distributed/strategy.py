@@ -454,7 +454,9 @@ def _norms(trained: Sequence[GradientBuckets]) -> list[float]:
     return [float(grad.norm()) for grad in grads if grad is not None and not grad.is_sparse]
 
 
-def _describe(tensor: Tensor) -> str:
+def _describe(tensor: Any) -> str:
+    if not isinstance(tensor, Tensor):  # A module's extra state.
+        return type(tensor).__name__
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 

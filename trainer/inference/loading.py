@@ -23,6 +23,7 @@ from torch import nn
 from trainer.brain import Brain
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_state import check_weights
+from trainer.compat.hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import nodes, object_name
 from trainer.config.registry import recipe_packages
@@ -288,6 +289,7 @@ def put_weights(
         raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
     if not isinstance(found, Mapping):
         raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
+    keep_in_state_dict(modules)
     found = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
     try:
         check_weights(modules, found)

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from trainer import distributed
 from trainer.clipping import Clipper, NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
+from trainer.compat.hooks import keep_in_state_dict
 from trainer.distributed.strategy import Strategy
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
@@ -64,8 +65,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn.ModuleDict:
-    """Return the modules by name, compiled in place where the options ask for it.
+def prepare_modules(
+    modules: Mapping[str, nn.Module], options: RunOptions, device: torch.device
+) -> nn.ModuleDict:
+    """Return the modules by name on a device, compiled in place where the options ask for it.
 
     Raises:
         ValueError: for something that is no mapping of modules, for lazy modules without shapes,
@@ -98,9 +101,14 @@ def prepare_modules(modules: Mapping[str, nn.Module], options: RunOptions) -> nn
         for name in modules if chosen is None else chosen:
             modules[name].compile(mode=options.compile_mode)
     try:
-        return nn.ModuleDict(modules)
+        prepared = nn.ModuleDict(modules).to(device)
     except (KeyError, TypeError) as error:
         raise ValueError(f"modules has a name that cannot be one: {error.args[0]}") from None
+    for module in prepared.modules():
+        if type(module).to is not nn.Module.to:  # It may hold tensors that are no buffers.
+            module.to(device)
+    keep_in_state_dict(prepared)
+    return prepared
 
 
 def make_updates(

@@ -60,6 +60,10 @@ class Window:
     lead: str = ""
 
 
+class NoGradientError(ValueError):
+    """Error for a loss that reaches no parameter of its optimizers."""
+
+
 class Update:
     """One optimizer with its loss scaler, clipper, schedule and accumulation window.
 
@@ -498,7 +502,7 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
     if not any(grads.tensors for grads in gradients):
-        raise ValueError(
+        raise NoGradientError(
             f"the loss given to optimize({lead.name!r}) reaches none of this optimizer's "
             "parameters: is it another optimizer's loss, or was something detached?"
         )
@@ -516,6 +520,45 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     if scaler.is_enabled():
         scaler.update()
     return reports
+
+
+def step_by_gradients(updates: Sequence[Update]) -> bool:
+    """Clip and step with gradients that a recipe's own backward passes have left, and drop them.
+
+    Returns:
+        False if a gradient is not finite, so that nothing has moved.
+    """
+    scaler = updates[0].scaler
+    for update in updates:
+        if scaler.is_enabled():
+            scaler.unscale_(update.optimizer)
+    gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
+    _fetch([(grads.measure(1.0), grads.take) for grads in gradients])
+    finite = all(grads.finite for grads in gradients)
+    for update, grads in zip(updates, gradients, strict=True):
+        if finite and grads.tensors:
+            update.clip(grads)
+            update._stepping = True
+            update.optimizer.step()
+            update._stepping = False
+    if scaler.is_enabled():
+        scaler.update()
+    for update in updates:
+        for p in update.all_params:
+            p.grad = None
+    return finite
+
+
+def leave(updates: Sequence[Update]) -> list[StepReport]:
+    """Drop a full window in whose place a recipe has done something of its own; report its loss."""
+    window = updates[0].window
+    assert window.loss is not None
+    weight = float(window.weight)
+    loss = float(window.loss) * window.reference / (weight or 1.0)
+    for update in updates:
+        update.drop_window()
+    finite = loss if math.isfinite(loss) else None
+    return [update.report("accumulated", loss=finite, weight=weight) for update in updates]
 
 
 def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:

@@ -59,3 +59,4 @@ def test_misspelt_words_become_the_nearest_known_ones() -> None:
     lexicon = frozenset({"number", "thirteen", "thirty", "eighth", "the"})
     assert known_words("munmber hirteen the ighth", lexicon) == "number thirteen the eighth"
     assert known_words("", lexicon) == ""
+    assert known_words("hirteen", []) == known_words("hirteen", None) == "hirteen"

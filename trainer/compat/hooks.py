@@ -1,0 +1,163 @@
+"""State of objects that save themselves to a file, by methods that SpeechBrain's decorators mark.
+
+A class marks one method by ``@mark_as_saver`` and one by ``@mark_as_loader``; the decorators leave
+an attribute on the methods, which is all that this module looks at. What such a method writes is
+kept as a part of the run's state. Nothing that it reads may unpickle objects: a class, or any other
+name that a pickle looks up, is refused in all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+logger = logging.getLogger("trainer")
+
+KEY = "saved_by_hooks"
+_loading = threading.local()
+_warned: set[type] = set()
+
+
+class FileState:
+    """State of an object with marked methods, as what they write to a file.
+
+    Args:
+        obj: the object.
+        save: writes its state to the file of a path.
+        load: restores it from the file of a path; takes ``end_of_epoch``, too.
+    """
+
+    def __init__(
+        self, obj: Any, save: Callable[[Path], Any], load: Callable[[Path, bool], Any]
+    ) -> None:
+        self._obj, self._save, self._load = obj, save, load
+
+    def state_dict(self) -> dict[str, str | None]:
+        """Return the bytes of the file, as text of which each character is a byte."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "state.ckpt")
+            self._save(path)
+            data = path.read_bytes() if path.exists() else None  # It may have nothing to save.
+            return {"file": None if data is None else data.decode("latin-1")}
+
+    def load_state_dict(self, state: dict[str, str | None]) -> None:
+        """Restore a state.
+
+        Raises:
+            ValueError: the methods unpickle objects.
+        """
+        text = state["file"]
+        if text is None:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "state.ckpt")
+            path.write_bytes(text.encode("latin-1"))
+            with no_unpickling(f"the state of a {type(self._obj).__name__}"):
+                # Restored is what was saved, also within an epoch, whose number `fit` knows.
+                self._load(path, True)
+
+
+def as_stateful(obj: Any) -> FileState | None:
+    """Return the state of an object with marked methods, or None for any other object.
+
+    Loaders are left out: progress says where they are.
+    """
+    kind: type = type(obj)
+    save, load = _marked(kind)
+    if not save or isinstance(obj, type) or (isinstance(obj, Iterator) and isinstance(obj, Sized)):
+        return None
+    if load:
+        return FileState(obj, getattr(obj, save), getattr(obj, load))
+    if type(obj) not in _warned:
+        _warned.add(type(obj))
+        logger.warning(
+            "a %s has a method that saves its state and none that loads it: a resumed run has it "
+            "as new", type(obj).__name__,
+        )  # fmt: skip
+    return None
+
+
+@functools.cache
+def _marked(kind: type) -> tuple[str, str]:
+    """Return the names of the methods that are marked to save and to load, or empty texts."""
+    found = {"_speechbrain_saver": "", "_speechbrain_loader": ""}
+    for cls in reversed(kind.__mro__):
+        for name, value in vars(cls).items():
+            for mark in found if inspect.isfunction(value) else ():
+                if hasattr(value, mark):
+                    found[mark] = name
+    save, load = found.values()
+    return save, load
+
+
+def keep_in_state_dict(modules: nn.Module) -> None:
+    """Have the state of modules with marked methods in the ``state_dict`` of the outermost one.
+
+    A normaliser that has neither parameters nor buffers is then saved, evaluated and loaded with
+    the weights. The ``state_dict`` of each module itself stays as it is.
+
+    Args:
+        modules: a module, with whatever modules are in it.
+    """
+
+    def add(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name, part in _parts(owner):
+            state[f"{prefix}{name}{KEY}"] = part.state_dict()["file"]
+
+    def take(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, part in _parts(owner):
+            text = state.pop(f"{prefix}{name}{KEY}", None)
+            if text is not None:
+                part.load_state_dict({"file": text})
+
+    modules.register_state_dict_post_hook(add)
+    modules.register_load_state_dict_pre_hook(take)
+
+
+def _parts(modules: nn.Module) -> Iterator[tuple[str, FileState]]:
+    for name, module in modules.named_modules():
+        part = as_stateful(module)
+        if part is not None:
+            yield f"{name}." if name else "", part
+
+
+@contextmanager
+def no_unpickling(what: str) -> Iterator[None]:
+    """Context manager in which this thread unpickles no objects, whatever it calls.
+
+    Numbers, texts and containers of them are no objects in this sense, and torch's loader with
+    ``weights_only=True`` reads tensors by other means.
+
+    Args:
+        what: name of what is read, for the message.
+
+    Raises:
+        ValueError: on the first name that a pickle looks up.
+    """
+    if not getattr(sys, "_trainer_watches_pickles", False):
+        sys._trainer_watches_pickles = True  # type: ignore[attr-defined]
+        sys.addaudithook(_refuse)
+    _loading.what = what
+    try:
+        yield
+    finally:
+        _loading.what = None
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if event.endswith(".find_class") and getattr(_loading, "what", None):
+        raise ValueError(
+            f"{_loading.what} is refused: its method that loads it unpickles "
+            f"{'.'.join(map(str, arguments[-2:]))}, and what a checkpoint holds must not run code; "
+            "allowed: torch.load(path, weights_only=True), JSON and other plain text"
+        )

@@ -1,0 +1,162 @@
+"""Names of SpeechBrain's `Brain` and of earlier versions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import distributed
+from trainer.optim.precision import Precision
+from trainer.optim.step import Update
+from trainer.options import RunOptions
+from trainer.progress import Progress, Stage
+
+logger = logging.getLogger("trainer")
+
+# Run options that SpeechBrain's recipes read as attributes of their Brain.
+OPTIONS = (
+    "precision", "eval_precision", "max_grad_norm", "grad_accumulation_factor", "debug",
+    "debug_batches", "debug_epochs", "nonfinite_patience", "skip_nonfinite_grads",
+    "optimizer_step_limit", "test_only", "profile_training",
+)  # fmt: skip
+
+
+# Those of them that recipes set, which would have no effect here.
+SETTINGS = (
+    "precision", "max_grad_norm", "grad_accumulation_factor", "nonfinite_patience",
+    "skip_nonfinite_grads",
+)  # fmt: skip
+
+
+class SpeechBrainNames:
+    """Mixin of `Brain`: counters, options and helpers under the names that recipes use.
+
+    Most can be read until a recipe sets attributes of these names, which are then its own.
+    """
+
+    device: torch.device
+    modules: nn.ModuleDict
+    options: RunOptions
+    progress: Progress
+    updates: dict[str, Update]
+
+    if not TYPE_CHECKING:  # mypy is to refuse these names
+
+        def __getattr__(self, name: str) -> Any:
+            """Return what a name of SpeechBrain's stands for; called for what is not set."""
+            if name == "last_batch":
+                return self.is_last_batch
+            if "options" in vars(self):  # Not before the constructor has run.
+                if name in OPTIONS:
+                    return getattr(self.options, name)
+                if name in READ:
+                    return READ[name](self)
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(message, name=name, obj=self)
+
+    @property
+    def epoch(self) -> Any:
+        """Current epoch, as the epoch counter numbers it, until a recipe sets its own."""
+        return vars(self).get("epoch", self.progress.epoch)
+
+    @epoch.setter
+    def epoch(self, value: Any) -> None:
+        vars(self)["epoch"] = value  # The loop goes by `progress`.
+
+    @epoch.deleter
+    def epoch(self) -> None:
+        del vars(self)["epoch"]
+
+    @property
+    def step(self) -> int:
+        """Batches of the current epoch so far, and what a recipe has added to them in the epoch."""
+        epoch, added = vars(self).get("_added_steps", (0, 0))
+        return self.progress.step + (added if epoch == self.progress.epoch else 0)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._added_steps = self.progress.epoch, value - self.progress.step
+
+    @property
+    def optimizer_step(self) -> int:
+        """Optimizer steps since the run began."""
+        return self.progress.optimizer_step
+
+    @optimizer_step.setter
+    def optimizer_step(self, value: int) -> None:
+        self.progress.optimizer_step, self.progress.counted_by_hand = value, True
+
+    @property
+    def nonfinite_count(self) -> int:
+        """Skipped steps of the current epoch."""
+        return self.progress.nonfinite_count
+
+    @nonfinite_count.setter
+    def nonfinite_count(self, value: int) -> None:
+        self.progress.nonfinite_count = value
+
+    @contextmanager
+    def no_sync(self, use: bool = True) -> Iterator[None]:
+        """Context manager that does nothing: ranks exchange gradients at steps only."""
+        yield
+
+    def check_loss_isfinite(self, loss: Tensor) -> None:
+        """Count a loss that is not finite, for a `fit_batch` that steps by hand.
+
+        Raises:
+            ValueError: after more of them in an epoch than ``nonfinite_patience``.
+        """
+        if not bool(torch.isfinite(loss).all()):
+            self.nonfinite_count += 1
+            if self.nonfinite_count > self.options.nonfinite_patience:
+                raise ValueError(
+                    f"{self.nonfinite_count} losses of epoch {self.epoch} were not finite, more "
+                    f"than nonfinite_patience ({self.options.nonfinite_patience}) allows"
+                )
+            logger.warning("the loss of batch %d is not finite", self.step)
+
+    def check_gradients(self) -> None:
+        """Drop gradients that are not finite, for a `fit_batch` that steps by hand."""
+        for name, parameter in self.modules.named_parameters():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                parameter.grad = None
+                logger.warning("the gradient of %s is not finite and is left out", name)
+
+
+def _average(brain: Any) -> float:
+    """Return the average of this rank's training losses of the epoch so far."""
+    return float(brain.stateful()["metrics"].part.average.value() or 0.0)
+
+
+def _scaler(brain: Any) -> torch.amp.GradScaler:
+    """Return the loss scaler of the first optimizer, which is disabled except for fp16."""
+    first = next(iter(brain.updates.values()), None)
+    return first.scaler if first else Precision(brain.options.precision, brain.device).scaler()
+
+
+def _autocast(stage: Stage) -> Any:
+    def context(brain: Any) -> AbstractContextManager[object]:
+        found: AbstractContextManager[object] = brain.autocast(stage)
+        return found
+
+    return context
+
+
+# What is worked out where it is read.
+READ: dict[str, Any] = {
+    "training_ctx": _autocast(Stage.TRAIN),
+    "evaluation_ctx": _autocast(Stage.VALID),
+    "scaler": _scaler,
+    "avg_train_loss": _average,
+    "noprogressbar": lambda brain: not brain.options.progressbar,
+    "distributed_launch": lambda brain: distributed.world_size() > 1,
+    "train_sampler": lambda brain: None,
+    "raw_modules": lambda brain: brain.modules,
+    "rank": lambda brain: distributed.rank(),
+    "optimizers_dict": lambda brain: None,
+}

@@ -1,0 +1,190 @@
+"""Recipes, datasets and lengths of SpeechBrain's, recognised without importing it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.seed import reseed
+
+PACKAGE = "speechbrain"
+
+UNCALLED = (
+    "_compile", "_fit_train", "_fit_valid", "_save_intra_epoch_ckpt",
+    "_should_save_intra_epoch_ckpt", "_train_loader_specifics", "_wrap_distributed",
+)  # fmt: skip
+
+logger = logging.getLogger("trainer")
+
+
+def is_theirs(obj: Any) -> bool:
+    """Return True for an object of a class of SpeechBrain, or of one that derives from such."""
+    return any(_in_package(cls.__module__) for cls in type(obj).__mro__)
+
+
+@functools.cache
+def written_for_it(kind: type) -> bool:
+    """Return True for a class whose module, or a function around it, has imported SpeechBrain."""
+    for cls in kind.__mro__:
+        if cls.__module__.partition(".")[0] in (__name__.partition(".")[0], "builtins"):
+            continue
+        seen = [*vars(sys.modules.get(cls.__module__, object)).values()]
+        for value in vars(cls).values():
+            if isinstance(value, FunctionType):
+                closure = inspect.getclosurevars(value)
+                seen += [*closure.nonlocals.values(), *closure.globals.values()]
+        if any(_names_package(value) for value in seen):
+            return True
+    return False
+
+
+def _names_package(value: Any) -> bool:
+    if isinstance(value, ModuleType):
+        return _in_package(value.__name__) or value.__name__ == f"{__package__}.{PACKAGE}"
+    return isinstance(value, (type, FunctionType)) and _in_package(value.__module__)
+
+
+def _in_package(module: Any) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] == PACKAGE
+
+
+def warn_of_uncalled(kind: type) -> None:
+    """Warn of methods of a recipe's class that override parts of SpeechBrain's loop."""
+    found = [name for name in UNCALLED if hasattr(kind, name)]
+    if found and written_for_it(kind):
+        warn_once(
+            f"{kind.__name__} has {', '.join(found)}, which overrides a part of SpeechBrain's loop "
+            "and is never called here: use the hooks on_fit_start, on_stage_start and on_stage_end"
+        )
+
+
+def loader_options(
+    dataset: Any, theirs: bool, train: bool, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return options of a loader, with SpeechBrain's defaults where a recipe counts on them.
+
+    Its datasets give its own batches, in which lengths are shares of the longest. Its recipes get
+    the items in the dataset's order, which they may have sorted, unless they ask for another.
+
+    Args:
+        dataset: the dataset.
+        theirs: True in a recipe that was written for SpeechBrain.
+        train: True for a loader of training data.
+        options: options that the recipe gives.
+    """
+    result = dict(options)
+    of_theirs = is_theirs(dataset) or is_theirs(getattr(dataset, "dataset", None))  # A subset.
+    batches = sys.modules.get(f"{PACKAGE}.dataio.batch")
+    if of_theirs and batches is not None and result.get("collate_fn") is None:
+        result["collate_fn"] = batches.PaddedBatch
+    ordered = any(result.get(name) is not None for name in ("shuffle", "sampler", "batch_sampler"))
+    if train and (of_theirs or theirs) and not ordered:
+        result["shuffle"] = False
+        warn_once(
+            f"the training data keep the order of their {type(dataset).__name__}, as in "
+            "SpeechBrain; the loader option shuffle: true gives another order in each epoch"
+        )
+    return result
+
+
+def looped(loader: Any, batches: int) -> Any:
+    """Return SpeechBrain's loader of epochs of so many batches, around another loader."""
+    dataloader = sys.modules.get(f"{PACKAGE}.dataio.dataloader")
+    if dataloader is None:
+        raise ValueError(
+            "the loader option looped_nominal_epoch is one of SpeechBrain's, which this program "
+            "has not imported: give an iterable of as many batches"
+        )
+    return dataloader.LoopedLoader(loader, batches)
+
+
+def check_lengths() -> None:
+    """Have SpeechBrain's masked losses refuse lengths that are numbers, such as `Padded.lengths`.
+
+    They take shares of the longest, and a number of 1 or more masks nothing.
+    """
+    losses: Any = sys.modules.get(f"{PACKAGE}.nnet.losses")
+    masked = getattr(losses, "compute_masked_loss", None)
+    if losses is None or masked is None or hasattr(masked, "__wrapped__"):
+        return
+
+    @functools.wraps(masked)
+    def checked(loss_fn: Any, predictions: Any, targets: Any, length: Any = None, *more: Any,
+                **options: Any) -> Any:  # fmt: skip
+        if isinstance(length, Tensor) and not length.is_floating_point():
+            raise ValueError(
+                "a loss of SpeechBrain's got lengths that are whole numbers, and it takes shares "
+                "of the longest, between 0 and 1: give batch.sig.relative() of a Padded sig"
+            )
+        return masked(loss_fn, predictions, targets, length, *more, **options)
+
+    losses.compute_masked_loss = checked
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn, once for each text."""
+    logger.warning("%s", text)
+
+
+def warn_of_others(folder: Path) -> None:
+    """Warn of checkpoints of SpeechBrain's in a folder in which a run is about to begin anew."""
+    others = sorted(path.parent.name for path in folder.glob("CKPT+*/CKPT.yaml"))
+    if others:
+        logger.warning(
+            "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is read: "
+            "this run begins anew. Its weights are read by "
+            "module.load_state_dict(torch.load('%s/model.ckpt', weights_only=True)) before fit",
+            folder, len(others), others[-1], folder / others[-1],
+        )  # fmt: skip
+
+
+# Names by which a YAML seeds the generators; see `set_seed`.
+SEEDING = (
+    "torch.manual_seed", "torch.random.manual_seed", f"{PACKAGE}.utils.seed_everything",
+    f"{PACKAGE}.utils.seed.seed_everything", "trainer.seed.seed_everything",
+)  # fmt: skip
+
+SET_SEED = f"{__name__}.set_seed"
+
+# Parts of SpeechBrain that a YAML may not name: they run commands or code, read pickles, download,
+# or write files of any name.
+CLOSED_PARTS = """
+    core.create_experiment_directory create_experiment_directory dataio.dataio.load_pickle
+    dataio.dataio.load_pkl dataio.dataio.save_md5 dataio.dataio.save_pkl dataio.dataio.write_audio
+    dataio.dataio.write_stdout dataio.dataio.write_txt_file dataio.legacy inference pretrained
+    utils.DER utils.data_utils.download_file utils.fetching utils.hpopt utils.importutils
+    utils.kmeans utils.superpowers
+"""
+CLOSED = [f"{PACKAGE}.{name}" for name in CLOSED_PARTS.split()]
+
+
+def imported() -> list[str]:
+    """Return the name of the package if this program has imported it, else nothing."""
+    return [PACKAGE] if PACKAGE in sys.modules else []
+
+
+def set_seed(seed: int = 0, verbose: bool = True, deterministic: bool = False) -> int:
+    """Seed Python, NumPy and torch, and return the seed.
+
+    Args:
+        seed: a whole number of 0 or more.
+        verbose: not used.
+        deterministic: let torch use deterministic algorithms only.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"a seed must be a whole number of 0 or more, not {seed!r}")
+    reseed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+    return seed
