@@ -205,6 +205,19 @@ def test_a_yaml_lists_keys_that_may_change(demo: str, capsys: pytest.CaptureFixt
     )
 
 
+def test_a_record_that_was_edited_is_another_start(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(demo)
+    path = Path("x/hyperparams.yaml")
+    path.write_text(path.read_text().replace("lr: 0.1", "lr: 0.3"))
+    assert "lr: 0.1 -> 0.3" in refused(capsys, "x/hyperparams.yaml")
+    path.write_text(path.read_text().replace("lr: 0.3", "lr: 0.1").replace("limit: ", "limit: 1"))
+    path.write_text(path.read_text().replace("limit: 1!ref <epochs>", "limit: 3"))
+    extended = run("x/hyperparams.yaml")
+    assert (first["steps"], extended["steps"]) == (6, 9)
+
+
 # ---------------------------------------------------------------- starts that fail
 
 

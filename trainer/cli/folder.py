@@ -36,9 +36,11 @@ from trainer.config.reading import read
 from trainer.loggers.files import readable_errors, replace_file, temporary
 
 HYPERPARAMS = "hyperparams.yaml"
+AS_STARTED = ".hyperparams.yaml"  # The same, to tell what was edited by hand in the first.
 LOCK = ".lock"
 RUN_FILES = (
     HYPERPARAMS,
+    AS_STARTED,
     "command.txt",
     "environment.json",
     "train.log",
@@ -196,11 +198,18 @@ class RunFolder:
         path = self.path / HYPERPARAMS
         if not self.has_record() or self._is_blank(HYPERPARAMS) or self.trained() == NOTHING:
             return []
-        if not path.read_bytes().endswith(b"\n"):
-            raise ValueError(f"{path} is cut")
-        found = now.changes(Settings(read(path, alone=True)[0], now.registry))
+        found: dict[str, Change] = {}
+        for each in (path, self.path / AS_STARTED):
+            if each.exists():
+                if not each.read_bytes().endswith(b"\n"):
+                    raise ValueError(f"{each} is cut")
+                before = Settings(read(each, alone=True)[0], now.registry)
+                found |= {change.key: change for change in now.changes(before)}
         place = self.progress()
-        return [replace(c, kind="training") if _ends_before(c, *place) else c for c in found]
+        return [
+            replace(change, kind="training") if _ends_before(change, *place) else change
+            for _, change in sorted(found.items())
+        ]
 
     def trained(self) -> tuple[int, list[tuple[str, int]]]:
         """Return what changes with every checkpoint and every line of metrics.jsonl."""
@@ -244,7 +253,8 @@ class RunFolder:
         step, _ = self.progress() if changes else (0, 0)
         self._trained = self.trained()
         self._before = path.read_bytes() if path.exists() and self._trained != NOTHING else None
-        replace_file(path, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
+        for each in (path, self.path / AS_STARTED):
+            replace_file(each, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
         replace_file(self.path / "environment.json", [text.encode()], "environment.json")
         self.add_command(command)
         for change in changes:
@@ -261,7 +271,8 @@ class RunFolder:
         except BaseException:
             before = self._before
             if before is not None and self.trained() == self._trained:
-                replace_file(self.path / HYPERPARAMS, [before], HYPERPARAMS)
+                for name in (HYPERPARAMS, AS_STARTED):
+                    replace_file(self.path / name, [before], HYPERPARAMS)
                 self._add_line("# failed before it trained: hyperparams.yaml is as before")
             raise
 
