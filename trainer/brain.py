@@ -297,7 +297,7 @@ class Brain(SpeechBrainNames):
         checkpointer = adapted(checkpointer, self.hparams)
         toolkit.check_lengths()
         toolkit.warn_of_uncalled(type(self))
-        self.__theirs = toolkit.written_for_it(type(self))  # type: ignore[arg-type]
+        self.__theirs = toolkit.written_for_it(type(self))
         distributed.join(str(pick_device(self.options.device)))
         self.device = pick_device(self.options.device)
         self.opt_class = opt_class

@@ -229,6 +229,19 @@ def test_a_loader_that_unpickles_is_refused_before_code_runs(read: Any, tmp_path
     assert pickle.loads(pickle.dumps(Counting())).count == 0  # Elsewhere it is nobody's business.
 
 
+def test_a_loader_that_runs_a_command_is_refused(tmp_path: Path) -> None:
+    class Shell(Counting):
+        @marked("loader")
+        def load(self, path: Path, end_of_epoch: bool) -> None:
+            os.system(f"mkdir {tmp_path / 'made'}")
+
+    part = hooks.as_stateful(Shell())
+    assert part is not None
+    with pytest.raises(ValueError, match="state of a Shell is refused: .* calls os.system"):
+        part.load_state_dict(part.state_dict())
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_class_that_saves_and_cannot_load_is_told_of(caplog: Any) -> None:
     class Forgetful:
         @marked("saver")

@@ -24,6 +24,8 @@ from torch import nn
 logger = logging.getLogger("trainer")
 
 KEY = "saved_by_hooks"
+# Events of Python's audit hooks that a method which loads a state has no reason for.
+COMMANDS = ("os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen")
 _loading = threading.local()
 _warned: set[type] = set()
 
@@ -133,7 +135,7 @@ def _parts(modules: nn.Module) -> Iterator[tuple[str, FileState]]:
 
 @contextmanager
 def no_unpickling(what: str) -> Iterator[None]:
-    """Context manager in which this thread unpickles no objects, whatever it calls.
+    """Context manager in which this thread unpickles no objects and runs no command.
 
     Numbers, texts and containers of them are no objects in this sense, and torch's loader with
     ``weights_only=True`` reads tensors by other means.
@@ -142,11 +144,9 @@ def no_unpickling(what: str) -> Iterator[None]:
         what: name of what is read, for the message.
 
     Raises:
-        ValueError: on the first name that a pickle looks up.
+        ValueError: on the first name that a pickle looks up, and on a command.
     """
-    if not getattr(sys, "_trainer_watches_pickles", False):
-        sys._trainer_watches_pickles = True  # type: ignore[attr-defined]
-        sys.addaudithook(_refuse)
+    _watch()
     _loading.what = what
     try:
         yield
@@ -154,10 +154,17 @@ def no_unpickling(what: str) -> Iterator[None]:
         _loading.what = None
 
 
+@functools.cache
+def _watch() -> None:
+    sys.addaudithook(_refuse)
+
+
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    if event.endswith(".find_class") and getattr(_loading, "what", None):
+    unpickles = event.endswith(".find_class")
+    if (unpickles or event in COMMANDS) and getattr(_loading, "what", None):
+        does = f"unpickles {'.'.join(map(str, arguments[-2:]))}" if unpickles else f"calls {event}"
         raise ValueError(
-            f"{_loading.what} is refused: its method that loads it unpickles "
-            f"{'.'.join(map(str, arguments[-2:]))}, and what a checkpoint holds must not run code; "
-            "allowed: torch.load(path, weights_only=True), JSON and other plain text"
+            f"{_loading.what} is refused: its method that loads it {does}, and what a checkpoint "
+            "holds must not run code; allowed: torch.load(path, weights_only=True), JSON and other "
+            "plain text"
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -31,7 +31,6 @@ def is_theirs(obj: Any) -> bool:
     return any(_in_package(cls.__module__) for cls in type(obj).__mro__)
 
 
-@functools.cache
 def written_for_it(kind: type) -> bool:
     """Return True for a class whose module, or a function around it, has imported SpeechBrain."""
     for cls in kind.__mro__:
@@ -39,9 +38,9 @@ def written_for_it(kind: type) -> bool:
             continue
         seen = [*vars(sys.modules.get(cls.__module__, object)).values()]
         for value in vars(cls).values():
-            if isinstance(value, FunctionType):
-                closure = inspect.getclosurevars(value)
-                seen += [*closure.nonlocals.values(), *closure.globals.values()]
+            for cell in (isinstance(value, FunctionType) and value.__closure__) or ():
+                with suppress(ValueError):  # It is empty.
+                    seen.append(cell.cell_contents)
         if any(_names_package(value) for value in seen):
             return True
     return False
