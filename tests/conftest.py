@@ -1,5 +1,6 @@
 """Fixtures of all tests: one thread, restored process state, two ranks, recorded speech."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -26,10 +27,15 @@ for number, handler in (
 
 @pytest.fixture(autouse=True)
 def _restore_process_state() -> Iterator[None]:
-    """Restore environment variables, signals, default dtype and process group after each test."""
+    """Restore environment, signals, log levels, default dtype and process group after each test."""
     before = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in HANDLED}
+    loggers = [logging.getLogger(name) for name in ("trainer", "recipes")]
+    levels = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     yield
+    for logger, level, kept in levels:
+        logger.setLevel(level)
+        logger.handlers[:] = kept
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signals.reset()

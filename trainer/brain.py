@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +102,9 @@ FIXED = {
     "progress": "set its fields, as in self.progress.epoch = 3",
     "updates": "set self.optimizer or self.optimizers_dict in init_optimizers",
 }
+
+
+COUNTS = ("step", "optimizer_step", "nonfinite_count")  # A subclass may set them to numbers.
 
 
 class AttributeInUse(AttributeError, ValueError):
@@ -372,9 +376,15 @@ class Brain(SpeechBrainNames):
                 f"{type(self).__name__}.driver is called in place of the loop of fit; {value!r} "
                 "cannot be called: choose another name for the attribute"
             )
+        if name in COUNTS and (ready is None or not isinstance(value, Real)):
+            raise AttributeInUse(
+                f"{type(self).__name__}.{name} is a count, which begins with super().__init__(): "
+                f"{value!r} cannot be set{' before it' if ready is None else ''}; choose another "
+                "name for the attribute"
+            )
         if name == "hparams" and isinstance(value, Mapping):
             value = SimpleNamespace(**value)
-        elif name == "hparams" and not hasattr(value, "__dict__"):
+        elif name == "hparams" and ready is not None and not hasattr(value, "__dict__"):
             raise AttributeInUse(
                 f"{type(self).__name__}.hparams holds the hyperparameters by name; {value!r} is no "
                 "mapping: choose another name for the attribute"
@@ -475,7 +485,10 @@ class Brain(SpeechBrainNames):
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
-                    epoch_end.warn_of_totals(self.updates.values(), self.__epochs_to_do, total)
+                    epoch_end.warn_of_totals(
+                        self.updates.values(), self.__epochs_to_do, total,
+                        self.options.optimizer_step_limit,
+                    )  # fmt: skip
             restored = Snapshot(self.progress, self.__callback_state) if resumed else None
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             if restored is not None:  # The stage had begun before it was saved.
@@ -559,8 +572,9 @@ class Brain(SpeechBrainNames):
         with self.autocast():
             outputs = self.compute_forward(batch, Stage.TRAIN)
             loss = self.compute_objectives(outputs, batch, Stage.TRAIN)
-        report: Any = loss.detach()
-        if not self.__measuring:
+        if self.__measuring:
+            report: Any = loss.detach()
+        else:
             report = self.optimize(loss, last=self.is_last_batch)
         self.on_fit_batch_end(batch, outputs, loss.detach(), should_step)
         return report
@@ -824,7 +838,7 @@ class Brain(SpeechBrainNames):
             stage: TRAIN for the precision of training, anything else for that of evaluation; None
                 for the present stage.
         """
-        training = (self.__stage if stage is None else stage) == Stage.TRAIN
+        training = self.__stage is Stage.TRAIN if stage is None else stage == Stage.TRAIN
         return (self.__precision if training else self.__eval_precision).autocast()
 
     @property
@@ -1201,16 +1215,22 @@ class Brain(SpeechBrainNames):
         if self.__measuring:
             logger.warning("no optimizer: nothing is trained by gradients, as in k-means")
         schedules = getattr(self.hparams, "schedule", None)
+        kept = {n: u for n, u in self.updates.items() if optimizers.get(n) is u.optimizer}
         made = make_updates(
             optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
-            self.__on_hand_step,
+            self.__on_hand_step, kept,
         )  # fmt: skip
+        for update in self.updates.values():
+            if update not in kept.values():
+                update.unwatch()
         self.updates.clear()
         self.updates.update(made)
         self.__made_by = self.opt_class, schedules
-        for update in self.updates.values():
-            update.before_step.append(partial(self.callbacks.call, "before_optimizer_step", self))
-            update.after_step.append(partial(self.callbacks.call, "after_optimizer_step", self))
+        for update in made.values():
+            if update not in kept.values():
+                call = self.callbacks.call
+                update.before_step.append(partial(call, "before_optimizer_step", self))
+                update.after_step.append(partial(call, "after_optimizer_step", self))
 
     def __exchange_optimizers(self) -> None:
         """Take over the optimizers that the recipe has made since the last `fit`."""

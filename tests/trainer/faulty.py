@@ -31,6 +31,7 @@ net: !new:torch.nn.Sequential
 epoch_counter: !new:trainer.EpochCounter
   limit: 2
 checkpoint_every_steps: 4
+neutral_keys: [slow, moment, fault, rank]
 progressbar: false
 """
 RANK = os.environ.get("RANK", "0")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
-from tests.trainer.small import Regressor, batches, make, net, same
-from trainer import Brain, Checkpointer, EpochCounter, Stage, distributed
+from tests.trainer.small import Players, Regressor, batches, make, net, same
+from trainer import Brain, Callback, Checkpointer, EpochCounter, Stage, distributed
 from trainer.optim.build import pick_device
 from trainer.schedules import NewBob, Noam, Plateau
 
@@ -439,6 +439,21 @@ def test_a_new_optimizer_between_two_fits_trains_and_is_resumed(tmp_path: Path, 
     assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
 
 
+def test_an_optimizer_that_stays_goes_on_beside_a_new_one() -> None:
+    brain = make(Players, hparams={"schedule": partial(Noam, warmup_steps=10)})
+    brain.fit([1], batches(3))
+    kept, old = brain.updates["discriminator"], brain.optimizers_dict["generator"]
+    new = torch.optim.SGD(brain.modules.generator.parameters(), lr=0.1)
+    brain.optimizers_dict = {**brain.optimizers_dict, "generator": new}
+    brain.fit([1], batches(3))
+    assert brain.updates["discriminator"] is kept
+    assert kept.schedule.last_epoch == 6
+    assert brain.updates["generator"].optimizer is new
+    assert brain.updates["generator"].schedule.last_epoch == 3
+    assert kept.others == [brain.updates["generator"]]
+    old.step()  # It is a recipe's own now: no warning.
+
+
 def test_optimizers_that_cannot_be_taken_over_are_told(caplog: pytest.LogCaptureFixture) -> None:
     class Thawing(Plain):
         def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
@@ -533,6 +548,14 @@ def test_a_cycle_that_is_over_leaves_the_rate(tmp_path: Path) -> None:
     longer = run(4)
     assert longer.optimizer_step == 8
     assert rate(longer) == pytest.approx(last)
+
+
+def test_a_cycle_as_long_as_the_limit_of_steps_is_not_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cycle = partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=4)
+    scheduled(cycle, schedule_every="step", optimizer_step_limit=4).fit([1, 2, 3], batches(2))
+    assert not any("OneCycleLR" in each for each in caplog.messages)
 
 
 @pytest.mark.parametrize("kind", [NewBob, Plateau])
@@ -636,6 +659,30 @@ def test_a_bare_checkpointer_goes_on_within_the_epoch(tmp_path: Path, end_of_epo
     again = EpochCounter(3)
     Checkpointer(tmp_path, recoverables={"counter": again}).recover_if_possible()
     assert list(again) == ([3] if end_of_epoch else [2, 3])
+
+
+def test_a_counter_beside_a_brain_goes_on_within_the_epoch(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Noting(Plain):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            if len(seen) == 5:
+                seen.append("killed")
+                raise Stop
+            seen.append((self.progress.epoch, batch["id"][0]))
+
+    for _ in range(2):
+        counter = EpochCounter(2)
+        keep = Checkpointer(tmp_path, recoverables={"counter": counter})
+        brain = make(Noting, checkpointer=keep, checkpoint_every_steps=1)
+        try:
+            brain.fit(counter, batches(3))
+        except Stop:
+            continue
+    wanted: list[Any] = [(epoch, f"utt{item}-0") for epoch in (1, 2) for item in range(3)]
+    wanted.insert(5, "killed")
+    assert seen == wanted
+    assert counter.current == 2
 
 
 class Stop(Exception):
@@ -760,6 +807,31 @@ def test_arrays_that_hold_no_numbers_are_refused_by_name(tmp_path: Path, value: 
         keep.save_checkpoint()
 
 
+@pytest.mark.parametrize("place", ["hparams", "callback", "recoverable"])
+def test_a_state_that_cannot_be_saved_is_refused_before_the_training(
+    tmp_path: Path, place: str
+) -> None:
+    class Odd(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"names": {"a", "b"}}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    seen: list[Any] = []
+
+    class Noting(Plain):
+        def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+            seen.append(batch)
+
+    keep = Checkpointer(tmp_path, recoverables={"odd": Odd()} if place == "recoverable" else None)
+    brain = make(Noting, hparams={"odd": Odd()} if place == "hparams" else {}, checkpointer=keep)
+    if place == "callback":
+        brain.callbacks.append(Odd())
+    with pytest.raises(ValueError, match="(?i)odd.*names is a builtins.set, which a checkpoint"):
+        brain.fit([1], batches(2))
+    assert not seen
+
+
 def test_a_rate_of_numpy_is_saved_and_resumed(tmp_path: Path) -> None:
     def run(epochs: int) -> float:
         cosine = partial(lr_scheduler.LambdaLR, lr_lambda=lambda epoch: np.cos(epoch / 7))
@@ -789,9 +861,18 @@ def test_an_attribute_of_the_framework_runs_or_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"Early\.callbacks cannot be set: use"):
         Early()
+
+    class Counting(Brain):
+        def __init__(self) -> None:
+            self.hparams = None
+            self.step = 0
+            super().__init__()
+
+    with pytest.raises(ValueError, match=r"Counting\.step is a count.*0 cannot be set before it"):
+        Counting()
     for name, value in {
         "device": "meta", "options": {}, "callbacks": [], "progress": 0, "updates": None,
-        "hparams": 3, "log": "text", "driver": 3, "modules": {},
+        "hparams": 3, "step": "one", "log": "text", "driver": 3, "modules": {},
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"Regressor\.{name} .*(use|set|choose|allowed)"):
             setattr(brain, name, value)

@@ -15,7 +15,8 @@ import torch
 from tests.trainer.small import Regressor, batches, make
 from trainer import options as run_options
 from trainer.cli.arguments import configure, parse_arguments
-from trainer.config.hyperparameters import load_hparams
+from trainer.config.changes import Settings
+from trainer.config.hyperparameters import Configuration, load_hparams
 from trainer.options import RunOptions
 from trainer.other_options import DEFAULTS, IGNORED, NAMES, REFUSED, RENAMED, SIMILAR
 
@@ -176,6 +177,23 @@ def test_options_that_were_not_given_can_be_read_from_parsed_arguments(write: Wr
     assert run_opts["ckpt_interval_minutes"] == 0
     with pytest.raises(KeyError):
         _ = run_opts["colour"]
+
+
+def test_a_start_compares_what_an_option_means(write: Write) -> None:
+    def settings(text: str) -> Settings:
+        configuration = Configuration(write(f"lr: 1\n{text}"))
+        return Settings(configuration.root, configuration.registry)
+
+    half = settings("auto_mix_prec: true\njit: false\nckpt_interval_minutes: 5\n")
+    assert not settings("precision: fp16\ncheckpoint_every_minutes: 5\njit: true\n").changes(half)
+    changes = settings("ckpt_interval_minutes: 6\nauto_mix_prec: false\n").changes(half)
+    assert {str(each): each.kind for each in changes} == {
+        "precision: fp16 -> fp32": "training",
+        "checkpoint_every_minutes: 5 -> 6": "neutral",
+    }
+    assert (
+        half.suffix({"auto_mix_prec": False, "ckpt_interval_minutes": 0}) == "-auto_mix_prec=true"
+    )
 
 
 @pytest.mark.parametrize(

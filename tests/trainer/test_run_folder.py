@@ -178,11 +178,24 @@ def test_extending_and_neutral_keys_take_effect_and_are_recorded(
     assert refused(capsys, demo, "--epochs=30", "--lr=0.3").count(" -> ") == 1
 
 
+def test_a_run_cannot_end_before_what_it_has_trained(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(demo, "--epochs=9", "--optimizer_step_limit=4")["steps"] == 4
+    line = refused(capsys, demo, "--epochs=9", "--optimizer_step_limit=3")
+    assert "optimizer_step_limit: 4 -> 3" in line
+    assert run(demo, "--epochs=3")["steps"] == 7  # Both are ahead of what is trained.
+    for change in ("--epochs=2", "--epochs=3 --epoch_counter.limit=1", "--optimizer_step_limit=6"):
+        refused(capsys, demo, *change.split())
+    assert run(demo, "--epochs=3", "--optimizer_step_limit=7")["steps"] == 7
+
+
 def test_a_yaml_lists_keys_that_may_change(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
     own = "    resumable_keys: [scale]\n    neutral_keys: [opt.momentum]\n"
     Path(demo).write_text(textwrap.dedent(YAML + own))
     run(demo)
-    assert run(demo, "--scale=5", "--opt.momentum=0.9")["scale"] == 5
+    for scale in (5, 0.5):
+        assert run(demo, f"--scale={scale}", "--opt.momentum=0.9")["scale"] == scale
     refused(capsys, demo, "--scale=5", "--opt.momentum=0.9", "--lr=5")
     Path(demo).write_text(textwrap.dedent(YAML + own.replace("scale", "scael")))
     with pytest.raises(SystemExit):
@@ -190,6 +203,19 @@ def test_a_yaml_lists_keys_that_may_change(demo: str, capsys: pytest.CaptureFixt
     assert "resumable_keys names 'scael', which is no key of the YAML; did" in (
         capsys.readouterr().err
     )
+
+
+def test_a_record_that_was_edited_is_another_start(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(demo)
+    path = Path("x/hyperparams.yaml")
+    path.write_text(path.read_text().replace("lr: 0.1", "lr: 0.3"))
+    assert "lr: 0.1 -> 0.3" in refused(capsys, "x/hyperparams.yaml")
+    path.write_text(path.read_text().replace("lr: 0.3", "lr: 0.1").replace("limit: ", "limit: 1"))
+    path.write_text(path.read_text().replace("limit: 1!ref <epochs>", "limit: 3"))
+    extended = run("x/hyperparams.yaml")
+    assert (first["steps"], extended["steps"]) == (6, 9)
 
 
 # ---------------------------------------------------------------- starts that fail

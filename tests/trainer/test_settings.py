@@ -49,6 +49,12 @@ def start(
 sgd = partial(torch.optim.SGD, momentum=0.9)
 
 
+def sequence(optimizer: torch.optim.Optimizer) -> torch_schedules.SequentialLR:
+    first = torch_schedules.ConstantLR(optimizer, 0.5, 4)
+    second = torch_schedules.ExponentialLR(optimizer, 0.9)
+    return torch_schedules.SequentialLR(optimizer, [first, second], [4])
+
+
 @pytest.mark.parametrize(
     ("before", "now"),
     [
@@ -73,6 +79,9 @@ sgd = partial(torch.optim.SGD, momentum=0.9)
          partial(torch_schedules.LambdaLR, lr_lambda=lambda n: 1 / (n + 1))),
         (partial(torch_schedules.CyclicLR, base_lr=0.1, max_lr=0.5, step_size_up=4),
          partial(torch_schedules.CyclicLR, base_lr=0.1, max_lr=0.5, step_size_up=9)),
+        (partial(torch_schedules.CosineAnnealingWarmRestarts, T_0=4),
+         partial(torch_schedules.CosineAnnealingWarmRestarts, T_0=5)),
+        (sequence, sequence),
         (partial(Noam, warmup_steps=4), partial(Noam, warmup_steps=9)),
         (partial(WarmupDecay, warmup_steps=2, total_steps=12),
          partial(WarmupDecay, warmup_steps=2, total_steps=24)),
@@ -102,6 +111,16 @@ def test_a_rate_that_training_has_lowered_keeps_its_ratio(tmp_path: Path) -> Non
     assert first.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
     second = start(tmp_path, 13, partial(sgd, lr=0.4), lower)
     assert second.seen[0][0] == pytest.approx(0.1)
+
+
+def test_a_schedule_by_metric_goes_on_with_its_new_factor(tmp_path: Path) -> None:
+    plateau = partial(torch_schedules.ReduceLROnPlateau, patience=0, threshold=1e6)
+    first = start(tmp_path, 8, partial(sgd, lr=0.1), partial(plateau, factor=0.5))
+    before = first.optimizer.param_groups[0]["lr"]
+    assert before < 0.1
+    second = start(tmp_path, 12, partial(sgd, lr=0.1), partial(plateau, factor=0.1))
+    assert Noting.seen[0][0] == before
+    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(before / 10)
 
 
 def test_the_same_settings_leave_what_training_has_made_of_them(

@@ -57,7 +57,7 @@ class Writer:
         if kind == "object":
             tag = self.random.choice(["!new:collections.Counter", "!name:dict"])
             inner = [merge] * bool(merged) + [f"{name}: {self.flow(depth=1)}" for name in "ab"]
-            return [f"{indent}{key}: {tag} {{{', '.join(inner)}}}"]
+            return [f"{indent}{key}: {self.maybe_anchor()}{tag} {{{', '.join(inner)}}}"]
         anchor, lines = self.random.random() < 0.5, [f"{indent}  {merge}"] * bool(merged)
         names = self.random.sample("abcd", self.random.randint(1, 3))
         for name in names:
@@ -82,7 +82,8 @@ class Writer:
         if kind == "alias" and self.anchors:
             return f"*{choice(self.anchors)} "
         if kind in ("reference", "copy") and self.places:
-            return f"!{'ref' if kind == 'reference' else 'copy'} '{choice(self.places)}'"
+            tag = "!ref" if kind == "reference" else "!copy"
+            return f"{self.maybe_anchor()}{tag} '{choice(self.places)}'"
         if kind == "sum" and self.numbers and place:
             text = choice(["{} * 2", "{} + {}", "results/{}", "{}/x", "{} // 3 - {} % 5"])
             return "!ref " + re.sub("{}", lambda _: choice(self.numbers), text)
@@ -230,8 +231,11 @@ def test_an_override_of_a_scalar_leaves_its_aliases_and_says_so(
     assert not caplog.records
     found = load_hparams(write(ALIASED), {"n": 4})
     assert (found["n"], found["m"], found["list"][0]) == (4, 3, 3)
+    inner = {"d": {"inner": {"low": 5}}}
+    assert load_hparams(write(ALIASED), inner)["list"][1] == {"low": 1, "high": 2}
+    d = "d alone is changed: its aliases (train, valid) keep the YAML's value; !ref <d> follows"
     said = "n alone is changed: its aliases (m, list.0) keep the YAML's value; !ref <n> follows"
-    assert [each.getMessage() for each in caplog.records] == [said]
+    assert caplog.messages == [said, d]
 
 
 def test_an_object_with_an_alias_stays_one_object(write: Write) -> None:
@@ -340,6 +344,7 @@ def test_tuples_are_read_from_the_command_line(
 
 
 def test_tuples_of_python_are_tuples(write: Write) -> None:
+    assert load_hparams(write("x: '(laughs)'\n"), {"x": "(sighs)"}) == {"x": "(sighs)"}
     for value in (
         (1, "a, b", None, True),
         (),
@@ -537,6 +542,8 @@ def test_home_is_home_everywhere(
         table: !ref <data_folder>/a.csv
         deep: [{path: ~/x}]
         here: !ref ~/<seed>
+        root: "~"
+        below: !ref <root>/<seed>
         ratio: ~5
         approximate: a ~/b
         none: ~
@@ -548,6 +555,7 @@ def test_home_is_home_everywhere(
     assert (found["deep"], found["here"]) == ([{"path": f"{home}/x"}], f"{home}/7")
     assert (found["ratio"], found["approximate"], found["none"]) == ("~5", "a ~/b", None)
     assert (found["shared"], found["part"]) == (1, {"shared": 1})
+    assert (found["root"], found["below"]) == ("~", f"{home}/7")
     assert Configuration(path).options()["output_folder"] == f"{home}/runs/<seed>"
     assert "~/data" in Configuration(path).dump()
     typed = {"data_folder": Text("~/b"), "output_folder": Text("~/c")}

@@ -381,6 +381,29 @@ class Checkpointer:
         """
         run_on_main(self._prepare)
 
+    def check_states(self) -> None:
+        """Check that every state can be saved, before there is anything to lose.
+
+        Every rank must call it.
+
+        Raises:
+            ValueError: a state holds something that cannot be saved.
+            RuntimeError: another rank failed.
+        """
+        run_on_all(self._check_states)
+
+    def _check_states(self) -> None:
+        for name, obj in self.recoverables.items():
+            storage.writable(obj.state_dict(), name)
+        storage.writable(self._local_states(), "the local state")
+
+    def _local_states(self) -> dict[str, Any]:
+        return {
+            name: obj.local_state_dict()
+            for name, obj in self.recoverables.items()
+            if hasattr(obj, "local_state_dict")
+        }
+
     def _prepare(self) -> None:
         storage.make_folder(self.folder)
         last = time.monotonic() + LOCK_SECONDS
@@ -468,12 +491,7 @@ class Checkpointer:
         written: dict[str, FileEntry] = {}
         for name, obj in self.recoverables.items() if rank == 0 else ():
             written |= storage.write_state(folder, name, obj.state_dict())
-        local = {
-            name: obj.local_state_dict()
-            for name, obj in self.recoverables.items()
-            if hasattr(obj, "local_state_dict")
-        }
-        return written | storage.write_local(folder, rank, local)
+        return written | storage.write_local(folder, rank, self._local_states())
 
     def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
         """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""
@@ -813,8 +831,9 @@ class Checkpointer:
                 obj.load_state_dict(states[name])
                 if name in local:
                     obj.load_local_state_dict(local[name])
-                if isinstance(obj, EpochCounter) and not checkpoint.end_of_epoch:
-                    obj.current = max(obj.current - 1, 0)  # The epoch is not over.
+                within = not checkpoint.end_of_epoch and "brain" not in self.recoverables
+                if isinstance(obj, EpochCounter) and within:  # A Brain sets it by itself.
+                    obj.current = max(obj.current - 1, 0)
             except Exception as error:
                 raise ValueError(
                     f"{checkpoint.path}: {name!r} ({type(obj).__name__}) cannot take its state: "

@@ -309,6 +309,7 @@ class Saver:
         if not self._checkpointer.enabled:
             return None
         self._checkpointer.prepare()
+        self._checkpointer.check_states()
         kept, wanted = self._checkpointer.retention.most, self._options.average_checkpoints
         if wanted > kept:
             logger.warning(

@@ -222,7 +222,7 @@ def looks_like_checkpoint(path: Path) -> bool:
 # States
 
 
-def _writable(state: Any, where: str) -> Any:
+def writable(state: Any, where: str) -> Any:
     """Return a state as it is written: NumPy's numbers as Python's, its arrays as marked tensors.
 
     Raises:
@@ -230,8 +230,8 @@ def _writable(state: Any, where: str) -> Any:
     """
     kind = type(state)  # Exactly: NumPy's float64 is a float as well, and is saved as a pickle.
     if kind in MAPPINGS:
-        keys = [_writable(key, f"{where}: the key {key!r}") for key in state]
-        values = [_writable(value, f"{where}.{key}") for key, value in state.items()]
+        keys = [writable(key, f"{where}: the key {key!r}") for key in state]
+        values = [writable(value, f"{where}.{key}") for key, value in state.items()]
         if all(map(is_, keys, state)) and all(map(is_, values, state.values())):
             return state
         state = copy.copy(state)  # With the versions that a module's state has as an attribute.
@@ -240,7 +240,7 @@ def _writable(state: Any, where: str) -> Any:
             state[key] = value
         return state
     if kind in (list, tuple):
-        return kind(_writable(value, f"{where}[{index}]") for index, value in enumerate(state))
+        return kind(writable(value, f"{where}[{index}]") for index, value in enumerate(state))
     if kind in (*SCALARS, Tensor, torch.nn.Parameter):
         return state
     if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
@@ -274,7 +274,7 @@ def _to_numpy(value: Any) -> Any:
 
 def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
     """Write a state: a file for each top-level key with tensors in it, and one for the rest."""
-    state = _writable(state, name)
+    state = writable(state, name)
     # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
     large = [k for k, v in state.items() if _is_large(k, v)] if type(state) is dict else []
     rest = {k: v for k, v in state.items() if k not in large} if large else state
@@ -284,7 +284,7 @@ def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
 
 def write_local(folder: Path, rank: int, states: dict[str, Any]) -> dict[str, FileEntry]:
     """Write the local states of a rank, by name."""
-    states = _writable(states, f"the local state of rank {rank}")
+    states = writable(states, f"the local state of rank {rank}")
     file = f"rank-{rank}.pt"
     return {file: _write(folder / file, states)} if states else {}
 

@@ -17,13 +17,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,11 @@ from trainer.config.reading import read
 from trainer.loggers.files import readable_errors, replace_file, temporary
 
 HYPERPARAMS = "hyperparams.yaml"
+AS_STARTED = ".hyperparams.yaml"  # The same, to tell what was edited by hand in the first.
 LOCK = ".lock"
 RUN_FILES = (
     HYPERPARAMS,
+    AS_STARTED,
     "command.txt",
     "environment.json",
     "train.log",
@@ -193,9 +198,18 @@ class RunFolder:
         path = self.path / HYPERPARAMS
         if not self.has_record() or self._is_blank(HYPERPARAMS) or self.trained() == NOTHING:
             return []
-        if not path.read_bytes().endswith(b"\n"):
-            raise ValueError(f"{path} is cut")
-        return now.changes(Settings(read(path, alone=True)[0], now.registry))
+        found: dict[str, Change] = {}
+        for each in (path, self.path / AS_STARTED):
+            if each.exists():
+                if not each.read_bytes().endswith(b"\n"):
+                    raise ValueError(f"{each} is cut")
+                before = Settings(read(each, alone=True)[0], now.registry)
+                found |= {change.key: change for change in now.changes(before)}
+        place = self.progress()
+        return [
+            replace(change, kind="training") if _ends_before(change, *place) else change
+            for _, change in sorted(found.items())
+        ]
 
     def trained(self) -> tuple[int, list[tuple[str, int]]]:
         """Return what changes with every checkpoint and every line of metrics.jsonl."""
@@ -203,13 +217,15 @@ class RunFolder:
         manifests = [(str(each), each.lstat().st_mtime_ns) for each in self._manifests()]
         return metrics.stat().st_size if metrics.exists() else 0, sorted(manifests)
 
-    def last_step(self) -> int:
-        """Return the optimizer step of the latest checkpoint; 0 without one."""
-        steps = [0]
+    def progress(self) -> tuple[int, float]:
+        """Return optimizer step and epoch of the latest checkpoint; 0 without one."""
+        places: list[tuple[int, float]] = [(0, 0)]
         for manifest in self._manifests():
             with contextlib.suppress(storage.BrokenCheckpoint):
-                steps.append(storage.read_manifest(manifest.parent).step or 0)
-        return max(steps)
+                saved = storage.read_manifest(manifest.parent)
+                epoch = saved.meta.get("epoch")
+                places.append((saved.step or 0, epoch if isinstance(epoch, (int, float)) else 0))
+        return max(places)
 
     def _manifests(self) -> list[Path]:
         """Return the manifests of the checkpoints; a program may keep these in any folder."""
@@ -234,10 +250,11 @@ class RunFolder:
             changes: what differs from the last start; command.txt gets it with the step.
         """
         path, text = self.path / HYPERPARAMS, f"{json.dumps(where, indent=1)}\n"
-        step = self.last_step() if changes else 0
+        step, _ = self.progress() if changes else (0, 0)
         self._trained = self.trained()
         self._before = path.read_bytes() if path.exists() and self._trained != NOTHING else None
-        replace_file(path, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
+        for each in (path, self.path / AS_STARTED):
+            replace_file(each, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
         replace_file(self.path / "environment.json", [text.encode()], "environment.json")
         self.add_command(command)
         for change in changes:
@@ -254,7 +271,8 @@ class RunFolder:
         except BaseException:
             before = self._before
             if before is not None and self.trained() == self._trained:
-                replace_file(self.path / HYPERPARAMS, [before], HYPERPARAMS)
+                for name in (HYPERPARAMS, AS_STARTED):
+                    replace_file(self.path / name, [before], HYPERPARAMS)
                 self._add_line("# failed before it trained: hyperparams.yaml is as before")
             raise
 
@@ -274,6 +292,16 @@ class RunFolder:
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else f"\n{line}"  # Cut by a killed process.
             file.write(line.encode(errors="backslashreplace"))
+
+
+def _ends_before(change: Change, step: int, epoch: float) -> bool:
+    """Return True for a new end of a run that lies before what it has trained already."""
+    key, old, new = change.key, change.old, change.new
+    if change.kind != "extending" or not isinstance(new, (int, float)):
+        return False
+    if "patience" in key or "bad" in key or (isinstance(old, (int, float)) and new >= old):
+        return False
+    return new < (step if "step" in key else epoch if re.search("epoch|limit", key) else -math.inf)
 
 
 def _remove(path: Path) -> None:

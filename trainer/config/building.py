@@ -152,7 +152,7 @@ class _Resolver:
             return self._copy(target) if tag(node) == "!copy" else target
         if not REFERENCE.search(text):
             return represent(text, node)
-        result = REFERENCE.sub(lambda match: self._text(match[1], node), text)
+        result = at_home(REFERENCE.sub(lambda match: self._text(match[1], node), text))
         if len(result) > MAX_TEXT:
             raise ValueError(f"{location(node)}: the text is longer than {MAX_TEXT} characters")
         if any(_is_no_number(self._target(name, node)) for name in REFERENCE.findall(text)):

@@ -41,7 +41,8 @@ from trainer.config.reading import (
     tag,
 )
 from trainer.config.registry import Registry
-from trainer.options import METADATA, RunOptions, nearest
+from trainer.options import METADATA, RunOptions, nearest, translated
+from trainer.other_options import NAMES, RENAMED
 
 Kind = Literal["extending", "neutral", "training"]
 
@@ -102,6 +103,9 @@ class Settings:
         self.written: dict[str, Node] = dict(paths(root))
         self.resolved = resolve(root, registry)
         found = {key: value for key, value in _values(self.resolved) if key}
+        # Options of other toolkits are compared as what they mean here.
+        meant = translated({name: found[name] for name in RENAMED if name in found})
+        found = {k: v for k, v in (meant | found).items() if k.partition(".")[0] not in NAMES}
         given = {key.partition(".")[0] for key in found}
         defaults = vars(RunOptions()).items()
         self.values = {k: v for k, v in defaults if k not in given} | found
@@ -167,7 +171,8 @@ class Settings:
         for prefix in _prefixes(key):
             if prefix in self._listed:
                 return self._listed[prefix]
-        if head in LISTS or (head in METADATA and METADATA[head].transient):
+        head = RENAMED[head][0] if head in RENAMED else head
+        if head in LISTS or head in NAMES or (head in METADATA and METADATA[head].transient):
             return "neutral"
         if head in METADATA:
             return METADATA[head].kind

@@ -184,7 +184,13 @@ class Configuration:
         self._override(self.root, changes, ())
         expanded_size(self.root)
 
-    def _override(self, node: MappingNode, changes: Mapping[str, Any], at: tuple[str, ...]) -> None:
+    def _override(
+        self,
+        node: MappingNode,
+        changes: Mapping[str, Any],
+        at: tuple[str, ...],
+        copied: bool = False,
+    ) -> None:
         for key, value in changes.items():
             path = (*at, str(key))
             old = get(node, str(key))
@@ -192,10 +198,13 @@ class Configuration:
                 self._check_new(node, path)
             if isinstance(value, Mapping) and isinstance(old, MappingNode):
                 own = self._own(old, path)
+                if own is not old and not copied:
+                    self._warn_of_aliases(old, path)
                 put(node, str(key), own)
-                self._override(own, value, path)
+                self._override(own, value, path, copied or own is not old)
                 continue
-            self._warn_of_aliases(old, path)
+            if not copied:
+                self._warn_of_aliases(old, path)
             if len(path) == 1 and key in HINTS:
                 put(node, str(key), option_node(str(key), value))
             else:
@@ -208,7 +217,8 @@ class Configuration:
             for key, child in items(parent):
                 if child is node:
                     found.setdefault((parent, key), f"{name}.{key}" if name else key)
-        return list(found.values())
+        names = {*found.values()}  # in the order of the file, so that the anchor comes first
+        return [name for name, each in paths(self.root) if each is node and name in names]
 
     def _own(self, node: MappingNode, path: tuple[str, ...]) -> MappingNode:
         """Return a mapping that may be changed below the key `path` and is not changed elsewhere.
@@ -225,7 +235,6 @@ class Configuration:
                 f"{name} is {uses[0]} ({location(node)}), of which it is an alias: change that, or "
                 f"{name} as a whole"
             )
-        self._warn_of_aliases(node, path)
         own = copy.copy(node)
         own.value = [(copy.copy(key), value) for key, value in node.value]
         return own
@@ -355,6 +364,8 @@ def _converted(old: Node | None, value: Any, name: str) -> Node:
         style = getattr(old, "style", None)
         return represent(None) if text is None else ScalarNode(STR, text, style=style)
     new = _to_node(value, name)
+    if kind == STR and is_tuple(new) and getattr(old, "style", None):
+        new = ScalarNode(STR, new.value, style='"')  # a text in quotes stays one
     if kind in (INT, FLOAT) and new.value in ("inf", "-inf"):
         return represent(float(new.value))
     words, fitting = KINDS.get(kind, ("", ()))

@@ -119,6 +119,7 @@ def make_updates(
     schedules: Any,
     strategy: Strategy,
     on_hand_step: Callable[[Update], None],
+    kept: Mapping[str, Update] = {},
 ) -> dict[str, Update]:
     """Build an `Update` for every optimizer.
 
@@ -130,6 +131,7 @@ def make_updates(
         schedules: a factory that takes an optimizer, a mapping of these by optimizer, or None.
         strategy: how gradients travel between processes.
         on_hand_step: called before a step that a recipe takes past `Brain.optimize`.
+        kept: those that exist already, by name.
     """
     names = list(optimizers)
     parameters: dict[Tensor, str] = {p: name for name, p in modules.named_parameters()}
@@ -142,6 +144,9 @@ def make_updates(
     clips = _make_clippers(options, optimizers, parameters)
     updates: dict[str, Update] = {}
     for name, optimizer in optimizers.items():
+        if name in kept:
+            updates[name] = kept[name]
+            continue
         updates[name] = Update(
             name,
             optimizer,

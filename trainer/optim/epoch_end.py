@@ -82,13 +82,16 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
                 update.advance_schedule()
 
 
-def warn_of_totals(updates: Iterable[Update], epochs: int | None, batches: int | None) -> None:
+def warn_of_totals(
+    updates: Iterable[Update], epochs: int | None, batches: int | None, limit: int | None = None
+) -> None:
     """Warn of new schedules of torch's whose length does not fit the run.
 
     Args:
         updates: the optimizers with their schedules.
         epochs: number of epochs; None where unknown.
         batches: number of batches in an epoch; None where unknown.
+        limit: number of steps after which the run ends; None for no limit.
     """
     for update in updates:
         schedule, every = update.schedule, getattr(update.schedule, "every", None)
@@ -102,6 +105,7 @@ def warn_of_totals(updates: Iterable[Update], epochs: int | None, batches: int |
             moves = epochs
         elif batches is not None:
             moves = epochs * math.ceil(batches / update.size)
+            moves = moves if limit is None else min(moves, limit)
         else:
             continue
         ends = isinstance(schedule, OneCycleLR) and total < moves

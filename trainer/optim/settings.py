@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
+from trainer import distributed
+
 RATES = ("lr", "_last_lr", "base_lrs")
 # Schedules of torch whose rates depend on the number of steps alone.
 CLOSED = (
@@ -61,10 +63,11 @@ def with_new_settings(
         for key in new
         if old.get(key) != new[key] and not key.startswith("_")
     }
-    logger.warning(
-        "the optimizer %r goes on with other settings than it was saved with: %s",
-        name, "; ".join(told.values()),
-    )  # fmt: skip
+    if distributed.is_main():
+        logger.warning(
+            "the optimizer %r goes on with other settings than it was saved with: %s",
+            name, "; ".join(told.values()),
+        )  # fmt: skip
     changed = {**state}
     changed["optimizer"] = {
         **state["optimizer"],

@@ -119,6 +119,7 @@ class Update:
         self.after_step: list[StepHook] = []
         self.history: list[StepReport] | None = None
         self._stepping = False
+        self._hook: Any = None  # Of `watch`.
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned = self._warned_of_untrained = False
         self._built = built_settings(optimizer, schedule)
@@ -145,9 +146,14 @@ class Update:
         # One whose constructor leaves out torch's, as wrappers of other optimizers do, has no hooks
         # to watch it by; a recipe that steps it by itself then looks as if it trained nothing.
         with contextlib.suppress(AttributeError):
-            self.optimizer.register_step_pre_hook(
+            self._hook = self.optimizer.register_step_pre_hook(
                 lambda *_: None if self._stepping else on_hand_step(self)
             )
+
+    def unwatch(self) -> None:
+        """Undo `watch`: the optimizer is not of this run any more."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def read_later(self, values: Tensor, take: Take) -> None:
         """Bring numbers to the host together with those of the next step, at no extra sync.
