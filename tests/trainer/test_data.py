@@ -449,6 +449,13 @@ def test_a_batch_sampler_says_the_batches() -> None:
         ({"sampler": [1], "shuffle": True}, "a sampler excludes shuffle and batch_sampler"),
         ({"batch_sampler": [[1]], "drop_last": True}, "a batch_sampler excludes batch_size"),
         ({"batch_size": 0}, "batch_size must be a whole number, 1 or more, or None; got 0"),
+        ({"batch_size": True}, "batch_size must be a whole number, 1 or more, or None; got True"),
+        ({"num_workers": -1}, "num_workers must be a whole number, 0 or more; got -1"),
+        ({"num_workers": "2"}, "num_workers must be a whole number, 0 or more; got '2'"),
+        ({"num_workers": None}, "num_workers must be a whole number, 0 or more; got None"),
+        ({"shuffle": "False"}, "shuffle must be true or false; got 'False'"),
+        ({"drop_last": "no"}, "drop_last must be true or false; got 'no'"),
+        ({"collate_fn": "pad"}, "collate_fn must be a function; got 'pad'"),
         ({"batchsize": 3}, r"unknown loader options \['batchsize'\]; known are \['batch_sampler'"),
         ({"on_bad": "ignore"}, "on_bad must be 'skip' or 'raise', got 'ignore'"),
     ],
@@ -456,6 +463,12 @@ def test_a_batch_sampler_says_the_batches() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_loader(Items(), train=True, **options)
+
+
+def test_sizes_may_be_numbers_of_numpy() -> None:
+    size, none = numpy.int64(4), numpy.int32(0)
+    loader = make_loader(Items(8), train=False, batch_size=size, num_workers=none)
+    assert [len(batch) for batch in loader] == [4, 4]
 
 
 def test_data_that_give_no_batch_are_refused() -> None:
