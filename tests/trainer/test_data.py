@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -132,6 +133,69 @@ def test_in_workers_global_generators_follow_from_seed_epoch_batch_and_rank() ->
         assert all(left != right for left, right in zip(first, other, strict=True))
     ranks = [numbers(rank=rank, world_size=2) for rank in range(2)]
     assert all(left != right for left, right in zip(*ranks, strict=True))
+
+
+GENERATORS: dict[str, Any] = {
+    "python": lambda: random.Random(0),
+    "numpy": lambda: numpy.random.default_rng(0),
+    "numpy's older one": lambda: numpy.random.RandomState(0),
+    "torch": lambda: torch.Generator().manual_seed(0),
+}
+
+
+def _drawn(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return torch.rand(1, generator=generator).item()
+    return float(generator.random())
+
+
+class Holding(Dataset[Any]):
+    """Items with a number from a generator that the dataset, or its sampler, holds."""
+
+    def __init__(self, generator: Any) -> None:
+        self.own = generator
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> float:
+        return _drawn(self.own)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(range(11), key=lambda _: _drawn(self.own)))
+
+
+class HoldingStream(IterableDataset[Any]):
+    def __init__(self, generator: Any) -> None:
+        self.own = generator
+
+    def __iter__(self) -> Iterator[float]:
+        return iter([_drawn(self.own) for _ in range(11)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("holder", ["dataset", "sampler", "stream"])
+def test_generators_that_the_data_hold_follow_seed_and_epoch(
+    holder: str, kind: str, workers: int
+) -> None:
+    def loader() -> Any:
+        held = Holding(GENERATORS[kind]())
+        more = {"sampler": held} if holder == "sampler" else {}
+        data: Any = {"dataset": held, "sampler": list(range(11))}.get(holder)
+        data = HoldingStream(held.own) if data is None else data
+        return make_loader(data, train=True, batch_size=2, num_workers=workers, **more)
+
+    def batches(loader: Any, epoch: int, start: int = 0) -> list[Any]:
+        loader.set_epoch(epoch)
+        loader.skip(start)
+        return [batch.tolist() for batch in loader]
+
+    one = loader()
+    epochs = [batches(one, epoch) for epoch in (1, 2)]
+    assert epochs[0] != epochs[1]
+    assert batches(loader(), 2, 3) == epochs[1][3:]
+    assert len({x for batch in epochs[0] for x in batch}) == 11
 
 
 def test_without_workers_items_draw_from_the_generators_of_the_process() -> None:
