@@ -132,7 +132,10 @@ def read_channels(
             wanted = f"{start:.3f} s to {start + (duration or 0):.3f} s"
             raise BadItem(path, f"it lasts {header.duration:.3f} s, asked for was {wanted}")
         try:
-            file.seek(first)
+            if file.seekable():
+                file.seek(first)
+            else:  # Such as GSM in a WAV.
+                file.read(first)
             data = torch.from_numpy(file.read(count, dtype="float32", always_2d=True))  # (T, C)
         except soundfile.SoundFileError as error:
             raise BadItem(path, f"its data are cut or broken ({error})") from error
@@ -149,6 +152,12 @@ def check_finite(path: str | Path, samples: Tensor) -> None:
     wrong = samples.numel() - int(torch.isfinite(samples).sum())
     if wrong:
         raise BadItem(path, f"{wrong} of its samples are not finite numbers")
+
+
+def check_made(path: str | Path, made: Tensor) -> None:
+    """Raise BadItem where what a network made of a file is NaN or infinite."""
+    if not torch.isfinite(made).all():
+        raise BadItem(path, "the network makes numbers of it that are not finite")
 
 
 def read_header(path: str | Path, expected: Expected | None = None) -> Header:

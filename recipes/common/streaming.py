@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recipes.common.audio import Header, check_finite, for_soundfile, read_header
+from recipes.common.audio import Header, check_finite, check_made, for_soundfile, read_header
 from recipes.common.command import each_of
 from recipes.common.writing import FLOATS, FORMATS, check_outputs, kind_for, written
 from trainer.data import BadItem
@@ -177,6 +177,7 @@ def convert_file(
         left = header.samples
         for block in _converted(source, header, convert, sample_rate):
             block = block[:, :left]
+            check_made(source, block)
             if kind.subtype not in FLOATS:
                 block = block.clamp(-1.0, 1.0)
             file.write(block.mT.contiguous().numpy())
