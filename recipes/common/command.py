@@ -34,7 +34,9 @@ def told(work: Callable[[], int]) -> int:
         The exit code of ``work``; 2 after a ValueError, OSError or ImportError.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # Names that are not UTF-8, as they are.
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        # Names that are not UTF-8 as they are, and what another encoding lacks by its number.
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         return work()
     except (ValueError, OSError, ImportError) as error:

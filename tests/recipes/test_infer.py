@@ -1,6 +1,7 @@
 """Every ``infer.py`` refuses, before it works, another recipe's run and what cannot be written."""
 
 import importlib
+import io
 import os
 from pathlib import Path
 
@@ -128,3 +129,19 @@ def test_a_name_as_long_as_may_be_is_written(tmp_path: Path) -> None:
     with written(path, 8000, 1, Kind()) as file:
         file.write(noise(100).numpy())
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_name_that_the_terminal_cannot_write_is_no_error(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes.common.command import each_of, told
+
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding))
+    names = ["\u65e5.wav", os.fsdecode(b"Gr\xfc.wav")]
+    assert told(lambda: each_of(names, lambda name: print(name, flush=True))) == 0
+    expected = [b"\\u65e5.wav", b"Gr\\udcfc.wav"]
+    if encoding == "utf-8":
+        expected = ["\u65e5.wav".encode(), b"Gr\xfc.wav"]
+    assert written.getvalue().splitlines() == expected
