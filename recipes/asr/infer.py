@@ -21,7 +21,7 @@ from torchaudio.functional import resample
 import trainer
 from recipes.asr.train import Recogniser
 from recipes.common.audio import read_audio, read_header
-from recipes.common.command import each_of, told
+from recipes.common.command import each_of, file_path, told
 
 LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
 SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut where it is quiet
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, such as results/asr/demo/1234")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files of any kind")
+    parser.add_argument(
+        "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     parser.add_argument("--decoder", choices=("greedy", "beam"), help="default: the run's")
     given = parser.parse_args(argv)

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from recipes.common.mp3 import length_is_told
 from trainer.data import BadItem, BadItemPolicy
 
 try:
@@ -53,6 +55,8 @@ _CUT = re.compile(
 # The sizes that a header has, more or less, where its writer did not know the end: that of a pipe.
 _ENDLESS = (0x7F000000, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
 _LARGEST_HEADER = 4096  # bytes, of a file without samples
+MP3_FORMATS = ("MP3", "MPEG")  # in versions of soundfile
+_MP3_FRAME = 1152  # samples, at most; where no header tells the length, it is known to a frame
 
 
 class Expected(NamedTuple):
@@ -132,14 +136,22 @@ def read_channels(
             wanted = f"{start:.3f} s to {start + (duration or 0):.3f} s"
             raise BadItem(path, f"it lasts {header.duration:.3f} s, asked for was {wanted}")
         try:
-            file.seek(first)
+            if file.seekable():
+                file.seek(first)
+            else:  # Such as GSM in a WAV.
+                file.read(first)
             data = torch.from_numpy(file.read(count, dtype="float32", always_2d=True))  # (T, C)
         except soundfile.SoundFileError as error:
             raise BadItem(path, f"its data are cut or broken ({error})") from error
-    if len(data) < count:
-        raise BadItem(path, f"its data are cut: {len(data)} of {count} samples")
+        check_count(path, file, len(data), count)
     check_finite(path, data)
     return data.T, header.sample_rate
+
+
+def check_count(path: str | Path, file: soundfile.SoundFile, read: int, count: int) -> None:
+    """Raise BadItem for fewer samples than a header promised, in an MP3 by a frame at least."""
+    if read < count - (_MP3_FRAME if file.format in MP3_FORMATS else 0):
+        raise BadItem(path, f"its data are cut: {read} of {count} samples")
 
 
 def check_finite(path: str | Path, samples: Tensor) -> None:
@@ -149,6 +161,12 @@ def check_finite(path: str | Path, samples: Tensor) -> None:
     wrong = samples.numel() - int(torch.isfinite(samples).sum())
     if wrong:
         raise BadItem(path, f"{wrong} of its samples are not finite numbers")
+
+
+def check_made(path: str | Path, made: Tensor) -> None:
+    """Raise BadItem where what a network made of a file is NaN or infinite."""
+    if not torch.isfinite(made).all():
+        raise BadItem(path, "the network makes numbers of it that are not finite")
 
 
 def read_header(path: str | Path, expected: Expected | None = None) -> Header:
@@ -269,9 +287,44 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
         if file.frames == 0:
             known = f" by its header, which was not finished: {rewrite}"
             raise BadItem(path, "it holds no samples" + known * (status.st_size > _LARGEST_HEADER))
-        if file.frames >= 1 << 62:  # A FLAC from a pipe, in which libsndfile cannot seek.
+        told_of = (os.fspath(path), status.st_size, status.st_mtime_ns)
+        # A FLAC from a pipe, in which libsndfile cannot seek, has no end.
+        if file.frames >= 1 << 62 or (file.format in MP3_FORMATS and not _told(*told_of)):
             raise BadItem(path, f"its header does not say how long it is: {rewrite}")
+        _check_end(path, file, status.st_size)
         yield file
+
+
+@lru_cache(1 << 16)  # A file is looked through once, not each time that it is read.
+def _told(path: str, size: int, changed: int) -> bool:
+    return length_is_told(path)
+
+
+def _check_end(path: str | Path, file: soundfile.SoundFile, whole: int) -> None:
+    """Raise BadItem for a WAV with more behind its data than in them, and no chunk there."""
+    told = re.search(r"^ *data : (\d+)$", file.extra_info, re.MULTILINE)
+    size = int(told[1]) if told else whole
+    if file.format not in ("WAV", "WAVEX") or whole <= 2 * size + _LARGEST_HEADER:
+        return
+    with open(path, "rb") as raw:
+        start = raw.read(1 << 16).find(b"data" + size.to_bytes(4, "little"))
+        raw.seek(start + 8 + size)
+        rest = raw.read(1 << 16)
+    left = whole - start - 8 - size
+    chunk = any(_is_chunk(rest[place:], left) for place in range(1 + size % 2))
+    if start >= 0 and not chunk and any(rest):
+        raise BadItem(
+            path,
+            f"it goes on behind the {size} bytes of its header, which was not finished: write it "
+            "anew, as by ffmpeg -ignore_length 1 -i FILE FILE.wav",
+        )
+
+
+def _is_chunk(start: bytes, left: int) -> bool:
+    """Bytes begin a chunk of a WAV, of at most so many bytes, or a tag of an MP3."""
+    name, size = start[:4], int.from_bytes(start[4:8], "little")
+    tag = name.startswith((b"TAG", b"APE", b"ID3"))
+    return all(32 <= each < 127 for each in name) and (tag or size <= left)
 
 
 def for_soundfile(path: str | Path) -> str | bytes:

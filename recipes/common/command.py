@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import soundfile
 
 Item = TypeVar("Item")
+
+
+def file_path(text: str) -> str:
+    """A path of the command line, with ``~`` for the home folder: shells leave it in ``-o=~/x``."""
+    return os.path.expanduser(text)
+
+
+def local_path(text: str) -> Path:
+    """As `file_path`, for what is used as a path."""
+    return Path(file_path(text))
 
 
 def told(work: Callable[[], int]) -> int:
@@ -22,7 +34,9 @@ def told(work: Callable[[], int]) -> int:
         The exit code of ``work``; 2 after a ValueError, OSError or ImportError.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # Names that are not UTF-8, as they are.
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        # Names that are not UTF-8 as they are, and what another encoding lacks by its number.
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         return work()
     except (ValueError, OSError, ImportError) as error:

@@ -69,20 +69,23 @@ def sounds(folder: Path) -> dict[str, Path]:
     An id is the path within the folder, without its suffix.
 
     Raises:
-        ValueError: a recording is there in two formats, or two spellings of its suffix.
+        ValueError: a recording is there in two formats, such as ``a.mp3`` and ``a.mp3.wav``, or two
+            spellings of its suffix.
         OSError: a folder cannot be read.
     """
     found: dict[str, Path] = {}
-    paths = files_below(folder)
-    for path in paths:
-        if path.suffix.lower() in SOUNDS and found.setdefault(_id(path, folder), path) != path:
-            raise ValueError(
-                f"{found[_id(path, folder)]} and {path} are one recording in two files: remove one "
-                "of them"
-            )
-    for path in paths:
-        if path.suffix.lower() in UNREAD:
-            found.setdefault(_id(path, folder), path)
+    paths = {path: _id(path, folder) for path in files_below(folder)}
+    recordings: dict[str, Path] = {}
+    for path, id in paths.items():
+        if path.suffix.lower() in SOUNDS:
+            if (other := recordings.setdefault(_bare(id), path)) != path:
+                raise ValueError(
+                    f"{other} and {path} are one recording in two files: remove one of them"
+                )
+            found[id] = path
+    for path, id in paths.items():
+        if path.suffix.lower() in UNREAD and _bare(id) not in recordings:
+            found.setdefault(id, path)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
@@ -90,6 +93,14 @@ def _id(path: Path, folder: Path) -> str:
     """The path of a file in a folder, without its suffix, as text that can be written anywhere."""
     name = os.fsencode(path.relative_to(folder).with_suffix("").as_posix())
     return normalize("NFC", name.decode("utf-8", "backslashreplace"))
+
+
+def _bare(id: str) -> str:
+    """An id without suffixes of formats that its file was converted from."""
+    path = PurePosixPath(id)
+    while path.suffix.lower() in (*SOUNDS, *UNREAD):
+        path = path.with_suffix("")
+    return path.as_posix()
 
 
 def sound_of(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import trainer
-from recipes.common.command import told
+from recipes.common.command import file_path, told
 from recipes.common.streaming import Network, enhance_files, targets
 from trainer import Brain
 
@@ -28,9 +28,11 @@ def enhance(
     """
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run: results/<task>/demo/1234")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files of any kind")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FOLDER", help="for what comes out"
+        "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
+    )
+    parser.add_argument(
+        "-o", "--output", type=file_path, required=True, metavar="FOLDER", help="for what comes out"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)

@@ -47,7 +47,10 @@ def read_parts(
         place = folder / part
         tables = [each for each in files_below(place) if each.name.endswith(".trans.txt")]
         for table in tables or sorted(place.rglob("[!.]*.trans.txt")):  # A folder is told of.
-            listed |= _listed(table, folder, follow_links)
+            for path, (id, text) in _listed(table, folder, follow_links).items():
+                if path in listed:
+                    raise TableError(table, f"has a text of {path}, as another list has")
+                listed[path] = id, text
         if not listed:
             raise ValueError(
                 f"{place} has another layout: expected were, as in LibriSpeech, folders "

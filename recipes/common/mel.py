@@ -159,9 +159,10 @@ def read_mel(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: it does not exist")
-    if path.suffix not in (".pt", ".npy"):
+    suffix = path.suffix.lower()
+    if suffix not in (".pt", ".npy"):
         raise ValueError(f"{path}: a mel file ends in .pt or .npy")
-    mel, config = (_read_pt if path.suffix == ".pt" else _read_npy)(path)
+    mel, config = (_read_pt if suffix == ".pt" else _read_npy)(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its configuration is a {type(config).__name__}, not a mapping")
     if not isinstance(mel, Tensor) or mel.dim() != 2 or not mel.is_floating_point():
@@ -200,4 +201,6 @@ def _read_npy(path: Path) -> tuple[Any, Any]:
     if not beside.is_file():
         raise ValueError(f"{path}: how it was made is unknown; expected beside it: {beside.name}")
     config = json_files.read(beside)
-    return (torch.from_numpy(array) if array.dtype.kind == "f" else array), config
+    if array.dtype.kind == "f":  # torch has numbers of the machine's own byte order alone.
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)), config
+    return array, config

@@ -19,7 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recipes.common.audio import Header, check_finite, for_soundfile, read_header
+from recipes.common.audio import (
+    Header,
+    check_count,
+    check_finite,
+    check_made,
+    for_soundfile,
+    read_header,
+)
 from recipes.common.command import each_of
 from recipes.common.writing import FLOATS, FORMATS, check_outputs, kind_for, written
 from trainer.data import BadItem
@@ -177,6 +184,7 @@ def convert_file(
         left = header.samples
         for block in _converted(source, header, convert, sample_rate):
             block = block[:, :left]
+            check_made(source, block)
             if kind.subtype not in FLOATS:
                 block = block.clamp(-1.0, 1.0)
             file.write(block.mT.contiguous().numpy())
@@ -211,8 +219,7 @@ def _read(source: str | Path, header: Header) -> Iterator[Tensor]:
             check_finite(source, data)
             read += len(data)
             yield data.mT
-    if read < header.samples:
-        raise BadItem(source, f"its data are cut: {read} of {header.samples} samples")
+        check_count(source, file, read, header.samples)
 
 
 def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:

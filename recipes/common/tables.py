@@ -1,8 +1,8 @@
 """Tables and lists of a corpus: text files of lines and of columns, checked as they are read.
 
 A file that cannot be read, a line that does not fit and a name that leads elsewhere raise
-`TableError`, which names the file and the line. Accepted are UTF-8 with or without a byte order
-mark, all ends of lines, and blank lines.
+`TableError`, which names the file and the line. Accepted are UTF-8 with or without byte order
+marks, all ends of lines, and blank lines.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def read_lines(path: Path, expected: str) -> list[Line]:
 
 
 def read_rows(
-    path: Path, expected: str, columns: Collection[str] = (), key: str | None = None, gap: str = ","
+    path: Path,
+    expected: str,
+    columns: Collection[str] = (),
+    key: str | None = None,
+    gap: str = ",;\t",
 ) -> list[Row]:
     """Read a table whose first line names its columns. A row is one line.
 
@@ -170,20 +174,21 @@ def read_text(path: Path, expected: str) -> str:
             path, "has a NUL byte: it is no text, or text in UTF-16; expected was UTF-8", line
         )
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        # Also within the text: files were joined that had a byte order mark each.
+        text = data.decode().replace("\ufeff", "")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         raise TableError(
             path,
-            f"has the byte 0x{data[start]:02x}, which is not UTF-8, as was expected: is it text in "
-            "Latin-1 or Windows-1252? (iconv -f CP1252 -t UTF-8 converts it)",
-            data.count(b"\n", 0, start) + 1,
+            f"has the byte 0x{data[error.start]:02x}, which is not UTF-8, as was expected: is it "
+            "text in Latin-1 or Windows-1252? (iconv -f CP1252 -t UTF-8 converts it)",
+            data.count(b"\n", 0, error.start) + 1,
         ) from None
 
 
 def _cells(path: Path, line: Line, separator: str) -> list[str]:
     try:
-        (cells,) = csv.reader([line.text], delimiter=separator, strict=True)
+        (cells,) = csv.reader([line.text], delimiter=separator, strict=True, skipinitialspace=True)
     except csv.Error as error:
         hint = (
             "has a quote that is not closed in the line"

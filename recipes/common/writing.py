@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from recipes.common.audio import for_soundfile
+from recipes.common.paths import LONGEST
 
 try:
     import soundfile
@@ -77,12 +80,22 @@ def check_outputs(paths: Iterable[Path]) -> None:
         above = path.parent
         while not os.path.lexists(above):
             above = above.parent
+        if len(os.fsencode(path.name)) > LONGEST:
+            raise ValueError(
+                f"{path.parent} cannot hold {path.name[:80]}…: its name has more than {LONGEST} "
+                "bytes"
+            )
         if path.is_dir():
             raise ValueError(f"{path} cannot be written: it is a folder")
         if not above.is_dir():
             raise ValueError(f"{path} cannot be written: {above} is no folder")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise ValueError(f"{path} cannot be written: you may not write to {above}")
+        try:
+            with TemporaryFile(dir=above):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be written: no file can be made in {above} ({error.strerror})"
+            ) from None
 
 
 @contextmanager
@@ -91,7 +104,8 @@ def written(path: Path, rate: int, channels: int, kind: Kind) -> Iterator[soundf
 
     Its folder is made.
     """
-    part = path.with_name(path.name + ".part")
+    # Whatever the length of its name, and if another process writes the same file.
+    part = path.with_name(f".{token_hex(8)}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     form, subtype, endian = kind
     try:

@@ -11,6 +11,7 @@ alone: no texts are needed.
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def folder(
     """Any folder of sound files, subfolders too: LJSpeech's ``wavs``, or one's own recordings.
 
     Which files are held out depends on their names alone: a larger corpus holds out others, the
-    same one always the same.
+    same one always the same. A file that links give several names is taken once.
 
     Args:
         data_folder: has the files of one channel, as .wav, .flac, .ogg, .mp3, .aiff and others.
@@ -72,7 +73,7 @@ def folder(
     top = Path(data_folder).expanduser()
     if not top.is_dir():
         raise ValueError(f"data_folder {top} is not there; expected was a folder of sound files")
-    names = {path: id for id, path in sounds(top).items()}
+    names = _once(sounds(top))
     headers = check_recordings(names, on_bad=on_bad, max_bad=max_bad)
     if len(headers) < valid + test + 1:
         raise ValueError(
@@ -85,6 +86,18 @@ def folder(
         split: CutSet.from_cuts(cut_of(path, headers[path], names[path]) for path in sorted(share))
         for split, share in zip(SPLITS, shares, strict=True)
     }
+
+
+def _once(found: Mapping[str, Path]) -> dict[Path, str]:
+    """The ids of files by path, each file once, by its own name rather than that of a link."""
+    names: dict[object, tuple[Path, str]] = {}
+    for id, path in sorted(found.items(), key=lambda item: (item[1].is_symlink(), item[1])):
+        try:
+            status = os.stat(path)
+            names.setdefault((status.st_dev, status.st_ino), (path, id))
+        except OSError:  # A broken link, which is a bad file.
+            names[path] = path, id
+    return dict(names.values())
 
 
 class Clips(Dataset[dict[str, Any]]):

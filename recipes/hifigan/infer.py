@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recipes.common.command import each_of, told
+from recipes.common.command import each_of, file_path, local_path, told
 from recipes.common.mel import read_mel
 from recipes.common.streaming import convert_file, targets
 from recipes.common.vocoder import CHUNK, Vocoder, load_vocoder
@@ -33,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, such as results/hifigan/demo/1234")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files, or mels (.npy, .pt)")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "files", nargs="+", type=file_path, metavar="FILE", help="sound files, or mels (.npy, .pt)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=local_path, required=True, help="folder for the results"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
 

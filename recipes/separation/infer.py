@@ -28,8 +28,8 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 import trainer
-from recipes.common.audio import read_audio, read_header
-from recipes.common.command import each_of, told
+from recipes.common.audio import check_made, read_audio, read_header
+from recipes.common.command import each_of, file_path, local_path, told
 from recipes.common.writing import Kind, check_outputs, written
 from recipes.separation.mixing import fitted
 from recipes.separation.objectives import best_order, pairwise_si_snr
@@ -46,18 +46,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run: results/separation/demo/1234")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files of any kind")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the tracks")
+    parser.add_argument(
+        "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
+    )
+    parser.add_argument(
+        "-o", "--output", type=local_path, required=True, help="folder for the tracks"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
 
     def run() -> int:
         check_names(given.files, given.output)
-        check_outputs(given.output / f"{Path(each).stem}_1.wav" for each in given.files)
+        check_outputs(tracks_of(each, given.output, 1)[0] for each in given.files)
         brain = trainer.load(given.run, given.device, brain=Separator)
+        number = getattr(brain.modules["separator"], "num_sources", 1)
+        for each in given.files:
+            check_outputs(tracks_of(each, given.output, number))
         return separate_all(Tracks(brain), given.files, given.output)
 
     return told(run)
+
+
+def tracks_of(file: str | Path, folder: Path, number: int) -> list[Path]:
+    """Return where so many tracks of a file are written."""
+    return [folder / f"{Path(file).stem}_{n}.wav" for n in range(1, number + 1)]
 
 
 def check_names(files: Sequence[str], folder: Path) -> None:
@@ -124,15 +136,16 @@ def scaled(tracks: Tensor, mixture: Tensor) -> Tensor:
 
 def separate_file(separate: Separate, path: str | Path, folder: Path) -> list[Path]:
     """Write the tracks of one file; their names. Raises BadItem for a file that is not usable."""
-    rate, stem = read_header(path).sample_rate, Path(path).stem
+    rate = read_header(path).sample_rate
     paths: list[Path] = []
     with ExitStack() as stack:  # Not half a track, which looks like a whole one.
         files: list[soundfile.SoundFile] = []
         for tracks in joined(separate, path):
             if not files:
-                paths = [folder / f"{stem}_{n}.wav" for n in range(1, len(tracks) + 1)]
+                paths = tracks_of(path, folder, len(tracks))
                 kind = Kind("WAV", "FLOAT")
                 files = [stack.enter_context(written(each, rate, 1, kind)) for each in paths]
+            check_made(path, tracks)
             for file, track in zip(files, tracks, strict=True):
                 file.write(track.numpy())
     return paths

@@ -179,9 +179,9 @@ def listed(
 ) -> Corpus:
     """Recordings that a table lists: ``id``, ``split``, ``speaker`` and, if known, ``gender``.
 
-    Cells are separated by ``|`` or ``,``; a recording is the file of that id (or path) in
-    ``audio``, of any kind and rate. Where no row is of the split valid, a tenth of the speakers of
-    train are.
+    Cells are separated by ``|``, ``,``, ``;`` or tabs; a recording is the file of that id (or path)
+    in ``audio``, of any kind and rate. Where no row is of the split valid, a tenth of the speakers
+    of train are.
 
     Recordings that are missing or cannot be used are left out, up to the share ``max_bad``. Raises
     ValueError for a missing folder, table or column, for a table that does not fit, and for a split
@@ -190,7 +190,7 @@ def listed(
     folder = existing(data_folder, f"a table {table} and the recordings that it names in {audio}/")
     expected = "a table with id, split and speaker"
     path = inside(folder, table)
-    rows = read_rows(path, expected, ("id", "split", "speaker"), key="id", gap="|,")
+    rows = read_rows(path, expected, ("id", "split", "speaker"), key="id", gap="|,;\t")
     place = folder / audio
     find = partial(sound_of, sounds(place), place, follow_links=follow_links)
 

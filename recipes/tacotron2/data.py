@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,8 @@ def readings(
 ) -> Corpus:
     """Recordings of one voice with their texts, in the layout of LJSpeech (K. Ito, 2017).
 
-    Which texts are held out depends on the texts alone; those said twice are in one split.
+    Which texts are held out depends on the texts alone; those said twice are in one split,
+    however they are written in capitals and punctuated.
 
     Args:
         data_folder: has a ``metadata.csv`` of lines ``id|text|…``, and ``wavs/id.wav`` (or .flac,
@@ -132,7 +134,10 @@ def _readings(folder: Path, column: int, spell: bool, follow_links: bool) -> dic
         raise ValueError(
             f"{folder} has another layout: it has no metadata.csv; expected was {LAYOUT}"
         )
-    rows = [(line, line.text.split("|")) for line in read_lines(table, LAYOUT)]
+    rows = [
+        (line, [field.strip() for field in line.text.split("|")])
+        for line in read_lines(table, LAYOUT)
+    ]
     check_unique(table, [(line.number, fields[0]) for line, fields in rows])
     place = folder / "wavs"
     find = partial(sound_of, sounds(place), place, follow_links=follow_links)
@@ -145,7 +150,7 @@ def _readings(folder: Path, column: int, spell: bool, follow_links: bool) -> dic
                 f"column {column + 1}, a text, separated by |",
                 line.number,
             )
-        if not fields[column].strip():
+        if not fields[column]:
             raise TableError(table, f"has no text: {line.text[:80]!r}", line.number)
         text = fields[column] if spell else plain(fields[column])
         reading = _Reading(fields[0], text, line.number)
@@ -171,7 +176,10 @@ def _spelled(cuts: CutSet, lines: Mapping[str, str], policy: BadItemPolicy) -> C
 
 def _split(cuts: CutSet, valid: int, test: int) -> Corpus:
     """Hold out so many texts, chosen by what they say."""
-    texts = sorted({_text(cut) for cut in cuts}, key=lambda text: derive(0, "split", text))
+    written: dict[str, set[str]] = {}
+    for cut in cuts:
+        written.setdefault(_said(cut), set()).add(_text(cut))
+    texts = sorted(written, key=lambda said: derive(0, "split", min(written[said])))
     if len(texts) <= valid + test:
         raise ValueError(
             f"valid: {valid} and test: {test} leave nothing to train on: there are {len(texts)} "
@@ -180,12 +188,18 @@ def _split(cuts: CutSet, valid: int, test: int) -> Corpus:
     held = dict.fromkeys(texts[:test], "test") | dict.fromkeys(texts[test : test + valid], "valid")
     parts: dict[str, list[MonoCut]] = {"train": [], "valid": [], "test": []}
     for cut in cuts:
-        parts[held.get(_text(cut), "train")].append(cut)
+        parts[held.get(_said(cut), "train")].append(cut)
     return {split: CutSet.from_cuts(part) for split, part in parts.items()}
 
 
 def _text(cut: Any) -> str:
     return str(transcript(cut)["text"])
+
+
+def _said(cut: Any) -> str:
+    """The words of a text, or the text where it has none."""
+    text = _text(cut).casefold()
+    return " ".join(re.findall(r"\w+", text)) or text
 
 
 # --------------------------------------------------------------------------------- cuts to datasets

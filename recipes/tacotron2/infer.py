@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import trainer
-from recipes.common.command import each_of, told
+from recipes.common.command import each_of, local_path, told
 from recipes.common.tables import read_text
 from recipes.common.writing import check_outputs, kind_for
 from recipes.tacotron2.sound import make_sound, write_sound
@@ -61,13 +61,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a run, such as results/tacotron2/demo/1")
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", help="what to say")
-    texts.add_argument("--file", type=Path, help="a file with a text a line")
+    texts.add_argument("--file", type=local_path, help="a file with a text a line")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="a sound file; for --file a folder"
+        "-o", "--output", type=local_path, required=True, help="a sound file; for --file a folder"
     )
     parser.add_argument(
         "--vocoder",
-        type=Path,
+        type=local_path,
         help="run folder of a HiFi-GAN; default: the run's, or Griffin and Lim's algorithm",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")

@@ -53,6 +53,12 @@ NAMED = (
 ROMAN = r"(?=[IVX])X{0,3}(?:IX|IV|V?I{0,3})"
 LONGER = r"(?=[IVX]{2}|[CIVXL]{3})C{0,3}(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})"
 
+# Before the decade of a century that is not told, or of somebody's life.
+DECADE = (
+    r"(?i)(?:\b(?:the|my|your|his|her|its|our|their|early|mid|late)[ -]|0'?s(?:,| and| or| to) )"
+    r"(?:early |mid-?|late )?$"
+)
+
 Match = re.Match[str]
 
 
@@ -97,12 +103,23 @@ def amount(text: str) -> str:
     return " ".join([*words, *(["point", *map(digits, decimals)] if point else [])])
 
 
-def several(text: str, unit: str) -> str:
-    """So many of a unit in words, such as "mile per hour"."""
+def several(text: str, unit: str, describes: bool = False) -> str:
+    """So many of a unit in words, such as "mile per hour"; "five mile" where it describes a run."""
     first, *rest = unit.split()
-    if text != "1" and not first.endswith(("hertz", "percent")):
+    one = text == "1" or (describes and unit != "penny")
+    if not one and not first.endswith(("hertz", "percent")):
         first = {"foot": "feet", "inch": "inches", "penny": "pence"}.get(first, f"{first}s")
     return " ".join([amount(text), first, *rest])
+
+
+def _describes(found: Match) -> bool:
+    """The number is part of what one thing is called: "a $5 bill"."""
+    return bool(re.search(r"(?:\ba|\ban|(?:^|[.!?] )An?) $", found.string[: found.start()]))
+
+
+def _feet(found: Match) -> str:
+    one = _describes(found)
+    return f"{several(found[1], 'foot', one)} {several(found[2], 'inch', one)}"
 
 
 def _ordinal(found: Match) -> str:
@@ -113,8 +130,11 @@ def _ordinal(found: Match) -> str:
 
 def _decade(found: Match) -> str:
     century, tens = found[1], int(found[2])
-    if not tens:
-        return f"{year(int(century) * 100)}s" if century else found[0]
+    if not tens:  # Thousands of something?
+        return f"{year(int(century) * 100)}s" if century and 11 <= int(century) < 30 else found[0]
+    told = re.search(DECADE, found.string[: found.start()]) or re.match(" of ", _behind(found))
+    if not century and "'" not in found[0][:1] and not told:
+        return found[0]  # In seconds?
     word = TENS[tens - 2][:-1] + "ies" if tens > 1 else "tens"
     return f"{spelled(int(century))} {word}" if century else word
 
@@ -127,9 +147,11 @@ def _money(found: Match) -> str:
     parts = [
         (str(int(n or 0)), unit) for n, unit in zip((whole, decimals), COINS[coin], strict=True)
     ]
-    said = " and ".join(several(*each) for each in parts if each[0] != "0") or several(*parts[0])
+    one = _describes(found)
+    said = " and ".join(several(*each, one) for each in parts if each[0] != "0")
+    said = said or several(*parts[0], one)
     if size:
-        said = f"{amount(text)} {size} {COINS[coin][0]}s"
+        said = f"{amount(text)} {size} {COINS[coin][0]}{'' if one else 's'}"
     return f"{said} per {PERIODS[period]}" if period else said
 
 
@@ -166,7 +188,12 @@ def _roman(found: Match) -> str:
 
 
 def _plain(found: Match) -> str:
-    text, before, behind = found[1], found.string[: found.start()], found.string[found.end() :]
+    text, before, behind = found[1], found.string[: found.start()], _behind(found)
+    if behind.startswith("'s") and re.fullmatch(r"\d0|\d+00", text):
+        return found[0]  # Tens or hundreds of something?
+    if re.fullmatch(r"1[0-3]\d\d", text) and not re.match(THINGS, behind):
+        dated = re.search(r"(?i)\b(?:in|since|until|before|after|by|year|AD|A\.D\.) $", before)
+        return year(int(text)) if dated else amount(text)
     if re.fullmatch(r"1[4-9]\d\d|20[1-9]\d", text):
         counts = re.match(THINGS, behind) and not text.endswith("00")
         dates = re.search(r"(?i)\b(?:the|in|since|until|during|before|after) $", before)
@@ -174,6 +201,10 @@ def _plain(found: Match) -> str:
     # A telephone number, as long ones may be? A continental ten thousand?
     unsure = re.fullmatch(r"911|\d{7,}(?<!000)|\d{1,3}\.\d00", text)
     return found[0] if unsure else amount(text)
+
+
+def _behind(found: Match) -> str:
+    return found.string[found.end() :]
 
 
 def _compiled(
@@ -208,7 +239,11 @@ RULES = _compiled(
         rf"(?:/({_any(PERIODS)}))?{END}",
         _money,
     ),
-    (rf"{START}(1[0-2]|[1-9])(?::([0-5]\d))? ?([ap]m\b|[AP]M\b|[ap]\.m\.|[AP]\.M\.)", _clock),
+    (
+        rf"{START}(1[0-2]|[1-9])(?::([0-5]\d))? ?([ap]m\b|[AP]M\b|[ap]\.m\.|[AP]\.M\.)"
+        rf"{END}",
+        _clock,
+    ),
     (rf"{START}(1\d|2[0-3]|[1-9]):([0-5]\d)(){END}", _clock),
     (rf"{START}'?([1-9]\d)?(\d)0'?s{END}", _decade),
     (rf"{START}({WHOLE})(st|nd|rd|th)(?:{END}|(?=-[a-z]))", _ordinal),
@@ -220,8 +255,8 @@ RULES = _compiled(
     ),
     (rf"{START}({_any(FIXED)}){END}", lambda m: FIXED[m[1]]),
     (
-        rf"{START}([-−]?){NUMBER} ?({_any(UNITS)}){END}",
-        lambda m: "minus " * bool(m[1]) + several(m[2], UNITS[m[3]]),
+        rf"(?<!\d ){START}([-−]?){NUMBER} ?({_any(UNITS)}){END}",
+        lambda m: "minus " * bool(m[1]) + several(m[2], UNITS[m[3]], _describes(m)),
     ),
     (rf"{START}([1-9]\d?\d?)(?=-[a-z]+(?:-[a-z]+)*{END})", lambda m: spelled(int(m[1]))),
     (rf"{START}{NUMBER}(?:{END}{ALONE}|(?='s{END}))", _plain),
@@ -236,7 +271,7 @@ FEET = re.compile(
 # Groups of digits: one that begins with a zero is no number of its own.
 GROUPS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?: \d{3})* 0\d\d(?: \d{3})*(?!\w| \d)", re.ASCII)
 THIN = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", re.ASCII)  # As in 10 000.
-TYPED = str.maketrans({"’": "'", "‘": "'", "“": "", "”": ""})
+TYPED = str.maketrans({"’": "'", "‘": "'", "“": "", "”": "", "…": "..."})
 
 
 def in_words(text: str) -> str:
@@ -245,7 +280,7 @@ def in_words(text: str) -> str:
     Raises:
         ValueError: for a number or a sign of which it is not sure how it is read.
     """
-    text = FEET.sub(lambda m: f"{several(m[1], 'foot')} {several(m[2], 'inch')}", text)
+    text = FEET.sub(_feet, text)
     text = " ".join(THIN.sub(",", text).translate(TYPED).split())
     text = GROUPS.sub(lambda found: found[0].replace(" ", ","), text)
     quoted = text.split('"')
@@ -266,15 +301,53 @@ def in_words(text: str) -> str:
     return text
 
 
-ABBREVIATIONS = {
-    "Capt.": "captain", "Col.": "colonel", "Dr.": "doctor", "Gen.": "general", "Gov.": "governor",
-    "Hon.": "honorable", "Jr.": "junior", "Lt.": "lieutenant", "Maj.": "major", "Mr.": "mister",
-    "Mrs.": "missus", "Ms.": "miz", "Mt.": "mount", "Prof.": "professor", "Rev.": "reverend",
-    "Sen.": "senator", "Sgt.": "sergeant", "Sr.": "senior",
+TITLES = {
+    "Capt.": "captain", "Col.": "colonel", "Dr.": "doctor", "Drs.": "doctors", "Gen.": "general",
+    "Gov.": "governor", "Hon.": "honorable", "Jr.": "junior", "Lt.": "lieutenant", "Maj.": "major",
+    "Mr.": "mister", "Mrs.": "missus", "Ms.": "miz", "Mt.": "mount", "Prof.": "professor",
+    "Rev.": "reverend", "Sen.": "senator", "Sgt.": "sergeant", "Sr.": "senior",
 }  # fmt: skip
-SHORTENED = re.compile(rf"(?<!\w)({_any(ABBREVIATIONS)})(?= |$)")
+ABBREVIATIONS = TITLES | {
+    "Ave.": "avenue", "Blvd.": "boulevard", "Bros.": "brothers", "Corp.": "corporation",
+    "Dept.": "department", "Esq.": "esquire", "Inc.": "incorporated", "Ltd.": "limited",
+    "approx.": "approximately", "etc.": "et cetera", "vs.": "versus",
+}  # fmt: skip
+SHORTENED = re.compile(rf"(?<!\w)({_any(ABBREVIATIONS)})(?!\w)")
+WITHOUT_DOT = re.compile(
+    r"(?<!\w)(Mr|Mrs|Ms|Dr)(?= [A-Z])|(?<!\w)(MR|MRS|DR)\.?(?= [A-Z])"
+    r"|(?<!\w)(mr|mrs)\.(?= \w)"
+)
+# Between a name and no name it is a street; before a name, a saint or a doctor.
+STREET = re.compile(
+    rf"((?<!\w)(?:[A-Z][\w']+|{'|'.join(ORDINALS)}|\w+ieth) )?(?<!\w)(St|Dr)\.(?!\w)(?: (?=[A-Z]))?"
+)
+SMALL = [
+    "And", "As", "At", "But", "By", "For", "From", "He", "In", "It", "Near", "Of", "On", "Or",
+    "She", "The", "They", "To", "We", "When", "With",
+]  # fmt: skip
 
 
 def abbreviations_in_words(text: str) -> str:
-    """A text with its titles, such as "Dr.", in words."""
-    return SHORTENED.sub(lambda found: ABBREVIATIONS[found[1]], text)
+    """A text with its titles, such as "Dr.", and other usual abbreviations in words.
+
+    Raises:
+        ValueError: for one of which it is not sure how it is read.
+    """
+    text = STREET.sub(_street, text)
+    text = WITHOUT_DOT.sub(lambda found: TITLES[f"{found[found.lastindex or 0].title()}."], text)
+    return SHORTENED.sub(lambda found: _dotted(ABBREVIATIONS[found[1]], found), text)
+
+
+def _dotted(said: str, found: Match) -> str:
+    """A word in place of an abbreviation; its dot is also that of a sentence at the end."""
+    return said + "." * (found[0].endswith(".") and not _behind(found).strip())
+
+
+def _street(found: Match) -> str:
+    name, short = found[1] or "", found[2]
+    named, follows = bool(name) and name.strip() not in SMALL, found[0].endswith(" ")
+    if short == "St" and named == follows:
+        raise ValueError(f"{found[0].strip()!r}, which is a saint or a street: write it in words")
+    if follows or not named:
+        return f"{name}{'doctor' if short == 'Dr' else 'saint'}{' ' * follows}"
+    return _dotted(f"{name}{'drive' if short == 'Dr' else 'street'}", found)

@@ -25,7 +25,9 @@ PAD, END = "<pad>", "<end>"
 PUNCTUATION = "!'(),-.:;?"
 LETTERS = f" {PUNCTUATION}abcdefghijklmnopqrstuvwxyz"
 # What word processors make of quotation marks, apostrophes and dashes.
-TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": "", "”": "", '"': "", "–": "-", "—": "-"})
+TYPOGRAPHY = str.maketrans(
+    {"’": "'", "‘": "'", "“": "", "”": "", '"': "", "–": "-", "—": "-", "…": "..."}
+)
 
 # The sounds of English as espeak-ng writes them. A stressed or a long vowel is a symbol of its own:
 # marks of stress and length have no sound that attention could look at.

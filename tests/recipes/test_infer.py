@@ -1,6 +1,8 @@
 """Every ``infer.py`` refuses, before it works, another recipe's run and what cannot be written."""
 
 import importlib
+import io
+import os
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,66 @@ def test_speech_is_written_as_a_kind_of_sound_file(
     assert "speech.mp3 cannot be written: the name of a sound file ends in .wav, .flac" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("recipe", WRITES)
+def test_outputs_that_no_file_system_takes_are_refused_before_the_run_is_read(
+    recipe: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the run was read")
+
+    monkeypatch.setattr(loading, "Configuration", opened)
+    run = run_of(recipe, tmp_path / "run")
+    file = write(tmp_path / f"{'n' * 250}.wav", noise(900))
+    single = recipe == "tacotron2"
+    if recipe in ("tacotron2", "separation"):  # The others keep the name.
+        target = tmp_path / "out" / (f"{'n' * 252}.wav" if single else "")
+        assert infer(recipe, run, file, target) == 2
+        assert "its name has more than 255 bytes\n" in capsys.readouterr().err
+    if Path("/proc/self").is_dir():  # Where even the superuser makes no file.
+        short = file.rename(tmp_path / "a.wav")
+        assert infer(recipe, run, short, Path("/proc/a.wav" if single else "/proc")) == 2
+        assert "no file can be made in /proc" in capsys.readouterr().err
+
+
+def test_a_tilde_that_the_shell_leaves_is_the_home_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for recipe in WRITES:
+        run = run_of(recipe, tmp_path / recipe)
+        assert infer(recipe, run, Path("~/a.wav"), Path("~/file/a.wav")) == 2
+        assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
+def test_a_name_as_long_as_may_be_is_written(tmp_path: Path) -> None:
+    from recipes.common.writing import Kind, check_outputs, written
+
+    path = tmp_path / "new" / f"{'n' * 251}.wav"
+    check_outputs([path])
+    with written(path, 8000, 1, Kind()) as file:
+        file.write(noise(100).numpy())
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_name_that_the_terminal_cannot_write_is_no_error(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes.common.command import each_of, told
+
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding))
+    names = ["\u65e5.wav", os.fsdecode(b"Gr\xfc.wav")]
+    assert told(lambda: each_of(names, lambda name: print(name, flush=True))) == 0
+    expected = [b"\\u65e5.wav", b"Gr\\udcfc.wav"]
+    if encoding == "utf-8":
+        expected = ["\u65e5.wav".encode(), b"Gr\xfc.wav"]
+    assert written.getvalue().splitlines() == expected

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -154,3 +155,83 @@ def test_what_is_not_read_says_how_to_convert_it(suffix: str, tmp_path: Path) ->
         made.files[0].with_suffix(suffix).write_bytes(start + bytes(2000))
         with pytest.raises(BadItem, match="which is not read: convert it, as by ffmpeg -i FILE"):
             made.load(on_bad="raise")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("x.mp3", "x.mp3.wav"), ("x.wav", "x.flac.wav"), ("x.ogg.wav", "x.mp3.wav")]
+)
+def test_what_was_converted_beside_its_source_is_one_recording(
+    one: str, other: str, tmp_path: Path
+) -> None:
+    for name in (one, other):
+        sound(tmp_path / "sub" / name, 1)
+    with pytest.raises(ValueError, match="one recording in two files"):
+        sounds(tmp_path)
+    (tmp_path / "sub" / one).unlink()
+    assert list(sounds(tmp_path)) == [f"sub/{other.removesuffix('.wav')}"]
+    (tmp_path / "sub" / "x.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
+    assert list(sounds(tmp_path)) == [f"sub/{other.removesuffix('.wav')}"]
+
+
+def test_a_file_of_several_names_is_in_one_split(tmp_path: Path) -> None:
+    made = CORPORA["hifigan folder"](tmp_path)
+    before = ids(made.load())
+    for number, path in enumerate(made.files):
+        name = path.with_name(f"0-{path.name}")  # Which comes first.
+        (name.symlink_to if number % 2 else name.hardlink_to)(path)
+    after = [each for part in ids(made.load()).values() for each in part]
+    assert len(after) == sum(map(len, before.values()))
+    links = [f"0-{path.stem}" for path in made.files]
+    assert not set(links[1::2]) & set(after)
+
+
+def test_texts_of_two_lists_for_one_file_are_refused(tmp_path: Path) -> None:
+    from recipes.common.librispeech import read_parts
+
+    place = tmp_path / "part" / "1" / "2"
+    sound(place / "1-2-0000.flac", 1)
+    for name in ("1-2", "1-2.old"):
+        (place / f"{name}.trans.txt").write_text(f"1-2-0000 {name}\n")
+    with pytest.raises(ValueError, match=r"1-2-0000.flac, as another list has"):
+        read_parts(tmp_path, ["part"])
+
+
+def test_ids_and_texts_may_have_blanks_around(tmp_path: Path) -> None:
+    made = CORPORA["tacotron2 readings"](tmp_path)
+    before = ids(made.load())
+    table = tmp_path / "metadata.csv"
+    lines = [
+        " \t" + line.replace("|", " |\u00a0 ") + "\t" for line in table.read_text().split("\n")
+    ]
+    table.write_text("\n".join(lines))
+    assert ids(made.load()) == before
+
+
+def test_texts_that_say_the_same_are_in_one_split(tmp_path: Path) -> None:
+    made = CORPORA["tacotron2 readings"](tmp_path)
+    before = ids(made.load())
+    table = tmp_path / "metadata.csv"
+    lines = table.read_text().split("\n")
+    for number, line in enumerate(lines):
+        shutil.copy(tmp_path / "wavs" / f"r{number}.wav", tmp_path / "wavs" / f"s{number}.wav")
+        text = line.partition("|")[2].removesuffix(".")
+        lines[number] += f"\ns{number}|{text.swapcase().replace(' ', ', ')}{'?!'[number % 2]}"
+    table.write_text("\n".join(lines))
+    after = ids(made.load())
+    for split, names in before.items():
+        said = {cut.supervisions[0].text.lower().strip("?!.") for cut in made.load()[split]}
+        assert len(after[split]) == 2 * len(names), said
+
+
+def test_an_encoding_without_places_is_read_from_any_place(tmp_path: Path) -> None:
+    """libsndfile seeks in no GSM, G.721 or NMS ADPCM."""
+    from recipes.common.audio import read_audio
+
+    samples = np.random.default_rng(0).normal(0, 0.1, 8000)
+    for subtype in ("GSM610", "G721_32", "NMS_ADPCM_16", "PCM_16"):
+        path = tmp_path / f"{subtype}.wav"
+        soundfile.write(path, samples, 8000, subtype=subtype)
+        whole = read_audio(path)
+        assert len(whole) >= 8000
+        part = read_audio(path, start=0.25, duration=0.5)
+        assert part.tolist() == whole[2000:6000].tolist()

@@ -211,3 +211,61 @@ def test_what_was_written_to_a_pipe_is_as_long_as_it_is(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(BadItem, match="its data are cut: 3200 of 1900000000 bytes"):
         read_header(path)
+
+
+def mp3(path: Path, rate: int, channels: int, mode: str) -> Path:
+    """Loud and quiet parts, of which the first is the loudest."""
+    parts = [np.random.default_rng(0).normal(0, each, (rate, channels)) for each in (0.3, 1e-4)]
+    kind = {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": mode}
+    with soundfile.SoundFile(path, "w", rate, channels, compression_level=0.5, **kind) as file:
+        file.write(np.concatenate(parts))
+    return path
+
+
+def without_header(data: bytes) -> bytes:
+    """An MP3 without its first frame, which tells of all."""
+    place = next(place for name in (b"Xing", b"Info") if (place := data.find(name)) >= 0)
+    return data[data.index(data[:2], place) :]
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_an_mp3_has_all_its_samples_or_is_bad(
+    tmp_path: Path, rate: int, channels: int, mode: str
+) -> None:
+    path = mp3(tmp_path / "a.mp3", rate, channels, mode)
+    data = path.read_bytes()
+    path.write_bytes(b"ID3\3\0\0\0\0\0\x0a" + bytes(10) + data + b"TAG" + bytes(125))
+    assert read_header(path).samples == len(read_audio(path, channel=0)) == 2 * rate
+    unknown = "its header does not say how long it is: write it anew"
+    joined, bare = tmp_path / "joined.mp3", tmp_path / "bare.mp3"
+    joined.write_bytes(data + data)
+    with pytest.raises(BadItem, match=unknown):
+        read_header(joined)
+    bare.write_bytes(without_header(data))
+    if mode == "VARIABLE":
+        with pytest.raises(BadItem, match=unknown):
+            read_header(bare)
+    else:
+        assert abs(len(read_audio(bare, channel=0)) - 2 * rate) < 3 * 1152
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_U8", "FLOAT"])
+@pytest.mark.parametrize("width", [2, 3])
+def test_a_wav_that_goes_on_behind_its_header_is_bad(
+    tmp_path: Path, subtype: str, width: int
+) -> None:
+    """A recorder was killed that had written the size of its first block."""
+    path = tone(tmp_path / "a.wav", 16000, subtype=subtype)
+    data = path.read_bytes()
+    place = data.index(b"data") + 4
+    size = 800 * width  # An odd number of blocks, an even one of bytes.
+    short = data[:place] + size.to_bytes(4, "little") + data[place + 4 :]
+    path.write_bytes(short)
+    with pytest.raises(BadItem, match=f"goes on behind the {size} bytes of its header, which was"):
+        read_header(path)
+    # Chunks and zeros are no samples.
+    for behind in (b"LIST\0\x4e\0\0" + bytes(range(256)) * 78, b"TAG" + data, bytes(20000)):
+        path.write_bytes(short[: place + 4 + size] + behind)
+        assert read_header(path).samples * {"PCM_16": 2, "PCM_U8": 1, "FLOAT": 4}[subtype] == size

@@ -176,3 +176,13 @@ def test_files_that_are_no_mels_are_told(tmp_path: Path) -> None:
 def test_only_two_kinds_of_file_are_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a mel is written as .pt or .npy, not as '.wav'"):
         write_mel(tmp_path / "a.wav", torch.zeros(2, 2), {})
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_numbers_of_any_byte_order_and_size_are_read(tmp_path: Path, order: str, size: int) -> None:
+    mel = np.arange(12, dtype=f"{order}f{size}").reshape(3, 4)
+    np.save(tmp_path / "a.npy", mel)
+    (tmp_path / "a.npy").rename(tmp_path / "a.NPY")
+    (tmp_path / "a.json").write_text("{}")
+    assert read_mel(tmp_path / "a.NPY")[0].tolist() == mel.tolist()

@@ -4,6 +4,7 @@ import os
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -251,3 +252,12 @@ def test_a_name_that_is_not_utf_8_stays_as_it_is(
     assert [os.fsencode(path.name) for path in (tmp_path / "out").iterdir()] == [b"caf\xe9.wav"]
     sys.stdout.flush()
     assert b"out/caf\xe9.wav\n" in capfdbinary.readouterr().out
+
+
+def test_what_a_network_makes_of_a_file_is_numbers_or_told(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.wav", 0.1 * noise(3000))
+    for wrong in (torch.nan, torch.inf):
+        network = partial(torch.full_like, fill_value=wrong)
+        with pytest.raises(BadItem, match="a.wav: the network makes numbers of it that are not"):
+            enhance_file(source, tmp_path / "b.wav", network, RATE, CHUNKS)
+    assert os.listdir(tmp_path) == ["a.wav"]

@@ -351,3 +351,28 @@ def test_texts_to_say_are_read_or_refused_with_the_name_of_the_file(
     path.write_bytes(content)
     error = refused(lambda: _texts(None, path, path.parent))
     assert error is None or "say.txt" in str(error)
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    st.sampled_from([",", ";", "\t", "|"]),
+    st.booleans(),
+    st.sampled_from(["", " "]),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.integers(0, 3),
+)
+def test_separators_quotes_and_marks_between_joined_files_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory,
+    gap: str,
+    quoted: bool,
+    blank: str,
+    end: str,
+    marked: int,
+) -> None:
+    rows = [["id", "said"], ["a", "one"], ["b", "two"], ["c", "three"]]
+    lines = [(gap + blank).join(f'"{cell}"' if quoted else cell for cell in row) for row in rows]
+    lines[marked] = "\ufeff" + lines[marked]
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    path.write_bytes(end.join(lines).encode())
+    found = read_rows(path, "a table", ("id", "said"), key="id", gap="|,;\t")
+    assert [[row.cells["id"], row.cells["said"]] for row in found] == rows[1:]

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.tacotron2.number_words import cardinal, in_words, nth, year
+from recipes.tacotron2.number_words import (
+    ABBREVIATIONS,
+    abbreviations_in_words,
+    cardinal,
+    in_words,
+    nth,
+    year,
+)
 
 READ = {
     "In the 1990s.": "In the nineteen nineties.",
@@ -58,6 +65,16 @@ READ = {
     'He said "there are 10" of 7': "He said there are ten of seven",
     "2 cats--3 dogs\u20144": "two cats--three dogs\u2014four",
     "I am V.": "I am V.",
+    "a $20 bill, an 8 km run": "a twenty dollar bill, an eight kilometer run",
+    "A $1.5 million deal": "A one point five million dollar deal",
+    "a $2.50 fare, a 6'1\" man": "a two dollar and fifty cent fare, a six foot one inch man",
+    "vitamin A 5 mg": "vitamin A five milligrams",
+    "in his late 30s": "in his late thirties",
+    "the 1960s, 70s and 80s": "the nineteen sixties, seventies and eighties",
+    "10s of 1000": "tens of one thousand",
+    "in 1066 and since 1215": "in ten sixty six and since twelve fifteen",
+    "in 1234 cases": "in one thousand two hundred and thirty four cases",
+    "wait\u2026 5\u2026": "wait... five...",
     "2 + 2 = 4 & more": "two plus two equals four and more",
 }  # fmt: skip
 REFUSED = {
@@ -68,6 +85,8 @@ REFUSED = {
     "$5.2": "$5.2", "5\u20ac": "5\u20ac", "1995s": "1995s", "21th": "21th", "5 m": "5", "3 V": "3",
     "\u00bd": "\u00bd", "x\u00b2": "x\u00b2", "\u0663": "\u0663", "World XIV": "XIV", "II": "II",
     "XLII": "XLII", "of 1945 soldiers": "1945",
+    "1000s of men": "1000s", "100's of men": "100's", "20's": "20's", "wait 20s": "20s",
+    "a 30s delay": "30s", "2pm-3pm": "2pm-3pm", "2 500 ml": "2", "3 200 km": "3",
     "10-5": "10-5", "2001-11": "2001-11", "10:5": "10:5", "COVID-19": "COVID-19", "5'": "5'",
     "press #": "#", "the * key": "*", "and/or": "and/or", "so \u2192 what": "\u2192",
     "1" + "0" * 40: "1" + "0" * 40, "1" + ",000" * 5: "1" + ",000" * 5,
@@ -104,3 +123,36 @@ def test_words_of_numbers_are_different_and_those_of_counting() -> None:
     assert [year(n) for n in (1066, 1900)] == ["ten sixty six", "nineteen hundred"]
     for words in (cardinal, nth):
         assert len({words(n) for n in range(1, 3000)}) == 2999
+
+
+SHORTENED = {
+    "Dr. Who and Mr Smith, Jr., met": "doctor Who and mister Smith, junior, met",
+    "MR. SMITH, MRS JONES and mr. low": "mister SMITH, missus JONES and mister low",
+    "St. Louis": "saint Louis",
+    "In St. Louis, near St. Paul's": "In saint Louis, near saint Paul's",
+    "Main St. is by King Dr.": "Main street is by King drive.",
+    "the forty second St. exit": "the forty second street exit",
+    "the Dr. is in": "the doctor is in",
+    "Then Dr. King": "Then doctor King",
+    "cats (dogs, etc.), etc.": "cats (dogs, et cetera), et cetera.",
+    "Yes vs. no, said A Ltd., B Inc.": "Yes versus no, said A limited, B incorporated.",
+    "etched, Drive, Stop. Mrsa": "etched, Drive, Stop. Mrsa",
+}
+
+
+@pytest.mark.parametrize("written", SHORTENED)
+def test_abbreviations_are_read_as_people_read_them(written: str) -> None:
+    assert abbreviations_in_words(written) == SHORTENED[written]
+
+
+@pytest.mark.parametrize("written", ["Main St. Bridge", "Bury St. Edmunds", "at St.", "the St. is"])
+def test_a_saint_or_a_street_is_refused(written: str) -> None:
+    with pytest.raises(ValueError, match=r"St.', which is a saint or a street: write it in words"):
+        abbreviations_in_words(written)
+
+
+@pytest.mark.parametrize("short", sorted(set(ABBREVIATIONS) - {"Dr."}))
+@pytest.mark.parametrize("behind", ["", ",", ")", "!", " Anne", " and"])
+def test_what_stands_behind_an_abbreviation_stays(short: str, behind: str) -> None:
+    found = abbreviations_in_words(f"the {short}{behind}")
+    assert found == f"the {ABBREVIATIONS[short]}{behind or '.'}"
