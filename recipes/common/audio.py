@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from recipes.common.mp3 import length_is_told
+from recipes.common.lengths import length_is_told
 from trainer.data import BadItem, BadItemPolicy
 
 try:
@@ -289,7 +289,8 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
             raise BadItem(path, "it holds no samples" + known * (status.st_size > _LARGEST_HEADER))
         told_of = (os.fspath(path), status.st_size, status.st_mtime_ns)
         # A FLAC from a pipe, in which libsndfile cannot seek, has no end.
-        if file.frames >= 1 << 62 or (file.format in MP3_FORMATS and not _told(*told_of)):
+        compressed = file.format in (*MP3_FORMATS, "OGG")
+        if file.frames >= 1 << 62 or (compressed and not _told(*told_of)):
             raise BadItem(path, f"its header does not say how long it is: {rewrite}")
         _check_end(path, file, status.st_size)
         yield file

@@ -269,3 +269,16 @@ def test_a_wav_that_goes_on_behind_its_header_is_bad(
     for behind in (b"LIST\0\x4e\0\0" + bytes(range(256)) * 78, b"TAG" + data, bytes(20000)):
         path.write_bytes(short[: place + 4 + size] + behind)
         assert read_header(path).samples * {"PCM_16": 2, "PCM_U8": 1, "FLOAT": 4}[subtype] == size
+
+
+@pytest.mark.parametrize("suffix", [".ogg", ".opus", ".wav"])
+def test_files_that_were_joined_are_bad(tmp_path: Path, suffix: str) -> None:
+    kind = {"format": "OGG", "subtype": "OPUS"} if suffix == ".opus" else {}
+    one = tone(tmp_path / f"a{suffix}", 16000, **kind)
+    other = tone(tmp_path / f"b{suffix}", 40000, **kind)
+    assert read_header(one).samples == len(read_audio(one)) == 16000
+    joined = tmp_path / f"joined{suffix}"
+    for parts in ((one, other), (other, one), (one, one)):
+        joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+        with pytest.raises(BadItem, match="does not say how long it is|header is cut or broken"):
+            read_header(joined)

@@ -1,4 +1,4 @@
-"""The length of MP3 files, which libsndfile guesses where their first frame does not tell it."""
+"""The length of MP3 and Ogg files, which libsndfile guesses where they do not tell it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class _Frame(NamedTuple):
 
 
 def length_is_told(path: str | Path) -> bool:
-    """Return whether the length of an MP3 file follows from its first frame.
+    """Return whether the length of an MP3 or Ogg file follows from its first frame or stream.
 
     It does not where frames differ in bit rate and no header tells their number, nor where a header
     tells of the first of several files that were joined.
     """
     data = Path(path).read_bytes()
+    if data.startswith(b"OggS"):  # Pages that begin streams are all in front, unless it was joined.
+        return data.find(b"OggS\0\0", 0, max(0, data.rfind(b"OggS\0\2"))) < 0
     frames = _frames(data)
     first = next(frames, None)
     if first is None:
