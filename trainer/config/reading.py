@@ -437,7 +437,7 @@ def torn_tuple(root: Node) -> Node | None:
         pairs: Any = node.value if isinstance(node, MappingNode) else zip(children(node))
         below = [each for pair in pairs for each in pair if getattr(node, "flow_style", False)]
         texts = [each for each in below if tag(each) == STR and not each.style]
-        begins = [each for each in texts if re.fullmatch(r"\([^)]*", each.value)]
+        begins: list[Node] = [each for each in texts if re.fullmatch(r"\([^)]*", each.value)]
         if begins and any(re.fullmatch(r"[^(]*\)", each.value) for each in texts):
             return begins[0]
     return None
