@@ -71,7 +71,7 @@ from trainer.evaluation import (
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
-from trainer.optim.build import find_optimizers, make_updates, pick_device, prepare_modules
+from trainer.optim.build import connect, find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
 from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
@@ -92,6 +92,9 @@ ATTRIBUTES = frozenset({
     "callbacks", "checkpointer", "device", "driver", "hparams", "modules", "opt_class", "optimizer",
     "optimizers_dict", "options", "progress", "test_metrics", "updates",
 })  # fmt: skip
+
+# Those that Brain sets itself.
+OWN = ATTRIBUTES - {"optimizer", "optimizers_dict"}
 
 # Public names that may not be set once a Brain is made, and what to do instead.
 FIXED = {
@@ -197,6 +200,11 @@ class Brain(SpeechBrainNames):
                     "optimizer from parameters, such as partial(torch.optim.Adam, lr=1e-3)"
                 )
             self.optimizer = self.opt_class(self.modules.parameters())
+            if not isinstance(self.optimizer, torch.optim.Optimizer):
+                raise ValueError(
+                    f"opt_class has made a {type(self.optimizer).__name__}; allowed: a "
+                    "torch.optim.Optimizer, or a subclass that wraps another one"
+                )
 
     def freeze_optimizers(
         self, optimizers: dict[str, torch.optim.Optimizer]
@@ -350,6 +358,11 @@ class Brain(SpeechBrainNames):
         super().__init_subclass__(**arguments)
         for name, value in vars(cls).items():
             described = isinstance(value, (property, staticmethod, classmethod))
+            if isinstance(value, property) and value.fset is None and name in OWN:
+                raise AttributeInUse(
+                    f"{cls.__name__}.{name} is a property without a setter, and Brain sets this "
+                    "attribute itself: choose another name for the property"
+                )
             if name in FIXED and not described:
                 raise AttributeInUse(f"{cls.__name__}.{name} cannot be set: {FIXED[name]}")
             if name in METHODS and not (described or callable(value)):
@@ -535,11 +548,7 @@ class Brain(SpeechBrainNames):
             guard.begin_window()
             self.__tracer.begin_window()
             progress.joint = None
-        weight = float(self.count_examples(batch))
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(
-                f"count_examples returned {weight}; allowed: a finite number, 0 or more"
-            )
+        weight = self.__weigh(batch)
         progress.step += 1
         progress.counted_by_hand = False
         outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
@@ -1294,6 +1303,10 @@ class Brain(SpeechBrainNames):
             self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
             self.__metrics.begin_epoch()
             self.progress.nonfinite_count = 0
+            # Hooks may have put in layers, or loaded weights.
+            connect(list(self.updates.values()), self.__named_parameters())
+            if self.__ema is not None and not self.__ema.count:
+                self.__ema.restart(self.modules)
         resumed = self.__depth <= 1 and self.__state.training_started()
         if resumed:
             self.callbacks.call("on_resume", self)
@@ -1316,6 +1329,19 @@ class Brain(SpeechBrainNames):
                 )
             self.progress.joint = joint
         return [self.updates[name] for name in self.progress.joint]
+
+    def __weigh(self, batch: Any) -> float:
+        """Return what `count_examples` gives for a batch."""
+        count = self.count_examples(batch)
+        try:
+            weight = float(count)
+        except (TypeError, ValueError):
+            weight = math.nan
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(
+                f"count_examples returned {count!r}; allowed: a finite number, 0 or more"
+            )
+        return weight
 
     def __fit_or_give_up(self, batch: Any) -> Any:
         """Call `fit_batch` and learn the votes of all ranks; give the batch up if one has to."""
@@ -1630,6 +1656,9 @@ class Brain(SpeechBrainNames):
         now = time.perf_counter()
         self.progress.seconds += now - self.__ticked
         self.__ticked = now
+
+    def __named_parameters(self) -> dict[Tensor, str]:
+        return {p: name for name, p in self.modules.named_parameters()}
 
     def __trained_parameters(self) -> set[Tensor]:
         return {p for update in self.updates.values() for p in update.params}

@@ -56,6 +56,31 @@ def reseed(value: int) -> None:
         sys.modules["numpy"].random.seed(value % 2**32)
 
 
+def is_generator(value: Any) -> bool:
+    """Return True for a generator object of Python, NumPy or torch, which can be seeded."""
+    numpy = sys.modules.get("numpy")
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    if numpy is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
+
+
+def seed_generator(generator: Any, value: int) -> None:
+    """Seed a generator object of Python, NumPy or torch.
+
+    Args:
+        generator: what `is_generator` accepts.
+        value: seed between 0 and 2**63 - 1; NumPy's RandomState takes its lowest 32 bits.
+    """
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(value)
+    elif hasattr(generator, "bit_generator"):
+        bits = generator.bit_generator
+        bits.state = type(bits)(value).state
+    else:
+        generator.seed(value if isinstance(generator, random.Random) else value % 2**32)
+
+
 def rng_state() -> dict[str, Any]:
     """Return the states of all generators that a step may draw from.
 
@@ -162,10 +187,10 @@ class fork_rng:
 
     Args:
         seed: seed of the generators within the block.
-        generators: further generators to treat alike.
+        generators: further generators to treat alike; see `is_generator`.
     """
 
-    def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
+    def __init__(self, seed: int, generators: Iterable[Any] = ()) -> None:
         self._seed, self._generators = seed, (torch.default_generator, *generators)
         self._inner: tuple[Any, ...] | None = None
 
@@ -176,7 +201,7 @@ class fork_rng:
         else:
             reseed(self._seed)
             for generator in self._generators:
-                generator.manual_seed(self._seed)
+                seed_generator(generator, self._seed)
 
     def __exit__(self, *_: object) -> None:
         self._inner = _cpu_states(self._generators)
@@ -220,19 +245,34 @@ class DrawsUndone:
             self._numpy = b"", None
 
 
-def _cpu_states(generators: Sequence[torch.Generator]) -> tuple[Any, ...]:
+def _cpu_states(generators: Sequence[Any]) -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return (
         random.getstate(),
         numpy.random.get_state(legacy=False) if numpy else None,
-        [generator.get_state() for generator in generators],
+        [_state(generator) for generator in generators],
     )
 
 
-def _set_cpu_states(generators: Sequence[torch.Generator], states: tuple[Any, ...]) -> None:
-    python, numpy, torch_states = states
+def _set_cpu_states(generators: Sequence[Any], states: tuple[Any, ...]) -> None:
+    python, numpy, held = states
     random.setstate(python)
     if numpy is not None:  # None: it was imported inside the block.
         sys.modules["numpy"].random.set_state(numpy)
-    for generator, state in zip(generators, torch_states, strict=True):
+    for generator, state in zip(generators, held, strict=True):
+        _set_state(generator, state)
+
+
+def _state(generator: Any) -> Any:
+    if hasattr(generator, "bit_generator"):
+        return generator.bit_generator.state
+    return (generator.getstate if isinstance(generator, random.Random) else generator.get_state)()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
         generator.set_state(state)

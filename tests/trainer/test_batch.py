@@ -70,6 +70,9 @@ def test_a_field_that_is_not_there_is_named_beside_those_that_are() -> None:
     batch = collate(_items())
     with pytest.raises(AttributeError, match=r"no field 'wav', only \['id', 'n', 'ok', 's', 'sig'"):
         _ = batch.wav
+    for name in ("wav", 0):
+        with pytest.raises(KeyError, match=r"no field .*, only \['id', 'n', 'ok', 's', 'sig'"):
+            batch[name]
     with pytest.raises(ValueError, match=r"differ in their fields: \['a'\] and \['b'\]"):
         collate([{"a": 1}, {"b": 1}])
 
@@ -184,6 +187,12 @@ def test_what_does_not_move_is_left_as_it_is() -> None:
         ({"scale": 2}, 1),
         ({"raw": [{"x": torch.zeros(9)}], "x": torch.zeros(4)}, 4),
         ([{"x": torch.zeros(9)}, {"x": torch.zeros(9)}], 2),
+        ({"id": ["a", "b", "c"], "x": [torch.zeros(n) for n in (5, 7, 2)]}, 3),
+        (((torch.zeros(5, 3), torch.zeros(7, 3)), ("a", "b")), 2),
+        ({"x": [numpy.zeros(5), numpy.zeros(7), numpy.zeros(2)]}, 3),
+        ([(torch.zeros(5), "a"), (torch.zeros(7), "b"), (torch.zeros(7), "c")], 3),
+        ([(torch.zeros(5, 2), torch.zeros(5)), (torch.zeros(5, 3), torch.zeros(5))], 5),
+        ({"x": [torch.zeros(4, 2), torch.zeros(4, 2)]}, 4),
         (Padded(torch.zeros(2, 5), torch.tensor([5, 3])), 2),
         (Batch({"x": torch.zeros(9)}, 6), 6),
         (["a", "b", "c"], 3),
@@ -333,6 +342,12 @@ def test_what_torch_refuses_in_tuples_becomes_a_list() -> None:
     row = collate_plain([Row(1, None), Row(2, None)])
     assert type(row) is Row
     assert row.x.tolist() == [1, 2]
+    for values in ([None, 1], [1, None], [None, torch.ones(2)], [(1, 2), None], [(1, 2), 5]):
+        assert collate_plain([(each, 1) for each in values])[0] == values
+    for rows in ([{"x": 1}, {"x": 1, "y": 2}], [{"x": 1, "y": 2}, {"x": 1}]):
+        for items in (rows, [(row, 0) for row in rows]):
+            with pytest.raises(ValueError, match="differ in their fields: .*'y'"):
+                collate_plain(items)
     with pytest.raises(RuntimeError) as caught:
         collate_plain([(torch.ones(2),), (torch.ones(3),)])
     assert "collate_fn=trainer.data.collate pads" in caught.value.__notes__[0]

@@ -7,6 +7,7 @@ import random
 import re
 import tracemalloc
 import warnings
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_meta_is_plain_json_with_null_for_what_is_not_finite(tmp_path: Path) -> 
     assert saved.meta == {"a": 2.5, "b": None, "c": [None, True], "d": {"é": None}}
     with pytest.raises(ValueError, match=r"meta\['x'\]\[1\] of a checkpoint is a set; it can hold"):
         make(tmp_path).save_checkpoint({"x": [1, {2}]})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, "caf\udce9.wav", reduce(lambda inner, _: [inner], range(60), 1.0), "x" * 2**24],
+)
+def test_meta_that_would_break_the_checkpoint_is_refused(tmp_path: Path, value: Any) -> None:
+    keep = Checkpointer(tmp_path)
+    for meta in ({"m": value}, {"m": {"by": [value]}}):
+        with pytest.raises(ValueError, match="meta of a checkpoint cannot be read back: "):
+            keep.save_checkpoint(meta)
+    assert keep.find_checkpoint() is None
 
 
 def test_saving_takes_no_second_copy_of_the_tensors(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -132,6 +133,69 @@ def test_in_workers_global_generators_follow_from_seed_epoch_batch_and_rank() ->
         assert all(left != right for left, right in zip(first, other, strict=True))
     ranks = [numbers(rank=rank, world_size=2) for rank in range(2)]
     assert all(left != right for left, right in zip(*ranks, strict=True))
+
+
+GENERATORS: dict[str, Any] = {
+    "python": lambda: random.Random(0),
+    "numpy": lambda: numpy.random.default_rng(0),
+    "numpy's older one": lambda: numpy.random.RandomState(0),
+    "torch": lambda: torch.Generator().manual_seed(0),
+}
+
+
+def _drawn(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return torch.rand(1, generator=generator).item()
+    return float(generator.random())
+
+
+class Holding(Dataset[Any]):
+    """Items with a number from a generator that the dataset, or its sampler, holds."""
+
+    def __init__(self, generator: Any) -> None:
+        self.own = generator
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> float:
+        return _drawn(self.own)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(range(11), key=lambda _: _drawn(self.own)))
+
+
+class HoldingStream(IterableDataset[Any]):
+    def __init__(self, generator: Any) -> None:
+        self.own = generator
+
+    def __iter__(self) -> Iterator[float]:
+        return iter([_drawn(self.own) for _ in range(11)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("holder", ["dataset", "sampler", "stream"])
+def test_generators_that_the_data_hold_follow_seed_and_epoch(
+    holder: str, kind: str, workers: int
+) -> None:
+    def loader() -> Any:
+        held = Holding(GENERATORS[kind]())
+        more = {"sampler": held} if holder == "sampler" else {}
+        data: Any = {"dataset": held, "sampler": list(range(11))}.get(holder)
+        data = HoldingStream(held.own) if data is None else data
+        return make_loader(data, train=True, batch_size=2, num_workers=workers, **more)
+
+    def batches(loader: Any, epoch: int, start: int = 0) -> list[Any]:
+        loader.set_epoch(epoch)
+        loader.skip(start)
+        return [batch.tolist() for batch in loader]
+
+    one = loader()
+    epochs = [batches(one, epoch) for epoch in (1, 2)]
+    assert epochs[0] != epochs[1]
+    assert batches(loader(), 2, 3) == epochs[1][3:]
+    assert len({x for batch in epochs[0] for x in batch}) == 11
 
 
 def test_without_workers_items_draw_from_the_generators_of_the_process() -> None:
@@ -449,6 +513,13 @@ def test_a_batch_sampler_says_the_batches() -> None:
         ({"sampler": [1], "shuffle": True}, "a sampler excludes shuffle and batch_sampler"),
         ({"batch_sampler": [[1]], "drop_last": True}, "a batch_sampler excludes batch_size"),
         ({"batch_size": 0}, "batch_size must be a whole number, 1 or more, or None; got 0"),
+        ({"batch_size": True}, "batch_size must be a whole number, 1 or more, or None; got True"),
+        ({"num_workers": -1}, "num_workers must be a whole number, 0 or more; got -1"),
+        ({"num_workers": "2"}, "num_workers must be a whole number, 0 or more; got '2'"),
+        ({"num_workers": None}, "num_workers must be a whole number, 0 or more; got None"),
+        ({"shuffle": "False"}, "shuffle must be true or false; got 'False'"),
+        ({"drop_last": "no"}, "drop_last must be true or false; got 'no'"),
+        ({"collate_fn": "pad"}, "collate_fn must be a function; got 'pad'"),
         ({"batchsize": 3}, r"unknown loader options \['batchsize'\]; known are \['batch_sampler'"),
         ({"on_bad": "ignore"}, "on_bad must be 'skip' or 'raise', got 'ignore'"),
     ],
@@ -456,6 +527,12 @@ def test_a_batch_sampler_says_the_batches() -> None:
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_loader(Items(), train=True, **options)
+
+
+def test_sizes_may_be_numbers_of_numpy() -> None:
+    size, none = numpy.int64(4), numpy.int32(0)
+    loader = make_loader(Items(8), train=False, batch_size=size, num_workers=none)
+    assert [len(batch) for batch in loader] == [4, 4]
 
 
 def test_data_that_give_no_batch_are_refused() -> None:

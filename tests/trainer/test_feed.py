@@ -88,6 +88,10 @@ def test_what_gives_no_batches_is_refused() -> None:
         ValueError, match="the valid set is a int; allowed: a Dataset, a DataLoader"
     ):
         feed(3, train=False)
+    with pytest.raises(ValueError, match="the train set is a str; allowed: a Dataset"):
+        feed("train.csv")
+    with pytest.raises(ValueError, match="loader options of the train set name a dataset, which"):
+        feed([], kwargs={"dataset": []})
     with pytest.raises(
         ValueError, match=r"loader options \['batch_size'\] were given for the train"
     ):

@@ -305,6 +305,50 @@ def test_averages_of_tied_weights_and_extra_state_are_tested(tmp_path: Path, num
     assert losses[0] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_stage_start"])
+def test_an_average_begins_with_the_weights_that_a_hook_has_loaded(
+    tmp_path: Path, hook: str
+) -> None:
+    loaded = net().state_dict()
+    for tensor in loaded.values():
+        tensor.fill_(0.5)
+
+    def load(brain: Any, *given: Any) -> None:
+        if brain.progress.optimizer_step == 0:
+            brain.modules.net.load_state_dict(loaded)
+
+    kind: Any = type("Loading", (Plain,), {hook: load})
+    still = partial(torch.optim.SGD, lr=0.0)
+    keep = Checkpointer(tmp_path)
+    brain = build(kind, {"net": net()}, still, ema_decay=0.9, checkpointer=keep)
+    brain.fit([1, 2], batches(2), batches(1))
+    with brain.best_weights():
+        assert torch.equal(flat(brain.modules), torch.full_like(flat(brain.modules), 0.5))
+
+
+def test_a_layer_that_a_hook_puts_in_and_no_optimizer_has_is_named() -> None:
+    class Exchanging(Plain):
+        def on_fit_start(self) -> None:
+            self.modules.net[-1] = nn.Linear(self.modules.net[-1].in_features, 2)
+
+    with pytest.warns(UserWarning, match="reaches 2 parameters that no optimizer has"):
+        make(Exchanging).fit([1], batches(2))
+
+
+def test_groups_that_a_hook_has_added_are_told_of_in_a_resumed_run(tmp_path: Path) -> None:
+    class Thawing(Plain):
+        def init_optimizers(self) -> None:
+            self.modules.net[0].requires_grad_(False)
+            self.optimizer = self.opt_class(self.modules.net[-1].parameters())
+
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> None:
+            self.optimizer.add_param_group({"params": self.modules.net[0].parameters()})
+
+    make(Thawing, checkpointer=Checkpointer(tmp_path)).fit([1], batches(2))
+    with pytest.raises(ValueError, match=r"of \[2, 2\].* or with groups that a hook has"):
+        make(Thawing, checkpointer=Checkpointer(tmp_path)).fit([1, 2], batches(2))
+
+
 def test_an_average_that_the_run_did_not_have_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -625,6 +669,12 @@ def test_a_metric_of_several_elements_is_refused() -> None:
             scheduled(None, lambda epoch, v=value: {"acc": v}).fit([1], batches(1), batches(1))
 
 
+@pytest.mark.parametrize("name", [1, None, ("wer", "test")])
+def test_a_metric_whose_name_is_no_text_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match="returned a metric named .*; allowed: a text"):
+        scheduled(None, lambda epoch: {name: 1.0}).fit([1], batches(1), batches(1))
+
+
 def test_a_save_by_a_metric_that_is_misspelt_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -886,6 +936,25 @@ def test_an_attribute_of_a_class_that_would_have_no_effect_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"Own\.{name} .*(use|choose)"):
         type("Own", (Brain,), {name: value})
+
+
+@pytest.mark.parametrize("name", ["device", "modules", "hparams", "checkpointer"])
+def test_a_property_in_place_of_an_attribute_of_the_framework_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Own\.{name} is a property without a setter.*choose"):
+        type("Own", (Plain,), {name: property(lambda brain: None)})
+
+
+@pytest.mark.parametrize("made", [None, [1], nn.Identity()])
+def test_what_makes_no_optimizer_is_named(made: Any) -> None:
+    with pytest.raises(ValueError, match=rf"made a {type(made).__name__}; allowed: a torch.optim"):
+        build(Plain, {"net": net()}, lambda parameters: made).fit([1], batches(1))
+
+
+@pytest.mark.parametrize("count", [None, "many", -1, math.nan])
+def test_a_weight_of_a_batch_that_is_no_number_is_refused(count: Any) -> None:
+    kind: Any = type("Own", (Plain,), {"count_examples": lambda brain, batch: count})
+    with pytest.raises(ValueError, match="count_examples returned .*; allowed: a finite number"):
+        make(kind).fit([1], batches(1))
 
 
 @pytest.mark.parametrize(

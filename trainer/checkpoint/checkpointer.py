@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from trainer import distributed, tree
+from trainer import distributed, json_files, tree
 from trainer.checkpoint import storage
 from trainer.checkpoint.storage import (
     BrokenCheckpoint,
@@ -429,7 +429,7 @@ class Checkpointer:
                 f"{name[:100]!r} cannot name a checkpoint: it becomes a folder's name, made of at "
                 "most 80 letters, digits and _ . = , -"
             )
-        request = SaveRequest(_to_json(meta), end_of_epoch, name, retention)
+        request = SaveRequest(_readable(meta), end_of_epoch, name, retention)
         if self.enabled and end_of_epoch and retention is not None and distributed.is_main():
             self._warn_of_missing(retention, meta)
         if self._held and self.enabled:
@@ -897,6 +897,20 @@ def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[st
             f"{checkpoint.path} does not fit this run: of the {what}, it lacks {missing or 'none'} "
             f"and this run does not know {unknown or 'none'}"
         )
+
+
+def _readable(meta: Mapping[str, Any]) -> Any:
+    """Return the meta of a checkpoint as its manifest will give it back.
+
+    Raises:
+        ValueError: it would not, and the whole checkpoint be broken.
+    """
+    found = _to_json(meta)
+    try:
+        json_files.parse(storage.encode_manifest({"checkpoint": {"meta": found}}))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"meta of a checkpoint cannot be read back: {error}") from error
+    return found
 
 
 def _to_json(value: Any, where: str = "meta") -> Any:

@@ -131,6 +131,8 @@ class Batch:
         return name in self._fields
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._fields:
+            raise KeyError(f"the batch has no field {name!r}, only {sorted(self._fields)}")
         return self._fields[name]
 
     def __getattr__(self, name: str) -> Any:
@@ -208,17 +210,24 @@ def _join_fields(items: Sequence[Any]) -> dict[Any, Any]:
             kinds = f"{type(items[0]).__name__} and {type(item).__name__}"
             raise ValueError(f"examples of a batch differ in their types: {kinds}")
     joined, rows = {}, [parts_of(item) for item in items]
-    for row in rows:
-        if row.keys() != rows[0].keys():
-            raise ValueError(
-                f"examples of a batch differ in their fields: {list(rows[0])} and {list(row)}"
-            )
+    _check_fields(rows)
     for name in rows[0]:
         try:
             joined[name] = _join([row[name] for row in rows])
         except (ValueError, TypeError) as error:
             raise ValueError(f"field {name!r}: {error}") from error
     return joined
+
+
+def _check_fields(rows: Sequence[Any]) -> None:
+    """Raise ValueError for mappings with different keys."""
+    if not all(isinstance(row, Mapping) for row in rows):
+        return
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise ValueError(
+                f"examples of a batch differ in their fields: {list(rows[0])} and {list(row)}"
+            )
 
 
 def _join(values: list[Any]) -> Any:
@@ -273,18 +282,27 @@ def is_array(value: Any) -> bool:
 
 
 def collate_plain(items: list[Any]) -> Any:
-    """Join examples as torch's `default_collate` does, and what that refuses to a list."""
+    """Join examples as torch's `default_collate` does, and what that refuses to a list.
+
+    Raises:
+        ValueError: mappings differ in their keys, of which torch would drop some.
+        RuntimeError: tensors or lists differ in their sizes.
+    """
     first = items[0]
-    try:
-        return default_collate(items)
-    except TypeError:  # None, dataclasses, objects of any kind.
-        if is_dataclass(first):
-            return collate(items)
-        if not is_container(first) or len({len(item) for item in items}) > 1:
-            return items
+    _check_fields(items)
+    if any(item is None for item in items):
+        return items
+    if is_dataclass(first):
+        return collate(items)
+    alike = is_container(first) and len({*map(type, items)}) == 1
+    if alike and len({*map(len, items)}) == 1:
         rows = [parts_of(item) for item in items]
         joined = {name: collate_plain([row[name] for row in rows]) for name in rows[0]}
         return list(joined.values()) if type(first) is tuple else rebuilt(first, joined)
+    try:
+        return default_collate(items)
+    except TypeError:  # Objects of any kind.
+        return items
     except RuntimeError as error:
         error.add_note("the loader option collate_fn=trainer.data.collate pads examples with names")
         raise
@@ -333,7 +351,9 @@ def count_examples(batch: Any) -> int:
         The first dimension of the first tensor or array in a tensor, or in nested mappings, lists,
         tuples, dataclasses and the attributes of an object without a length. Without one, the
         length of the first list among the fields; or else the length of the batch, where it has
-        one; or else 1. A list of mappings or dataclasses counts as that many examples.
+        one; or else 1. A list of mappings or dataclasses counts as that many examples, as does a
+        field that lists tensors which differ in their first dimension alone: examples that were
+        not padded.
     """
     if (size := _first_size(batch)) is not None:
         return size
@@ -365,10 +385,28 @@ def _first_size(batch: Any) -> int | None:
         for part in batch
     ):
         return None  # A list of mappings holds examples that were not collated.
+    if isinstance(batch, list) and all(type(p) is tuple for p in batch) and _is_ragged(batch):
+        return None  # So does a list of tuples.
     for part in parts_of(batch).values():
+        if isinstance(part, (list, tuple)) and _is_ragged(part):
+            return len(part)
         if (size := _first_size(part)) is not None:
             return size
     return None
+
+
+def _is_ragged(parts: Sequence[Any]) -> bool:
+    """Return True for tensors, or rows of them, that differ in their first dimension alone."""
+    if len(parts) < 2 or isinstance(parts, PackedSequence):
+        return False
+    if all(type(part) in (list, tuple) for part in parts):
+        return len({*map(len, parts)}) == 1 and any(
+            _is_ragged(each) for each in zip(*parts, strict=True)
+        )
+    if not all((isinstance(each, Tensor) or is_array(each)) and each.ndim for each in parts):
+        return False
+    alike = len({(each.dtype, tuple(each.shape[1:])) for each in parts}) == 1
+    return alike and len({len(each) for each in parts}) > 1
 
 
 def batch_ids(batch: Any) -> list[str]:

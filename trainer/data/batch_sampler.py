@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, IterDataPipe
 
-from trainer.seed import derive, fork_rng
+from trainer.seed import derive, fork_rng, is_generator
 
 logger = logging.getLogger("trainer.data")
 
@@ -87,10 +87,14 @@ def set_epoch(source: Any, epoch: int) -> None:
             part.set_epoch(epoch)
 
 
-def generators(source: Any) -> list[torch.Generator]:
-    """Return the generators that the components of a loader or sampler hold."""
-    held = [getattr(part, "generator", None) for part in components(source)]
-    return list({id(each): each for each in held if isinstance(each, torch.Generator)}.values())
+def generators(source: Any) -> list[Any]:
+    """Return the generators of Python, NumPy and torch that components of the data hold."""
+    held = [value for part in components(source) for value in _attributes(part)]
+    return list({id(each): each for each in held if is_generator(each)}.values())
+
+
+def _attributes(part: Any) -> list[Any]:
+    return [getattr(part, "generator", None), *getattr(part, "__dict__", {}).values()]
 
 
 class ShuffledSampler:

@@ -226,6 +226,8 @@ def make_feed(
             f"the {name} set is a mapping, a {type(source).__name__}; give one of its parts: "
             f"{', '.join(map(repr, list(source)[:8]))}"
         )
+    if "dataset" in loader_kwargs:
+        raise ValueError(f"the loader options of the {name} set name a dataset, which is given")
     if listing or _is_dataset(source):
         loader = make_loader(source, **loader_kwargs)
     elif loader_kwargs:
@@ -233,7 +235,7 @@ def make_feed(
             f"loader options {sorted(loader_kwargs)} were given for the {name} set, but a "
             f"{type(source).__name__} is no Dataset: they would be ignored"
         )
-    elif listing or not isinstance(source, Iterable):
+    elif not isinstance(source, Iterable) or isinstance(source, (str, bytes)):
         raise ValueError(
             f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"

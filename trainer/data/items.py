@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 
 from trainer.data.batch import count_examples
-from trainer.data.batch_sampler import BatchIndex, components, knows_ranks
-from trainer.seed import derive, reseed
+from trainer.data.batch_sampler import BatchIndex, components, generators, knows_ranks
+from trainer.seed import derive, reseed, seed_generator
 
 logger = logging.getLogger("trainer.data")
 
@@ -313,6 +313,7 @@ class BatchDataset(Dataset[Any]):
         self._own: Any = None
         self._epoch: int | None = None
         self._told: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
+        self._held: list[Any] = []  # Random generators of the dataset's own.
         while isinstance(dataset, Subset):  # Its own `__getitems__` gains nothing.
             dataset = dataset.dataset
         self._together = not single and getattr(dataset, "__getitems__", None) is not None
@@ -344,6 +345,7 @@ class BatchDataset(Dataset[Any]):
         """Tell the dataset the epoch; here, since a worker may outlive it."""
         if epoch != self._epoch:
             self._told = [part for part in components(self.dataset) if hasattr(part, "set_epoch")]
+            self._held = generators(self.dataset)
         for part in self._told:
             if epoch != self._epoch or _epoch_set_by.get(id(part)) is not self:
                 part.set_epoch(epoch)
@@ -354,6 +356,8 @@ class BatchDataset(Dataset[Any]):
         worker = get_worker_info()
         if worker is not None:  # The main process draws from its own generators, as in torch.
             reseed(derive(self.seed, "batch", index.epoch, index.number))
+        for generator in self._held:
+            seed_generator(generator, derive(self.seed, "held", index.epoch, index.number))
         items = self._load_together(index.indices) if self._together else None
         if items is None:
             items = self._load(index.indices)

@@ -24,6 +24,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -124,9 +125,7 @@ def make_loader(
         ValueError: the options are unknown or exclude each other, the dataset is empty, or the
             sampler is set up for another number of ranks.
     """
-    known = set(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
-    if unknown := set(options) - known:
-        raise ValueError(f"unknown loader options {sorted(unknown)}; known are {sorted(known)}")
+    _check_options(options)
     if options.get("num_workers", 0) == 0:  # Options of workers mean nothing without any.
         for name in ("persistent_workers", "prefetch_factor", "worker_init_fn"):
             options.pop(name, None)
@@ -152,6 +151,31 @@ def make_loader(
         return Loader(batches, sampler, BadItemPolicy(on_bad, max_bad), timeout, options)
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for loader options that are unknown, or have values of another kind.
+
+    Whole numbers of NumPy become Python's.
+    """
+    known = set(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
+    if unknown := set(options) - known:
+        raise ValueError(f"unknown loader options {sorted(unknown)}; known are {sorted(known)}")
+    for name, least in (("batch_size", 1), ("num_workers", 0), ("prefetch_factor", 1)):
+        value = options.get(name)
+        if value is None and (name != "num_workers" or name not in options):
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            none = "" if name == "num_workers" else ", or None"
+            raise ValueError(f"{name} must be a whole number, {least} or more{none}; got {value!r}")
+        options[name] = int(value)
+    for name in ("shuffle", "drop_last", "pin_memory", "persistent_workers"):
+        value = options.get(name)
+        if not (value is None or isinstance(value, int) and value in (0, 1)):  # A text is true.
+            raise ValueError(f"{name} must be true or false; got {value!r}")
+    for name in ("collate_fn", "worker_init_fn"):
+        if not (options.get(name) is None or callable(options[name])):
+            raise ValueError(f"{name} must be a function; got {options[name]!r}")
+
+
 def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
     """Make a batch sampler by the options about order, and remove these from ``options``."""
     options.pop("generator", None)  # The order comes from (seed, epoch).
@@ -164,8 +188,6 @@ def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> Distribut
         if shuffle or drop_last or size not in (1, None):
             raise ValueError("a batch_sampler excludes batch_size, shuffle and drop_last")
         return DistributedBatchSampler(batch_sampler, None, batched=True, **run)
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"batch_size must be a whole number, 1 or more, or None; got {size!r}")
     if sampler is None:
         shuffled = run["train"] if shuffle is None else shuffle
         sampler = ShuffledSampler(len(dataset), run["seed"]) if shuffled else range(len(dataset))

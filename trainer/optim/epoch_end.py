@@ -31,8 +31,10 @@ def agree_on_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     values.
 
     Raises:
-        ValueError: for a tensor or array of several elements.
+        ValueError: for a tensor or array of several elements, and for a name that is no text.
     """
+    if odd := [name for name in metrics if not isinstance(name, str)]:
+        raise ValueError(f"on_stage_end returned a metric named {odd[0]!r}; allowed: a text")
     own: dict[str, Any] = map_leaves(plain_number, dict(metrics))
     for each, value in leaves(own):
         if isinstance(value, Tensor) or hasattr(value, "__array__"):

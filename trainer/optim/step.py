@@ -343,7 +343,9 @@ class Update:
         if sizes != saved_sizes:
             raise ValueError(
                 f"the saved optimizer {self.name!r} has groups of {saved_sizes} parameters, this "
-                f"Brain's of {sizes}: the checkpoint was made with other settings"
+                f"Brain's of {sizes}: the checkpoint was made with other settings, or with groups "
+                "that a hook has added; give the optimizer in init_optimizers what is frozen at "
+                "first, too: it is not moved while requires_grad is False"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -751,7 +753,8 @@ def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
     if not loss.requires_grad and (isinstance(weight, Tensor) or weight):
         raise ValueError(
             f"optimize({name!r}) got a loss without a graph: no parameter that requires a gradient "
-            "led to it. Was it detached, computed under torch.no_grad(), or is every module frozen?"
+            "led to it. Was it detached, computed under torch.no_grad() or reentrant checkpointing "
+            "of the whole network (use_reentrant=False does), or is every module frozen?"
         )
     if not isinstance(weight, Tensor) and not 0.0 <= weight < math.inf:
         raise ValueError(
