@@ -59,9 +59,11 @@ def test_classes_are_built_from_values(write: Write) -> None:
             f"config: !new:transformers.BertConfig {json.dumps(SIZES)}\n"
             "model: !new:transformers.BertModel {config: !ref <config>}\n"
             "auto: !apply:transformers.AutoModel.from_config {config: !ref <config>}\n"
+            "first: !apply:transformers.AutoModel.from_config\n  - !ref <config>\n"
             "features: !new:transformers.Wav2Vec2FeatureExtractor {sampling_rate: 8000}\n"
         )
     )
+    assert type(found["first"]) is transformers.BertModel
     assert found["model"].config.hidden_size == 8
     assert type(found["auto"]) is transformers.BertModel
     assert found["features"].sampling_rate == 8000
@@ -120,6 +122,17 @@ def test_a_download_is_left_to_the_run(write: Write) -> None:
         Configuration(
             write("x: !applyref:transformers.AutoConfig.from_pretrained [somebody/a-model]\n")
         ).options()
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "BertModel"])
+def test_a_folder_without_the_files_is_told_as_one(write: Write, folder: Path, kind: str) -> None:
+    for each in folder.iterdir():
+        if each.name != "config.json":
+            each.rename(each.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=r"line 1\): transformers") as caught:
+        load_hparams(write(f"x: !apply:transformers.{kind}.from_pretrained [model]\n"))
+    assert "nothing is downloaded" not in str(caught.value)
+    assert "must be in safetensors" in str(caught.value)
 
 
 ATTACKS = [

@@ -580,3 +580,28 @@ def test_a_power_of_a_reference_is_one_of_its_value(write: Write, base: float, p
     assert found["sum"] == 1 - base**power + 2 * base**2
     assert found["minus"] == -(base**power)
     assert found["text"] == f"x{base} ** 2"
+
+
+@pytest.mark.parametrize("value", ["[(1, 2), 3]", "{b: (3, 4)}", "[x, {k: (1, 2, 3)}]"])
+def test_a_tuple_that_yaml_tears_is_told(
+    write: Write, caplog: pytest.LogCaptureFixture, value: str
+) -> None:
+    path = write(f"a: {value}\nb: null\n")
+    assert load_hparams(path) == load_hyperpyyaml(path.read_text())
+    assert "is a text: a tuple within" in caplog.text
+    with pytest.raises(ValueError, match="--b: a tuple within .* is written as a list"):
+        Configuration(path).override({"b": Text(value)})
+
+
+@pytest.mark.parametrize(
+    "value", ["[(1), (a)]", "[':(', ':)']", "['(', ')']", "[a) b, c]", "(1, 2)"]
+)
+def test_brackets_in_texts_are_texts(
+    write: Write, caplog: pytest.LogCaptureFixture, value: str
+) -> None:
+    path = write(f"a: {value}\nb: null\n")
+    configuration = Configuration(path)
+    configuration.override({"b": Text(value)})
+    found = configuration.build()
+    assert found["a"] == found["b"] == load_hyperpyyaml(path.read_text())["a"]
+    assert not caplog.records

@@ -67,6 +67,7 @@ logger = logging.getLogger("trainer")
 
 QUOTED = {"''": "", '""': "", "'None'": "None", '"None"': "None"}  # texts as typed
 MAX_SUMMARY = 48  # characters of a value in help and messages
+TORN = "a tuple within {…} or […] is written as a list, such as [3, 4]"
 NUMBER = ("a number", (INT, FLOAT, NULL))
 KINDS = {
     BOOL: ("true or false", (BOOL, NULL)),
@@ -150,6 +151,9 @@ class Configuration:
         if run_folder:
             confined(self.folder, path)
         self.root, self.comments = reading.read(path, alone=run_folder)
+        torn = reading.torn_tuple(self.root)
+        if torn is not None:
+            logger.warning("%s: %r is a text: %s", location(torn), torn.value, TORN)
         for key, node in items(self.root):  # Such as __set_seed, which has the seed of the run.
             seeds = key.startswith("__") and object_name(node) in SEEDING
             if seeds and isinstance(node, SequenceNode) and node.value:
@@ -405,7 +409,10 @@ def _to_node(value: Any, name: str) -> Node:
     if isinstance(value, Text):
         if value == "None":
             return represent(_typed_text(value, name))
-        return reading.compose(value, f"--{name}")
+        node = reading.compose(value, f"--{name}")
+        if reading.torn_tuple(node) is not None:
+            raise ValueError(f"--{name}: {TORN}")
+        return node
     if isinstance(value, Mapping):
         node = mapping()
         for key, each in value.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -48,9 +49,14 @@ def is_maker(target: Any) -> bool:
 
 
 def takes_any_keyword(target: Any) -> bool:
-    """Return True for a configuration class, which keeps keywords that its signature lacks."""
-    return inspect.isclass(target) and any(
-        each.__name__.lower() == "pretrainedconfig" for each in target.__mro__
+    """Return True for a callable whose signature lacks arguments that it takes.
+
+    A configuration class keeps any keyword. The signature that transformers gives `from_config` of
+    its Auto classes is without `config`.
+    """
+    return is_maker(target) or (
+        inspect.isclass(target)
+        and any(each.__name__.lower() == "pretrainedconfig" for each in target.__mro__)
     )
 
 
@@ -94,6 +100,9 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None
                 "and !name: leaves the call to the program)"
             )
             hint = hint if "local_files_only" in bound else ""
+            source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+            if os.path.isdir(source):
+                hint = " (weights must be in safetensors)" if "use_safetensors" in bound else ""
             raise ValueError(f"{' '.join(str(error).split())}{hint}") from error
 
     return make

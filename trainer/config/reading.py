@@ -431,6 +431,18 @@ def children(node: Node) -> list[Node]:
     return [child for _, child in items(node)]
 
 
+def torn_tuple(root: Node) -> Node | None:
+    """Return the first part of a tuple within […] or {…}, of which YAML makes texts: "(3"."""
+    for node in nodes(root):
+        pairs: Any = node.value if isinstance(node, MappingNode) else zip(children(node))
+        below = [each for pair in pairs for each in pair if getattr(node, "flow_style", False)]
+        texts = [each for each in below if tag(each) == STR and not each.style]
+        begins: list[Node] = [each for each in texts if re.fullmatch(r"\([^)]*", each.value)]
+        if begins and any(re.fullmatch(r"[^(]*\)", each.value) for each in texts):
+            return begins[0]
+    return None
+
+
 def replace_children(node: Node, replace: Callable[[str, Node], Node]) -> None:
     """Replace each value directly below a node by what `replace` returns for its key and itself."""
     if isinstance(node, MappingNode):
