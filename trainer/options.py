@@ -530,6 +530,7 @@ def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
 
 def _words(name: str) -> set[str]:
     """Return the words of a name, abbreviated: {"peak", "lr"} of "peak_learning_rate"."""
+    name = name.replace("-", "_")
     for long, short in (("learning_rate", "lr"), ("batch_size", "bs"), ("weight_decay", "wd")):
         name = name.replace(long, short)
     fillers = {"", "max", "n", "num", "number", "of", "total"}

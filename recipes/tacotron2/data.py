@@ -11,6 +11,7 @@ numbers and abbreviations are spelled out.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,7 @@ def _readings(folder: Path, column: int, spell: bool, follow_links: bool) -> dic
         text = fields[column] if spell else plain(fields[column])
         reading = _Reading(fields[0], text, line.number)
         found.append((named(table, line.number, find, fields[0]), reading))
-    check_unique(table, [(each.line, str(path)) for path, each in found])
+    check_unique(table, [(each.line, os.path.relpath(path, folder)) for path, each in found])
     return dict(found)
 
 

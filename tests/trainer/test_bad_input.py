@@ -125,7 +125,7 @@ def test_a_logged_value_that_is_no_scalar_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("max_grad_nrm", "max_grad_norm"), ("precison", "precision"), ("auto_mix_prec", "precision")],
+    [("max_grad_nrm", "max_grad_norm"), ("precison", "precision")],
 )
 def test_a_hyperparameter_that_is_almost_an_option_is_warned_of(
     caplog: pytest.LogCaptureFixture, name: str, meant: str

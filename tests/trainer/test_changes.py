@@ -162,6 +162,12 @@ def test_a_change_shows_both_values(tmp_path: Path) -> None:
     assert {each.kind for each in found} == {"training"}
 
 
+def test_a_text_is_told_from_a_number(tmp_path: Path) -> None:
+    before, after = "a: 1\nb: '1e-3'\nc: 'true'\n", "a: '1'\nb: 1e-3\nc: true\n"
+    found = settings(tmp_path, after).changes(settings(tmp_path, before))
+    assert list(map(str, found)) == ["a: 1 -> '1'", "b: '1e-3' -> 0.001", "c: 'true' -> true"]
+
+
 def test_one_changed_leaf_of_any_tree_is_found_and_no_other() -> None:
     draw = random.Random(5)
 

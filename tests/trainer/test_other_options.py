@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -244,9 +245,37 @@ def test_an_empty_argument_is_no_value_and_an_empty_text_is_quoted(write: Write)
     path = write("text: a\nnone: 1\n")
     with pytest.raises(ValueError, match="--text needs a value; null is written null"):
         configure([path, "--text", ""])
-    for typed, value in (("''", ""), ('""', ""), ('"None"', "None"), ("null", None), ("~", None)):
+    for typed, value in (("''", ""), ('""', ""), ('"None"', "None"), ("null", None)):
         assert configure([path, f"--text={typed}"])[0].build()["text"] == value
     assert configure([path, "--none=null"])[0].build()["none"] is None
+
+
+def test_a_typed_tilde_is_the_home_folder(write: Write) -> None:
+    path = write("data_folder: a\n")
+    home = str(Path.home())
+    for typed, value in (("~", home), ("~/b", f"{home}/b"), ("a~", "a~")):
+        arguments = [path, f"--data_folder={typed}", f"--output_folder={typed}"]
+        configuration, options = configure(arguments)
+        assert (configuration.build()["data_folder"], options.output_folder) == (value, value)
+
+
+def test_hyphens_of_a_launcher_are_taken(write: Write) -> None:
+    path = write("adam: {lr: 1}\nwidth: 3\n")
+    configure([path, "--local-rank=0"])
+    assert configure([path, "--ckpt-interval-minutes=4"])[1].checkpoint_every_minutes == 4
+    with pytest.raises(ValueError, match=r"'learning-rate'; did you mean 'adam\.lr'"):
+        configure([path, "--learning-rate=3"])
+
+
+def test_overrides_are_a_mapping_of_numbers_of_any_kind(write: Write) -> None:
+    path = write("whole: 1\npart: 0.5\nmodel: {width: 3}\n")
+    found = load_hparams(path, {"whole": np.int64(3), "part": np.float32(0.25)})
+    assert (found["whole"], found["part"]) == (3, 0.25)
+    assert {type(found[each]) for each in ("whole", "part")} == {int, float}
+    with pytest.raises(ValueError, match="overrides must be a mapping, such as .*, not 'whole: 3'"):
+        load_hparams(path, "whole: 3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model must be a mapping, as its default \{…\} is"):
+        load_hparams(path, {"model": 3})
 
 
 @pytest.mark.parametrize("value", ["None", 3, {"patience": 3}, True])

@@ -54,12 +54,12 @@ def test_a_tally_counts_every_outcome_and_measures_the_steps_that_were_taken(
 
 def test_a_record_starts_the_next_count() -> None:
     tally = tally_of(
-        [StepReport("main", "stepped", norm=1.0, lr=0.5), StepReport("main", "skipped")]
+        [StepReport("main", "stepped", norm=1.0, lr=0.5), StepReport("main", "skipped", lr=0.25)]
     )
     first, second = tally.record(), tally.record()
     assert (first["stepped"], first["skipped"], first["norm"]) == (1, 1, 1.0)
     assert (second["stepped"], second["skipped"], second["norm"]) == (0, 0, None)
-    assert second["lr"] == first["lr"] == 0.0
+    assert second["lr"] == first["lr"] == 0.25
 
 
 @given(reports=st.lists(REPORTS, max_size=8), stop=st.integers(0, 8))

@@ -1,5 +1,6 @@
 """A run folder never lies: what it records was in force, and what is printed is its result."""
 
+import copy
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,7 +188,8 @@ def test_a_run_cannot_end_before_what_it_has_trained(
     assert "optimizer_step_limit: 4 -> 3" in line
     assert run(demo, "--epochs=3")["steps"] == 7  # Both are ahead of what is trained.
     for change in ("--epochs=2", "--epochs=3 --epoch_counter.limit=1", "--optimizer_step_limit=6"):
-        refused(capsys, demo, *change.split())
+        line = refused(capsys, demo, *change.split())
+        assert ", but step 7 of epoch 3 is trained already" in line
     assert run(demo, "--epochs=3", "--optimizer_step_limit=7")["steps"] == 7
 
 
@@ -216,6 +219,41 @@ def test_a_record_that_was_edited_is_another_start(
     path.write_text(path.read_text().replace("limit: 1!ref <epochs>", "limit: 3"))
     extended = run("x/hyperparams.yaml")
     assert (first["steps"], extended["steps"]) == (6, 9)
+
+
+def test_what_was_edited_by_hand_is_no_value_that_was_trained_with(
+    demo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(demo)
+    path = Path("x/hyperparams.yaml")
+    written = path.read_bytes()
+
+    def fail(_run: Run) -> None:
+        raise ValueError("no data")
+
+    path.write_text(path.read_text().replace("lr: 0.1", "lr: 0.3"))
+    with pytest.raises(ValueError, match="no data"):
+        main(fail, ["x/hyperparams.yaml", "--change_hparams"])
+    assert "lr: 0.1 -> 0.3" in refused(capsys, "x/hyperparams.yaml")
+    assert run(demo) == first
+    assert "x/hyperparams.yaml was edited by hand: it is written anew" in capsys.readouterr().err
+    assert path.read_bytes() == written
+    path.write_text(path.read_text().replace("lr: 0.1", "lr: 0.3"))
+    assert main(train, ["x/hyperparams.yaml", "--change_hparams"])["lr"] == 0.3
+
+
+@pytest.mark.parametrize("damage", ["lost", "empty", "zeros", "cut", "no YAML"])
+def test_a_record_that_is_lost_lets_no_other_value_pass(
+    demo: str, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    first = run(demo)
+    path = Path("x/hyperparams.yaml")
+    text = path.read_bytes()
+    damaged = {"empty": b"", "zeros": b"\0" * 9, "cut": text[:90], "no YAML": text + b"opt: [\n"}
+    path.unlink() if damage == "lost" else path.write_bytes(damaged[damage])
+    assert "lr: 0.1 -> 0.2" in refused(capsys, demo, "--lr=0.2")
+    assert run(demo) == first
+    assert path.read_bytes() == text
 
 
 # ---------------------------------------------------------------- starts that fail
@@ -349,6 +387,7 @@ def test_a_folder_of_an_earlier_version_goes_on(
     demo: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run(demo)
+    Path("x/.hyperparams.yaml").unlink()
     path = Path("x/hyperparams.yaml")
     old = path.read_text().replace("on_bad_item", "on_bad_audio")
     path.write_text(re.sub(r"seed: 1234\n", "on_bad_audio: skip\nseed: 1234\n", old))
@@ -360,6 +399,7 @@ def test_a_record_that_cannot_be_read_is_told(
     demo: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run(demo)
+    Path("x/.hyperparams.yaml").unlink()
     path = Path("x/hyperparams.yaml")
     path.write_text(path.read_text() + "opt: [\n")
     capsys.readouterr()
@@ -441,10 +481,65 @@ def test_long_descriptions_differ_where_only_their_ends_do(tmp_path: Path) -> No
         launch(fit, objects(net=layers(2)), tmp_path)
 
 
+class Own(torch.nn.Module):
+    """A network whose repr does not show what it was given."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+
+def changed_in_the_middle(kind: Callable[[list[int]], Any]) -> tuple[Any, Any]:
+    many = list(range(6000))
+    return kind(many), kind([*many[:3000], -1, *many[3001:]])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (Own(0.1), Own(0.2)),
+        (torch.nn.Sequential(Own(0.1), Own(0.1)), torch.nn.Sequential(Own(0.1), Own(0.2))),
+        (np.int64(3), np.int64(4)),
+        (b"abc", b"abd"),
+        *map(
+            changed_in_the_middle,
+            [list, tuple, set, np.array, torch.tensor, np.float32, str, dict.fromkeys,
+             lambda many: {"deep": [{"names": many}]}, lambda many: np.array(many)[::-1]],
+        ),
+    ],
+)  # fmt: skip
+def test_values_of_any_size_are_compared(tmp_path: Path, old: Any, new: Any) -> None:
+    first = launch(fit, objects(value=old), tmp_path)
+    assert launch(fit, objects(value=copy.deepcopy(old)), tmp_path) == first
+    with pytest.raises(ValueError, match="trained with other hyperparameters .value"):
+        launch(fit, objects(value=new), tmp_path)
+
+
+def test_a_number_of_numpy_is_a_number(tmp_path: Path) -> None:
+    values = {"whole": np.int32(3), "part": np.float32(0.5), "list": [np.int64(1)]}
+    first = launch(fit, objects(**values), tmp_path)
+    assert launch(fit, objects(whole=3, part=0.5, list=[1]), tmp_path) == first
+    assert load_hparams(tmp_path / "hyperparams.yaml")["list"] == [1]
+
+
+def test_a_large_mapping_is_compared_key_by_key(tmp_path: Path) -> None:
+    config = {"lr": 0.1, "num_workers": 1} | {f"layer_{n}": {"width": n} for n in range(200)}
+    launch(fit, objects(config=config), tmp_path)
+    launch(fit, objects(config=config | {"num_workers": 2}), tmp_path)
+    with pytest.raises(ValueError, match=r"\(config\.lr: 0\.1 -> 0\.2\)"):
+        launch(fit, objects(config=config | {"lr": 0.2}), tmp_path)
+
+
+def test_hyperparameters_of_launch_are_a_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hparams must be a mapping of keys to values, not 'lr"):
+        launch(fit, "lr: 0.1", tmp_path)  # type: ignore[arg-type]
+
+
 def test_a_record_of_launch_by_an_earlier_version_goes_on(tmp_path: Path) -> None:
     launch(fit, objects(), tmp_path)
     path = tmp_path / "hyperparams.yaml"
     path.write_text(path.read_text().replace(", scale=0.5", ""))
+    (tmp_path / ".hyperparams.yaml").unlink()
     launch(fit, objects(), tmp_path)
 
 

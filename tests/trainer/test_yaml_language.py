@@ -561,3 +561,22 @@ def test_home_is_home_everywhere(
     typed = {"data_folder": Text("~/b"), "output_folder": Text("~/c")}
     changed = load_hparams(path, typed)
     assert (changed["table"], changed["output_folder"]) == (f"{home}/b/a.csv", f"{home}/c")
+
+
+@pytest.mark.parametrize("base", [-7, -0.5, -1e-3, 3, 2.5])
+@pytest.mark.parametrize("power", [2, 3, -1])
+def test_a_power_of_a_reference_is_one_of_its_value(write: Write, base: float, power: int) -> None:
+    path = write(f"""
+        base: {base}
+        inner: {{power: {power}}}
+        value: !ref <base> ** <inner[power]>
+        close: !ref <base>**<inner[power]>
+        sum: !ref 1 - <base> ** {power} + 2 * <base> ** 2
+        minus: !ref -<base> ** {power}
+        text: !ref x<base> ** 2
+        """)
+    found = load_hparams(path)
+    assert found["value"] == found["close"] == base**power
+    assert found["sum"] == 1 - base**power + 2 * base**2
+    assert found["minus"] == -(base**power)
+    assert found["text"] == f"x{base} ** 2"

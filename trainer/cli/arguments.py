@@ -169,6 +169,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
     dotted = [key.name for key in configuration.described()]
     keys = {name.partition(".")[0] for name in dotted}
     known = {*keys, *RunOptions.names(), *ALIASES}
+    spellings = {name.replace("_", "-"): name for name in NAMES}  # as --local-rank of launchers
     changes: list[tuple[str, Any]] = []
     rest = list(argv)
     while rest:
@@ -179,6 +180,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
                 f"unexpected argument {argument!r}: a value follows its key, as in --key value, "
                 "and needs quotes if it holds spaces"
             )
+        name = spellings.get(name, name)
         head = name.partition(".")[0]
         is_flag = configuration.is_flag(name) or head in FLAGS - known
         if head not in known and head.startswith("no-") and head[3:] in known and not equals:

@@ -36,7 +36,8 @@ from trainer.config.reading import read
 from trainer.loggers.files import readable_errors, replace_file, temporary
 
 HYPERPARAMS = "hyperparams.yaml"
-AS_STARTED = ".hyperparams.yaml"  # The same, to tell what was edited by hand in the first.
+AS_STARTED = ".hyperparams.yaml"  # The same, which nobody edits.
+RECORDS = (AS_STARTED, HYPERPARAMS)
 LOCK = ".lock"
 RUN_FILES = (
     HYPERPARAMS,
@@ -70,7 +71,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
-        self._before: bytes | None = None  # hyperparams.yaml before this start, if it has trained
+        self._before: dict[str, bytes] = {}  # both records before this start, if it has trained
         self._trained = NOTHING
 
     def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
@@ -148,7 +149,7 @@ class RunFolder:
             return False
         with path.open("rb") as file:
             start = file.read(200).strip(b"\0")  # Zeros are what a power cut may leave.
-        cut = name == HYPERPARAMS and any(h.encode().startswith(start) for h in HEADERS)
+        cut = name in RECORDS and any(h.encode().startswith(start) for h in HEADERS)
         return not start or cut
 
     def _mark(self) -> None:
@@ -195,21 +196,25 @@ class RunFolder:
         Raises:
             ValueError: the hyperparameters of the last start cannot be read.
         """
-        path = self.path / HYPERPARAMS
-        if not self.has_record() or self._is_blank(HYPERPARAMS) or self.trained() == NOTHING:
+        records = [self.path / name for name in RECORDS]
+        written = [each for each in records if each.exists() and not self._is_blank(each.name)]
+        if not written or self.trained() == NOTHING:
             return []
-        found: dict[str, Change] = {}
-        for each in (path, self.path / AS_STARTED):
-            if each.exists():
-                if not each.read_bytes().endswith(b"\n"):
-                    raise ValueError(f"{each} is cut")
-                before = Settings(read(each, alone=True)[0], now.registry)
-                found |= {change.key: change for change in now.changes(before)}
-        place = self.progress()
+        path = written[0]
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError(f"{path} is cut")
+        found = now.changes(Settings(read(path, alone=True)[0], now.registry))
+        step, epoch = self.progress()
+        note = f", but step {step} of epoch {epoch:g} is trained already"
         return [
-            replace(change, kind="training") if _ends_before(change, *place) else change
-            for _, change in sorted(found.items())
+            replace(each, kind="training", note=note) if _ends_before(each, step, epoch) else each
+            for each in found
         ]
+
+    def was_edited(self) -> bool:
+        """Return True if hyperparams.yaml is not as the last start has written it."""
+        records = [self.path / name for name in RECORDS]
+        return all(map(Path.exists, records)) and len({each.read_bytes() for each in records}) > 1
 
     def trained(self) -> tuple[int, list[tuple[str, int]]]:
         """Return what changes with every checkpoint and every line of metrics.jsonl."""
@@ -249,11 +254,13 @@ class RunFolder:
             header: first line of hyperparams.yaml.
             changes: what differs from the last start; command.txt gets it with the step.
         """
-        path, text = self.path / HYPERPARAMS, f"{json.dumps(where, indent=1)}\n"
+        text = f"{json.dumps(where, indent=1)}\n"
+        records = [self.path / name for name in RECORDS]
         step, _ = self.progress() if changes else (0, 0)
         self._trained = self.trained()
-        self._before = path.read_bytes() if path.exists() and self._trained != NOTHING else None
-        for each in (path, self.path / AS_STARTED):
+        if self._trained != NOTHING:
+            self._before = {each.name: each.read_bytes() for each in records if each.exists()}
+        for each in records:
             replace_file(each, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
         replace_file(self.path / "environment.json", [text.encode()], "environment.json")
         self.add_command(command)
@@ -269,10 +276,10 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            before = self._before
-            if before is not None and self.trained() == self._trained:
-                for name in (HYPERPARAMS, AS_STARTED):
-                    replace_file(self.path / name, [before], HYPERPARAMS)
+            if self._before and self.trained() == self._trained:
+                first, *_ = self._before.values()
+                for name in RECORDS:
+                    replace_file(self.path / name, [self._before.get(name, first)], HYPERPARAMS)
                 self._add_line("# failed before it trained: hyperparams.yaml is as before")
             raise
 

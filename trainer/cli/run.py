@@ -18,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import numbers
 import pkgutil
 import re
 import sys
@@ -32,12 +33,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from trainer import distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.environment import environment
-from trainer.cli.folder import HEADER, LAUNCH_HEADER, RunFolder
+from trainer.cli.folder import HEADER, HYPERPARAMS, LAUNCH_HEADER, RunFolder
 from trainer.cli.output import tolerant_output
 from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
@@ -59,6 +61,7 @@ USER_ERRORS = (
 LOCK_SECONDS = 15.0  # Time that torchrun's restart waits for the run folder.
 MAX_CHANGES = 8  # that an error lists
 MAX_REPR = 500  # characters of an object in hyperparams.yaml
+MAX_LIST, MAX_MAPPING = 2_000, 16_000  # characters of a value of `launch` in hyperparams.yaml
 
 logger = logging.getLogger("trainer")
 
@@ -186,6 +189,8 @@ def launch(
 
         trainer.launch(train, {"lr": 1e-3}, output_folder="runs/digits")
     """
+    if not isinstance(hparams, Mapping | None):
+        raise ValueError(f"hparams must be a mapping of keys to values, not {hparams!r}")
     values = {current_name(str(key)): value for key, value in (hparams or {}).items()}
     if output_folder is not None:
         values["output_folder"] = str(output_folder)
@@ -236,7 +241,7 @@ class _PlainHyperparameters:
     def root(self) -> Any:
         """The values as a YAML tree, objects by their repr."""
         values = {k: v for k, v in self.values.items() if k not in TRANSIENT_OPTIONS}
-        return represent(_recordable(values))
+        return represent({key: _recordable(each) for key, each in values.items()})
 
     def override(self, changes: Mapping[str, Any]) -> None:
         self.values |= changes
@@ -251,18 +256,34 @@ class _PlainHyperparameters:
 Hyperparameters = Configuration | _PlainHyperparameters
 
 
+def _shortened(value: Any, most: int) -> Any:
+    """Replace what is too long for a record, such as a vocabulary, by its beginning and a hash."""
+    text = repr(value)
+    return value if len(text) <= most else f"repr: {_beginning(text)}"
+
+
+def _beginning(text: str) -> str:
+    if len(text) <= MAX_REPR:
+        return text
+    return f"{text[:MAX_REPR]}…, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
 def _recordable(value: Any) -> Any:
     """Replace objects in nested values by their repr, which is marked as one."""
     if isinstance(value, Mapping):
-        return {str(key): _recordable(each) for key, each in value.items()}
+        return _shortened({str(k): _recordable(each) for k, each in value.items()}, MAX_MAPPING)
     if isinstance(value, (list, tuple)):
-        return [_recordable(each) for each in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+        return _shortened([_recordable(each) for each in value], MAX_LIST)
+    if isinstance(value, str):
+        return _shortened(value, MAX_LIST)
+    if value is None or isinstance(value, (bool, int, float)):
         return value
+    if isinstance(value, (numbers.Integral, numbers.Real)):  # of NumPy
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (set, frozenset)):
-        return [_recordable(each) for each in sorted(value, key=repr)]
+        return _recordable(sorted(value, key=repr))
     return f"repr: {_description(value)}"
 
 
@@ -270,12 +291,30 @@ def _description(value: Any) -> str:
     """Return the repr of an object, and what its class was given if that shows none of it."""
     # Addresses differ from one start to the next.
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
-    if isinstance(value, Tensor):  # Its repr leaves out most of a large one.
-        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        text += f", {hashlib.sha256(numbers.tobytes()).hexdigest()[:12]}"
-    kind = type(value)
+    data = _bytes(value)
+    if data is not None:
+        text += f", {hashlib.sha256(data).hexdigest()[:12]}"
+    for each in value.modules() if isinstance(value, Module) else [value]:
+        text += _given(each)
+    return _beginning(text)
+
+
+def _bytes(value: Any) -> bytes | None:
+    """Return the numbers of a tensor or an array, most of which a repr leaves out."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
+        return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    with contextlib.suppress(TypeError, ValueError, BufferError):  # no buffer, or one of objects
+        view = memoryview(value)
+        return None if "O" in view.format else view.tobytes()
+    return None
+
+
+def _given(value: Any) -> str:
+    """Return what the class of an object was given, unless its repr tells."""
+    kind, text = type(value), ""
     name = f"{kind.__module__}.{kind.__qualname__}"
-    silent = not any("__repr__" in vars(each) for each in kind.__mro__[:-1])
+    said = {"__repr__", "extra_repr"}  # those of Module itself tell nothing of a class
+    silent = not any(said & {*vars(each)} for each in kind.__mro__ if each not in (Module, object))
     if silent and not RECORDING.search(name):
         with contextlib.suppress(TypeError, ValueError):  # no signature
             for key in inspect.signature(kind).parameters:
@@ -283,8 +322,6 @@ def _description(value: Any) -> str:
                 plain = isinstance(own, (bool, int, float, str, tuple, list))
                 if plain and not (EXTENDING.search(f"{name}.{key}") or is_place(key)):
                     text += f", {key}={_recordable(own)}"
-    if len(text) > MAX_REPR:
-        text = f"{text[:MAX_REPR]}…, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
     return text
 
 
@@ -372,6 +409,11 @@ def _run_folder(
                 if options.test_only and folder.has_record():
                     folder.add_command(command)
                 else:
+                    if folder.was_edited():
+                        notes.append(
+                            f"{folder.path / HYPERPARAMS} was edited by hand: it is written anew, "
+                            "with the values in force"
+                        )
                     folder.record(hyperparameters.dump(), command, where, header, changes)
         except (ValueError, OSError) as error:
             problem = session.message(error)

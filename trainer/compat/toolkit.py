@@ -167,11 +167,6 @@ CLOSED_PARTS = """
 CLOSED = [f"{PACKAGE}.{name}" for name in CLOSED_PARTS.split()]
 
 
-def imported() -> list[str]:
-    """Return the name of the package if this program has imported it, else nothing."""
-    return [PACKAGE] if PACKAGE in sys.modules else []
-
-
 def set_seed(seed: int = 0, verbose: bool = True, deterministic: bool = False) -> int:
     """Seed Python, NumPy and torch, and return the seed.
 

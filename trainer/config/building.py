@@ -158,7 +158,10 @@ class _Resolver:
         if any(_is_no_number(self._target(name, node)) for name in REFERENCE.findall(text)):
             return represent(result, node)
         try:
-            return represent(arithmetic(result), node)
+            # A power of a negative value is one of the value, not of its amount.
+            power = re.sub(rf"(?<![\w.])({REFERENCE.pattern})(?=\s*\*\*)", r"(\1)", text)
+            exact = REFERENCE.sub(lambda match: self._text(match[1], node), power)
+            return represent(arithmetic(exact), node)
         except (SyntaxError, TypeError, RecursionError, MemoryError):
             return represent(result, node)  # not arithmetic: a path, for example
         except (ArithmeticError, ValueError) as error:

@@ -70,14 +70,17 @@ class Change:
     old: Any
     new: Any
     kind: Kind
+    note: str = ""
 
     def __str__(self) -> str:
         old, new = self.old, self.new
+        if isinstance(old, str) != isinstance(new, str):  # 1 and the text '1'
+            old, new = (repr(each) if _may_be_value(each) else each for each in (old, new))
         if isinstance(old, str) and isinstance(new, str) and max(len(old), len(new)) > MAX_SUMMARY:
             start = max(len(os.path.commonprefix([old, new])) - MAX_SUMMARY // 2, 0)
             old, new = (f"{'…' * (start > 0)}{each[start:]}" for each in (old, new))
         old, new = (summary(represent(each)) for each in (old, new))
-        return f"{self.key}: {old} -> {new}"
+        return f"{self.key}: {old} -> {new}{self.note}"
 
 
 class Settings:
@@ -278,6 +281,11 @@ def _same(old: Any, new: Any) -> bool:
         return old == new or new.startswith(f"{old}, ")  # Earlier versions recorded less.
     alike = isinstance(old, bool) == isinstance(new, bool)
     return alike and (old == new or repr(old) == repr(new) == "nan")
+
+
+def _may_be_value(value: Any) -> bool:
+    """Return True for a text that may be taken for a value of another type."""
+    return isinstance(value, str) and value != ABSENT and not value.startswith(("!", "repr: "))
 
 
 def _growth(old: Any, new: Any) -> int:

@@ -119,6 +119,10 @@ def load_hparams(
     """
     with no_modules_from(Path(path).parent) if run_folder else nullcontext():
         configuration = Configuration(path, allow, run_folder=run_folder)
+        if not isinstance(overrides, Mapping | None):
+            raise ValueError(
+                f"overrides must be a mapping, such as {{'lr': 0.1}}, not {overrides!r}"
+            )
         configuration.override(overrides or {})
         return configuration.build()
 
@@ -375,7 +379,7 @@ def _converted(old: Node | None, value: Any, name: str) -> Node:
         words = "a tuple" if is_tuple(old) else words
         given = repr(summary(new)) if tag(new) == STR else summary(new) or "a mapping"
         raise ValueError(
-            f"{name} must be {words}, as its default {summary(old)} is ({location(old)}), "
+            f"{name} must be {words}, as its default {summary(old) or '{…}'} is ({location(old)}), "
             f"not {given}"
         )
     if isinstance(old, ScalarNode) and tag(old) in ("!ref", "!copy") and tag(new) == MAP:
@@ -387,8 +391,10 @@ def _converted(old: Node | None, value: Any, name: str) -> Node:
 
 def _typed_text(value: Text, name: str, null: bool = True) -> str | None:
     """Return a text as it was typed, None for null; two texts have to be quoted."""
-    if null and value in ("null", "~"):
+    if null and value == "null":
         return None
+    if value == "~":  # Unlike in a YAML: a shell leaves that of --data_folder=~ as it is.
+        return os.path.expanduser(value)
     if null and value == "None":
         raise ValueError(f"{name}: null is written null, and the text None in quotes: '\"None\"'")
     return QUOTED.get(value, str(value))

@@ -20,6 +20,7 @@ import codecs
 import copy
 import io
 import json
+import numbers
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -536,12 +537,13 @@ def represent(value: Any, near: Node | None = None) -> Node:
         node = ScalarNode(NULL, "null")
     elif isinstance(value, bool):
         node = ScalarNode(BOOL, str(value).lower())
-    elif isinstance(value, int):
-        if value.bit_length() > MAX_BITS:
-            raise ValueError(f"{place}the number is too large: it has {value.bit_length()} bits")
-        node = ScalarNode(INT, int.__repr__(value))
-    elif isinstance(value, float):
-        text = float.__repr__(value).replace("inf", ".inf").replace("nan", ".nan")
+    elif isinstance(value, numbers.Integral):  # NumPy's too
+        whole = int(value)
+        if whole.bit_length() > MAX_BITS:
+            raise ValueError(f"{place}the number is too large: it has {whole.bit_length()} bits")
+        node = ScalarNode(INT, repr(whole))
+    elif isinstance(value, numbers.Real):
+        text = repr(float(value)).replace("inf", ".inf").replace("nan", ".nan")
         node = ScalarNode(FLOAT, text)
     elif isinstance(value, tuple):  # text that is built as a tuple
         nested = any(isinstance(each, (tuple, list)) for each in value)

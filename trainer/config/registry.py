@@ -53,7 +53,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
 from trainer.compat import toolkit
-from trainer.compat.old_paths import current_path
+from trainer.compat.old_paths import OLD_PATHS, current_path
 from trainer.config.pretrained import is_maker
 from trainer.options import nearest
 
@@ -172,8 +172,8 @@ class Registry:
         self.downloads = False  # Objects may download files while they are built.
         self.packages = {"trainer", *recipe_packages()}
         allowed = [allow] if isinstance(allow, str) else list(allow)
-        if not run_folder:
-            allowed += toolkit.imported()
+        if toolkit.PACKAGE in sys.modules and not run_folder:
+            allowed.append(toolkit.PACKAGE)
         for name in allowed:
             if not isinstance(name, str) or not NAME_IN_FULL.fullmatch(name):
                 raise ValueError(f"allow must hold names such as 'mypackage', not {name!r}")
@@ -214,7 +214,8 @@ class Registry:
         owner: Any = None
         found: Any = None
         path = ""
-        for part in current_path(name).split("."):
+        is_old = ".".join(name.split(".")[:2]) in OLD_PATHS
+        for part in (current_path(name) if is_old else name).split("."):
             if owner is not None and not (
                 inspect.ismodule(found) or self._allows(path, owner, found)
             ):
