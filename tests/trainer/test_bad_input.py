@@ -383,6 +383,11 @@ def test_something_that_is_no_clipper_and_no_schedule() -> None:
     refused(
         "schedule is a float; allowed: what makes one from an opti", make(hparams={"schedule": 0.5})
     )
+    for made in (None, 3, {"scheduler": None, "interval": "step"}):
+        refused(
+            f"schedule has made a {type(made).__name__}; allowed: a schedule",
+            make(hparams={"schedule": lambda optimizer, made=made: made}),
+        )
 
 
 @pytest.mark.parametrize(

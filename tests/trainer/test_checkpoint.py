@@ -346,6 +346,13 @@ def test_a_state_that_does_not_fit_names_checkpoint_recoverable_and_parameter(
         other.recover_if_possible()
 
 
+def test_a_state_of_another_kind_names_what_it_lacks(tmp_path: Path) -> None:
+    Checkpointer(tmp_path, {"part": torch.nn.Linear(1, 1)}).save_checkpoint()
+    other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match=r"'part' \(SGD\) cannot .*: it has no 'param_groups'"):
+        Checkpointer(tmp_path, {"part": other}).recover_if_possible()
+
+
 def test_local_states_of_another_number_of_processes_are_not_used(
     tmp_path: Path,
 ) -> None:

@@ -1,5 +1,6 @@
 """Iterable datasets: each item once among ranks and workers, and resuming by their own state."""
 
+import logging
 import os
 import random
 from collections import Counter
@@ -183,6 +184,101 @@ def test_a_loader_of_its_own_class_that_repeats_items_is_warned_of(
     assert ("each of the 2 workers of a Other gives all items of Numbers" in caplog.text) == warns
     seen = Counter(item for batch in loader for item in batch.tolist())
     assert set(seen.values()) == {2 if warns else 1}
+
+
+def _place() -> tuple[int, int]:
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Sharded(Numbers):
+    """It is told its part by arguments, and keeps neither of them."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.items = list(range(13))[rank::world]
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.items
+
+
+class Private(Sharded):
+    def __init__(self, rank: int, world: int) -> None:
+        self._part = rank, world
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from range(self._part[0], 13, self._part[1])
+
+
+class Helped(Numbers):
+    """It asks for its rank in a function beside the class."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rank, world = _place()
+        yield from range(rank, self.size, world)
+
+
+class Within(Numbers):
+    """It asks within an expression."""
+
+    def __iter__(self) -> Iterator[Any]:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        return (i for i in range(self.size) if i % world == int(os.environ.get("RANK", 0)))
+
+
+class Wrapping(Numbers):
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.source
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Sharded, Private, lambda *_: Helped(), lambda *_: Within(),
+        lambda *place: Wrapping(Sharded(*place)), lambda *_: Wrapping(Wrapping(Helped())),
+    ],
+)  # fmt: skip
+def test_no_item_is_lost_where_a_dataset_gives_each_rank_its_own(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+    caplog.set_level(logging.INFO)
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        run = {"train": False, "rank": rank, "world_size": 2}
+        seen += [i for batch in make_loader(make(rank, 2), **run) for i in batch.tolist()]
+    assert sorted(seen) == list(range(13))
+    assert [each for each in caplog.messages if "splits_by_rank = False" in each]
+
+
+class ById(Numbers):
+    """It knows the number of workers by itself."""
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        yield from range(worker.id if worker else 0, self.size, 2 if worker else 1)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_dataset_that_asks_for_the_id_of_its_worker_alone_is_told_of(
+    told: bool, tmp_path: Path
+) -> None:
+    """A worker logs to a file, which the main process has opened."""
+    handler, logger = logging.FileHandler(tmp_path / "log"), logging.getLogger("trainer.data")
+    logger.addHandler(handler)
+    try:
+        dataset = ById()
+        if told:
+            dataset.splits_by_worker = True  # type: ignore[attr-defined]
+        items = [i for each in make_loader(dataset, train=False, num_workers=2) for i in each]
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    text = (tmp_path / "log").read_text()
+    assert ("ById asks for the id of its worker, and not for their number" in text) != told
+    assert not told or sorted(map(int, items)) == list(range(13))
 
 
 def test_a_dataset_that_knows_its_rank_is_not_dealt_again() -> None:

@@ -835,9 +835,10 @@ class Checkpointer:
                 if isinstance(obj, EpochCounter) and within:  # A Brain sets it by itself.
                     obj.current = max(obj.current - 1, 0)
             except Exception as error:
+                why = f"it has no {error}" if type(error) is KeyError else error
                 raise ValueError(
                     f"{checkpoint.path}: {name!r} ({type(obj).__name__}) cannot take its state: "
-                    f"{error}"
+                    f"{why}"
                 ) from error
 
     def _load_parts(

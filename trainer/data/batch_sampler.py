@@ -7,9 +7,11 @@ that skipping to the middle of an epoch costs next to nothing.
 
 from __future__ import annotations
 
+import dis
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, cycle, islice
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +45,18 @@ def knows_ranks(source: Any) -> bool:
     """Return True if a component of the data gives each rank its own part.
 
     An attribute ``splits_by_rank`` says so. Without one, a component does if it has, or holds an
-    object that has, a rank and a number of ranks, or if the code of an `IterableDataset` asks for
-    them.
+    object that has, a rank and a number of ranks, or if the code of an `IterableDataset`, or of one
+    that it holds, asks for them.
     """
     parts = components(source)
+    for part in parts:  # It grows.
+        if isinstance(part, IterableDataset):
+            held = getattr(part, "__dict__", {}).values()
+            parts += [
+                each
+                for each in held
+                if isinstance(each, IterableDataset) and not any(each is other for other in parts)
+            ]
     told = [bool(part.splits_by_rank) for part in parts if hasattr(part, "splits_by_rank")]
     return told[0] if told else any(_knows_ranks(part) for part in parts)
 
@@ -64,20 +74,38 @@ def _knows_ranks(part: Any) -> bool:
 
 
 def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
-    """Return True if the code of an object's class has one of some names.
+    """Return True if the code of an object's class, or a function that it calls, has a name.
 
     Args:
         part: the object.
-        names: names of functions, attributes or variables of the environment.
+        names: names of functions, attributes, variables of the environment, or arguments of the
+            class.
         elsewhere: a part of the paths of files that do not count; empty for none.
     """
     methods = [method for kind in type(part).__mro__ for method in vars(kind).values()]
-    codes = [method.__code__ for method in methods if hasattr(method, "__code__")]
-    return any(
-        names & {*code.co_names, *code.co_consts}
-        for code in codes
-        if not elsewhere or elsewhere not in code.co_filename
-    )
+    functions = [
+        method
+        for method in methods
+        if isinstance(method, FunctionType)
+        and not (elsewhere and elsewhere in method.__code__.co_filename)
+    ]
+    codes = [method.__code__ for method in functions]
+    arguments = {name for code in codes for name in code.co_varnames[: code.co_argcount]}
+    for method in functions:
+        called = [
+            method.__globals__.get(each.argval)
+            for each in dis.get_instructions(method)
+            if each.opname == "LOAD_GLOBAL"
+        ]
+        codes += [
+            each.__code__
+            for each in called
+            if isinstance(each, FunctionType) and not each.__module__.startswith("trainer.")
+        ]
+    codes = [code for code in codes if not elsewhere or elsewhere not in code.co_filename]
+    for code in codes:  # It grows: comprehensions and functions within are constants.
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return any(names & {*code.co_names, *code.co_consts, *arguments} for code in codes)
 
 
 def set_epoch(source: Any, epoch: int) -> None:

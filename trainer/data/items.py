@@ -482,11 +482,18 @@ class DealtItems(IterableDataset[Any]):
         self.equal = world_size == 1 or not knows_ranks(dataset)
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
-        self._workers, self._asked = 1, False
+        self._workers, self._asked, self._asked_id = 1, False, False
         self._position = self._start = 0  # Items that were read; those before an iteration.
         self.ended = False
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
-        if rank == 0 and self._world > 1 and not hasattr(dataset, "splits_by_rank"):
+        told = hasattr(dataset, "splits_by_rank")
+        if rank == 0 and not self.equal and not told:
+            logger.info(
+                "%s gives each of %d ranks items of its own, since it asks for its rank; with the "
+                "attribute splits_by_rank = False its items are dealt among them",
+                type(dataset).__name__, world_size,
+            )  # fmt: skip
+        if rank == 0 and self._world > 1 and not told:
             logger.warning(
                 "each of %d ranks reads all items of %s and keeps its share; a dataset with the "
                 "attribute splits_by_rank = True gives each rank items of its own",
@@ -508,6 +515,7 @@ class DealtItems(IterableDataset[Any]):
         position, self._start, self.ended = self._start, 0, False
         last = self._world - 1 if self.train else self._rank  # Whose item completes a round.
         self._seed(position, number)
+        self._asked_id = False
         items, own = iter(self.dataset), None
         while True:
             self._seed(position, number)
@@ -522,6 +530,7 @@ class DealtItems(IterableDataset[Any]):
                 report_bad(f"item {position} of {type(self.dataset).__name__}", "it is None")
             if item is _END:
                 self._position, self.ended = 0, True
+                self._warn_of_id(number)
                 break
             if item is None:
                 continue
@@ -532,6 +541,15 @@ class DealtItems(IterableDataset[Any]):
         if self.train and position % self._world and self._rank == 0 == number:
             left = position % self._world
             logger.info("the epoch leaves out its last %d items: too few for all ranks", left)
+
+    def _warn_of_id(self, worker: int) -> None:
+        if self._asked_id and worker == 0 and not self._asked and self._by_worker is None:
+            logger.warning(
+                "%s asks for the id of its worker, and not for their number: its items are dealt "
+                "among the workers. Where each worker has items of its own, most are lost: set its "
+                "attribute splits_by_worker to True; False is what is done now",
+                type(self.dataset).__name__,
+            )
 
     @property
     def _splits_by_worker(self) -> bool:
@@ -547,7 +565,7 @@ class DealtItems(IterableDataset[Any]):
         """Notice in this worker if the dataset asks for the number of workers."""
         info = get_worker_info()
         assert info is not None
-        dealt, self._workers = self, info.num_workers
+        dealt, self._workers, own_id = self, info.num_workers, info.id
 
         class Watched(type(info)):  # type: ignore[misc]
             __slots__ = ()
@@ -556,6 +574,11 @@ class DealtItems(IterableDataset[Any]):
             def num_workers(self) -> int:
                 dealt._asked = True
                 return dealt._workers
+
+            @property
+            def id(self) -> int:
+                dealt._asked_id = True
+                return own_id
 
             @property
             def dataset(self) -> Any:

@@ -331,6 +331,11 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
             "such as !name:trainer.schedules.WarmupDecay {…}, or a mapping of these by optimizer"
         )
     schedule = factory(optimizer)
+    if not (hasattr(schedule, "step") and hasattr(schedule, "state_dict")):
+        raise ValueError(
+            f"schedule has made a {type(schedule).__name__}; allowed: a schedule, such as one of "
+            "torch.optim.lr_scheduler, which the run option schedule_every moves by step or epoch"
+        )
     by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     if not hasattr(schedule, "every"):  # One of torch's own.
         schedule.every = "epoch" if by_metric else options.schedule_every
