@@ -126,7 +126,7 @@ class _Reading(NamedTuple):
 
 
 def _readings(folder: Path, column: int, spell: bool, follow_links: bool) -> dict[Path, _Reading]:
-    """What a metadata.csv says of the files that it lists."""
+    """Return the texts of a metadata.csv by file."""
     if not folder.is_dir():
         raise ValueError(f"data_folder {folder} is not there; expected was {LAYOUT}")
     table = folder / TABLE

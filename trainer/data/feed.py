@@ -84,7 +84,7 @@ class DataFeed:
 
     @property
     def stateful(self) -> Any:
-        """What a resumed run restores in place of skipping batches; None where it skips them."""
+        """Return the loader whose own state says where to go on; None where batches are skipped."""
         streams = isinstance(self._source, Stream) and not self._repeat
         return self._source.stateful if streams else None  # type: ignore[union-attr]
 
