@@ -34,6 +34,8 @@ from typing import Any
 
 import torch
 
+from trainer.cli.folder import AS_STARTED, LOCK
+
 ROOT = Path(__file__).parents[1]
 RANKS = range(2)
 ITEMS, BATCH = 1280, 4  # Items of an epoch, and of a batch on one rank.
@@ -402,7 +404,7 @@ def compare_records(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) ->
 def leftovers(folder: Path) -> list[str]:
     """Return the temporary files and folders in a run folder."""
     found = (str(path.relative_to(folder)) for path in folder.rglob(".*"))
-    return [name for name in found if name != ".lock"]
+    return [name for name in found if name not in (LOCK, AS_STARTED)]
 
 
 def met(folder: Path) -> set[str]:
