@@ -492,9 +492,8 @@ class Brain(SpeechBrainNames):
             self.on_stage_start(Stage.TRAIN, epoch)
             resumed = self.__begin_training()
             data_epoch = self.__data_epoch
-            total = feed.begin(
-                data_epoch
-            )  # The data may be chosen by objects that were just restored.
+            # The data may be chosen by objects that were just restored.
+            total = feed.begin(data_epoch)
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:

@@ -1,4 +1,4 @@
-"""What recipes written for SpeechBrain call on a Brain and a Checkpointer."""
+"""Methods of Brain and Checkpointer that recipes written for SpeechBrain call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe written for SpeechBrain does, with our Brain in the place of SpeechBrain's."""
+"""Recipes written for SpeechBrain, with our Brain in place of SpeechBrain's."""
 
 from __future__ import annotations
 

@@ -50,17 +50,23 @@ def test_a_run_of_another_recipe_is_refused_with_both_names(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def _unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test fail if a run is read."""
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the run was read")
+
+    monkeypatch.setattr(loading, "Configuration", opened)
+
+
+@pytest.mark.usefixtures("_unread")
 @pytest.mark.parametrize("recipe", WRITES)
 def test_an_output_that_cannot_be_written_is_refused_before_the_run_is_read(
     recipe: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def opened(*_: object, **__: object) -> None:
-        raise AssertionError("the run was read")
-
-    monkeypatch.setattr(loading, "Configuration", opened)
     run, file = run_of(recipe, tmp_path / "run"), write(tmp_path / "a.wav", noise(900))
     (tmp_path / "file").write_text("no folder")
     for name in ("a.wav", "a_1.wav"):
@@ -84,17 +90,13 @@ def test_speech_is_written_as_a_kind_of_sound_file(
     )
 
 
+@pytest.mark.usefixtures("_unread")
 @pytest.mark.parametrize("recipe", WRITES)
 def test_outputs_that_no_file_system_takes_are_refused_before_the_run_is_read(
     recipe: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def opened(*_: object, **__: object) -> None:
-        raise AssertionError("the run was read")
-
-    monkeypatch.setattr(loading, "Configuration", opened)
     run = run_of(recipe, tmp_path / "run")
     file = write(tmp_path / f"{'n' * 250}.wav", noise(900))
     single = recipe == "tacotron2"
