@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         run_on_main,
     )
     from trainer.config.hyperparameters import load_hparams
-    from trainer.inference import load
+    from trainer.inference import export, load
 
     __version__: str
 
@@ -48,6 +48,7 @@ __all__ = [
     "create_experiment_directory",
     "ddp_init_group",
     "dump_hyperpyyaml",
+    "export",
     "if_main_process",
     "launch",
     "load",
@@ -74,6 +75,7 @@ YAML_NAMES = (*RUN_NAMES, "compat.toolkit.set_seed")  # A run folder seeds nothi
 _LAZY = {
     "Run": "trainer.cli",
     "launch": "trainer.cli",
+    "export": "trainer.inference",
     "load": "trainer.inference",
     "main": "trainer.cli",
     "load_hparams": "trainer.config.hyperparameters",

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
+from trainer.checkpoint.frozen import FrozenBase, completed
 from trainer.checkpoint.storage import Checkpoint
 from trainer.compat.hooks import KEY
 from trainer.compat.toolkit import warn_of_others
+from trainer.distributed import run_on_main
 from trainer.options import RunOptions
 from trainer.progress import Progress
 from trainer.tree import map_leaves
@@ -120,12 +122,14 @@ class RunState:
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
         weights_of_run: weights to resume with, while the modules have those of a test; else None.
+        base: the frozen weights that checkpoints leave out, if they do.
     """
 
     def __init__(self, progress: Progress, stateful: Callable[[], Entries]) -> None:
         self.progress, self._stateful = progress, stateful
         self.resumed_fit = 0
         self.weights_of_run: Mapping[str, Any] | None = None
+        self.base: FrozenBase | None = None
         self._shared: Mapping[str, Any] | None = None  # None once everything is restored.
         self._local: Mapping[str, Any] = {}
         self._trained: Mapping[str, Any] = {}
@@ -138,7 +142,12 @@ class RunState:
         shared = {n: e.part.state_dict() for n, e in entries.items() if e.scope in SHARED}
         if self.weights_of_run is not None:
             shared["weights_of_run"] = self.weights_of_run
-        return {"progress": dict(vars(self.progress)), **shared}
+        state = {"progress": dict(vars(self.progress)), **shared}
+        return state if self.base is None else self.base.leave_out(state)
+
+    def base_of_save(self) -> dict[str, Any] | None:
+        """Return what the last `state_dict` is relative to, for the manifest."""
+        return None if self.base is None else self.base.summary
 
     def local_state_dict(self) -> dict[str, Any]:
         """Return this rank's own part."""
@@ -153,8 +162,13 @@ class RunState:
             ValueError: if the state is another model's; nothing is changed then.
         """
         entries = self._stateful()
-        shared = {**shared, "modules": shared.get("weights_of_run", shared["modules"])}
-        check_weights(entries["modules"].part, shared["modules"])
+        modules = entries["modules"].part
+        weights = completed(shared.get("weights_of_run", shared["modules"]), modules)
+        shared = {**shared, "modules": weights}
+        if "ema" in shared:
+            average = completed(shared["ema"]["average"], modules)
+            shared["ema"] = {**shared["ema"], "average": average}
+        check_weights(modules, weights)
         fitting = True
         try:
             _check_optimizers(shared, entries)
@@ -323,6 +337,11 @@ class Saver:
         else:
             warn_of_others(self._checkpointer.folder)
         return found
+
+    def is_fresh(self) -> bool:
+        """Return True if there is no checkpoint to go on from. Collective."""
+        enabled = self._checkpointer.enabled
+        return not (enabled and run_on_main(lambda: bool(self._checkpointer.list_checkpoints())))
 
     def pending(self) -> bool:
         """Return True if a save within the epoch is due by steps, or a hook has asked for one."""
