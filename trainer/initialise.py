@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from trainer.untrusted import printable
 
 HYPERPARAMS = "hyperparams.yaml"
 INDEX = "model.safetensors.index.json"
+ENDING = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Keys under which files hold a state_dict, and beginnings of names that wrappers of a model add.
@@ -225,10 +227,11 @@ def _of_folder(folder: Path) -> Weights:
 def _of_file(path: Path) -> Weights:
     if path.name.endswith(".index.json"):
         return _of_shards(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ENDING:
         return _of_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # Of formats that are refused anyway.
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"init_from {path}: it holds pickled objects, which may run code, and not tensors "
@@ -262,13 +265,13 @@ def _of_shards(index: Path) -> Weights:
     try:
         content = json_files.read(index)
         files = set(content["weight_map"].values())
-        if any(os.path.basename(each) != each or each.startswith(".") for each in files):
-            raise ValueError("a file in it is elsewhere")
+        if not all(os.path.basename(each) == each and each.endswith(ENDING) for each in files):
+            raise ValueError(f"its files must be {ENDING}, beside it")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"init_from {index}: it is no index of weights ({error})") from error
     found: Weights = {}
     for each in sorted(files):
-        found |= _of_file(index.parent / each) if each.endswith(".safetensors") else {}
+        found |= _of_safetensors(index.parent / each)
     missing = [name for name in content["weight_map"] if name not in found]
     if missing:
         raise ValueError(f"init_from {index}: no file in safetensors has {_some(missing)}")
