@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trainer import distributed, json_files
 from trainer.adapters import clean_name, is_replaced
 from trainer.checkpoint.frozen import BASE, base_name, check_base, described
-from trainer.compat.hooks import KEY
+from trainer.checkpoint.saver_hooks import KEY
 from trainer.options import nearest
 from trainer.untrusted import printable
 
