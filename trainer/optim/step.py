@@ -138,7 +138,10 @@ class Update:
     @property
     def lr(self) -> float | None:
         """The learning rate of the first parameter group; None where the optimizer has none."""
-        rate = self.optimizer.param_groups[0].get("lr")
+        group = self.optimizer.param_groups[0]
+        rate = group.get("lr")
+        if "lr_factor" in group:
+            rate *= group["lr_factor"]
         return None if rate is None else float(rate)
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
@@ -338,8 +341,15 @@ class Update:
                     f"the saved {name} of the optimizer {self.name!r} is {saved}, this Brain's is "
                     f"{own}: the checkpoint was made with other settings"
                 )
-        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        saved_sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        groups, saved_groups = self.optimizer.param_groups, state["optimizer"]["param_groups"]
+        names, saved_names = ([g.get("name", "") for g in each] for each in (groups, saved_groups))
+        if len(names) > 1 and names != saved_names:
+            raise ValueError(
+                f"the saved optimizer {self.name!r} has the parameter groups "
+                f"{_listed(saved_names)}, this Brain's has {_listed(names)}: a run resumes with "
+                "the param_groups that it was started with"
+            )
+        sizes, saved_sizes = ([len(g["params"]) for g in each] for each in (groups, saved_groups))
         if sizes != saved_sizes:
             raise ValueError(
                 f"the saved optimizer {self.name!r} has groups of {saved_sizes} parameters, this "
@@ -723,6 +733,12 @@ def _check_windows(updates: Sequence[Update]) -> None:
             f"optimize() got a loss for {_names(updates)}, whose open accumulation windows have "
             f"other losses ({held}): until a window closes, give its losses to the same optimizers"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the names of groups for a message; those of a layer_decay as one."""
+    found = dict.fromkeys(name.partition(" @ ")[0] for name in names)
+    return ", ".join(repr(name) if name else "one without a name" for name in found)
 
 
 def _names(updates: Sequence[Update]) -> str:
