@@ -327,7 +327,7 @@ class Brain(SpeechBrainNames):
         self.__data: DataFeed | None = None  # Of the training.
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
-        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
+        self.__groups = ParameterGroups(None)
         self.__measuring = False  # A recipe of SpeechBrain that has no optimizer.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
@@ -1212,6 +1212,7 @@ class Brain(SpeechBrainNames):
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
         optimizers = self.__optimizers()
+        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.__make_updates(optimizers)
         self.__groups.begin_window(self.updates, self.progress.optimizer_step)

@@ -191,7 +191,8 @@ class ParameterGroups:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         logger.info("parameter groups of the optimizer %r:", name)
         for row in rows:
-            cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+            sides = "<>><<<"
+            cells = [f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)]
             logger.info("  %s", "  ".join(cells).rstrip())
 
     def _describe(self, label: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -208,7 +209,7 @@ class ParameterGroups:
             f"{frozen} frozen" if frozen else "",
         ]
         return [
-            label or "no pattern", f"{len(params)} tensors",
+            label or "no pattern", f"{len(params)} tensor{'s' * (len(params) > 1)}",
             f"{sum(p.numel() for p in params):,} parameters", f"lr {rate}",
             f"weight_decay {first.get('weight_decay', 0):g}", ", ".join(filter(None, notes)),
         ]  # fmt: skip
