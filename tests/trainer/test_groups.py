@@ -28,6 +28,9 @@ param_groups:
 """
 
 
+HEAD = "head.weight"
+
+
 class Encoder(nn.Module):
     """A front end, layers with dropout, and a last norm."""
 
@@ -223,7 +226,7 @@ def test_the_start_of_a_run_lists_the_groups(
     lines = [m for m in caplog.messages if m.startswith("  ")]
     assert "parameter groups of the optimizer 'main':" in caplog.messages
     assert [line.split("  ")[1] for line in lines] == [
-        "*", "*.bias|*norm* + *", "encoder.*", "encoder.* + *.bias|*norm*",
+        "encoder.*", "encoder.* + *.bias|*norm*", "*", "*.bias|*norm* + *",
     ]  # fmt: skip
     assert len({line.index("  lr ") for line in lines}) == 1
     encoder = next(line for line in lines if line.startswith("  encoder.*  "))
@@ -333,22 +336,21 @@ def test_steps_are_those_of_torch_with_the_same_groups() -> None:
     assert brain.optimizer.state[brain.modules.head.weight]["step"] == 7
 
 
-SCHEDULES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "Noam": (partial(schedules.Noam, warmup_steps=3), {}),
-    "WarmupDecay": (partial(schedules.WarmupDecay, warmup_steps=2, total_steps=9), {}),
-    "NewBob": (partial(schedules.NewBob, threshold=0.9, min_lr=0.004), {}),
-    "Plateau": (partial(schedules.Plateau, threshold=0.9, patience=0, min_lr=0.004), {}),
-    "OneCycleLR": (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=20, cycle_momentum=False), {}),
-    "CyclicLR": (
-        partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=3, cycle_momentum=False), {}
-    ),
-    "CosineAnnealingLR": (partial(lr_scheduler.CosineAnnealingLR, T_max=9, eta_min=0.005), {}),
-    "ReduceLROnPlateau": (
-        partial(lr_scheduler.ReduceLROnPlateau, threshold=0.9, patience=0, min_lr=0.004), {}
-    ),
-    "LambdaLR": (lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)), {}),
-    "none": (None, {}),
-}  # fmt: skip
+CYCLE = {"max_lr": 0.1, "cycle_momentum": False}
+FLAT = {"threshold": 0.9, "patience": 0, "min_lr": 0.004}
+SCHEDULES: dict[str, Any] = {
+    "Noam": partial(schedules.Noam, warmup_steps=3),
+    "WarmupDecay": partial(schedules.WarmupDecay, warmup_steps=2, total_steps=9),
+    "NewBob": partial(schedules.NewBob, threshold=0.9, min_lr=0.004),
+    "Plateau": partial(schedules.Plateau, **FLAT),
+    "OneCycleLR": partial(lr_scheduler.OneCycleLR, total_steps=20, **CYCLE),
+    "CyclicLR": partial(lr_scheduler.CyclicLR, base_lr=0.01, step_size_up=3, **CYCLE),
+    "CosineAnnealingLR": partial(lr_scheduler.CosineAnnealingLR, T_max=9, eta_min=0.005),
+    "ReduceLROnPlateau": partial(lr_scheduler.ReduceLROnPlateau, **FLAT),
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "none": None,
+}
+OF_TENSORS = {"Noam", "WarmupDecay", "NewBob", "Plateau", "none"}  # Torch's own do as they like.
 
 
 class Watching(Tuner):
@@ -370,18 +372,19 @@ class Watching(Tuner):
         })  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [*((name, False) for name in SCHEDULES), *((name, True) for name in sorted(OF_TENSORS))],
+)
 def test_lr_factor_holds_under_every_schedule(name: str, tensor: bool) -> None:
     def run(groups: Any) -> Any:
-        schedule, _ = SCHEDULES[name]
         rate = torch.tensor(0.02) if tensor else 0.02
         kind = partial(SGD, lr=rate, momentum=0.0)
-        brain = make(groups, kind, Watching, hparams={"schedule": schedule}, schedule_every="step")
+        brain = make(
+            groups, kind, Watching, hparams={"schedule": SCHEDULES[name]}, schedule_every="step"
+        )
         return fit(brain, 4, epochs=3)
 
-    if tensor and name not in ("Noam", "WarmupDecay", "NewBob", "none"):
-        pytest.skip("torch's own schedules with tensors are torch's affair")
     plain, scaled = run(None), run({"encoder.*": {"lr_factor": 0.25}})
     assert len(plain.rates) == len(scaled.rates) == 12
     if name != "none":
@@ -621,7 +624,7 @@ def test_a_checkpoint_with_other_groups_is_refused(tmp_path: Path) -> None:
     first = {"head.*": {"lr": 0.1}, "*": {"lr": 0.01}}
     fit(make(first, checkpointer=Checkpointer(tmp_path)))
     again = {"encoder.*": {"lr": 0.1}, "*": {"lr": 0.01}}
-    with pytest.raises(ValueError, match=r"has the parameter groups 'head.*', .* resumes with"):
+    with pytest.raises(ValueError, match=r"has the parameter groups '\*', 'head.*', this Brain"):
         fit(make(again, checkpointer=Checkpointer(tmp_path)), epochs=2)
     with pytest.raises(ValueError, match="has groups of .2, 16. parameters"):
         fit(make(None, checkpointer=Checkpointer(tmp_path)), epochs=2)
@@ -632,6 +635,25 @@ def test_another_rate_of_a_group_is_in_force_after_resuming(tmp_path: Path) -> N
     fit(make({"head.*": {"lr": 0.1}}, checkpointer=Checkpointer(tmp_path)))
     again = make({"head.*": {"lr": 0.05}}, checkpointer=Checkpointer(tmp_path))
     assert settings(fit(again, epochs=2), "lr")["head.weight"] == 0.05
+
+
+# --- searches and replays ------------------------------------------------------------------------
+
+
+def test_a_search_scales_all_groups_together(tmp_path: Path) -> None:
+    class Recording(Tuner):
+        def on_fit_batch_end(self, *_: Any) -> None:
+            rates.append(tuple(settings(self, "lr")[name] for name in ("encoder.embed.bias", HEAD)))
+
+    rates: list[tuple[float, float]] = []
+    brain = make({"encoder.*": {"lr": 0.001}, "*": {"lr": 0.01}}, kind=Recording)
+    result = found(brain, batches(60), find_lr=True, find_steps=20)["find_lr"]["main"]
+    assert result.own == 0.01  # That of the head, which is the larger one.
+    assert {round(head / encoder, 6) for encoder, head in rates if head} == {10.0}
+    assert len({head for _, head in rates}) > 20
+    assert set(settings(brain, "lr").values()) == set()  # Nothing of the search is left.
+    fit(brain, 1)
+    assert settings(brain, "lr")[HEAD] == 0.01
 
 
 # --- optimizers of other kinds -------------------------------------------------------------------

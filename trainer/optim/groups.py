@@ -186,7 +186,7 @@ class ParameterGroups:
             return
         parts: dict[str, list[Mapping[str, Any]]] = {}
         for group in optimizer.param_groups:  # The layers of a layer_decay are one line.
-            parts.setdefault(group.get("name", "").partition(" @ ")[0], []).append(group)
+            parts.setdefault(group.get("patterns", "").partition(" @ ")[0], []).append(group)
         rows = [self._describe(label, groups) for label, groups in parts.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         logger.info("parameter groups of the optimizer %r:", name)
@@ -204,7 +204,7 @@ class ParameterGroups:
         frozen = sum(not p.requires_grad for p in params)
         notes = [
             f"x {first['lr_factor']:g}" if "lr_factor" in first else "",
-            f"clipped at {first['max_grad_norm']}" if "max_grad_norm" in first else "",
+            f"clipped at {first['max_grad_norm']:g}" if "max_grad_norm" in first else "",
             *(f"frozen until step {step:g}" for step in sorted(until)),
             f"{frozen} frozen" if frozen else "",
         ]
@@ -213,6 +213,19 @@ class ParameterGroups:
             f"{sum(p.numel() for p in params):,} parameters", f"lr {rate}",
             f"weight_decay {first.get('weight_decay', 0):g}", ", ".join(filter(None, notes)),
         ]  # fmt: skip
+
+
+def leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
+    """Return the index of the group whose learning rate stands for all of them.
+
+    That is the first one of the recipe's own groups, and the one with the largest rate if patterns
+    have divided them.
+    """
+    if "patterns" not in groups[0]:
+        return 0
+    peaks = [group.get("initial_lr", group.get("lr")) for group in groups]
+    rates = [float(p or 0.0) * g.get("lr_factor", 1.0) for p, g in zip(peaks, groups, strict=True)]
+    return rates.index(max(rates))
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
@@ -387,7 +400,7 @@ def _warn_of_unused(patterns: Patterns, used: set[tuple[str, str]]) -> None:
 def _divide(
     name: str, optimizer: Optimizer, chosen: Chosen, matched: Mapping[str, Mapping[Tensor, str]]
 ) -> None:
-    """Divide the groups of an optimizer, the one with the largest learning rate first."""
+    """Divide the groups of an optimizer."""
     made: list[dict[str, Any]] = []
     depths: dict[str, dict[Tensor, int]] = {}
     for number, source in enumerate(optimizer.param_groups):
@@ -412,7 +425,6 @@ def _divide(
             if "param_names" in source:
                 part["param_names"].append(source["param_names"][place])
         made += parts.values()
-    made.sort(key=lambda group: -float(group.get("lr") or 0.0) * group.get("lr_factor", 1.0))
     optimizer.param_groups[:] = made
     if any("lr_factor" in group for group in made):
         _scale_rates(optimizer)
@@ -440,9 +452,7 @@ def _group(
     if "max_grad_norm" in group:  # What one limit is for is measured as one.
         pattern, _ = own.get("max_grad_norm", (f"group {number}", None))
         group["clipped_with"] = pattern
-    group["params"], group["name"] = [], label
-    if "name" in source and label:
-        group["name"] = f"{source['name']}: {label}"
+    group["params"], group["patterns"] = [], label
     if "param_names" in source:
         group["param_names"] = []
     return group
