@@ -4,21 +4,24 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
-from trainer import Brain, Stage, distributed, schedules
+from trainer import Brain, Stage, cli, distributed, schedules
 from trainer.checkpoint import Checkpointer
 from trainer.config.hyperparameters import load_hparams
+from trainer.diagnostics.replay import Replayed
 from trainer.optim.groups import ParameterGroups, clean_name
 
 from ..processes import TwoRanks
 from . import resuming
-from .small import Players, batches, ema_of, same
+from .small import Players, Regressor, batches, ema_of, same, spoilt
+from .small import make as small
+from .test_tuner import found
 
 EXAMPLE = """
 param_groups:
@@ -134,8 +137,6 @@ def test_groups_of_the_recipe_keep_what_no_pattern_sets() -> None:
 
 
 def test_optimizers_have_patterns_of_their_own_or_the_same() -> None:
-    from .small import make as small
-
     one = {"generator": {"*.bias": {"lr": 0.5}, "generator.2.*": {"lr": 0.25}}}
     brain = small(Players, hparams={"param_groups": one})
     brain.fit(range(1, 2), batches(2))
@@ -512,8 +513,6 @@ class Rivals(Players):
 
 
 def test_players_that_freeze_each_other_leave_what_is_frozen() -> None:
-    from .small import make as small
-
     groups = {
         "generator": {"generator.0.*": {"freeze_until": 2}},
         "discriminator": {"discriminator.2.bias": {"freeze_until": 3}},
@@ -615,18 +614,18 @@ def straight_and_resumed(folder: str) -> dict[str, Any]:
 def test_two_ranks_resume_exactly(two_ranks: TwoRanks, tmp_path: Path) -> None:
     ranks = two_ranks(straight_and_resumed, tmp_path)
     assert same(ranks[0]["state"], ranks[1]["state"])
-    for found in ranks:
-        assert found["found"] == {stop: [] for stop in (4, 5, 6, 7)}
-        assert len(set(found["moments"])) == 2  # Three steps fewer where it was frozen.
+    for each in ranks:
+        assert each["found"] == {stop: [] for stop in (4, 5, 6, 7)}
+        assert len(set(each["moments"])) == 2  # Three steps fewer where it was frozen.
 
 
 def test_a_checkpoint_with_other_groups_is_refused(tmp_path: Path) -> None:
     first = {"head.*": {"lr": 0.1}, "*": {"lr": 0.01}}
     fit(make(first, checkpointer=Checkpointer(tmp_path)))
     again = {"encoder.*": {"lr": 0.1}, "*": {"lr": 0.01}}
-    with pytest.raises(ValueError, match=r"has the parameter groups '\*', 'head.*', this Brain"):
+    with pytest.raises(ValueError, match=r"has the param_groups '\*', 'head.*', this Brain"):
         fit(make(again, checkpointer=Checkpointer(tmp_path)), epochs=2)
-    with pytest.raises(ValueError, match="has groups of .2, 16. parameters"):
+    with pytest.raises(ValueError, match="this Brain's has none: a run resumes with"):
         fit(make(None, checkpointer=Checkpointer(tmp_path)), epochs=2)
     fit(make(first, checkpointer=Checkpointer(tmp_path)), epochs=2)
 
@@ -654,6 +653,85 @@ def test_a_search_scales_all_groups_together(tmp_path: Path) -> None:
     assert set(settings(brain, "lr").values()) == set()  # Nothing of the search is left.
     fit(brain, 1)
     assert settings(brain, "lr")[HEAD] == 0.01
+
+
+class Frozen(Regressor):
+    """Notes in each batch how many parameters require gradients."""
+
+    seen: ClassVar[list[int]] = []
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Tensor:
+        self.seen.append(sum(p.requires_grad for p in self.modules.parameters()))
+        return super().compute_forward(batch, stage)
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_a_batch_is_replayed_with_what_trained_in_it(number: int, tmp_path: Path) -> None:
+    data = batches(7)
+    data[number] = spoilt(data[number], "input")
+
+    def started(**options: Any) -> Any:
+        hparams = {"param_groups": {"net.0.*": {"freeze_until": 4}}}
+        return small(Frozen, hparams=hparams, output_folder=str(tmp_path), **options)
+
+    Frozen.seen = []
+    started().fit([1], data)
+    kept = tmp_path / "nonfinite" / str(number + 1)
+    assert Frozen.seen[0] == 2
+    assert Frozen.seen[-1] == 4
+    Frozen.seen = []
+    with pytest.raises(Replayed):
+        started(replay=str(kept)).fit([1], data)
+    assert set(Frozen.seen) == {2 if number < 4 else 4}
+
+
+TRAIN = """
+import torch
+import trainer
+
+class Toy(trainer.Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.head(self.modules.encoder(batch["x"]))
+
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.square().mean()
+
+def train(run):
+    torch.manual_seed(0)
+    modules = {"encoder": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 1)}
+    brain = Toy(modules, torch.optim.AdamW, run.hparams, run.options, run.hparams["checkpointer"])
+    brain.fit(range(1, 3), [{"x": torch.randn(2, 4)}])
+    groups = brain.optimizer.param_groups
+    return {group["patterns"]: group["lr"] for group in groups}
+"""
+YAML = """
+seed: 1
+slow: 1e-5
+param_groups:
+  "encoder.*": {lr: !ref <slow>, betas: [0.8, 0.9]}
+  "*.bias|*norm*": {weight_decay: 0}
+  "*": {lr: 1e-3}
+checkpointer: !new:trainer.checkpoint.checkpointer.Checkpointer
+  folder: !ref <output_folder>/checkpoints
+device: cpu
+progressbar: false
+"""
+
+
+def test_a_yaml_and_its_command_line_set_groups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "toy.yaml").write_text(YAML)
+    given = [str(tmp_path / "toy.yaml"), "--output_folder", str(tmp_path / "run")]
+    namespace: dict[str, Any] = {"__name__": "toy"}
+    exec(TRAIN, namespace)
+    assert cli.main(namespace["train"], [*given, "--slow=2e-5"]) == {
+        "encoder.*": 2e-5, "encoder.* + *.bias|*norm*": 2e-5, "*.bias|*norm* + *": 1e-3, "*": 1e-3,
+    }  # fmt: skip
+    assert "  encoder.* + *.bias|*norm*  1 tensor" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # Training goes on with what it began with.
+        cli.main(namespace["train"], [*given, "--slow=3e-5"])
+    assert "slow: 2e-05 -> 3e-05" in capsys.readouterr().err
 
 
 # --- optimizers of other kinds -------------------------------------------------------------------

@@ -350,9 +350,8 @@ class Update:
         )
         if names != saved_names and any(names + saved_names) and len(names + saved_names) > 2:
             raise ValueError(
-                f"the saved optimizer {self.name!r} has the parameter groups "
-                f"{_listed(saved_names)}, this Brain's has {_listed(names)}: a run resumes with "
-                "the param_groups that it was started with"
+                f"the saved optimizer {self.name!r} has the param_groups {_listed(saved_names)}, "
+                f"this Brain's has {_listed(names)}: a run resumes with those it was started with"
             )
         sizes, saved_sizes = ([len(g["params"]) for g in each] for each in (groups, saved_groups))
         if sizes != saved_sizes:
@@ -741,9 +740,9 @@ def _check_windows(updates: Sequence[Update]) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return the names of groups for a message; those of a layer_decay as one."""
-    found = dict.fromkeys(name.partition(" @ ")[0] for name in names)
-    return ", ".join(repr(name) if name else "one without a name" for name in found)
+    """Return the patterns of groups for a message; those of a layer_decay as one."""
+    found = dict.fromkeys(name.partition(" @ ")[0] for name in names if name)
+    return ", ".join(map(repr, found)) or "none"
 
 
 def _names(updates: Sequence[Update]) -> str:
