@@ -172,8 +172,9 @@ class ParameterGroups:
             optimizer: the optimizer, with its schedule.
             before: learning rates of its groups without the schedule.
         """
-        rates = [float(group["lr"]) for group in optimizer.param_groups if group.get("lr")]
-        if self._setting is not None and len(set(map(str, before))) > 1 and len(set(rates)) == 1:
+        rates = {float(group.get("lr") or 0.0) for group in optimizer.param_groups}
+        several = self._setting is not None and len(set(map(str, before))) > 1
+        if several and len(rates) == 1 and rates != {0.0}:
             raise ValueError(
                 f"param_groups gives the optimizer {name!r} several learning rates, and its "
                 "schedule sets one for all, as OneCycleLR and CyclicLR do: use lr_factor in place "
@@ -328,8 +329,8 @@ def _choose(
 ) -> Chosen:  # fmt: skip
     """Return for each parameter of an optimizer what patterns set."""
     chosen: Chosen = {p: {} for p in _params(optimizer)}
-    first = optimizer.param_groups[0]
-    known = {k: v for k, v in {**first, **optimizer.defaults}.items() if k not in WHOLE}
+    first, defaults = optimizer.param_groups[0], getattr(optimizer, "defaults", {})
+    known = {k: v for k, v in {**first, **defaults}.items() if k not in WHOLE}
     known.pop("params")
     for pattern, keys in patterns.items():
         mine = [p for p in matched[pattern] if p in chosen]
