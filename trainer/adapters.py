@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.optim.groups import clean_name
 from trainer.options import nearest
 
 KINDS = ("HRA", "IA3", "LOHA", "LOKR", "LORA")  # each layer of which has its own weights
@@ -200,13 +201,12 @@ def _do_nothing(*_: Any) -> None:
     """Forward hook that is there to be one."""
 
 
-def clean_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return the name that a tensor has in a model without adapters.
 
     Weights of the adapters themselves keep ``lora_A`` and the like.
     """
-    name = re.sub(r"(^|\.)base_model\.model\.", r"\1", name).replace(".base_layer.", ".")
-    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)\.", ".", name)
+    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)\.", ".", clean_name(name))
 
 
 def is_replaced(name: str) -> bool:

@@ -77,6 +77,7 @@ from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMet
 from trainer.optim import epoch_end, step
 from trainer.optim.build import connect, find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
+from trainer.optim.groups import ParameterGroups
 from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
 from trainer.optim.precision import Precision
@@ -156,8 +157,9 @@ class Brain(SpeechBrainNames):
         modules: networks by name; reached as ``self.modules.name``, on the run's device.
         opt_class: makes an optimizer from parameters, for the default `init_optimizers`.
         hparams: values and objects by name; reached as ``self.hparams.name``. Run options among
-            them count, as do ``schedule`` (a factory that takes an optimizer), ``early_stopping``
-            and ``callbacks``; ``schedule`` and ``clip`` may be mappings by optimizer.
+            them count, as do ``schedule`` (a factory that takes an optimizer), ``param_groups``,
+            ``early_stopping`` and ``callbacks``; the first two and ``clip`` may be mappings by
+            optimizer.
         run_opts: run options, which win over ``hparams``: a mapping or a complete `RunOptions`.
         checkpointer: where and which checkpoints are kept; None keeps none.
         callbacks: objects that watch the run, called after those that every Brain has.
@@ -332,6 +334,7 @@ class Brain(SpeechBrainNames):
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__initialised = False
+        self.__groups = ParameterGroups(None)
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
@@ -496,6 +499,7 @@ class Brain(SpeechBrainNames):
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
             training_mode(self.modules, self.__trained_parameters())
+            self.__groups.set_modes()
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
@@ -552,6 +556,7 @@ class Brain(SpeechBrainNames):
                 an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
+        self.__groups.begin_window(self.updates, progress.optimizer_step)
         if not self.__in_window():
             guard.begin_window()
             self.__tracer.begin_window()
@@ -1065,6 +1070,7 @@ class Brain(SpeechBrainNames):
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
         training_mode(self.modules, self.__trained_parameters())
+        self.__groups.set_modes()
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
         train.begin(self.__data_epoch)
@@ -1231,8 +1237,10 @@ class Brain(SpeechBrainNames):
         self.init_optimizers()
         optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
         drop_base(optimizers.values(), modules, adapters)
+        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.__make_updates(optimizers)
+        self.__groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
             base = base_parameters(modules, adapters)
@@ -1252,7 +1260,7 @@ class Brain(SpeechBrainNames):
         kept = {n: u for n, u in self.updates.items() if optimizers.get(n) is u.optimizer}
         made = make_updates(
             optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
-            self.__on_hand_step, kept,
+            self.__on_hand_step, self.__groups, kept,
         )  # fmt: skip
         for update in self.updates.values():
             if update not in kept.values():

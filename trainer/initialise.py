@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed, json_files
-from trainer.adapters import clean_name, is_replaced
+from trainer.adapters import plain_name, is_replaced
 from trainer.checkpoint.frozen import BASE, base_name, check_base, described
 from trainer.checkpoint.saver_hooks import KEY
 from trainer.options import nearest
@@ -49,7 +49,7 @@ def initialise(
     """Load weights into modules, and report what was taken, what is new and what was left.
 
     Args:
-        modules: modules of a Brain; names are those of `clean_name`.
+        modules: modules of a Brain; names are those of `plain_name`.
         source: a run folder, a file (.safetensors, or a state_dict of torch.save), a folder with
             weights in safetensors, or a name on the hub.
         names: names in the source by patterns of the modules' names, with a ``*`` for each ``*``;
@@ -63,13 +63,13 @@ def initialise(
     base = found.pop(BASE, None)
     given: Weights = {}
     for name in sorted(found, key=is_replaced, reverse=True):  # The trained copy comes last.
-        given[clean_name(name)] = found[name]
+        given[plain_name(name)] = found[name]
     own = modules.state_dict()
-    targets = _targets({clean_name(name): 0 for name in own}, given, names or {}, source)
+    targets = _targets({plain_name(name): 0 for name in own}, given, names or {}, source)
     taken = {
         name: given[target]
         for name, value in own.items()
-        if (target := targets[clean_name(name)]) in given
+        if (target := targets[plain_name(name)]) in given
         and isinstance(value, Tensor) == isinstance(given[target], Tensor)
     }
     if not taken:
@@ -96,7 +96,7 @@ def initialise(
     modules.load_state_dict({**own, **taken})
     vars(modules)["made_from"] = source
     if distributed.is_main():
-        used = {targets[clean_name(name)] for name in taken}
+        used = {targets[plain_name(name)] for name in taken}
         new = [name for name in own if name not in taken and not is_replaced(name)]
         left = [name for name in given if name not in used]
         logger.info(
@@ -159,8 +159,8 @@ def _suggestion(modules: nn.Module, given: Weights) -> str:
     for name, module in modules.named_children():
         for own in module.state_dict():
             for each in given:
-                if f".{each}".endswith(f".{clean_name(own)}"):
-                    start = each.removesuffix(clean_name(own))
+                if f".{each}".endswith(f".{plain_name(own)}"):
+                    start = each.removesuffix(plain_name(own))
                     return f"; did you mean init_map: {{{name}.*: '{start}*'}}?"
     return ""
 

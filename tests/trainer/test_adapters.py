@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import trainer
 from tests.trainer.small import Regressor, batches, everything, make, same
 from trainer import Brain, Checkpointer, Stage
-from trainer.adapters import apply_adapters, clean_name, merge_adapters
+from trainer.adapters import apply_adapters, merge_adapters, plain_name
 from trainer.checkpoint import storage
 from trainer.checkpoint.frozen import BASE, OtherBase, digests
 
@@ -562,8 +562,8 @@ def test_modules_of_a_second_brain_keep_their_adapters() -> None:
         ("encoder.head.original_module.bias", "encoder.head.bias"),
     ],
 )
-def test_clean_names_are_those_without_adapters(name: str, clean: str) -> None:
-    assert clean_name(name) == clean
+def test_plain_names_are_those_without_adapters(name: str, clean: str) -> None:
+    assert plain_name(name) == clean
 
 
 def test_an_optimizer_of_the_recipe_has_nothing_that_is_frozen() -> None:

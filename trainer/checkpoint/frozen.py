@@ -99,7 +99,11 @@ def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
 def base_name(modules: nn.Module) -> str:
     """Return the name of what a model was made from, for messages: its sources, or its classes."""
     given = vars(modules).get("made_from")  # By `initialise`.
-    named = [getattr(module, "name_or_path", None) for module in modules.modules()]
+    named = [
+        getattr(module, name, None)
+        for module in modules.modules()
+        for name in ("source", "name_or_path")
+    ]
     sources = [each for each in (given, *named) if isinstance(each, str) and each]
     return ", ".join(dict.fromkeys(sources or (type(m).__name__ for m in modules.children())))
 
