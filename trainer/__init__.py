@@ -90,6 +90,12 @@ _LAZY = {
 }
 
 
+def _initialise(*arguments: Any) -> None:
+    from trainer.inference.initialise import initialise
+
+    initialise(*arguments)
+
+
 def _register_defaults() -> None:
     """Fill the registry of what every Brain has; modules are imported when a Brain is made."""
 
@@ -148,6 +154,7 @@ def _register_defaults() -> None:
     defaults.callbacks += [progress_bar, layer_monitor, loggers, replica_check, profiler]
     defaults.tracers.append(nonfinite_tracer)
     defaults.drivers += [search, replay]
+    defaults.initialisers.append(_initialise)
     defaults.conventions.append(conventions)
 
 

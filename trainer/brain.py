@@ -1090,9 +1090,7 @@ class Brain(SpeechBrainNames):
             return
         self.__initialised = True
         if self.__saver.is_fresh() or options.save == "trainable":
-            from trainer.initialise import initialise
-
-            initialise(self.modules, options.init_from, options.init_map)
+            defaults.initialise(self.modules, options.init_from, options.init_map)
         else:
             logger.info("init_from is not read: the run goes on from its checkpoint")
 

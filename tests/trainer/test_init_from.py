@@ -19,7 +19,7 @@ from tests.trainer.old_checkpoint import network
 from tests.trainer.small import Regressor, batches, ema_of, make, net, same
 from trainer import Checkpointer
 from trainer.checkpoint import storage
-from trainer.initialise import initialise
+from trainer.inference.initialise import initialise
 from trainer.options import RunOptions
 
 WINDOW = Path(__file__).parent / "data" / "checkpoint-v1" / "window"
@@ -328,7 +328,9 @@ def test_a_file_of_anything_but_tensors_is_refused_and_runs_nothing(
 
 def test_a_folder_with_weights_in_pickle_alone_is_refused(tmp_path: Path) -> None:
     torch.save(expected(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="weights in pickle alone .pytorch_model.bin.*safetensors"):
+    with pytest.raises(
+        ValueError, match="weights are pickled alone .pytorch_model.bin.*safetensors"
+    ):
         started(tmp_path)
 
 

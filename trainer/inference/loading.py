@@ -31,7 +31,7 @@ from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, nodes, object_name
 from trainer.config.registry import recipe_packages
 from trainer.evaluation import load_weights, rng_kept
-from trainer.initialise import initialise
+from trainer.inference.initialise import initialise
 from trainer.optim.build import pick_device
 from trainer.options import RunOptions
 from trainer.seed import seed_everything

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed, json_files
-from trainer.adapters import plain_name, is_replaced
+from trainer.adapters import is_replaced, plain_name
 from trainer.checkpoint.frozen import BASE, base_name, check_base, described
 from trainer.checkpoint.saver_hooks import KEY
 from trainer.options import nearest
@@ -215,8 +214,8 @@ def _of_folder(folder: Path) -> Weights:
     pickled = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"init_from {folder}: it has weights in pickle alone ({_some(pickled)}), which may run "
-            "code; allowed: safetensors"
+            f"init_from {folder}: its weights are pickled alone ({_some(pickled)}), which may run code; "
+            "allowed: safetensors"
         )
     raise ValueError(
         f"init_from {folder}: it is neither a run folder ({HYPERPARAMS}) nor has it weights "
@@ -232,12 +231,12 @@ def _of_file(path: Path) -> Weights:
     try:
         with warnings.catch_warnings(action="ignore"):  # Of formats that are refused anyway.
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"init_from {path}: it holds pickled objects, which may run code, and not tensors "
-            "alone; allowed: safetensors, or a state_dict that torch.save has written"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # Whatever an unpickler meets in other bytes.
+        if type(error).__name__ == "UnpicklingError":
+            raise ValueError(
+                f"init_from {path}: it holds pickled objects, which may run code, and not tensors "
+                "alone; allowed: safetensors, or a state_dict that torch.save has written"
+            ) from error
         raise ValueError(
             f"init_from {path}: it cannot be read as weights "
             f"({printable(str(error).partition(chr(10))[0][:200])})"
