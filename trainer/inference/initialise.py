@@ -214,8 +214,8 @@ def _of_folder(folder: Path) -> Weights:
     pickled = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"init_from {folder}: its weights are pickled alone ({_some(pickled)}), which may run code; "
-            "allowed: safetensors"
+            f"init_from {folder}: its weights are pickled alone ({_some(pickled)}), which may run "
+            "code; allowed: safetensors"
         )
     raise ValueError(
         f"init_from {folder}: it is neither a run folder ({HYPERPARAMS}) nor has it weights "
