@@ -204,9 +204,10 @@ def _do_nothing(*_: Any) -> None:
 def plain_name(name: str) -> str:
     """Return the name that a tensor has in a model without adapters.
 
-    Weights of the adapters themselves keep ``lora_A`` and the like.
+    Weights of the adapters themselves keep ``lora_A`` and the like, as peft saves them.
     """
-    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)\.", ".", clean_name(name))
+    plain = re.sub(r"\.(original_module|modules_to_save\.[^.]+)\.", ".", clean_name(name))
+    return re.sub(r"(\.lora_\w+)\.default(?=\.|$)", r"\1", plain)
 
 
 def is_replaced(name: str) -> bool:

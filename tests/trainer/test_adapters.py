@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import trainer
+from tests.processes import TwoRanks
+from tests.trainer import two_processes
 from tests.trainer.small import Regressor, batches, everything, make, same
 from trainer import Brain, Checkpointer, Stage
 from trainer.adapters import apply_adapters, merge_adapters, plain_name
@@ -456,6 +458,47 @@ def test_an_export_gives_what_the_adapted_model_gives(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
+# Two processes
+
+
+def fit_on_two_ranks(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    def made(name: str) -> Any:
+        adapters = {"net": {"r": 2, "target_modules": ["0"]}}
+        return two_processes.make(
+            dtype=torch.float32, folder=Path(folder, name), hparams={"adapters": adapters},
+            save="trainable", checkpoint_every_steps=1, **options,
+        )  # fmt: skip
+
+    data = two_processes.batches(torch.float32)
+    whole, part = made("whole"), made("part")
+    whole.fit(range(1, 3), data)
+    part.fit(range(1, 2), data)
+    again = made("part")
+    again.fit(range(1, 3), data)
+    again.evaluate(data[:2])
+    saved = again.checkpointer.find()[0]
+    return {
+        "weights": two_processes.weights(again),
+        "same": same(everything(whole), everything(again)),
+        "base": saved.base,
+        "saved": len(storage.load_state(saved, "brain")["modules"]),
+        "trains": [n for n, p in again.modules.named_parameters() if p.requires_grad],
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9, "grad_accumulation_factor": 3}])
+def test_two_ranks_resume_exactly(
+    two_ranks: TwoRanks, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    one, other = two_ranks(fit_on_two_ranks, tmp_path, options)
+    assert one["same"]
+    assert other["same"]
+    assert torch.equal(one["weights"], other["weights"])
+    assert one["base"] == other["base"]
+    assert one["saved"] == 2 + 4 + 1  # Adapters, the other modules, and what was left out.
+    assert len(one["trains"]) == 6
+
+
 # Run folders
 
 YAML = """
@@ -556,7 +599,7 @@ def test_modules_of_a_second_brain_keep_their_adapters() -> None:
     ("name", "clean"),
     [
         ("encoder.q_proj.base_layer.weight", "encoder.q_proj.weight"),
-        ("encoder.q_proj.lora_A.default.weight", "encoder.q_proj.lora_A.default.weight"),
+        ("encoder.q_proj.lora_A.default.weight", "encoder.q_proj.lora_A.weight"),
         ("base_model.model.encoder.q.weight", "encoder.q.weight"),
         ("encoder.head.modules_to_save.default.bias", "encoder.head.bias"),
         ("encoder.head.original_module.bias", "encoder.head.bias"),

@@ -65,6 +65,7 @@ def export(brain: Brain, folder: str | Path) -> Path:
     partial.mkdir()
     try:
         save_file(weights, partial / WEIGHTS, {"format": "pt"})
+        os.chmod(partial / WEIGHTS, partial.stat().st_mode & 0o666)  # It is for its owner alone.
         for name, model in _of_transformers(merged):
             model.save_pretrained(partial / name)
         os.rename(partial, target)
