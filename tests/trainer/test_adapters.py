@@ -183,6 +183,22 @@ def test_a_run_resumes_exactly_at_every_batch(
             assert (one[0], one[1].requires_grad) == (other[0], other[1].requires_grad)
 
 
+def test_a_resumed_run_in_which_others_train_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fit(epochs: int, frozen: bool) -> None:
+        brain = speller(tmp_path, hparams={"adapters": None}, save="all")
+        brain.modules.encoder.requires_grad_(not frozen)
+        brain.fit(range(1, epochs + 1), batches(3), batches(2))
+
+    fit(1, frozen=True)
+    fit(2, frozen=True)
+    said = "10 of 10 tensors of parameters train now, and 2 did when"
+    assert not [each for each in caplog.messages if "train now" in each]
+    fit(3, frozen=False)
+    assert len([each for each in caplog.messages if said in each]) == 1
+
+
 def test_checkpoints_hold_what_trains_and_what_changes_alone(tmp_path: Path) -> None:
     brain = speller(tmp_path, ema_decay=0.9)
     brain.fit([1], batches(4), batches(2))

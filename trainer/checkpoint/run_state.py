@@ -29,6 +29,7 @@ from trainer.options import RunOptions
 from trainer.progress import Progress
 from trainer.tree import map_leaves
 
+NUMBER = "number"  # Key beside names of parameters, which have a dot.
 MAX_FAILED_SAVES = 3  # in a row, with which a run ends
 
 logger = logging.getLogger("trainer")
@@ -499,24 +500,32 @@ class TrainableState:
     def __init__(self, modules: nn.Module) -> None:
         self._modules = modules
         self._start: dict[str, bool] = {}
+        self._warned = False
 
     def begin(self) -> None:
         """Take the present flags as those of the beginning."""
         self._start = {n: p.requires_grad for n, p in self._modules.named_parameters()}
 
-    def state_dict(self) -> dict[str, bool]:
-        """Return the flags that differ from the beginning, by name."""
-        return {
-            name: p.requires_grad
-            for name, p in self._modules.named_parameters()
-            if p.requires_grad != self._start.get(name)
-        }
+    def state_dict(self) -> dict[str, bool | int]:
+        """Return the flags that differ from the beginning, by name, and the number that train."""
+        flags = {name: p.requires_grad for name, p in self._modules.named_parameters()}
+        changed = {name: flag for name, flag in flags.items() if flag != self._start.get(name)}
+        return {**changed, NUMBER: sum(flags.values())}
 
-    def load_state_dict(self, state: Mapping[str, bool]) -> None:
-        """Freeze and unfreeze parameters as saved."""
+    def load_state_dict(self, state: Mapping[str, bool | int]) -> None:
+        """Freeze and unfreeze parameters as saved; warn where others train than did."""
         flags = {**self._start, **state}
-        for name, p in self._modules.named_parameters():
-            p.requires_grad_(flags.get(name, p.requires_grad))
+        params = dict(self._modules.named_parameters())
+        for name, p in params.items():
+            p.requires_grad_(bool(flags.get(name, p.requires_grad)))
+        number = sum(p.requires_grad for p in params.values())
+        if state.get(NUMBER, number) != number and not self._warned and distributed.is_main():
+            self._warned = True
+            logger.warning(
+                "%d of %d tensors of parameters train now, and %d did when the checkpoint was "
+                "saved: freeze the same as then, unless this is meant",
+                number, len(params), state[NUMBER],
+            )  # fmt: skip
 
 
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
