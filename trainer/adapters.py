@@ -14,11 +14,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import (
+    is_parametrized,
+    register_parametrization,
+    remove_parametrizations,
+)
 
 from trainer.optim.groups import clean_name
 from trainer.options import nearest
@@ -75,8 +81,8 @@ def _inject(name: str, module: nn.Module, given: Any) -> None:
         return  # Another Brain has the same modules.
     if before is not None or any(map(_is_adapted, module.modules())):
         raise ValueError(f"{where}: the module has adapters already, which would be lost")
-    for key in ("target_modules", "modules_to_save"):
-        _check_layers(where, key, getattr(config, key, None), module)
+    found = _check_layers(where, "target_modules", config.target_modules, module)
+    _check_layers(where, "modules_to_save", getattr(config, "modules_to_save", None), module)
     uncalled = [
         f"{each}.out_proj" if each else "out_proj"
         for each, layer in module.named_modules()
@@ -86,7 +92,8 @@ def _inject(name: str, module: nn.Module, given: Any) -> None:
         config.exclude_modules = uncalled
     asked = config.to_dict()
     try:
-        peft.inject_adapter_in_model(config, module)
+        with _plain_weights(found):
+            peft.inject_adapter_in_model(config, module)
     except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     # Not as an attribute of a module, which would look for it among its parameters.
@@ -131,8 +138,12 @@ def _config(peft: Any, where: str, given: Any) -> Any:
     return copy.deepcopy(given)  # peft changes it.
 
 
-def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> None:
-    """Raise ValueError where a name in a configuration matches no layer, or one without effect."""
+def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[nn.Module]:
+    """Return the layers that a configuration names.
+
+    Raises:
+        ValueError: for a name that matches none, or one whose adapter would have no effect.
+    """
     layers = {name: layer for name, layer in module.named_modules() if name}
     parents = {name: layers.get(name.rpartition(".")[0], module) for name in layers}
     by_regex = isinstance(wanted, str)
@@ -168,6 +179,41 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> None:
                 f"{where}: {key} has {name!r}, whose adapter would have no effect, since "
                 f"torch.nn.MultiheadAttention does not call it: name {parent!r}"
             )
+    return [layers[name] for name in sorted(found)]
+
+
+@contextmanager
+def _plain_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Context manager in which no weight is computed, as by weight norm.
+
+    peft makes layers of the class of a convolution, which cannot be that of one with such a weight.
+    """
+    computed: list[Any] = [layer for layer in layers if is_parametrized(layer, "weight")]
+    before = [_computation(layer) for layer in computed]
+    for layer in computed:
+        _remove_computation(layer)
+    try:
+        yield
+    finally:
+        for layer, (steps, tensors) in zip(computed, before, strict=True):
+            for step in steps:
+                register_parametrization(layer, "weight", step)
+            owned = layer.parametrizations["weight"].parameters(recurse=False)
+            for own, tensor in zip(owned, tensors, strict=True):
+                own.data.copy_(tensor)
+
+
+def _computation(layer: Any) -> tuple[list[nn.Module], list[Tensor]]:
+    """Return the steps by which the weight of a layer is computed, and what it is computed from."""
+    steps = layer.parametrizations["weight"]
+    return list(steps), [p.detach().clone() for p in steps.parameters(recurse=False)]
+
+
+def _remove_computation(layer: Any) -> None:
+    # Else torch makes a buffer of the weight.
+    layer.parametrizations["weight"].requires_grad_(True)
+    with torch.enable_grad():
+        remove_parametrizations(layer, "weight")
 
 
 def _ending(names: Iterable[str], end: str) -> list[str]:
@@ -263,8 +309,7 @@ def merge_adapters(modules: nn.Module) -> None:
                 merge=True, safe_merge=True, adapter_names=None
             )
         elif _is_adapted(layer):
-            layer.merge(safe_merge=True)
-            plain = layer.get_base_layer()
+            plain = _merged(layer)
         else:
             for key in ("peft_config", "adapted_by"):
                 vars(layer).pop(key, None)
@@ -272,6 +317,23 @@ def merge_adapters(modules: nn.Module) -> None:
         parent, _, last = name.rpartition(".")
         setattr(modules.get_submodule(parent), last, plain)
         within += (f"{name}.",)
+
+
+def _merged(layer: Any) -> nn.Module:
+    """Return the plain layer of an adapted one, with the adapter in its weight."""
+    plain = layer.get_base_layer()
+    computed = _computation(plain)[0] if is_parametrized(plain, "weight") else []
+    if computed:  # peft would change what is computed, and not what it is computed from.
+        _remove_computation(plain)
+    layer.merge(safe_merge=True)
+    weight = plain.get_parameter("weight").detach().clone()
+    for each in computed:
+        register_parametrization(plain, "weight", each)
+    # Weight norm can give any weight; spectral norm cannot, and is left out then.
+    if computed and not torch.allclose(plain.weight, weight, 1e-5, 1e-7):
+        _remove_computation(plain)
+        plain.get_parameter("weight").data = weight
+    return cast(nn.Module, plain)
 
 
 def describe_trainable(modules: nn.Module, trained: Iterable[Tensor]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import trainer
 from tests.processes import TwoRanks
 from tests.trainer import two_processes
-from tests.trainer.small import Regressor, batches, everything, make, same
+from tests.trainer.small import Players, Regressor, batches, ema_of, everything, make, same
 from trainer import Brain, Checkpointer, Stage
 from trainer.adapters import apply_adapters, merge_adapters, plain_name
 from trainer.checkpoint import storage
@@ -434,6 +434,46 @@ def test_other_kinds_of_peft_train_and_merge(kind: str) -> None:
     _randomise(brain.modules)
     brain.modules.eval()
     _merges(brain.modules, lambda: brain.modules.encoder(batches(1)[0]["x"]))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_layer_whose_weight_is_computed_merges(norm: str, frozen: bool) -> None:
+    torch.manual_seed(0)
+    normed = getattr(nn.utils.parametrizations, norm)(nn.Conv1d(4, 6, 3))
+    normed.requires_grad_(not frozen)
+    modules = nn.ModuleDict({"net": nn.Sequential(normed, nn.Tanh(), nn.Conv1d(6, 2, 1))})
+    modules.eval()
+    before = copy.deepcopy(modules.state_dict())
+    names, x = set(before), torch.randn(2, 4, 9)
+    plain = modules.net(x)
+    apply_adapters(modules, {"net": {"r": 2, "target_modules": ["0"]}})
+    torch.testing.assert_close(modules.net(x), plain)
+    kept = {plain_name(n): v for n, v in modules.state_dict().items() if "lora_" not in n}
+    assert same(kept, dict(before))
+    assert [n for n, p in modules.named_parameters() if p.requires_grad and "lora_" not in n] == []
+    _randomise(modules)
+    _merges(modules, lambda: modules.net(x))
+    assert (set(modules.state_dict()) == names) is (norm == "weight_norm")
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_players_have_adapters_and_resume(window: int, tmp_path: Path) -> None:
+    def made(folder: str) -> Any:
+        adapters = {"generator": LORA, "discriminator": {**LORA, "target_modules": ["2"]}}
+        return make(
+            Players, hparams={"adapters": adapters}, checkpointer=Checkpointer(tmp_path / folder),
+            save="trainable", ema_decay=0.9, grad_accumulation_factor=window,
+        )  # fmt: skip
+
+    whole, part = made("whole"), made("part")
+    whole.fit([1, 2], batches(3), batches(2))
+    part.fit([1], batches(3), batches(2))
+    again = made("part")
+    again.fit([1, 2], batches(3), batches(2))
+    assert same(everything(whole), everything(again))
+    assert not [n for n in ema_of(again).state_dict()["average"] if "base_layer" in n]
+    assert [len(u.all_params) for u in again.updates.values()] == [2, 2]
 
 
 # Export
