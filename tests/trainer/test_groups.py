@@ -493,6 +493,12 @@ def test_modules_that_the_recipe_froze_are_in_evaluation_mode_where_asked() -> N
         {"encoder.*": {"eval": True}}, lambda _: SGD(head.parameters(), lr=0.1), Noting, parts=parts
     )
     assert all("encoder.layers.0.2" in resting for *_, resting in fit(brain).notes)
+    brain = make(
+        {"*": {"eval": True, "lr": 0.2}}, lambda _: SGD(head.parameters(), lr=0.1), Noting,
+        parts=parts,
+    )  # fmt: skip
+    assert all("encoder.layers.0.2" in resting for *_, resting in fit(brain).notes)
+    assert settings(brain, "lr") == {"head.weight": 0.2, "head.bias": 0.2}
 
 
 class Rivals(Players):

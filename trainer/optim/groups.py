@@ -105,8 +105,10 @@ class ParameterGroups:
         self._frozen = []
         for patterns, divided in _scopes(self._setting, optimizers):
             owned = {p for optimizer in divided.values() for p in _params(optimizer)}
+            others = {p for each in optimizers.values() for p in _params(each)} - owned
+            names_here = {p: own for p, own in names.items() if p not in others}
             matched = {
-                pattern: _match(pattern, keys, names, owned, len(divided) == len(optimizers))
+                pattern: _match(pattern, keys, names_here, owned)
                 for pattern, keys in patterns.items()
             }
             evaluated |= _evaluated(patterns, matched)
@@ -276,37 +278,35 @@ def _scopes(
 
 
 def _match(
-    pattern: Any, keys: Mapping[str, Any], names: Mapping[Tensor, Sequence[str]],
-    owned: set[Tensor], of_all: bool,
-) -> dict[Tensor, str]:  # fmt: skip
+    pattern: str, keys: Mapping[str, Any], names: Mapping[Tensor, Sequence[str]], owned: set[Tensor]
+) -> dict[Tensor, str]:
     """Return the parameters that a pattern matches, by the first name that does.
 
     Args:
         pattern: the pattern.
-        keys: its keys; with ``eval`` alone, it may match parameters that no optimizer has.
-        names: names of all parameters.
+        keys: its keys; with ``eval`` alone, it may match only parameters that no optimizer has.
+        names: names of all parameters but those of other optimizers.
         owned: parameters of the pattern's optimizers.
-        of_all: True if these are all optimizers.
 
     Raises:
         ValueError: if there are none.
     """
     parts = str(pattern).split("|")
-    free = of_all and keys.keys() <= {"eval"}
     found: dict[Tensor, str] = {}
     for p, own in names.items():
         hits = [name for name in own if any(fnmatch.fnmatchcase(name, part) for part in parts)]
-        if hits and (free or p in owned):
+        if hits:
             found[p] = hits[0]
-    known = [name for p, own in names.items() if free or p in owned for name in own]
+    counted = found.keys() if keys.keys() <= {"eval"} else found.keys() & owned
+    known = [name for p, own in names.items() if p in owned or p in counted for name in own]
     for part in parts:
         if not any(fnmatch.fnmatchcase(name, part) for name in known):
             near = ", ".join(difflib.get_close_matches(part, known, n=3, cutoff=0.0))
             said = (
-                f"param_groups: {part!r} matches no parameter of "
-                f"{'an' if of_all else 'the'} optimizer; the nearest names are {near}"
+                f"param_groups: {part!r} matches no parameter that the optimizer has; the nearest "
+                f"names are {near}"
             )
-            if not found:
+            if not counted:
                 raise ValueError(said)
             logger.warning("%s", said)
     return found
@@ -411,6 +411,8 @@ def _divide(
                 "give the schedule as the hyperparameter schedule, which makes it later"
             )
         parts: dict[str, dict[str, Any]] = {}
+        if not source["params"]:
+            made.append(source)
         for place, p in enumerate(source["params"]):
             label, depth = " + ".join(_setters(chosen[p])), 0
             if "layer_decay" in chosen[p]:
