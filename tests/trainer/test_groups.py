@@ -21,6 +21,7 @@ from ..processes import TwoRanks
 from . import resuming
 from .small import Players, Regressor, batches, ema_of, same, spoilt
 from .small import make as small
+from .test_models import Wrapper
 from .test_tuner import found
 
 EXAMPLE = """
@@ -282,11 +283,14 @@ def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
         "encoder.*|hed.*": {"lr": 1e-5}, "encoder.embed.*": {"lr": 1.0, "weight_decay": 0},
         "*": {"lr": 0.1},
     }  # fmt: skip
-    fit(make(groups), 1)
+    fit(make({**groups, "head.*": {"eval": True}, "*.bias": {"eval": True}}), 1)
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(told) == 2
+    assert len(told) == 4
     assert told[0].startswith("param_groups: 'hed.*' matches no parameter")
     assert told[1].startswith("param_groups: 'encoder.embed.*' comes too late for lr, which")
+    assert [text.partition(" has")[0] for text in told[2:]] == [
+        "param_groups: eval of 'head.*'", "param_groups: eval of '*.bias'",
+    ]  # fmt: skip
 
 
 def test_a_schedule_that_gives_all_groups_one_rate_is_refused() -> None:
@@ -765,6 +769,31 @@ def test_names_that_torch_keeps_in_groups_stay_beside_their_parameters() -> None
     names = {p: name for name, p in brain.modules.named_parameters()}
     for group in brain.optimizer.param_groups:
         assert group["param_names"] == [names[p] for p in group["params"]]
+
+
+def test_an_optimizer_that_wraps_another_has_groups_too() -> None:
+    def wrapped(params: Any) -> Optimizer:
+        return Wrapper(AdamW(params, lr=0.1))
+
+    brain = fit(make({"*.bias": {"lr": 0.2}}, wrapped), 2)
+    assert {n for n, rate in settings(brain, "lr").items() if rate == 0.2} == {
+        n for n, _ in brain.modules.named_parameters() if n.endswith(".bias")
+    }
+    assert brain.optimizer.inner.param_groups is brain.optimizer.param_groups
+    with pytest.raises(ValueError, match="lr_factor, and Wrapper has no step hooks"):
+        fit(make({"*.bias": {"lr_factor": 0.5}}, wrapped), 2)
+
+
+def test_whole_numbers_are_rates_as_others() -> None:
+    """1 and 1.0 are one rate, and a tensor that a schedule fills is read before."""
+    schedule = partial(schedules.Noam, warmup_steps=3)
+
+    def ones(params: Any) -> Optimizer:
+        first, *others = params
+        return SGD([{"params": [first], "lr": 1}, {"params": others, "lr": torch.tensor(1.0)}])
+
+    brain = fit(make({"*.bias": {"lr": 1.0}}, ones, hparams={"schedule": schedule}), 1)
+    assert {float(rate) for rate in settings(brain, "initial_lr").values()} == {1.0}
 
 
 def test_an_optimizer_that_has_a_schedule_already_is_refused() -> None:
