@@ -341,6 +341,51 @@ def test_steps_are_those_of_torch_with_the_same_groups() -> None:
     assert brain.optimizer.state[brain.modules.head.weight]["step"] == 7
 
 
+def test_everything_together_is_as_in_a_loop_by_hand() -> None:
+    """Windows of two, a warm-up, factors and decay by layer, two limits, and an average."""
+    groups = {
+        "encoder.layers.*": {
+            "lr": 0.02, "layer_decay": 0.5, "lr_factor": 0.5, "freeze_until": 3,
+            "max_grad_norm": 0.05,
+        },
+        "encoder.*": {"max_grad_norm": 0.03, "weight_decay": 0.3},
+        "*": {"lr": 0.01},
+    }  # fmt: skip
+    schedule = partial(schedules.WarmupDecay, warmup_steps=2, total_steps=8)
+    brain = make(
+        groups, hparams={"schedule": schedule}, max_grad_norm=0.2, grad_accumulation_factor=2,
+        ema_decay=0.9,
+    )  # fmt: skip
+    fit(brain, 12)
+    own = nn.ModuleDict(modules())
+    params, data = dict(own.named_parameters()), batches(12)
+    kinds = [n.startswith("encoder.") + n.startswith("encoder.layers.") for n in params]
+    peaks = [0.01 * 0.5 ** (2 - int(n.split(".")[2])) if k == 2 else 0.01
+             for n, k in zip(params, kinds, strict=True)]  # fmt: skip
+    optimizer = AdamW([
+        {"params": [p], "weight_decay": 0.3 if kind else 0.1}
+        for p, kind in zip(params.values(), kinds, strict=True)
+    ])  # fmt: skip
+    average = {n: p.detach().clone() for n, p in params.items()}
+    for step, share in enumerate((0.5, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6)):
+        for batch in data[2 * step : 2 * step + 2]:
+            loss = (own["head"](own["encoder"](batch["x"])) - batch["y"]).square().mean()
+            (loss / 2).backward()
+        for kind, limit in enumerate((0.2, 0.03, 0.05)):
+            members = [p for p, k in zip(params.values(), kinds, strict=True) if k == kind]
+            for p in members if kind == 2 and step < 3 else ():
+                p.grad = None
+            torch.nn.utils.clip_grad_norm_(members, limit)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in params.items():
+            average[name].lerp_(p.detach(), 0.1)
+    torch.testing.assert_close(dict(brain.modules.state_dict()), dict(own.state_dict()))
+    torch.testing.assert_close(ema_of(brain).state_dict()["average"], average)
+
+
 CYCLE = {"max_lr": 0.1, "cycle_momentum": False}
 FLAT = {"threshold": 0.9, "patience": 0, "min_lr": 0.004}
 SCHEDULES: dict[str, Any] = {
