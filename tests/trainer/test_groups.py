@@ -21,6 +21,7 @@ from ..processes import TwoRanks
 from . import resuming
 from .small import Players, Regressor, batches, ema_of, same, spoilt
 from .small import make as small
+from .test_models import Wrapper
 from .test_tuner import found
 
 EXAMPLE = """
@@ -282,11 +283,14 @@ def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
         "encoder.*|hed.*": {"lr": 1e-5}, "encoder.embed.*": {"lr": 1.0, "weight_decay": 0},
         "*": {"lr": 0.1},
     }  # fmt: skip
-    fit(make(groups), 1)
+    fit(make({**groups, "head.*": {"eval": True}, "*.bias": {"eval": True}}), 1)
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(told) == 2
+    assert len(told) == 4
     assert told[0].startswith("param_groups: 'hed.*' matches no parameter")
     assert told[1].startswith("param_groups: 'encoder.embed.*' comes too late for lr, which")
+    assert [text.partition(" has")[0] for text in told[2:]] == [
+        "param_groups: eval of 'head.*'", "param_groups: eval of '*.bias'",
+    ]  # fmt: skip
 
 
 def test_a_schedule_that_gives_all_groups_one_rate_is_refused() -> None:
@@ -335,6 +339,51 @@ def test_steps_are_those_of_torch_with_the_same_groups() -> None:
     assert same(ema_of(brain).state_dict()["average"], average)
     assert brain.optimizer.state[brain.modules.encoder.embed.weight]["step"] == 4
     assert brain.optimizer.state[brain.modules.head.weight]["step"] == 7
+
+
+def test_everything_together_is_as_in_a_loop_by_hand() -> None:
+    """Windows of two, a warm-up, factors and decay by layer, two limits, and an average."""
+    groups = {
+        "encoder.layers.*": {
+            "lr": 0.02, "layer_decay": 0.5, "lr_factor": 0.5, "freeze_until": 3,
+            "max_grad_norm": 0.05,
+        },
+        "encoder.*": {"max_grad_norm": 0.03, "weight_decay": 0.3},
+        "*": {"lr": 0.01},
+    }  # fmt: skip
+    schedule = partial(schedules.WarmupDecay, warmup_steps=2, total_steps=8)
+    brain = make(
+        groups, hparams={"schedule": schedule}, max_grad_norm=0.2, grad_accumulation_factor=2,
+        ema_decay=0.9,
+    )  # fmt: skip
+    fit(brain, 12)
+    own = nn.ModuleDict(modules())
+    params, data = dict(own.named_parameters()), batches(12)
+    kinds = [n.startswith("encoder.") + n.startswith("encoder.layers.") for n in params]
+    peaks = [0.01 * 0.5 ** (2 - int(n.split(".")[2])) if k == 2 else 0.01
+             for n, k in zip(params, kinds, strict=True)]  # fmt: skip
+    optimizer = AdamW([
+        {"params": [p], "weight_decay": 0.3 if kind else 0.1}
+        for p, kind in zip(params.values(), kinds, strict=True)
+    ])  # fmt: skip
+    average = {n: p.detach().clone() for n, p in params.items()}
+    for step, share in enumerate((0.5, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6)):
+        for batch in data[2 * step : 2 * step + 2]:
+            loss = (own["head"](own["encoder"](batch["x"])) - batch["y"]).square().mean()
+            (loss / 2).backward()
+        for kind, limit in enumerate((0.2, 0.03, 0.05)):
+            members = [p for p, k in zip(params.values(), kinds, strict=True) if k == kind]
+            for p in members if kind == 2 and step < 3 else ():
+                p.grad = None
+            torch.nn.utils.clip_grad_norm_(members, limit)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in params.items():
+            average[name].lerp_(p.detach(), 0.1)
+    torch.testing.assert_close(dict(brain.modules.state_dict()), dict(own.state_dict()))
+    torch.testing.assert_close(ema_of(brain).state_dict()["average"], average)
 
 
 CYCLE = {"max_lr": 0.1, "cycle_momentum": False}
@@ -493,6 +542,12 @@ def test_modules_that_the_recipe_froze_are_in_evaluation_mode_where_asked() -> N
         {"encoder.*": {"eval": True}}, lambda _: SGD(head.parameters(), lr=0.1), Noting, parts=parts
     )
     assert all("encoder.layers.0.2" in resting for *_, resting in fit(brain).notes)
+    brain = make(
+        {"*": {"eval": True, "lr": 0.2}}, lambda _: SGD(head.parameters(), lr=0.1), Noting,
+        parts=parts,
+    )  # fmt: skip
+    assert all("encoder.layers.0.2" in resting for *_, resting in fit(brain).notes)
+    assert settings(brain, "lr") == {"head.weight": 0.2, "head.bias": 0.2}
 
 
 class Rivals(Players):
@@ -574,10 +629,10 @@ def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     ("setting", "stops"),
     [
         (resuming.Setting(window=3, optimizer=AdamW, groups=GROUPS, **FEW), range(1, 23)),
-        (resuming.Setting(optimizer=AdamW, groups=GROUPS, **FEW), (2, 3, 4, 11)),
-        (resuming.Setting(schedule="newbob", optimizer=AdamW, groups=GROUPS, **FEW), (3, 11, 12)),
-        (resuming.Setting(window=2, precision="fp16", groups=GROUPS, **FEW), (5, 6, 7)),
-        (resuming.Setting(resuming.Adversary, window=2, groups=ADVERSARY, **FEW), range(3, 10)),
+        (resuming.Setting(optimizer=AdamW, groups=GROUPS, **FEW), (3, 4)),
+        (resuming.Setting(schedule="newbob", optimizer=AdamW, groups=GROUPS, **FEW), (3, 11)),
+        (resuming.Setting(window=2, precision="fp16", groups=GROUPS, **FEW), (6, 7)),
+        (resuming.Setting(resuming.Adversary, window=2, groups=ADVERSARY, **FEW), (4, 5, 8, 9)),
     ],
     ids=["every batch", "no windows", "by epoch", "fp16", "two players"],
 )  # fmt: skip
@@ -592,7 +647,7 @@ def straight_and_resumed(folder: str) -> dict[str, Any]:
         window=2, optimizer=AdamW, groups=GROUPS, data=lambda: resuming.Sentences(44),
         epochs=lambda: range(1, 3), dropout=0.5,
     )  # fmt: skip
-    stops = (4, 5, 6, 7)  # In the window that follows step 3 of each, and beside it.
+    stops = (6, 7)  # Before the window that follows step 3, and in it.
     straight = resuming.run(setting, Path(folder), stops, resuming.Setting.fit)
     found = {}
     for stop in stops:
@@ -615,7 +670,7 @@ def test_two_ranks_resume_exactly(two_ranks: TwoRanks, tmp_path: Path) -> None:
     ranks = two_ranks(straight_and_resumed, tmp_path)
     assert same(ranks[0]["state"], ranks[1]["state"])
     for each in ranks:
-        assert each["found"] == {stop: [] for stop in (4, 5, 6, 7)}
+        assert each["found"] == {stop: [] for stop in (6, 7)}
         assert len(set(each["moments"])) == 2  # Three steps fewer where it was frozen.
 
 
@@ -759,6 +814,31 @@ def test_names_that_torch_keeps_in_groups_stay_beside_their_parameters() -> None
     names = {p: name for name, p in brain.modules.named_parameters()}
     for group in brain.optimizer.param_groups:
         assert group["param_names"] == [names[p] for p in group["params"]]
+
+
+def test_an_optimizer_that_wraps_another_has_groups_too() -> None:
+    def wrapped(params: Any) -> Optimizer:
+        return Wrapper(AdamW(params, lr=0.1))
+
+    brain = fit(make({"*.bias": {"lr": 0.2}}, wrapped), 2)
+    assert {n for n, rate in settings(brain, "lr").items() if rate == 0.2} == {
+        n for n, _ in brain.modules.named_parameters() if n.endswith(".bias")
+    }
+    assert brain.optimizer.inner.param_groups is brain.optimizer.param_groups
+    with pytest.raises(ValueError, match="lr_factor, and Wrapper has no step hooks"):
+        fit(make({"*.bias": {"lr_factor": 0.5}}, wrapped), 2)
+
+
+def test_whole_numbers_are_rates_as_others() -> None:
+    """1 and 1.0 are one rate, and a tensor that a schedule fills is read before."""
+    schedule = partial(schedules.Noam, warmup_steps=3)
+
+    def ones(params: Any) -> Optimizer:
+        first, *others = params
+        return SGD([{"params": [first], "lr": 1}, {"params": others, "lr": torch.tensor(1.0)}])
+
+    brain = fit(make({"*.bias": {"lr": 1.0}}, ones, hparams={"schedule": schedule}), 1)
+    assert {float(rate) for rate in settings(brain, "initial_lr").values()} == {1.0}
 
 
 def test_an_optimizer_that_has_a_schedule_already_is_refused() -> None:

@@ -20,7 +20,7 @@ from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.clipping import Clipper, NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
 from trainer.distributed.strategy import Strategy
-from trainer.optim.groups import ParameterGroups
+from trainer.optim.groups import ParameterGroups, rates_of
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
 from trainer.options import RunOptions, nearest
@@ -151,7 +151,7 @@ def make_updates(
         if name in kept:
             updates[name] = kept[name]
             continue
-        rates = [group.get("lr") for group in optimizer.param_groups]
+        rates = rates_of(optimizer)
         schedule = _schedule(by_name(schedules, name, names, "schedule"), optimizer, options)
         groups.check_schedule(name, optimizer, rates)
         updates[name] = Update(

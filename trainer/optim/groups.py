@@ -29,6 +29,7 @@ from trainer.options import nearest
 if TYPE_CHECKING:
     from trainer.optim.step import Update
 
+SHOWN = ("weight_decay", "lr_factor", "max_grad_norm")  # At the start of a run.
 OWN = ("layer_decay", "lr_factor", "max_grad_norm", "freeze_until", "eval")
 # Settings of torch's groups that belong to the optimizer as a whole.
 WHOLE = ("capturable", "differentiable", "foreach", "fused")
@@ -82,10 +83,7 @@ class ParameterGroups:
         self._evaluated: list[nn.Module] = []  # Largest parts of which all parameters have `eval`.
 
     def regroup(
-        self,
-        optimizers: Mapping[str, Optimizer],
-        modules: nn.Module,
-        kept: Iterable[str] = (),
+        self, optimizers: Mapping[str, Optimizer], modules: nn.Module, kept: Iterable[str] = ()
     ) -> None:
         """Divide the groups of optimizers by the patterns, and log the result.
 
@@ -100,13 +98,14 @@ class ParameterGroups:
         """
         if self._setting is None:
             return
-        names = _names(optimizers, modules)
-        evaluated: set[Tensor] = set()
+        names, evaluated = _names(optimizers, modules), dict[Tensor, str]()
         self._frozen = []
         for patterns, divided in _scopes(self._setting, optimizers):
             owned = {p for optimizer in divided.values() for p in _params(optimizer)}
+            others = {p for each in optimizers.values() for p in _params(each)} - owned
+            names_here = {p: own for p, own in names.items() if p not in others}
             matched = {
-                pattern: _match(pattern, keys, names, owned, len(divided) == len(optimizers))
+                pattern: _match(pattern, keys, names_here, owned)
                 for pattern, keys in patterns.items()
             }
             evaluated |= _evaluated(patterns, matched)
@@ -117,9 +116,22 @@ class ParameterGroups:
                 self._freeze(name, chosen)
                 if name not in kept:
                     _divide(name, optimizer, chosen, matched)
-                    self._log(name, optimizer, modules)
+                    if distributed.is_main():
+                        self._log(name, optimizer)
             _warn_of_unused(patterns, used)
         self._evaluated = list(_largest_parts(modules, evaluated.__contains__))
+        resting = {
+            evaluated[p]
+            for chosen in self._evaluated
+            for part in _largest_parts(chosen, lambda p: p in self._until or not p.requires_grad)
+            for p in part.parameters()
+        }
+        for pattern in dict.fromkeys(evaluated.values()):
+            if pattern not in resting:
+                logger.warning(
+                    "param_groups: eval of %r has no effect, since no module has all of its "
+                    "parameters both there and frozen", pattern,
+                )  # fmt: skip
 
     def _freeze(self, name: str, chosen: Chosen) -> None:
         """Note which parameters of an optimizer are frozen for how many steps."""
@@ -164,56 +176,48 @@ class ParameterGroups:
             for part in _largest_parts(chosen, lambda p: not p.requires_grad):
                 part.eval()
 
-    def check_schedule(self, name: str, optimizer: Optimizer, before: Sequence[Any]) -> None:
+    def check_schedule(self, name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
         """Refuse a schedule that replaces the different learning rates of groups by one.
 
         Args:
             name: name of the optimizer.
             optimizer: the optimizer, with its schedule.
-            before: learning rates of its groups without the schedule.
+            before: its `rates_of` without the schedule.
         """
-        rates = {float(group.get("lr") or 0.0) for group in optimizer.param_groups}
-        several = self._setting is not None and len(set(map(str, before))) > 1
-        if several and len(rates) == 1 and rates != {0.0}:
+        several = self._setting is not None and len(set(before)) > 1
+        if several and len(rates := set(rates_of(optimizer))) == 1 and rates != {0.0}:
             raise ValueError(
                 f"param_groups gives the optimizer {name!r} several learning rates, and its "
                 "schedule sets one for all, as OneCycleLR and CyclicLR do: use lr_factor in place "
                 "of lr and layer_decay, or give the schedule a list of rates"
             )
 
-    def _log(self, name: str, optimizer: Optimizer, modules: nn.Module) -> None:
+    def _log(self, name: str, optimizer: Optimizer) -> None:
         """Log the groups of an optimizer with their sizes, in aligned lines."""
-        if not distributed.is_main():
-            return
-        parts: dict[str, list[Mapping[str, Any]]] = {}
+        parts: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
         for group in optimizer.param_groups:  # The layers of a layer_decay are one line.
-            parts.setdefault(group.get("patterns", "").partition(" @ ")[0], []).append(group)
-        rows = [self._describe(label, groups) for label, groups in parts.items()]
+            label = group.get("patterns", "").partition(" @ ")[0] or "no pattern"
+            texts = [f"{k} {group[k]:g}" for k in SHOWN if group.get(k) is not None]
+            parts.setdefault((label, *texts), []).append(group)
+        rows = []
+        for (label, *texts), groups in parts.items():
+            params = [p for group in groups for p in group["params"]]
+            rates = sorted({float(g["lr"]) for g in groups if g.get("lr") is not None})
+            ends = " to ".join(f"{rate:.3g}" for rate in dict.fromkeys([*rates[:1], *rates[-1:]]))
+            until = sorted({step for p in params if (step := self._until.get(p))})
+            texts += [f"frozen until step {step:g}" for step in until]
+            if frozen := sum(not p.requires_grad for p in params):
+                texts.append(f"{frozen} frozen")
+            rows.append([
+                label, f"{len(params)} tensor{'s' * (len(params) != 1)}",
+                f"{sum(p.numel() for p in params):,} parameters", f"lr {ends or None}",
+                ", ".join(texts),
+            ])  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         logger.info("parameter groups of the optimizer %r:", name)
         for row in rows:
-            sides = "<>><<<"
-            cells = [f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)]
+            cells = [f"{c:{side}{w}}" for c, side, w in zip(row, "<>><<", widths, strict=True)]
             logger.info("  %s", "  ".join(cells).rstrip())
-
-    def _describe(self, label: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return the cells of a line of the log."""
-        first, params = groups[0], [p for group in groups for p in group["params"]]
-        rates = sorted({float(group["lr"]) for group in groups if group.get("lr") is not None})
-        rate = " to ".join(f"{each:.3g}" for each in rates[:1] + rates[1:][-1:]) or "none"
-        until = {step for p in params if (step := self._until.get(p))}
-        frozen = sum(not p.requires_grad for p in params)
-        notes = [
-            f"x {first['lr_factor']:g}" if "lr_factor" in first else "",
-            f"clipped at {first['max_grad_norm']:g}" if "max_grad_norm" in first else "",
-            *(f"frozen until step {step:g}" for step in sorted(until)),
-            f"{frozen} frozen" if frozen else "",
-        ]
-        return [
-            label or "no pattern", f"{len(params)} tensor{'s' * (len(params) > 1)}",
-            f"{sum(p.numel() for p in params):,} parameters", f"lr {rate}",
-            f"weight_decay {first.get('weight_decay', 0):g}", ", ".join(filter(None, notes)),
-        ]  # fmt: skip
 
 
 def leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
@@ -227,6 +231,11 @@ def leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
     peaks = [group.get("initial_lr", group.get("lr")) for group in groups]
     rates = [float(p or 0.0) * g.get("lr_factor", 1.0) for p, g in zip(peaks, groups, strict=True)]
     return rates.index(max(rates))
+
+
+def rates_of(optimizer: Optimizer) -> list[float]:
+    """Return the learning rate of each group, 0 where it has none."""
+    return [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
@@ -276,51 +285,51 @@ def _scopes(
 
 
 def _match(
-    pattern: Any, keys: Mapping[str, Any], names: Mapping[Tensor, Sequence[str]],
-    owned: set[Tensor], of_all: bool,
-) -> dict[Tensor, str]:  # fmt: skip
+    pattern: str, keys: Mapping[str, Any], names: Mapping[Tensor, Sequence[str]], owned: set[Tensor]
+) -> dict[Tensor, str]:
     """Return the parameters that a pattern matches, by the first name that does.
 
     Args:
         pattern: the pattern.
-        keys: its keys; with ``eval`` alone, it may match parameters that no optimizer has.
-        names: names of all parameters.
+        keys: its keys; with ``eval`` alone, it may match only parameters that no optimizer has.
+        names: names of all parameters but those of other optimizers.
         owned: parameters of the pattern's optimizers.
-        of_all: True if these are all optimizers.
 
     Raises:
         ValueError: if there are none.
     """
     parts = str(pattern).split("|")
-    free = of_all and keys.keys() <= {"eval"}
     found: dict[Tensor, str] = {}
     for p, own in names.items():
         hits = [name for name in own if any(fnmatch.fnmatchcase(name, part) for part in parts)]
-        if hits and (free or p in owned):
+        if hits:
             found[p] = hits[0]
-    known = [name for p, own in names.items() if free or p in owned for name in own]
+    counted = found.keys() if keys.keys() <= {"eval"} else found.keys() & owned
+    known = [name for p, own in names.items() if p in owned or p in counted for name in own]
     for part in parts:
         if not any(fnmatch.fnmatchcase(name, part) for name in known):
             near = ", ".join(difflib.get_close_matches(part, known, n=3, cutoff=0.0))
             said = (
-                f"param_groups: {part!r} matches no parameter of "
-                f"{'an' if of_all else 'the'} optimizer; the nearest names are {near}"
+                f"param_groups: {part!r} matches no parameter that the optimizer has; the nearest "
+                f"names are {near}"
             )
-            if not found:
+            if not counted:
                 raise ValueError(said)
             logger.warning("%s", said)
     return found
 
 
-def _evaluated(patterns: Patterns, matched: Mapping[str, Mapping[Tensor, str]]) -> set[Tensor]:
-    """Return the parameters for which the first pattern with ``eval`` says True."""
-    found: dict[Tensor, bool] = {}
+def _evaluated(
+    patterns: Patterns, matched: Mapping[str, Mapping[Tensor, str]]
+) -> dict[Tensor, str]:
+    """Return the parameters for which the first pattern with ``eval`` says True, with it."""
+    found: dict[Tensor, str] = {}
     for pattern, keys in patterns.items():
         if "eval" in keys:
             value = _checked(pattern, "eval", keys["eval"], {})
             for p in matched[pattern]:
-                found.setdefault(p, value)
-    return {p for p, value in found.items() if value}
+                found.setdefault(p, pattern if value else "")
+    return {p: pattern for p, pattern in found.items() if pattern}
 
 
 def _choose(
@@ -331,7 +340,8 @@ def _choose(
     chosen: Chosen = {p: {} for p in _params(optimizer)}
     first, defaults = optimizer.param_groups[0], getattr(optimizer, "defaults", {})
     known = {k: v for k, v in {**first, **defaults}.items() if k not in WHOLE}
-    known.pop("params")
+    for key in ("params", "param_names"):
+        known.pop(key, None)
     for pattern, keys in patterns.items():
         mine = [p for p in matched[pattern] if p in chosen]
         for key, value in keys.items() if mine else ():
@@ -411,6 +421,8 @@ def _divide(
                 "give the schedule as the hyperparameter schedule, which makes it later"
             )
         parts: dict[str, dict[str, Any]] = {}
+        if not source["params"]:
+            made.append(source)
         for place, p in enumerate(source["params"]):
             label, depth = " + ".join(_setters(chosen[p])), 0
             if "layer_decay" in chosen[p]:
