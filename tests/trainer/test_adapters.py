@@ -599,6 +599,39 @@ def test_a_run_folder_gives_the_model_back(adapter: str, tmp_path: Path) -> None
         trainer.load(folder, "cpu", brain=Speller, overrides={"seed": 4})
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        "!new:peft.LoraConfig {r: 2, target_modules: ['0'], megatron_core: os}",
+        "{r: 2, target_modules: ['0'], megatron_core: os}",
+        "!apply:peft.get_peft_model [1]",
+        "!new:peft.PeftModel [1]",
+        "!new:peft.PrefixTuningConfig {}",
+    ],
+)
+def test_a_run_folder_builds_adapters_of_layers_and_imports_nothing(
+    adapter: str, tmp_path: Path
+) -> None:
+    (tmp_path / "hyperparams.yaml").write_text(YAML.replace("ADAPTER", adapter))
+    with pytest.raises(ValueError, match="must be|not allowed"):
+        trainer.load(tmp_path, "cpu", brain=Speller)
+
+
+@pytest.mark.parametrize("claim", [10**18, -1, "all"])
+def test_a_run_folder_says_what_it_wants_of_a_base(claim: Any, tmp_path: Path) -> None:
+    brain = speller(tmp_path / "checkpoints")
+    brain.fit([1], batches(3), batches(2))
+    yaml = YAML.replace("ADAPTER", "{r: 2, target_modules: ['0']}")
+    (tmp_path / "hyperparams.yaml").write_text(yaml)
+    saved = brain.checkpointer.find()[0]
+    content = storage.manifest_content(saved)
+    content["base"] = {**content["base"], "bytes": claim}
+    (saved.path / "manifest.json").write_bytes(storage.encode_manifest(content))
+    del brain
+    with pytest.raises(ValueError, match="tensors differ"):  # Of another model.
+        trainer.load(tmp_path, "cpu", brain=Speller)
+
+
 # Errors
 
 

@@ -258,6 +258,16 @@ def test_init_from_is_a_key_of_the_training(tmp_path: Path, state: Path) -> None
         trainer.main(train, [str(yaml), *more, "--init_from", str(state)])
 
 
+def test_the_options_are_given_on_a_command_line(tmp_path: Path) -> None:
+    torch.save({f"a.{n}": v for n, v in net(9).state_dict().items()}, tmp_path / "state.pt")
+    names = "{net.0.*: a.0.*, net.2.*: null}"
+    options = {"init_from": tmp_path / "state.pt", "init_map": names}
+    brain = run_of(tmp_path / "run", epochs=1, **options)
+    assert brain.options.init_map == {"net.0.*": "a.0.*", "net.2.*": None}
+    (tmp_path / "state.pt").unlink()
+    run_of(tmp_path / "run", epochs=2, **options)  # It goes on.
+
+
 # Errors
 
 
