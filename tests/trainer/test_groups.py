@@ -691,6 +691,22 @@ def test_another_rate_of_a_group_is_in_force_after_resuming(tmp_path: Path) -> N
     assert settings(fit(again, epochs=2), "lr")["head.weight"] == 0.05
 
 
+def test_settings_of_a_group_may_come_and_go_when_a_run_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = {"head.*": {"lr_factor": 0.5, "freeze_until": 2}, "*": {"lr": 0.1}}
+    again = {"head.*": {"max_grad_norm": 2.0, "freeze_until": 9}, "*": {"lr": 0.2}}
+    fit(make(first, checkpointer=Checkpointer(tmp_path)))
+    brain = fit(make(again, kind=Noting, checkpointer=Checkpointer(tmp_path)), epochs=2)
+    found = settings(brain, "lr_factor", "max_grad_norm", "freeze_until", "lr")
+    assert found[HEAD] == (None, 2.0, 9, 0.2)
+    assert found["encoder.embed.bias"] == (None, None, None, 0.2)
+    assert [HEAD in trains for _, trains, _ in brain.notes] == [False] * 3 + [True] * 3
+    told = next(m for m in caplog.messages if "goes on with other settings" in m)
+    for part in ("lr_factor: 0.5 -> None", "max_grad_norm: None -> 2.0", "freeze_until: 2 -> 9"):
+        assert part in told
+
+
 # --- searches and replays ------------------------------------------------------------------------
 
 
