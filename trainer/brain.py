@@ -33,7 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer import defaults, distributed, seed, signals
+from trainer.adapters import (
+    apply_adapters,
+    base_parameters,
+    describe_trainable,
+    drop_base,
+)
 from trainer.callbacks import Callback, CallbackList
+from trainer.checkpoint.frozen import FrozenBase
 from trainer.checkpoint.run_state import (
     BufferState,
     RunState,
@@ -191,6 +198,8 @@ class Brain(SpeechBrainNames):
     def init_optimizers(self) -> None:
         """Make the optimizers: by default ``opt_class`` over all parameters of ``modules``.
 
+        What adapters have frozen is taken out of any optimizer afterwards.
+
         An override sets ``self.optimizer``, or ``self.optimizers_dict`` with a name for each.
         """
         if self.opt_class is not None:
@@ -308,6 +317,7 @@ class Brain(SpeechBrainNames):
         self.device = pick_device(self.options.device)
         self.opt_class = opt_class
         self.modules = prepare_modules(modules or {}, self.options, self.device)
+        apply_adapters(self.modules, getattr(self.hparams, "adapters", None))
         self.updates: dict[str, Update] = {}
         self.progress = Progress()
         self.test_metrics: dict[str, Any] = {}
@@ -323,6 +333,7 @@ class Brain(SpeechBrainNames):
         self.__data: DataFeed | None = None  # Of the training.
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
+        self.__initialised = False
         self.__groups = ParameterGroups(None)
         self.__modes = TrainingModes(self.modules, self.__groups.rest)
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
@@ -417,6 +428,7 @@ class Brain(SpeechBrainNames):
             self.__saver = Saver(value, self.__state, self.options, self.__on_saved)
             return value
         modules = prepare_modules(value, self.options, self.device)
+        apply_adapters(modules, getattr(self.hparams, "adapters", None))
         self.__trainable = TrainableState(modules)
         self.__guard = NonFiniteGuard(
             modules, self.options.nonfinite_patience, self.progress, self.__in_window
@@ -462,6 +474,7 @@ class Brain(SpeechBrainNames):
             valid_loader_kwargs,
         )  # fmt: skip
         self.__configure_callbacks()
+        self.__initialise()
         if self.driver is not None and not self.__depth:
             self.driver(self, arguments)
             return
@@ -720,6 +733,7 @@ class Brain(SpeechBrainNames):
             ValueError: if there is nothing to test.
         """
         self.__configure_callbacks()
+        self.__initialise()
         feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
         self.__show_progress(progressbar)
         tested = None
@@ -1069,6 +1083,17 @@ class Brain(SpeechBrainNames):
             self.__configured = True
             self.callbacks.extend(self.configure_callbacks())
 
+    def __initialise(self) -> None:
+        """Load the weights that a new run starts from, once."""
+        options = self.options
+        if self.__initialised or options.init_from is None:
+            return
+        self.__initialised = True
+        if self.__saver.is_fresh() or options.save == "trainable":
+            defaults.initialise(self.modules, options.init_from, options.init_map)
+        else:
+            logger.info("init_from is not read: the run goes on from its checkpoint")
+
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
         if not self.__depth:
@@ -1186,6 +1211,8 @@ class Brain(SpeechBrainNames):
                 progress.stopped &= epoch_end.still_stopped(early_stopping)
                 if progress.stopped:
                     logger.info("early stopping has ended the training: more patience goes on")
+            if progress.fits == 1:
+                logger.info("%s", describe_trainable(self.modules, self.__trained_parameters()))
             self.__trained = True
 
     def __start(self) -> None:
@@ -1201,10 +1228,13 @@ class Brain(SpeechBrainNames):
         self.__attributes.begin()
         self.__trainable.begin()
         self.__strategy.prepare(modules)
+        if options.save == "trainable":
+            self.__state.base = FrozenBase(modules)
         if distributed.world_size() > 1:  # Equal weights, but different dropout on each rank.
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
-        optimizers = self.__optimizers()
+        optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
+        drop_base(optimizers.values(), modules, adapters)
         self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.__modes = TrainingModes(modules, self.__groups.rest)
@@ -1212,7 +1242,8 @@ class Brain(SpeechBrainNames):
         self.__groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
-            self.__ema = WeightAverage(modules, options.ema_decay)
+            base = base_parameters(modules, adapters)
+            self.__ema = WeightAverage(modules, options.ema_decay, base)
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""

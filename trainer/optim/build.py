@@ -179,7 +179,8 @@ def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None =
     """
     owned = [set(update.all_params) for update in updates]
     trained = set().union(*owned)
-    untrained = {name: p for p, name in (parameters or {}).items() if p not in trained}
+    named = (parameters or {}).items()
+    untrained = {name: p for p, name in named if p not in trained and p.requires_grad}
     for update, own in zip(updates, owned, strict=True):
         update.others = [other for other in updates if other is not update]
         update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]
