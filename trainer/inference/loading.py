@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +98,13 @@ class OpenRun:
         with memory_in_proportion(self.folder):
             yield
 
+    def names(self) -> set[str]:
+        """Return the names of the objects that the YAML builds."""
+        return {object_name(each) for each in nodes(self.configuration.root)}
+
     def recipes(self) -> list[str]:
         """Return the packages of the installed recipes whose objects the YAML builds."""
-        names = [object_name(each) for each in nodes(self.configuration.root)]
+        names = self.names()
         return [
             package
             for package in recipe_packages()
@@ -127,12 +131,26 @@ class OpenRun:
                 f"{self.folder} is a run of {' and '.join(found) or 'no installed recipe'}: name "
                 "its Brain, as in trainer.load(run, brain=YourBrain, allow=['your_package'])"
             )
-        return recipe_brain(found[0])
+        return recipe_brain(found[0], self.names())
 
 
-def recipe_brain(package: str) -> type[Brain]:
-    """Return the Brain that a recipe's package names in ``BRAIN``, such as "train.Recogniser"."""
-    module, _, name = str(sys.modules[package].BRAIN).rpartition(".")
+def recipe_brain(package: str, names: Collection[str]) -> type[Brain]:
+    """Return the Brain that a recipe's package names in ``BRAIN``, such as "train.Recogniser".
+
+    Args:
+        package: a recipe. Its ``BRAIN`` may be a mapping: by the object that a YAML of it builds.
+        names: objects that the YAML builds.
+
+    Raises:
+        ValueError: the YAML builds none of the mapping's objects, or of two Brains.
+    """
+    named = sys.modules[package].BRAIN
+    if isinstance(named, Mapping):
+        brains = {brain for each, brain in named.items() if f"{package}.{each}" in names}
+        if len(brains) != 1:
+            raise ValueError(f"a run of {package} builds one of {', '.join(named)}")
+        (named,) = brains
+    module, _, name = str(named).rpartition(".")
     kind: type[Brain] = getattr(importlib.import_module(f"{package}.{module}"), name)
     return kind
 

@@ -1,0 +1,12 @@
+"""Fine-tuning of pretrained speech models: recognition, sequence to sequence, classification.
+
+Attributes:
+    BRAIN: the Brain of a run by the object that its YAML builds, which `trainer.load` makes.
+    RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
+        a trained model needs.
+    YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+"""
+
+BRAIN: dict[str, str] = {}
+RUN_NAMES: tuple[str, ...] = ("model.PretrainedEncoder",)
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES,)
