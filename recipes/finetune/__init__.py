@@ -7,6 +7,16 @@ Attributes:
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
-BRAIN: dict[str, str] = {}
-RUN_NAMES: tuple[str, ...] = ("model.PretrainedEncoder",)
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES,)
+BRAIN: dict[str, str] = {"pooling.Embedding": "classify.Classifier"}
+RUN_NAMES: tuple[str, ...] = (
+    "classify.Labels",
+    "model.PretrainedEncoder",
+    "pooling.AttentiveStatistics",
+    "pooling.CosineHead",
+    "pooling.Embedding",
+    "pooling.LinearHead",
+    "pooling.MeanPooling",
+    "pooling.StatisticsPooling",
+    "tdnn.TDNN",
+)
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "labelled.folders", "labelled.table")

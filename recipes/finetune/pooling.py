@@ -117,7 +117,7 @@ class AttentiveStatistics(nn.Module):
 
 
 class Embedding(nn.Module):
-    """One vector an utterance: pooled frames, normalised over the batch and projected.
+    """One vector an utterance: pooled frames, normalised and projected.
 
     Args:
         pooling: the pooling layer.
@@ -132,7 +132,7 @@ class Embedding(nn.Module):
         self.project = (
             nn.Identity()
             if size is None
-            else nn.Sequential(nn.BatchNorm1d(pooled), nn.Linear(pooled, size))
+            else nn.Sequential(nn.LayerNorm(pooled), nn.Linear(pooled, size))
         )
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
