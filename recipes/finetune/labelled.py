@@ -280,18 +280,19 @@ def _corpus(
         )
     keys = _groups([each.recording for each in found], unseen)
     if splits == {None}:
-        corpus = _dealt(found, keys, {"train": 1 - sum(shares.values()), **shares})
+        every = [each.recording for each in found]
+        corpus = deal(every, keys, {"train": 1 - sum(shares.values()), **shares})
     else:
         corpus = {split: [e.recording for e in found if e.split == split] for split in SPLITS}
         if not corpus["valid"] and shares["valid"]:
             share = {"train": 1 - shares["valid"], "valid": shares["valid"]}
-            some = [each for each in found if each.split == "train"]
-            corpus |= _dealt(some, keys, share)
+            corpus |= deal(corpus["train"], keys, share)
     if lacking_splits := [split for split in SPLITS if not corpus.get(split)]:
         raise ValueError(
             f"{folder} has no usable recording for {', '.join(lacking_splits)}: "
             f"{len(found)} recordings in {len(set(keys.values()))} groups that must stay together "
-            "(of one speaker, or one recording under several names)"
+            "(of one speaker, or one recording under several names), dealt by the shares valid "
+            f"{shares['valid']:g} and test {shares['test']:g}"
         )
     _check_disjoint(corpus, unseen)
     return {split: corpus[split] for split in SPLITS}
@@ -355,38 +356,42 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _dealt(
-    found: Sequence[_Found], keys: Mapping[str, Hashable], shares: Mapping[str, float]
+def deal(
+    recordings: Iterable[Recording], keys: Mapping[str, Hashable], shares: Mapping[str, float]
 ) -> dict[str, list[Recording]]:
-    """Deal groups at random, the same in every run: each to where its labels lack the most.
+    """Deal recordings to splits, the same in every run: each group to where its labels lack most.
 
-    Labels that are groups themselves lack the same everywhere, and are dealt as one label.
+    Args:
+        recordings: what to deal.
+        keys: group of each recording, by its id; groups stay whole.
+        shares: share of each split, of every label. Where each label is a group, as speakers are
+            whose recordings stay together, of all recordings.
     """
-    whole = len({each.recording.label for each in found}) == len(
-        {(keys[each.recording.id], each.recording.label) for each in found}
-    )
     groups: dict[Hashable, list[Recording]] = {}
-    for each in sorted(found, key=lambda each: each.recording.id):
-        groups.setdefault(keys[each.recording.id], []).append(each.recording)
+    for each in sorted(recordings, key=lambda each: each.id):
+        groups.setdefault(keys[each.id], []).append(each)
+    labels = [{each.label for each in group} for group in groups.values()]
+    whole = len(set().union(*labels)) == sum(map(len, labels))
 
-    def label(recording: Recording) -> str:
-        return "" if whole else recording.label
+    def counted(group: Sequence[Recording]) -> Counter[str]:
+        return Counter("" if whole else each.label for each in group)
 
-    totals = Counter(label(each.recording) for each in found)
-    held: dict[str, Counter[str]] = {split: Counter() for split in shares}
+    totals = sum(map(counted, groups.values()), Counter())
+    held: dict[str, Counter[str]] = {split: Counter() for split in shares if shares[split]}
     dealt: dict[str, list[Recording]] = {split: [] for split in shares}
-    order = sorted(groups.values(), key=lambda group: group[0].id)
+    order = list(groups.values())
     random.Random(derive(0, "splits")).shuffle(order)
     for group in order:
-        wanted = Counter(map(label, group))
-
-        def lacking(split: str, wanted: Counter[str] = wanted) -> float:
-            have, share = held[split], shares[split]
-            return sum(n * (share - have[name] / totals[name]) for name, n in wanted.items())
-
-        split = max((split for split in shares if shares[split]), key=lacking)
+        counts = counted(group)
+        lacking = {
+            split: sum(
+                n * (shares[split] - have[name] / totals[name]) for name, n in counts.items()
+            )
+            for split, have in held.items()
+        }
+        split = max(lacking, key=lambda split: lacking[split])
         dealt[split] += group
-        held[split] += wanted
+        held[split] += counts
     return {split: sorted(group) for split, group in dealt.items()}
 
 
