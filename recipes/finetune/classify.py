@@ -506,7 +506,7 @@ def _loading(dataset: Labelled, split: str, hparams: Mapping[str, Any]) -> dict[
 def _trials(corpus: Corpus, path: str | None) -> dict[Stage, list[Trial]]:
     """The trials of valid and test by ids of recordings: a list for test, pairs elsewhere."""
     found = {
-        Stage(split): make_trials({each.id: each.label for each in corpus[split]})
+        Stage(split): make_trials({each.id: each.label for each in corpus[split]}, what=split)
         for split in ("valid", "test")
         if path is None or split == "valid"
     }

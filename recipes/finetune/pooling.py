@@ -20,13 +20,14 @@ from recipes.asr.model import padding_mask
 SMALLEST_VARIANCE = 1e-6  # The root of a smaller one has a gradient that is too large.
 
 
-class Pooling(Protocol):
-    """A pooling layer; ``size`` is the size of its vectors."""
+class Sized(Protocol):
+    """A module that says the size of what it gives, such as an encoder."""
 
     size: int
 
-    def __call__(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """Return (B, size) of (B, T, D) and (B,)."""
+
+def _size(features: int | Sized) -> int:
+    return features if isinstance(features, int) else features.size
 
 
 def _moments(frames: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,16 +45,26 @@ def _valid(frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return frames, weights / weights.sum(1, keepdim=True), padding
 
 
-class MeanPooling(nn.Module):
+class Pooling(nn.Module):
+    """Base of the pooling layers; ``size`` is the size of their vectors."""
+
+    size: int
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, D) and (B,) to (B, size)."""
+        raise NotImplementedError
+
+
+class MeanPooling(Pooling):
     """Mean over the valid frames.
 
     Args:
-        features: D.
+        features: D, or the encoder that gives the frames.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int | Sized) -> None:
         super().__init__()
-        self.size = features
+        self.size = _size(features)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, D) and (B,) to (B, D)."""
@@ -62,16 +73,16 @@ class MeanPooling(nn.Module):
             return (frames * weights).sum(1)
 
 
-class StatisticsPooling(nn.Module):
+class StatisticsPooling(Pooling):
     """Mean and standard deviation over the valid frames (Snyder et al. 2018, x-vectors).
 
     Args:
-        features: D.
+        features: D, or the encoder that gives the frames.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int | Sized) -> None:
         super().__init__()
-        self.size = 2 * features
+        self.size = 2 * _size(features)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, D) and (B,) to (B, 2 D)."""
@@ -80,7 +91,7 @@ class StatisticsPooling(nn.Module):
             return torch.cat(_moments(frames, weights), dim=1)
 
 
-class AttentiveStatistics(nn.Module):
+class AttentiveStatistics(Pooling):
     """Mean and deviation over the valid frames, weighted by attention (Okabe et al. 2018).
 
     By default each feature has weights of its own, and attention sees mean and deviation of the
@@ -88,16 +99,21 @@ class AttentiveStatistics(nn.Module):
     norm, which would mix utterances and padding).
 
     Args:
-        features: D.
+        features: D, or the encoder that gives the frames.
         hidden: size of the layer in between.
         per_feature: weights for each feature, in place of one for each frame (Okabe et al.).
         context: attention sees the statistics of the utterance beside the frame.
     """
 
     def __init__(
-        self, features: int, hidden: int = 128, per_feature: bool = True, context: bool = True
+        self,
+        features: int | Sized,
+        hidden: int = 128,
+        per_feature: bool = True,
+        context: bool = True,
     ) -> None:
         super().__init__()
+        features = _size(features)
         self.size = 2 * features
         self.context = context
         self.inner = nn.Linear(features * (3 if context else 1), hidden)
@@ -124,9 +140,9 @@ class Embedding(nn.Module):
         size: E; None for the pooled frames as they are, for a classifier on top of an encoder.
     """
 
-    def __init__(self, pooling: nn.Module, size: int | None = None) -> None:
+    def __init__(self, pooling: Pooling, size: int | None = None) -> None:
         super().__init__()
-        pooled = int(pooling.size)  # type: ignore[arg-type]
+        pooled: int = pooling.size
         self.pooling = pooling
         self.size = pooled if size is None else size
         self.project = (
@@ -144,13 +160,13 @@ class Head(nn.Module):
     """Scores of classes, whose number may be told later (`resize`), since it comes from the data.
 
     Args:
-        features: E.
+        features: E, or the module that gives the embeddings.
         classes: C; 0 until `resize`.
     """
 
-    def __init__(self, features: int, classes: int = 0) -> None:
+    def __init__(self, features: int | Sized, classes: int = 0) -> None:
         super().__init__()
-        self.features = features
+        self.features = _size(features)
         self.resize(classes)
 
     def resize(self, classes: int) -> None:
@@ -183,14 +199,18 @@ class CosineHead(Head):
     ``margin * sin(margin)`` of its cosine instead, so that the loss still falls with the angle.
 
     Args:
-        features: E.
+        features: E, or the module that gives the embeddings.
         classes: C; 0 until `resize`.
         margin: in radians, at least 0 and below pi / 2.
         scale: of the cosines.
     """
 
     def __init__(
-        self, features: int, classes: int = 0, margin: float = 0.2, scale: float = 30.0
+        self,
+        features: int | Sized,
+        classes: int = 0,
+        margin: float = 0.2,
+        scale: float = 30.0,
     ) -> None:
         super().__init__(features, classes)
         if not 0 <= margin < math.pi / 2:

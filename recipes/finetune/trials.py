@@ -113,7 +113,9 @@ def check_both(targets: Sequence[bool], what: str) -> None:
         )
 
 
-def make_trials(speakers: Mapping[str, str], most: int = 10_000) -> list[Trial]:
+def make_trials(
+    speakers: Mapping[str, str], most: int = 10_000, what: str = "the set"
+) -> list[Trial]:
     """Pair recordings: every pair, or so many drawn at random, the same in every run.
 
     Of very many recordings, at most 2,000 are paired, of a speaker at most 50.
@@ -121,6 +123,7 @@ def make_trials(speakers: Mapping[str, str], most: int = 10_000) -> list[Trial]:
     Args:
         speakers: speaker of each recording, by its name.
         most: largest number of pairs of one speaker, and of pairs of two.
+        what: the recordings, for an error.
 
     Raises:
         ValueError: no two recordings are of one speaker, or all are.
@@ -141,7 +144,7 @@ def make_trials(speakers: Mapping[str, str], most: int = 10_000) -> list[Trial]:
         for target, every in pairs.items()
         for pair in sorted(rng.sample(every, min(most, len(every))))
     ]
-    check_both([trial.target for trial in trials], f"a set of {len(groups)} speakers")
+    check_both([trial.target for trial in trials], f"{what}, with {len(groups)} speakers,")
     return trials
 
 
