@@ -410,7 +410,7 @@ class Classifier(Brain):
 
         Raises ValueError for a signal that is shorter than the encoder needs.
         """
-        encoder, self_training = self.modules.encoder, self.modules.training
+        encoder, training = self.modules.encoder, self.modules.training
         if len(signal) < encoder.shortest:
             raise ValueError(
                 f"it has {len(signal)} samples at {encoder.rate} Hz; the encoder needs "
@@ -424,7 +424,7 @@ class Classifier(Brain):
             with self.autocast(Stage.TEST):
                 return self.embeddings(pieces, lengths).float()
         finally:
-            self.modules.train(self_training)
+            self.modules.train(training)
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -433,24 +433,8 @@ class Classifier(Brain):
 def train(run: trainer.Run) -> dict[str, float]:
     """Train as the YAML says, and test the best checkpoint."""
     hparams = run.hparams
-    _check_choices(hparams)
-    verify, labels, head = hparams["verify"], hparams["labels"], hparams["modules"]["head"]
-    corpus = hparams["corpus"]()
-    prepare_labels(labels, corpus, verify)
-    if len(head.weight) != len(labels):
-        head.resize(len(labels))
-    sets = _datasets(corpus, hparams)
-    brain = Classifier(
-        hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
-    )
-    if hparams["class_weights"] is not None:
-        weights = class_weights(hparams["class_weights"], corpus["train"], labels.names)
-        brain.weights = torch.tensor(weights)
-    if verify:
-        brain.trials = _trials(corpus, hparams["trials"])
-    if hparams["score_norm"]:
-        brain.cohort = _cohort(corpus["train"], sets["valid"], hparams["score_norm"])
-    loading = {split: _loading(each, split, hparams) for split, each in sets.items()}
+    brain, sets = prepare(run)
+    loading = {split: loader_options(each, split, hparams) for split, each in sets.items()}
     brain.fit(
         hparams["epoch_counter"],
         sets["train"],
@@ -460,6 +444,30 @@ def train(run: trainer.Run) -> dict[str, float]:
     )
     brain.evaluate(sets["test"], test_loader_kwargs=loading["test"], **brain.best_checkpoint)
     return brain.test_metrics
+
+
+def prepare(run: trainer.Run) -> tuple[Classifier, dict[str, Labelled]]:
+    """Return the Brain of a run and its datasets; the head has a row for each label.
+
+    Raises:
+        ValueError: settings or recordings do not belong together.
+    """
+    hparams = run.hparams
+    _check_choices(hparams)
+    verify, labels, modules = hparams["verify"], hparams["labels"], hparams["modules"]
+    corpus = hparams["corpus"]()
+    prepare_labels(labels, corpus, verify)
+    if len(modules["head"].weight) != len(labels):
+        modules["head"].resize(len(labels))
+    sets = _datasets(corpus, hparams)
+    trials = _trials(corpus, hparams["trials"]) if verify else {}
+    weights = class_weights(hparams["class_weights"], corpus["train"], labels.names)
+    brain = Classifier(modules, hparams["opt_class"], hparams, run.options, hparams["checkpointer"])
+    brain.trials = trials
+    brain.weights = torch.tensor(weights) if hparams["class_weights"] is not None else None
+    if hparams["score_norm"]:
+        brain.cohort = _cohort(corpus["train"], sets["valid"], hparams["score_norm"])
+    return brain, sets
 
 
 def _check_choices(hparams: Mapping[str, Any]) -> None:
@@ -492,7 +500,7 @@ def _datasets(corpus: Corpus, hparams: Mapping[str, Any]) -> dict[str, Labelled]
     }
 
 
-def _loading(dataset: Labelled, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+def loader_options(dataset: Labelled, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Return the loader's options: batches of near-equal length, by seconds."""
     batches = DurationBatches(
         dataset.durations,

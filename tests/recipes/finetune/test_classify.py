@@ -22,7 +22,9 @@ from recipes.finetune.classify import (
     Verified,
     class_weights,
     confusion,
+    loader_options,
     measures,
+    prepare,
     prepare_labels,
     train,
 )
@@ -66,6 +68,11 @@ CLASSIFY = ["--source=null", "--corpus.valid=0.25", "--corpus.test=0.25", "--opt
 SPEAKER = ["--corpus.valid=0.34", "--corpus.test=0.33", "--embed.size=8"]
 
 
+def read_bars(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="|"))
+
+
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -78,7 +85,9 @@ def test_a_classifier_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) ->
     metrics = run("classify", tmp_path / "run", tones, *CLASSIFY, "--class_weights=balanced")
     assert set(metrics) == {"accuracy", "macro_f1"}
     folder = tmp_path / "run"
-    assert json.loads((folder / "labels.json").read_text()) == [f"t{n}" for n in range(6)]
+    assert json.loads((folder / "prepared" / "labels.json").read_text()) == [
+        f"t{n}" for n in range(6)
+    ]
     rows = read(folder / "predictions_test.csv")
     assert len(rows) == 12
     right = sum(row["label"] == row["predicted"] for row in rows)
@@ -113,7 +122,7 @@ def test_speakers_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) -> Non
     assert 0 <= metrics["eer"] <= 100
     rows = read(tmp_path / "run" / "trials_test.csv")
     assert len(rows) == 16 * 15 / 2  # two of six speakers
-    assert len(json.loads((tmp_path / "run" / "labels.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "run" / "prepared" / "labels.json").read_text())) == 2
     model = trainer.load(tmp_path / "run", "cpu")
     assert isinstance(model, Classifier)
     row = rows[0]
@@ -136,7 +145,7 @@ def test_a_list_of_trials_is_scored_by_its_names(
     assert [(r["label"], r["enrol"], r["test"]) for r in rows] == [
         ("1", "t0/1", "t0/2"), ("0", "t0/1", "t3/2"), ("0", "t3/2", "t0/0")
     ]  # fmt: skip
-    labels = json.loads((tmp_path / "run" / "labels.json").read_text())
+    labels = json.loads((tmp_path / "run" / "prepared" / "labels.json").read_text())
     assert not {"t0", "t3"} & set(labels)
     trials.write_text("1 t0/1.wav t0/2.wav\n0 t0/1.wav t3/99.wav\n")
     with pytest.raises(SystemExit):
@@ -314,6 +323,42 @@ def test_a_batch_gives_the_embeddings_and_loss_that_each_utterance_gives_alone()
     torch.testing.assert_close(together, torch.cat([each for each, _ in alone]), atol=1e-5, rtol=0)
     assert mean == pytest.approx(sum(each for _, each in alone) / 3, rel=1e-4)
     assert math.isfinite(mean)
+
+
+# ---------------------------------------------------------------------------------- recorded speech
+
+
+def untrained(run: trainer.Run) -> dict[str, float]:
+    """Test the network as it is before its training."""
+    brain, sets = prepare(run)
+    brain.evaluate(
+        sets["test"], test_loader_kwargs=loader_options(sets["test"], "test", run.hparams)
+    )
+    return brain.test_metrics
+
+
+@pytest.mark.real
+def test_recorded_speakers_are_told_apart(speech_data: Path, tmp_path: Path) -> None:
+    folder = speech_data / "speechocean762_1000"
+    if not folder.is_dir():
+        pytest.skip("needs speechocean762_1000")
+    corpus = (
+        "!name:recipes.finetune.labelled.table {data_folder: !ref <data_folder>, audio: audio, "
+        "columns: {path: id, label: speaker}, unseen: true}"
+    )
+    given = [str(HPARAMS / "speaker.yaml"), "--data_folder", str(folder), "--corpus", corpus,
+             "--no-progressbar", "--score_norm=5"]  # fmt: skip
+    before = cli.main(untrained, [*given, "--output_folder", str(tmp_path / "before")])
+    after = cli.main(train, [*given, "--output_folder", str(tmp_path / "run")])
+    print("untrained:", before, "trained:", after)
+    train_speakers = set(json.loads((tmp_path / "run" / "prepared" / "labels.json").read_text()))
+    rows = read(tmp_path / "run" / "trials_test.csv")
+    speakers = {row["id"]: row["speaker"] for row in read_bars(folder / "utterances.csv")}
+    tested = {speakers[row[side]] for row in rows for side in ("enrol", "test")}
+    assert len(tested) > 20
+    assert not tested & train_speakers
+    assert after["eer"] < 0.7 * before["eer"]
+    assert after["min_dcf_0.05"] < before["min_dcf_0.05"]
 
 
 # ----------------------------------------------------------------------------------------- learning
