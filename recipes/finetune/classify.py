@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 import trainer
 from recipes.common.loading import DurationBatches
-from recipes.finetune.labelled import Corpus, Labelled, Recording
+from recipes.finetune.labelled import Corpus, Labelled, Recording, read_part
 from recipes.finetune.trials import (
     Trial,
     check_names,
@@ -341,7 +341,7 @@ class Classifier(Brain):
             self.modules.head(predictions, labels).float(), labels, reduction="none"
         )
         if self.weights is not None:
-            losses = losses * self.weights.to(losses.device)[labels]
+            losses = losses * self.weights[labels]
         return losses.mean()
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
@@ -416,15 +416,33 @@ class Classifier(Brain):
                 f"it has {len(signal)} samples at {encoder.rate} Hz; the encoder needs "
                 f"{encoder.shortest}"
             )
+        count = math.ceil(len(signal) / (self.hparams.seconds_tested * encoder.rate))
+        pieces = signal.to(self.device).split(len(signal) // count)[:count]
         self.modules.eval()
         try:
-            count = max(1, math.ceil(len(signal) / (self.hparams.seconds_tested * encoder.rate)))
-            pieces = torch.stack(signal.to(self.device).split(len(signal) // count)[:count])
-            lengths = torch.full((len(pieces),), pieces.shape[1], device=self.device)
             with self.autocast(Stage.TEST):
-                return self.embeddings(pieces, lengths).float()
+                lengths = torch.tensor([len(pieces[0])], device=self.device)
+                return torch.cat([self.embeddings(each[None], lengths).float() for each in pieces])
         finally:
             self.modules.train(training)
+
+
+def predict(brain: Classifier, path: str | Path) -> tuple[str, dict[str, float]]:
+    """Return the label of a file, and the probability of each label. Raises BadItem."""
+    return brain.predict(read_part(Path(path), brain.modules.encoder.rate))
+
+
+def embed(brain: Classifier, path: str | Path) -> Tensor:
+    """Return the embedding (E,) of a file. Raises BadItem."""
+    return brain.embed(read_part(Path(path), brain.modules.encoder.rate))
+
+
+def described(brain: Classifier, path: str | Path) -> str:
+    """Return what is found in a file as a line: label and probability, or the embedding."""
+    if brain.hparams.verify:
+        return " ".join(f"{each:.6g}" for each in embed(brain, path).tolist())
+    label, scores = predict(brain, path)
+    return f"{label}\t{scores[label]:.4f}"
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -464,7 +482,8 @@ def prepare(run: trainer.Run) -> tuple[Classifier, dict[str, Labelled]]:
     weights = class_weights(hparams["class_weights"], corpus["train"], labels.names)
     brain = Classifier(modules, hparams["opt_class"], hparams, run.options, hparams["checkpointer"])
     brain.trials = trials
-    brain.weights = torch.tensor(weights) if hparams["class_weights"] is not None else None
+    if hparams["class_weights"] is not None:
+        brain.weights = torch.tensor(weights, device=brain.device)
     if hparams["score_norm"]:
         brain.cohort = _cohort(corpus["train"], sets["valid"], hparams["score_norm"])
     return brain, sets

@@ -295,7 +295,7 @@ def _corpus(
             f"{shares['valid']:g} and test {shares['test']:g}"
         )
     _check_disjoint(corpus, unseen)
-    return {split: corpus[split] for split in SPLITS}
+    return _without_copies(corpus)
 
 
 def _of_classes(found: Sequence[_Found], classes: Sequence[str] | None) -> list[_Found]:
@@ -399,21 +399,16 @@ def _check_disjoint(corpus: Corpus, unseen: bool) -> None:
     """Raise ValueError where splits share a recording, a speaker or, with ``unseen``, a label."""
     every = [each for recordings in corpus.values() for each in recordings]
     if unseen:
-        _check_apart(corpus, lambda each: each.label, "the speaker", "test speakers must be new")
+        _check_apart(corpus, lambda each: each.label, "the speakers of test must be new")
     elif not _speakers_are_classes(every):
         _check_apart(
             corpus,
             lambda each: each.speaker,
-            "the speaker",
             "leave the speakers unnamed where those of train may be in test",
         )
-    contents = _contents(every)
-    _check_apart(corpus, lambda each: contents[each.id], "the same recording", "keep one of them")
 
 
-def _check_apart(
-    corpus: Corpus, key: Callable[[Recording], str | None], what: str, advice: str
-) -> None:
+def _check_apart(corpus: Corpus, key: Callable[[Recording], str | None], advice: str) -> None:
     seen: dict[str, tuple[str, Recording]] = {}
     shared: dict[str, str] = {}
     for split, recordings in corpus.items():
@@ -422,11 +417,33 @@ def _check_apart(
                 continue
             other, first = seen.setdefault(value, (split, each))
             if other != split and value not in shared:
-                name = f" {value[:SHOWN]!r}" if what == "the speaker" else ""
-                shared[value] = f"{what}{name} is in {other} ({first.id}) and {split} ({each.id})"
+                shared[value] = (
+                    f"the speaker {value[:SHOWN]!r} is in {other} ({first.id}) and {split} "
+                    f"({each.id})"
+                )
     if shared:
         more = f", and {len(shared) - 1} more are in two splits" if len(shared) > 1 else ""
         raise ValueError(f"{next(iter(shared.values()))}{more}: {advice}")
+
+
+def _without_copies(corpus: Corpus) -> Corpus:
+    """Leave out of train what valid or test has too, and of valid what test has."""
+    contents = _contents([each for recordings in corpus.values() for each in recordings])
+    kept: dict[str, list[Recording]] = {}
+    homes: dict[str, str] = {}
+    for split in reversed(SPLITS):
+        copies = [each for each in corpus[split] if homes.get(contents[each.id], split) != split]
+        left_out = {each.id for each in copies}
+        kept[split] = [each for each in corpus[split] if each.id not in left_out]
+        homes |= {contents[each.id]: split for each in kept[split]}
+        if copies:
+            logger.warning(
+                "%d recordings of %s are in %s under other names, left out: %s …",
+                len(copies), split, homes[contents[copies[0].id]], copies[0].id,
+            )  # fmt: skip
+        if not kept[split]:
+            raise ValueError(f"every recording of {split} is in another split under another name")
+    return {split: kept[split] for split in SPLITS}
 
 
 # ----------------------------------------------------------------------------------------- dataset
@@ -493,7 +510,9 @@ class Labelled(Dataset[dict[str, Any]]):
         return {"id": each.id, "sig": signal, "label": number, "name": each.label}
 
 
-def read_part(path: Path, sample_rate: int, start: float, seconds: float | None) -> Tensor:
+def read_part(
+    path: Path, sample_rate: int, start: float = 0.0, seconds: float | None = None
+) -> Tensor:
     """Read the mean of the channels of a file, or of a part of it, at this rate: (S,)."""
     return read_audio(
         path, sample_rate, start=start, duration=seconds, channel="mean", resample=True

@@ -22,8 +22,11 @@ from recipes.finetune.classify import (
     Verified,
     class_weights,
     confusion,
+    described,
+    embed,
     loader_options,
     measures,
+    predict,
     prepare,
     prepare_labels,
     train,
@@ -64,7 +67,17 @@ def run(yaml: str, folder: Path, tones: Path, *arguments: str) -> dict[str, floa
     return cli.main(train, given)
 
 
-CLASSIFY = ["--source=null", "--corpus.valid=0.25", "--corpus.test=0.25", "--opt_class.lr=0.01"]
+def sorted_scores(model: Classifier, signal: torch.Tensor) -> list[float]:
+    return [score for _, score in sorted(model.predict(signal)[1].items())]
+
+
+CLASSIFY = [
+    "--source=null",
+    "--param_groups=null",
+    "--corpus.valid=0.25",
+    "--corpus.test=0.25",
+    "--opt_class.lr=0.01",
+]
 SPEAKER = ["--corpus.valid=0.34", "--corpus.test=0.33", "--embed.size=8"]
 
 
@@ -108,7 +121,14 @@ def test_a_classifier_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) ->
         assert scores[label] == pytest.approx(float(row["probability"]), abs=2e-3)
     assert list(scores) == sorted(scores, key=lambda name: -scores[name])
     assert sum(scores.values()) == pytest.approx(1.0)
-    assert model.predict(torch.randn(20_000))[0] in scores  # in pieces
+    path = tones / f"{rows[0]['id']}.wav"
+    assert predict(model, path)[0] == described(model, path).split("\t")[0]
+    assert embed(model, path).shape == (12,)
+    long = torch.randn(9001)  # in three pieces
+    mean = (
+        sum(torch.tensor(list(sorted_scores(model, piece))) for piece in long.split(3000)[:3]) / 3
+    )
+    torch.testing.assert_close(torch.tensor(list(sorted_scores(model, long))), mean)
     with pytest.raises(ValueError, match="it has 10 samples at 8000 Hz; the encoder needs 80"):
         model.predict(torch.zeros(10))
 
@@ -331,9 +351,8 @@ def test_a_batch_gives_the_embeddings_and_loss_that_each_utterance_gives_alone()
 def untrained(run: trainer.Run) -> dict[str, float]:
     """Test the network as it is before its training."""
     brain, sets = prepare(run)
-    brain.evaluate(
-        sets["test"], test_loader_kwargs=loader_options(sets["test"], "test", run.hparams)
-    )
+    options = loader_options(sets["test"], "test", run.hparams)
+    brain.evaluate(sets["test"], test_loader_kwargs=options, keep_weights=True)
     return brain.test_metrics
 
 
