@@ -7,6 +7,6 @@ Attributes:
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
-BRAIN: dict[str, str] = {}
-RUN_NAMES: tuple[str, ...] = ("model.PretrainedEncoder",)
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES,)
+BRAIN: dict[str, str] = {"ctc.CTC": "train.Recogniser"}
+RUN_NAMES: tuple[str, ...] = ("ctc.CTC", "model.PretrainedEncoder", "text.Vocabulary")
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table")
