@@ -7,9 +7,13 @@ Attributes:
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
-BRAIN: dict[str, str] = {"pooling.Embedding": "classify.Classifier"}
+BRAIN: dict[str, str] = {
+    "ctc.CTC": "train.Recogniser",
+    "pooling.Embedding": "classify.Classifier",
+}
 RUN_NAMES: tuple[str, ...] = (
     "classify.Labels",
+    "ctc.CTC",
     "model.PretrainedEncoder",
     "pooling.AttentiveStatistics",
     "pooling.CosineHead",
@@ -18,5 +22,6 @@ RUN_NAMES: tuple[str, ...] = (
     "pooling.MeanPooling",
     "pooling.StatisticsPooling",
     "tdnn.TDNN",
+    "text.Vocabulary",
 )
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "labelled.folders", "labelled.table")
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")

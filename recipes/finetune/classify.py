@@ -41,6 +41,7 @@ from trainer.loggers.files import replace_file
 
 logger = logging.getLogger(__name__)
 
+NEAR = 0.05  # largest share of padding where the front end of an encoder normalises over time
 SHOWN = 5  # labels that an error lists
 
 
@@ -480,6 +481,10 @@ def prepare(run: trainer.Run) -> tuple[Classifier, dict[str, Labelled]]:
     sets = _datasets(corpus, hparams)
     trials = _trials(corpus, hparams["trials"]) if verify else {}
     weights = class_weights(hparams["class_weights"], corpus["train"], labels.names)
+    if hasattr(modules["encoder"], "load_pretrained"):
+        from recipes.finetune.sources import begin  # which needs transformers
+
+        begin(modules["encoder"], run)
     brain = Classifier(modules, hparams["opt_class"], hparams, run.options, hparams["checkpointer"])
     brain.trials = trials
     if hparams["class_weights"] is not None:
@@ -520,12 +525,14 @@ def _datasets(corpus: Corpus, hparams: Mapping[str, Any]) -> dict[str, Labelled]
 
 
 def loader_options(dataset: Labelled, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the loader's options: batches of near-equal length, by seconds."""
+    """Return the loader's options: batches by seconds, of near-equal length where that matters."""
+    near = getattr(hparams["modules"]["encoder"], "normalises_over_time", False)
     batches = DurationBatches(
         dataset.durations,
         max(hparams["batch_seconds"], *dataset.durations),
         seed=hparams["seed"],
         shuffle=split == "train",
+        max_padding=NEAR if near else 1.0,
     )
     return {"batch_sampler": batches, "num_workers": hparams["num_workers"]}
 

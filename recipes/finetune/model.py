@@ -91,6 +91,10 @@ class PretrainedEncoder(nn.Module):
             raise ValueError("a weighted mean of layers needs all of them: set layer_drop to 0")
         self.source, self.kept = source, kept
         config, extractor = described(source, kept, KINDS)
+        if channel_masking and channel_span > config.hidden_size:
+            raise ValueError(
+                f"channel_span is {channel_span}; the model has {config.hidden_size} channels"
+            )
         if layers == "weighted":
             layer_drop = 0.0
         if layer_drop is not None:
@@ -101,7 +105,7 @@ class PretrainedEncoder(nn.Module):
         config.mask_feature_length = channel_span
         config.apply_spec_augment = True
         config.add_adapter = False  # It would shorten the frames without regard to the mask.
-        self.model = made(config) if self.described_in_run else loaded(source, config)
+        self.model = made(config) if self.described_in_run else loaded(source, config)[0]
         self.freeze_front = freeze_front
         self.model.feature_extractor.requires_grad_(not freeze_front)
         self.train(self.training)
@@ -129,7 +133,7 @@ class PretrainedEncoder(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the weights of the source, for a training that has no checkpoint yet."""
-        self.model.load_state_dict(loaded(self.source, self.config).state_dict())
+        self.model.load_state_dict(loaded(self.source, self.config)[0].state_dict())
 
     def _samples_of_a_frame(self) -> int:
         samples = 1

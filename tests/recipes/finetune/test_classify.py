@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,10 @@ TINY = [
     "--seconds_tested=0.5", "--num_workers=0", "--device=cpu", "--no-progressbar",
     "--log_interval=1", "--threads=1",
 ]  # fmt: skip
+PRETRAINED = (
+    "!new:recipes.finetune.model.PretrainedEncoder {source: !ref <source>, layers: weighted, "
+    "kept: !ref <output_folder>/prepared/encoder}"
+)
 ENCODER = "!new:recipes.finetune.tdnn.TDNN {sample_rate: 8000, bands: 16, size: 12}"
 
 
@@ -152,6 +157,25 @@ def test_speakers_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) -> Non
     assert sides[0].shape == (8,)
     cosine = torch.nn.functional.cosine_similarity(*sides, dim=0)
     assert float(cosine) == pytest.approx(float(row["score"]), abs=0.05)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_a_pretrained_encoder_is_not_needed_by_the_run(
+    tones: Path, tmp_path: Path, small_model: Callable[..., Path], norm: str
+) -> None:
+    source = small_model("model", feat_extract_norm=norm)
+    given = ["--source", str(source), "--encoder", PRETRAINED, "--seconds_tested=1.0"]
+    run("classify", tmp_path / "run", tones, *CLASSIFY, *given)
+    rows = read(tmp_path / "run" / "predictions_test.csv")
+    shutil.rmtree(source)
+    model = trainer.load(tmp_path / "run", "cpu")
+    assert isinstance(model, Classifier)
+    for row in rows[:4]:
+        scores = predict(model, tones / f"{row['id']}.wav")[1]
+        assert set(scores) == {f"t{n}" for n in range(6)}
+        assert scores[row["predicted"]] == pytest.approx(
+            float(row["probability"]), abs=1e-3 if norm == "layer" else 0.05
+        )
 
 
 def test_a_list_of_trials_is_scored_by_its_names(
