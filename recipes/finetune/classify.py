@@ -263,8 +263,13 @@ class Verified:
         """Write ``trials_<stage>.csv``."""
         rows = [row for part in distributed.all_gather_json(self.rows) for row in part]
         embeddings = {id: torch.tensor(vector) for id, _, vector in rows}
-        trials = self.trials or make_trials({id: name for id, name, _ in rows})
-        check_names(trials, embeddings, f"the list of trials of {stage.value}")
+        given = self.trials or make_trials({id: name for id, name, _ in rows})
+        trials = [each for each in given if {each.enrol, each.test} <= embeddings.keys()]
+        if len(trials) < len(given):
+            logger.warning(
+                "%s: %d of %d trials are left out, since recordings could not be read",
+                stage.value, len(given) - len(trials), len(given),
+            )  # fmt: skip
         targets = [trial.target for trial in trials]
         columns = {"score": cosine_scores(trials, embeddings)}
         found = verification(columns["score"], targets, self.priors)

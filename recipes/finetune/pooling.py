@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from recipes.asr.model import padding_mask
+from trainer.seed import derive
 
 SMALLEST_VARIANCE = 1e-6  # The root of a smaller one has a gradient that is too large.
 
@@ -170,10 +171,14 @@ class Head(nn.Module):
         self.resize(classes)
 
     def resize(self, classes: int) -> None:
-        """Make the weights anew, of so many classes."""
+        """Make the weights anew, of so many classes.
+
+        They are drawn by the seed of the run alone: the same before and after other draws.
+        """
         self.weight = nn.Parameter(torch.empty(classes, self.features))
         if classes:
-            nn.init.xavier_uniform_(self.weight)
+            generator = torch.Generator().manual_seed(derive(torch.initial_seed(), "head"))
+            nn.init.xavier_uniform_(self.weight, generator=generator)
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, E), and in training the labels (B,), to logits (B, C)."""

@@ -34,6 +34,7 @@ from recipes.finetune.classify import (
 )
 from recipes.finetune.labelled import Recording
 from recipes.finetune.tdnn import TDNN
+from recipes.finetune.trials import Trial
 from tests.processes import TwoRanks
 from trainer import Stage, cli, distributed
 from trainer.data import Batch, Padded, pad
@@ -207,6 +208,16 @@ def test_a_resumed_run_keeps_its_labels_and_goes_on(tones: Path, tmp_path: Path)
         run("classify", tmp_path / "run", tones, *CLASSIFY, "--corpus.classes=[t0, t1, t2]")
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    tones: Path, tmp_path: Path
+) -> None:
+    metrics = run("classify", tmp_path / "run", tones, *CLASSIFY)
+    found = (tmp_path / "run" / "predictions_test.csv").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # The labels are known.
+    assert run("classify", tmp_path / "run", tones, *CLASSIFY) == metrics
+    assert (tmp_path / "run" / "predictions_test.csv").read_text() == found
+
+
 BAD = {
     "one class": (["--corpus.classes=[t1]"], "recordings of train have the label 't1': a classif"),
     "best": (["--best=eer"], "best is 'eer'; allowed: accuracy, macro_f1"),
@@ -327,6 +338,18 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, two_ranks: TwoRanks
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
+def test_trials_of_recordings_that_could_not_be_read_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trials = [Trial(True, "a1", "a2"), Trial(False, "a1", "b1"), Trial(False, "a2", "broken")]
+    evaluation = Verified(trials, (0.05,))
+    evaluation.add(*batch("a1 a2 b1", 1))
+    found = evaluation.finish(tmp_path, Stage.VALID)
+    assert "valid: 1 of 3 trials are left out" in caplog.text
+    assert len(read(tmp_path / "trials_valid.csv")) == 2
+    assert set(found) == {"eer", "min_dcf_0.05"}
+
+
 # ------------------------------------------------------------------------------------------ encoder
 
 
@@ -374,9 +397,10 @@ def test_a_batch_gives_the_embeddings_and_loss_that_each_utterance_gives_alone()
 
 def untrained(run: trainer.Run) -> dict[str, float]:
     """Test the network as it is before its training."""
-    brain, sets = prepare(run)
+    _, sets = prepare(run)
     options = loader_options(sets["test"], "test", run.hparams)
-    brain.evaluate(sets["test"], test_loader_kwargs=options, keep_weights=True)
+    brain = Classifier(run.hparams["modules"], hparams=run.hparams, run_opts={"device": "cpu"})
+    brain.evaluate(sets["test"], test_loader_kwargs=options)
     return brain.test_metrics
 
 
