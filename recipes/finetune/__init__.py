@@ -7,6 +7,14 @@ Attributes:
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
-BRAIN: dict[str, str] = {"ctc.CTC": "train.Recogniser"}
-RUN_NAMES: tuple[str, ...] = ("ctc.CTC", "model.PretrainedEncoder", "text.Vocabulary")
+BRAIN: dict[str, str] = {
+    "ctc.CTC": "train.Recogniser",
+    "whisper.Whisper": "train.Transcriber",
+}
+RUN_NAMES: tuple[str, ...] = (
+    "ctc.CTC",
+    "model.PretrainedEncoder",
+    "text.Vocabulary",
+    "whisper.Whisper",
+)
 YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table")
