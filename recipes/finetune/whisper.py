@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lhotse import CutSet
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
-    WhisperForConditionalGeneration,
 )
 
 from recipes.asr.data import Corpus
@@ -68,11 +67,11 @@ class Whisper(nn.Module):
         self.prompt = _prompt(source, self.tokenizer, language, task)
         self.model: Any
         if self.described_in_run:
-            self.model = made(self.config, WhisperForConditionalGeneration)
+            self.model = made(self.config, AutoModelForSpeechSeq2Seq)
             if (Path(place) / GENERATION).is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(place)
         else:
-            self.model = loaded(source, self.config, WhisperForConditionalGeneration)[0]
+            self.model = loaded(source, self.config, AutoModelForSpeechSeq2Seq)[0]
         room = self.config.max_target_positions - len(self.prompt)
         if not 1 <= longest <= room:
             raise ValueError(f"longest is {longest}; the model has room for 1 to {room} tokens")
@@ -97,7 +96,7 @@ class Whisper(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the weights of the source, for a training that has no checkpoint yet."""
-        model, _ = loaded(self.source, self.config, WhisperForConditionalGeneration)
+        model, _ = loaded(self.source, self.config, AutoModelForSpeechSeq2Seq)
         self.model.load_state_dict(model.state_dict())
 
     def features(self, signal: Tensor) -> Tensor:
@@ -185,10 +184,19 @@ def datasets(
         text = transcript(cut)["text"]
         return {"text": text, "tokens": torch.tensor(model.encode(text))}
 
-    fitting = [cut for cut in cuts["train"] if len(labels(cut)["tokens"]) <= room]
-    if not fitting:
+    long = {
+        split: [cut.id for cut in each if len(labels(cut)["tokens"]) > room]
+        for split, each in cuts.items()
+    }
+    for split in ("valid", "test"):
+        if long[split]:
+            raise ValueError(
+                f"{len(long[split])} texts of {split} have more than the {room} tokens that the "
+                f"model has room for: the first is that of {long[split][0]}"
+            )
+    cuts["train"] = cuts["train"].filter(lambda cut: cut.id not in long["train"]).to_eager()
+    if not len(cuts["train"]):
         raise ValueError(f"no text to train on has {room} tokens or fewer")
-    cuts["train"] = CutSet.from_cuts(fitting)
     found = {
         split: LogMelSpeech(
             each,
