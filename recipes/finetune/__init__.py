@@ -10,6 +10,7 @@ Attributes:
 BRAIN: dict[str, str] = {
     "ctc.CTC": "train.Recogniser",
     "pooling.Embedding": "classify.Classifier",
+    "whisper.Whisper": "train.Transcriber",
 }
 RUN_NAMES: tuple[str, ...] = (
     "classify.Labels",
@@ -23,5 +24,6 @@ RUN_NAMES: tuple[str, ...] = (
     "pooling.StatisticsPooling",
     "tdnn.TDNN",
     "text.Vocabulary",
+    "whisper.Whisper",
 )
 YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")

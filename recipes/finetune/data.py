@@ -113,11 +113,11 @@ def check_durations(
         if not shortest <= int(round(cut.duration * rate) / speed) <= longest
     ]
     if bad:
-        most = "" if longest == float("inf") else f" to {longest / rate:g} s"
+        most = "" if longest == float("inf") else f" and {longest / rate:g} s at most"
         raise ValueError(
             f"{len(bad)} of {len(dataset)} utterances of {split} do not fit the pretrained model, "
-            f"whose frames take {1000 * shortest / rate:g} ms{most}: the first is {bad[0].id} of "
-            f"{bad[0].duration:.3f} s; leave them out or cut them"
+            f"which takes {1000 * shortest / rate:g} ms at least{most}: the first is {bad[0].id} "
+            f"of {bad[0].duration:.3f} s; leave them out or cut them"
         )
 
 

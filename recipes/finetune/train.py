@@ -9,19 +9,72 @@ Ends with the word and character error rate of the test set, by the best checkpo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 import trainer
 from recipes.asr.data import datasets
+from recipes.asr.model import padding_mask
 from recipes.asr.train import Recogniser as CTCRecogniser
+from recipes.asr.train import TextBrain
 from recipes.common.loading import Speech
+from recipes.finetune import whisper
 from recipes.finetune.ctc import CTC
 from recipes.finetune.data import check_durations, check_rate, loader_options, padding_limit
 from recipes.finetune.sources import begin
-from trainer import Brain
+from recipes.finetune.whisper import Whisper
+from trainer import Stage
 
 logger = logging.getLogger(__name__)
+
+
+class Transcriber(TextBrain):
+    """Fine-tunes Whisper by teacher forcing; valid and test are scored on what it generates.
+
+    Reads from the YAML ``normalise``: texts are compared without capitals and punctuation.
+    """
+
+    def compute_forward(self, batch: Any, stage: Stage) -> tuple[Tensor, list[list[int]]]:
+        model, (features, _), (tokens, _) = self.modules.model, batch.features, batch.tokens
+        heard = [] if stage is Stage.TRAIN else model.generate(features)
+        return model(features, tokens), heard
+
+    def compute_objectives(
+        self, predictions: tuple[Tensor, list[list[int]]], batch: Any, stage: Stage
+    ) -> Tensor:
+        logits, heard = predictions
+        if stage is not Stage.TRAIN:
+            said, found = map(self.compared, batch.text), map(self.compared, self.texts(heard))
+            self.scores.add(batch.id, list(said), list(found))
+        tokens, lengths = batch.tokens
+        losses = nn.functional.cross_entropy(logits.float().mT, tokens, reduction="none")
+        padding = padding_mask(lengths, tokens.shape[1])
+        return losses.masked_fill(padding, 0.0).sum() / lengths.sum()
+
+    def count_examples(self, batch: Any) -> float:
+        return float(batch.on_host.tokens.lengths.sum())  # The loss is the mean over tokens.
+
+    def texts(self, heard: Sequence[Sequence[int]]) -> list[str]:
+        """Decode the text of each utterance."""
+        return [self.modules.model.decode(tokens) for tokens in heard]
+
+    def compared(self, text: str) -> str:
+        """Return a text as it is compared."""
+        if not self.hparams.normalise:
+            return text
+        return " ".join(self.modules.model.tokenizer.basic_normalize(text).split())
+
+    @torch.inference_mode()
+    def transcribe(self, signal: Tensor) -> str:
+        """Transcribe samples (S,) at the rate of the model, of at most the 30 s that it takes."""
+        self.modules.eval()
+        model = self.modules.model
+        with self.autocast(Stage.TEST):
+            heard = model.generate(model.features(signal)[None].to(self.device))
+        return self.texts(heard)[0]
 
 
 class Recogniser(CTCRecogniser):
@@ -30,6 +83,9 @@ class Recogniser(CTCRecogniser):
 
 def train(run: trainer.Run) -> dict[str, float]:
     """Train what the YAML builds, and test the best checkpoint (or the mean of the best)."""
+    model = run.hparams["modules"]["model"]
+    if isinstance(model, Whisper):
+        return train_whisper(run)
     return train_ctc(run)
 
 
@@ -61,8 +117,23 @@ def train_ctc(run: trainer.Run) -> dict[str, float]:
     return fit(brain, sets, hparams, padding_limit(hparams["max_padding"], encoder))
 
 
+def train_whisper(run: trainer.Run) -> dict[str, float]:
+    """Train Whisper."""
+    hparams = run.hparams
+    model: Whisper = hparams["modules"]["model"]
+    check_rate(hparams["sample_rate"], model.rate)
+    sets = whisper.datasets(
+        hparams["corpus"](), model, hparams["lengths"], hparams["speeds"], hparams["resample"]
+    )
+    begin(model, run)
+    brain = Transcriber(
+        hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
+    )
+    return fit(brain, sets, hparams, 1.0)
+
+
 def fit(
-    brain: Brain, sets: Mapping[str, Speech], hparams: Mapping[str, Any], max_padding: float
+    brain: TextBrain, sets: Mapping[str, Speech], hparams: Mapping[str, Any], max_padding: float
 ) -> dict[str, float]:
     """Fit and test."""
     loading = {

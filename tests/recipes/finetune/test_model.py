@@ -132,7 +132,8 @@ def test_training_masks_drops_layers_and_leaves_the_front_end() -> None:
     encoder = PretrainedEncoder(mapping(hidden_dropout=0.0), layer_drop=0.0, time_masking=0.2)
     encoder.train()
     assert not encoder.model.feature_extractor.training
-    first, second = (encoder(waves(), LENGTHS)[0] for _ in range(2))
+    wavs = waves()
+    first, second = (encoder(wavs, LENGTHS)[0] for _ in range(2))
     assert not torch.equal(first, second)
     first.sum().backward()
     front = list(encoder.model.feature_extractor.parameters())
