@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 import re
 from collections import Counter
@@ -258,43 +257,48 @@ def _corpus(
     on_bad: str,
     max_bad: float,
 ) -> Corpus:
-    """The recordings that can be used, in their splits, which share nothing."""
+    """The recordings that can be used, in their splits, which share nothing.
+
+    All are dealt, and then those left out that cannot be used: none changes its split for another.
+    """
     if not all(0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(f"valid and test are {shares}; allowed: shares from 0, together below 1")
     found = _of_classes(found, classes)
-    good = check_recordings(
-        [each.recording.path for each in found], channels=None, on_bad=on_bad, max_bad=max_bad
-    )
-    found = [
-        _Found(each.recording._replace(seconds=header.duration), each.split)
-        for each in found
-        if (header := good.get(each.recording.path))
-    ]
     if trials is not None:
         found = _of_trials(found, trials, unseen)
+    every = [each.recording for each in found]
+    keys = _groups(every, unseen)
     splits = {each.split for each in found}
-    if None in splits and splits != {None}:
+    if splits == {None}:
+        corpus = deal(every, keys, {"train": 1 - sum(shares.values()), **shares})
+    elif None in splits:
         lacking = next(each.recording.id for each in found if each.split is None)
         raise ValueError(
             f"some recordings have a split and others none, such as {lacking!r}: name all or none"
         )
-    keys = _groups([each.recording for each in found], unseen)
-    if splits == {None}:
-        every = [each.recording for each in found]
-        corpus = deal(every, keys, {"train": 1 - sum(shares.values()), **shares})
     else:
         corpus = {split: [e.recording for e in found if e.split == split] for split in SPLITS}
         if not corpus["valid"] and shares["valid"]:
             share = {"train": 1 - shares["valid"], "valid": shares["valid"]}
             corpus |= deal(corpus["train"], keys, share)
-    if lacking_splits := [split for split in SPLITS if not corpus.get(split)]:
+    _check_disjoint(corpus, unseen)
+    paths = [each.path for each in every]
+    good = check_recordings(paths, channels=None, on_bad=on_bad, max_bad=max_bad)
+    corpus = {
+        split: [
+            each._replace(seconds=good[each.path].duration)
+            for each in recordings
+            if each.path in good
+        ]
+        for split, recordings in corpus.items()
+    }
+    if without := [split for split in SPLITS if not corpus.get(split)]:
         raise ValueError(
-            f"{folder} has no usable recording for {', '.join(lacking_splits)}: "
-            f"{len(found)} recordings in {len(set(keys.values()))} groups that must stay together "
+            f"{folder} has no usable recording for {', '.join(without)}: "
+            f"{len(every)} recordings in {len(set(keys.values()))} groups that must stay together "
             "(of one speaker, or one recording under several names), dealt by the shares valid "
             f"{shares['valid']:g} and test {shares['test']:g}"
         )
-    _check_disjoint(corpus, unseen)
     return _without_copies(corpus)
 
 
@@ -344,11 +348,17 @@ def _speakers_are_classes(recordings: Iterable[Recording]) -> bool:
 
 def _contents(recordings: Sequence[Recording]) -> dict[str, str]:
     """What tells recordings apart, by id: their bytes, where several files are of one size."""
-    sizes = {each.id: os.path.getsize(each.path) for each in recordings}
+    sizes = {each.id: _bytes(each.path) for each in recordings}
     often = Counter(sizes.values())
     return {
-        each.id: _digest(each.path) if often[sizes[each.id]] > 1 else each.id for each in recordings
+        each.id: _digest(each.path) if sizes[each.id] and often[sizes[each.id]] > 1 else each.id
+        for each in recordings
     }
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file; 0 for one that is missing, or no file."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _digest(path: Path) -> str:

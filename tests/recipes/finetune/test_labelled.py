@@ -146,6 +146,15 @@ def test_one_recording_under_several_names_is_in_one_split(
         folders(str(given_splits))
 
 
+def test_a_file_that_cannot_be_used_moves_no_other_to_another_split(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{label}/{n}.wav" for label in "abc" for n in range(20)))
+    before = ids(folders(str(tmp_path)))
+    for name in (before["train"][3], before["test"][0]):
+        (tmp_path / f"{name}.wav").write_bytes(b"")
+        before = {split: [each for each in some if each != name] for split, some in before.items()}
+        assert ids(folders(str(tmp_path))) == before
+
+
 def test_labels_that_are_to_be_new_are_in_one_split(tmp_path: Path) -> None:
     make(tmp_path, *(f"s{who:02d}/{n}.wav" for who in range(20) for n in range(3)))
     corpus = folders(str(tmp_path), unseen=True)
