@@ -149,6 +149,9 @@ def test_speakers_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) -> Non
     rows = read(tmp_path / "run" / "trials_test.csv")
     assert len(rows) == 16 * 15 / 2  # two of six speakers
     assert len(json.loads((tmp_path / "run" / "prepared" / "labels.json").read_text())) == 2
+    assert "keep_best names" not in (tmp_path / "run" / "train.log").read_text()
+    manifest = next((tmp_path / "run" / "checkpoints").glob("*/*.json")).read_text()
+    assert '"eer"' in manifest
     model = trainer.load(tmp_path / "run", "cpu")
     assert isinstance(model, Classifier)
     row = rows[0]
