@@ -9,11 +9,13 @@ Attributes:
 
 BRAIN: dict[str, str] = {
     "ctc.CTC": "train.Recogniser",
+    "pretrain.MaskedPrediction": "pretrain.Pretrainer",
     "whisper.Whisper": "train.Transcriber",
 }
 RUN_NAMES: tuple[str, ...] = (
     "ctc.CTC",
     "model.PretrainedEncoder",
+    "pretrain.MaskedPrediction",
     "text.Vocabulary",
     "whisper.Whisper",
 )
