@@ -9,14 +9,23 @@ Attributes:
 
 BRAIN: dict[str, str] = {
     "ctc.CTC": "train.Recogniser",
+    "pooling.Embedding": "classify.Classifier",
     "pretrain.MaskedPrediction": "pretrain.Pretrainer",
     "whisper.Whisper": "train.Transcriber",
 }
 RUN_NAMES: tuple[str, ...] = (
+    "classify.Labels",
     "ctc.CTC",
     "model.PretrainedEncoder",
+    "pooling.AttentiveStatistics",
+    "pooling.CosineHead",
+    "pooling.Embedding",
+    "pooling.LinearHead",
+    "pooling.MeanPooling",
+    "pooling.StatisticsPooling",
+    "tdnn.TDNN",
     "pretrain.MaskedPrediction",
     "text.Vocabulary",
     "whisper.Whisper",
 )
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table")
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")

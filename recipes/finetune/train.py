@@ -22,7 +22,7 @@ from recipes.asr.model import padding_mask
 from recipes.asr.train import Recogniser as CTCRecogniser
 from recipes.asr.train import TextBrain
 from recipes.common.loading import Speech, filter_by_duration
-from recipes.finetune import demo, whisper
+from recipes.finetune import classify, demo, whisper
 from recipes.finetune.ctc import CTC
 from recipes.finetune.data import check_durations, check_rate, loader_options, padding_limit
 from recipes.finetune.pretrain import MaskedPrediction, Pretrainer, export
@@ -90,7 +90,9 @@ def train(run: trainer.Run) -> dict[str, float]:
         call_when_orphaned(lambda: os._exit(1))  # Started again, the run goes on.
     if "parts" in run.hparams:
         return demo.run(run)
-    model = run.hparams["modules"]["model"]
+    model = run.hparams["modules"].get("model")
+    if model is None:
+        return classify.train(run)
     if isinstance(model, Whisper):
         return train_whisper(run)
     if isinstance(model, MaskedPrediction):
