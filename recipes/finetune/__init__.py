@@ -10,6 +10,7 @@ Attributes:
 BRAIN: dict[str, str] = {
     "ctc.CTC": "train.Recogniser",
     "pooling.Embedding": "classify.Classifier",
+    "pretrain.MaskedPrediction": "pretrain.Pretrainer",
     "whisper.Whisper": "train.Transcriber",
 }
 RUN_NAMES: tuple[str, ...] = (
@@ -23,6 +24,7 @@ RUN_NAMES: tuple[str, ...] = (
     "pooling.MeanPooling",
     "pooling.StatisticsPooling",
     "tdnn.TDNN",
+    "pretrain.MaskedPrediction",
     "text.Vocabulary",
     "whisper.Whisper",
 )

@@ -9,6 +9,7 @@ Ends with the word and character error rate of the test set, by the best checkpo
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,13 +21,15 @@ from recipes.asr.data import datasets
 from recipes.asr.model import padding_mask
 from recipes.asr.train import Recogniser as CTCRecogniser
 from recipes.asr.train import TextBrain
-from recipes.common.loading import Speech
-from recipes.finetune import whisper
+from recipes.common.loading import Speech, filter_by_duration
+from recipes.finetune import classify, demo, whisper
 from recipes.finetune.ctc import CTC
 from recipes.finetune.data import check_durations, check_rate, loader_options, padding_limit
+from recipes.finetune.pretrain import MaskedPrediction, Pretrainer, export
 from recipes.finetune.sources import begin
 from recipes.finetune.whisper import Whisper
-from trainer import Stage
+from trainer import Stage, distributed
+from trainer.processes import call_when_orphaned
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +86,17 @@ class Recogniser(CTCRecogniser):
 
 def train(run: trainer.Run) -> dict[str, float]:
     """Train what the YAML builds, and test the best checkpoint (or the mean of the best)."""
-    model = run.hparams["modules"]["model"]
+    if run.hparams.get("ends_with_parent"):
+        call_when_orphaned(lambda: os._exit(1))  # Started again, the run goes on.
+    if "parts" in run.hparams:
+        return demo.run(run)
+    model = run.hparams["modules"].get("model")
+    if model is None:
+        return classify.train(run)
     if isinstance(model, Whisper):
         return train_whisper(run)
+    if isinstance(model, MaskedPrediction):
+        return pretrain(run)
     return train_ctc(run)
 
 
@@ -132,8 +143,34 @@ def train_whisper(run: trainer.Run) -> dict[str, float]:
     return fit(brain, sets, hparams, 1.0)
 
 
+def pretrain(run: trainer.Run) -> dict[str, float]:
+    """Train an encoder by masked prediction, and write it into the run folder."""
+    hparams = run.hparams
+    model: MaskedPrediction = hparams["modules"]["model"]
+    check_rate(hparams["sample_rate"], model.encoder.rate)
+    corpus = hparams["corpus"]()
+    cuts = {**corpus, "train": filter_by_duration(corpus["train"], *hparams["lengths"])}
+    sets = {split: Speech(each, hparams["sample_rate"]) for split, each in cuts.items()}
+    for split, each in sets.items():
+        check_durations(each, split, model.encoder.shortest)
+    if not run.checkpointer.find():
+        model.find_clusters(sets["train"], run.options.seed)
+    brain = Pretrainer(
+        hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
+    )
+    result = fit(brain, sets, hparams, 1.0)
+    if distributed.is_main():
+        with brain.best_weights(**brain.best_checkpoint):
+            export(brain.modules.model.encoder, run.folder / "encoder")
+    distributed.barrier()
+    return result
+
+
 def fit(
-    brain: TextBrain, sets: Mapping[str, Speech], hparams: Mapping[str, Any], max_padding: float
+    brain: TextBrain | Pretrainer,
+    sets: Mapping[str, Speech],
+    hparams: Mapping[str, Any],
+    max_padding: float,
 ) -> dict[str, float]:
     """Fit and test."""
     loading = {
