@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
 import json
@@ -12,6 +13,8 @@ import re
 import secrets
 import struct
 import tempfile
+import urllib.error
+import urllib.request
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +29,7 @@ from trainer.loggers.protocol import Logger, RunInfo, require, series
 
 MODES = ("online", "offline", "disabled")
 BINS = 64  # of a histogram
+REACH_SECONDS = 10.0  # that a server has for an answer
 # Seconds. A run neither waits long for a network that is not there, nor for uploads at its end, and
 # a killed run loses at most a second of what goes to W&B's own process, which is given again.
 SETTINGS = {
@@ -134,16 +138,19 @@ class WandbLogger(Logger):
         }  # fmt: skip
         mode = self.mode or os.environ.get("WANDB_MODE")
         later = f"the run is recorded in {folder}, which wandb sync uploads"
-        if mode in (None, "online") and not _has_credentials(package):
-            mode = "offline"
-            logger.warning("W&B has no credentials: %s; wandb login stores them", later)
         if mode not in (None, "online"):
             return package.init(mode=mode, **options)
+        settings = package.setup().settings
+        if not _has_credentials(settings):
+            logger.warning("W&B has no credentials: %s; wandb login stores them", later)
+            return package.init(mode="offline", **options)
         try:
+            _reach(settings.base_url)
             started = package.init(mode=mode, **options)
         except Exception as error:
             why = " ".join(str(error).split())
             logger.warning("W&B cannot be reached (%s): %s", why, later)
+            package.teardown()  # Its process holds the identifier of a run that did not start.
             return package.init(mode="offline", **options)
         if started.url:
             logger.info("W&B records the run at %s", started.url)
@@ -203,14 +210,19 @@ class WandbLogger(Logger):
 KINDS = ("histograms", "figures", "audio", "text")  # Prefixes of what has a series of its own.
 
 
-def _has_credentials(package: Any) -> bool:
+def _reach(address: str) -> None:
+    """Raise OSError if there is no way to a server, which W&B would try for a minute."""
+    with contextlib.suppress(urllib.error.HTTPError):  # An answer.
+        urllib.request.urlopen(address, timeout=REACH_SECONDS).close()
+
+
+def _has_credentials(settings: Any) -> bool:
     """Return True if W&B finds a key without asking for one."""
-    settings = package.setup().settings
     if os.environ.get("WANDB_API_KEY") or getattr(settings, "api_key", None):
         return True
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(str(getattr(settings, "base_url", "https://api.wandb.ai"))).hostname or ""
+    host = urlsplit(settings.base_url).hostname or ""
     names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for path in map(os.path.expanduser, names):
         try:
