@@ -261,7 +261,7 @@ class RunOptions:
         kind="neutral",
     )
     progressbar: bool = _option(True, "progress bar on the terminal", transient=True)
-    logger: str | Any | None = _option(
+    logger: list[str] | Any | None = _option(
         None,
         "loggers beside metrics.jsonl, one or a list of tensorboard, wandb, mlflow and csv; a YAML "
         "may hold objects of trainer.loggers (null: none)",

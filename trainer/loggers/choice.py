@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,10 +54,10 @@ def _by_name(name: str) -> LoggerFactory:
 def _constant(made: object) -> LoggerFactory:
     """Return a factory of a logger that exists already."""
     if not isinstance(made, Logger):
-        what = made.__name__ if inspect.isclass(made) else f"a {type(made).__name__}"
         raise ValueError(
-            f"logger holds {what}, which is no logger; allowed: tensorboard, wandb, mlflow, csv, "
-            "objects of a class that derives from trainer.loggers.Logger, and a list of these"
+            f"logger holds {repr(made)[:80]}, which is no logger; allowed: tensorboard, wandb, "
+            "mlflow, csv, objects of a class that derives from trainer.loggers.Logger, and a "
+            "list of these"
         )
     logger = made
     return lambda folder: logger

@@ -195,7 +195,9 @@ class WandbLogger(Logger):
         label = re.sub(r"[^\w.-]", "_", f"{name}-{self._run.id}", flags=re.ASCII)[-128:]
         kind = "model" if name == "checkpoint" else "file"
         artifact = self._package.Artifact(label, type=kind)
-        (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                artifact.add_file(str(file), name=str(file.relative_to(path.parent)))
         self._run.log_artifact(artifact)
 
     def recorded(self) -> Mapping[str, int] | None:
