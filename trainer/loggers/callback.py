@@ -65,6 +65,7 @@ class LoggerCallback(Callback):
         self._factories = [*factories, *self._chosen]
         self._loggers: dict[LoggerFactory, Logger] = {}
         self._marks: dict[LoggerFactory, StepMarks] = {}
+        self._slots: dict[LoggerFactory, str] = {}  # Names of the chosen ones' files.
         self._skipped: dict[LoggerFactory, Mapping[str, int]] = {}  # Up to which step, by series.
         self._sent: dict[str, Any] = {}  # Versions of the files that the chosen ones have.
         self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
@@ -204,15 +205,14 @@ class LoggerCallback(Callback):
                 self._call(factory, "resume", step, lines)
                 continue
             try:
-                marks = self._marks.get(factory)
-                found = each.recorded()
-                has = found if found is not None or marks is None else dict(marks.last)
+                found, marks = each.recorded(), self._marks.get(factory)
                 each.resume(step)
-                if has is not None and type(each).resume is not Logger.resume:
-                    has = {name: min(last, step) for name, last in has.items()}
-                self._skipped[factory] = has or {}
-                if found and self.folder is not None:
-                    catch_up(each, found, self.folder)
+                if marks is not None:
+                    if type(each).resume is not Logger.resume:
+                        marks.cut(step)
+                    self._skipped[factory] = dict(marks.last if found is None else found)
+                    if found is not None and marks.taken and self.folder is not None:
+                        catch_up(each, found, self.folder)
             except Exception as error:
                 self._give_up(factory, type(each).__name__, error)
 
@@ -242,9 +242,10 @@ class LoggerCallback(Callback):
 
     def _open(self, factory: LoggerFactory, made: Logger, folder: Path) -> None:
         """Open a chosen logger, with its own files in the run folder."""
-        kinds = [type(each).__name__ for each in self._loggers.values()]
         kind = type(made).__name__
-        slot = f"{kind}-{kinds.count(kind) + 1}" if kind in kinds else kind
+        before = [each for each in self._slots.values() if each.partition("-")[0] == kind]
+        slot = f"{kind}-{len(before) + 1}" if before else kind
+        slot = self._slots.setdefault(factory, slot)
         marks = StepMarks(folder / FOLDER / f"{slot}.jsonl")
         self._marks[factory] = marks
         if type(made).open is not Logger.open:

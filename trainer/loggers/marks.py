@@ -49,6 +49,12 @@ class StepMarks:
         self.last[name] = step
         self._file.append(json.dumps([self.taken, name, step]))
 
+    def cut(self, step: int) -> None:
+        """Note that the records of later steps were discarded."""
+        for name in [name for name, last in self.last.items() if last > step]:
+            self.last[name] = step
+            self._file.append(json.dumps([self.taken, name, step]))
+
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
         self._file.close()

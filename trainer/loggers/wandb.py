@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -105,8 +106,10 @@ class WandbLogger(Logger):
         run.memory.write_text(f"{id}\n")
         if (end := self._ends.pop(id, None)) is not None:
             end()  # Another Brain of this process has recorded the same run.
-        self._rows, self._recorded = run.taken, None
-        for row in history(run.folder / "wandb", id) if known else ():
+        self._rows = run.taken
+        files = sorted((run.folder / "wandb").glob(f"*run-*-{id}/run-{id}.wandb")) if known else []
+        self._recorded = {} if files else None
+        for row in chain.from_iterable(map(history, files)):
             self._note(row)
         self._run = self._init(run, id)
         self._rows = max(self._rows, int(self._run.step or 0))
@@ -120,12 +123,11 @@ class WandbLogger(Logger):
 
     def _note(self, row: Mapping[str, Any]) -> None:
         """Take a record of an earlier process into what the backend holds."""
-        self._recorded = {} if self._recorded is None else self._recorded
         self._rows = max(self._rows, int(row.get("_step", 0)) + 1)
-        if isinstance(step := row.get("step"), int):
-            for name in row:
-                kind, _, rest = name.partition("/")
-                self._recorded[rest if kind in KINDS else kind] = step
+        step, has = row.get("step"), self._recorded
+        if isinstance(step, int) and has is not None:
+            for kind, _, rest in (name.partition("/") for name in row):
+                has[rest if kind in KINDS else kind] = step
 
     def _init(self, run: RunInfo, id: str) -> Any:
         """Start W&B, offline if it cannot be reached."""
@@ -247,22 +249,16 @@ class _File(tempfile.TemporaryDirectory[str]):
         return str(self.path)
 
 
-def history(folder: Path, id: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows that a run has in the files of W&B, also in those of a killed process.
-
-    Args:
-        folder: folder in which W&B keeps its runs.
-        id: identifier of the run.
-    """
+def history(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows in a file of W&B, also in that of a killed process."""
     record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
-    for path in sorted(folder.glob(f"*run-*-{id}/run-{id}.wandb")):
-        for data in _records(path.read_bytes()):
-            items = record.FromString(data).history.item
-            if items:
-                yield {
-                    item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
-                    for item in items
-                }
+    for data in _records(path.read_bytes()):
+        items = record.FromString(data).history.item
+        if items:
+            yield {
+                item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
+                for item in items
+            }
 
 
 def _records(data: bytes) -> Iterator[bytes]:
