@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from tests.trainer.logged_program import run
 from tests.trainer.small import batches, make
 from trainer import RunOptions, StageReport
+from trainer.cli.arguments import configure
+from trainer.config.hyperparameters import Configuration
 from trainer.loggers import CsvLogger, JsonlLogger, Logger, LoggerCallback, loggers_of
 from trainer.loggers.choice import chosen_loggers
 from trainer.loggers.description import configuration, name_of
@@ -148,14 +150,6 @@ def test_a_yaml_holds_objects_and_the_command_line_replaces_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.loggers.wandb.require", lambda *_: None)
-    (tmp_path / "train.py").write_text(
-        "import trainer\n"
-        "from tests.trainer.small import make\n"
-        "def train(run):\n"
-        "    brain = make(hparams=run.hparams, **vars(run.options))\n"
-    )
-    from trainer.cli.arguments import configure
-
     yaml = tmp_path / "demo.yaml"
     yaml.write_text(
         "logger: [csv, !new:trainer.loggers.WandbLogger {project: x, tags: [a]}]\n"
@@ -173,6 +167,13 @@ def test_a_yaml_holds_objects_and_the_command_line_replaces_them(
         made, _ = configure([str(yaml)])
         with pytest.raises(ValueError, match="not allowed: trainer does not list it"):
             made.build()
+
+
+@pytest.mark.parametrize("logger", ["[wandb]", "!new:mine.Logger {x: 1}", "[csv, !new:os.system]"])
+def test_a_run_folder_is_opened_without_its_loggers(tmp_path: Path, logger: str) -> None:
+    (tmp_path / "hyperparams.yaml").write_text(f"logger: {logger}\nsize: 3\n")
+    found = Configuration(tmp_path / "hyperparams.yaml", run_folder=True).build()
+    assert found == {"size": 3}
 
 
 def test_no_logger_package_is_imported_before_it_is_used() -> None:

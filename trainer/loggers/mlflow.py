@@ -152,4 +152,5 @@ class MlflowLogger(Logger):
 
 def _name(text: str) -> str:
     """Return a name with `_` in place of what MLflow does not take."""
-    return re.sub(r"[^\w./ -]|(?<![^/])\.+(?=/|$)", "_", text, flags=re.ASCII)
+    parts = (re.sub(r"[^\w. -]|^\.+$", "_", part, flags=re.ASCII) for part in text.split("/"))
+    return "/".join(part for part in parts if part)

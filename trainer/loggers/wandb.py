@@ -17,7 +17,6 @@ import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -46,6 +45,20 @@ BLOCK, HEADER, FULL, LAST = 32768, struct.Struct("<IHB"), 1, 4
 logger = logging.getLogger("trainer")
 
 
+class _Session:
+    """A run of W&B that is open in this process; it ends with the last logger that uses it.
+
+    At the end of the process W&B ends its runs itself, and knows whether that failed.
+    """
+
+    def __init__(self, run: Any, rows: int) -> None:
+        self.run = run
+        self.rows = max(rows, int(run.step or 0))  # Number of records of the run in W&B.
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+        weakref.finalize(self, run.finish).atexit = False
+
+
 class WandbLogger(Logger):
     """Record a run in Weights & Biases; without credentials or network in files to upload later.
 
@@ -68,7 +81,8 @@ class WandbLogger(Logger):
         ValueError: if the package wandb is not installed, or an argument is wrong.
     """
 
-    _ends: ClassVar[dict[str, weakref.finalize[Any, WandbLogger]]] = {}  # Of open runs, by id.
+    _sessions: ClassVar[weakref.WeakValueDictionary[str, _Session]] = weakref.WeakValueDictionary()
+    _ids: ClassVar[set[str]] = set()  # Of all runs of this process.
 
     def __init__(
         self,
@@ -92,42 +106,38 @@ class WandbLogger(Logger):
             "project": project, "entity": entity, "tags": [*tags], "group": group, "notes": notes,
         }  # fmt: skip
         self._package: Any = None
-        self._run: Any = None
-        self._rows = 0  # Number of records of the run in W&B.
+        self._session: _Session
         self._recorded: dict[str, int] | None = None
 
     def open(self, run: RunInfo) -> None:
         """Begin the run in W&B, or go on with it."""
-        if self._run is not None:
-            return
         self._package = importlib.import_module("wandb")
         known = run.memory.read_text().strip() if run.memory.exists() else ""
         id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         run.memory.write_text(f"{id}\n")
-        if (end := self._ends.pop(id, None)) is not None:
-            end()  # Another Brain of this process has recorded the same run.
-        self._rows = run.taken
-        files = sorted((run.folder / "wandb").glob(f"*run-*-{id}/run-{id}.wandb")) if known else []
-        self._recorded = {} if files else None
-        for row in chain.from_iterable(map(history, files)):
-            self._note(row)
-        self._run = self._init(run, id)
-        self._rows = max(self._rows, int(self._run.step or 0))
-        self._run.config.update(dict(run.config), allow_val_change=True)
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
-        # At the end of the process W&B ends its runs itself, and knows whether that failed.
-        end = weakref.finalize(self, self._run.finish)
-        end.atexit = False
-        self._ends[id] = end
+        self._recorded = None
+        if id not in self._sessions:
+            rows = run.taken
+            if id not in self._ids:  # W&B has what it was given in this process.
+                rows = max(rows, self._read(run.folder / "wandb", id))
+            session = _Session(self._init(run, id), rows)
+            self._sessions[id] = self._session = session
+            self._ids.add(id)
+        self._session = self._sessions[id]
+        self._session.run.config.update(dict(run.config), allow_val_change=True)
 
-    def _note(self, row: Mapping[str, Any]) -> None:
-        """Take a record of an earlier process into what the backend holds."""
-        self._rows = max(self._rows, int(row.get("_step", 0)) + 1)
-        step, has = row.get("step"), self._recorded
-        if isinstance(step, int) and has is not None:
-            for kind, _, rest in (name.partition("/") for name in row):
-                has[rest if kind in KINDS else kind] = step
+    def _read(self, folder: Path, id: str) -> int:
+        """Read what earlier processes have recorded; return the number of rows."""
+        rows = 0
+        for path in sorted(folder.glob(f"*run-*-{id}/run-{id}.wandb")):
+            self._recorded = self._recorded or {}
+            for row in history(path):
+                rows = max(rows, int(row.get("_step", 0)) + 1)
+                step = row.get("step")
+                if isinstance(step, int):
+                    for kind, _, rest in (name.partition("/") for name in row):
+                        self._recorded[rest if kind in KINDS else kind] = step
+        return rows
 
     def _init(self, run: RunInfo, id: str) -> Any:
         """Start W&B, offline if it cannot be reached."""
@@ -194,21 +204,22 @@ class WandbLogger(Logger):
         """Upload a file or a folder as a version of an artifact of the run."""
         if not self.artifacts:
             return
-        label = re.sub(r"[^\w.-]", "_", f"{name}-{self._run.id}", flags=re.ASCII)[-128:]
+        label = re.sub(r"[^\w.-]", "_", f"{name}-{self._session.run.id}", flags=re.ASCII)[-128:]
         kind = "model" if name == "checkpoint" else "file"
         artifact = self._package.Artifact(label, type=kind)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 artifact.add_file(str(file), name=str(file.relative_to(path.parent)))
-        self._run.log_artifact(artifact)
+        self._session.run.log_artifact(artifact)
 
     def recorded(self) -> Mapping[str, int] | None:
         """Return the last step of each series that is in W&B's files of this run."""
         return self._recorded
 
     def _log(self, row: dict[str, Any], step: int) -> None:
-        self._run.log({**row, "step": step}, step=self._rows, commit=True)
-        self._rows += 1
+        session = self._session
+        session.run.log({**row, "step": step}, step=session.rows, commit=True)
+        session.rows += 1
 
 
 KINDS = ("histograms", "figures", "audio", "text")  # Prefixes of what has a series of its own.
@@ -252,7 +263,7 @@ class _File(tempfile.TemporaryDirectory[str]):
 def history(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows in a file of W&B, also in that of a killed process."""
     record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
-    for data in _records(path.read_bytes()):
+    for data in log_records(path.read_bytes()):
         items = record.FromString(data).history.item
         if items:
             yield {
@@ -261,7 +272,7 @@ def history(path: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def _records(data: bytes) -> Iterator[bytes]:
+def log_records(data: bytes) -> Iterator[bytes]:
     """Yield the whole records of a file."""
     place, parts = 7, b""
     while place + HEADER.size <= len(data):
