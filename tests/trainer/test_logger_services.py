@@ -21,7 +21,7 @@ from tests.trainer.logged_program import PICTURE, run
 from tests.trainer.test_loggers import records
 from trainer.loggers.mlflow import MlflowLogger
 from trainer.loggers.protocol import RunInfo
-from trainer.loggers.wandb import KINDS, WandbLogger, history, log_records
+from trainer.loggers.wandb import KINDS, SETTINGS, WandbLogger, history, log_records
 
 pytest.importorskip("wandb")
 mlflow = pytest.importorskip("mlflow")
@@ -203,6 +203,21 @@ def test_without_a_network_it_goes_offline_at_once(
     assert wandb_records(rows(tmp_path / "run")) == records(tmp_path / "run")
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or KEY[:40].encode() not in path.read_bytes(), path
+
+
+def test_a_server_of_wandb_that_refuses_is_left_for_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W&B's own process keeps the identifier of a run that did not start."""
+    monkeypatch.setattr("trainer.loggers.wandb._reach", lambda address: None)
+    monkeypatch.setitem(SETTINGS, "init_timeout", 2.0)
+    monkeypatch.setenv("WANDB_API_KEY", KEY[:40])
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    run(tmp_path / "run", log := WandbLogger())
+    (warning,) = warnings_of(caplog)
+    assert "W&B cannot be reached" in warning
+    end(log)
+    assert wandb_records(rows(tmp_path / "run")) == records(tmp_path / "run")
 
 
 def test_a_server_of_mlflow_that_is_not_there_is_one_warning(

@@ -169,7 +169,9 @@ def test_a_yaml_holds_objects_and_the_command_line_replaces_them(
             made.build()
 
 
-@pytest.mark.parametrize("logger", ["[wandb]", "!new:mine.Logger {x: 1}", "[csv, !new:os.system {x: 1}]"])
+@pytest.mark.parametrize(
+    "logger", ["[wandb]", "!new:mine.Logger {x: 1}", "[!new:os.system [x]]"]
+)
 def test_a_run_folder_is_opened_without_its_loggers(tmp_path: Path, logger: str) -> None:
     (tmp_path / "hyperparams.yaml").write_text(f"logger: {logger}\nsize: 3\n")
     found = Configuration(tmp_path / "hyperparams.yaml", run_folder=True).build()
@@ -264,9 +266,16 @@ def test_a_chosen_logger_that_fails_is_one_warning(
     assert sorted(each[1:] for each in other.disk if each[0] == "scalars") == records(tmp_path)
 
 
-def test_without_a_run_folder_recipes_may_record(tmp_path: Path) -> None:
-    assert not isinstance(loggers_of(make()), LoggerCallback) or loggers_of(make()).folder is None
+def test_without_a_run_folder_a_chosen_logger_is_warned_of_and_recipes_may_record(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     loggers_of(make()).figure("f", b"", 1)
+    assert not caplog.messages
+    own = Kept([])
+    loggers_of(make(logger=own)).figure("f", b"", 1)
+    (warning,) = caplog.messages
+    assert warning.startswith("logger has no effect: there is no run folder")
+    assert not own.disk
     loggers_of(SimpleNamespace(callbacks=[])).audio("a", torch.zeros(1), 8000, 1)  # type: ignore[arg-type]
 
 

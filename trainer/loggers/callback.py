@@ -62,6 +62,8 @@ class LoggerCallback(Callback):
         self._options, self._hparams = options, hparams or {}
         self._prints = options.progressbar
         self._chosen = list(chosen)
+        if self._chosen and not options.output_folder and distributed.is_main():
+            logger.warning("logger has no effect: there is no run folder; give an output_folder")
         self._factories = [*factories, *self._chosen]
         self._loggers: dict[LoggerFactory, Logger] = {}
         self._marks: dict[LoggerFactory, StepMarks] = {}
