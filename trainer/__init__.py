@@ -12,6 +12,7 @@ from trainer.brain import Brain
 from trainer.callbacks import Callback
 from trainer.checkpoint import Checkpointer
 from trainer.compat import old_paths
+from trainer.conventions import Conventions
 from trainer.epochs import EpochCounter
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
@@ -142,10 +143,16 @@ def _register_defaults() -> None:
 
         return make_replay_driver(Path(brain.options.replay))
 
+    def conventions(brain: Brain) -> Conventions:
+        from trainer.compat.conventions import SpeechBrainConventions
+
+        return SpeechBrainConventions(type(brain))
+
     # The layer monitor writes a record when the state is saved, before the loggers count theirs.
     defaults.callbacks += [progress_bar, layer_monitor, loggers, replica_check, profiler]
     defaults.tracers.append(nonfinite_tracer)
     defaults.drivers += [search, replay]
+    defaults.conventions.append(conventions)
 
 
 _register_defaults()

@@ -44,9 +44,6 @@ from trainer.checkpoint.run_state import (
     copied,
 )
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
-from trainer.compat import toolkit
-from trainer.compat.checkpoints import adapted
-from trainer.compat.names import SETTINGS, SpeechBrainNames
 from trainer.data import (
     DataFeed,
     batch_ids,
@@ -79,6 +76,7 @@ from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
+from trainer.speechbrain_names import SETTINGS, SpeechBrainNames
 from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
@@ -302,10 +300,8 @@ class Brain(SpeechBrainNames):
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         self.hparams = SimpleNamespace(**(hparams or {}))
-        checkpointer = adapted(checkpointer, self.hparams)
-        toolkit.check_lengths()
-        toolkit.warn_of_uncalled(type(self))
-        self.__theirs = toolkit.written_for_it(type(self))
+        self.__conventions = defaults.make_conventions(self)
+        checkpointer = self.__conventions.checkpointer(checkpointer, self.hparams)
         distributed.join(str(pick_device(self.options.device)))
         self.device = pick_device(self.options.device)
         self.opt_class = opt_class
@@ -325,7 +321,7 @@ class Brain(SpeechBrainNames):
         self.__data: DataFeed | None = None  # Of the training.
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
-        self.__measuring = False  # A recipe of SpeechBrain that has no optimizer.
+        self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
         self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
@@ -413,7 +409,7 @@ class Brain(SpeechBrainNames):
                 f"{type(self).__name__}.{name} cannot be set once fit has begun: set it before"
             )
         if name == "checkpointer":
-            value = adapted(value, self.hparams)
+            value = self.__conventions.checkpointer(value, self.hparams)
             self.__saver = Saver(value, self.__state, self.options, self.__on_saved)
             return value
         modules = prepare_modules(value, self.options, self.device)
@@ -681,9 +677,7 @@ class Brain(SpeechBrainNames):
             try:
                 return step.finish(updates, weight, last)
             except step.NoGradientError as error:
-                if not self.__theirs:
-                    raise
-                toolkit.warn_once(str(error))  # SpeechBrain steps without gradients.
+                self.__conventions.step_without_gradients(error)
                 return step.leave(updates)
         batch = self.__batch
         batch.closing, batch.closed = updates, None
@@ -764,7 +758,7 @@ class Brain(SpeechBrainNames):
 
     def __evaluate(self, feed: DataFeed, stage: Stage, epoch: int | None) -> StageReport:
         mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
-        shares = distributed.world_size() if self.__theirs else 1  # Each rank has all of the data.
+        shares = distributed.world_size() if self.__conventions.whole else 1
         fits, outermost = self.__nested_fits, stage is Stage.VALID and self.__depth == 1
         with self.__in_stage(stage), hang_watch.pause(), ExitStack() as stack:
             if outermost:
@@ -936,18 +930,17 @@ class Brain(SpeechBrainNames):
             **loader_kwargs: arguments of `make_loader`.
         """
         bad = {"on_bad": self.options.on_bad_item, "max_bad": self.options.max_bad_item}
-        train, looped = stage == Stage.TRAIN, loader_kwargs.pop("looped_nominal_epoch", None)
-        options = toolkit.loader_options(dataset, self.__theirs, train, loader_kwargs)
-        loader = make_loader(
-            dataset,
+        train = stage == Stage.TRAIN
+        whole = self.__conventions.whole and not train
+        make = partial(
+            make_loader,
             train=train,
             seed=self.options.seed,
-            # The metrics of SpeechBrain's recipes are of one process, which sees all of the data.
-            rank=0 if self.__theirs and not train else distributed.rank(),
-            world_size=1 if self.__theirs and not train else distributed.world_size(),
-            **{**bad, "timeout": self.options.item_timeout, **options},
+            rank=0 if whole else distributed.rank(),
+            world_size=1 if whole else distributed.world_size(),
         )
-        return loader if looped is None else toolkit.looped(loader, looped)
+        options = {**bad, "timeout": self.options.item_timeout, **loader_kwargs}
+        return self.__conventions.make_loader(make, dataset, train, options)
 
     # ---------------------------------------------------------------------------------- the state
 
@@ -1092,7 +1085,7 @@ class Brain(SpeechBrainNames):
             options=self.options,
             make_loader=lambda dataset, **kw: self.make_dataloader(dataset, stage=stage, **kw),
             makes_datasets=type(self).make_dataloader is not Brain.make_dataloader,
-            whole=stage is not Stage.TRAIN and self.__theirs,
+            whole=stage is not Stage.TRAIN and self.__conventions.whole,
             loader_kwargs=kwargs or {},
         )
 
@@ -1219,7 +1212,7 @@ class Brain(SpeechBrainNames):
         )
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        self.__measuring = self.__theirs and not optimizers
+        self.__measuring = self.__conventions.measures and not optimizers
         if self.__measuring:
             logger.warning("no optimizer: nothing is trained by gradients, as in k-means")
         schedules = getattr(self.hparams, "schedule", None)

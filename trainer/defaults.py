@@ -1,13 +1,15 @@
-"""Registry of what every Brain has by default: callbacks, a tracer, and drivers of its `fit`.
+"""Registry of what every Brain has by default: callbacks, a tracer, drivers of its `fit`.
 
-`trainer/__init__.py` fills it, so that `trainer.brain` imports none of loggers, diagnostics, report
-and tuner.
+`trainer/__init__.py` fills it, so that `trainer.brain` imports none of loggers, diagnostics,
+report, tuner and compat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from trainer.conventions import Conventions
 
 if TYPE_CHECKING:
     from trainer.brain import Brain, FitArguments
@@ -29,16 +31,23 @@ CallbackFactory = Callable[["Brain"], "Callback | None"]
 TracerFactory = Callable[["Brain"], "Tracer | None"]
 Driver = Callable[["Brain", "FitArguments"], Any]
 DriverFactory = Callable[["Brain"], "Driver | None"]
+ConventionsFactory = Callable[["Brain"], Conventions]
 
 # Each is called once for a Brain, when its first `fit` or `evaluate` begins; None means "not here".
 callbacks: list[CallbackFactory] = []
 tracers: list[TracerFactory] = []
 drivers: list[DriverFactory] = []
+conventions: list[ConventionsFactory] = []  # The last one counts.
 
 
 def make_callbacks(brain: Brain) -> list[Callback]:
     """Return the callbacks that a Brain has by default."""
     return [made for factory in callbacks if (made := factory(brain)) is not None]
+
+
+def make_conventions(brain: Brain) -> Conventions:
+    """Return the conventions of a recipe."""
+    return conventions[-1](brain) if conventions else Conventions()
 
 
 def make_tracer(brain: Brain) -> Tracer | None:

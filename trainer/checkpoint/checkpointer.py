@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trainer import distributed, json_files, tree
+from trainer.checkpoint import saver_hooks as hooks
 from trainer.checkpoint import storage
 from trainer.checkpoint.storage import (
     BrokenCheckpoint,
@@ -29,7 +30,6 @@ from trainer.checkpoint.storage import (
     FolderLock,
     MissingCheckpoint,
 )
-from trainer.compat import hooks
 from trainer.distributed import run_on_all, run_on_main
 from trainer.epochs import EpochCounter
 
@@ -211,7 +211,7 @@ class Checkpointer:
         Args:
             name: name of the object in every checkpoint: letters, digits, - and _.
             obj: object with ``state_dict`` and ``load_state_dict``, or with methods that save and
-                load a file (`trainer.compat.hooks`).
+                load a file (`trainer.checkpoint.saver_hooks`).
             custom_load_hook: restores the object from a file, in place of `load_state_dict`.
             custom_save_hook: writes its state to a file, in place of `state_dict`.
             optional_load: restore a checkpoint that lacks it, too.

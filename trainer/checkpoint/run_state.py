@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
+from trainer.checkpoint.migrate import warn_of_others
+from trainer.checkpoint.saver_hooks import KEY
 from trainer.checkpoint.storage import Checkpoint
-from trainer.compat.hooks import KEY
-from trainer.compat.toolkit import warn_of_others
 from trainer.options import RunOptions
 from trainer.progress import Progress
 from trainer.tree import map_leaves

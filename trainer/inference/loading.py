@@ -23,7 +23,7 @@ from torch import nn
 from trainer.brain import Brain
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_state import check_weights
-from trainer.compat.hooks import keep_in_state_dict
+from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import nodes, object_name
 from trainer.config.registry import recipe_packages

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from trainer import distributed
+from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.clipping import Clipper, NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
-from trainer.compat.hooks import keep_in_state_dict
 from trainer.distributed.strategy import Strategy
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
