@@ -64,13 +64,13 @@ from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import (
+    TrainingModes,
     counters_as_saved,
     evaluation_mode,
     evaluation_weights,
     gradients_kept,
     has_weights,
     modes_kept,
-    training_mode,
     warn_of_modes,
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
@@ -335,6 +335,7 @@ class Brain(SpeechBrainNames):
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__initialised = False
         self.__groups = ParameterGroups(None)
+        self.__modes = TrainingModes(self.modules, self.__groups.rest)
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
@@ -498,8 +499,7 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            training_mode(self.modules, self.__trained_parameters())
-            self.__groups.set_modes()
+            self.__modes.begin(self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
@@ -556,7 +556,8 @@ class Brain(SpeechBrainNames):
                 an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
-        self.__groups.begin_window(self.updates, progress.optimizer_step)
+        if self.__groups.begin_window(self.updates, progress.optimizer_step):
+            self.__modes.unfreeze(self.__trained_parameters())
         if not self.__in_window():
             guard.begin_window()
             self.__tracer.begin_window()
@@ -1069,8 +1070,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        training_mode(self.modules, self.__trained_parameters())
-        self.__groups.set_modes()
+        self.__modes.begin(self.__trained_parameters())
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
         train.begin(self.__data_epoch)
@@ -1237,6 +1237,7 @@ class Brain(SpeechBrainNames):
         drop_base(optimizers.values(), modules, adapters)
         self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        self.__modes = TrainingModes(modules, self.__groups.rest)
         self.__make_updates(optimizers)
         self.__groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())

@@ -51,6 +51,39 @@ def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
         part.training = mode
 
 
+class TrainingModes:
+    """Training modes of modules, parts of which may be unfrozen within a stage.
+
+    They are then as if the stage had begun so, as in a run that resumes: a part that was in
+    evaluation mode because it was frozen trains. What a hook has done to other parts stays.
+
+    Args:
+        modules: modules of the Brain.
+        rest: puts further parts into evaluation mode.
+    """
+
+    def __init__(self, modules: nn.Module, rest: Callable[[], None]) -> None:
+        self._modules, self._rest = modules, rest
+        self._begun: list[tuple[nn.Module, bool]] = []
+
+    def begin(self, trained: Collection[Tensor]) -> None:
+        """Set the modes with which a stage begins; see `training_mode`."""
+        training_mode(self._modules, trained)
+        self._rest()
+        self._begun = [(module, module.training) for module in self._modules.modules()]
+
+    def unfreeze(self, trained: Collection[Tensor]) -> None:
+        """Set the modes anew, since other parameters train now."""
+        present = [module.training for module, _ in self._begun]
+        for module, mode in self._begun:
+            module.training = mode
+        training_mode(self._modules, trained)
+        self._rest()
+        for (module, mode), own in zip(self._begun, present, strict=True):
+            if module.training == mode:  # Unfreezing does not concern it.
+                module.training = own
+
+
 def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
     """Warn of trained parts that were put into evaluation mode alone, which `fit` undoes."""
     kept = {part for root in _frozen(modules, trained) for part in root.modules()}

@@ -580,6 +580,21 @@ def test_players_that_freeze_each_other_leave_what_is_frozen() -> None:
     assert all(not torch.equal(p, before[n]) for n, p in brain.modules.named_parameters())
 
 
+class Resting(Noting):
+    """Leaves the head in evaluation mode by a hook, as one may."""
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        self.modules.head.eval()
+
+
+def test_what_a_hook_put_into_evaluation_mode_stays_there() -> None:
+    groups = {"encoder.*": {"freeze_until": 2, "eval": True}}
+    brain = fit(make(groups, kind=Resting), 4)
+    assert [resting & {"head", "encoder"} for *_, resting in brain.notes] == [
+        {"head", "encoder"}, {"head", "encoder"}, {"head"}, {"head"},
+    ]  # fmt: skip
+
+
 def test_a_fit_within_a_hook_goes_by_the_steps_of_the_whole_run() -> None:
     class Nesting(Noting):
         def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: Any = None) -> None:
@@ -642,6 +657,28 @@ def test_a_resumed_run_is_exact(tmp_path: Path, setting: resuming.Setting, stops
     assert straight.optimizer_step >= 6
 
 
+class Pretrained(resuming.Learner):
+    """The first layers come in evaluation mode, as those of transformers' `from_pretrained` do."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.modules.net[:2].eval()
+        self.modes: list[list[bool]] = []
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        self.modes.append([part.training for part in self.modules.net])
+
+
+@pytest.mark.usefixtures("_no_page")
+def test_a_part_in_evaluation_mode_trains_from_where_it_is_unfrozen(tmp_path: Path) -> None:
+    groups = {"net.0.*": {"freeze_until": 3}, "net.1.*": {"freeze_until": 5}}
+    setting = resuming.Setting(Pretrained, groups=groups, **FEW)
+    straight = resuming.check(setting, tmp_path, (3, 4, 6, 12))
+    resting = [[not mode for mode in modes[:2]] for modes in straight.modes]
+    assert resting == [[True, True]] * 3 + [[False, True]] * 2 + [[False, False]] * 17
+    assert all(all(modes[2:]) for modes in straight.modes)
+
+
 def straight_and_resumed(folder: str) -> dict[str, Any]:
     setting = resuming.Setting(
         window=2, optimizer=AdamW, groups=GROUPS, data=lambda: resuming.Sentences(44),
@@ -691,6 +728,22 @@ def test_another_rate_of_a_group_is_in_force_after_resuming(tmp_path: Path) -> N
     assert settings(fit(again, epochs=2), "lr")["head.weight"] == 0.05
 
 
+def test_settings_of_a_group_may_come_and_go_when_a_run_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = {"head.*": {"lr_factor": 0.5, "freeze_until": 2}, "*": {"lr": 0.1}}
+    again = {"head.*": {"max_grad_norm": 2.0, "freeze_until": 9}, "*": {"lr": 0.2}}
+    fit(make(first, checkpointer=Checkpointer(tmp_path)))
+    brain = fit(make(again, kind=Noting, checkpointer=Checkpointer(tmp_path)), epochs=2)
+    found = settings(brain, "lr_factor", "max_grad_norm", "freeze_until", "lr")
+    assert found[HEAD] == (None, 2.0, 9, 0.2)
+    assert found["encoder.embed.bias"] == (None, None, None, 0.2)
+    assert [HEAD in trains for _, trains, _ in brain.notes] == [False] * 3 + [True] * 3
+    told = next(m for m in caplog.messages if "goes on with other settings" in m)
+    for part in ("lr_factor: 0.5 -> None", "max_grad_norm: None -> 2.0", "freeze_until: 2 -> 9"):
+        assert part in told
+
+
 # --- searches and replays ------------------------------------------------------------------------
 
 
@@ -708,6 +761,14 @@ def test_a_search_scales_all_groups_together(tmp_path: Path) -> None:
     assert set(settings(brain, "lr").values()) == set()  # Nothing of the search is left.
     fit(brain, 1)
     assert settings(brain, "lr")[HEAD] == 0.01
+
+
+def test_trials_begin_with_the_same_parts_frozen() -> None:
+    groups = {"encoder.*": {"freeze_until": 5, "eval": True}}
+    brain = make(groups, dropout=0.5)
+    result = found(brain, batches(20), find_clip=True, find_steps=15)["find_clip"]["main"]
+    assert len(result.trials) >= 3
+    assert len({tuple(trial.losses[:1]) for trial in result.trials}) == 1
 
 
 class Frozen(Regressor):

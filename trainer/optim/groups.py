@@ -149,12 +149,15 @@ class ParameterGroups:
             )
         self._frozen += [(name, until, params) for until, params in sorted(steps.items())]
 
-    def begin_window(self, updates: Mapping[str, Update], step: int) -> None:
+    def begin_window(self, updates: Mapping[str, Update], step: int) -> bool:
         """Freeze and unfreeze parameters of optimizers whose accumulation window is empty.
 
         Args:
             updates: the optimizers.
             step: number of optimizer steps so far.
+
+        Returns:
+            True if more of them train than before.
         """
         unfrozen = 0
         for name, until, params in self._frozen:
@@ -163,14 +166,11 @@ class ParameterGroups:
                 for p in params:
                     p.requires_grad_(trains)
                 unfrozen += trains * len(params)
-        if unfrozen:
-            for part in self._evaluated:
-                part.train()
-            self.set_modes()
-            if distributed.is_main():
-                logger.info("after optimizer step %d: %d more tensors train", step, unfrozen)
+        if unfrozen and distributed.is_main():
+            logger.info("after optimizer step %d: %d more tensors train", step, unfrozen)
+        return unfrozen > 0
 
-    def set_modes(self) -> None:
+    def rest(self) -> None:
         """Put modules with ``eval`` of which nothing trains into evaluation mode."""
         for chosen in self._evaluated:
             for part in _largest_parts(chosen, lambda p: not p.requires_grad):
