@@ -70,7 +70,11 @@ RUN_NAMES = (
     "epochs.EpochCounter", "metrics.Mean", "optim.ema.WeightAverage", "schedules.EarlyStopping",
     "schedules.NewBob", "schedules.Noam", "schedules.Plateau", "schedules.WarmupDecay",
 )  # fmt: skip
-YAML_NAMES = (*RUN_NAMES, "compat.toolkit.set_seed")  # A run folder seeds nothing.
+# A run folder seeds and logs nothing.
+YAML_NAMES = (
+    *RUN_NAMES, "compat.toolkit.set_seed", "loggers.MlflowLogger", "loggers.WandbLogger",
+    "loggers.mlflow.MlflowLogger", "loggers.wandb.WandbLogger",
+)  # fmt: skip
 
 # YAML and command line are imported on first use: programs that only subclass Brain start faster.
 _LAZY = {
@@ -110,11 +114,13 @@ def _register_defaults() -> None:
         return make_layer_monitor(brain)
 
     def loggers(brain: Brain) -> Callback | None:
-        from trainer.loggers import JsonlLogger, LoggerCallback, TensorBoardLogger
+        from trainer.loggers import JsonlLogger, LoggerCallback
+        from trainer.loggers.choice import chosen_loggers
         from trainer.report import ReportLogger
 
-        curves = [TensorBoardLogger] if brain.options.tensorboard else []
-        return LoggerCallback(brain.options, [JsonlLogger, *curves, ReportLogger])
+        options, hparams = brain.options, vars(brain.hparams)
+        usual = [JsonlLogger, ReportLogger]
+        return LoggerCallback(options, usual, chosen_loggers(options), hparams)
 
     def replica_check(brain: Brain) -> Callback | None:
         from trainer.diagnostics.replica_check import make_replica_check

@@ -7,6 +7,25 @@ Attributes:
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
-BRAIN: dict[str, str] = {}
-RUN_NAMES: tuple[str, ...] = ("model.PretrainedEncoder",)
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES,)
+BRAIN: dict[str, str] = {
+    "ctc.CTC": "train.Recogniser",
+    "pooling.Embedding": "classify.Classifier",
+    "pretrain.MaskedPrediction": "pretrain.Pretrainer",
+    "whisper.Whisper": "train.Transcriber",
+}
+RUN_NAMES: tuple[str, ...] = (
+    "classify.Labels",
+    "ctc.CTC",
+    "model.PretrainedEncoder",
+    "pooling.AttentiveStatistics",
+    "pooling.CosineHead",
+    "pooling.Embedding",
+    "pooling.LinearHead",
+    "pooling.MeanPooling",
+    "pooling.StatisticsPooling",
+    "tdnn.TDNN",
+    "pretrain.MaskedPrediction",
+    "text.Vocabulary",
+    "whisper.Whisper",
+)
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")

@@ -37,6 +37,7 @@ class PretrainedEncoder(nn.Module):
     Args:
         source: a local folder or a name on the hub, whose weights are in safetensors; or a mapping,
             the configuration of a model with random weights (``{"model_type": "wav2vec2", …}``).
+        network: such a mapping, for a ``source`` of None.
         kept: folder of the run for the description of the model, which `keep` writes. Where it is
             there, the model is built from it alone, and without weights: these are in the
             checkpoints of the run, and neither the source nor the hub is needed.
@@ -68,8 +69,9 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(
         self,
-        source: str | Mapping[str, Any],
+        source: str | Mapping[str, Any] | None,
         *,
+        network: Mapping[str, Any] | None = None,
         kept: Path | None = None,
         freeze_front: bool = True,
         layer_drop: float | None = None,
@@ -89,8 +91,15 @@ class PretrainedEncoder(nn.Module):
             raise ValueError("time_span and channel_span must be at least 1")
         if layers == "weighted" and layer_drop:
             raise ValueError("a weighted mean of layers needs all of them: set layer_drop to 0")
+        source = network if source is None else source
+        if source is None:
+            raise ValueError("source is null; allowed: a folder, a name on the hub, or a network")
         self.source, self.kept = source, kept
         config, extractor = described(source, kept, KINDS)
+        if channel_masking and channel_span > config.hidden_size:
+            raise ValueError(
+                f"channel_span is {channel_span}; the model has {config.hidden_size} channels"
+            )
         if layers == "weighted":
             layer_drop = 0.0
         if layer_drop is not None:
@@ -101,7 +110,7 @@ class PretrainedEncoder(nn.Module):
         config.mask_feature_length = channel_span
         config.apply_spec_augment = True
         config.add_adapter = False  # It would shorten the frames without regard to the mask.
-        self.model = made(config) if self.described_in_run else loaded(source, config)
+        self.model = made(config) if self.described_in_run else loaded(source, config)[0]
         self.freeze_front = freeze_front
         self.model.feature_extractor.requires_grad_(not freeze_front)
         self.train(self.training)
@@ -129,7 +138,7 @@ class PretrainedEncoder(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the weights of the source, for a training that has no checkpoint yet."""
-        self.model.load_state_dict(loaded(self.source, self.config).state_dict())
+        self.model.load_state_dict(loaded(self.source, self.config)[0].state_dict())
 
     def _samples_of_a_frame(self) -> int:
         samples = 1
@@ -150,12 +159,15 @@ class PretrainedEncoder(nn.Module):
             samples = (samples - kernel) // stride + 1
         return samples
 
-    def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, wavs: Tensor, lengths: Tensor, masked: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return features of waveforms.
 
         Args:
             wavs: (B, S), zero-padded, at ``rate``.
             lengths: samples (B,).
+            masked: frames (B, T) to mask; None for none, and in training for random spans.
 
         Returns:
             Features (B, T, D), zero beyond each utterance, and frames (B,).
@@ -177,11 +189,12 @@ class PretrainedEncoder(nn.Module):
             wavs = wavs.masked_fill(padding, 0.0)
         frames = self.frames(lengths)
         beyond = padding_mask(frames, self.frames(wavs.shape[1]))  # (B, T)
-        masking = self.training and self.time_masking > 0
+        if masked is None and self.training and self.time_masking > 0:
+            masked = drawn_spans(frames, beyond, self.time_masking, self.time_span)
         found = self.model(
             wavs,
             attention_mask=padding.logical_not().long() if self.masked else None,
-            mask_time_indices=self._spans(frames, beyond) if masking else None,
+            mask_time_indices=masked,
             output_hidden_states=self.weights is not None,
         )
         features = found.last_hidden_state
@@ -189,9 +202,6 @@ class PretrainedEncoder(nn.Module):
             every = torch.stack(list(found.hidden_states))  # (L, B, T, D)
             features = torch.einsum("l,lbtd->btd", self.weights.softmax(0), every)
         return features.masked_fill(beyond.unsqueeze(-1), 0.0), frames
-
-    def _spans(self, frames: Tensor, beyond: Tensor) -> Tensor:
-        return drawn_spans(frames, beyond, self.time_masking, self.time_span)
 
 
 def normalised(wavs: Tensor, lengths: Tensor, padding: Tensor) -> Tensor:

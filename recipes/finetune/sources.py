@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+import trainer
+from trainer import distributed
 from trainer.loggers.files import replace_file
 from trainer.options import nearest
 
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 EXTRACTOR = "preprocessor_config.json"
-OPTIONAL = ("masked_spec_embed",)  # A model that was trained without masks lacks it.
+UNTRAINED = "masked_spec_embed"  # A model that was trained without masks lacks it.
 SHOWN = 3  # names that an error lists
 # Of the mapping of a model with random weights: what its feature extractor does.
 OF_EXTRACTOR = ("sampling_rate", "do_normalize", "return_attention_mask")
@@ -53,10 +56,10 @@ def described(
     name = local(source)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, CONFIG)):
         raise ValueError(f"source {source} cannot be used: the folder has no {CONFIG}")
-    values = _told(source, lambda: transformers.PreTrainedConfig.get_config_dict(name)[0])
+    values = told(source, lambda: transformers.PreTrainedConfig.get_config_dict(name)[0])
     check_kind(source, values.get("model_type"), kinds)
-    config = _told(source, lambda: AutoConfig.from_pretrained(name))
-    extractor = _told(source, lambda: AutoFeatureExtractor.from_pretrained(name))
+    config = told(source, lambda: AutoConfig.from_pretrained(name))
+    extractor = told(source, lambda: AutoFeatureExtractor.from_pretrained(name))
     if not hasattr(extractor, "sampling_rate"):
         raise ValueError(f"source {source} has a {type(extractor).__name__}, which takes no audio")
     return config, extractor
@@ -106,51 +109,61 @@ def _from_mapping(source: Mapping[str, Any], kinds: Sequence[str]) -> tuple[Any,
             f"source has {unknown[0]!r}, which is no setting of {kind}"
             f"{nearest(unknown[0], known.to_dict())}"
         )
-    config = _told(source, lambda: AutoConfig.for_model(kind, **values))
+    config = told(source, lambda: AutoConfig.for_model(kind, **values))
     masked = getattr(config, "feat_extract_norm", "layer") == "layer"
     return config, Wav2Vec2FeatureExtractor(**{"return_attention_mask": masked, **extracting})
 
 
 def made(config: Any, maker: Any = AutoModel) -> nn.Module:
     """Return the model of a configuration, with random weights."""
-    model: nn.Module = _told("of the YAML", lambda: maker.from_config(config))
+    model: nn.Module = told("of the YAML", lambda: maker.from_config(config, dtype=torch.float32))
     return model
 
 
-def loaded(source: str | Mapping[str, Any], config: Any, maker: Any = AutoModel) -> nn.Module:
+def loaded(
+    source: str | Mapping[str, Any], config: Any, maker: Any = AutoModel, optional: str = ""
+) -> tuple[nn.Module, list[str]]:
     """Return a model with the weights of its source; random ones where that is a mapping.
 
+    Args:
+        source: a folder, a name on the hub, or a mapping with the configuration.
+        config: the configuration.
+        maker: class of transformers that makes the model.
+        optional: beginning of the names of weights that the source may lack.
+
+    Returns:
+        The model, and the names of the optional weights that are new.
+
     Raises:
-        ValueError: the source has no weights in safetensors, not those of this model, or others.
+        ValueError: the source has no weights in safetensors, or not those of this model.
     """
     if isinstance(source, Mapping):
-        return made(config, maker)
+        return made(config, maker), []
     name = local(source)
     if os.path.isdir(name):
         _check_weights(source, os.listdir(name))
-    model, found = _told(
+    model, found = told(
         source,
         lambda: maker.from_pretrained(
             name,
             config=config,
+            dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # They are named below.
         ),
     )
-    if mismatched := [
-        each[0] if isinstance(each, tuple) else each for each in found["mismatched_keys"]
-    ]:
-        raise ValueError(f"source {source} has weights of other shapes: {_listed(mismatched)}")
-    missing = [each for each in sorted(found["missing_keys"]) if not each.endswith(OPTIONAL)]
-    if missing:
+    if found["mismatched_keys"]:
+        wrong = [f"{key} {(*a,)}, not {(*b,)}" for key, a, b in sorted(found["mismatched_keys"])]
+        raise ValueError(f"source {source} has weights of other shapes: {_listed(wrong)}")
+    missing = [each for each in sorted(found["missing_keys"]) if not each.endswith(UNTRAINED)]
+    if lacking := [each for each in missing if not optional or not each.startswith(optional)]:
         raise ValueError(
-            f"source {source} lacks {len(missing)} weights of {type(model).__name__}: "
-            f"{_listed(missing)}"
+            f"source {source} lacks {len(lacking)} weights of {type(model).__name__}: "
+            f"{_listed(lacking)}"
         )
-    result: nn.Module = model
-    return result
+    return model, missing
 
 
 def _check_weights(source: str, files: Sequence[str]) -> None:
@@ -161,6 +174,37 @@ def _check_weights(source: str, files: Sequence[str]) -> None:
             f"source {source} has {having}, and must have them in safetensors, as "
             "model.save_pretrained(folder) of transformers writes them"
         )
+
+
+class Pretrained(Protocol):
+    """A module with the weights of a source, and a description in the run folder."""
+
+    described_in_run: bool
+
+    def keep(self) -> None:
+        """Write the description."""
+
+    def load_pretrained(self) -> None:
+        """Load the weights of the source."""
+
+
+def begin(module: Pretrained, run: trainer.Run) -> bool:
+    """Prepare a module for a training: the weights of its source, or soon those of a checkpoint.
+
+    Every rank calls it. The description of the module is kept in the run folder, unless the
+    checkpoints have only what trains (``save: trainable``) and need the source for the rest.
+
+    Returns:
+        True if there is no checkpoint yet.
+    """
+    fresh = not run.checkpointer.find()
+    if fresh and module.described_in_run:  # A run that was stopped before its first checkpoint.
+        module.load_pretrained()
+    distributed.barrier()  # Every rank has looked.
+    if distributed.is_main() and getattr(run.options, "save", "all") == "all":
+        module.keep()
+    distributed.barrier()
+    return fresh
 
 
 def keep(folder: Path, *parts: Any) -> None:
@@ -190,7 +234,7 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _told(source: Any, work: Any) -> Any:
+def told(source: Any, work: Callable[[], Any]) -> Any:
     """Call a function of transformers; its errors are one sentence that names the source."""
     try:
         with _quiet():

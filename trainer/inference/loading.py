@@ -112,14 +112,24 @@ class OpenRun:
         return {object_name(each) for each in nodes(self.configuration.root)}
 
     def recipes(self) -> list[str]:
-        """Return the packages of the installed recipes whose objects the YAML builds."""
+        """Return the packages of the installed recipes whose objects the YAML builds.
+
+        One that maps such objects to its Brains counts alone: it may use others' data and texts.
+        """
         names = self.names()
-        return [
+        brains = {each: getattr(sys.modules[each], "BRAIN", None) for each in recipe_packages()}
+        found = [
             package
-            for package in recipe_packages()
-            if hasattr(sys.modules[package], "BRAIN")
-            and any(name.startswith(f"{package}.") for name in names)
+            for package, brain in brains.items()
+            if brain is not None and any(name.startswith(f"{package}.") for name in names)
         ]
+        mapped = [
+            package
+            for package in found
+            if isinstance(classes := brains[package], Mapping)
+            and any(f"{package}.{each}" in names for each in classes)
+        ]
+        return mapped or found
 
     def check_brain(self, kind: type[Brain]) -> None:
         """Raise ValueError for the Brain of an installed recipe other than that of the run."""
