@@ -36,7 +36,7 @@ from recipes.finetune.trials import (
     read_trials,
     verification,
 )
-from trainer import Brain, Stage, distributed
+from trainer import Brain, Stage, distributed, json_files
 from trainer.data import BadItem
 from trainer.evaluation import evaluation_mode
 from trainer.loggers.files import replace_file
@@ -69,7 +69,7 @@ class Labels:
         self.names: list[str] = []
         if self.file.is_file():
             try:
-                names = json.loads(self.file.read_text(encoding="utf-8"))
+                names = json_files.parse(self.file.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{self.file} cannot be read: {error}") from None
             texts = isinstance(names, list) and all(isinstance(each, str) for each in names)

@@ -18,6 +18,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,7 +268,8 @@ def _corpus(
     if trials is not None:
         found = _of_trials(found, trials, unseen)
     every = [each.recording for each in found]
-    keys = _groups(every, unseen)
+    contents = _contents(every)
+    keys = _groups(every, contents, unseen)
     splits = {each.split for each in found}
     if splits == {None}:
         corpus = deal(every, keys, {"train": 1 - sum(shares.values()), **shares})
@@ -299,7 +301,7 @@ def _corpus(
             "(of one speaker, or one recording under several names), dealt by the shares valid "
             f"{shares['valid']:g} and test {shares['test']:g}"
         )
-    return _without_copies(corpus)
+    return _without_copies(corpus, contents)
 
 
 def _of_classes(found: Sequence[_Found], classes: Sequence[str] | None) -> list[_Found]:
@@ -329,7 +331,9 @@ def _of_trials(found: Sequence[_Found], trials: str, unseen: bool) -> list[_Foun
     ]
 
 
-def _groups(recordings: Sequence[Recording], unseen: bool) -> dict[str, Hashable]:
+def _groups(
+    recordings: Sequence[Recording], contents: Mapping[str, str], unseen: bool
+) -> dict[str, Hashable]:
     """A key for each id; recordings with one key must be in one split.
 
     With ``unseen`` it is the label, else the speaker if known and not the label itself; else
@@ -337,7 +341,6 @@ def _groups(recordings: Sequence[Recording], unseen: bool) -> dict[str, Hashable
     """
     if unseen:
         return {each.id: each.label for each in recordings}
-    contents = _contents(recordings)
     by_speaker = not _speakers_are_classes(recordings)
     return {each.id: (by_speaker and each.speaker) or contents[each.id] for each in recordings}
 
@@ -350,10 +353,11 @@ def _contents(recordings: Sequence[Recording]) -> dict[str, str]:
     """What tells recordings apart, by id: their bytes, where several files are of one size."""
     sizes = {each.id: _bytes(each.path) for each in recordings}
     often = Counter(sizes.values())
-    return {
-        each.id: _digest(each.path) if sizes[each.id] and often[sizes[each.id]] > 1 else each.id
-        for each in recordings
-    }
+    alike = [each for each in recordings if sizes[each.id] and often[sizes[each.id]] > 1]
+    with ThreadPoolExecutor(8) as pool:  # Mostly waiting for disks.
+        digests = pool.map(_digest, [each.path for each in alike])
+        found = dict(zip((each.id for each in alike), digests, strict=True))
+    return {each.id: found.get(each.id, each.id) for each in recordings}
 
 
 def _bytes(path: Path) -> int:
@@ -436,9 +440,8 @@ def _check_apart(corpus: Corpus, key: Callable[[Recording], str | None], advice:
         raise ValueError(f"{next(iter(shared.values()))}{more}: {advice}")
 
 
-def _without_copies(corpus: Corpus) -> Corpus:
+def _without_copies(corpus: Corpus, contents: Mapping[str, str]) -> Corpus:
     """Leave out of train what valid or test has too, and of valid what test has."""
-    contents = _contents([each for recordings in corpus.values() for each in recordings])
     kept: dict[str, list[Recording]] = {}
     homes: dict[str, str] = {}
     for split in reversed(SPLITS):
