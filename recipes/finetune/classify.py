@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 import trainer
 from recipes.common.loading import DurationBatches
-from recipes.finetune.labelled import Corpus, Labelled, Recording, read_part
+from recipes.finetune.labelled import Corpus, Labelled, Recording, check_length, read_part
 from recipes.finetune.trials import (
     Trial,
     check_names,
@@ -419,14 +419,10 @@ class Classifier(Brain):
     def _pieces(self, signal: Tensor) -> Tensor:
         """Embeddings (P, E) of equal pieces of samples (S,), each as long as the YAML allows.
 
-        Raises ValueError for a signal that is shorter than the encoder needs.
+        Raises BadItem for a signal that is shorter than the encoder needs.
         """
         encoder = self.modules.encoder
-        if len(signal) < encoder.shortest:
-            raise ValueError(
-                f"it has {len(signal)} samples at {encoder.rate} Hz; the encoder needs "
-                f"{encoder.shortest}"
-            )
+        check_length("signal", signal, encoder.rate, encoder.shortest)
         count = math.ceil(len(signal) / (self.hparams.seconds_tested * encoder.rate))
         pieces = signal.to(self.device).split(len(signal) // count)[:count]
         lengths = torch.tensor([len(pieces[0])], device=self.device)
@@ -436,12 +432,19 @@ class Classifier(Brain):
 
 def predict(brain: Classifier, path: str | Path) -> tuple[str, dict[str, float]]:
     """Return the label of a file, and the probability of each label. Raises BadItem."""
-    return brain.predict(read_part(Path(path), brain.modules.encoder.rate))
+    return brain.predict(_read(brain, path))
 
 
 def embed(brain: Classifier, path: str | Path) -> Tensor:
     """Return the embedding (E,) of a file. Raises BadItem."""
-    return brain.embed(read_part(Path(path), brain.modules.encoder.rate))
+    return brain.embed(_read(brain, path))
+
+
+def _read(brain: Classifier, path: str | Path) -> Tensor:
+    encoder = brain.modules.encoder
+    signal = read_part(Path(path), encoder.rate)
+    check_length(path, signal, encoder.rate, encoder.shortest)
+    return signal
 
 
 def described(brain: Classifier, path: str | Path) -> str:

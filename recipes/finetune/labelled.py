@@ -513,12 +513,7 @@ class Labelled(Dataset[dict[str, Any]]):
         free = max(0.0, each.seconds - self.seconds)
         start = random.Random(item_seed(each.id)).uniform(0, free) if self.train else free / 2
         signal = read_part(each.path, self.sample_rate, start, self.seconds if free else None)
-        if len(signal) < self.shortest:
-            raise BadItem(
-                each.path,
-                f"it has {len(signal)} samples at {self.sample_rate} Hz; the encoder needs "
-                f"{self.shortest}",
-            )
+        check_length(each.path, signal, self.sample_rate, self.shortest)
         number = self.numbers.get(each.label, -1)  # -1: of a speaker that is to be new
         return {"id": each.id, "sig": signal, "label": number, "name": each.label}
 
@@ -530,3 +525,12 @@ def read_part(
     return read_audio(
         path, sample_rate, start=start, duration=seconds, channel="mean", resample=True
     )
+
+
+def check_length(path: str | Path, signal: Tensor, sample_rate: int, shortest: int) -> None:
+    """Raise BadItem for a file, or other source, of fewer samples than an encoder needs."""
+    if len(signal) < shortest:
+        raise BadItem(
+            path,
+            f"it has {len(signal)} samples at {sample_rate} Hz; the encoder needs {shortest}",
+        )

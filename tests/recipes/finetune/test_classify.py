@@ -37,7 +37,7 @@ from recipes.finetune.tdnn import TDNN
 from recipes.finetune.trials import Trial
 from tests.processes import TwoRanks
 from trainer import Stage, cli, distributed
-from trainer.data import Batch, Padded, pad
+from trainer.data import BadItem, Batch, Padded, pad
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "finetune"
 TINY = [
@@ -135,8 +135,11 @@ def test_a_classifier_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) ->
         sum(torch.tensor(list(sorted_scores(model, piece))) for piece in long.split(3000)[:3]) / 3
     )
     torch.testing.assert_close(torch.tensor(list(sorted_scores(model, long))), mean)
-    with pytest.raises(ValueError, match="it has 10 samples at 8000 Hz; the encoder needs 80"):
+    with pytest.raises(BadItem, match="it has 10 samples at 8000 Hz; the encoder needs 80"):
         model.predict(torch.zeros(10))
+    soundfile.write(tmp_path / "short.wav", np.zeros(20), 16000)
+    with pytest.raises(BadItem, match="short.wav: it has 10 samples at 8000 Hz"):
+        described(model, tmp_path / "short.wav")
 
 
 def test_speakers_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) -> None:
