@@ -554,17 +554,13 @@ def _trials(corpus: Corpus, path: str | None) -> dict[Stage, list[Trial]]:
         if path is None or split == "valid"
     }
     if path is not None:
-        ids = {name: each.id for each in corpus["test"] for name in (each.id, _with_suffix(each))}
+        ids = {name: each.id for each in corpus["test"] for name in (each.id, each.name)}
         trials = read_trials(path)
-        check_names(trials, ids, f"the list of trials {path}")
+        check_names(trials, ids, f"the list of trials {path}", "among those of test")
         found[Stage.TEST] = [
             trial._replace(enrol=ids[trial.enrol], test=ids[trial.test]) for trial in trials
         ]
     return found
-
-
-def _with_suffix(recording: Recording) -> str:
-    return recording.id + recording.path.suffix
 
 
 def _cohort(recordings: Sequence[Recording], like: Labelled, most: int) -> Labelled:

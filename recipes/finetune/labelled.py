@@ -30,7 +30,7 @@ from recipes.common.audio import check_recordings, read_audio
 from recipes.common.cuts import sound_of, sounds
 from recipes.common.paths import inside
 from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
-from recipes.finetune.trials import read_trials
+from recipes.finetune.trials import check_names, read_trials
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
 
@@ -54,6 +54,11 @@ class Recording(NamedTuple):
     label: str
     speaker: str | None = None
     seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The id with the suffix."""
+        return self.id + self.path.suffix
 
 
 Corpus = Mapping[str, list[Recording]]
@@ -322,9 +327,14 @@ def _of_trials(found: Sequence[_Found], trials: str, unseen: bool) -> list[_Foun
         raise ValueError("trials has an effect only with unseen: true, for speakers")
     if any(each.split is not None for each in found):
         return list(found)
-    listed = {n for trial in read_trials(trials) for n in (trial.enrol, trial.test)}
-    listed |= {Path(name).with_suffix("").as_posix() for name in listed}
-    speakers = {each.recording.label for each in found if each.recording.id in listed}
+    by_name = {
+        name: each.recording.label
+        for each in found
+        for name in (each.recording.id, each.recording.name)
+    }
+    every = read_trials(trials)
+    check_names(every, by_name, f"the list of trials {trials}")
+    speakers = {by_name[name] for trial in every for name in (trial.enrol, trial.test)}
     return [
         _Found(each.recording, "test" if each.recording.label in speakers else "train")
         for each in found
