@@ -1,8 +1,8 @@
 """Train a classifier of recordings, or embeddings that tell speakers apart.
 
-    python recipes/finetune/classify.py hparams/finetune/classify.yaml --source FOLDER_OR_NAME \
+    python recipes/finetune/train.py hparams/finetune/classify.yaml --source FOLDER_OR_NAME \
         --data_folder FOLDER
-    python recipes/finetune/classify.py hparams/finetune/speaker.yaml --data_folder FOLDER
+    python recipes/finetune/train.py hparams/finetune/speaker.yaml --data_folder FOLDER
 
 An encoder gives frames, a pooling layer one vector an utterance, a head the scores of classes. Ends
 with accuracy and macro F1 of the test set, or, with ``verify``, with the equal error rate and the
@@ -570,7 +570,3 @@ def _cohort(recordings: Sequence[Recording], like: Labelled, most: int) -> Label
         chosen.setdefault(each.label, []).append(each)
     some = [each for group in chosen.values() for each in group[:most]]
     return Labelled(some, [], like.sample_rate, like.seconds, like.shortest)
-
-
-if __name__ == "__main__":
-    trainer.main(train)
