@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         run_on_main,
     )
     from trainer.config.hyperparameters import load_hparams
-    from trainer.inference import load
+    from trainer.inference import export, load
 
     __version__: str
 
@@ -49,6 +49,7 @@ __all__ = [
     "create_experiment_directory",
     "ddp_init_group",
     "dump_hyperpyyaml",
+    "export",
     "if_main_process",
     "launch",
     "load",
@@ -79,6 +80,7 @@ YAML_NAMES = (
 _LAZY = {
     "Run": "trainer.cli",
     "launch": "trainer.cli",
+    "export": "trainer.inference",
     "load": "trainer.inference",
     "main": "trainer.cli",
     "load_hparams": "trainer.config.hyperparameters",
@@ -90,6 +92,12 @@ _LAZY = {
     "parse_arguments": "trainer.compat.speechbrain",
     "run_on_main": "trainer.compat.speechbrain",
 }
+
+
+def _initialise(*arguments: Any) -> None:
+    from trainer.inference.initialise import initialise
+
+    initialise(*arguments)
 
 
 def _register_defaults() -> None:
@@ -152,6 +160,7 @@ def _register_defaults() -> None:
     defaults.callbacks += [progress_bar, layer_monitor, loggers, replica_check, profiler]
     defaults.tracers.append(nonfinite_tracer)
     defaults.drivers += [search, replay]
+    defaults.initialisers.append(_initialise)
     defaults.conventions.append(conventions)
 
 

@@ -175,6 +175,16 @@ class RunOptions:
         at_least=0,
         at_most=1,
     )
+    init_from: str | None = _option(
+        None,
+        "weights to start a new run from: a run folder, a file or folder of weights, or a name on "
+        "the hub (null: none)",
+    )
+    init_map: dict[str, str | None] | None = _option(
+        None,
+        "names in init_from by patterns of this model's names, such as {encoder.*: "
+        "wav2vec2.encoder.*, head.*: null}; null leaves weights new (null: the same names)",
+    )
     hang_timeout: float = _option(
         600.0,
         "seconds without progress in training after which a rank counts as hung, and all end "
@@ -248,6 +258,13 @@ class RunOptions:
     )
     checkpoint_every_minutes: float | None = _option(
         None, "minutes between checkpoints within an epoch (null: none)", at_least=0, kind="neutral"
+    )
+    save: str = _option(
+        "all",
+        "content of checkpoints: all, or trainable, which leaves out frozen parameters; these are "
+        "verified against those that the next start builds",
+        choices=("all", "trainable"),
+        kind="neutral",
     )
     average_checkpoints: int = _option(
         1, "number of checkpoints whose average is tested", at_least=1, kind="neutral"
@@ -413,6 +430,7 @@ TYPE_NAMES: dict[Any, str] = {
     str: "text",
     list[str]: "a list of texts",
     dict[str, float | None]: "a mapping of names to numbers",
+    dict[str, str | None]: "a mapping of names to names or null",
     Any: "an object",
 }
 
