@@ -36,7 +36,7 @@ SETTINGS = {
     "silent": True,
     "console": "off",
     "init_timeout": 60.0,
-    "finish_timeout": 120.0,
+    "finish_timeout": 600.0,
     "x_transaction_log_flush_interval": 1.0,
 }
 # The files of W&B are of LevelDB's log format: blocks of records, which may be cut in parts.
