@@ -118,8 +118,15 @@ class WandbLogger(Logger):
         self._recorded = None
         if id not in self._sessions:
             rows = run.taken
-            if id not in self._ids:  # W&B has what it was given in this process.
-                rows = max(rows, self._read(run.folder / "wandb", id))
+            try:
+                if id not in self._ids:  # W&B has what it was given in this process.
+                    rows = max(rows, self._read(run.folder / "wandb", id))
+            except Exception as error:  # Such as a format of another version.
+                self._recorded = None
+                logger.warning(
+                    "W&B's files of this run cannot be read (%s: %s): records of the last second "
+                    "before it was killed may be missing", type(error).__name__, error,
+                )  # fmt: skip
             session = _Session(self._init(run, id), rows)
             self._sessions[id] = self._session = session
             self._ids.add(id)
