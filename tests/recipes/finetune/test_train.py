@@ -210,7 +210,7 @@ def stop(*_: object) -> None:
 
 
 def losses(folder: Path) -> list[float]:
-    return [each["loss"] for each in stages(folder)]
+    return [each["loss"] for each in stages(folder) if "loss" in each]
 
 
 # ------------------------------------------------------------------------------------------ Whisper
