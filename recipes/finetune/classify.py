@@ -37,6 +37,8 @@ from recipes.finetune.trials import (
     verification,
 )
 from trainer import Brain, Stage, distributed
+from trainer.data import BadItem
+from trainer.evaluation import evaluation_mode
 from trainer.loggers.files import replace_file
 
 logger = logging.getLogger(__name__)
@@ -166,15 +168,15 @@ def class_weights(
 class Evaluation(Protocol):
     """What a stage that does not train is measured by."""
 
-    def add(self, batch: Any, embeddings: Tensor, logits: Tensor) -> None:
-        """Take in a batch."""
+    def add(self, batch: Any, outputs: Tensor) -> None:
+        """Take in a batch, and what the network gives for it."""
 
     def finish(self, folder: Path | None, stage: Stage) -> dict[str, float]:
         """Return the measures over all processes, and write them. A collective."""
 
 
 class Classified:
-    """Accuracy, macro F1 and the confusion matrix.
+    """Accuracy, macro F1 and the confusion matrix, of logits.
 
     Args:
         names: labels by number.
@@ -184,8 +186,8 @@ class Classified:
         self.names = list(names)
         self.rows: list[tuple[str, int, int, float]] = []  # id, class, class found, probability
 
-    def add(self, batch: Any, embeddings: Tensor, logits: Tensor) -> None:
-        best = logits.float().softmax(1).max(1)
+    def add(self, batch: Any, outputs: Tensor) -> None:
+        best = outputs.float().softmax(1).max(1)
         self.rows += zip(
             batch.id,
             batch.on_host.label.tolist(),
@@ -239,7 +241,7 @@ def measures(matrix: Sequence[Sequence[int]]) -> dict[str, float]:
 
 
 class Verified:
-    """Equal error rate and detection costs of trials between the recordings of a stage.
+    """Equal error rate and detection costs of trials between recordings, of their embeddings.
 
     Args:
         trials: the list; None for pairs of the recordings (`make_trials`).
@@ -256,8 +258,8 @@ class Verified:
         self.trials, self.priors, self.cohort = trials, priors, cohort
         self.rows: list[tuple[str, str, list[float]]] = []
 
-    def add(self, batch: Any, embeddings: Tensor, logits: Tensor) -> None:
-        self.rows += zip(batch.id, batch.name, embeddings.float().tolist(), strict=True)
+    def add(self, batch: Any, outputs: Tensor) -> None:
+        self.rows += zip(batch.id, batch.name, outputs.float().tolist(), strict=True)
 
     def finish(self, folder: Path | None, stage: Stage) -> dict[str, float]:
         """Write ``trials_<stage>.csv``."""
@@ -341,7 +343,7 @@ class Classifier(Brain):
         labels = batch.label
         if stage is not Stage.TRAIN:
             logits = self.modules.head(predictions)
-            self.evaluation.add(batch, predictions, logits)
+            self.evaluation.add(batch, logits)
             return cross_entropy(logits.float(), labels)
         losses = cross_entropy(
             self.modules.head(predictions, labels).float(), labels, reduction="none"
@@ -355,7 +357,7 @@ class Classifier(Brain):
             return super().evaluate_batch(batch, stage)
         with self.autocast():
             embeddings = self.compute_forward(batch, stage)
-        self.evaluation.add(batch, embeddings, embeddings)
+        self.evaluation.add(batch, embeddings)
         return None  # Speakers that are new have no class, and so no loss.
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
@@ -384,10 +386,13 @@ class Classifier(Brain):
     def _cohort(self) -> Tensor:
         """Mean embedding (C, E) of each speaker of the cohort. A collective."""
         assert self.cohort is not None
-        self.modules.eval()
         mine: list[tuple[str, list[float]]] = []
         for index in range(distributed.rank(), len(self.cohort), distributed.world_size()):
-            item = self.cohort[index]
+            try:
+                item = self.cohort[index]
+            except BadItem as bad:
+                logger.warning("left out of the cohort: %s", bad)
+                continue
             mine.append((item["name"], self.embed(item["sig"]).tolist()))
         groups: dict[str, list[list[float]]] = {}
         for name, vector in sorted(chain.from_iterable(distributed.all_gather_json(mine))):
@@ -416,7 +421,7 @@ class Classifier(Brain):
 
         Raises ValueError for a signal that is shorter than the encoder needs.
         """
-        encoder, training = self.modules.encoder, self.modules.training
+        encoder = self.modules.encoder
         if len(signal) < encoder.shortest:
             raise ValueError(
                 f"it has {len(signal)} samples at {encoder.rate} Hz; the encoder needs "
@@ -424,13 +429,9 @@ class Classifier(Brain):
             )
         count = math.ceil(len(signal) / (self.hparams.seconds_tested * encoder.rate))
         pieces = signal.to(self.device).split(len(signal) // count)[:count]
-        self.modules.eval()
-        try:
-            with self.autocast(Stage.TEST):
-                lengths = torch.tensor([len(pieces[0])], device=self.device)
-                return torch.cat([self.embeddings(each[None], lengths).float() for each in pieces])
-        finally:
-            self.modules.train(training)
+        lengths = torch.tensor([len(pieces[0])], device=self.device)
+        with evaluation_mode(self.modules), self.autocast(Stage.TEST):
+            return torch.cat([self.embeddings(each[None], lengths).float() for each in pieces])
 
 
 def predict(brain: Classifier, path: str | Path) -> tuple[str, dict[str, float]]:

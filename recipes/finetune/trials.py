@@ -23,6 +23,7 @@ LABELS = {"1": True, "0": False, "target": True, "nontarget": False}
 COLUMNS = ("label", "enrol", "test")
 EXPECTED = f"lines '1 path path' or '0 path path', or a table with {', '.join(COLUMNS)}"
 MOST_PAIRED, MOST_OF_A_SPEAKER = 2000, 50  # recordings
+AT_ONCE = 4096  # rows of embeddings: lists have a million trials
 SHOWN = 80  # characters of a line or name that an error shows
 
 
@@ -199,7 +200,8 @@ def cosine_scores(
     table = _directions(torch.stack([each.double() for each in embeddings.values()]), list(order))
     left = torch.tensor([order[trial.enrol] for trial in trials])
     right = torch.tensor([order[trial.test] for trial in trials])
-    scores = (table[left] * table[right]).sum(1)
+    parts = zip(left.split(AT_ONCE), right.split(AT_ONCE), strict=True)
+    scores = torch.cat([(table[one] * table[two]).sum(1) for one, two in parts])
     if cohort is not None:
         if min(len(cohort), top) < 2:
             raise ValueError(
@@ -207,8 +209,11 @@ def cosine_scores(
                 "score normalisation needs two"
             )
         others = _directions(cohort.double(), [f"{n} of the cohort" for n in range(len(cohort))])
-        nearest = (table @ others.T).topk(min(top, len(others)), dim=1).values
-        deviation, mean = torch.std_mean(nearest, dim=1)
+        statistics = [
+            torch.stack(torch.std_mean((part @ others.T).topk(min(top, len(others))).values, dim=1))
+            for part in table.split(AT_ONCE)
+        ]
+        deviation, mean = torch.cat(statistics, dim=1)
         deviation = deviation.clamp(min=1e-6)
         scores = (
             (scores - mean[left]) / deviation[left] + (scores - mean[right]) / deviation[right]

@@ -222,6 +222,19 @@ def test_normalised_scores_are_those_of_the_formula() -> None:
     assert found[0] == pytest.approx(found[2])  # a b, and b a
 
 
+def test_long_lists_are_scored_as_short_ones() -> None:
+    rng = torch.Generator().manual_seed(5)
+    table = torch.randn(5000, 3, generator=rng)
+    embeddings = {f"{n}": row for n, row in enumerate(table)}
+    trials = [Trial(True, f"{n}", f"{(7 * n) % 5000}") for n in range(5000)]
+    cohort = torch.randn(9, 3, generator=rng)
+    few = [0, 4095, 4096, 4999]
+    for other in (None, cohort):
+        found = cosine_scores(trials, embeddings, other, top=4)
+        alone = [cosine_scores([trials[n]], embeddings, other, top=4)[0] for n in few]
+        assert [found[n] for n in few] == pytest.approx(alone)
+
+
 def test_an_embedding_or_cohort_that_cannot_be_used_is_a_sentence() -> None:
     trials = [Trial(True, "a", "b")]
     good = {"a": torch.ones(2), "b": torch.ones(2)}
