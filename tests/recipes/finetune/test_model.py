@@ -193,7 +193,7 @@ def half_a_file(folder: Path) -> None:
 
 
 BAD = {
-    "pickle": (pickled, r"weights in pickle alone \(pytorch_model.bin\), .* in safetensors"),
+    "pickled": (pickled, r"pickled weights alone \(pytorch_model.bin\), .* in safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights, and must have"),
     "half a file": (half_a_file, "cannot be used: .*header"),
     "unknown": (lambda f: changed(f, model_type="wav2vec3"), "not known to transformers .*allowed"),
