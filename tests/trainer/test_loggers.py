@@ -195,7 +195,7 @@ def test_a_logger_is_told_of_the_run_and_gets_its_files_at_the_end(tmp_path: Pat
     told = own.runs[0]
     assert (told.folder, told.name, told.taken) == (folder, "demo-1234", 0)
     assert told.memory.parent == folder / "loggers"
-    expected = {"lr": 0.01, "sizes[0]": 4, "log_interval": 1, "seed": 1234}
+    expected = {"lr": 0.01, "sizes.0": 4, "log_interval": 1, "seed": 1234}
     assert expected.items() <= told.config.items()
     assert own.events[:4] == ["open", "report.html", "checkpoint", "close"]
     assert own.events[-1] == "close"

@@ -57,7 +57,7 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(values, (list, tuple)):
         for number, value in enumerate(values[:MAX_ITEMS]):  # A vocabulary is no setting.
-            yield from _flat(value, f"{prefix}[{number}]")
+            yield from _flat(value, f"{prefix}.{number}")
     elif values is None or isinstance(values, (bool, int, float, str)):
         yield prefix, values
     elif isinstance(values, Path):
