@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -30,7 +31,9 @@ from trainer.optim.groups import clean_name
 from trainer.options import nearest
 
 KINDS = ("HRA", "IA3", "LOHA", "LOKR", "LORA")  # each layer of which has its own weights
+DERIVED = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")  # init_lora_weights by the base
 MAX_SHOWN = 8  # names in a message
+MAX_EFFORT = 30.0  # log2 of the ways in which a regular expression may match all names
 
 
 def apply_adapters(modules: nn.Module, adapters: Any) -> None:
@@ -82,6 +85,9 @@ def _inject(name: str, module: nn.Module, given: Any) -> None:
         return  # Another Brain has the same modules.
     if before is not None or any(map(_is_adapted, module.modules())):
         raise ValueError(f"{where}: the module has adapters already, which would be lost")
+    for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save",
+                "layers_pattern", "rank_pattern", "alpha_pattern"):  # fmt: skip
+        _check_effort(where, key, getattr(config, key, None), module)
     found = _check_layers(where, "target_modules", config.target_modules, module)
     _check_layers(where, "modules_to_save", getattr(config, "modules_to_save", None), module)
     uncalled = [
@@ -136,6 +142,35 @@ def _config(peft: Any, where: str, given: Any) -> Any:
             f"or a configuration of peft of one of the kinds {', '.join(KINDS)}"
         )
     return copy.deepcopy(given)  # peft changes it.
+
+
+def _check_effort(where: str, key: str, patterns: Any, module: nn.Module) -> None:
+    """Refuse a regular expression that may take very long, as one from a run folder may be made.
+
+    Raises:
+        ValueError: names it.
+    """
+    names = [name for name, _ in module.named_modules()]
+    for each in (patterns,) if isinstance(patterns, str) else patterns or ():
+        # peft puts any beginning before a text of a list.
+        pattern = str(each) if isinstance(patterns, str) else rf"(.*\.)?({each})"
+        if _effort(pattern, max(map(len, names))) + math.log2(len(names)) > MAX_EFFORT:
+            raise ValueError(
+                f"{where}: {key} has {str(each)[:100]!r}, a regular expression that may take very "
+                "long: no group may be repeated, and few parts of any length may follow each other;"
+                " write fewer, or a list of names"
+            )
+
+
+def _effort(pattern: str, length: int) -> float:
+    """Return log2 of an upper bound of the ways in which a regular expression may match a text."""
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", pattern, flags=re.DOTALL)
+    plain = re.sub(r"\(\?[:=!]", "(", plain)
+    if re.search(r"\)[*+{]|\(\?", plain):  # A group is repeated, or it is one of a rare kind.
+        return math.inf
+    parts, repeats = plain.count("(") + 1, len(re.findall("[*+{]", plain))
+    alternatives = parts * math.log2(plain.count("|") / parts + 1)
+    return alternatives + plain.count("?") + math.log2(math.comb(length + repeats, repeats))
 
 
 def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[nn.Module]:
@@ -292,6 +327,37 @@ def drop_base(
             group["params"] = [p for p in group["params"] if p.requires_grad or p in outside]
             for p in gone:
                 optimizer.state.pop(p, None)
+
+
+def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
+    """Make adapters anew that are computed from the weights of their layers, once these are loaded.
+
+    These are the magnitudes of DoRA, and beginnings such as PiSSA. Adapters that were loaded, too,
+    stay.
+
+    Args:
+        modules: all modules of a Brain, which no optimizer has yet.
+        loaded: names of the tensors that were loaded.
+    """
+    configs: dict[str, Any] = {
+        name: vars(module)["peft_config"]["default"]
+        for name, module in modules.named_modules()
+        if "peft_config" in vars(module)
+    }
+    for name, layer in list(modules.named_modules()):
+        if not hasattr(layer, "lora_variant"):
+            continue
+        own = [each.removeprefix(f"{name}.") for each in loaded if each.startswith(f"{name}.")]
+        if not any(each.startswith("base_layer.") for each in own):
+            continue
+        above = [name[:end] for end, letter in enumerate(name) if letter == "."] + [name]
+        config = next(configs[each] for each in reversed(above) if each in configs)
+        if str(config.init_lora_weights).startswith(DERIVED):
+            if not any(each.startswith("lora_") for each in own):
+                r, alpha = layer.r["default"], layer.lora_alpha["default"]
+                layer.update_layer("default", r=r, lora_alpha=alpha, config=config)
+        elif layer.lora_variant and not any("magnitude" in each for each in own):
+            layer.lora_variant["default"].init(layer, adapter_name="default", config=config)
 
 
 def merge_adapters(modules: nn.Module) -> None:

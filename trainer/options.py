@@ -423,6 +423,8 @@ class RunOptions:
 HINTS: dict[str, Any] = typing.get_type_hints(RunOptions)
 METADATA: dict[str, Metadata] = {each.name: each.metadata["option"] for each in fields(RunOptions)}
 TRANSIENT_OPTIONS = tuple(name for name in METADATA if METADATA[name].transient)
+# Hyperparameters that a Brain reads beside run options: keys of any YAML.
+BRAIN_KEYS = ("adapters", "callbacks", "early_stopping", "param_groups", "schedule")
 TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -505,7 +507,7 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
     Args:
         hparams: names of hyperparameters, most of which are the recipe's own.
     """
-    known = RunOptions.names()
+    known = [*RunOptions.names(), "adapters", "param_groups"]
     for name in sorted({*hparams} - {*known, *ALIASES, *NAMES}):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
         meant = SIMILAR.get(name) or next(iter(close), None)

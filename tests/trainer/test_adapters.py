@@ -662,6 +662,44 @@ def test_bad_adapters_are_a_sentence_before_training(adapters: Any, sentence: st
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(\\w+)+!",
+        "(a|a|\\w)" * 30 + "!",
+        ".*" * 20 + "!",
+        "(?x)(\\w+) +!",
+        "(\\w+)(?#)+!",
+        "\\w{1,9}" * 20,
+    ],
+)
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_expression_that_may_take_very_long_is_refused(key: str, pattern: str) -> None:
+    value = {pattern: 3} if key == "rank_pattern" else pattern
+    modules = nn.ModuleDict({"encoder": nn.Sequential(), "head": nn.Linear(2, 2)})
+    modules["encoder"].add_module("a" * 60, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=f"adapters.encoder: {key} has .* may take very long"):
+        apply_adapters(modules, {"encoder": {"target_modules": "a.*", key: value}})
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q|v)_proj", r".*layers\.(0|1|2|3|4|5|6|7|8|9|10|11)\..*(q_proj|v_proj)",
+        r"^(?!.*lm_head).*proj$", r".*(?:self_attn|mlp).*(q_proj|v_proj).*",
+        r"model\.encoder\.layers\.\d+\.(self_attn|encoder_attn)\.(q|k|v|out)_proj",
+    ],
+)  # fmt: skip
+def test_expressions_that_people_write_are_matched(pattern: str) -> None:
+    layers = nn.ModuleList(
+        nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})}) for _ in range(300)
+    )
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": layers})})
+    modules = nn.ModuleDict({"net": nn.ModuleDict({"model": model})})
+    apply_adapters(modules, {"net": {"r": 1, "target_modules": pattern}})
+    assert any("lora_A" in name for name, _ in modules.named_parameters())
+
+
 def test_prompts_are_no_adapters_of_layers() -> None:
     config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="is a PREFIX_TUNING; allowed: .* LORA"):

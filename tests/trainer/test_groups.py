@@ -850,6 +850,24 @@ def test_a_yaml_and_its_command_line_set_groups(
     assert "slow: 2e-05 -> 3e-05" in capsys.readouterr().err
 
 
+def test_keys_of_every_brain_are_given_on_the_command_line_of_any_yaml(tmp_path: Path) -> None:
+    lines = YAML.partition("param_groups:")[0] + YAML[YAML.index("checkpointer:") :]
+    (tmp_path / "toy.yaml").write_text(lines)
+    given = [str(tmp_path / "toy.yaml"), "--output_folder", str(tmp_path / "run")]
+    namespace: dict[str, Any] = {"__name__": "toy"}
+    exec(TRAIN, namespace)
+    rates = cli.main(
+        namespace["train"],
+        [*given, '--param_groups={"encoder.*": {lr: !ref <slow>}, "*": {lr: 1e-3}}',
+         "--schedule=!name:trainer.schedules.WarmupDecay {warmup_steps: 1, total_steps: 9}",
+         "--early_stopping", "!new:trainer.schedules.EarlyStopping {metric: loss}"],
+    )  # fmt: skip
+    assert rates == pytest.approx({"encoder.*": 7.5e-6, "*": 7.5e-4})  # Of the schedule.
+    for wrong in ("--param_group={}", "--adapter.encoder.r=3"):
+        with pytest.raises(SystemExit):
+            cli.main(namespace["train"], [*given, wrong])
+
+
 # --- optimizers of other kinds -------------------------------------------------------------------
 
 

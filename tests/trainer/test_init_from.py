@@ -460,6 +460,33 @@ def test_weights_of_a_base_go_into_an_adapted_model_and_back(tmp_path: Path, sta
     assert torch.equal(plain.modules.net[2].weight, net(9)[2].weight + 1)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
+     {"use_dora": True, "init_lora_weights": "olora"}],
+)  # fmt: skip
+def test_adapters_that_are_computed_from_a_base_are_so_from_the_one_that_was_loaded(
+    more: dict[str, Any], tmp_path: Path, state: Path
+) -> None:
+    pytest.importorskip("peft")
+    hparams = {"adapters": {"net": {"r": 2, "target_modules": ["0", "2"], **more}}}
+    x = torch.randn(5, 4)
+
+    def run(source: Path, epochs: int = 0) -> Any:
+        kept = Checkpointer(tmp_path / "checkpoints", keep_last=1) if epochs else None
+        brain = make(hparams=hparams, init_from=str(source), checkpointer=kept, save="trainable")
+        brain.fit(range(1, epochs + 1), batches(3), batches(2))
+        brain.modules.eval()
+        return brain
+
+    assert torch.allclose(run(state).modules.net(x), net(9)(x), atol=1e-5)
+    once = run(state, 1)
+    assert not torch.allclose(once.modules.net(x), net(9)(x), atol=1e-3)
+    torch.save(once.modules.state_dict(), tmp_path / "adapted.pt")  # Whose adapters stay.
+    assert same(weights(run(tmp_path / "adapted.pt")), weights(once))
+    assert same(weights(run(state, 1)), weights(once))  # It is resumed.
+
+
 def test_adapters_of_a_run_go_on_the_same_base_alone(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     hparams = {"adapters": {"net": {"r": 2, "target_modules": ["0", "2"]}}}

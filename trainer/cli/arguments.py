@@ -1,8 +1,8 @@
 """The command line: `train.py FILE [--key value | --key=value | --flag | --no-flag]…`.
 
-Names are those of the run options and of the YAML's keys, in full; nested keys are dotted. Values
-are YAML; an empty text is given in quotes. `--allow name` is neither: it lets the YAML build names
-of a package.
+Names are those of the run options and of the YAML's keys, in full, and those of `BRAIN_KEYS`, which
+the YAML may lack; nested keys are dotted. Values are YAML; an empty text is given in quotes.
+`--allow name` is neither: it lets the YAML build names of a package.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trainer.config.registry import NAME_IN_FULL
 from trainer.optim.build import pick_device
 from trainer.options import (
     ALIASES,
+    BRAIN_KEYS,
     METADATA,
     TRANSIENT_OPTIONS,
     RunOptions,
@@ -168,7 +169,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
     """
     dotted = [key.name for key in configuration.described()]
     keys = {name.partition(".")[0] for name in dotted}
-    known = {*keys, *RunOptions.names(), *ALIASES}
+    known = {*keys, *RunOptions.names(), *BRAIN_KEYS, *ALIASES}
     spellings = {name.replace("_", "-"): name for name in NAMES}  # as --local-rank of launchers
     changes: list[tuple[str, Any]] = []
     rest = list(argv)
@@ -303,6 +304,8 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
         lines += ["", f"Keys of {file}:"]
         for key in rows:
             lines += _row(key.name, key.default, key.comment or _about(key.name))
+        others = [name for name in BRAIN_KEYS if name not in mine]
+        lines += textwrap.wrap(f"Keys that it may have in addition: {', '.join(others)}", 100)
     else:
         lines += ["", f"{program} FILE --help lists the keys of a YAML too."]
     lines += ["", "Examples:"]

@@ -52,6 +52,7 @@ from trainer.config.reading import (
 from trainer.config.registry import Registry
 from trainer.config.run_folder import RunFolderRegistry, check_objects, check_tags
 from trainer.options import (
+    BRAIN_KEYS,
     HINTS,
     RunOptions,
     checked,
@@ -183,7 +184,8 @@ class Configuration:
     def override(self, changes: Mapping[str, Any]) -> None:
         """Change keys; mappings change the keys below theirs.
 
-        Run options may be new keys, and so may arguments that the class of an object takes.
+        Run options and `BRAIN_KEYS` may be new keys, and so may arguments that the class of an
+        object takes.
 
         Raises:
             ValueError: a key is unknown, or a value has another type than the default.
@@ -266,7 +268,7 @@ class Configuration:
         target = object_name(node)
         hint = ""
         if not above:
-            known += RunOptions.names()
+            known += [*RunOptions.names(), *BRAIN_KEYS]
             problem = f"there is no key or run option {key!r}"
         elif target:
             try:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed, json_files
-from trainer.adapters import is_replaced, plain_name
+from trainer.adapters import derive_adapters, is_replaced, plain_name
 from trainer.checkpoint.frozen import BASE, base_name, check_base, described
 from trainer.checkpoint.saver_hooks import KEY
 from trainer.options import nearest
@@ -93,6 +93,7 @@ def initialise(
             f"init_map: {{{module}.*: null}}, or choose a model of the same size"
         )
     modules.load_state_dict({**own, **taken})
+    derive_adapters(modules, taken)
     vars(modules)["made_from"] = source
     if distributed.is_main():
         used = {targets[plain_name(name)] for name in taken}
