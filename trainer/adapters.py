@@ -122,7 +122,11 @@ def _config(peft: Any, where: str, given: Any) -> Any:
     if isinstance(given, Mapping):
         from trainer.config.pretrained import BOUND  # Programs without a YAML start faster.
 
-        known = [each.name for each in dataclasses.fields(peft.LoraConfig) if each.init]
+        known = [
+            each.name
+            for each in dataclasses.fields(peft.LoraConfig)
+            if each.init and each.name != "peft_type"
+        ]
         for key, value in given.items():
             if key not in known:
                 raise ValueError(
@@ -182,6 +186,8 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
     layers = {name: layer for name, layer in module.named_modules() if name}
     parents = {name: layers.get(name.rpartition(".")[0], module) for name in layers}
     by_regex = isinstance(wanted, str)
+    if by_regex and key == "modules_to_save":  # peft would take its letters one by one.
+        raise ValueError(f"{where}: {key} is {wanted!r}; allowed: a list of names of layers")
     if wanted is None or wanted == "all-linear":
         found, missing = set(), []
     elif by_regex:
@@ -344,19 +350,20 @@ def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
         for name, module in modules.named_modules()
         if "peft_config" in vars(module)
     }
+    based, adapted, scaled = (
+        {name.rpartition(part)[0] for name in loaded}
+        for part in (".base_layer.", ".lora_", ".lora_magnitude_vector.")
+    )
     for name, layer in list(modules.named_modules()):
-        if not hasattr(layer, "lora_variant"):
-            continue
-        own = [each.removeprefix(f"{name}.") for each in loaded if each.startswith(f"{name}.")]
-        if not any(each.startswith("base_layer.") for each in own):
+        if name not in based or not hasattr(layer, "lora_variant"):
             continue
         above = [name[:end] for end, letter in enumerate(name) if letter == "."] + [name]
         config = next(configs[each] for each in reversed(above) if each in configs)
         if str(config.init_lora_weights).startswith(DERIVED):
-            if not any(each.startswith("lora_") for each in own):
+            if name not in adapted:
                 r, alpha = layer.r["default"], layer.lora_alpha["default"]
                 layer.update_layer("default", r=r, lora_alpha=alpha, config=config)
-        elif layer.lora_variant and not any("magnitude" in each for each in own):
+        elif layer.lora_variant and name not in scaled:
             layer.lora_variant["default"].init(layer, adapter_name="default", config=config)
 
 

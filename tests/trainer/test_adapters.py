@@ -650,6 +650,8 @@ def test_a_run_folder_says_what_it_wants_of_a_base(claim: Any, tmp_path: Path) -
         ({"encoder": {**LORA, "target_modules": "x.*"}}, "'x.*', which matches no layer"),
         ({"encoder": {**LORA, "target_modules": "("}}, "is no regular expression"),
         ({"encoder": {**LORA, "modules_to_save": ["hed"]}}, "modules_to_save has 'hed'"),
+        ({"encoder": {**LORA, "modules_to_save": "24"}}, "modules_to_save is '24'; allowed: a li"),
+        ({"encoder": {**LORA, "peft_type": "LOHA"}}, "'peft_type' is no argument"),
         ({"encoder": {**LORA, "target_modules": ["1"]}}, "adapters.encoder: .*not supported"),
         ({"encoder": {**LORA, "megatron_core": "os"}}, "megatron_core must be 'megatron.core'"),
         ({"encoder": 3}, "adapters.encoder is a int; allowed: arguments of peft.LoraConfig"),
