@@ -281,6 +281,28 @@ def test_shapes_that_differ_are_named_and_may_be_left_new(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w: (100 * w).to(torch.int8), "torch.int8 there, and torch.float32 here"),
+        (lambda w: w > 0, "torch.bool there"),
+        (lambda w: w.to(torch.complex64), "torch.complex64 there"),
+        (lambda w: w.to(torch.float8_e4m3fn), "torch.float8_e4m3fn there"),
+        (lambda w: w.to_sparse(), "of layout torch.sparse_coo there"),
+        (lambda w: w.to("meta"), "without content there"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_codes_or_have_no_content_are_refused(
+    change: Any, sentence: str, tmp_path: Path
+) -> None:
+    weights_there = {f"net.{name}": w.detach() for name, w in net(9).state_dict().items()}
+    weights_there["net.2.weight"] = change(weights_there["net.2.weight"])
+    torch.save(weights_there, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=f"net.2.weight is .*{sentence}") as info:
+        started(tmp_path / "state.pt")
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
     ("names", "sentence"),
     [
         ({"nett.*": "a.*"}, "'nett.*', which matches no name of this model; .*net.0.weight"),

@@ -87,11 +87,16 @@ def initialise(
     ]
     if other:
         more = f" (and {len(other) - 1} more)" if other[1:] else ""
-        module = other[0].split(".")[0]
+        name = plain_name(other[0].split()[0])
         raise ValueError(
             f"init_from {source}: {other[0]}{more}; leave it new by a pattern with null, such as "
-            f"init_map: {{{module}.*: null}}, or choose a model of the same size"
+            f"init_map: {{{name}: null}}, or choose a model of the same size"
         )
+    for name, value in taken.items():
+        if isinstance(value, Tensor) and (reason := _misfit(value, own[name])):
+            raise ValueError(
+                f"init_from {source}: {name} is {reason} there, and {own[name].dtype} here"
+            )
     modules.load_state_dict({**own, **taken})
     derive_adapters(modules, taken)
     vars(modules)["made_from"] = source
@@ -103,6 +108,18 @@ def initialise(
             "init_from %s: %d tensors taken, %d new%s, %d left%s",
             source, len(taken), len(new), _listed(new), len(left), _listed(left),
         )  # fmt: skip
+
+
+def _misfit(value: Tensor, own: Tensor) -> str:
+    """Return why the numbers of a tensor cannot be taken as they are, or an empty text."""
+    if value.is_meta:
+        return "without content"
+    if value.layout != torch.strided:
+        return f"of layout {value.layout}"
+    kinds = [(each.is_floating_point(), each.is_complex()) for each in (value, own)]
+    # Numbers of one byte are codes, which count with a scale.
+    codes = value.is_floating_point() and value.itemsize == 1 and value.dtype != own.dtype
+    return str(value.dtype) if codes or kinds[0] != kinds[1] else ""
 
 
 def _targets(
@@ -161,6 +178,8 @@ def _suggestion(modules: nn.Module, given: Weights) -> str:
             for each in given:
                 if f".{each}".endswith(f".{plain_name(own)}"):
                     start = each.removesuffix(plain_name(own))
+                    if start == f"{name}.":
+                        return ""
                     return f"; did you mean init_map: {{{name}.*: '{start}*'}}?"
     return ""
 
