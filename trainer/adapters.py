@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -33,6 +34,7 @@ from trainer.options import nearest
 KINDS = ("HRA", "IA3", "LOHA", "LOKR", "LORA")  # each layer of which has its own weights
 DERIVED = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")  # init_lora_weights by the base
 MAX_SHOWN = 8  # names in a message
+MAX_MESSAGE = 400  # characters of peft's own, which may show whole modules
 MAX_EFFORT = 30.0  # log2 of the ways in which a regular expression may match all names
 
 
@@ -101,11 +103,20 @@ def _inject(name: str, module: nn.Module, given: Any) -> None:
         with _plain_weights(found):
             peft.inject_adapter_in_model(config, module)
     except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{where}: {textwrap.shorten(str(error), MAX_MESSAGE)}") from error
     # Not as an attribute of a module, which would look for it among its parameters.
     vars(module)["adapted_by"] = asked
-    for layer in module.modules():
-        if type(layer).__name__ == "MultiheadAttention" and _is_adapted(layer):
+    _mend_layers(module)
+
+
+def _mend_layers(module: nn.Module) -> None:
+    """Make adapted layers compute what they do without peft, and layers around them call them."""
+    adapted: list[Any] = [layer for layer in module.modules() if _is_adapted(layer)]
+    for layer in adapted:
+        base = layer.get_base_layer()
+        for part in getattr(layer, "lora_A", {}).values() if hasattr(base, "dilation") else ():
+            part.dilation = base.dilation  # peft leaves it out.
+        if type(layer).__name__ == "MultiheadAttention":
             layer.register_forward_pre_hook(_keep_weights)
             layer.register_forward_hook(_put_weights_back, always_call=True)
     for layer in module.modules():
@@ -214,6 +225,11 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
             f"{', …' if len(ends) > MAX_SHOWN else ''}"
         )
     for name in sorted(found) if key == "target_modules" else ():
+        if (mode := getattr(layers[name], "padding_mode", "zeros")) != "zeros":
+            raise ValueError(
+                f"{where}: {key} has {name!r}, whose padding is {mode}, and adapters of peft pad "
+                "with zeros: name other layers"
+            )
         if isinstance(parents[name], nn.MultiheadAttention):
             parent = name.rpartition(".")[0]
             raise ValueError(
@@ -371,7 +387,8 @@ def merge_adapters(modules: nn.Module) -> None:
     """Merge adapters into the weights that they adapt, in place: plain layers are left.
 
     Raises:
-        ValueError: the merged weights would not be finite.
+        ValueError: the merged weights would not be finite, or a layer has none that could be merged
+            into, such as a convolution with groups.
     """
     within: tuple[str, ...] = ()
     for name, layer in list(modules.named_modules()):
@@ -382,7 +399,10 @@ def merge_adapters(modules: nn.Module) -> None:
                 merge=True, safe_merge=True, adapter_names=None
             )
         elif _is_adapted(layer):
-            plain = _merged(layer)
+            try:
+                plain = _merged(layer)
+            except (NotImplementedError, AttributeError) as error:
+                raise ValueError(f"the adapter of {name} cannot be merged: {error}") from error
         else:
             for key in ("peft_config", "adapted_by"):
                 vars(layer).pop(key, None)

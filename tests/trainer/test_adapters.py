@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -456,6 +457,41 @@ def test_a_layer_whose_weight_is_computed_merges(norm: str, frozen: bool) -> Non
     _randomise(modules)
     _merges(modules, lambda: modules.net(x))
     assert (set(modules.state_dict()) == names) is (norm == "weight_norm")
+
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "dilation": {"dilation": 2}, "same length": {"dilation": 2, "padding": "same"},
+    "stride": {"stride": 2, "padding": 1}, "circular": {"padding_mode": "circular", "padding": 1},
+    "reflect": {"padding_mode": "reflect", "padding": 1}, "groups": {"groups": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_convolution_is_adapted_as_it_is_or_refused(kind: str, dora: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv1d(4, 4, 3, **CONVOLUTIONS[kind]))
+    modules = nn.ModuleDict({"net": copy.deepcopy(plain)}).eval()
+    x = torch.randn(2, 4, 16)
+    adapter = {"r": 2, "target_modules": ["0"], "use_dora": dora}
+    if "padding_mode" in CONVOLUTIONS[kind]:
+        with pytest.raises(ValueError, match=f"whose padding is {kind}, and adapters of peft pad"):
+            apply_adapters(modules, {"net": adapter})
+        return
+    with warnings.catch_warnings(action="ignore"):  # That groups cannot be merged.
+        apply_adapters(modules, {"net": adapter})
+    assert torch.allclose(modules["net"](x), plain(x), atol=1e-6)
+    with torch.no_grad():
+        for name, p in modules.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    expected = modules["net"](x)
+    if kind == "groups":
+        with pytest.raises(ValueError, match="the adapter of net.0 cannot be merged: .*groups"):
+            merge_adapters(modules)
+        return
+    merge_adapters(modules)
+    assert torch.allclose(modules["net"](x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 2])
