@@ -102,11 +102,11 @@ def _register_defaults() -> None:
         return make_layer_monitor(brain)
 
     def loggers(brain: Brain) -> Callback | None:
-        from trainer.loggers import JsonlLogger, LoggerCallback, TensorBoardLogger
+        from trainer.loggers import JsonlLogger, LoggerCallback, SampleLogger, TensorBoardLogger
         from trainer.report import ReportLogger
 
         curves = [TensorBoardLogger] if brain.options.tensorboard else []
-        return LoggerCallback(brain.options, [JsonlLogger, *curves, ReportLogger])
+        return LoggerCallback(brain.options, [JsonlLogger, SampleLogger, *curves, ReportLogger])
 
     def replica_check(brain: Brain) -> Callback | None:
         from trainer.diagnostics.replica_check import make_replica_check

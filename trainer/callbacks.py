@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainer.metrics import StageReport, StepReport
     from trainer.optim.step import Update
     from trainer.progress import Stage
+    from trainer.samples import Samples
 
 logger = logging.getLogger("trainer")
 
@@ -143,6 +144,12 @@ class Callback:
         Args:
             brain: the Brain that runs.
             record: step, epoch, loss, examples per second, and figures of each optimizer.
+        """
+
+    def on_samples(self, brain: Brain, samples: Samples) -> None:
+        """Called with what `Brain.show` is given.
+
+        Runs on the ranks that call it; must not call a collective.
         """
 
     def on_checkpoint(self, brain: Brain, checkpoint: Checkpoint) -> None:
