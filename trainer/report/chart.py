@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from operator import itemgetter
 
 from trainer.report.axis import Axis, count, number
+from trainer.report.html import escape
 
 WIDTH, HEIGHT = 640.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # Margins for ticks and labels.
@@ -180,11 +180,19 @@ def _frame(x: Axis, y: Axis, chart: Chart) -> str:
         parts.append(f'<text class="tick mid" x="{at:.1f}" y="{floor + 18:g}">{text}</text>')
     parts.append("</g>")
     for axis, text, place in (
-        (x, chart.x_label, f'x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"'),
-        (y, chart.y_label, f'transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"'),
+        (
+            x,
+            chart.x_label,
+            f'class="mid across" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"',
+        ),
+        (
+            y,
+            chart.y_label,
+            f'class="mid" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"',
+        ),
     ):
         scale = ", log scale" if axis.log else ""
-        parts.append(f'<text class="mid" {place}>{escape(text + scale)}</text>')
+        parts.append(f"<text {place}>{escape(text + scale)}</text>")
     return "".join(parts)
 
 
@@ -238,7 +246,9 @@ def _legend(chart: Chart) -> str:
     for each in chart.series:
         known = _known(each)
         cells = [_last(each) if known else "–"] * chart.valued
-        if chart.valued and len({y for _, y in known}) > 1:  # The last value of a constant is enough.
+        if (
+            chart.valued and len({y for _, y in known}) > 1
+        ):  # The last value of a constant is enough.
             heads = ["last", "lowest", "highest"]
             for x, y in (min(known, key=VALUE), max(known, key=VALUE)):
                 place = count(x) if chart.counts else number(x)

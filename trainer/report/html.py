@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as _escape
 from importlib.resources import files
 
 SCRIPT = files("trainer.report").joinpath("script.js").read_text(encoding="utf-8")
@@ -22,6 +22,18 @@ POLICY = (
     f"default-src 'none'; script-src 'sha256-{HASH}'; style-src 'unsafe-inline'; "
     "img-src data:; media-src data:"
 )
+
+
+# Characters that reorder the text around them, or that HTML cannot hold.
+UNSEEN = dict.fromkeys(
+    [*range(9), 11, 12, *range(14, 32), 127, *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
+    "\N{REPLACEMENT CHARACTER}",
+)
+
+
+def escape(text: str, quote: bool = True) -> str:
+    """Return a text as HTML that shows it and changes nothing around it."""
+    return _escape(text.translate(UNSEEN), quote)
 
 
 def document(title: str, header: str, main: str, style: str = "") -> str:
@@ -92,6 +104,7 @@ body { margin: 0 auto; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 3rem; max-width:
 h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.25rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 0; font-size: 1rem; }
+p, li, small { overflow-wrap: anywhere; }
 header > p { margin: .3rem 0 0; color: var(--soft); }
 .tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0 0;
   padding: 0; list-style: none; }
@@ -186,6 +199,7 @@ button { padding: .3rem .7rem; border: 1px solid var(--soft); border-radius: .4r
 .words th { white-space: normal; }
 .guide { stroke: var(--soft); stroke-dasharray: 2 3; }
 a { color: var(--c0); } :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
-@media (max-width: 38rem) { svg text { font-size: 15px; } }
+@media (max-width: 38rem) { svg text { font-size: 20px; }
+  .across { translate: 0 8px; } .tick.mid { translate: 0 3px; } }
 @media print { body { max-width: none; } figure, .wide { break-inside: avoid; } }
 """

@@ -9,7 +9,6 @@ import re
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from trainer import json_files
 from trainer.report.axis import Axis, count, number
 from trainer.report.chart import Chart, draw
 from trainer.report.history import Curve, History, measures_of, read_history
-from trainer.report.html import document, section, table, tiles
+from trainer.report.html import document, escape, section, table, tiles
 from trainer.report.plots import display_name, lost_steps, sections
 from trainer.report.samples import read_tables, render_tables
 

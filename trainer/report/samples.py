@@ -10,7 +10,6 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from trainer import json_files
 from trainer.loggers.samples import FOLDER, MAX_ROWS, MAX_SETS, TABLE
 from trainer.report.axis import count, number
 from trainer.report.chart import Chart, Series, draw
-from trainer.report.html import section
+from trainer.report.html import escape, section
 from trainer.untrusted import confined
 
 MAX_EMBEDDED = 6_500_000  # bytes of the files in a page, which base64 makes 8.7 MB
@@ -245,5 +244,6 @@ def _histogram(name: str, cell: Row) -> str:
         xs = [low + width * place for place in range(len(shares) + 1) for _ in (0, 1)][1:-1]
         ys = [100 * float(share) for share in shares for _ in (0, 1)]
         series.append(Series(_text(group), xs, ys, colour, "steps"))
-    chart = Chart(name, _text(cell.get("label")), "% of the group", series, True, counts=False, valued=False)
+    chart = Chart(name, _text(cell.get("label")), "% of the group", series, from_zero=True)
+    chart.counts = chart.valued = False
     return f'<div class="cell wide-cell">{draw(chart)}</div>'

@@ -49,7 +49,7 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
         {"generator"}, {"discriminator", "generator"},
     ]  # fmt: skip
     assert {"mel", "adversarial", "features"} < steps[1]["loss"].keys()
-    assert (folder / "samples.html").is_file()
+    assert (folder / "samples" / "test" / "samples.json").is_file()
     assert len(list((folder / "samples").iterdir())) == 3
 
 
