@@ -211,6 +211,14 @@ class CallbackList:
             if getattr(type(callback), name) is not getattr(Callback, name):
                 self._methods[name].append(getattr(callback, name))
 
+    def listen(self, event: str, method: Callable[..., None]) -> None:
+        """Have one more function called at an event, as by a callback that looks now and then."""
+        self._methods[event] = [*self._methods[event], method]
+
+    def unlisten(self, event: str, method: Callable[..., None]) -> None:
+        """Undo `listen`; may be called within the event."""
+        self._methods[event] = [each for each in self._methods[event] if each != method]
+
     def call(self, event: str, *arguments: Any) -> None:
         """Call a method of every callback that overrides it.
 

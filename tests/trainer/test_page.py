@@ -138,6 +138,7 @@ def test_one_loss_has_its_curves_its_test_and_its_limit(tmp_path: Path) -> None:
         *("Learning rate", "Gradient norm", "Clipped gradients"),
         "Speed",
         "Throughput",
+        "Where the time goes",
         "Stages",
     ]
     text = " ".join(outline.words)

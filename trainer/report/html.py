@@ -183,7 +183,8 @@ audio { display: block; width: 100%; height: 2.5rem; margin-top: .35rem; }
 .m4 { background: #0072b266; } .m5, .m6, .m7, .m8 { background: #0065a0; color: #ffffff; }
 .m6 { background: #005c91; } .m7 { background: #005383; } .m8 { background: #004a75; }
 .bar { display: flex; height: 1.4rem; margin: .6rem 0; border-radius: .25rem; overflow: hidden; }
-.bar span { height: 100%; } .b0 { background: var(--c0); } .b1 { background: var(--c1); }
+.bar span { height: 100%; } .bar + .wide { max-width: 32rem; }
+.b0 { background: var(--c0); } .b1 { background: var(--c1); }
 .b2 { background: var(--c2); } .b3 { background: var(--c3); } .b4 { background: var(--c4); }
 .b5 { background: var(--c6); }
 button { padding: .3rem .7rem; border: 1px solid var(--soft); border-radius: .4rem; cursor: pointer;

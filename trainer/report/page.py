@@ -17,7 +17,7 @@ from trainer.report.axis import Axis, count, number
 from trainer.report.chart import Chart, draw
 from trainer.report.history import Curve, History, measures_of, read_history
 from trainer.report.html import document, escape, section, table, tiles
-from trainer.report.plots import display_name, lost_steps, sections
+from trainer.report.plots import PARTS, display_name, lost_steps, sections
 from trainer.report.samples import read_tables, render_tables
 
 MAX_STAGES = 30  # Rows of the table of stages.
@@ -57,7 +57,8 @@ def render(folder: Path) -> str:
         f"{section('Not finite', _warning_list(''.join(item for _, item in reports)))}"
         f"{section('Warnings', _warning_list(''.join(warnings)))}"
         f"{render_tables({'': read_tables(folder)})}"
-        f"{chart_sections(sections(history, lost))}{clocks([history])}{_layers(history)}"
+        f"{chart_sections(sections(history, lost))}{clocks([history])}{_time(history)}"
+        f"{_layers(history)}"
         f"{_stages(history)}{_settings(folder)}{_environment(folder)}"
         f"{section('To run it again', _files(folder))}",
     )
@@ -83,6 +84,37 @@ def clocks(histories: Iterable[History]) -> str:
             times[step] = max(seconds, *list(times.values())[-1:], 0.0)  # Never backwards.
         found.append([list(times), [round(each, 1) for each in times.values()]])
     return f'<script type="application/json" id="clocks">{json.dumps(found)}</script>'
+
+
+def _time(history: History) -> str:
+    """Return the shares of the parts of a step, and of the stages, as bars with their numbers."""
+    step = {}
+    for part in PARTS:
+        known = [y for _, y in history.steps.get(f"times.{part}", Curve()).known()]
+        if known:  # A save is of all steps since the last record, and the others of one step.
+            steps = history.last_step if part == "save" else len(known)
+            step[part] = 1000 * math.fsum(known) / max(1, steps)
+    stages: dict[str, float] = {}
+    for record in history.stages:
+        seconds = record.get("seconds")
+        if isinstance(seconds, (int, float)) and seconds >= 0:
+            stages[str(record["stage"])] = stages.get(str(record["stage"]), 0.0) + seconds
+    text = ""
+    for name, parts, unit in (("Mean of a step", step, "ms"), ("Stages", stages, "s")):
+        total = math.fsum(parts.values())
+        if len(parts) < 2 or not 0 < total < 1e300:
+            continue
+        bar = "".join(
+            f'<span class="b{place % 6}" style="width: {100 * each / total:.2f}%"></span>'
+            for place, each in enumerate(parts.values())
+        )
+        rows = [
+            [escape(part), f"{number(each)} {unit}", f"{100 * each / total:.1f} %"]
+            for part, each in parts.items()
+        ]
+        text += f'<div class="bar" aria-hidden="true">{bar}</div>'
+        text += table(name, (name, "time", "share"), rows)
+    return section("Where the time goes", text)
 
 
 def _last_lines(folder: Path) -> str:

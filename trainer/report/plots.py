@@ -11,6 +11,7 @@ from trainer.report.chart import Chart, Event, Series
 from trainer.report.history import Curve, History
 
 STEP = "optimizer step"
+PARTS = ("data", "forward", "backward", "step", "save")  # of the time of a step
 MAX_EVENTS = 200  # Steps not taken that a chart marks.
 REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "largest": max, "median": statistics.median, "smallest": min,
@@ -183,6 +184,14 @@ def _by_layer(history: History) -> list[Chart]:
 
 
 def _speed(history: History) -> list[Chart]:
-    chart = Chart("Throughput", STEP, "examples per second", from_zero=True)
-    _add(chart, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
-    return [chart]
+    rate = Chart("Throughput", STEP, "examples per second", from_zero=True)
+    _add(rate, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
+    times = Chart("Time of a step", STEP, "milliseconds", from_zero=True)
+    for colour, part in enumerate(PARTS):
+        curve = history.steps.get(f"times.{part}", Curve())
+        _add(times, part, curve.scaled(1000), colour, noisy=part != "save")
+    memory = Chart("Memory, at most so far", STEP, "GB", from_zero=True)
+    _add(memory, "main rank", history.steps.get("memory", Curve()).scaled(1e-9))
+    padding = Chart("Padding", STEP, "% of a batch", from_zero=True)
+    _add(padding, "largest field", history.steps.get("padding", Curve()).scaled(100), noisy=True)
+    return [rate, times, memory, padding]
