@@ -53,9 +53,9 @@ def render(folder: Path) -> str:
     return document(
         " / ".join(folder.resolve().parts[-3:]).lstrip("/ "),
         f"<p>{escape(_status(folder, history))}</p>{_tiles(history)}",
-        f"{_last_lines(folder)}"
-        f"{section('Not finite', _warning_list(''.join(item for _, item in reports)))}"
-        f"{section('Warnings', _warning_list(''.join(warnings)))}"
+        f"{section('The run has ended with an error', last_lines(folder))}"
+        f"{section('Not finite', warning_list(''.join(item for _, item in reports)))}"
+        f"{section('Warnings', warning_list(''.join(warnings)))}"
         f"{render_tables({'': read_tables(folder)})}"
         f"{chart_sections(sections(history, lost))}{clocks([history])}{_time(history)}"
         f"{_layers(history)}"
@@ -117,14 +117,14 @@ def _time(history: History) -> str:
     return section("Where the time goes", text)
 
 
-def _last_lines(folder: Path) -> str:
-    """Return the last lines of the log of a run that an error has ended."""
+def last_lines(folder: Path) -> str:
+    """Return the last lines of the log, as HTML, of a run that an error has ended."""
     lines = tail(folder / "train.log", LAST_LINES)
     starts = [n for n, line in enumerate(lines) if ERROR.search(line)]
     if not starts or any(GOES_ON.search(line) for line in lines[starts[-1] :]):
         return ""
     shown = "\n".join(lines[max(0, starts[-1] - 3) :])
-    return section("The run has ended with an error", f'<pre tabindex="0">{escape(shown)}</pre>')
+    return f'<pre tabindex="0">{escape(shown)}</pre>'
 
 
 def tail(path: Path, most: int) -> list[str]:
@@ -145,7 +145,7 @@ def _status(folder: Path, history: History) -> str:
     if epochs:
         facts.insert(0, f"{count(max(epochs))} epoch{'s' * (max(epochs) != 1)}")
     if history.seconds:
-        facts.append(_duration(history.seconds))
+        facts.append(duration(history.seconds))
     if not history.stages and not history.steps:
         text = "Nothing has been logged yet."
     else:
@@ -160,7 +160,8 @@ def _status(folder: Path, history: History) -> str:
     return f"{text} Written {time.strftime('%Y-%m-%d %H:%M')}."
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a duration for people, such as "2 h 05 min"."""
     hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
     if hours:
         return f"{hours} h {minutes:02} min"
@@ -192,7 +193,8 @@ def _tiles(history: History) -> str:
     return tiles(facts)
 
 
-def _warning_list(items: str) -> str:
+def warning_list(items: str) -> str:
+    """Return list items as a box of warnings; nothing where there is none."""
     return f'<ul class="warnings">{items}</ul>' if items else ""
 
 
@@ -320,7 +322,7 @@ def _environment(folder: Path) -> str:
         return ""
     known = known if isinstance(known, dict) else {}
     rows = [
-        [name, escape(_plain(known[name]))]
+        [name, escape(words(known[name]))]
         for name in ENVIRONMENT
         if known.get(name) not in (None, [], {})
     ]
@@ -329,11 +331,11 @@ def _environment(folder: Path) -> str:
     )
 
 
-def _plain(value: Any) -> str:
+def words(value: Any) -> str:
     """Return a value of a JSON file as words."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
-    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {words(each)}" for name, each in value.items())
+    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
 
 
 def _files(folder: Path) -> str:
