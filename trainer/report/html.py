@@ -159,6 +159,9 @@ pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border
   border-radius: .5rem; background: var(--card); }
 .sample h3 { overflow-wrap: anywhere; }
 .sample h4 { margin: .6rem 0 0; color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
+.runs { display: grid; gap: .4rem 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.run { min-width: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.5rem; margin: .3rem 0 0; }
 .facts div { display: flex; gap: .5rem; } .facts dt { color: var(--soft); }
 .facts dd { margin: 0; font-weight: 600; }
