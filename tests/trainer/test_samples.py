@@ -462,7 +462,7 @@ def test_what_cannot_be_compared_is_a_sentence(
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_no_bytes_in_the_files_of_a_run_break_a_page(
     seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
