@@ -194,7 +194,7 @@ class Scoreboard:
     def _sample(self, id: str) -> dict[str, Cell]:
         """A clip with what it scores enhanced and noisy, for `Brain.show`."""
         row: dict[str, Cell] = {"id": id}
-        for name in self.measures:
+        for name in (each for each in self.measures if each in SHOWN):
             row[name] = self._scores[id].get(name)
             row[f"{name} noisy"] = self._before.get(id, {}).get(name)
         sounds = self._sounds[id]._asdict().items()
