@@ -15,6 +15,7 @@ from torch import Tensor
 from recipes.tacotron2 import data
 from recipes.tacotron2.text import plain
 from recipes.tacotron2.train import train
+from tests.trainer.shown import kinds_shown
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
 
@@ -56,6 +57,10 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
     assert sorted(each.name for each in (folder / "audio").iterdir()) == [
         "00-free.wav", "00-true.wav",
     ]  # fmt: skip
+    pictures = dict.fromkeys(("true", "teacher-forced", "free", "attention (up: text)"), "image")
+    sounds = dict.fromkeys(("sound, true", "sound, free"), "audio")
+    assert kinds_shown(folder, "valid") == {"id": "text", "text": "text", **pictures}
+    assert kinds_shown(folder) == kinds_shown(folder, "valid") | sounds
     with (folder / "readings_test.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
