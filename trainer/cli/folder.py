@@ -55,6 +55,11 @@ RUN_FILES = (
     "checkpoints",
     "prepared",
     "tensorboard",
+    "csv",
+    "wandb",
+    "mlflow.db",
+    "mlartifacts",
+    "loggers",
     "profile",
     "samples",
 )

@@ -30,6 +30,7 @@ TINY = [
     *(f"--model.net.{name}={value}" for name, value in NET.items()), "--steps=2", "--batch_size=4",
     "--num_workers=0", "--device=cpu", "--no-progressbar", "--log_interval=1", "--threads=1",
     "--precision=fp32", "--longest=0.5", "--pictures=1", "--mel.n_fft=512",
+    "--logger=tensorboard",
 ]  # fmt: skip
 RECORDED = ["--corpus.valid=2", "--corpus.test=3", "--corpus.lengths=[0.1, 5.0]"]
 
@@ -61,6 +62,11 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
     sounds = dict.fromkeys(("sound, true", "sound, free"), "audio")
     assert kinds_shown(folder, "valid") == {"id": "text", "text": "text", **pictures}
     assert kinds_shown(folder) == kinds_shown(folder, "valid") | sounds
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = events.EventAccumulator(str(folder / "tensorboard"), {"images": 0, "audio": 0})
+    read.Reload()
+    assert {tag.split("/")[-1] for tag in read.Tags()["images"]} == set(pictures)
+    assert {tag.split("/")[-1] for tag in read.Tags()["audio"]} == set(sounds)
     with (folder / "readings_test.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
