@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import struct
 import sys
 import zlib
@@ -18,7 +19,7 @@ from torch import Tensor
 from tests.trainer.shown import EVIL, RATE, every_cell, make_run, noise, show, tone
 from tests.trainer.small import Regressor, batches, make
 from tests.trainer.test_page import read
-from trainer import RunOptions, Stage, distributed
+from trainer import RunOptions, Stage, distributed, launch
 from trainer.loggers import LoggerCallback, SampleLogger
 from trainer.loggers.protocol import Logger
 from trainer.loggers.samples import MAX_ROWS, MAX_SETS, slug
@@ -475,3 +476,29 @@ def test_no_bytes_in_the_files_of_a_run_break_a_page(
         path.write_bytes(data[: draws.randrange(len(data) // 2, len(data) + 1)])
     read(render(folder))
     read(compare([folder, folder.parent], folder / "out.html").read_text())
+
+
+def test_the_program_of_the_documentation_shows_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "reports.md"
+    program = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert program is not None
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program[1], str(page), "exec"), {"__name__": "program"})
+    outline = read((tmp_path / "runs" / "halver" / "report.html").read_text(encoding="utf-8"))
+    assert "Samples: valid" in outline.headings
+    assert (outline.count["audio"], outline.count["img"]) == (2, 1)
+
+
+def test_a_run_that_fails_has_its_error_in_the_report(tmp_path: Path) -> None:
+    def train(run: Any) -> None:
+        brain = make(Showing, output_folder=str(run.folder))
+        brain.fit([1], batches(2), batches(1))
+        raise RuntimeError("the end & more")
+
+    with pytest.raises(RuntimeError):
+        launch(train, {"progressbar": False}, tmp_path / "run")
+    text = " ".join(read((tmp_path / "run" / "report.html").read_text()).words)
+    assert "The run has ended with an error" in text
+    assert "RuntimeError: the end & more" in text
