@@ -169,7 +169,7 @@ def loaded(
 def _check_weights(source: str, files: Sequence[str]) -> None:
     if not any(each.endswith(".safetensors") for each in files):
         pickled = sorted(each for each in files if each.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        having = f"weights in pickle alone ({pickled[0]})" if pickled else "no weights"
+        having = f"pickled weights alone ({pickled[0]})" if pickled else "no weights"
         raise ValueError(
             f"source {source} has {having}, and must have them in safetensors, as "
             "model.save_pretrained(folder) of transformers writes them"

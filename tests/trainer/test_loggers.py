@@ -195,7 +195,7 @@ def test_a_logger_is_told_of_the_run_and_gets_its_files_at_the_end(tmp_path: Pat
     told = own.runs[0]
     assert (told.folder, told.name, told.taken) == (folder, "demo-1234", 0)
     assert told.memory.parent == folder / "loggers"
-    expected = {"lr": 0.01, "sizes[0]": 4, "log_interval": 1, "seed": 1234}
+    expected = {"lr": 0.01, "sizes.0": 4, "log_interval": 1, "seed": 1234}
     assert expected.items() <= told.config.items()
     assert own.events[:4] == ["open", "report.html", "checkpoint", "close"]
     assert own.events[-1] == "close"
@@ -232,6 +232,18 @@ def test_the_configuration_is_resolved_and_has_nothing_of_the_environment(
     assert expected.items() <= found.items()
     assert found["precision"] == "fp32"
     assert "hidden" not in map(str, found.values())
+
+
+@pytest.mark.parametrize("text", ["x: !applyref:mine.f [1]\n", "x: !ref <nothing>\n", "a: [\n"])
+def test_a_configuration_that_cannot_be_resolved_is_that_of_the_brain(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "hyperparams.yaml").write_text(text)
+    hparams = {"lr": 0.5, "net": object(), "place": Path("a"), "words": ["a"] * 30_000}
+    found = configuration(tmp_path, hparams, RunOptions())
+    assert len(found) < 300
+    assert (found["lr"], found["place"], found["precision"]) == (0.5, "a", "fp32")
+    assert "net" not in found
 
 
 def test_a_failing_run_closes_and_sends_no_files(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from recipes.finetune.model import (  # noqa: E402
     drawn_spans,
     normalised,
 )
-from tests.recipes.finetune.conftest import SMALL  # noqa: E402
+from tests.recipes.finetune.small import SMALL  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 
@@ -193,7 +193,7 @@ def half_a_file(folder: Path) -> None:
 
 
 BAD = {
-    "pickle": (pickled, r"weights in pickle alone \(pytorch_model.bin\), .* in safetensors"),
+    "pickled": (pickled, r"pickled weights alone \(pytorch_model.bin\), .* in safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights, and must have"),
     "half a file": (half_a_file, "cannot be used: .*header"),
     "unknown": (lambda f: changed(f, model_type="wav2vec3"), "not known to transformers .*allowed"),
