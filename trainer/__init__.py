@@ -12,6 +12,7 @@ from trainer.brain import Brain
 from trainer.callbacks import Callback
 from trainer.checkpoint import Checkpointer
 from trainer.compat import old_paths
+from trainer.conventions import Conventions
 from trainer.epochs import EpochCounter
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         run_on_main,
     )
     from trainer.config.hyperparameters import load_hparams
-    from trainer.inference import load
+    from trainer.inference import export, load
 
     __version__: str
 
@@ -48,6 +49,7 @@ __all__ = [
     "create_experiment_directory",
     "ddp_init_group",
     "dump_hyperpyyaml",
+    "export",
     "if_main_process",
     "launch",
     "load",
@@ -68,12 +70,17 @@ RUN_NAMES = (
     "epochs.EpochCounter", "metrics.Mean", "optim.ema.WeightAverage", "schedules.EarlyStopping",
     "schedules.NewBob", "schedules.Noam", "schedules.Plateau", "schedules.WarmupDecay",
 )  # fmt: skip
-YAML_NAMES = (*RUN_NAMES, "compat.toolkit.set_seed")  # A run folder seeds nothing.
+# A run folder seeds and logs nothing.
+YAML_NAMES = (
+    *RUN_NAMES, "compat.toolkit.set_seed", "loggers.MlflowLogger", "loggers.WandbLogger",
+    "loggers.mlflow.MlflowLogger", "loggers.wandb.WandbLogger",
+)  # fmt: skip
 
 # YAML and command line are imported on first use: programs that only subclass Brain start faster.
 _LAZY = {
     "Run": "trainer.cli",
     "launch": "trainer.cli",
+    "export": "trainer.inference",
     "load": "trainer.inference",
     "main": "trainer.cli",
     "load_hparams": "trainer.config.hyperparameters",
@@ -85,6 +92,12 @@ _LAZY = {
     "parse_arguments": "trainer.compat.speechbrain",
     "run_on_main": "trainer.compat.speechbrain",
 }
+
+
+def _initialise(*arguments: Any) -> None:
+    from trainer.inference.initialise import initialise
+
+    initialise(*arguments)
 
 
 def _register_defaults() -> None:
@@ -101,11 +114,13 @@ def _register_defaults() -> None:
         return make_layer_monitor(brain)
 
     def loggers(brain: Brain) -> Callback | None:
-        from trainer.loggers import JsonlLogger, LoggerCallback, TensorBoardLogger
+        from trainer.loggers import JsonlLogger, LoggerCallback
+        from trainer.loggers.choice import chosen_loggers
         from trainer.report import ReportLogger
 
-        curves = [TensorBoardLogger] if brain.options.tensorboard else []
-        return LoggerCallback(brain.options, [JsonlLogger, *curves, ReportLogger])
+        options, hparams = brain.options, vars(brain.hparams)
+        usual = [JsonlLogger, ReportLogger]
+        return LoggerCallback(options, usual, chosen_loggers(options), hparams)
 
     def replica_check(brain: Brain) -> Callback | None:
         from trainer.diagnostics.replica_check import make_replica_check
@@ -136,10 +151,17 @@ def _register_defaults() -> None:
 
         return make_replay_driver(Path(brain.options.replay))
 
+    def conventions(brain: Brain) -> Conventions:
+        from trainer.compat.conventions import SpeechBrainConventions
+
+        return SpeechBrainConventions(type(brain))
+
     # The layer monitor writes a record when the state is saved, before the loggers count theirs.
     defaults.callbacks += [progress_bar, layer_monitor, loggers, replica_check, profiler]
     defaults.tracers.append(nonfinite_tracer)
     defaults.drivers += [search, replay]
+    defaults.initialisers.append(_initialise)
+    defaults.conventions.append(conventions)
 
 
 _register_defaults()

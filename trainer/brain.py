@@ -33,7 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer import defaults, distributed, seed, signals
+from trainer.adapters import (
+    apply_adapters,
+    base_parameters,
+    describe_trainable,
+    drop_base,
+)
 from trainer.callbacks import Callback, CallbackList
+from trainer.checkpoint.frozen import FrozenBase
 from trainer.checkpoint.run_state import (
     BufferState,
     RunState,
@@ -44,9 +51,6 @@ from trainer.checkpoint.run_state import (
     copied,
 )
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
-from trainer.compat import toolkit
-from trainer.compat.checkpoints import adapted
-from trainer.compat.names import SETTINGS, SpeechBrainNames
 from trainer.data import (
     DataFeed,
     batch_ids,
@@ -60,25 +64,27 @@ from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import (
+    TrainingModes,
     counters_as_saved,
     evaluation_mode,
     evaluation_weights,
     gradients_kept,
     has_weights,
     modes_kept,
-    training_mode,
     warn_of_modes,
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
 from trainer.optim.build import connect, find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
+from trainer.optim.groups import ParameterGroups
 from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
+from trainer.speechbrain_names import SETTINGS, SpeechBrainNames
 from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
@@ -151,8 +157,9 @@ class Brain(SpeechBrainNames):
         modules: networks by name; reached as ``self.modules.name``, on the run's device.
         opt_class: makes an optimizer from parameters, for the default `init_optimizers`.
         hparams: values and objects by name; reached as ``self.hparams.name``. Run options among
-            them count, as do ``schedule`` (a factory that takes an optimizer), ``early_stopping``
-            and ``callbacks``; ``schedule`` and ``clip`` may be mappings by optimizer.
+            them count, as do ``schedule`` (a factory that takes an optimizer), ``param_groups``,
+            ``early_stopping`` and ``callbacks``; the first two and ``clip`` may be mappings by
+            optimizer.
         run_opts: run options, which win over ``hparams``: a mapping or a complete `RunOptions`.
         checkpointer: where and which checkpoints are kept; None keeps none.
         callbacks: objects that watch the run, called after those that every Brain has.
@@ -190,6 +197,8 @@ class Brain(SpeechBrainNames):
 
     def init_optimizers(self) -> None:
         """Make the optimizers: by default ``opt_class`` over all parameters of ``modules``.
+
+        What adapters have frozen is taken out of any optimizer afterwards.
 
         An override sets ``self.optimizer``, or ``self.optimizers_dict`` with a name for each.
         """
@@ -302,14 +311,13 @@ class Brain(SpeechBrainNames):
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         self.hparams = SimpleNamespace(**(hparams or {}))
-        checkpointer = adapted(checkpointer, self.hparams)
-        toolkit.check_lengths()
-        toolkit.warn_of_uncalled(type(self))
-        self.__theirs = toolkit.written_for_it(type(self))
+        self.__conventions = defaults.make_conventions(self)
+        checkpointer = self.__conventions.checkpointer(checkpointer, self.hparams)
         distributed.join(str(pick_device(self.options.device)))
         self.device = pick_device(self.options.device)
         self.opt_class = opt_class
         self.modules = prepare_modules(modules or {}, self.options, self.device)
+        apply_adapters(self.modules, getattr(self.hparams, "adapters", None))
         self.updates: dict[str, Update] = {}
         self.progress = Progress()
         self.test_metrics: dict[str, Any] = {}
@@ -325,7 +333,10 @@ class Brain(SpeechBrainNames):
         self.__data: DataFeed | None = None  # Of the training.
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
-        self.__measuring = False  # A recipe of SpeechBrain that has no optimizer.
+        self.__initialised = False
+        self.__groups = ParameterGroups(None)
+        self.__modes = TrainingModes(self.modules, self.__groups.rest)
+        self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
         self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
@@ -413,10 +424,11 @@ class Brain(SpeechBrainNames):
                 f"{type(self).__name__}.{name} cannot be set once fit has begun: set it before"
             )
         if name == "checkpointer":
-            value = adapted(value, self.hparams)
+            value = self.__conventions.checkpointer(value, self.hparams)
             self.__saver = Saver(value, self.__state, self.options, self.__on_saved)
             return value
         modules = prepare_modules(value, self.options, self.device)
+        apply_adapters(modules, getattr(self.hparams, "adapters", None))
         self.__trainable = TrainableState(modules)
         self.__guard = NonFiniteGuard(
             modules, self.options.nonfinite_patience, self.progress, self.__in_window
@@ -462,6 +474,7 @@ class Brain(SpeechBrainNames):
             valid_loader_kwargs,
         )  # fmt: skip
         self.__configure_callbacks()
+        self.__initialise()
         if self.driver is not None and not self.__depth:
             self.driver(self, arguments)
             return
@@ -486,7 +499,7 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            training_mode(self.modules, self.__trained_parameters())
+            self.__modes.begin(self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
@@ -543,6 +556,8 @@ class Brain(SpeechBrainNames):
                 an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
+        if self.__groups.begin_window(self.updates, progress.optimizer_step):
+            self.__modes.unfreeze(self.__trained_parameters())
         if not self.__in_window():
             guard.begin_window()
             self.__tracer.begin_window()
@@ -681,9 +696,7 @@ class Brain(SpeechBrainNames):
             try:
                 return step.finish(updates, weight, last)
             except step.NoGradientError as error:
-                if not self.__theirs:
-                    raise
-                toolkit.warn_once(str(error))  # SpeechBrain steps without gradients.
+                self.__conventions.step_without_gradients(error)
                 return step.leave(updates)
         batch = self.__batch
         batch.closing, batch.closed = updates, None
@@ -720,6 +733,7 @@ class Brain(SpeechBrainNames):
             ValueError: if there is nothing to test.
         """
         self.__configure_callbacks()
+        self.__initialise()
         feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
         self.__show_progress(progressbar)
         tested = None
@@ -764,7 +778,7 @@ class Brain(SpeechBrainNames):
 
     def __evaluate(self, feed: DataFeed, stage: Stage, epoch: int | None) -> StageReport:
         mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
-        shares = distributed.world_size() if self.__theirs else 1  # Each rank has all of the data.
+        shares = distributed.world_size() if self.__conventions.whole else 1
         fits, outermost = self.__nested_fits, stage is Stage.VALID and self.__depth == 1
         with self.__in_stage(stage), hang_watch.pause(), ExitStack() as stack:
             if outermost:
@@ -936,18 +950,17 @@ class Brain(SpeechBrainNames):
             **loader_kwargs: arguments of `make_loader`.
         """
         bad = {"on_bad": self.options.on_bad_item, "max_bad": self.options.max_bad_item}
-        train, looped = stage == Stage.TRAIN, loader_kwargs.pop("looped_nominal_epoch", None)
-        options = toolkit.loader_options(dataset, self.__theirs, train, loader_kwargs)
-        loader = make_loader(
-            dataset,
+        train = stage == Stage.TRAIN
+        whole = self.__conventions.whole and not train
+        make = partial(
+            make_loader,
             train=train,
             seed=self.options.seed,
-            # The metrics of SpeechBrain's recipes are of one process, which sees all of the data.
-            rank=0 if self.__theirs and not train else distributed.rank(),
-            world_size=1 if self.__theirs and not train else distributed.world_size(),
-            **{**bad, "timeout": self.options.item_timeout, **options},
+            rank=0 if whole else distributed.rank(),
+            world_size=1 if whole else distributed.world_size(),
         )
-        return loader if looped is None else toolkit.looped(loader, looped)
+        options = {**bad, "timeout": self.options.item_timeout, **loader_kwargs}
+        return self.__conventions.make_loader(make, dataset, train, options)
 
     # ---------------------------------------------------------------------------------- the state
 
@@ -1057,7 +1070,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        training_mode(self.modules, self.__trained_parameters())
+        self.__modes.begin(self.__trained_parameters())
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
         train.begin(self.__data_epoch)
@@ -1069,6 +1082,17 @@ class Brain(SpeechBrainNames):
         if not self.__configured:
             self.__configured = True
             self.callbacks.extend(self.configure_callbacks())
+
+    def __initialise(self) -> None:
+        """Load the weights that a new run starts from, once."""
+        options = self.options
+        if self.__initialised or options.init_from is None:
+            return
+        self.__initialised = True
+        if self.__saver.is_fresh() or options.save == "trainable":
+            defaults.initialise(self.modules, options.init_from, options.init_map)
+        else:
+            logger.info("init_from is not read: the run goes on from its checkpoint")
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
@@ -1092,7 +1116,7 @@ class Brain(SpeechBrainNames):
             options=self.options,
             make_loader=lambda dataset, **kw: self.make_dataloader(dataset, stage=stage, **kw),
             makes_datasets=type(self).make_dataloader is not Brain.make_dataloader,
-            whole=stage is not Stage.TRAIN and self.__theirs,
+            whole=stage is not Stage.TRAIN and self.__conventions.whole,
             loader_kwargs=kwargs or {},
         )
 
@@ -1187,6 +1211,8 @@ class Brain(SpeechBrainNames):
                 progress.stopped &= epoch_end.still_stopped(early_stopping)
                 if progress.stopped:
                     logger.info("early stopping has ended the training: more patience goes on")
+            if progress.fits == 1:
+                logger.info("%s", describe_trainable(self.modules, self.__trained_parameters()))
             self.__trained = True
 
     def __start(self) -> None:
@@ -1202,15 +1228,22 @@ class Brain(SpeechBrainNames):
         self.__attributes.begin()
         self.__trainable.begin()
         self.__strategy.prepare(modules)
+        if options.save == "trainable":
+            self.__state.base = FrozenBase(modules)
         if distributed.world_size() > 1:  # Equal weights, but different dropout on each rank.
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
-        optimizers = self.__optimizers()
+        optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
+        drop_base(optimizers.values(), modules, adapters)
+        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        self.__modes = TrainingModes(modules, self.__groups.rest)
         self.__make_updates(optimizers)
+        self.__groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
-            self.__ema = WeightAverage(modules, options.ema_decay)
+            base = base_parameters(modules, adapters)
+            self.__ema = WeightAverage(modules, options.ema_decay, base)
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""
@@ -1219,14 +1252,14 @@ class Brain(SpeechBrainNames):
         )
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        self.__measuring = self.__theirs and not optimizers
+        self.__measuring = self.__conventions.measures and not optimizers
         if self.__measuring:
             logger.warning("no optimizer: nothing is trained by gradients, as in k-means")
         schedules = getattr(self.hparams, "schedule", None)
         kept = {n: u for n, u in self.updates.items() if optimizers.get(n) is u.optimizer}
         made = make_updates(
             optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
-            self.__on_hand_step, kept,
+            self.__on_hand_step, self.__groups, kept,
         )  # fmt: skip
         for update in self.updates.values():
             if update not in kept.values():

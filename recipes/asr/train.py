@@ -23,14 +23,36 @@ from recipes.common.loading import DurationBatches, Speech
 from trainer import Brain, Stage, distributed
 
 
-class Recogniser(Brain):
-    """Learns by CTC; valid and test are scored in words and characters.
+class TextBrain(Brain):
+    """Base of recognisers: valid and test are scored in words and characters.
 
-    Reads from the YAML ``codec``, ``decoder``, ``beam_size`` and ``lexicon`` (the words that can be
-    said; null or empty for any); writes ``wer_valid.txt`` and ``wer_test.txt`` into the run folder.
+    A subclass adds to ``scores`` in its hooks. Writes ``wer_valid.txt`` and ``wer_test.txt`` into
+    the run folder.
     """
 
     best_checkpoint: ClassVar = {"min_key": "wer"}
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        self.scores = Scores()
+
+    def on_stage_end(
+        self, stage: Stage, stage_loss: Any, epoch: int | None = None
+    ) -> Mapping[str, float] | None:
+        if stage is Stage.TRAIN:
+            return None
+        scores = self.scores.gather()
+        folder = self.hparams.output_folder  # None for a model that `trainer.load` made
+        if distributed.is_main() and folder is not None:
+            scores.write(Path(folder) / f"wer_{stage.value}.txt")
+        return scores.rates()
+
+
+class Recogniser(TextBrain):
+    """Learns by CTC.
+
+    Reads from the YAML ``codec``, ``decoder``, ``beam_size`` and ``lexicon`` (the words that can be
+    said; null or empty for any).
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,20 +74,6 @@ class Recogniser(Brain):
         """Decode the text of each utterance."""
         heard = [self.hparams.codec.decode(tokens) for tokens in self.decode(*predictions)]
         return [known_words(text, self.hparams.lexicon) for text in heard]
-
-    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
-        self.scores = Scores()
-
-    def on_stage_end(
-        self, stage: Stage, stage_loss: Any, epoch: int | None = None
-    ) -> Mapping[str, float] | None:
-        if stage is Stage.TRAIN:
-            return None
-        scores = self.scores.gather()
-        folder = self.hparams.output_folder  # None for a model that `trainer.load` made
-        if distributed.is_main() and folder is not None:
-            scores.write(Path(folder) / f"wer_{stage.value}.txt")
-        return scores.rates()
 
     @torch.inference_mode()
     def transcribe(self, signal: Tensor) -> str:

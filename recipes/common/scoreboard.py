@@ -117,6 +117,11 @@ class Scoreboard:
         logger.info("%s: %s", self.name, ", ".join(f"{n} {m:.3f}" for n, m in means.items()))
         return {name: mean for name, mean in means.items() if name.split("_noisy")[0] in SHOWN}
 
+    @property
+    def sounds(self) -> Path:
+        """Folder of the best and the worst clips."""
+        return self.folder / f"audio_{self.name}"
+
     def _take(self, found: dict[str, Scores]) -> None:
         for id, scores in found.items():
             if id.endswith(NOISY):
@@ -174,7 +179,7 @@ class Scoreboard:
         order = sorted((row.enhanced[first], row.id) for row in rows if first in row.enhanced)
         worst = [id for _, id in order[: self.extremes]]
         best = [id for _, id in order[::-1][: self.extremes]]
-        folder = self.folder / f"audio_{self.name}"
+        folder = self.sounds
         for label, ids in (("best", best), ("worst", worst)):
             for place, id in enumerate(ids, 1):
                 if id not in self._sounds:

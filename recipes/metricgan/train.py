@@ -18,6 +18,7 @@ import trainer
 from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
 from recipes.common.quality import require
+from recipes.common.recording import record_sounds
 from recipes.common.scoreboard import NOISY, Scoreboard
 from recipes.metricgan.history import Record, padded, quantised, waveform
 from recipes.metricgan.model import enhance
@@ -277,6 +278,8 @@ class Enhancer(Brain):
             return None
         scores = self.board.finish()
         scores.update((n, self.board.means[n]) for n in COMPOSITES if n in self.board.means)
+        if stage is Stage.TEST:
+            record_sounds(self, self.board.sounds)
         name = self.phases.outcome(epoch) if epoch is not None else None
         if stage is Stage.VALID and name is not None and self.hparams.target in scores:
             # Under a name of its own, too: checkpoints are chosen among those of a phase.

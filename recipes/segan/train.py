@@ -18,6 +18,7 @@ import trainer
 from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
 from recipes.common.quality import require
+from recipes.common.recording import record_sounds
 from recipes.common.scoreboard import Scoreboard
 from recipes.common.streaming import enhance_signal
 from recipes.segan.model import (
@@ -116,7 +117,12 @@ class Enhancer(Brain):
     def on_stage_end(
         self, stage: Stage, stage_loss: Any, epoch: int | None = None
     ) -> Mapping[str, float] | None:
-        return None if stage is Stage.TRAIN else self.board.finish()
+        if stage is Stage.TRAIN:
+            return None
+        scores = self.board.finish()
+        if stage is Stage.TEST:
+            record_sounds(self, self.board.sounds)
+        return scores
 
 
 def train(run: trainer.Run) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import trainer
+from recipes.common.recording import record_sounds
 from recipes.separation.objectives import best_order, keep, pairwise_si_snr
 from recipes.separation.scoring import Scores
 from trainer import Brain, Stage, StepReport, distributed
@@ -84,6 +85,7 @@ class Separator(Brain):
                 scores.write_table(folder / f"scores_{stage.value}.csv")
             if stage is Stage.TEST:
                 scores.write_audio(folder / "examples")
+                record_sounds(self, folder / "examples")
         return scores.means()
 
 

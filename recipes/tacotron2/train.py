@@ -17,6 +17,7 @@ from torch import Tensor
 
 import trainer
 from recipes.common.loading import DurationBatches
+from recipes.common.recording import record_picture, record_sounds
 from recipes.tacotron2.data import Mels, datasets
 from recipes.tacotron2.losses import usual_durations
 from recipes.tacotron2.model import Predictions, Spoken
@@ -110,9 +111,13 @@ class Synthesiser(Brain):
             folder = Path(self.hparams.output_folder)
             scores.write(folder / f"readings_{stage.value}.csv")
             name = stage.value if epoch is None else f"{stage.value}-{epoch:04d}"
-            write_picture(folder / "pictures" / f"{name}.png", self.gallery.drawn)
+            picture = folder / "pictures" / f"{name}.png"
+            write_picture(picture, self.gallery.drawn)
+            record_picture(self, f"pictures/{stage.value}", picture)
             if stage is Stage.TEST:
                 self._sound(folder / "audio")
+        if stage is Stage.TEST and self.hparams.output_folder is not None:
+            record_sounds(self, Path(self.hparams.output_folder) / "audio")
         return scores.rates()
 
     def _sound(self, folder: Path) -> None:

@@ -1,9 +1,13 @@
-"""Migrate states of earlier checkpoint formats: the only code that knows their layouts."""
+"""Layouts of earlier checkpoint formats, and of SpeechBrain: no other code knows them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("trainer")
 
 
 def migrate(
@@ -67,3 +71,15 @@ def _local_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str
     state |= {f"windows.{name}": window for name, window in local["windows"].items()}
     state |= {f"objects.{name}": each for name, each in local.get("objects", {}).items()}
     return state
+
+
+def warn_of_others(folder: Path) -> None:
+    """Warn of checkpoints of SpeechBrain's in a folder in which a run is about to begin anew."""
+    others = sorted(path.parent.name for path in folder.glob("CKPT+*/CKPT.yaml"))
+    if others:
+        logger.warning(
+            "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is read: "
+            "this run begins anew. Its weights are read by "
+            "module.load_state_dict(torch.load('%s/model.ckpt', weights_only=True)) before fit",
+            folder, len(others), others[-1], folder / others[-1],
+        )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from trainer import seed
-from trainer.compat import hooks
+from trainer.checkpoint import saver_hooks as hooks
 from trainer.tree import leaves, map_leaves
 
 logger = logging.getLogger("trainer")
@@ -41,9 +41,9 @@ def find_stateful(
     """Find the stateful objects among attributes, by dotted name, also in lists and dicts.
 
     These are objects with ``state_dict`` and ``load_state_dict`` or with methods that save and load
-    a file (`trainer.compat.hooks`), and random generators. Left out are samplers and loaders, since
-    progress says where they are, and what is saved otherwise: objects whose ``id`` is known, and
-    modules of no other tensors than ``modules`` has.
+    a file (`trainer.checkpoint.saver_hooks`), and random generators. Left out are samplers and
+    loaders, since progress says where they are, and what is saved otherwise: objects whose ``id``
+    is known, and modules of no other tensors than ``modules`` has.
     """
     seen = set(known)
     tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}

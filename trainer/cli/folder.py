@@ -55,6 +55,11 @@ RUN_FILES = (
     "checkpoints",
     "prepared",
     "tensorboard",
+    "csv",
+    "wandb",
+    "mlflow.db",
+    "mlartifacts",
+    "loggers",
     "profile",
 )
 HEADER = "# The resolved hyperparameters of a run; this file runs alone."

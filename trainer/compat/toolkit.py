@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -66,46 +64,6 @@ def warn_of_uncalled(kind: type) -> None:
         )
 
 
-def loader_options(
-    dataset: Any, theirs: bool, train: bool, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return options of a loader, with SpeechBrain's defaults where a recipe counts on them.
-
-    Its datasets give its own batches, in which lengths are shares of the longest. Its recipes get
-    the items in the dataset's order, which they may have sorted, unless they ask for another.
-
-    Args:
-        dataset: the dataset.
-        theirs: True in a recipe that was written for SpeechBrain.
-        train: True for a loader of training data.
-        options: options that the recipe gives.
-    """
-    result = dict(options)
-    of_theirs = is_theirs(dataset) or is_theirs(getattr(dataset, "dataset", None))  # A subset.
-    batches = sys.modules.get(f"{PACKAGE}.dataio.batch")
-    if of_theirs and batches is not None and result.get("collate_fn") is None:
-        result["collate_fn"] = batches.PaddedBatch
-    ordered = any(result.get(name) is not None for name in ("shuffle", "sampler", "batch_sampler"))
-    if train and (of_theirs or theirs) and not ordered:
-        result["shuffle"] = False
-        warn_once(
-            f"the training data keep the order of their {type(dataset).__name__}, as in "
-            "SpeechBrain; the loader option shuffle: true gives another order in each epoch"
-        )
-    return result
-
-
-def looped(loader: Any, batches: int) -> Any:
-    """Return SpeechBrain's loader of epochs of so many batches, around another loader."""
-    dataloader = sys.modules.get(f"{PACKAGE}.dataio.dataloader")
-    if dataloader is None:
-        raise ValueError(
-            "the loader option looped_nominal_epoch is one of SpeechBrain's, which this program "
-            "has not imported: give an iterable of as many batches"
-        )
-    return dataloader.LoopedLoader(loader, batches)
-
-
 def check_lengths() -> None:
     """Have SpeechBrain's masked losses refuse lengths that are numbers, such as `Padded.lengths`.
 
@@ -133,18 +91,6 @@ def check_lengths() -> None:
 def warn_once(text: str) -> None:
     """Warn, once for each text."""
     logger.warning("%s", text)
-
-
-def warn_of_others(folder: Path) -> None:
-    """Warn of checkpoints of SpeechBrain's in a folder in which a run is about to begin anew."""
-    others = sorted(path.parent.name for path in folder.glob("CKPT+*/CKPT.yaml"))
-    if others:
-        logger.warning(
-            "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is read: "
-            "this run begins anew. Its weights are read by "
-            "module.load_state_dict(torch.load('%s/model.ckpt', weights_only=True)) before fit",
-            folder, len(others), others[-1], folder / others[-1],
-        )  # fmt: skip
 
 
 # Functions that seed: a key of a YAML that applies one is the seed of the run.

@@ -380,7 +380,9 @@ class BatchDataset(Dataset[Any]):
         if len(indices):
             self._note(indices[0])
         try:
-            return self._without_none(indices, self.dataset.__getitems__(indices))
+            items = self.dataset.__getitems__(indices)
+            bad = isinstance(items, list) and any(item is None for item in items)
+            return None if bad else items  # One by one, each bad item is reported.
         except BadItem:
             _loading.bad.clear()
             return None
@@ -395,22 +397,18 @@ class BatchDataset(Dataset[Any]):
         for index in indices:
             self._note(index)
             try:
-                items += self._without_none([index], [dataset[index]])
+                item = dataset[index]
             except BadItem as bad:
                 report_bad(bad.path, bad.reason)
+                continue
             except Exception as error:
                 error.add_note(f"while loading {self._names([index])}")
                 raise
-        return items
-
-    def _without_none(self, indices: Sequence[Any], items: Any) -> Any:
-        """Return a list of items without those that are None, which are reported as bad."""
-        if not isinstance(items, list):
-            return items
-        for index, item in zip(indices, items, strict=False):
             if item is None:
                 report_bad(self._names([index]), "the dataset returned None")
-        return [item for item in items if item is not None]
+            else:
+                items.append(item)
+        return items
 
     def _note(self, index: Any) -> None:
         """Note what this process loads, for messages about one that hangs."""

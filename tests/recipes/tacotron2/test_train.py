@@ -29,6 +29,7 @@ TINY = [
     *(f"--model.net.{name}={value}" for name, value in NET.items()), "--steps=2", "--batch_size=4",
     "--num_workers=0", "--device=cpu", "--no-progressbar", "--log_interval=1", "--threads=1",
     "--precision=fp32", "--longest=0.5", "--pictures=1", "--mel.n_fft=512",
+    "--logger=tensorboard",
 ]  # fmt: skip
 RECORDED = ["--corpus.valid=2", "--corpus.test=3", "--corpus.lengths=[0.1, 5.0]"]
 
@@ -56,6 +57,13 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
     assert sorted(each.name for each in (folder / "audio").iterdir()) == [
         "00-free.wav", "00-true.wav",
     ]  # fmt: skip
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = events.EventAccumulator(str(folder / "tensorboard"), {"images": 0, "audio": 0})
+    read.Reload()
+    assert sorted(read.Tags()["images"]) == ["pictures/test", "pictures/valid"]
+    assert sorted(read.Tags()["audio"]) == ["audio/00-free", "audio/00-true"]
+    picture = read.Images("pictures/test")[0].encoded_image_string
+    assert picture == (folder / "pictures" / "test.png").read_bytes()
     with (folder / "readings_test.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3

@@ -1,0 +1,81 @@
+"""SpeechBrain's conventions, for recipes that were written for it and for its objects."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from trainer.compat import toolkit
+from trainer.compat.checkpoints import adapted
+from trainer.conventions import Conventions
+
+
+class SpeechBrainConventions(Conventions):
+    """Conventions of SpeechBrain.
+
+    Its datasets and its checkpointer are taken from any recipe. The rest applies to a recipe that
+    was written for it.
+
+    Args:
+        kind: class of the recipe's Brain.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self.whole = self.measures = toolkit.written_for_it(kind)
+        toolkit.check_lengths()
+        toolkit.warn_of_uncalled(kind)
+
+    def checkpointer(self, checkpointer: Any, hparams: SimpleNamespace) -> Any:
+        """Return a `Checkpointer` of ours in place of one of SpeechBrain's."""
+        return adapted(checkpointer, hparams)
+
+    def make_loader(
+        self,
+        make: Callable[..., Any],
+        dataset: Any,
+        train: bool,
+        options: Mapping[str, Any],
+    ) -> Any:
+        """Return a loader with SpeechBrain's defaults where a recipe counts on them.
+
+        Its datasets give its own batches, in which lengths are shares of the longest. Its recipes
+        get the items in the dataset's order, which they may have sorted, unless they ask for
+        another.
+        """
+        options = dict(options)
+        looped = options.pop("looped_nominal_epoch", None)
+        of_theirs = toolkit.is_theirs(dataset) or toolkit.is_theirs(  # A subset has a dataset.
+            getattr(dataset, "dataset", None)
+        )
+        batches = sys.modules.get(f"{toolkit.PACKAGE}.dataio.batch")
+        if of_theirs and batches is not None and options.get("collate_fn") is None:
+            options["collate_fn"] = batches.PaddedBatch
+        orders = ("shuffle", "sampler", "batch_sampler")
+        ordered = any(options.get(name) is not None for name in orders)
+        if train and (of_theirs or self.measures) and not ordered:
+            options["shuffle"] = False
+            toolkit.warn_once(
+                f"the training data keep the order of their {type(dataset).__name__}, as in "
+                "SpeechBrain; the loader option shuffle: true gives another order in each epoch"
+            )
+        loader = make(dataset, **options)
+        return loader if looped is None else _looped(loader, looped)
+
+    def step_without_gradients(self, error: ValueError) -> None:
+        """Warn once in a recipe of SpeechBrain's, which steps without gradients."""
+        if not self.measures:
+            raise error
+        toolkit.warn_once(str(error))
+
+
+def _looped(loader: Any, batches: int) -> Any:
+    """Return SpeechBrain's loader of epochs of so many batches, around another loader."""
+    dataloader = sys.modules.get(f"{toolkit.PACKAGE}.dataio.dataloader")
+    if dataloader is None:
+        raise ValueError(
+            "the loader option looped_nominal_epoch is one of SpeechBrain's, which this program "
+            "has not imported: give an iterable of as many batches"
+        )
+    return dataloader.LoopedLoader(loader, batches)
