@@ -169,9 +169,7 @@ def test_a_yaml_holds_objects_and_the_command_line_replaces_them(
             made.build()
 
 
-@pytest.mark.parametrize(
-    "logger", ["[wandb]", "!new:mine.Logger {x: 1}", "[!new:os.system [x]]"]
-)
+@pytest.mark.parametrize("logger", ["[wandb]", "!new:mine.Logger {x: 1}", "[!new:os.system [x]]"])
 def test_a_run_folder_is_opened_without_its_loggers(tmp_path: Path, logger: str) -> None:
     (tmp_path / "hyperparams.yaml").write_text(f"logger: {logger}\nsize: 3\n")
     found = Configuration(tmp_path / "hyperparams.yaml", run_folder=True).build()
