@@ -76,8 +76,9 @@ def import_peft() -> Any:
 def _inject(name: str, module: nn.Module, given: Any) -> None:
     peft, where = import_peft(), f"adapters.{name}"
     config = _config(peft, where, given)
+    asked = config.to_dict()
     before = getattr(module, "peft_config", {}).get("default")
-    if before is not None and vars(module).get("adapted_by") == config.to_dict():
+    if before is not None and vars(module).get("adapted_by") == asked:
         return  # Another Brain has the same modules.
     if before is not None or any(map(_is_adapted, module.modules())):
         raise ValueError(f"{where}: the module has adapters already, which would be lost")
@@ -90,7 +91,6 @@ def _inject(name: str, module: nn.Module, given: Any) -> None:
     ]
     if config.target_modules == "all-linear" and uncalled and not config.exclude_modules:
         config.exclude_modules = uncalled
-    asked = config.to_dict()
     try:
         with _plain_weights(found):
             peft.inject_adapter_in_model(config, module)

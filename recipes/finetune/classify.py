@@ -1,8 +1,8 @@
 """Train a classifier of recordings, or embeddings that tell speakers apart.
 
-    python recipes/finetune/classify.py hparams/finetune/classify.yaml --source FOLDER_OR_NAME \
+    python recipes/finetune/train.py hparams/finetune/classify.yaml --source FOLDER_OR_NAME \
         --data_folder FOLDER
-    python recipes/finetune/classify.py hparams/finetune/speaker.yaml --data_folder FOLDER
+    python recipes/finetune/train.py hparams/finetune/speaker.yaml --data_folder FOLDER
 
 An encoder gives frames, a pooling layer one vector an utterance, a head the scores of classes. Ends
 with accuracy and macro F1 of the test set, or, with ``verify``, with the equal error rate and the
@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 import trainer
 from recipes.common.loading import DurationBatches
-from recipes.finetune.labelled import Corpus, Labelled, Recording, read_part
+from recipes.finetune.labelled import Corpus, Labelled, Recording, check_length, read_part
 from recipes.finetune.trials import (
     Trial,
     check_names,
@@ -36,7 +36,7 @@ from recipes.finetune.trials import (
     read_trials,
     verification,
 )
-from trainer import Brain, Stage, distributed
+from trainer import Brain, Stage, distributed, json_files
 from trainer.data import BadItem
 from trainer.evaluation import evaluation_mode
 from trainer.loggers.files import replace_file
@@ -69,7 +69,7 @@ class Labels:
         self.names: list[str] = []
         if self.file.is_file():
             try:
-                names = json.loads(self.file.read_text(encoding="utf-8"))
+                names = json_files.parse(self.file.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{self.file} cannot be read: {error}") from None
             texts = isinstance(names, list) and all(isinstance(each, str) for each in names)
@@ -419,14 +419,10 @@ class Classifier(Brain):
     def _pieces(self, signal: Tensor) -> Tensor:
         """Embeddings (P, E) of equal pieces of samples (S,), each as long as the YAML allows.
 
-        Raises ValueError for a signal that is shorter than the encoder needs.
+        Raises BadItem for a signal that is shorter than the encoder needs.
         """
         encoder = self.modules.encoder
-        if len(signal) < encoder.shortest:
-            raise ValueError(
-                f"it has {len(signal)} samples at {encoder.rate} Hz; the encoder needs "
-                f"{encoder.shortest}"
-            )
+        check_length("signal", signal, encoder.rate, encoder.shortest)
         count = math.ceil(len(signal) / (self.hparams.seconds_tested * encoder.rate))
         pieces = signal.to(self.device).split(len(signal) // count)[:count]
         lengths = torch.tensor([len(pieces[0])], device=self.device)
@@ -436,12 +432,19 @@ class Classifier(Brain):
 
 def predict(brain: Classifier, path: str | Path) -> tuple[str, dict[str, float]]:
     """Return the label of a file, and the probability of each label. Raises BadItem."""
-    return brain.predict(read_part(Path(path), brain.modules.encoder.rate))
+    return brain.predict(_read(brain, path))
 
 
 def embed(brain: Classifier, path: str | Path) -> Tensor:
     """Return the embedding (E,) of a file. Raises BadItem."""
-    return brain.embed(read_part(Path(path), brain.modules.encoder.rate))
+    return brain.embed(_read(brain, path))
+
+
+def _read(brain: Classifier, path: str | Path) -> Tensor:
+    encoder = brain.modules.encoder
+    signal = read_part(Path(path), encoder.rate)
+    check_length(path, signal, encoder.rate, encoder.shortest)
+    return signal
 
 
 def described(brain: Classifier, path: str | Path) -> str:
@@ -551,17 +554,13 @@ def _trials(corpus: Corpus, path: str | None) -> dict[Stage, list[Trial]]:
         if path is None or split == "valid"
     }
     if path is not None:
-        ids = {name: each.id for each in corpus["test"] for name in (each.id, _with_suffix(each))}
+        ids = {name: each.id for each in corpus["test"] for name in (each.id, each.name)}
         trials = read_trials(path)
-        check_names(trials, ids, f"the list of trials {path}")
+        check_names(trials, ids, f"the list of trials {path}", "among those of test")
         found[Stage.TEST] = [
             trial._replace(enrol=ids[trial.enrol], test=ids[trial.test]) for trial in trials
         ]
     return found
-
-
-def _with_suffix(recording: Recording) -> str:
-    return recording.id + recording.path.suffix
 
 
 def _cohort(recordings: Sequence[Recording], like: Labelled, most: int) -> Labelled:
@@ -571,7 +570,3 @@ def _cohort(recordings: Sequence[Recording], like: Labelled, most: int) -> Label
         chosen.setdefault(each.label, []).append(each)
     some = [each for group in chosen.values() for each in group[:most]]
     return Labelled(some, [], like.sample_rate, like.seconds, like.shortest)
-
-
-if __name__ == "__main__":
-    trainer.main(train)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCTC
 from recipes.finetune.model import PretrainedEncoder
 from recipes.finetune.sources import loaded
 from recipes.finetune.text import Vocabulary
+from trainer.evaluation import rng_kept
 
 
 class CTC(nn.Module):
@@ -41,7 +42,9 @@ class CTC(nn.Module):
         source = self.encoder.source
         if codec.ids is None or not isinstance(source, str):
             return False
-        model, missing = loaded(source, self.encoder.config, AutoModelForCTC, optional="lm_head.")
+        with rng_kept():
+            config = self.encoder.config
+            model, missing = loaded(source, config, AutoModelForCTC, optional="lm_head.")
         if missing:
             return False
         ids = torch.tensor(codec.ids)

@@ -98,7 +98,7 @@ def run(given: trainer.Run) -> dict[str, float]:
     parts = Parts(folder, lambda part, place: _start(part, place, processes))
     study = Study(hparams, folder)
     try:
-        _work(parts, study, hparams["workers"])
+        work(parts, study, hparams["workers"])
     finally:
         for process in processes:
             if process.poll() is None:
@@ -113,7 +113,7 @@ class Study:
     """What is to be done when, and what came out of it."""
 
     def __init__(self, hparams: Mapping[str, Any], folder: Path) -> None:
-        self.values = hparams["parts"]
+        self.values = hparams["study"]
         self.rates, self.seeds = list(hparams["rates"]), list(hparams["seeds"])
         self.encoder = cached_encoder(self.values["pretrain"])
         self.pretraining = Part("pretrain", "pretrain.yaml", dict(self.values["pretrain"]))
@@ -180,7 +180,7 @@ class Study:
         return "\n".join(rows), errors
 
 
-def _work(parts: Parts, study: Study, workers: int) -> None:
+def work(parts: Parts, study: Study, workers: int) -> None:
     """Do all parts, so many at a time, each as soon as it can begin."""
     pool = ThreadPoolExecutor(workers)
     running: dict[Future[Metrics], Part] = {}
@@ -197,7 +197,7 @@ def _work(parts: Parts, study: Study, workers: int) -> None:
             for future in ended:
                 part, found = running.pop(future), future.result()
                 if part == study.pretraining:
-                    _publish(parts.folder / part.name / "encoder", study.encoder)
+                    publish(parts.folder / part.name / "encoder", study.encoder)
                 parts.keep(part, found)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -209,7 +209,7 @@ def cached_encoder(values: Mapping[str, Any]) -> Path:
     return speech_cache.folder() / "encoders" / hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def _publish(made: Path, cached: Path) -> None:
+def publish(made: Path, cached: Path) -> None:
     """Copy an encoder into the cache, whole or not at all."""
     new = cached.with_name(f".{cached.name}.{os.getpid()}")
     cached.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from recipes.common.audio import check_recordings, read_audio
 from recipes.common.cuts import sound_of, sounds
 from recipes.common.paths import inside
 from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
-from recipes.finetune.trials import read_trials
+from recipes.finetune.trials import check_names, read_trials
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
 
@@ -53,6 +54,11 @@ class Recording(NamedTuple):
     label: str
     speaker: str | None = None
     seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The id with the suffix."""
+        return self.id + self.path.suffix
 
 
 Corpus = Mapping[str, list[Recording]]
@@ -267,7 +273,8 @@ def _corpus(
     if trials is not None:
         found = _of_trials(found, trials, unseen)
     every = [each.recording for each in found]
-    keys = _groups(every, unseen)
+    contents = _contents(every)
+    keys = _groups(every, contents, unseen)
     splits = {each.split for each in found}
     if splits == {None}:
         corpus = deal(every, keys, {"train": 1 - sum(shares.values()), **shares})
@@ -299,7 +306,7 @@ def _corpus(
             "(of one speaker, or one recording under several names), dealt by the shares valid "
             f"{shares['valid']:g} and test {shares['test']:g}"
         )
-    return _without_copies(corpus)
+    return _without_copies(corpus, contents)
 
 
 def _of_classes(found: Sequence[_Found], classes: Sequence[str] | None) -> list[_Found]:
@@ -320,16 +327,23 @@ def _of_trials(found: Sequence[_Found], trials: str, unseen: bool) -> list[_Foun
         raise ValueError("trials has an effect only with unseen: true, for speakers")
     if any(each.split is not None for each in found):
         return list(found)
-    listed = {n for trial in read_trials(trials) for n in (trial.enrol, trial.test)}
-    listed |= {Path(name).with_suffix("").as_posix() for name in listed}
-    speakers = {each.recording.label for each in found if each.recording.id in listed}
+    by_name = {
+        name: each.recording.label
+        for each in found
+        for name in (each.recording.id, each.recording.name)
+    }
+    every = read_trials(trials)
+    check_names(every, by_name, f"the list of trials {trials}")
+    speakers = {by_name[name] for trial in every for name in (trial.enrol, trial.test)}
     return [
         _Found(each.recording, "test" if each.recording.label in speakers else "train")
         for each in found
     ]
 
 
-def _groups(recordings: Sequence[Recording], unseen: bool) -> dict[str, Hashable]:
+def _groups(
+    recordings: Sequence[Recording], contents: Mapping[str, str], unseen: bool
+) -> dict[str, Hashable]:
     """A key for each id; recordings with one key must be in one split.
 
     With ``unseen`` it is the label, else the speaker if known and not the label itself; else
@@ -337,7 +351,6 @@ def _groups(recordings: Sequence[Recording], unseen: bool) -> dict[str, Hashable
     """
     if unseen:
         return {each.id: each.label for each in recordings}
-    contents = _contents(recordings)
     by_speaker = not _speakers_are_classes(recordings)
     return {each.id: (by_speaker and each.speaker) or contents[each.id] for each in recordings}
 
@@ -350,10 +363,11 @@ def _contents(recordings: Sequence[Recording]) -> dict[str, str]:
     """What tells recordings apart, by id: their bytes, where several files are of one size."""
     sizes = {each.id: _bytes(each.path) for each in recordings}
     often = Counter(sizes.values())
-    return {
-        each.id: _digest(each.path) if sizes[each.id] and often[sizes[each.id]] > 1 else each.id
-        for each in recordings
-    }
+    alike = [each for each in recordings if sizes[each.id] and often[sizes[each.id]] > 1]
+    with ThreadPoolExecutor(8) as pool:  # Mostly waiting for disks.
+        digests = pool.map(_digest, [each.path for each in alike])
+        found = dict(zip((each.id for each in alike), digests, strict=True))
+    return {each.id: found.get(each.id, each.id) for each in recordings}
 
 
 def _bytes(path: Path) -> int:
@@ -436,9 +450,8 @@ def _check_apart(corpus: Corpus, key: Callable[[Recording], str | None], advice:
         raise ValueError(f"{next(iter(shared.values()))}{more}: {advice}")
 
 
-def _without_copies(corpus: Corpus) -> Corpus:
+def _without_copies(corpus: Corpus, contents: Mapping[str, str]) -> Corpus:
     """Leave out of train what valid or test has too, and of valid what test has."""
-    contents = _contents([each for recordings in corpus.values() for each in recordings])
     kept: dict[str, list[Recording]] = {}
     homes: dict[str, str] = {}
     for split in reversed(SPLITS):
@@ -510,12 +523,7 @@ class Labelled(Dataset[dict[str, Any]]):
         free = max(0.0, each.seconds - self.seconds)
         start = random.Random(item_seed(each.id)).uniform(0, free) if self.train else free / 2
         signal = read_part(each.path, self.sample_rate, start, self.seconds if free else None)
-        if len(signal) < self.shortest:
-            raise BadItem(
-                each.path,
-                f"it has {len(signal)} samples at {self.sample_rate} Hz; the encoder needs "
-                f"{self.shortest}",
-            )
+        check_length(each.path, signal, self.sample_rate, self.shortest)
         number = self.numbers.get(each.label, -1)  # -1: of a speaker that is to be new
         return {"id": each.id, "sig": signal, "label": number, "name": each.label}
 
@@ -527,3 +535,12 @@ def read_part(
     return read_audio(
         path, sample_rate, start=start, duration=seconds, channel="mean", resample=True
     )
+
+
+def check_length(path: str | Path, signal: Tensor, sample_rate: int, shortest: int) -> None:
+    """Raise BadItem for a file, or other source, of fewer samples than an encoder needs."""
+    if len(signal) < shortest:
+        raise BadItem(
+            path,
+            f"it has {len(signal)} samples at {sample_rate} Hz; the encoder needs {shortest}",
+        )

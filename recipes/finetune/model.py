@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from recipes.asr.model import padding_mask
 from recipes.finetune.sources import described, keep, loaded, made
+from trainer.evaluation import rng_kept
 
 # Models of transformers that take waveforms through convolutions and give a frame per stride.
 # Not data2vec-audio: its positional convolutions read each other's padding, and have no mask.
@@ -108,9 +109,10 @@ class PretrainedEncoder(nn.Module):
         config.mask_time_prob = max(config.mask_time_prob, time_masking)
         config.mask_feature_prob = channel_masking * channel_span
         config.mask_feature_length = channel_span
+        config.mask_feature_min_masks = 0
         config.apply_spec_augment = True
         config.add_adapter = False  # It would shorten the frames without regard to the mask.
-        self.model = made(config) if self.described_in_run else loaded(source, config)[0]
+        self.model = self._built(config)
         self.freeze_front = freeze_front
         self.model.feature_extractor.requires_grad_(not freeze_front)
         self.train(self.training)
@@ -138,7 +140,15 @@ class PretrainedEncoder(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the weights of the source, for a training that has no checkpoint yet."""
-        self.model.load_state_dict(loaded(self.source, self.config)[0].state_dict())
+        if isinstance(self.source, str):
+            with rng_kept():
+                self.model.load_state_dict(loaded(self.source, self.config)[0].state_dict())
+
+    def _built(self, config: Any) -> Any:
+        if not isinstance(self.source, str):
+            return made(config)
+        with rng_kept():  # What is drawn later is the same with and without the weights.
+            return made(config) if self.described_in_run else loaded(self.source, config)[0]
 
     def _samples_of_a_frame(self) -> int:
         samples = 1

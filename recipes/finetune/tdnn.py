@@ -38,6 +38,11 @@ class TDNN(nn.Module):
         dilations: Sequence[int] = (1, 2, 3, 1),
     ) -> None:
         super().__init__()
+        if not kernels or len(kernels) != len(dilations):
+            raise ValueError(
+                f"there are {len(kernels)} kernels and {len(dilations)} dilations; each layer has "
+                "one of both"
+            )
         self.features = LogMel(sample_rate, bands)
         self.size, self.rate, self.shortest = size, sample_rate, self.features.hop
         ins = [bands, *[size] * (len(kernels) - 1)]

@@ -88,7 +88,7 @@ def train(run: trainer.Run) -> dict[str, float]:
     """Train what the YAML builds, and test the best checkpoint (or the mean of the best)."""
     if run.hparams.get("ends_with_parent"):
         call_when_orphaned(lambda: os._exit(1))  # Started again, the run goes on.
-    if "parts" in run.hparams:
+    if "study" in run.hparams:
         return demo.run(run)
     model = run.hparams["modules"].get("model")
     if model is None:

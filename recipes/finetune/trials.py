@@ -149,13 +149,16 @@ def make_trials(
     return trials
 
 
-def check_names(trials: Sequence[Trial], known: Mapping[str, object], what: str) -> None:
+def check_names(
+    trials: Sequence[Trial], known: Mapping[str, object], what: str, where: str = "there"
+) -> None:
     """Raise ValueError, with their number and the first, for trials of unknown recordings.
 
     Args:
         trials: the list.
         known: the recordings there are, by the names that trials have.
         what: the list, for the error.
+        where: where they must be, for the error.
     """
     absent = [
         (number, name)
@@ -167,7 +170,7 @@ def check_names(trials: Sequence[Trial], known: Mapping[str, object], what: str)
         names = dict.fromkeys(name for _, name in absent)
         number, first = absent[0]
         raise ValueError(
-            f"{what} names {len(names)} recordings that are not there, in "
+            f"{what} names {len(names)} recordings that are not {where}, in "
             f"{len({number for number, _ in absent})} of {len(trials)} trials; the first is "
             f"{first[:SHOWN]!r} of trial {number}"
         )

@@ -19,6 +19,7 @@ from recipes.asr.data import Corpus
 from recipes.common.loading import Speech, filter_by_duration, transcript
 from recipes.finetune.data import check_durations
 from recipes.finetune.sources import described, keep, loaded, local, made, told
+from trainer.evaluation import rng_kept
 
 TASKS = ("transcribe", "translate")
 GENERATION = "generation_config.json"
@@ -66,12 +67,13 @@ class Whisper(nn.Module):
         self.tokenizer = told(source, lambda: AutoTokenizer.from_pretrained(place))
         self.prompt = _prompt(source, self.tokenizer, language, task)
         self.model: Any
-        if self.described_in_run:
-            self.model = made(self.config, AutoModelForSpeechSeq2Seq)
-            if (Path(place) / GENERATION).is_file():
-                self.model.generation_config = GenerationConfig.from_pretrained(place)
-        else:
-            self.model = loaded(source, self.config, AutoModelForSpeechSeq2Seq)[0]
+        with rng_kept():  # What is drawn later is the same with and without the weights.
+            if not self.described_in_run:
+                self.model = loaded(source, self.config, AutoModelForSpeechSeq2Seq)[0]
+            else:
+                self.model = made(self.config, AutoModelForSpeechSeq2Seq)
+                if (Path(place) / GENERATION).is_file():
+                    self.model.generation_config = GenerationConfig.from_pretrained(place)
         room = self.config.max_target_positions - len(self.prompt)
         if not 1 <= longest <= room:
             raise ValueError(f"longest is {longest}; the model has room for 1 to {room} tokens")
@@ -96,7 +98,8 @@ class Whisper(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load the weights of the source, for a training that has no checkpoint yet."""
-        model, _ = loaded(self.source, self.config, AutoModelForSpeechSeq2Seq)
+        with rng_kept():
+            model, _ = loaded(self.source, self.config, AutoModelForSpeechSeq2Seq)
         self.model.load_state_dict(model.state_dict())
 
     def features(self, signal: Tensor) -> Tensor:

@@ -410,6 +410,8 @@ attack("tokenizer", load, [
     pieces("RUN/../../outside/secret.yaml"),
     pieces("RUN/tokens", text("tokens", "no tokens at all")),
     yaml("c: !name:recipes.asr.text.Pieces [OUT/secret.yaml, 29]"),
+    yaml("c: !new:recipes.finetune.classify.Labels {file: OUT/secret.yaml}"),
+    yaml("c: !new:recipes.finetune.classify.Labels [/etc/passwd]"),
 ])  # fmt: skip
 attack("sizes", load, [
     yaml("width: 1000000", drop="width:"),

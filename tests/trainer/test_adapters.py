@@ -374,7 +374,8 @@ def test_a_conformer_keeps_its_base_to_the_bit_and_merges(targets: Any) -> None:
     lengths, x = torch.tensor([9, 7]), torch.randn(2, 9, 8)
     modules = nn.ModuleDict({"encoder": model})
     plain = model.eval()(x, lengths)[0]
-    apply_adapters(modules, {"encoder": {"r": 2, "target_modules": targets}})
+    for _ in range(2):  # The second time, nothing is left to do.
+        apply_adapters(modules, {"encoder": {"r": 2, "target_modules": targets}})
     torch.testing.assert_close(model(x, lengths)[0], plain)
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     before = digests(frozen)
@@ -698,12 +699,39 @@ def test_plain_names_are_those_without_adapters(name: str, clean: str) -> None:
     assert plain_name(name) == clean
 
 
-def test_an_optimizer_of_the_recipe_has_nothing_that_is_frozen() -> None:
+def test_an_optimizer_of_the_recipe_has_nothing_that_is_frozen(tmp_path: Path) -> None:
     class Own(Regressor):
         def init_optimizers(self) -> None:
-            self.optimizer = torch.optim.Adagrad(self.modules.net.parameters(), lr=0.1)
+            named = list(self.modules.named_parameters())
+            groups = [
+                {"params": [p for n, p in named if n.endswith("bias") is biases], "lr": lr}
+                for biases, lr in ((True, 0.1), (False, 0.2))
+            ]
+            self.optimizer = torch.optim.Adagrad(groups)  # Which has a state from the beginning.
 
-    brain = make(Own, hparams={"adapters": {"net": LORA}})
-    brain.fit([1], batches(3))
-    assert len(brain.optimizer.param_groups[0]["params"]) == 2
-    brain.optimizer.state_dict()
+    def fit(epochs: int, folder: str) -> Any:
+        hparams = {"adapters": {"net": LORA}}
+        brain = make(Own, hparams=hparams, checkpointer=Checkpointer(tmp_path / folder))
+        brain.fit(range(1, epochs + 1), batches(3))
+        assert [len(group["params"]) for group in brain.optimizer.param_groups] == [0, 2]
+        assert len(brain.optimizer.state) == 2
+        return everything(brain)
+
+    fit(1, "part")
+    assert same(fit(2, "part"), fit(2, "whole"))
+
+
+def test_parameter_groups_name_what_is_adapted_as_before() -> None:
+    groups = {"encoder.2.*": {"lr": 0.5}, "head.*": {"lr": 0.25}}
+    brain = speller(hparams={"param_groups": groups})
+    brain.fit([1], batches(1))
+    found = {len(group["params"]): group["lr"] for group in brain.optimizer.param_groups}
+    assert sorted(group["lr"] for group in brain.optimizer.param_groups) == [0.01, 0.25, 0.5]
+    assert set(found) == {2}
+
+
+def test_modules_that_are_exchanged_are_adapted() -> None:
+    brain = speller()
+    brain.modules = {"encoder": encoder(3), "head": nn.Linear(6, 2)}
+    assert len([n for n, _ in brain.modules.named_parameters() if "lora_" in n]) == 4
+    brain.fit([1], batches(2))

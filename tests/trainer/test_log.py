@@ -671,6 +671,13 @@ def test_the_line_of_a_stage_names_the_losses_of_several_players() -> None:
     assert describe(report) == "test: loss g 1.235, d None, files 3, 61 s"
 
 
+def test_the_line_of_a_stage_without_losses_names_none() -> None:
+    metrics = {"eer": 12.5}
+    assert describe(StageReport("test", None, math.nan, metrics)) == "test: eer 12.5, 0 s"
+    lost = StageReport("test", None, math.nan, metrics, examples=3)
+    assert describe(lost) == "test: loss nan, eer 12.5, 0 s"
+
+
 def test_a_metric_that_would_hide_a_count_ends_the_run_on_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

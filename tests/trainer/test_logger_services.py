@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -318,6 +319,24 @@ def test_a_file_of_wandb_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
         path.write_bytes(data[:cut])
         steps = [row["step"] for row in history(path)]
         assert steps == list(range(len(steps)))
+
+
+def test_files_of_wandb_in_another_format_are_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = info(tmp_path)
+    told.memory.write_text("abc\n")
+    (tmp_path / "wandb" / "offline-run-1-abc").mkdir(parents=True)
+    header = struct.pack("<IHB", 0, 4, 1)
+    (tmp_path / "wandb" / "offline-run-1-abc" / "run-abc.wandb").write_bytes(
+        b"7 bytes" + header + b"\xff\xff\xff\xff"
+    )
+    made = WandbLogger(mode="offline")
+    made.open(told)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("W&B's files of this run cannot be read (DecodeError")
+    assert made.recorded() is None
+    end(made)
 
 
 def test_a_row_has_numbers_of_one_series(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

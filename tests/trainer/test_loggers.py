@@ -234,6 +234,18 @@ def test_the_configuration_is_resolved_and_has_nothing_of_the_environment(
     assert "hidden" not in map(str, found.values())
 
 
+@pytest.mark.parametrize("text", ["x: !applyref:mine.f [1]\n", "x: !ref <nothing>\n", "a: [\n"])
+def test_a_configuration_that_cannot_be_resolved_is_that_of_the_brain(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "hyperparams.yaml").write_text(text)
+    hparams = {"lr": 0.5, "net": object(), "place": Path("a"), "words": ["a"] * 30_000}
+    found = configuration(tmp_path, hparams, RunOptions())
+    assert len(found) < 300
+    assert (found["lr"], found["place"], found["precision"]) == (0.5, "a", "fp32")
+    assert "net" not in found
+
+
 def test_a_failing_run_closes_and_sends_no_files(tmp_path: Path) -> None:
     own = Kept([])
     made = make(logger=own, output_folder=str(tmp_path))

@@ -126,8 +126,8 @@ class OpenRun:
         mapped = [
             package
             for package in found
-            if isinstance(brains[package], Mapping)
-            and any(f"{package}.{each}" in names for each in brains[package])
+            if isinstance(classes := brains[package], Mapping)
+            and any(f"{package}.{each}" in names for each in classes)
         ]
         return mapped or found
 

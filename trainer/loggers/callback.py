@@ -326,6 +326,8 @@ def describe(report: StageReport, learning_rates: Sequence[float | None] = ()) -
         for name, value in report.record().items()
         if name not in RESERVED or (name in SHOWN and value)
     }
+    if not report.examples and facts["loss"] != facts["loss"]:  # NaN: no batch gave a loss.
+        del facts["loss"]
     where = report.stage if report.epoch is None else f"epoch {report.epoch} {report.stage}"
     text = f"{where}: {_join(facts)}, {report.seconds:.0f} s"
     if report.stage == "train":

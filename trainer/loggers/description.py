@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from trainer.checkpoint.checkpointer import Checkpointer, ranked
 from trainer.options import RunOptions
 
+MAX_ITEMS = 100  # of a list
 Plain = bool | int | float | str | None
 
 
@@ -29,8 +31,8 @@ def configuration(
     """Return the configuration of a run by dotted key.
 
     That is hyperparams.yaml with its references filled in and the defaults of run options, objects
-    by their tags and arguments. Without such a file it is the plain values among `hparams`, and the
-    options. The environment is not read.
+    by their tags and arguments. Without such a file, and where it cannot be resolved here, it is
+    the plain values among `hparams`, and the options. The environment is not read.
 
     Args:
         folder: run folder.
@@ -43,7 +45,8 @@ def configuration(
 
     values: Mapping[str, Any] = {**hparams, **vars(options)}
     if (path := folder / "hyperparams.yaml").exists():
-        values = Settings(read(path, alone=True)[0], Registry()).values
+        with contextlib.suppress(ValueError):  # It calls what this program alone may call.
+            values = Settings(read(path, alone=True)[0], Registry()).values
     return dict(_flat(values))
 
 
@@ -53,7 +56,7 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
         for key, value in values.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(values, (list, tuple)):
-        for number, value in enumerate(values):
+        for number, value in enumerate(values[:MAX_ITEMS]):  # A vocabulary is no setting.
             yield from _flat(value, f"{prefix}[{number}]")
     elif values is None or isinstance(values, (bool, int, float, str)):
         yield prefix, values

@@ -65,7 +65,8 @@ class _Table(LineFile):
     def add(self, row: Mapping[str, float | None]) -> None:
         """Write a row, after columns for what is new in it."""
         row = {" ".join(name.split()): value for name, value in row.items()}
-        if new := [name for name in row if name not in self.columns]:
+        known = set(self.columns)
+        if new := [name for name in row if name not in known]:
             old = list(self._rows())[1:]
             self.columns += new
             wider = [each + [""] * (len(self.columns) - len(each)) for each in old]

@@ -36,7 +36,7 @@ SETTINGS = {
     "silent": True,
     "console": "off",
     "init_timeout": 60.0,
-    "finish_timeout": 120.0,
+    "finish_timeout": 600.0,
     "x_transaction_log_flush_interval": 1.0,
 }
 # The files of W&B are of LevelDB's log format: blocks of records, which may be cut in parts.
@@ -118,8 +118,15 @@ class WandbLogger(Logger):
         self._recorded = None
         if id not in self._sessions:
             rows = run.taken
-            if id not in self._ids:  # W&B has what it was given in this process.
-                rows = max(rows, self._read(run.folder / "wandb", id))
+            try:
+                if id not in self._ids:  # W&B has what it was given in this process.
+                    rows = max(rows, self._read(run.folder / "wandb", id))
+            except Exception as error:  # Such as a format of another version.
+                self._recorded = None
+                logger.warning(
+                    "W&B's files of this run cannot be read (%s: %s): records of the last second "
+                    "before it was killed may be missing", type(error).__name__, error,
+                )  # fmt: skip
             session = _Session(self._init(run, id), rows)
             self._sessions[id] = self._session = session
             self._ids.add(id)

@@ -173,6 +173,9 @@ def test_the_speakers_of_a_list_of_trials_are_those_of_the_test(tmp_path: Path) 
     assert {each.label for each in corpus["test"]} == {"s1", "s4"}
     assert len(corpus["test"]) == 6
     assert len({each.label for each in corpus["valid"]}) == 1
+    trials.write_text("1 x/0.wav x/2.wav\n0 s1/0.wav y/1.wav\n")
+    with pytest.raises(ValueError, match="names 3 recordings that are not there, in 2 of 2 trials"):
+        folders(str(tmp_path), unseen=True, trials=str(trials))
     with pytest.raises(ValueError, match="trials has an effect only with unseen: true"):
         folders(str(tmp_path), trials=str(trials))
 

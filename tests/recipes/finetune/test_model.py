@@ -22,7 +22,7 @@ from recipes.finetune.model import (  # noqa: E402
     drawn_spans,
     normalised,
 )
-from tests.recipes.finetune.conftest import SMALL  # noqa: E402
+from tests.recipes.finetune.small import SMALL  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 

@@ -1,0 +1,327 @@
+"""Fine-tunings as runs: what they learn, keep, load, resume and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import trainer  # noqa: E402
+from recipes.common.tables import TableError  # noqa: E402
+from recipes.finetune import infer  # noqa: E402
+from recipes.finetune.data import table  # noqa: E402
+from recipes.finetune.text import Vocabulary  # noqa: E402
+from recipes.finetune.train import train  # noqa: E402
+from recipes.finetune.whisper import Whisper  # noqa: E402
+from tests.recipes.common.speakers import voice, write  # noqa: E402
+from tests.recipes.finetune.small import (  # noqa: E402
+    SECONDS,
+    SPECIAL,
+    save_encoder,
+    save_whisper,
+)
+from trainer import cli  # noqa: E402
+
+HPARAMS = Path(__file__).parents[3] / "hparams" / "finetune"
+TEXTS = ["one two", "two one", "a word", "it's one"]
+FEW = [
+    "--num_workers=0", "--device=cpu", "--no-progressbar", "--batch_seconds=6", "--threads=1",
+    "--grad_accumulation_factor=1", "--steps=3", "--schedule.warmup_steps=1", "--lengths=[0.1, 5]",
+]  # fmt: skip
+CTC = ["--encoder.channel_span=8", "--encoder.time_span=4", "--param_groups=null"]
+
+
+def spoken(folder: Path, rate: int = 16000, seconds: float = 0.8) -> Path:
+    """Write tables of a few recordings."""
+    for split, count in (("train", 8), ("valid", 3), ("test", 3)):
+        rows = ["path,text,speaker"]
+        for number in range(count):
+            name = f"{split}/{number}.wav"
+            write(folder / name, voice(seconds + 0.1 * number, number, rate), rate)
+            rows.append(f"{name},{TEXTS[number % 4]},s{number}")
+        (folder / f"{split}.csv").write_text("\n".join(rows))
+    return folder
+
+
+def corpus(folder: Path) -> list[str]:
+    tables = "{train: train.csv, valid: valid.csv, test: test.csv}"
+    made = f"!name:recipes.finetune.data.table {{data_folder: {folder}, tables: {tables}}}"
+    return [f"--corpus={made}", f"--data_folder={folder}"]
+
+
+def run(name: str, folder: Path, source: Path, *arguments: str) -> dict[str, Any]:
+    given = [str(HPARAMS / f"{name}.yaml"), f"--output_folder={folder}", f"--source={source}"]
+    return cli.main(train, [*given, *FEW, *arguments])
+
+
+def stages(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "stage"]
+
+
+def test_there_is_a_test_for_every_yaml() -> None:
+    tested = {"classify", "ctc_wav2vec2", "demo", "few", "pretrain", "speaker", "whisper"}
+    assert {path.stem for path in HPARAMS.glob("*.yaml")} == tested
+
+
+# ---------------------------------------------------------------------------------------------- CTC
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_an_encoder_is_fine_tuned_by_ctc_and_loads_without_its_source(
+    tmp_path: Path, kind: str, norm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_encoder(tmp_path / "model", kind, feat_extract_norm=norm)
+    data = spoken(tmp_path / "data")
+    found = run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC)
+    assert set(found) == {"wer", "cer"}
+    shutil.rmtree(source)
+    shutil.rmtree(data / "train")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    brain = trainer.load(tmp_path / "moved", "cpu")
+    assert brain.hparams.codec.tokens == ["<blank>", *sorted(set("".join(TEXTS)))]
+    text = brain.transcribe(voice(1.0))
+    capsys.readouterr()
+    path = write(tmp_path / "sound.wav", voice(1.0))
+    assert infer.main([str(tmp_path / "moved"), str(path), str(tmp_path / "none.wav")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == f"{path}\t{brain.transcribe(infer_signal(path))}\n"
+    assert "none.wav" in printed.err
+    assert isinstance(text, str)
+
+
+def infer_signal(path: Path) -> torch.Tensor:
+    from recipes.asr.infer import pieces
+
+    (piece,) = pieces(path, 16000)
+    return piece
+
+
+def test_the_front_end_stays_and_the_rest_learns(tmp_path: Path) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC, "--opt_class.lr=0.01")
+    before = transformers.AutoModel.from_pretrained(source).state_dict()
+    model = trainer.load(tmp_path / "run", "cpu").modules.model.encoder.model
+    moved = {name for name, each in model.state_dict().items() if not each.equal(before[name])}
+    assert not [name for name in moved if name.startswith("feature_extractor")]
+    assert "encoder.layers.1.attention.k_proj.weight" in moved
+    assert "feature_projection.projection.weight" in moved
+
+
+def test_a_model_goes_on_with_its_own_vocabulary_and_last_layer(tmp_path: Path) -> None:
+    source, data = save_encoder(tmp_path / "model", ctc=True), spoken(tmp_path / "data")
+    own = [*corpus(data), *CTC, "--codec.source=!ref <source>", "--opt_class.lr=0.0"]
+    found = run("ctc_wav2vec2", tmp_path / "run", source, *own)
+    model = transformers.AutoModelForCTC.from_pretrained(source).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(source)
+    brain = trainer.load(tmp_path / "run", "cpu")
+    for seed in range(3):
+        signal = voice(1.0, seed)
+        given = extractor(signal.numpy(), sampling_rate=16000, return_tensors="pt")
+        with torch.inference_mode():
+            best = model(**given).logits.argmax(-1)[0]
+        # The tokenizer of the model writes special tokens out, which are no text here.
+        expected = tokenizer.decode(best, skip_special_tokens=True).lower()
+        assert brain.transcribe(signal) == " ".join(expected.split())
+    assert found["cer"] > 0
+
+
+def test_another_vocabulary_is_refused_with_its_characters(tmp_path: Path) -> None:
+    source, data = save_encoder(tmp_path / "model", ctc=True), spoken(tmp_path / "data")
+    rows = (data / "valid.csv").read_text().replace("one two", "caf\u00e9 1")
+    (data / "valid.csv").write_text(rows)
+    with pytest.raises(SystemExit, match="2"):
+        run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "transcripts have characters that the vocabulary lacks: '1' in valid/0.wav" in log
+    plain = save_encoder(tmp_path / "plain")
+    with pytest.raises(ValueError, match="cannot be used|no vocabulary of characters"):
+        Vocabulary(tmp_path / "vocabulary.json", str(plain))
+
+
+def test_recordings_of_another_rate_are_converted_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data", rate=8000)
+    assert run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC)
+    for arguments, message in [
+        (["--sample_rate=8000"], "sample_rate is 8000, and the pretrained model takes 16000 Hz"),
+        (["--resample=false"], "it is sampled at 8000 Hz, not at 16000 Hz"),
+    ]:
+        with pytest.raises(SystemExit):
+            run("ctc_wav2vec2", tmp_path / "b", source, *corpus(data), *CTC, *arguments)
+        assert message in capsys.readouterr().err + (tmp_path / "b" / "train.log").read_text()
+        shutil.rmtree(tmp_path / "b")
+
+
+def test_what_is_shorter_than_a_frame_is_refused_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    write(data / "test" / "1.wav", voice(0.02))
+    with pytest.raises(SystemExit):
+        run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC)
+    error = capsys.readouterr().err
+    assert "1 of 3 utterances of test do not fit the pretrained model" in error
+    assert "25 ms at least: the first is test/1.wav of 0.020 s" in error
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_batches_are_of_near_equal_length_where_the_front_end_normalises_over_time(
+    tmp_path: Path,
+) -> None:
+    data = spoken(tmp_path / "data")
+    counts = {}
+    for norm in ("group", "layer"):
+        source = save_encoder(tmp_path / norm, feat_extract_norm=norm)
+        run("ctc_wav2vec2", tmp_path / f"run-{norm}", source, *corpus(data), *CTC)
+        log = (tmp_path / f"run-{norm}" / "train.log").read_text()
+        counts[norm] = int(log.split("8 items, ")[1].split(" in ")[1].split()[0])
+    assert counts == {"group": 8, "layer": 2}
+
+
+def test_a_run_that_is_stopped_before_its_first_checkpoint_begins_with_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    given = [*corpus(data), *CTC, "--encoder.layer_drop=0", "--encoder.time_masking=0"]
+    whole = run("ctc_wav2vec2", tmp_path / "whole", source, *given)
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.finetune.train.Recogniser.on_fit_batch_start", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run("ctc_wav2vec2", tmp_path / "run", source, *given)
+    assert (tmp_path / "run" / "prepared" / "encoder" / "config.json").is_file()
+    assert run("ctc_wav2vec2", tmp_path / "run", source, *given) == whole
+    assert losses(tmp_path / "run")[-3:] == losses(tmp_path / "whole")
+
+
+def stop(*_: object) -> None:
+    raise RuntimeError("stopped")
+
+
+def losses(folder: Path) -> list[float]:
+    return [each["loss"] for each in stages(folder) if "loss" in each]
+
+
+# ------------------------------------------------------------------------------------------ Whisper
+
+
+def test_whisper_is_fine_tuned_and_loads_without_its_source(tmp_path: Path) -> None:
+    source, data = save_whisper(tmp_path / "model"), spoken(tmp_path / "data")
+    given = [*corpus(data), "--model.longest=12", "--opt_class.lr=0.01", "--steps=6"]
+    found = run("whisper", tmp_path / "run", source, *given)
+    assert set(found) == {"wer", "cer"}
+    train_losses = [each["loss"] for each in stages(tmp_path / "run") if each["stage"] == "train"]
+    assert train_losses[-1] < train_losses[0]
+    shutil.rmtree(source)
+    brain = trainer.load(tmp_path / "run", "cpu")
+    heard = brain.modules.model.generate(brain.modules.model.features(voice(1.0))[None])
+    assert 1 <= len(heard[0]) <= 12
+    assert brain.transcribe(voice(1.0)) == brain.modules.model.decode(heard[0])
+    assert infer.main([str(tmp_path / "run"), str(data / "test" / "0.wav")]) == 0
+
+
+def test_whisper_hears_its_own_features_and_generates_the_likeliest_tokens(tmp_path: Path) -> None:
+    source = save_whisper(tmp_path / "model")
+    model = Whisper(str(source), longest=9).eval()
+    known = model.tokenizer.get_vocab()
+    names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert model.prompt == [known[name] for name in names]
+    signals = [voice(1.0), voice(0.5, 1)]
+    features = torch.stack([model.features(each) for each in signals])
+    assert features.shape == (2, 8, 100 * SECONDS)
+    original = transformers.WhisperForConditionalGeneration.from_pretrained(source).eval()
+    for row, signal in enumerate(signals):
+        given = model.extractor(signal.numpy(), sampling_rate=16000, return_tensors="pt")
+        torch.testing.assert_close(features[row], given["input_features"][0])
+    tokens = torch.tensor([model.prompt] * 2)
+    with torch.inference_mode():
+        for _ in range(9):
+            scores = original(input_features=features, decoder_input_ids=tokens).logits[:, -1]
+            tokens = torch.cat([tokens, scores.argmax(-1, keepdim=True)], dim=1)
+        assert model.generate(features) == tokens[:, len(model.prompt) :].tolist()
+        forced = model(features, tokens[:, len(model.prompt) :])
+    assert torch.equal(forced.argmax(-1), tokens[:, len(model.prompt) :])
+    assert model.decode(model.encode("it's one")) == "it's one"
+    assert model.encode("a")[-1] == known["<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "message"),
+    [
+        ({"num_mel_bins": 10}, {}, "takes 600 frames of 10 mel bands, .* gives 600 of 8"),
+        ({"max_source_positions": 100}, {}, "takes 200 frames of 8 mel bands, .* gives 600 of 8"),
+        ({}, {"language": "fr"}, r"has no <\|fr\|>; language must be a code"),
+        ({}, {"task": "summarise"}, "task is 'summarise'; allowed: transcribe, translate"),
+        ({}, {"longest": 217}, "longest is 217; the model has room for 1 to 216 tokens"),
+    ],
+)
+def test_a_whisper_that_does_not_fit_together_is_refused(
+    tmp_path: Path, saved: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    source = save_whisper(tmp_path / "model", **saved)
+    with pytest.raises(ValueError, match=message):
+        Whisper(str(source), **{"longest": 9, **given})
+
+
+def test_an_english_whisper_has_no_language(tmp_path: Path) -> None:
+    special = [each for each in SPECIAL if each not in ("<|en|>", "<|de|>", "<|transcribe|>")]
+    model = Whisper(str(save_whisper(tmp_path / "m", special)), language=None, longest=9)
+    assert len(model.prompt) == 2
+    with pytest.raises(ValueError, match="model type 'wav2vec2', which is no model of the kind"):
+        Whisper(str(save_encoder(tmp_path / "other")))
+
+
+def test_an_utterance_that_is_too_long_for_whisper_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = save_whisper(tmp_path / "model"), spoken(tmp_path / "data")
+    write(data / "valid" / "2.wav", voice(SECONDS + 1))
+    with pytest.raises(SystemExit):
+        run("whisper", tmp_path / "run", source, *corpus(data), "--model.longest=12")
+    assert f"and {SECONDS} s at most: the first is valid/2.wav" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- data
+
+TABLES = {"train": "train.csv", "valid": "valid.csv", "test": "test.csv"}
+Spoil = Callable[[Path], object]
+
+
+def in_two_splits(folder: Path) -> None:
+    text = (folder / "test.csv").read_text()
+    (folder / "test.csv").write_text(text + "\ntrain/0.wav,one,s0")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (in_two_splits, "line 5 of .*test.csv has 'train/0.wav', as train has"),
+        (lambda f: (f / "valid.csv").unlink(), "valid.csv is not there; expected was a table"),
+        (lambda f: (f / "valid.csv").write_text("path\na.wav"), "has no column text"),
+        (lambda f: (f / "valid.csv").write_text("path,text\n../a.wav,one"), "line 2 .*'..'"),
+        (lambda f: (f / "valid.csv").write_text('path,text\na.wav,""'), "has no text for 'a.wav'"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_told_with_its_line(
+    tmp_path: Path, spoil: Spoil, message: str
+) -> None:
+    folder = spoken(tmp_path)
+    assert {split: len(list(each)) for split, each in table(str(folder), TABLES).items()} == {
+        "train": 8,
+        "valid": 3,
+        "test": 3,
+    }
+    spoil(folder)
+    with pytest.raises(TableError, match=message):
+        table(str(folder), TABLES)
