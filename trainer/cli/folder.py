@@ -61,6 +61,7 @@ RUN_FILES = (
     "mlartifacts",
     "loggers",
     "profile",
+    "samples",
 )
 HEADER = "# The resolved hyperparameters of a run; this file runs alone."
 MARK = "a run folder"  # Last line of the lock file; a folder that was refused has none.
