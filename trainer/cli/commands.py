@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.work(rest)
     except SweepStopped as stop:
+        _say([f"stopped ({signals.name_of(stop.number)}): the same command goes on"])
         return signals.exit_code(stop.number)
     except BrokenPipeError:  # The reader, such as head, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

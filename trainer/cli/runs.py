@@ -23,7 +23,6 @@ from trainer.config.hyperparameters import Configuration
 from trainer.config.run_folder import check_tags
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
-from trainer.options import METADATA
 from trainer.untrusted import confined, printable
 
 MAX_TAIL = 1 << 18  # bytes at the end of metrics.jsonl that are read
@@ -233,7 +232,8 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
     every = {key: [each.get(key) for each in values.values()] for key in _keys(values.values())}
     keys = [key for key, found in every.items() if any(each != found[0] for each in found)]
     tests = [run.metrics for run in runs]
-    names = [name for name in _keys(tests) if name != "loss" or not any(len(t) > 1 for t in tests)]
+    only_loss = any([*each] == ["loss"] for each in tests)
+    names = [name for name in _keys(tests) if name != "loss" or only_loss]
     rows: list[tuple[str, ...]] = [("run", "state", "step", "stage", *names, *keys)]
     groups: dict[tuple[str, ...], list[RunFacts]] = {}
     for run in runs:
@@ -246,7 +246,8 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
             alike = [_cell(own.get(key)) for key in keys if key != "seed"]
             groups.setdefault((run.stage, *alike), []).append(run)
     for (stage, *_), group in groups.items():
-        if len(group) > 1:
+        seeds = {_cell(values[run.folder].get("seed")) for run in group}
+        if len(seeds) > 1:
             own = values[group[0].folder]
             cells = tuple("any" if key == "seed" else _cell(own.get(key)) for key in keys)
             spread = (_spread([run.metrics.get(name) for run in group]) for name in names)
@@ -255,14 +256,14 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Return the values in force of a run's hyperparameters, but for where it is and how it ran."""
+    """Return the hyperparameters in force of a run, without references and neutral keys."""
     configuration = Configuration(folder / HYPERPARAMS, run_folder=True)
     check_tags(configuration.root)
     settings = Settings(configuration.root, configuration.registry)
     return {
         key: value
         for key, value in settings.values.items()
-        if not (key in METADATA and METADATA[key].transient) and settings.kind(key) != "neutral"
+        if settings.origin(key) == key and settings.kind(key) != "neutral"
     }
 
 

@@ -205,9 +205,12 @@ def average(
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")
     checkpointer = Checkpointer(confined(run, run / CHECKPOINTS))
-    found = checkpointer.find(min_key, max_key, n=None)
+    if min_key and max_key:
+        raise ValueError(f"give --min ({min_key}) or --max ({max_key}), not both")
+    found = checkpointer.list_checkpoints()
+    if key := min_key or max_key:
+        found = ranked(found, key, "min" if min_key else "max")
     if not found or len(found) < (number or 1):
-        key = min_key or max_key
         by = f" with a finite {key!r}" if key else ""
         raise ValueError(
             f"{printable(str(run))} has {len(found)} checkpoints{by} and not {number or 1}: a run "
