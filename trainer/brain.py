@@ -21,7 +21,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +76,7 @@ from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
+from trainer.samples import Cell, Samples
 from trainer.speechbrain_names import SETTINGS, SpeechBrainNames
 from trainer.tree import plain_number
 
@@ -832,6 +833,23 @@ class Brain(SpeechBrainNames):
             )
         stage = self.__stage.value if self.__in_a_stage else ""
         self.__metrics.log(stage, name, value, weight)
+
+    def show(self, title: str, rows: Sequence[Mapping[str, Cell]], note: str = "") -> None:
+        """Show people samples: in the report of the run, and in the loggers.
+
+        The run folder keeps the latest rows of each title, at most 20. Rank 0 records; what other
+        ranks show is left out. Without a run folder nothing is recorded.
+
+        Args:
+            title: name of the set, such as "test" or "valid".
+            rows: a mapping from names to cells for each: texts, numbers, and the classes of
+                `trainer.samples` (sounds, pictures, aligned words, matrices, histograms). The cell
+                "id" is the heading of its row.
+            note: a sentence above the rows.
+        """
+        epoch = None if self.__stage is Stage.TEST else self.progress.epoch
+        step = self.progress.optimizer_step
+        self.callbacks.call("on_samples", self, Samples(title, rows, step, epoch, note=note))
 
     def autocast(self, stage: Stage | None = None) -> AbstractContextManager[object]:
         """Return the context manager for a forward pass.

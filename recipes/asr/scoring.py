@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from trainer import distributed
+from trainer.samples import Aligned, Audio, Cell
 
 try:
     import jiwer
@@ -26,15 +30,45 @@ class Transcribed(NamedTuple):
 class Scores:
     """The errors of a set of utterances: what was substituted, deleted and inserted.
 
-    Rates are of the whole set (all errors over all words), not means over utterances.
+    Rates are of the whole set (all errors over all words), not means over utterances. The sounds of
+    the ``shown`` worst utterances, and of as many chosen at random, are kept to hear.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: int = 5) -> None:
+        self.shown = shown
         self.utterances: list[Transcribed] = []
+        self._worst: list[tuple[float, Transcribed, Tensor]] = []  # Errors in per cent come first.
+        self._chosen: list[tuple[int, Transcribed, Tensor]] = []  # A random number comes first.
 
-    def add(self, ids: Sequence[str], said: Sequence[str], heard: Sequence[str]) -> None:
-        """Take in a batch."""
-        self.utterances += map(Transcribed, ids, said, heard)
+    def add(
+        self,
+        ids: Sequence[str],
+        said: Sequence[str],
+        heard: Sequence[str],
+        signals: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Take in a batch, perhaps with its sounds (B, T) and their lengths (B,) on the host."""
+        added = [*map(Transcribed, ids, said, heard)]
+        self.utterances += added
+        for each, wave, length in zip(added, *signals, strict=True) if signals else ():
+            sound, draw = wave[: int(length)].clone(), zlib.crc32(each.id.encode())
+            self._worst.append((-_per_cent(_words(each)), each, sound))
+            self._chosen.append((draw, each, sound))
+        for kept in (self._worst, self._chosen):
+            kept.sort(key=lambda each: each[:2])
+            del kept[self.shown :]
+
+    def samples(self, rate: int) -> list[dict[str, Cell]]:
+        """Rows for `Brain.show`: of this process, the worst first, then those chosen at random."""
+        rows: dict[str, dict[str, Cell]] = {}
+        for _, each, sound in (*self._worst, *self._chosen):
+            rows[each.id] = {
+                "id": each.id,
+                "WER": round(_per_cent(_words(each)), 1),
+                "said and heard": Aligned(each.said, each.heard),
+                "sound": Audio(sound, rate),
+            }
+        return list(rows.values())
 
     def gather(self) -> Scores:
         """The utterances of all processes, in the order of their ids. A collective."""

@@ -44,7 +44,7 @@ class Recogniser(Brain):
         self, predictions: tuple[Tensor, Tensor], batch: Any, stage: Stage
     ) -> Tensor:
         if stage is not Stage.TRAIN:
-            self.scores.add(batch.id, batch.text, self.texts(predictions))
+            self.scores.add(batch.id, batch.text, self.texts(predictions), batch.on_host.sig)
         (_, samples), tokens = batch.on_host.sig, batch.on_host.tokens
         return ctc_loss(predictions[0], self.modules.model.frames(samples), *tokens)
 
@@ -65,6 +65,8 @@ class Recogniser(Brain):
         folder = self.hparams.output_folder  # None for a model that `trainer.load` made
         if distributed.is_main() and folder is not None:
             scores.write(Path(folder) / f"wer_{stage.value}.txt")
+        note = "The worst utterances, then some chosen at random."
+        self.show(stage.value, self.scores.samples(self.hparams.sample_rate), note)
         return scores.rates()
 
     @torch.inference_mode()

@@ -100,7 +100,11 @@ class HiFiGAN(Brain):
     ) -> Mapping[str, float] | None:
         if stage is Stage.TRAIN:
             return None
-        return self.scores.finish() if stage is Stage.TEST else {"mel_l1": stage_loss}
+        if stage is Stage.VALID:
+            return {"mel_l1": stage_loss}
+        means = self.scores.finish()
+        self.show("test", self.scores.samples())
+        return means
 
 
 def check_sizes(hparams: Mapping[str, Any]) -> None:

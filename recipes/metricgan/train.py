@@ -257,7 +257,7 @@ class Enhancer(Brain):
         elif stage is Stage.VALID:
             # The target chooses the checkpoint of a phase.
             wanted = dict.fromkeys([self.hparams.target, *self.hparams.valid_measures])
-            self.board.start("valid", list(wanted))
+            self.board.start("valid", list(wanted), extremes=1)
         else:
             self.board.start("test", extremes=self.hparams.extremes)
 
@@ -276,6 +276,7 @@ class Enhancer(Brain):
             self.history.close()
             return None
         scores = self.board.finish()
+        self.show(stage.value, self.board.samples, "The worst clips first.")
         scores.update((n, self.board.means[n]) for n in COMPOSITES if n in self.board.means)
         name = self.phases.outcome(epoch) if epoch is not None else None
         if stage is Stage.VALID and name is not None and self.hparams.target in scores:

@@ -98,7 +98,7 @@ class Enhancer(Brain):
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         if stage is Stage.VALID:
-            self.board.start("valid", self.hparams.valid_measures)
+            self.board.start("valid", self.hparams.valid_measures, extremes=1)
         elif stage is Stage.TEST:
             self.board.start("test", extremes=self.hparams.extremes)
 
@@ -116,7 +116,11 @@ class Enhancer(Brain):
     def on_stage_end(
         self, stage: Stage, stage_loss: Any, epoch: int | None = None
     ) -> Mapping[str, float] | None:
-        return None if stage is Stage.TRAIN else self.board.finish()
+        if stage is Stage.TRAIN:
+            return None
+        metrics = self.board.finish()
+        self.show(stage.value, self.board.samples, "The worst clips first.")
+        return metrics
 
 
 def train(run: trainer.Run) -> dict[str, float]:

@@ -84,6 +84,7 @@ class Separator(Brain):
                 scores.write_table(folder / f"scores_{stage.value}.csv")
             if stage is Stage.TEST:
                 scores.write_audio(folder / "examples")
+        self.show(stage.value, scores.samples(), "The worst mixtures first.")
         return scores.means()
 
 

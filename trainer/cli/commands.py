@@ -179,7 +179,7 @@ def _comparison(folders: Sequence[Path], path: Path) -> Path:
     """Write the page that compares runs; return its path."""
     from trainer import report
 
-    report.compare(folders, path)  # type: ignore[attr-defined]
+    report.compare(folders, path)
     return path
 
 
@@ -253,7 +253,10 @@ def _sweep(argv: list[str]) -> int:
     if folders:
         keys = "-".join(quote(key) for key, _ in parse_values(values))
         above = Path(os.path.commonpath([each.absolute().parent for each in folders]))
-        print(_comparison(folders, given.page or above / f"sweep-{keys}.html"))
+        try:
+            print(_comparison(folders, given.page or above / f"sweep-{keys}.html"))
+        except (ValueError, OSError) as error:  # What was trained is there.
+            _say([f"the runs are not compared: {session.message(error)}"])
     return 1 if any(codes.values()) else 0
 
 

@@ -64,6 +64,7 @@ RUN_FILES = (
     "prepared",
     "tensorboard",
     "profile",
+    "samples",
 )
 HEADER = "# The resolved hyperparameters of a run; this file runs alone."
 MARK = "a run folder"  # Last line of the lock file; a folder that was refused has none.

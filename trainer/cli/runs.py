@@ -92,7 +92,7 @@ def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     folders = [Path(each).expanduser() for each in given]
     why = f"is no run folder: it has no {HYPERPARAMS} of a run"
     return [each for each in folders if is_run(each)], [
-        f"{printable(str(each))} {why if each.is_dir() else 'does not exist'}"
+        f"{printable(str(each))} {why if each.exists() else 'does not exist'}"
         for each in folders
         if not is_run(each)
     ]

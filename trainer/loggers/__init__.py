@@ -8,6 +8,7 @@ from trainer.loggers.callback import LoggerCallback
 from trainer.loggers.files import JsonlLogger, TextLog
 from trainer.loggers.progress_bar import ProgressBar
 from trainer.loggers.protocol import Logger
+from trainer.loggers.samples import SampleLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Logger",
     "LoggerCallback",
     "ProgressBar",
+    "SampleLogger",
     "TensorBoardLogger",
     "TextLog",
 ]

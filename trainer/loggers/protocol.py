@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.samples import Samples
+
 
 class Logger:
     """Base class of what records a run; `trainer.loggers.LoggerCallback` drives it, on rank 0 only.
@@ -37,6 +39,9 @@ class Logger:
 
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text."""
+
+    def samples(self, samples: Samples) -> None:
+        """Record rows of cells. The sounds and pictures of the first come one by one, too."""
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file of the run, such as the report or the best checkpoint."""

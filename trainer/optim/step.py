@@ -34,6 +34,10 @@ logger = logging.getLogger("trainer")
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
 
+# Called where a part of a step ends, with "forward", "backward" or "step"; None but in the batch
+# that a diagnostic measures.
+stopwatch: Callable[[str], None] | None = None
+
 StepHook = Callable[["Update", Gradients], None]
 Take = Callable[[list[float]], None]
 
@@ -431,6 +435,8 @@ def accumulate(
         ValueError: for a loss or weight that cannot be used, and for optimizers that cannot take
             this loss together.
     """
+    if stopwatch is not None:
+        stopwatch("forward")
     lead = updates[0]
     _check(loss, weight, lead.name)
     _check_windows(updates)
@@ -527,6 +533,8 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     reports = [u.step(g, loss, weight, scale) for u, g in zip(updates, gradients, strict=True)]
     if scaler.is_enabled():
         scaler.update()
+    if stopwatch is not None:
+        stopwatch("step")
     return reports
 
 
@@ -620,6 +628,8 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
         for p in others:
             p.requires_grad_(True)
         updates[0].take_untrained(kept)
+        if stopwatch is not None:
+            stopwatch("backward")
 
 
 def _unscale(updates: Sequence[Update], device: torch.device) -> list[Tensor]:

@@ -49,8 +49,8 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
         {"generator"}, {"discriminator", "generator"},
     ]  # fmt: skip
     assert {"mel", "adversarial", "features"} < steps[1]["loss"].keys()
-    assert (folder / "samples.html").is_file()
-    assert len(list((folder / "samples").iterdir())) == 3
+    assert (folder / "samples" / "test" / "samples.json").is_file()
+    assert len(list((folder / "samples" / "test").glob("*.flac"))) == 3
 
 
 def test_there_is_a_test_for_every_yaml() -> None:
