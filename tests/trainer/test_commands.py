@@ -22,7 +22,7 @@ from torch import nn
 import trainer
 from tests.trainer.small import Regressor
 from trainer import Checkpointer, report
-from trainer.cli import launch, recipes, sweep
+from trainer.cli import launch, recipe, sweep
 from trainer.cli.commands import COMMANDS, main
 from trainer.cli.ending import end_lines
 from trainer.cli.folder import HEADER, RunFolder
@@ -175,7 +175,7 @@ def test_a_wrong_argument_is_one_sentence(
 
 
 def test_recipes_are_found_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
-    found = recipes.recipes()
+    found = recipe.recipes()
     yamls = {each.resolve() for each in (ROOT / "hparams").glob("*/*.yaml")}
     assert {each.file.resolve() for each in found.values()} == yamls
     assert len(found) >= 20
@@ -186,7 +186,7 @@ def test_recipes_are_found_by_their_names(capsys: pytest.CaptureFixture[str]) ->
         assert line is not None
         assert each.program == each.program.parent / line[1]
         assert each.program.is_file()
-        assert recipes.find(name) == recipes.find(str(each.file)) == each
+        assert recipe.find_recipe(name) == recipe.find_recipe(str(each.file)) == each
     main(["run"])
     lines = capsys.readouterr().out.splitlines()
     assert [each.split()[0] for each in lines] == list(found)
@@ -210,8 +210,8 @@ def test_a_recipe_of_another_distribution_brings_its_yamls(
         module = type(sys)("a_package")
         module.__path__ = [str(package)]
         monkeypatch.setitem(sys.modules, "a_package", module)
-        monkeypatch.setattr(recipes, "recipe_packages", lambda: ["a_package"])
-        assert list(recipes.recipes()) == ["spotter/small"], place
+        monkeypatch.setattr(recipe, "recipe_packages", lambda: ["a_package"])
+        assert list(recipe.recipes()) == ["spotter/small"], place
 
 
 def test_run_does_what_the_program_does_with_the_yaml(

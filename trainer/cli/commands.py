@@ -11,8 +11,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from trainer import signals
-from trainer.cli import recipes, runs, session, upkeep
+from trainer.cli import runs, session, upkeep
 from trainer.cli.arguments import HELP
+from trainer.cli.recipe import find_recipe, list_recipes, run_recipe
 from trainer.cli.replay import replay
 from trainer.cli.sweep import SweepStopped, parse_values, sweep, trials
 from trainer.options import nearest
@@ -118,12 +119,12 @@ def _say(lines: Sequence[str]) -> None:
 
 def _run(argv: list[str]) -> int:
     if not argv:
-        print("\n".join(recipes.list_recipes()) or "no recipe is installed")
+        print("\n".join(list_recipes()) or "no recipe is installed")
         return 0
     name, *rest = argv
     if name.startswith("-"):
         raise ValueError(f"the name of a recipe comes first, as in task/name, not {name}")
-    return recipes.run(name, rest)
+    return run_recipe(name, rest)
 
 
 def _ls(argv: list[str]) -> int:
@@ -244,7 +245,7 @@ def _sweep(argv: list[str]) -> int:
     given, more = parser.parse_known_args(more)
     if not name or not values:
         raise ValueError("a sweep needs a recipe and values, as in: task/name 'lr=1e-3,3e-4'")
-    recipe = recipes.find(name)
+    recipe = find_recipe(name)
     planned = trials(recipe, values, more)
     codes = sweep(recipe, planned)
     for folder, code in codes.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 from trainer import signals
 from trainer.cli.arguments import configure
 from trainer.cli.folder import RunFolder
-from trainer.cli.recipes import Recipe
+from trainer.cli.recipe import Recipe
 from trainer.cli.runs import is_run, read_run
 from trainer.config.changes import Settings
 

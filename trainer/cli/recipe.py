@@ -59,7 +59,7 @@ def recipes() -> dict[str, Recipe]:
     return found
 
 
-def find(name: str) -> Recipe:
+def find_recipe(name: str) -> Recipe:
     """Return a recipe by its name, or by the path of a YAML.
 
     A YAML of one's own is run by the train.py beside it, or, in a folder called like a recipe, by
@@ -98,14 +98,14 @@ def list_recipes() -> list[str]:
     return [f"{name.ljust(width)}  {_title(each.file)}".rstrip() for name, each in known.items()]
 
 
-def run(name: str, argv: Sequence[str]) -> int:
+def run_recipe(name: str, argv: Sequence[str]) -> int:
     """Run a recipe in this process, as `python train.py FILE` with these arguments does.
 
     Raises:
         ValueError: there is no such recipe.
         SystemExit: as `trainer.main`.
     """
-    recipe = find(name)
+    recipe = find_recipe(name)
     sys.argv = [*recipe.command(), *argv]
     sys.path.insert(0, str(recipe.program.parent.resolve()))
     try:
