@@ -1,5 +1,6 @@
 """Programs and commands in the documentation, as a reader would run them."""
 
+import json
 import os
 import re
 import shlex
@@ -87,3 +88,20 @@ def test_the_programs_of_the_guide_run(tmp_path: Path) -> None:
         trained = command != ["use.py"]
         assert bool(re.search(r"^test: acc=1.00$", done.stdout, re.MULTILINE)) == trained
         assert "warning" not in done.stderr
+
+
+def test_the_search_by_optuna_runs_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tuning.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for trials in (4, 8):
+        exec(block.replace("n_trials=8", "n_trials=4"), {"__name__": "search"})
+        out = capsys.readouterr().out
+        assert re.search(r"^best: [\d.e-]+ \{'lr': ", out, re.MULTILINE)
+        folders = list((tmp_path / "runs" / "search").iterdir())
+        assert len(folders) == trials
+    states = [json.loads((each / "state.json").read_text()) for each in folders]
+    for each in states:
+        assert each["state"] == "finished" or each["error"].startswith("TrialPruned")
