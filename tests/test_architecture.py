@@ -91,6 +91,7 @@ def test_the_trainer_knows_no_recipe_and_a_recipe_no_other() -> None:
 
 def test_the_trainer_needs_torch_hyperpyyaml_and_tqdm_alone() -> None:
     allowed = {"trainer", "torch", "hyperpyyaml", "ruamel", "yaml", "tqdm", "__future__"}
+    allowed |= {"huggingface_hub", "peft", "safetensors"}  # Where a run asks for them.
     found = {name.split(".")[0] for path in sources(TRAINER) for name in imports_of(path)}
     assert found - set(sys.stdlib_module_names) <= allowed
 
@@ -129,7 +130,7 @@ def test_importing_the_trainer_imports_nothing_heavy_but_torch() -> None:
     script = (
         "import sys, trainer;"
         "heavy = {'torchaudio', 'lhotse', 'soundfile', 'matplotlib', 'tensorboard', 'scipy'};"
-        "heavy.add('speechbrain');"
+        "heavy |= {'speechbrain', 'wandb', 'mlflow'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -161,7 +162,7 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     for file, name in named:
         assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
     promises = re.findall(r"^\| ([RS]\d+) \|.*$", text, re.MULTILINE)
-    assert promises == [*(f"R{n}" for n in range(1, 23)), *(f"S{n}" for n in range(1, 16))]
+    assert promises == [*(f"R{n}" for n in range(1, 24)), *(f"S{n}" for n in range(1, 20))]
     unheld = re.findall(r"^\| ([RS]\d+) \|.*\| no test yet \|", text, re.MULTILINE)
     assert unheld == []
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         run_on_main,
     )
     from trainer.config.hyperparameters import load_hparams
-    from trainer.inference import load
+    from trainer.inference import export, load
 
     __version__: str
 
@@ -49,6 +49,7 @@ __all__ = [
     "create_experiment_directory",
     "ddp_init_group",
     "dump_hyperpyyaml",
+    "export",
     "if_main_process",
     "launch",
     "load",
@@ -69,12 +70,17 @@ RUN_NAMES = (
     "epochs.EpochCounter", "metrics.Mean", "optim.ema.WeightAverage", "schedules.EarlyStopping",
     "schedules.NewBob", "schedules.Noam", "schedules.Plateau", "schedules.WarmupDecay",
 )  # fmt: skip
-YAML_NAMES = (*RUN_NAMES, "compat.toolkit.set_seed")  # A run folder seeds nothing.
+# A run folder seeds and logs nothing.
+YAML_NAMES = (
+    *RUN_NAMES, "compat.toolkit.set_seed", "loggers.MlflowLogger", "loggers.WandbLogger",
+    "loggers.mlflow.MlflowLogger", "loggers.wandb.WandbLogger",
+)  # fmt: skip
 
 # YAML and command line are imported on first use: programs that only subclass Brain start faster.
 _LAZY = {
     "Run": "trainer.cli",
     "launch": "trainer.cli",
+    "export": "trainer.inference",
     "load": "trainer.inference",
     "main": "trainer.cli",
     "load_hparams": "trainer.config.hyperparameters",
@@ -88,6 +94,12 @@ _LAZY = {
 }
 
 
+def _initialise(*arguments: Any) -> None:
+    from trainer.inference.initialise import initialise
+
+    initialise(*arguments)
+
+
 def _register_defaults() -> None:
     """Fill the registry of what every Brain has; modules are imported when a Brain is made."""
 
@@ -97,11 +109,13 @@ def _register_defaults() -> None:
         return ProgressBar(brain.options.progressbar)
 
     def loggers(brain: Brain) -> Callback | None:
-        from trainer.loggers import JsonlLogger, LoggerCallback, SampleLogger, TensorBoardLogger
+        from trainer.loggers import JsonlLogger, LoggerCallback, SampleLogger
+        from trainer.loggers.choice import chosen_loggers
         from trainer.report import ReportLogger
 
-        curves = [TensorBoardLogger] if brain.options.tensorboard else []
-        return LoggerCallback(brain.options, [JsonlLogger, SampleLogger, *curves, ReportLogger])
+        options, hparams = brain.options, vars(brain.hparams)
+        usual = [JsonlLogger, SampleLogger, ReportLogger]
+        return LoggerCallback(options, usual, chosen_loggers(options), hparams)
 
     def nonfinite_tracer(brain: Brain) -> Tracer | None:
         from trainer.diagnostics.nonfinite.tracer import make_nonfinite_tracer
@@ -143,6 +157,7 @@ def _register_defaults() -> None:
     defaults.callbacks += [progress_bar, monitor, times, loggers, check, profiler]
     defaults.tracers.append(nonfinite_tracer)
     defaults.drivers += [search, replay]
+    defaults.initialisers.append(_initialise)
     defaults.conventions.append(conventions)
 
 

@@ -33,7 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer import defaults, distributed, seed, signals
+from trainer.adapters import (
+    apply_adapters,
+    base_parameters,
+    describe_trainable,
+    drop_base,
+)
 from trainer.callbacks import Callback, CallbackList
+from trainer.checkpoint.frozen import FrozenBase
 from trainer.checkpoint.run_state import (
     BufferState,
     RunState,
@@ -57,19 +64,20 @@ from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import (
+    TrainingModes,
     counters_as_saved,
     evaluation_mode,
     evaluation_weights,
     gradients_kept,
     has_weights,
     modes_kept,
-    training_mode,
     warn_of_modes,
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
 from trainer.optim.build import connect, find_optimizers, make_updates, pick_device, prepare_modules
 from trainer.optim.ema import WeightAverage
+from trainer.optim.groups import ParameterGroups
 from trainer.optim.guard import NonFiniteGuard, Tracer
 from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
 from trainer.optim.precision import Precision
@@ -150,8 +158,9 @@ class Brain(SpeechBrainNames):
         modules: networks by name; reached as ``self.modules.name``, on the run's device.
         opt_class: makes an optimizer from parameters, for the default `init_optimizers`.
         hparams: values and objects by name; reached as ``self.hparams.name``. Run options among
-            them count, as do ``schedule`` (a factory that takes an optimizer), ``early_stopping``
-            and ``callbacks``; ``schedule`` and ``clip`` may be mappings by optimizer.
+            them count, as do ``schedule`` (a factory that takes an optimizer), ``param_groups``,
+            ``early_stopping`` and ``callbacks``; the first two and ``clip`` may be mappings by
+            optimizer.
         run_opts: run options, which win over ``hparams``: a mapping or a complete `RunOptions`.
         checkpointer: where and which checkpoints are kept; None keeps none.
         callbacks: objects that watch the run, called after those that every Brain has.
@@ -189,6 +198,8 @@ class Brain(SpeechBrainNames):
 
     def init_optimizers(self) -> None:
         """Make the optimizers: by default ``opt_class`` over all parameters of ``modules``.
+
+        What adapters have frozen is taken out of any optimizer afterwards.
 
         An override sets ``self.optimizer``, or ``self.optimizers_dict`` with a name for each.
         """
@@ -307,6 +318,7 @@ class Brain(SpeechBrainNames):
         self.device = pick_device(self.options.device)
         self.opt_class = opt_class
         self.modules = prepare_modules(modules or {}, self.options, self.device)
+        apply_adapters(self.modules, getattr(self.hparams, "adapters", None))
         self.updates: dict[str, Update] = {}
         self.progress = Progress()
         self.test_metrics: dict[str, Any] = {}
@@ -322,6 +334,9 @@ class Brain(SpeechBrainNames):
         self.__data: DataFeed | None = None  # Of the training.
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
+        self.__initialised = False
+        self.__groups = ParameterGroups(None)
+        self.__modes = TrainingModes(self.modules, self.__groups.rest)
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
@@ -414,6 +429,7 @@ class Brain(SpeechBrainNames):
             self.__saver = Saver(value, self.__state, self.options, self.__on_saved)
             return value
         modules = prepare_modules(value, self.options, self.device)
+        apply_adapters(modules, getattr(self.hparams, "adapters", None))
         self.__trainable = TrainableState(modules)
         self.__guard = NonFiniteGuard(
             modules, self.options.nonfinite_patience, self.progress, self.__in_window
@@ -459,6 +475,7 @@ class Brain(SpeechBrainNames):
             valid_loader_kwargs,
         )  # fmt: skip
         self.__configure_callbacks()
+        self.__initialise()
         if self.driver is not None and not self.__depth:
             self.driver(self, arguments)
             return
@@ -483,7 +500,7 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            training_mode(self.modules, self.__trained_parameters())
+            self.__modes.begin(self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
             self.on_stage_start(Stage.TRAIN, epoch)
@@ -540,6 +557,8 @@ class Brain(SpeechBrainNames):
                 an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
+        if self.__groups.begin_window(self.updates, progress.optimizer_step):
+            self.__modes.unfreeze(self.__trained_parameters())
         if not self.__in_window():
             guard.begin_window()
             self.__tracer.begin_window()
@@ -715,6 +734,7 @@ class Brain(SpeechBrainNames):
             ValueError: if there is nothing to test.
         """
         self.__configure_callbacks()
+        self.__initialise()
         feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
         self.__show_progress(progressbar)
         tested = None
@@ -1068,7 +1088,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        training_mode(self.modules, self.__trained_parameters())
+        self.__modes.begin(self.__trained_parameters())
         self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__begin_training()
         train.begin(self.__data_epoch)
@@ -1080,6 +1100,17 @@ class Brain(SpeechBrainNames):
         if not self.__configured:
             self.__configured = True
             self.callbacks.extend(self.configure_callbacks())
+
+    def __initialise(self) -> None:
+        """Load the weights that a new run starts from, once."""
+        options = self.options
+        if self.__initialised or options.init_from is None:
+            return
+        self.__initialised = True
+        if self.__saver.is_fresh() or options.save == "trainable":
+            defaults.initialise(self.modules, options.init_from, options.init_map)
+        else:
+            logger.info("init_from is not read: the run goes on from its checkpoint")
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
@@ -1198,6 +1229,8 @@ class Brain(SpeechBrainNames):
                 progress.stopped &= epoch_end.still_stopped(early_stopping)
                 if progress.stopped:
                     logger.info("early stopping has ended the training: more patience goes on")
+            if progress.fits == 1:
+                logger.info("%s", describe_trainable(self.modules, self.__trained_parameters()))
             self.__trained = True
 
     def __start(self) -> None:
@@ -1213,15 +1246,22 @@ class Brain(SpeechBrainNames):
         self.__attributes.begin()
         self.__trainable.begin()
         self.__strategy.prepare(modules)
+        if options.save == "trainable":
+            self.__state.base = FrozenBase(modules)
         if distributed.world_size() > 1:  # Equal weights, but different dropout on each rank.
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
-        optimizers = self.__optimizers()
+        optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
+        drop_base(optimizers.values(), modules, adapters)
+        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        self.__modes = TrainingModes(modules, self.__groups.rest)
         self.__make_updates(optimizers)
+        self.__groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
-            self.__ema = WeightAverage(modules, options.ema_decay)
+            base = base_parameters(modules, adapters)
+            self.__ema = WeightAverage(modules, options.ema_decay, base)
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""
@@ -1237,7 +1277,7 @@ class Brain(SpeechBrainNames):
         kept = {n: u for n, u in self.updates.items() if optimizers.get(n) is u.optimizer}
         made = make_updates(
             optimizers, self.modules, self.options, self.__precision, schedules, self.__strategy,
-            self.__on_hand_step, kept,
+            self.__on_hand_step, self.__groups, kept,
         )  # fmt: skip
         for update in self.updates.values():
             if update not in kept.values():

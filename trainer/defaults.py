@@ -6,12 +6,14 @@ report, tuner and compat.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.conventions import Conventions
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from trainer.brain import Brain, FitArguments
     from trainer.callbacks import Callback
     from trainer.optim.guard import Tracer
@@ -31,12 +33,15 @@ CallbackFactory = Callable[["Brain"], "Callback | None"]
 TracerFactory = Callable[["Brain"], "Tracer | None"]
 Driver = Callable[["Brain", "FitArguments"], Any]
 DriverFactory = Callable[["Brain"], "Driver | None"]
+Initialiser = Callable[["Module", str, "Mapping[str, str | None] | None"], None]
 ConventionsFactory = Callable[["Brain"], Conventions]
 
 # Each is called once for a Brain, when its first `fit` or `evaluate` begins; None means "not here".
 callbacks: list[CallbackFactory] = []
 tracers: list[TracerFactory] = []
 drivers: list[DriverFactory] = []
+# The first one loads the weights of the run option ``init_from``.
+initialisers: list[Initialiser] = []
 conventions: list[ConventionsFactory] = []  # The last one counts.
 
 
@@ -58,3 +63,8 @@ def make_tracer(brain: Brain) -> Tracer | None:
 def make_driver(brain: Brain) -> Driver | None:
     """Return the first driver that a factory makes."""
     return next((made for factory in drivers if (made := factory(brain)) is not None), None)
+
+
+def initialise(modules: Module, source: str, names: Mapping[str, str | None] | None) -> None:
+    """Load weights that a new run starts from: the run options ``init_from`` and ``init_map``."""
+    initialisers[0](modules, source, names)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer import seed
 from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
+from trainer.checkpoint.frozen import OtherBase, completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.storage import BrokenCheckpoint, MissingCheckpoint, load_plain
 from trainer.optim.ema import WeightAverage
@@ -47,6 +49,39 @@ def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
     modules.train()
     for part, mode in kept:
         part.training = mode
+
+
+class TrainingModes:
+    """Training modes of modules, parts of which may be unfrozen within a stage.
+
+    They are then as if the stage had begun so, as in a run that resumes: a part that was in
+    evaluation mode because it was frozen trains. What a hook has done to other parts stays.
+
+    Args:
+        modules: modules of the Brain.
+        rest: puts further parts into evaluation mode.
+    """
+
+    def __init__(self, modules: nn.Module, rest: Callable[[], None]) -> None:
+        self._modules, self._rest = modules, rest
+        self._begun: list[tuple[nn.Module, bool]] = []
+
+    def begin(self, trained: Collection[Tensor]) -> None:
+        """Set the modes with which a stage begins; see `training_mode`."""
+        training_mode(self._modules, trained)
+        self._rest()
+        self._begun = [(module, module.training) for module in self._modules.modules()]
+
+    def unfreeze(self, trained: Collection[Tensor]) -> None:
+        """Set the modes anew, since other parameters train now."""
+        present = [module.training for module, _ in self._begun]
+        for module, mode in self._begun:
+            module.training = mode
+        training_mode(self._modules, trained)
+        self._rest()
+        for (module, mode), own in zip(self._begun, present, strict=True):
+            if module.training == mode:  # Unfreezing does not concern it.
+                module.training = own
 
 
 def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
@@ -153,7 +188,8 @@ def evaluation_weights(
         saved = None
         present = trained and options.average_checkpoints == 1 and not asked
         if checkpointer is not None and checkpointer.enabled and not present:
-            saved = load_weights(checkpointer, options, max_key, min_key)
+            complete = partial(completed, modules=modules)
+            saved = load_weights(checkpointer, options, max_key, min_key, complete)
             if saved is None and not trained:
                 raise ValueError(
                     f"there is nothing to test: this Brain has not trained, and "
@@ -206,7 +242,11 @@ def counters_as_saved(
 
 
 def load_weights(
-    checkpointer: Checkpointer, options: RunOptions, max_key: str | None, min_key: str | None
+    checkpointer: Checkpointer,
+    options: RunOptions,
+    max_key: str | None,
+    min_key: str | None,
+    complete: Callable[[Any], Any] = lambda weights: weights,
 ) -> Any:
     """Return the weights of the best sound checkpoints, or None. Every rank must call it.
 
@@ -215,13 +255,22 @@ def load_weights(
         options: ``average_checkpoints`` and ``ema_decay``.
         max_key: metric of which the best checkpoint has the largest value.
         min_key: metric of which the best checkpoint has the smallest value.
+        complete: `completed` for the modules that the weights are for; by default, frozen weights
+            that checkpoints have left out are left out.
+
+    Raises:
+        OtherBase: the modules have another base than the checkpoints.
     """
     # Another process that saves there may delete one that is being read.
-    return retry_missing(lambda: _load_weights(checkpointer, options, max_key, min_key))
+    return retry_missing(lambda: _load_weights(checkpointer, options, max_key, min_key, complete))
 
 
 def _load_weights(
-    checkpointer: Checkpointer, options: RunOptions, max_key: str | None, min_key: str | None
+    checkpointer: Checkpointer,
+    options: RunOptions,
+    max_key: str | None,
+    min_key: str | None,
+    complete: Callable[[Any], Any],
 ) -> Any:
     number = options.average_checkpoints
     found = checkpointer.find(min_key=min_key, max_key=max_key, n=None)
@@ -229,11 +278,11 @@ def _load_weights(
         chosen = found[start : start + number]
         names = ", ".join(each.name for each in chosen)
         try:
-            weights = checkpointer.average(chosen, "brain", ("modules",))
+            weights = checkpointer.average(chosen, "brain", ("modules",), complete)
             if options.ema_decay is not None:
                 try:
-                    averages = checkpointer.average(chosen, "brain", ("ema", "average"))
-                except BrokenCheckpoint:
+                    averages = checkpointer.average(chosen, "brain", ("ema", "average"), complete)
+                except (BrokenCheckpoint, OtherBase):
                     raise
                 except ValueError:
                     logger.warning(
@@ -242,7 +291,7 @@ def _load_weights(
                     )  # fmt: skip
                 else:
                     weights = _with_averages(weights, averages)
-        except MissingCheckpoint:  # Another process saves there, and has a newer one.
+        except (MissingCheckpoint, OtherBase):  # The first: there is a newer one by now.
             raise
         except ValueError as broken:
             warnings.warn(str(broken), stacklevel=2)

@@ -51,8 +51,8 @@ class StepReport:
         limit: clip threshold of this step; infinity where nothing is clipped.
         clipped: True if the clipper changed the gradients.
         scale: fp16 loss scale.
-        lr: learning rate of the first parameter group in this step; None for an optimizer that has
-            none.
+        lr: learning rate of the leading parameter group in this step; None for an optimizer that
+            has none.
     """
 
     name: str

@@ -175,6 +175,16 @@ class RunOptions:
         at_least=0,
         at_most=1,
     )
+    init_from: str | None = _option(
+        None,
+        "weights to start a new run from: a run folder, a file or folder of weights, or a name on "
+        "the hub (null: none)",
+    )
+    init_map: dict[str, str | None] | None = _option(
+        None,
+        "names in init_from by patterns of this model's names, such as {encoder.*: "
+        "wav2vec2.encoder.*, head.*: null}; null leaves weights new (null: the same names)",
+    )
     hang_timeout: float = _option(
         600.0,
         "seconds without progress in training after which a rank counts as hung, and all end "
@@ -257,6 +267,13 @@ class RunOptions:
     checkpoint_every_minutes: float | None = _option(
         None, "minutes between checkpoints within an epoch (null: none)", at_least=0, kind="neutral"
     )
+    save: str = _option(
+        "all",
+        "content of checkpoints: all, or trainable, which leaves out frozen parameters; these are "
+        "verified against those that the next start builds",
+        choices=("all", "trainable"),
+        kind="neutral",
+    )
     average_checkpoints: int = _option(
         1, "number of checkpoints whose average is tested", at_least=1, kind="neutral"
     )
@@ -269,7 +286,16 @@ class RunOptions:
         kind="neutral",
     )
     progressbar: bool = _option(True, "progress bar on the terminal", transient=True)
-    tensorboard: bool = _option(False, "TensorBoard curves in the run folder", kind="neutral")
+    logger: list[str] | Any | None = _option(
+        None,
+        "loggers beside metrics.jsonl, one or a list of tensorboard, wandb, mlflow and csv; a YAML "
+        "may hold objects of trainer.loggers (null: none)",
+        kind="neutral",
+    )
+    run_name: str | None = _option(
+        None, "name of the run in its loggers (null: from the run folder)", kind="neutral"
+    )
+    tensorboard: bool = _option(False, "the same as tensorboard in logger", kind="neutral")
     monitor_every: int = _option(
         50,
         "optimizer steps between two measurements of the layers (0: never)",
@@ -378,15 +404,19 @@ class RunOptions:
         Args:
             hparams: keys that are run options replace the defaults; others are the recipe's own.
             run_opts: options that replace those of `hparams`. A `RunOptions` is taken as it is,
-                except that a clipper object in `hparams` replaces its default `clip`.
+                except that objects in `hparams`, built since then, replace the defaults of `clip`
+                and `logger`.
 
         Raises:
             ValueError: `run_opts` has an unknown key, or a value is not allowed.
         """
         if isinstance(run_opts, RunOptions):
-            if not isinstance(hparams.get("clip", "norm"), str) and run_opts.clip == "norm":
-                return replace(run_opts, clip=hparams["clip"])  # an object, built since then
-            return run_opts
+            built = {
+                name: hparams[name]
+                for name, default in (("clip", "norm"), ("logger", None))
+                if not isinstance(hparams.get(name, ""), str) and getattr(run_opts, name) == default
+            }
+            return replace(run_opts, **built) if built else run_opts
         known = cls.names()
         given = translated(given_options(run_opts or {}))
         for name in given:
@@ -409,6 +439,7 @@ TYPE_NAMES: dict[Any, str] = {
     list[str]: "a list of texts",
     dict[str, float]: "a mapping of names to numbers",
     dict[str, float | None]: "a mapping of names to numbers",
+    dict[str, str | None]: "a mapping of names to names or null",
     Any: "an object",
 }
 

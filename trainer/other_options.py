@@ -49,8 +49,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "that does"
     ),
     "remove_vector_weight_decay": (
-        False, "override init_optimizers and give the optimizer two parameter groups, that of the "
-        "vectors (p.ndim < 2) with weight_decay 0"
+        False, "give vectors no weight decay by their names, as in param_groups: "
+        '{"*.bias|*norm*": {weight_decay: 0}}'
     ),
 }  # fmt: skip
 

@@ -291,7 +291,8 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
         signal: samples (T,) in [-1, 1].
         rate: samples per second, which is kept.
     """
-    pcm, file = (signal * 32767).round().to(torch.int16), io.BytesIO()
+    # What has come from a 16-bit file is exactly that again.
+    pcm, file = (signal * 32768).round().clamp(max=32767).to(torch.int16), io.BytesIO()
     try:
         import soundfile
 

@@ -76,8 +76,10 @@ def bytes_on_disk(folder: str | Path) -> int:
 
 
 @contextmanager
-def memory_in_proportion(folder: str | Path) -> Iterator[None]:
+def memory_in_proportion(folder: str | Path, more: int = 0) -> Iterator[None]:
     """Context manager in which this process may take memory in proportion to a folder's files.
+
+    ``more`` bytes, which the folder says that it has elsewhere, count up to half of what is free.
 
     More than that raises MemoryError, or torch's RuntimeError: a size in a file cannot have the
     process killed for what it asks for. Other threads are under the limit, too. Only Linux has it.
@@ -91,12 +93,18 @@ def memory_in_proportion(folder: str | Path) -> Iterator[None]:
         used = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
         wanted = int(used.split()[1]) * 1024 + SPARE_BYTES + BYTES_PER_CORE * (os.cpu_count() or 1)
         wanted += MEMORY_PER_BYTE * bytes_on_disk(folder)
+        wanted += min(MEMORY_PER_BYTE * max(more, 0), _free_bytes() // 2)
         known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *known]), hard))
         try:
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _free_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(each.split()[1]) * 1024 for each in lines if each.startswith("MemAvailable"))
 
 
 class _Finder:

@@ -220,12 +220,14 @@ def datasets(
     frames: Callable[[int], int],
     lengths: Sequence[float] = (0.0, float("inf")),
     speeds: Sequence[float] = (1.0,),
+    resample: bool = False,
 ) -> dict[str, Speech]:
     """The datasets of train, valid and test; their items are id, sig, text and tokens.
 
     To train are left out what does not last ``lengths`` = [shortest, longest] seconds, and what is
     spoken too fast for CTC at the highest of ``speeds``: ``frames`` tells how many tokens so many
-    samples can be at most. Nothing is left out of valid and test.
+    samples can be at most. Nothing is left out of valid and test. With ``resample`` recordings of
+    other rates are converted.
 
     Raises ValueError for characters that the codec does not know, and when nothing is left.
     """
@@ -234,13 +236,14 @@ def datasets(
     codec.fit(_text(cut) for cut in cuts["train"])
     for each in cuts.values():
         check_texts({cut.id: _text(cut) for cut in each}, codec)
-    cuts["train"] = _possible(cuts["train"], codec, frames, max(speeds))
+    cuts["train"] = _possible(cuts["train"], codec, frames, sample_rate, max(speeds))
     return {
         split: Speech(
             each,
             sample_rate,
             partial(_labels, codec),
             speeds if split == "train" else (1.0,),
+            resample,
         )
         for split, each in cuts.items()
     }
@@ -255,13 +258,16 @@ def _labels(codec: Codec, cut: Any) -> dict[str, Any]:
     return {"text": text, "tokens": torch.tensor(codec.encode(text), dtype=torch.long)}
 
 
-def _possible(cuts: CutSet, codec: Codec, frames: Callable[[int], int], speed: float) -> CutSet:
+def _possible(
+    cuts: CutSet, codec: Codec, frames: Callable[[int], int], sample_rate: int, speed: float
+) -> CutSet:
     """The cuts that have a CTC path: a frame for each token, and a blank between equal ones."""
     good, bad = [], []
     for cut in cuts:
         tokens = codec.encode(_text(cut))
         needed = len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
-        (good if frames(int(cut.num_samples / speed)) >= needed else bad).append(cut)
+        samples = int(round(cut.duration * sample_rate) / speed)
+        (good if frames(samples) >= max(needed, 1) else bad).append(cut)
     if not good:
         raise ValueError(
             f"all {len(bad)} utterances are spoken too fast: at speed {speed:g} they have fewer "

@@ -37,8 +37,10 @@ class Scores:
     def __init__(self, shown: int = 5) -> None:
         self.shown = shown
         self.utterances: list[Transcribed] = []
-        self._worst: list[tuple[float, Transcribed, Tensor]] = []  # Errors in per cent come first.
-        self._chosen: list[tuple[int, Transcribed, Tensor]] = []  # A random number comes first.
+        self.rate = 16000
+        # What orders them comes first: errors in per cent, and a random number.
+        self._worst: list[tuple[float, Transcribed, Tensor | None]] = []
+        self._chosen: list[tuple[float, Transcribed, Tensor | None]] = []
 
     def add(
         self,
@@ -46,28 +48,31 @@ class Scores:
         said: Sequence[str],
         heard: Sequence[str],
         signals: tuple[Tensor, Tensor] | None = None,
+        rate: int = 16000,
     ) -> None:
         """Take in a batch, perhaps with its sounds (B, T) and their lengths (B,) on the host."""
-        added = [*map(Transcribed, ids, said, heard)]
+        added, self.rate = [*map(Transcribed, ids, said, heard)], rate
         self.utterances += added
-        for each, wave, length in zip(added, *signals, strict=True) if signals else ():
-            sound, draw = wave[: int(length)].clone(), zlib.crc32(each.id.encode())
-            self._worst.append((-_per_cent(_words(each)), each, sound))
-            self._chosen.append((draw, each, sound))
+        sounds = [None] * len(added) if signals is None else zip(*signals, strict=True)
+        for each, sound in zip(added, sounds, strict=True):
+            wave = None if sound is None else sound[0][: int(sound[1])].clone()
+            self._worst.append((-_per_cent(_words(each)), each, wave))
+            self._chosen.append((zlib.crc32(each.id.encode()), each, wave))
         for kept in (self._worst, self._chosen):
             kept.sort(key=lambda each: each[:2])
             del kept[self.shown :]
 
-    def samples(self, rate: int) -> list[dict[str, Cell]]:
+    def samples(self) -> list[dict[str, Cell]]:
         """Rows for `Brain.show`: of this process, the worst first, then those chosen at random."""
         rows: dict[str, dict[str, Cell]] = {}
-        for _, each, sound in (*self._worst, *self._chosen):
+        for _, each, wave in (*self._worst, *self._chosen):
             rows[each.id] = {
                 "id": each.id,
                 "WER": round(_per_cent(_words(each)), 1),
                 "said and heard": Aligned(each.said, each.heard),
-                "sound": Audio(sound, rate),
             }
+            if wave is not None:
+                rows[each.id]["sound"] = Audio(wave, self.rate)
         return list(rows.values())
 
     def gather(self) -> Scores:

@@ -23,35 +23,14 @@ from recipes.common.loading import DurationBatches, Speech
 from trainer import Brain, Stage, distributed
 
 
-class Recogniser(Brain):
-    """Learns by CTC; valid and test are scored in words and characters.
+class TextBrain(Brain):
+    """Base of recognisers: valid and test are scored in words and characters.
 
-    Reads from the YAML ``codec``, ``decoder``, ``beam_size`` and ``lexicon`` (the words that can be
-    said; null or empty for any); writes ``wer_valid.txt`` and ``wer_test.txt`` into the run folder.
+    A subclass adds to ``scores`` in its hooks. Writes ``wer_valid.txt`` and ``wer_test.txt`` into
+    the run folder.
     """
 
     best_checkpoint: ClassVar = {"min_key": "wer"}
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        own = self.hparams
-        self.decode = make_decoder(own.decoder, own.codec.tokens, own.beam_size)
-
-    def compute_forward(self, batch: Any, stage: Stage) -> tuple[Tensor, Tensor]:
-        return self.modules.model(*batch.sig)  # log probabilities (B, T, V), frames (B,)
-
-    def compute_objectives(
-        self, predictions: tuple[Tensor, Tensor], batch: Any, stage: Stage
-    ) -> Tensor:
-        if stage is not Stage.TRAIN:
-            self.scores.add(batch.id, batch.text, self.texts(predictions), batch.on_host.sig)
-        (_, samples), tokens = batch.on_host.sig, batch.on_host.tokens
-        return ctc_loss(predictions[0], self.modules.model.frames(samples), *tokens)
-
-    def texts(self, predictions: tuple[Tensor, Tensor]) -> list[str]:
-        """Decode the text of each utterance."""
-        heard = [self.hparams.codec.decode(tokens) for tokens in self.decode(*predictions)]
-        return [known_words(text, self.hparams.lexicon) for text in heard]
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         self.scores = Scores()
@@ -66,8 +45,38 @@ class Recogniser(Brain):
         if distributed.is_main() and folder is not None:
             scores.write(Path(folder) / f"wer_{stage.value}.txt")
         note = "The worst utterances, then some chosen at random."
-        self.show(stage.value, self.scores.samples(self.hparams.sample_rate), note)
+        self.show(stage.value, self.scores.samples(), note)
         return scores.rates()
+
+
+class Recogniser(TextBrain):
+    """Learns by CTC.
+
+    Reads from the YAML ``codec``, ``decoder``, ``beam_size`` and ``lexicon`` (the words that can be
+    said; null or empty for any).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        own = self.hparams
+        self.decode = make_decoder(own.decoder, own.codec.tokens, own.beam_size)
+
+    def compute_forward(self, batch: Any, stage: Stage) -> tuple[Tensor, Tensor]:
+        return self.modules.model(*batch.sig)  # log probabilities (B, T, V), frames (B,)
+
+    def compute_objectives(
+        self, predictions: tuple[Tensor, Tensor], batch: Any, stage: Stage
+    ) -> Tensor:
+        if stage is not Stage.TRAIN:
+            rate = self.hparams.sample_rate
+            self.scores.add(batch.id, batch.text, self.texts(predictions), batch.on_host.sig, rate)
+        (_, samples), tokens = batch.on_host.sig, batch.on_host.tokens
+        return ctc_loss(predictions[0], self.modules.model.frames(samples), *tokens)
+
+    def texts(self, predictions: tuple[Tensor, Tensor]) -> list[str]:
+        """Decode the text of each utterance."""
+        heard = [self.hparams.codec.decode(tokens) for tokens in self.decode(*predictions)]
+        return [known_words(text, self.hparams.lexicon) for text in heard]
 
     @torch.inference_mode()
     def transcribe(self, signal: Tensor) -> str:

@@ -249,6 +249,7 @@ class DurationBatches:
         shuffle: mix items of similar duration, and order the batches at random, by (seed, epoch).
             Without it batches go from short to long.
         max_items: maximum number of items in a batch; None for no limit.
+        max_padding: largest share of padding behind an item in its batch, from 0 to 1.
         processes: number of processes; None for those of the run. 1 without ``shuffle``.
 
     Raises:
@@ -265,8 +266,11 @@ class DurationBatches:
         seed: int = 0,
         shuffle: bool = True,
         max_items: int | None = None,
+        max_padding: float = 1.0,
         processes: int | None = None,
     ) -> None:
+        if not 0 <= max_padding <= 1:
+            raise ValueError(f"max_padding is {max_padding}; allowed: a share from 0 to 1")
         for index, duration in enumerate(durations):
             if not 0 < duration < math.inf:  # Nor NaN, which is in no order.
                 raise ValueError(f"item {index} lasts {duration} s; allowed: a number above 0")
@@ -278,6 +282,7 @@ class DurationBatches:
             )
         self.durations, self.max_duration, self.seed = list(durations), max_duration, seed
         self.shuffle, self.max_items = shuffle, max_items or len(self.durations)
+        self.max_padding = max_padding
         # In evaluation batches are dealt one by one.
         self.processes = (processes or distributed.world_size()) if shuffle else 1
         self.epoch = 0
@@ -320,19 +325,20 @@ class DurationBatches:
 
     def _rounds(self, rng: random.Random) -> Iterator[list[int]]:
         """Yield the batches that all processes train on at the same time: one for each of them."""
-        jitter = self.JITTER if self.shuffle else 0.0
+        jitter = min(self.JITTER, self.max_padding / 4) if self.shuffle else 0.0
         lengths = [length * (1 + rng.uniform(-jitter, jitter)) for length in self.durations]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         rounds: list[list[int]] = [[]]
-        longest = 0.0
+        longest, shortest = 0.0, math.inf
         for index in order:
             longest = max(longest, self.durations[index])
-            each = (
-                len(rounds[-1]) // self.processes + 1
-            )  # Items of the largest batch with this one.
-            if each > self.max_items or each * longest > self.max_duration:
+            shortest = min(shortest, self.durations[index])
+            # Items of the largest batch with this one.
+            each = len(rounds[-1]) // self.processes + 1
+            full = each > self.max_items or each * longest > self.max_duration
+            if full or shortest < (1 - self.max_padding) * longest:
                 rounds.append([])
-                longest = self.durations[index]
+                longest = shortest = self.durations[index]
             rounds[-1].append(index)
         *whole, last = rounds
         if self.shuffle:

@@ -123,6 +123,11 @@ class Scoreboard:
         logger.info("%s: %s", self.name, ", ".join(f"{n} {m:.3f}" for n, m in means.items()))
         return {name: mean for name, mean in means.items() if name.split("_noisy")[0] in SHOWN}
 
+    @property
+    def sounds(self) -> Path:
+        """Folder of the best and the worst clips."""
+        return self.folder / f"audio_{self.name}"
+
     def _take(self, found: dict[str, Scores]) -> None:
         for id, scores in found.items():
             if id.endswith(NOISY):
@@ -180,7 +185,7 @@ class Scoreboard:
         order = sorted((row.enhanced[first], row.id) for row in rows if first in row.enhanced)
         worst = [id for _, id in order[: self.extremes]]
         best = [id for _, id in order[::-1][: self.extremes]]
-        folder = self.folder / f"audio_{self.name}"
+        folder = self.sounds
         for label, ids in (("best", best), ("worst", worst)):
             for place, id in enumerate(ids, 1):
                 if id not in self._sounds:
@@ -194,7 +199,7 @@ class Scoreboard:
     def _sample(self, id: str) -> dict[str, Cell]:
         """A clip with what it scores enhanced and noisy, for `Brain.show`."""
         row: dict[str, Cell] = {"id": id}
-        for name in self.measures:
+        for name in (each for each in self.measures if each in SHOWN):
             row[name] = self._scores[id].get(name)
             row[f"{name} noisy"] = self._before.get(id, {}).get(name)
         sounds = self._sounds[id]._asdict().items()

@@ -14,6 +14,7 @@ from recipes.common.loading import Speech
 from recipes.common.mel import LogMel
 from recipes.common.noisy_speech import speech_and_noise, voicebank
 from recipes.common.pairs import Pairs
+from recipes.finetune.labelled import Labelled, folders, table
 from recipes.hifigan.data import Clips, folder
 from recipes.separation.folders import librimix, wsj0mix
 from recipes.separation.mixing import Drawn, Mixing
@@ -162,6 +163,18 @@ def readings_like(root: Path) -> Made:
     return Made(load, files[::2])
 
 
+def classes_like(root: Path) -> Made:
+    files = [sound(root / f"c{n % 2}" / f"r{n:02d}.wav", n) for n in range(40)]
+    return Made(lambda **bad: folders(str(root), **bad), files[::2])
+
+
+def labels_like(root: Path) -> Made:
+    files = [sound(root / "audio" / f"r{n:02d}.wav", n) for n in range(40)]
+    rows = [f"r{n:02d},c{n % 2}" for n in range(40)]
+    (root / "utterances.csv").write_text("\n".join(["path,label", *rows]))
+    return Made(lambda **bad: table(str(root), audio="audio", **bad), files[::2])
+
+
 CORPORA = {
     "asr librispeech": asr_librispeech_like,
     "asr digits": digits_like,
@@ -174,9 +187,11 @@ CORPORA = {
     "metricgan and segan speech and noise": mixed_like,
     "hifigan folder": hifigan_like,
     "tacotron2 readings": readings_like,
+    "finetune folders": classes_like,
+    "finetune table": labels_like,
 }
 # They take whatever is in a folder: what a name there leads to is missing.
-BY_FOLDER = ("digits", "wham", "speech and noise", "hifigan")
+BY_FOLDER = ("digits", "wham", "speech and noise", "hifigan", "finetune folders")
 
 
 def lose(path: Path, name: str) -> None:
@@ -235,6 +250,7 @@ DATASETS: dict[str, Callable[[Any], Any]] = {
     "metricgan and segan speech and noise": lambda corpus: Pairs(corpus["train"], RATE, 800),
     "hifigan folder": lambda corpus: Clips(corpus["train"], RATE, 800, times=4),
     "tacotron2 readings": mels,
+    "finetune table": lambda corpus: Labelled(corpus["train"], ["c0", "c1"], RATE, seconds=0.2),
 }
 
 

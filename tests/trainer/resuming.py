@@ -234,6 +234,7 @@ class Setting:
     keep: int = 1
     width: int = 6
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
+    groups: dict[str, Any] | None = None
 
     def make(self, folder: Path, seed: int = 0) -> Learner:
         """Return a new Brain, with weights and generators that depend on ``seed``."""
@@ -258,6 +259,7 @@ class Setting:
             "generator": torch.Generator().manual_seed(seed),
             "numbers": np.random.default_rng(seed),
             "epoch_counter": self.epochs(),
+            "param_groups": self.groups,
         }
         options = {
             "device": "cpu", "precision": self.precision, "progressbar": False, "seed": 5,

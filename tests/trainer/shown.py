@@ -46,6 +46,12 @@ def show(
     SampleLogger(folder).samples(Samples(title, rows, step, **more))
 
 
+def kinds_shown(folder: Path, title: str = "test") -> dict[str, str]:
+    """The kinds of the cells of the first row that a run has kept, in their order."""
+    found = json.loads((folder / "samples" / title / "samples.json").read_text())
+    return {name: cell["kind"] for name, cell in found["rows"][0].items()}
+
+
 def step_record(
     n: int, shift: float = 0.0, skipped: int = 0, overflowed: int = 0
 ) -> dict[str, Any]:

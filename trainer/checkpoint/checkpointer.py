@@ -476,7 +476,8 @@ class Checkpointer:
         try:
             by_rank = distributed.all_gather_json(run_on_all(self._write_states, temporary))
             entries = {n: FileEntry(*entry) for files in by_rank for n, entry in files.items()}
-            saved = replace(planned, files=entries)
+            base = run_on_main(self._base)
+            saved = replace(planned, files=entries, base=base)
             run_on_main(storage.publish, temporary, saved)
         except BaseException:
             if distributed.is_main():
@@ -492,6 +493,11 @@ class Checkpointer:
         for name, obj in self.recoverables.items() if rank == 0 else ():
             written |= storage.write_state(folder, name, obj.state_dict())
         return written | storage.write_local(folder, rank, self._local_states())
+
+    def _base(self) -> dict[str, Any] | None:
+        """Return what the states that were written last are relative to, if anything."""
+        found = (getattr(obj, "base_of_save", None) for obj in self.recoverables.values())
+        return next((base for each in found if each and (base := each()) is not None), None)
 
     def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
         """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""
@@ -740,6 +746,7 @@ class Checkpointer:
         checkpoints: Sequence[Checkpoint],
         name: str = "brain",
         path: Sequence[str] = ("modules",),
+        complete: Callable[[Any], Any] = lambda part: part,
     ) -> Any:
         """Average a part of a state over several checkpoints. Every rank must call it.
 
@@ -750,6 +757,7 @@ class Checkpointer:
             checkpoints: checkpoints of one model.
             name: name of the recoverable.
             path: keys that lead to the part in its state.
+            complete: called with the part of each; returns it with what was left out of it.
 
         Returns:
             The average, on the CPU.
@@ -760,7 +768,9 @@ class Checkpointer:
             RuntimeError: another rank failed.
         """
         newest_first = sorted(checkpoints, key=lambda each: each.number, reverse=True)
-        parts = self._load_parts(newest_first, name, path)
+        parts = (
+            (each, complete(part)) for each, part in self._load_parts(newest_first, name, path)
+        )
         _, newest = next(parts, (None, None))
         if newest is None:
             raise BrokenCheckpoint(f"no checkpoint to average in {self.folder} is sound")

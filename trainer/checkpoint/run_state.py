@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
+from trainer.checkpoint.frozen import FrozenBase, completed
 from trainer.checkpoint.migrate import warn_of_others
 from trainer.checkpoint.saver_hooks import KEY
 from trainer.checkpoint.storage import Checkpoint
+from trainer.distributed import run_on_main
 from trainer.options import RunOptions
 from trainer.progress import Progress
 from trainer.tree import map_leaves
 
+NUMBER = "number"  # Key beside names of parameters, which have a dot.
 MAX_FAILED_SAVES = 3  # in a row, with which a run ends
 
 logger = logging.getLogger("trainer")
@@ -120,12 +123,14 @@ class RunState:
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
         weights_of_run: weights to resume with, while the modules have those of a test; else None.
+        base: the frozen weights that checkpoints leave out, if they do.
     """
 
     def __init__(self, progress: Progress, stateful: Callable[[], Entries]) -> None:
         self.progress, self._stateful = progress, stateful
         self.resumed_fit = 0
         self.weights_of_run: Mapping[str, Any] | None = None
+        self.base: FrozenBase | None = None
         self._shared: Mapping[str, Any] | None = None  # None once everything is restored.
         self._local: Mapping[str, Any] = {}
         self._trained: Mapping[str, Any] = {}
@@ -138,7 +143,12 @@ class RunState:
         shared = {n: e.part.state_dict() for n, e in entries.items() if e.scope in SHARED}
         if self.weights_of_run is not None:
             shared["weights_of_run"] = self.weights_of_run
-        return {"progress": dict(vars(self.progress)), **shared}
+        state = {"progress": dict(vars(self.progress)), **shared}
+        return state if self.base is None else self.base.leave_out(state)
+
+    def base_of_save(self) -> dict[str, Any] | None:
+        """Return what the last `state_dict` is relative to, for the manifest."""
+        return None if self.base is None else self.base.summary
 
     def local_state_dict(self) -> dict[str, Any]:
         """Return this rank's own part."""
@@ -153,8 +163,13 @@ class RunState:
             ValueError: if the state is another model's; nothing is changed then.
         """
         entries = self._stateful()
-        shared = {**shared, "modules": shared.get("weights_of_run", shared["modules"])}
-        check_weights(entries["modules"].part, shared["modules"])
+        modules = entries["modules"].part
+        weights = completed(shared.get("weights_of_run", shared["modules"]), modules)
+        shared = {**shared, "modules": weights}
+        if "ema" in shared:
+            average = completed(shared["ema"]["average"], modules)
+            shared["ema"] = {**shared["ema"], "average": average}
+        check_weights(modules, weights)
         fitting = True
         try:
             _check_optimizers(shared, entries)
@@ -324,6 +339,11 @@ class Saver:
             warn_of_others(self._checkpointer.folder)
         return found
 
+    def is_fresh(self) -> bool:
+        """Return True if there is no checkpoint to go on from. Collective."""
+        enabled = self._checkpointer.enabled
+        return not (enabled and run_on_main(lambda: bool(self._checkpointer.list_checkpoints())))
+
     def pending(self) -> bool:
         """Return True if a save within the epoch is due by steps, or a hook has asked for one."""
         return self._checkpointer.waits or self.due_by_steps()
@@ -480,24 +500,32 @@ class TrainableState:
     def __init__(self, modules: nn.Module) -> None:
         self._modules = modules
         self._start: dict[str, bool] = {}
+        self._warned = False
 
     def begin(self) -> None:
         """Take the present flags as those of the beginning."""
         self._start = {n: p.requires_grad for n, p in self._modules.named_parameters()}
 
-    def state_dict(self) -> dict[str, bool]:
-        """Return the flags that differ from the beginning, by name."""
-        return {
-            name: p.requires_grad
-            for name, p in self._modules.named_parameters()
-            if p.requires_grad != self._start.get(name)
-        }
+    def state_dict(self) -> dict[str, bool | int]:
+        """Return the flags that differ from the beginning, by name, and the number that train."""
+        flags = {name: p.requires_grad for name, p in self._modules.named_parameters()}
+        changed = {name: flag for name, flag in flags.items() if flag != self._start.get(name)}
+        return {**changed, NUMBER: sum(flags.values())}
 
-    def load_state_dict(self, state: Mapping[str, bool]) -> None:
-        """Freeze and unfreeze parameters as saved."""
+    def load_state_dict(self, state: Mapping[str, bool | int]) -> None:
+        """Freeze and unfreeze parameters as saved; warn where others train than did."""
         flags = {**self._start, **state}
-        for name, p in self._modules.named_parameters():
-            p.requires_grad_(flags.get(name, p.requires_grad))
+        params = dict(self._modules.named_parameters())
+        for name, p in params.items():
+            p.requires_grad_(bool(flags.get(name, p.requires_grad)))
+        number = sum(p.requires_grad for p in params.values())
+        if state.get(NUMBER, number) != number and not self._warned and distributed.is_main():
+            self._warned = True
+            logger.warning(
+                "%d of %d tensors of parameters train now, and %d did when the checkpoint was "
+                "saved: freeze the same as then, unless this is meant",
+                number, len(params), state[NUMBER],
+            )  # fmt: skip
 
 
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:

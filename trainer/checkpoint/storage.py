@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from trainer import json_files, tree
+from trainer.checkpoint.frozen import BASE, described, sha256_of
 from trainer.checkpoint.migrate import migrate
 from trainer.untrusted import printable
 
@@ -314,6 +315,8 @@ def load_state(checkpoint: Checkpoint, name: str) -> Any:
         ValueError: the checkpoint has no such recoverable.
     """
     state = _load_whole(checkpoint, name)
+    if isinstance(state, Mapping):
+        _check_base(checkpoint, state.get("modules"))
     if not _is_old(checkpoint, name):
         return state
     local = _load_dict(checkpoint, "rank-0.pt") if "rank-0.pt" in checkpoint.files else {}
@@ -344,7 +347,23 @@ def load_part(checkpoint: Checkpoint, name: str, path: Sequence[str]) -> Any:
         if not isinstance(part, Mapping) or key not in part:
             raise ValueError(f"{checkpoint.path} has no {'.'.join((name, *path))} (no {key!r})")
         part = part[key]
+    if tuple(path) == ("modules",):
+        _check_base(checkpoint, part)
     return part
+
+
+def _check_base(checkpoint: Checkpoint, weights: Any) -> None:
+    """Raise BrokenCheckpoint unless weights are relative to what the manifest says."""
+    if isinstance(weights, Mapping) and BASE in weights:
+        try:
+            sha256 = sha256_of(described(weights[BASE])[1])
+        except ValueError as error:
+            raise BrokenCheckpoint(f"{checkpoint.path} is refused: {error}") from None
+        if sha256 != (checkpoint.base or {}).get("sha256"):
+            raise BrokenCheckpoint(
+                f"{checkpoint.path} is refused: its weights are relative to another base than its "
+                "manifest says"
+            )
 
 
 def load_local(checkpoint: Checkpoint, rank: int, ranks: int) -> dict[str, Any]:

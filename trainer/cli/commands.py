@@ -13,6 +13,7 @@ from urllib.parse import quote
 from trainer import signals
 from trainer.cli import runs, session, upkeep
 from trainer.cli.arguments import HELP
+from trainer.cli.export import export
 from trainer.cli.recipe import find_recipe, list_recipes, run_recipe
 from trainer.cli.replay import replay
 from trainer.cli.sweep import SweepStopped, parse_values, sweep, trials
@@ -293,6 +294,12 @@ COMMANDS = {
         "RUN STEP [--script train.py] [--key value]…",
         ("results/TASK/NAME/1234 317", "runs/x 317 --script train.py --precision fp32"),
         replay,
+    ),
+    "export": Command(
+        "write the weights of a run's best checkpoint, adapters merged",
+        "RUN OUT [--max_key METRIC | --min_key METRIC] [--init_from SOURCE]",
+        ("results/TASK/NAME/1234 exported", "results/TASK/NAME/1234 exported --min_key wer"),
+        export,
     ),
     "average": Command(
         "average the weights of a run's checkpoints into a new run folder",

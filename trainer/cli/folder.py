@@ -63,6 +63,11 @@ RUN_FILES = (
     "checkpoints",
     "prepared",
     "tensorboard",
+    "csv",
+    "wandb",
+    "mlflow.db",
+    "mlartifacts",
+    "loggers",
     "profile",
     "samples",
 )

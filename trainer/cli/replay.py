@@ -134,7 +134,7 @@ def _build(given: _Given, package: str) -> Brain:
             else:
                 opened.configuration.override(nested(name, value))
         options = opened.options(*used, device=device, replay=str(given.case))
-        kind = recipe_brain(package)
+        kind = recipe_brain(package, opened.names())
         with opened.limited():
             seed_everything(options.seed)
             hparams: dict[str, Any] = opened.build()

@@ -139,21 +139,23 @@ class Gradients:
 
         Returns:
             Pairs of a limit and the indices of its tensors: one for each parameter group with its
-            own ``max_grad_norm``, and one for the rest.
+            own ``max_grad_norm``, or for all with the same ``clipped_with``, and one for the rest.
         """
         if not any("max_grad_norm" in group for group in self.groups):
             return [(limit, list(range(len(self.tensors))))]
-        found: list[tuple[float, list[int]]] = []
+        found: dict[Any, tuple[float, list[int]]] = {}
         rest: list[int] = []
         start = 0
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
             stop = start + sum(p.grad is not None for p in group["params"])
             if "max_grad_norm" in group:
-                found.append((limit_of(group["max_grad_norm"]), list(range(start, stop))))
+                limit_and_members = limit_of(group["max_grad_norm"]), list[int]()
+                key = group.get("clipped_with", number)
+                found.setdefault(key, limit_and_members)[1].extend(range(start, stop))
             else:
                 rest += range(start, stop)
             start = stop
-        return [*found, (limit, rest)]
+        return [*found.values(), (limit, rest)]
 
     def scale_each(self, coefficients: Sequence[float]) -> bool:
         """Multiply each gradient in place by its own coefficient.

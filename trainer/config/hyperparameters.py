@@ -314,6 +314,8 @@ class Configuration:
     def _checked(self) -> MappingNode:
         """Return a copy of the tree without references and without what only training needs."""
         root = self._resolved()
+        if isinstance(self.registry, RunFolderRegistry):
+            pop(root, "logger")  # Whoever opens a run folder records nothing in it.
         for key, value in list(root.value):
             if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)

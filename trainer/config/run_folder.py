@@ -39,6 +39,7 @@ CLASSES = (
     "torchaudio.models.ConvTasNet",
     "torchaudio.models.Tacotron2",
     "torchaudio.transforms.SpecAugment",
+    *(f"peft.{each}Config" for each in ("HRA", "IA3", "LoHa", "LoKr", "Lora")),
 )
 # Whoever opens a run folder reads its checkpoints by a Checkpointer of its own.
 TRAINING_ONLY = (

@@ -11,25 +11,30 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
+from trainer.adapters import import_peft
 from trainer.brain import Brain
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
-from trainer.config.reading import nodes, object_name
+from trainer.config.reading import get, nodes, object_name
 from trainer.config.registry import recipe_packages
 from trainer.evaluation import load_weights, rng_kept
+from trainer.inference.initialise import initialise
 from trainer.optim.build import pick_device
 from trainer.options import RunOptions
+from trainer.seed import seed_everything
 from trainer.untrusted import confined, memory_in_proportion, no_modules_from, printable
 
 HYPERPARAMS = "hyperparams.yaml"
@@ -95,18 +100,36 @@ class OpenRun:
         What the objects are made of is imported before: modules may take any memory.
         """
         self.configuration.check()
-        with memory_in_proportion(self.folder):
+        if get(self.configuration.root, "adapters") is not None:
+            import_peft()
+        base = next((each.base for each in self.checkpointer.find() if each.base), {})
+        size = base.get("bytes", 0)
+        with memory_in_proportion(self.folder, size if type(size) is int else 0):
             yield
 
+    def names(self) -> set[str]:
+        """Return the names of the objects that the YAML builds."""
+        return {object_name(each) for each in nodes(self.configuration.root)}
+
     def recipes(self) -> list[str]:
-        """Return the packages of the installed recipes whose objects the YAML builds."""
-        names = [object_name(each) for each in nodes(self.configuration.root)]
-        return [
+        """Return the packages of the installed recipes whose objects the YAML builds.
+
+        One that maps such objects to its Brains counts alone: it may use others' data and texts.
+        """
+        names = self.names()
+        brains = {each: getattr(sys.modules[each], "BRAIN", None) for each in recipe_packages()}
+        found = [
             package
-            for package in recipe_packages()
-            if hasattr(sys.modules[package], "BRAIN")
-            and any(name.startswith(f"{package}.") for name in names)
+            for package, brain in brains.items()
+            if brain is not None and any(name.startswith(f"{package}.") for name in names)
         ]
+        mapped = [
+            package
+            for package in found
+            if isinstance(classes := brains[package], Mapping)
+            and any(f"{package}.{each}" in names for each in classes)
+        ]
+        return mapped or found
 
     def check_brain(self, kind: type[Brain]) -> None:
         """Raise ValueError for the Brain of an installed recipe other than that of the run."""
@@ -127,12 +150,26 @@ class OpenRun:
                 f"{self.folder} is a run of {' and '.join(found) or 'no installed recipe'}: name "
                 "its Brain, as in trainer.load(run, brain=YourBrain, allow=['your_package'])"
             )
-        return recipe_brain(found[0])
+        return recipe_brain(found[0], self.names())
 
 
-def recipe_brain(package: str) -> type[Brain]:
-    """Return the Brain that a recipe's package names in ``BRAIN``, such as "train.Recogniser"."""
-    module, _, name = str(sys.modules[package].BRAIN).rpartition(".")
+def recipe_brain(package: str, names: Collection[str]) -> type[Brain]:
+    """Return the Brain that a recipe's package names in ``BRAIN``, such as "train.Recogniser".
+
+    Args:
+        package: a recipe. Its ``BRAIN`` may be a mapping: by the object that a YAML of it builds.
+        names: objects that the YAML builds.
+
+    Raises:
+        ValueError: the YAML builds none of the mapping's objects, or of two Brains.
+    """
+    named = sys.modules[package].BRAIN
+    if isinstance(named, Mapping):
+        brains = {brain for each, brain in named.items() if f"{package}.{each}" in names}
+        if len(brains) != 1:
+            raise ValueError(f"a run of {package} builds one of {', '.join(named)}")
+        (named,) = brains
+    module, _, name = str(named).rpartition(".")
     kind: type[Brain] = getattr(importlib.import_module(f"{package}.{module}"), name)
     return kind
 
@@ -227,7 +264,9 @@ def load(
         device: auto, cpu, cuda, cuda:1 …
         brain: class of the model; None for that of the installed recipe.
         modules: networks by name, for a run whose YAML builds none, as by `trainer.launch`.
-        overrides: new values of keys of the run's YAML.
+        overrides: new values of keys of the run's YAML. Where checkpoints have no frozen weights,
+            and these came from ``init_from``, give it here: nothing else is read from outside of
+            the folder.
         allow: packages, modules or objects by dotted name that the YAML may build, in addition to
             what installed recipes list: those of your own program.
         max_key: metric of which the best checkpoint has the largest value.
@@ -251,10 +290,14 @@ def load(
     with open_run(run, overrides, allow) as opened, rng_kept():
         kind = opened.brain_class() if brain is None else brain
         opened.check_brain(kind)
+        options = opened.options(*OF_THE_MODEL, device=device)
         with opened.limited():
+            seed_everything(options.seed)  # Frozen weights may be random, and not saved.
             hparams = opened.build(modules)
-            options = opened.options(*OF_THE_MODEL, device=device)
             model = kind(hparams["modules"], hparams=hparams, run_opts=options)
+            if overrides and overrides.get("init_from"):
+                given = opened.configuration.options()
+                initialise(model.modules, given["init_from"], given.get("init_map"))
             if max_key is None and min_key is None:
                 best: Mapping[str, str | None] = getattr(model, "best_checkpoint", {})
                 max_key, min_key = best.get("max_key"), best.get("min_key")
@@ -284,7 +327,8 @@ def put_weights(
     Raises:
         ValueError: there is no sound checkpoint, or it is of other modules.
     """
-    found = load_weights(checkpointer, options, max_key, min_key)
+    complete = partial(completed, modules=modules, prefix=prefix)
+    found = load_weights(checkpointer, options, max_key, min_key, complete)
     if found is None:
         raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
     if not isinstance(found, Mapping):

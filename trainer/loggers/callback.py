@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import distributed
+from trainer import distributed, json_files
 from trainer.callbacks import Callback
-from trainer.loggers.files import JsonlLogger, run_folder
-from trainer.loggers.protocol import Logger
+from trainer.loggers.description import best_checkpoint, configuration, name_of
+from trainer.loggers.files import METRICS, JsonlLogger, run_folder
+from trainer.loggers.marks import StepMarks
+from trainer.loggers.protocol import Logger, RunInfo, series
 from trainer.metrics import RESERVED, SHOWN, StageReport
 from trainer.options import RunOptions
 from trainer.samples import Aligned, Audio, Histogram, Image, Matrix, Samples
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer")
 
 MAX_LOGGED_ROWS = 4  # of samples, whose cells go to every logger: those keep what they get for ever
-
+FOLDER = "loggers"  # in the run folder: what its loggers have taken
 LoggerFactory = Callable[[Path], Logger]
 
 
@@ -43,16 +45,34 @@ class LoggerCallback(Callback):
     number of records.
 
     Args:
-        options: run options, of which the output folder, ``debug``, ``replay`` and the searches
-            count.
-        factories: make the loggers of a run folder, as `JsonlLogger` does.
+        options: run options, of which the output folder, ``debug``, ``replay``, ``run_name`` and
+            the searches count.
+        factories: make the loggers of a run folder that every run has, as `JsonlLogger` does.
+        chosen: make those that the user has chosen. What they have taken is noted in the run
+            folder, so that a resumed run gives them each step once. When a call ends they get the
+            hyperparameters, the report and the best checkpoint.
+        hparams: hyperparameters by name, for the loggers that record them.
     """
 
-    def __init__(self, options: RunOptions, factories: Iterable[LoggerFactory]) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        factories: Iterable[LoggerFactory],
+        chosen: Iterable[LoggerFactory] = (),
+        hparams: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = None if options.searching else run_folder(options)
+        self._options, self._hparams = options, hparams or {}
         self._prints = options.progressbar
-        self._factories = list(factories)
+        self._chosen = list(chosen)
+        if self._chosen and not options.output_folder and distributed.is_main():
+            logger.warning("logger has no effect: there is no run folder; give an output_folder")
+        self._factories = [*factories, *self._chosen]
         self._loggers: dict[LoggerFactory, Logger] = {}
+        self._marks: dict[LoggerFactory, StepMarks] = {}
+        self._slots: dict[LoggerFactory, str] = {}  # Names of the chosen ones' files.
+        self._skipped: dict[LoggerFactory, Mapping[str, int]] = {}  # Up to which step, by series.
+        self._sent: dict[str, Any] = {}  # Versions of the files that the chosen ones have.
         self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
         self._saved_lines: int | None = None
 
@@ -65,17 +85,18 @@ class LoggerCallback(Callback):
             ValueError: if a logger cannot work as it was asked to, such as for a missing package.
         """
         self._depth += 1
-        loggers = self._opened()
+        self._opened()
         progress = brain.progress
         if distributed.restarts() and progress.fits == 1 and not progress.epoch:
             # torchrun began anew after a rank had died before the first checkpoint.
-            for factory, each in list(loggers.items()):
-                self._call(factory, "resume", 0, *([0] if isinstance(each, JsonlLogger) else []))
+            self._resume(0, 0)
 
     def on_fit_end(self, brain: Brain) -> None:
         """Close the loggers when the outermost call ends."""
         self._depth = max(0, self._depth - 1)
         if not self._depth:
+            if sys.exception() is None:
+                self._send_files(brain)
             self.close()
 
     on_evaluate_start = on_fit_start
@@ -87,9 +108,7 @@ class LoggerCallback(Callback):
 
     def on_resume(self, brain: Brain) -> None:
         """Remove what was recorded after the checkpoint, since it will come again."""
-        for factory, each in list(self._opened().items()):
-            lines = [self._saved_lines] if isinstance(each, JsonlLogger) else []
-            self._call(factory, "resume", brain.optimizer_step, *lines)
+        self._resume(brain.optimizer_step, self._saved_lines)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
         """Record the averages of the last steps."""
@@ -126,27 +145,27 @@ class LoggerCallback(Callback):
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Record numbers; see `Logger.scalars`."""
-        self._each("scalars", kind, values, step)
+        self._record(series(kind, values), step, "scalars", kind, values, step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Record the distribution of values (N,) on the host."""
-        self._each("histogram", name, values, step)
+        self._record(name, step, "histogram", name, values, step)
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Record a picture, as the bytes of a PNG file."""
-        self._each("figure", name, png, step)
+        self._record(name, step, "figure", name, png, step)
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Record sound: samples (T,) in [-1, 1], rate in Hz."""
-        self._each("audio", name, samples, rate, step)
+        self._record(name, step, "audio", name, samples, rate, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text."""
-        self._each("text", name, text, step)
+        self._record(name, step, "text", name, text, step)
 
     def samples(self, samples: Samples) -> None:
         """Record rows of cells, and each sound, picture and text of the first rows by itself."""
-        self._each("samples", samples)
+        self._record(f"samples/{samples.title}", samples.step, "samples", samples)
         for number, row in enumerate(samples.rows[:MAX_LOGGED_ROWS]):
             for column, cell in row.items():
                 name = f"{samples.title}/{row.get('id', number)}/{column}"
@@ -163,14 +182,37 @@ class LoggerCallback(Callback):
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file of the run, such as the report or the best checkpoint."""
-        self._each("artifact", name, path)
+        for factory in list(self._opened()):
+            self._call(factory, "artifact", name, path)
 
     def close(self) -> None:
         """Close the loggers; what is recorded later opens them again."""
         for factory in list(self._loggers):
             self._call(factory, "close")
+        for marks in self._marks.values():
+            marks.close()
         self._loggers.clear()
+        self._marks.clear()
         self._depth = 0
+
+    def _send_files(self, brain: Brain) -> None:
+        """Give the chosen loggers the files of the run that they do not have yet."""
+        using = [factory for factory in self._chosen if factory in self._loggers]
+        if not using or self.folder is None:
+            return
+        for factory in [each for each in self._loggers if each not in using]:
+            self._call(factory, "close")  # The report is written.
+        best = best_checkpoint(brain.checkpointer)
+        names = ("hyperparams.yaml", "report.html")
+        files = {name: self.folder / name for name in names}
+        files |= {"checkpoint": best} if best else {}
+        for name, path in files.items():
+            if not path.exists() or self._sent.get(name) == (path, path.stat().st_mtime_ns):
+                continue
+            self._sent[name] = (path, path.stat().st_mtime_ns)
+            for factory in using:
+                if factory in self._loggers:
+                    self._call(factory, "artifact", name, path)
 
     # ----------------------------------------------------------------------------------- resuming
 
@@ -183,6 +225,24 @@ class LoggerCallback(Callback):
         """Restore a saved state; nothing is removed before `on_resume`."""
         self._saved_lines = state["jsonl_lines"]
 
+    def _resume(self, step: int, lines: int | None) -> None:
+        """Bring every logger to what it had at this step, or let it skip what it has beyond."""
+        for factory, each in list(self._opened().items()):
+            if isinstance(each, JsonlLogger):
+                self._call(factory, "resume", step, lines)
+                continue
+            try:
+                found, marks = each.recorded(), self._marks.get(factory)
+                each.resume(step)
+                if marks is not None:
+                    if type(each).resume is not Logger.resume:
+                        marks.cut(step)
+                    self._skipped[factory] = dict(marks.last if found is None else found)
+                    if found is not None and marks.taken and self.folder is not None:
+                        catch_up(each, found, self.folder)
+            except Exception as error:
+                self._give_up(factory, type(each).__name__, error)
+
     # ------------------------------------------------------------------------------------ loggers
 
     def _opened(self) -> dict[LoggerFactory, Logger]:
@@ -191,23 +251,53 @@ class LoggerCallback(Callback):
             return {}
         for factory in list(self._factories):
             if factory not in self._loggers:
+                name = getattr(factory, "__name__", repr(factory))
                 try:
-                    self._loggers[factory] = factory(self.folder)
+                    made = factory(self.folder)
                 except ValueError:  # A wrong setting, known before the first batch.
                     raise
                 except Exception as error:
-                    self._give_up(factory, getattr(factory, "__name__", repr(factory)), error)
+                    self._give_up(factory, name, error)
+                    continue
+                try:
+                    if factory in self._chosen:
+                        self._open(factory, made, self.folder)
+                    self._loggers[factory] = made
+                except Exception as error:
+                    self._give_up(factory, type(made).__name__, error)
         return self._loggers
 
-    def _each(self, method: str, *arguments: Any) -> None:
-        """Call a method of every logger in use."""
-        for factory in list(self._opened()):
-            self._call(factory, method, *arguments)
+    def _open(self, factory: LoggerFactory, made: Logger, folder: Path) -> None:
+        """Open a chosen logger, with its own files in the run folder."""
+        kind = type(made).__name__
+        before = [each for each in self._slots.values() if each.partition("-")[0] == kind]
+        slot = f"{kind}-{len(before) + 1}" if before else kind
+        slot = self._slots.setdefault(factory, slot)
+        marks = StepMarks(folder / FOLDER / f"{slot}.jsonl")
+        self._marks[factory] = marks
+        if type(made).open is not Logger.open:
+            name = self._options.run_name or name_of(folder)
+            config = configuration(folder, self._hparams, self._options)
+            made.open(RunInfo(folder, name, config, folder / FOLDER / slot, marks.taken))
 
-    def _call(self, factory: LoggerFactory, method: str, *arguments: Any) -> None:
+    def _record(self, name: str, step: int, method: str, *arguments: Any) -> None:
+        """Call a method of every logger that has it and lacks this record."""
+        for factory, each in list(self._opened().items()):
+            if step <= self._skipped.get(factory, {}).get(name, -1):
+                continue
+            if getattr(type(each), method) is getattr(Logger, method):
+                continue
+            self._call(factory, method, *arguments, mark=(name, step))
+
+    def _call(
+        self, factory: LoggerFactory, method: str, *arguments: Any,
+        mark: tuple[str, int] | None = None,
+    ) -> None:  # fmt: skip
         each = self._loggers[factory]
         try:
             getattr(each, method)(*arguments)
+            if mark is not None and factory in self._marks:
+                self._marks[factory].note(*mark)
         except Exception as error:
             self._give_up(factory, type(each).__name__, error)
 
@@ -215,10 +305,40 @@ class LoggerCallback(Callback):
         """Stop using a logger, and warn."""
         self._factories.remove(factory)
         self._loggers.pop(factory, None)
+        if factory in self._marks:
+            self._marks.pop(factory).close()
         logger.warning(
             "%s failed and is not used any more; the run goes on without it (%s: %s)",
             name, type(error).__name__, error,
         )  # fmt: skip
+
+
+def loggers_of(brain: Brain) -> LoggerCallback | Logger:
+    """Return what records the pictures, sounds and texts of a Brain, by the methods of a `Logger`.
+
+    A recipe records through it on rank 0, or on all: those of other ranks are left out. Without a
+    run folder nothing is recorded.
+    """
+    found = (each for each in brain.callbacks if isinstance(each, LoggerCallback))
+    return next(found, Logger())
+
+
+def catch_up(each: Logger, last: Mapping[str, int], folder: Path) -> None:
+    """Give a logger the numbers of `metrics.jsonl` that its backend has lost.
+
+    Args:
+        each: logger.
+        last: last step of each series that the backend holds.
+        folder: run folder.
+    """
+    with (folder / METRICS).open("rb") as file:
+        for line in json_files.lines(file):
+            record = json_files.parse(line)
+            kind, step = record.pop("kind", None), record.get("step")
+            if not (isinstance(kind, str) and isinstance(step, int)):
+                continue
+            if step > last.get(series(kind, record), -1):
+                each.scalars(kind, record, step)
 
 
 def describe(report: StageReport, learning_rates: Sequence[float | None] = ()) -> str:

@@ -9,20 +9,28 @@ is null.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
+import struct
 import time
+import wave
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trainer import json_files
 from trainer.loggers.protocol import Logger
 from trainer.options import RunOptions
+
+METRICS = "metrics.jsonl"
 
 logger = logging.getLogger("trainer")
 
@@ -172,7 +180,7 @@ class JsonlLogger(LineFile, Logger):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "metrics.jsonl")
+        super().__init__(folder / METRICS)
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Write a record of numbers."""
@@ -236,6 +244,18 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from numbers(value, f"{prefix}{key}.")
         elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             yield f"{prefix}{key}", value
+
+
+def wav_bytes(samples: Tensor, rate: int) -> bytes:
+    """Return samples (T,) at a rate in Hz as a WAV file of 16 bits; beyond [-1, 1] they are cut."""
+    whole = (samples.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(struct.pack(f"<{whole.numel()}h", *whole.tolist()))
+    return content.getvalue()
 
 
 def _step_of(line: bytes) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,41 @@ from torch import Tensor
 from trainer.samples import Samples
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """Facts about a run that a logger is opened with.
+
+    Attributes:
+        folder: run folder.
+        name: name of the run: the run option `run_name`, else from the folder.
+        config: hyperparameters and run options by dotted key; numbers, texts, booleans and None.
+        memory: file in the run folder, of this logger alone, for what it must know when the run
+            resumes, such as the identifier of the run in its service.
+        taken: number of records that this logger has taken since the run began.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    memory: Path
+    taken: int = 0
+
+
 class Logger:
     """Base class of what records a run; `trainer.loggers.LoggerCallback` drives it, on rank 0 only.
 
     A logger overrides the methods for what it records; the others do nothing. A method that raises
     is reported once as a warning; that logger is not called again, and the run goes on.
+
+    A resumed run reports again what came after its checkpoint, and exact resuming makes it equal.
+    A logger that overrides `resume` discards those records; any other is not given them again.
     """
+
+    def open(self, run: RunInfo) -> None:
+        """Begin to record a run, or go on with it; called before the first record.
+
+        After `close` it may be called again, as by `evaluate` after `fit`.
+        """
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Record numbers.
@@ -44,10 +75,38 @@ class Logger:
         """Record rows of cells. The sounds and pictures of the first come one by one, too."""
 
     def artifact(self, name: str, path: Path) -> None:
-        """Record a file of the run, such as the report or the best checkpoint."""
+        """Record a file or a folder of the run, such as the report or the best checkpoint."""
 
     def resume(self, step: int) -> None:
         """Discard what was recorded for later optimizer steps, since it will come again."""
 
+    def recorded(self) -> Mapping[str, int] | None:
+        """Return the last step that the backend holds of each series, by its name.
+
+        A backend that may lose what it has taken overrides this: when the run resumes it is given
+        the numbers that it lacks. The names are those of `series`, and of pictures, sounds, texts
+        and histograms. None: it holds what it was given.
+        """
+        return None
+
     def close(self) -> None:
         """Write what is pending and release files."""
+
+
+def series(kind: str, values: Mapping[str, Any]) -> str:
+    """Return the name of the series that a record of numbers belongs to.
+
+    "train", "valid" and "test" for stages, "train_step" for steps, "monitor" for layer norms.
+    """
+    if kind == "stage":
+        return str(values.get("stage", kind))
+    return f"{values.get('stage', 'train')}_step" if kind == "step" else kind
+
+
+def require(package: str, extra: str) -> None:
+    """Raise ValueError if a package that a logger needs is not installed; it is not imported."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{package} was asked for and is not installed; "
+            f"pip install 'cortex-speech[{extra}]', or leave it out of logger"
+        )

@@ -94,4 +94,4 @@ def slug(title: str) -> str:
     """Return the name of a folder for a title; different titles have different ones."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", title).strip("._")[:60]
     check = zlib.crc32(title.encode(errors="backslashreplace"))
-    return name if name == title else f"{name}-{check:08x}".lstrip("-")
+    return name if name and name == title else f"{name or FOLDER}-{check:08x}"

@@ -19,7 +19,9 @@ CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 class TensorBoardLogger(Logger):
     """Write what a run reports into the folder `tensorboard` of the run.
 
-    The event file is opened at the first record, when it is known what a resumed run replaces.
+    The event file is opened at the first record, when it is known what a resumed run replaces. Each
+    record is written before the next one comes, so that a killed run has what came before its
+    checkpoint.
 
     Args:
         folder: run folder.
@@ -36,7 +38,7 @@ class TensorBoardLogger(Logger):
         except ImportError as error:
             raise ValueError(
                 "tensorboard was asked for and is not installed; "
-                "pip install tensorboard, or leave out --tensorboard"
+                "pip install 'cortex-speech[log]', or leave it out of logger"
             ) from error
         self.folder = folder / "tensorboard"
         self._package: Any = tensorboard
@@ -58,12 +60,14 @@ class TensorBoardLogger(Logger):
         for name, value in numbers(as_json(values)):
             if name != "step" and value is not None:
                 self._opened().add_scalar(f"{group}/{name}", value, step)
+        self._flush()
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values."""
         finite = values[values.isfinite()]
         if len(finite):
             self._opened().add_histogram(name, finite, step)
+        self._flush()
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Write a picture."""
@@ -75,14 +79,21 @@ class TensorBoardLogger(Logger):
         )
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
         self._opened().file_writer.add_summary(summary, step)
+        self._flush()
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Write a sound; samples beyond [-1, 1] are clipped."""
         self._opened().add_audio(name, samples.detach().clamp(-1, 1), step, rate)
+        self._flush()
 
     def text(self, name: str, text: str, step: int) -> None:
         """Write a text."""
         self._opened().add_text(name, text, step)
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
 
     def resume(self, step: int) -> None:
         """Let TensorBoard leave out what was written for later steps."""

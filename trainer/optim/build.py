@@ -20,6 +20,7 @@ from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.clipping import Clipper, NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
 from trainer.distributed.strategy import Strategy
+from trainer.optim.groups import ParameterGroups, rates_of
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
 from trainer.options import RunOptions, nearest
@@ -119,6 +120,7 @@ def make_updates(
     schedules: Any,
     strategy: Strategy,
     on_hand_step: Callable[[Update], None],
+    groups: ParameterGroups,
     kept: Mapping[str, Update] = {},
 ) -> dict[str, Update]:
     """Build an `Update` for every optimizer.
@@ -131,9 +133,11 @@ def make_updates(
         schedules: a factory that takes an optimizer, a mapping of these by optimizer, or None.
         strategy: how gradients travel between processes.
         on_hand_step: called before a step that a recipe takes past `Brain.optimize`.
+        groups: divides the optimizers.
         kept: those that exist already, by name.
     """
     names = list(optimizers)
+    groups.regroup(optimizers, modules, kept)
     parameters: dict[Tensor, str] = {p: name for name, p in modules.named_parameters()}
     sparse: set[Tensor] = {
         p
@@ -147,12 +151,15 @@ def make_updates(
         if name in kept:
             updates[name] = kept[name]
             continue
+        rates = rates_of(optimizer)
+        schedule = _schedule(by_name(schedules, name, names, "schedule"), optimizer, options)
+        groups.check_schedule(name, optimizer, rates)
         updates[name] = Update(
             name,
             optimizer,
             precision.scaler(),
             clips[name],
-            _schedule(by_name(schedules, name, names, "schedule"), optimizer, options),
+            schedule,
             options.grad_accumulation_factor,
             options.skip_nonfinite_grads,
             strategy=strategy,
@@ -172,7 +179,8 @@ def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None =
     """
     owned = [set(update.all_params) for update in updates]
     trained = set().union(*owned)
-    untrained = {name: p for p, name in (parameters or {}).items() if p not in trained}
+    named = (parameters or {}).items()
+    untrained = {name: p for p, name in named if p not in trained and p.requires_grad}
     for update, own in zip(updates, owned, strict=True):
         update.others = [other for other in updates if other is not update]
         update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]

@@ -8,7 +8,7 @@ with average.applied(modules):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,15 +29,17 @@ class WeightAverage:
     Args:
         modules: the modules whose weights are averaged.
         decay: d, in (0, 1).
+        constant: names of parameters that never change, of which no average is kept.
 
     Attributes:
         count: number of updates.
     """
 
-    def __init__(self, modules: nn.Module, decay: float) -> None:
+    def __init__(self, modules: nn.Module, decay: float, constant: Collection[str] = ()) -> None:
         self.decay = checks.within("WeightAverage", "decay", decay, 0.0, 1.0, "()")
         self.count = 0
-        tensors = _tensors(modules)
+        self._constant = frozenset(constant)
+        tensors = self._tensors(modules)
         self._average = {n: t.detach().to(_kept_as(t), copy=True) for n, t in tensors.items()}
         self._moving = [n for n, t in tensors.items() if _moves(t)]
         self._copied = [n for n, t in tensors.items() if not _moves(t)]
@@ -45,7 +47,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, modules: nn.Module) -> None:
         """Move the average towards the present weights; called after each optimizer step."""
-        tensors, averages = _tensors(modules), self._average
+        tensors, averages = self._tensors(modules), self._average
         checks.same_keys("WeightAverage", tensors, averages)
         if self._moving:
             torch._foreach_lerp_(
@@ -58,11 +60,11 @@ class WeightAverage:
 
     def copy_buffers(self, modules: nn.Module) -> None:
         """Copy what is not averaged, such as buffers."""
-        _overwrite(self._average, _tensors(modules), self._copied)
+        _overwrite(self._average, self._tensors(modules), self._copied)
 
     def restart(self, modules: nn.Module) -> None:
         """Restart the average from the present weights."""
-        _overwrite(self._average, _tensors(modules), self._average)
+        _overwrite(self._average, self._tensors(modules), self._average)
         self.count = 0
 
     @contextmanager
@@ -72,7 +74,7 @@ class WeightAverage:
         On exit they have their own again, bit for bit; changes of weights within are lost. A copy
         of the weights is held meanwhile.
         """
-        tensors = _tensors(modules)
+        tensors = self._tensors(modules)
         checks.same_keys("WeightAverage", tensors, self._average)
         own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         try:
@@ -80,6 +82,13 @@ class WeightAverage:
             yield
         finally:
             _overwrite(tensors, own, tensors)
+
+    def _tensors(self, modules: nn.Module) -> dict[str, Tensor]:
+        """Return parameters and buffers by name; a shared one has one name."""
+        tensors = {**dict(modules.named_parameters()), **dict(modules.named_buffers())}
+        for name in self._constant:
+            del tensors[name]
+        return tensors
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by name, not copied, and the number of updates."""
@@ -102,11 +111,6 @@ class WeightAverage:
                 )
         _overwrite(self._average, state["average"], self._average)
         self.count = state["count"]
-
-
-def _tensors(modules: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name; a shared one has one name."""
-    return {**dict(modules.named_parameters()), **dict(modules.named_buffers())}
 
 
 def _moves(tensor: Tensor) -> bool:

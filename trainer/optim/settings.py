@@ -55,13 +55,13 @@ def with_new_settings(
     if then is None or then == now:
         return state
     told = {
-        key: f"{key}: {old.get(key)} -> {new[key]}"
+        key: f"{key}: {old.get(key)} -> {new.get(key)}"
         for old, new in [
             *zip(then["groups"], now["groups"], strict=True),
             (then["schedule"], now["schedule"]),
         ]
-        for key in new
-        if old.get(key) != new[key] and not key.startswith("_")
+        for key in (old | new if new in now["groups"] else new)
+        if old.get(key) != new.get(key) and not key.startswith("_")
     }
     if distributed.is_main():
         logger.warning(
@@ -72,7 +72,7 @@ def with_new_settings(
     changed["optimizer"] = {
         **state["optimizer"],
         "param_groups": [
-            _merged(*each) for each in zip(saved, then["groups"], now["groups"], strict=True)
+            _merged_group(*each) for each in zip(saved, then["groups"], now["groups"], strict=True)
         ],
     }
     if "schedule" in state:
@@ -119,6 +119,14 @@ def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
     if is_rate and then and saved != then:
         now = float(saved) * now / then
     return torch.full_like(saved, now) if isinstance(saved, Tensor) else now
+
+
+def _merged_group(
+    saved: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a saved group with what is built otherwise now, of which keys may be new or gone."""
+    kept = {k: v for k, v in _merged(saved, then, now).items() if k in now or k not in then}
+    return kept | {k: v for k, v in now.items() if k not in then}
 
 
 def _warn_of_other_settings(

@@ -27,6 +27,7 @@ from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
+from trainer.optim.groups import leading_group
 from trainer.optim.settings import built_settings, set_rates_anew, with_new_settings
 
 logger = logging.getLogger("trainer")
@@ -86,6 +87,7 @@ class Update:
         before_step: called with measured, unclipped gradients before a step that will be taken.
         after_step: called when the optimizer has stepped.
         history: reports of the steps that were taken, if a callback has set a list; it empties it.
+        leading: index of the parameter group whose learning rate is reported.
         measured: parameters and the norms of their gradients, as last measured.
         last_norm: norm before clipping of the last step that was taken; None before the first.
     """
@@ -127,6 +129,7 @@ class Update:
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned = self._warned_of_untrained = False
         self._built = built_settings(optimizer, schedule)
+        self.leading = leading_group(optimizer.param_groups)
         self._warned_of_nothing = self._warned_of_end = False
 
     @property
@@ -141,8 +144,11 @@ class Update:
 
     @property
     def lr(self) -> float | None:
-        """The learning rate of the first parameter group; None where the optimizer has none."""
-        rate = self.optimizer.param_groups[0].get("lr")
+        """The learning rate of the leading group; None where the optimizer has none."""
+        group = self.optimizer.param_groups[self.leading]
+        rate = group.get("lr")
+        if "lr_factor" in group:
+            rate *= group["lr_factor"]
         return None if rate is None else float(rate)
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
@@ -342,8 +348,16 @@ class Update:
                     f"the saved {name} of the optimizer {self.name!r} is {saved}, this Brain's is "
                     f"{own}: the checkpoint was made with other settings"
                 )
-        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        saved_sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        groups, saved_groups = self.optimizer.param_groups, state["optimizer"]["param_groups"]
+        names, saved_names = (
+            [group.get("patterns", "") for group in each] for each in (groups, saved_groups)
+        )
+        if names != saved_names and any(names + saved_names) and len(names + saved_names) > 2:
+            raise ValueError(
+                f"the saved optimizer {self.name!r} has the param_groups {_listed(saved_names)}, "
+                f"this Brain's has {_listed(names)}: a run resumes with those it was started with"
+            )
+        sizes, saved_sizes = ([len(g["params"]) for g in each] for each in (groups, saved_groups))
         if sizes != saved_sizes:
             raise ValueError(
                 f"the saved optimizer {self.name!r} has groups of {saved_sizes} parameters, this "
@@ -733,6 +747,12 @@ def _check_windows(updates: Sequence[Update]) -> None:
             f"optimize() got a loss for {_names(updates)}, whose open accumulation windows have "
             f"other losses ({held}): until a window closes, give its losses to the same optimizers"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the patterns of groups for a message; those of a layer_decay as one."""
+    found = dict.fromkeys(name.partition(" @ ")[0] for name in names if name)
+    return ", ".join(map(repr, found)) or "none"
 
 
 def _names(updates: Sequence[Update]) -> str:

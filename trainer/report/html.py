@@ -159,6 +159,9 @@ pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border
   border-radius: .5rem; background: var(--card); }
 .sample h3 { overflow-wrap: anywhere; }
 .sample h4 { margin: .6rem 0 0; color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
+.runs { display: grid; gap: .4rem 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.run { min-width: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.5rem; margin: .3rem 0 0; }
 .facts div { display: flex; gap: .5rem; } .facts dt { color: var(--soft); }
 .facts dd { margin: 0; font-weight: 600; }
@@ -184,6 +187,7 @@ audio { display: block; width: 100%; height: 2.5rem; margin-top: .35rem; }
 .m6 { background: #005c91; } .m7 { background: #005383; } .m8 { background: #004a75; }
 .bar { display: flex; height: 1.4rem; margin: .6rem 0; border-radius: .25rem; overflow: hidden; }
 .bar span { height: 100%; } .bar + .wide { max-width: 32rem; }
+.key { display: inline-block; width: .7rem; height: .7rem; margin-right: .5rem; }
 .b0 { background: var(--c0); } .b1 { background: var(--c1); }
 .b2 { background: var(--c2); } .b3 { background: var(--c3); } .b4 { background: var(--c4); }
 .b5 { background: var(--c6); }

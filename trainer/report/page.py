@@ -109,8 +109,12 @@ def _time(history: History) -> str:
             for place, each in enumerate(parts.values())
         )
         rows = [
-            [escape(part), f"{number(each)} {unit}", f"{100 * each / total:.1f} %"]
-            for part, each in parts.items()
+            [
+                f'<span class="key b{place % 6}"></span>{escape(part)}',
+                f"{number(each)} {unit}",
+                f"{100 * each / total:.1f} %",
+            ]
+            for place, (part, each) in enumerate(parts.items())
         ]
         text += f'<div class="bar" aria-hidden="true">{bar}</div>'
         text += table(name, (name, "time", "share"), rows)
@@ -288,6 +292,8 @@ def _cell(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name, "")
     if isinstance(value, (int, float)):
         return count(value)
+    if isinstance(value, Mapping):  # Several losses, which have columns of their own.
+        return ""
     return "lost" if value is None else escape(str(value))
 
 
@@ -302,9 +308,11 @@ def _settings(folder: Path) -> str:
             continue
         started, arguments = " ".join(line.split(" ")[:2]), line.split(" ")[2:]
         try:
-            given = [each for each in shlex.split(" ".join(arguments)) if each.startswith("--")]
+            given = shlex.split(" ".join(arguments))
         except ValueError:  # Cut within quotes.
             given = []
+        while given and not given[0].startswith("--"):
+            del given[0]
         if given or not rows:
             rows.append([escape(started), escape(" ".join(given)) or "–"])
     if not rows and not changes:

@@ -187,11 +187,13 @@ def _speed(history: History) -> list[Chart]:
     rate = Chart("Throughput", STEP, "examples per second", from_zero=True)
     _add(rate, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
     times = Chart("Time of a step", STEP, "milliseconds", from_zero=True)
-    for colour, part in enumerate(PARTS):
+    for colour, part in enumerate(PARTS[:-1]):
         curve = history.steps.get(f"times.{part}", Curve())
-        _add(times, part, curve.scaled(1000), colour, noisy=part != "save")
+        _add(times, part, curve.scaled(1000), colour, noisy=True)
     memory = Chart("Memory, at most so far", STEP, "GB", from_zero=True)
     _add(memory, "main rank", history.steps.get("memory", Curve()).scaled(1e-9))
     padding = Chart("Padding", STEP, "% of a batch", from_zero=True)
-    _add(padding, "largest field", history.steps.get("padding", Curve()).scaled(100), noisy=True)
+    share = history.steps.get("padding", Curve())
+    if any(y > 0 for y in share.ys):
+        _add(padding, "largest field", share.scaled(100), noisy=True)
     return [rate, times, memory, padding]

@@ -103,10 +103,11 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
         ids = dict.fromkeys(
             name for table in tables.values() for name in _by_id(table)
         )  # In the order of the first run, then what only others have.
+        facts = {run: table.facts for run, table in tables.items() if table.facts}
+        if len({*facts.values()}) == 1:
+            facts = {"": next(iter(facts.values()))}
         body = "".join(
-            f"<p>{escape(f'{run}: ' if len(runs) > 1 else '')}{escape(table.facts)}</p>"
-            for run, table in tables.items()
-            if table.facts
+            f"<p>{escape(f'{run}: {told}' if run else told)}</p>" for run, told in facts.items()
         )
         for id in list(ids)[:MAX_ROWS]:
             parts = ""
@@ -115,6 +116,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
                     shown = _row(row, table.folder, embedder, id)
                     heading = f"<h4>{escape(run)}</h4>" if len(runs) > 1 else ""
                     parts += f'<div class="run">{heading}{shown}</div>'
+            parts = f'<div class="runs">{parts}</div>' if len(runs) > 1 else parts
             body += f'<article class="sample"><h3>{escape(id)}</h3>{parts}</article>'
         text += section(f"Samples: {title}", body)
     if embedder.missing:

@@ -70,10 +70,11 @@ def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
     update = updates[name]
     steps = 2 * runner.brain.options.find_steps
     base, rates = base_rates(update), exponential_rates(steps)
+    own = base[update.leading]
     logger.info("find_lr: %s from %.3g to %.3g", name, rates[0], rates[-1])
 
-    def set_rate(rate: float) -> None:  # Other parameter groups keep their ratio to the first.
-        set_rates(update.optimizer, [rate * each / base[0] if base[0] else rate for each in base])
+    def set_rate(rate: float) -> None:  # Other groups keep their ratio to the leading one.
+        set_rates(update.optimizer, [rate * each / own if own else rate for each in base])
 
     def run(rates: Sequence[float], reference: Sequence[float] | None = None) -> TrialResult:
         with runner.trial(), ExitStack() as stack:
@@ -83,7 +84,7 @@ def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
             return runner.train(name, steps, lambda step: set_rate(rates[step]), reference)
 
     reference = run([0.0] * steps).losses
-    return suggest_rate(rates, reference, run(rates, reference), base[0], update.clip.limit)
+    return suggest_rate(rates, reference, run(rates, reference), own, update.clip.limit)
 
 
 def exponential_rates(steps: int) -> list[float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import distributed, signals
 from trainer.checkpoint.run_state import Snapshot
 from trainer.clipping import Gradients, LayerClip, NormClip, ValueClip, joint
+from trainer.evaluation import modes_kept
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError
 from trainer.optim.step import Update
@@ -100,7 +101,7 @@ class TrialRunner:
     @contextmanager
     def trial(self) -> Iterator[None]:
         """Context manager around a trial: silences its warnings, and restores the state on exit."""
-        with replaced(logger, "disabled", True):
+        with replaced(logger, "disabled", True), modes_kept(self.brain.modules):
             try:
                 yield
             finally:

@@ -23,7 +23,7 @@ from trainer import distributed, seed
 from trainer.diagnostics.nonfinite.diagnoses import diagnose
 from trainer.diagnostics.nonfinite.probe import CollectiveCalled, NonFiniteFound, Probe
 from trainer.diagnostics.nonfinite.report import KeptBatch, NonFiniteReport, Rerun
-from trainer.loggers.callback import LoggerCallback
+from trainer.loggers.callback import loggers_of
 from trainer.loggers.files import run_folder
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
@@ -93,9 +93,7 @@ class NonFiniteTracer(Tracer):
             investigate(self._brain, report, list(self._window))
             if report.folder is not None and (distributed.is_main() or report.finding.kind):
                 report.write(self._brain)
-                for callback in self._brain.callbacks:
-                    if isinstance(callback, LoggerCallback):
-                        callback.artifact(f"nonfinite/{report.name}", report.folder)
+                loggers_of(self._brain).artifact(f"nonfinite/{report.name}", report.folder)
             for line in report.lines():
                 logger.warning("%s", line)
         except Exception as error:  # A failed investigation must not end the run.

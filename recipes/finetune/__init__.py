@@ -1,0 +1,31 @@
+"""Fine-tuning of pretrained speech models: recognition, sequence to sequence, classification.
+
+Attributes:
+    BRAIN: the Brain of a run by the object that its YAML builds, which `trainer.load` makes.
+    RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
+        a trained model needs.
+    YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+"""
+
+BRAIN: dict[str, str] = {
+    "ctc.CTC": "train.Recogniser",
+    "pooling.Embedding": "classify.Classifier",
+    "pretrain.MaskedPrediction": "pretrain.Pretrainer",
+    "whisper.Whisper": "train.Transcriber",
+}
+RUN_NAMES: tuple[str, ...] = (
+    "classify.Labels",
+    "ctc.CTC",
+    "model.PretrainedEncoder",
+    "pooling.AttentiveStatistics",
+    "pooling.CosineHead",
+    "pooling.Embedding",
+    "pooling.LinearHead",
+    "pooling.MeanPooling",
+    "pooling.StatisticsPooling",
+    "tdnn.TDNN",
+    "pretrain.MaskedPrediction",
+    "text.Vocabulary",
+    "whisper.Whisper",
+)
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")

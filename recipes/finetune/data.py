@@ -1,0 +1,151 @@
+"""Data to fine-tune on: tables of one's own, and what fits a pretrained model.
+
+The corpora of the recogniser, `recipes.asr.data`, can be named as well: LibriSpeech and folders of
+its layout, connected digits, and the embedded speech.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from recipes.asr.data import SPLITS, Corpus
+from recipes.common.audio import check_recordings
+from recipes.common.cuts import cut_of
+from recipes.common.loading import DurationBatches, Speech
+from recipes.common.paths import inside
+from recipes.common.tables import TableError, named, read_rows
+from recipes.finetune.model import PretrainedEncoder
+
+try:
+    from lhotse import CutSet
+except ImportError as error:
+    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
+
+logger = logging.getLogger(__name__)
+
+NEAR = 0.05  # largest share of padding where the front end of a model normalises over time
+
+
+def table(
+    data_folder: str,
+    tables: Mapping[str, str],
+    lower: bool = True,
+    on_bad: str = "skip",
+    max_bad: float = 0.05,
+    follow_links: bool = False,
+) -> Corpus:
+    """Recordings and transcripts that tables list, one for each of train, valid and test.
+
+    A table has the columns ``path`` and ``text``, and may have ``speaker`` and others. Paths are
+    relative to ``data_folder``. Of several channels the first is taken.
+
+    Args:
+        data_folder: folder of the tables and the recordings.
+        tables: names of the tables by split.
+        lower: put the texts in small letters.
+        on_bad: handling of missing and unusable files, as in the run options.
+        max_bad: largest share of such files in a table, as in the run options.
+        follow_links: symbolic links may lead out of the folder.
+
+    Raises:
+        TableError: a table cannot be used, or two of them list one recording.
+        ValueError: a split has no table, or too many files are bad.
+    """
+    if set(tables) != set(SPLITS):
+        raise ValueError(f"tables must be given for {', '.join(SPLITS)}; got {dict(tables)}")
+    folder = Path(data_folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"data_folder {folder} is not there; expected was a folder with tables")
+    seen: dict[Path, str] = {}
+    corpus = {}
+    for split in SPLITS:
+        path = inside(folder, tables[split], follow_links)
+        listed: dict[Path, tuple[str, str, str | None]] = {}
+        for line, cells in read_rows(path, "a table with path and text", ("path", "text"), "path"):
+            find = partial(inside, folder, follow_links=follow_links)
+            file = named(path, line, find, cells["path"])
+            text = " ".join(cells["text"].split())
+            if not text:
+                raise TableError(path, f"has no text for {cells['path'][:80]!r}", line)
+            if file in seen:
+                raise TableError(path, f"has {cells['path'][:80]!r}, as {seen[file]} has", line)
+            seen[file] = split
+            text = text.lower() if lower else text
+            listed[file] = cells["path"], text, cells.get("speaker") or None
+        headers = check_recordings(listed, channels=None, on_bad=on_bad, max_bad=max_bad)
+        corpus[split] = CutSet.from_cuts(
+            cut_of(file, header, id, text=text, speaker=speaker)
+            for file, header in headers.items()
+            for id, text, speaker in [listed[file]]
+        )
+    return corpus
+
+
+def check_rate(sample_rate: int, model_rate: int) -> None:
+    """Raise ValueError if audio would not be at the rate that a model takes."""
+    if sample_rate != model_rate:
+        raise ValueError(
+            f"sample_rate is {sample_rate}, and the pretrained model takes {model_rate} Hz: set "
+            f"sample_rate to {model_rate}, to which resample: true converts other recordings"
+        )
+
+
+def check_durations(
+    dataset: Speech, split: str, shortest: int, longest: float = float("inf")
+) -> None:
+    """Raise ValueError for utterances that a model cannot take.
+
+    Args:
+        dataset: the utterances.
+        split: what to call them.
+        shortest: fewest samples, at the rate of the dataset.
+        longest: most samples.
+    """
+    rate = dataset.sample_rate
+    speed = max(dataset.speeds)
+    bad = [
+        cut
+        for cut in dataset.cuts
+        if not shortest <= int(round(cut.duration * rate) / speed) <= longest
+    ]
+    if bad:
+        most = "" if longest == float("inf") else f" and {longest / rate:g} s at most"
+        raise ValueError(
+            f"{len(bad)} of {len(dataset)} utterances of {split} do not fit the pretrained model, "
+            f"which takes {1000 * shortest / rate:g} ms at least{most}: the first is {bad[0].id} "
+            f"of {bad[0].duration:.3f} s; leave them out or cut them"
+        )
+
+
+def loader_options(
+    dataset: Speech, split: str, hparams: Mapping[str, Any], max_padding: float = 1.0
+) -> dict[str, Any]:
+    """Return the options of a loader whose batches last ``batch_seconds`` with their padding.
+
+    Args:
+        dataset: the utterances.
+        split: "train" is shuffled; in the others an utterance may be longer than a batch.
+        hparams: ``batch_seconds``, ``seed`` and ``num_workers``.
+        max_padding: largest share of padding behind an utterance.
+    """
+    training = split == "train"
+    most = hparams["batch_seconds"]
+    batches = DurationBatches(
+        dataset.durations,
+        most if training else max(most, *dataset.durations),
+        seed=hparams["seed"],
+        shuffle=training,
+        max_padding=max_padding,
+    )
+    return {"batch_sampler": batches, "num_workers": hparams["num_workers"]}
+
+
+def padding_limit(given: float | None, encoder: PretrainedEncoder) -> float:
+    """Return the largest share of padding in a batch: as given, or as the model needs it."""
+    if given is not None:
+        return given
+    return NEAR if encoder.normalises_over_time else 1.0

@@ -1,0 +1,253 @@
+"""Where pretrained models come from: folders, the hub, configurations; in safetensors alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import trainer
+from trainer import distributed
+from trainer.loggers.files import replace_file
+from trainer.options import nearest
+
+try:
+    import transformers
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2FeatureExtractor
+except ImportError as error:
+    raise ImportError(
+        "pretrained models need transformers: pip install 'cortex-speech[hf]'"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+EXTRACTOR = "preprocessor_config.json"
+UNTRAINED = "masked_spec_embed"  # A model that was trained without masks lacks it.
+SHOWN = 3  # names that an error lists
+# Of the mapping of a model with random weights: what its feature extractor does.
+OF_EXTRACTOR = ("sampling_rate", "do_normalize", "return_attention_mask")
+
+
+def described(
+    source: str | Mapping[str, Any], kept: Path | None, kinds: Sequence[str]
+) -> tuple[Any, Any]:
+    """Return the configuration and the feature extractor of a model.
+
+    Args:
+        source: a folder, a name on the hub, or a mapping with the configuration.
+        kept: folder of the run that may have both; then ``source`` is not read.
+        kinds: model types that are allowed.
+
+    Raises:
+        ValueError: there is no such model, or it is of another kind.
+    """
+    if kept is not None and (Path(kept) / CONFIG).is_file():
+        source = str(kept)
+    if isinstance(source, Mapping):
+        return _from_mapping(source, kinds)
+    name = local(source)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, CONFIG)):
+        raise ValueError(f"source {source} cannot be used: the folder has no {CONFIG}")
+    values = told(source, lambda: transformers.PreTrainedConfig.get_config_dict(name)[0])
+    check_kind(source, values.get("model_type"), kinds)
+    config = told(source, lambda: AutoConfig.from_pretrained(name))
+    extractor = told(source, lambda: AutoFeatureExtractor.from_pretrained(name))
+    if not hasattr(extractor, "sampling_rate"):
+        raise ValueError(f"source {source} has a {type(extractor).__name__}, which takes no audio")
+    return config, extractor
+
+
+def local(source: str) -> str:
+    """Return the folder of a source with ``~`` for the home folder, or its name on the hub.
+
+    Raises:
+        ValueError: it looks like a path, and there is no such folder.
+    """
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return path
+    if path.startswith((".", "/")) or path.count("/") > 1 or os.path.lexists(path):
+        raise ValueError(
+            f"source {source} is no folder; allowed: the folder of a model with config.json and "
+            "model.safetensors, or a name on the hub such as facebook/wav2vec2-base"
+        )
+    return source
+
+
+def check_kind(source: Any, kind: Any, kinds: Sequence[str]) -> None:
+    """Raise ValueError for a model type that is not among ``kinds``."""
+    if kind in kinds:
+        return
+    known = kind in transformers.CONFIG_MAPPING
+    why = (
+        "is no model of the kind that this needs"
+        if known
+        else f"is not known to transformers {transformers.__version__}{nearest(str(kind), kinds)}"
+    )
+    raise ValueError(
+        f"source {_name(source)} has the model type {kind!r}, which {why}; allowed: "
+        f"{', '.join(kinds)}"
+    )
+
+
+def _from_mapping(source: Mapping[str, Any], kinds: Sequence[str]) -> tuple[Any, Any]:
+    values = dict(source)
+    kind = values.pop("model_type", None)
+    check_kind(source, kind, kinds)
+    extracting = {name: values.pop(name) for name in OF_EXTRACTOR if name in values}
+    known = AutoConfig.for_model(kind)
+    if unknown := sorted(set(values) - set(known.to_dict())):
+        raise ValueError(
+            f"source has {unknown[0]!r}, which is no setting of {kind}"
+            f"{nearest(unknown[0], known.to_dict())}"
+        )
+    config = told(source, lambda: AutoConfig.for_model(kind, **values))
+    masked = getattr(config, "feat_extract_norm", "layer") == "layer"
+    return config, Wav2Vec2FeatureExtractor(**{"return_attention_mask": masked, **extracting})
+
+
+def made(config: Any, maker: Any = AutoModel) -> nn.Module:
+    """Return the model of a configuration, with random weights."""
+    model: nn.Module = told("of the YAML", lambda: maker.from_config(config, dtype=torch.float32))
+    return model
+
+
+def loaded(
+    source: str | Mapping[str, Any], config: Any, maker: Any = AutoModel, optional: str = ""
+) -> tuple[nn.Module, list[str]]:
+    """Return a model with the weights of its source; random ones where that is a mapping.
+
+    Args:
+        source: a folder, a name on the hub, or a mapping with the configuration.
+        config: the configuration.
+        maker: class of transformers that makes the model.
+        optional: beginning of the names of weights that the source may lack.
+
+    Returns:
+        The model, and the names of the optional weights that are new.
+
+    Raises:
+        ValueError: the source has no weights in safetensors, or not those of this model.
+    """
+    if isinstance(source, Mapping):
+        return made(config, maker), []
+    name = local(source)
+    if os.path.isdir(name):
+        _check_weights(source, os.listdir(name))
+    model, found = told(
+        source,
+        lambda: maker.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # They are named below.
+        ),
+    )
+    if found["mismatched_keys"]:
+        wrong = [f"{key} {(*a,)}, not {(*b,)}" for key, a, b in sorted(found["mismatched_keys"])]
+        raise ValueError(f"source {source} has weights of other shapes: {_listed(wrong)}")
+    missing = [each for each in sorted(found["missing_keys"]) if not each.endswith(UNTRAINED)]
+    if lacking := [each for each in missing if not optional or not each.startswith(optional)]:
+        raise ValueError(
+            f"source {source} lacks {len(lacking)} weights of {type(model).__name__}: "
+            f"{_listed(lacking)}"
+        )
+    return model, missing
+
+
+def _check_weights(source: str, files: Sequence[str]) -> None:
+    if not any(each.endswith(".safetensors") for each in files):
+        pickled = sorted(each for each in files if each.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        having = f"weights in pickle alone ({pickled[0]})" if pickled else "no weights"
+        raise ValueError(
+            f"source {source} has {having}, and must have them in safetensors, as "
+            "model.save_pretrained(folder) of transformers writes them"
+        )
+
+
+class Pretrained(Protocol):
+    """A module with the weights of a source, and a description in the run folder."""
+
+    described_in_run: bool
+
+    def keep(self) -> None:
+        """Write the description."""
+
+    def load_pretrained(self) -> None:
+        """Load the weights of the source."""
+
+
+def begin(module: Pretrained, run: trainer.Run) -> bool:
+    """Prepare a module for a training: the weights of its source, or soon those of a checkpoint.
+
+    Every rank calls it. The description of the module is kept in the run folder, unless the
+    checkpoints have only what trains (``save: trainable``) and need the source for the rest.
+
+    Returns:
+        True if there is no checkpoint yet.
+    """
+    fresh = not run.checkpointer.find()
+    if fresh and module.described_in_run:  # A run that was stopped before its first checkpoint.
+        module.load_pretrained()
+    distributed.barrier()  # Every rank has looked.
+    if distributed.is_main() and getattr(run.options, "save", "all") == "all":
+        module.keep()
+    distributed.barrier()
+    return fresh
+
+
+def keep(folder: Path, *parts: Any) -> None:
+    """Write the description of a model into a folder of the run: what has ``to_json_string``.
+
+    The configuration comes last: where it is, the others are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in reversed(parts):
+        config = isinstance(part, transformers.PreTrainedConfig)
+        text = json.dumps(part.to_dict(), indent=2, sort_keys=True)
+        replace_file(folder / (CONFIG if config else EXTRACTOR), [text.encode()], "description")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context manager in which transformers shows errors alone: what is missing is told here."""
+    log = transformers.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def told(source: Any, work: Callable[[], Any]) -> Any:
+    """Call a function of transformers; its errors are one sentence that names the source."""
+    try:
+        with _quiet():
+            return work()
+    except Exception as error:  # Of many kinds, such as huggingface_hub's and safetensors' own.
+        reason = " ".join(str(error).split())
+        name = _name(source)
+        raise ValueError(f"source {name} cannot be used: {reason}") from error
+
+
+def _name(source: Any) -> str:
+    return "of the YAML" if isinstance(source, Mapping) else str(source)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")

@@ -1,0 +1,163 @@
+"""Checkpoints without frozen weights, which are verified against the model that a run builds."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.untrusted import printable
+
+# Key among saved weights: what was left out. The names of weights have a dot.
+BASE = "base"
+WEIGHTS = ("modules", "weights_of_run")
+
+
+class OtherBase(ValueError):
+    """Error for a checkpoint whose frozen weights are not those of the model."""
+
+
+class FrozenBase:
+    """The frozen parameters of a model, which checkpoints leave out.
+
+    Left out is what requires no gradient and is what it was when this object was made: a parameter
+    that is trained for a while, or changed by hand, is saved from then on.
+
+    Args:
+        modules: all modules, with the weights that every start builds.
+
+    Attributes:
+        summary: name, SHA-256 and size of what was left out last.
+    """
+
+    def __init__(self, modules: nn.Module) -> None:
+        self._modules, self._name = modules, base_name(modules)
+        self._start = digests(self._frozen())
+        self.summary: dict[str, Any] | None = None
+
+    def _frozen(self) -> dict[str, Tensor]:
+        weights = self._modules.state_dict(keep_vars=True)
+        return {
+            name: p.detach()
+            for name, p in weights.items()
+            if isinstance(p, nn.Parameter) and not p.requires_grad
+        }
+
+    def leave_out(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of a run without the frozen parameters, and with their digests."""
+        frozen = {name: p for name, p in self._frozen().items() if name in self._start}
+        found = digests(frozen)
+        left = {name: each for name, each in found.items() if each == self._start[name]}
+        size = sum(frozen[name].nbytes for name in left)
+        self.summary = {"name": self._name, "sha256": sha256_of(left), "bytes": size}
+        state = dict(state)
+        for key in (key for key in WEIGHTS if key in state):
+            state[key] = self._without(state[key], left)
+        if "ema" in state:
+            state["ema"] = {**state["ema"], "average": self._without(state["ema"]["average"], left)}
+        return state
+
+    def _without(self, weights: Any, left: Mapping[str, str]) -> Any:
+        kept = copy.copy(weights)  # With the versions that it has as an attribute.
+        gone = {name: each for name, each in left.items() if name in kept}
+        for name in gone:
+            del kept[name]
+        kept[BASE] = {"name": self._name, "tensors": gone}
+        return kept
+
+
+def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
+    """Return saved weights with what was left out, which modules must have.
+
+    Args:
+        weights: saved weights, or averages, by name.
+        modules: the modules that they are for.
+        prefix: what the names of the modules' weights begin with among the saved ones.
+
+    Raises:
+        OtherBase: the modules have other weights than those that were left out.
+    """
+    if not isinstance(weights, Mapping) or BASE not in weights:
+        return weights
+    full: Any = copy.copy(weights)
+    name, tensors = described(full.pop(BASE))
+    tensors = {n: each for n, each in tensors.items() if n.startswith(prefix)}
+    own = modules.state_dict()
+    present = {n: own[n.removeprefix(prefix)] for n in tensors if n.removeprefix(prefix) in own}
+    check_base(name, tensors, base_name(modules), present)
+    # Copies: an average over checkpoints is taken in place.
+    full.update({n: each.to("cpu", copy=True) for n, each in present.items()})
+    return full
+
+
+def base_name(modules: nn.Module) -> str:
+    """Return the name of what a model was made from, for messages: its sources, or its classes."""
+    given = vars(modules).get("made_from")  # By `initialise`.
+    named = [
+        getattr(module, name, None)
+        for module in modules.modules()
+        for name in ("source", "name_or_path")
+    ]
+    sources = [each for each in (given, *named) if isinstance(each, str) and each]
+    return ", ".join(dict.fromkeys(sources or (type(m).__name__ for m in modules.children())))
+
+
+def check_base(
+    name: str, tensors: Mapping[str, str], own_name: str, present: Mapping[str, Tensor]
+) -> None:
+    """Raise OtherBase unless tensors have these digests.
+
+    Args:
+        name: name of the base that was left out.
+        tensors: digests of what was left out.
+        own_name: name of the base that the model has.
+        present: its tensors.
+    """
+    found = digests(present)
+    other = [each for each in tensors if found.get(each) != tensors[each]]
+    if other:
+        raise OtherBase(
+            f"the checkpoint has no frozen weights: it is relative to {printable(name)!r} (SHA-256 "
+            f"{sha256_of(tensors)[:12]}), and the base here is {own_name!r} (SHA-256 "
+            f"{sha256_of(found)[:12]}): {len(other)} of {len(tensors)} tensors differ, such as "
+            f"{printable(other[0])}; give the base that the run was trained on"
+        )
+
+
+def described(base: Any) -> tuple[str, dict[str, str]]:
+    """Return name and digests of what was left out, as a checkpoint has them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(base, Mapping) and isinstance(base.get("tensors"), Mapping):
+        name, tensors = base.get("name"), dict(base["tensors"])
+        if isinstance(name, str) and all(
+            isinstance(x, str) for pair in tensors.items() for x in pair
+        ):
+            return name, tensors
+    raise ValueError("the checkpoint does not say what it has left out")
+
+
+def sha256_of(tensors: Mapping[str, str]) -> str:
+    """Return one digest of the digests of tensors by name."""
+    return hashlib.sha256(json.dumps(dict(tensors), sort_keys=True).encode()).hexdigest()
+
+
+@torch.no_grad()
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return a SHA-256 of the content, type and shape of each tensor."""
+    found = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().to("cpu").contiguous()
+        digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)} ".encode())
+        if data.nbytes:  # Without NumPy, which may be missing.
+            digest.update((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+        found[name] = digest.hexdigest()
+    return found

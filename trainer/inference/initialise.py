@@ -1,0 +1,319 @@
+"""Weights that a new run starts from: another run, files of weights, or a model on the hub.
+
+    init_from: results/pretraining/1234   # or model.safetensors, state.pt, a folder, a name
+    init_map: {"encoder.*": "wav2vec2.encoder.*", "head.*": null}
+
+Only tensors are read. A file or folder of this name wins over the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import distributed, json_files
+from trainer.adapters import is_replaced, plain_name
+from trainer.checkpoint.frozen import BASE, base_name, check_base, described
+from trainer.checkpoint.saver_hooks import KEY
+from trainer.options import nearest
+from trainer.untrusted import printable
+
+HYPERPARAMS = "hyperparams.yaml"
+INDEX = "model.safetensors.index.json"
+ENDING = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Keys under which files hold a state_dict, and beginnings of names that wrappers of a model add.
+HOLDERS = ("state_dict", "model_state_dict", "model", "modules", "module", "weights")
+WRAPPERS = ("module.", "_orig_mod.")
+MAX_SHOWN = 3  # names in a line
+
+logger = logging.getLogger("trainer")
+
+Weights = dict[str, Any]
+
+
+def initialise(
+    modules: nn.Module, source: str, names: Mapping[str, str | None] | None = None
+) -> None:
+    """Load weights into modules, and report what was taken, what is new and what was left.
+
+    Args:
+        modules: modules of a Brain; names are those of `plain_name`.
+        source: a run folder, a file (.safetensors, or a state_dict of torch.save), a folder with
+            weights in safetensors, or a name on the hub.
+        names: names in the source by patterns of the modules' names, with a ``*`` for each ``*``;
+            None leaves what matches new. The first pattern that matches a name counts; other names
+            are the same in the source.
+
+    Raises:
+        ValueError: the source cannot be read, nothing of it fits, or a shape differs.
+    """
+    found = distributed.run_on_all(read_weights, source)
+    base = found.pop(BASE, None)
+    given: Weights = {}
+    for name in sorted(found, key=is_replaced, reverse=True):  # The trained copy comes last.
+        given[plain_name(name)] = found[name]
+    own = modules.state_dict()
+    targets = _targets({plain_name(name): 0 for name in own}, given, names or {}, source)
+    taken = {
+        name: given[target]
+        for name, value in own.items()
+        if (target := targets[plain_name(name)]) in given
+        and isinstance(value, Tensor) == isinstance(given[target], Tensor)
+    }
+    if not taken:
+        raise ValueError(
+            f"init_from {source}: none of its {len(given)} names fits; it has {_some(given)}, and "
+            f"this model {_some(targets)}{_suggestion(modules, given)}"
+        )
+    if base is not None:
+        name, tensors = described(base)
+        present = {each: own[each] for each in tensors if each in own}
+        check_base(name, tensors, base_name(modules), present)
+    other = [
+        f"{name} has shape {list(taken[name].shape)} there and {list(tensor.shape)} here"
+        for name, tensor in own.items()
+        if isinstance(tensor, Tensor) and name in taken and taken[name].shape != tensor.shape
+    ]
+    if other:
+        more = f" (and {len(other) - 1} more)" if other[1:] else ""
+        module = other[0].split(".")[0]
+        raise ValueError(
+            f"init_from {source}: {other[0]}{more}; leave it new by a pattern with null, such as "
+            f"init_map: {{{module}.*: null}}, or choose a model of the same size"
+        )
+    modules.load_state_dict({**own, **taken})
+    vars(modules)["made_from"] = source
+    if distributed.is_main():
+        used = {targets[plain_name(name)] for name in taken}
+        new = [name for name in own if name not in taken and not is_replaced(name)]
+        left = [name for name in given if name not in used]
+        logger.info(
+            "init_from %s: %d tensors taken, %d new%s, %d left%s",
+            source, len(taken), len(new), _listed(new), len(left), _listed(left),
+        )  # fmt: skip
+
+
+def _targets(
+    own: Iterable[str], given: Weights, names: Mapping[str, str | None], source: str
+) -> dict[str, str | None]:
+    """Return the name in the source of each name of the model; None for what stays new.
+
+    Raises:
+        ValueError: a pattern matches nothing here or there, or has other ``*`` than its value.
+    """
+    targets: dict[str, str | None] = {}
+    open_names = list(own)
+    for pattern, target in names.items():
+        if target is not None and target.count("*") != pattern.count("*"):
+            raise ValueError(
+                f"init_map maps {pattern!r} to {target!r}; allowed: null, or a name with as many *"
+            )
+        regex = re.compile("(.*)".join(map(re.escape, pattern.split("*"))))
+        matches = {name: match for name in own if (match := regex.fullmatch(name))}
+        if not matches:
+            raise ValueError(
+                f"init_map has {pattern!r}, which matches no name of this model"
+                f"{nearest(pattern, own)}; it has {_some(own)}"
+            )
+        mapped = {name: _filled(target, match.groups()) for name, match in matches.items()}
+        if target is not None and not any(each in given for each in mapped.values()):
+            raise ValueError(
+                f"init_map maps {pattern!r} to {target!r}, and {source} has no such name"
+                f"{nearest(target, given)}; it has {_some(given)}"
+            )
+        targets = mapped | targets
+    return {name: name for name in open_names} | targets
+
+
+def _filled(target: str | None, parts: Iterable[str]) -> str | None:
+    """Return a name with the parts in place of its ``*``."""
+    if target is None:
+        return None
+    filled = iter(parts)
+    return re.sub(r"\*", lambda _: next(filled), target)
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = [printable(each) for each in names]
+    return ", ".join(shown[:MAX_SHOWN]) + (", …" if shown[MAX_SHOWN:] else "") if shown else "none"
+
+
+def _listed(names: list[str]) -> str:
+    return f" ({_some(names)})" if names else ""
+
+
+def _suggestion(modules: nn.Module, given: Weights) -> str:
+    """Return the end of a message: an init_map by which names would fit, or nothing."""
+    for name, module in modules.named_children():
+        for own in module.state_dict():
+            for each in given:
+                if f".{each}".endswith(f".{plain_name(own)}"):
+                    start = each.removesuffix(plain_name(own))
+                    return f"; did you mean init_map: {{{name}.*: '{start}*'}}?"
+    return ""
+
+
+# Sources
+
+
+def read_weights(source: str) -> Weights:
+    """Return tensors by name, on the CPU, from a run, a file, a folder or the hub.
+
+    Raises:
+        ValueError: there is no such source, or it holds something else than weights.
+    """
+    path = Path(source).expanduser()
+    if (path / HYPERPARAMS).is_file():
+        return _of_run(path)
+    if path.is_dir():
+        return _of_folder(path)
+    if path.is_file():
+        return _of_file(path)
+    if path.exists() or path.is_absolute() or not HUB_NAME.fullmatch(source):
+        raise ValueError(f"init_from {source}: there is no file or folder of weights of this name")
+    return _of_hub(source)
+
+
+def _of_run(folder: Path) -> Weights:
+    """Return the weights that a run is tested with: of its best checkpoint, or the newest."""
+    from trainer.evaluation import load_weights
+    from trainer.inference.loading import OF_THE_MODEL, open_run
+
+    with open_run(folder) as opened:
+        best: Mapping[str, str | None] = {}
+        with suppress(ValueError, ImportError):  # It is of no recipe that is installed.
+            best = getattr(opened.brain_class(), "best_checkpoint", {})
+        options = opened.options(*OF_THE_MODEL)
+        found = load_weights(opened.checkpointer, options, best.get("max_key"), best.get("min_key"))
+    if found is None:
+        raise ValueError(f"init_from {folder}: the run has no sound checkpoint")
+    return _tensors(found, folder)
+
+
+def _of_folder(folder: Path) -> Weights:
+    if (folder / INDEX).is_file():
+        return _of_shards(folder / INDEX)
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return _of_safetensors(files[0])
+    if files:
+        names = _some([each.name for each in files])
+        raise ValueError(f"init_from {folder}: it has several files of weights ({names}): name one")
+    pickled = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLED)
+    if pickled:
+        raise ValueError(
+            f"init_from {folder}: its weights are pickled alone ({_some(pickled)}), which may run "
+            "code; allowed: safetensors"
+        )
+    raise ValueError(
+        f"init_from {folder}: it is neither a run folder ({HYPERPARAMS}) nor has it weights "
+        "(model.safetensors)"
+    )
+
+
+def _of_file(path: Path) -> Weights:
+    if path.name.endswith(".index.json"):
+        return _of_shards(path)
+    if path.suffix == ENDING:
+        return _of_safetensors(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Of formats that are refused anyway.
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # Whatever an unpickler meets in other bytes.
+        if type(error).__name__ == "UnpicklingError":
+            raise ValueError(
+                f"init_from {path}: it holds pickled objects, which may run code, and not tensors "
+                "alone; allowed: safetensors, or a state_dict that torch.save has written"
+            ) from error
+        raise ValueError(
+            f"init_from {path}: it cannot be read as weights "
+            f"({printable(str(error).partition(chr(10))[0][:200])})"
+        ) from error
+    return _tensors(content, path)
+
+
+def _of_safetensors(path: Path) -> Weights:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"init_from {path} needs safetensors ({error}): pip install 'cortex-speech[hf]'"
+        ) from error
+    try:
+        found: Weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"init_from {path}: it is no file of safetensors ({error})") from error
+    return found
+
+
+def _of_shards(index: Path) -> Weights:
+    """Return the weights of several files, which lie beside their index."""
+    try:
+        content = json_files.read(index)
+        files = set(content["weight_map"].values())
+        if not all(os.path.basename(each) == each and each.endswith(ENDING) for each in files):
+            raise ValueError(f"its files must be {ENDING}, beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"init_from {index}: it is no index of weights ({error})") from error
+    found: Weights = {}
+    for each in sorted(files):
+        found |= _of_safetensors(index.parent / each)
+    missing = [name for name in content["weight_map"] if name not in found]
+    if missing:
+        raise ValueError(f"init_from {index}: no file in safetensors has {_some(missing)}")
+    return found
+
+
+def _of_hub(name: str) -> Weights:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"init_from {name} is no file or folder, and the hub needs huggingface-hub ({error}): "
+            "pip install 'cortex-speech[hf]'"
+        ) from error
+    try:
+        folder = snapshot_download(name, allow_patterns=["model*.safetensors", INDEX])
+    except Exception as error:  # Of any library that it uses to connect.
+        raise ValueError(
+            f"init_from {name}: there is no file or folder of this name, and the hub does not give "
+            f"it ({printable(' '.join(str(error).split())[:200])})"
+        ) from error
+    return _of_folder(Path(folder))
+
+
+def _tensors(content: Any, path: Path) -> Weights:
+    """Return the state_dict in the content of a file, with the names of the model itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for _ in range(3):
+        if isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values()):
+            break
+        held = content if isinstance(content, Mapping) else {}
+        content = next((held[key] for key in HOLDERS if key in held), None)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"init_from {path}: it holds no state_dict, that is tensors by name")
+    found = {
+        str(name): value
+        for name, value in content.items()
+        if isinstance(value, Tensor) or str(name).endswith(KEY) or name == BASE
+    }
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in found):
+            found = {name.removeprefix(wrapper): value for name, value in found.items()}
+    return found

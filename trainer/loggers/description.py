@@ -1,0 +1,74 @@
+"""Description of a run for loggers: its name, its configuration and its best checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.checkpointer import Checkpointer, ranked
+from trainer.options import RunOptions
+
+Plain = bool | int | float | str | None
+
+
+def name_of(folder: Path) -> str:
+    """Return a name for the run of a folder: its own, after that of its parent if it is a seed.
+
+    "demo-1234" of results/asr/demo/1234.
+    """
+    folder = folder.resolve()
+    seed = re.fullmatch(r"\d+(-.*)?", folder.name)
+    return f"{folder.parent.name}-{folder.name}" if seed else folder.name
+
+
+def configuration(
+    folder: Path, hparams: Mapping[str, Any], options: RunOptions
+) -> dict[str, Plain]:
+    """Return the configuration of a run by dotted key.
+
+    That is hyperparams.yaml with its references filled in and the defaults of run options, objects
+    by their tags and arguments. Without such a file it is the plain values among `hparams`, and the
+    options. The environment is not read.
+
+    Args:
+        folder: run folder.
+        hparams: hyperparameters by name.
+        options: run options.
+    """
+    from trainer.config.changes import Settings
+    from trainer.config.reading import read
+    from trainer.config.registry import Registry
+
+    values: Mapping[str, Any] = {**hparams, **vars(options)}
+    if (path := folder / "hyperparams.yaml").exists():
+        values = Settings(read(path, alone=True)[0], Registry()).values
+    return dict(_flat(values))
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
+    """Yield plain values by dotted key; objects are left out."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, (list, tuple)):
+        for number, value in enumerate(values):
+            yield from _flat(value, f"{prefix}[{number}]")
+    elif values is None or isinstance(values, (bool, int, float, str)):
+        yield prefix, values
+    elif isinstance(values, Path):
+        yield prefix, str(values)
+
+
+def best_checkpoint(checkpointer: Any) -> Path | None:
+    """Return the folder of the best checkpoint, by the first metric it keeps the best by.
+
+    Without such a metric it is the newest; None without a checkpoint.
+    """
+    if not isinstance(checkpointer, Checkpointer):
+        return None
+    rules = checkpointer.retention.best
+    found = checkpointer.find(n=None)
+    best = ranked(found, rules[0].metric, rules[0].mode) if rules else []
+    return next((each.path for each in [*best, *found]), None)

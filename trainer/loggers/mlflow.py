@@ -1,0 +1,156 @@
+"""Logger of MLflow, by default into a database in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.loggers.files import as_json, numbers, wav_bytes
+from trainer.loggers.protocol import Logger, RunInfo, require, series
+
+MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # that MLflow takes at once
+# A server that is not there is given up after seconds, where MLflow's own limits are minutes.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+
+
+class MlflowLogger(Logger):
+    """Record a run in MLflow: numbers as metrics; pictures, sounds and texts as artifacts.
+
+    Without a server it is the database `mlflow.db` in the run folder, whose artifacts are in
+    `mlartifacts`: `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows them. A resumed run
+    goes on in the same run of MLflow. Histograms are left out, since MLflow has none.
+
+    Args:
+        tracking_uri: server or database; None: MLFLOW_TRACKING_URI, or the run folder.
+        experiment: name of the experiment; None: MLFLOW_EXPERIMENT_NAME, or "cortex".
+        tags: tags of the run, by name.
+        artifacts: copy the report, hyperparams.yaml and the best checkpoint, too.
+
+    Raises:
+        ValueError: if MLflow is not installed, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        artifacts: bool = True,
+    ) -> None:
+        require("mlflow", "mlflow")
+        if not isinstance(tags, Mapping | None):
+            raise ValueError(f"tags of an MlflowLogger must map names to values, not {tags!r}")
+        self.tracking_uri, self.experiment = tracking_uri, experiment
+        self.tags, self.artifacts = dict(tags or {}), artifacts
+        self._entities: Any = None
+        self._client: Any = None
+        self._id = ""
+
+    def open(self, run: RunInfo) -> None:
+        """Begin the run in MLflow, or go on with it."""
+        uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if self._client is None:
+            if uri is None:
+                require("sqlalchemy", "mlflow")
+            for name, value in PATIENCE.items():
+                os.environ.setdefault(name, value)
+            self._entities = importlib.import_module("mlflow.entities")
+            own = f"sqlite:///{run.folder.resolve() / 'mlflow.db'}"
+            self._client = importlib.import_module("mlflow").MlflowClient(uri or own)
+        known = run.memory.read_text().strip() if run.memory.exists() else ""
+        if known and known in self._runs(known):
+            self._id = known
+            self._client.update_run(known, status="RUNNING", name=run.name)
+        else:
+            place = None if uri else (run.folder.resolve() / "mlartifacts").as_uri()
+            tags = {name: str(value) for name, value in self.tags.items()}
+            created = self._client.create_run(
+                self._experiment_id(place), tags=tags, run_name=run.name
+            )
+            self._id = created.info.run_id
+            run.memory.write_text(f"{self._id}\n")
+        self._configure(run.config)
+
+    def _runs(self, id: str) -> list[str]:
+        """Return the identifier if there is such a run; a database may have been deleted."""
+        with contextlib.suppress(importlib.import_module("mlflow.exceptions").MlflowException):
+            return [self._client.get_run(id).info.run_id]
+        return []
+
+    def _experiment_id(self, artifacts: str | None) -> str:
+        name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cortex"
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self._client.create_experiment(name, artifact_location=artifacts))
+
+    def _configure(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration as parameters; what a resumed run has changed as tags."""
+        had = self._client.get_run(self._id).data.params
+        values = {_name(key): str(value)[:MOST_CHARACTERS] for key, value in config.items()}
+        new = [self._entities.Param(key, value) for key, value in values.items() if key not in had]
+        for start in range(0, len(new), MOST_PARAMS):
+            self._client.log_batch(self._id, params=new[start : start + MOST_PARAMS])
+        for key, value in values.items():
+            if had.get(key, value) != value:  # A parameter of MLflow cannot be changed.
+                self._client.set_tag(self._id, f"resumed.{key}", value)
+
+    def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Record the finite numbers, under names such as "valid/wer" and "train_step/loss"."""
+        group, now = series(kind, values), int(time.time() * 1000)
+        metrics = [
+            self._entities.Metric(_name(f"{group}/{name}"), float(value), now, step)
+            for name, value in numbers(as_json(values))
+            if value is not None and name != "step"
+        ]
+        for start in range(0, len(metrics), MOST_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[start : start + MOST_METRICS])
+
+    def figure(self, name: str, png: bytes, step: int) -> None:
+        """Record a picture, as the artifact figures/NAME/STEP.png."""
+        self._file(f"figures/{name}", f"{step:08d}.png", png)
+
+    def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
+        """Record a sound, as the artifact audio/NAME/STEP.wav."""
+        self._file(f"audio/{name}", f"{step:08d}.wav", wav_bytes(samples, rate))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Record a text, as the artifact text/NAME/STEP.txt."""
+        self._file(f"text/{name}", f"{step:08d}.txt", text.encode(errors="backslashreplace"))
+
+    def artifact(self, name: str, path: Path) -> None:
+        """Copy a file or a folder."""
+        if not self.artifacts:
+            return
+        if path.is_dir():
+            self._client.log_artifacts(self._id, str(path), _name(name))
+        else:
+            self._client.log_artifact(self._id, str(path))
+
+    def close(self) -> None:
+        """End the run in MLflow; where an exception ends the process, as failed or killed."""
+        error = sys.exception()
+        failed = "FAILED" if isinstance(error, Exception) else "KILLED"
+        self._client.set_terminated(self._id, "FINISHED" if error is None else failed)
+
+    def _file(self, folder: str, name: str, content: bytes) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place, name)
+            path.write_bytes(content)
+            self._client.log_artifact(self._id, str(path), _name(folder))
+
+
+def _name(text: str) -> str:
+    """Return a name with `_` in place of what MLflow does not take."""
+    parts = (re.sub(r"[^\w. -]|^\.+$", "_", part, flags=re.ASCII) for part in text.split("/"))
+    return "/".join(part for part in parts if part)
