@@ -840,9 +840,9 @@ def test_a_training_begins_with_five_lines(caplog: pytest.LogCaptureFixture) -> 
     assert lines[2:] == [
         "ranks: 1", "epoch: 4 batches, an optimizer step every 2", "run folder: none",
     ]  # fmt: skip
-    assert lines[1].startswith("parameters (trainable of all): ")
-    assert all(f" of {size:,}" in lines[1] for size in sizes.values())
-    assert lines[1].endswith(f" of {sum(sizes.values()):,} in all")
+    total, frozen = sum(sizes.values()), next(brain.modules.parameters()).numel()
+    assert lines[1].startswith(f"trainable: {total - frozen:,} of {total:,} parameters (")
+    assert all(f"{name} " in lines[1] for name in sizes)
     assert sum(each.getMessage().startswith("device: ") for each in caplog.records) == 1
 
 

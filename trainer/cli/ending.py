@@ -49,9 +49,9 @@ def go_on(folder: Path, argv: Sequence[str] | None) -> list[str]:
 
 
 def _command(folder: Path, argv: Sequence[str] | None) -> str:
-    """Return the command that starts a run again; an empty text where it is not known."""
+    """Return the command that starts a run again; an empty text for a notebook and the like."""
     program = Path(sys.argv[0])
-    if program.suffix != ".py" or not program.is_file():  # a notebook, a command of another name
+    if "ipykernel" in sys.modules or program.suffix != ".py" or not program.is_file():
         return ""
     start = [_python()]
     if distributed.launched():

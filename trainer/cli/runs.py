@@ -6,6 +6,7 @@ going on, have crashed, or come from elsewhere.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import statistics
@@ -146,8 +147,8 @@ def is_locked(folder: Path) -> bool:
         return False
     try:
         os.lockf(file, os.F_TEST, 0)
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
     finally:
         os.close(file)
     return False
