@@ -36,7 +36,6 @@ from trainer import defaults, distributed, seed, signals
 from trainer.adapters import (
     apply_adapters,
     base_parameters,
-    describe_trainable,
     drop_base,
 )
 from trainer.callbacks import Callback, CallbackList
@@ -1233,8 +1232,6 @@ class Brain(SpeechBrainNames):
                 progress.stopped &= epoch_end.still_stopped(early_stopping)
                 if progress.stopped:
                     logger.info("early stopping has ended the training: more patience goes on")
-            if progress.fits == 1:
-                logger.info("%s", describe_trainable(self.modules, self.__trained_parameters()))
             self.__trained = True
 
     def __start(self) -> None:
