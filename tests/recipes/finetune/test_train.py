@@ -202,7 +202,7 @@ def test_a_run_that_is_stopped_before_its_first_checkpoint_begins_with_the_sourc
             run("ctc_wav2vec2", tmp_path / "run", source, *given)
     assert (tmp_path / "run" / "prepared" / "encoder" / "config.json").is_file()
     assert run("ctc_wav2vec2", tmp_path / "run", source, *given) == whole
-    assert losses(tmp_path / "run")[-3:] == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def stop(*_: object) -> None:
