@@ -50,7 +50,7 @@ BACK = 20.0  # Seconds in which a run comes back.
 # Batches that a kill may cost: the save it was in and the one before, and what faults skip.
 LOST = 2 * (SAVE_EVERY + len(DATA_FAULTS)) * WINDOW
 GROWTH = 10e6  # Bytes that a rank may grow by, from a quarter of the reference on.
-TIMES = ("seconds", "examples_per_second", "time")
+TIMES = ("seconds", "examples_per_second", "times", "memory", "padding", "time")
 PACE = 0.05  # Seconds that a batch takes at least, among faults.
 
 

@@ -1,5 +1,6 @@
 """Programs and commands in the documentation, as a reader would run them."""
 
+import json
 import os
 import re
 import shlex
@@ -12,9 +13,18 @@ import pytest
 
 import trainer
 from trainer.cli import arguments
+from trainer.cli.commands import COMMANDS
+from trainer.cli.ending import end_lines
+from trainer.cli.recipe import recipes
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+PROGRAM = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def masked(line: str) -> str:
+    """Return a line without its figures and the path of this Python."""
+    return re.sub(r"\d[\d.e-]*", "0", line.replace(sys.executable, "python"))
 
 
 @pytest.mark.skipif(not hasattr(trainer, "launch"), reason="trainer.launch is not there yet")
@@ -30,8 +40,40 @@ def test_the_program_of_the_readme_runs_and_runs_again(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines.append(re.findall(r"^test: loss=[\d.]+$", done.stdout, re.MULTILINE))
+        if len(lines) == 1:
+            (block,) = re.findall(r"It prints\n\n```\n(.*?)```", README, re.DOTALL)
+            shown = [masked(each) for each in block.splitlines() if each != "…"]
+            printed = [masked(each) for each in (done.stderr + done.stdout).splitlines()]
+            assert len(shown) == 10
+            assert set(shown) <= set(printed)
     assert lines[0] == lines[1] != []  # the second run only tests, and finds the same
     assert (tmp_path / "runs" / "x" / "report.html").is_file()
+
+
+def test_the_demo_ends_as_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"ends with\n\n```\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    folder = Path("results/asr/demo/1234")
+    checkpointer = trainer.Checkpointer(folder / "checkpoints", keep_best={"wer": "min"})
+    checkpointer.save_checkpoint({"optimizer_step": 1000, "wer": 1.4175})
+    (folder / "report.html").write_text("")
+    monkeypatch.setattr(sys, "argv", ["recipes/asr/train.py"])
+    lines = end_lines(folder, checkpointer, tmp_path / "recipes/asr/train.py", [])
+    shown = block.splitlines()
+    assert shown[0].startswith("test: wer=")
+    assert [masked(each) for each in lines] == list(map(masked, shown[1:]))
+
+
+def test_the_documentation_names_commands_and_recipes_that_exist() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    named = re.findall(r"(?:`|^|\$ |= |; )cortex ([a-z]+)(?: ([a-z_0-9]+/[a-z_0-9]+))?", text, re.M)
+    assert {name for name, _ in named} >= {"run", "ls", "compare", "report", "sweep", "average"}
+    assert {name for name, _ in named} <= {*COMMANDS}
+    found = {name for command, name in named if command in ("run", "sweep") and name}
+    assert found
+    assert found <= {*recipes()}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -87,3 +129,20 @@ def test_the_programs_of_the_guide_run(tmp_path: Path) -> None:
         trained = command != ["use.py"]
         assert bool(re.search(r"^test: acc=1.00$", done.stdout, re.MULTILINE)) == trained
         assert "warning" not in done.stderr
+
+
+def test_the_search_by_optuna_runs_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tuning.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for trials in (4, 8):
+        exec(block.replace("n_trials=8", "n_trials=4"), {"__name__": "search"})
+        out = capsys.readouterr().out
+        assert re.search(r"^best: [\d.e-]+ \{'lr': ", out, re.MULTILINE)
+        folders = list((tmp_path / "runs" / "search").iterdir())
+        assert len(folders) == trials
+    states = [json.loads((each / "state.json").read_text()) for each in folders]
+    for each in states:
+        assert each["state"] == "finished" or each["error"].startswith("TrialPruned")

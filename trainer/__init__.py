@@ -108,29 +108,14 @@ def _register_defaults() -> None:
 
         return ProgressBar(brain.options.progressbar)
 
-    def layer_monitor(brain: Brain) -> Callback | None:
-        from trainer.diagnostics.layer_monitor import make_layer_monitor
-
-        return make_layer_monitor(brain)
-
     def loggers(brain: Brain) -> Callback | None:
-        from trainer.loggers import JsonlLogger, LoggerCallback
+        from trainer.loggers import JsonlLogger, LoggerCallback, SampleLogger
         from trainer.loggers.choice import chosen_loggers
         from trainer.report import ReportLogger
 
         options, hparams = brain.options, vars(brain.hparams)
-        usual = [JsonlLogger, ReportLogger]
+        usual = [JsonlLogger, SampleLogger, ReportLogger]
         return LoggerCallback(options, usual, chosen_loggers(options), hparams)
-
-    def replica_check(brain: Brain) -> Callback | None:
-        from trainer.diagnostics.replica_check import make_replica_check
-
-        return make_replica_check(brain)
-
-    def profiler(brain: Brain) -> Callback | None:
-        from trainer.diagnostics.profiler import make_profiler
-
-        return make_profiler(brain)
 
     def nonfinite_tracer(brain: Brain) -> Tracer | None:
         from trainer.diagnostics.nonfinite.tracer import make_nonfinite_tracer
@@ -156,8 +141,20 @@ def _register_defaults() -> None:
 
         return SpeechBrainConventions(type(brain))
 
-    # The layer monitor writes a record when the state is saved, before the loggers count theirs.
-    defaults.callbacks += [progress_bar, layer_monitor, loggers, replica_check, profiler]
+    def diagnostic(name: str) -> defaults.CallbackFactory:
+        def make(brain: Brain) -> Callback | None:
+            module = importlib.import_module(f"trainer.diagnostics.{name}")
+            made: Callback | None = getattr(module, f"make_{name}")(brain)
+            return made
+
+        return make
+
+    # The layer monitor writes a record when the state is saved, before the loggers count theirs;
+    # the times of a step become a part of the loggers' records.
+    monitor, times, check, profiler = map(
+        diagnostic, ("layer_monitor", "step_times", "replica_check", "profiler")
+    )
+    defaults.callbacks += [progress_bar, monitor, times, loggers, check, profiler]
     defaults.tracers.append(nonfinite_tracer)
     defaults.drivers += [search, replay]
     defaults.initialisers.append(_initialise)

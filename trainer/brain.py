@@ -21,7 +21,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +36,6 @@ from trainer import defaults, distributed, seed, signals
 from trainer.adapters import (
     apply_adapters,
     base_parameters,
-    describe_trainable,
     drop_base,
 )
 from trainer.callbacks import Callback, CallbackList
@@ -84,6 +83,7 @@ from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
+from trainer.samples import Cell, Samples
 from trainer.speechbrain_names import SETTINGS, SpeechBrainNames
 from trainer.tree import plain_number
 
@@ -142,7 +142,8 @@ class _Batch:
     reports: list[StepReport] = field(default_factory=list)
     stepped_by_hand: bool = False
     stepping: bool = False  # An optimizer may be moving weights.
-    closing: list[Update] | None = None  # While `optimizers_step` is called.
+    # While an override of `optimizers_step` is called: of what, and what their window holds.
+    closing: tuple[list[Update], step.Settled] | None = None
     closed: list[StepReport] | None = None  # By it.
 
     def moved(self) -> bool:
@@ -672,12 +673,13 @@ class Brain(SpeechBrainNames):
         """Step the optimizers that `freeze_optimizers` leaves; `optimize` calls it, too.
 
         An override decides about the step where an accumulation window closes: it may do something
-        before and after ``super().optimizers_step()``, or step otherwise. A `fit_batch` that calls
+        before and after ``super().optimizers_step()``, or step otherwise. The gradients are means
+        over the window, on all ranks, without the fp16 scale. A `fit_batch` that calls
         ``backward()`` itself calls it to have its gradients clipped and checked.
         """
         batch = self.__batch
         if batch.closing:
-            batch.closed = step.close(batch.closing)
+            batch.closed = step.close(*batch.closing)
         elif not self.__measuring:
             updates = self.__updates_for(None)
             for update in updates:
@@ -692,19 +694,21 @@ class Brain(SpeechBrainNames):
         self, updates: list[Update], weight: float | Tensor, last: bool
     ) -> list[StepReport]:
         """Step if the window is full or ``last``, by an override of `optimizers_step` if any."""
-        if not self.__own_step or updates[0].window.count < updates[0].size and not last:
+        if updates[0].window.count < updates[0].size and not last:
+            return step.finish(updates, weight)
+        batch, settled = self.__batch, step.settle(updates)
+        if not self.__own_step:
             try:
-                return step.finish(updates, weight, last)
+                return step.close(updates, settled)
             except step.NoGradientError as error:
                 self.__conventions.step_without_gradients(error)
-                return step.leave(updates)
-        batch = self.__batch
-        batch.closing, batch.closed = updates, None
+                return step.leave(updates, settled)
+        batch.closing, batch.closed = (updates, settled), None
         try:
             self.optimizers_step()
         finally:
             batch.closing = None
-        return step.leave(updates) if batch.closed is None else batch.closed
+        return step.leave(updates, settled) if batch.closed is None else batch.closed
 
     def evaluate(
         self,
@@ -852,6 +856,23 @@ class Brain(SpeechBrainNames):
             )
         stage = self.__stage.value if self.__in_a_stage else ""
         self.__metrics.log(stage, name, value, weight)
+
+    def show(self, title: str, rows: Sequence[Mapping[str, Cell]], note: str = "") -> None:
+        """Show people samples: in the report of the run, and in the loggers.
+
+        The run folder keeps the latest rows of each title, at most 20. Rank 0 records; what other
+        ranks show is left out. Without a run folder nothing is recorded.
+
+        Args:
+            title: name of the set, such as "test" or "valid".
+            rows: a mapping from names to cells for each: texts, numbers, and the classes of
+                `trainer.samples` (sounds, pictures, aligned words, matrices, histograms). The cell
+                "id" is the heading of its row.
+            note: a sentence above the rows.
+        """
+        epoch = None if self.__stage is Stage.TEST else self.progress.epoch
+        step = self.progress.optimizer_step
+        self.callbacks.call("on_samples", self, Samples(title, rows, step, epoch, note=note))
 
     def autocast(self, stage: Stage | None = None) -> AbstractContextManager[object]:
         """Return the context manager for a forward pass.
@@ -1211,8 +1232,6 @@ class Brain(SpeechBrainNames):
                 progress.stopped &= epoch_end.still_stopped(early_stopping)
                 if progress.stopped:
                     logger.info("early stopping has ended the training: more patience goes on")
-            if progress.fits == 1:
-                logger.info("%s", describe_trainable(self.modules, self.__trained_parameters()))
             self.__trained = True
 
     def __start(self) -> None:
@@ -1738,15 +1757,22 @@ class Brain(SpeechBrainNames):
     def __on_hand_step(self, update: Update) -> None:
         """Called when a recipe steps an optimizer itself: unprotected, and ranks stay equal."""
         self.__batch.stepped_by_hand = True
+        own = self.__batch.closing is not None
         if not self.__stepped_by_hand:
             self.__stepped_by_hand = True
             warnings.warn(
-                f"{type(self).__name__}.fit_batch calls backward() and the step of {update.name!r} "
-                "itself: precision, clipping, the non-finite guard and accumulation do not apply. "
-                f"self.optimize(loss, {update.name!r}) in their place has all of them",
+                f"{type(self).__name__}.optimizers_step calls the step of {update.name!r} itself: "
+                "clipping and the non-finite guard do not apply. super().optimizers_step() in its "
+                "place has them"
+                if own
+                else f"{type(self).__name__}.fit_batch calls backward() and the step of "
+                f"{update.name!r} itself: precision, clipping, the non-finite guard and "
+                f"accumulation do not apply. self.optimize(loss, {update.name!r}) in their place "
+                "has all of them",
                 stacklevel=4,
             )
-        self.__strategy.average(update.name)
+        if not own:  # The gradients of a window that closes are those of all ranks already.
+            self.__strategy.average(update.name)
 
 
 def _length(counter: Iterable[int]) -> int | None:

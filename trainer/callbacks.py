@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainer.metrics import StageReport, StepReport
     from trainer.optim.step import Update
     from trainer.progress import Stage
+    from trainer.samples import Samples
 
 logger = logging.getLogger("trainer")
 
@@ -145,6 +146,12 @@ class Callback:
             record: step, epoch, loss, examples per second, and figures of each optimizer.
         """
 
+    def on_samples(self, brain: Brain, samples: Samples) -> None:
+        """Called with what `Brain.show` is given.
+
+        Runs on the ranks that call it; must not call a collective.
+        """
+
     def on_checkpoint(self, brain: Brain, checkpoint: Checkpoint) -> None:
         """Called after a checkpoint was saved.
 
@@ -203,6 +210,14 @@ class CallbackList:
         for name in EVENTS:
             if getattr(type(callback), name) is not getattr(Callback, name):
                 self._methods[name].append(getattr(callback, name))
+
+    def listen(self, event: str, method: Callable[..., None]) -> None:
+        """Have one more function called at an event, as by a callback that looks now and then."""
+        self._methods[event] = [*self._methods[event], method]
+
+    def unlisten(self, event: str, method: Callable[..., None]) -> None:
+        """Undo `listen`; may be called within the event."""
+        self._methods[event] = [each for each in self._methods[event] if each != method]
 
     def call(self, event: str, *arguments: Any) -> None:
         """Call a method of every callback that overrides it.

@@ -233,6 +233,14 @@ class RunOptions:
         "any object of trainer.clipping",
         choices=("norm", "value"),
     )
+    expected_clip_rate: float | dict[str, float] = _option(
+        0.95,
+        "fraction of steps, or one per optimizer name, that clipping may change before a warning "
+        "(1: all; the limit is meant to be always reached)",
+        at_least=0,
+        at_most=1,
+        kind="neutral",
+    )
     nonfinite_patience: int = _option(
         3, "non-finite losses or gradients tolerated per epoch", at_least=0, kind="extending"
     )
@@ -429,6 +437,7 @@ TYPE_NAMES: dict[Any, str] = {
     float: "a number",
     str: "text",
     list[str]: "a list of texts",
+    dict[str, float]: "a mapping of names to numbers",
     dict[str, float | None]: "a mapping of names to numbers",
     dict[str, str | None]: "a mapping of names to names or null",
     Any: "an object",

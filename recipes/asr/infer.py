@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from torchaudio.functional import resample
 
 import trainer
 from recipes.asr.train import Recogniser
 from recipes.common.audio import read_audio, read_header
 from recipes.common.command import each_of, file_path, told
+from recipes.common.resampling import resample
 
 LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
 SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut where it is quiet

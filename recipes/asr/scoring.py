@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from trainer import distributed
+from trainer.samples import Aligned, Audio, Cell
 
 try:
     import jiwer
@@ -26,15 +30,50 @@ class Transcribed(NamedTuple):
 class Scores:
     """The errors of a set of utterances: what was substituted, deleted and inserted.
 
-    Rates are of the whole set (all errors over all words), not means over utterances.
+    Rates are of the whole set (all errors over all words), not means over utterances. The sounds of
+    the ``shown`` worst utterances, and of as many chosen at random, are kept to hear.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: int = 5) -> None:
+        self.shown = shown
         self.utterances: list[Transcribed] = []
+        self.rate = 16000
+        # What orders them comes first: errors in per cent, and a random number.
+        self._worst: list[tuple[float, Transcribed, Tensor | None]] = []
+        self._chosen: list[tuple[float, Transcribed, Tensor | None]] = []
 
-    def add(self, ids: Sequence[str], said: Sequence[str], heard: Sequence[str]) -> None:
-        """Take in a batch."""
-        self.utterances += map(Transcribed, ids, said, heard)
+    def add(
+        self,
+        ids: Sequence[str],
+        said: Sequence[str],
+        heard: Sequence[str],
+        signals: tuple[Tensor, Tensor] | None = None,
+        rate: int = 16000,
+    ) -> None:
+        """Take in a batch, perhaps with its sounds (B, T) and their lengths (B,) on the host."""
+        added, self.rate = [*map(Transcribed, ids, said, heard)], rate
+        self.utterances += added
+        sounds = [None] * len(added) if signals is None else zip(*signals, strict=True)
+        for each, sound in zip(added, sounds, strict=True):
+            wave = None if sound is None else sound[0][: int(sound[1])].clone()
+            self._worst.append((-_per_cent(_words(each)), each, wave))
+            self._chosen.append((zlib.crc32(each.id.encode()), each, wave))
+        for kept in (self._worst, self._chosen):
+            kept.sort(key=lambda each: each[:2])
+            del kept[self.shown :]
+
+    def samples(self) -> list[dict[str, Cell]]:
+        """Rows for `Brain.show`: of this process, the worst first, then those chosen at random."""
+        rows: dict[str, dict[str, Cell]] = {}
+        for _, each, wave in (*self._worst, *self._chosen):
+            rows[each.id] = {
+                "id": each.id,
+                "WER": round(_per_cent(_words(each)), 1),
+                "said and heard": Aligned(each.said, each.heard),
+            }
+            if wave is not None:
+                rows[each.id]["sound"] = Audio(wave, self.rate)
+        return list(rows.values())
 
     def gather(self) -> Scores:
         """The utterances of all processes, in the order of their ids. A collective."""

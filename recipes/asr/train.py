@@ -44,6 +44,8 @@ class TextBrain(Brain):
         folder = self.hparams.output_folder  # None for a model that `trainer.load` made
         if distributed.is_main() and folder is not None:
             scores.write(Path(folder) / f"wer_{stage.value}.txt")
+        note = "The worst utterances, then some chosen at random."
+        self.show(stage.value, self.scores.samples(), note)
         return scores.rates()
 
 
@@ -66,7 +68,8 @@ class Recogniser(TextBrain):
         self, predictions: tuple[Tensor, Tensor], batch: Any, stage: Stage
     ) -> Tensor:
         if stage is not Stage.TRAIN:
-            self.scores.add(batch.id, batch.text, self.texts(predictions))
+            rate = self.hparams.sample_rate
+            self.scores.add(batch.id, batch.text, self.texts(predictions), batch.on_host.sig, rate)
         (_, samples), tokens = batch.on_host.sig, batch.on_host.tokens
         return ctc_loss(predictions[0], self.modules.model.frames(samples), *tokens)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from recipes.common.lengths import length_is_told
+from recipes.common.resampling import resample as to_rate
 from trainer.data import BadItem, BadItemPolicy
 
 try:
@@ -57,6 +58,7 @@ _ENDLESS = (0x7F000000, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
 _LARGEST_HEADER = 4096  # bytes, of a file without samples
 MP3_FORMATS = ("MP3", "MPEG")  # in versions of soundfile
 _MP3_FRAME = 1152  # samples, at most; where no header tells the length, it is known to a frame
+_MP3_BACK = 20 * _MP3_FRAME  # samples before a place that its frames may need, at low bit rates
 
 
 class Expected(NamedTuple):
@@ -110,8 +112,6 @@ def read_audio(
     else:
         signal = data[channel or 0].clone()
     if resample and sample_rate not in (None, rate):
-        from torchaudio.functional import resample as to_rate
-
         signal = to_rate(signal, rate, sample_rate)
     return signal
 
@@ -136,16 +136,30 @@ def read_channels(
             wanted = f"{start:.3f} s to {start + (duration or 0):.3f} s"
             raise BadItem(path, f"it lasts {header.duration:.3f} s, asked for was {wanted}")
         try:
+            back = min(first, _MP3_BACK) if file.format in MP3_FORMATS else 0
             if file.seekable():
-                file.seek(first)
+                file.seek(first - back)
             else:  # Such as GSM in a WAV.
                 file.read(first)
-            data = torch.from_numpy(file.read(count, dtype="float32", always_2d=True))  # (T, C)
+            read = file.read(back + count, dtype="float32", always_2d=True)
+            data = torch.from_numpy(read)[back:]  # (T, C)
         except soundfile.SoundFileError as error:
             raise BadItem(path, f"its data are cut or broken ({error})") from error
         check_count(path, file, len(data), count)
     check_finite(path, data)
     return data.T, header.sample_rate
+
+
+class Forward(soundfile.SoundFile):
+    """A file that is read block by block from its beginning to its end.
+
+    soundfile seeks to where it is after each block, and a seek in an MP3 loses what the next frames
+    need of the last ones.
+    """
+
+    def seekable(self) -> bool:
+        """Return False."""
+        return False
 
 
 def check_count(path: str | Path, file: soundfile.SoundFile, read: int, count: int) -> None:

@@ -56,7 +56,7 @@ def read_parts(
                 f"{place} has another layout: expected were, as in LibriSpeech, folders "
                 "speaker/chapter with a *.trans.txt and the *.flac that it names"
             )
-        headers = check_recordings(listed, channels=None, on_bad=on_bad, max_bad=max_bad)
+        headers = check_recordings(listed, on_bad=on_bad, max_bad=max_bad)
         found[part] = [
             cut_of(path, header, id, text=text.lower(), speaker=_speaker(id))
             for path, header in headers.items()

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import Expected, good_ones, read_channels
 from recipes.common.cuts import count_files
+from recipes.common.resampling import resample as to_rate
 from trainer import distributed
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
@@ -133,10 +134,8 @@ def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
     """
     _reader.expected = _files(cut)
     name = next(iter(_reader.expected), cut.id)
-    if cut.sampling_rate != sample_rate:
-        if not resample:
-            raise BadItem(name, f"it is sampled at {cut.sampling_rate} Hz, not at {sample_rate} Hz")
-        cut = cut.resample(sample_rate)
+    if cut.sampling_rate != sample_rate and not resample:
+        raise BadItem(name, f"it is sampled at {cut.sampling_rate} Hz, not at {sample_rate} Hz")
     try:
         samples = torch.from_numpy(cut.load_audio())  # (1, T)
     except Exception as error:
@@ -148,7 +147,11 @@ def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
         raise
     if len(samples) != 1:
         raise BadItem(name, f"it has {len(samples)} channels, expected: 1")
-    return samples[0]
+    if cut.sampling_rate == sample_rate:
+        return samples[0]
+    # Not by lhotse, whose filter may need gigabytes.
+    count = cut.resample(sample_rate).num_samples
+    return to_rate(samples[0], cut.sampling_rate, sample_rate)[:count]
 
 
 def _files(cut: Cut) -> dict[str, Expected]:

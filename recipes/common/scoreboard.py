@@ -6,7 +6,8 @@
     metrics = board.finish()  # {"pesq": 2.31, "pesq_noisy": 1.97, "stoi": …, "stoi_noisy": …, …}
 
 `finish` writes ``scores_test.csv`` with a line a clip, and ``audio_test`` with the noisy, enhanced
-and clean sound of the clips that scored best and worst by the first measure.
+and clean sound of the clips that scored best and worst by the first measure; `Scoreboard.samples`
+are these for `Brain.show`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from recipes.common.judges import Judges, Scores
 from trainer import distributed
+from trainer.samples import Audio, Cell
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Scoreboard:
     Attributes:
         means: of every measure, by what `finish` found last.
         rows: of every clip of all processes, likewise.
+        samples: the clips of this process that are kept to hear, the worst first.
 
     What clips score noisy is measured once for each id, for as long as the board lives.
     """
@@ -65,6 +68,7 @@ class Scoreboard:
         self.judges, self.folder = judges, Path(folder)
         self.means: dict[str, float] = {}
         self.rows: Sequence[Row] = ()
+        self.samples: list[dict[str, Cell]] = []
         self._before: dict[str, Scores] = {}  # noisy
         self.start("valid")
 
@@ -112,7 +116,9 @@ class Scoreboard:
         means = self.means
         if distributed.is_main():
             self._write(rows, means)
-        self._save_sounds(rows)
+        if self.name != "valid":  # Its best and worst clips are others at each epoch.
+            self._save_sounds(rows)
+        self.samples = [self._sample(id) for id in self._ranked(self._sounds.keys() & self._scores)]
         self._scores, self._sounds = {}, {}
         logger.info("%s: %s", self.name, ", ".join(f"{n} {m:.3f}" for n, m in means.items()))
         return {name: mean for name, mean in means.items() if name.split("_noisy")[0] in SHOWN}
@@ -189,6 +195,16 @@ class Scoreboard:
                 for kind, signal in self._sounds[id]._asdict().items():
                     path = folder / f"{label}_{place}_{name}_{kind}.wav"
                     soundfile.write(path, signal.clamp(-1, 1).numpy(), self.judges.sample_rate)
+
+    def _sample(self, id: str) -> dict[str, Cell]:
+        """A clip with what it scores enhanced and noisy, for `Brain.show`."""
+        row: dict[str, Cell] = {"id": id}
+        for name in (each for each in self.measures if each in SHOWN):
+            row[name] = self._scores[id].get(name)
+            row[f"{name} noisy"] = self._before.get(id, {}).get(name)
+        sounds = self._sounds[id]._asdict().items()
+        rate = self.judges.sample_rate
+        return row | {name: Audio(sound, rate, spectrogram=True) for name, sound in sounds}
 
 
 def _cell(score: float | None) -> str:

@@ -11,7 +11,6 @@ minute, and gets what it would get at once. Channels are enhanced one by one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import (
+    Forward,
     Header,
     check_count,
     check_finite,
@@ -28,7 +28,8 @@ from recipes.common.audio import (
     read_header,
 )
 from recipes.common.command import each_of
-from recipes.common.writing import FLOATS, FORMATS, check_outputs, kind_for, written
+from recipes.common.resampling import resampled
+from recipes.common.writing import check_outputs, kind_for, name_for, put, written
 from trainer.data import BadItem
 
 try:
@@ -42,7 +43,6 @@ Network = Callable[[Tensor], Tensor]  # (N, T) to (N, T)
 Convert = Callable[[Iterable[Tensor]], Iterator[Tensor]]  # blocks (C, ·) to as many samples
 
 BLOCK = 1 << 16  # samples of a file that are read at once
-LARGEST_FILTER = 1 << 25  # entries of a resampler: 128 MB
 
 
 class Chunks(NamedTuple):
@@ -119,43 +119,6 @@ def _join(tail: Tensor | None, chunk: Tensor, overlap: int) -> tuple[Tensor, Ten
     return chunk[:, cut:], chunk[:, :cut]
 
 
-# --------------------------------------------------------------------------------------- resampling
-
-
-def resampled(blocks: Iterable[Tensor], source: int, target: int) -> Iterator[Tensor]:
-    """A signal that comes in blocks (C, ·) at one rate in Hz, at another one.
-
-    Together they are what torchaudio makes of the whole signal. Raises ValueError for rates that
-    share too little.
-    """
-    if source == target:
-        yield from blocks
-        return
-    from torchaudio.transforms import Resample
-
-    unit, given = (rate // math.gcd(source, target) for rate in (source, target))
-    reach = math.ceil(6 / 0.99 * unit / min(unit, given))  # of the filter, samples to each side
-    if given * (2 * reach + unit) > LARGEST_FILTER:
-        raise ValueError(
-            f"{source} Hz and {target} Hz share too small a unit to convert one into the other "
-            "block by block; resample it to a common rate before, such as 48000 Hz"
-        )
-    convert = Resample(source, target)
-    margin = math.ceil(reach / unit)  # units of `unit` samples, each of which gives `given`
-    waiting: Tensor | None = None
-    behind = 0  # units at the beginning of `waiting` that have been converted
-    for block in blocks:
-        waiting = block if waiting is None else torch.cat([waiting, block], dim=1)
-        ready = waiting.shape[1] // unit - margin - behind
-        if ready > 0:
-            used = waiting[:, : (behind + ready + margin) * unit]
-            yield convert(used)[:, behind * given : (behind + ready) * given]
-            drop = max(0, behind + ready - margin)
-            waiting, behind = waiting[:, drop * unit :], behind + ready - drop
-    if waiting is not None:
-        yield convert(waiting)[:, behind * given :]
-
-
 # -------------------------------------------------------------------------------------------- files
 
 
@@ -175,7 +138,7 @@ def convert_file(
 ) -> None:
     """Convert a file at ``sample_rate`` (Hz), block by block; rate, length and channels stay.
 
-    Format and depth stay as far as the suffix of ``target`` allows; what is lossy becomes 16 bit.
+    Format and depth stay as far as the suffix of ``target`` allows, see `kind_for`.
     ``target`` appears whole or not at all. Raises BadItem for a file that cannot be used.
     """
     header = read_header(source)
@@ -185,9 +148,7 @@ def convert_file(
         for block in _converted(source, header, convert, sample_rate):
             block = block[:, :left]
             check_made(source, block)
-            if kind.subtype not in FLOATS:
-                block = block.clamp(-1.0, 1.0)
-            file.write(block.mT.contiguous().numpy())
+            put(file, block)
             left -= block.shape[1]
 
 
@@ -196,19 +157,14 @@ def _converted(
 ) -> Iterator[Tensor]:
     """The file converted, at its own rate."""
     rate = header.sample_rate
-    try:
-        heard = resampled(_read(source, header), rate, sample_rate)
-        yield from resampled(convert(heard), sample_rate, rate)
-    except ValueError as error:
-        if isinstance(error, BadItem) or "share too small a unit" not in str(error):
-            raise
-        raise BadItem(source, str(error)) from error
+    heard = resampled(_read(source, header), rate, sample_rate)
+    yield from resampled(convert(heard), sample_rate, rate)
 
 
 def _read(source: str | Path, header: Header) -> Iterator[Tensor]:
     """The file in blocks (C, ·). Raises BadItem for data that are cut or not finite."""
     read = 0
-    with soundfile.SoundFile(for_soundfile(source)) as file:
+    with Forward(for_soundfile(source)) as file:
         while True:
             try:
                 data = torch.from_numpy(file.read(BLOCK, dtype="float32", always_2d=True))
@@ -231,8 +187,7 @@ def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in files:
         path = Path(name)
-        suffix = path.suffix if path.suffix.lower() in FORMATS else ".wav"
-        target = Path(folder) / (path.stem + suffix)
+        target = Path(folder) / name_for(path)
         if target in found.values():
             other = next(each for each, its in found.items() if its == target)
             raise ValueError(f"{other} and {name} would both become {target}; give them one by one")

@@ -40,6 +40,7 @@ from trainer import Brain, Stage, distributed, json_files
 from trainer.data import BadItem
 from trainer.evaluation import evaluation_mode
 from trainer.loggers.files import replace_file
+from trainer.samples import Cell, Histogram, Matrix
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,8 @@ def class_weights(
 class Evaluation(Protocol):
     """What a stage that does not train is measured by."""
 
+    shown: dict[str, Cell]
+
     def add(self, batch: Any, outputs: Tensor) -> None:
         """Take in a batch, and what the network gives for it."""
 
@@ -200,6 +203,7 @@ class Classified:
         """Write ``confusion_<stage>.csv`` and ``predictions_<stage>.csv``."""
         rows = sorted(tuple(row) for part in distributed.all_gather_json(self.rows) for row in part)
         matrix = confusion([row[1:3] for row in rows], len(self.names))
+        self.shown = {"confusion": Matrix(matrix, self.names)}
         if folder is not None and distributed.is_main():
             names = self.names
             _write(
@@ -276,6 +280,11 @@ class Verified:
         columns = {"score": cosine_scores(trials, embeddings)}
         found = verification(columns["score"], targets, self.priors)
         result = _named(found.eer, found.min_dcf)
+        groups = {
+            kind: [s for s, one in zip(columns["score"], targets, strict=True) if one == same]
+            for kind, same in (("same speaker", True), ("different speakers", False))
+        }
+        self.shown = {"scores": Histogram(groups, "cosine score")}
         if self.cohort is not None:
             columns["normalised"] = cosine_scores(trials, embeddings, self.cohort)
             found = verification(columns["normalised"], targets, self.priors)
@@ -380,7 +389,9 @@ class Classifier(Brain):
         if stage is Stage.TRAIN:
             return None
         folder = self.hparams.output_folder  # None for a model that `trainer.load` made
-        return self.evaluation.finish(None if folder is None else Path(folder), stage)
+        metrics = self.evaluation.finish(None if folder is None else Path(folder), stage)
+        self.show(stage.value, [{"id": stage.value, **metrics, **self.evaluation.shown}])
+        return metrics
 
     @torch.inference_mode()
     def _cohort(self) -> Tensor:

@@ -85,7 +85,7 @@ def last_metrics(path: Path) -> Metrics:
                 continue
             values = {name: float(row[name]) for name in (*MEASURES, "accuracy") if name in row}
             known = found.get(row["stage"])
-            better = known is None or values.get("wer", 0) <= known.get("wer", 0)
+            better = known is None or values.get("cer", 0) <= known.get("cer", 0)
             if better or row["stage"] == "test":
                 found[row["stage"]] = values
     return found

@@ -81,7 +81,15 @@ class Transcriber(TextBrain):
 
 
 class Recogniser(CTCRecogniser):
-    """Recogniser of the recipe `recipes.asr`, whose model has a pretrained encoder."""
+    """Recogniser of the recipe `recipes.asr`, whose model has a pretrained encoder.
+
+    Reads from the YAML ``best``: the rate that chooses the checkpoint, "wer" or "cer".
+    """
+
+    @property
+    def best_checkpoint(self) -> dict[str, str]:  # type: ignore[override]
+        """The rate that chooses the checkpoint to test and to use."""
+        return {"min_key": self.hparams.best}
 
 
 def train(run: trainer.Run) -> dict[str, float]:

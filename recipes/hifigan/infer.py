@@ -3,7 +3,7 @@
     python recipes/hifigan/infer.py results/hifigan/demo/1234 FILE... -o FOLDER
 
 A sound file of any rate, length and number of channels becomes the sound that the vocoder makes of
-its mels, of the same rate, length, channels, format and depth (what is lossy becomes a 16-bit WAV).
+its mels, of the same rate, length, channels, format and depth.
 A mel file (`.npy` or `.pt`, see `recipes.common.mel`) becomes a WAV. Files are read, made and
 written piece by piece: an hour needs no more memory than a minute, and every piece is what it would
 be in the whole. All that is needed is the run folder. Prints a line ``file<TAB>result`` for each; a

@@ -19,7 +19,6 @@ from torch.nn.functional import l1_loss, pad
 import trainer
 from recipes.common.griffin_lim import GriffinLim
 from recipes.common.judges import Judges
-from recipes.common.recording import record_sounds
 from recipes.common.vocoder import check_front_end
 from recipes.hifigan.data import datasets
 from recipes.hifigan.model import adversarial_loss, discriminator_loss, feature_loss
@@ -103,9 +102,9 @@ class HiFiGAN(Brain):
             return None
         if stage is Stage.VALID:
             return {"mel_l1": stage_loss}
-        scores = self.scores.finish()
-        record_sounds(self, self.scores.folder / "samples")
-        return scores
+        means = self.scores.finish()
+        self.show("test", self.scores.samples())
+        return means
 
 
 def check_sizes(hparams: Mapping[str, Any]) -> None:

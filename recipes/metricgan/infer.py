@@ -3,7 +3,7 @@
     python recipes/metricgan/infer.py results/metricgan/demo/1234 FILE... -o FOLDER
 
 Writes each file enhanced into FOLDER, under its own name, of its own rate, length, channels, format
-and depth (what is lossy becomes a 16-bit WAV), and prints a line ``file<TAB>enhanced file`` for
+and depth (a WAV where its format is only read), and prints a line ``file<TAB>enhanced file`` for
 each. Files may be of any length: they are read, enhanced and written in chunks that fade into each
 other (``chunks`` in the YAML). The network looks both ways, so that a chunk's ends know less than
 its middle: that is what the overlap is for. All it needs is the run folder, of whose checkpoints it

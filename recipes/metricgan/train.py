@@ -18,7 +18,6 @@ import trainer
 from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
 from recipes.common.quality import require
-from recipes.common.recording import record_sounds
 from recipes.common.scoreboard import NOISY, Scoreboard
 from recipes.metricgan.history import Record, padded, quantised, waveform
 from recipes.metricgan.model import enhance
@@ -258,7 +257,7 @@ class Enhancer(Brain):
         elif stage is Stage.VALID:
             # The target chooses the checkpoint of a phase.
             wanted = dict.fromkeys([self.hparams.target, *self.hparams.valid_measures])
-            self.board.start("valid", list(wanted))
+            self.board.start("valid", list(wanted), extremes=1)
         else:
             self.board.start("test", extremes=self.hparams.extremes)
 
@@ -277,9 +276,8 @@ class Enhancer(Brain):
             self.history.close()
             return None
         scores = self.board.finish()
+        self.show(stage.value, self.board.samples, "The worst clips first.")
         scores.update((n, self.board.means[n]) for n in COMPOSITES if n in self.board.means)
-        if stage is Stage.TEST:
-            record_sounds(self, self.board.sounds)
         name = self.phases.outcome(epoch) if epoch is not None else None
         if stage is Stage.VALID and name is not None and self.hparams.target in scores:
             # Under a name of its own, too: checkpoints are chosen among those of a phase.

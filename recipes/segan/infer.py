@@ -3,7 +3,7 @@
     python recipes/segan/infer.py results/segan/demo/1234 FILE... -o FOLDER
 
 Writes each file enhanced into FOLDER, under its own name, of its own rate, length, channels, format
-and depth (what is lossy becomes a 16-bit WAV), and prints a line ``file<TAB>enhanced file`` for
+and depth (a WAV where its format is only read), and prints a line ``file<TAB>enhanced file`` for
 each. Files may be of any length: they are read and written in blocks. All it needs is the run
 folder, of whose checkpoints it takes the one that the test took. A file that cannot be read is
 named on stderr and the others are still enhanced; the exit code is then 2.

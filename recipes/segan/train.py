@@ -18,7 +18,6 @@ import trainer
 from recipes.common.judges import Judges
 from recipes.common.pairs import Pairs
 from recipes.common.quality import require
-from recipes.common.recording import record_sounds
 from recipes.common.scoreboard import Scoreboard
 from recipes.common.streaming import enhance_signal
 from recipes.segan.model import (
@@ -99,7 +98,7 @@ class Enhancer(Brain):
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         if stage is Stage.VALID:
-            self.board.start("valid", self.hparams.valid_measures)
+            self.board.start("valid", self.hparams.valid_measures, extremes=1)
         elif stage is Stage.TEST:
             self.board.start("test", extremes=self.hparams.extremes)
 
@@ -119,10 +118,9 @@ class Enhancer(Brain):
     ) -> Mapping[str, float] | None:
         if stage is Stage.TRAIN:
             return None
-        scores = self.board.finish()
-        if stage is Stage.TEST:
-            record_sounds(self, self.board.sounds)
-        return scores
+        metrics = self.board.finish()
+        self.show(stage.value, self.board.samples, "The worst clips first.")
+        return metrics
 
 
 def train(run: trainer.Run) -> dict[str, float]:

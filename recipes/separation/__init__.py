@@ -2,12 +2,14 @@
 
 Attributes:
     BRAIN: the Brain of a run, which `trainer.load` makes.
+    INFER: what infer.py takes after the run folder, for the command that a run ends with.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
 BRAIN: str = "train.Separator"
+INFER: str = "FILE -o FOLDER"
 RUN_NAMES: tuple[str, ...] = ("model.SepFormer", "model.SineTasNet")
 YAML_NAMES: tuple[str, ...] = (
     *RUN_NAMES,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from trainer import distributed
+from trainer.samples import Audio, Cell
 
 try:
     import fast_bss_eval
@@ -127,6 +128,21 @@ class Scores:
             for row in self.rows:
                 cells = asdict(row).values()
                 writer.writerow([f"{v:.3f}" if isinstance(v, float) else v for v in cells])
+
+    def samples(self) -> list[dict[str, Cell]]:
+        """Rows for `Brain.show`: the worst and the best mixtures of this process."""
+        rows = []
+        for row, signals in ((each.row, each.signals) for each in self._heard):
+            peak = max(1.0, *(float(each.abs().max()) for each in signals.values()))
+            scores = {
+                n: getattr(row, n) for n in ("si_snri", "sdri") if getattr(row, n) is not None
+            }
+            sounds = {
+                name: Audio(each / peak, self.sample_rate, spectrogram=True)
+                for name, each in signals.items()
+            }
+            rows.append({"id": row.id, **scores, **sounds})
+        return rows
 
     def write_audio(self, folder: Path) -> None:
         """The worst and the best mixtures as 32-bit WAV, a folder each: ``worst1``, ``best1`` ….

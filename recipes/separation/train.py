@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import trainer
-from recipes.common.recording import record_sounds
 from recipes.separation.objectives import best_order, keep, pairwise_si_snr
 from recipes.separation.scoring import Scores
 from trainer import Brain, Stage, StepReport, distributed
@@ -85,7 +84,7 @@ class Separator(Brain):
                 scores.write_table(folder / f"scores_{stage.value}.csv")
             if stage is Stage.TEST:
                 scores.write_audio(folder / "examples")
-                record_sounds(self, folder / "examples")
+        self.show(stage.value, scores.samples(), "The worst mixtures first.")
         return scores.means()
 
 

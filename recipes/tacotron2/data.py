@@ -105,7 +105,7 @@ def readings(
         if set(each.text) & set(sounds):
             logger.info("%s is no speech, left out: %s", each.id, each.text)
             del files[path]
-    headers = check_recordings(files, channels=None, on_bad=on_bad, max_bad=max_bad)
+    headers = check_recordings(files, on_bad=on_bad, max_bad=max_bad)
     cuts = filter_by_duration(
         (
             cut_of(path, header, files[path].id, text=files[path].text)

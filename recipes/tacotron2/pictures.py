@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer import samples
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -33,11 +35,22 @@ COLOURS = torch.tensor(
 class Picture(NamedTuple):
     """Data drawn of one utterance; spectrograms (F, M), attention (T, L)."""
 
+    id: str
     text: str
     true: Tensor
     forced: Tensor
     free: Tensor
     attention: Tensor
+
+    def cells(self) -> dict[str, samples.Cell]:
+        """A row for `Brain.show`."""
+        mels = {"true": self.true, "teacher-forced": self.forced, "free": self.free}
+        return {
+            "id": self.id,
+            "text": self.text,
+            **{name: samples.Image(mel.T, LOW, HIGH) for name, mel in mels.items()},
+            "attention (up: text)": samples.Image(self.attention.T, 0.0, 1.0),
+        }
 
 
 class Gallery:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import trainer
 from recipes.common.loading import DurationBatches
-from recipes.common.recording import record_picture, record_sounds
 from recipes.tacotron2.data import Mels, datasets
 from recipes.tacotron2.losses import usual_durations
 from recipes.tacotron2.model import Predictions, Spoken
@@ -25,6 +24,7 @@ from recipes.tacotron2.pictures import Gallery, Picture, write_picture
 from recipes.tacotron2.scoring import Reading, Scores, focus_rate, mel_error
 from recipes.tacotron2.sound import make_sound, write_sound
 from trainer import Brain, Stage, distributed
+from trainer.samples import Audio, Cell
 from trainer.seed import derive
 
 
@@ -82,6 +82,7 @@ class Synthesiser(Brain):
             made = int(spoken.frames[n])
             self.gallery.drawn.append(
                 Picture(
+                    batch.id[n],
                     batch.text[n],
                     true=batch.mel.data[n, :frames],
                     forced=predictions.refined[n, :frames] * model.deviation + model.mean,
@@ -111,23 +112,22 @@ class Synthesiser(Brain):
             folder = Path(self.hparams.output_folder)
             scores.write(folder / f"readings_{stage.value}.csv")
             name = stage.value if epoch is None else f"{stage.value}-{epoch:04d}"
-            picture = folder / "pictures" / f"{name}.png"
-            write_picture(picture, self.gallery.drawn)
-            record_picture(self, f"pictures/{stage.value}", picture)
+            write_picture(folder / "pictures" / f"{name}.png", self.gallery.drawn)
+            rows = [each.cells() for each in self.gallery.drawn]
             if stage is Stage.TEST:
-                self._sound(folder / "audio")
-        if stage is Stage.TEST and self.hparams.output_folder is not None:
-            record_sounds(self, Path(self.hparams.output_folder) / "audio")
+                self._sound(folder / "audio", rows)
+            self.show(stage.value, rows)
         return scores.rates()
 
-    def _sound(self, folder: Path) -> None:
-        """Write what the drawn utterances sound like."""
+    def _sound(self, folder: Path, rows: list[dict[str, Cell]]) -> None:
+        """Write what the drawn utterances sound like, and add it to their rows."""
         own = self.hparams
-        sound = make_sound(own.mel, own.vocoder, str(self.device))
-        for number, each in enumerate(self.gallery.drawn):
+        sound, rate = make_sound(own.mel, own.vocoder, str(self.device)), own.mel.sample_rate
+        for number, (each, row) in enumerate(zip(self.gallery.drawn, rows, strict=True)):
             for name, mel in (("true", each.true), ("free", each.free)):
-                path = folder / f"{number:02d}-{name}.wav"
-                write_sound(path, sound(mel.T), own.mel.sample_rate)
+                wave = sound(mel.T)
+                write_sound(folder / f"{number:02d}-{name}.wav", wave, rate)
+                row[f"sound, {name}"] = Audio(wave, rate)
 
 
 def train(run: trainer.Run) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 import trainer
 from tests.trainer.small import batches, make
 from trainer.compat import speechbrain as head
+from trainer.compat.toolkit import SEEDING
 
 YAML = """
 seed: 3
@@ -88,6 +89,37 @@ def test_a_key_that_seeds_is_the_seed(name: str, tmp_path: Path) -> None:
     assert trainer.load_hparams(path)["seed"] == 5
     path.write_text(f"__set_seed: !apply:{name} [soon]\n")
     with pytest.raises(ValueError, match="seed must be a whole number"):
+        trainer.load_hparams(path)
+
+
+@pytest.mark.parametrize("name", SEEDING)
+@pytest.mark.parametrize("key", ["x", "__x", "seed"])
+@pytest.mark.parametrize("given", ["[7]", "{seed: 7}", "[!ref <first>]", "{seed: !ref <first>}"])
+def test_a_function_that_seeds_is_the_option_under_any_key(
+    name: str, key: str, given: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "h.yaml"
+    path.write_text(f"first: 7\n{key}: !apply:{name} {given}\n")
+    before = torch.get_rng_state()
+    found = trainer.load_hparams(path)
+    assert found["seed"] == 7
+    assert torch.equal(torch.get_rng_state(), before) == (key != "__x")
+    assert {"x": 7, "seed": 7}.get(key) == found.get(key if key != "__x" else None)
+    changed = trainer.load_hparams(path, {"seed": 9})
+    assert changed["seed"] == changed.get("x", 9) == 9
+    with pytest.raises(ValueError, match="not allowed"):
+        trainer.load_hparams(path, run_folder=True)
+    path.write_text(f"seed: 3\nfirst: 7\n{key}: !apply:{name} {given}\n")
+    if key != "seed":
+        with pytest.raises(ValueError, match=f"line 3: {key} seeds with 7, and the key seed is 3"):
+            trainer.load_hparams(path)
+
+
+@pytest.mark.parametrize("given", ["[soon]", "[-1]", "[1.5]", "[[1]]", "[null]"])
+def test_a_seed_that_is_no_whole_number_is_told(given: str, tmp_path: Path) -> None:
+    path = tmp_path / "h.yaml"
+    path.write_text(f"x: !apply:torch.manual_seed {given}\n")
+    with pytest.raises(ValueError, match=r"h.yaml, line 1: a seed must be a whole number of 0"):
         trainer.load_hparams(path)
 
 

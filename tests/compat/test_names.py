@@ -147,7 +147,7 @@ def test_an_override_may_leave_the_step_out_or_take_it_itself() -> None:
     idle.fit([1], batches(3))
     assert idle.gradients == 44
     assert same(idle.modules.state_dict(), before.modules.state_dict())
-    with pytest.warns(UserWarning, match="the step of 'main' itself"):
+    with pytest.warns(UserWarning, match="Own.optimizers_step calls the step of 'main' itself"):
         own.fit([1], batches(3))
     assert own.optimizer_step == 3
     assert not same(own.modules.state_dict(), before.modules.state_dict())

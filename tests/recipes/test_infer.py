@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_a_run_of_another_recipe_is_refused_with_both_names(
         assert error.count("\n") == 1
         assert f"is a run of recipes.{other}, not of recipes.{recipe}\n" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_what_a_run_ends_with_is_a_command_of_infer(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.wav", noise(900)).rename(tmp_path / "FILE")
+    run = run_of(recipe, tmp_path / "run")
+    given = getattr(importlib.import_module(f"recipes.{recipe}"), "INFER", "FILE")
+    made = importlib.import_module(f"recipes.{recipe}.infer")
+    assert made.main([str(run), *shlex.split(given)]) == 2
+    error = capsys.readouterr().err  # It has come as far as the run, which holds no model.
+    assert "usage" not in error
+    assert "run" in error
 
 
 @pytest.fixture

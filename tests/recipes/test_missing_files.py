@@ -190,6 +190,12 @@ CORPORA = {
     "finetune folders": classes_like,
     "finetune table": labels_like,
 }
+# In which the channels of a file are not counted at the start.
+UNCOUNTED = {
+    "separation wham": "of noise, one channel is as good as another",
+    "separation librimix table": "they are bad items when they are read",
+    "separation wsj0mix folders": "they are bad items when they are read",
+}
 # They take whatever is in a folder: what a name there leads to is missing.
 BY_FOLDER = ("digits", "wham", "speech and noise", "hifigan", "finetune folders")
 
@@ -204,15 +210,22 @@ def empty(path: Path, name: str) -> None:
     path.write_bytes(b"")
 
 
+def double(path: Path, name: str) -> None:
+    samples, rate = soundfile.read(path)
+    soundfile.write(path, np.stack([samples, samples], 1), rate)
+
+
 def count(corpus: Mapping[str, Any]) -> int:
     return sum(len(list(each)) for each in corpus.values())
 
 
-@pytest.mark.parametrize("spoil", [lose, empty])
+@pytest.mark.parametrize("spoil", [lose, empty, double])
 @pytest.mark.parametrize("name", CORPORA)
 def test_one_bad_file_is_left_out_and_twenty_end_the_run(
     name: str, spoil: Callable[[Path, str], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if spoil is double and name in UNCOUNTED:
+        pytest.skip(UNCOUNTED[name])
     made = CORPORA[name](tmp_path)
     assert len(set(made.files)) == 20
     whole = count(made.load())

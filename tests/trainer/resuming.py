@@ -29,7 +29,7 @@ from trainer.schedules import EarlyStopping, NewBob, WarmupDecay
 
 ITEMS, SIZE, EPOCHS = 43, 4, 3  # 11 batches an epoch, the last of 3 items
 STEPS = 33
-TIMES = ("seconds", "examples_per_second")
+TIMES = ("seconds", "examples_per_second", "times", "memory", "padding")
 
 
 class Sentences(Dataset):

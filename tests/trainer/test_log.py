@@ -18,6 +18,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +28,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.small import batches, make
-from trainer import RunOptions, StageReport, StepReport, distributed
+from tests.trainer.small import Players, Regressor, batches, make
+from trainer import Callback, RunOptions, StageReport, StepReport, distributed
 from trainer.loggers import (
     JsonlLogger,
     Logger,
@@ -713,7 +714,8 @@ def test_a_bar_counts_the_batches_of_a_stage_from_where_it_resumed(
     terminal: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    brain: Any = SimpleNamespace(progress=SimpleNamespace(step=7))
+    brain = make()
+    brain.progress.step = 7
     bars = ProgressBar()
     bars.on_fit_start(brain)
     bars.on_stage_start(brain, Stage.TRAIN, 2, 10)
@@ -732,33 +734,123 @@ def test_a_bar_counts_the_batches_of_a_stage_from_where_it_resumed(
     assert (validation.desc, validation.total, validation.n) == ("epoch 2 valid", None, 1)
     assert (test.desc, test.total, test.n) == ("test", 3, 0)
     assert (validation.disable, test.disable, training.disable) == (True, True, False)
-    assert training.options == {
-        "total": 10,
-        "initial": 7,
-        "desc": "epoch 2 train",
-        "disable": False,
-        "leave": False,
-        "dynamic_ncols": True,
-    }
     bars.on_exception(brain, RuntimeError())
     assert training.disable
 
 
-def test_a_bar_shows_the_loss_and_redraws_seldom_where_it_is_a_file(
+class Skipping(Regressor):
+    """Has a loss that is not finite for the second batch of an epoch."""
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Any:
+        loss = super().compute_objectives(predictions, batch, stage)
+        return loss * math.nan if self.step == 2 else loss
+
+
+FIGURES = (
+    r"step (\d), loss ([\d.]+), norm [\d.]+, lr 0.1, [\d.e+]+ items/s(, 1 skipped)?"  # of a step
+)
+
+
+def test_a_bar_shows_the_figures_of_the_training(
     terminal: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    brain: Any = SimpleNamespace(progress=SimpleNamespace(step=0))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    brain = make(Skipping, progressbar=True, optimizer=partial(torch.optim.SGD, lr=0.1))
+    seen: list[str] = []
+
+    class Watch(Callback):
+        def on_stage_start(self, brain: Any, stage: Any, epoch: Any, total: Any) -> None:
+            terminal[-1].mininterval = 0.0
+
+        def on_batch_end(self, brain: Any, stage: Any, loss: Any) -> None:
+            seen.append(str(terminal[-1]))
+
+    brain.callbacks.append(Watch())
+    brain.fit([1], batches(3), batches(1))
+    found = [re.search(FIGURES, each) for each in seen]
+    assert [m and (m[1], m[3]) for m in found] == [
+        ("1", None), ("1", ", 1 skipped"), ("2", ", 1 skipped"), None,
+    ]  # fmt: skip
+    assert re.match(r"epoch 1 train 3/3 \|.*\| 00:00 left, step 2, loss", seen[2])
+
+
+def test_a_bar_shows_several_losses_once_they_are_logged(terminal: list[Any]) -> None:
+    brain = make(Players, log_interval=1, progressbar=True)
     bars = ProgressBar()
     bars.on_stage_start(brain, Stage.TRAIN, 1, 10)
-    (bar,) = terminal
-    assert (bar.mininterval, bar.maxinterval) == (30.0, 60.0)
-    bar.mininterval = 0.0
-    bars.on_batch_end(brain, Stage.TRAIN, StepReport("main", "stepped", loss=0.123456))
-    assert bar.postfix == "loss=0.1235"
-    bars.on_batch_end(brain, Stage.TRAIN, StepReport("main", "skipped"))
-    bars.on_batch_end(brain, Stage.TRAIN, {"d": torch.tensor(1.0)})
-    assert (bar.n, bar.postfix) == (3, "loss=0.1235")
+    bars.on_log(brain, {"loss": {"d": 0.51234, "g": None}, "examples_per_second": 102.3})
+    assert bars.figures(brain) == "step 0, loss d 0.5123, 102.3 items/s"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_where_there_is_no_terminal_a_line_is_printed_once_a_minute(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.loggers import progress_bar
+
+    monkeypatch.setattr(progress_bar, "LINE_SECONDS", seconds)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    make(Skipping, progressbar=True, optimizer=sgd).fit([1], batches(3), iter(batches(1)))
+    lines = [each for each in capfd.readouterr().err.splitlines() if re.match(r".* \d/", each)]
+    if seconds:
+        assert lines == []
+    else:
+        train, valid = lines[:3], lines[3:]
+        for number, line in enumerate(train, 1):
+            assert re.fullmatch(rf"epoch 1 train {number}/3, 00:0\d left, {FIGURES}", line), line
+        assert valid == ["epoch 1 valid 1/?"]
+
+
+def test_colours_are_left_out_where_they_are_not_wanted(
+    terminal: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    ProgressBar().on_stage_start(make(), Stage.TRAIN, 1, 10)
+    assert terminal[0].options["colour"] is None  # whatever TQDM_COLOUR says
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_has_a_bar_of_its_own_or_lines_and_no_warning(
+    widgets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tqdm import auto, notebook
+
+    class Bar(notebook.tqdm_notebook):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            self.disable, self.total = False, options["total"]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    if widgets:
+        monkeypatch.setattr(auto, "tqdm", Bar)
+    bars = ProgressBar()
+    bars.on_stage_start(make(), Stage.VALID, 1, 10)
+    assert (type(bars.current) is Bar) == widgets
+    bars.on_stage_end(make(), stage())
+
+
+def test_a_training_begins_with_five_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trainer")
+    brain = make(Players, grad_accumulation_factor=2, output_folder=None)
+    next(brain.modules.parameters()).requires_grad_(False)
+    brain.fit([1, 2], batches(4), batches(1))
+    lines = [each.getMessage() for each in caplog.records][:5]
+    sizes = {
+        name: sum(p.numel() for p in each.parameters()) for name, each in brain.modules.items()
+    }
+    assert lines[0] == "device: cpu, precision fp32"
+    assert lines[2:] == [
+        "ranks: 1", "epoch: 4 batches, an optimizer step every 2", "run folder: none",
+    ]  # fmt: skip
+    total, frozen = sum(sizes.values()), next(brain.modules.parameters()).numel()
+    assert lines[1].startswith(f"trainable: {total - frozen:,} of {total:,} parameters (")
+    assert all(f"{name} " in lines[1] for name in sizes)
+    assert sum(each.getMessage().startswith("device: ") for each in caplog.records) == 1
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -766,7 +858,7 @@ def test_a_bar_is_hidden_off_the_main_rank_and_where_it_is_not_wanted(
     terminal: list[Any], monkeypatch: pytest.MonkeyPatch, shown: bool
 ) -> None:
     monkeypatch.setattr(distributed, "is_main", lambda: not shown)
-    brain: Any = SimpleNamespace(progress=SimpleNamespace(step=0))
+    brain = make()
     bars = ProgressBar()
     bars.progressbar_shown = shown
     bars.on_stage_start(brain, Stage.TRAIN, 1, 10)

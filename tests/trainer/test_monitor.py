@@ -292,6 +292,24 @@ def test_each_warning_is_said_once_and_alone(case: str) -> None:
     assert not others or case == "drift"  # What has grown that much is large as well.
 
 
+def test_a_limit_that_is_meant_to_be_always_reached_is_no_warning() -> None:
+    high = [taken(30.0 + x, 5.0, 5.0, True) for x in QUIET]
+    for rate, warnings in ((1.0, []), (0.96, ["above 10", "were clipped"]), (0.5, ["60 of the"])):
+        health, share = Health("main", rate), 0.6 if rate == 0.5 else 1.0
+        kept = [step for number, step in enumerate(high) if number < share * WINDOW]
+        rest = [taken(4.0, 4.0, 5.0) for _ in range(WINDOW - len(kept))]
+        _, said = health.add([*rest, *kept], HEALTHY)
+        assert [any(words in text for text in said) for words in warnings] == [True] * len(warnings)
+        assert len(said) == len(warnings)
+
+
+def test_a_clip_rate_is_expected_of_each_optimizer_by_name() -> None:
+    with pytest.raises(ValueError, match="expected_clip_rate names the optimizer 'x'"):
+        make(monitor_every=1, expected_clip_rate={"x": 1.0}).fit([1], batches(1))
+    with pytest.raises(ValueError, match="expected_clip_rate must be a number from 0 to 1"):
+        make(expected_clip_rate=1.5)
+
+
 def test_a_healthy_run_has_no_warning() -> None:
     health = Health("main")
     for _ in range(10):

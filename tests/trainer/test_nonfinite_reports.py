@@ -53,7 +53,7 @@ KINDS = [Regressor, Players]
 def lines(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a run without times."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    times = ("seconds", "examples_per_second")
+    times = ("seconds", "examples_per_second", "times", "memory", "padding")
     return [{name: each[name] for name in each if name not in times} for each in records]
 
 

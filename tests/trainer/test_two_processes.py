@@ -33,12 +33,14 @@ from .two_processes import (
     ROUNDS,
     ByHand,
     Catching,
+    Choosy,
     Editing,
     Exchanging,
     Growing,
     Joint,
     Line,
     OddLayouts,
+    OwnStep,
     Players,
     PlayersNotFrozen,
     Points,
@@ -168,6 +170,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "growing": {"kind": Growing},
     "growing-window": {"kind": Growing, "grad_accumulation_factor": 3},
     "exchanging": {"kind": Exchanging},
+    "own-step": {"kind": OwnStep},
+    "own-step-window": {"kind": OwnStep, "grad_accumulation_factor": 3},
+    "choosy": {"kind": Choosy},
+    "choosy-window": {"kind": Choosy, "grad_accumulation_factor": 2},
     "exchanging-window": {"kind": Exchanging, "grad_accumulation_factor": 3},
     "editing": {"kind": Editing},
     "catching": {"kind": Catching},
@@ -185,7 +191,9 @@ def trained(run: str) -> Found:
     """Train as one of RUNS says, on as many processes as there are."""
     name, _, precision = run.rpartition("-")
     if name in SETTINGS:
-        return train(dtype=DTYPES[precision], **SETTINGS[name])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\w+.optimizers_step calls the step", UserWarning)
+            return train(dtype=DTYPES[precision], **SETTINGS[name])
     if name in CLIPS:  # Made anew: a clipper with a history belongs to one run.
         return train(clip=KINDS[name](), max_grad_norm=None, grad_accumulation_factor=2)
     if name == "by-hand":

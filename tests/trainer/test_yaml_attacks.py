@@ -175,7 +175,11 @@ ATTACKS: dict[str, list[str]] = {
     "settings of the process": [
         "x: !apply:torch.set_default_dtype [!name:torch.float64 ]",
         "x: !apply:torch.set_num_threads [3]",
-        "x: !apply:torch.manual_seed [1]",
+        "x: [!apply:torch.manual_seed [1]]",
+        "x: {y: !apply:speechbrain.utils.seed_everything [1]}",
+        "x: !apply:torch.manual_seed",
+        "x: !name:torch.manual_seed [1]",
+        "x: !apply:torch.manual_seed [!apply:os.system ['touch MARK']]",
         "x: !apply:torch.use_deterministic_algorithms [true]",
         "x: !new:torch.set_grad_enabled [false]",
         "x: !apply:torch.set_flush_denormal [true]",

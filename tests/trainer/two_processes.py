@@ -331,6 +331,26 @@ class ByHand(Line):
         return loss.detach()
 
 
+class OwnStep(Line):
+    """Steps in place of the framework where a window closes."""
+
+    def optimizers_step(self) -> None:
+        self.optimizer.step()
+
+
+class Choosy(Line):
+    """Leaves every third step out, and steps by itself in every fifth."""
+
+    calls = 0
+
+    def optimizers_step(self) -> None:
+        self.calls += 1
+        if self.calls % 5 == 0:
+            self.optimizer.step()
+        elif self.calls % 3:
+            super().optimizers_step()
+
+
 def make(
     kind: type[Line] = Line,
     dtype: torch.dtype = torch.float64,

@@ -4,6 +4,7 @@
         hyperparams.yaml    the YAML with base and overrides merged in; it runs alone
         command.txt         each command that ran here, with its time, and what it changed
         environment.json    versions, git revision and machine of the last start
+        state.json          how the last training ended, or that it has begun
         train.log           messages; metrics.jsonl: the same for programs
         checkpoints/        states from which the run resumes
         nonfinite/          skipped steps: reports and batches
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
@@ -27,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +37,21 @@ from trainer.checkpoint import storage
 from trainer.config.changes import Change, Settings
 from trainer.config.reading import read
 from trainer.loggers.files import readable_errors, replace_file, temporary
+from trainer.signals import Interrupted
+
+logger = logging.getLogger("trainer")
 
 HYPERPARAMS = "hyperparams.yaml"
 AS_STARTED = ".hyperparams.yaml"  # The same, which nobody edits.
 RECORDS = (AS_STARTED, HYPERPARAMS)
 LOCK = ".lock"
+STATE = "state.json"
 RUN_FILES = (
     HYPERPARAMS,
     AS_STARTED,
     "command.txt",
     "environment.json",
+    "state.json",
     "train.log",
     "metrics.jsonl",
     "report.html",
@@ -61,11 +69,13 @@ RUN_FILES = (
     "mlartifacts",
     "loggers",
     "profile",
+    "samples",
 )
 HEADER = "# The resolved hyperparameters of a run; this file runs alone."
 MARK = "a run folder"  # Last line of the lock file; a folder that was refused has none.
 NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # was trained in a folder
 MAX_LOCK = 1000  # bytes of the lock file
+MAX_ERROR = 500  # characters of an error in state.json
 LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
 HEADERS = (HEADER, LAUNCH_HEADER)
 
@@ -287,6 +297,39 @@ class RunFolder:
                     replace_file(self.path / name, [self._before.get(name, first)], HYPERPARAMS)
                 self._add_line("# failed before it trained: hyperparams.yaml is as before")
             raise
+
+    @contextmanager
+    def state_recorded(self, trains: bool) -> Iterator[None]:
+        """Context manager around a run, which records in state.json how a training ends.
+
+        A process that is killed leaves "running" there, and no lock.
+
+        Args:
+            trains: False for a test or a search, which leave the record as it is.
+        """
+        if not trains:
+            yield
+            return
+        self._record("running")
+        try:
+            yield
+        except BaseException as error:
+            asked = isinstance(error, (Interrupted, KeyboardInterrupt))
+            done = isinstance(error, SystemExit) and not error.code
+            if asked or done:
+                self._record("stopped" if asked else "finished")
+            else:
+                text = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_ERROR]
+                self._record("crashed", error=text)
+            raise
+        self._record("finished")
+
+    def _record(self, state: str, **facts: Any) -> None:
+        record = {"state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        try:
+            replace_file(self.path / STATE, [f"{json.dumps(record)}\n".encode()], STATE)
+        except OSError as error:  # It is for those who look; the run does not need it.
+            logger.warning("%s", error)
 
     def has_record(self) -> bool:
         """Return True if a run has been started here before."""

@@ -38,6 +38,7 @@ from torch.nn import Module
 from trainer import distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
+from trainer.cli.ending import end_lines, go_on
 from trainer.cli.environment import environment
 from trainer.cli.folder import HEADER, HYPERPARAMS, LAUNCH_HEADER, RunFolder
 from trainer.cli.output import tolerant_output
@@ -359,9 +360,21 @@ def _run(
             metrics = _test_metrics(train(run))
         except DriverFinished:
             return {}
+        except (Interrupted, KeyboardInterrupt):
+            _announce(go_on(folder, argv) if kept else [])
+            raise
         if metrics and distributed.is_main():
             _report(metrics, folder)
+        if kept:
+            own = run.hparams.get("checkpointer") or run.checkpointer
+            _announce(end_lines(folder, own, _source(train), argv))
     return metrics
+
+
+def _announce(lines: Sequence[str]) -> None:
+    """Log lines on the main rank."""
+    for line in lines if distributed.is_main() else ():
+        logger.info("%s", line)
 
 
 @contextmanager
@@ -423,6 +436,8 @@ def _run_folder(
         if problem:
             raise ValueError(problem)
         if distributed.is_main():
+            trains = not (options.searching or options.test_only)
+            stack.enter_context(folder.state_recorded(trains))
             stack.enter_context(folder.undone_if_nothing_is_trained())
         yield folder.path, notes
 

@@ -159,11 +159,24 @@ def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterat
         if distributed.is_main():
             for line in lines:
                 log.write(line)
+            if path is not None and isinstance(error, Exception):
+                refresh_report(path.parent)
         elif path is not None:
             _append(path, lines)
         if note and not isinstance(error, OtherRankFailed):
             error.add_note(note)
         raise
+
+
+def refresh_report(folder: Path) -> None:
+    """Write the report of a run anew, if it has one, now that its log has the error."""
+    from trainer.report import write_html
+
+    if (folder / "report.html").exists():
+        try:
+            write_html(folder)
+        except Exception as failure:  # The error of the run matters more.
+            logger.warning("the report lacks the end of the run: %s", failure)
 
 
 def _append(path: Path, lines: list[str]) -> None:

@@ -93,10 +93,13 @@ def warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-# Names by which a key __set_seed of a YAML seeds the generators; see `set_seed`.
+# Functions that seed: a key of a YAML that applies one is the seed of the run.
 SEEDING = (
     "torch.manual_seed", "torch.random.manual_seed", f"{PACKAGE}.utils.seed_everything",
-    f"{PACKAGE}.utils.seed.seed_everything",
+    f"{PACKAGE}.utils.seed.seed_everything", "lightning.seed_everything",
+    "lightning.fabric.seed_everything", "lightning.pytorch.seed_everything",
+    "pytorch_lightning.seed_everything", "pytorch_lightning.utilities.seed.seed_everything",
+    "lightning_fabric.seed_everything",
 )  # fmt: skip
 
 SET_SEED = f"{__name__}.set_seed"

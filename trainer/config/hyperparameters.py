@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from trainer.compat.toolkit import SEEDING, SET_SEED
 from trainer.config import building, reading
@@ -46,6 +47,7 @@ from trainer.config.reading import (
     plain,
     pop,
     put,
+    replace_children,
     represent,
     tag,
 )
@@ -154,15 +156,48 @@ class Configuration:
         torn = reading.torn_tuple(self.root)
         if torn is not None:
             logger.warning("%s: %r is a text: %s", location(torn), torn.value, TORN)
-        for key, node in items(self.root):  # Such as __set_seed, which has the seed of the run.
-            seeds = key.startswith("__") and object_name(node) in SEEDING
-            if seeds and isinstance(node, SequenceNode) and node.value:
-                node.tag = f"!apply:{SET_SEED}"
-                if get(self.root, "seed") is None:
-                    put(self.root, "seed", node.value[0])
+        for key, node in items(self.root):
+            if object_name(node) in SEEDING and not run_folder:
+                self._seed(key, node)
         for name, value in items(self.root):
             if _takes_text(name) and tag(value) in (INT, FLOAT, TIMESTAMP):  # such as 007
                 put(self.root, name, represent(value.value, value))
+
+    def _seed(self, key: str, node: Node) -> None:
+        """Make the seed of a key such as ``__set_seed: !apply:torch.manual_seed [1]`` the run's.
+
+        A key that begins with ``__`` seeds where it is built; any other is the seed's number.
+        """
+        arguments = dict(items(node))
+        given = arguments.get("0") or arguments.get("seed")
+        if given is None or not str(node.tag).startswith("!apply:"):
+            return  # Refused as any other function.
+        own = get(self.root, "seed")
+        value = summary(self._followed(given))
+        if not re.fullmatch(r"\d+|!ref.*", value):
+            raise ValueError(
+                f"{location(node)}: a seed must be a whole number of 0 or more, not {value}"
+            )
+        if own in (None, node):
+            put(self.root, "seed", given)
+        elif (other := summary(self._followed(own))) != value:
+            raise ValueError(
+                f"{location(node)}: {key} seeds with {value}, and the key seed is {other}: "
+                "remove one of them"
+            )
+        reference = ScalarNode("!ref", "<seed>", node.start_mark, node.end_mark)
+        if key.startswith("__"):
+            node.tag = f"!apply:{SET_SEED}"
+            replace_children(node, lambda _, child: reference if child is given else child)
+        elif key != "seed":
+            put(self.root, key, reference)
+
+    def _followed(self, node: Node) -> Node:
+        """Return a node, or the node of the top level that it refers to."""
+        for _ in self.root.value:  # No more often, should references go round.
+            name = re.fullmatch("<([^<>]+)>", str(node.value)) if node.tag == "!ref" else None
+            node = (find(self.root, name[1]) if name else None) or node
+        return node
 
     def described(self) -> list[Key]:
         """List all keys with defaults and comments, in the order of the file."""

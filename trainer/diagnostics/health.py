@@ -14,7 +14,7 @@ WINDOW = 100  # Steps that shares and medians are over.
 MIN_NORMS = 20  # Norms in the window before any can be a spike.
 SPIKE_FACTOR = 4.0  # A spike is above the median by this factor.
 LARGE_NORM, LARGE_SHARE = 10.0, 0.8  # Warn if this share of the window is above this norm.
-CLIPPED_SHARE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
+USUAL_CLIP_RATE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
 TINY = 1e-6  # A vanishing norm, or share of the largest layer's norm.
 PATIENCE = 3  # Records in a row before a layer is warned of.
 GROWTH, BLOCKS = 4.0, 5  # Warn if so many medians in a row rise, by this factor in all.
@@ -25,10 +25,16 @@ LayerNorms = dict[str, dict[str, float | None]]
 
 
 class Health:
-    """Recent steps of the optimizer ``name``, and the warnings that were given."""
+    """Recent steps of an optimizer, and the warnings that were given.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    Args:
+        name: name of the optimizer.
+        expected_clip_rate: share of clipped steps above which there is a warning. Where more than
+            usual is expected, norms above the limit are, too.
+    """
+
+    def __init__(self, name: str, expected_clip_rate: float = USUAL_CLIP_RATE) -> None:
+        self.name, self.expected_clip_rate = name, expected_clip_rate
         self._window: deque[StepReport] = deque(maxlen=WINDOW)
         self._medians: deque[float] = deque(maxlen=BLOCKS)
         self._still: dict[str, int] = {}  # By layer: records in a row in which it did not move,
@@ -85,21 +91,24 @@ class Health:
         middle, lr = statistics.median(norms), window[-1].lr
         large = len([norm for norm in norms if norm > LARGE_NORM])
         rate = "" if lr is None else f" (now {lr:.3g})"
-        if large >= LARGE_SHARE * WINDOW:
+        clipped = sum([step.clipped for step in window])
+        meant = USUAL_CLIP_RATE * WINDOW < clipped <= self.expected_clip_rate * WINDOW
+        if large >= LARGE_SHARE * WINDOW and not meant:
             found["large"] = (
                 f"the gradient norm of {self.name!r} was above {LARGE_NORM:g} before clipping "
                 f"in {large} of the last {WINDOW} steps (median {middle:.3g}). Lower the "
                 f"learning rate{rate} or warm it up for longer; if the loss is a sum "
                 "over frames or examples, take the mean"
             )
-        clipped = sum([step.clipped for step in window])
-        if clipped >= CLIPPED_SHARE * WINDOW and len({step.limit for step in window}) == 1:
+        too_often = clipped > self.expected_clip_rate * WINDOW
+        if too_often and len({step.limit for step in window}) == 1:
             found["clipped"] = (
                 f"{clipped} of the last {WINDOW} steps of {self.name!r} were clipped (limit "
                 f"{window[-1].limit:g}, median norm {middle:.3g}): the limit, and not the "
                 "gradient, decides how far a step goes. Raise max_grad_norm to about "
                 f"{norms[int(0.9 * WINDOW)]:.2g}, the 90th percentile of these norms, or "
-                "lower the learning rate if the loss jumps"
+                "lower the learning rate if the loss jumps; if it is meant to be reached so often, "
+                "say expected_clip_rate: 1.0"
             )
         if norms[-1] < TINY:
             found["vanishing"] = (

@@ -20,9 +20,18 @@ from torch import Tensor
 from trainer import distributed
 from trainer.callbacks import Callback
 from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
-from trainer.diagnostics.health import Health, LayerNorms, first_names, pack, rounded, unpack
+from trainer.diagnostics.health import (
+    USUAL_CLIP_RATE,
+    Health,
+    LayerNorms,
+    first_names,
+    pack,
+    rounded,
+    unpack,
+)
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
+from trainer.optim.build import by_name
 from trainer.optim.step import Update
 from trainer.progress import Stage
 
@@ -40,8 +49,8 @@ KNOWING_KINDS = (AGC, AdaGC, AutoClip, NormClip, ZClip)
 class _Meter:
     """Measurements of one optimizer."""
 
-    def __init__(self, update: Update, names: Mapping[int, str]) -> None:
-        self.update, self.health = update, Health(update.name)
+    def __init__(self, update: Update, names: Mapping[int, str], clip_rate: float) -> None:
+        self.update, self.health = update, Health(update.name, clip_rate)
         self.steps: list[StepReport] = []  # Since the last record.
         update.history = self.steps
         self.names = {
@@ -119,7 +128,13 @@ class LayerMonitor(Callback):
             return
         params = dict(brain.modules.named_parameters())
         names = {id(p): name for name, p in params.items()}
-        self._meters = {name: _Meter(each, names) for name, each in brain.updates.items()}
+        rate, known = brain.options.expected_clip_rate, list(brain.updates)
+        self._meters = {
+            name: _Meter(
+                each, names, by_name(rate, name, known, "expected_clip_rate", USUAL_CLIP_RATE)
+            )
+            for name, each in brain.updates.items()
+        }
         owned = {id(p) for update in brain.updates.values() for p in update.all_params}
         idle = [name for name, p in params.items() if p.requires_grad and id(p) not in owned]
         if idle:

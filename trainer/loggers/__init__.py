@@ -11,6 +11,7 @@ from trainer.loggers.files import JsonlLogger, TextLog
 from trainer.loggers.mlflow import MlflowLogger
 from trainer.loggers.progress_bar import ProgressBar
 from trainer.loggers.protocol import Logger, RunInfo
+from trainer.loggers.samples import SampleLogger
 from trainer.loggers.tables import CsvLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb import WandbLogger
@@ -23,6 +24,7 @@ __all__ = [
     "MlflowLogger",
     "ProgressBar",
     "RunInfo",
+    "SampleLogger",
     "TensorBoardLogger",
     "TextLog",
     "WandbLogger",

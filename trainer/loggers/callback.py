@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,12 +20,14 @@ from trainer.loggers.marks import StepMarks
 from trainer.loggers.protocol import Logger, RunInfo, series
 from trainer.metrics import RESERVED, SHOWN, StageReport
 from trainer.options import RunOptions
+from trainer.samples import Aligned, Audio, Histogram, Image, Matrix, Samples
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
 logger = logging.getLogger("trainer")
 
+MAX_LOGGED_ROWS = 4  # of samples, whose cells go to every logger: those keep what they get for ever
 FOLDER = "loggers"  # in the run folder: what its loggers have taken
 LoggerFactory = Callable[[Path], Logger]
 
@@ -128,6 +131,11 @@ class LoggerCallback(Callback):
             elif self._prints:
                 tqdm.write(line, file=sys.stderr)
 
+    def on_samples(self, brain: Brain, samples: Samples) -> None:
+        """Record what a recipe shows."""
+        if self._opened():
+            self.samples(samples)
+
     # ---------------------------------------------------------------------------------- recording
 
     @property
@@ -154,6 +162,23 @@ class LoggerCallback(Callback):
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text."""
         self._record(name, step, "text", name, text, step)
+
+    def samples(self, samples: Samples) -> None:
+        """Record rows of cells, and each sound, picture and text of the first rows by itself."""
+        self._record(f"samples/{samples.title}", samples.step, "samples", samples)
+        for number, row in enumerate(samples.rows[:MAX_LOGGED_ROWS]):
+            for column, cell in row.items():
+                name = f"{samples.title}/{row.get('id', number)}/{column}"
+                if isinstance(cell, Audio):
+                    self.audio(name, cell.signal(), int(cell.rate), samples.step)
+                elif isinstance(cell, (Image, Matrix)):
+                    image = cell.image() if isinstance(cell, Matrix) else cell
+                    self.figure(name, image.png(), samples.step)
+                elif isinstance(cell, Histogram):
+                    for group, values in cell.groups.items():
+                        self.histogram(f"{name}/{group}", torch.as_tensor(values), samples.step)
+                elif isinstance(cell, Aligned) or (isinstance(cell, str) and column != "id"):
+                    self.text(name, str(cell), samples.step)
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file of the run, such as the report or the best checkpoint."""

@@ -1,40 +1,54 @@
-"""Progress bar on the terminal."""
+"""Progress of a stage: a bar on a terminal or in a notebook, a line a minute anywhere else."""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
+import time
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from trainer import distributed
 from trainer.callbacks import Callback
+from trainer.loggers.summary import announce, start_lines
 from trainer.metrics import StageReport, StepReport
 from trainer.progress import Stage
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
+LINE_SECONDS = 60.0  # between two lines where the output is no terminal
+MAX_OPTIMIZERS = 4  # whose norms and rates are shown
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+
 
 class ProgressBar(Callback):
-    """Show a progress bar for each stage, on rank 0.
+    """Show how far each stage is, on rank 0: batches, time left and figures of the training.
+
+    The figures are those that the host knows anyway: no step waits for the device.
 
     Args:
-        shown: False hides the bars.
+        shown: False shows nothing.
 
     Attributes:
-        progressbar_shown: False hides the bars of stages that begin from now on; set by the
+        progressbar_shown: False shows nothing of stages that begin from now on; set by the
             argument ``progressbar`` of `Brain.fit` and `Brain.evaluate`.
     """
 
     def __init__(self, shown: bool = True) -> None:
         self.progressbar_shown = shown
-        self._bars: list[Any] = []  # A hook of one stage may run another stage.
-        self._outer: list[int] = []  # Number of bars before each call that runs.
+        self._stages: list[_Stage] = []  # A hook of one stage may run another stage.
+        self._outer: list[int] = []  # Number of stages before each call that runs.
+        self._clock = _Clock()
+        self._begun = False  # True once the lines of the start are said.
 
     def on_fit_start(self, brain: Brain) -> None:
         """Remember how many bars belong to outer calls of `fit` or `evaluate`."""
-        self._outer.append(len(self._bars))
+        self._outer.append(len(self._stages))
 
     def on_fit_end(self, brain: Brain) -> None:
         """Remove the bars of a call that failed."""
@@ -46,38 +60,169 @@ class ProgressBar(Callback):
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
-        """Show the bar of a stage; a resumed training stage starts at the batches it has done."""
-        description = stage.value if epoch is None else f"epoch {epoch} {stage.value}"
-        # In a file every redrawn bar stays, so that it is drawn twice a minute only.
-        pace = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
-        self._bars.append(
-            tqdm(
-                total=total,
-                initial=brain.progress.step if stage is Stage.TRAIN else 0,
-                desc=description,
-                disable=not (self.progressbar_shown and distributed.is_main()),
-                leave=False,
-                dynamic_ncols=True,
-                **pace,
-            )
-        )
+        """Show a stage; a resumed training stage starts at the batches it has done.
+
+        Before the first training stage of a Brain, five lines say what begins.
+        """
+        if stage is Stage.TRAIN and not self._begun and distributed.is_main():
+            self._begun = True
+            for line in start_lines(brain, total):
+                announce(line, self.progressbar_shown)
+        name = stage.value if epoch is None else f"epoch {epoch} {stage.value}"
+        done = brain.progress.step if stage is Stage.TRAIN else 0
+        shown = self.progressbar_shown and distributed.is_main()
+        self._stages.append(_Stage(_make_bar(self._clock, shown, total, done, name)))
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
-        """Advance the bar by a batch, with the loss behind it if that is known on the host."""
-        if not self._bars or self._bars[-1].disable or not self._bars[-1].update():
+        """Advance by a batch, with the figures behind it."""
+        shown = self._stages[-1] if self._stages else None
+        if shown is None or shown.bar.disable:
             return
-        if isinstance(loss, StepReport) and loss.loss is not None:
-            self._bars[-1].set_postfix(loss=f"{loss.loss:.4g}", refresh=False)
+        if type(loss) is StepReport:
+            shown.add(loss)
+        if shown.bar.update():
+            figures = self.figures(brain) if stage is Stage.TRAIN else ""
+            shown.bar.set_postfix_str(figures, refresh=False)
+
+    def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
+        """Take what a batch does not tell: several losses, which may still be on the device."""
+        if self._stages:
+            self._stages[-1].logged = record
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Remove the bar of the stage."""
-        self._keep(len(self._bars) - 1)
+        self._keep(len(self._stages) - 1)
 
     def on_exception(self, brain: Brain, error: BaseException) -> None:
         """Remove all bars."""
         self._keep(0)
         self._outer.clear()
 
+    @property
+    def current(self) -> Any:
+        """The bar that is shown, or None."""
+        return self._stages[-1].bar if self._stages else None
+
+    def figures(self, brain: Brain) -> str:
+        """Return what is shown of a training, such as "step 7, loss 1.2, norm 3, lr 0.001"."""
+        return ", ".join(self._stages[-1].facts(brain))
+
     def _keep(self, number: int) -> None:
-        while len(self._bars) > number:
-            self._bars.pop().close()
+        while len(self._stages) > number:
+            self._stages.pop().bar.close()
+
+
+class _Stage:
+    """A stage that is shown."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.loss: float | None = None  # Of the last step.
+        self.items = 0.0  # Since the stage began in this process.
+        self.logged: Mapping[str, Any] = {}  # Last log record.
+        self._started = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Take the loss and the examples of a window that is over."""
+        if report.outcome != "accumulated":
+            self.items += report.weight
+            if report.loss is not None:
+                self.loss = report.loss
+
+    def facts(self, brain: Brain) -> list[str]:
+        """Return step, loss, norm, learning rate, items a second and skipped steps as texts."""
+        found = [f"step {brain.optimizer_step}"]
+        logged, rate = self.logged.get("loss"), self.logged.get("examples_per_second")
+        if self.loss is not None:
+            logged, rate = self.loss, self.items / max(time.perf_counter() - self._started, 1e-9)
+        parts = logged if isinstance(logged, Mapping) else {"": logged}
+        losses = [f"{name} {each:.4g}".strip() for name, each in parts.items() if each is not None]
+        found += [f"loss {' '.join(losses)}"] if losses else []
+        updates = list(brain.updates.values())[:MAX_OPTIMIZERS]
+        for label, values in (
+            ("norm", [each.last_norm for each in updates]),
+            ("lr", [each.lr for each in updates]),
+        ):
+            known = " ".join(f"{each:.3g}" for each in values if each is not None)
+            found += [f"{label} {known}"] if known else []
+        found += [f"{rate:.4g} items/s"] if rate else []
+        skipped = brain.progress.nonfinite_count
+        return [*found, *([f"{skipped} skipped"] if skipped else [])]
+
+
+class _Lines:
+    """A line a minute in place of a bar, with what is used of tqdm's bars.
+
+    Args:
+        clock: when the next line of any stage is due.
+        options: as for tqdm.
+    """
+
+    def __init__(self, clock: _Clock, total: int | None, initial: int, desc: str) -> None:
+        self.total, self.n, self.desc, self.disable = total, initial, desc, False
+        self._clock, self._initial, self._started = clock, initial, time.monotonic()
+        clock.start()
+
+    def update(self) -> bool:
+        """Count a batch; return True if a line is due."""
+        self.n += 1
+        return self._clock.is_due()
+
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
+        """Print the line, with these figures."""
+        line = f"{self.desc} {self.n}/{'?' if self.total is None else self.total}"
+        if self.total is not None:
+            pace = (time.monotonic() - self._started) / (self.n - self._initial)
+            left = max(self.total - self.n, 0) * pace
+            line += f", {tqdm.format_interval(left)} left"
+        print(f"{line}, {text}" if text else line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Do nothing: lines stay."""
+
+
+class _Clock:
+    """Time of the next line, of whatever stage."""
+
+    def __init__(self) -> None:
+        self._due = math.inf
+
+    def start(self) -> None:
+        """Begin the first minute."""
+        if self._due == math.inf:
+            self._due = time.monotonic() + LINE_SECONDS
+
+    def is_due(self) -> bool:
+        """Return True once a minute."""
+        now = time.monotonic()
+        if now < self._due:
+            return False
+        self._due = now + LINE_SECONDS
+        return True
+
+
+def _make_bar(clock: _Clock, shown: bool, total: int | None, initial: int, desc: str) -> Any:
+    """Return a bar for the terminal or the notebook, or lines in place of one."""
+    kind = _notebook_bar() if shown else None
+    if kind is None and shown and not sys.stderr.isatty():
+        return _Lines(clock, total, initial, desc)
+    return (kind or tqdm)(
+        total=total,
+        initial=initial,
+        desc=desc,
+        disable=not shown,
+        leave=False,
+        dynamic_ncols=True,
+        bar_format=BAR if kind is None and total else None,
+        **({"colour": None} if os.environ.get("NO_COLOR") else {}),  # whatever TQDM_COLOUR says
+    )
+
+
+def _notebook_bar() -> Any:
+    """Return tqdm's bar for notebooks; None elsewhere, and where ipywidgets is missing."""
+    if "ipykernel" not in sys.modules:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of an experiment, and of ipywidgets.
+        from tqdm import auto, notebook
+    return auto.tqdm if issubclass(auto.tqdm, notebook.tqdm_notebook) else None

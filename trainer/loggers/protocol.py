@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.samples import Samples
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -68,6 +70,9 @@ class Logger:
 
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text."""
+
+    def samples(self, samples: Samples) -> None:
+        """Record rows of cells. The sounds and pictures of the first come one by one, too."""
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file or a folder of the run, such as the report or the best checkpoint."""

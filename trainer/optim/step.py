@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ logger = logging.getLogger("trainer")
 
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
+
+# Called where a part of a step ends, with "forward", "backward" or "step"; None but in the batch
+# that a diagnostic measures.
+stopwatch: Callable[[str], None] | None = None
 
 StepHook = Callable[["Update", Gradients], None]
 Take = Callable[[list[float]], None]
@@ -445,6 +449,8 @@ def accumulate(
         ValueError: for a loss or weight that cannot be used, and for optimizers that cannot take
             this loss together.
     """
+    if stopwatch is not None:
+        stopwatch("forward")
     lead = updates[0]
     _check(loss, weight, lead.name)
     _check_windows(updates)
@@ -501,15 +507,24 @@ def finish(
     return close(updates)
 
 
-def close(updates: Sequence[Update]) -> list[StepReport]:
-    """Step with what the window holds: measure, guard, clip, move. One host-device sync.
+class Settled(NamedTuple):
+    """A full window whose gradients are means over its examples, the same on all ranks."""
+
+    gradients: list[Gradients]
+    loss: float
+    weight: float
+    scale: float
+
+
+def settle(updates: Sequence[Update]) -> Settled:
+    """Sum the gradients of a full window over ranks, and measure them. One host-device sync.
 
     Raises:
         BatchGivenUp: another rank has given up this batch; the window is dropped.
-        ValueError: ranks have closed different windows, or no parameter has a gradient.
+        ValueError: ranks have closed different windows.
     """
     lead = updates[0]
-    window, scaler = lead.window, lead.scaler
+    window = lead.window
     assert window.loss is not None
     names = [update.name for update in updates]
     sums = lead.strategy.end_window(names, window.loss, window.weight, window.reference)
@@ -521,6 +536,17 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
         raise BatchGivenUp
     for update, grads in zip(updates, gradients, strict=True):
         update.measured = grads.params, grads.norms
+    return Settled(gradients, loss, weight, scale)
+
+
+def close(updates: Sequence[Update], settled: Settled | None = None) -> list[StepReport]:
+    """Step with what the window holds: guard, clip, move.
+
+    Raises:
+        NoGradientError: no parameter has a gradient; and what `settle` raises.
+    """
+    lead, scaler = updates[0], updates[0].scaler
+    gradients, loss, weight, scale = settled or settle(updates)
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
     if not any(grads.tensors for grads in gradients):
@@ -541,6 +567,8 @@ def close(updates: Sequence[Update]) -> list[StepReport]:
     reports = [u.step(g, loss, weight, scale) for u, g in zip(updates, gradients, strict=True)]
     if scaler.is_enabled():
         scaler.update()
+    if stopwatch is not None:
+        stopwatch("step")
     return reports
 
 
@@ -571,16 +599,12 @@ def step_by_gradients(updates: Sequence[Update]) -> bool:
     return finite
 
 
-def leave(updates: Sequence[Update]) -> list[StepReport]:
+def leave(updates: Sequence[Update], settled: Settled) -> list[StepReport]:
     """Drop a full window in whose place a recipe has done something of its own; report its loss."""
-    window = updates[0].window
-    assert window.loss is not None
-    weight = float(window.weight)
-    loss = float(window.loss) * window.reference / (weight or 1.0)
     for update in updates:
         update.drop_window()
-    finite = loss if math.isfinite(loss) else None
-    return [update.report("accumulated", loss=finite, weight=weight) for update in updates]
+    loss = settled.loss if math.isfinite(settled.loss) else None
+    return [update.report("accumulated", loss=loss, weight=settled.weight) for update in updates]
 
 
 def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:
@@ -634,6 +658,8 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
         for p in others:
             p.requires_grad_(True)
         updates[0].take_untrained(kept)
+        if stopwatch is not None:
+            stopwatch("backward")
 
 
 def _unscale(updates: Sequence[Update], device: torch.device) -> list[Tensor]:

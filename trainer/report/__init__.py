@@ -1,12 +1,12 @@
 """The report of a run: `report.html` beside `metrics.jsonl`, complete in one file.
 
-It needs no network and no script, follows the reader's light or dark setting, and is written anew
-after stages, so that it can be read while the run goes on. By hand:
-
-    python -c "from trainer.report import write_html; write_html('results/asr/demo/1234')"
+It needs no network, follows the reader's light or dark setting, and is written anew after stages,
+so that it can be read while the run goes on. `write_html` writes that of a run, `compare` one of
+several runs.
 
 `history` reads the records, `plots` selects the charts, `chart` draws them on the axes of `axis`,
-`page` puts the page together from the parts in `html`.
+`samples` shows what a recipe has shown, `page` and `comparison` put pages together from parts in
+`html`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.loggers.files import replace_file
 from trainer.loggers.protocol import Logger
 from trainer.report.page import render
+from trainer.samples import Samples
 
-__all__ = ["ReportLogger", "render", "write_html"]
+__all__ = ["ReportLogger", "compare", "render", "write_html"]
 
 logger = logging.getLogger("trainer")
 
@@ -43,6 +44,30 @@ def write_html(folder: Path | str) -> Path:
     path = folder / "report.html"
     replace_file(path, [render(folder).encode(errors="backslashreplace")], "report")
     return path
+
+
+def compare(folders: Iterable[Path | str], out: Path | str) -> Path:
+    """Write a page that compares runs: results, settings, curves, and samples side by side.
+
+    Runs whose settings differ in the seed alone have mean and standard deviation. Runs of different
+    tasks may be compared; what only some have is a dash in the others.
+
+    Args:
+        folders: run folders.
+        out: the page to write.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: if there is no run, a folder does not exist, or there are more than 24.
+        OSError: if the page cannot be written.
+    """
+    from trainer.report.comparison import render_comparison  # It reads YAML, which a run need not.
+
+    page = render_comparison(list(dict.fromkeys(Path(folder) for folder in folders)))
+    replace_file(Path(out), [page.encode(errors="backslashreplace")], "comparison")
+    return Path(out)
 
 
 class ReportLogger(Logger):
@@ -70,6 +95,10 @@ class ReportLogger(Logger):
     def artifact(self, name: str, path: Path) -> None:
         """Write the report if that is cheap: it lists the reports of skipped steps."""
         self._refresh()
+
+    def samples(self, samples: Samples) -> None:
+        """Write the report before the logger is closed."""
+        self._stale = True
 
     def close(self) -> None:
         """Write the report unless it is up to date."""

@@ -1,7 +1,8 @@
 """Line charts as inline SVG with a legend in HTML.
 
-They need no script. Colours come from the page's style sheet (`.c0` … `.c6`), so that a chart fits
-light and dark; no colour carries meaning alone.
+They need no script; with that of `html` they show the values that are pointed at. Colours come from
+the page's style sheet (`.c0` … `.c6`), so that a chart fits light and dark; no colour carries
+meaning alone.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from operator import itemgetter
 
 from trainer.report.axis import Axis, count, number
+from trainer.report.html import escape
 
 WIDTH, HEIGHT = 640.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 14.0, 10.0, 44.0  # Margins for ticks and labels.
@@ -35,6 +36,17 @@ class Series:
     colour: int = 0  # Number of the colour, counted round from 0.
     style: str = "solid"  # Or "faint", or "limit", which is dashed.
     noisy: bool = False  # Draw a running mean over the line where it has many points.
+    clock: int = 0  # Number of the run, whose times by step the page has.
+
+
+@dataclass(slots=True)
+class Event:
+    """Something that happened at a place on the x axis."""
+
+    x: float
+    text: str
+    kind: str  # "skipped" or "overflowed"
+    link: str = ""  # To a place in the page, such as "#step-120".
 
 
 @dataclass(slots=True)
@@ -49,6 +61,9 @@ class Chart:
     note: str = ""  # A sentence under the heading.
     counts: bool = True  # x is a number of steps or epochs: a linear axis with whole ticks.
     marks: dict[str, float] = field(default_factory=dict)  # Upright lines at places on the x axis.
+    events: list[Event] = field(default_factory=list)
+    valued: bool = True  # Show last, lowest and highest values in the legend.
+    timed: bool = False  # The script can draw it over time, by the `clock` of each series.
 
 
 def decimate(points: Sequence[Point]) -> Sequence[Point]:
@@ -90,10 +105,17 @@ def draw(chart: Chart) -> str:
     places = [end for each in chart.series for end in (*each.xs[:1], *each.xs[-1:])]
     x = Axis([*places, *chart.marks.values()], (LEFT, WIDTH - RIGHT), whole=chart.counts)
     y = Axis(values, (HEIGHT - BOTTOM, TOP), from_zero=chart.from_zero)
-    lines = "".join(_line(each, x, y, chart.x_label) for each in chart.series)
+    lines = "".join(
+        f'<g class="series" data-clock="{each.clock}">{_line(each, x, y, chart.x_label)}</g>'
+        for each in chart.series
+    )
     for name, place in chart.marks.items():
         path = f"M{x.at(place):.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
-        lines += f'<path class="line limit" d="{path}"><title>{escape(name)}</title></path>'
+        lines += (
+            f'<g class="series" data-clock="0"><path class="line limit" d="{path}">'
+            f"<title>{escape(name)}</title></path></g>"
+        )
+    lines += "".join(_event(each, x) for each in chart.events)
     # For screen readers.
     facts = []
     for each in chart.series:
@@ -106,10 +128,33 @@ def draw(chart: Chart) -> str:
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
     return (
         f"<figure><figcaption><h3>{escape(chart.title)}</h3>{note}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" {_scales(x, y, chart)}'
         f'aria-label="{escape(label, quote=True)}">'
         f"{_frame(x, y, chart)}{lines}</svg>{_legend(chart)}</figure>"
     )
+
+
+def _event(event: Event, x: Axis) -> str:
+    """Return a short mark on the axis, which links to a report where there is one."""
+    at = x.at(event.x)
+    if not LEFT - 1 <= at <= WIDTH - RIGHT + 1:
+        return ""
+    mark = (
+        f'<path class="line event {event.kind}" d="M{at:.1f} {HEIGHT - BOTTOM - 2:.1f}v-12">'
+        f"<title>{escape(event.text)}</title></path>"
+    )
+    label = escape(f"report: {event.text}", quote=True)
+    mark = f'<a href="{event.link}" aria-label="{label}">{mark}</a>' if event.link else mark
+    return f'<g class="series" data-clock="0">{mark}</g>'
+
+
+def _scales(x: Axis, y: Axis, chart: Chart) -> str:
+    """Return the attributes by which the script finds the value of a pixel."""
+    ends = " ".join(
+        f"{end!r}" for axis in (x, y) for end in (axis.low, axis.high, axis.start, axis.end)
+    )
+    timed = 'data-timed="" ' * chart.timed
+    return f'data-scales="{ends} {int(x.log)} {int(y.log)}" {timed}'
 
 
 def _known(series: Series) -> list[Point]:
@@ -128,16 +173,26 @@ def _frame(x: Axis, y: Axis, chart: Chart) -> str:
         parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{WIDTH - RIGHT:g}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 8:g}" y="{at + 4:.1f}">{text}</text>')
     parts.append(f'<path class="axis" d="M{LEFT:g} {floor:g}H{WIDTH - RIGHT:g}"/>')
+    parts.append('<g class="x">')
     for value, text in x.ticks(7):
         at = x.at(value)
         parts.append(f'<path class="axis" d="M{at:.1f} {floor:g}v5"/>')
         parts.append(f'<text class="tick mid" x="{at:.1f}" y="{floor + 18:g}">{text}</text>')
+    parts.append("</g>")
     for axis, text, place in (
-        (x, chart.x_label, f'x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"'),
-        (y, chart.y_label, f'transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"'),
+        (
+            x,
+            chart.x_label,
+            f'class="mid across" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"',
+        ),
+        (
+            y,
+            chart.y_label,
+            f'class="mid" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"',
+        ),
     ):
         scale = ", log scale" if axis.log else ""
-        parts.append(f'<text class="mid" {place}>{escape(text + scale)}</text>')
+        parts.append(f"<text {place}>{escape(text + scale)}</text>")
     return "".join(parts)
 
 
@@ -187,11 +242,13 @@ def _marker(series: Series, point: Point, x: Axis, y: Axis, x_label: str) -> str
 
 def _legend(chart: Chart) -> str:
     """Return the names of the lines with their last, lowest and highest values."""
-    heads, rows = ["last"], []
+    heads, rows = ["last"] * chart.valued, []
     for each in chart.series:
         known = _known(each)
-        cells = [_last(each) if known else "–"]
-        if len({y for _, y in known}) > 1:  # The last value of a constant is enough.
+        cells = [_last(each) if known else "–"] * chart.valued
+        if (
+            chart.valued and len({y for _, y in known}) > 1
+        ):  # The last value of a constant is enough.
             heads = ["last", "lowest", "highest"]
             for x, y in (min(known, key=VALUE), max(known, key=VALUE)):
                 place = count(x) if chart.counts else number(x)

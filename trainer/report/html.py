@@ -1,4 +1,8 @@
-"""Parts of a page that is complete in one HTML file: no script, no network, light and dark.
+"""Parts of a page that is complete in one HTML file: no network, light and dark.
+
+Its only script is `script.js`, which a page does without: it shows values where a chart is pointed
+at, hides lines by their legend, and draws charts over time. The page's policy lets nothing else run
+and nothing be fetched, whatever is in the texts.
 
 The light colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart,
 darkened where a thin line on white needs it; each has a contrast of at least 3:1 to its background.
@@ -6,8 +10,30 @@ darkened where a thin line on white needs it; each has a contrast of at least 3:
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as _escape
+from importlib.resources import files
+
+SCRIPT = files("trainer.report").joinpath("script.js").read_text(encoding="utf-8")
+HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = (
+    f"default-src 'none'; script-src 'sha256-{HASH}'; style-src 'unsafe-inline'; "
+    "img-src data:; media-src data:"
+)
+
+
+# Characters that reorder the text around them, or that HTML cannot hold.
+UNSEEN = dict.fromkeys(
+    [*range(9), 11, 12, *range(14, 32), 127, *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
+    "\N{REPLACEMENT CHARACTER}",
+)
+
+
+def escape(text: str, quote: bool = True) -> str:
+    """Return a text as HTML that shows it and changes nothing around it."""
+    return _escape(text.translate(UNSEEN), quote)
 
 
 def document(title: str, header: str, main: str, style: str = "") -> str:
@@ -24,8 +50,10 @@ def document(title: str, header: str, main: str, style: str = "") -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{title}</title><style>{STYLE}{style}</style></head><body>\n"
-        f"<header><h1>{title}</h1>{header}</header>\n<main>{main}</main></body></html>\n"
+        f"<header><h1>{title}</h1>{header}</header>\n<main>{main}</main>\n"
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -76,6 +104,7 @@ body { margin: 0 auto; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 3rem; max-width:
 h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.25rem 0 .75rem; font-size: 1.2rem; }
 h3 { margin: 0; font-size: 1rem; }
+p, li, small { overflow-wrap: anywhere; }
 header > p { margin: .3rem 0 0; color: var(--soft); }
 .tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0 0;
   padding: 0; list-style: none; }
@@ -126,6 +155,56 @@ summary { padding: .5rem .9rem; cursor: pointer; font-weight: 600; }
 summary small { margin-left: .4rem; color: var(--soft); font-weight: 400; }
 pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border-top: 1px solid
   var(--line); background: var(--tint); font-size: .85rem; line-height: 1.45; }
-@media (max-width: 38rem) { svg text { font-size: 15px; } }
+.sample { margin: 0 0 1rem; padding: .8rem 1rem 1rem; border: 1px solid var(--line);
+  border-radius: .5rem; background: var(--card); }
+.sample h3 { overflow-wrap: anywhere; }
+.sample h4 { margin: .6rem 0 0; color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
+.runs { display: grid; gap: .4rem 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.run { min-width: 0; }
+.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.5rem; margin: .3rem 0 0; }
+.facts div { display: flex; gap: .5rem; } .facts dt { color: var(--soft); }
+.facts dd { margin: 0; font-weight: 600; }
+.cells { display: grid; gap: .8rem 1rem; margin-top: .6rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
+.cell { min-width: 0; overflow-wrap: anywhere; } .cell p { margin: .2rem 0 0; }
+.cell small { color: var(--soft); } .cell strong { font-size: .9rem; }
+.wide-cell { grid-column: 1 / -1; max-width: 60rem; } .wide-cell > figure { max-width: 40rem; }
+.cell img { display: block; width: 100%; height: 9rem; margin-top: .25rem; border-radius: .25rem;
+  object-fit: fill; }
+audio { display: block; width: 100%; height: 2.5rem; margin-top: .35rem; }
+.aligned { display: flex; flex-wrap: wrap; gap: .3rem .55rem; margin: .25rem 0 0; padding: 0;
+  list-style: none; }
+.aligned span, .aligned abbr { display: block; text-align: center; line-height: 1.3;
+  overflow-wrap: anywhere; }
+.aligned .error { padding: 0 .35rem; border-bottom: 2px solid var(--c1); border-radius: .2rem;
+  background: var(--tint); }
+.aligned .error span + span { font-weight: 700; }
+.aligned abbr { color: var(--soft); font-size: .75rem; text-decoration: none; }
+.matrix table { width: auto; } .matrix td { text-align: center; }
+.m1 { background: #0072b21a; } .m2 { background: #0072b233; } .m3 { background: #0072b24d; }
+.m4 { background: #0072b266; } .m5, .m6, .m7, .m8 { background: #0065a0; color: #ffffff; }
+.m6 { background: #005c91; } .m7 { background: #005383; } .m8 { background: #004a75; }
+.bar { display: flex; height: 1.4rem; margin: .6rem 0; border-radius: .25rem; overflow: hidden; }
+.bar span { height: 100%; } .bar + .wide { max-width: 32rem; }
+.key { display: inline-block; width: .7rem; height: .7rem; margin-right: .5rem; }
+.b0 { background: var(--c0); } .b1 { background: var(--c1); }
+.b2 { background: var(--c2); } .b3 { background: var(--c3); } .b4 { background: var(--c4); }
+.b5 { background: var(--c6); }
+button { padding: .3rem .7rem; border: 1px solid var(--soft); border-radius: .4rem; cursor: pointer;
+  background: var(--card); color: var(--text); font: inherit; font-size: .85rem; }
+.legend button { padding: 0; border: 0; background: none; font-weight: 600; text-align: left; }
+.legend button[aria-pressed="false"] { text-decoration: line-through; opacity: .65; }
+.axes { margin: .75rem 0 0; }
+.readout { min-height: 1.3em; margin: .2rem 0 0; color: var(--soft); font-size: .85rem; }
+.event { stroke-width: 5; stroke-linecap: butt; } .skipped { stroke: var(--c1); }
+.overflowed { stroke: var(--c4); stroke-width: 3; }
+.words td, .words th { text-align: left; }
+.words td { white-space: normal; overflow-wrap: anywhere; }
+.words th { white-space: normal; }
+.guide { stroke: var(--soft); stroke-dasharray: 2 3; }
+a { color: var(--c0); } :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
+@media (max-width: 38rem) { svg text { font-size: 20px; }
+  .across { translate: 0 8px; } .tick.mid { translate: 0 3px; } }
 @media print { body { max-width: none; } figure, .wide { break-inside: avoid; } }
 """

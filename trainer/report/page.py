@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import shlex
 import time
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer import json_files
 from trainer.report.axis import Axis, count, number
-from trainer.report.chart import draw
+from trainer.report.chart import Chart, draw
 from trainer.report.history import Curve, History, measures_of, read_history
-from trainer.report.html import document, section, table, tiles
-from trainer.report.plots import display_name, sections
+from trainer.report.html import document, escape, section, table, tiles
+from trainer.report.plots import PARTS, display_name, lost_steps, sections
+from trainer.report.samples import read_tables, render_tables
 
 MAX_STAGES = 30  # Rows of the table of stages.
 MAX_LAYERS = 300  # Rows of the table of layers.
 MAX_POINTS = 40  # Points of a sparkline.
 MAX_SKIPPED = 20  # Skipped steps that are listed.
 MAX_CHARACTERS = 200_000  # Characters of a file that are shown.
+MAX_COMMANDS = 50  # Lines of command.txt.
+MAX_TIMES = 200  # Points of the clock that draws charts over time.
+LAST_LINES = 60  # of train.log, in which an error is looked for
+ERROR = re.compile(r"Traceback \(most recent call last\)|^\S+ \S+ stopped: rank")
+GOES_ON = re.compile(r"^[\d: -]{19} (epoch \d+ |test: |resuming |testing )")
+ENVIRONMENT = ("python", "torch", "cuda", "gpus", "platform", "machines", "ranks", "cores", "git")
 SPARK_WIDTH, SPARK_HEIGHT = 96.0, 22.0  # Pixels of a sparkline.
 COUNTS = ("step", "examples", "skipped", "overflowed", "bad_files", "seconds")
 LAYER_HEADS = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
@@ -38,27 +48,108 @@ def render(folder: Path) -> str:
         f"<li><strong>Step {count(step)}</strong>: {escape(text)}.</li>"
         for step, text in history.warnings
     )
-    charts = ""
-    for title, found in sections(history):
-        drawn = "".join(draw(each) for each in found if any(len(s.xs) for s in each.series))
-        charts += section(title, f'<div class="charts">{drawn}</div>' if drawn else "")
+    reports = _nonfinite_reports(folder)
+    lost = lost_steps(history, [step for step, _ in reports])
     return document(
         " / ".join(folder.resolve().parts[-3:]).lstrip("/ "),
-        f"<p>{escape(_status(history))}</p>{_tiles(history)}",
-        f"{section('Not finite', _warning_list(_skipped_steps(folder)))}"
-        f"{section('Warnings', _warning_list(''.join(warnings)))}{charts}{_layers(history)}"
-        f"{_stages(history)}{section('To run it again', _files(folder))}",
+        f"<p>{escape(_status(folder, history))}</p>{_tiles(history)}",
+        f"{section('The run has ended with an error', last_lines(folder))}"
+        f"{section('Not finite', warning_list(''.join(item for _, item in reports)))}"
+        f"{section('Warnings', warning_list(''.join(warnings)))}"
+        f"{render_tables({'': read_tables(folder)})}"
+        f"{chart_sections(sections(history, lost))}{clocks([history])}{_time(history)}"
+        f"{_layers(history)}"
+        f"{_stages(history)}{_settings(folder)}{_environment(folder)}"
+        f"{section('To run it again', _files(folder))}",
     )
 
 
-def _status(history: History) -> str:
+def chart_sections(found: Iterable[tuple[str, Sequence[Chart]]]) -> str:
+    """Return the charts that have a line, under their headings."""
+    text = ""
+    for title, charts in found:
+        drawn = "".join(draw(each) for each in charts if any(len(s.xs) for s in each.series))
+        text += section(title, f'<div class="charts">{drawn}</div>' if drawn else "")
+    return text
+
+
+def clocks(histories: Iterable[History]) -> str:
+    """Return the training time by step of each run, for the script: [[steps], [seconds]] …."""
+    found = []
+    for history in histories:
+        known = history.steps.get("seconds", Curve()).known()
+        known = known[:: max(1, len(known) // MAX_TIMES)] + known[-1:]
+        times: dict[float, float] = {}
+        for step, seconds in known:
+            times[step] = max(seconds, *list(times.values())[-1:], 0.0)  # Never backwards.
+        found.append([list(times), [round(each, 1) for each in times.values()]])
+    return f'<script type="application/json" id="clocks">{json.dumps(found)}</script>'
+
+
+def _time(history: History) -> str:
+    """Return the shares of the parts of a step, and of the stages, as bars with their numbers."""
+    step = {}
+    for part in PARTS:
+        known = [y for _, y in history.steps.get(f"times.{part}", Curve()).known()]
+        if known:  # A save is of all steps since the last record, and the others of one step.
+            steps = history.last_step if part == "save" else len(known)
+            step[part] = 1000 * math.fsum(known) / max(1, steps)
+    stages: dict[str, float] = {}
+    for record in history.stages:
+        seconds = record.get("seconds")
+        if isinstance(seconds, (int, float)) and seconds >= 0:
+            stages[str(record["stage"])] = stages.get(str(record["stage"]), 0.0) + seconds
+    text = ""
+    for name, parts, unit in (("Mean of a step", step, "ms"), ("Stages", stages, "s")):
+        total = math.fsum(parts.values())
+        if len(parts) < 2 or not 0 < total < 1e300:
+            continue
+        bar = "".join(
+            f'<span class="b{place % 6}" style="width: {100 * each / total:.2f}%"></span>'
+            for place, each in enumerate(parts.values())
+        )
+        rows = [
+            [
+                f'<span class="key b{place % 6}"></span>{escape(part)}',
+                f"{number(each)} {unit}",
+                f"{100 * each / total:.1f} %",
+            ]
+            for place, (part, each) in enumerate(parts.items())
+        ]
+        text += f'<div class="bar" aria-hidden="true">{bar}</div>'
+        text += table(name, (name, "time", "share"), rows)
+    return section("Where the time goes", text)
+
+
+def last_lines(folder: Path) -> str:
+    """Return the last lines of the log, as HTML, of a run that an error has ended."""
+    lines = tail(folder / "train.log", LAST_LINES)
+    starts = [n for n, line in enumerate(lines) if ERROR.search(line)]
+    if not starts or any(GOES_ON.search(line) for line in lines[starts[-1] :]):
+        return ""
+    shown = "\n".join(lines[max(0, starts[-1] - 3) :])
+    return f'<pre tabindex="0">{escape(shown)}</pre>'
+
+
+def tail(path: Path, most: int) -> list[str]:
+    """Return the last lines of a text file; none of one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - MAX_CHARACTERS))
+            return file.read().decode(errors="replace").splitlines()[-most:]
+    except OSError:
+        return []
+
+
+def _status(folder: Path, history: History) -> str:
     """Return the progress of the run and the time of writing, as sentences."""
     epochs = [r["epoch"] for r in history.stages if isinstance(r.get("epoch"), int)]
     facts = [f"{count(history.last_step)} optimizer steps"]
     if epochs:
         facts.insert(0, f"{count(max(epochs))} epoch{'s' * (max(epochs) != 1)}")
     if history.seconds:
-        facts.append(_duration(history.seconds))
+        facts.append(duration(history.seconds))
     if not history.stages and not history.steps:
         text = "Nothing has been logged yet."
     else:
@@ -67,10 +158,14 @@ def _status(history: History) -> str:
     if history.unreadable:
         lines = "line" if history.unreadable == 1 else "lines"
         text += f" {history.unreadable} {lines} of metrics.jsonl could not be read."
+    if (metrics := folder / "metrics.jsonl").is_file():
+        recorded = time.localtime(metrics.stat().st_mtime)
+        text += f" Last record {time.strftime('%Y-%m-%d %H:%M', recorded)}."
     return f"{text} Written {time.strftime('%Y-%m-%d %H:%M')}."
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a duration for people, such as "2 h 05 min"."""
     hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
     if hours:
         return f"{hours} h {minutes:02} min"
@@ -102,12 +197,13 @@ def _tiles(history: History) -> str:
     return tiles(facts)
 
 
-def _warning_list(items: str) -> str:
+def warning_list(items: str) -> str:
+    """Return list items as a box of warnings; nothing where there is none."""
     return f'<ul class="warnings">{items}</ul>' if items else ""
 
 
-def _skipped_steps(folder: Path) -> str:
-    """Return items with the skipped steps that were investigated, and their causes.
+def _nonfinite_reports(folder: Path) -> list[tuple[int, str]]:
+    """Return the skipped steps that were investigated, each with its cause as a list item.
 
     A step has one report, or one for each process whose own batch was bad. Those that cannot be
     read are left out.
@@ -121,15 +217,17 @@ def _skipped_steps(folder: Path) -> str:
         if isinstance(record, dict) and type(record.get("step")) is int:
             found.append((path, record))
     found.sort(key=lambda each: each[1]["step"])
-    items = ""
-    for path, record in found[:MAX_SKIPPED]:
+    items = []
+    for place, (path, record) in enumerate(found[:MAX_SKIPPED]):
         causes = record.get("causes")
         cause = f"; {causes[0]}" if isinstance(causes, list) and causes else ""
-        items += (
-            f"<li><strong>Step {record['step']:,}</strong>: first not finite was "
+        first = place == 0 or found[place - 1][1]["step"] != record["step"]
+        anchor = f' id="step-{record["step"]}"' * first
+        items.append((record["step"], (
+            f"<li{anchor}><strong>Step {record['step']:,}</strong>: first not finite was "
             f"{escape(str(record.get('first')))}{escape(cause)}. "
             f"<small>{escape(str(path.parent.relative_to(folder)))}</small></li>"
-        )
+        )))  # fmt: skip
     return items
 
 
@@ -194,7 +292,58 @@ def _cell(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name, "")
     if isinstance(value, (int, float)):
         return count(value)
+    if isinstance(value, Mapping):  # Several losses, which have columns of their own.
+        return ""
     return "lost" if value is None else escape(str(value))
+
+
+def _settings(folder: Path) -> str:
+    """Return what the commands have changed of the YAML, and what has changed between starts."""
+    lines = tail(folder / "command.txt", MAX_COMMANDS)
+    rows: list[list[str]] = []
+    changes = ""
+    for line in lines:
+        if line.startswith("#"):
+            changes += f"<li>{escape(line[1:].strip())}</li>"
+            continue
+        started, arguments = " ".join(line.split(" ")[:2]), line.split(" ")[2:]
+        try:
+            given = shlex.split(" ".join(arguments))
+        except ValueError:  # Cut within quotes.
+            given = []
+        while given and not given[0].startswith("--"):
+            del given[0]
+        if given or not rows:
+            rows.append([escape(started), escape(" ".join(given)) or "–"])
+    if not rows and not changes:
+        return ""
+    found = table("Options of each start", ("start", "other than in the YAML"), rows, "words")
+    found += f'<ul class="warnings">{changes}</ul>' if changes else ""
+    return section("Hyperparameters", found)
+
+
+def _environment(folder: Path) -> str:
+    """Return a table of versions and machine."""
+    try:
+        known = json_files.read(folder / "environment.json")
+    except (OSError, json_files.BadJson):
+        return ""
+    known = known if isinstance(known, dict) else {}
+    rows = [
+        [name, escape(words(known[name]))]
+        for name in ENVIRONMENT
+        if known.get(name) not in (None, [], {})
+    ]
+    return (
+        section("Environment", table("Environment", ("", "value"), rows, "words")) if rows else ""
+    )
+
+
+def words(value: Any) -> str:
+    """Return a value of a JSON file as words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {words(each)}" for name, each in value.items())
+    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
 
 
 def _files(folder: Path) -> str:

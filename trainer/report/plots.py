@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from trainer.report.axis import count
-from trainer.report.chart import Chart, Series
+from trainer.report.chart import Chart, Event, Series
 from trainer.report.history import Curve, History
 
 STEP = "optimizer step"
+PARTS = ("data", "forward", "backward", "step", "save")  # of the time of a step
+MAX_EVENTS = 200  # Steps not taken that a chart marks.
 REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "largest": max, "median": statistics.median, "smallest": min,
 }  # fmt: skip
 
 
-def sections(history: History) -> list[tuple[str, list[Chart]]]:
-    """Return the charts by heading, also those without a line, which the page leaves out."""
-    return [
-        ("Losses and metrics", [_training_loss(history), *_by_epoch(history)]),
+def sections(history: History, lost: Sequence[Event] = ()) -> list[tuple[str, list[Chart]]]:
+    """Return the charts by heading, also those without a line, which the page leaves out.
+
+    Args:
+        history: records of the run.
+        lost: steps that were not taken, which charts over steps mark.
+    """
+    found = [
+        ("Losses and metrics", [training_loss(history), *_by_epoch(history)]),
         ("Optimization", _optimization(history)),
-        ("Speed", [_speed(history)]),
+        ("Speed", _speed(history)),
     ]
+    for _, charts in found:
+        for chart in charts:
+            if chart.x_label == STEP:
+                chart.timed = True
+                chart.events = list(lost)
+    return found
+
+
+def lost_steps(history: History, reported: Sequence[int]) -> list[Event]:
+    """Return the skipped and overflowed steps, each at the end of its log interval.
+
+    Args:
+        history: records of the run.
+        reported: steps that have a report, which the page has under "step-N".
+    """
+    found = []
+    for kind in ("skipped", "overflowed"):
+        for name in history.optimizers():
+            before = 0.0
+            for step, lost in history.of_optimizer(name, kind).known():
+                near = (each for each in reported if before < each <= step + 1)
+                link = next((f"#step-{each}" for each in near if kind == "skipped"), "")
+                if lost > 0:
+                    text = f"{count(lost)} {kind} of {name} up to step {count(step)}"
+                    found.append(Event(step, text, kind, link))
+                before = step
+    return found[:MAX_EVENTS]
 
 
 def display_name(measure: str) -> str:
@@ -46,7 +80,8 @@ def _colours(history: History) -> dict[str, int]:
     return {name: colour for colour, name in enumerate(names)}
 
 
-def _training_loss(history: History) -> Chart:
+def training_loss(history: History) -> Chart:
+    """Return the losses of the training by step."""
     chart, colours = Chart("Training loss", STEP, "loss"), _colours(history)
     for key, curve in history.steps.items():
         if key.split(".")[0] == "loss":
@@ -148,7 +183,17 @@ def _by_layer(history: History) -> list[Chart]:
     return charts
 
 
-def _speed(history: History) -> Chart:
-    chart = Chart("Throughput", STEP, "examples per second", from_zero=True)
-    _add(chart, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
-    return chart
+def _speed(history: History) -> list[Chart]:
+    rate = Chart("Throughput", STEP, "examples per second", from_zero=True)
+    _add(rate, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
+    times = Chart("Time of a step", STEP, "milliseconds", from_zero=True)
+    for colour, part in enumerate(PARTS[:-1]):
+        curve = history.steps.get(f"times.{part}", Curve())
+        _add(times, part, curve.scaled(1000), colour, noisy=True)
+    memory = Chart("Memory, at most so far", STEP, "GB", from_zero=True)
+    _add(memory, "main rank", history.steps.get("memory", Curve()).scaled(1e-9))
+    padding = Chart("Padding", STEP, "% of a batch", from_zero=True)
+    share = history.steps.get("padding", Curve())
+    if any(y > 0 for y in share.ys):
+        _add(padding, "largest field", share.scaled(100), noisy=True)
+    return [rate, times, memory, padding]

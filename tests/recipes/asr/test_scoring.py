@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes.asr import scoring
 from recipes.asr.scoring import Scores
@@ -26,6 +27,28 @@ def test_words_heard_in_silence_are_errors() -> None:
     scores = Scores()
     scores.add(["a", "b"], ["", "one"], ["noise", "one"])
     assert scores.rates()["wer"] == 100.0
+
+
+def test_the_sounds_of_the_worst_and_of_some_at_random_are_kept() -> None:
+    scores = Scores(shown=2)
+    for n in range(0, 40, 2):
+        ids, said = [f"{n:02}", f"{n + 1:02}"], ["one two"] * 2
+        heard = ["one" if n in (10, 20) else "one two", "one two"]
+        sounds = torch.full((2, 30), n / 100), torch.tensor([30, 20])
+        scores.add(ids, said, heard, sounds, 8000)
+    rows = scores.samples()
+    assert [row["id"] for row in rows[:2]] == ["10", "20"]
+    assert [row["WER"] for row in rows[:2]] == [50.0, 50.0]
+    assert 3 <= len(rows) <= 4
+    for row in rows:
+        number = int(row["id"])
+        assert row["sound"].rate == 8000
+        assert row["sound"].signal().tolist() == pytest.approx(
+            [number // 2 * 2 / 100] * (20 if number % 2 else 30)
+        )
+    silent = Scores()
+    silent.add(["a"], ["one"], ["two"])
+    assert list(silent.samples()[0]) == ["id", "WER", "said and heard"]
 
 
 def test_no_rates_without_words() -> None:

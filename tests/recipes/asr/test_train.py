@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from recipes.asr.train import train
+from tests.trainer.shown import kinds_shown
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
 
@@ -54,6 +55,8 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
     assert sum(line["steps"] for line in found if line["stage"] == "train") == 2
     assert "HYP:" in (folder / "wer_test.txt").read_text()
     assert (folder / "wer_valid.txt").is_file()
+    kinds = {"id": "text", "WER": "number", "said and heard": "aligned", "sound": "audio"}
+    assert kinds_shown(folder) == kinds_shown(folder, "valid") == kinds
 
 
 @pytest.mark.usefixtures("empty_speech_cache")

@@ -9,7 +9,15 @@ import pytest
 import soundfile
 import torch
 
-from recipes.common.audio import Expected, Header, check_recordings, read_audio, read_header
+from recipes.common.audio import (
+    Expected,
+    Forward,
+    Header,
+    check_recordings,
+    read_audio,
+    read_channels,
+    read_header,
+)
 from trainer.data import BadItem
 
 RATE = 16000
@@ -282,3 +290,19 @@ def test_files_that_were_joined_are_bad(tmp_path: Path, suffix: str) -> None:
         joined.write_bytes(b"".join(part.read_bytes() for part in parts))
         with pytest.raises(BadItem, match="does not say how long it is|header is cut or broken"):
             read_header(joined)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_an_mp3_of_few_bits_is_the_same_in_parts_and_in_blocks(rate: int, tmp_path: Path) -> None:
+    """Its frames refer to bits in many frames before them."""
+    time = np.arange(10 * rate) / rate
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * 200 * time), rate)
+    whole, _ = read_channels(path)
+    for start in (0.5, 1.111, 4.0, 9.0):
+        part, _ = read_channels(path, start, 0.75)
+        first = round(start * rate)
+        torch.testing.assert_close(part, whole[:, first : first + part.shape[1]])
+    with Forward(path) as file:
+        blocks = [file.read(5000, dtype="float32") for _ in range(2 * rate // 1000 + 1)]
+    assert np.allclose(np.concatenate(blocks), whole[0].numpy(), atol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from recipes.hifigan.train import train
+from tests.trainer.shown import kinds_shown
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
 
@@ -49,8 +50,9 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
         {"generator"}, {"discriminator", "generator"},
     ]  # fmt: skip
     assert {"mel", "adversarial", "features"} < steps[1]["loss"].keys()
-    assert (folder / "samples.html").is_file()
-    assert len(list((folder / "samples").iterdir())) == 3
+    sounds = dict.fromkeys(("original", "resynthesised", "Griffin-Lim"), "audio")
+    assert sounds.items() <= kinds_shown(folder).items()
+    assert len(list((folder / "samples" / "test").glob("*.flac"))) == 3
 
 
 def test_there_is_a_test_for_every_yaml() -> None:

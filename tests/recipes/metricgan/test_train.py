@@ -16,6 +16,7 @@ from recipes.metricgan import infer
 from recipes.metricgan.discriminator import UtteranceNorm
 from recipes.metricgan.train import train
 from tests.recipes.common.speakers import RATE, noise, voice
+from tests.trainer.shown import kinds_shown
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
 
@@ -67,6 +68,11 @@ def check(folder: Path, metrics: dict[str, float], printed: str, phases: list[st
     assert stages[-1] == {"kind": "stage", "stage": "test", **metrics}
     assert (folder / "scores_test.csv").is_file()
     assert len(list((folder / "audio_test").iterdir())) == 6
+    sounds = dict.fromkeys(("noisy", "enhanced", "clean"), "audio")
+    shown = kinds_shown(folder)
+    assert {"pesq": "number", "stoi noisy": "number", **sounds}.items() <= shown.items()
+    assert sounds.items() <= kinds_shown(folder, "valid").items()
+    assert not (folder / "audio_valid").exists()
 
 
 def write(path: Path, wav: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from recipes.segan.train import Enhancer, reference_pairs, train
 from tests.recipes.common.speakers import RATE, noise, voice, write
 from tests.recipes.segan.tiny import SAMPLES, Wave, clips, fit, make
 from tests.trainer.resuming import brain_state, differences
+from tests.trainer.shown import kinds_shown
 from tests.trainer.small import same, snapshot
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
@@ -276,6 +277,11 @@ def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
     assert header[1:7] == KEYS
     assert {"csig", "cbak_noisy", "covl"} <= set(header)
     assert len(list((folder / "audio_test").iterdir())) == 6
+    sounds = dict.fromkeys(("noisy", "enhanced", "clean"), "audio")
+    shown = kinds_shown(folder)
+    assert {"pesq": "number", "stoi noisy": "number", **sounds}.items() <= shown.items()
+    assert sounds.items() <= kinds_shown(folder, "valid").items()
+    assert not (folder / "audio_valid").exists()
 
 
 @pytest.fixture

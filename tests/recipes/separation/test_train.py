@@ -22,6 +22,7 @@ from tests.recipes.separation.conftest import (
     mixture_folder,
     record,
 )
+from tests.trainer.shown import kinds_shown
 from tests.trainer.small import training_average
 from trainer import NonFiniteError, StepReport, cli
 from trainer.checkpoint import Checkpointer
@@ -65,6 +66,9 @@ def check(folder: Path, metrics: dict[str, float], printed: str, mixtures: int) 
     assert len((folder / "scores_test.csv").read_text().splitlines()) == 1 + mixtures
     assert (folder / "examples" / "worst1" / "estimate2.wav").is_file()
     assert (folder / "examples" / "best1" / "mixture.wav").is_file()
+    sounds = ("mixture", "source1", "estimate1", "source2", "estimate2")
+    kinds = {"id": "text", "si_snri": "number", "sdri": "number", **dict.fromkeys(sounds, "audio")}
+    assert kinds.items() <= kinds_shown(folder).items()
 
 
 def test_there_is_a_test_for_every_yaml() -> None:

@@ -13,7 +13,7 @@ Image = pytest.importorskip("PIL.Image", reason="needs the extra tts")
 def test_attention_and_spectrograms_are_seen(tmp_path: Path) -> None:
     loud_below = torch.full((30, 8), -9.0)
     loud_below[:, :4] = 1.0
-    each = Picture("a text", loud_below, loud_below, loud_below[:20], torch.eye(20, 10))
+    each = Picture("a", "a text", loud_below, loud_below, loud_below[:20], torch.eye(20, 10))
     each.attention[10:, 9] = 1.0
     write_picture(tmp_path / "new" / "one.png", [each, each])
     with Image.open(tmp_path / "new" / "one.png") as sheet:

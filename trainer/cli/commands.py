@@ -1,0 +1,332 @@
+"""The command `cortex`, also `python -m trainer`: run recipes, and look after their runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from trainer import signals
+from trainer.cli import runs, session, upkeep
+from trainer.cli.arguments import HELP
+from trainer.cli.export import export
+from trainer.cli.recipe import find_recipe, list_recipes, run_recipe
+from trainer.cli.replay import replay
+from trainer.cli.sweep import SweepStopped, parse_values, sweep, trials
+from trainer.options import nearest
+
+NO_RUN = 2  # Exit code where a folder could not be used, or an argument is wrong.
+
+
+@dataclass(frozen=True)
+class Command:
+    """Command of `cortex`.
+
+    Args:
+        summary: help in a line.
+        usage: arguments, as in "RUN…".
+        examples: arguments of calls.
+        work: does it with the arguments, and returns the exit code.
+        more: further help.
+    """
+
+    summary: str
+    usage: str
+    examples: tuple[str, ...]
+    work: Callable[[list[str]], int]
+    more: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name.
+
+    Args:
+        argv: arguments after the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 2 for what the user can mend, in a sentence on stderr.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] in (*HELP, "help"):
+        print(_overview())
+        return 0
+    name, *rest = given
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
+        return NO_RUN
+    command = COMMANDS[name]
+    # What follows a recipe's name is the recipe's: its help lists its keys.
+    own = rest[:1] if name == "run" else rest
+    if any(each in HELP for each in own):
+        print(_help(name, command))
+        return 0
+    try:
+        return command.work(rest)
+    except SweepStopped as stop:
+        _say([f"stopped ({signals.name_of(stop.number)}): the same command goes on"])
+        return signals.exit_code(stop.number)
+    except BrokenPipeError:  # The reader, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {session.message(error)}", file=sys.stderr)
+        return NO_RUN
+    except KeyboardInterrupt:
+        return 130
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {each.summary}" for name, each in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: cortex COMMAND …   (also python -m trainer COMMAND …)",
+            "", *lines, "",
+            "cortex COMMAND --help shows its arguments and examples.",
+        ]
+    )  # fmt: skip
+
+
+def _help(name: str, command: Command) -> str:
+    examples = [f"  cortex {name} {each}".rstrip() for each in command.examples]
+    more = ["", command.more] if command.more else []
+    usage = f"usage: cortex {name} {command.usage}".rstrip()
+    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+    return "\n".join([usage, "", summary, *more, "", "Examples:", *examples])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors are sentences of the command."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(f"{message} (cortex {self.prog} --help shows the arguments)")
+
+
+def _parser(name: str) -> _Parser:
+    return _Parser(prog=name, add_help=False, allow_abbrev=False)
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def _run(argv: list[str]) -> int:
+    if not argv:
+        print("\n".join(list_recipes()) or "no recipe is installed")
+        return 0
+    name, *rest = argv
+    if name.startswith("-"):
+        raise ValueError(f"the name of a recipe comes first, as in task/name, not {name}")
+    return run_recipe(name, rest)
+
+
+def _ls(argv: list[str]) -> int:
+    parser = _parser("ls")
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--sort")
+    given = parser.parse_args(argv)
+    default = [Path("results")] if Path("results").is_dir() else [Path()]
+    roots = [each.expanduser() for each in given.runs] or default
+    found = [runs.read_run(each) for each in dict.fromkeys(runs.find_runs(roots))]
+    if given.sort is not None:
+        if not any(given.sort in each.metrics for each in found):
+            known = sorted({name for each in found for name in each.metrics})
+            raise ValueError(
+                f"no run has the metric {given.sort!r}{nearest(given.sort, known)}: the last "
+                f"metrics are {', '.join(known) or 'none'}"
+            )
+        found.sort(key=lambda each: each.metrics.get(given.sort, float("inf")))
+    if found:
+        print("\n".join(runs.list_lines(found)))
+    else:
+        _say([f"there are no runs in {', '.join(map(str, roots))}"])
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    parser = _parser("compare")
+    parser.add_argument("runs", nargs="+")
+    folders, problems = runs.run_folders(parser.parse_args(argv).runs)
+    if folders:
+        print("\n".join(runs.compare_lines([runs.read_run(each) for each in folders])))
+    _say(problems)
+    return NO_RUN if problems else 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _parser("report")
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--output", "-o", type=Path)
+    given = parser.parse_args(argv)
+    folders, problems = runs.run_folders(given.runs)
+    if len(folders) == 1 and given.output is None:
+        from trainer.report import write_html
+
+        print(write_html(folders[0]))
+    elif folders:
+        print(_comparison(folders, given.output or Path("compare.html")))
+    _say(problems)
+    return NO_RUN if problems else 0
+
+
+def _comparison(folders: Sequence[Path], path: Path) -> Path:
+    """Write the page that compares runs; return its path."""
+    from trainer import report
+
+    report.compare(folders, path)
+    return path
+
+
+def _average(argv: list[str]) -> int:
+    parser = _parser("average")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--number", "-n", type=int)
+    parser.add_argument("--min", metavar="METRIC")
+    parser.add_argument("--max", metavar="METRIC")
+    parser.add_argument("--output", "-o", type=Path)
+    given = parser.parse_args(argv)
+    folders, problems = runs.run_folders([str(given.run)])
+    if problems:
+        raise ValueError(problems[0])
+    if given.number is not None and given.number < 1:
+        raise ValueError(f"--number is {given.number}; it must be 1 or more")
+    (run,) = folders
+    output = given.output or run.with_name(f"{run.resolve().name}-average")
+    chosen = upkeep.average(run, output, given.number, given.min, given.max)
+    print(f"{output}: the mean of {', '.join(each.name for each in chosen)}")
+    return 0
+
+
+def _clean(argv: list[str]) -> int:
+    parser = _parser("clean")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--yes", "-y", action="store_true")
+    given = parser.parse_args(argv)
+    found, notes = [], []
+    for run in dict.fromkeys(runs.find_runs(each.expanduser() for each in given.runs)):
+        items, said = upkeep.removable(run)
+        found += items
+        notes += said
+    _say(notes)
+    total = runs.size(sum(each.bytes for each in found))
+    rows = [(runs.size(each.bytes).rjust(8), str(each.path), each.why) for each in found]
+    print("\n".join(runs.table(rows)) if rows else "there is nothing to delete")
+    if not found:
+        return 0
+    if not given.yes and not _agrees(f"Delete these {len(found)} folders, {total}? [y/N] "):
+        print("nothing was deleted")
+        return 0
+    freed, problems = upkeep.remove(found)
+    print(f"deleted {runs.size(freed)}")
+    _say(problems)
+    return NO_RUN if problems else 0
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
+
+
+def _sweep(argv: list[str]) -> int:
+    end = next((n for n, each in enumerate(argv) if each.startswith("--")), len(argv))
+    (name, *values), more = argv[:end] or [""], argv[end:]
+    parser = _parser("sweep")
+    parser.add_argument("--page", type=Path)
+    given, more = parser.parse_known_args(more)
+    if not name or not values:
+        raise ValueError("a sweep needs a recipe and values, as in: task/name 'lr=1e-3,3e-4'")
+    recipe = find_recipe(name)
+    planned = trials(recipe, values, more)
+    codes = sweep(recipe, planned)
+    for folder, code in codes.items():
+        print(f"{folder}: {'finished' if not code else f'exit code {code}'}")
+    folders = [each for each in codes if runs.is_run(each)]
+    if folders:
+        keys = "-".join(quote(key) for key, _ in parse_values(values))
+        above = Path(os.path.commonpath([each.absolute().parent for each in folders]))
+        try:
+            print(_comparison(folders, given.page or above / f"sweep-{keys}.html"))
+        except (ValueError, OSError) as error:  # What was trained is there.
+            _say([f"the runs are not compared: {session.message(error)}"])
+    return 1 if any(codes.values()) else 0
+
+
+COMMANDS = {
+    "run": Command(
+        "train by the recipe of a name, or by a YAML; without a name, list the recipes",
+        "[TASK/NAME | FILE] [--key value]…",
+        ("", "TASK/NAME", "TASK/NAME --seed 7 --precision bf16", "TASK/NAME --help", "mine.yaml"),
+        _run,
+        "It is the recipe's train.py with that YAML. A YAML of one's own is run by the train.py\n"
+        "beside it. torchrun --nproc_per_node=2 -m trainer run TASK/NAME starts two processes.",
+    ),
+    "ls": Command(
+        "list the runs in folders: state, optimizer steps, last metrics, and time since a change",
+        "[FOLDER…] [--sort METRIC]",
+        ("", "results", "results --sort wer"),
+        _ls,
+    ),
+    "compare": Command(
+        "compare runs: last metrics, hyperparameters that differ, mean and spread over seeds",
+        "RUN…",
+        ("results/TASK/NAME/*",),
+        _compare,
+    ),
+    "report": Command(
+        "write the report of a run, or a page that compares several",
+        "RUN… [-o FILE]",
+        ("results/TASK/NAME/1234", "results/TASK/NAME/* -o compare.html"),
+        _report,
+    ),
+    "replay": Command(
+        "run the batch of a skipped step again",
+        "RUN STEP [--script train.py] [--key value]…",
+        ("results/TASK/NAME/1234 317", "runs/x 317 --script train.py --precision fp32"),
+        replay,
+    ),
+    "export": Command(
+        "write the weights of a run's best checkpoint, adapters merged",
+        "RUN OUT [--max_key METRIC | --min_key METRIC] [--init_from SOURCE]",
+        ("results/TASK/NAME/1234 exported", "results/TASK/NAME/1234 exported --min_key wer"),
+        export,
+    ),
+    "average": Command(
+        "average the weights of a run's checkpoints into a new run folder",
+        "RUN [-n NUMBER] [--min METRIC | --max METRIC] [-o FOLDER]",
+        ("results/TASK/NAME/1234", "results/TASK/NAME/1234 -n 5 --min wer -o averaged"),
+        _average,
+        "It averages all checkpoints, or the newest NUMBER, or the best NUMBER by a metric.\n"
+        "The new folder is for trainer.load and infer.py; it does not resume a training.",
+    ),
+    "clean": Command(
+        "delete checkpoints that are neither the best nor the newest, and what killed saves left",
+        "RUN… [--yes]",
+        ("results", "results/TASK/NAME/1234 --yes"),
+        _clean,
+        "It lists them with their sizes and asks first; --yes does not ask. Runs that are going\n"
+        "on are left alone, and so is what no save has written.",
+    ),
+    "sweep": Command(
+        "train all combinations of values, each in its default folder, and compare them",
+        "TASK/NAME|FILE KEY=VALUE[,VALUE]… [--page FILE] [--key value]…",
+        (
+            "TASK/NAME 'opt_class.lr=1e-3,3e-4' 'width=128,256'",
+            "TASK/NAME seed=1,2,3 --precision bf16",
+            "TASK/NAME 'betas=[0.9,0.98],[0.8,0.9]'",
+        ),
+        _sweep,
+        "Started again it goes on with what is not finished. A run that fails ends no other; the\n"
+        "exit code is then 1.",
+    ),
+}

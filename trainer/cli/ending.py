@@ -1,0 +1,96 @@
+"""Last lines of a run: its best checkpoint, its report, and the commands that come next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer import distributed
+from trainer.checkpoint.checkpointer import Checkpointer, ranked
+from trainer.cli.arguments import ALLOW, split_allowed
+from trainer.cli.folder import HYPERPARAMS
+from trainer.config.registry import recipe_packages
+
+
+def end_lines(
+    folder: Path, checkpointer: Any, source: Path | None, argv: Sequence[str] | None
+) -> list[str]:
+    """Return the lines after a run: best checkpoint, report, and commands to go on, test and use.
+
+    Args:
+        folder: the run folder.
+        checkpointer: that of the run; anything else than a `Checkpointer` is left out.
+        source: file of the program's `train`.
+        argv: arguments of the command line; None for a run by `launch`.
+    """
+    lines = _checkpoint(checkpointer) if isinstance(checkpointer, Checkpointer) else []
+    report = folder / "report.html"
+    lines += [f"report: {report}"] if report.is_file() else []
+    command = _command(folder, argv)
+    lines += [f"to go on: {command}"] if command else []
+    if argv is not None:
+        lines += [f"to test: {command} --test_only"] if command else []
+        infer = None if source is None else source.with_name("infer.py")
+        if infer is not None and infer.is_file():
+            words = shlex.join([_python(), _from_here(infer), str(folder)])
+            lines.append(f"to use it: {words} {_arguments(infer.parent)}")
+    return lines
+
+
+def go_on(folder: Path, argv: Sequence[str] | None) -> list[str]:
+    """Return the line with the command that goes on with a run; none where it is not known."""
+    command = _command(folder, argv)
+    return [f"to go on: {command}"] if command else []
+
+
+def _command(folder: Path, argv: Sequence[str] | None) -> str:
+    """Return the command that starts a run again; an empty text for a notebook and the like."""
+    program = Path(sys.argv[0])
+    if "ipykernel" in sys.modules or program.suffix != ".py" or not program.is_file():
+        return ""
+    start = [_python()]
+    if distributed.launched():
+        here, every = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+        if here is None or here != every:  # Other machines have their own commands.
+            return ""
+        start = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
+    if argv is None:
+        return shlex.join([*start, str(program), *sys.argv[1:]])
+    allowed = [f"{ALLOW}={name}" for name in split_allowed(argv)[0]]
+    return shlex.join([*start, str(program), str(folder / HYPERPARAMS), *allowed])
+
+
+def _checkpoint(checkpointer: Checkpointer) -> list[str]:
+    found = checkpointer.list_checkpoints()
+    for rule in checkpointer.retention.best:
+        for best in ranked(found, rule.metric, rule.mode)[:1]:
+            return [f"best checkpoint: {rule.metric} {best.meta[rule.metric]:.4g}, {best.path}"]
+    return [f"newest checkpoint: {each.path}" for each in found[:1]]
+
+
+def _arguments(folder: Path) -> str:
+    """Return what a recipe's infer.py takes after the run folder."""
+    for package in recipe_packages():
+        module = sys.modules[package]
+        if Path(module.__path__[0]).resolve() == folder.resolve():
+            return str(getattr(module, "INFER", "FILE"))
+    return "FILE"
+
+
+def _python() -> str:
+    """Return the shortest name by which a shell finds this Python."""
+    found = shutil.which("python")
+    same = found is not None and os.path.abspath(found) == os.path.abspath(sys.executable)
+    return "python" if same else sys.executable
+
+
+def _from_here(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)

@@ -1,0 +1,143 @@
+"""Recipes by name: `cortex run TASK/NAME` finds the YAML and the program of an installed recipe.
+
+Recipes are found by the entry-point group `cortex.recipes`. The YAMLs of a package `pack.task` are
+in `pack/task/hparams`, or in `hparams/task` within or beside `pack`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import pkgutil
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.cli import session
+from trainer.config.registry import recipe_packages
+
+TRAIN = "train.py"
+MAX_HEAD = 12  # lines of a YAML
+MAX_NAMED = 5  # names that a message suggests
+
+
+class Recipe(NamedTuple):
+    """A YAML and the program that it is a configuration of."""
+
+    file: Path
+    program: Path
+
+    def command(self) -> list[str]:
+        """Return program and YAML, from the current folder where they are in it."""
+        return [_from_here(self.program), _from_here(self.file)]
+
+    def own_modules(self) -> list[str]:
+        """Return the modules beside the program, which the YAML may name."""
+        names = [each.name for each in pkgutil.iter_modules([str(self.program.parent)])]
+        return [name for name in names if name not in sys.stdlib_module_names]
+
+
+def recipes() -> dict[str, Recipe]:
+    """Return the recipes that there are by name, such as "task/name"."""
+    found: dict[str, Recipe] = {}
+    for package in recipe_packages():
+        folder = Path(sys.modules[package].__path__[0])
+        task = folder.name
+        places = (
+            folder / "hparams",
+            folder.parent / "hparams" / task,
+            folder.parent.parent / "hparams" / task,
+        )
+        files = next((sorted(each.glob("*.yaml")) for each in places if each.is_dir()), [])
+        for file in files if (folder / TRAIN).is_file() else ():
+            found.setdefault(f"{task}/{file.stem}", Recipe(file, folder / _program(file, folder)))
+    return found
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return a recipe by its name, or by the path of a YAML.
+
+    A YAML of one's own is run by the train.py beside it, or, in a folder called like a recipe, by
+    that recipe's.
+
+    Raises:
+        ValueError: there is none; the message has the nearest names.
+    """
+    known = recipes()
+    if name in known:
+        return known[name]
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise ValueError(f"there is no file {name}")
+        for each in known.values():
+            if each.file.resolve() == path.resolve():
+                return each
+        beside = path.with_name(TRAIN)
+        task = [each for key, each in known.items() if key.startswith(f"{path.parent.name}/")]
+        if beside.is_file():
+            return Recipe(path, beside)
+        if task:
+            return Recipe(path, task[0].program.with_name(TRAIN))
+        raise ValueError(f"there is no {TRAIN} beside {name}, nor a recipe {path.parent.name!r}")
+    parts = [each for each in known if name in each.split("/")]
+    close = (parts or difflib.get_close_matches(name, known, n=MAX_NAMED, cutoff=0.5))[:MAX_NAMED]
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"there is no recipe {name!r}{hint} (`cortex run` lists them)")
+
+
+def list_recipes() -> list[str]:
+    """Return a line for each recipe: its name, and the first line of its YAML."""
+    known = recipes()
+    width = max(map(len, known), default=0)
+    return [f"{name.ljust(width)}  {_title(each.file)}".rstrip() for name, each in known.items()]
+
+
+def run_recipe(name: str, argv: Sequence[str]) -> int:
+    """Run a recipe in this process, as `python train.py FILE` with these arguments does.
+
+    Raises:
+        ValueError: there is no such recipe.
+        SystemExit: as `trainer.main`.
+    """
+    recipe = find_recipe(name)
+    sys.argv = [*recipe.command(), *argv]
+    sys.path.insert(0, str(recipe.program.parent.resolve()))
+    try:
+        runpy.run_path(str(recipe.program), run_name="__main__")
+    except Exception as error:  # Without the frames of this command.
+        session.trim(error)
+        traceback.print_exception(error)
+        return 1
+    return 0
+
+
+def _program(file: Path, folder: Path) -> str:
+    """Return the program of a recipe that its YAML opens with, such as "python x/train.py …"."""
+    named = re.search(rf"(\w+\.py) \S*{re.escape(file.name)}", "".join(_head(file)))
+    return named[1] if named and (folder / named[1]).is_file() else TRAIN
+
+
+def _title(file: Path) -> str:
+    """Return the first paragraph of the comment that a YAML opens with."""
+    words = [line.lstrip("#").strip() for line in _head(file)]
+    return " ".join(itertools.takewhile(bool, words)).rstrip(":.")
+
+
+def _head(file: Path) -> list[str]:
+    """Return the comment that a YAML opens with, line by line."""
+    with file.open(encoding="utf-8", errors="replace") as text:
+        lines = itertools.islice(text, MAX_HEAD)
+        return list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+def _from_here(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except (ValueError, OSError):
+        return os.path.abspath(path)

@@ -1,0 +1,317 @@
+"""Facts of runs, read from their folders: state, metrics, steps, age; and tables of them.
+
+Only JSON and the manifests of checkpoints are read, and nothing is built or changed: a run may be
+going on, have crashed, or come from elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer import json_files
+from trainer.cli.folder import HEADERS, HYPERPARAMS, LOCK, STATE, RunFolder
+from trainer.config.changes import Settings
+from trainer.config.hyperparameters import Configuration
+from trainer.config.run_folder import check_tags
+from trainer.loggers.files import numbers
+from trainer.metrics import RESERVED
+from trainer.untrusted import confined, printable
+
+MAX_TAIL = 1 << 18  # bytes at the end of metrics.jsonl that are read
+MAX_DEPTH = 6  # of folders that are searched for runs
+MAX_METRICS = 3  # in a line of the list
+MAX_CELL = 60  # characters
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run as its folder tells it.
+
+    Attributes:
+        folder: the run folder.
+        state: "running", "finished", "stopped", "crashed", or "unknown" for a run of before.
+        error: what it crashed of.
+        step: optimizer steps; None where unknown.
+        stage: stage of the metrics, "test" or "valid".
+        metrics: the last ones of the test, else of the validation.
+        changed: time of the last change in seconds since 1970.
+        notes: what could not be read, in sentences.
+    """
+
+    folder: Path
+    state: str = "unknown"
+    error: str = ""
+    step: int | None = None
+    stage: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    changed: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def is_run(folder: Path) -> bool:
+    """Return True for a folder with the hyperparams.yaml of a run."""
+    path = folder / HYPERPARAMS
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.readline(200).decode(errors="replace").strip() in HEADERS
+    except OSError:
+        return False
+
+
+def find_runs(roots: Iterable[Path]) -> Iterator[Path]:
+    """Yield the run folders in and below folders, sorted; links are not followed.
+
+    Raises:
+        ValueError: for a root that is no folder.
+    """
+    for root in roots:
+        if not root.is_dir():
+            raise ValueError(f"{printable(str(root))} is no folder")
+        for place, folders, _ in os.walk(root):
+            here = Path(place)
+            folders[:] = sorted(each for each in folders if not each.startswith("."))
+            if is_run(here):
+                yield here
+            if is_run(here) or len(here.relative_to(root).parts) >= MAX_DEPTH:
+                folders.clear()
+
+
+def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the folders that are runs, and a sentence about each of the others."""
+    folders = [Path(each).expanduser() for each in given]
+    why = f"is no run folder: it has no {HYPERPARAMS} of a run"
+    return [each for each in folders if is_run(each)], [
+        f"{printable(str(each))} {why if each.exists() else 'does not exist'}"
+        for each in folders
+        if not is_run(each)
+    ]
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Return the facts of a run; what cannot be read is in the notes."""
+    notes: list[str] = []
+    record: Any = {}
+    with _noted(notes):
+        if os.path.lexists(folder / STATE):
+            record = json_files.read(confined(folder, folder / STATE))
+    record = record if isinstance(record, dict) else {}
+    stages: dict[str, dict[str, float]] = {}
+    step: int | None = None
+    with _noted(notes):
+        stages, step = _last_records(folder)
+    with _noted(notes):
+        step = max([RunFolder(folder).progress()[0], step or 0]) or None
+    stage = next((each for each in ("test", "valid") if stages.get(each)), "")
+    state = str(record.get("state", "finished" if "test" in stages else "unknown"))
+    running = is_locked(folder)
+    state = "running" if running else "crashed" if state == "running" else state
+    killed = "killed, or the machine went down" if state == "crashed" else ""
+    return RunFacts(
+        folder,
+        printable(state)[:MAX_CELL],
+        "" if state != "crashed" else printable(str(record.get("error") or killed)),
+        step,
+        stage,
+        stages.get(stage, {}),
+        max(_time(folder / name) for name in ("metrics.jsonl", "train.log", STATE, HYPERPARAMS)),
+        tuple(notes),
+    )
+
+
+@contextmanager
+def _noted(notes: list[str]) -> Iterator[None]:
+    """Context manager that adds an error in reading to the notes."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        notes.append(printable(str(error)))
+
+
+def is_locked(folder: Path) -> bool:
+    """Return True if another process holds the lock of a run folder; the lock is not taken."""
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        os.lockf(file, os.F_TEST, 0)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(file)
+    return False
+
+
+def _last_records(folder: Path) -> tuple[dict[str, dict[str, float]], int | None]:
+    """Return the metrics of the last record of each stage, and the last step.
+
+    Lines that are cut, as those of a run that was killed, are left out.
+    """
+    path = folder / "metrics.jsonl"
+    if not os.path.lexists(path):
+        return {}, None
+    with confined(folder, path).open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - MAX_TAIL))
+        lines = file.read(MAX_TAIL).split(b"\n")
+    stages: dict[str, dict[str, float]] = {}
+    step = None
+    for line in reversed(lines):
+        with suppress(json_files.BadJson):
+            record = json_files.parse(line)
+            if not isinstance(record, dict):
+                continue
+            place = record.get("step")
+            if step is None and isinstance(place, int) and abs(place) < 1e15:
+                step = place
+            stage = record.get("stage")
+            if record.get("kind") == "stage" and isinstance(stage, str) and stage not in stages:
+                found = {k: v for k, v in record.items() if k not in RESERVED or k == "loss"}
+                stages[stage] = {k: v for k, v in numbers(found) if v is not None}
+    return stages, step
+
+
+def _time(path: Path) -> float:
+    with suppress(OSError):
+        return path.lstat().st_mtime
+    return 0.0
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def list_lines(runs: Sequence[RunFacts], now: float | None = None) -> list[str]:
+    """Return the table of `cortex ls`."""
+    now = time.time() if now is None else now
+    rows = [("run", "state", "step", "metrics", "age")]
+    notes = []
+    for run in runs:
+        step = "" if run.step is None else str(run.step)
+        age = duration(now - run.changed)
+        rows.append((printable(str(run.folder)), run.state, step, metrics_text(run), age))
+        notes += _sentences(run)
+    return [*table(rows), *([""] if notes else []), *notes]
+
+
+def _sentences(run: RunFacts) -> list[str]:
+    """Return what a run crashed of, and what of it could not be read."""
+    return [f"{printable(str(run.folder))}: {text}" for text in (run.error, *run.notes) if text]
+
+
+def metrics_text(run: RunFacts) -> str:
+    """Return the first metrics of a run, such as "test wer 1.11, cer 0.65"."""
+    names = [name for name in run.metrics if name != "loss"] or list(run.metrics)
+    text = ", ".join(f"{printable(k)} {number(run.metrics[k])}" for k in names[:MAX_METRICS])
+    return f"{run.stage} {text}".strip()
+
+
+def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
+    """Return the table of `cortex compare`.
+
+    It has a row for each run with its last metrics and the hyperparameters that differ, and for
+    runs that differ in their seeds alone a row with mean and standard deviation.
+    """
+    values, notes = {}, []
+    for run in runs:
+        try:
+            values[run.folder] = _settings(run.folder)
+        except (ValueError, OSError) as error:
+            notes.append(f"{printable(str(run.folder))}: {printable(str(error))}")
+        notes += _sentences(run)
+    every = {key: [each.get(key) for each in values.values()] for key in _keys(values.values())}
+    keys = [key for key, found in every.items() if any(each != found[0] for each in found)]
+    tests = [run.metrics for run in runs]
+    only_loss = any([*each] == ["loss"] for each in tests)
+    names = [name for name in _keys(tests) if name != "loss" or only_loss]
+    rows: list[tuple[str, ...]] = [("run", "state", "step", "stage", *names, *keys)]
+    groups: dict[tuple[str, ...], list[RunFacts]] = {}
+    for run in runs:
+        own = values.get(run.folder, {})
+        cells = tuple(_cell(own.get(key)) for key in keys)
+        measured = (number(run.metrics[n]) if n in run.metrics else "" for n in names)
+        step = "" if run.step is None else str(run.step)
+        rows.append((printable(str(run.folder)), run.state, step, run.stage, *measured, *cells))
+        if run.folder in values:
+            alike = [_cell(own.get(key)) for key in keys if key != "seed"]
+            groups.setdefault((run.stage, *alike), []).append(run)
+    for (stage, *_), group in groups.items():
+        seeds = {_cell(values[run.folder].get("seed")) for run in group}
+        if len(seeds) > 1:
+            own = values[group[0].folder]
+            cells = tuple("any" if key == "seed" else _cell(own.get(key)) for key in keys)
+            spread = (_spread([run.metrics.get(name) for run in group]) for name in names)
+            rows.append((f"mean of {len(group)}", "", "", stage, *spread, *cells))
+    return [*table(rows), *([""] if notes else []), *notes]
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return the hyperparameters in force of a run, without references and neutral keys."""
+    configuration = Configuration(folder / HYPERPARAMS, run_folder=True)
+    check_tags(configuration.root)
+    settings = Settings(configuration.root, configuration.registry)
+    return {
+        key: value
+        for key, value in settings.values.items()
+        if settings.origin(key) == key and settings.kind(key) != "neutral"
+    }
+
+
+def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for each in mappings for key in each))
+
+
+def _cell(value: Any) -> str:
+    text = printable(str(value)) if value is not None else ""
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [each for each in values if each is not None and math.isfinite(each)]
+    if not known:
+        return ""
+    spread = f" ± {number(statistics.stdev(known))}" if len(known) > 1 else ""
+    return f"{number(statistics.fmean(known))}{spread}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def number(value: float) -> str:
+    """Return a number with four digits."""
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its largest unit, such as "3 h"."""
+    for length, unit in UNITS:
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return "0 s"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes, such as "1.2 MB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

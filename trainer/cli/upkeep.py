@@ -1,0 +1,243 @@
+"""Upkeep of run folders: delete what is not needed, and average checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml.nodes import MappingNode
+
+from trainer.checkpoint import storage
+from trainer.checkpoint.checkpointer import Best, Checkpointer, ranked
+from trainer.checkpoint.storage import Checkpoint
+from trainer.cli.folder import HYPERPARAMS, RunFolder
+from trainer.cli.runs import is_locked
+from trainer.config.hyperparameters import Configuration
+from trainer.config.reading import get, nodes, plain
+from trainer.evaluation import load_weights
+from trainer.loggers.files import replace_file, temporary
+from trainer.options import RunOptions
+from trainer.untrusted import bytes_on_disk, confined, memory_in_proportion, printable
+
+CHECKPOINTS = "checkpoints"
+MAX_LEVELS = 3  # of folders in a run folder, in which a program keeps checkpoints
+PLACES = ("epoch", "optimizer_step", "step")  # in the meta of a checkpoint; not metrics
+
+
+@dataclass(frozen=True)
+class Removable:
+    """Folder that may be deleted.
+
+    Attributes:
+        run: the run folder.
+        path: the folder to delete.
+        bytes: the space that it takes on the disk.
+        why: reason why it is not needed.
+    """
+
+    run: Path
+    path: Path
+    bytes: int
+    why: str
+
+
+def removable(run: Path) -> tuple[list[Removable], list[str]]:
+    """Return what of a run may be deleted, and sentences on what is left alone.
+
+    These are checkpoints that are neither the newest, nor the newest of an epoch's end, nor among
+    the best by a metric, nor named by the program; and what killed saves have left. A run that is
+    going on is left alone.
+    """
+    if is_locked(run):
+        return [], [f"{printable(str(run))} is going on: nothing of it is deleted"]
+    return _candidates(run)
+
+
+def _candidates(run: Path) -> tuple[list[Removable], list[str]]:
+    found: list[Removable] = []
+    notes: list[str] = []
+    for folder in _checkpoint_folders(run):
+        checkpoints = []
+        for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+            path = Path(entry.path)
+            if not entry.is_dir(follow_symlinks=False):
+                continue
+            if storage.TEMPORARY_NAME.fullmatch(entry.name):
+                why = "left by a save that was killed"
+                found.append(Removable(run, path, bytes_on_disk(path), why))
+            elif storage.CHECKPOINT_NAME.fullmatch(entry.name):
+                try:
+                    checkpoints.append(storage.read_manifest(path))
+                except storage.BrokenCheckpoint as error:
+                    if storage.looks_like_checkpoint(path):
+                        notes.append(f"{printable(str(error))}: it is left alone")
+        kept = _kept(checkpoints, run)
+        for each in sorted(checkpoints, key=lambda each: each.number):
+            others = {*os.listdir(each.path)} - {*each.files, storage.MANIFEST}
+            if each not in kept and others:
+                strange = printable(min(others))
+                notes.append(f"{each.path} is left alone: no save has written {strange!r} in it")
+            elif each not in kept:
+                why = "neither the newest nor the best checkpoint"
+                found.append(Removable(run, each.path, bytes_on_disk(each.path), why))
+    return found, notes
+
+
+def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
+    """Delete folders that `removable` has listed; return the bytes and what went wrong.
+
+    Each run is locked meanwhile. What has come to be needed since is not deleted.
+    """
+    freed, problems = 0, []
+    for run in dict.fromkeys(each.run for each in items):
+        folder = RunFolder(run)
+        try:
+            folder.open()
+            for place in {each.path.parent for each in items if each.run == run}:
+                lock = storage.lock_folder(place)
+                if lock is None:
+                    raise ValueError(f"another process saves in {place}: nothing was deleted there")
+                still = {each.path for each in _candidates(run)[0]}
+                for each in items:
+                    if each.path.parent == place and each.path in still:
+                        stale = storage.TEMPORARY_NAME.fullmatch(each.path.name)
+                        (shutil.rmtree if stale else storage.delete)(each.path)
+                        freed += each.bytes
+        except (ValueError, OSError) as error:
+            problems.append(printable(str(error)))
+        finally:
+            folder.close()
+    return freed, problems
+
+
+def _checkpoint_folders(run: Path) -> Iterator[Path]:
+    """Yield the folders in a run folder that hold checkpoints, or remains of them."""
+    for place, folders, _ in os.walk(run):  # Links are not followed.
+        if len(Path(place).relative_to(run).parts) >= MAX_LEVELS:
+            folders.clear()
+        holds = [os.path.isfile(os.path.join(place, each, storage.MANIFEST)) for each in folders]
+        if any(holds) or any(map(storage.TEMPORARY_NAME.fullmatch, folders)):
+            yield Path(place)
+            folders.clear()
+
+
+def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
+    """Return the checkpoints of a folder that stay.
+
+    Of a metric that the run has no rule for, the lowest and the highest stay.
+    """
+    newest = sorted(checkpoints, key=lambda each: each.number, reverse=True)
+    kept = {each for each in newest if each.pinned or each.label}
+    kept.update(newest[:1], [each for each in newest if each.end_of_epoch][:1])
+    rules, number = _rules(run)
+    known = {rule.metric for rule in rules}
+    others = {name for each in newest for name in each.meta if name not in (*known, *PLACES)}
+    rules += [Best("loss", "min")] if "loss" in others else []
+    rules += [Best(name, mode) for name in others - {"loss"} for mode in ("min", "max")]
+    for rule in rules:
+        kept.update(ranked(newest, rule.metric, rule.mode)[: max(rule.n, number)])
+    return kept
+
+
+def _rules(run: Path) -> tuple[list[Best], int]:
+    """Return the rules for the best checkpoints that a run's YAML has, and how many are averaged.
+
+    There are none where it cannot be read.
+    """
+    rules: list[Best] = []
+    try:
+        configuration = Configuration(run / HYPERPARAMS, run_folder=True)
+        for node in nodes(configuration.root):
+            given = get(node, "keep_best") if isinstance(node, MappingNode) else None
+            if isinstance(given, MappingNode):
+                rules += Checkpointer(run, keep_best=plain(given)).retention.best
+        return rules, configuration.options().get("average_checkpoints", 1)
+    except (ValueError, OSError):
+        return [], 1
+
+
+# ------------------------------------------------------------------------------------- averaging
+
+
+class _Weights:
+    """State of a Brain that has weights alone."""
+
+    def __init__(self, weights: Any) -> None:
+        self._weights = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"modules": self._weights}
+
+    def load_state_dict(self, state: Any) -> None:
+        self._weights = state["modules"]
+
+
+def average(
+    run: Path,
+    output: Path,
+    number: int | None = None,
+    min_key: str | None = None,
+    max_key: str | None = None,
+) -> list[Checkpoint]:
+    """Write a run folder whose one checkpoint has the mean of the weights of a run's checkpoints.
+
+    Of a run with ``ema_decay`` it is the mean of the averaged weights. The new folder is for
+    `trainer.load` and for tests; it holds nothing to train on with.
+
+    Args:
+        run: the run folder.
+        output: the new folder.
+        number: number of checkpoints; None for all.
+        min_key: metric of which those with the lowest values are taken, in place of the newest.
+        max_key: the same for the highest values.
+
+    Returns:
+        The checkpoints that were averaged.
+
+    Raises:
+        ValueError: there are not so many checkpoints, or the folder exists.
+        OSError: a file cannot be written.
+    """
+    if os.path.lexists(output):
+        raise ValueError(f"{output} exists already: name another folder by --output")
+    checkpointer = Checkpointer(confined(run, run / CHECKPOINTS))
+    if min_key and max_key:
+        raise ValueError(f"give --min ({min_key}) or --max ({max_key}), not both")
+    found = checkpointer.list_checkpoints()
+    if key := min_key or max_key:
+        found = ranked(found, key, "min" if min_key else "max")
+    if not found or len(found) < (number or 1):
+        by = f" with a finite {key!r}" if key else ""
+        raise ValueError(
+            f"{printable(str(run))} has {len(found)} checkpoints{by} and not {number or 1}: a run "
+            "keeps more of them by keep_last and keep_best of its Checkpointer"
+        )
+    chosen = found[:number]
+    configuration = Configuration(run / HYPERPARAMS, run_folder=True)
+    options = configuration.options()
+    wanted = RunOptions(average_checkpoints=len(chosen), ema_decay=options.get("ema_decay"))
+    with memory_in_proportion(run):
+        weights = load_weights(checkpointer, wanted, max_key, min_key)
+    if weights is None:
+        raise ValueError(f"{printable(str(run))} has no sound checkpoint")
+    alone = {"average_checkpoints": 1, "ema_decay": None}
+    configuration.override({name: alone[name] for name in alone if name in options})
+    configuration.override({"output_folder": str(output)})
+    new = temporary(output)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        meta = {**chosen[0].meta, "average_of": [each.name for each in chosen]}
+        saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": _Weights(weights)})
+        saver.save_checkpoint(meta)
+        with (run / HYPERPARAMS).open(encoding="utf-8") as file:
+            header = file.readline(200).strip()
+        text = f"{header}\n{configuration.dump()}"
+        replace_file(new / HYPERPARAMS, [text.encode()], HYPERPARAMS)
+        os.rename(new, output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return chosen

@@ -1,0 +1,156 @@
+"""Time of the parts of a step, padding and memory, measured once per log record.
+
+Nothing waits for a device, and no step but the measured one runs more than before. On a GPU the
+times are those of the device, taken by events that are read with the next record.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainer import distributed
+from trainer.callbacks import Callback
+from trainer.data.batch import Batch, Padded
+from trainer.optim import step
+from trainer.progress import Stage
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+    from trainer.checkpoint import Checkpoint
+
+
+class StepTimes(Callback):
+    """Add the seconds of a step to log records, as ``times``, ``padding`` and ``memory``.
+
+    Measured are the batches up to the first step after a record: the wait for data, forward pass
+    and loss, backward pass, and the step itself. ``save`` is what checkpoints took since the last
+    record. ``padding`` is the share of the largest padded field that is padding, ``memory`` the
+    most that tensors have taken on the GPU, or the process on a CPU, in bytes.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[str, Any]] = []  # Each part with the time of its end.
+        self._padding: float | None = None
+        self._saving = 0.0
+        self._listens = self._counts = False
+
+    def on_stage_start(
+        self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
+    ) -> None:
+        """Measure from the second batch of a training stage on."""
+        if stage is Stage.TRAIN:
+            self._begin(brain)
+
+    def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
+        """Add the last measurement to a record, and begin the next one."""
+        if self._stepped() and (times := self._times()):
+            record["times"] = times
+        if self._saving:
+            record.setdefault("times", {})["save"] = round(self._saving, 6)
+        if self._padding is not None:
+            record["padding"] = round(self._padding, 4)
+        record["memory"] = _memory(brain.device)
+        self._saving = 0.0
+        self._begin(brain)
+
+    def on_checkpoint(self, brain: Brain, checkpoint: Checkpoint) -> None:
+        """Add the time that a checkpoint took; the wait for data begins after it."""
+        self._saving += (
+            datetime.now(UTC) - datetime.fromisoformat(checkpoint.time)
+        ).total_seconds()
+        if self._marks and self._listens:
+            self._mark("save")
+
+    def on_fit_end(self, brain: Brain) -> None:
+        """Stop measuring."""
+        self._end(brain)
+
+    def _begin(self, brain: Brain) -> None:
+        self._end(brain)
+        self._marks, self._padding, self._counts = [], None, False
+        self._events = brain.device.type == "cuda"
+        brain.callbacks.listen("on_batch_start", self._batch_start)
+        brain.callbacks.listen("on_batch_end", self._batch_end)
+        self._listens = True
+
+    def _end(self, brain: Brain) -> None:
+        if self._listens:
+            brain.callbacks.unlisten("on_batch_start", self._batch_start)
+            brain.callbacks.unlisten("on_batch_end", self._batch_end)
+            step.stopwatch = None
+            self._listens = False
+
+    def _batch_start(self, brain: Brain, batch: Any) -> None:
+        if not self._counts:
+            return
+        self._mark("data")
+        self._padding = _padding(batch)
+        step.stopwatch = self._mark
+
+    def _batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
+        if stage is not Stage.TRAIN:
+            return
+        self._mark("rest")
+        step.stopwatch = None
+        if self._stepped():
+            self._end(brain)
+        elif not self._counts:  # A measurement begins with a window.
+            del self._marks[:-1]
+            self._counts = not any(update.window.count for update in brain.updates.values())
+
+    def _stepped(self) -> bool:
+        return any(part == "step" for part, _ in self._marks)
+
+    def _mark(self, part: str) -> None:
+        if self._events:
+            event: Any = torch.cuda.Event(enable_timing=True)
+            event.record()
+        else:
+            event = time.perf_counter()
+        self._marks.append((part, event))
+
+    def _times(self) -> dict[str, float]:
+        """Return the seconds of each part of the measured step; nothing without one."""
+        if len(self._marks) < 2 or (self._events and not self._marks[-1][1].query()):
+            return {}
+        times: dict[str, float] = {}
+        before = self._marks[0][1]
+        for part, at in self._marks[1:]:
+            spent = before.elapsed_time(at) / 1000 if self._events else at - before
+            before, known = at, {"rest": "step", "save": ""}.get(part, part)
+            if known:
+                times[known] = round(times.get(known, 0.0) + spent, 6)
+        return times
+
+
+def make_step_times(brain: Brain) -> StepTimes | None:
+    """Return the measurement of a Brain that records, on the main rank; else None."""
+    return StepTimes() if brain.options.output_folder and distributed.is_main() else None
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _padding(batch: Any) -> float | None:
+    """Return the share of padding in the largest padded field whose lengths are on the host."""
+    batch = dict(batch.on_host) if isinstance(batch, Batch) else batch
+    largest, share = 0, None
+    for field in batch.values() if isinstance(batch, Mapping) else ():
+        if isinstance(field, Padded) and isinstance(field.lengths, Tensor):
+            data, lengths = field.data, field.lengths
+            if lengths.device.type == "cpu" and data.numel() > largest:
+                largest = data.numel()
+                share = 1 - float(lengths.sum()) / (data.shape[0] * data.shape[1])
+    return share

@@ -1,0 +1,255 @@
+"""Several runs on one page: results with their spread over seeds, settings, curves and samples."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer import json_files
+from trainer.config.changes import is_place
+from trainer.config.reading import PLAIN, paths, plain, read, tag
+from trainer.report.axis import count, number
+from trainer.report.chart import Chart, Series
+from trainer.report.history import Curve, History, measures_of, read_history
+from trainer.report.html import document, escape, section, table
+from trainer.report.page import (
+    ENVIRONMENT,
+    chart_sections,
+    clocks,
+    duration,
+    last_lines,
+    warning_list,
+    words,
+)
+from trainer.report.plots import STEP, display_name
+from trainer.report.samples import read_tables, render_tables
+
+MAX_RUNS = 24
+MAX_VALUE = 200  # characters of a setting
+SEEDS = ("seed",)  # Settings that tell repetitions of a run apart.
+
+
+@dataclass
+class Compared:
+    """A run that is compared.
+
+    Args:
+        name: what tells its folder from the others.
+        folder: run folder.
+        history: its records.
+        settings: values of its hyperparams.yaml by dotted key, as they are written.
+        problem: why the settings are not known; empty where they are.
+    """
+
+    name: str
+    folder: Path
+    history: History
+    settings: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+    def results(self) -> dict[str, float]:
+        """Return the results of the test, or of the last validation where there was none."""
+        for stage in ("test", "valid", "train"):
+            records = [each for each in self.history.stages if each["stage"] == stage]
+            if records:
+                found = measures_of(records[-1])
+                return {f"{stage} {display_name(n)}": v for n, v in found if v is not None}
+        return {}
+
+    def group(self) -> tuple[tuple[str, str], ...]:
+        """Return the settings but for seeds, paths and the like: equal for repetitions of a run."""
+        return tuple(
+            (key, value) for key, value in sorted(self.settings.items()) if not _is_neutral(key)
+        )
+
+
+def render_comparison(folders: Sequence[Path]) -> str:
+    """Return the page that compares runs.
+
+    Raises:
+        ValueError: if there is no folder, one of them is none, or there are too many.
+    """
+    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    every = [run.history for run in runs]
+    problems = "".join(
+        f"<li><strong>{escape(run.name)}</strong>: {escape(run.problem)}</li>"
+        for run in runs
+        if run.problem
+    )
+    ended = "".join(
+        f"<h3>{escape(run.name)}</h3>{lines}" for run in runs if (lines := last_lines(run.folder))
+    )
+    samples = render_tables({run.name: read_tables(run.folder) for run in runs})
+    return document(
+        f"{len(runs)} runs" if len(runs) > 1 else runs[0].name,
+        f"<p>{escape(', '.join(run.name for run in runs))}. "
+        f"Written {time.strftime('%Y-%m-%d %H:%M')}.</p>",
+        f"{section('Results', _results(runs))}{section('Over seeds', _spread(runs))}"
+        f"{section('Ended with an error', ended)}"
+        f"{section('Hyperparameters', _differences(runs, 'Hyperparameters', _setting))}"
+        f"{section('Not read', warning_list(problems))}"
+        f"{samples}{chart_sections(_charts(runs))}{clocks(every)}"
+        f"{section('Environment', _differences(runs, 'Environment', _environment))}",
+    )
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Check the folders, and return what tells them apart."""
+    if not folders:
+        raise ValueError("there is nothing to compare: give folders of runs, such as results/asr/*")
+    if len(folders) > MAX_RUNS:
+        raise ValueError(f"{len(folders)} runs are too many for a page; allowed: up to {MAX_RUNS}")
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; allowed: folders of runs")
+    whole = [folder.resolve() for folder in folders]
+    common = Path(os.path.commonpath(whole))
+    if common in whole:
+        common = common.parent
+    return [str(each.relative_to(common)) for each in whole]
+
+
+def _read(folder: Path, name: str) -> Compared:
+    run = Compared(name, folder, read_history(folder / "metrics.jsonl"))
+    try:
+        root, _ = read(folder / "hyperparams.yaml", alone=True)
+    except (OSError, ValueError) as error:
+        run.problem = f"its settings cannot be read: {error}"
+        return run
+    for key, node in paths(root):
+        value = node.value
+        if key and tag(node) not in PLAIN:
+            run.settings[key] = f"{tag(node)} {value}" if isinstance(value, str) else tag(node)
+        elif key and not isinstance(value, list):
+            run.settings[key] = str(plain(node))
+    return run
+
+
+def _is_neutral(key: str) -> bool:
+    return key in SEEDS or is_place(key.rpartition(".")[2])
+
+
+def _results(runs: Sequence[Compared]) -> str:
+    """Return a table with the results of each run."""
+    results = {run.name: run.results() for run in runs}
+    names = list(dict.fromkeys(name for each in results.values() for name in each))
+    rows = []
+    for run in runs:
+        found, history = results[run.name], run.history
+        cells = [number(found[name]) if name in found else "–" for name in names]
+        known = f"{count(history.last_step)}" if history.steps or history.stages else "none logged"
+        rows.append([escape(run.name), *cells, known, duration(history.seconds)])
+    return table("Results", ["run", *names, "steps", "training"], rows)
+
+
+def _spread(runs: Sequence[Compared]) -> str:
+    """Return a table with mean and standard deviation over runs that differ in their seed alone."""
+    groups: dict[Any, list[Compared]] = {}
+    for run in runs:
+        groups.setdefault(run.group() if run.settings else run.name, []).append(run)
+    if all(len(each) < 2 for each in groups.values()):
+        return ""
+    differing = {key for key, _ in _differing(runs, _setting)}
+    names = list(dict.fromkeys(name for run in runs for name in run.results()))
+    rows = []
+    for group in groups.values():
+        told = [f"{k}={group[0].settings.get(k, '–')}" for k in sorted(differing - {*SEEDS})]
+        title = ", ".join(each for each in told if not _is_neutral(each.partition("=")[0]))
+        cells = []
+        for name in names:
+            values = [found[name] for run in group if name in (found := run.results())]
+            mean = number(statistics.fmean(values)) if values else "–"
+            cells.append(mean + (f" ± {number(_deviation(values))}" if len(values) > 1 else ""))
+        rows.append([escape(title[:MAX_VALUE] or group[0].name), str(len(group)), *cells])
+    note = "<p>Mean and standard deviation over runs whose settings differ in the seed alone.</p>"
+    return note + table("Over seeds", ["settings", "runs", *names], rows)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    try:
+        return statistics.stdev(values)
+    except OverflowError:
+        return float("inf")
+
+
+Facts = Callable[[Compared], Mapping[str, str]]
+
+
+def _setting(run: Compared) -> Mapping[str, str]:
+    return run.settings
+
+
+def _environment(run: Compared) -> Mapping[str, str]:
+    try:
+        known = json_files.read(run.folder / "environment.json")
+    except (OSError, json_files.BadJson):
+        return {}
+    known = known if isinstance(known, dict) else {}
+    return {name: words(known[name]) for name in ENVIRONMENT if name in known}
+
+
+def _differing(runs: Sequence[Compared], facts: Facts) -> list[tuple[str, list[str | None]]]:
+    """Return the facts that are not equal in all runs that have any."""
+    found = [facts(run) for run in runs]
+    keys = dict.fromkeys(key for each in found for key in each)
+    values = {key: [each.get(key) for each in found] for key in keys}
+    return [
+        (key, row)
+        for key, row in values.items()
+        if len({value for value, known in zip(row, found, strict=True) if known}) > 1
+    ]
+
+
+def _differences(runs: Sequence[Compared], title: str, facts: Facts) -> str:
+    rows = [
+        [escape(key), *(escape("–" if each is None else each[:MAX_VALUE]) for each in row)]
+        for key, row in _differing(runs, facts)
+    ]
+    return table(title, ["", *(run.name for run in runs)], rows, "words") if rows else ""
+
+
+def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
+    """Return charts with a line for each run."""
+    every = [run.history for run in runs]
+
+    def over_steps(title: str, label: str, key: str, from_zero: bool = False) -> Chart:
+        chart = Chart(title, STEP, label, from_zero=from_zero, timed=True)
+        return _overlay(chart, runs, [each.steps.get(key, Curve()) for each in every])
+
+    losses = dict.fromkeys(key for each in every for key in each.steps if key[:4] == "loss")
+    measures = dict.fromkeys(name for each in every for name in each.measures())
+    optimizers = dict.fromkeys(name for each in every for name in each.optimizers())
+    steps = [over_steps(f"Training {display_name(key)}", "loss", key) for key in losses]
+    epochs = []
+    for name in measures:
+        title = display_name(name)
+        chart = Chart(f"{title} of validation by epoch", "epoch", title)
+        epochs.append(_overlay(chart, runs, [each.by_epoch("valid", name) for each in every]))
+    optimization = [
+        over_steps(f"{title} of {name}" if len(optimizers) > 1 else title, label, f"{at}.{key}")
+        for name in optimizers
+        for at in (f"optimizers.{name}",)
+        for title, label, key in (
+            ("Learning rate", "learning rate", "lr"),
+            ("Gradient norm", "L2 norm before clipping", "norm"),
+        )
+    ]
+    speed = over_steps("Throughput", "examples per second", "examples_per_second", from_zero=True)
+    return [
+        ("Losses and metrics", steps + epochs),
+        ("Optimization", optimization),
+        ("Speed", [speed]),
+    ]
+
+
+def _overlay(chart: Chart, runs: Sequence[Compared], curves: Sequence[Curve]) -> Chart:
+    for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+        if curve.known():
+            line = Series(run.name, curve.xs, curve.ys, place, noisy=True, clock=place)
+            chart.series.append(line)
+    return chart

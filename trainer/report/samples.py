@@ -1,0 +1,251 @@
+"""The samples of runs as HTML: players, pictures, aligned texts, matrices and histograms.
+
+What is in the folder `samples` of a run may come from elsewhere: what cannot be read is left out,
+texts are escaped, and files are taken from within the folder alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer import json_files
+from trainer.loggers.samples import FOLDER, MAX_ROWS, MAX_SETS, TABLE
+from trainer.report.axis import count, number
+from trainer.report.chart import Chart, Series, draw
+from trainer.report.html import escape, section
+from trainer.untrusted import confined
+
+MAX_EMBEDDED = 6_500_000  # bytes of the files in a page, which base64 makes 8.7 MB
+MAX_TEXT = 20_000  # characters of a cell
+TYPES = {".flac": "audio/flac", ".wav": "audio/wav", ".png": "image/png"}
+MARKS = {".flac": b"fLaC", ".wav": b"RIFF", ".png": b"\x89PNG"}  # First bytes of such a file.
+ERRORS = {"S": "substituted", "D": "deleted", "I": "inserted"}
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Table:
+    """Samples of one title, as a run folder has them."""
+
+    folder: Path
+    title: str
+    facts: str
+    rows: list[Row]
+
+
+@dataclass
+class Embedder:
+    """Puts files into a page until they are `MAX_EMBEDDED` bytes."""
+
+    left: int = MAX_EMBEDDED
+    missing: list[str] = field(default_factory=list)
+
+    def uri(self, folder: Path, name: object) -> str | None:
+        """Return a file as a data: URI; None if it is no such file, or the page has no room."""
+        path = folder / str(name)
+        try:
+            confined(folder, path)
+            with path.open("rb") as file:
+                content = file.read(self.left + 1)
+        except (OSError, ValueError):  # ValueError: it leads elsewhere, or has a NUL in its name.
+            return None
+        if path.suffix not in TYPES or not content.startswith(MARKS[path.suffix]):
+            return None
+        if len(content) > self.left:
+            self.missing.append(str(name))
+            return None
+        self.left -= len(content)
+        return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(content).decode()}"
+
+
+def read_tables(folder: Path) -> list[Table]:
+    """Return the samples of a run folder, those of the test first."""
+    found = []
+    for path in sorted((folder / FOLDER).glob(f"*/{TABLE}"))[: 2 * MAX_SETS]:
+        try:
+            table = json_files.read(confined(folder, path))
+        except (OSError, ValueError):  # BadJson, and a path that leads elsewhere.
+            continue
+        table = table if isinstance(table, dict) else {}
+        rows = table.get("rows")
+        if not isinstance(rows, list) or not rows:
+            continue
+        facts = [str(table[name]) for name in ("note",) if table.get(name)]
+        if isinstance(table.get("epoch"), int):
+            facts.append(f"Epoch {count(table['epoch'])}.")
+        if isinstance(table.get("left_out"), int) and table["left_out"] > 0:
+            facts.append(f"{count(table['left_out'])} more are left out.")
+        cells = [_cells(row) for row in rows[:MAX_ROWS] if isinstance(row, dict)]
+        found.append(Table(path.parent, str(table.get("title")), " ".join(facts), cells))
+    return sorted(found, key=lambda each: each.title != "test")
+
+
+def _cells(row: Mapping[str, Any]) -> Row:
+    return {name: cell for name, cell in row.items() if isinstance(cell, dict)}
+
+
+def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
+    """Return a section for each title, with the rows of equal ids of all runs together.
+
+    Args:
+        runs: tables of each run by its name; the name of a single one is not shown.
+    """
+    embedder, text = Embedder(), ""
+    titles = dict.fromkeys(table.title for tables in runs.values() for table in tables)
+    for title in titles:
+        tables = {run: table for run, own in runs.items() for table in own if table.title == title}
+        ids = dict.fromkeys(
+            name for table in tables.values() for name in _by_id(table)
+        )  # In the order of the first run, then what only others have.
+        facts = {run: table.facts for run, table in tables.items() if table.facts}
+        if len({*facts.values()}) == 1:
+            facts = {"": next(iter(facts.values()))}
+        body = "".join(
+            f"<p>{escape(f'{run}: {told}' if run else told)}</p>" for run, told in facts.items()
+        )
+        for id in list(ids)[:MAX_ROWS]:
+            parts = ""
+            for run, table in tables.items():
+                if (row := _by_id(table).get(id)) is not None:
+                    shown = _row(row, table.folder, embedder, id)
+                    heading = f"<h4>{escape(run)}</h4>" if len(runs) > 1 else ""
+                    parts += f'<div class="run">{heading}{shown}</div>'
+            parts = f'<div class="runs">{parts}</div>' if len(runs) > 1 else parts
+            body += f'<article class="sample"><h3>{escape(id)}</h3>{parts}</article>'
+        text += section(f"Samples: {title}", body)
+    if embedder.missing:
+        text += (
+            f"<p>{count(len(embedder.missing))} sounds and pictures are not in this page, which "
+            "would be too large with them: they are in the folder samples.</p>"
+        )
+    return text
+
+
+def _by_id(table: Table) -> dict[str, Row]:
+    found = {}
+    for place, row in enumerate(table.rows, 1):
+        cell = row.get("id", {})
+        known = cell.get("text", cell.get("value"))
+        name = _text(str(place) if known is None else known)
+        while name in found:
+            name += " (again)"
+        found[name] = row
+    return found
+
+
+def _row(row: Row, folder: Path, embedder: Embedder, id: str) -> str:
+    """Return the cells of a row: numbers first, then what is to be seen and heard."""
+    facts = cells = ""
+    for name, cell in row.items():
+        if name == "id":
+            continue
+        if cell.get("kind") == "number":
+            value = cell.get("value")
+            shown = number(value) if isinstance(value, (int, float)) else "lost"
+            facts += f"<div><dt>{escape(_text(name))}</dt><dd>{shown}</dd></div>"
+        else:
+            cells += _cell(_text(name), cell, folder, embedder, id)
+    facts = f'<dl class="facts">{facts}</dl>' if facts else ""
+    return f'{facts}<div class="cells">{cells}</div>' if cells else facts
+
+
+def _cell(name: str, cell: Row, folder: Path, embedder: Embedder, id: str) -> str:
+    kind, label, wide = cell.get("kind"), escape(name, quote=True), ""
+    try:
+        if kind == "audio":
+            return _audio(label, cell, folder, embedder, id)
+        if kind == "image":
+            note = f" <small>{escape(_text(cell['note']))}</small>" if cell.get("note") else ""
+            label, body = label + note, _image(cell.get("file"), label, folder, embedder)
+        elif kind == "aligned":
+            body, wide = _aligned(cell["pairs"]), " wide-cell"
+        elif kind == "matrix":
+            body, wide = _matrix(cell), " wide-cell"
+        elif kind == "histogram":
+            return _histogram(name, cell)
+        else:
+            body, wide = f"<p>{escape(_text(cell.get('text', '')))}</p>", " wide-cell"
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
+        body = "<p>cannot be read</p>"  # Of another version, or from elsewhere.
+    return f'<div class="cell{wide}"><strong>{label}</strong>{body}</div>'
+
+
+def _text(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
+
+
+def _audio(label: str, cell: Row, folder: Path, embedder: Embedder, id: str) -> str:
+    seconds, shown = float(cell["seconds"]), float(cell["shown"])
+    note = f"{number(seconds)} s"
+    if shown < seconds:
+        note = f"the first {number(shown)} s of {note}"
+    if cell.get("not_finite"):
+        note += f", {count(float(cell['not_finite']))} samples not finite"
+    sound = embedder.uri(folder, cell["file"])
+    body = (
+        f'<audio controls preload="metadata" src="{sound}" '
+        f'aria-label="{label}, {escape(id, quote=True)}"></audio>'
+        if sound
+        else "<p>not in this page</p>"
+    )
+    if "picture" in cell:
+        body = _image(cell["picture"], f"spectrogram of {label}", folder, embedder) + body
+    return f'<div class="cell"><strong>{label}</strong> <small>{note}</small>{body}</div>'
+
+
+def _image(name: object, label: str, folder: Path, embedder: Embedder) -> str:
+    picture = embedder.uri(folder, name)
+    return f'<img src="{picture}" alt="{label}">' if picture else "<p>not in this page</p>"
+
+
+def _aligned(pairs: Sequence[Sequence[str | None]]) -> str:
+    """Return words over words, errors marked by a letter, too."""
+    items = ""
+    for said, heard in pairs:
+        error = "" if said == heard else "I" if said is None else "D" if heard is None else "S"
+        top, low = (escape(_text(each)) if each is not None else "–" for each in (said, heard))
+        if not error:
+            items += f"<li><span>{top}</span></li>"
+        else:
+            items += (
+                f'<li class="error"><span>{top}</span><span>{low}</span>'
+                f'<abbr title="{ERRORS[error]}">{error}</abbr></li>'
+            )
+    return f'<ol class="aligned">{items}</ol>'
+
+
+def _matrix(cell: Row) -> str:
+    """Return a table whose cells are as dark as their share of the row."""
+    labels = [escape(_text(each)) for each in cell["labels"]]
+    head = "".join(f'<th scope="col">{each}</th>' for each in labels)
+    body = ""
+    for label, values in zip(labels, cell["values"], strict=True):
+        total, cells = math.fsum(values) or 1.0, ""
+        for value in values:
+            level = min(8, max(0, round(8 * value / total)))
+            cells += f'<td class="m{level}">{number(value)}</td>'
+        body += f'<tr><th scope="row">{label}</th>{cells}</tr>'
+    corner = escape(_text(f"{cell.get('rows')} ↓ {cell.get('columns')} →"))
+    return (
+        f'<div class="wide matrix" tabindex="0" role="region" aria-label="{corner}"><table><thead>'
+        f'<tr><th scope="col">{corner}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _histogram(name: str, cell: Row) -> str:
+    low, high, series = float(cell["low"]), float(cell["high"]), []
+    for colour, (group, shares) in enumerate(cell["shares"].items()):
+        width = (high - low) / len(shares)
+        xs = [low + width * place for place in range(len(shares) + 1) for _ in (0, 1)][1:-1]
+        ys = [100 * float(share) for share in shares for _ in (0, 1)]
+        series.append(Series(_text(group), xs, ys, colour, "steps"))
+    chart = Chart(name, _text(cell.get("label")), "% of the group", series, from_zero=True)
+    chart.counts = chart.valued = False
+    return f'<div class="cell wide-cell">{draw(chart)}</div>'
