@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trainer
-from recipes.asr.infer import pieces
+from recipes.asr.infer import LONGEST, pieces
 from recipes.common.command import each_of, file_path, told
 from recipes.finetune.classify import Classifier, described
 from recipes.finetune.train import Recogniser, Transcriber
@@ -56,8 +56,11 @@ def answer(brain: Brain, path: str | Path) -> str:
         return described(brain, path)
     if not isinstance(brain, Recogniser | Transcriber):
         raise ValueError(f"a run of {type(brain).__name__} transcribes and classifies nothing")
+    longest = LONGEST
+    if isinstance(brain, Transcriber):  # What it takes, less the rounding of resampled pieces.
+        longest = min(longest, 0.99 * brain.modules.model.samples / brain.modules.model.rate)
     texts = []
-    for piece in pieces(path, brain.hparams.sample_rate):
+    for piece in pieces(path, brain.hparams.sample_rate, longest):
         try:
             texts.append(brain.transcribe(piece))
         except ValueError as error:

@@ -99,7 +99,13 @@ class PretrainedEncoder(nn.Module):
         config, extractor = described(source, kept, KINDS)
         if channel_masking and channel_span > config.hidden_size:
             raise ValueError(
-                f"channel_span is {channel_span}; the model has {config.hidden_size} channels"
+                f"channel_span is {channel_span}; the model has {config.hidden_size} channels: "
+                "take a shorter span, or set channel_masking to 0"
+            )
+        if min(*config.conv_kernel, *config.conv_stride) < 1:
+            raise ValueError(
+                f"the front end of the model has kernels {[*config.conv_kernel]} and strides "
+                f"{[*config.conv_stride]}; allowed: at least 1"
             )
         if layers == "weighted":
             layer_drop = 0.0

@@ -202,7 +202,16 @@ def test_a_run_that_is_stopped_before_its_first_checkpoint_begins_with_the_sourc
             run("ctc_wav2vec2", tmp_path / "run", source, *given)
     assert (tmp_path / "run" / "prepared" / "encoder" / "config.json").is_file()
     assert run("ctc_wav2vec2", tmp_path / "run", source, *given) == whole
-    assert losses(tmp_path / "run")[-3:] == losses(tmp_path / "whole")
+    expected = losses(tmp_path / "whole")
+    assert losses(tmp_path / "run")[-len(expected) :] == expected
+
+
+def test_a_given_alphabet_takes_the_place_of_that_of_the_transcripts(tmp_path: Path) -> None:
+    source, data = save_encoder(tmp_path / "model", ctc=True), spoken(tmp_path / "data")
+    (data / "test.csv").write_text("path,text\ntest/0.wav,a quiz")  # Letters that train lacks.
+    given = [*corpus(data), *CTC, "--codec=!new:recipes.asr.text.Characters"]
+    assert set(run("ctc_wav2vec2", tmp_path / "run", source, *given)) == {"wer", "cer"}
+    assert trainer.load(tmp_path / "run", "cpu").modules.model.vocabulary == 29
 
 
 def stop(*_: object) -> None:
@@ -280,6 +289,40 @@ def test_an_english_whisper_has_no_language(tmp_path: Path) -> None:
     assert len(model.prompt) == 2
     with pytest.raises(ValueError, match="model type 'wav2vec2', which is no model of the kind"):
         Whisper(str(save_encoder(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_nothing_of_a_long_file_is_lost_on_a_whisper_that_takes_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int
+) -> None:
+    source, data = save_whisper(tmp_path / "model"), spoken(tmp_path / "data")
+    run("whisper", tmp_path / "run", source, *corpus(data), "--model.longest=3")
+    brain = trainer.load(tmp_path / "run", "cpu")
+    heard: list[int] = []
+
+    def features(signal: torch.Tensor) -> torch.Tensor:
+        heard.append(len(signal))
+        return own(signal)
+
+    own = brain.modules.model.features
+    monkeypatch.setattr(brain.modules.model, "features", features)
+    write(tmp_path / "long.wav", voice(3.3 * SECONDS, rate=rate), rate)
+    infer.answer(brain, tmp_path / "long.wav")
+    assert max(heard) <= brain.modules.model.samples
+    assert sum(heard) == pytest.approx(3.3 * SECONDS * 16000, abs=len(heard))
+    for samples in (0, (SECONDS + 1) * 16000):
+        with pytest.raises(ValueError, match=f"{samples} samples were given; .* 1 to 96000 .6 s"):
+            brain.transcribe(torch.zeros(samples))
+
+
+def test_a_source_without_a_tokenizer_is_told_of(tmp_path: Path) -> None:
+    source = save_whisper(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    with pytest.raises(ValueError, match="the folder has no tokenizer_config.json or tokenizer"):
+        Whisper(str(source), longest=9)
+    with pytest.raises(ValueError, match="the folder has no tokenizer_config.json or tokenizer"):
+        Vocabulary(tmp_path / "none.json", str(save_encoder(tmp_path / "encoder")))
 
 
 def test_an_utterance_that_is_too_long_for_whisper_is_refused(
