@@ -31,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser.add_argument("--source", help="pretrained model of a run with save: trainable")
     given = parser.parse_args(argv)
     return told(lambda: run(given))
 
 
 def run(given: argparse.Namespace) -> int:
     """Print what is found in each file; gives the exit code."""
-    brain = trainer.load(given.run, given.device)
+    source = {} if given.source is None else {"source": given.source}
+    brain = trainer.load(given.run, given.device, overrides=source)
 
     def print_line(path: str) -> None:
         print(f"{path}\t{answer(brain, path)}", flush=True)

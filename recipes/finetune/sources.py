@@ -17,6 +17,7 @@ import trainer
 from trainer import distributed, json_files
 from trainer.loggers.files import replace_file
 from trainer.options import nearest
+from trainer.untrusted import check_source, confined
 
 try:
     import transformers
@@ -64,11 +65,13 @@ def described(
         ValueError: there is no such model, it is of another kind, or it asks for code or a form of
             weights that is not of transformers itself.
     """
-    if kept is not None and (Path(kept) / CONFIG).is_file():
-        source = str(kept)
-    if isinstance(source, Mapping):
+    in_run = kept is not None and (Path(kept) / CONFIG).is_file()
+    if isinstance(source, Mapping) and not in_run:
         return _from_mapping(source, kinds)
-    name = local(source)
+    name = source = str(kept) if in_run else local(str(source))
+    if in_run:  # It may come from elsewhere: its files are its own.
+        for each in os.listdir(name):
+            confined(name, os.path.join(name, each))
     if os.path.isdir(name):
         _check_has(source, name, (CONFIG,))
         _check_has(source, name, EXTRACTORS)
@@ -97,13 +100,13 @@ def described(
     return config, extractor
 
 
-def tokenizer_of(source: str) -> Any:
-    """Return the tokenizer of a folder or of a name on the hub.
+def tokenizer_of(source: str, kept: Path | None = None) -> Any:
+    """Return the tokenizer of a folder or of a name on the hub, or of a folder of the run.
 
     Raises:
         ValueError: there is none, or it needs code of its own.
     """
-    name = local(source)
+    name = local(source) if kept is None else str(kept)
     if os.path.isdir(name):
         _check_has(source, name, TOKENIZERS)
     return told(source, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
@@ -121,8 +124,10 @@ def local(source: str) -> str:
     """Return the folder of a source with ``~`` for the home folder, or its name on the hub.
 
     Raises:
-        ValueError: it looks like a path, and there is no such folder.
+        ValueError: it looks like a path, and there is no such folder; or it is outside of a run
+            folder that is being read, and named by this alone.
     """
+    check_source(source)
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         return path

@@ -63,8 +63,8 @@ class Whisper(nn.Module):
         self.source, self.kept = source, kept
         self.config, self.extractor = described(source, kept, ("whisper",), WhisperFeatureExtractor)
         _check_frames(source, self.config, self.extractor)
-        place = str(kept) if self.described_in_run else source
-        self.tokenizer = tokenizer_of(place)
+        place = kept if self.described_in_run else None
+        self.tokenizer = tokenizer_of(source, place)
         self.prompt = _prompt(source, self.tokenizer, language, task)
         self.model: Any
         with rng_kept():  # What is drawn later is the same with and without the weights.
@@ -72,7 +72,7 @@ class Whisper(nn.Module):
                 self.model = loaded(source, self.config, AutoModelForSpeechSeq2Seq)[0]
             else:
                 self.model = made(self.config, AutoModelForSpeechSeq2Seq)
-                if (Path(place) / GENERATION).is_file():
+                if place is not None and (Path(place) / GENERATION).is_file():
                     self.model.generation_config = GenerationConfig.from_pretrained(place)
         room = self.config.max_target_positions - len(self.prompt)
         if not 1 <= longest <= room:

@@ -493,6 +493,14 @@ def test_an_average_is_a_run_that_can_be_loaded(
         assert words in err
     assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".*"))
+    # A broken checkpoint is named, and the others are averaged.
+    file = run / "checkpoints" / "step-00000003" / "brain.modules.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["average", str(run), "-o", str(tmp_path / "x")]) == 0
+    assert "step-00000003 is left out" in capsys.readouterr().err
+    (kept,) = Checkpointer(tmp_path / "x" / "checkpoints").list_checkpoints()
+    assert Checkpointer(tmp_path / "x" / "checkpoints").average([kept])["weight"].item() == 1.0
+    assert len(kept.meta["average_of"]) == 3
 
 
 def test_the_average_of_a_program_is_loaded_by_it(program: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,12 @@ def _average(argv: list[str]) -> int:
         raise ValueError(f"--number is {given.number}; it must be 1 or more")
     (run,) = folders
     output = given.output or run.with_name(f"{run.resolve().name}-average")
-    chosen = upkeep.average(run, output, given.number, given.min, given.max)
+    with warnings.catch_warnings(record=True) as caught:  # Of broken checkpoints.
+        warnings.simplefilter("always")
+        try:
+            chosen = upkeep.average(run, output, given.number, given.min, given.max)
+        finally:
+            _say([f"warning: {each.message}" for each in caught])
     print(f"{output}: the mean of {', '.join(each.name for each in chosen)}")
     return 0
 

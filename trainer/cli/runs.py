@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import json_files
+from trainer.cli import session
 from trainer.cli.folder import HEADERS, HYPERPARAMS, LOCK, STATE, RunFolder
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
@@ -136,7 +137,7 @@ def _noted(notes: list[str]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        notes.append(printable(str(error)))
+        notes.append(printable(session.message(error)))
 
 
 def is_locked(folder: Path) -> bool:

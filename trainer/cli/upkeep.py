@@ -211,6 +211,8 @@ def average(
     if key := min_key or max_key:
         found = ranked(found, key, "min" if min_key else "max")
     if not found or len(found) < (number or 1):
+        if not found and not key:
+            raise ValueError(f"{printable(str(run))} has no sound checkpoint")
         by = f" with a finite {key!r}" if key else ""
         raise ValueError(
             f"{printable(str(run))} has {len(found)} checkpoints{by} and not {number or 1}: a run "
@@ -224,6 +226,8 @@ def average(
         weights = load_weights(checkpointer, wanted, max_key, min_key)
     if weights is None:
         raise ValueError(f"{printable(str(run))} has no sound checkpoint")
+    sound = {each.name for each in checkpointer.list_checkpoints()}
+    chosen = [each for each in chosen if each.name in sound]  # A broken one was left out.
     alone = {"average_checkpoints": 1, "ema_decay": None}
     configuration.override({name: alone[name] for name in alone if name in options})
     configuration.override({"output_folder": str(output)})

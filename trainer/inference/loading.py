@@ -35,7 +35,13 @@ from trainer.inference.initialise import initialise
 from trainer.optim.build import pick_device
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
-from trainer.untrusted import confined, memory_in_proportion, no_modules_from, printable
+from trainer.untrusted import (
+    confined,
+    memory_in_proportion,
+    no_modules_from,
+    printable,
+    sources_confined,
+)
 
 HYPERPARAMS = "hyperparams.yaml"
 CHECKPOINTS = "checkpoints"
@@ -58,11 +64,18 @@ class OpenRun:
         folder: the run folder.
         configuration: its YAML, which is not built yet.
         checkpointer: its checkpoints; to be read only.
+        named: texts among the overrides: sources outside of the folder that may be read.
     """
 
     folder: Path
     configuration: Configuration
     checkpointer: Checkpointer
+    named: set[str]
+
+    def override(self, values: Mapping[str, Any]) -> None:
+        """Set keys of the YAML, as the caller gives them and the folder does not."""
+        self.named |= _texts(values)
+        self.configuration.override(values)
 
     def options(self, *names: str, **given: Any) -> RunOptions:
         """Return run options: of the run those of these names, and ``given``.
@@ -153,6 +166,12 @@ class OpenRun:
         return recipe_brain(found[0], self.names())
 
 
+def _texts(value: Any) -> set[str]:
+    if isinstance(value, Mapping):
+        return set().union(*map(_texts, value.values()))
+    return {value} if isinstance(value, str) else set()
+
+
 def recipe_brain(package: str, names: Collection[str]) -> type[Brain]:
     """Return the Brain that a recipe's package names in ``BRAIN``, such as "train.Recogniser".
 
@@ -198,12 +217,13 @@ def open_run(
     folder = Path(run).expanduser()
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
-    with no_modules_from(folder):
+    with no_modules_from(folder), sources_confined() as named:
         try:
             configuration = Configuration(folder / HYPERPARAMS, allow, run_folder=True)
-            configuration.override({"output_folder": str(folder), **(overrides or {})})
             checkpoints = Checkpointer(confined(folder, folder / CHECKPOINTS))
-            yield OpenRun(folder, configuration, checkpoints)
+            opened = OpenRun(folder, configuration, checkpoints, named)
+            opened.override({"output_folder": str(folder), **(overrides or {})})
+            yield opened
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, ValueError) and not str(error).isprintable():
                 raise ValueError(printable(str(error))) from error
@@ -265,8 +285,8 @@ def load(
         brain: class of the model; None for that of the installed recipe.
         modules: networks by name, for a run whose YAML builds none, as by `trainer.launch`.
         overrides: new values of keys of the run's YAML. Where checkpoints have no frozen weights,
-            and these came from ``init_from``, give it here: nothing else is read from outside of
-            the folder.
+            and these came from ``init_from`` or a ``source``, give it here: nothing else is read
+            from outside of the folder.
         allow: packages, modules or objects by dotted name that the YAML may build, in addition to
             what installed recipes list: those of your own program.
         max_key: metric of which the best checkpoint has the largest value.
