@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 
 transformers = pytest.importorskip("transformers")
 
 import trainer  # noqa: E402
+from recipes.asr.infer import pieces  # noqa: E402
+from recipes.common.loading import Speech  # noqa: E402
 from recipes.common.tables import TableError  # noqa: E402
 from recipes.finetune import infer  # noqa: E402
 from recipes.finetune.data import table  # noqa: E402
@@ -381,6 +384,23 @@ def test_an_utterance_that_is_too_long_for_whisper_is_refused(
 
 TABLES = {"train": "train.csv", "valid": "valid.csv", "test": "test.csv"}
 Spoil = Callable[[Path], object]
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_a_recording_of_several_channels_is_heard_in_training_as_by_infer(
+    tmp_path: Path, rate: int
+) -> None:
+    folder = spoken(tmp_path)
+    both = torch.stack([voice(1.0, 1, rate), 0.5 * voice(1.0, 2, rate), torch.zeros(rate)])
+    soundfile.write(folder / "train" / "0.wav", both.T.numpy(), rate)
+    cut = next(cut for cut in table(str(folder), TABLES)["train"] if cut.id == "train/0.wav")
+    (heard,) = pieces(folder / "train" / "0.wav", 16000)
+    for speed in (1.0, 1.1):
+        found = Speech([cut], 16000, speeds=(speed,), resample=True)[0]
+        assert found["text"] == "one two"
+        if speed == 1.0:
+            torch.testing.assert_close(found["sig"], heard, atol=1e-4, rtol=0)
+        assert len(found["sig"]) == pytest.approx(16000 / speed, abs=1)
 
 
 def in_two_splits(folder: Path) -> None:
