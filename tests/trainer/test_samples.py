@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.trainer.shown import EVIL, RATE, every_cell, make_run, noise, show, tone
 from tests.trainer.small import Regressor, batches, make
 from tests.trainer.test_page import read
-from trainer import RunOptions, Stage, distributed, launch
+from trainer import Checkpointer, RunOptions, Stage, distributed, launch
 from trainer.loggers import LoggerCallback, SampleLogger
 from trainer.loggers.protocol import Logger
 from trainer.loggers.samples import MAX_ROWS, MAX_SETS, slug
@@ -33,6 +33,7 @@ from trainer.samples import (
     Histogram,
     Image,
     Matrix,
+    Samples,
     align,
     encode,
     png,
@@ -266,6 +267,29 @@ def test_what_a_recipe_shows_is_in_the_folder_the_report_and_the_loggers(tmp_pat
     kinds = {kind for kind, name in Recorder.found if name.startswith("test/a-1/")}
     assert kinds == {"audio", "figure", "text", "histogram"}
     assert ("text", "test/a-1/id") not in Recorder.found
+
+
+def test_a_resumed_run_keeps_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    class Predicting(Regressor):
+        def on_stage_end(self, stage: Any, stage_loss: Any, epoch: int | None = None) -> Any:
+            weights = torch.cat([each.detach().flatten() for each in self.modules.parameters()])
+            self.show(
+                stage.value, [{"id": epoch, "loss": stage_loss, "weights": Audio(weights, 9)}]
+            )
+
+    def run(folder: Path, *parts: list[int]) -> dict[str, bytes]:
+        for epochs in parts:
+            saves = Checkpointer(folder / "checkpoints")
+            brain = make(Predicting, output_folder=str(folder), checkpointer=saves)
+            brain.fit(epochs, batches(3), batches(1))
+            SampleLogger(folder).samples(Samples("later", [{"id": "lost"}], 99))
+        SampleLogger(folder).resume(6)
+        kept = folder / "samples"
+        return {str(p.relative_to(kept)): p.read_bytes() for p in kept.rglob("*") if p.is_file()}
+
+    whole = run(tmp_path / "whole", [1, 2])
+    assert len(whole) == 4
+    assert run(tmp_path / "parts", [1], [1, 2]) == whole
 
 
 @pytest.mark.parametrize("why", ["folder", "rank", "debug"])

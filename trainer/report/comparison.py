@@ -209,8 +209,9 @@ def _differences(runs: Sequence[Compared], title: str, facts: Facts) -> str:
     rows = [
         [escape(key), *(escape("–" if each is None else each[:MAX_VALUE]) for each in row)]
         for key, row in _differing(runs, facts)
+        if key != "output_folder"  # It is the name.
     ]
-    return table(title, ["", *(run.name for run in runs)], rows, "words") if rows else ""
+    return table(title, ["", *(run.name for run in runs)], rows, "words tall") if rows else ""
 
 
 def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:

@@ -335,7 +335,9 @@ def _environment(folder: Path) -> str:
         if known.get(name) not in (None, [], {})
     ]
     return (
-        section("Environment", table("Environment", ("", "value"), rows, "words")) if rows else ""
+        section("Environment", table("Environment", ("fact", "value"), rows, "words"))
+        if rows
+        else ""
     )
 
 
