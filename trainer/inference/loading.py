@@ -12,10 +12,11 @@ import importlib
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, overload
 
 import torch
@@ -28,7 +29,7 @@ from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
-from trainer.config.reading import get, nodes, object_name
+from trainer.config.reading import get, nodes, object_name, plain
 from trainer.config.registry import recipe_packages
 from trainer.evaluation import load_weights, rng_kept
 from trainer.inference.initialise import initialise
@@ -150,6 +151,31 @@ class OpenRun:
         found = self.recipes()
         if found and own in recipe_packages() and own not in found:
             raise ValueError(f"{self.folder} is a run of {' and '.join(found)}, not of {own}")
+
+    def best_checkpoint(self, kind: type[Brain]) -> Mapping[str, str | None]:
+        """Return the attribute ``best_checkpoint`` of a class, before it is built.
+
+        A property is asked with the plain values of the YAML as hyperparameters.
+
+        Raises:
+            ValueError: it needs more than these.
+        """
+        found = getattr(kind, "best_checkpoint", {})
+        if not isinstance(found, property):
+            return dict(found)
+        self.configuration.check()
+        own = kind.__new__(kind)
+        own.hparams = SimpleNamespace()
+        for key, node in self.configuration.root.value:
+            with suppress(ValueError):  # It is an object.
+                setattr(own.hparams, str(key.value), plain(node))
+        try:
+            return dict(own.best_checkpoint)  # type: ignore[attr-defined]
+        except AttributeError as error:
+            raise ValueError(
+                f"{self.folder} does not say which checkpoint it is tested with ({error}): name "
+                "the folder that `cortex export` makes of it"
+            ) from error
 
     def brain_class(self) -> type[Brain]:
         """Return the Brain of the installed recipe whose objects the YAML builds.

@@ -31,6 +31,8 @@ from tests.recipes.finetune.small import (  # noqa: E402
     save_whisper,
 )
 from trainer import cli  # noqa: E402
+from trainer.inference.initialise import initialise  # noqa: E402
+from trainer.inference.loading import open_run  # noqa: E402
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "finetune"
 TEXTS = ["one two", "two one", "a word", "it's one"]
@@ -214,6 +216,34 @@ def test_a_given_alphabet_takes_the_place_of_that_of_the_transcripts(tmp_path: P
     given = [*corpus(data), *CTC, "--codec=!new:recipes.asr.text.Characters"]
     assert set(run("ctc_wav2vec2", tmp_path / "run", source, *given)) == {"wer", "cer"}
     assert trainer.load(tmp_path / "run", "cpu").modules.model.vocabulary == 29
+
+
+def test_an_earlier_run_is_tested_by_its_word_errors(tmp_path: Path) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC)
+    path = tmp_path / "run" / "hyperparams.yaml"
+    path.write_text(path.read_text().replace("\nbest: wer", "\n"))
+    brain: Any = trainer.load(tmp_path / "run", "cpu")
+    assert brain.best_checkpoint == {"min_key": "wer"}
+
+
+@pytest.mark.parametrize("best", ["wer", "cer"])
+def test_a_run_starts_from_the_checkpoint_that_another_is_tested_with(
+    tmp_path: Path, best: str
+) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    keep = f"--checkpointer.keep_best={{{best}: min}}"
+    given = [*corpus(data), *CTC, f"--best={best}", keep]
+    run("ctc_wav2vec2", tmp_path / "first", source, *given)
+    with open_run(tmp_path / "first") as opened:
+        assert opened.best_checkpoint(opened.brain_class()) == {"min_key": best}
+    wanted = trainer.load(tmp_path / "first", "cpu").modules
+    found = trainer.load(tmp_path / "first", "cpu").modules
+    for each in found.parameters():
+        each.data.zero_()
+    initialise(found, str(tmp_path / "first"))
+    states = wanted.state_dict(), found.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 ADAPTED = [
