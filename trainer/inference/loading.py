@@ -173,8 +173,8 @@ class OpenRun:
             return dict(own.best_checkpoint)  # type: ignore[attr-defined]
         except AttributeError as error:
             raise ValueError(
-                f"{self.folder} does not say which checkpoint it is tested with ({error}): name "
-                "the folder that `cortex export` makes of it"
+                f"{self.folder} does not say in plain values which checkpoint it is tested with: "
+                "name the folder that `cortex export` makes of it"
             ) from error
 
     def brain_class(self) -> type[Brain]:
