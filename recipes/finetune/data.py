@@ -156,4 +156,4 @@ def padding_limit(given: float | None, encoder: PretrainedEncoder) -> float:
     """Return the largest share of padding in a batch: as given, or as the model needs it."""
     if given is not None:
         return given
-    return NEAR if encoder.normalises_over_time else 1.0
+    return NEAR if encoder.reads_padding else 1.0

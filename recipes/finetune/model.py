@@ -63,6 +63,7 @@ class PretrainedEncoder(nn.Module):
         masked: the model gets attention masks.
         normalises_over_time: a group norm in the front end takes mean and deviation over the whole
             padded signal: features depend on the padding, whatever the mask.
+        reads_padding: features depend on the padding, for that or for want of attention masks.
 
     Raises:
         ValueError: the source cannot be used; the message says why.
@@ -128,6 +129,7 @@ class PretrainedEncoder(nn.Module):
         self.rate: int = extractor.sampling_rate
         self.masked = bool(extractor.return_attention_mask)
         self.normalises_over_time = getattr(config, "feat_extract_norm", "layer") == "group"
+        self.reads_padding = self.normalises_over_time or not self.masked
         self.strides = list(zip(config.conv_kernel, config.conv_stride, strict=True))
         self.hop = math.prod(config.conv_stride)
         self.shortest = self._samples_of_a_frame()

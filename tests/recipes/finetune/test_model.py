@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 transformers = pytest.importorskip("transformers")
 
 from recipes.asr.model import padding_mask  # noqa: E402
+from recipes.finetune.data import padding_limit  # noqa: E402
 from recipes.finetune.model import (  # noqa: E402
     KINDS,
     PretrainedEncoder,
@@ -312,6 +313,18 @@ def test_code_beside_a_model_is_neither_run_nor_asked_about(
 def test_a_source_that_is_none_is_told_in_a_sentence(source: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PretrainedEncoder(source)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_batches_are_near_equal_where_padding_changes_features(norm: str, masked: bool) -> None:
+    encoder = PretrainedEncoder(mapping(feat_extract_norm=norm, return_attention_mask=masked))
+    encoder.eval()
+    together, frames = encoder(waves(), LENGTHS)
+    alone, _ = encoder(waves()[2:3, : LENGTHS[2]], LENGTHS[2:3])
+    same = torch.allclose(together[2, : frames[2]], alone[0], atol=1e-4)
+    assert same == (not encoder.reads_padding) == (padding_limit(None, encoder) == 1.0)
+    assert padding_limit(0.5, encoder) == 0.5
 
 
 def test_strides_of_zero_are_refused() -> None:
