@@ -10,6 +10,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
 BYTES_PER_CORE = 1 << 25  # for the stacks of torch's threads, which may start at any time
 MEMORY_PER_BYTE = 8  # weights in the model, as read, as loaded, and twice in float64 for a mean
 
+# Sources that whoever reads a run folder has named; None where no run folder is read.
+_named: ContextVar[set[str] | None] = ContextVar("_named", default=None)
 _limit = threading.RLock()  # The limit is one of the process.
 
 
@@ -39,6 +42,31 @@ def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
 
 def _is_below(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
+
+
+@contextmanager
+def sources_confined() -> Iterator[set[str]]:
+    """Context manager in which `check_source` refuses what is not in the set that it gives."""
+    named: set[str] = set()
+    token = _named.set(named)
+    try:
+        yield named
+    finally:
+        _named.reset(token)
+
+
+def check_source(source: str) -> None:
+    """Check that a source of weights may be read: a folder, or a name on the hub.
+
+    Raises:
+        ValueError: a run folder is being read, and the source was named by it alone.
+    """
+    named = _named.get()
+    if named is not None and source not in named:
+        raise ValueError(
+            f"the run folder lacks its frozen weights, and has their source, {source!r}, which is "
+            f"outside of it: name it, as in trainer.load(run, overrides={{'source': {source!r}}})"
+        )
 
 
 def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:

@@ -57,12 +57,12 @@ def transcribe(brain: Recogniser, path: str | Path) -> str:
     return " ".join(filter(None, texts))
 
 
-def pieces(path: str | Path, sample_rate: int) -> Iterator[Tensor]:
-    """A file as samples (S,) at this rate, up to ``LONGEST`` seconds each, cut in quiet places."""
+def pieces(path: str | Path, sample_rate: int, longest: float = LONGEST) -> Iterator[Tensor]:
+    """A file as samples (S,) at this rate, up to ``longest`` seconds each, cut in quiet places."""
     header = read_header(path)
     rate, first = header.sample_rate, 0
     while first < header.samples:
-        count = min(round(LONGEST * rate), header.samples - first)
+        count = min(round(longest * rate), header.samples - first)
         piece = read_audio(path, start=first / rate, duration=count / rate, channel="mean")
         if first + count < header.samples:
             piece = piece[: quietest(piece, rate)]
@@ -71,9 +71,9 @@ def pieces(path: str | Path, sample_rate: int) -> Iterator[Tensor]:
 
 
 def quietest(signal: Tensor, rate: int) -> int:
-    """The middle of the quietest tenth of a second in the last ``SEARCHED`` seconds."""
+    """The middle of the quietest tenth of a second in the last ``SEARCHED`` seconds, or half."""
     window = round(0.1 * rate)
-    start = len(signal) - round(SEARCHED * rate)
+    start = max(len(signal) // 2, len(signal) - round(SEARCHED * rate))
     power = signal[start:].unfold(0, window, 1 + window // 4).square().mean(-1)
     return start + int(power.argmin()) * (1 + window // 4) + window // 2
 

@@ -121,7 +121,7 @@ def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
     """Load the samples of a cut.
 
     Args:
-        cut: a cut of one channel, or of several cuts that lhotse mixes to one.
+        cut: a cut, or several that lhotse mixes to one; of several channels the mean is taken.
         sample_rate: expected sample rate, in Hz.
         resample: convert other sample rates.
 
@@ -129,15 +129,15 @@ def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
         Samples (T,), float32.
 
     Raises:
-        BadItem: a file cannot be used, the cut has several channels, or another sample rate and
-            ``resample`` is False.
+        BadItem: a file cannot be used, or the cut has another sample rate and ``resample`` is
+            False.
     """
     _reader.expected = _files(cut)
     name = next(iter(_reader.expected), cut.id)
     if cut.sampling_rate != sample_rate and not resample:
         raise BadItem(name, f"it is sampled at {cut.sampling_rate} Hz, not at {sample_rate} Hz")
     try:
-        samples = torch.from_numpy(cut.load_audio())  # (1, T)
+        samples = torch.from_numpy(cut.load_audio())  # (C, T)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # lhotse hides the cause behind errors of its own.
@@ -145,13 +145,12 @@ def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:
                 raise cause from None
             cause = cause.__context__
         raise
-    if len(samples) != 1:
-        raise BadItem(name, f"it has {len(samples)} channels, expected: 1")
+    signal = samples[0] if len(samples) == 1 else samples.mean(0)
     if cut.sampling_rate == sample_rate:
-        return samples[0]
+        return signal
     # Not by lhotse, whose filter may need gigabytes.
     count = cut.resample(sample_rate).num_samples
-    return to_rate(samples[0], cut.sampling_rate, sample_rate)[:count]
+    return to_rate(signal, cut.sampling_rate, sample_rate)[:count]
 
 
 def _files(cut: Cut) -> dict[str, Expected]:

@@ -546,7 +546,7 @@ def _datasets(corpus: Corpus, hparams: Mapping[str, Any]) -> dict[str, Labelled]
 
 def loader_options(dataset: Labelled, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Return the loader's options: batches by seconds, of near-equal length where that matters."""
-    near = getattr(hparams["modules"]["encoder"], "normalises_over_time", False)
+    near = getattr(hparams["modules"]["encoder"], "reads_padding", False)
     batches = DurationBatches(
         dataset.durations,
         max(hparams["batch_seconds"], *dataset.durations),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCTC
 
+from recipes.asr.text import Codec
 from recipes.finetune.model import PretrainedEncoder
 from recipes.finetune.sources import loaded
 from recipes.finetune.text import Vocabulary
@@ -37,10 +38,13 @@ class CTC(nn.Module):
         self.vocabulary = size
         self.classify = nn.Linear(self.encoder.size, size)
 
-    def load_head(self, codec: Vocabulary) -> bool:
-        """Take the last layer of a source that was trained by CTC; return True if it has one."""
+    def load_head(self, codec: Codec) -> bool:
+        """Take the last layer of a source that was trained by CTC; return True if it has one.
+
+        Only a `Vocabulary` of the source says which of its tokens are which.
+        """
         source = self.encoder.source
-        if codec.ids is None or not isinstance(source, str):
+        if not isinstance(codec, Vocabulary) or codec.ids is None or not isinstance(source, str):
             return False
         with rng_kept():
             config = self.encoder.config

@@ -21,7 +21,7 @@ from recipes.common.tables import TableError, named, read_rows
 from recipes.finetune.model import PretrainedEncoder
 
 try:
-    from lhotse import CutSet
+    from lhotse import CutSet, MonoCut, MultiCut
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
@@ -41,7 +41,7 @@ def table(
     """Recordings and transcripts that tables list, one for each of train, valid and test.
 
     A table has the columns ``path`` and ``text``, and may have ``speaker`` and others. Paths are
-    relative to ``data_folder``. Of several channels the first is taken.
+    relative to ``data_folder``. Of several channels the mean is taken, as `infer` does.
 
     Args:
         data_folder: folder of the tables and the recordings.
@@ -78,11 +78,19 @@ def table(
             listed[file] = cells["path"], text, cells.get("speaker") or None
         headers = check_recordings(listed, channels=None, on_bad=on_bad, max_bad=max_bad)
         corpus[split] = CutSet.from_cuts(
-            cut_of(file, header, id, text=text, speaker=speaker)
+            _whole(cut_of(file, header, id, text=text, speaker=speaker), header.channels)
             for file, header in headers.items()
             for id, text, speaker in [listed[file]]
         )
     return corpus
+
+
+def _whole(cut: MonoCut, channels: int) -> MonoCut | MultiCut:
+    """Return a cut of all channels of a file, for that of the first."""
+    if channels == 1:
+        return cut
+    every = list(range(channels))
+    return MultiCut(cut.id, 0.0, cut.duration, every, cut.supervisions, recording=cut.recording)
 
 
 def check_rate(sample_rate: int, model_rate: int) -> None:
@@ -148,4 +156,4 @@ def padding_limit(given: float | None, encoder: PretrainedEncoder) -> float:
     """Return the largest share of padding in a batch: as given, or as the model needs it."""
     if given is not None:
         return given
-    return NEAR if encoder.normalises_over_time else 1.0
+    return NEAR if encoder.reads_padding else 1.0

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trainer
-from recipes.asr.infer import pieces
+from recipes.asr.infer import LONGEST, pieces
 from recipes.common.command import each_of, file_path, told
 from recipes.finetune.classify import Classifier, described
 from recipes.finetune.train import Recogniser, Transcriber
@@ -31,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser.add_argument("--source", help="pretrained model of a run with save: trainable")
     given = parser.parse_args(argv)
     return told(lambda: run(given))
 
 
 def run(given: argparse.Namespace) -> int:
     """Print what is found in each file; gives the exit code."""
-    brain = trainer.load(given.run, given.device)
+    source = {} if given.source is None else {"source": given.source}
+    brain = trainer.load(given.run, given.device, overrides=source)
 
     def print_line(path: str) -> None:
         print(f"{path}\t{answer(brain, path)}", flush=True)
@@ -56,8 +58,11 @@ def answer(brain: Brain, path: str | Path) -> str:
         return described(brain, path)
     if not isinstance(brain, Recogniser | Transcriber):
         raise ValueError(f"a run of {type(brain).__name__} transcribes and classifies nothing")
+    longest = LONGEST
+    if isinstance(brain, Transcriber):  # What it takes, less the rounding of resampled pieces.
+        longest = min(longest, 0.99 * brain.modules.model.samples / brain.modules.model.rate)
     texts = []
-    for piece in pieces(path, brain.hparams.sample_rate):
+    for piece in pieces(path, brain.hparams.sample_rate, longest):
         try:
             texts.append(brain.transcribe(piece))
         except ValueError as error:

@@ -304,7 +304,7 @@ def _corpus(
             f"{folder} has no usable recording for {', '.join(without)}: "
             f"{len(every)} recordings in {len(set(keys.values()))} groups that must stay together "
             "(of one speaker, or one recording under several names), dealt by the shares valid "
-            f"{shares['valid']:g} and test {shares['test']:g}"
+            f"{shares['valid']:g} and test {shares['test']:g}: larger shares may help"
         )
     return _without_copies(corpus, contents)
 

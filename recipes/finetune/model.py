@@ -63,6 +63,7 @@ class PretrainedEncoder(nn.Module):
         masked: the model gets attention masks.
         normalises_over_time: a group norm in the front end takes mean and deviation over the whole
             padded signal: features depend on the padding, whatever the mask.
+        reads_padding: features depend on the padding, for that or for want of attention masks.
 
     Raises:
         ValueError: the source cannot be used; the message says why.
@@ -99,7 +100,13 @@ class PretrainedEncoder(nn.Module):
         config, extractor = described(source, kept, KINDS)
         if channel_masking and channel_span > config.hidden_size:
             raise ValueError(
-                f"channel_span is {channel_span}; the model has {config.hidden_size} channels"
+                f"channel_span is {channel_span}; the model has {config.hidden_size} channels: "
+                "take a shorter span, or set channel_masking to 0"
+            )
+        if min(*config.conv_kernel, *config.conv_stride) < 1:
+            raise ValueError(
+                f"the front end of the model has kernels {[*config.conv_kernel]} and strides "
+                f"{[*config.conv_stride]}; allowed: at least 1"
             )
         if layers == "weighted":
             layer_drop = 0.0
@@ -122,6 +129,7 @@ class PretrainedEncoder(nn.Module):
         self.rate: int = extractor.sampling_rate
         self.masked = bool(extractor.return_attention_mask)
         self.normalises_over_time = getattr(config, "feat_extract_norm", "layer") == "group"
+        self.reads_padding = self.normalises_over_time or not self.masked
         self.strides = list(zip(config.conv_kernel, config.conv_stride, strict=True))
         self.hop = math.prod(config.conv_stride)
         self.shortest = self._samples_of_a_frame()

@@ -14,13 +14,20 @@ import torch
 from torch import nn
 
 import trainer
-from trainer import distributed
+from trainer import distributed, json_files
 from trainer.loggers.files import replace_file
 from trainer.options import nearest
+from trainer.untrusted import check_source, confined
 
 try:
     import transformers
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2FeatureExtractor
+    from transformers import (
+        AutoConfig,
+        AutoFeatureExtractor,
+        AutoModel,
+        AutoTokenizer,
+        Wav2Vec2FeatureExtractor,
+    )
 except ImportError as error:
     raise ImportError(
         "pretrained models need transformers: pip install 'cortex-speech[hf]'"
@@ -30,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 EXTRACTOR = "preprocessor_config.json"
+EXTRACTORS = (EXTRACTOR, "processor_config.json")  # files that may have its settings
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+ADAPTER = "adapter_config.json"
+INDEX = "model.safetensors.index.json"
 UNTRAINED = "masked_spec_embed"  # A model that was trained without masks lacks it.
 SHOWN = 3  # names that an error lists
 # Of the mapping of a model with random weights: what its feature extractor does.
@@ -37,7 +48,10 @@ OF_EXTRACTOR = ("sampling_rate", "do_normalize", "return_attention_mask")
 
 
 def described(
-    source: str | Mapping[str, Any], kept: Path | None, kinds: Sequence[str]
+    source: str | Mapping[str, Any],
+    kept: Path | None,
+    kinds: Sequence[str],
+    extracting: type = Wav2Vec2FeatureExtractor,
 ) -> tuple[Any, Any]:
     """Return the configuration and the feature extractor of a model.
 
@@ -45,32 +59,75 @@ def described(
         source: a folder, a name on the hub, or a mapping with the configuration.
         kept: folder of the run that may have both; then ``source`` is not read.
         kinds: model types that are allowed.
+        extracting: class of the feature extractor.
 
     Raises:
-        ValueError: there is no such model, or it is of another kind.
+        ValueError: there is no such model, it is of another kind, or it asks for code or a form of
+            weights that is not of transformers itself.
     """
-    if kept is not None and (Path(kept) / CONFIG).is_file():
-        source = str(kept)
-    if isinstance(source, Mapping):
+    in_run = kept is not None and (Path(kept) / CONFIG).is_file()
+    if isinstance(source, Mapping) and not in_run:
         return _from_mapping(source, kinds)
-    name = local(source)
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, CONFIG)):
-        raise ValueError(f"source {source} cannot be used: the folder has no {CONFIG}")
+    name = source = str(kept) if in_run else local(str(source))
+    if in_run:  # It may come from elsewhere: its files are its own.
+        for each in os.listdir(name):
+            confined(name, os.path.join(name, each))
+    if os.path.isdir(name):
+        _check_has(source, name, (CONFIG,))
+        _check_has(source, name, EXTRACTORS)
     values = told(source, lambda: transformers.PreTrainedConfig.get_config_dict(name)[0])
+    if not isinstance(values, Mapping):
+        raise ValueError(f"source {source} cannot be used: its {CONFIG} is no object of JSON")
     check_kind(source, values.get("model_type"), kinds)
-    config = told(source, lambda: AutoConfig.from_pretrained(name))
-    extractor = told(source, lambda: AutoFeatureExtractor.from_pretrained(name))
-    if not hasattr(extractor, "sampling_rate"):
-        raise ValueError(f"source {source} has a {type(extractor).__name__}, which takes no audio")
+    if values.get("quantization_config"):
+        raise ValueError(f"source {source} is quantised; allowed: weights in 16 or 32 bits")
+    config = told(source, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+    if "/" in str(config._attn_implementation):  # transformers would download it, and run it.
+        raise ValueError(
+            f"source {source} asks for the code {config._attn_implementation!r} of the hub, which "
+            f"is not run: remove attn_implementation from its {CONFIG}"
+        )
+    extractor = told(
+        source, lambda: AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+    )
+    if not isinstance(extractor, extracting):
+        raise ValueError(
+            f"source {source} has a {type(extractor).__name__}; needed is a {extracting.__name__}"
+        )
+    rate = extractor.sampling_rate
+    if type(rate) is not int or rate < 1:
+        raise ValueError(f"source {source} has the sampling_rate {rate!r}; allowed: whole Hz")
     return config, extractor
+
+
+def tokenizer_of(source: str, kept: Path | None = None) -> Any:
+    """Return the tokenizer of a folder or of a name on the hub, or of a folder of the run.
+
+    Raises:
+        ValueError: there is none, or it needs code of its own.
+    """
+    name = local(source) if kept is None else str(kept)
+    if os.path.isdir(name):
+        _check_has(source, name, TOKENIZERS)
+    return told(source, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+
+
+def _check_has(source: str, folder: str, files: Sequence[str]) -> None:
+    if not any(os.path.isfile(os.path.join(folder, each)) for each in files):
+        raise ValueError(
+            f"source {source} cannot be used: the folder has no {' or '.join(files)}, as "
+            "save_pretrained of transformers writes"
+        )
 
 
 def local(source: str) -> str:
     """Return the folder of a source with ``~`` for the home folder, or its name on the hub.
 
     Raises:
-        ValueError: it looks like a path, and there is no such folder.
+        ValueError: it looks like a path, and there is no such folder; or it is outside of a run
+            folder that is being read, and named by this alone.
     """
+    check_source(source)
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         return path
@@ -141,7 +198,7 @@ def loaded(
         return made(config, maker), []
     name = local(source)
     if os.path.isdir(name):
-        _check_weights(source, os.listdir(name))
+        _check_weights(source, Path(name))
     model, found = told(
         source,
         lambda: maker.from_pretrained(
@@ -166,7 +223,14 @@ def loaded(
     return model, missing
 
 
-def _check_weights(source: str, files: Sequence[str]) -> None:
+def _check_weights(source: str, folder: Path) -> None:
+    """Raise ValueError for a folder that does not have its weights in safetensors of its own."""
+    files = os.listdir(folder)
+    if ADAPTER in files:
+        raise ValueError(
+            f"source {source} has an adapter ({ADAPTER}), whose base may be elsewhere: merge it "
+            "(merge_and_unload of peft) and save the whole model"
+        )
     if not any(each.endswith(".safetensors") for each in files):
         pickled = sorted(each for each in files if each.endswith((".bin", ".pt", ".pth", ".ckpt")))
         having = f"pickled weights alone ({pickled[0]})" if pickled else "no weights"
@@ -174,6 +238,15 @@ def _check_weights(source: str, files: Sequence[str]) -> None:
             f"source {source} has {having}, and must have them in safetensors, as "
             "model.save_pretrained(folder) of transformers writes them"
         )
+    if INDEX in files:
+        index = told(source, lambda: json_files.read(folder / INDEX))
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        names = set(map(str, places.values())) if isinstance(places, dict) else {"no file"}
+        if wrong := sorted(names - {each for each in files if each.endswith(".safetensors")}):
+            raise ValueError(
+                f"source {source} cannot be used: its {INDEX} names {wrong[0][:80]!r}, which is no "
+                "file of the folder in safetensors"
+            )
 
 
 class Pretrained(Protocol):

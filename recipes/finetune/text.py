@@ -7,16 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from recipes.asr.text import BLANK
-from recipes.finetune.sources import local, told
+from recipes.finetune.sources import tokenizer_of
 from trainer import distributed, json_files
 from trainer.loggers.files import replace_file
-
-try:
-    from transformers import AutoTokenizer
-except ImportError as error:
-    raise ImportError(
-        "pretrained models need transformers: pip install 'cortex-speech[hf]'"
-    ) from error
 
 
 class Vocabulary:
@@ -93,7 +86,7 @@ class Vocabulary:
 
 def _of_model(source: str) -> tuple[list[str], list[int]]:
     """Return the tokens of a model's tokenizer with a space for what divides words, and its ids."""
-    tokenizer = told(source, lambda: AutoTokenizer.from_pretrained(local(source)))
+    tokenizer = tokenizer_of(source)
     divider, blank = getattr(tokenizer, "word_delimiter_token", None), tokenizer.pad_token_id
     if divider is None or blank is None:
         raise ValueError(

@@ -89,7 +89,7 @@ class Recogniser(CTCRecogniser):
     @property
     def best_checkpoint(self) -> dict[str, str]:  # type: ignore[override]
         """The rate that chooses the checkpoint to test and to use."""
-        return {"min_key": self.hparams.best}
+        return {"min_key": getattr(self.hparams, "best", "wer")}  # Earlier runs have none.
 
 
 def train(run: trainer.Run) -> dict[str, float]:

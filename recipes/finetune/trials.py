@@ -145,6 +145,11 @@ def make_trials(
         for target, every in pairs.items()
         for pair in sorted(rng.sample(every, min(most, len(every))))
     ]
+    if len(groups) < 2:
+        raise ValueError(
+            f"{what} has recordings of {len(groups)} speaker, and pairs need two speakers or more: "
+            "give it a larger share"
+        )
     check_both([trial.target for trial in trials], f"{what}, with {len(groups)} speakers,")
     return trials
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSpeechSeq2Seq,
-    AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
+    WhisperFeatureExtractor,
 )
 
 from recipes.asr.data import Corpus
 from recipes.common.loading import Speech, filter_by_duration, transcript
 from recipes.finetune.data import check_durations
-from recipes.finetune.sources import described, keep, loaded, local, made, told
+from recipes.finetune.sources import described, keep, loaded, made, tokenizer_of
 from trainer.evaluation import rng_kept
 
 TASKS = ("transcribe", "translate")
@@ -61,10 +61,10 @@ class Whisper(nn.Module):
         if not isinstance(source, str):
             raise ValueError("source of Whisper must be a folder or a name on the hub")
         self.source, self.kept = source, kept
-        self.config, self.extractor = described(source, kept, ("whisper",))
+        self.config, self.extractor = described(source, kept, ("whisper",), WhisperFeatureExtractor)
         _check_frames(source, self.config, self.extractor)
-        place = str(kept) if self.described_in_run else local(source)
-        self.tokenizer = told(source, lambda: AutoTokenizer.from_pretrained(place))
+        place = kept if self.described_in_run else None
+        self.tokenizer = tokenizer_of(source, place)
         self.prompt = _prompt(source, self.tokenizer, language, task)
         self.model: Any
         with rng_kept():  # What is drawn later is the same with and without the weights.
@@ -72,7 +72,7 @@ class Whisper(nn.Module):
                 self.model = loaded(source, self.config, AutoModelForSpeechSeq2Seq)[0]
             else:
                 self.model = made(self.config, AutoModelForSpeechSeq2Seq)
-                if (Path(place) / GENERATION).is_file():
+                if place is not None and (Path(place) / GENERATION).is_file():
                     self.model.generation_config = GenerationConfig.from_pretrained(place)
         room = self.config.max_target_positions - len(self.prompt)
         if not 1 <= longest <= room:
@@ -103,7 +103,16 @@ class Whisper(nn.Module):
         self.model.load_state_dict(model.state_dict())
 
     def features(self, signal: Tensor) -> Tensor:
-        """Return log-mel energies (M, F) of samples (S,), padded to what the model takes."""
+        """Return log-mel energies (M, F) of samples (S,), padded to what the model takes.
+
+        Raises:
+            ValueError: there are none, or more than the model takes, of which it would hear a part.
+        """
+        if not 0 < len(signal) <= self.samples + self.rate // 100:  # 10 ms are rounding.
+            raise ValueError(
+                f"{len(signal)} samples were given; the model takes 1 to {self.samples} "
+                f"({self.samples / self.rate:g} s)"
+            )
         found = self.extractor(signal.numpy(), sampling_rate=self.rate, return_tensors="pt")
         features: Tensor = found["input_features"][0]
         return features

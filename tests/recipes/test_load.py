@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import trainer
-from recipes.asr.train import Recogniser
+from recipes.asr.train import Recogniser, TextBrain
 from recipes.common.command import each_of, told
 from tests.recipes.run_folder_attacks import STEP, batches, make_run, tree
 from trainer import Brain, Checkpointer
@@ -122,7 +122,7 @@ def test_a_skipped_step_of_a_recipe_is_replayed_without_data(
     assert tree(run) == before
     with pytest.raises(ValueError, match="--tensorboard has no effect on a replay"):
         replay([str(run), STEP, "--tensorboard", "true"])
-    monkeypatch.delattr(Recogniser, "on_stage_start")  # As if train() made the scores.
+    monkeypatch.delattr(TextBrain, "on_stage_start")  # As if train() made the scores.
     monkeypatch.setattr(Recogniser, "on_fit_start", lambda brain: brain.missing)
     with pytest.raises(ValueError, match=r"without the data of the run \(Attrib.* with --script"):
         replay([str(run), STEP])

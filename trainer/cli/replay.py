@@ -132,7 +132,7 @@ def _build(given: _Given, package: str) -> Brain:
             elif name in RunOptions.names() and name not in used:
                 raise ValueError(f"--{name} has no effect on a replay")
             else:
-                opened.configuration.override(nested(name, value))
+                opened.override(nested(name, value))
         options = opened.options(*used, device=device, replay=str(given.case))
         kind = recipe_brain(package, opened.names())
         with opened.limited():

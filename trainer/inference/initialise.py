@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from trainer.checkpoint.frozen import BASE, base_name, check_base, described
 from trainer.checkpoint.saver_hooks import KEY
 from trainer.options import nearest
 from trainer.untrusted import printable
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
 
 HYPERPARAMS = "hyperparams.yaml"
 INDEX = "model.safetensors.index.json"
@@ -211,9 +214,10 @@ def _of_run(folder: Path) -> Weights:
     from trainer.inference.loading import OF_THE_MODEL, open_run
 
     with open_run(folder) as opened:
-        best: Mapping[str, str | None] = {}
+        kind: type[Brain] | None = None
         with suppress(ValueError, ImportError):  # It is of no recipe that is installed.
-            best = getattr(opened.brain_class(), "best_checkpoint", {})
+            kind = opened.brain_class()
+        best = {} if kind is None else opened.best_checkpoint(kind)
         options = opened.options(*OF_THE_MODEL)
         found = load_weights(opened.checkpointer, options, best.get("max_key"), best.get("min_key"))
     if found is None:

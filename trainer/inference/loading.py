@@ -12,10 +12,11 @@ import importlib
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, overload
 
 import torch
@@ -28,14 +29,20 @@ from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
-from trainer.config.reading import get, nodes, object_name
+from trainer.config.reading import get, nodes, object_name, plain
 from trainer.config.registry import recipe_packages
 from trainer.evaluation import load_weights, rng_kept
 from trainer.inference.initialise import initialise
 from trainer.optim.build import pick_device
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
-from trainer.untrusted import confined, memory_in_proportion, no_modules_from, printable
+from trainer.untrusted import (
+    confined,
+    memory_in_proportion,
+    no_modules_from,
+    printable,
+    sources_confined,
+)
 
 HYPERPARAMS = "hyperparams.yaml"
 CHECKPOINTS = "checkpoints"
@@ -58,11 +65,18 @@ class OpenRun:
         folder: the run folder.
         configuration: its YAML, which is not built yet.
         checkpointer: its checkpoints; to be read only.
+        named: texts among the overrides: sources outside of the folder that may be read.
     """
 
     folder: Path
     configuration: Configuration
     checkpointer: Checkpointer
+    named: set[str]
+
+    def override(self, values: Mapping[str, Any]) -> None:
+        """Set keys of the YAML, as the caller gives them and the folder does not."""
+        self.named |= _texts(values)
+        self.configuration.override(values)
 
     def options(self, *names: str, **given: Any) -> RunOptions:
         """Return run options: of the run those of these names, and ``given``.
@@ -138,6 +152,31 @@ class OpenRun:
         if found and own in recipe_packages() and own not in found:
             raise ValueError(f"{self.folder} is a run of {' and '.join(found)}, not of {own}")
 
+    def best_checkpoint(self, kind: type[Brain]) -> Mapping[str, str | None]:
+        """Return the attribute ``best_checkpoint`` of a class, before it is built.
+
+        A property is asked with the plain values of the YAML as hyperparameters.
+
+        Raises:
+            ValueError: it needs more than these.
+        """
+        found = getattr(kind, "best_checkpoint", {})
+        if not isinstance(found, property):
+            return dict(found)
+        self.configuration.check()
+        own = kind.__new__(kind)
+        own.hparams = SimpleNamespace()
+        for key, node in self.configuration.root.value:
+            with suppress(ValueError):  # It is an object.
+                setattr(own.hparams, str(key.value), plain(node))
+        try:
+            return dict(own.best_checkpoint)  # type: ignore[attr-defined]
+        except AttributeError as error:
+            raise ValueError(
+                f"{self.folder} does not say in plain values which checkpoint it is tested with: "
+                "name the folder that `cortex export` makes of it"
+            ) from error
+
     def brain_class(self) -> type[Brain]:
         """Return the Brain of the installed recipe whose objects the YAML builds.
 
@@ -151,6 +190,12 @@ class OpenRun:
                 "its Brain, as in trainer.load(run, brain=YourBrain, allow=['your_package'])"
             )
         return recipe_brain(found[0], self.names())
+
+
+def _texts(value: Any) -> set[str]:
+    if isinstance(value, Mapping):
+        return set().union(*map(_texts, value.values()))
+    return {value} if isinstance(value, str) else set()
 
 
 def recipe_brain(package: str, names: Collection[str]) -> type[Brain]:
@@ -198,12 +243,13 @@ def open_run(
     folder = Path(run).expanduser()
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
-    with no_modules_from(folder):
+    with no_modules_from(folder), sources_confined() as named:
         try:
             configuration = Configuration(folder / HYPERPARAMS, allow, run_folder=True)
-            configuration.override({"output_folder": str(folder), **(overrides or {})})
             checkpoints = Checkpointer(confined(folder, folder / CHECKPOINTS))
-            yield OpenRun(folder, configuration, checkpoints)
+            opened = OpenRun(folder, configuration, checkpoints, named)
+            opened.override({"output_folder": str(folder), **(overrides or {})})
+            yield opened
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, ValueError) and not str(error).isprintable():
                 raise ValueError(printable(str(error))) from error
@@ -265,8 +311,8 @@ def load(
         brain: class of the model; None for that of the installed recipe.
         modules: networks by name, for a run whose YAML builds none, as by `trainer.launch`.
         overrides: new values of keys of the run's YAML. Where checkpoints have no frozen weights,
-            and these came from ``init_from``, give it here: nothing else is read from outside of
-            the folder.
+            and these came from ``init_from`` or a ``source``, give it here: nothing else is read
+            from outside of the folder.
         allow: packages, modules or objects by dotted name that the YAML may build, in addition to
             what installed recipes list: those of your own program.
         max_key: metric of which the best checkpoint has the largest value.

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 transformers = pytest.importorskip("transformers")
 
 from recipes.asr.model import padding_mask  # noqa: E402
+from recipes.finetune.data import padding_limit  # noqa: E402
 from recipes.finetune.model import (  # noqa: E402
     KINDS,
     PretrainedEncoder,
     drawn_spans,
     normalised,
 )
+from recipes.finetune.sources import tokenizer_of  # noqa: E402
 from tests.recipes.finetune.small import SMALL  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -192,6 +197,37 @@ def half_a_file(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
 
 
+def indexed(folder: Path, name: str) -> None:
+    """Split the weights into one file that the index calls by this name."""
+    weights = folder / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        places = dict.fromkeys(file.keys(), name)
+    weights.rename(folder / "a.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def outside(folder: Path) -> None:
+    indexed(folder, "../outside.safetensors")
+    shutil.copy(folder / "a.safetensors", folder.with_name("outside.safetensors"))
+
+
+def pickled_part(folder: Path) -> None:
+    indexed(folder, "w.bin")
+    torch.save({}, folder / "w.bin")
+
+
+def with_code(folder: Path) -> None:
+    (folder / "own.py").write_text("raise SystemExit('it was run')")
+    settings = {"feature_extractor_type": "Own", "auto_map": {"AutoFeatureExtractor": "own.Own"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def extracting(folder: Path, **values: Any) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 BAD = {
     "pickled": (pickled, r"pickled weights alone \(pytorch_model.bin\), .* in safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights, and must have"),
@@ -203,7 +239,26 @@ BAD = {
     "strides": (lambda f: changed(f, conv_stride=[5, 2]), "cannot be used: .*conv_stride"),
     "no config": (lambda f: (f / "config.json").unlink(), "the folder has no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be used"),
-    "no extractor": (lambda f: (f / "preprocessor_config.json").unlink(), "cannot be used"),
+    "no extractor": (
+        lambda f: (f / "preprocessor_config.json").unlink(), "has no preprocessor_config.json"
+    ),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "no object of JSON"),
+    "weights elsewhere": (outside, r"names '../outside.safetensors', which is no file of the"),
+    "pickled parts": (pickled_part, "names 'w.bin', which is no file of the folder in safetensors"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "has an adapter"),
+    "code of its own": (with_code, "cannot be used: .*trust_remote_code"),
+    "code of the hub": (
+        lambda f: changed(f, attn_implementation="some/kernel"), "asks for the code 'some/kernel'"
+    ),
+    "quantised": (
+        lambda f: changed(f, quantization_config={"quant_method": "gptq"}), "is quantised"
+    ),
+    "other features": (
+        lambda f: extracting(f, feature_extractor_type="WhisperFeatureExtractor"),
+        "has a WhisperFeatureExtractor; needed is a Wav2Vec2",
+    ),
+    "no rate": (lambda f: extracting(f, sampling_rate=0), "sampling_rate 0; allowed: whole Hz"),
+    "a rate in words": (lambda f: extracting(f, sampling_rate="16k"), "sampling_rate '16k'"),
 }  # fmt: skip
 
 
@@ -216,6 +271,32 @@ def test_a_source_that_cannot_be_used_is_told_in_a_sentence(small_model: Make, c
         PretrainedEncoder(str(folder))
     assert str(caught.value).startswith(f"source {folder} ")
     assert "\n" not in str(caught.value)
+
+
+def test_weights_in_several_files_are_read(small_model: Make) -> None:
+    folder = small_model()
+    whole = PretrainedEncoder(str(folder)).state_dict()
+    indexed(folder, "a.safetensors")
+    parts = PretrainedEncoder(str(folder)).state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_code_beside_a_model_is_neither_run_nor_asked_about(
+    small_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any) -> str:
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder = small_model(ctc=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with_code(folder)
+    for build in (PretrainedEncoder, tokenizer_of):
+        with contextlib.suppress(ValueError):
+            build(str(folder))
+    assert "own" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -232,6 +313,24 @@ def test_a_source_that_cannot_be_used_is_told_in_a_sentence(small_model: Make, c
 def test_a_source_that_is_none_is_told_in_a_sentence(source: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PretrainedEncoder(source)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_batches_are_near_equal_where_padding_changes_features(norm: str, masked: bool) -> None:
+    encoder = PretrainedEncoder(mapping(feat_extract_norm=norm, return_attention_mask=masked))
+    encoder.eval()
+    together, frames = encoder(waves(), LENGTHS)
+    alone, _ = encoder(waves()[2:3, : LENGTHS[2]], LENGTHS[2:3])
+    same = torch.allclose(together[2, : frames[2]], alone[0], atol=1e-4)
+    assert same == (not encoder.reads_padding) == (padding_limit(None, encoder) == 1.0)
+    assert padding_limit(0.5, encoder) == 0.5
+
+
+def test_strides_of_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"strides \[0, 2\]; allowed: at least 1"):
+        PretrainedEncoder({**mapping(), "conv_dim": [16] * 2, "conv_kernel": [10, 3],
+                           "conv_stride": [0, 2], "num_feat_extract_layers": 2})  # fmt: skip
 
 
 def test_arguments_out_of_range_are_refused() -> None:

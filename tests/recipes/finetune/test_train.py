@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 
 transformers = pytest.importorskip("transformers")
 
 import trainer  # noqa: E402
+from recipes.asr.infer import pieces  # noqa: E402
+from recipes.common.loading import Speech  # noqa: E402
 from recipes.common.tables import TableError  # noqa: E402
 from recipes.finetune import infer  # noqa: E402
 from recipes.finetune.data import table  # noqa: E402
@@ -28,6 +31,8 @@ from tests.recipes.finetune.small import (  # noqa: E402
     save_whisper,
 )
 from trainer import cli  # noqa: E402
+from trainer.inference.initialise import initialise  # noqa: E402
+from trainer.inference.loading import open_run  # noqa: E402
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "finetune"
 TEXTS = ["one two", "two one", "a word", "it's one"]
@@ -205,6 +210,85 @@ def test_a_run_that_is_stopped_before_its_first_checkpoint_begins_with_the_sourc
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_a_given_alphabet_takes_the_place_of_that_of_the_transcripts(tmp_path: Path) -> None:
+    source, data = save_encoder(tmp_path / "model", ctc=True), spoken(tmp_path / "data")
+    (data / "test.csv").write_text("path,text\ntest/0.wav,a quiz")  # Letters that train lacks.
+    given = [*corpus(data), *CTC, "--codec=!new:recipes.asr.text.Characters"]
+    assert set(run("ctc_wav2vec2", tmp_path / "run", source, *given)) == {"wer", "cer"}
+    assert trainer.load(tmp_path / "run", "cpu").modules.model.vocabulary == 29
+
+
+def test_an_earlier_run_is_tested_by_its_word_errors(tmp_path: Path) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC)
+    path = tmp_path / "run" / "hyperparams.yaml"
+    path.write_text(path.read_text().replace("\nbest: wer", "\n"))
+    brain: Any = trainer.load(tmp_path / "run", "cpu")
+    assert brain.best_checkpoint == {"min_key": "wer"}
+
+
+@pytest.mark.parametrize("best", ["wer", "cer"])
+def test_a_run_starts_from_the_checkpoint_that_another_is_tested_with(
+    tmp_path: Path, best: str
+) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    keep = f"--checkpointer.keep_best={{{best}: min}}"
+    given = [*corpus(data), *CTC, f"--best={best}", keep]
+    run("ctc_wav2vec2", tmp_path / "first", source, *given)
+    with open_run(tmp_path / "first") as opened:
+        assert opened.best_checkpoint(opened.brain_class()) == {"min_key": best}
+    wanted = trainer.load(tmp_path / "first", "cpu").modules
+    found = trainer.load(tmp_path / "first", "cpu").modules
+    for each in found.parameters():
+        each.data.zero_()
+    initialise(found, str(tmp_path / "first"))
+    states = wanted.state_dict(), found.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+ADAPTED = [
+    "--adapters={model.encoder: {r: 2, target_modules: [q_proj]}}", "--save=trainable",
+]  # fmt: skip
+
+
+def test_a_run_without_its_base_reads_the_source_that_its_user_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC, *ADAPTED)
+    file = str(data / "test" / "0.wav")
+    assert infer.main([str(tmp_path / "run"), file]) == 2
+    assert "overrides={'source'" in capsys.readouterr().err
+    moved = source.rename(tmp_path / "moved")
+    assert infer.main([str(tmp_path / "run"), file, f"--source={moved}"]) == 0
+    brain = trainer.load(tmp_path / "run", "cpu", overrides={"source": str(moved)})
+    assert capsys.readouterr().out == f"{file}\t{infer.answer(brain, file)}\n"
+
+
+@pytest.mark.parametrize("place", ["folder", "hub", "link"])
+def test_a_run_folder_reads_nothing_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    source, data = save_encoder(tmp_path / "model"), spoken(tmp_path / "data")
+    run("ctc_wav2vec2", tmp_path / "run", source, *corpus(data), *CTC)
+    kept = tmp_path / "run" / "prepared" / "encoder"
+    message = "lacks its frozen weights, and has their source, .*, which is outside of it: name it"
+    if place == "link":
+        (kept / "config.json").unlink()
+        (kept / "config.json").symlink_to(source / "config.json")
+        message = "lies outside of"
+    else:
+        shutil.rmtree(kept)
+    if place == "hub":
+        yaml = tmp_path / "run" / "hyperparams.yaml"
+        yaml.write_text(yaml.read_text().replace(str(source), "somebody/a-model"))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("socket.socket.connect", stop)
+    with pytest.raises(ValueError, match=message):
+        trainer.load(tmp_path / "run", "cpu")
+
+
 def stop(*_: object) -> None:
     raise RuntimeError("stopped")
 
@@ -282,6 +366,40 @@ def test_an_english_whisper_has_no_language(tmp_path: Path) -> None:
         Whisper(str(save_encoder(tmp_path / "other")))
 
 
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_nothing_of_a_long_file_is_lost_on_a_whisper_that_takes_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int
+) -> None:
+    source, data = save_whisper(tmp_path / "model"), spoken(tmp_path / "data")
+    run("whisper", tmp_path / "run", source, *corpus(data), "--model.longest=3")
+    brain = trainer.load(tmp_path / "run", "cpu")
+    heard: list[int] = []
+
+    def features(signal: torch.Tensor) -> torch.Tensor:
+        heard.append(len(signal))
+        return own(signal)
+
+    own = brain.modules.model.features
+    monkeypatch.setattr(brain.modules.model, "features", features)
+    write(tmp_path / "long.wav", voice(3.3 * SECONDS, rate=rate), rate)
+    infer.answer(brain, tmp_path / "long.wav")
+    assert max(heard) <= brain.modules.model.samples
+    assert sum(heard) == pytest.approx(3.3 * SECONDS * 16000, abs=len(heard))
+    for samples in (0, (SECONDS + 1) * 16000):
+        with pytest.raises(ValueError, match=f"{samples} samples were given; .* 1 to 96000 .6 s"):
+            brain.transcribe(torch.zeros(samples))
+
+
+def test_a_source_without_a_tokenizer_is_told_of(tmp_path: Path) -> None:
+    source = save_whisper(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    with pytest.raises(ValueError, match="the folder has no tokenizer_config.json or tokenizer"):
+        Whisper(str(source), longest=9)
+    with pytest.raises(ValueError, match="the folder has no tokenizer_config.json or tokenizer"):
+        Vocabulary(tmp_path / "none.json", str(save_encoder(tmp_path / "encoder")))
+
+
 def test_an_utterance_that_is_too_long_for_whisper_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,6 +414,23 @@ def test_an_utterance_that_is_too_long_for_whisper_is_refused(
 
 TABLES = {"train": "train.csv", "valid": "valid.csv", "test": "test.csv"}
 Spoil = Callable[[Path], object]
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_a_recording_of_several_channels_is_heard_in_training_as_by_infer(
+    tmp_path: Path, rate: int
+) -> None:
+    folder = spoken(tmp_path)
+    both = torch.stack([voice(1.0, 1, rate), 0.5 * voice(1.0, 2, rate), torch.zeros(rate)])
+    soundfile.write(folder / "train" / "0.wav", both.T.numpy(), rate)
+    cut = next(cut for cut in table(str(folder), TABLES)["train"] if cut.id == "train/0.wav")
+    (heard,) = pieces(folder / "train" / "0.wav", 16000)
+    for speed in (1.0, 1.1):
+        found = Speech([cut], 16000, speeds=(speed,), resample=True)[0]
+        assert found["text"] == "one two"
+        if speed == 1.0:
+            torch.testing.assert_close(found["sig"], heard, atol=1e-4, rtol=0)
+        assert len(found["sig"]) == pytest.approx(16000 / speed, abs=1)
 
 
 def in_two_splits(folder: Path) -> None:
