@@ -42,8 +42,8 @@ class Recorder(Regressor):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(folder: Path, loggers: Any, killed_at: str = "", **options: Any) -> Any:
-    """Train 3 epochs of 10 steps and test; a checkpoint every 5 steps and at the end of each."""
+def run(folder: Path, loggers: Any, killed_at: str = "", epochs: int = 3, **options: Any) -> Any:
+    """Train epochs of 10 steps and test; a checkpoint every 5 steps and at the end of each."""
     Recorder.killed_at = killed_at
     options = {"log_interval": 1, "monitor_every": 4, "checkpoint_every_steps": 5, **options}
     brain = make(
@@ -51,7 +51,7 @@ def run(folder: Path, loggers: Any, killed_at: str = "", **options: Any) -> Any:
         checkpointer=Checkpointer(folder / "checkpoints", keep_best={"wer": "min"}),
         output_folder=str(folder), **options,
     )  # fmt: skip
-    brain.fit(EpochCounter(3), batches(10), batches(3))
+    brain.fit(EpochCounter(epochs), batches(10), batches(3))
     brain.evaluate(batches(3))
     return brain
 

@@ -385,9 +385,13 @@ def test_tensorboard_gets_distributions_pictures_sounds_and_texts(
     log.figure("attention", png(3, 2), 6)
     log.audio("speech", torch.tensor([0.0, 0.5, -2.0]), 16000, 7)
     log.text("transcript", "a word", 8)
+    log.histogram("half", torch.ones(3, dtype=torch.bfloat16), 9)
+    log.audio("half", torch.zeros(3, dtype=torch.bfloat16), 16000, 9)
+    log.audio("silent", torch.zeros(0), 16000, 9)
     log.close()
     read = accumulator(tmp_path)
-    assert read.Tags()["histograms"] == ["weights"]
+    assert read.Tags()["histograms"] == ["weights", "half"]
+    assert read.Tags()["audio"] == ["speech", "half"]
     histogram = read.Histograms("weights")[0].histogram_value
     assert (histogram.num, histogram.min, histogram.max) == (2, 1.0, 3.0)
     picture = read.Images("attention")[0]

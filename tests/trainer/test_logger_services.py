@@ -24,7 +24,7 @@ from trainer.loggers.mlflow import MlflowLogger
 from trainer.loggers.protocol import RunInfo
 from trainer.loggers.wandb import KINDS, SETTINGS, WandbLogger, history, log_records
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
 mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("PIL")
@@ -47,6 +47,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home" / name))
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)  # For the artifacts of a database that the tests choose.
 
 
 def process(folder: Path, loggers: str, place: str = "") -> None:
@@ -97,13 +98,13 @@ def ended(path: Path) -> bool:
     return "exit" in [each.WhichOneof("record_type") for each in found]
 
 
-def client(folder: Path) -> tuple[Any, str]:
-    made = mlflow.MlflowClient(f"sqlite:///{folder.resolve()}/mlflow.db")
+def client(folder: Path, database: str = "mlflow.db") -> tuple[Any, str]:
+    made = mlflow.MlflowClient(f"sqlite:///{folder.resolve()}/{database}")
     return made, (folder / "loggers" / "MlflowLogger").read_text().strip()
 
 
-def mlflow_records(folder: Path) -> list[tuple[str, int]]:
-    made, id = client(folder)
+def mlflow_records(folder: Path, database: str = "mlflow.db") -> list[tuple[str, int]]:
+    made, id = client(folder, database)
     found = set()
     for name in made.get_run(id).data.metrics:
         steps = [each.step for each in made.get_metric_history(id, name)]
@@ -122,7 +123,7 @@ def files_of(made: Any, id: str, folder: str) -> list[str]:
 @pytest.mark.faults
 def test_a_run_that_is_killed_twice_and_resumed_has_each_step_once(tmp_path: Path) -> None:
     folder = tmp_path / "demo" / "1234"
-    for place in ("step:14", "valid:20", ""):
+    for place in ("step:3", "step:14", "valid:20", ""):
         process(folder, "wandb,mlflow,tensorboard,csv", place)
     expected = records(folder)
     assert len(expected) == len(set(expected)) == 44
@@ -243,7 +244,8 @@ def test_mlflow_takes_any_name_and_changed_parameters_of_a_resumed_run(tmp_path:
     uri = f"sqlite:///{tmp_path}/other.db"
     log = MlflowLogger(tracking_uri=uri, experiment="digits", tags={"who": 1})
     log.open(info(tmp_path / "run", lr=1, **{f"a[{n}]": "x" * 9000 for n in range(150)}))
-    values = {f"n{n}": float(n) for n in range(1500)} | {"..": 1.0, "/a//ü:": 2.0, "no": None}
+    values = {f"n{n}": float(n) for n in range(1500)}
+    values |= {"..": 1.0, "/a//ü:": 2.0, "no": None, "x" * 300: 1.0}
     log.scalars("stage", {"stage": "valid", **values}, 3)
     log.text("../up", "text", 1)
     log.close()
@@ -257,8 +259,62 @@ def test_mlflow_takes_any_name_and_changed_parameters_of_a_resumed_run(tmp_path:
     assert found.data.tags["who"] == "1"
     assert found.data.params["new"] == "y"
     assert len(found.data.params) == 152
-    assert len(found.data.metrics) == 1502
+    assert len(found.data.metrics) == 1503
     assert not (tmp_path / "run" / "mlflow.db").exists()
+
+
+def test_the_artifacts_of_mlflow_move_with_the_run_folder(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new place"
+    log = MlflowLogger()
+    log.open(info(old))
+    log.figure("f", PICTURE, 1)
+    log.close()
+    id = (old / "memory").read_text().strip()
+    old.rename(new)
+    again = MlflowLogger()
+    again.open(info(new))
+    again.close()
+    made = mlflow.MlflowClient(f"sqlite:///{new}/mlflow.db")
+    found = made.get_run(id).info
+    assert found.artifact_uri == f"{(new / 'mlartifacts').as_uri()}/{id}/artifacts"
+    experiment = made.get_experiment(found.experiment_id)
+    assert experiment.artifact_location == (new / "mlartifacts").as_uri()
+    assert files_of(made, id, "figures") == ["figures/f/00000001.png"]
+
+
+def test_another_server_of_mlflow_is_given_the_whole_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "mlflow", epochs=1)
+    run(folder, MlflowLogger(tracking_uri=f"sqlite:///{folder}/other.db"))
+    assert mlflow_records(folder, "other.db") == records(folder)
+
+
+def test_a_server_of_mlflow_that_is_away_gets_no_second_run(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/other.db"
+    log = MlflowLogger(tracking_uri=uri)
+    log.open(told := info(tmp_path / "run"))
+    log.close()
+    id = told.memory.read_text()
+
+    class Away:
+        def get_run(self, id: str) -> None:
+            raise mlflow.exceptions.MlflowException("no answer")
+
+    log._client = Away()
+    with pytest.raises(mlflow.exceptions.MlflowException, match="no answer"):
+        log.open(told)
+    assert told.memory.read_text() == id
+
+
+def test_a_run_that_repeats_a_failed_one_is_finished_in_mlflow(tmp_path: Path) -> None:
+    log = MlflowLogger()
+    try:
+        raise RuntimeError
+    except RuntimeError:
+        log.open(info(tmp_path))
+        log.close()
+    made = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert made.get_run((tmp_path / "memory").read_text().strip()).info.status == "FINISHED"
 
 
 def test_a_failed_run_is_failed_in_mlflow(tmp_path: Path) -> None:
@@ -319,6 +375,43 @@ def test_a_file_of_wandb_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
         path.write_bytes(data[:cut])
         steps = [row["step"] for row in history(path)]
         assert steps == list(range(len(steps)))
+
+
+def test_a_full_disk_does_not_cost_the_identifier_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = WandbLogger(mode="disabled")
+    made.open(told := info(tmp_path))
+    id = told.memory.read_text()
+    monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("the file was cut"))
+    made.open(told)
+    assert told.memory.read_text() == id
+
+
+def test_tags_that_are_not_given_are_those_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(wandb, "init", lambda tags, **_: given.append(tags))
+    for tags in ((), ("a",)):
+        with pytest.raises(AttributeError):  # There is no run.
+            WandbLogger(mode="offline", tags=tags).open(info(tmp_path))
+    assert given == [None, ["a"]]
+
+
+def test_a_network_that_is_away_ends_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = WandbLogger(mode="offline"), WandbLogger()
+    first.open(info(tmp_path / "first"))
+    monkeypatch.setenv("WANDB_API_KEY", KEY[:40])
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    second.open(info(tmp_path / "second"))
+    for made, folder in ((first, "first"), (second, "second")):
+        made.scalars("step", {"loss": 1.0}, 1)
+        end(made)
+        (path,) = (tmp_path / folder).glob("wandb/*run-*-*/*.wandb")
+        assert [row["step"] for row in history(path)] == [1]
 
 
 def test_files_of_wandb_in_another_format_are_one_warning(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.trainer.logged_program import run
 from tests.trainer.small import batches, make
-from trainer import RunOptions, StageReport
+from trainer import Checkpointer, RunOptions, StageReport
 from trainer.cli.arguments import configure
 from trainer.config.hyperparameters import Configuration
 from trainer.loggers import CsvLogger, JsonlLogger, Logger, LoggerCallback, loggers_of
@@ -31,6 +31,7 @@ from trainer.loggers.protocol import series
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.progress import Progress
 
+FOLDERS = {"figure": "figures/", "audio": "audio/", "text": "text/"}  # of series
 PAGE = Path(__file__).parents[2] / "docs" / "loggers.md"
 
 
@@ -53,6 +54,12 @@ class Kept(Logger):
     def figure(self, name: str, png: bytes, step: int) -> None:
         self.disk.append(("figure", name, step))
 
+    def audio(self, name: str, samples: Any, rate: int, step: int) -> None:
+        self.disk.append(("audio", name, step))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self.disk.append(("text", name, step))
+
     def artifact(self, name: str, path: Path) -> None:
         self.files.append((name, path))
         self.events.append(name)
@@ -71,8 +78,10 @@ class Cut(Kept):
 class Lossy(Kept):
     """One whose backend had not written its last records when the process was killed."""
 
-    def recorded(self) -> dict[str, int]:
-        return {name: step for _, name, step in self.disk}
+    def recorded(self) -> dict[str, tuple[int, int]]:
+        names = [(f"{FOLDERS.get(what, '')}{name}", step) for what, name, step in self.disk]
+        counts = Counter(names)
+        return {name: (step, counts[name, step]) for name, step in names}
 
 
 def records(folder: Path) -> list[tuple[str, int]]:
@@ -239,9 +248,12 @@ def test_a_configuration_that_cannot_be_resolved_is_that_of_the_brain(
     tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "hyperparams.yaml").write_text(text)
-    hparams = {"lr": 0.5, "net": object(), "place": Path("a"), "words": ["a"] * 30_000}
+    words = {f"word{n}": n for n in range(30_000)}
+    hparams = {"lr": 0.5, "net": object(), "place": Path("a"), "words": [*words], "ids": words}
+    hparams["letters"] = "a" * 100_000
     found = configuration(tmp_path, hparams, RunOptions())
-    assert len(found) < 300
+    assert len(found) < 400
+    assert len(str(found)) < 50_000
     assert (found["lr"], found["place"], found["precision"]) == (0.5, "a", "fp32")
     assert "net" not in found
 
@@ -299,11 +311,14 @@ def test_a_run_that_is_killed_again_and_again_has_each_record_once(
     kind: type[Kept], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
-    whole = [("step", {"stage": "train"}, step) for step in range(1, 9)]
+    whole: list[Any] = [("step", {"stage": "train"}, step) for step in range(1, 9)]
     for step in (4, 8):
         place = next(n for n, each in enumerate(whole) if each[2] == step) + 1
         stages = [("stage", {"stage": stage}, step) for stage in ("train", "valid")]
-        whole[place:place] = [*stages, ("figure", {}, step)]
+        media = [(what, {}, step) for what in ("figure", "audio", "text")]  # Of the same name.
+        monitors = [("monitor", {}, step)] * 2  # Of two optimizers.
+        whole[place:place] = [media[0], *stages, *media[1:], *monitors]
+    whole += [("stage", {"stage": "test"}, 8), media[1]] * 2  # Two test sets.
     disk: list[Any] = []
     start, saved = 0, None  # The place that a process begins at, and the state of its checkpoint.
     for _ in range(data.draw(st.integers(0, 3))):
@@ -316,9 +331,7 @@ def test_a_run_that_is_killed_again_and_again_has_each_record_once(
             lost -= 1
     process(folder, kind(disk), whole, start, saved, len(whole), len(whole))
     expected = [
-        ("figure", "attention", step)
-        if what == "figure"
-        else ("scalars", series(what, values), step)
+        (what, "valid", step) if what in FOLDERS else ("scalars", series(what, values), step)
         for what, values, step in whole
     ]
     assert Counter(disk) == Counter(expected)
@@ -343,7 +356,11 @@ def process(
             break
         what, values, at = whole[place]
         if what == "figure":
-            loggers.figure("attention", b"", at)
+            loggers.figure("valid", b"", at)
+        elif what == "audio":
+            loggers.audio("valid", torch.zeros(1), 8000, at)
+        elif what == "text":
+            loggers.text("valid", "", at)
         else:
             loggers.scalars(what, values | {"loss": 1.0}, at)
     return start, saved
@@ -382,6 +399,93 @@ def test_a_brain_that_resumes_gives_its_loggers_each_step_once(
         assert [(row["step"], row["loss"]) for row in tables[name]] == expected
 
 
+def test_a_start_killed_before_its_first_checkpoint_is_recorded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    disks: list[list[Any]] = [[], []]
+    chosen = ["csv", Kept(disks[0]), Cut(disks[1])]
+    monkeypatch.setattr("os.kill", kill)
+    for place in ("step:3", "step:4"):
+        with pytest.raises(Killed):
+            run(tmp_path, chosen, killed_at=place)
+    run(tmp_path, chosen)
+    found = records(tmp_path)
+    assert len(found) == len(set(found)) == 44
+    for disk in disks:
+        assert sorted(each[1:] for each in disk if each[0] == "scalars") == found
+    assert [row["step"] for row in table(tmp_path / "csv" / "train_step.csv")] == [
+        str(step) for step in range(1, 31)
+    ]
+
+
+@pytest.mark.parametrize("kind", [Kept, Cut])
+def test_a_logger_that_failed_for_a_while_has_each_number_once_when_the_run_resumes(
+    tmp_path: Path, kind: type[Kept]
+) -> None:
+    disk: list[Any] = []
+
+    def scalars(self: Kept, what: str, values: Any, step: int) -> None:
+        if step > 6:
+            raise OSError("no network")
+        kind.scalars(self, what, values, step)
+
+    run(tmp_path, type(kind.__name__, (kind,), {"scalars": scalars})(disk), epochs=1)
+    for epochs in (2, 3):
+        run(tmp_path, kind(disk), epochs=epochs)
+    expected = [*records(tmp_path), ("test", 20)]  # metrics.jsonl has the last test only.
+    assert ("test", 30) in expected
+    assert Counter(each[1:] for each in disk if each[0] == "scalars") == Counter(expected)
+
+
+@pytest.mark.parametrize("before", ["record", "brain", "brain of another process"])
+def test_a_start_keeps_what_others_have_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    def made(name: str) -> Any:
+        checkpointer = Checkpointer(tmp_path / name)
+        return make(checkpointer=checkpointer, output_folder=str(tmp_path), log_interval=1)
+
+    brain = made("second")
+    if before == "record":
+        loggers_of(brain).scalars("stage", {"stage": "test", "loss": 1.0}, 0)
+    else:
+        made("first").fit([1], batches(3))
+    if before == "brain of another process":
+        monkeypatch.setattr(LoggerCallback, "_complete", set())
+    had = records(tmp_path)
+    assert had
+    brain.fit([1], batches(2))
+    assert Counter(had) < Counter(records(tmp_path))
+
+
+def test_a_call_that_repeats_a_failed_one_sends_its_files(tmp_path: Path) -> None:
+    own = Kept([])
+    made = make(logger=own, output_folder=str(tmp_path))
+    try:
+        made.fit([1], iter_that_fails())
+    except RuntimeError:
+        made.fit([2], batches(2))
+    assert own.events == ["open", "close", "open", "report.html", "close"]
+
+
+def test_texts_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
+    disk: list[Any] = []
+    texts: list[str] = []
+    own = Kept(disk)
+    own.text = lambda name, text, step: texts.append(name + text)  # type: ignore[method-assign]
+    loggers = callback(tmp_path, own)
+    loggers.text("a\udc80", "\udcff\N{SNOWMAN}", 1)
+    loggers.figure("\udc80", b"", 1)
+    assert texts == ["a\\udc80\\udcff\N{SNOWMAN}"]
+    assert disk == [("figure", "\\udc80", 1)]
+
+
 def test_marks_survive_a_killed_process_and_stay_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,10 +495,10 @@ def test_marks_survive_a_killed_process_and_stay_short(
         marks.note("valid", step)
     marks.note("train", 3)
     with path.open("ab") as file:
-        file.write(b'{"a": 1}\nnot json\n[1]\n[99, "valid"')
+        file.write(b'{"a": 1}\nnot json\n[1]\n[99, "valid", 1')
     monkeypatch.setattr("trainer.loggers.marks.MAX_LINES", 10)
     again = StepMarks(path)
-    assert (again.taken, again.last) == (21, {"valid": 19, "train": 3})
+    assert (again.taken, again.places.last) == (21, {"valid": (19, 1), "train": (3, 1)})
     assert len(path.read_text().splitlines()) == 2
     again.note("valid", 20)
     assert StepMarks(path).taken == 22

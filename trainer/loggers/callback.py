@@ -6,7 +6,8 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from trainer import distributed, json_files
 from trainer.callbacks import Callback
+from trainer.checkpoint.storage import MANIFEST
 from trainer.loggers.description import best_checkpoint, configuration, name_of
 from trainer.loggers.files import METRICS, JsonlLogger, run_folder
-from trainer.loggers.marks import StepMarks
+from trainer.loggers.marks import Places, StepMarks
 from trainer.loggers.protocol import Logger, RunInfo, series
 from trainer.metrics import RESERVED, SHOWN, StageReport
 from trainer.options import RunOptions
@@ -54,6 +56,8 @@ class LoggerCallback(Callback):
         hparams: hyperparameters by name, for the loggers that record them.
     """
 
+    _complete: ClassVar[set[Path]] = set()  # Run folders of calls of this process that ended well.
+
     def __init__(
         self,
         options: RunOptions,
@@ -71,10 +75,14 @@ class LoggerCallback(Callback):
         self._loggers: dict[LoggerFactory, Logger] = {}
         self._marks: dict[LoggerFactory, StepMarks] = {}
         self._slots: dict[LoggerFactory, str] = {}  # Names of the chosen ones' files.
-        self._skipped: dict[LoggerFactory, Mapping[str, int]] = {}  # Up to which step, by series.
+        self._skipped: dict[LoggerFactory, Places] = {}  # What they have beyond the checkpoint.
+        self._places = Places()  # What this run has recorded, for chosen loggers.
+        self._saved_places = Places()
         self._sent: dict[str, Any] = {}  # Versions of the files that the chosen ones have.
         self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
+        self._handled: BaseException | None = None  # By a program that calls `fit` once more.
         self._saved_lines: int | None = None
+        self._has_recorded = False
 
     # ------------------------------------------------------------------------------------- events
 
@@ -84,19 +92,23 @@ class LoggerCallback(Callback):
         Raises:
             ValueError: if a logger cannot work as it was asked to, such as for a missing package.
         """
+        if not self._depth:
+            self._handled = sys.exception()
         self._depth += 1
         self._opened()
         progress = brain.progress
-        if distributed.restarts() and progress.fits == 1 and not progress.epoch:
-            # torchrun began anew after a rank had died before the first checkpoint.
+        begins = progress.fits == 1 and not progress.epoch and not brain.optimizer_step
+        if begins and (distributed.restarts() or self._follows_a_killed_start(brain)):
             self._resume(0, 0)
 
     def on_fit_end(self, brain: Brain) -> None:
         """Close the loggers when the outermost call ends."""
         self._depth = max(0, self._depth - 1)
         if not self._depth:
-            if sys.exception() is None:
+            if sys.exception() is self._handled:
                 self._send_files(brain)
+                if self.folder is not None:
+                    self._complete.add(self.folder.absolute())
             self.close()
 
     on_evaluate_start = on_fit_start
@@ -108,6 +120,7 @@ class LoggerCallback(Callback):
 
     def on_resume(self, brain: Brain) -> None:
         """Remove what was recorded after the checkpoint, since it will come again."""
+        self._places = self._saved_places
         self._resume(brain.optimizer_step, self._saved_lines)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
@@ -149,19 +162,19 @@ class LoggerCallback(Callback):
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Record the distribution of values (N,) on the host."""
-        self._record(name, step, "histogram", name, values, step)
+        self._record(f"histograms/{name}", step, "histogram", name, values, step)
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Record a picture, as the bytes of a PNG file."""
-        self._record(name, step, "figure", name, png, step)
+        self._record(f"figures/{name}", step, "figure", _utf8(name), png, step)
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Record sound: samples (T,) in [-1, 1], rate in Hz."""
-        self._record(name, step, "audio", name, samples, rate, step)
+        self._record(f"audio/{name}", step, "audio", _utf8(name), samples, rate, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text."""
-        self._record(name, step, "text", name, text, step)
+        self._record(f"text/{name}", step, "text", _utf8(name), _utf8(text), step)
 
     def samples(self, samples: Samples) -> None:
         """Record rows of cells, and each sound, picture and text of the first rows by itself."""
@@ -216,14 +229,29 @@ class LoggerCallback(Callback):
 
     # ----------------------------------------------------------------------------------- resuming
 
+    def _follows_a_killed_start(self, brain: Brain) -> bool:
+        """Return True if what is recorded is of a start that never came to its first checkpoint.
+
+        Not of another Brain of the same folder, which has a checkpoint there or ended well.
+        """
+        folder = self.folder
+        if folder is None or brain.checkpointer is None or self._has_recorded:
+            return False
+        return folder.absolute() not in self._complete and not any(folder.rglob(MANIFEST))
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of records in `metrics.jsonl`, None where there is no such file."""
+        """Return the number of records in `metrics.jsonl`, None where there is no such file.
+
+        With chosen loggers it has the numbers of records of the last step, by series.
+        """
         files = [each for each in self._opened().values() if isinstance(each, JsonlLogger)]
-        return {"jsonl_lines": files[0].lines if files else None}
+        places = {"places": self._places.newest()} if self._chosen else {}
+        return {"jsonl_lines": files[0].lines if files else None, **places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; nothing is removed before `on_resume`."""
         self._saved_lines = state["jsonl_lines"]
+        self._saved_places = Places(state.get("places"))
 
     def _resume(self, step: int, lines: int | None) -> None:
         """Bring every logger to what it had at this step, or let it skip what it has beyond."""
@@ -237,9 +265,10 @@ class LoggerCallback(Callback):
                 if marks is not None:
                     if type(each).resume is not Logger.resume:
                         marks.cut(step)
-                    self._skipped[factory] = dict(marks.last if found is None else found)
-                    if found is not None and marks.taken and self.folder is not None:
-                        catch_up(each, found, self.folder)
+                    held = Places(marks.places.last if found is None else found)
+                    self._skipped[factory] = held
+                    if marks.taken and self.folder is not None:
+                        catch_up(each, held, marks, self.folder)
             except Exception as error:
                 self._give_up(factory, type(each).__name__, error)
 
@@ -282,8 +311,10 @@ class LoggerCallback(Callback):
 
     def _record(self, name: str, step: int, method: str, *arguments: Any) -> None:
         """Call a method of every logger that has it and lacks this record."""
+        self._has_recorded = True
+        place = self._places.add(name, step) if self._chosen else (step, 1)
         for factory, each in list(self._opened().items()):
-            if step <= self._skipped.get(factory, {}).get(name, -1):
+            if factory in self._skipped and self._skipped[factory].has(name, place):
                 continue
             if getattr(type(each), method) is getattr(Logger, method):
                 continue
@@ -307,10 +338,16 @@ class LoggerCallback(Callback):
         self._loggers.pop(factory, None)
         if factory in self._marks:
             self._marks.pop(factory).close()
+        text = shorten(str(error), 300, placeholder=" …")  # A database's has its whole command.
         logger.warning(
             "%s failed and is not used any more; the run goes on without it (%s: %s)",
-            name, type(error).__name__, error,
+            name, type(error).__name__, text,
         )  # fmt: skip
+
+
+def _utf8(text: str) -> str:
+    """Return a text with escapes for what UTF-8 has not, such as names of files in another one."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def loggers_of(brain: Brain) -> LoggerCallback | Logger:
@@ -323,22 +360,28 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     return next(found, Logger())
 
 
-def catch_up(each: Logger, last: Mapping[str, int], folder: Path) -> None:
-    """Give a logger the numbers of `metrics.jsonl` that its backend has lost.
+def catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
+    """Give a logger the numbers of `metrics.jsonl` that it lacks, and note them.
+
+    A backend may have lost them when the process was killed, or failed for a while.
 
     Args:
         each: logger.
-        last: last step of each series that the backend holds.
+        held: places of the series that the backend has come to.
+        marks: notes of what the logger has taken.
         folder: run folder.
     """
+    found = Places()
     with (folder / METRICS).open("rb") as file:
         for line in json_files.lines(file):
             record = json_files.parse(line)
             kind, step = record.pop("kind", None), record.get("step")
             if not (isinstance(kind, str) and isinstance(step, int)):
                 continue
-            if step > last.get(series(kind, record), -1):
+            name = series(kind, record)
+            if not held.has(name, found.add(name, step)):
                 each.scalars(kind, record, step)
+                marks.note(name, step)
 
 
 def describe(report: StageReport, learning_rates: Sequence[float | None] = ()) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.checkpointer import Checkpointer, ranked
 from trainer.options import RunOptions
 
-MAX_ITEMS = 100  # of a list
+MAX_ITEMS = 100  # of a list, and of a mapping within another
+MAX_TEXT = 1000  # characters
 Plain = bool | int | float | str | None
 
 
@@ -53,13 +55,14 @@ def configuration(
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
     """Yield plain values by dotted key; objects are left out."""
     if isinstance(values, Mapping):
-        for key, value in values.items():
+        most = MAX_ITEMS if prefix else None  # A vocabulary is no setting.
+        for key, value in islice(values.items(), most):
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(values, (list, tuple)):
-        for number, value in enumerate(values[:MAX_ITEMS]):  # A vocabulary is no setting.
+        for number, value in enumerate(values[:MAX_ITEMS]):
             yield from _flat(value, f"{prefix}.{number}")
     elif values is None or isinstance(values, (bool, int, float, str)):
-        yield prefix, values
+        yield prefix, values[:MAX_TEXT] if isinstance(values, str) else values
     elif isinstance(values, Path):
         yield prefix, str(values)
 

@@ -246,6 +246,17 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the finite numbers of a record by dotted name, without what only says when it was.
+
+    That is the step, and the epoch of layer norms: a GAN has a record of these for each optimizer.
+    """
+    when = ("step", "epoch") if kind == "monitor" else ("step",)
+    for name, value in numbers(as_json(values)):
+        if value is not None and name not in when:
+            yield name, float(value)
+
+
 def wav_bytes(samples: Tensor, rate: int) -> bytes:
     """Return samples (T,) at a rate in Hz as a WAV file of 16 bits; beyond [-1, 1] they are cut."""
     whole = (samples.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)

@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer import json_files
 from trainer.loggers.files import LineFile
 
 MAX_LINES = 10_000  # before a file that is opened is shortened to the last line of each series
+ALL = 1 << 53  # records of a step
+Place = tuple[int, int]  # a step, and the number of records of a series at this step
+
+
+class Places:
+    """The last step of each series, and the number of its records at that step.
+
+    A step may have several records of a series, such as layer norms of the optimizers of a GAN, or
+    the results of two test sets.
+    """
+
+    def __init__(self, last: Mapping[str, Any] | None = None) -> None:
+        self.last: dict[str, Place] = {name: (s, n) for name, (s, n) in (last or {}).items()}
+
+    def add(self, name: str, step: int) -> Place:
+        """Add a record; return its place."""
+        before, number = self.last.get(name, (step, 0))
+        self.last[name] = place = (step, number + 1 if before == step else 1)
+        return place
+
+    def has(self, name: str, place: Place) -> bool:
+        """Return True if the record of this place is among those that were added."""
+        return place <= self.last.get(name, (-1, 0))
+
+    def newest(self) -> dict[str, Place]:
+        """Return the series that have a record at the last step of all."""
+        step = max((step for step, _ in self.last.values()), default=0)
+        return {name: place for name, place in self.last.items() if place[0] == step}
 
 
 class StepMarks:
-    """The last step of each series that a logger has taken, in a file that survives a killed run.
+    """The place of each series that a logger has come to, in a file that survives a killed run.
 
-    A line is `[number of records so far, series, step]`.
+    A line is `[number of records so far, series, step, number of records at this step]`.
 
     Args:
         path: the file; it and its folder are created where they are missing.
 
     Attributes:
         taken: number of records.
-        last: last step by series.
+        places: last step by series, with the number of records.
 
     Raises:
         OSError: if the file cannot be read or written (all methods).
@@ -30,13 +60,13 @@ class StepMarks:
     def __init__(self, path: Path) -> None:
         self._file = LineFile(path)
         self.taken = 0
-        self.last: dict[str, int] = {}
+        self.places = Places()
         lines: dict[str, bytes] = {}
         with path.open("rb") as file:
             for line in json_files.lines(file):
                 try:
-                    taken, name, step = json_files.parse(line)
-                    self.taken, self.last[name] = int(taken), int(step)
+                    taken, name, step, number = json_files.parse(line)
+                    self.taken, self.places.last[name] = int(taken), (int(step), int(number))
                 except (json_files.BadJson, TypeError, ValueError):  # Not by this class.
                     continue
                 lines[name] = line
@@ -46,14 +76,16 @@ class StepMarks:
     def note(self, name: str, step: int) -> None:
         """Note that a record was taken."""
         self.taken += 1
-        self.last[name] = step
-        self._file.append(json.dumps([self.taken, name, step]))
+        self._write(name, self.places.add(name, step))
 
     def cut(self, step: int) -> None:
         """Note that the records of later steps were discarded."""
-        for name in [name for name, last in self.last.items() if last > step]:
-            self.last[name] = step
-            self._file.append(json.dumps([self.taken, name, step]))
+        for name in [name for name, (last, _) in self.places.last.items() if last > step]:
+            self.places.last[name] = (step, ALL)
+            self._write(name, (step, ALL))
+
+    def _write(self, name: str, place: Place) -> None:
+        self._file.append(json.dumps([self.taken, name, *place]))
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""

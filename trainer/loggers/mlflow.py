@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import re
+import sqlite3
 import sys
 import tempfile
 import time
@@ -15,10 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.loggers.files import as_json, numbers, wav_bytes
+from trainer.loggers.files import finite, wav_bytes
 from trainer.loggers.protocol import Logger, RunInfo, require, series
 
 MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # that MLflow takes at once
+MOST_OF_NAME = 250  # characters
 # A server that is not there is given up after seconds, where MLflow's own limits are minutes.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
@@ -55,23 +58,33 @@ class MlflowLogger(Logger):
         self._entities: Any = None
         self._client: Any = None
         self._id = ""
+        self._lacks_all = False  # since the run began anew in MLflow
+        self._handled: BaseException | None = None  # by a program that trains once more
 
     def open(self, run: RunInfo) -> None:
         """Begin the run in MLflow, or go on with it."""
+        self._handled = sys.exception()
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if self._client is None:
             if uri is None:
                 require("sqlalchemy", "mlflow")
             for name, value in PATIENCE.items():
                 os.environ.setdefault(name, value)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # Tracebacks.
             self._entities = importlib.import_module("mlflow.entities")
-            own = f"sqlite:///{run.folder.resolve() / 'mlflow.db'}"
-            self._client = importlib.import_module("mlflow").MlflowClient(uri or own)
+            database = run.folder.resolve() / "mlflow.db"
+            if uri is None and database.exists():
+                _move(database, (database.parent / "mlartifacts").as_uri())
+            self._client = importlib.import_module("mlflow").MlflowClient(
+                uri or f"sqlite:///{database}"
+            )
         known = run.memory.read_text().strip() if run.memory.exists() else ""
-        if known and known in self._runs(known):
+        self._lacks_all = False
+        if known and self._has(known):
             self._id = known
             self._client.update_run(known, status="RUNNING", name=run.name)
         else:
+            self._lacks_all = run.taken > 0
             place = None if uri else (run.folder.resolve() / "mlartifacts").as_uri()
             tags = {name: str(value) for name, value in self.tags.items()}
             created = self._client.create_run(
@@ -81,11 +94,15 @@ class MlflowLogger(Logger):
             run.memory.write_text(f"{self._id}\n")
         self._configure(run.config)
 
-    def _runs(self, id: str) -> list[str]:
-        """Return the identifier if there is such a run; a database may have been deleted."""
-        with contextlib.suppress(importlib.import_module("mlflow.exceptions").MlflowException):
-            return [self._client.get_run(id).info.run_id]
-        return []
+    def _has(self, id: str) -> bool:
+        """Return True if there is such a run; a database may have been deleted or exchanged."""
+        try:
+            self._client.get_run(id)
+        except importlib.import_module("mlflow.exceptions").MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # Such as a server that is away.
+                raise
+            return False
+        return True
 
     def _experiment_id(self, artifacts: str | None) -> str:
         name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cortex"
@@ -109,9 +126,8 @@ class MlflowLogger(Logger):
         """Record the finite numbers, under names such as "valid/wer" and "train_step/loss"."""
         group, now = series(kind, values), int(time.time() * 1000)
         metrics = [
-            self._entities.Metric(_name(f"{group}/{name}"), float(value), now, step)
-            for name, value in numbers(as_json(values))
-            if value is not None and name != "step"
+            self._entities.Metric(_name(f"{group}/{name}"), value, now, step)
+            for name, value in finite(kind, values)
         ]
         for start in range(0, len(metrics), MOST_METRICS):
             self._client.log_batch(self._id, metrics=metrics[start : start + MOST_METRICS])
@@ -137,9 +153,13 @@ class MlflowLogger(Logger):
         else:
             self._client.log_artifact(self._id, str(path))
 
+    def recorded(self) -> Mapping[str, tuple[int, int]] | None:
+        """Return no series if the run had to begin anew in MLflow, so that it is given all."""
+        return {} if self._lacks_all else None
+
     def close(self) -> None:
         """End the run in MLflow; where an exception ends the process, as failed or killed."""
-        error = sys.exception()
+        error = None if sys.exception() is self._handled else sys.exception()
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
         self._client.set_terminated(self._id, "FINISHED" if error is None else failed)
 
@@ -150,7 +170,20 @@ class MlflowLogger(Logger):
             self._client.log_artifact(self._id, str(path), _name(folder))
 
 
+def _move(database: Path, artifacts: str) -> None:
+    """Let the database of a run folder that was moved know where its artifacts are."""
+    with contextlib.closing(sqlite3.connect(database)) as base, base:
+        places = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
+        for (old,) in base.execute(places, ["%/mlartifacts"]).fetchall():
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                base.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE {column} = ? OR {column} LIKE ?",
+                    [artifacts, len(old) + 1, old, f"{old}/%"],
+                )
+
+
 def _name(text: str) -> str:
     """Return a name with `_` in place of what MLflow does not take."""
     parts = (re.sub(r"[^\w. -]|^\.+$", "_", part, flags=re.ASCII) for part in text.split("/"))
-    return "/".join(part for part in parts if part)
+    return "/".join(part for part in parts if part)[:MOST_OF_NAME].rstrip("/")

@@ -80,12 +80,13 @@ class Logger:
     def resume(self, step: int) -> None:
         """Discard what was recorded for later optimizer steps, since it will come again."""
 
-    def recorded(self) -> Mapping[str, int] | None:
-        """Return the last step that the backend holds of each series, by its name.
+    def recorded(self) -> Mapping[str, tuple[int, int]] | None:
+        """Return the last step that the backend holds of each series, and its number of records.
 
         A backend that may lose what it has taken overrides this: when the run resumes it is given
-        the numbers that it lacks. The names are those of `series`, and of pictures, sounds, texts
-        and histograms. None: it holds what it was given.
+        the numbers that it lacks. The names are those of `series`, and "figures/NAME",
+        "audio/NAME", "text/NAME" and "histograms/NAME"; the number of records is that of this step.
+        None: it holds what it was given.
         """
         return None
 

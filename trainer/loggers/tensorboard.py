@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.loggers.files import as_json, numbers, readable_errors
+from trainer.loggers.files import finite, readable_errors
 from trainer.loggers.protocol import Logger
 
 # Colour channels by the colour type in the header of a PNG file.
@@ -57,16 +57,15 @@ class TensorBoardLogger(Logger):
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Write the finite numbers, under names such as "train_step/optimizers.main.lr"."""
         group = f"{values.get('stage', 'train')}_{kind}"
-        for name, value in numbers(as_json(values)):
-            if name != "step" and value is not None:
-                self._opened().add_scalar(f"{group}/{name}", value, step)
+        for name, value in finite(kind, values):
+            self._opened().add_scalar(f"{group}/{name}", value, step)
         self._flush()
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values."""
-        finite = values[values.isfinite()]
-        if len(finite):
-            self._opened().add_histogram(name, finite, step)
+        known = values[values.isfinite()].float()
+        if len(known):
+            self._opened().add_histogram(name, known, step)
         self._flush()
 
     def figure(self, name: str, png: bytes, step: int) -> None:
@@ -83,7 +82,8 @@ class TensorBoardLogger(Logger):
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Write a sound; samples beyond [-1, 1] are clipped."""
-        self._opened().add_audio(name, samples.detach().clamp(-1, 1), step, rate)
+        if samples.numel():
+            self._opened().add_audio(name, samples.detach().float().clamp(-1, 1), step, rate)
         self._flush()
 
     def text(self, name: str, text: str, step: int) -> None:

@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from trainer.loggers.files import as_json, numbers, wav_bytes
+from trainer.loggers.files import finite, wav_bytes
+from trainer.loggers.marks import Place, Places
 from trainer.loggers.protocol import Logger, RunInfo, require, series
 
 MODES = ("online", "offline", "disabled")
@@ -56,7 +57,15 @@ class _Session:
         self.rows = max(rows, int(run.step or 0))  # Number of records of the run in W&B.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        weakref.finalize(self, run.finish).atexit = False
+        weakref.finalize(self, _finish, run).atexit = False
+
+
+def _finish(run: Any) -> None:
+    """End a run; W&B may have ended its own process before, as when a server has refused it."""
+    try:
+        run.finish()
+    except Exception as error:
+        logger.warning("W&B cannot end the run %s (%s: %s)", run.id, type(error).__name__, error)
 
 
 class WandbLogger(Logger):
@@ -103,18 +112,20 @@ class WandbLogger(Logger):
             raise ValueError(f"tags of a WandbLogger must be a list of texts, not {tags!r}")
         self.mode, self.artifacts = mode, artifacts
         self._given = {
-            "project": project, "entity": entity, "tags": [*tags], "group": group, "notes": notes,
+            "project": project, "entity": entity, "tags": [*tags] or None, "group": group,
+            "notes": notes,
         }  # fmt: skip
         self._package: Any = None
         self._session: _Session
-        self._recorded: dict[str, int] | None = None
+        self._recorded: dict[str, Place] | None = None
 
     def open(self, run: RunInfo) -> None:
         """Begin the run in W&B, or go on with it."""
         self._package = importlib.import_module("wandb")
         known = run.memory.read_text().strip() if run.memory.exists() else ""
         id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        run.memory.write_text(f"{id}\n")
+        if not known:  # A disk that is full would cost the one that is there.
+            run.memory.write_text(f"{id}\n")
         self._recorded = None
         if id not in self._sessions:
             rows = run.taken
@@ -135,15 +146,16 @@ class WandbLogger(Logger):
 
     def _read(self, folder: Path, id: str) -> int:
         """Read what earlier processes have recorded; return the number of rows."""
-        rows = 0
+        rows, places = 0, Places()
         for path in sorted(folder.glob(f"*run-*-{id}/run-{id}.wandb")):
-            self._recorded = self._recorded or {}
+            self._recorded = places.last
             for row in history(path):
                 rows = max(rows, int(row.get("_step", 0)) + 1)
                 step = row.get("step")
                 if isinstance(step, int):
-                    for kind, _, rest in (name.partition("/") for name in row):
-                        self._recorded[rest if kind in KINDS else kind] = step
+                    kinds = ((name.partition("/")[0], name) for name in row)
+                    for each in {name if kind in KINDS else kind for kind, name in kinds}:
+                        places.add(each, step)
         return rows
 
     def _init(self, run: RunInfo, id: str) -> Any:
@@ -163,13 +175,16 @@ class WandbLogger(Logger):
         if not _has_credentials(settings):
             logger.warning("W&B has no credentials: %s; wandb login stores them", later)
             return package.init(mode="offline", **options)
+        tried = False
         try:
             _reach(settings.base_url)
+            tried = True
             started = package.init(mode=mode, **options)
         except Exception as error:
             why = " ".join(str(error).split())
             logger.warning("W&B cannot be reached (%s): %s", why, later)
-            package.teardown()  # Its process holds the identifier of a run that did not start.
+            if tried:  # Its process holds the identifier of a run that did not start.
+                package.teardown()
             return package.init(mode="offline", **options)
         if started.url:
             logger.info("W&B records the run at %s", started.url)
@@ -178,16 +193,13 @@ class WandbLogger(Logger):
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Record the finite numbers, under names such as "valid/wer" and "train_step/loss"."""
         group = series(kind, values)
-        found = numbers(as_json(values))
-        row = {f"{group}/{name}": value for name, value in found if value is not None}
-        row.pop(f"{group}/step", None)
-        self._log(row, step)
+        self._log({f"{group}/{name}": value for name, value in finite(kind, values)}, step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Record the distribution of the finite values."""
-        finite = values[values.isfinite()].float()
-        if len(finite):
-            counts, edges = torch.histogram(finite, BINS)
+        known = values[values.isfinite()].float()
+        if len(known):
+            counts, edges = torch.histogram(known, BINS)
             bars = (counts.tolist(), edges.tolist())
             media = self._package.Histogram(np_histogram=bars)
             self._log({f"histograms/{name}": media}, step)
@@ -219,7 +231,7 @@ class WandbLogger(Logger):
                 artifact.add_file(str(file), name=str(file.relative_to(path.parent)))
         self._session.run.log_artifact(artifact)
 
-    def recorded(self) -> Mapping[str, int] | None:
+    def recorded(self) -> Mapping[str, tuple[int, int]] | None:
         """Return the last step of each series that is in W&B's files of this run."""
         return self._recorded
 
