@@ -195,6 +195,8 @@ UNCOUNTED = {
     "separation wham": "of noise, one channel is as good as another",
     "separation librimix table": "they are bad items when they are read",
     "separation wsj0mix folders": "they are bad items when they are read",
+    "finetune folders": "a class is that of all channels, whose mean is read",
+    "finetune table": "a class is that of all channels, whose mean is read",
 }
 # They take whatever is in a folder: what a name there leads to is missing.
 BY_FOLDER = ("digits", "wham", "speech and noise", "hifigan", "finetune folders")
