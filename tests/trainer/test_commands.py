@@ -251,6 +251,7 @@ def test_the_last_lines_name_the_best_checkpoint_and_infer(
     words = shlex.split(use.partition("to use it: ")[2])
     assert words[1:3] == [os.path.relpath(source.with_name("infer.py")), f"{tmp_path}/a b"]
     assert words[3:] == ["--text", "Turn left.", "-o", "out.wav"]
+    assert end_lines(tmp_path / "a b", None, source, ["--allow", "mine"]) == [on]
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher"])
     assert end_lines(tmp_path, checkpointer, None, None) == [best]
 

@@ -29,11 +29,12 @@ def end_lines(
         argv: arguments of the command line; None for a run by `launch`.
     """
     lines = _checkpoint(checkpointer) if isinstance(checkpointer, Checkpointer) else []
+    trained = bool(lines)
     report = folder / "report.html"
     lines += [f"report: {report}"] if report.is_file() else []
     command = _command(folder, argv)
     lines += [f"to go on: {command}"] if command else []
-    if argv is not None:
+    if argv is not None and trained:  # Without a checkpoint there is nothing to use.
         lines += [f"to test: {command} --test_only"] if command else []
         infer = None if source is None else source.with_name("infer.py")
         if infer is not None and infer.is_file():
