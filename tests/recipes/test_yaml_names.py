@@ -81,6 +81,8 @@ def test_what_writes_files_is_not_listed() -> None:
     assert len(names) >= 25  # The search finds them.
     assert names & listed == KNOWN
     for name in sorted(names - KNOWN):
+        if name.startswith("recipes.finetune.") and not importlib.util.find_spec("transformers"):
+            continue  # Its modules cannot be imported.
         with pytest.raises(ValueError, match=rf"{re.escape(name)} is not allowed: .*__init__\.py"):
             Registry().locate(name)
 

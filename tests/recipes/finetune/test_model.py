@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 transformers = pytest.importorskip("transformers")
+safe_open = pytest.importorskip("safetensors").safe_open
 
 from recipes.asr.model import padding_mask  # noqa: E402
 from recipes.finetune.data import padding_limit  # noqa: E402
