@@ -83,7 +83,7 @@ def kind_of(path: str | Path) -> Kind | None:
 
 
 def _tried(samples: np.ndarray[Any, Any], rate: int, kind: Kind) -> tuple[Any, int]:
-    """What a file of such samples (T, C) is when it is read, and its size; it is removed."""
+    """Return kind and size of a file of such samples (T, C) as it is read; it is removed."""
     with TemporaryDirectory() as folder:
         path = f"{folder}/tried"
         with soundfile.SoundFile(path, "w", rate, samples.shape[1], **kind.options) as file:

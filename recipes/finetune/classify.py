@@ -167,7 +167,7 @@ def class_weights(
 
 
 class Evaluation(Protocol):
-    """What a stage that does not train is measured by."""
+    """Measures of a stage that does not train."""
 
     shown: dict[str, Cell]
 

@@ -110,7 +110,7 @@ def run(given: trainer.Run) -> dict[str, float]:
 
 
 class Study:
-    """What is to be done when, and what came out of it."""
+    """Order of the parts of a demo, and their results."""
 
     def __init__(self, hparams: Mapping[str, Any], folder: Path) -> None:
         self.values = hparams["study"]

@@ -360,7 +360,7 @@ def _speakers_are_classes(recordings: Iterable[Recording]) -> bool:
 
 
 def _contents(recordings: Sequence[Recording]) -> dict[str, str]:
-    """What tells recordings apart, by id: their bytes, where several files are of one size."""
+    """Return what tells recordings apart, by id: their bytes, where several files have one size."""
     sizes = {each.id: _bytes(each.path) for each in recordings}
     often = Counter(sizes.values())
     alike = [each for each in recordings if sizes[each.id] and often[sizes[each.id]] > 1]

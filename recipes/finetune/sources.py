@@ -1,4 +1,4 @@
-"""Where pretrained models come from: folders, the hub, configurations; in safetensors alone."""
+"""Sources of pretrained models: folders, the hub, configurations; in safetensors alone."""
 
 from __future__ import annotations
 
