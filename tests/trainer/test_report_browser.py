@@ -90,7 +90,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Complaints(list[str]):
-    """What goes wrong in a page: errors, and anything that it asks the network for."""
+    """Faults of a page: errors, and anything that it asks the network for."""
 
     def watch(self, page: Any) -> Any:
         page.on("console", lambda message: self.append(f"{message.type}: {message.text}"))

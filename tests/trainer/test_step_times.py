@@ -1,4 +1,4 @@
-"""Where the time of a step goes is measured once per record, and the other steps run as before."""
+"""Times of the parts of a step: measured once per record; other steps run as before."""
 
 import json
 import time
