@@ -23,8 +23,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from recipes.common.mel import LogMel
+from trainer.devices import pick_device
 from trainer.inference.loading import OF_THE_MODEL, open_run, put_weights
-from trainer.optim.build import pick_device
 
 SLOPE = 0.1  # of the leaky ReLUs
 CHUNK = 256  # frames that are turned into sound at once

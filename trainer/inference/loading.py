@@ -33,10 +33,10 @@ from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
+from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept
 from trainer.inference.initialise import initialise
 from trainer.inference.model import Model
-from trainer.optim.build import pick_device
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
 from trainer.untrusted import (
