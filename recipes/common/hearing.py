@@ -116,6 +116,7 @@ def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], b
 def _source(sound: One, rate: int | None, name: str) -> Source:
     if isinstance(sound, str | os.PathLike):
         return Source(str(Path(sound).expanduser()))
+    told = isinstance(sound, Sound)  # which of its dimensions are channels
     if isinstance(sound, Sound):
         sound, rate = sound.samples, as_rate(sound.rate)
     if not isinstance(sound, Tensor | np.ndarray):
@@ -128,7 +129,7 @@ def _source(sound: One, rate: int | None, name: str) -> Source:
     samples = as_samples(sound, name)
     if not samples.numel():
         raise ValueError(f"{name} has the shape {tuple(sound.shape)}; allowed: at least one sample")
-    if samples.shape[0] > max(1, samples.shape[1]):
+    if not told and samples.shape[0] > max(1, samples.shape[1]):
         raise ValueError(
             f"{name} has {samples.shape[0]} channels of {samples.shape[1]} samples; allowed: "
             "(C, T), channels first: transpose what soundfile reads"
