@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         run_on_main,
     )
     from trainer.config.hyperparameters import load_hparams
-    from trainer.inference import export, load
+    from trainer.inference import Model, export, load
 
     __version__: str
 
@@ -40,6 +40,7 @@ __all__ = [
     "Callback",
     "Checkpointer",
     "EpochCounter",
+    "Model",
     "NonFiniteError",
     "Run",
     "RunOptions",
@@ -78,6 +79,7 @@ YAML_NAMES = (
 
 # YAML and command line are imported on first use: programs that only subclass Brain start faster.
 _LAZY = {
+    "Model": "trainer.inference",
     "Run": "trainer.cli",
     "launch": "trainer.cli",
     "export": "trainer.inference",

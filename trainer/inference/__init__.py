@@ -2,5 +2,6 @@
 
 from trainer.inference.exporting import export
 from trainer.inference.loading import OpenRun, load, open_run
+from trainer.inference.model import Model
 
-__all__ = ["OpenRun", "export", "load", "open_run"]
+__all__ = ["Model", "OpenRun", "export", "load", "open_run"]

@@ -7,27 +7,30 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from trainer.adapters import merge_adapters
-from trainer.brain import Brain
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+    from trainer.inference.model import Model
 
 WEIGHTS = "model.safetensors"
 
 
-def export(brain: Brain, folder: str | Path) -> Path:
+def export(model: Model | Brain, folder: str | Path) -> Path:
     """Write the weights of a model, with adapters merged into them, to a new folder.
 
-    It has all weights in ``model.safetensors``, by their names in ``brain.modules``, which
+    It has all weights in ``model.safetensors``, by their names in ``model.modules``, which
     ``init_from`` reads. Each model of transformers is also saved as transformers does it, in a
     folder of its own name, such as ``encoder/``, for ``from_pretrained``. The model itself stays as
     it is.
 
     Args:
-        brain: the model, with the weights that are to be written: as `trainer.load` gives it, or
-            within ``brain.best_weights()``.
+        model: the model, with the weights that are to be written: as `trainer.load` gives it, or a
+            Brain within its ``best_weights()``.
         folder: the folder to make.
 
     Returns:
@@ -50,7 +53,7 @@ def export(brain: Brain, folder: str | Path) -> Path:
     target = Path(folder).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{folder} exists, and is not an empty folder: name a new one")
-    merged = copy.deepcopy(brain.modules)
+    merged = copy.deepcopy(model.modules)
     merge_adapters(merged)
     seen: set[int] = set()
     weights: dict[str, Tensor] = {}
@@ -66,8 +69,8 @@ def export(brain: Brain, folder: str | Path) -> Path:
     try:
         save_file(weights, partial / WEIGHTS, {"format": "pt"})
         os.chmod(partial / WEIGHTS, partial.stat().st_mode & 0o666)  # It is for its owner alone.
-        for name, model in _of_transformers(merged):
-            model.save_pretrained(partial / name)
+        for name, part in _of_transformers(merged):
+            part.save_pretrained(partial / name)
         os.rename(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

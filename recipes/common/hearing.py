@@ -1,0 +1,143 @@
+"""What models are asked about: sound files, arrays, tensors and `Sound` objects, one or several.
+
+sounds, several = given_sounds(["a.wav", "b.flac"])
+sounds, several = given_sounds(array, rate=44100)
+signal = sounds[0].read(16000, channel="mean")  # (T,)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipes.common.audio import Header, check_finite, read_channels, read_header
+from recipes.common.resampling import resample
+from trainer.inference.results import Sound
+
+One: TypeAlias = "str | os.PathLike[str] | Sound | Tensor | np.ndarray[Any, Any]"
+Given: TypeAlias = "One | Sequence[One]"  # as the methods of models take it
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sound that was given: a file, which is read when it is asked for, or samples.
+
+    Attributes:
+        name: the path, or "the sound" or "sound 3", for messages.
+        held: samples (C, T) and their rate in Hz; None for a file.
+    """
+
+    name: str
+    held: Sound | None = None
+
+    @cached_property
+    def header(self) -> Header:
+        """Length, rate and channels. Raises BadItem for a file that cannot be used."""
+        if self.held is None:
+            return read_header(self.name)
+        channels, length = self.held.samples.shape
+        return Header(length, self.held.rate, channels)
+
+    def read(
+        self, rate: int, channel: str = "mean", start: int = 0, count: int | None = None
+    ) -> Tensor:
+        """Return samples at a rate.
+
+        Args:
+            rate: wanted rate, in Hz.
+            channel: "mean" for the mean of the channels, (T,); "all" for all of them, (C, T).
+            start: first sample to read, at the rate of the sound itself.
+            count: number of samples to read, at that rate; None for all that follow.
+
+        Raises:
+            BadItem: a file cannot be used.
+        """
+        header = self.header
+        count = header.samples - start if count is None else count
+        if self.held is None:
+            seconds = start / header.sample_rate, count / header.sample_rate
+            samples, _ = read_channels(self.name, *seconds)
+        else:
+            samples = self.held.samples[:, start : start + count]
+        if channel == "mean":
+            samples = samples.mean(0)
+        return (
+            resample(samples, header.sample_rate, rate) if header.sample_rate != rate else samples
+        )
+
+    def blocks(self, size: int = 1 << 16) -> Iterator[Tensor]:
+        """Yield all samples at their own rate in blocks (C, ·). Raises BadItem."""
+        for start in range(0, self.header.samples, size):
+            count = min(size, self.header.samples - start)
+            yield self.read(self.header.sample_rate, "all", start, count)
+
+
+def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], bool]:
+    """Return the sounds that a method of a model was called with.
+
+    Args:
+        given: a path, a `Sound`, samples (T,) or (C, T) as a tensor or an array of NumPy; or a
+            list or tuple of these. Integers are taken as fractions of their type's range.
+        rate: rate of all samples, in Hz; files and `Sound` objects have their own.
+
+    Returns:
+        The sounds, and True if a list or tuple was given.
+
+    Raises:
+        ValueError: samples without a rate, of another shape, empty, or not finite.
+        TypeError: something else was given.
+    """
+    several = isinstance(given, list | tuple)
+    each: Sequence[One] = given if several else [given]  # type: ignore[list-item, assignment]
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or rate < 1):
+        raise ValueError(f"rate is {rate!r}; allowed: a whole number of samples a second, in Hz")
+    sounds = [
+        _source(sound, rate, f"sound {number}" if several else "the sound")
+        for number, sound in enumerate(each, 1)
+    ]
+    return sounds, several
+
+
+def _source(sound: One, rate: int | None, name: str) -> Source:
+    if isinstance(sound, str | os.PathLike):
+        return Source(str(Path(sound).expanduser()))
+    if isinstance(sound, Sound):
+        sound, rate = sound.samples, sound.rate
+    if not isinstance(sound, Tensor | np.ndarray):
+        raise TypeError(
+            f"{name} is a {type(sound).__name__}; allowed: a path, a tensor or array of samples "
+            "with their rate, a Sound, or a list of these"
+        )
+    if rate is None:
+        raise ValueError(f"{name} has samples without a rate: give rate=… in Hz, such as 16000")
+    try:
+        samples = torch.as_tensor(sound).detach().cpu()
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be used: {error}") from None
+    if samples.ndim not in (1, 2) or samples.shape[0] == 0 or samples.shape[-1] == 0:
+        raise ValueError(
+            f"{name} has the shape {tuple(samples.shape)}; allowed: samples (T,), or channels and "
+            "samples (C, T), at least one"
+        )
+    if samples.ndim == 2 and samples.shape[0] > samples.shape[1]:
+        raise ValueError(
+            f"{name} has {samples.shape[0]} channels of {samples.shape[1]} samples; allowed: "
+            "(C, T), channels first: transpose what soundfile reads"
+        )
+    if samples.is_complex() or samples.dtype is torch.bool:
+        raise ValueError(f"{name} has values of {samples.dtype}; allowed: real numbers")
+    if not samples.is_floating_point():
+        limits = torch.iinfo(samples.dtype)
+        middle = (limits.max + limits.min + 1) / 2  # 128 of unsigned bytes, else 0
+        samples = (samples.double() - middle) / ((limits.max - limits.min + 1) / 2)
+    samples = samples.float().reshape(-1, samples.shape[-1])
+    check_finite(name, samples)
+    return Source(name, Sound(samples, rate))
