@@ -78,7 +78,7 @@ class Generator(nn.Module):
             x = convolve(x)
             skips.append(x)
             x = slope(x)
-        skips[-1] = (self.fixed.expand(len(x), -1, -1) if z is None else z).to(x)
+        skips[-1] = (self.fixed.expand(x.shape[0], -1, -1) if z is None else z).to(x)
         for number, convolve in enumerate(self.decoder):
             x = convolve(torch.cat([x, skips.pop()], dim=1))
             if skips:
