@@ -422,6 +422,7 @@ def load(
             put_weights(made.modules, opened.checkpointer, options, max_key, min_key, uses=uses)
             made.modules.eval()
             if isinstance(made, Model):
+                made.folder = opened.folder
                 made.prepare()
     return made
 
