@@ -8,11 +8,11 @@ signal = sounds[0].read(16000, channel="mean")  # (T,)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ from recipes.common.resampling import resample
 from trainer.inference.results import Sound
 
 One: TypeAlias = "str | os.PathLike[str] | Sound | Tensor | np.ndarray[Any, Any]"
-Given: TypeAlias = "One | Sequence[One]"  # as the methods of models take it
+Several: TypeAlias = "list[Any] | tuple[Any, ...]"  # of One
+Given: TypeAlias = "One | Several"  # as the methods of models take it
+
+LONGEST = 20.0  # seconds to recognise at once, about the longest that were trained on
+SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut where it is quiet
 
 
 @dataclass(frozen=True)
@@ -152,3 +156,67 @@ def as_tensor(given: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
         return torch.from_numpy(np.array(given, given.dtype.newbyteorder("="), order="C"))
     except TypeError as error:
         raise ValueError(f"{name} cannot be used: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------ pieces
+
+
+class Piece(NamedTuple):
+    """A part of a sound.
+
+    Attributes:
+        source: number of the sound among those given, from 0.
+        start: its first sample in seconds from the start of the sound.
+        signal: samples (S,) at the rate of the model.
+    """
+
+    source: int
+    start: float
+    signal: Tensor
+
+
+def pieces(sounds: Iterable[Source], rate: int, longest: float = LONGEST) -> Iterator[Piece]:
+    """Yield the mean of the channels of sounds in order, in pieces that are cut in quiet places.
+
+    Args:
+        sounds: the sounds; each is read piece by piece.
+        rate: wanted rate, in Hz.
+        longest: seconds of a piece, at most.
+
+    Raises:
+        BadItem: a file cannot be used.
+    """
+    for number, sound in enumerate(sounds):
+        length, own, first = sound.header.samples, sound.header.sample_rate, 0
+        while first < length:
+            count = min(round(longest * own), length - first)
+            piece = sound.read(own, "mean", first, count)
+            if first + count < length:
+                piece = piece[: quietest(piece, own)]
+            signal = resample(piece, own, rate) if own != rate else piece
+            yield Piece(number, first / own, signal)
+            first += len(piece)
+
+
+def quietest(signal: Tensor, rate: int) -> int:
+    """Return the middle of the quietest tenth of a second at the end of samples, or of a half."""
+    window = round(0.1 * rate)
+    start = max(len(signal) // 2, len(signal) - round(SEARCHED * rate))
+    power = signal[start:].unfold(0, window, 1 + window // 4).square().mean(-1)
+    return start + int(power.argmin()) * (1 + window // 4) + window // 2
+
+
+def batched(parts: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
+    """Yield pieces in batches, in order, of at most so many samples with their padding.
+
+    A piece that is longer makes a batch of its own.
+    """
+    batch: list[Piece] = []
+    for part in parts:
+        longest = max(len(each.signal) for each in [*batch, part])
+        if batch and longest * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
