@@ -9,7 +9,7 @@ print(speech.finished, speech.alignment.shape)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from threading import Lock
 from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
@@ -69,12 +69,12 @@ class Speaker(Model):
 
     @overload
     def synthesise(
-        self, text: Sequence[str], vocoder: Vocoder | None = None, *, name: str = ...
+        self, text: list[str] | tuple[str, ...], vocoder: Vocoder | None = None, *, name: str = ...
     ) -> list[Speech]: ...
 
     def synthesise(
         self,
-        text: str | Sequence[str],
+        text: str | list[str] | tuple[str, ...],
         vocoder: Vocoder | None = None,
         *,
         name: str = "the text",
@@ -82,7 +82,8 @@ class Speaker(Model):
         """Say a text, or each text of a list: the same text is the same sound each time.
 
         Numbers, units and abbreviations are spelled out. A list is synthesised in batches, unless
-        the dropout of the pre-net is at work (see `Tacotron`), which differs from text to text.
+        the dropout of the pre-net is at work (see `Tacotron`). Mels of a batch are those of each
+        text alone but for rounding, from which Griffin and Lim's algorithm may find other phases.
 
         Args:
             text: a text of up to ``longest_text`` symbols, or several.
@@ -101,11 +102,10 @@ class Speaker(Model):
                 other mels.
             TypeError: something else was given.
         """
-        several = not isinstance(text, str)
-        given = list(text) if several else [text]
+        several = isinstance(text, list | tuple)
         texts = [
             self._read(each, f"{name} {number}" if several else name)
-            for number, each in enumerate(given, 1)
+            for number, each in enumerate(text if several else [text], 1)
         ]
         sound = self.sound(vocoder)
         order = sorted(range(len(texts)), key=lambda number: len(texts[number].tokens))

@@ -56,7 +56,7 @@ CASES: dict[str, Case] = {
         "vocode",
         given="mel",
         overrides={"generator": {"channels": 8, "kernels": [3], "dilations": [[1]]}},
-        not_imported=("recipes.hifigan.train", "recipes.hifigan.data", "recipes.hifigan.model"),
+        not_imported=("recipes.hifigan.train", "recipes.hifigan.data", "recipes.hifigan.scoring"),
     ),
     "tacotron2": Case(
         "tacotron2/ljspeech.yaml",
