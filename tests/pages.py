@@ -304,15 +304,13 @@ class PageRun:
         exec(compile(block.text, str(path.absolute()), "exec"), names)
 
     def _yaml(self, block: Block) -> None:
-        from trainer.config.hyperparameters import Configuration
-        from trainer.options import RunOptions
+        from trainer.cli.arguments import configure
 
         path = Path(f".blocks/{Path(block.page).stem}-{block.line}.yaml")
         path.parent.mkdir(exist_ok=True)
         path.write_text(block.text)
         own = [Path(each).stem for each in self.written if each.endswith(".py")]
-        configuration = Configuration(path, own)
-        RunOptions.build(configuration.options())
+        configuration, _ = configure([str(path)], own)
         configuration.build()
         self.done.append("run")
 
@@ -490,9 +488,12 @@ def _record(path: Path, pitch: float, rate: int = 16000, seed: int = 1) -> None:
 
 def _recogniser(folder: Path) -> None:
     from tests.recipes.run_folder_attacks import make_run
+    from trainer.cli.folder import HEADER
 
     folder.parent.mkdir(parents=True)
     make_run(folder)
+    file = folder / "hyperparams.yaml"
+    file.write_text(f"{HEADER}\n{file.read_text()}")
 
 
 def _classifier(folder: Path) -> None:

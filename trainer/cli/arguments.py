@@ -100,7 +100,7 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
             transient[name] = plain(option_node(name, value))
         else:
             overridden.setdefault(name, ABSENT if is_null(old) else old.value)
-            configuration.override(nested(name, value))
+            configuration.override({name: value})
     root, file = configuration.root, Path(path).resolve()
     if get(root, "seed") is None:
         configuration.override({"seed": RunOptions().seed})
@@ -255,7 +255,7 @@ def parse_arguments(
             if name in keys:
                 overrides[name] = run_opts[name]
             continue
-        configuration.override(nested(name, value))
+        configuration.override({name: value})
         below = overrides
         *parents, last = name.split(".")
         for key in parents:
@@ -280,12 +280,6 @@ class _RunOpts(dict[str, Any]):
         if name == "distributed_launch":
             return distributed.launched()
         return DEFAULTS[name] if name in DEFAULTS else vars(RunOptions())[name]
-
-
-def nested(name: str, value: Any) -> dict[str, Any]:
-    """Return "a.b", 1 in the form of overrides: {"a": {"b": 1}}."""
-    head, _, rest = name.partition(".")
-    return {head: nested(rest, value) if rest else value}
 
 
 def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
