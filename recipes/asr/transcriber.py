@@ -7,7 +7,7 @@ print(transcript, transcript.words)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -31,6 +31,7 @@ from trainer.inference.results import Transcript, Word
 from trainer.options import RunOptions
 
 BATCH = 80.0  # seconds of sound to recognise at once, with padding
+ONE_AT_A_TIME = Lock()  # of several threads: a network holds the padding of its batch
 
 
 class Heard(NamedTuple):
@@ -43,6 +44,8 @@ class Heard(NamedTuple):
 
 class PieceTranscriber(Model):
     """Base of recognisers, which are given pieces of sounds in batches."""
+
+    uses: ClassVar[Sequence[str]] = ("model",)
 
     def recognise(self, batch: list[Piece], names: list[str]) -> list[Heard]:
         """Return what is said in each piece of a batch.
@@ -111,13 +114,12 @@ class Transcriber(PieceTranscriber):
         super().__init__(modules, hparams, options)
         own = self.hparams
         self._decode = make_decoder(own.decoder, own.codec.tokens, own.beam_size)
-        self._one_at_a_time = Lock()  # The network holds the padding of the batch that it is given.
 
     def recognise(self, batch: list[Piece], names: list[str]) -> list[Heard]:
         signals = [piece.signal for piece in batch]
         wavs = nn.utils.rnn.pad_sequence(signals, batch_first=True).to(self.device)
         lengths = torch.tensor([len(each) for each in signals], device=self.device)
-        with torch.inference_mode(), self.autocast(), self._one_at_a_time:
+        with torch.inference_mode(), self.autocast(), ONE_AT_A_TIME:
             log_probs, frames = self.modules.model(wavs, lengths)
         log_probs, frames = log_probs.float().cpu(), frames.cpu()
         counts = frames.tolist()

@@ -8,8 +8,9 @@ Neither the training nor its data are imported; they are in `recipes.finetune.tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class SoundClassifier(Embedder):
     Reads from the YAML ``labels``, ``verify``, ``best`` and ``seconds_tested``; modules
     ``encoder``, ``embed`` and ``head``.
     """
+
+    uses: ClassVar[Sequence[str]] = ("encoder", "embed", "head")
 
     @property
     def best_checkpoint(self) -> dict[str, str]:  # type: ignore[override]

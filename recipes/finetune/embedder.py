@@ -83,6 +83,7 @@ class EncoderFeatures(Embedder):
     """Encoder that was pretrained by masked prediction: embeddings are the mean of its frames."""
 
     best_checkpoint: ClassVar[Mapping[str, str | None]] = {"max_key": "accuracy"}
+    uses: ClassVar[Sequence[str]] = ("model",)
 
     def vectors(self, wavs: Tensor, lengths: Tensor) -> Tensor:
         features, _ = self.modules.model.encoder(wavs, lengths)  # (B, T, D), of one length
