@@ -515,7 +515,18 @@ def _classifier(folder: Path) -> None:
         _start(["python", *recipe, *settings])
 
 
-RUNS = {"asr/demo": _recogniser, "finetune/classify": _classifier}
+def _untrained(folder: Path) -> None:
+    from tests.recipes.small_runs import make_run
+
+    folder.parent.mkdir(parents=True)
+    make_run(folder.parts[1], folder)
+
+
+RUNS = {
+    "asr/demo": _recogniser, "finetune/classify": _classifier, "hifigan/demo": _untrained,
+    "metricgan/demo": _untrained, "segan/demo": _untrained, "separation/demo": _untrained,
+    "tacotron2/ljspeech": _untrained,
+}  # fmt: skip
 
 
 def run_page(name: str, folder: str, long: bool) -> dict[str, Any]:
