@@ -81,7 +81,7 @@ class Block:
 def pages() -> list[Path]:
     """Return the pages whose blocks are run."""
     folders = [ROOT.glob(each) for each in ("*.md", "docs/**/*.md", "recipes/*/README.md")]
-    return sorted(page for folder in folders for page in folder if page.name != "guide.md")
+    return sorted(page for folder in folders for page in folder)
 
 
 def blocks(page: Path) -> list[Block]:
