@@ -119,7 +119,6 @@ def test_a_damaged_file_is_made_again_with_the_same_bytes(damage: str) -> None:
 
 
 @installed
-@installed
 def test_each_voice_of_a_split_says_each_word() -> None:
     found = {split: spoken_words(split, ["yes", "no"], 8000) for split in ("valid", "test")}
     for said in found.values():
@@ -129,6 +128,7 @@ def test_each_voice_of_a_split_says_each_word() -> None:
     assert not {each.speaker for each in found["valid"]} & {each.speaker for each in found["test"]}
 
 
+@installed
 def test_one_reader_reads_other_sentences_in_each_split() -> None:
     reading = {split: one_voice_reading(split, 2) for split in VOICES}
     every = [one for some in reading.values() for one in some]
