@@ -475,9 +475,7 @@ class Checkpointer:
         planned = Checkpoint(self.folder / name, **fields)
         with _told(f"the checkpoint {planned.path} could not be saved"):
             saved = self._write(planned)
-        with _told(
-            f"{saved.path} is saved, but a checkpoint before it could not be deleted or cut"
-        ):
+        with _told(f"{saved.path} is saved, but an earlier checkpoint could not be deleted or cut"):
             run_on_main(self._delete_others, saved, request.retention)
         return saved
 
