@@ -603,8 +603,8 @@ class Checkpointer:
         found: list[Checkpoint] = []
         for _ in range(MAX_RETRIES):
             before, (found, settled) = found, self._scan()
-            # One that was cut to its weights within the scan was so for another that had come.
-            if settled and (found == before or any(each.complete for each in found)):
+            # If the newest has weights alone, it was cut within the scan, for one that came behind.
+            if settled and (found == before or all(each.complete for each in found[:1])):
                 break
         return found
 
