@@ -9,12 +9,16 @@ Neither the discriminator nor the training is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recipes.common.enhancing import EnhancementModel
 from recipes.segan.model import enhance
+
+if TYPE_CHECKING:
+    from trainer.inference.graphs import Graph
 
 
 class SEGAN(EnhancementModel):
@@ -33,3 +37,9 @@ class SEGAN(EnhancementModel):
         own, generator = self.hparams, self.modules.generator
         with torch.inference_mode(), self.autocast():
             return enhance(generator, chunks.to(self.device), own.pre_emphasis, own.level)
+
+    def graph(self, modules: nn.ModuleDict) -> Graph:
+        """Return the network that `trainer.export` writes for other programs."""
+        from recipes.segan.graph import graph
+
+        return graph(modules, self.hparams)
