@@ -460,6 +460,7 @@ def load(
             weights = made.modules.state_dict()
             _origins[made] = Origin(opened, max_key, min_key, weights)
             if isinstance(made, Model):
+                made.folder = opened.folder
                 made.prepare()
     return made
 
