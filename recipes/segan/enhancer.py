@@ -9,13 +9,14 @@ Neither the discriminator nor the training is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from recipes.common.enhancing import EnhancementModel
 from recipes.segan.model import enhance
+from trainer.options import RunOptions
 
 if TYPE_CHECKING:
     from trainer.inference.graphs import Graph
@@ -26,6 +27,16 @@ class SEGAN(EnhancementModel):
 
     Reads from the YAML ``sample_rate``, ``chunks``, ``pre_emphasis``, ``level`` and ``best``.
     """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
+    ) -> None:
+        super().__init__(modules, hparams, options)
+        own = self.modules.generator.samples
+        if self.chunks.length != own:
+            raise ValueError(
+                f"chunks.length is {self.chunks.length}; allowed: {own}, what the generator takes"
+            )
 
     @property
     def best_checkpoint(self) -> Mapping[str, str | None]:

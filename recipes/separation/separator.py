@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.common.audio import check_made
-from recipes.common.hearing import Given, One, Several, Source, given_sounds
+from recipes.common.hearing import Given, One, Several, Source, as_rate, given_sounds
 from recipes.common.resampling import resample
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from trainer.inference.model import Model
@@ -50,7 +50,7 @@ class SpeechSeparator(Model):
         self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
     ) -> None:
         super().__init__(modules, hparams, options)
-        self.sample_rate: int = self.hparams.sample_rate
+        self.sample_rate = as_rate(self.hparams.sample_rate)
         self.num_sources: int = getattr(self.modules["separator"], "num_sources", 1)
 
     @overload
@@ -80,11 +80,12 @@ class SpeechSeparator(Model):
             ValueError: samples cannot be used, or have no rate.
         """
         sources, several = given_sounds(sounds, rate)
+        headers = [source.header for source in sources]  # Read before the work.
         found = []
-        for source in sources:
+        for source, header in zip(sources, headers, strict=True):
             tracks = torch.cat(list(joined(self.tracks, source)), dim=-1)
             check_made(source.name, tracks)
-            found.append([Sound(track, source.header.sample_rate) for track in tracks.unbind()])
+            found.append([Sound(track, header.sample_rate) for track in tracks.unbind()])
         return found if several else found[0]
 
     def tracks(self, signal: Tensor, rate: int) -> Tensor:
