@@ -124,7 +124,7 @@ def given_sound(sound: One, rate: int | None, name: str) -> Source:
         return Source(str(Path(sound).expanduser()))
     told = isinstance(sound, Sound)  # which of its dimensions are channels
     if isinstance(sound, Sound):
-        sound, rate = sound.samples, sound.rate
+        rate, sound = sound.rate, sound.samples
     if rate is not None:
         rate = as_rate(rate)
     if not isinstance(sound, Tensor | np.ndarray):
@@ -244,15 +244,24 @@ def quietest(signal: Tensor, rate: int) -> int:
     return start + int(power.argmin()) * (1 + window // 4) + window // 2
 
 
-def batched(parts: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
+def batched(
+    parts: Iterable[Piece], most: int, shortest: int = 0, padded: bool = True
+) -> Iterator[list[Piece]]:
     """Yield pieces in batches, in order, of at most so many samples with their padding.
 
     A piece that is longer makes a batch of its own.
+
+    Args:
+        parts: the pieces.
+        most: samples of a batch.
+        shortest: samples that each piece is padded to, at least.
+        padded: False for batches of pieces of one length.
     """
     batch: list[Piece] = []
     for part in parts:
-        longest = max(len(each.signal) for each in [*batch, part])
-        if batch and longest * (len(batch) + 1) > most:
+        lengths = {len(each.signal) for each in [*batch, part]}
+        full = max(shortest, *lengths) * (len(batch) + 1) > most
+        if batch and (full or (len(lengths) > 1 and not padded)):
             yield batch
             batch = []
         batch.append(part)
