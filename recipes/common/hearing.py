@@ -86,12 +86,12 @@ class Source:
             resample(samples, header.sample_rate, rate) if header.sample_rate != rate else samples
         )
 
-    def blocks(self) -> Iterator[Tensor]:
+    def blocks(self, size: int = BLOCK) -> Iterator[Tensor]:
         """Yield all samples at their own rate in blocks (C, ·). Raises BadItem."""
         if self.held is None:
-            yield from read_blocks(self.name)
+            yield from read_blocks(self.name, size)
         else:
-            yield from self.held.samples.split(BLOCK, dim=1)
+            yield from self.held.samples.split(size, dim=1)
 
 
 def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], bool]:
