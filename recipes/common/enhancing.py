@@ -116,7 +116,7 @@ class EnhancementModel(Model):
         group: list[Source] = []
         rows = 0
         for source, header in zip(sources, headers, strict=True):
-            own = header.channels * (1 + header.duration // seconds)
+            own = header.channels * (1 + int(header.duration / seconds))
             if group and rows + own > self.chunks.at_once:
                 yield group
                 group, rows = [], 0
