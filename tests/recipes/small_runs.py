@@ -190,7 +190,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-class _Saved:
+class Saved:
     """State of a Brain, as far as a model needs it."""
 
     def __init__(self, modules: nn.ModuleDict) -> None:
@@ -212,7 +212,7 @@ def make_run(name: str | Case, folder: Path) -> Path:
     torch.manual_seed(case.seed)
     hparams = configuration.build()
     checkpointer = Checkpointer(folder / "checkpoints")
-    checkpointer.add_recoverable("brain", _Saved(nn.ModuleDict(hparams["modules"])))
+    checkpointer.add_recoverable("brain", Saved(nn.ModuleDict(hparams["modules"])))
     checkpointer.save_checkpoint(meta=case.metrics)
     (folder / "hyperparams.yaml").write_text(f"# resolved\n{configuration.dump()}")
     return folder
