@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.common.audio import Header, check_finite, read_blocks, read_channels, read_header
+from recipes.common.audio import (
+    BLOCK,
+    Header,
+    check_finite,
+    read_blocks,
+    read_channels,
+    read_header,
+)
 from recipes.common.resampling import resample
 from trainer.inference.results import Sound
 
@@ -79,12 +86,12 @@ class Source:
             resample(samples, header.sample_rate, rate) if header.sample_rate != rate else samples
         )
 
-    def blocks(self, size: int = 1 << 16) -> Iterator[Tensor]:
+    def blocks(self, size: int = BLOCK) -> Iterator[Tensor]:
         """Yield all samples at their own rate in blocks (C, ·). Raises BadItem."""
         if self.held is None:
-            yield from read_blocks(self.name)
-            return
-        yield from self.held.samples.split(size, dim=1)
+            yield from read_blocks(self.name, size)
+        else:
+            yield from self.held.samples.split(size, dim=1)
 
 
 def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], bool]:
