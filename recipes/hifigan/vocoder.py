@@ -14,15 +14,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recipes.common.audio import check_made
-from recipes.common.hearing import Given, One, Source, as_tensor, given_sound
-from recipes.common.mel import LogMel, check_mel, read_mel
+from recipes.common.hearing import Given, One, Source, given_sounds
+from recipes.common.mel import LogMel, as_mel, read_mel
 from recipes.common.resampling import resampled
 from recipes.common.vocoder import check_front_end
 from trainer.inference.model import Model
@@ -31,8 +31,6 @@ from trainer.inference.results import Sound, Speech
 MELS = (".npy", ".pt")  # suffixes of mel files
 CHUNK = 256  # frames that are turned into sound at once
 AT_ONCE = 8  # mels of a batch that are turned into sound at once
-
-Array: TypeAlias = "np.ndarray[Any, Any] | Tensor"
 
 
 class _Mel(NamedTuple):
@@ -94,16 +92,22 @@ class Vocoder(Model):
             ValueError: a mel is no matrix of finite numbers, or is made otherwise than those of the
                 run; samples cannot be used.
         """
-        if isinstance(given, list | tuple):
-            # All are looked at before the work.
-            found = [self._given(each, rate, f" {n}") for n, each in enumerate(given, 1)]
-            return [self._sound(each) for each in found]
-        if rate is None and isinstance(given, Tensor | np.ndarray) and given.ndim == 3:
+        several = isinstance(given, list | tuple)
+        each = list(given) if several else [given]
+        if not several and _is_mel(given, rate) and getattr(given, "ndim", 0) == 3:
             mels = self._checked("the batch", given)
             parts = [_Mel("the batch", _pieces("the batch", part)) for part in mels.split(AT_ONCE)]
             waves = torch.cat([self._wave(part) for part in parts])
             return [Sound(wave[None], self.sample_rate) for wave in waves]
-        return self._sound(self._given(given, rate, ""))
+        # All are looked at before the work.
+        rest = [one for one in each if not _is_mel(one, rate)]
+        sources = iter(given_sounds(rest if several else rest[0], rate)[0] if rest else [])
+        found = [
+            self._mel(one, f" {n}" if several else "") if _is_mel(one, rate) else next(sources)
+            for n, one in enumerate(each, 1)
+        ]
+        sounds = [self._sound(one) for one in found]
+        return sounds if several else sounds[0]
 
     def vocode_stream(self, mels: Iterable[Tensor]) -> Iterator[Tensor]:
         """Turn a spectrogram that comes in pieces into a waveform in pieces, joined as the whole.
@@ -175,32 +179,26 @@ class Vocoder(Model):
             wave: Tensor = self.modules.generator(flat)
         return wave.float().cpu().reshape(*mel.shape[:-2], -1)
 
-    def _given(self, given: One, rate: int | None, number: str) -> Source | _Mel:
-        """Return what was given, checked as far as it can be before it is read."""
+    def _mel(self, given: Any, number: str) -> _Mel:
+        """Return a mel that was given, checked as far as it can be before it is read."""
         if isinstance(given, str | os.PathLike):
             path = Path(given).expanduser()
-            if path.suffix.lower() in MELS:
-                return _Mel(str(path), self.read_mel(path))
-        elif isinstance(given, Speech):
+            return _Mel(str(path), self.read_mel(path))
+        name = f"the mel{number}"
+        if isinstance(given, Speech):
             name = f"the speech{number}"
             self.mel.check(name, given.mel_config)
-            return _Mel(name, _pieces(name, self._checked(name, given.mel)))
-        elif rate is None and isinstance(given, Tensor | np.ndarray):
-            name = f"the mel{number}"
-            return _Mel(name, _pieces(name, self._checked(name, given)))
-        sound = given_sound(given, rate, f"sound{number}" if number else "the sound")
-        _ = sound.header
-        return sound
+            given = given.mel
+        return _Mel(name, _pieces(name, self._checked(name, given)))
 
-    def _checked(self, name: str, given: Array) -> Tensor:
+    def _checked(self, name: str, given: Any) -> Tensor:
         """Return a mel (M, F) or mels (B, M, F) as a tensor. Raises ValueError."""
-        mel = as_tensor(given, name)
-        if mel.ndim < 2:
+        if given.ndim < 2:
             raise ValueError(
-                f"{name}: it has the shape {tuple(mel.shape)}; allowed: log-mels "
+                f"{name}: it has the shape {tuple(given.shape)}; allowed: log-mels "
                 f"({self.mel.bands}, frames), or samples with their rate, as in rate=16000"
             )
-        check_mel(name, mel[0] if mel.ndim == 3 and len(mel) else mel)
+        mel = as_mel(name, given)
         if mel.shape[-2] != self.mel.bands:
             raise ValueError(
                 f"{name}: it has the shape {tuple(mel.shape)}; expected: {self.mel.bands} bands "
@@ -223,6 +221,13 @@ class Vocoder(Model):
         wave = torch.cat(list(self.vocode_stream(mel.pieces)), -1)
         check_made(mel.name, wave)
         return wave
+
+
+def _is_mel(given: Any, rate: int | None) -> bool:
+    """Return True for what is a mel, and no sound."""
+    if isinstance(given, str | os.PathLike):
+        return Path(given).suffix.lower() in MELS
+    return isinstance(given, Speech) or (rate is None and isinstance(given, Tensor | np.ndarray))
 
 
 def _pieces(name: str, mel: Tensor) -> Iterator[Tensor]:
