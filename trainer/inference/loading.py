@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from ruamel.yaml.nodes import MappingNode
@@ -33,10 +34,10 @@ from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
+from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept
-from trainer.inference.initialise import initialise
+from trainer.inference.initialise import initialise, is_export, read_export
 from trainer.inference.model import Model
-from trainer.optim.build import pick_device
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
 from trainer.untrusted import (
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 HYPERPARAMS = "hyperparams.yaml"
 CHECKPOINTS = "checkpoints"
+RECIPE = "recipe"  # Key of an exported YAML: the package, where no object may be left that tells.
 
 # Run options that a run folder decides: for using a model, and for training steps as well.
 OF_THE_MODEL = ("seed", "precision", "eval_precision", "ema_decay", "average_checkpoints")
@@ -155,7 +157,11 @@ class OpenRun:
         """Return the packages of the installed recipes whose objects the YAML builds.
 
         One that maps such objects to its Brains counts alone: it may use others' data and texts.
+        An exported YAML names the package.
         """
+        named = get(self.configuration.root, RECIPE)
+        if named is not None and named.value in recipe_packages():
+            return [str(named.value)]
         names = self.names()
         brains = {each: getattr(sys.modules[each], "BRAIN", None) for each in recipe_packages()}
         found = [
@@ -231,6 +237,31 @@ class OpenRun:
                 "brain=YourBrain to evaluate it"
             )
         return recipe_class(found[0], attribute, self.names())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was loaded from, for its export.
+
+    Attributes:
+        run: the folder, as it was read.
+        max_key: metric that chose the checkpoint by its largest value, or None.
+        min_key: metric that chose it by its smallest value, or None.
+        weights: weights by their names in the run, before the model was prepared for use.
+    """
+
+    run: OpenRun
+    max_key: str | None
+    min_key: str | None
+    weights: Mapping[str, Any]
+
+
+_origins: WeakKeyDictionary[Model | Brain, Origin] = WeakKeyDictionary()
+
+
+def origin_of(model: Model | Brain) -> Origin | None:
+    """Return what `load` made a model from; None for one that was made otherwise."""
+    return _origins.get(model)
 
 
 def _texts(value: Any) -> set[str]:
@@ -366,7 +397,8 @@ def load(
     unless ``brain`` is given.
 
     Args:
-        run: the run folder: its hyperparams.yaml and its checkpoints.
+        run: the run folder: its hyperparams.yaml and its checkpoints; or a folder that
+            `trainer.export` wrote.
         device: auto, cpu, cuda, cuda:1 …
         model: class of the model; None for that of the installed recipe.
         brain: make an object of this class instead, such as to `evaluate` it on a test set. It has
@@ -401,6 +433,10 @@ def load(
     if place.type == "cuda":  # CUDA takes memory that no file accounts for.
         torch.zeros(1, device=place)
     with open_run(run, overrides, allow) as opened, rng_kept():
+        if (max_key or min_key) and is_export(opened.folder):
+            raise ValueError(
+                f"{run} is an export: it has no checkpoints to choose from by a metric"
+            )
         kind = brain or model or opened.model_class()
         opened.check_class(kind)
         options = opened.options(*OF_THE_MODEL, device=device)
@@ -421,6 +457,8 @@ def load(
                 max_key, min_key = best.get("max_key"), best.get("min_key")
             put_weights(made.modules, opened.checkpointer, options, max_key, min_key, uses=uses)
             made.modules.eval()
+            weights = made.modules.state_dict()
+            _origins[made] = Origin(opened, max_key, min_key, weights)
             if isinstance(made, Model):
                 made.folder = opened.folder
                 made.prepare()
@@ -451,7 +489,11 @@ def put_weights(
         ValueError: there is no sound checkpoint, or it is of other modules.
     """
     complete = partial(completed, modules=modules, prefix=prefix)
-    found = load_weights(checkpointer, options, max_key, min_key, complete)
+    source, run = checkpointer.folder, checkpointer.folder.parent
+    if is_export(run):
+        source, found = run, read_export(run)
+    else:
+        found = load_weights(checkpointer, options, max_key, min_key, complete)
     if found is None:
         raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
     if not isinstance(found, Mapping):
@@ -465,5 +507,5 @@ def put_weights(
     try:
         check_weights(modules, found)
     except ValueError as error:
-        raise ValueError(f"{checkpointer.folder}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     modules.load_state_dict(found)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from trainer.adapters import apply_adapters
-from trainer.optim.build import pick_device, prepare_modules
+from trainer.devices import pick_device, prepare_modules
 from trainer.optim.precision import Precision
 from trainer.options import RunOptions
 

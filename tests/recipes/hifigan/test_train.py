@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from recipes.hifigan.train import train
+from tests.recipes.common.test_vocoder import plain_size
 from tests.trainer.shown import kinds_shown
 from trainer import cli
 from trainer.config.hyperparameters import load_hparams
