@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import check_made
-from recipes.common.hearing import Given, One, Source, given_sounds
+from recipes.common.hearing import Given, One, Samples, Several, Source, given_sounds
 from recipes.common.mel import LogMel, as_mel, read_mel
-from recipes.common.resampling import resampled
+from recipes.common.streaming import converted
 from recipes.common.vocoder import check_front_end
 from trainer.inference.model import Model
 from trainer.inference.results import Sound, Speech
@@ -69,12 +69,12 @@ class Vocoder(Model):
     def vocode(self, given: One, rate: int | None = None) -> Sound: ...
 
     @overload
-    def vocode(self, given: list[Any], rate: int | None = None) -> list[Sound]: ...
+    def vocode(self, given: Several, rate: int | None = None) -> list[Sound]: ...
 
     def vocode(self, given: Given, rate: int | None = None) -> Sound | list[Sound]:
-        """Return the sound of a mel, or of the mels of a sound.
+        """Return the sound of a mel, or of the mels of a sound, of any length.
 
-        Of any length: memory beside the result is constant.
+        The memory beside the result does not depend on the length.
 
         Args:
             given: a mel: log-mels (M, F) as a tensor or an array of NumPy, a file of them (.npy or
@@ -93,33 +93,44 @@ class Vocoder(Model):
                 run; samples cannot be used.
         """
         several = isinstance(given, list | tuple)
-        each = list(given) if several else [given]
-        if not several and _is_mel(given, rate) and getattr(given, "ndim", 0) == 3:
-            mels = self._checked("the batch", given)
-            parts = [_Mel("the batch", _pieces("the batch", part)) for part in mels.split(AT_ONCE)]
-            waves = torch.cat([self._wave(part) for part in parts])
-            return [Sound(wave[None], self.sample_rate) for wave in waves]
+        each = given if several else [given]
+        if rate is None and isinstance(given, Tensor | np.ndarray) and given.ndim == 3:
+            parts = self._checked("the batch", given).split(AT_ONCE)
+            waves = [self._wave(_Mel("the batch", _pieces("the batch", part))) for part in parts]
+            return [Sound(wave[None], self.sample_rate) for part in waves for wave in part]
         # All are looked at before the work.
-        rest = [one for one in each if not _is_mel(one, rate)]
+        mels = [_is_mel(one, rate) for one in each]
+        rest = [one for one, is_mel in zip(each, mels, strict=True) if not is_mel]
         sources = iter(given_sounds(rest if several else rest[0], rate)[0] if rest else [])
         found = [
-            self._mel(one, f" {n}" if several else "") if _is_mel(one, rate) else next(sources)
-            for n, one in enumerate(each, 1)
+            self._mel(one, f" {n}" if several else "") if is_mel else next(sources)
+            for n, (one, is_mel) in enumerate(zip(each, mels, strict=True), 1)
         ]
         sounds = [self._sound(one) for one in found]
         return sounds if several else sounds[0]
 
-    def vocode_stream(self, mels: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Turn a spectrogram that comes in pieces into a waveform in pieces, joined as the whole.
+    def vocode_stream(self, mels: Iterable[Samples]) -> Iterator[Tensor]:
+        """Turn a mel that comes in pieces into a sound in pieces, joined the same as whole.
 
-        A piece of sound is given once all frames that it depends on are there.
+        A piece of sound is given once all frames that it depends on are there; the memory does not
+        depend on the length.
 
         Args:
-            mels: pieces (…, M, F_i), of any lengths.
+            mels: pieces (M, F_i), of any lengths, as tensors or arrays of NumPy; or (B, M, F_i).
 
         Yields:
-            Samples (…, S_i), within -1 and 1, on the CPU.
+            Samples (S_i,) within -1 and 1, on the CPU; or (B, S_i).
+
+        Raises:
+            ValueError: a piece is no mel of finite numbers.
         """
+        names = ((f"piece {number}", mel) for number, mel in enumerate(mels, 1))
+        return self._stream(
+            part for name, mel in names for part in _pieces(name, self._checked(name, mel))
+        )
+
+    def _stream(self, mels: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Turn pieces (…, M, F_i) into samples (…, S_i)."""
         context, hop = self.modules.generator.context, self.mel.hop
         held: Tensor | None = None
         before = 0  # frames at the start of `held` that were turned into sound already
@@ -156,7 +167,7 @@ class Vocoder(Model):
             if given:
                 yield torch.zeros(channels, -(-least // hop) * hop - given, device=self.device)
 
-        for wave in self.vocode_stream(self.mel.stream(completed())):
+        for wave in self._stream(self.mel.stream(completed())):
             yield wave[:, : given - done]
             done += wave.shape[1]
 
@@ -209,16 +220,15 @@ class Vocoder(Model):
     def _sound(self, given: Source | _Mel) -> Sound:
         if isinstance(given, _Mel):
             return Sound(self._wave(given)[None], self.sample_rate)
-        length, rate, _ = given.header
-        blocks = resampled(given.blocks(), rate, self.sample_rate)
-        made = resampled(self.resynthesise_stream(blocks), self.sample_rate, rate)
-        samples = torch.cat(list(made), 1)[:, :length]
+        rate = given.header.sample_rate
+        made = converted(given.blocks(), rate, self.resynthesise_stream, self.sample_rate)
+        samples = torch.cat(list(made), 1)
         check_made(given.name, samples)
         return Sound(samples, rate)
 
     def _wave(self, mel: _Mel) -> Tensor:
         """(…, M, F) to (…, F * hop)."""
-        wave = torch.cat(list(self.vocode_stream(mel.pieces)), -1)
+        wave = torch.cat(list(self._stream(mel.pieces)), -1)
         check_made(mel.name, wave)
         return wave
 

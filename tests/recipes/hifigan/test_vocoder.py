@@ -150,6 +150,8 @@ def test_what_is_no_mel_is_refused_with_its_name(tmp_path: Path) -> None:
     for given, told in cases:
         with pytest.raises((ValueError, TypeError), match=told):
             voice.vocode(given)
+    with pytest.raises(ValueError, match="piece 2: it has the shape .* expected: 5 bands"):
+        list(voice.vocode_stream([good, torch.zeros(6, 4)]))
     with pytest.raises(BadItem, match="sound 2: 1 of its samples are not finite"):
         voice.vocode([good[0], torch.tensor([torch.nan])], rate=8000)
     with pytest.raises(ValueError, match="rate is 0; allowed"):
