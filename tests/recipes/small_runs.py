@@ -51,28 +51,6 @@ CASES: dict[str, Case] = {
         not_imported=("recipes.asr.train", "recipes.asr.data", "recipes.asr.scoring"),
         seed=2,
     ),
-    "hifigan": Case(
-        "hifigan/demo.yaml",
-        "vocode",
-        given="mel",
-        overrides={"generator": {"channels": 8, "kernels": [3], "dilations": [[1]]}},
-        not_imported=("recipes.hifigan.train", "recipes.hifigan.data", "recipes.hifigan.scoring"),
-    ),
-    "tacotron2": Case(
-        "tacotron2/ljspeech.yaml",
-        "synthesise",
-        given="text",
-        overrides={
-            "data_folder": "missing", "longest": 0.5,
-            "model": {"net": {
-                "symbol_embedding_dim": 8, "encoder_embedding_dim": 8, "encoder_n_convolution": 1,
-                "attention_rnn_dim": 10, "attention_hidden_dim": 6, "decoder_rnn_dim": 10,
-                "prenet_dim": 8, "postnet_embedding_dim": 8, "postnet_n_convolution": 2,
-            }},
-        },
-        metrics={"mel_l1": 1.0},
-        not_imported=("recipes.tacotron2.train", "recipes.tacotron2.data"),
-    ),
     "metricgan": Case(
         "metricgan/demo.yaml",
         "enhance",
@@ -105,6 +83,28 @@ CASES: dict[str, Case] = {
         },
         metrics={"si_snri": 1.0},
         not_imported=("recipes.separation.train", "recipes.separation.speech"),
+    ),
+    "hifigan": Case(
+        "hifigan/demo.yaml",
+        "vocode",
+        given="mel",
+        overrides={"generator": {"channels": 8, "kernels": [3], "dilations": [[1]]}},
+        not_imported=("recipes.hifigan.train", "recipes.hifigan.data", "recipes.hifigan.scoring"),
+    ),
+    "tacotron2": Case(
+        "tacotron2/ljspeech.yaml",
+        "synthesise",
+        given="text",
+        overrides={
+            "data_folder": "missing", "longest": 0.5,
+            "model": {"net": {
+                "symbol_embedding_dim": 8, "encoder_embedding_dim": 8, "encoder_n_convolution": 1,
+                "attention_rnn_dim": 10, "attention_hidden_dim": 6, "decoder_rnn_dim": 10,
+                "prenet_dim": 8, "postnet_embedding_dim": 8, "postnet_n_convolution": 2,
+            }},
+        },
+        metrics={"mel_l1": 1.0},
+        not_imported=("recipes.tacotron2.train", "recipes.tacotron2.data"),
     ),
 }  # fmt: skip
 
