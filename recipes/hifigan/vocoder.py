@@ -98,15 +98,22 @@ class Vocoder(Model):
             parts = self._checked("the batch", given).split(AT_ONCE)
             waves = [self._wave(_Mel("the batch", _pieces("the batch", part))) for part in parts]
             return [Sound(wave[None], self.sample_rate) for part in waves for wave in part]
-        # All are looked at before the work.
         mels = [_is_mel(one, rate) for one in each]
         rest = [one for one, is_mel in zip(each, mels, strict=True) if not is_mel]
-        sources = iter(given_sounds(rest if several else rest[0], rate)[0] if rest else [])
-        found = [
-            self._mel(one, f" {n}" if several else "") if is_mel else next(sources)
+        bands = self.mel.bands
+        if any(getattr(one, "ndim", 0) == 2 and len(one) == bands for one in rest):
+            raise ValueError(
+                f"samples have {bands} channels, as a mel has bands: give a mel without a rate"
+            )
+        sources = given_sounds(rest if several else rest[0], rate)[0] if rest else []
+        found = iter(sources)
+        work = [
+            self._mel(one, f" {n}" if several else "") if is_mel else next(found)
             for n, (one, is_mel) in enumerate(zip(each, mels, strict=True), 1)
         ]
-        sounds = [self._sound(one) for one in found]
+        for source in sources:
+            _ = source.header  # A file that is missing is told of before the work.
+        sounds = [self._sound(one) for one in work]
         return sounds if several else sounds[0]
 
     def vocode_stream(self, mels: Iterable[Samples]) -> Iterator[Tensor]:

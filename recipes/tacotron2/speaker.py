@@ -60,6 +60,7 @@ class Speaker(Model):
     ) -> None:
         super().__init__(modules, hparams, options)
         self._seed = options.seed
+        self._limit = frame_limit(self.hparams.longest, self.hparams.mel)
         self._one_at_a_time = Lock()  # The network holds the padding of the batch that it is given.
 
     @overload
@@ -167,7 +168,7 @@ class Speaker(Model):
         with self._one_at_a_time, torch.inference_mode(), rng_kept(), self.autocast():
             # Where the dropout of the pre-net does not rest, a text is still read alike each time.
             torch.manual_seed(derive(self._seed, "say", *texts[0].tokens))
-            spoken = model.synthesise(padded, symbols, frame_limit(own.longest, own.mel))
+            spoken = model.synthesise(padded, symbols, self._limit)
         mels, counts, attention, stopped = (each.cpu() for each in spoken)
         for n, each in enumerate(texts):
             frames = int(counts[n])

@@ -154,6 +154,11 @@ def test_what_is_no_mel_is_refused_with_its_name(tmp_path: Path) -> None:
         list(voice.vocode_stream([good, torch.zeros(6, 4)]))
     with pytest.raises(BadItem, match="sound 2: 1 of its samples are not finite"):
         voice.vocode([good[0], torch.tensor([torch.nan])], rate=8000)
+    with pytest.raises(ValueError, match="samples have 5 channels, .* a mel without a rate"):
+        voice.vocode([good[0], good], rate=8000)
+    assert voice.vocode(good[0], rate=8000).samples.shape == (1, 4)
+    with pytest.raises(ValueError, match=r"the sound has the shape \(\)"):
+        voice.vocode(np.array(3.0), rate=8000)
     with pytest.raises(ValueError, match="rate is 0; allowed"):
         voice.vocode(good[0], rate=0)
 
