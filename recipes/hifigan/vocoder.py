@@ -137,7 +137,7 @@ class Vocoder(Model):
         )
 
     def _stream(self, mels: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Turn pieces (…, M, F_i) into samples (…, S_i)."""
+        """Turn pieces (…, M, F_i) into samples (…, S_i), which autograd may use."""
         context, hop = self.modules.generator.context, self.mel.hop
         held: Tensor | None = None
         before = 0  # frames at the start of `held` that were turned into sound already
@@ -145,12 +145,12 @@ class Vocoder(Model):
             held = piece if held is None else torch.cat([held, piece], -1)
             while held.shape[-1] >= before + CHUNK + context:
                 wave = self._generate(held[..., : before + CHUNK + context])
-                yield wave[..., before * hop : (before + CHUNK) * hop]
+                yield wave[..., before * hop : (before + CHUNK) * hop].clone()
                 done = before + CHUNK
                 before = min(done, context)
                 held = held[..., done - before :]
         if held is not None and held.shape[-1] > before:
-            yield self._generate(held)[..., before * hop :]
+            yield self._generate(held)[..., before * hop :].clone()
 
     def resynthesise_stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Turn a sound that comes in blocks into the sound of its mels, of as many samples.

@@ -169,14 +169,15 @@ class Speaker(Model):
             # Where the dropout of the pre-net does not rest, a text is still read alike each time.
             torch.manual_seed(derive(self._seed, "say", *texts[0].tokens))
             spoken = model.synthesise(padded, symbols, self._limit)
-        mels, counts, attention, stopped = (each.cpu() for each in spoken)
+        # Cloned, since autograd could not use tensors of inference mode.
+        mels, counts, attention, stopped = (each.cpu().clone() for each in spoken)
         for n, each in enumerate(texts):
             frames = int(counts[n])
             mel = mels[n, :frames].T.contiguous()
             check_made(each.name, mel)
             steps = attention[n, : frames // model.reduction, : len(each.tokens)]
             yield Speech(
-                samples=sound(mel)[None],
+                samples=sound(mel)[None].clone(),
                 rate=own.mel.sample_rate,
                 text=each.spelled,
                 mel=mel,

@@ -43,6 +43,7 @@ def test_pieces_join_to_the_whole(
     mel = torch.randn(3, 5, frames)
     pieces = list(voice.vocode_stream(mel.split(size, -1)))
     torch.testing.assert_close(torch.cat(pieces, -1), whole_of(voice, mel), rtol=0, atol=1e-6)
+    assert not any(piece.is_inference() for piece in pieces)
     longest = (16 + voice.modules.generator.context) * voice.mel.hop
     assert all(piece.shape[-1] <= longest for piece in pieces)
 
@@ -84,6 +85,7 @@ def test_a_mel_sounds_the_same_in_every_form(tmp_path: Path) -> None:
         assert isinstance(sound, Sound)
         assert (sound.rate, sound.samples.dtype) == (8000, torch.float32)
         assert not sound.samples.requires_grad
+        assert not sound.samples.is_inference()
         torch.testing.assert_close(sound.samples, whole, rtol=0, atol=1e-5)
     assert torch.equal(voice.vocode(mel).samples, found[0].samples)
     assert torch.equal(torch.get_rng_state(), state)

@@ -68,6 +68,8 @@ def test_speech_has_its_mel_alignment_and_symbols(reduction: int, tmp_path: Path
     assert speech.alignment.shape == (frames, len(speech.symbols))
     torch.testing.assert_close(speech.alignment.sum(1), torch.ones(frames))
     assert speech.samples.shape == (1, frames * 16)
+    tensors = (speech.samples, speech.mel, speech.alignment)
+    assert not any(each.is_inference() or each.requires_grad for each in tensors)
     assert speech.mel_config == LogMel(**MEL).config
     assert soundfile.info(speech.save(tmp_path / "x.wav")).frames == frames * 16
     assert_alike(speaker.synthesise("Dr. No has 2 cats."), speech, 0.0)
