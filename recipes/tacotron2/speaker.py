@@ -63,6 +63,16 @@ class Speaker(Model):
         self._limit = frame_limit(self.hparams.longest, self.hparams.mel)
         self._one_at_a_time = Lock()  # The network holds the padding of the batch that it is given.
 
+    def prepare(self) -> None:
+        """Check that front end and mels fit the network."""
+        own, model = self.hparams, self.modules.model
+        known = model.net.embedding.num_embeddings
+        if len(own.front) > known or own.mel.bands != model.bands:
+            raise ValueError(
+                f"front has {len(own.front)} symbols and mel {own.mel.bands} bands; the network "
+                f"takes up to {known} symbols and makes {model.bands} bands"
+            )
+
     @overload
     def synthesise(
         self, text: str, vocoder: Vocoder | None = None, *, name: str = ...

@@ -164,3 +164,12 @@ def test_the_vocoder_of_the_run_is_used_if_it_is_in_its_folder(tmp_path: Path) -
 def test_what_cannot_be_said_is_named(text: Any, told: str) -> None:
     with pytest.raises((ValueError, TypeError), match=told):
         speaking().synthesise(text)
+
+
+def test_a_front_end_or_mels_that_do_not_fit_the_network_are_refused(tmp_path: Path) -> None:
+    run = make_run("tacotron2", tmp_path / "run")
+    with pytest.raises(ValueError, match="and mel 20 bands; the network .* makes 80 bands"):
+        trainer.load(run, "cpu", overrides={"mel": {"bands": 20}})
+    letters = "".join(map(chr, range(200, 400)))
+    with pytest.raises(ValueError, match="front has 202 symbols .* takes up to 148 symbols"):
+        trainer.load(run, "cpu", overrides={"front": {"alphabet": letters}})
