@@ -524,7 +524,7 @@ def _small_run(recipe: str, folder: Path) -> None:
 RUNS = {"asr/demo": _recogniser, "finetune/classify": _classifier}
 RUNS |= {
     f"{recipe}/demo": functools.partial(_small_run, recipe)
-    for recipe in ("metricgan", "segan", "separation")
+    for recipe in ("hifigan", "metricgan", "segan", "separation", "tacotron2")
 }
 
 

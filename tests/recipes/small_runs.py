@@ -177,7 +177,7 @@ CASES: dict[str, Case] = {
         "synthesise",
         given="text",
         overrides={
-            "data_folder": "missing", "longest": 0.5,
+            "data_folder": "missing", "sample_rate": 16000, "longest": 0.5,
             "model": {"net": {
                 "symbol_embedding_dim": 8, "encoder_embedding_dim": 8, "encoder_n_convolution": 1,
                 "attention_rnn_dim": 10, "attention_hidden_dim": 6, "decoder_rnn_dim": 10,
