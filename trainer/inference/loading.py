@@ -137,7 +137,9 @@ class OpenRun:
         for name, node in items(get(self.configuration.root, "modules") or MappingNode("", [])):
             if name not in uses:
                 key = re.fullmatch("<([^<>.]+)>", str(node.value)) if tag(node) == "!ref" else None
-                change = {key[1]: None} if key else {"modules": {name: None}}
+                made = get(self.configuration.root, key[1]) if key else None
+                network = made is not None and tag(made).startswith("!new:")
+                change = {key[1]: None} if key and network else {"modules": {name: None}}
                 self.configuration.override(change)
 
     @contextmanager
