@@ -18,4 +18,10 @@ RUN_NAMES: tuple[str, ...] = (
     "text.Characters",
     "text.Pieces",
 )
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.digits", "data.embedded", "data.librispeech")
+YAML_NAMES: tuple[str, ...] = (
+    *RUN_NAMES,
+    "data.digits",
+    "data.embedded",
+    "data.librispeech",
+    "data.table",
+)

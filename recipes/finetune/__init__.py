@@ -35,4 +35,4 @@ RUN_NAMES: tuple[str, ...] = (
     "text.Vocabulary",
     "whisper.Whisper",
 )
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "labelled.folders", "labelled.table")
