@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trainer.config.hyperparameters import load_hparams
     from trainer.conventions import Conventions
     from trainer.epochs import EpochCounter
-    from trainer.inference import export, load
+    from trainer.inference import Model, export, load
     from trainer.metrics import StageReport, StepReport
     from trainer.optim.guard import NonFiniteError, Tracer
     from trainer.options import RunOptions
@@ -43,6 +43,7 @@ __all__ = [
     "Callback",
     "Checkpointer",
     "EpochCounter",
+    "Model",
     "NonFiniteError",
     "Run",
     "RunOptions",
@@ -85,6 +86,7 @@ _MODULES = {
     "Callback": "trainer.callbacks",
     "Checkpointer": "trainer.checkpoint",
     "EpochCounter": "trainer.epochs",
+    "Model": "trainer.inference",
     "NonFiniteError": "trainer.optim.guard",
     "Run": "trainer.cli",
     "RunOptions": "trainer.options",

@@ -1,13 +1,15 @@
 """Automatic speech recognition: Conformer with CTC.
 
 Attributes:
-    BRAIN: the Brain of a run, which `trainer.load` makes.
+    BRAIN: the Brain of a run, which trains and evaluates.
+    MODEL: the model of a run, which `trainer.load` makes.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
 """
 
 BRAIN: str = "train.Recogniser"
+MODEL: str = "transcriber.Transcriber"
 RUN_NAMES: tuple[str, ...] = (
     "model.ConformerCTC",
     "model.FrameNorm",

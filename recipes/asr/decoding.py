@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import extractOne
 from torch import Tensor
+
+from recipes.asr.text import Codec
 
 BLANK = 0
 
@@ -76,3 +79,50 @@ def beam(tokens: Sequence[str], size: int) -> Decoder:
         return [[t for t in found[0].tokens.tolist() if t != BLANK] for found in best]
 
     return decode
+
+
+# ------------------------------------------------------------------------------------ word times
+
+
+class Token(NamedTuple):
+    """A token in the frames of an utterance.
+
+    Attributes:
+        start: its first frame.
+        end: the frame behind its last one.
+        score: mean of its probability over these frames.
+    """
+
+    start: int
+    end: int
+    score: float
+
+
+def align(numbers: Sequence[int], log_probs: Tensor) -> list[Token]:
+    """Return the frames of tokens on their likeliest path.
+
+    Args:
+        numbers: tokens that were decoded, without blanks.
+        log_probs: log probabilities (T, V) of the frames that they were decoded from.
+    """
+    if not numbers:
+        return []
+    from torchaudio.functional import forced_align, merge_tokens
+
+    path, scores = forced_align(log_probs[None], torch.tensor([numbers]), blank=BLANK)
+    spans = merge_tokens(path[0], scores[0].exp(), blank=BLANK)
+    return [Token(span.start, span.end, float(span.score)) for span in spans]
+
+
+def token_words(codec: Codec, numbers: Sequence[int]) -> list[list[int]]:
+    """Return for each word of a text the places of its tokens: those that make it longer."""
+    groups: list[list[int]] = []
+    before = ""
+    for place in range(len(numbers)):
+        text = codec.decode(numbers[: place + 1])
+        if text != before:
+            while len(groups) < len(text.split()):
+                groups.append([])
+            groups[-1].append(place)
+        before = text
+    return groups

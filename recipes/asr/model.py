@@ -119,6 +119,11 @@ class ConformerCTC(nn.Module):
             frames = (frames + 1) // 2
         return frames
 
+    def frame_times(self) -> tuple[float, float]:
+        """Return the middle of the first output frame, and the time to the next, in seconds."""
+        features = self.features
+        return 0.0, features.hop * 2 ** len(self.front.convs) / features.mel.sample_rate
+
     def forward(self, wav: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S), zero-padded, and samples (B,) to log probabilities (B, T, V) and frames (B,)."""
         # Few different shapes: a CPU prepares its kernels anew for each, a third of a small step.

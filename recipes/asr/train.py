@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 import trainer
@@ -77,15 +76,6 @@ class Recogniser(TextBrain):
         """Decode the text of each utterance."""
         heard = [self.hparams.codec.decode(tokens) for tokens in self.decode(*predictions)]
         return [known_words(text, self.hparams.lexicon) for text in heard]
-
-    @torch.inference_mode()
-    def transcribe(self, signal: Tensor) -> str:
-        """Transcribe samples (S,) at the rate of the recogniser."""
-        self.modules.eval()
-        wav, lengths = signal[None], torch.tensor([len(signal)])
-        with self.autocast(Stage.TEST):
-            predictions = self.modules.model(wav.to(self.device), lengths.to(self.device))
-        return self.texts(predictions)[0]
 
 
 def train(run: trainer.Run) -> dict[str, float]:

@@ -508,9 +508,12 @@ def test_recoverables_that_would_mix_up_their_files_are_refused(tmp_path: Path) 
         ({"keep_last": 0}, "keep_last is 0; it must be a whole number of at least 1"),
         ({"keep_last": {"brain": 1}}, "keep_last is {'brain': 1}; it must be a whole number"),
         ({"keep_best": "wer"}, "keep_best is 'wer'; it must map metrics to min or max"),
-        ({"keep_best": {"wer": "low"}}, "keep_best has 'wer': 'low'; a metric's rule is min, max"),
-        ({"keep_best": {"wer": {"mode": "min", "k": 1}}}, "a metric's rule is min, max, or a"),
-        ({"keep_best": {"wer": {"mode": "min", "n": 0}}}, "a metric's rule is min, max, or a"),
+        ({"keep_best": {"wer": "low"}}, "keep_best has 'wer': 'low', where mode is 'low'; a "),
+        ({"keep_best": {"wer": {"mode": "min", "k": 1}}}, "where 'k' is unknown; a metric's rule "),
+        ({"keep_best": {"wer": {"mode": "min", "n": 0}}}, "where n is 0; a metric's rule is min,"),
+        ({"keep_best": {"wer": {"weights_only": 3}}}, "weights_only is 3 and mode is missing; a "),
+        ({"keep_best": {"wer": {"mode": "min", "weights_only": "yes"}}}, "weights_only is 'yes';"),
+        ({"keep_best": {3: "min"}}, "keep_best has 3: 'min', where the metric's name is no text;"),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import distributed, json_files, tree
 from trainer.checkpoint import saver_hooks as hooks
 from trainer.checkpoint import storage
 from trainer.checkpoint.storage import (
+    FORMAT,
     BrokenCheckpoint,
     Checkpoint,
     FileEntry,
@@ -46,12 +47,14 @@ MAX_RETRIES = 100  # of looking for checkpoints that another process replaces at
 class Best(NamedTuple):
     """Rule that keeps the ``n`` checkpoints with the lowest ("min") or highest ("max") metric.
 
-    ``every_epoch`` is False for a metric that only some epochs give.
+    With ``weights_only`` it keeps their weights alone. ``every_epoch`` is False for a metric that
+    only some epochs give.
     """
 
     metric: str
     mode: str
     n: int = 1
+    weights_only: bool = False
     every_epoch: bool = True
 
 
@@ -73,31 +76,48 @@ class Retention:
         """Number of checkpoints that stay at most."""
         return self.last + sum(rule.n for rule in self.best)
 
-    def select(self, checkpoints: Sequence[Checkpoint]) -> set[Checkpoint]:
-        """Select those of ``checkpoints``, newest first, that stay: at least one."""
-        kept = set(checkpoints[: self.last])
+    def select(self, checkpoints: Sequence[Checkpoint]) -> tuple[set[Checkpoint], set[Checkpoint]]:
+        """Select those of ``checkpoints``, newest first, that stay.
+
+        Returns:
+            Those that stay as they are, at least one of them complete, if any is; and those of
+            which the weights stay.
+        """
+        complete = [each for each in checkpoints if each.complete]
+        kept = set(complete[: self.last])
+        weights: set[Checkpoint] = set()
         for rule in self.best:
-            kept.update(ranked(checkpoints, rule.metric, rule.mode)[: rule.n])
+            best = ranked(checkpoints, rule.metric, rule.mode)[: rule.n]
+            (weights if rule.weights_only else kept).update(best)
         for key, n in self.keys:
             kept.update(sorted(checkpoints, key=key, reverse=True)[:n])
-        return kept or set(checkpoints[:1])
+        if not any(each.complete for each in kept):
+            kept.update((complete or checkpoints)[:1])
+        return kept, weights - kept
 
 
 def _best_rules(keep_best: Any) -> tuple[Best, ...]:
     """Return the rules that the argument ``keep_best`` asks for; raise ValueError for others."""
     if not isinstance(keep_best, Mapping):
         raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
+    allowed: dict[str, Callable[[Any], bool]] = {
+        "mode": lambda value: value in ("min", "max"),
+        "n": lambda value: type(value) is int and value >= 1,
+        "weights_only": lambda value: type(value) is bool,
+    }
     rules = []
     for metric, rule in keep_best.items():
         given = rule if isinstance(rule, Mapping) else {"mode": rule}
-        mode, n = str(given.get("mode")), given.get("n", 1)
-        valid = mode in ("min", "max") and type(n) is int and n >= 1 and set(given) <= {"mode", "n"}
-        if not valid or not isinstance(metric, str):
+        wrong = [f"{k} is {given[k]!r}" for k in given if k in allowed and not allowed[k](given[k])]
+        wrong += [f"{key!r} is unknown" for key in given if key not in allowed]
+        wrong += ["mode is missing"] if "mode" not in given else []
+        wrong += ["the metric's name is no text"] if not isinstance(metric, str) else []
+        if wrong:
             raise ValueError(
-                f"keep_best has {metric!r}: {rule!r}; a metric's rule is min, max, or a mapping "
-                "like {mode: min, n: 3}"
+                f"keep_best has {metric!r}: {rule!r}, where {' and '.join(wrong)}; a metric's rule "
+                "is min, max, or a mapping like {mode: min, n: 3, weights_only: true}"
             )
-        rules.append(Best(metric, mode, n))
+        rules.append(Best(metric, **given))
     return tuple(rules)
 
 
@@ -146,7 +166,9 @@ class Checkpointer:
         folder: folder of the checkpoints; made at the first save.
         keep_last: number of the newest checkpoints that `save_and_keep_only` keeps, at least 1.
         keep_best: metrics by which it also keeps the best ones: names in ``meta``, mapped to "min"
-            or "max", or to ``{mode: min, n: 3}`` for several.
+            or "max", or to ``{mode: min, n: 3, weights_only: true}``: ``n`` for several, and
+            ``weights_only`` to cut them to their weights once they are not among the newest, which
+            serves to test with, and not to go on from.
         recoverables: objects to save and restore, by name. Each has ``state_dict`` and
             ``load_state_dict``. One that has ``local_state_dict`` and ``load_local_state_dict`` as
             well has a part of its state that differs between ranks.
@@ -190,6 +212,7 @@ class Checkpointer:
         self.retention = Retention(keep_last, _best_rules({} if keep_best is None else keep_best))
         self.enabled, self.allow_partial_load = True, allow_partial_load
         self.recoverables: dict[str, Any] = {}
+        self._modules: set[str] = set()  # Names of the recoverables that are modules.
         self._optional: set[str] = set()
         self.add_recoverables(recoverables or {})
         self._held = False
@@ -224,6 +247,7 @@ class Checkpointer:
                 f"{name!r} cannot name a recoverable: it becomes a file name, made of letters, "
                 "digits, - and _, and not beginning with rank-"
             )
+        is_module = isinstance(obj, nn.Module)
         if custom_load_hook is not None or custom_save_hook is not None:
             save, load = custom_save_hook or _save, custom_load_hook or _load
             obj = hooks.FileState(obj, partial(save, obj), partial(load, obj))
@@ -234,14 +258,22 @@ class Checkpointer:
                 "load_state_dict"
             )
         self.recoverables[name] = obj
-        self._optional.discard(name)
-        if optional_load:
-            self._optional.add(name)
+        for names, belongs in ((self._optional, optional_load), (self._modules, is_module)):
+            names.discard(name)
+            names.update([name] if belongs else [])
 
     def add_recoverables(self, recoverables: Mapping[str, Any]) -> None:
         """Add several objects by name, as `add_recoverable` does."""
         for name, obj in recoverables.items():
             self.add_recoverable(name, obj)
+
+    def _weights_of(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the files of a checkpoint with weights: of modules, and those of a Brain."""
+        names = {f"{name}.pt" for name in self._modules}
+        for name, obj in self.recoverables.items():
+            for key in _weight_keys(obj):
+                names |= {f"{name}.pt", f"{name}.{key}.pt"}
+        return [file for file in checkpoint.files if file in names]
 
     def keep_best(self, rules: Mapping[str, Any], every_epoch: bool = True) -> None:
         """Keep the best checkpoints by further metrics, too.
@@ -329,6 +361,12 @@ class Checkpointer:
         last = max(self.retention.last, num_to_keep) if keep_recent else 0
         keys = tuple((key, num_to_keep) for key in importance_keys)
         retention = Retention(last, (*self.retention.best, *rules), keys, ckpt_predicate)
+        alone = [rule.metric for rule in retention.best if rule.weights_only]
+        if alone and not self._modules and not any(map(_weight_keys, self.recoverables.values())):
+            raise ValueError(
+                f"keep_best is to keep weights alone by {alone[0]!r}, and none of the recoverables "
+                f"({', '.join(self.recoverables) or 'none'}) is a module"
+            )
         return self._request(meta, end_of_epoch, name, retention)
 
     def _warn_of_missing(self, retention: Retention, meta: Mapping[str, Any]) -> None:
@@ -500,7 +538,10 @@ class Checkpointer:
         return next((base for each in found if each and (base := each()) is not None), None)
 
     def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
-        """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""
+        """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind.
+
+        Of what a rule keeps the weights of, the rest is deleted.
+        """
         others = [each for each in self.list_checkpoints() if each.name != saved.name]
         unwanted = {each for each in others if saved.label and each.label == saved.label}
         if retention is not None:
@@ -510,8 +551,12 @@ class Checkpointer:
                 if each.end_of_epoch == saved.end_of_epoch and not each.pinned
             ]
             may_go = retention.predicate or (lambda _: True)
-            kept = retention.select([e for e in kind if e not in unwanted])
-            unwanted |= {each for each in kind if each not in kept and may_go(each)}
+            kept, weights = retention.select([e for e in kind if e not in unwanted])
+            for each in weights:
+                files = self._weights_of(each)
+                if each.complete and each.format == FORMAT and files and may_go(each):
+                    storage.cut_to_weights(each, files)
+            unwanted |= {e for e in kind if e not in kept and e not in weights and may_go(e)}
         for checkpoint in unwanted:
             storage.delete(checkpoint.path)
 
@@ -546,7 +591,7 @@ class Checkpointer:
         def delete() -> None:
             self._prepare()
             found = self.list_checkpoints()
-            kept = Retention(last, tuple(rules), keys).select(found) if num_to_keep else set()
+            kept = Retention(last, tuple(rules), keys).select(found)[0] if num_to_keep else set()
             for each in found:
                 if each not in kept and (ckpt_predicate is None or ckpt_predicate(each)):
                     storage.delete(each.path)
@@ -567,10 +612,11 @@ class Checkpointer:
         """
         found: list[Checkpoint] = []
         for _ in range(MAX_RETRIES):
-            found, complete = self._scan()
-            if complete:
+            before, (found, settled) = found, self._scan()
+            # One that was cut to its weights within the scan was so for another that had come.
+            if settled and (found == before or any(each.complete for each in found)):
                 break
-        return sorted(found, key=lambda each: (each.number, each.time), reverse=True)
+        return found
 
     def _scan(self) -> tuple[list[Checkpoint], bool]:
         """Return the checkpoints in the folder; and False if others may have come meanwhile."""
@@ -591,6 +637,7 @@ class Checkpointer:
                 except BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(Path(entry.path)):
                         self._mark_broken(entry.name, error)
+        found.sort(key=lambda each: (each.number, each.time), reverse=True)
         return found, complete and bool(found or not saving)
 
     def find(
@@ -673,8 +720,9 @@ class Checkpointer:
         """Restore every recoverable from the newest or best checkpoint. Every rank must call it.
 
         Everything is loaded and verified before anything is restored. A broken checkpoint is named
-        in a warning, and the next one is used. Another process may save in the folder meanwhile; if
-        none does, what killed ones left there is removed, unless there is nothing to restore.
+        in a warning, and the next one is used; so is one with weights alone. Another process may
+        save in the folder meanwhile; if none does, what killed ones left there is removed, unless
+        there is nothing to restore.
 
         Args:
             max_key: metric in ``meta`` to maximise.
@@ -687,8 +735,8 @@ class Checkpointer:
             The checkpoint, or None if there is none.
 
         Raises:
-            BrokenCheckpoint: there are checkpoints, and all are broken: a run must not start over
-                unasked.
+            BrokenCheckpoint: there are checkpoints, and all are broken or have weights alone: a run
+                must not start over unasked.
             ValueError: the checkpoint is another model's, or of other recoverables.
             RuntimeError: another rank failed.
         """
@@ -717,8 +765,8 @@ class Checkpointer:
             checkpoint: as `find` or `list_checkpoints` returned it.
 
         Raises:
-            BrokenCheckpoint: a file is damaged, or the checkpoint does not exist any more; nothing
-                has been restored.
+            BrokenCheckpoint: a file is damaged, the checkpoint has weights alone, or it does not
+                exist any more; nothing has been restored.
             ValueError: the checkpoint is another model's, or of other recoverables.
             RuntimeError: another rank failed.
         """
@@ -783,31 +831,56 @@ class Checkpointer:
             lock = storage.lock_folder(self.folder)
             if lock is not None:
                 storage.remove_stale(self.folder)
+                for each in self.list_checkpoints():
+                    if not each.complete:
+                        storage.remove_unlisted(each)
 
     def _candidates(self, wanted: tuple[Any, ...]) -> list[str]:
         found = self.find_checkpoints(*wanted)
         if self._broken and not found and not self.list_checkpoints():
             raise self._all_broken()
-        return [each.name for each in found]
+        complete = [each.name for each in found if each.complete]
+        if found and not found[0].complete:
+            if not complete:
+                raise BrokenCheckpoint(
+                    f"{self.folder} has nothing to go on from: of the checkpoints that could be "
+                    f"used, all have weights alone (the first is {found[0].name}); test with them "
+                    "by evaluate or trainer.load, start a run in another folder from them by "
+                    "init_from, or move them away to start over"
+                )
+            warnings.warn(
+                f"{found[0].path} is not restored, since it has weights alone: {complete[0]} is; "
+                "evaluate and trainer.load test with such a checkpoint",
+                stacklevel=3,
+            )
+        return complete
 
     def _restore(self, path: Path) -> Checkpoint:
         """Restore on all ranks or on none: load and verify, then check, then apply."""
-        checkpoint, states, local = self._read_on_all(path, self._load_all, path)
+        checkpoint, states, local = self._read_on_all(path, True, self._load_all, path)
         run_on_all(self._check_fit, checkpoint, states, local)
         run_on_all(self._apply, checkpoint, states, local)
         return checkpoint
 
-    def _read_on_all(self, path: Path, load: Callable[..., T], *args: Any) -> T:
-        """Read something of the checkpoint at ``path`` on all ranks, or raise alike on all."""
+    def _read_on_all(self, path: Path, complete: bool, load: Callable[..., T], *args: Any) -> T:
+        """Read something of the checkpoint at ``path`` on all ranks, or raise alike on all.
+
+        If it was ``complete`` when it was listed and is not any more, it is missing.
+        """
         try:
             return run_on_all(load, *args, shared=BrokenCheckpoint)
         except BrokenCheckpoint as error:
-            if run_on_main(os.path.lexists, path):
+            if run_on_main(storage.still_there, path, complete):
                 raise
             raise MissingCheckpoint(str(error)) from error
 
     def _load_all(self, path: Path) -> tuple[Checkpoint, dict[str, Any], dict[str, Any]]:
         checkpoint = storage.read_manifest(path)
+        if not checkpoint.complete:
+            raise MissingCheckpoint(
+                f"{path} has weights alone, and nothing goes on from it: evaluate, trainer.load "
+                "and init_from take such a checkpoint"
+            )
         rank, ranks = distributed.rank(), distributed.world_size()
         return checkpoint, self.read(checkpoint), storage.load_local(checkpoint, rank, ranks)
 
@@ -858,7 +931,8 @@ class Checkpointer:
         load = storage.load_part
         for checkpoint in checkpoints:
             try:
-                yield checkpoint, self._read_on_all(checkpoint.path, load, checkpoint, name, path)
+                at, complete = checkpoint.path, checkpoint.complete
+                yield checkpoint, self._read_on_all(at, complete, load, checkpoint, name, path)
             except MissingCheckpoint:
                 raise
             except BrokenCheckpoint as error:
@@ -879,6 +953,11 @@ class Checkpointer:
 def _is_recoverable(obj: Any) -> bool:
     stateful = hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
     return stateful or hooks.as_stateful(obj) is not None
+
+
+def _weight_keys(obj: Any) -> tuple[str, ...]:
+    keys: tuple[str, ...] = getattr(obj, "weight_keys", ())
+    return keys
 
 
 def _save(obj: Any, path: Path) -> None:

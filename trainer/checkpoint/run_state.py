@@ -124,7 +124,10 @@ class RunState:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
         weights_of_run: weights to resume with, while the modules have those of a test; else None.
         base: the frozen weights that checkpoints leave out, if they do.
+        weight_keys: entries of the state that a checkpoint with weights alone has.
     """
+
+    weight_keys = ("modules", "ema")
 
     def __init__(self, progress: Progress, stateful: Callable[[], Entries]) -> None:
         self.progress, self._stateful = progress, stateful

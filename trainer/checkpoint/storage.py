@@ -25,9 +25,9 @@ import socket
 import stat
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from operator import is_
 from pathlib import Path
@@ -42,6 +42,7 @@ from trainer.checkpoint.frozen import BASE, described, sha256_of
 from trainer.checkpoint.migrate import migrate
 from trainer.untrusted import printable
 
+RUN, WEIGHTS = "run", "weights"  # Contents of a checkpoint
 FORMAT = 2  # of the checkpoints that are written; those of all earlier formats are read
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = json_files.MAX_BYTES  # a usual one has a few thousand
@@ -69,7 +70,7 @@ class UnwritableFolder(OSError, ValueError):
 
 
 class MissingCheckpoint(BrokenCheckpoint):
-    """Error for a checkpoint that was deleted since it was listed, by the run that saves there."""
+    """Error for a checkpoint that the run which saves there has deleted, or cut to its weights."""
 
 
 class FileEntry(NamedTuple):
@@ -111,7 +112,7 @@ class Checkpoint:
         meta: epoch, metrics and other values of the caller.
         files: entry of each file.
         format: format version of the folder.
-        contents: kind of content; "run" is the whole state of a run.
+        contents: "run" for the whole state of a run, "weights" for its weights alone.
         base: name and hash of the model that the weights are relative to, if any.
         shards: number of parts that the states are divided into, if they are.
     """
@@ -127,7 +128,7 @@ class Checkpoint:
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
     files: dict[str, FileEntry] = field(default_factory=dict, hash=False)
     format: int = FORMAT
-    contents: str = "run"
+    contents: str = RUN
     base: dict[str, Any] | None = field(default=None, hash=False)
     shards: int | None = None
 
@@ -139,6 +140,11 @@ class Checkpoint:
     def name(self) -> str:
         """Name of the folder."""
         return self.path.name
+
+    @property
+    def complete(self) -> bool:
+        """True if a training can go on from it; False if it has weights alone."""
+        return self.contents == RUN
 
     @property
     def paramfiles(self) -> dict[str, Path]:
@@ -203,11 +209,20 @@ def _check_fields(checkpoint: Checkpoint) -> None:
     for key, types in FIELD_TYPES.items():
         if type(getattr(checkpoint, key)) not in types:
             raise ValueError(f"its {key!r} is not of type {types[0].__name__}")
+    if checkpoint.contents not in (RUN, WEIGHTS):
+        raise ValueError(f"its 'contents' are neither {RUN} nor {WEIGHTS}")
     for name, entry in checkpoint.files.items():
         if not FILE_NAME.fullmatch(name):
             raise ValueError(f"it lists {name[:80]!r}, which is not a plain name of a .pt file")
         if type(entry.size) is not int or type(entry.sha256) is not str:
             raise ValueError(f"the entry of {name!r} is not a size and a hash")
+
+
+def still_there(path: Path, complete: bool) -> bool:
+    """Return True if a checkpoint is there, and complete if it is to be."""
+    with suppress(BrokenCheckpoint):
+        return read_manifest(path).complete or not complete
+    return os.path.lexists(path)
 
 
 def looks_like_checkpoint(path: Path) -> bool:
@@ -452,11 +467,12 @@ def read_file(folder: Path, name: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
-        if os.path.lexists(folder):
+        exists = os.path.lexists(folder)
+        if exists and (name == MANIFEST or name in read_manifest(folder).files):
             raise BrokenCheckpoint(f"{path} is missing") from error
         raise MissingCheckpoint(
-            f"{folder} does not exist any more: the run that saves there has deleted it since it "
-            "was listed"
+            f"{path if exists else folder} does not exist any more: the run that saves there has "
+            "deleted it since it was listed"
         ) from error
     except OSError as error:
         raise BrokenCheckpoint(f"{path} cannot be read: {error.strerror}") from error
@@ -557,13 +573,46 @@ def write_file(path: Path, fill: Callable[[HashingFile], object]) -> FileEntry:
 
 def publish(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the manifest, then rename the temporary folder: from then on it is a checkpoint."""
+    _write_manifest(folder, checkpoint)
+    _sync_folder(folder)
+    os.rename(folder, checkpoint.path)
+    _sync_folder(checkpoint.path.parent)
+
+
+def _write_manifest(folder: Path, checkpoint: Checkpoint) -> None:
     data = encode_manifest(manifest_content(checkpoint))
     if len(data) > MAX_MANIFEST_BYTES:
         raise ValueError(f"the meta of {checkpoint.path} is too large ({len(data)} bytes)")
     write_file(folder / MANIFEST, lambda file: file.write(data))
-    _sync_folder(folder)
-    os.rename(folder, checkpoint.path)
-    _sync_folder(checkpoint.path.parent)
+
+
+def cut_to_weights(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Cut a checkpoint to some of its files: a smaller manifest replaces its own, atomically.
+
+    The files themselves stay as they are, so that it takes no more space, and one that is killed
+    leaves the whole checkpoint, or the smaller one with files to remove.
+
+    Args:
+        checkpoint: the checkpoint.
+        names: names of the files to keep.
+    """
+    files = {name: checkpoint.files[name] for name in names}
+    smaller = replace(checkpoint, files=files, contents=WEIGHTS)
+    temporary = checkpoint.path.parent / make_temporary(checkpoint.path)
+    try:
+        _write_manifest(temporary, smaller)
+        os.rename(temporary / MANIFEST, checkpoint.path / MANIFEST)
+        _sync_folder(checkpoint.path)  # Before a file goes that the manifest before it lists.
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    remove_unlisted(smaller)
+
+
+def remove_unlisted(checkpoint: Checkpoint) -> None:
+    """Remove what is left of a checkpoint that was whole; only the lock's holder may do so."""
+    for name in os.listdir(checkpoint.path):
+        if FILE_NAME.fullmatch(name) and name not in checkpoint.files:
+            os.unlink(checkpoint.path / name)
 
 
 def _sync_folder(path: Path) -> None:

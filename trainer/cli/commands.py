@@ -14,6 +14,7 @@ from urllib.parse import quote
 from trainer import signals
 from trainer.cli import runs, session, upkeep
 from trainer.cli.arguments import HELP
+from trainer.cli.export import USAGE as EXPORT_USAGE
 from trainer.cli.export import export
 from trainer.cli.recipe import find_recipe, list_recipes, run_recipe
 from trainer.cli.replay import replay
@@ -302,10 +303,18 @@ COMMANDS = {
         replay,
     ),
     "export": Command(
-        "write the weights of a run's best checkpoint, adapters merged",
-        "RUN OUT [--max_key METRIC | --min_key METRIC] [--init_from SOURCE]",
-        ("results/TASK/NAME/1234 exported", "results/TASK/NAME/1234 exported --min_key wer"),
+        "write the model of a run's best checkpoint to a folder to share",
+        EXPORT_USAGE,
+        (
+            "results/TASK/NAME/1234",
+            "results/TASK/NAME/1234 exported --to onnx",
+            "results/TASK/NAME/1234 exported --min_key wer --seeds results/TASK/NAME/*",
+        ),
         export,
+        "The folder has weights, what they need to be loaded, and a README.md as model card. OUT\n"
+        "is RUN-FORMAT unless it is given. --to onnx and --to torch write networks for other\n"
+        "programs. --init_from and --source name frozen weights that the checkpoints have left\n"
+        "out; --seeds are runs of other seeds, whose spread the card shows.",
     ),
     "average": Command(
         "average the weights of a run's checkpoints into a new run folder",

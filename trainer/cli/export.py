@@ -1,42 +1,55 @@
-"""`python -m trainer export RUN OUT`: the merged weights of a run of an installed recipe."""
+"""`cortex export RUN [OUT]`: a trained model of an installed recipe as a folder to share."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from trainer.cli.runs import is_locked
+from trainer.inference.exporting import FORMATS
 from trainer.inference.exporting import export as write
 from trainer.inference.loading import load
+from trainer.untrusted import printable
 
 USAGE = (
-    "usage: python -m trainer export RUN OUT [--max_key METRIC | --min_key METRIC] "
-    "[--init_from SOURCE]"
+    f"RUN [OUT] [--to {'|'.join(FORMATS)}] [--max_key METRIC | --min_key METRIC] "
+    "[--init_from SOURCE] [--source SOURCE] [--seeds RUN…]"
 )
 
 
 def export(argv: Sequence[str]) -> int:
-    """Write the weights of a run's best checkpoint, adapters merged; return the exit code.
+    """Write the model of a run's best checkpoint to a new folder; return the exit code.
 
     Raises:
-        ValueError: the run cannot be loaded, or the folder not be made.
+        ValueError: the run cannot be loaded, is still going on, or the folder cannot be made.
     """
-    parser = argparse.ArgumentParser(
-        usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    parser.add_argument("run", nargs="?")
-    parser.add_argument("out", nargs="?")
-    for name in ("--max_key", "--min_key", "--init_from"):
-        parser.add_argument(name)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--to", default=FORMATS[0])
+    parser.add_argument("--seeds", nargs="+", default=[])
+    for name in ("max_key", "min_key", "init_from", "source"):
+        parser.add_argument(f"--{name}")
     try:
         given, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; {USAGE}") from error
-    if rest or given.out is None:
-        raise ValueError(USAGE)
-    overrides = {} if given.init_from is None else {"init_from": given.init_from}
-    model = load(
-        given.run, "cpu", overrides=overrides, max_key=given.max_key, min_key=given.min_key
-    )
-    print(f"written to {write(model, given.out)}", file=sys.stderr)
+        raise ValueError(f"{error}; usage: cortex export {USAGE}") from error
+    if rest or given.run is None:
+        raise ValueError(f"usage: cortex export {USAGE}")
+    run = given.run.expanduser()
+    out = given.out or run.with_name(f"{run.resolve().name}-{given.to}")
+    if is_locked(run):
+        raise ValueError(
+            f"the run in {printable(str(run))} is still going on: export it when it has ended; "
+            "Ctrl+C ends it, and saves"
+        )
+    overrides = {
+        name: value
+        for name in ("init_from", "source")
+        if (value := getattr(given, name)) is not None
+    }
+    model = load(run, "cpu", overrides=overrides, max_key=given.max_key, min_key=given.min_key)
+    print(f"written to {write(model, out, given.to, seeds=given.seeds)}", file=sys.stderr)
     return 0

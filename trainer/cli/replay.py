@@ -26,7 +26,7 @@ from trainer.config.hyperparameters import option_node
 from trainer.config.reading import plain
 from trainer.config.registry import recipe_packages
 from trainer.diagnostics import replay as replaying
-from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, recipe_brain
+from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, recipe_class
 from trainer.loggers import TextLog
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
@@ -134,12 +134,13 @@ def _build(given: _Given, package: str) -> Brain:
             else:
                 opened.override(nested(name, value))
         options = opened.options(*used, device=device, replay=str(given.case))
-        kind = recipe_brain(package, opened.names())
+        kind = recipe_class(package, "BRAIN", opened.names())
         with opened.limited():
             seed_everything(options.seed)
             hparams: dict[str, Any] = opened.build()
             optimizer, checkpoints = hparams.get("opt_class"), opened.checkpointer
-            return kind(hparams["modules"], optimizer, hparams, options, checkpoints)
+            brain: Brain = kind(hparams["modules"], optimizer, hparams, options, checkpoints)
+            return brain
 
 
 def _recipe(folder: Path) -> str:

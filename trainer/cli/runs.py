@@ -227,7 +227,7 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
     values, notes = {}, []
     for run in runs:
         try:
-            values[run.folder] = _settings(run.folder)
+            values[run.folder] = settings(run.folder)
         except (ValueError, OSError) as error:
             notes.append(f"{printable(str(run.folder))}: {printable(str(error))}")
         notes += _sentences(run)
@@ -257,15 +257,15 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
     return [*table(rows), *([""] if notes else []), *notes]
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings(folder: Path) -> dict[str, Any]:
     """Return the hyperparameters in force of a run, without references and neutral keys."""
     configuration = Configuration(folder / HYPERPARAMS, run_folder=True)
     check_tags(configuration.root)
-    settings = Settings(configuration.root, configuration.registry)
+    found = Settings(configuration.root, configuration.registry)
     return {
         key: value
-        for key, value in settings.values.items()
-        if settings.origin(key) == key and settings.kind(key) != "neutral"
+        for key, value in found.values.items()
+        if found.origin(key) == key and found.kind(key) != "neutral"
     }
 
 

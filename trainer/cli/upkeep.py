@@ -78,6 +78,8 @@ def _candidates(run: Path) -> tuple[list[Removable], list[str]]:
         kept = _kept(checkpoints, run)
         for each in sorted(checkpoints, key=lambda each: each.number):
             others = {*os.listdir(each.path)} - {*each.files, storage.MANIFEST}
+            if not each.complete:  # A killed process has left them.
+                others = {name for name in others if not storage.FILE_NAME.fullmatch(name)}
             if each not in kept and others:
                 strange = printable(min(others))
                 notes.append(f"{each.path} is left alone: no save has written {strange!r} in it")
@@ -132,7 +134,8 @@ def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
     """
     newest = sorted(checkpoints, key=lambda each: each.number, reverse=True)
     kept = {each for each in newest if each.pinned or each.label}
-    kept.update(newest[:1], [each for each in newest if each.end_of_epoch][:1])
+    complete = [each for each in newest if each.complete]
+    kept.update((complete or newest)[:1], [each for each in complete if each.end_of_epoch][:1])
     rules, number = _rules(run)
     known = {rule.metric for rule in rules}
     others = {name for each in newest for name in each.meta if name not in (*known, *PLACES)}
@@ -236,7 +239,8 @@ def average(
     try:
         meta = {**chosen[0].meta, "average_of": [each.name for each in chosen]}
         saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": _Weights(weights)})
-        saver.save_checkpoint(meta)
+        if saved := saver.save_checkpoint(meta):
+            storage.cut_to_weights(saved, saved.files)
         with (run / HYPERPARAMS).open(encoding="utf-8") as file:
             header = file.readline(200).strip()
         text = f"{header}\n{configuration.dump()}"

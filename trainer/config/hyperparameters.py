@@ -342,13 +342,13 @@ class Configuration:
 
     def build(self) -> dict[str, Any]:
         """Build the objects; return the values by key."""
-        return building.build(self._checked(), self.registry)
+        return building.build(self.checked(), self.registry)
 
     def check(self) -> None:
         """Check the references, and in a run folder the objects, whose modules are imported."""
-        self._checked()
+        self.checked()
 
-    def _checked(self) -> MappingNode:
+    def checked(self) -> MappingNode:
         """Return a copy of the tree without references and without what only training needs."""
         root = self._resolved()
         if isinstance(self.registry, RunFolderRegistry):

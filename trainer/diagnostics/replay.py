@@ -110,8 +110,8 @@ def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
 
 
 def load_nearest(checkpointer: Checkpointer, step: int) -> None:
-    """Restore the checkpoint that is nearest to a step, as `nearest` says, if there is one."""
-    found = nearest(checkpointer.list_checkpoints(), step)
+    """Restore the complete checkpoint that is nearest to a step, as `nearest` says, if any is."""
+    found = nearest([each for each in checkpointer.list_checkpoints() if each.complete], step)
     if found is not None:
         with memory_in_proportion(checkpointer.folder):
             checkpointer.load_checkpoint(found)

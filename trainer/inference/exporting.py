@@ -1,78 +1,181 @@
-"""Export of trained models: adapters merged into the weights that they adapt, in safetensors."""
+"""Export of trained models, as folders in the hub's layout: weights, ONNX or torch.export."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from torch import Tensor, nn
 
-from trainer.adapters import merge_adapters
-from trainer.brain import Brain
+from trainer.adapters import merge_adapters, plain_name
+from trainer.config import reading
+from trainer.config.reading import (
+    items,
+    nodes,
+    object_name,
+    pop,
+    put,
+    replace_children,
+    tag,
+)
+from trainer.config.registry import recipe_packages
+from trainer.config.run_folder import KINDS
+from trainer.inference.cards import HYPERPARAMS_HEADER, write_card
+from trainer.inference.graphs import FILES, example_code, write_graph
+from trainer.inference.initialise import WEIGHTS
+from trainer.inference.loading import CHECKPOINTS, HYPERPARAMS, RECIPE, Origin, origin_of
+from trainer.options import BRAIN_KEYS, HINTS, nearest
+from trainer.untrusted import confined, no_modules_from
 
-WEIGHTS = "model.safetensors"
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+    from trainer.inference.graphs import Graph
+    from trainer.inference.model import Model
+
+DESCRIPTION = "export.json"
+FORMATS = ("safetensors", *FILES)
+# Run options that an exported YAML keeps. Its weights are averaged already.
+KEPT = ("seed", "precision", "eval_precision", "threads", "output_folder")
 
 
-def export(brain: Brain, folder: str | Path) -> Path:
-    """Write the weights of a model, with adapters merged into them, to a new folder.
+def export(
+    model: Model | Brain,
+    folder: str | Path,
+    to: str = "safetensors",
+    *,
+    seeds: Sequence[str | Path] = (),
+) -> Path:
+    """Write a model to a new folder, with adapters merged into the weights that they adapt.
 
-    It has all weights in ``model.safetensors``, by their names in ``brain.modules``, which
-    ``init_from`` reads. Each model of transformers is also saved as transformers does it, in a
-    folder of its own name, such as ``encoder/``, for ``from_pretrained``. The model itself stays as
-    it is.
+    The folder has a README.md that describes the model from the run that it was loaded from, with
+    samples of that run, and an ``export.json`` for programs. The model itself stays as it is.
+
+    - ``safetensors``: all weights in ``model.safetensors``, by their names in ``model.modules``;
+      and of a model that `trainer.load` made what it needs beside them, so that `trainer.load`
+      makes it from this folder too. Each model of transformers is also saved as transformers does
+      it, in a folder of its own name, such as ``encoder/``, for ``from_pretrained``.
+    - ``onnx`` and ``torch``: the network of ``model.graph`` in ``model.onnx``, or in ``model.pt2``
+      for ``torch.export.load``. The file is run and compared to torch on inputs of several lengths
+      and batch sizes.
 
     Args:
-        brain: the model, with the weights that are to be written: as `trainer.load` gives it, or
-            within ``brain.best_weights()``.
+        model: the model, with the weights that are to be written: as `trainer.load` gives it, or a
+            Brain within its ``best_weights()``.
         folder: the folder to make.
+        to: ``safetensors``, ``onnx`` or ``torch``.
+        seeds: folders of runs that differ from the model's in their seeds alone; the README has
+            mean and standard deviation of their metrics.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder exists and is not empty, or merged weights would not be finite.
-        ImportError: safetensors is not installed.
+        ValueError: the folder exists and is not empty, merged weights would not be finite, the
+            model has no network for this format, or the file computes something else than torch.
+        ImportError: a package is missing that the format needs.
 
     Example::
 
-        trainer.export(trainer.load("results/finetune/1234"), "exported")
+        trainer.export(trainer.load("results/asr/demo/1234"), "exported")
     """
+    if to not in FORMATS:
+        raise ValueError(
+            f"there is no export to {to!r}{nearest(to, FORMATS)}; allowed: {', '.join(FORMATS)}"
+        )
+    target = Path(folder).expanduser()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{folder} exists, and is not an empty folder: name a new one")
+    merged = copy.deepcopy(model.modules).cpu().eval()
+    merge_adapters(merged)
+    origin = origin_of(model)
+    with _new(target) as partial:
+        described: dict[str, Any] = {"format": to}
+        code = ""
+        if to == "safetensors":
+            _write_weights(merged, origin, partial)
+            if origin is not None:
+                _write_parts(merged, origin, partial)
+        else:
+            graph = _graph(model, merged.float(), to)
+            described = write_graph(graph, to, partial)
+            code = example_code(described, graph)
+        write_card(partial, model, origin, described, code, seeds)
+        text = json.dumps(described, indent=1, ensure_ascii=False)
+        (partial / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")
+    return target
+
+
+@contextmanager
+def _new(target: Path) -> Iterator[Path]:
+    """Context manager that gives a folder to fill; ``target`` is it as a whole, or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _graph(model: Model | Brain, modules: nn.ModuleDict, to: str) -> Graph:
+    """Return the network of a model that other programs run."""
+    make = getattr(model, "graph", None)
+    if make is None:
+        known = sorted(
+            package.rpartition(".")[2]
+            for package in recipe_packages()
+            if (Path(str(sys.modules[package].__file__)).parent / "graph.py").is_file()
+        )
+        raise ValueError(
+            f"a {type(model).__name__} has no network for {to}; allowed: --to safetensors, models "
+            f"with a method graph, and among the recipes {', '.join(known)}"
+        )
+    found: Graph = make(modules)
+    return found
+
+
+# ------------------------------------------------------------------------------------- safetensors
+
+
+def _write_weights(merged: nn.Module, origin: Origin | None, folder: Path) -> None:
+    """Write the weights by their names in the run, and each model of transformers."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError(
-            f"an export needs safetensors ({error}): pip install 'cortex-speech[hf]'"
+            f"an export needs safetensors ({error}): pip install 'cortex-speech[export]'"
         ) from error
-    target = Path(folder).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{folder} exists, and is not an empty folder: name a new one")
-    merged = copy.deepcopy(brain.modules)
-    merge_adapters(merged)
+    state: Mapping[str, Any] = merged.state_dict()
+    if origin is not None and not _adapted(origin):
+        state = origin.weights  # A model that is prepared for use may have others names.
     seen: set[int] = set()
     weights: dict[str, Tensor] = {}
-    for name, tensor in merged.state_dict().items():
+    texts = {name: value for name, value in state.items() if isinstance(value, str)}
+    for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             kept = tensor.detach().to("cpu").contiguous()
             # A tensor of several names, which the format has not, is written under each.
             weights[name] = kept.clone() if kept.data_ptr() in seen else kept
             seen.add(kept.data_ptr())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}-{os.getpid()}"
-    partial.mkdir()
-    try:
-        save_file(weights, partial / WEIGHTS, {"format": "pt"})
-        os.chmod(partial / WEIGHTS, partial.stat().st_mode & 0o666)  # It is for its owner alone.
-        for name, model in _of_transformers(merged):
-            model.save_pretrained(partial / name)
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return target
+    path = folder / WEIGHTS
+    save_file(weights, path, {"format": "pt", **texts})
+    os.chmod(path, folder.stat().st_mode & 0o666)  # It is for its owner alone.
+    for name, part in _of_transformers(merged):
+        part.save_pretrained(folder / name)
+
+
+def _adapted(origin: Origin) -> bool:
+    return any(plain_name(name) != name for name in origin.weights)
 
 
 def _of_transformers(modules: nn.Module) -> list[tuple[str, Any]]:
@@ -87,3 +190,83 @@ def _of_transformers(modules: nn.Module) -> list[tuple[str, Any]]:
         ):
             found[name] = module
     return list(found.items())
+
+
+def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
+    """Write what `trainer.load` needs beside the weights: the YAML, and the files that it names."""
+    run, source = origin.run, os.path.abspath(origin.run.folder)
+    run.configuration.override({"output_folder": source})
+    with no_modules_from(run.folder):
+        root = run.configuration.checked()
+    for name, module in merged.named_modules():
+        kept = getattr(module, "kept", None)
+        if kept is not None and callable(getattr(module, "keep", None)):
+            place = os.path.relpath(os.path.abspath(kept), source)
+            module.kept = folder / place  # Of a copy.
+            module.keep()
+            for each in _of_transformers(module):
+                _add_files(folder / place, folder / f"{name}.{each[0]}".strip("."))
+    for place in _trim(root, source, run.recipes()):
+        _copy(run.folder, place, folder)
+    text = f"{HYPERPARAMS_HEADER}\n{reading.dump(root)}"
+    (folder / HYPERPARAMS).write_text(text, encoding="utf-8")
+
+
+def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
+    """Leave in a tree without references what a model needs, with paths below the folder.
+
+    Returns:
+        The paths in the run folder that it names, relative to it.
+    """
+    for key, node in list(items(root)):
+        training = key in BRAIN_KEYS or (key in HINTS and key not in KEPT)
+        made = object_name(node).rpartition(".")[0]
+        if training or (made in KINDS and made != "torch.nn"):
+            pop(root, key)
+        elif _is_path(node) and not _inside(node.value, source):
+            put(root, key, ScalarNode(reading.NULL, "null"))  # On this machine alone.
+    put(root, "output_folder", ScalarNode(reading.STR, "."))
+    if len(recipes) == 1:
+        put(root, RECIPE, ScalarNode(reading.STR, recipes[0]))
+    found: dict[str, None] = {}
+    for node in nodes(root):  # Shared values as they are, and shared objects by an alias.
+        replace_children(node, lambda _, each: copy.copy(each) if _is_plain(each) else each)
+    for node in nodes(root):
+        if isinstance(node, ScalarNode) and _is_path(node) and _inside(node.value, source):
+            below = os.path.relpath(node.value, source)
+            node.tag, node.value, node.style = "!ref", f"<output_folder>/{below}", None
+            found[below] = None
+    return list(found)
+
+
+def _is_plain(node: Node) -> bool:
+    return isinstance(node, ScalarNode) and not object_name(node)
+
+
+def _is_path(node: Node) -> bool:
+    text = node.value if isinstance(node, ScalarNode) and tag(node) == reading.STR else ""
+    return os.path.isabs(text)
+
+
+def _inside(path: str, folder: str) -> bool:
+    return f"{os.path.normpath(path)}{os.sep}".startswith(f"{folder}{os.sep}")
+
+
+def _copy(run: Path, place: str, folder: Path) -> None:
+    """Copy a file or a folder of a run that its YAML names; what is there already stays."""
+    source = run / place
+    if not source.exists() or place.split(os.sep)[0] == CHECKPOINTS:
+        return
+    files = sorted(source.rglob("*")) if confined(run, source).is_dir() else [source]
+    for each in files:
+        target = folder / each.relative_to(run)
+        if confined(run, each).is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(each, target)
+
+
+def _add_files(source: Path, target: Path) -> None:
+    """Copy the files of a folder that another one lacks, such as a feature extractor."""
+    for each in source.iterdir() if target.is_dir() else ():
+        if each.is_file() and not (target / each.name).exists():
+            shutil.copyfile(each, target / each.name)

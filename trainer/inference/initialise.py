@@ -25,12 +25,13 @@ from trainer.adapters import derive_adapters, is_replaced, plain_name
 from trainer.checkpoint.frozen import BASE, base_name, check_base, described
 from trainer.checkpoint.saver_hooks import KEY
 from trainer.options import nearest
-from trainer.untrusted import printable
+from trainer.untrusted import confined, printable
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
 HYPERPARAMS = "hyperparams.yaml"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ENDING = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -197,7 +198,7 @@ def read_weights(source: str) -> Weights:
         ValueError: there is no such source, or it holds something else than weights.
     """
     path = Path(source).expanduser()
-    if (path / HYPERPARAMS).is_file():
+    if (path / HYPERPARAMS).is_file() and not is_export(path):
         return _of_run(path)
     if path.is_dir():
         return _of_folder(path)
@@ -206,6 +207,26 @@ def read_weights(source: str) -> Weights:
     if path.exists() or path.is_absolute() or not HUB_NAME.fullmatch(source):
         raise ValueError(f"init_from {source}: there is no file or folder of weights of this name")
     return _of_hub(source)
+
+
+def is_export(folder: Path) -> bool:
+    """Return True for a folder with the weights of an export, and no checkpoints."""
+    return (folder / WEIGHTS).is_file() and not (folder / "checkpoints").exists()
+
+
+def read_export(folder: Path) -> Weights:
+    """Return the weights that an export has, and the states of modules that save themselves.
+
+    Raises:
+        ValueError: the file lies elsewhere, or is no file of safetensors.
+    """
+    path = confined(folder, folder / WEIGHTS)
+    found = _of_safetensors(path, "")
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        texts = file.metadata() or {}
+    return found | {name: text for name, text in texts.items() if name.endswith(KEY)}
 
 
 def _of_run(folder: Path) -> Weights:
@@ -228,7 +249,7 @@ def _of_run(folder: Path) -> Weights:
 def _of_folder(folder: Path) -> Weights:
     if (folder / INDEX).is_file():
         return _of_shards(folder / INDEX)
-    single = folder / "model.safetensors"
+    single = folder / WEIGHTS
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return _of_safetensors(files[0])
@@ -268,18 +289,18 @@ def _of_file(path: Path) -> Weights:
     return _tensors(content, path)
 
 
-def _of_safetensors(path: Path) -> Weights:
+def _of_safetensors(path: Path, option: str = "init_from ") -> Weights:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(
-            f"init_from {path} needs safetensors ({error}): pip install 'cortex-speech[hf]'"
+            f"{option}{path} needs safetensors ({error}): pip install 'cortex-speech[hf]'"
         ) from error
     try:
         found: Weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"init_from {path}: it is no file of safetensors ({error})") from error
+        raise ValueError(f"{option}{path}: it is no file of safetensors ({error})") from error
     return found
 
 

@@ -1,6 +1,7 @@
 """Trained models from run folders.
 
     model = trainer.load("results/asr/demo/1234")
+    model.transcribe("x.wav")
 
 What is found in a run folder is data: it builds only what installed recipes list for it (see
 `trainer.config.run_folder`), reads no file outside of the folder, and changes none.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,23 +19,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 import torch
+from ruamel.yaml.nodes import MappingNode
 from torch import nn
 
 from trainer.adapters import import_peft
-from trainer.brain import Brain
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
-from trainer.config.reading import get, nodes, object_name, plain
+from trainer.config.reading import get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept
-from trainer.inference.initialise import initialise
+from trainer.inference.initialise import initialise, is_export, read_export
+from trainer.inference.model import Model
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
 from trainer.untrusted import (
@@ -44,8 +48,12 @@ from trainer.untrusted import (
     sources_confined,
 )
 
+if TYPE_CHECKING:
+    from trainer.brain import Brain
+
 HYPERPARAMS = "hyperparams.yaml"
 CHECKPOINTS = "checkpoints"
+RECIPE = "recipe"  # Key of an exported YAML: the package, where no object may be left that tells.
 
 # Run options that a run folder decides: for using a model, and for training steps as well.
 OF_THE_MODEL = ("seed", "precision", "eval_precision", "ema_decay", "average_checkpoints")
@@ -54,7 +62,8 @@ OF_THE_TRAINING = (
     "skip_nonfinite_grads",
 )  # fmt: skip
 
-B = TypeVar("B", bound=Brain)
+B = TypeVar("B", bound="Brain")
+M = TypeVar("M", bound=Model)
 
 
 @dataclass
@@ -90,12 +99,20 @@ class OpenRun:
         quiet = {"progressbar": False, "monitor_every": 0, "drift_check_every": 0}
         return RunOptions(**{**quiet, **chosen, **given})
 
-    def build(self, modules: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+    def build(
+        self, modules: Mapping[str, nn.Module] | None = None, uses: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Build the hyperparameters; ``modules`` replace those of the YAML.
+
+        Args:
+            modules: networks by name.
+            uses: names of the modules to build; all without.
 
         Raises:
             ValueError: the YAML builds something that is not allowed, or no modules.
         """
+        if uses:
+            self._leave_out(uses)
         hparams = self.configuration.build()
         if modules is not None:
             hparams["modules"] = modules
@@ -104,8 +121,19 @@ class OpenRun:
                 f"{self.folder / HYPERPARAMS} builds no modules: give load(run, brain=…, "
                 "modules={…}) those that the program of the run makes"
             )
+        if uses:
+            built = hparams["modules"]
+            hparams["modules"] = {name: built[name] for name in uses if name in built}
         hparams["output_folder"] = None  # What evaluates a loaded model writes nothing.
         return hparams
+
+    def _leave_out(self, uses: Collection[str]) -> None:
+        """Set modules with other names to None: a discriminator may be larger than all the rest."""
+        for name, node in items(get(self.configuration.root, "modules") or MappingNode("", [])):
+            if name not in uses:
+                key = re.fullmatch("<([^<>.]+)>", str(node.value)) if tag(node) == "!ref" else None
+                change = {key[1]: None} if key else {"modules": {name: None}}
+                self.configuration.override(change)
 
     @contextmanager
     def limited(self) -> Iterator[None]:
@@ -129,7 +157,11 @@ class OpenRun:
         """Return the packages of the installed recipes whose objects the YAML builds.
 
         One that maps such objects to its Brains counts alone: it may use others' data and texts.
+        An exported YAML names the package.
         """
+        named = get(self.configuration.root, RECIPE)
+        if named is not None and named.value in recipe_packages():
+            return [str(named.value)]
         names = self.names()
         brains = {each: getattr(sys.modules[each], "BRAIN", None) for each in recipe_packages()}
         found = [
@@ -145,14 +177,14 @@ class OpenRun:
         ]
         return mapped or found
 
-    def check_brain(self, kind: type[Brain]) -> None:
-        """Raise ValueError for the Brain of an installed recipe other than that of the run."""
+    def check_class(self, kind: type[Brain] | type[Model]) -> None:
+        """Raise ValueError for a class of an installed recipe other than that of the run."""
         own = kind.__module__.rpartition(".")[0]
         found = self.recipes()
         if found and own in recipe_packages() and own not in found:
             raise ValueError(f"{self.folder} is a run of {' and '.join(found)}, not of {own}")
 
-    def best_checkpoint(self, kind: type[Brain]) -> Mapping[str, str | None]:
+    def best_checkpoint(self, kind: type[Brain] | type[Model]) -> Mapping[str, str | None]:
         """Return the attribute ``best_checkpoint`` of a class, before it is built.
 
         A property is asked with the plain values of the YAML as hyperparameters.
@@ -170,7 +202,8 @@ class OpenRun:
             with suppress(ValueError):  # It is an object.
                 setattr(own.hparams, str(key.value), plain(node))
         try:
-            return dict(own.best_checkpoint)  # type: ignore[attr-defined]
+            best: Mapping[str, str | None] = own.best_checkpoint  # type: ignore[union-attr]
+            return dict(best)
         except AttributeError as error:
             raise ValueError(
                 f"{self.folder} does not say in plain values which checkpoint it is tested with: "
@@ -183,13 +216,52 @@ class OpenRun:
         Raises:
             ValueError: there is none, or more than one.
         """
+        kind: type[Brain] = self._class("BRAIN")
+        return kind
+
+    def model_class(self) -> type[Model]:
+        """Return the `Model` of the installed recipe whose objects the YAML builds.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        kind: type[Model] = self._class("MODEL")
+        return kind
+
+    def _class(self, attribute: str) -> Any:
         found = self.recipes()
         if len(found) != 1:
             raise ValueError(
                 f"{self.folder} is a run of {' and '.join(found) or 'no installed recipe'}: name "
-                "its Brain, as in trainer.load(run, brain=YourBrain, allow=['your_package'])"
+                "its class, as in trainer.load(run, model=YourModel, allow=['your_package']), or "
+                "brain=YourBrain to evaluate it"
             )
-        return recipe_brain(found[0], self.names())
+        return recipe_class(found[0], attribute, self.names())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was loaded from, for its export.
+
+    Attributes:
+        run: the folder, as it was read.
+        max_key: metric that chose the checkpoint by its largest value, or None.
+        min_key: metric that chose it by its smallest value, or None.
+        weights: weights by their names in the run, before the model was prepared for use.
+    """
+
+    run: OpenRun
+    max_key: str | None
+    min_key: str | None
+    weights: Mapping[str, Any]
+
+
+_origins: WeakKeyDictionary[Model | Brain, Origin] = WeakKeyDictionary()
+
+
+def origin_of(model: Model | Brain) -> Origin | None:
+    """Return what `load` made a model from; None for one that was made otherwise."""
+    return _origins.get(model)
 
 
 def _texts(value: Any) -> set[str]:
@@ -198,25 +270,28 @@ def _texts(value: Any) -> set[str]:
     return {value} if isinstance(value, str) else set()
 
 
-def recipe_brain(package: str, names: Collection[str]) -> type[Brain]:
-    """Return the Brain that a recipe's package names in ``BRAIN``, such as "train.Recogniser".
+def recipe_class(package: str, attribute: str, names: Collection[str]) -> Any:
+    """Return the class that a recipe's package names, such as "train.Recogniser".
 
     Args:
-        package: a recipe. Its ``BRAIN`` may be a mapping: by the object that a YAML of it builds.
+        package: a recipe.
+        attribute: ``BRAIN`` or ``MODEL`` of the package. It may be a mapping: by the object that a
+            YAML of it builds.
         names: objects that the YAML builds.
 
     Raises:
-        ValueError: the YAML builds none of the mapping's objects, or of two Brains.
+        ValueError: the YAML builds none of the mapping's objects, or of two classes.
     """
-    named = sys.modules[package].BRAIN
+    named = getattr(sys.modules[package], attribute, None)
     if isinstance(named, Mapping):
-        brains = {brain for each, brain in named.items() if f"{package}.{each}" in names}
-        if len(brains) != 1:
+        classes = {kind for each, kind in named.items() if f"{package}.{each}" in names}
+        if len(classes) != 1:
             raise ValueError(f"a run of {package} builds one of {', '.join(named)}")
-        (named,) = brains
+        (named,) = classes
+    if named is None:
+        raise ValueError(f"a run of {package} has no {attribute.lower()}")
     module, _, name = str(named).rpartition(".")
-    kind: type[Brain] = getattr(importlib.import_module(f"{package}.{module}"), name)
-    return kind
+    return getattr(importlib.import_module(f"{package}.{module}"), name)
 
 
 @contextmanager
@@ -283,32 +358,51 @@ def load(
     run: str | Path,
     device: str = "auto",
     *,
+    model: type[M],
+    modules: Mapping[str, nn.Module] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    max_key: str | None = None,
+    min_key: str | None = None,
+) -> M: ...
+
+
+@overload
+def load(
+    run: str | Path,
+    device: str = "auto",
+    *,
     overrides: Mapping[str, Any] | None = None,
     max_key: str | None = None,
     min_key: str | None = None,
-) -> Brain: ...
+) -> Model: ...
 
 
 def load(
     run: str | Path,
     device: str = "auto",
     *,
+    model: type[Model] | None = None,
     brain: type[Brain] | None = None,
     modules: Mapping[str, nn.Module] | None = None,
     overrides: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
     max_key: str | None = None,
     min_key: str | None = None,
-) -> Brain:
+) -> Model | Brain:
     """Load a trained model from its run folder, wherever that lies now and came from.
 
     Nothing in the folder is run, and nothing is written. The model has the weights that the recipe
-    tests; it is in evaluation mode, has no checkpointer, and records nothing.
+    tests, and is in evaluation mode. Neither the training loop nor the recipe's data are imported,
+    unless ``brain`` is given.
 
     Args:
-        run: the run folder: its hyperparams.yaml and its checkpoints.
+        run: the run folder: its hyperparams.yaml and its checkpoints; or a folder that
+            `trainer.export` wrote.
         device: auto, cpu, cuda, cuda:1 …
-        brain: class of the model; None for that of the installed recipe.
+        model: class of the model; None for that of the installed recipe.
+        brain: make an object of this class instead, such as to `evaluate` it on a test set. It has
+            no checkpointer, and records nothing.
         modules: networks by name, for a run whose YAML builds none, as by `trainer.launch`.
         overrides: new values of keys of the run's YAML. Where checkpoints have no frozen weights,
             and these came from ``init_from`` or a ``source``, give it here: nothing else is read
@@ -320,36 +414,55 @@ def load(
             attribute ``best_checkpoint`` of the class decides, such as ``{"min_key": "wer"}``;
             without one, the newest checkpoint is taken.
 
+    Returns:
+        A `Model`, whose methods answer; or a Brain of the class ``brain``.
+
     Raises:
-        ValueError: the folder is no run folder, is one of another recipe than ``brain``, builds
+        ValueError: the folder is no run folder, is one of another recipe than the class, builds
             what is not allowed, or has no sound checkpoint.
         ImportError: a package is missing that the recipe needs.
 
     Example::
 
         model = trainer.load("results/asr/demo/1234")
-        model.evaluate(test_set)
+        print(model.transcribe("x.wav").text)
     """
+    if model is not None and brain is not None:
+        raise ValueError("both model and brain are given; allowed: one of them")
     place = pick_device(device)
     if place.type == "cuda":  # CUDA takes memory that no file accounts for.
         torch.zeros(1, device=place)
     with open_run(run, overrides, allow) as opened, rng_kept():
-        kind = opened.brain_class() if brain is None else brain
-        opened.check_brain(kind)
+        if (max_key or min_key) and is_export(opened.folder):
+            raise ValueError(
+                f"{run} is an export: it has no checkpoints to choose from by a metric"
+            )
+        kind = brain or model or opened.model_class()
+        opened.check_class(kind)
         options = opened.options(*OF_THE_MODEL, device=device)
+        uses = getattr(kind, "uses", ())
         with opened.limited():
             seed_everything(options.seed)  # Frozen weights may be random, and not saved.
-            hparams = opened.build(modules)
-            model = kind(hparams["modules"], hparams=hparams, run_opts=options)
+            hparams = opened.build(modules, uses)
+            made = (
+                kind(hparams["modules"], hparams, options)
+                if issubclass(kind, Model)
+                else kind(hparams["modules"], hparams=hparams, run_opts=options)
+            )
             if overrides and overrides.get("init_from"):
                 given = opened.configuration.options()
-                initialise(model.modules, given["init_from"], given.get("init_map"))
+                initialise(made.modules, given["init_from"], given.get("init_map"))
             if max_key is None and min_key is None:
-                best: Mapping[str, str | None] = getattr(model, "best_checkpoint", {})
+                best: Mapping[str, str | None] = getattr(made, "best_checkpoint", {})
                 max_key, min_key = best.get("max_key"), best.get("min_key")
-            put_weights(model.modules, opened.checkpointer, options, max_key, min_key)
-    model.modules.eval()
-    return model
+            put_weights(made.modules, opened.checkpointer, options, max_key, min_key, uses=uses)
+            made.modules.eval()
+            weights = made.modules.state_dict()
+            _origins[made] = Origin(opened, max_key, min_key, weights)
+            if isinstance(made, Model):
+                made.folder = opened.folder
+                made.prepare()
+    return made
 
 
 def put_weights(
@@ -359,6 +472,7 @@ def put_weights(
     max_key: str | None = None,
     min_key: str | None = None,
     prefix: str = "",
+    uses: Collection[str] = (),
 ) -> None:
     """Give modules the weights of the best checkpoint of a run, or of the mean of several.
 
@@ -369,20 +483,29 @@ def put_weights(
         max_key: metric of which the best checkpoint has the largest value.
         min_key: metric of which the best checkpoint has the smallest value.
         prefix: name of the modules among those of the run, such as "generator.".
+        uses: names of the modules that the model has of those of the run; all without.
 
     Raises:
         ValueError: there is no sound checkpoint, or it is of other modules.
     """
     complete = partial(completed, modules=modules, prefix=prefix)
-    found = load_weights(checkpointer, options, max_key, min_key, complete)
+    source, run = checkpointer.folder, checkpointer.folder.parent
+    if is_export(run):
+        source, found = run, read_export(run)
+    else:
+        found = load_weights(checkpointer, options, max_key, min_key, complete)
     if found is None:
         raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
     if not isinstance(found, Mapping):
         raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
     keep_in_state_dict(modules)
-    found = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    found = {
+        name.removeprefix(prefix): value
+        for name, value in found.items()
+        if name.startswith(prefix) and (not uses or name.partition(".")[0] in uses)
+    }
     try:
         check_weights(modules, found)
     except ValueError as error:
-        raise ValueError(f"{checkpointer.folder}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     modules.load_state_dict(found)

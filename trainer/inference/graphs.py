@@ -1,0 +1,275 @@
+"""Networks as files for other programs: ONNX and torch.export, checked against torch.
+
+A recipe's `Model` says by a `Graph` which network such a file holds, and what goes in and out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+
+from trainer.untrusted import printable
+
+FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+TOLERANCE = 1e-4  # largest difference to torch, of values up to 1; relative to larger ones
+BATCHES = (1, 3)  # sizes of the batches that a file is checked with
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """Input or output of a network.
+
+    Args:
+        name: its name in the file.
+        axes: its axes: a number is a fixed size, a name such as "batch" one of any size.
+        meaning: what it holds, with its unit.
+    """
+
+    name: str
+    axes: tuple[str | int, ...]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Network that other programs run: what ``Model.graph`` returns.
+
+    Args:
+        module: the network; it takes the inputs in their order, and returns a tensor or a tuple.
+        inputs: what it takes. Their first axis is the batch.
+        outputs: what it returns.
+        example: makes inputs of a batch size and a length, on the CPU.
+        lengths: two lengths that the network takes, for the check; equal ones if it is fixed.
+        about: what the network does, in a sentence.
+        settings: what its user needs to know as JSON, such as the sample rate and the mels.
+        after: lines of Python in the example that make use of the outputs by their names.
+        reference: what the file must compute; None for what ``module`` computes. It is for a
+            network that is written anew, since its own form cannot be exported.
+    """
+
+    module: nn.Module
+    inputs: Sequence[Port]
+    outputs: Sequence[Port]
+    example: Callable[[int, int], Inputs]
+    lengths: tuple[int, int]
+    about: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    after: str = ""
+    reference: Callable[..., Any] | None = None
+
+
+def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
+    """Write a network to a file, and check what the file computes.
+
+    Args:
+        graph: the network.
+        to: "onnx" or "torch".
+        folder: existing folder for ``model.onnx`` or ``model.pt2``.
+
+    Returns:
+        A description of the file as JSON.
+
+    Raises:
+        ImportError: a package of the extra ``export`` is missing.
+        ValueError: the network cannot be written so, or the file computes something else.
+    """
+    if to == "onnx":
+        _import_onnx()
+    module = plain_network(graph.module)
+    path = folder / FILES[to]
+    batch, length = 2, graph.lengths[0]
+    inputs = graph.example(batch, length)
+    shapes = tuple(
+        {n: torch.export.Dim(axis) for n, axis in enumerate(port.axes) if isinstance(axis, str)}
+        for port in graph.inputs
+    )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+            if to == "torch":
+                torch.export.save(program, path)
+                run: Callable[..., Any] = torch.export.load(path).module()
+            else:
+                torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    f=path,
+                    input_names=[port.name for port in graph.inputs],
+                    output_names=[port.name for port in graph.outputs],
+                    dynamic_shapes=shapes,
+                    verbose=False,
+                    external_data=False,
+                )
+                run = _session(path, graph)
+    except Exception as error:  # Of any of the libraries.
+        raise ValueError(
+            f"the network cannot be exported to {to}: {type(error).__name__}: {_first(error)}"
+        ) from error
+    sizes = list(dict.fromkeys(itertools.product(BATCHES, graph.lengths)))
+    reference = graph.reference or module
+    worst = max(_difference(reference, run, graph.example(*each), to) for each in sizes)
+    return {
+        "format": to,
+        "file": FILES[to],
+        "about": graph.about,
+        "inputs": [
+            _described(port, value) for port, value in zip(graph.inputs, inputs, strict=True)
+        ],
+        "outputs": [{"name": p.name, "axes": p.axes, "meaning": p.meaning} for p in graph.outputs],
+        "settings": dict(graph.settings),
+        "checked": {
+            "largest_difference": worst,
+            "tolerance": TOLERANCE,
+            "batch_sizes_and_lengths": sizes,
+        },
+    }
+
+
+def plain_network(module: nn.Module) -> nn.Module:
+    """Return a copy of a network as it is used: fp32, on the CPU, without weight or spectral norms.
+
+    It computes what the network computes in evaluation mode.
+    """
+    plain = copy.deepcopy(module).float().cpu().eval()
+    for part in list(plain.modules()):
+        if parametrize.is_parametrized(part):
+            # `remove_parametrizations` would spoil the class, which is that of the original too.
+            names = list(dict(cast(nn.ModuleDict, part.parametrizations).items()))
+            values = {name: getattr(part, name).detach() for name in names}
+            kind = parametrize.type_before_parametrizations(part)
+            del part.parametrizations
+            part.__class__ = kind
+            for name, value in values.items():
+                part.register_parameter(name, nn.Parameter(value))
+        for remove in (remove_weight_norm, remove_spectral_norm):  # Those of older networks.
+            with suppress(ValueError):
+                remove(part)
+    return plain.requires_grad_(False)
+
+
+def _difference(
+    reference: Callable[..., Any], run: Callable[..., Any], inputs: Inputs, to: str
+) -> float:
+    """Return the largest difference of a file's outputs, relative to values above 1.
+
+    Raises:
+        ValueError: it is above `TOLERANCE`, or shapes differ.
+    """
+    with torch.no_grad():
+        wanted, found = _tuple(reference(*inputs)), _tuple(run(*inputs))
+    shape = " and ".join(str(list(each.shape)) for each in inputs)
+    worst = 0.0
+    for want, have in zip(wanted, found, strict=True):
+        if want.shape != have.shape:
+            raise ValueError(
+                f"the export to {to} is not right, and is not kept: of inputs of shape {shape} it "
+                f"makes {list(have.shape)}, and torch {list(want.shape)}"
+            )
+        if not want.numel():
+            continue
+        difference = (want.double() - have.double()).abs().max().item()
+        relative = difference / max(1.0, want.double().abs().max().item())
+        if not relative <= TOLERANCE:  # Also for NaN.
+            raise ValueError(
+                f"the export to {to} is not right, and is not kept: of inputs of shape {shape} its "
+                f"output differs by {difference:.2g} from torch's; allowed: {TOLERANCE:g}"
+            )
+        worst = max(worst, relative)
+    return worst
+
+
+def _tuple(found: Any) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _described(port: Port, value: Tensor) -> dict[str, Any]:
+    kind = str(value.dtype).removeprefix("torch.")
+    return {"name": port.name, "type": kind, "axes": port.axes, "meaning": port.meaning}
+
+
+def _first(error: BaseException) -> str:
+    """Return the beginning of an error's first line."""
+    return printable(str(error).strip().partition("\n")[0][:300])
+
+
+def _import_onnx() -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"an export to ONNX needs onnx, onnxscript and onnxruntime ({error}): "
+            "pip install 'cortex-speech[export]'"
+        ) from error
+    return onnxruntime
+
+
+def _session(path: Path, graph: Graph) -> Callable[..., Any]:
+    session = _import_onnx().InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        given = {p.name: value.numpy() for p, value in zip(graph.inputs, inputs, strict=True)}
+        return tuple(map(torch.from_numpy, session.run(None, given)))
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context manager in which the exporters neither print nor warn: the result is checked."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def example_code(described: Mapping[str, Any], graph: Graph) -> str:
+    """Return a program that runs the file beside it, for the README of an export."""
+    length, sizes = graph.lengths[0], {"batch": 1}
+    lines = []
+    for port, told in zip(graph.inputs, described["inputs"], strict=True):
+        shape = [sizes.get(axis, length) if isinstance(axis, str) else axis for axis in port.axes]
+        if told["type"].startswith("int"):
+            value = f"numpy.full({tuple(shape)}, {length})"
+        else:
+            value = f"generator.standard_normal({tuple(shape)}, numpy.float32)"
+        lines.append(f"{port.name} = {value}  # {port.meaning}")
+    outputs = [port.name for port in graph.outputs]
+    if described["format"] == "onnx":
+        first = ["import numpy", "import onnxruntime", "",
+                 f'session = onnxruntime.InferenceSession("{described["file"]}")']  # fmt: skip
+        given = ", ".join(f'"{port.name}": {port.name}' for port in graph.inputs)
+        call = f"{', '.join(outputs)} = session.run(None, {{{given}}})"
+        if len(outputs) == 1:
+            call = f"[{outputs[0]}] = session.run(None, {{{given}}})"
+    else:
+        first = ["import numpy", "import torch", "",
+                 f'network = torch.export.load("{described["file"]}").module()']  # fmt: skip
+        given = ", ".join(f"torch.from_numpy({port.name})" for port in graph.inputs)
+        call = f"{', '.join(outputs)} = network({given})"
+    shown = [f"print({name}.shape)  # {', '.join(map(str, port.axes))}"
+             for name, port in zip(outputs, graph.outputs, strict=True)]  # fmt: skip
+    after = graph.after.strip().splitlines()
+    return "\n".join(
+        [*first, "generator = numpy.random.default_rng(0)", *lines, call, *shown, *after]
+    )

@@ -1,0 +1,98 @@
+"""Trained models that answer, without the training loop.
+
+class Spotter(trainer.Model):
+    best_checkpoint = {"max_key": "acc"}
+
+    def classify(self, samples): ...
+
+model = trainer.load("results/spotter/1", model=Spotter, allow=["spotter"])
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from trainer.adapters import apply_adapters
+from trainer.devices import pick_device, prepare_modules
+from trainer.optim.precision import Precision
+from trainer.options import RunOptions
+
+logger = logging.getLogger("trainer")
+
+# Methods of recipes' models, by which users know them.
+TASKS = ("transcribe", "enhance", "separate", "vocode", "synthesise", "classify", "embed")
+
+
+class Model:
+    """A trained model in use: networks in evaluation mode, and the methods of its task.
+
+    `trainer.load` makes one from a run folder. Recipes subclass it; each says in ``MODEL`` of its
+    package which class its runs make.
+
+    Args:
+        modules: networks by name; they have their weights after this constructor only.
+        hparams: values and objects of the run's YAML, without those that only training needs.
+        options: device and precision.
+
+    Attributes:
+        modules: the networks, an ``nn.ModuleDict`` on ``device``.
+        hparams: the hyperparameters, a namespace.
+        device: where the networks are.
+        folder: the run folder; None of a model that `trainer.load` did not make.
+        best_checkpoint: of the class or of an object: the metric that chooses the checkpoint, such
+            as ``{"min_key": "wer"}``; the newest one is taken without.
+        uses: of the class: names of the modules that are built and loaded, such as
+            ``("generator",)``; empty for all.
+
+    Raises:
+        ValueError: for a device or module that cannot be used.
+    """
+
+    best_checkpoint: ClassVar[Mapping[str, str | None]] = {}
+    uses: ClassVar[Sequence[str]] = ()
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
+    ) -> None:
+        self.folder: Path | None = None
+        self.hparams = SimpleNamespace(**hparams)
+        self.device = pick_device(options.device)
+        self.modules = prepare_modules(modules, options, self.device)
+        apply_adapters(self.modules, hparams.get("adapters"))
+        name = options.eval_precision or options.precision
+        try:
+            self._precision = Precision(name, self.device)
+        except ValueError:
+            logger.warning("%s does not compute in %s: fp32 is used", self.device, name)
+            self._precision = Precision("fp32", self.device)
+
+    def prepare(self) -> None:
+        """Called once the networks have their weights; the place to make what depends on them."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context manager in which the run was evaluated, of its precision."""
+        return self._precision.autocast()
+
+    @classmethod
+    def tasks(cls) -> list[str]:
+        """Return the names of the methods that answer, such as ``["transcribe"]``."""
+        return [name for name in TASKS if callable(getattr(cls, name, None))]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in TASKS:
+            tasks = " and ".join(self.tasks()) or "none of these methods"
+            raise AttributeError(f"{type(self).__name__} cannot {name}: it has {tasks}")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.modules.parameters())
+        tasks = ", ".join(self.tasks()) or "no task"
+        precision = self._precision.name
+        return f"{type(self).__name__}({tasks}; {count:,} parameters, {precision}, {self.device})"

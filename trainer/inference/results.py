@@ -1,0 +1,146 @@
+"""Results of trained models: what `trainer.inference.Model`'s methods return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that was recognised.
+
+    Attributes:
+        text: the word.
+        start: where it begins, in seconds from the start of the sound.
+        end: where it ends, in seconds.
+        score: mean probability of its tokens, from 0 to 1; None where the model gives none.
+    """
+
+    text: str
+    start: float
+    end: float
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Result of ``transcribe``; as a text it is ``text``.
+
+    Attributes:
+        text: all that was recognised.
+        words: its words with their times; empty where the model gives no times.
+        score: mean probability of the tokens, from 0 to 1; None where the model gives none.
+    """
+
+    text: str
+    words: tuple[Word, ...] = ()
+    score: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """Samples with their rate: result of ``enhance``, ``separate`` and ``vocode``, and an input.
+
+    Attributes:
+        samples: float32 samples (C, T) on the CPU, within -1 and 1 where they are to be written.
+        rate: samples a second, in Hz.
+    """
+
+    samples: Tensor = field(repr=False)
+    rate: int
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return self.samples.shape[-1] / self.rate
+
+    def save(self, path: str | Path) -> Path:
+        """Write the sound to a file of the format that its suffix names, such as ``x.flac``.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: soundfile is not installed.
+            OSError: the file cannot be written.
+            ValueError: soundfile writes no such format.
+        """
+        try:
+            import soundfile
+        except ImportError as error:
+            raise ImportError(
+                "writing audio needs soundfile: pip install 'cortex-speech[recipes]'"
+            ) from error
+        target = Path(path).expanduser()
+        known = soundfile.available_formats()
+        kind = target.suffix.removeprefix(".").upper()
+        if kind not in known and kind not in ("AIF", "OGA", "OPUS"):
+            raise ValueError(
+                f"{target} has no suffix of a sound file that soundfile writes, such as .wav or "
+                ".flac"
+            )
+        soundfile.write(target, self.samples.mT.numpy(), self.rate)
+        return target
+
+
+@dataclass(frozen=True, eq=False)
+class Speech(Sound):
+    """Result of ``synthesise``.
+
+    Attributes:
+        text: the text that was spoken, as the model reads it.
+        mel: log-mel spectrogram (M, F).
+        mel_config: how it is made, as a vocoder checks it.
+        alignment: attention of each frame to the symbols of the text (F, N).
+        symbols: names of these symbols, such as letters.
+        finished: False if the model did not find the end, and was stopped.
+    """
+
+    text: str = ""
+    mel: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    mel_config: Mapping[str, float] = field(default_factory=dict, repr=False)
+    alignment: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    symbols: tuple[str, ...] = field(default=(), repr=False)
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Result of ``classify``; as a text it is ``label``.
+
+    Attributes:
+        label: the most probable class.
+        probability: its probability, from 0 to 1.
+        probabilities: probability of each class, largest first.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """Result of ``embed``.
+
+    Attributes:
+        vector: float32 numbers (D,) on the CPU.
+    """
+
+    vector: Tensor
+
+    def similarity(self, other: Embedding) -> float:
+        """Return the cosine of the angle to another embedding, from -1 to 1."""
+        return float(cosine_similarity(self.vector, other.vector, dim=0))
