@@ -132,19 +132,6 @@ def test_nothing_that_is_read_can_run_code() -> None:
             assert "weights_only=True" in call, f"{path}: {call}"
 
 
-def test_importing_the_trainer_imports_nothing_heavy_but_torch() -> None:
-    script = (
-        "import sys, trainer;"
-        "heavy = {'torchaudio', 'lhotse', 'soundfile', 'matplotlib', 'tensorboard', 'scipy'};"
-        "heavy |= {'speechbrain', 'wandb', 'mlflow'};"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.strip() == "[]"
-
-
 def test_other_toolkits_are_named_in_one_package() -> None:
     for path in sources(TRAINER):
         code = re.sub(r"trainer\.(compat\.speechbrain|speechbrain_names)", "", code_of(path))

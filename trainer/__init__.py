@@ -3,23 +3,20 @@
 from trainer import Brain, Stage, main
 """
 
+from __future__ import annotations
+
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import defaults
-from trainer.brain import Brain
-from trainer.callbacks import Callback
-from trainer.checkpoint import Checkpointer
 from trainer.compat import old_paths
-from trainer.conventions import Conventions
-from trainer.epochs import EpochCounter
-from trainer.metrics import StageReport, StepReport
-from trainer.optim.guard import NonFiniteError, Tracer
-from trainer.options import RunOptions
-from trainer.progress import Stage
 
 if TYPE_CHECKING:
+    from trainer.brain import Brain
+    from trainer.callbacks import Callback
+    from trainer.checkpoint import Checkpointer
     from trainer.cli import Run, launch, main
     from trainer.compat.speechbrain import (
         create_experiment_directory,
@@ -31,7 +28,13 @@ if TYPE_CHECKING:
         run_on_main,
     )
     from trainer.config.hyperparameters import load_hparams
+    from trainer.conventions import Conventions
+    from trainer.epochs import EpochCounter
     from trainer.inference import Model, export, load
+    from trainer.metrics import StageReport, StepReport
+    from trainer.optim.guard import NonFiniteError, Tracer
+    from trainer.options import RunOptions
+    from trainer.progress import Stage
 
     __version__: str
 
@@ -77,20 +80,29 @@ YAML_NAMES = (
     "loggers.mlflow.MlflowLogger", "loggers.wandb.WandbLogger",
 )  # fmt: skip
 
-# YAML and command line are imported on first use: programs that only subclass Brain start faster.
-_LAZY = {
+# Modules of the public names, which are imported on first use: `import trainer` imports no torch.
+_MODULES = {
+    "Brain": "trainer.brain",
+    "Callback": "trainer.callbacks",
+    "Checkpointer": "trainer.checkpoint",
+    "EpochCounter": "trainer.epochs",
     "Model": "trainer.inference",
+    "NonFiniteError": "trainer.optim.guard",
     "Run": "trainer.cli",
-    "launch": "trainer.cli",
-    "export": "trainer.inference",
-    "load": "trainer.inference",
-    "main": "trainer.cli",
-    "load_hparams": "trainer.config.hyperparameters",
+    "RunOptions": "trainer.options",
+    "Stage": "trainer.progress",
+    "StageReport": "trainer.metrics",
+    "StepReport": "trainer.metrics",
     "create_experiment_directory": "trainer.compat.speechbrain",
     "ddp_init_group": "trainer.compat.speechbrain",
     "dump_hyperpyyaml": "trainer.compat.speechbrain",
+    "export": "trainer.inference",
     "if_main_process": "trainer.compat.speechbrain",
+    "launch": "trainer.cli",
+    "load": "trainer.inference",
+    "load_hparams": "trainer.config.hyperparameters",
     "load_hyperpyyaml": "trainer.compat.speechbrain",
+    "main": "trainer.cli",
     "parse_arguments": "trainer.compat.speechbrain",
     "run_on_main": "trainer.compat.speechbrain",
 }
@@ -177,6 +189,12 @@ def __getattr__(name: str) -> Any:
             return version("cortex-speech")
         except PackageNotFoundError:  # a checkout that is not installed
             return "0+unknown"
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

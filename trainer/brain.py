@@ -59,6 +59,7 @@ from trainer.data import (
     make_loader,
 )
 from trainer.data.batch import add_advice
+from trainer.devices import pick_device, prepare_modules
 from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
@@ -74,7 +75,7 @@ from trainer.evaluation import (
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import epoch_end, step
-from trainer.optim.build import connect, find_optimizers, make_updates, pick_device, prepare_modules
+from trainer.optim.build import connect, find_optimizers, make_updates
 from trainer.optim.ema import WeightAverage
 from trainer.optim.groups import ParameterGroups
 from trainer.optim.guard import NonFiniteGuard, Tracer

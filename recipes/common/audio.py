@@ -55,6 +55,7 @@ _CUT = re.compile(
 )
 # The sizes that a header has, more or less, where its writer did not know the end: that of a pipe.
 _ENDLESS = (0x7F000000, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
+BLOCK = 1 << 16  # samples to read at once of a file that is read block by block
 _LARGEST_HEADER = 4096  # bytes, of a file without samples
 MP3_FORMATS = ("MP3", "MPEG")  # in versions of soundfile
 _MP3_FRAME = 1152  # samples, at most; where no header tells the length, it is known to a frame
@@ -160,6 +161,27 @@ class Forward(soundfile.SoundFile):
     def seekable(self) -> bool:
         """Return False."""
         return False
+
+
+def read_blocks(path: str | Path) -> Iterator[Tensor]:
+    """Read a file in blocks (C, ·) of ``BLOCK`` samples.
+
+    Raises BadItem for data that are cut or not finite.
+    """
+    header = read_header(path)
+    read = 0
+    with Forward(for_soundfile(path)) as file:
+        while True:
+            try:
+                data = torch.from_numpy(file.read(BLOCK, dtype="float32", always_2d=True))
+            except soundfile.SoundFileError as error:
+                raise BadItem(path, f"its data are cut or broken ({error})") from error
+            if not len(data):
+                break
+            check_finite(path, data)
+            read += len(data)
+            yield data.mT
+        check_count(path, file, read, header.samples)
 
 
 def check_count(path: str | Path, file: soundfile.SoundFile, read: int, count: int) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.common.audio import Header, check_finite, read_channels, read_header
+from recipes.common.audio import Header, check_finite, read_blocks, read_channels, read_header
 from recipes.common.resampling import resample
 from trainer.inference.results import Sound
 
-One: TypeAlias = "str | os.PathLike[str] | Sound | Tensor | np.ndarray[Any, Any]"
+Samples: TypeAlias = "Tensor | np.ndarray[Any, Any]"
+One: TypeAlias = "str | os.PathLike[str] | Sound | Samples"
 Several: TypeAlias = "list[Any] | tuple[Any, ...]"  # of One
 Given: TypeAlias = "One | Several"  # as the methods of models take it
 
@@ -79,9 +81,10 @@ class Source:
 
     def blocks(self, size: int = 1 << 16) -> Iterator[Tensor]:
         """Yield all samples at their own rate in blocks (C, ·). Raises BadItem."""
-        for start in range(0, self.header.samples, size):
-            count = min(size, self.header.samples - start)
-            yield self.read(self.header.sample_rate, "all", start, count)
+        if self.held is None:
+            yield from read_blocks(self.name)
+            return
+        yield from self.held.samples.split(size, dim=1)
 
 
 def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], bool]:
@@ -101,20 +104,22 @@ def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], b
     """
     several = isinstance(given, list | tuple)
     each: Sequence[One] = given if several else [given]  # type: ignore[list-item, assignment]
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or rate < 1):
-        raise ValueError(f"rate is {rate!r}; allowed: a whole number of samples a second, in Hz")
     sounds = [
-        _source(sound, rate, f"sound {number}" if several else "the sound")
+        given_sound(sound, rate, f"sound {number}" if several else "the sound")
         for number, sound in enumerate(each, 1)
     ]
     return sounds, several
 
 
-def _source(sound: One, rate: int | None, name: str) -> Source:
+def given_sound(sound: One, rate: int | None, name: str) -> Source:
+    """Return one of the sounds that `given_sounds` takes, with a name for messages."""
     if isinstance(sound, str | os.PathLike):
         return Source(str(Path(sound).expanduser()))
+    told = isinstance(sound, Sound)  # which of its dimensions are channels
     if isinstance(sound, Sound):
         sound, rate = sound.samples, sound.rate
+    if rate is not None:
+        rate = as_rate(rate)
     if not isinstance(sound, Tensor | np.ndarray):
         raise TypeError(
             f"{name} is a {type(sound).__name__}; allowed: a path, a tensor or array of samples "
@@ -122,19 +127,43 @@ def _source(sound: One, rate: int | None, name: str) -> Source:
         )
     if rate is None:
         raise ValueError(f"{name} has samples without a rate: give rate=… in Hz, such as 16000")
-    try:
-        samples = torch.as_tensor(sound).detach().cpu()
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be used: {error}") from None
-    if samples.ndim not in (1, 2) or samples.shape[0] == 0 or samples.shape[-1] == 0:
-        raise ValueError(
-            f"{name} has the shape {tuple(samples.shape)}; allowed: samples (T,), or channels and "
-            "samples (C, T), at least one"
-        )
-    if samples.ndim == 2 and samples.shape[0] > samples.shape[1]:
+    samples = as_samples(sound, name)
+    if not samples.numel():
+        raise ValueError(f"{name} has the shape {tuple(sound.shape)}; allowed: at least one sample")
+    if not told and samples.shape[0] > max(1, samples.shape[1]):
         raise ValueError(
             f"{name} has {samples.shape[0]} channels of {samples.shape[1]} samples; allowed: "
             "(C, T), channels first: transpose what soundfile reads"
+        )
+    return Source(name, Sound(samples, rate))
+
+
+def as_rate(rate: float) -> int:
+    """Return a sample rate in Hz. Raises ValueError for what is no whole number above 0."""
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 1 <= rate < 1 << 31 or rate % 1:
+        raise ValueError(f"rate is {rate!r}; allowed: a whole number of samples a second, in Hz")
+    return int(rate)
+
+
+def as_samples(sound: Samples, name: str) -> Tensor:
+    """Return samples (T,) or (C, T) as (C, T), float32 on the CPU; there may be none of them.
+
+    Args:
+        sound: the samples. Integers are taken as fractions of their type's range.
+        name: what to call them in messages.
+
+    Raises:
+        ValueError: they have another shape, or are no finite real numbers.
+        TypeError: it is no tensor or array.
+    """
+    if not isinstance(sound, Tensor | np.ndarray):
+        kind = type(sound).__name__
+        raise TypeError(f"{name} is a {kind}; allowed: a tensor or array of samples")
+    samples = as_tensor(sound, name)
+    if samples.ndim not in (1, 2) or samples.shape[0] < samples.ndim - 1:
+        raise ValueError(
+            f"{name} has the shape {tuple(samples.shape)}; allowed: samples (T,), or channels and "
+            "samples (C, T)"
         )
     if samples.is_complex() or samples.dtype is torch.bool:
         raise ValueError(f"{name} has values of {samples.dtype}; allowed: real numbers")
@@ -142,9 +171,22 @@ def _source(sound: One, rate: int | None, name: str) -> Source:
         limits = torch.iinfo(samples.dtype)
         middle = (limits.max + limits.min + 1) / 2  # 128 of unsigned bytes, else 0
         samples = (samples.double() - middle) / ((limits.max - limits.min + 1) / 2)
-    samples = samples.float().reshape(-1, samples.shape[-1])
+    samples = samples.float().reshape(1 if samples.ndim == 1 else -1, samples.shape[-1])
     check_finite(name, samples)
-    return Source(name, Sound(samples, rate))
+    return samples
+
+
+def as_tensor(given: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
+    """Return a tensor or an array of any layout as a tensor on the CPU, without gradients.
+
+    Raises ValueError with the name for an array of something else than numbers.
+    """
+    if isinstance(given, Tensor):
+        return given.detach().cpu()
+    try:  # torch takes no other byte order, no negative stride, and warns of what is read-only.
+        return torch.from_numpy(np.array(given, given.dtype.newbyteorder("="), order="C"))
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be used: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ pieces

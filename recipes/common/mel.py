@@ -165,16 +165,21 @@ def read_mel(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     mel, config = (_read_pt if suffix == ".pt" else _read_npy)(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its configuration is a {type(config).__name__}, not a mapping")
-    if not isinstance(mel, Tensor) or mel.dim() != 2 or not mel.is_floating_point():
-        found = f"{tuple(mel.shape)} of {mel.dtype}" if isinstance(mel, Tensor) else type(mel)
-        raise ValueError(f"{path}: a mel is a matrix (bands, frames) of floats, not {found}")
-    if not mel.shape[1]:
-        raise ValueError(f"{path}: its mel has no frames")
+    check_mel(path, mel)
     if "bands" in config and config["bands"] != mel.shape[0]:
         raise ValueError(
             f"{path}: its configuration says bands={config['bands']!r}, its mel has {mel.shape[0]}"
         )
     return mel, config
+
+
+def check_mel(name: str | Path, mel: Any) -> None:
+    """Raise ValueError, with a name, for what is no mel (M, F)."""
+    if not isinstance(mel, Tensor) or mel.dim() != 2 or not mel.is_floating_point():
+        found = f"{tuple(mel.shape)} of {mel.dtype}" if isinstance(mel, Tensor) else type(mel)
+        raise ValueError(f"{name}: a mel is a matrix (bands, frames) of floats, not {found}")
+    if not mel.shape[1]:
+        raise ValueError(f"{name}: its mel has no frames")
 
 
 def _read_pt(path: Path) -> tuple[Any, Any]:

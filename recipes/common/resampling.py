@@ -67,6 +67,14 @@ def resampled(blocks: Iterable[Tensor], source: int, target: int) -> Iterator[Te
         yield convert(waiting)[:, behind * given :]
 
 
+def delay(source: int, target: int) -> float:
+    """Return how many seconds `resampled` may hold a sample back, for those that follow it."""
+    if source == target:
+        return 0.0
+    unit, _, reach = _ratio(source, target)
+    return (math.ceil(reach / unit) + 1) * unit / source
+
+
 @lru_cache(8)
 def _by_phase(source: int, target: int) -> Callable[[Tensor], Tensor]:
     from torchaudio.transforms import Resample  # A second to import.

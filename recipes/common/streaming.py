@@ -18,31 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recipes.common.audio import (
-    Forward,
-    Header,
-    check_count,
-    check_finite,
-    check_made,
-    for_soundfile,
-    read_header,
-)
+from recipes.common.audio import check_made, read_blocks, read_header
 from recipes.common.command import each_of
 from recipes.common.resampling import resampled
 from recipes.common.writing import check_outputs, kind_for, name_for, put, written
-from trainer.data import BadItem
-
-try:
-    import soundfile
-except ImportError as error:
-    raise ImportError(
-        "reading audio needs soundfile: pip install 'cortex-speech[recipes]'"
-    ) from error
 
 Network = Callable[[Tensor], Tensor]  # (N, T) to (N, T)
 Convert = Callable[[Iterable[Tensor]], Iterator[Tensor]]  # blocks (C, ·) to as many samples
-
-BLOCK = 1 << 16  # samples of a file that are read at once
 
 
 class Chunks(NamedTuple):
@@ -66,47 +48,89 @@ def enhance_signal(signal: Tensor, network: Network, chunks: Chunks) -> Tensor:
     return torch.cat(list(enhanced_blocks([signal], network, chunks)), dim=1)
 
 
+def enhance_signals(signals: Sequence[Tensor], network: Network, chunks: Chunks) -> list[Tensor]:
+    """Signals (C, T) of any lengths enhanced, whose chunks the network gets all together."""
+    cut = [list(_cut([signal], chunks)) for signal in signals]
+    parts = [pieces for groups in cut for pieces, _ in groups]
+    rows = _checked(network, torch.cat([each.flatten(0, 1) for each in parts]))
+    found = iter(rows.split([each.shape[0] * each.shape[1] for each in parts]))
+    made = []
+    for groups in cut:
+        enhanced = [(next(found).view_as(pieces).unbind(1), left) for pieces, left in groups]
+        made.append(torch.cat(list(_joined(enhanced, chunks.overlap)), dim=1))
+    return made
+
+
 def enhanced_blocks(blocks: Iterable[Tensor], network: Network, chunks: Chunks) -> Iterator[Tensor]:
     """A signal that comes in blocks (C, ·), enhanced; what is given is as long together.
 
     The result does not depend on how the signal is cut into blocks.
     """
+    cut = _cut(blocks, chunks)
+    return _joined(((_enhanced(pieces, network), left) for pieces, left in cut), chunks.overlap)
+
+
+def _cut(blocks: Iterable[Tensor], chunks: Chunks) -> Iterator[tuple[Tensor, int | None]]:
+    """Yield the chunks (C, n, length) that are complete, up to ``at_once`` of them.
+
+    With the last group, of one padded chunk or none, comes the number of samples that are left from
+    where it begins, or where the last overlap does.
+    """
     chunks.check()
     length, overlap, _ = chunks
     step = length - overlap
-    waiting: Tensor | None = None  # (C, ·), from the start of the next chunk on
-    tail: Tensor | None = None  # (C, overlap), the end of the last chunk
+    held: list[Tensor] = []  # blocks (C, ·) from the start of the next chunk on
+    left = 0  # samples in them
+    started = False
     for block in blocks:
-        waiting = block if waiting is None else torch.cat([waiting, block], dim=1)
+        held.append(block)
+        left += block.shape[1]
+        if left < length:
+            continue
+        waiting = torch.cat(held, dim=1)
         while (count := (waiting.shape[1] - overlap) // step) > 0:
             count = min(count, chunks.at_once)
             used = waiting[:, : count * step + overlap]
             waiting = waiting[:, count * step :]
-            for chunk in _enhanced(used.unfold(1, length, step), network):
-                tail, done = _join(tail, chunk, overlap)
-                yield done
-    if waiting is None:
-        return
-    left = waiting.shape[1]
-    if tail is not None and left <= overlap:
-        yield tail[:, :left]
-        return
-    padded = torch.nn.functional.pad(waiting, (0, length - left))
-    (chunk,) = _enhanced(padded[:, None], network)
-    tail, done = _join(tail, chunk, overlap)
-    yield torch.cat([done, tail], dim=1)[:, :left]
+            started = True
+            yield used.unfold(1, length, step), None
+        held, left = [waiting], waiting.shape[1]
+    if held:
+        padded = torch.nn.functional.pad(torch.cat(held, dim=1), (0, length - left))[:, None]
+        yield padded[:, : 0 if started and left <= overlap else 1], left
+
+
+def _joined(
+    groups: Iterable[tuple[Iterable[Tensor], int | None]], overlap: int
+) -> Iterator[Tensor]:
+    """Yield enhanced chunks (C, length), in groups as `_cut` gives them, faded into each other."""
+    tail: Tensor | None = None  # (C, overlap), the end of the last chunk
+    for group, left in groups:
+        made = []
+        for chunk in group:
+            tail, start = _join(tail, chunk, overlap)
+            made.append(start)
+            if left is None:
+                yield made.pop()
+        if left is not None and tail is not None:
+            yield torch.cat([*made, tail], dim=1)[:, :left]
 
 
 def _enhanced(pieces: Tensor, network: Network) -> Iterator[Tensor]:
     """Chunks (C, n, T) of a signal, enhanced, one by one: (C, T)."""
-    channels, count, length = pieces.shape
-    found = network(pieces.reshape(channels * count, length)).float().cpu()
-    if found.shape != (channels * count, length):
+    if pieces.shape[1]:
+        yield from _checked(network, pieces.flatten(0, 1)).view_as(pieces).unbind(1)
+
+
+def _checked(network: Network, chunks: Tensor) -> Tensor:
+    """Chunks (N, T) through the network, on the CPU."""
+    found = network(chunks).float().cpu()
+    if found.shape != chunks.shape:
         raise ValueError(
-            f"the network made {tuple(found.shape)} of chunks {(channels * count, length)}; "
+            f"the network made {tuple(found.shape)} of chunks {tuple(chunks.shape)}; "
             "it must keep their shape"
         )
-    yield from found.view(channels, count, length).unbind(1)
+    return found
 
 
 def _join(tail: Tensor | None, chunk: Tensor, overlap: int) -> tuple[Tensor, Tensor]:
@@ -144,38 +168,29 @@ def convert_file(
     header = read_header(source)
     kind = kind_for(Path(target), source)
     with written(Path(target), header.sample_rate, header.channels, kind) as file:
-        left = header.samples
-        for block in _converted(source, header, convert, sample_rate):
-            block = block[:, :left]
+        blocks = read_blocks(source)
+        for block in converted(blocks, header.sample_rate, convert, sample_rate):
             check_made(source, block)
             put(file, block)
-            left -= block.shape[1]
 
 
-def _converted(
-    source: str | Path, header: Header, convert: Convert, sample_rate: int
+def converted(
+    blocks: Iterable[Tensor], rate: int, convert: Convert, own_rate: int
 ) -> Iterator[Tensor]:
-    """The file converted, at its own rate."""
-    rate = header.sample_rate
-    heard = resampled(_read(source, header), rate, sample_rate)
-    yield from resampled(convert(heard), sample_rate, rate)
+    """Convert a signal at ``rate`` by what works at another one: as many samples come out."""
+    given = made = 0
 
+    def counted() -> Iterator[Tensor]:
+        nonlocal given
+        for block in blocks:
+            given += block.shape[1]
+            yield block
 
-def _read(source: str | Path, header: Header) -> Iterator[Tensor]:
-    """The file in blocks (C, ·). Raises BadItem for data that are cut or not finite."""
-    read = 0
-    with Forward(for_soundfile(source)) as file:
-        while True:
-            try:
-                data = torch.from_numpy(file.read(BLOCK, dtype="float32", always_2d=True))
-            except soundfile.SoundFileError as error:
-                raise BadItem(source, f"its data are cut or broken ({error})") from error
-            if not len(data):
-                break
-            check_finite(source, data)
-            read += len(data)
-            yield data.mT
-        check_count(source, file, read, header.samples)
+    heard = resampled(counted(), rate, own_rate)
+    for block in resampled(convert(heard), own_rate, rate):
+        block = block[:, : given - made]
+        made += block.shape[1]
+        yield block
 
 
 def targets(files: Sequence[str], folder: str | Path) -> dict[str, Path]:

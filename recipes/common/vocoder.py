@@ -1,11 +1,6 @@
-"""A neural vocoder: from log-mel spectrograms to waveforms by HiFi-GAN's generator.
+"""The network of a neural vocoder: from log-mel spectrograms to waveforms by HiFi-GAN's generator.
 
-    vocoder = load_vocoder("results/hifigan/demo/1234")
-    wave = vocoder(mel)                      # (M, F) to (F * hop,)
-    for piece in vocoder.stream(mels): ...   # of any length, in constant memory
-
-The network is that of Kong et al. 2020 (arXiv 2010.05646). It is here, and its training in
-`recipes.hifigan`, since synthesis from text needs it too.
+It is that of Kong et al. 2020 (arXiv 2010.05646); `recipes.hifigan` trains and uses it.
 
 Shapes: B signals, M mel bands, F frames, S = F * hop samples, C channels.
 """
@@ -13,8 +8,7 @@ Shapes: B signals, M mel bands, F frames, S = F * hop samples, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +17,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from recipes.common.mel import LogMel
-from trainer.inference.loading import OF_THE_MODEL, open_run, put_weights
-from trainer.optim.build import pick_device
 
 SLOPE = 0.1  # of the leaky ReLUs
-CHUNK = 256  # frames that are turned into sound at once
 
 
 def conv(ins: int, outs: int, kernel: int, dilation: int = 1) -> nn.Module:
@@ -184,90 +175,3 @@ def check_front_end(generator: Generator, mel: LogMel) -> None:
         ours, theirs = getattr(generator, name), getattr(mel, name)
         if ours != theirs:
             raise ValueError(f"the generator has {name}={ours}, the mel front end {theirs}")
-
-
-class Vocoder:
-    """A trained generator with the front end whose mels it takes; it does not train.
-
-    Raises ValueError where the two do not fit.
-    """
-
-    def __init__(self, generator: Generator, mel: LogMel) -> None:
-        check_front_end(generator, mel)
-        self.generator, self.mel = generator.eval().without_weight_norm(), mel
-        self.sample_rate = mel.sample_rate
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the network; mels are brought there."""
-        return self.generator.first.weight.device
-
-    @torch.inference_mode()
-    def __call__(self, mel: Tensor) -> Tensor:
-        """(…, M, F) to (…, F * hop), within -1 and 1, on the CPU."""
-        flat = mel.reshape(-1, *mel.shape[-2:]).to(self.device, torch.float32)
-        return self.generator(flat).float().cpu().reshape(*mel.shape[:-2], -1)
-
-    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """A spectrogram in pieces (…, M, F_i) to its waveform in pieces, joined the same as whole.
-
-        ``CHUNK`` frames are turned into sound at once, seen with all that their samples depend on.
-        """
-        context, hop = self.generator.context, self.mel.hop
-        held: Tensor | None = None
-        before = 0  # frames at the start of `held` that were turned into sound already
-        for piece in pieces:
-            held = piece if held is None else torch.cat([held, piece], -1)
-            while held.shape[-1] >= before + CHUNK + context:
-                wave = self(held[..., : before + CHUNK + context])
-                yield wave[..., before * hop : (before + CHUNK) * hop]
-                done = before + CHUNK
-                before = min(done, context)
-                held = held[..., done - before :]
-        if held is not None and held.shape[-1] > before:
-            yield self(held)[..., before * hop :]
-
-    def resynthesise(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """A signal in blocks (C, ·) from its mels: as many samples, in constant memory."""
-        given = done = 0
-
-        def completed() -> Iterator[Tensor]:
-            nonlocal given
-            channels = 1
-            for block in blocks:
-                given, channels = given + block.shape[1], len(block)
-                yield block
-            # Silence completes the last frame, and what is too short for a window.
-            hop, least = self.mel.hop, max(given, self.mel.edge + 1)
-            if given:
-                yield torch.zeros(channels, -(-least // hop) * hop - given)
-
-        for wave in self.stream(self.mel.stream(completed())):
-            yield wave[:, : given - done]
-            done += wave.shape[1]
-
-
-def load_vocoder(run: str | Path, device: str = "cpu") -> Vocoder:
-    """The vocoder of a run's folder, wherever that lies now, with the weights that its test took.
-
-    ``device`` is where its network works: auto, cpu, cuda, cuda:1 …; mels and waves are on the CPU.
-    Raises ValueError for a folder that is no vocoder's, or that has no sound checkpoint.
-    """
-    with open_run(run) as opened:
-        keys = {key.name for key in opened.configuration.described()}
-        if missing := {"generator", "discriminator", "mel", "best"} - keys:
-            others = [each for each in opened.recipes() if each != "recipes.hifigan"]
-            known = f"; it is a run of {others[0]}, not of recipes.hifigan" if others else ""
-            raise ValueError(
-                f"{run} is no run of a vocoder: its hyperparams.yaml has no {min(missing)}{known}"
-            )
-        # A discriminator may be many times larger than the generator, and only trains it.
-        opened.configuration.override({"discriminator": None})
-        options, checkpoints = opened.options(*OF_THE_MODEL), opened.checkpointer
-        with opened.limited():
-            hparams = opened.build()
-            generator, best = hparams["generator"], hparams["best"]
-            put_weights(generator, checkpoints, options, min_key=best, prefix="generator.")
-            vocoder = Vocoder(generator, hparams["mel"])
-    generator.to(pick_device(device))
-    return vocoder

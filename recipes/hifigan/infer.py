@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+import trainer
 from recipes.common.command import each_of, file_path, local_path, told
-from recipes.common.mel import read_mel
 from recipes.common.streaming import convert_file, targets
-from recipes.common.vocoder import CHUNK, Vocoder, load_vocoder
 from recipes.common.writing import kind_for, written
-
-MELS = (".npy", ".pt")
+from recipes.hifigan.vocoder import MELS, Vocoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,48 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         found = targets(given.files, given.output)
-        return vocode_all(load_vocoder(given.run, given.device), found)
+        model = trainer.load(given.run, given.device, model=Vocoder)
+
+        def make(source: str) -> None:
+            vocode(model, source, found[source])
+            print(f"{source}\t{found[source]}", flush=True)
+
+        return each_of(found, make)
 
     return told(run)
 
 
-def vocode_all(vocoder: Vocoder, found: Mapping[str, Path]) -> int:
-    """Make the sound of each file, and write it to its target; gives the exit code."""
-
-    def make(source: str) -> None:
-        vocode(vocoder, source, found[source])
-        print(f"{source}\t{found[source]}", flush=True)
-
-    return each_of(found, make)
-
-
-def vocode(vocoder: Vocoder, source: str | Path, target: Path) -> None:
-    """Write what the vocoder makes of a sound or of a mel file.
+def vocode(model: Vocoder, source: str, target: Path) -> None:
+    """Write what a vocoder makes of a sound, or of a mel file as a 16-bit file.
 
     Raises ValueError for a file that cannot be used.
     """
     if Path(source).suffix.lower() in MELS:
-        _speak_mel(vocoder, source, target)
+        mel = model.read_mel(source)
+        with written(target, model.sample_rate, 1, kind_for(target)) as file:
+            for wave in model.vocode_stream(mel):
+                file.write(wave.numpy())
     else:
         with torch.inference_mode():
-            convert_file(source, target, vocoder.resynthesise, vocoder.sample_rate)
-
-
-def _speak_mel(vocoder: Vocoder, source: str | Path, target: Path) -> None:
-    """A mel file as a 16-bit WAV, which appears whole or not at all."""
-    mel, config = read_mel(source)
-    vocoder.mel.check(source, config)
-    with written(target, vocoder.sample_rate, 1, kind_for(target)) as file:
-        for wave in vocoder.stream(_pieces(source, mel)):
-            file.write(wave.numpy())
-
-
-def _pieces(source: str | Path, mel: Tensor) -> Iterator[Tensor]:
-    """A mel (M, F) in pieces. Raises ValueError for one that holds something else than numbers."""
-    for piece in mel.split(CHUNK, dim=1):
-        if not torch.isfinite(piece).all():
-            raise ValueError(f"{source}: its mel has values that are not finite numbers")
-        yield piece.float()
+            convert_file(source, target, model.resynthesise_stream, model.sample_rate)
 
 
 if __name__ == "__main__":

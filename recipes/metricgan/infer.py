@@ -16,13 +16,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from recipes.common.enhancing import enhance
-from recipes.metricgan.train import Enhancer
+from recipes.common import enhancing
+from recipes.metricgan.enhancer import MetricGAN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    return enhance(argv, __doc__ or "", Enhancer, lambda brain: brain.network)
+    return enhancing.main(argv, __doc__ or "", MetricGAN)
 
 
 if __name__ == "__main__":

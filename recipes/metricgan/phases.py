@@ -94,6 +94,14 @@ class Phases:
         """Return the epochs of all phases together."""
         return sum(phase.epochs for phase in self.all)
 
+    def bests(self, target: str) -> dict[str, str]:
+        """Return the metric that chooses the checkpoint of each phase of the generator.
+
+        The last phase is judged by the target in each of its epochs, others by their state when the
+        next one begins.
+        """
+        return {phase.name: f"{target}_{phase.name}" for phase in self.all if phase.enhances}
+
     def of(self, epoch: int) -> Phase:
         """The phase of an epoch, counted from 1; behind the last epoch it is the last phase."""
         for phase in self.all:

@@ -58,13 +58,8 @@ class Enhancer(Brain):
 
     @property
     def bests(self) -> dict[str, str]:
-        """Return the metric that chooses the checkpoint of each phase of the generator.
-
-        The last phase is judged by the target in each of its epochs, others by their state when the
-        next one begins.
-        """
-        names = [phase.name for phase in self.phases.all if phase.enhances]
-        return {name: f"{self.hparams.target}_{name}" for name in names}
+        """Return the metric that chooses the checkpoint of each phase of the generator."""
+        return self.phases.bests(self.hparams.target)
 
     @property
     def best(self) -> str:
@@ -283,16 +278,6 @@ class Enhancer(Brain):
             # Under a name of its own, too: checkpoints are chosen among those of a phase.
             scores[self.bests[name]] = scores[self.hparams.target]
         return scores
-
-    @torch.inference_mode()
-    def network(self, chunks: Tensor) -> Tensor:
-        """Samples (N, S) to enhanced ones. Digital silence at an end is taken as padding."""
-        self.modules.eval()
-        chunks = chunks.to(self.device)
-        places = torch.arange(1, chunks.shape[1] + 1, device=self.device)
-        lengths = ((chunks != 0) * places).amax(1).clamp(min=1)
-        with self.autocast(Stage.TEST):
-            return enhance(self.spectrum, self.modules.generator, chunks, lengths)
 
 
 def train(run: trainer.Run) -> dict[str, float]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from recipes.common.enhancing import enhance
-from recipes.segan.train import Enhancer
+from recipes.common import enhancing
+from recipes.segan.enhancer import SEGAN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    return enhance(argv, __doc__ or "", Enhancer, lambda brain: brain.enhance)
+    return enhancing.main(argv, __doc__ or "", SEGAN)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,8 @@ def deemphasise(signal: Tensor, coefficient: float) -> Tensor:
 
     signal = signal.float()
     ones = signal.new_tensor([1.0, 0.0])
-    return lfilter(signal, signal.new_tensor([1.0, -coefficient]), ones, clamp=False)
+    with torch.autocast(signal.device.type, enabled=False):
+        return lfilter(signal, signal.new_tensor([1.0, -coefficient]), ones, clamp=False)
 
 
 def gains(noisy: Tensor, level: float | None) -> Tensor:
@@ -208,6 +209,15 @@ def gains(noisy: Tensor, level: float | None) -> Tensor:
     if level is None:
         return noisy.new_ones(len(noisy), 1)
     return level / noisy.square().mean(1, keepdim=True).sqrt().clamp(min=1e-4)
+
+
+def enhance(
+    generator: nn.Module, noisy: Tensor, pre_emphasis: float, level: float | None
+) -> Tensor:
+    """Chunks of samples (N, T) through the generator, as it was trained; (N, T), float32."""
+    noisy = emphasise(noisy, pre_emphasis)
+    gain = gains(noisy, level)
+    return deemphasise(generator(noisy * gain).float() / gain, pre_emphasis)
 
 
 def _strides(channels: Sequence[int], stride: int | Sequence[int], samples: int) -> list[int]:

@@ -22,9 +22,9 @@ from recipes.common.scoreboard import Scoreboard
 from recipes.common.streaming import enhance_signal
 from recipes.segan.model import (
     adversarial_loss,
-    deemphasise,
     discriminator_loss,
     emphasise,
+    enhance,
     gains,
 )
 from trainer import Brain, Stage
@@ -85,17 +85,6 @@ class Enhancer(Brain):
         z = [torch.randn(shape, generator=drawn.manual_seed(seed)) for seed in seeds]
         return torch.stack(z).to(self.device)
 
-    @torch.inference_mode()
-    def enhance(self, chunks: Tensor) -> Tensor:
-        """Noisy chunks (N, T) to enhanced ones, with the z that is always the same."""
-        self.modules.generator.eval()
-        coefficient = self.hparams.pre_emphasis
-        noisy = emphasise(chunks.to(self.device), coefficient)
-        gain = gains(noisy, self.hparams.level)
-        with self.autocast(Stage.TEST):
-            found = self.modules.generator(noisy * gain)
-        return deemphasise(found.float() / gain, coefficient)
-
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         if stage is Stage.VALID:
             self.board.start("valid", self.hparams.valid_measures, extremes=1)
@@ -104,10 +93,16 @@ class Enhancer(Brain):
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Tensor:
         """The mean absolute difference to the clean clips; their scores go to the board."""
+        own, generator = self.hparams, self.modules.generator
+
+        def network(chunks: Tensor) -> Tensor:
+            with torch.inference_mode(), self.autocast():
+                return enhance(generator, chunks.to(self.device), own.pre_emphasis, own.level)
+
         (clean, lengths), (noisy, _) = batch.clean, batch.noisy
         found = torch.zeros(noisy.shape)
         for row, signal, length in zip(found, noisy.cpu(), lengths.tolist(), strict=True):
-            whole = enhance_signal(signal[None, :length], self.enhance, self.hparams.chunks)
+            whole = enhance_signal(signal[None, :length], network, own.chunks)
             row[:length] = whole[0]
         self.board.add(batch.id, clean, lengths, noisy, found)
         different = (found - clean.cpu()).abs().sum(1) / lengths.cpu()

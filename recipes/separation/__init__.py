@@ -1,7 +1,8 @@
 """Speech separation: a track for each of several simultaneous talkers.
 
 Attributes:
-    BRAIN: the Brain of a run, which `trainer.load` makes.
+    BRAIN: the Brain of a run, which trains and evaluates.
+    MODEL: the model of a run, which `trainer.load` makes.
     INFER: what infer.py takes after the run folder, for the command that a run ends with.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
@@ -9,6 +10,7 @@ Attributes:
 """
 
 BRAIN: str = "train.Separator"
+MODEL: str = "separator.SpeechSeparator"
 INFER: str = "FILE -o FOLDER"
 RUN_NAMES: tuple[str, ...] = ("model.SepFormer", "model.SineTasNet")
 YAML_NAMES: tuple[str, ...] = (

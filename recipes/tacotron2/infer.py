@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 import trainer
 from recipes.common.command import each_of, local_path, told
 from recipes.common.tables import read_text
 from recipes.common.writing import check_outputs, kind_for
-from recipes.tacotron2.sound import make_sound, write_sound
-from recipes.tacotron2.text import readable
-from recipes.tacotron2.train import Synthesiser
-from trainer.untrusted import confined
+from recipes.tacotron2.sound import Sounding, write_sound
+from recipes.tacotron2.speaker import Speaker
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,22 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_outputs(texts)
         for path in texts:
             kind_for(path)  # Which refuses what no sound file is called.
-        brain = trainer.load(given.run, given.device, brain=Synthesiser)
-        vocoder = given.vocoder or _own_vocoder(given.run, brain.hparams.vocoder)
-        return say_all(brain, make_sound(brain.hparams.mel, vocoder, str(brain.device)), texts)
+        model = trainer.load(given.run, given.device, model=Speaker)
+        return say_all(model, model.sound(given.vocoder), texts)
 
     return told(run)
-
-
-def _own_vocoder(run: Path, named: str | None) -> Path | None:
-    """Return the vocoder that a run names, which may come from elsewhere: one in its folder.
-
-    Raises ValueError for one that lies outside.
-    """
-    try:
-        return None if named is None else confined(run, str(named))
-    except ValueError as error:
-        raise ValueError(f"the vocoder of the run, {error}: name it by --vocoder") from None
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,42 +72,21 @@ def _texts(text: str | None, file: Path | None, output: Path) -> dict[Path, tupl
     }
 
 
-def say_all(
-    brain: Synthesiser,
-    sound: Callable[[torch.Tensor], torch.Tensor],
-    texts: Mapping[Path, tuple[str, str]],
-) -> int:
+def say_all(model: Speaker, sound: Sounding, texts: Mapping[Path, tuple[str, str]]) -> int:
     """Write a sound file of each text; gives the exit code."""
 
     def say(path: Path) -> None:
         name, text = texts[path]
-        spoken = brain.say(tokens_of(brain, name, text))
-        if not spoken.stopped.item():
+        speech = model.synthesise(text, sound, name=name)
+        if not speech.finished:
             print(
-                f"warning: {name} was cut at {brain.hparams.longest:g} s: the gate did not stop it",
+                f"warning: {name} was cut at {model.hparams.longest:g} s: the gate did not stop it",
                 file=sys.stderr,
             )
-        wave = sound(spoken.mel[0].T)
-        rate = brain.hparams.mel.sample_rate
-        write_sound(path, wave, rate)
-        print(f"{path}\t{len(wave) / rate:.2f}\t{text}", flush=True)
+        write_sound(path, speech.samples[0], speech.rate)
+        print(f"{path}\t{speech.duration:.2f}\t{text}", flush=True)
 
     return each_of(texts, say)
-
-
-def tokens_of(brain: Synthesiser, name: str, text: str) -> torch.Tensor:
-    """The symbols (L,) of a text as people write it.
-
-    Raises ValueError for an empty one, for unknown characters, and for one that is too long.
-    """
-    own = brain.hparams
-    (tokens,) = own.front.encode([readable(name, text, own.front)])
-    if len(tokens) > own.longest_text:
-        raise ValueError(
-            f"{name} has {len(tokens)} symbols; the model has learned to align up to "
-            f"{own.longest_text}: divide it into sentences"
-        )
-    return torch.tensor(tokens)
 
 
 if __name__ == "__main__":

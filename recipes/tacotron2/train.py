@@ -23,6 +23,7 @@ from recipes.tacotron2.model import Predictions, Spoken
 from recipes.tacotron2.pictures import Gallery, Picture, write_picture
 from recipes.tacotron2.scoring import Reading, Scores, focus_rate, mel_error
 from recipes.tacotron2.sound import make_sound, write_sound
+from recipes.tacotron2.speaker import frame_limit
 from trainer import Brain, Stage, distributed
 from trainer.samples import Audio, Cell
 from trainer.seed import derive
@@ -55,16 +56,11 @@ class Synthesiser(Brain):
         with self.autocast():
             predictions = self.compute_forward(batch, stage)
             loss = self.compute_objectives(predictions, batch, stage)
-            spoken = self.modules.model.synthesise(*batch.tokens, self.limit)
+            limit = frame_limit(self.hparams.longest, self.hparams.mel)
+            spoken = self.modules.model.synthesise(*batch.tokens, limit)
         self._score(batch, predictions, spoken)
         self._draw(batch, predictions, spoken)
         return loss.detach()
-
-    @property
-    def limit(self) -> int:
-        """Frames after which synthesis ends, if the gate has not ended it."""
-        mel = self.hparams.mel
-        return round(self.hparams.longest * mel.sample_rate / mel.hop)
 
     def _score(self, batch: Any, predictions: Predictions, spoken: Spoken) -> None:
         model, frames = self.modules.model, batch.mel.lengths
@@ -90,14 +86,6 @@ class Synthesiser(Brain):
                     attention=spoken.attention[n, : made // model.reduction, :symbols],
                 )
             )
-
-    def say(self, tokens: Tensor) -> Spoken:
-        """Symbols (L,) as a spectrogram, the same each time; the weights are those in place."""
-        self.modules.eval()
-        torch.manual_seed(derive(self.options.seed, "say", *tokens.tolist()))
-        batch, symbols = tokens[None].to(self.device), torch.tensor([len(tokens)])
-        with self.autocast(Stage.TEST):
-            return self.modules.model.synthesise(batch, symbols.to(self.device), self.limit)
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         self.scores, self.gallery = Scores(), Gallery(self.hparams.pictures)

@@ -1,9 +1,9 @@
-"""Time and modules that `import trainer` takes beyond `import torch`.
+"""Time and modules that imports of `trainer` take, beside `import torch`.
 
     python tests/benchmarks/import_cost.py
 
-Fresh processes import either in turn. Printed are the median times, the median ratio of an import
-of `trainer` to its two neighbours, and the packages of the modules that it adds.
+Fresh processes run the imports in turn. Printed are the median times, the median ratio of a Brain's
+import to its two neighbours of `torch`, and the packages of the modules that a Brain adds.
 """
 
 from __future__ import annotations
@@ -14,35 +14,39 @@ import sys
 import time
 from collections import Counter
 
+TORCH, BRAIN = "import torch", "from trainer import Brain"
 
-def seconds(module: str) -> float:
-    """Return the time of a new process that imports a module, less that of one that does not."""
+
+def seconds(code: str) -> float:
+    """Return the time of a new process that runs code, less that of one that does not."""
     times = []
-    for code in ("pass", f"import {module}"):
+    for each in ("pass", code):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
+        subprocess.run([sys.executable, "-c", each], check=True)
         times.append(time.perf_counter() - start)
     return times[1] - times[0]
 
 
-def modules(module: str) -> set[str]:
-    """Return the names of all modules that a new process has after an import."""
-    code = f"import sys, {module}; print(*sys.modules)"
+def modules(code: str) -> set[str]:
+    """Return the names of all modules that a new process has after it has run code."""
+    code += "; import sys; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return set(found.stdout.split())
 
 
 def main(rounds: int = 9) -> None:
     """Print the comparison."""
-    seconds("trainer")  # Compiles what was changed, and fills the file cache.
-    own, bare, ratios = [], [seconds("torch")], []
+    seconds(BRAIN)  # Compiles what was changed, and fills the file cache.
+    names, own, bare, ratios = [], [], [seconds(TORCH)], []
     for _ in range(rounds):
-        own.append(seconds("trainer"))
-        bare.append(seconds("torch"))
+        names.append(seconds("import trainer"))
+        own.append(seconds(BRAIN))
+        bare.append(seconds(TORCH))
         ratios.append(2 * own[-1] / (bare[-2] + bare[-1]))
-    added = Counter(name.partition(".")[0] for name in modules("trainer") - modules("torch"))
+    added = Counter(name.partition(".")[0] for name in modules(BRAIN) - modules(TORCH))
     print(
-        f"import torch {statistics.median(bare):.2f} s, import trainer "
+        f"{TORCH} {statistics.median(bare):.2f} s, "
+        f"import trainer {statistics.median(names):.3f} s, {BRAIN} "
         f"{statistics.median(own):.2f} s, x{statistics.median(ratios):.3f}"
     )
     print("modules beyond torch's:", *(f"{package} {count}" for package, count in added.items()))

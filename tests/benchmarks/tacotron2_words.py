@@ -24,7 +24,7 @@ from torchaudio.functional import resample
 import trainer
 from recipes.tacotron2.data import datasets
 from recipes.tacotron2.sound import make_sound
-from recipes.tacotron2.train import Synthesiser
+from recipes.tacotron2.speaker import Speaker
 from trainer.config.hyperparameters import load_hparams
 
 
@@ -69,16 +69,16 @@ def main() -> None:
     )
     parser.add_argument("--vocoder", type=Path, help="run folder of a HiFi-GAN")
     given = parser.parse_args()
-    brain = trainer.load(given.run, "cpu", brain=Synthesiser)
-    own = brain.hparams
+    model = trainer.load(given.run, "cpu", model=Speaker)
+    own = model.hparams
     corpus = load_hparams(given.run / "hyperparams.yaml")["corpus"]
     test = datasets(corpus(), own.front, own.mel, own.longest_text, own.quiet)["test"]
     sound, listen = make_sound(own.mel, given.vocoder), Listener()
     silent, rows = round(given.silence * own.mel.sample_rate), []
     for index in range(min(given.count, len(test))):
         item = test[index]
-        free = brain.say(item["tokens"]).mel[0].T
-        waves = [sound(free), sound(item["mel"].T), test.signal(index)]
+        said = model.synthesise(item["text"], sound).samples[0]
+        waves = [said, sound(item["mel"].T), test.signal(index)]
         waves = [pad(wave, (silent, silent)) for wave in waves]
         rows.append([words(item["text"]), *(listen(w, own.mel.sample_rate) for w in waves)])
     said, *heard = map(list, zip(*rows, strict=True))

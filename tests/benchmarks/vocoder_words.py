@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
+import trainer
 from recipes.common.audio import read_audio
 from recipes.common.griffin_lim import GriffinLim
 from recipes.common.speech import embedded_speech
-from recipes.common.vocoder import Vocoder, load_vocoder
+from recipes.hifigan.vocoder import Vocoder
 
 HEARD = 16000  # Hz, what Whisper takes
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=36)
     parser.add_argument("--texts", type=Path, help="an LJSpeech folder; else embedded sentences")
     given = parser.parse_args()
-    vocoder = load_vocoder(given.run)
+    vocoder = trainer.load(given.run, "cpu", model=Vocoder)
     said = embedded(vocoder, given.clips)
     if given.texts is not None:
         said = recorded(vocoder, given.texts, given.clips)
@@ -72,7 +73,7 @@ def word_errors(vocoder: Vocoder, said: list[Said]) -> dict[str, float]:
     for each in said:
         whole = each.wav[: len(each.wav) // vocoder.mel.hop * vocoder.mel.hop]
         mel = vocoder.mel(whole)
-        sounds = (whole, vocoder(mel), griffin_lim(mel))
+        sounds = (whole, vocoder.vocode(mel).samples[0], griffin_lim(mel))
         for name, wav in zip(heard, sounds, strict=True):
             wav = resample(wav, vocoder.sample_rate, HEARD)
             heard[name].append(transcribed(recogniser, wav))

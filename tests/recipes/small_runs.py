@@ -51,6 +51,61 @@ CASES: dict[str, Case] = {
         not_imported=("recipes.asr.train", "recipes.asr.data", "recipes.asr.scoring"),
         seed=2,
     ),
+    "metricgan": Case(
+        "metricgan/demo.yaml",
+        "enhance",
+        overrides={
+            "units": 4, "generator": {"layers": 1, "width": 4}, "discriminator": {"channels": 2},
+            "precision": "fp32", "chunks": {"length": 4096, "overlap": 1024},
+        },
+        metrics={"pesq_metric": 1.0},
+        not_imported=("recipes.metricgan.train", "recipes.common.pairs", "recipes.common.judges"),
+    ),
+    "segan": Case(
+        "segan/demo.yaml",
+        "enhance",
+        overrides={
+            "channels": [4, 6], "discriminator_channels": [4, 6], "kernel": 5, "stride": 2,
+            "generator": {"residual": False}, "discriminator": {"references": 2},
+            "samples": 1024, "chunks": {"overlap": 256}, "precision": "fp32",
+        },
+        metrics={"stoi": 1.0},
+        not_imported=("recipes.segan.train", "recipes.common.pairs", "recipes.common.judges"),
+    ),
+    "separation": Case(
+        "separation/demo.yaml",
+        "separate",
+        overrides={
+            "separator": {
+                "enc_num_feats": 8, "msk_num_feats": 8, "msk_num_hidden_feats": 8,
+                "msk_num_layers": 1, "msk_num_stacks": 1,
+            },
+        },
+        metrics={"si_snri": 1.0},
+        not_imported=("recipes.separation.train", "recipes.separation.speech"),
+    ),
+    "hifigan": Case(
+        "hifigan/demo.yaml",
+        "vocode",
+        given="mel",
+        overrides={"generator": {"channels": 8, "kernels": [3], "dilations": [[1]]}},
+        not_imported=("recipes.hifigan.train", "recipes.hifigan.data", "recipes.hifigan.scoring"),
+    ),
+    "tacotron2": Case(
+        "tacotron2/ljspeech.yaml",
+        "synthesise",
+        given="text",
+        overrides={
+            "data_folder": "missing", "longest": 0.5,
+            "model": {"net": {
+                "symbol_embedding_dim": 8, "encoder_embedding_dim": 8, "encoder_n_convolution": 1,
+                "attention_rnn_dim": 10, "attention_hidden_dim": 6, "decoder_rnn_dim": 10,
+                "prenet_dim": 8, "postnet_embedding_dim": 8, "postnet_n_convolution": 2,
+            }},
+        },
+        metrics={"mel_l1": 1.0},
+        not_imported=("recipes.tacotron2.train", "recipes.tacotron2.data"),
+    ),
 }  # fmt: skip
 
 
@@ -67,9 +122,9 @@ class _Saved:
         raise AssertionError("a model is not loaded by it")
 
 
-def make_run(name: str, folder: Path) -> Path:
+def make_run(name: str | Case, folder: Path) -> Path:
     """Make the folder of a run of a case, with a checkpoint of random weights."""
-    case = CASES[name]
+    case = CASES[name] if isinstance(name, str) else name
     configuration = Configuration(HPARAMS / case.yaml)
     configuration.override({**case.overrides, "output_folder": str(folder)})
     torch.manual_seed(case.seed)

@@ -32,8 +32,13 @@ from trainer.checkpoint.checkpointer import retry_missing
 OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "rmdir", "mkdir")
 
 
+WEIGHTS_ALONE = {"wer": {"mode": "min", "n": 2, "weights_only": True}}
+
+
 class Uniform:
     """A recoverable whose every number is `value`: a mixture of two saves would show."""
+
+    weight_keys = ("modules",)
 
     def __init__(self, value: int = 0, size: int = 64) -> None:
         self.value, self.size = value, size
@@ -64,7 +69,20 @@ class Uniform:
 
 def save(checkpointer: Checkpointer, thing: Uniform, value: int) -> None:
     thing.value = value
-    checkpointer.save_and_keep_only({"optimizer_step": value})
+    checkpointer.save_and_keep_only({"optimizer_step": value, "wer": -value})
+
+
+def leftovers(folder: Path, complete: bool = True) -> list[str]:
+    """Files that no manifest lists; every listed one is verified, and one is complete."""
+    checkpointer = Checkpointer(folder)
+    found = checkpointer.list_checkpoints()
+    assert any(each.complete for each in found) == complete, found
+    for each in found:
+        checkpointer.read(each)
+        checkpointer.average([each])
+    return [
+        name for e in found for name in sorted({*os.listdir(e.path)} - {*e.files, "manifest.json"})
+    ]
 
 
 def in_child(work: Callable[[int], None]) -> tuple[int, int]:
@@ -93,20 +111,21 @@ def temporaries(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if name.startswith(".")] if folder.exists() else []
 
 
-def kills(folder: Path, count: int) -> dict[str, Any]:
+def kills(folder: Path, count: int, weights_alone: int = 0) -> dict[str, Any]:
     """Kill processes at random instants of a loop of saves; each next one resumes first."""
+    best = WEIGHTS_ALONE if weights_alone else None
     size = (8 << 20) // (4 * 4)  # four float32 tensors of 8 MB together, in two files
 
     def loop(report: int) -> None:
         thing = Uniform(0, size)
-        checkpointer = Checkpointer(folder, recoverables={"brain": thing})
+        checkpointer = Checkpointer(folder, keep_best=best, recoverables={"brain": thing})
         checkpointer.recover_if_possible()
         while True:  # The first number reported is what was recovered, then each finished save.
             os.write(report, thing.value.to_bytes(4, "big"))
             save(checkpointer, thing, thing.value + 1)
 
     thing = Uniform(0, size)
-    checkpointer = Checkpointer(folder, recoverables={"brain": thing})
+    checkpointer = Checkpointer(folder, keep_best=best, recoverables={"brain": thing})
     durations = [timed(lambda value=value: save(checkpointer, thing, value)) for value in (1, 2, 3)]
     checkpointer.recover_if_possible()  # What torch imports for it, every child inherits.
     random_instant = random.Random(count)
@@ -125,6 +144,7 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
         os.close(reading)
         finished = int.from_bytes(rest[-4:], "big") if rest else (recovered or 0)
         during_a_save += bool(temporaries(folder))
+        leftovers(folder)
     before = temporaries(folder)
     thing = Uniform(0, size)
     Checkpointer(folder, recoverables={"brain": thing}).recover_if_possible()
@@ -134,7 +154,8 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
         "during_a_save": during_a_save,
         "saves": thing.value,
         "stale_before": len(before),
-        "stale_after": len(temporaries(folder)),
+        "stale_after": len(temporaries(folder)) + len(leftovers(folder)),
+        "complete": [each.complete for each in Checkpointer(folder).list_checkpoints()],
     }
 
 
@@ -143,12 +164,12 @@ def readers(folder: Path, count: int) -> dict[str, Any]:
 
     def loop(report: int) -> None:
         thing = Uniform()
-        checkpointer = Checkpointer(folder, recoverables={"brain": thing})
+        checkpointer = Checkpointer(folder, keep_best=WEIGHTS_ALONE, recoverables={"brain": thing})
         while True:
             save(checkpointer, thing, thing.value + 1)
 
     thing = Uniform()
-    Checkpointer(folder, recoverables={"brain": thing}).save_checkpoint()
+    save(Checkpointer(folder, recoverables={"brain": thing}), thing, 0)
     process, reading = in_child(loop)
     values = []
     try:
@@ -160,6 +181,8 @@ def readers(folder: Path, count: int) -> dict[str, Any]:
                 assert reader.recover_if_possible() is not None
                 mean = retry_missing(lambda c=reader: c.average(c.find(), path=("modules",)))
                 assert mean["weight"].min() >= thing.value
+                mean = retry_missing(lambda c=reader: c.average(c.find(min_key="wer", n=None)))
+                assert mean["weight"].min() >= thing.value - 2
                 values.append(thing.value)
     finally:
         os.kill(process, signal.SIGKILL)
@@ -198,33 +221,35 @@ def fault(at: int, strike: Callable[[str], None]) -> Iterator[list[str]]:
             setattr(module, name, original)
 
 
-def two_checkpoints(folder: Path) -> tuple[Checkpointer, Uniform]:
+def two_checkpoints(
+    folder: Path, keep_last: int = 2, keep_best: Any = None
+) -> tuple[Checkpointer, Uniform]:
     """Make saves 1 and 2, both kept; the next save has one to delete."""
     thing = Uniform()
-    checkpointer = Checkpointer(folder, keep_last=2, recoverables={"brain": thing})
+    checkpointer = Checkpointer(folder, keep_last, keep_best, {"brain": thing})
     for value in (1, 2):
         save(checkpointer, thing, value)
     return checkpointer, thing
 
 
-def exits(folder: Path) -> dict[str, Any]:
+def exits(folder: Path, weights_alone: int = 0) -> dict[str, Any]:
     """Exit hard before each file operation of a save and of the deletion after it."""
     syncing, os.fsync = os.fsync, lambda handle: None  # No process survives a power cut to see it.
     try:
-        return _exits(folder)
+        return _exits(folder, (1, WEIGHTS_ALONE) if weights_alone else (2, None))
     finally:
         os.fsync = syncing
 
 
-def _exits(folder: Path) -> dict[str, Any]:
+def _exits(folder: Path, kept: tuple[int, Any]) -> dict[str, Any]:
     with fault(-1, lambda name: None) as operations:
-        checkpointer, thing = two_checkpoints(folder / "count")
+        checkpointer, thing = two_checkpoints(folder / "count", *kept)
         before = len(operations)
         save(checkpointer, thing, 3)
     recovered, left = [], []
     for at in range(len(operations) - before):
         place = folder / str(at)
-        checkpointer, thing = two_checkpoints(place)
+        checkpointer, thing = two_checkpoints(place, *kept)
 
         def dying(report: int, at: int = at, c: Any = checkpointer, t: Any = thing) -> None:
             with fault(at, lambda name: os._exit(9)):
@@ -234,11 +259,13 @@ def _exits(folder: Path) -> dict[str, Any]:
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         os.close(reading)
         fresh = Uniform()
-        again = Checkpointer(place, keep_last=2, recoverables={"brain": fresh})
+        again = Checkpointer(place, *kept, {"brain": fresh})
         again.recover_if_possible()
-        recovered.append((status, fresh.value))
+        stale = temporaries(place) + leftovers(place)
+        recovered.append((status, fresh.value, stale))
         save(again, fresh, 4)
-        left.append(sorted(os.listdir(place)))
+        left.append({each.name: each.complete for each in again.list_checkpoints()})
+        assert sorted(os.listdir(place)) == sorted(left[-1])
     return {"operations": operations[before:], "recovered": recovered, "left": left}
 
 

@@ -64,36 +64,46 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(30, id="30"), pytest.param(500, id="500", marks=pytest.mark.long)]
+    ("count", "weights_alone"),
+    [
+        pytest.param(30, 0, id="30"),
+        pytest.param(30, 1, id="30 and weights alone", marks=pytest.mark.faults),
+        pytest.param(500, 0, id="500", marks=pytest.mark.long),
+        pytest.param(500, 1, id="500 and weights alone", marks=pytest.mark.long),
+    ],
 )
 def test_a_killed_process_loses_at_most_the_save_it_was_in(
-    torture: Callable[..., dict[str, Any]], folder: Path, count: int
+    torture: Callable[..., dict[str, Any]], folder: Path, count: int, weights_alone: int
 ) -> None:
-    report = torture("kills", folder / "checkpoints", count)
+    report = torture("kills", folder / "checkpoints", count, weights_alone)
     assert report["resumed"] == count
     assert report["lost"] == 0
     assert report["during_a_save"] >= count // 4  # The kills did hit what they were aimed at.
     assert report["saves"] >= count // 10  # And some saves were finished before their kill.
     assert report["stale_after"] == 0
+    assert report["complete"][0]
+    assert (False in report["complete"]) == bool(weights_alone)
 
 
+@pytest.mark.parametrize("weights_alone", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_hard_exit_before_any_operation_leaves_a_checkpoint_that_loads(
-    torture: Callable[..., dict[str, Any]], tmp_path: Path
+    torture: Callable[..., dict[str, Any]], tmp_path: Path, weights_alone: int
 ) -> None:
-    report = torture("exits", tmp_path)
+    report = torture("exits", tmp_path, weights_alone)
     operations = report["operations"]
     assert {"open", "write", "fsync", "rename", "mkdir", "rmtree", "unlink", "rmdir"} == set(
         operations
     )
     published = operations.index("rename")
-    assert len(report["recovered"]) == len(operations) >= 25
-    for at, (status, value) in enumerate(report["recovered"]):
+    assert len(report["recovered"]) == len(operations) >= (35 if weights_alone else 25)
+    for at, (status, value, stale) in enumerate(report["recovered"]):
         assert status == 9
         assert value == (3 if at > published else 2), (at, operations[at])
-    # The next start and save leave the two newest, and nothing of what was interrupted.
+        assert not stale, (at, operations[at])
+    # The next start and save leave the two newest, the best ones, and nothing of the interrupted.
     for at, left in enumerate(report["left"]):
         before = "step-00000003" if at > published else "step-00000002"
-        assert left == [before, "step-00000004"], (at, operations[at])
+        assert left == {"step-00000004": True, before: not weights_alone}, (at, operations[at])
 
 
 def test_a_full_disk_is_told_with_path_and_bytes_and_changes_nothing(

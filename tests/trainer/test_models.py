@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.small import Players, Regressor, batches, make, net, same
 from trainer import Brain, Callback, Checkpointer, EpochCounter, Stage, distributed
-from trainer.optim.build import pick_device
+from trainer.devices import pick_device
 from trainer.schedules import NewBob, Noam, Plateau
 
 OPTIONS = {"device": "cpu", "progressbar": False}

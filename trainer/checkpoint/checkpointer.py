@@ -612,10 +612,11 @@ class Checkpointer:
         """
         found: list[Checkpoint] = []
         for _ in range(MAX_RETRIES):
-            found, complete = self._scan()
-            if complete:
+            before, (found, settled) = found, self._scan()
+            # One that was cut to its weights within the scan was so for another that had come.
+            if settled and (found == before or any(each.complete for each in found)):
                 break
-        return sorted(found, key=lambda each: (each.number, each.time), reverse=True)
+        return found
 
     def _scan(self) -> tuple[list[Checkpoint], bool]:
         """Return the checkpoints in the folder; and False if others may have come meanwhile."""
@@ -636,6 +637,7 @@ class Checkpointer:
                 except BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(Path(entry.path)):
                         self._mark_broken(entry.name, error)
+        found.sort(key=lambda each: (each.number, each.time), reverse=True)
         return found, complete and bool(found or not saving)
 
     def find(

@@ -24,7 +24,7 @@ from trainer.config.changes import ABSENT, Settings
 from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
 from trainer.config.reading import NULL, compose, find, get, items, plain, represent, tag
 from trainer.config.registry import NAME_IN_FULL
-from trainer.optim.build import pick_device
+from trainer.devices import pick_device
 from trainer.options import (
     ALIASES,
     BRAIN_KEYS,

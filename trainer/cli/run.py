@@ -47,9 +47,9 @@ from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, Registry, recipe_packages
 from trainer.defaults import DriverFinished
+from trainer.devices import pick_device
 from trainer.distributed.replica_check import DriftError
 from trainer.loggers import JsonlLogger, TextLog
-from trainer.optim.build import pick_device
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything

@@ -41,9 +41,9 @@ from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import compose, items, object_name
 from trainer.config.registry import recipe_packages
+from trainer.devices import pick_device
 from trainer.epochs import EpochCounter
 from trainer.loggers import TextLog
-from trainer.optim.build import pick_device
 from trainer.progress import Stage
 
 __all__ = [

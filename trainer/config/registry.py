@@ -291,8 +291,9 @@ class Registry:
             raise ValueError(f"{name} does not exist: no module is called {path!r}")
         else:
             # A module may import what it is asked for.
+            asked = related or path in self.listed or not inside
             try:
-                have = hasattr(owner, part) if related or not inside else part in vars(owner)
+                have = hasattr(owner, part) if asked else part in vars(owner)
             except ImportError as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{name} cannot be imported: {reason}") from error

@@ -34,10 +34,10 @@ from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
+from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept
 from trainer.inference.initialise import initialise, is_export, read_export
 from trainer.inference.model import Model
-from trainer.optim.build import pick_device
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
 from trainer.untrusted import (
@@ -458,6 +458,7 @@ def load(
             weights = made.modules.state_dict()
             _origins[made] = Origin(opened, max_key, min_key, weights)
             if isinstance(made, Model):
+                made.folder = opened.folder
                 made.prepare()
     return made
 

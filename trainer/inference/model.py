@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import nn
 
 from trainer.adapters import apply_adapters
-from trainer.optim.build import pick_device, prepare_modules
+from trainer.devices import pick_device, prepare_modules
 from trainer.optim.precision import Precision
 from trainer.options import RunOptions
 
@@ -44,6 +45,7 @@ class Model:
         modules: the networks, an ``nn.ModuleDict`` on ``device``.
         hparams: the hyperparameters, a namespace.
         device: where the networks are.
+        folder: the run folder; None of a model that `trainer.load` did not make.
         best_checkpoint: of the class or of an object: the metric that chooses the checkpoint, such
             as ``{"min_key": "wer"}``; the newest one is taken without.
         uses: of the class: names of the modules that are built and loaded, such as
@@ -59,6 +61,7 @@ class Model:
     def __init__(
         self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
     ) -> None:
+        self.folder: Path | None = None
         self.hparams = SimpleNamespace(**hparams)
         self.device = pick_device(options.device)
         self.modules = prepare_modules(modules, options, self.device)

@@ -99,13 +99,17 @@ class Speech(Sound):
     Attributes:
         text: the text that was spoken, as the model reads it.
         mel: log-mel spectrogram (M, F).
+        mel_config: how it is made, as a vocoder checks it.
         alignment: attention of each frame to the symbols of the text (F, N).
+        symbols: names of these symbols, such as letters.
         finished: False if the model did not find the end, and was stopped.
     """
 
     text: str = ""
     mel: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    mel_config: Mapping[str, float] = field(default_factory=dict, repr=False)
     alignment: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    symbols: tuple[str, ...] = field(default=(), repr=False)
     finished: bool = True
 
 

@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from recipes.common import streaming
+from recipes.common import audio
 from recipes.common.command import told
 from recipes.common.streaming import (
     Chunks,
@@ -21,6 +21,7 @@ from recipes.common.streaming import (
     enhance_file,
     enhance_files,
     enhance_signal,
+    enhance_signals,
     enhanced_blocks,
     targets,
 )
@@ -61,6 +62,23 @@ def test_blocks_do_not_change_the_result(overlap: int, size: int) -> None:
     pieces = list(enhanced_blocks(blocks(signal, size), edgy, chunks))
     assert torch.equal(torch.cat(pieces, dim=1), whole)
     assert torch.equal(whole, enhance_signal(signal, edgy, chunks._replace(at_once=1)))
+
+
+@pytest.mark.parametrize("overlap", [0, 250, 500])
+def test_signals_that_are_enhanced_together_are_as_alone(overlap: int) -> None:
+    chunks = Chunks(1000, overlap, 3)
+    lengths = [1, 250, 999, 1000, 1001, 1750, 5000]
+    signals = [noise(2 * length).view(2, -1) for length in lengths] + [noise(1500)[None]]
+    calls = []
+
+    def network(rows: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return edgy(rows)
+
+    found = enhance_signals(signals, network, chunks)
+    assert len(calls) == 1
+    for signal, together in zip(signals, found, strict=True):
+        assert torch.equal(together, enhance_signal(signal, edgy, chunks))
 
 
 def test_chunks_are_joined_without_clicks() -> None:
@@ -125,7 +143,7 @@ def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twenty times the length, with another rate and two channels, and no larger pieces."""
-    monkeypatch.setattr(streaming, "BLOCK", 4096)
+    monkeypatch.setattr(audio, "BLOCK", 4096)
     largest: dict[int, int] = {}
     peaks = {}
     for seconds in (2, 40):

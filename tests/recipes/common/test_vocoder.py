@@ -1,4 +1,4 @@
-"""The generator, whole and in pieces, with and without its weight norm."""
+"""The generator, with and without its weight norm."""
 
 import math
 from typing import Any
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from recipes.common import vocoder
 from recipes.common.mel import LogMel
-from recipes.common.vocoder import Generator, Vocoder
+from recipes.common.vocoder import Generator, check_front_end
 
 V3 = {
     "rates": (8, 8, 4), "rate_kernels": (16, 16, 8), "kernels": (3, 5, 7),
@@ -33,11 +32,6 @@ def size(module: nn.Module) -> int:
 def make(kind: str = "first kind") -> Generator:
     torch.manual_seed(0)
     return Generator(**KINDS[kind])
-
-
-def speaking(kind: str = "first kind") -> Vocoder:
-    generator = make(kind)
-    return Vocoder(generator, LogMel(8000, bands=5, n_fft=5 * generator.hop, hop=generator.hop))
 
 
 @pytest.mark.parametrize(
@@ -111,43 +105,6 @@ def test_the_context_is_what_a_frame_depends_on(kind: str) -> None:
     assert max(-int(reached[0]), int(reached[-1])) == generator.context
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("frames", [1, 7, 16, 100])
-@pytest.mark.parametrize("size", [1, 10, 1000])
-def test_pieces_join_to_the_whole(
-    kind: str, frames: int, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    voice = speaking(kind)
-    monkeypatch.setattr(vocoder, "CHUNK", 16)
-    mel = torch.randn(3, 5, frames)
-    pieces = list(voice.stream(mel.split(size, -1)))
-    torch.testing.assert_close(torch.cat(pieces, -1), voice(mel), rtol=0, atol=1e-6)
-    longest = (16 + voice.generator.context) * voice.mel.hop
-    assert all(piece.shape[-1] <= longest for piece in pieces)
-
-
-@pytest.mark.parametrize("samples", [0, 1, 16, 17, 500, 1003])
-@pytest.mark.parametrize("size", [7, 2000])
-def test_a_signal_is_resynthesised_with_its_length_and_channels(samples: int, size: int) -> None:
-    voice = speaking()
-    wav = 0.1 * torch.randn(2, samples)
-    pieces = list(voice.resynthesise(wav.split(size, -1) if samples else []))
-    assert sum(piece.shape[1] for piece in pieces) == samples
-    assert all(len(piece) == 2 for piece in pieces)
-    if samples == 1003:
-        hop = voice.mel.hop
-        whole = voice(voice.mel(F.pad(wav, (0, -samples % hop))))[:, :samples]
-        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
-
-
-def test_shapes_of_one_and_of_several() -> None:
-    voice, mel = speaking(), torch.randn(2, 3, 5, 4)
-    assert voice(mel).shape == (2, 3, 32)
-    torch.testing.assert_close(voice(mel[1, 2]), voice(mel)[1, 2])
-    assert voice.sample_rate == 8000
-    assert not voice(mel).requires_grad
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -166,9 +123,9 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], told: str) -
 
 def test_a_front_end_of_other_mels_is_refused() -> None:
     with pytest.raises(ValueError, match="the generator has hop=8, the mel front end 16"):
-        Vocoder(make(), LogMel(8000, bands=5, n_fft=32, hop=16))
+        check_front_end(make(), LogMel(8000, bands=5, n_fft=32, hop=16))
     with pytest.raises(ValueError, match="the generator has bands=5, the mel front end 6"):
-        Vocoder(make(), LogMel(8000, bands=6, n_fft=32, hop=8))
+        check_front_end(make(), LogMel(8000, bands=6, n_fft=32, hop=8))
 
 
 def test_sound_is_within_full_scale() -> None:

@@ -9,11 +9,10 @@ import soundfile
 import torch
 
 import trainer
-from recipes.common import vocoder
 from recipes.common.mel import LogMel, write_mel
-from recipes.common.vocoder import load_vocoder
-from recipes.hifigan import infer
+from recipes.hifigan import infer, vocoder
 from recipes.hifigan.train import HiFiGAN, train
+from recipes.hifigan.vocoder import Vocoder
 from tests.recipes.hifigan.test_train import HELD_OUT, HPARAMS, TINY, noises
 from trainer import Stage, cli
 from trainer.checkpoint import Checkpointer
@@ -69,25 +68,29 @@ def test_a_long_file_is_what_it_would_be_at_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = sound(tmp_path / "long.wav", 40 * 2048, 22050, subtype="FLOAT")
-    voice = load_vocoder(run)
+    voice = trainer.load(run, model=Vocoder)
     monkeypatch.setattr(vocoder, "CHUNK", 64)
     assert made(run, tmp_path / "out", path) == 0
     wav, found = (
         torch.from_numpy(soundfile.read(each, dtype="float32")[0])
         for each in (path, tmp_path / "out" / "long.wav")
     )
-    torch.testing.assert_close(found, voice(voice.mel(wav)), rtol=0, atol=1e-5)
+    whole = voice.modules.generator(voice.mel(wav)[None])[0].detach()
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(voice.vocode(path).samples[0], whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])
 def test_a_mel_file_becomes_sound(run: Path, tmp_path: Path, suffix: str) -> None:
-    voice = load_vocoder(run)
+    voice = trainer.load(run, model=Vocoder)
     mel = voice.mel(0.1 * torch.randn(256 * 300))
     write_mel(tmp_path / f"said{suffix}", mel, voice.mel.config)
     assert made(run, tmp_path / "out", tmp_path / f"said{suffix}") == 0
     found, rate = soundfile.read(tmp_path / "out" / "said.wav", dtype="float32")
     assert rate == 22050
-    torch.testing.assert_close(torch.from_numpy(found), voice(mel), rtol=0, atol=1e-4)
+    samples = voice.vocode(tmp_path / f"said{suffix}").samples
+    assert torch.equal(samples, voice.vocode(mel).samples)
+    torch.testing.assert_close(torch.from_numpy(found), samples[0], rtol=0, atol=1e-4)
 
 
 def test_a_mel_of_another_configuration_names_the_parameter(
@@ -96,7 +99,7 @@ def test_a_mel_of_another_configuration_names_the_parameter(
     other = LogMel(22050, f_max=7000.0)
     write_mel(tmp_path / "other.npy", other(torch.randn(8192)), other.config)
     wrong = torch.full((80, 4), float("nan"))
-    write_mel(tmp_path / "wrong.pt", wrong, load_vocoder(run).mel.config)
+    write_mel(tmp_path / "wrong.pt", wrong, trainer.load(run, model=Vocoder).mel.config)
     good = sound(tmp_path / "good.wav", 5000, 22050)
     assert made(run, tmp_path / "out", tmp_path / "other.npy", tmp_path / "wrong.pt", good) == 2
     told = capsys.readouterr()
@@ -125,7 +128,7 @@ def test_unusable_files_and_folders_are_named(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "hyperparams.yaml").write_text("mel: 1\n")
     assert made(tmp_path / "other", tmp_path / "out", good) == 2
-    assert "is no run of a vocoder: its hyperparams.yaml has no best" in (capsys.readouterr().err)
+    assert f"{tmp_path / 'other' / 'hyperparams.yaml'} builds no modules" in capsys.readouterr().err
 
 
 def test_the_weights_are_those_that_were_tested(run: Path) -> None:
@@ -133,17 +136,14 @@ def test_the_weights_are_those_that_were_tested(run: Path) -> None:
     (newest, *others) = checkpoints.list_checkpoints()
     assert others
     saved = checkpoints.read(newest)["brain"]["modules"]
-    voice = load_vocoder(run)
-    torch.testing.assert_close(voice.generator.first.bias.detach(), saved["generator.first.bias"])
-    ours = voice.generator.first.weight.detach()
-    direction = saved["generator.first.parametrizations.weight.original1"]
-    length = saved["generator.first.parametrizations.weight.original0"]
-    norm = direction.flatten(1).norm(dim=1).view_as(length)
-    torch.testing.assert_close(ours, length * direction / norm)
-    assert not any("parametrizations" in name for name in voice.generator.state_dict())
-    model = trainer.load(run)
-    assert isinstance(model, HiFiGAN)
-    assert torch.equal(model.modules.generator.first.bias, voice.generator.first.bias)
+    voice = trainer.load(run)
+    assert isinstance(voice, Vocoder)
+    assert voice.tasks() == ["vocode"]
+    trained = voice.modules.state_dict()
+    assert trained.keys() == {name for name in saved if name.startswith("generator.")}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in trained.items())
+    assert voice.hparams.discriminator is None  # It may be many times larger.
+    assert isinstance(trainer.load(run, brain=HiFiGAN), HiFiGAN)
 
 
 def test_the_best_weights_are_found_where_the_test_took_them(
@@ -164,7 +164,7 @@ def test_the_best_weights_are_found_where_the_test_took_them(
     first = checkpoints.list_checkpoints()[-1]
     assert f"testing with the weights of {first.path.name}" in (folder / "train.log").read_text()
     saved = checkpoints.read(first)["brain"]
-    name, voice = "generator.first.bias", load_vocoder(folder)
+    name, voice = "generator.first.bias", trainer.load(folder, model=Vocoder)
     mean = saved["ema"]["average"][name]
-    assert torch.equal(voice.generator.first.bias.detach(), mean)
+    assert torch.equal(voice.modules.generator.first.bias.detach(), mean)
     assert not torch.equal(mean, saved["modules"][name])

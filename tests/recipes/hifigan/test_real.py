@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from recipes.common.vocoder import load_vocoder
+import trainer
 from recipes.hifigan.data import folder
 from recipes.hifigan.train import train
+from recipes.hifigan.vocoder import Vocoder
 from tests.recipes.hifigan.test_train import HPARAMS, TINY
 from trainer import cli
 
@@ -45,6 +46,6 @@ def test_the_demo_says_what_was_said(tmp_path: Path) -> None:
     arguments = ["--output_folder", str(run), "--no-progressbar"]
     metrics = cli.main(train, [str(HPARAMS / "demo.yaml"), *arguments])
     assert metrics["mel_l1"] <= 0.60
-    vocoder = load_vocoder(run)
+    vocoder = trainer.load(run, model=Vocoder)
     rates = word_errors(vocoder, list(embedded(vocoder, 36)))
     assert rates["resynthesis"] - rates["original"] <= 25.0

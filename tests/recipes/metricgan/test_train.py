@@ -190,8 +190,8 @@ def test_files_keep_rate_length_and_channels(
     assert "broken.wav: it is not an audio file" in told.err
     header = soundfile.info(output / "stereo.flac")
     assert (header.samplerate, header.channels, header.frames) == (8000, 2, 8000)
-    brain: Any = trainer.load(moved)
-    expected = brain.network(wav[None])[0]
+    model: Any = trainer.load(moved)
+    expected = model.network(wav[None])[0]
     found = torch.from_numpy(soundfile.read(output / "mono.wav", dtype="float32")[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -200,10 +200,10 @@ def test_chunks_join_as_the_whole(voicebank: Path) -> None:
     """But for what a chunk's ends cannot know, which the overlap hides."""
     from recipes.common.streaming import Chunks, enhance_signal
 
-    brain: Any = trainer.load(voicebank)
+    model: Any = trainer.load(voicebank)
     wav = torch.cat([voice(1.5), 0.05 * noise(RATE, 1), voice(1.0)])[None]
-    whole = brain.network(wav)
-    chunked = enhance_signal(wav, brain.network, Chunks(RATE, RATE // 4, 4))
+    whole = model.network(wav)
+    chunked = enhance_signal(wav, model.network, Chunks(RATE, RATE // 4, 4))
     assert chunked.shape == whole.shape
     assert (chunked - whole).norm() < 0.05 * whole.norm()
 

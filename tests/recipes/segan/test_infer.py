@@ -11,7 +11,8 @@ import torch
 import trainer
 from recipes.common.streaming import enhance_signal
 from recipes.segan import infer
-from recipes.segan.train import Enhancer, train
+from recipes.segan.enhancer import SEGAN
+from recipes.segan.train import train
 from tests.recipes.common.speakers import RATE, noise, voice, write
 from tests.recipes.segan.test_train import HPARAMS, TINY, WARM
 from trainer import cli
@@ -56,10 +57,10 @@ def test_files_of_every_kind_come_out_as_they_were(
         assert after.samplerate == before.samplerate
         assert (after.frames, after.channels) == (before.frames, before.channels)
     # What is in it is what the network of the best checkpoint makes of it.
-    brain = trainer.load(run)
-    assert isinstance(brain, Enhancer)
+    model = trainer.load(run)
+    assert isinstance(model, SEGAN)
     heard = torch.from_numpy(soundfile.read(files[0], dtype="float32")[0])[None]
-    truth = enhance_signal(heard, brain.enhance, brain.hparams.chunks)[0].clamp(-1, 1)
+    truth = enhance_signal(heard, model.network, model.chunks)[0].clamp(-1, 1)
     found = soundfile.read(out / "plain.wav", dtype="float32")[0]
     assert np.abs(found - truth.numpy()).max() < 1e-4
 

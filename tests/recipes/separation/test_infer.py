@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 from torchaudio.functional import highpass_biquad, lowpass_biquad, resample
 
 import trainer
-from recipes.separation import infer
+from recipes.common.hearing import Source
+from recipes.separation import infer, separator
 from recipes.separation.scoring import Scores
-from recipes.separation.train import Separator, train
+from recipes.separation.separator import SpeechSeparator
+from recipes.separation.train import train
 from tests.recipes.separation.conftest import mixture_folder
 from tests.recipes.separation.test_train import HPARAMS, TINY
 from trainer import Checkpointer, cli
@@ -68,9 +71,9 @@ def test_tracks_add_up_to_the_mixture_as_well_as_they_can() -> None:
     generator = torch.Generator().manual_seed(0)
     sources = torch.randn(3, 8000, generator=generator)
     tracks = torch.tensor([[5.0], [-0.1], [1e-3]]) * sources
-    found = infer.scaled(tracks, sources.sum(0))
+    found = separator.scaled(tracks, sources.sum(0))
     torch.testing.assert_close(found, sources, atol=1e-3, rtol=0)
-    assert infer.scaled(torch.zeros(2, 100), torch.ones(100)).eq(0).all()
+    assert separator.scaled(torch.zeros(2, 100), torch.ones(100)).eq(0).all()
 
 
 class Fickle:
@@ -101,7 +104,9 @@ def test_speakers_stay_on_their_track_through_all_pieces(tmp_path: Path) -> None
     separate = Fickle()
     written = infer.separate_file(separate, tmp_path / "talk.wav", tmp_path)
     assert len(separate.lengths) >= 8
-    assert max(separate.lengths) <= (infer.PIECE + infer.OVERLAP) * RATE  # however long the file
+    assert (
+        max(separate.lengths) <= (separator.PIECE + separator.OVERLAP) * RATE
+    )  # however long the file
     tracks = [soundfile.read(path)[0] for path in written]
     assert [len(track) for track in tracks] == [len(low)] * 2
     if np.corrcoef(tracks[0], low)[0, 1] < 0.5:
@@ -156,7 +161,7 @@ def test_a_speaker_is_on_one_track_in_all_channels() -> None:
     mixture = torch.stack([each.sum(0) for each in heard])
     for orders in ([(0, 1), (1, 0), (1, 0)], [(1, 0), (1, 0), (0, 1)], [(0, 1)] * 3):
         mixed = [each[list(order)] for each, order in zip(heard, orders, strict=True)]
-        found = infer.aligned(mixed, mixture)
+        found = separator.aligned(mixed, mixture)
         assert found.shape == (2, 3, len(low))
         wanted = torch.stack([each[list(orders[0])] for each in heard], 1)
         torch.testing.assert_close(found, wanted)
@@ -181,7 +186,7 @@ def test_channels_of_a_long_file_stay_with_their_speakers(tmp_path: Path) -> Non
 def test_three_speakers_are_followed_as_well() -> None:
     before = torch.randn(3, 2, 500, generator=torch.Generator().manual_seed(0))
     after = torch.cat([before, torch.randn(3, 2, 300)], 2)
-    found = infer.follow(before, after[[2, 0, 1]])
+    found = separator.follow(before, after[[2, 0, 1]])
     torch.testing.assert_close(found, after)
 
 
@@ -207,8 +212,8 @@ def test_pieces_are_joined_without_a_click(tmp_path: Path) -> None:
 def test_pieces_cover_a_file(tmp_path: Path, seconds: float) -> None:
     path = sound(tmp_path / "long.wav", seconds, RATE)
     signal = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
-    found, overlap = torch.empty(1, 0), round(infer.OVERLAP * RATE)
-    for number, (piece, _) in enumerate(infer.pieces(path)):
+    found, overlap = torch.empty(1, 0), round(separator.OVERLAP * RATE)
+    for number, (piece, _) in enumerate(separator.pieces(Source(str(path)))):
         if number:
             assert torch.equal(found[:, -overlap:], piece[:, :overlap])
             assert piece.shape[1] > overlap
@@ -299,7 +304,7 @@ def test_the_best_weights_are_taken_as_in_the_test(
     folder = tmp_path / "run"
     cli.main(train, [str(HPARAMS / "wsj0mix.yaml"), "--output_folder", str(folder), *given])
     assert "testing with the weights of step-00000001" in (folder / "train.log").read_text()
-    assert isinstance(trainer.load(folder), Separator)
+    assert isinstance(trainer.load(folder), SpeechSeparator)
     checkpoints = Checkpointer(folder / "checkpoints")
     (best,) = checkpoints.find(max_key="si_snri")
     saved = checkpoints.read(best)["brain"]["modules"]
@@ -308,8 +313,8 @@ def test_the_best_weights_are_taken_as_in_the_test(
     class Seen(Exception):
         pass
 
-    def look(separate: infer.Tracks, *_: object) -> int:
-        for name, tensor in separate.brain.modules.state_dict().items():
+    def look(separate: MethodType, *_: object) -> int:
+        for name, tensor in separate.__self__.modules.state_dict().items():
             assert torch.equal(tensor, saved[name])
         raise Seen
 

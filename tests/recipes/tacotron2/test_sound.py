@@ -7,11 +7,13 @@ import pytest
 import soundfile
 import torch
 
+import trainer
 from recipes.common.griffin_lim import GriffinLim
 from recipes.common.mel import LogMel
-from recipes.common.vocoder import Generator, Vocoder
-from recipes.tacotron2 import sound
+from recipes.common.vocoder import Generator
+from recipes.hifigan.vocoder import Vocoder
 from recipes.tacotron2.sound import make_sound, write_sound
+from trainer.options import RunOptions
 
 
 def test_without_a_vocoder_it_is_griffin_and_lim() -> None:
@@ -23,12 +25,19 @@ def test_without_a_vocoder_it_is_griffin_and_lim() -> None:
 
 def test_a_vocoder_must_take_these_mels(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = LogMel(16000, 8, 512, 128)
-    vocoder = Vocoder(Generator(8, 16, (8, 16), (16, 32), (3,), ((1,),), 1), theirs)
-    monkeypatch.setattr(sound, "load_vocoder", lambda run, device: vocoder)
-    assert make_sound(LogMel(16000, 8, 512, 128), "run") is vocoder
-    told = "the vocoder run takes mels with sample_rate=16000; those that are .* have 22050"
-    with pytest.raises(ValueError, match=told):
-        make_sound(LogMel(22050, 8, 512, 128), "run")
+    generator = Generator(8, 16, (8, 16), (16, 32), (3,), ((1,),), 1)
+    modules = {"generator": generator, "mel": theirs}
+    vocoder = Vocoder(modules, {"best": None}, RunOptions(device="cpu"))
+    monkeypatch.setattr(trainer, "load", lambda run, device: vocoder)
+    mel = torch.randn(8, 10)
+    for given in ("run", vocoder):
+        made = make_sound(LogMel(16000, 8, 512, 128), given)
+        assert torch.equal(made(mel), vocoder.vocode(mel).samples[0])
+        with pytest.raises(ValueError, match="takes mels with sample_rate=16000; .* have 22050"):
+            make_sound(LogMel(22050, 8, 512, 128), given)
+    assert make_sound(theirs, torch.sum) is torch.sum
+    with pytest.raises(TypeError, match="vocoder is a int; allowed: a run folder or model of"):
+        make_sound(theirs, 3)
 
 
 def test_sounds_are_written_whole(tmp_path: Path) -> None:

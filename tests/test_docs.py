@@ -1,0 +1,79 @@
+"""Every code block of the documentation, as a reader would run it; `tests/pages.py` says how."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pages import DIRECTIVES, LANGUAGES, REASONS, ROOT, Block, Pages, blocks, pages
+
+BLOCKS = {str(page.relative_to(ROOT)): blocks(page) for page in pages()}
+ALL = [block for page in BLOCKS.values() for block in page]
+
+
+@pytest.fixture(scope="module")
+def run_page() -> Iterator[Pages]:
+    """Run the blocks of a page in a process of its own."""
+    server = Pages()
+    yield server
+    server.close()
+
+
+def check(found: dict[str, Any], page: str) -> None:
+    """Fail with what a block of a page did not do; skip where it lacks a package."""
+    if "failed" in found:
+        pytest.fail(f"{found['failed']}: {found['error']}", pytrace=False)
+    assert len(found["done"]) == len(BLOCKS[page])
+    missing = sorted({each for each in found["done"] if each.startswith("needs ")})
+    if missing:
+        pytest.skip(f"the rest passed; {', '.join(missing)}")
+
+
+@pytest.mark.parametrize("page", [name for name, found in BLOCKS.items() if found])
+def test_the_blocks_of_a_page_run(page: str, run_page: Pages, tmp_path: Path) -> None:
+    found = run_page(page, tmp_path)
+    print(page, found.get("done"))
+    check(found, page)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", sorted({b.page for b in ALL if "long" in b.directives}))
+def test_the_long_blocks_of_a_page_run(page: str, run_page: Pages, tmp_path: Path) -> None:
+    check(run_page(page, tmp_path, long=True), page)
+
+
+def test_every_block_is_found_and_says_how_it_is_run() -> None:
+    fences = sum(page.read_text().count("```") for page in pages())
+    assert fences == 2 * len(ALL) > 120
+    for block in ALL:
+        assert block.language in LANGUAGES, block.place
+        assert {*block.directives} <= DIRECTIVES, block.place
+        assert block.directives.get("not run", "a diagram") in REASONS, block.place
+
+
+def test_few_blocks_are_not_run_and_each_has_a_reason() -> None:
+    reasons = Counter(block.directives["not run"] for block in ALL if "not run" in block.directives)
+    assert sum(reasons.values()) <= MOST_NOT_RUN, reasons
+    assert not [
+        block.place for block in ALL if _is_program(block) and "not run" in block.directives
+    ]
+
+
+MOST_NOT_RUN = 20
+
+
+def _is_program(block: Block) -> bool:
+    return block.language in ("python", "yaml")
+
+
+def test_what_a_page_writes_is_used_by_a_later_block() -> None:
+    for found in BLOCKS.values():
+        for number, block in enumerate(found):
+            name = block.directives.get("file")
+            if name is not None:
+                stem = re.escape(Path(name).stem)
+                later = "\n".join(each.text for each in found[number + 1 :])
+                assert re.search(rf"\b{stem}\b", later), f"{block.place}: {name} is not used"

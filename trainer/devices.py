@@ -1,0 +1,95 @@
+"""Devices, and the modules of a Brain or of a trained model on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from trainer import distributed
+from trainer.checkpoint.saver_hooks import keep_in_state_dict
+from trainer.options import RunOptions, nearest
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this process.
+
+    Args:
+        name: "auto" (CUDA where there is one, else the CPU) or a torch device; "cuda" without an
+            index is one GPU per rank.
+
+    Raises:
+        ValueError: for a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:0, mps …") from None
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        index = device.index if device.index is not None else distributed.local_rank()
+        if index >= found:
+            raise ValueError(
+                f"device {name!r} asks for GPU {index}, but this machine has "
+                f"{found or 'no'} GPU{'s' if found != 1 else ''} that torch can use; "
+                "use --device cpu, or auto to take what there is"
+            )
+        return torch.device("cuda", index)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"device {name!r} is not available on this machine "
+            f"({str(error).partition(chr(10))[0]}); use --device cpu or auto"
+        ) from None
+    return device
+
+
+def prepare_modules(
+    modules: Mapping[str, nn.Module], options: RunOptions, device: torch.device
+) -> nn.ModuleDict:
+    """Return the modules by name on a device, compiled in place where the options ask for it.
+
+    Raises:
+        ValueError: for something that is no mapping of modules, for lazy modules without shapes,
+            and for an unknown name in compile_modules.
+    """
+    if not isinstance(modules, (Mapping, nn.ModuleDict)):
+        raise ValueError(
+            f"modules is a {type(modules).__name__}; allowed: a mapping from names to modules, "
+            "such as {'model': net}"
+        )
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"modules[{name!r}] is a {type(module).__name__}; allowed: a torch.nn.Module"
+            )
+        tensors = (*module.named_parameters(str(name)), *module.named_buffers(str(name)))
+        if unknown := [name for name, tensor in tensors if is_lazy(tensor)]:
+            raise ValueError(
+                f"the shape of {unknown[0]} is not known yet, since it is of a lazy module: run a "
+                "batch through the network, under torch.no_grad(), before it is given to the Brain"
+            )
+    chosen = options.compile_modules
+    for name in chosen or ():
+        if name not in modules:
+            raise ValueError(
+                f"compile_modules names {name!r}, which is not among the modules "
+                f"{', '.join(modules)}{nearest(name, modules)}"
+            )
+    if options.compile or chosen:
+        for name in modules if chosen is None else chosen:
+            modules[name].compile(mode=options.compile_mode)
+    try:
+        prepared = nn.ModuleDict(modules).to(device)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"modules has a name that cannot be one: {error.args[0]}") from None
+    for module in prepared.modules():
+        if type(module).to is not nn.Module.to:  # It may hold tensors that are no buffers.
+            module.to(device)
+    keep_in_state_dict(prepared)
+    return prepared
