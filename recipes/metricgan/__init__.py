@@ -4,6 +4,7 @@ Attributes:
     BRAIN: the Brain of a run, which trains and evaluates.
     MODEL: the model of a run, which `trainer.load` makes.
     INFER: what infer.py takes after the run folder, for the command that a run ends with.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
@@ -21,3 +22,8 @@ RUN_NAMES: tuple[str, ...] = (
     "phases.Phase",
 )
 YAML_NAMES: tuple[str, ...] = RUN_NAMES
+LIMITS: str = (
+    "The network was trained to raise one objective score, which is not what listeners hear: "
+    "speech may be damaged where the score rises. Noise, rooms and voices unlike those of the "
+    "training were not measured. The phase of the sound is left as it is."
+)

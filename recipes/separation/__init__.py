@@ -4,6 +4,7 @@ Attributes:
     BRAIN: the Brain of a run, which trains and evaluates.
     MODEL: the model of a run, which `trainer.load` makes.
     INFER: what infer.py takes after the run folder, for the command that a run ends with.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
@@ -24,4 +25,9 @@ YAML_NAMES: tuple[str, ...] = (
     "speech.embedded",
     "speech.recorded",
     "speech.wham",
+)
+LIMITS: str = (
+    "The number of speakers is fixed: it gives as many tracks with fewer or more people, too. It "
+    "was trained on mixtures of close voices without a room; voices that are alike, echoes and "
+    "noise make it worse. The order of the tracks has no meaning."
 )

@@ -34,13 +34,13 @@ from trainer.inference.cards import HYPERPARAMS_HEADER, write_card
 from trainer.inference.graphs import FILES, example_code, write_graph
 from trainer.inference.initialise import WEIGHTS
 from trainer.inference.loading import CHECKPOINTS, HYPERPARAMS, RECIPE, Origin, origin_of
+from trainer.inference.model import Model
 from trainer.options import BRAIN_KEYS, HINTS, nearest
 from trainer.untrusted import confined, no_modules_from
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
     from trainer.inference.graphs import Graph
-    from trainer.inference.model import Model
 
 DESCRIPTION = "export.json"
 FORMATS = ("safetensors", *FILES)
@@ -135,7 +135,7 @@ def _graph(model: Model | Brain, origin: Origin | None, modules: nn.ModuleDict, 
 
     A recipe has a function for it in graph.py, a class of a program a method.
     """
-    make = getattr(type(model), "graph", None)
+    make = getattr(type(model), "graph", None) if isinstance(model, Model) else None
     if make is not None:
         own: Graph = make(model, modules)
         return own
@@ -223,7 +223,7 @@ def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
     """Leave in a tree without references what a model needs, with paths below the folder.
 
     Returns:
-        The paths in the run folder that it names, relative to it.
+        The paths in the run folder that the model needs, relative to it.
     """
     for key, node in list(items(root)):
         training = key in BRAIN_KEYS or (key in HINTS and key not in KEPT)
@@ -235,15 +235,18 @@ def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
     put(root, "output_folder", ScalarNode(reading.STR, "."))
     if len(recipes) == 1:
         put(root, RECIPE, ScalarNode(reading.STR, recipes[0]))
-    found: dict[str, None] = {}
     for node in nodes(root):  # Shared values as they are, and shared objects by an alias.
         replace_children(node, lambda _, each: copy.copy(each) if _is_plain(each) else each)
+    needed: dict[str, None] = {}
     for node in nodes(root):
-        if isinstance(node, ScalarNode) and _is_path(node) and _inside(node.value, source):
-            below = os.path.relpath(node.value, source)
-            node.tag, node.value, node.style = "!ref", f"<output_folder>/{below}", None
-            found[below] = None
-    return list(found)
+        for _, each in items(node):
+            if isinstance(each, ScalarNode) and _is_path(each) and _inside(each.value, source):
+                place = os.path.relpath(each.value, source)
+                # A folder that no object is given may have anything of the training in it.
+                if object_name(node) or os.path.isfile(each.value):
+                    needed[place] = None
+                each.tag, each.value, each.style = "!ref", f"<output_folder>/{place}", None
+    return list(needed)
 
 
 def _is_plain(node: Node) -> bool:
