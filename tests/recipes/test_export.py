@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -16,9 +17,10 @@ import torch
 
 import trainer
 from tests.recipes.run_folder_attacks import tree
-from tests.recipes.small_runs import CASES, make_run
+from tests.recipes.small_runs import CASES, Case, make_run
 from tests.recipes.test_models import assert_same, noise
 from trainer.cli.commands import main
+from trainer.inference.initialise import initialise
 from trainer.inference.loading import open_run
 
 GRAPHS = {"asr", "hifigan", "segan", "separation"}
@@ -76,6 +78,47 @@ def test_an_exported_folder_loads_and_answers_as_the_run_wherever_it_lies(
     assert {"README.md", "export.json", "hyperparams.yaml", "model.safetensors"} <= names
     with open_run(moved) as opened:
         assert not opened.checkpointer.folder.exists()
+
+
+def test_what_a_run_has_of_its_source_alone_is_in_its_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from tests.recipes.finetune.small import save_encoder
+
+    if not hasattr(importlib.import_module("recipes.finetune"), "MODEL"):
+        pytest.skip("there is no model of it")
+    source = save_encoder(tmp_path / "source")
+    given = {"source": str(source), "precision": "fp32"}
+    case = Case("finetune/few.yaml", "transcribe", overrides=given, metrics={"cer": 1.0})
+    monkeypatch.setitem(CASES, "few", case)
+    (tmp_path / "run" / "prepared").mkdir(parents=True)
+    tokens = {"tokens": ["<blank>", " ", *"abcde"], "ids": None}
+    (tmp_path / "run" / "prepared" / "vocabulary.json").write_text(json.dumps(tokens))
+    run = make_run("few", tmp_path / "run")
+    with pytest.raises(ValueError, match="outside of it: name it, as in"):
+        trainer.load(run, "cpu")
+    assert main(["export", str(run), str(tmp_path / "out"), "--source", str(source)]) == 0
+    expected = answers("few", trainer.load(run, "cpu", overrides={"source": str(source)}))
+    shutil.rmtree(source)
+    assert_same(answers("few", trainer.load(tmp_path / "out", "cpu")), expected)
+    (standalone,) = (tmp_path / "out").glob("*.model")
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    assert AutoModel.from_pretrained(standalone).config.model_type == "wav2vec2"
+    AutoFeatureExtractor.from_pretrained(standalone)
+
+
+def test_a_new_run_starts_from_an_export(run: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = trainer.load(run("asr"), "cpu")
+    folder = trainer.export(model, tmp_path / "out")
+    with torch.no_grad():
+        wanted = {name: each.clone() for name, each in model.modules.named_parameters()}
+        for each in model.modules.parameters():
+            each.zero_()
+    initialise(model.modules, str(folder))
+    assert all(torch.equal(wanted[name], p) for name, p in model.modules.named_parameters())
 
 
 def graph_cases() -> list[Any]:
