@@ -3,10 +3,10 @@
 Attributes:
     BRAIN: the Brain of a run, which trains and evaluates.
     MODEL: the model of a run, which `trainer.load` makes.
-    LIMITS: what its models are not made for, in Markdown, which a model card shows.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
 """
 
 BRAIN: str = "train.Recogniser"

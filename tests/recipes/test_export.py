@@ -111,8 +111,11 @@ def test_what_a_run_has_of_its_source_alone_is_in_its_export(
 
 def test_a_new_run_starts_from_an_export(run: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    model = trainer.load(run("asr"), "cpu")
-    folder = trainer.export(model, tmp_path / "out")
+    copied = shutil.copytree(run("asr"), tmp_path / "1234")
+    assert main(["export", str(copied)]) == 0
+    assert main(["export", str(copied)]) == 2  # What is there is never written to.
+    folder = tmp_path / "1234-safetensors"  # Where no folder is named.
+    model = trainer.load(copied, "cpu")
     with torch.no_grad():
         wanted = {name: each.clone() for name, each in model.modules.named_parameters()}
         for each in model.modules.parameters():
