@@ -26,6 +26,7 @@ there (`RUNS`), and `<!-- recording: FILE -->` a second of sound, for the blocks
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -513,7 +514,18 @@ def _classifier(folder: Path) -> None:
         _start(["python", *recipe, *settings])
 
 
+def _small_run(recipe: str, folder: Path) -> None:
+    from tests.recipes.small_runs import make_run
+
+    folder.parent.mkdir(parents=True)
+    make_run(recipe, folder)
+
+
 RUNS = {"asr/demo": _recogniser, "finetune/classify": _classifier}
+RUNS |= {
+    f"{recipe}/demo": functools.partial(_small_run, recipe)
+    for recipe in ("hifigan", "metricgan", "segan", "separation", "tacotron2")
+}
 
 
 def run_page(name: str, folder: str, long: bool) -> dict[str, Any]:
