@@ -199,6 +199,14 @@ def check_finite(path: str | Path, samples: Tensor) -> None:
         raise BadItem(path, f"{wrong} of its samples are not finite numbers")
 
 
+def check_length(path: str | Path, samples: int, sample_rate: int, shortest: int) -> None:
+    """Raise BadItem for a file, or other source, of fewer samples than an encoder needs."""
+    if samples < shortest:
+        raise BadItem(
+            path, f"it has {samples} samples at {sample_rate} Hz; the encoder needs {shortest}"
+        )
+
+
 def check_made(path: str | Path, made: Tensor) -> None:
     """Raise BadItem where what a network made of a file is NaN or infinite."""
     if not torch.isfinite(made).all():

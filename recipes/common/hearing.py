@@ -111,13 +111,29 @@ def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], b
     return sounds, several
 
 
+def read_sound(sound: One, rate: int | None = None, *, at: int) -> Tensor:
+    """Return the samples (T,) of one sound, the mean of its channels.
+
+    Args:
+        sound: as in `given_sounds`, but not several.
+        rate: rate of samples that are given, in Hz.
+        at: wanted rate, in Hz.
+
+    Raises:
+        BadItem: a file cannot be used.
+        ValueError: samples without a rate, of another shape, empty, or not finite.
+        TypeError: something else was given.
+    """
+    return given_sound(sound, rate, "the sound").read(at)
+
+
 def given_sound(sound: One, rate: int | None, name: str) -> Source:
     """Return one of the sounds that `given_sounds` takes, with a name for messages."""
     if isinstance(sound, str | os.PathLike):
         return Source(str(Path(sound).expanduser()))
     told = isinstance(sound, Sound)  # which of its dimensions are channels
     if isinstance(sound, Sound):
-        sound, rate = sound.samples, sound.rate
+        rate, sound = sound.rate, sound.samples
     if rate is not None:
         rate = as_rate(rate)
     if not isinstance(sound, Tensor | np.ndarray):
@@ -237,15 +253,24 @@ def quietest(signal: Tensor, rate: int) -> int:
     return start + int(power.argmin()) * (1 + window // 4) + window // 2
 
 
-def batched(parts: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
+def batched(
+    parts: Iterable[Piece], most: int, shortest: int = 0, padded: bool = True
+) -> Iterator[list[Piece]]:
     """Yield pieces in batches, in order, of at most so many samples with their padding.
 
     A piece that is longer makes a batch of its own.
+
+    Args:
+        parts: the pieces.
+        most: samples of a batch.
+        shortest: samples that each piece is padded to, at least.
+        padded: False for batches of pieces of one length.
     """
     batch: list[Piece] = []
     for part in parts:
-        longest = max(len(each.signal) for each in [*batch, part])
-        if batch and longest * (len(batch) + 1) > most:
+        lengths = {len(each.signal) for each in [*batch, part]}
+        full = max(shortest, *lengths) * (len(batch) + 1) > most
+        if batch and (full or (len(lengths) > 1 and not padded)):
             yield batch
             batch = []
         batch.append(part)

@@ -1,7 +1,8 @@
 """Fine-tuning of pretrained speech models: recognition, sequence to sequence, classification.
 
 Attributes:
-    BRAIN: the Brain of a run by the object that its YAML builds, which `trainer.load` makes.
+    BRAIN: the Brain of a run, by the object that its YAML builds; it trains and evaluates.
+    MODEL: the model of a run, by the same, which `trainer.load` makes.
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
@@ -9,9 +10,15 @@ Attributes:
 
 BRAIN: dict[str, str] = {
     "ctc.CTC": "train.Recogniser",
-    "pooling.Embedding": "classify.Classifier",
-    "pretrain.MaskedPrediction": "pretrain.Pretrainer",
+    "pooling.Embedding": "train_classifier.Classifier",
+    "pretrain.MaskedPrediction": "train.Pretrainer",
     "whisper.Whisper": "train.Transcriber",
+}
+MODEL: dict[str, str] = {
+    "ctc.CTC": "transcriber.CTCTranscriber",
+    "pooling.Embedding": "classify.SoundClassifier",
+    "pretrain.MaskedPrediction": "embedder.EncoderFeatures",
+    "whisper.Whisper": "transcriber.WhisperTranscriber",
 }
 RUN_NAMES: tuple[str, ...] = (
     "classify.Labels",

@@ -8,6 +8,7 @@ the YAML may lack; nested keys are dotted. Values are YAML; an empty text is giv
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sys
@@ -87,6 +88,8 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     """
     path = yaml_path(argv)
     allowed, others = split_allowed(argv[1:])
+    if allowed and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # A recipe's own program lies elsewhere.
     configuration = Configuration(path, [*allow, *allowed])
     configuration.registry.downloads = True  # It is built in the run.
     transient: dict[str, Any] = {}
