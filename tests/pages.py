@@ -522,6 +522,12 @@ def _untrained(folder: Path) -> None:
     make_run(folder.parts[1], folder)
 
 
+# What every training imports. The server does it once, and not each program of each page.
+WARM = (
+    "torch", "torch._dynamo", "torch.onnx", "trainer", "trainer.cli.commands", "trainer.cli.run",
+    "trainer.defaults", "trainer.inference.loading", "trainer.report",
+)  # fmt: skip
+
 RUNS = {
     "asr/demo": _recogniser, "finetune/classify": _classifier, "hifigan/demo": _untrained,
     "metricgan/demo": _untrained, "segan/demo": _untrained, "separation/demo": _untrained,
@@ -586,11 +592,11 @@ class Pages:
 
 def serve() -> None:
     """Fork a process for each line of stdin, [page, folder, long], and print what it found."""
-    import torch
+    import importlib
 
-    import trainer  # noqa: F401
-
-    torch.set_num_threads(1)
+    for name in WARM:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
     results = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin:
