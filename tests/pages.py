@@ -516,18 +516,24 @@ def _classifier(folder: Path) -> None:
         _start(["python", *recipe, *settings])
 
 
-def _small_run(recipe: str, folder: Path) -> None:
+def _untrained(folder: Path) -> None:
     from tests.recipes.small_runs import make_run
 
     folder.parent.mkdir(parents=True)
-    make_run(recipe, folder)
+    make_run(folder.parts[1], folder)
 
 
-RUNS = {"asr/demo": _recogniser, "finetune/classify": _classifier}
-RUNS |= {
-    f"{recipe}/demo": functools.partial(_small_run, recipe)
-    for recipe in ("hifigan", "metricgan", "segan", "separation", "tacotron2")
-}
+# What every training imports. The server does it once, and not each program of each page.
+WARM = (
+    "torch", "torch._dynamo", "torch.onnx", "trainer", "trainer.cli.commands", "trainer.cli.run",
+    "trainer.defaults", "trainer.inference.loading", "trainer.report",
+)  # fmt: skip
+
+RUNS = {
+    "asr/demo": _recogniser, "finetune/classify": _classifier, "hifigan/demo": _untrained,
+    "metricgan/demo": _untrained, "segan/demo": _untrained, "separation/demo": _untrained,
+    "tacotron2/demo": _untrained, "tacotron2/ljspeech": _untrained,
+}  # fmt: skip
 
 
 def run_page(name: str, folder: str, long: bool) -> dict[str, Any]:
@@ -587,11 +593,11 @@ class Pages:
 
 def serve() -> None:
     """Fork a process for each line of stdin, [page, folder, long], and print what it found."""
-    import torch
+    import importlib
 
-    import trainer  # noqa: F401
-
-    torch.set_num_threads(1)
+    for name in WARM:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
     results = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin:
