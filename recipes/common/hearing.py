@@ -120,6 +120,22 @@ def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], b
     return sounds, several
 
 
+def read_sound(sound: One, rate: int | None = None, *, at: int) -> Tensor:
+    """Return the samples (T,) of one sound, the mean of its channels.
+
+    Args:
+        sound: as in `given_sounds`, but not several.
+        rate: rate of samples that are given, in Hz.
+        at: wanted rate, in Hz.
+
+    Raises:
+        BadItem: a file cannot be used.
+        ValueError: samples without a rate, of another shape, empty, or not finite.
+        TypeError: something else was given.
+    """
+    return _source(sound, rate, "the sound").read(at)
+
+
 def _source(sound: One, rate: int | None, name: str) -> Source:
     if isinstance(sound, str | os.PathLike):
         return Source(str(Path(sound).expanduser()))

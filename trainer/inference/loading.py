@@ -459,9 +459,7 @@ def load(
         torch.zeros(1, device=place)
     with open_run(run, overrides, allow) as opened, rng_kept():
         if (max_key or min_key) and is_export(opened.folder):
-            raise ValueError(
-                f"{run} is an export: it has no checkpoints to choose from by a metric"
-            )
+            raise ValueError(f"{run} is an export: there is no checkpoint to choose")
         kind = brain or model or opened.model_class()
         opened.check_class(kind)
         options = opened.options(*OF_THE_MODEL, device=device)
