@@ -163,19 +163,24 @@ class OpenRun:
     def recipes(self) -> list[str]:
         """Return the packages of the installed recipes whose objects the YAML builds.
 
-        One that maps such objects to its Brains counts alone: it may use others' data and texts.
-        An exported YAML names the package.
+        One that maps such objects to its Brains counts alone, and one whose objects a model needs
+        before one whose data are used. An exported YAML names the package.
         """
         named = get(self.configuration.root, RECIPE)
         if named is not None and named.value in recipe_packages():
             return [str(named.value)]
         names = self.names()
         brains = {each: getattr(sys.modules[each], "BRAIN", None) for each in recipe_packages()}
-        found = [
-            package
-            for package, brain in brains.items()
-            if brain is not None and any(name.startswith(f"{package}.") for name in names)
-        ]
+        only_trains = self.configuration.registry.is_for_training_only
+
+        def having(names: Collection[str]) -> list[str]:
+            return [
+                package
+                for package, brain in brains.items()
+                if brain is not None and any(name.startswith(f"{package}.") for name in names)
+            ]
+
+        found = having({name for name in names if not only_trains(name)}) or having(names)
         mapped = [
             package
             for package in found
