@@ -81,7 +81,7 @@ class Block:
 def pages() -> list[Path]:
     """Return the pages whose blocks are run."""
     folders = [ROOT.glob(each) for each in ("*.md", "docs/**/*.md", "recipes/*/README.md")]
-    return sorted(page for folder in folders for page in folder if page.name != "guide.md")
+    return sorted(page for folder in folders for page in folder)
 
 
 def blocks(page: Path) -> list[Block]:
@@ -304,15 +304,13 @@ class PageRun:
         exec(compile(block.text, str(path.absolute()), "exec"), names)
 
     def _yaml(self, block: Block) -> None:
-        from trainer.config.hyperparameters import Configuration
-        from trainer.options import RunOptions
+        from trainer.cli.arguments import configure
 
         path = Path(f".blocks/{Path(block.page).stem}-{block.line}.yaml")
         path.parent.mkdir(exist_ok=True)
         path.write_text(block.text)
         own = [Path(each).stem for each in self.written if each.endswith(".py")]
-        configuration = Configuration(path, own)
-        RunOptions.build(configuration.options())
+        configuration, _ = configure([str(path)], own)
         configuration.build()
         self.done.append("run")
 
@@ -366,7 +364,8 @@ class PageRun:
             return given[0] in ("ls", "cat", "head", "tail", "rm", "cp", "mkdir")
         named = [each for each in given[2:] if not each.startswith("-")]
         if given[1:2] in (["run"], ["sweep"]):
-            return given[2:3] == [] or given[2] in self.written or "--help" in given
+            trial = self.long and "--debug" in given  # A few batches of what the page has made.
+            return trial or given[2:3] == [] or given[2] in self.written or "--help" in given
         return "--help" in given or any([*Path().glob(each)] for each in named[:1])
 
     def _command(self, given: list[str]) -> None:
@@ -489,9 +488,12 @@ def _record(path: Path, pitch: float, rate: int = 16000, seed: int = 1) -> None:
 
 def _recogniser(folder: Path) -> None:
     from tests.recipes.run_folder_attacks import make_run
+    from trainer.cli.folder import HEADER
 
     folder.parent.mkdir(parents=True)
     make_run(folder)
+    file = folder / "hyperparams.yaml"
+    file.write_text(f"{HEADER}\n{file.read_text()}")
 
 
 def _classifier(folder: Path) -> None:
@@ -513,7 +515,24 @@ def _classifier(folder: Path) -> None:
         _start(["python", *recipe, *settings])
 
 
-RUNS = {"asr/demo": _recogniser, "finetune/classify": _classifier}
+def _untrained(folder: Path) -> None:
+    from tests.recipes.small_runs import make_run
+
+    folder.parent.mkdir(parents=True)
+    make_run(folder.parts[1], folder)
+
+
+# What every training imports. The server does it once, and not each program of each page.
+WARM = (
+    "torch", "torch._dynamo", "torch.onnx", "trainer", "trainer.cli.commands", "trainer.cli.run",
+    "trainer.defaults", "trainer.inference.loading", "trainer.report",
+)  # fmt: skip
+
+RUNS = {
+    "asr/demo": _recogniser, "finetune/classify": _classifier, "hifigan/demo": _untrained,
+    "metricgan/demo": _untrained, "segan/demo": _untrained, "separation/demo": _untrained,
+    "tacotron2/demo": _untrained, "tacotron2/ljspeech": _untrained,
+}  # fmt: skip
 
 
 def run_page(name: str, folder: str, long: bool) -> dict[str, Any]:
@@ -573,11 +592,11 @@ class Pages:
 
 def serve() -> None:
     """Fork a process for each line of stdin, [page, folder, long], and print what it found."""
-    import torch
+    import importlib
 
-    import trainer  # noqa: F401
-
-    torch.set_num_threads(1)
+    for name in WARM:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
     results = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin:

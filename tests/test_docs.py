@@ -1,5 +1,7 @@
 """Every code block of the documentation, as a reader would run it; `tests/pages.py` says how."""
 
+import importlib.util
+import pkgutil
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +10,11 @@ from typing import Any
 
 import pytest
 
+import trainer
 from tests.pages import DIRECTIVES, LANGUAGES, REASONS, ROOT, Block, Pages, blocks, pages
+from trainer.config.hyperparameters import describe
+from trainer.config.reading import compose, represent
+from trainer.options import RunOptions
 
 BLOCKS = {str(page.relative_to(ROOT)): blocks(page) for page in pages()}
 ALL = [block for page in BLOCKS.values() for block in page]
@@ -77,3 +83,51 @@ def test_what_a_page_writes_is_used_by_a_later_block() -> None:
                 stem = re.escape(Path(name).stem)
                 later = "\n".join(each.text for each in found[number + 1 :])
                 assert re.search(rf"\b{stem}\b", later), f"{block.place}: {name} is not used"
+
+
+# -------------------------------------------------------------------- the tables and the reference
+
+
+def scripted(name: str) -> Any:
+    """Return a module of scripts/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_options_has_every_option_with_its_default() -> None:
+    page = (ROOT / "docs/reference/options.md").read_text()
+    filled = scripted("docs_tables").on_page_markdown(page)
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \| .+ \| .+ \| .+ \|$", filled, re.MULTILINE))
+    assert [*rows] == RunOptions.names()
+    for name, default in vars(RunOptions()).items():
+        assert compose(rows[name], name).value == represent(default).value
+
+
+def test_the_tables_of_keys_have_every_key_of_their_yamls() -> None:
+    page = (ROOT / "docs/reference/recipes.md").read_text()
+    files = re.findall(r"<!-- table: keys (.*?) -->", page)
+    assert len(files) == 10
+    for file in files:
+        rows = re.findall(r"^\| `(.*?)` \|", scripted("docs_tables").table(f"keys {file}"), re.M)
+        assert rows == [key.name for key in describe(ROOT / file)]
+
+
+def test_the_reference_has_what_the_package_exports() -> None:
+    named = set()
+    for page in ROOT.glob("docs/reference/*.md"):
+        for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE):
+            named.add(id(pkgutil.resolve_name(name)))
+    aliases = {"RunOptions", "create_experiment_directory", "ddp_init_group", "dump_hyperpyyaml"}
+    aliases |= {"load_hyperpyyaml", "parse_arguments"}  # Names of SpeechBrain's, and a table.
+    missing = {name for name in trainer.__all__ if id(getattr(trainer, name)) not in named}
+    assert missing - aliases <= {"Callback"}  # In its module.
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
+    assert listed == pages

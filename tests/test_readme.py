@@ -1,12 +1,9 @@
 """Commands that the texts name; `test_docs.py` runs the code blocks."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -75,32 +72,3 @@ def test_every_training_command_of_the_documentation_has_known_keys(
             pytest.fail(f"{page}: {shlex.join(given)}: {error}")
     assert len(seen) > 40
     assert len({page for page, _ in seen}) > 15
-
-
-def test_the_programs_of_the_guide_run(tmp_path: Path) -> None:
-    blocks = re.findall(
-        r"```(?:python|yaml)\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL
-    )
-    program, items, recipe, settings = blocks
-    names: dict[str, Any] = {}
-    exec(items, names)
-    assert names["item"]["sig"].shape == (16000,)
-    (tmp_path / "program.py").write_text(program)
-    (tmp_path / "spotter.py").write_text(program[: program.index("def train(run)")])
-    (tmp_path / "train.py").write_text(recipe)
-    (tmp_path / "spotter.yaml").write_text(settings)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    calls = re.findall(r"`(trainer\.load\(.*?\))`", (ROOT / "docs" / "guide.md").read_text())
-    assert len(calls) == 2
-    lines = [f"assert {call.replace('load(run', 'load(folder')}.modules.net.conv" for call in calls]
-    text = "\n".join(["import trainer", "from spotter import Net, Spotter", *lines])
-    (tmp_path / "use.py").write_text(text.replace("folder", "'results/spotter/1234'"))
-    for command in (["program.py"], ["train.py", "spotter.yaml"], ["use.py"]):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        trained = command != ["use.py"]
-        assert bool(re.search(r"^test: acc=1.00$", done.stdout, re.MULTILINE)) == trained
-        assert "warning" not in done.stderr

@@ -163,8 +163,8 @@ class Forward(soundfile.SoundFile):
         return False
 
 
-def read_blocks(path: str | Path) -> Iterator[Tensor]:
-    """Read a file in blocks (C, ·) of ``BLOCK`` samples.
+def read_blocks(path: str | Path, size: int | None = None) -> Iterator[Tensor]:
+    """Read a file in blocks (C, ·) of so many samples; None: ``BLOCK``.
 
     Raises BadItem for data that are cut or not finite.
     """
@@ -173,7 +173,7 @@ def read_blocks(path: str | Path) -> Iterator[Tensor]:
     with Forward(for_soundfile(path)) as file:
         while True:
             try:
-                data = torch.from_numpy(file.read(BLOCK, dtype="float32", always_2d=True))
+                data = torch.from_numpy(file.read(size or BLOCK, dtype="float32", always_2d=True))
             except soundfile.SoundFileError as error:
                 raise BadItem(path, f"its data are cut or broken ({error})") from error
             if not len(data):
@@ -197,6 +197,14 @@ def check_finite(path: str | Path, samples: Tensor) -> None:
     wrong = samples.numel() - int(torch.isfinite(samples).sum())
     if wrong:
         raise BadItem(path, f"{wrong} of its samples are not finite numbers")
+
+
+def check_length(path: str | Path, samples: int, sample_rate: int, shortest: int) -> None:
+    """Raise BadItem for a file, or other source, of fewer samples than an encoder needs."""
+    if samples < shortest:
+        raise BadItem(
+            path, f"it has {samples} samples at {sample_rate} Hz; the encoder needs {shortest}"
+        )
 
 
 def check_made(path: str | Path, made: Tensor) -> None:

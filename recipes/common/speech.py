@@ -93,6 +93,14 @@ def one_voice_reading(
     return _speak([(READER, text) for text in texts], sample_rate)
 
 
+def spoken_words(split: str, words: Sequence[str], sample_rate: int = 16000) -> list[Utterance]:
+    """Return each word by each voice of a split, as a keyword spotter learns them."""
+    voices = _voices(split, None)
+    return _speak(
+        [(_delivered(each, word), word) for word in words for each in voices], sample_rate
+    )
+
+
 def to_cuts(utterances: Sequence[Utterance]) -> CutSet:
     """The utterances as lhotse's cuts, each with one supervision: its text, speaker and gender."""
     from lhotse import CutSet

@@ -60,6 +60,11 @@ class CTC(nn.Module):
         """Return the number of frames of so many samples: of a number, or of a tensor."""
         return self.encoder.frames(samples)
 
+    def frame_times(self) -> tuple[float, float]:
+        """Return the middle of the first frame, and the time to the next, in seconds."""
+        encoder = self.encoder
+        return encoder.shortest / 2 / encoder.rate, encoder.hop / encoder.rate
+
     def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S), zero-padded, and samples (B,) to log probabilities (B, T, V) and frames (B,)."""
         features, frames = self.encoder(wavs, lengths)

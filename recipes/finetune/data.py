@@ -7,18 +7,22 @@ its layout, connected digits, and the embedded speech.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from recipes.asr.data import SPLITS, Corpus
 from recipes.common.audio import check_recordings
 from recipes.common.cuts import cut_of
-from recipes.common.loading import DurationBatches, Speech
+from recipes.common.loading import DurationBatches, Speech, filter_by_duration, transcript
 from recipes.common.paths import inside
 from recipes.common.tables import TableError, named, read_rows
 from recipes.finetune.model import PretrainedEncoder
+from recipes.finetune.whisper import Whisper
 
 try:
     from lhotse import CutSet, MonoCut, MultiCut
@@ -157,3 +161,71 @@ def padding_limit(given: float | None, encoder: PretrainedEncoder) -> float:
     if given is not None:
         return given
     return NEAR if encoder.reads_padding else 1.0
+
+
+# ---------------------------------------------------------------------------------------- Whisper
+
+
+class LogMelSpeech(Speech):
+    """Utterances ``{"id": str, "features": (M, F), …}`` with the features of a Whisper."""
+
+    def __init__(self, *args: Any, features: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.features = features
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return {**item, "features": self.features(item.pop("sig"))}
+
+
+def whisper_datasets(
+    corpus: Corpus,
+    model: Whisper,
+    lengths: Sequence[float],
+    speeds: Sequence[float] = (1.0,),
+    resample: bool = False,
+) -> dict[str, LogMelSpeech]:
+    """Return the datasets of train, valid and test; their items are id, features, text and tokens.
+
+    To train are left out what does not last ``lengths`` seconds, and texts of more tokens than the
+    model has room for. Valid and test must fit.
+
+    Raises:
+        ValueError: an utterance does not fit, or none is left to train on.
+    """
+    shortest, longest = lengths
+    longest = min(longest, model.samples / model.rate / max(1.0, 1 / min(speeds)))
+    cuts = {**corpus, "train": filter_by_duration(corpus["train"], shortest, longest)}
+    room = model.config.max_target_positions - len(model.prompt)
+
+    def labels(cut: Any) -> dict[str, Any]:
+        text = transcript(cut)["text"]
+        return {"text": text, "tokens": torch.tensor(model.encode(text))}
+
+    long = {
+        split: [cut.id for cut in each if len(labels(cut)["tokens"]) > room]
+        for split, each in cuts.items()
+    }
+    for split in ("valid", "test"):
+        if long[split]:
+            raise ValueError(
+                f"{len(long[split])} texts of {split} have more than the {room} tokens that the "
+                f"model has room for: the first is that of {long[split][0]}"
+            )
+    cuts["train"] = cuts["train"].filter(lambda cut: cut.id not in long["train"]).to_eager()
+    if not len(cuts["train"]):
+        raise ValueError(f"no text to train on has {room} tokens or fewer")
+    found = {
+        split: LogMelSpeech(
+            each,
+            model.rate,
+            labels,
+            speeds if split == "train" else (1.0,),
+            resample,
+            features=model.features,
+        )
+        for split, each in cuts.items()
+    }
+    for split, each in found.items():
+        check_durations(each, split, 1, model.samples)
+    return found

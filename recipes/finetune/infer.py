@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trainer
-from recipes.asr.infer import LONGEST, pieces
+from recipes.asr.transcriber import PieceTranscriber
 from recipes.common.command import each_of, file_path, told
-from recipes.finetune.classify import Classifier, described
-from recipes.finetune.train import Recogniser, Transcriber
-from trainer import Brain
+from recipes.finetune.classify import SoundClassifier
+from recipes.finetune.embedder import Embedder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,35 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(given: argparse.Namespace) -> int:
     """Print what is found in each file; gives the exit code."""
     source = {} if given.source is None else {"source": given.source}
-    brain = trainer.load(given.run, given.device, overrides=source)
-
-    def print_line(path: str) -> None:
-        print(f"{path}\t{answer(brain, path)}", flush=True)
-
-    return each_of(given.files, print_line)
+    model = trainer.load(given.run, given.device, overrides=source)
+    if not isinstance(model, PieceTranscriber | Embedder):
+        raise ValueError(f"{given.run} is no run of recipes.finetune: its model is {model!r}")
+    return each_of(given.files, lambda path: print(f"{path}\t{answer(model, path)}", flush=True))
 
 
-def answer(brain: Brain, path: str | Path) -> str:
+def answer(model: PieceTranscriber | Embedder, path: str | Path) -> str:
     """Return the text, the label or the embedding of a file, as text.
 
     Raises:
-        BadItem: the file cannot be used.
-        ValueError: the model is none that answers, or the file is shorter than its frames.
+        BadItem: the file cannot be used, or is too short.
     """
-    if isinstance(brain, Classifier):
-        return described(brain, path)
-    if not isinstance(brain, Recogniser | Transcriber):
-        raise ValueError(f"a run of {type(brain).__name__} transcribes and classifies nothing")
-    longest = LONGEST
-    if isinstance(brain, Transcriber):  # What it takes, less the rounding of resampled pieces.
-        longest = min(longest, 0.99 * brain.modules.model.samples / brain.modules.model.rate)
-    texts = []
-    for piece in pieces(path, brain.hparams.sample_rate, longest):
-        try:
-            texts.append(brain.transcribe(piece))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return " ".join(filter(None, texts))
+    if isinstance(model, PieceTranscriber):
+        return str(model.transcribe(path))
+    if isinstance(model, SoundClassifier) and not model.hparams.verify:
+        found = model.classify(path)
+        return f"{found.label}\t{found.probability:.4f}"
+    return " ".join(f"{each:.6g}" for each in model.embed(path).vector.tolist())
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.audio import check_recordings, read_audio
+from recipes.common.audio import check_length, check_recordings, read_audio
 from recipes.common.cuts import sound_of, sounds
 from recipes.common.paths import inside
 from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
 from recipes.finetune.trials import check_names, read_trials
-from trainer.data import BadItem, item_seed
+from trainer.data import item_seed
 from trainer.seed import derive
 
 logger = logging.getLogger(__name__)
@@ -523,7 +523,7 @@ class Labelled(Dataset[dict[str, Any]]):
         free = max(0.0, each.seconds - self.seconds)
         start = random.Random(item_seed(each.id)).uniform(0, free) if self.train else free / 2
         signal = read_part(each.path, self.sample_rate, start, self.seconds if free else None)
-        check_length(each.path, signal, self.sample_rate, self.shortest)
+        check_length(each.path, len(signal), self.sample_rate, self.shortest)
         number = self.numbers.get(each.label, -1)  # -1: of a speaker that is to be new
         return {"id": each.id, "sig": signal, "label": number, "name": each.label}
 
@@ -535,12 +535,3 @@ def read_part(
     return read_audio(
         path, sample_rate, start=start, duration=seconds, channel="mean", resample=True
     )
-
-
-def check_length(path: str | Path, signal: Tensor, sample_rate: int, shortest: int) -> None:
-    """Raise BadItem for a file, or other source, of fewer samples than an encoder needs."""
-    if len(signal) < shortest:
-        raise BadItem(
-            path,
-            f"it has {len(signal)} samples at {sample_rate} Hz; the encoder needs {shortest}",
-        )

@@ -7,22 +7,19 @@ log-mel energies of three frames, normalised over the utterance, where HuBERT ha
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recipes.asr.model import LogMel, padding_mask
-from recipes.common.loading import Speech
 from recipes.finetune.model import PretrainedEncoder, drawn_spans
-from trainer import Brain, Stage, distributed
 from trainer.seed import derive
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from recipes.common.loading import Speech
 
 ROUNDS = 20  # of k-means
 HEARD = 400  # utterances that the clusters are found on
@@ -105,46 +102,6 @@ class MaskedPrediction(nn.Module):
         clusters = self.assign(self.features(wavs, lengths))
         features, _ = self.encoder(wavs, lengths, masked)
         return Prediction(self.predict(features).float(), clusters, masked, beyond.logical_not())
-
-
-class Pretrainer(Brain):
-    """Learns the clusters of masked frames, and with ``heard_weight`` those of the others.
-
-    Reports the share of masked frames whose cluster is right.
-    """
-
-    best_checkpoint: ClassVar = {"max_key": "accuracy"}
-
-    def compute_forward(self, batch: Any, stage: Stage) -> Prediction:
-        found: Prediction = self.modules.model(*batch.sig)
-        return found
-
-    def compute_objectives(self, predictions: Prediction, batch: Any, stage: Stage) -> Tensor:
-        scores, clusters, masked, valid = predictions
-        losses = nn.functional.cross_entropy(scores.mT, clusters, reduction="none")
-        heard = valid & masked.logical_not()
-        if stage is not Stage.TRAIN:
-            right = (scores.argmax(-1) == clusters)[masked]
-            self.right += int(right.sum())
-            self.asked += len(right)
-        return mean(losses, masked) + self.hparams.heard_weight * mean(losses, heard)
-
-    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
-        self.right = self.asked = 0
-
-    def on_stage_end(
-        self, stage: Stage, stage_loss: Any, epoch: int | None = None
-    ) -> Mapping[str, float] | None:
-        if stage is Stage.TRAIN:
-            return None
-        counts = torch.tensor([self.right, self.asked], dtype=torch.float64)
-        distributed.all_reduce_sum_(counts)
-        return {"accuracy": float(counts[0] / counts[1].clamp(min=1))}
-
-
-def mean(losses: Tensor, chosen: Tensor) -> Tensor:
-    """Return the mean of the losses that are chosen; 0 where none is."""
-    return losses.masked_fill(chosen.logical_not(), 0.0).sum() / chosen.sum().clamp(min=1)
 
 
 def export(encoder: PretrainedEncoder, folder: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,19 @@ from recipes.asr.model import padding_mask
 from recipes.asr.train import Recogniser as CTCRecogniser
 from recipes.asr.train import TextBrain
 from recipes.common.loading import Speech, filter_by_duration
-from recipes.finetune import classify, demo, whisper
+from recipes.finetune import demo, train_classifier
 from recipes.finetune.ctc import CTC
-from recipes.finetune.data import check_durations, check_rate, loader_options, padding_limit
-from recipes.finetune.pretrain import MaskedPrediction, Pretrainer, export
+from recipes.finetune.data import (
+    check_durations,
+    check_rate,
+    loader_options,
+    padding_limit,
+    whisper_datasets,
+)
+from recipes.finetune.pretrain import MaskedPrediction, Prediction, export
 from recipes.finetune.sources import begin
 from recipes.finetune.whisper import Whisper
-from trainer import Stage, distributed
+from trainer import Brain, Stage, distributed
 from trainer.processes import call_when_orphaned
 
 logger = logging.getLogger(__name__)
@@ -70,15 +76,6 @@ class Transcriber(TextBrain):
             return text
         return " ".join(self.modules.model.tokenizer.basic_normalize(text).split())
 
-    @torch.inference_mode()
-    def transcribe(self, signal: Tensor) -> str:
-        """Transcribe samples (S,) at the rate of the model, of at most the 30 s that it takes."""
-        self.modules.eval()
-        model = self.modules.model
-        with self.autocast(Stage.TEST):
-            heard = model.generate(model.features(signal)[None].to(self.device))
-        return self.texts(heard)[0]
-
 
 class Recogniser(CTCRecogniser):
     """Recogniser of the recipe `recipes.asr`, whose model has a pretrained encoder.
@@ -92,6 +89,46 @@ class Recogniser(CTCRecogniser):
         return {"min_key": getattr(self.hparams, "best", "wer")}  # Earlier runs have none.
 
 
+class Pretrainer(Brain):
+    """Learns the clusters of masked frames, and with ``heard_weight`` those of the others.
+
+    Reports the share of masked frames whose cluster is right.
+    """
+
+    best_checkpoint: ClassVar = {"max_key": "accuracy"}
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Prediction:
+        found: Prediction = self.modules.model(*batch.sig)
+        return found
+
+    def compute_objectives(self, predictions: Prediction, batch: Any, stage: Stage) -> Tensor:
+        scores, clusters, masked, valid = predictions
+        losses = nn.functional.cross_entropy(scores.mT, clusters, reduction="none")
+        heard = valid & masked.logical_not()
+        if stage is not Stage.TRAIN:
+            right = (scores.argmax(-1) == clusters)[masked]
+            self.right += int(right.sum())
+            self.asked += len(right)
+        return _mean(losses, masked) + self.hparams.heard_weight * _mean(losses, heard)
+
+    def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
+        self.right = self.asked = 0
+
+    def on_stage_end(
+        self, stage: Stage, stage_loss: Any, epoch: int | None = None
+    ) -> Mapping[str, float] | None:
+        if stage is Stage.TRAIN:
+            return None
+        counts = torch.tensor([self.right, self.asked], dtype=torch.float64)
+        distributed.all_reduce_sum_(counts)
+        return {"accuracy": float(counts[0] / counts[1].clamp(min=1))}
+
+
+def _mean(losses: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean of the losses that are chosen; 0 where none is."""
+    return losses.masked_fill(chosen.logical_not(), 0.0).sum() / chosen.sum().clamp(min=1)
+
+
 def train(run: trainer.Run) -> dict[str, float]:
     """Train what the YAML builds, and test the best checkpoint (or the mean of the best)."""
     if run.hparams.get("ends_with_parent"):
@@ -100,7 +137,7 @@ def train(run: trainer.Run) -> dict[str, float]:
         return demo.run(run)
     model = run.hparams["modules"].get("model")
     if model is None:
-        return classify.train(run)
+        return train_classifier.train(run)
     if isinstance(model, Whisper):
         return train_whisper(run)
     if isinstance(model, MaskedPrediction):
@@ -141,7 +178,7 @@ def train_whisper(run: trainer.Run) -> dict[str, float]:
     hparams = run.hparams
     model: Whisper = hparams["modules"]["model"]
     check_rate(hparams["sample_rate"], model.rate)
-    sets = whisper.datasets(
+    sets = whisper_datasets(
         hparams["corpus"](), model, hparams["lengths"], hparams["speeds"], hparams["resample"]
     )
     begin(model, run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,6 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from recipes.asr.data import Corpus
-from recipes.common.loading import Speech, filter_by_duration, transcript
-from recipes.finetune.data import check_durations
 from recipes.finetune.sources import described, keep, loaded, made, tokenizer_of
 from trainer.evaluation import rng_kept
 
@@ -140,12 +137,34 @@ class Whisper(nn.Module):
         logits: Tensor = self.model(input_features=features, decoder_input_ids=given).logits
         return logits[:, len(self.prompt) - 1 :]
 
-    @torch.no_grad()
     def generate(self, features: Tensor) -> list[list[int]]:
         """Return the tokens of each utterance (B, M, F) behind the prompt, at most ``longest``."""
+        tokens: list[list[int]] = (
+            self._generated(features).sequences[:, len(self.prompt) :].tolist()
+        )
+        return tokens
+
+    def recognise(self, features: Tensor) -> list[tuple[list[int], list[float]]]:
+        """Return the tokens of each utterance without the end, and the probability of each."""
+        found = self._generated(features, output_scores=True)
+        log_probs = self.model.compute_transition_scores(
+            found.sequences,
+            found.scores,
+            getattr(found, "beam_indices", None),
+            normalize_logits=True,
+        )
+        rows = found.sequences[:, len(self.prompt) :].tolist()
+        heard = []
+        for row, scores in zip(rows, log_probs.float().exp().tolist(), strict=True):
+            count = row.index(self.end) if self.end in row else len(row)
+            heard.append((row[:count], scores[:count]))
+        return heard
+
+    @torch.no_grad()
+    def _generated(self, features: Tensor, **more: Any) -> Any:
         prompt = torch.tensor(self.prompt, device=features.device).expand(len(features), -1)
         # Not Whisper's own `generate`, which chooses prompts and goes on behind 30 s.
-        found = GenerationMixin.generate(
+        return GenerationMixin.generate(
             self.model,
             inputs=features,
             attention_mask=torch.ones_like(features[:, 0], dtype=torch.long),  # All of the 30 s.
@@ -155,74 +174,9 @@ class Whisper(nn.Module):
             num_beams=self.beams,
             eos_token_id=self.end,
             pad_token_id=self.end,
+            return_dict_in_generate=True,
+            **more,
         )
-        texts: list[list[int]] = found[:, len(self.prompt) :].tolist()
-        return texts
-
-
-class LogMelSpeech(Speech):
-    """Utterances ``{"id": str, "features": (M, F), …}`` with the features of a Whisper."""
-
-    def __init__(self, *args: Any, features: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.features = features
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = super().__getitem__(index)
-        return {**item, "features": self.features(item.pop("sig"))}
-
-
-def datasets(
-    corpus: Corpus,
-    model: Whisper,
-    lengths: Sequence[float],
-    speeds: Sequence[float] = (1.0,),
-    resample: bool = False,
-) -> dict[str, LogMelSpeech]:
-    """Return the datasets of train, valid and test; their items are id, features, text and tokens.
-
-    To train are left out what does not last ``lengths`` seconds, and texts of more tokens than the
-    model has room for. Valid and test must fit.
-
-    Raises:
-        ValueError: an utterance does not fit, or none is left to train on.
-    """
-    shortest, longest = lengths
-    longest = min(longest, model.samples / model.rate / max(1.0, 1 / min(speeds)))
-    cuts = {**corpus, "train": filter_by_duration(corpus["train"], shortest, longest)}
-    room = model.config.max_target_positions - len(model.prompt)
-
-    def labels(cut: Any) -> dict[str, Any]:
-        text = transcript(cut)["text"]
-        return {"text": text, "tokens": torch.tensor(model.encode(text))}
-
-    long = {
-        split: [cut.id for cut in each if len(labels(cut)["tokens"]) > room]
-        for split, each in cuts.items()
-    }
-    for split in ("valid", "test"):
-        if long[split]:
-            raise ValueError(
-                f"{len(long[split])} texts of {split} have more than the {room} tokens that the "
-                f"model has room for: the first is that of {long[split][0]}"
-            )
-    cuts["train"] = cuts["train"].filter(lambda cut: cut.id not in long["train"]).to_eager()
-    if not len(cuts["train"]):
-        raise ValueError(f"no text to train on has {room} tokens or fewer")
-    found = {
-        split: LogMelSpeech(
-            each,
-            model.rate,
-            labels,
-            speeds if split == "train" else (1.0,),
-            resample,
-            features=model.features,
-        )
-        for split, each in cuts.items()
-    }
-    for split, each in found.items():
-        check_durations(each, split, 1, model.samples)
-    return found
 
 
 def _check_frames(source: str, config: Any, extractor: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.recipes.finetune.small import save_whisper
 from trainer import Checkpointer
 from trainer.config.hyperparameters import Configuration
 
@@ -27,6 +29,8 @@ class Case:
         overrides: keys of the YAML, for a small network.
         metrics: of its checkpoint, by which the recipe chooses.
         not_imported: modules of the recipe that loading must not import.
+        prepare: writes what else is in the run folder.
+        needs: package without which the model is not tested.
         seed: of the random weights.
     """
 
@@ -36,7 +40,41 @@ class Case:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     not_imported: tuple[str, ...] = ()
+    prepare: Callable[[Path], object] = lambda folder: None
+    needs: str = "torch"
     seed: int = 0
+
+
+FINETUNE = (
+    "recipes.finetune.train", "recipes.finetune.train_classifier", "recipes.finetune.data",
+    "recipes.finetune.labelled", "recipes.asr.train",
+)  # fmt: skip
+NETWORK = {
+    "width": 16,
+    "precision": "fp32",
+    "network": {
+        "num_hidden_layers": 1, "num_attention_heads": 2, "conv_dim": [8, 16],
+        "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+    },
+}  # fmt: skip
+
+
+def characters(folder: Path) -> None:
+    """Write the vocabulary of a run."""
+    (folder / "prepared").mkdir(parents=True)
+    tokens = {"tokens": ["<blank>", " ", *"abcde"], "ids": None}
+    (folder / "prepared" / "vocabulary.json").write_text(json.dumps(tokens))
+
+
+def labels(folder: Path) -> None:
+    """Write the labels of a run."""
+    (folder / "prepared").mkdir(parents=True)
+    (folder / "prepared" / "labels.json").write_text('["one", "two", "three"]')
+
+
+def whisper(folder: Path) -> None:
+    """Write the description of a Whisper with random weights."""
+    save_whisper(folder / "prepared" / "model")
 
 
 CASES: dict[str, Case] = {
@@ -50,6 +88,49 @@ CASES: dict[str, Case] = {
         metrics={"wer": 1.0},
         not_imported=("recipes.asr.train", "recipes.asr.data", "recipes.asr.scoring"),
         seed=2,
+    ),
+    "ctc": Case(
+        "finetune/few.yaml",
+        "transcribe",
+        overrides=NETWORK,
+        metrics={"cer": 1.0, "wer": 1.0},
+        not_imported=FINETUNE,
+        prepare=characters,
+        needs="transformers",
+        seed=2,
+    ),
+    "whisper": Case(
+        "finetune/whisper.yaml",
+        "transcribe",
+        overrides={"source": "the/hub", "data_folder": "none", "model": {"longest": 6}},
+        metrics={"wer": 1.0},
+        not_imported=FINETUNE,
+        prepare=whisper,
+        needs="transformers",
+    ),
+    "pretrain": Case(
+        "finetune/pretrain.yaml",
+        "embed",
+        overrides=NETWORK,
+        metrics={"accuracy": 1.0},
+        not_imported=FINETUNE,
+        needs="transformers",
+    ),
+    "classify": Case(
+        "finetune/speaker.yaml",
+        "classify",
+        overrides={"encoder": {"size": 12}, "data_folder": "none", "seconds_tested": 0.3},
+        metrics={"eer": 1.0},
+        not_imported=FINETUNE,
+        prepare=labels,
+    ),
+    "speaker": Case(
+        "finetune/speaker.yaml",
+        "embed",
+        overrides={"encoder": {"size": 12}, "data_folder": "none", "seconds_tested": 0.3},
+        metrics={"eer": 1.0},
+        not_imported=FINETUNE,
+        prepare=labels,
     ),
     "metricgan": Case(
         "metricgan/demo.yaml",
@@ -96,7 +177,7 @@ CASES: dict[str, Case] = {
         "synthesise",
         given="text",
         overrides={
-            "data_folder": "missing", "longest": 0.5,
+            "data_folder": "missing", "sample_rate": 16000, "longest": 0.5,
             "model": {"net": {
                 "symbol_embedding_dim": 8, "encoder_embedding_dim": 8, "encoder_n_convolution": 1,
                 "attention_rnn_dim": 10, "attention_hidden_dim": 6, "decoder_rnn_dim": 10,
@@ -109,7 +190,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-class _Saved:
+class Saved:
     """State of a Brain, as far as a model needs it."""
 
     def __init__(self, modules: nn.ModuleDict) -> None:
@@ -125,12 +206,13 @@ class _Saved:
 def make_run(name: str | Case, folder: Path) -> Path:
     """Make the folder of a run of a case, with a checkpoint of random weights."""
     case = CASES[name] if isinstance(name, str) else name
+    case.prepare(folder)
     configuration = Configuration(HPARAMS / case.yaml)
     configuration.override({**case.overrides, "output_folder": str(folder)})
     torch.manual_seed(case.seed)
     hparams = configuration.build()
     checkpointer = Checkpointer(folder / "checkpoints")
-    checkpointer.add_recoverable("brain", _Saved(nn.ModuleDict(hparams["modules"])))
+    checkpointer.add_recoverable("brain", Saved(nn.ModuleDict(hparams["modules"])))
     checkpointer.save_checkpoint(meta=case.metrics)
     (folder / "hyperparams.yaml").write_text(f"# resolved\n{configuration.dump()}")
     return folder

@@ -195,6 +195,9 @@ def test_overrides_reach_below_objects_and_add_arguments_and_run_options(write: 
     assert hparams["model"].out_features == 5
     assert hparams["model"].bias is None
     assert (hparams["precision"], hparams["loader"]) == ("bf16", {"a": 1})
+    dotted = load_hparams(write(RECIPE), {"model.out_features": 5, "model.bias": False})
+    assert dotted["model"].weight.shape == hparams["model"].weight.shape
+    assert dotted["model"].bias is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ the YAML may lack; nested keys are dotted. Values are YAML; an empty text is giv
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sys
@@ -87,6 +88,8 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     """
     path = yaml_path(argv)
     allowed, others = split_allowed(argv[1:])
+    if allowed and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # A recipe's own program lies elsewhere.
     configuration = Configuration(path, [*allow, *allowed])
     configuration.registry.downloads = True  # It is built in the run.
     transient: dict[str, Any] = {}
@@ -97,7 +100,7 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
             transient[name] = plain(option_node(name, value))
         else:
             overridden.setdefault(name, ABSENT if is_null(old) else old.value)
-            configuration.override(nested(name, value))
+            configuration.override({name: value})
     root, file = configuration.root, Path(path).resolve()
     if get(root, "seed") is None:
         configuration.override({"seed": RunOptions().seed})
@@ -252,7 +255,7 @@ def parse_arguments(
             if name in keys:
                 overrides[name] = run_opts[name]
             continue
-        configuration.override(nested(name, value))
+        configuration.override({name: value})
         below = overrides
         *parents, last = name.split(".")
         for key in parents:
@@ -277,12 +280,6 @@ class _RunOpts(dict[str, Any]):
         if name == "distributed_launch":
             return distributed.launched()
         return DEFAULTS[name] if name in DEFAULTS else vars(RunOptions())[name]
-
-
-def nested(name: str, value: Any) -> dict[str, Any]:
-    """Return "a.b", 1 in the form of overrides: {"a": {"b": 1}}."""
-    head, _, rest = name.partition(".")
-    return {head: nested(rest, value) if rest else value}
 
 
 def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from trainer.brain import Brain, FitArguments
 from trainer.cli import session
-from trainer.cli.arguments import nested, parse
+from trainer.cli.arguments import parse
 from trainer.cli.folder import HYPERPARAMS, LAUNCH_HEADER
 from trainer.config.hyperparameters import option_node
 from trainer.config.reading import plain
@@ -132,7 +132,7 @@ def _build(given: _Given, package: str) -> Brain:
             elif name in RunOptions.names() and name not in used:
                 raise ValueError(f"--{name} has no effect on a replay")
             else:
-                opened.override(nested(name, value))
+                opened.override({name: value})
         options = opened.options(*used, device=device, replay=str(given.case))
         kind = recipe_class(package, "BRAIN", opened.names())
         with opened.limited():

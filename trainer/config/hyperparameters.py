@@ -217,7 +217,7 @@ class Configuration:
         return HINTS.get(name) is bool if node is None else tag(node) == BOOL
 
     def override(self, changes: Mapping[str, Any]) -> None:
-        """Change keys; mappings change the keys below theirs.
+        """Change keys; mappings change the keys below theirs, and so do dotted names.
 
         Run options and `BRAIN_KEYS` may be new keys, and so may arguments that the class of an
         object takes.
@@ -225,8 +225,10 @@ class Configuration:
         Raises:
             ValueError: a key is unknown, or a value has another type than the default.
         """
-        changes = {current_name(str(key)): value for key, value in changes.items()}
-        self._override(self.root, changes, ())
+        for key, value in changes.items():
+            name = current_name(str(key))
+            whole = get(self.root, name) is not None
+            self._override(self.root, {name: value} if whole else _nested(name, value), ())
         expanded_size(self.root)
 
     def _override(
@@ -375,6 +377,12 @@ class Configuration:
         for name in ("overwrite", "change_hparams"):
             pop(root, name)
         return reading.dump(root)
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """Return "a.b", 1 in the form of overrides: {"a": {"b": 1}}."""
+    head, _, rest = name.partition(".")
+    return {head: _nested(rest, value) if rest else value}
 
 
 def _takes_text(name: str) -> bool:

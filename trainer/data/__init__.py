@@ -1,5 +1,10 @@
 """Data loading: batches, samplers, loaders, bad items, and the feed of the training loop."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from trainer.data.batch import (
     Batch,
     Padded,
@@ -11,7 +16,6 @@ from trainer.data.batch import (
     to_device,
 )
 from trainer.data.batch_sampler import BatchIndex, DistributedBatchSampler
-from trainer.data.feed import DataFeed, make_feed
 from trainer.data.items import (
     BadItem,
     BadItemPolicy,
@@ -20,7 +24,10 @@ from trainer.data.items import (
     item_seed,
     report_bad,
 )
-from trainer.data.loader import Loader, Stream, make_loader, resumable
+
+if TYPE_CHECKING:
+    from trainer.data.feed import DataFeed, make_feed
+    from trainer.data.loader import Loader, Stream, make_loader, resumable
 
 __all__ = [
     "BadItem",
@@ -46,3 +53,19 @@ __all__ = [
     "resumable",
     "to_device",
 ]
+
+# Imported on first use: a trained model needs bad items, and no loader.
+_MODULES = {
+    "DataFeed": "feed",
+    "Loader": "loader",
+    "Stream": "loader",
+    "make_feed": "feed",
+    "make_loader": "loader",
+    "resumable": "loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

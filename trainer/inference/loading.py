@@ -123,7 +123,12 @@ class OpenRun:
             )
         if uses:
             built = hparams["modules"]
-            hparams["modules"] = {name: built[name] for name in uses if name in built}
+            if missing := [name for name in uses if built.get(name) is None]:
+                raise ValueError(
+                    f"{self.folder} has no module {missing[0]!r}, which its model needs; it has "
+                    f"{', '.join(map(str, built)) or 'none'}"
+                )
+            hparams["modules"] = {name: built[name] for name in uses}
         hparams["output_folder"] = None  # What evaluates a loaded model writes nothing.
         return hparams
 
@@ -132,7 +137,9 @@ class OpenRun:
         for name, node in items(get(self.configuration.root, "modules") or MappingNode("", [])):
             if name not in uses:
                 key = re.fullmatch("<([^<>.]+)>", str(node.value)) if tag(node) == "!ref" else None
-                change = {key[1]: None} if key else {"modules": {name: None}}
+                made = get(self.configuration.root, key[1]) if key else None
+                network = made is not None and tag(made).startswith("!new:")
+                change = {key[1]: None} if key and network else {"modules": {name: None}}
                 self.configuration.override(change)
 
     @contextmanager
@@ -182,7 +189,18 @@ class OpenRun:
         own = kind.__module__.rpartition(".")[0]
         found = self.recipes()
         if found and own in recipe_packages() and own not in found:
-            raise ValueError(f"{self.folder} is a run of {' and '.join(found)}, not of {own}")
+            raise ValueError(
+                f"{self.folder} is a run of {' and '.join(found)}, not of {own}{self._tasks(found)}"
+            )
+
+    def _tasks(self, packages: Sequence[str]) -> str:
+        """Return the end of a message: what the models of recipes can do."""
+        found: list[str] = []
+        for package in packages:
+            with suppress(ValueError, ImportError):
+                kind = recipe_class(package, "MODEL", self.names())
+                found += kind.tasks()
+        return f": its model can {' and '.join(found)}" if found else ""
 
     def best_checkpoint(self, kind: type[Brain] | type[Model]) -> Mapping[str, str | None]:
         """Return the attribute ``best_checkpoint`` of a class, before it is built.
@@ -429,14 +447,17 @@ def load(
     """
     if model is not None and brain is not None:
         raise ValueError("both model and brain are given; allowed: one of them")
+    if model is not None and not (isinstance(model, type) and issubclass(model, Model)):
+        raise ValueError(f"model is {model!r}; allowed: a subclass of trainer.Model")
+    if brain is not None and not (isinstance(brain, type) and not issubclass(brain, Model)):
+        raise ValueError(f"brain is {brain!r}; allowed: a subclass of trainer.Brain")
+    device = str(device)
     place = pick_device(device)
     if place.type == "cuda":  # CUDA takes memory that no file accounts for.
         torch.zeros(1, device=place)
     with open_run(run, overrides, allow) as opened, rng_kept():
         if (max_key or min_key) and is_export(opened.folder):
-            raise ValueError(
-                f"{run} is an export: it has no checkpoints to choose from by a metric"
-            )
+            raise ValueError(f"{run} is an export: there is no checkpoint to choose")
         kind = brain or model or opened.model_class()
         opened.check_class(kind)
         options = opened.options(*OF_THE_MODEL, device=device)
@@ -495,7 +516,9 @@ def put_weights(
     else:
         found = load_weights(checkpointer, options, max_key, min_key, complete)
     if found is None:
-        raise ValueError(f"{checkpointer.folder} has no sound checkpoint")
+        key = max_key or min_key
+        of_metric = f" with {key!r}, the metric that chooses one" if key else ""
+        raise ValueError(f"{checkpointer.folder} has no sound checkpoint{of_metric}")
     if not isinstance(found, Mapping):
         raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
     keep_in_state_dict(modules)

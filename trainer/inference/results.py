@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,6 +126,13 @@ class Classification:
     label: str
     probability: float
     probabilities: Mapping[str, float] = field(repr=False)
+
+    @classmethod
+    def ranked(cls, labels: Sequence[str], probabilities: Tensor) -> Classification:
+        """Return the result for the probabilities (N,) of as many labels, in their order."""
+        pairs = zip(labels, probabilities.tolist(), strict=True)
+        found = sorted(pairs, key=lambda each: -each[1])
+        return cls(*found[0], dict(found))
 
     def __str__(self) -> str:
         return self.label

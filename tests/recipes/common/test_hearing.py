@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from recipes.common.hearing import Piece, batched, given_sounds, pieces
+from recipes.common.hearing import Piece, batched, given_sounds, pieces, read_sound
 from trainer.inference.results import Sound
 
 
@@ -59,3 +59,14 @@ def test_samples_of_every_type_mean_the_same(kind: str) -> None:
         (source,), several = given_sounds(samples, 8000)
         assert not several
         torch.testing.assert_close(source.read(8000, "all"), wanted, rtol=0, atol=1e-6)
+
+
+def test_one_sound_is_read_at_a_rate_from_a_file_and_from_samples(tmp_path: Path) -> None:
+    signal = np.random.default_rng(0).normal(0.0, 0.1, (900, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", signal, 8000, subtype="FLOAT")
+    heard = read_sound(tmp_path / "a.wav", at=16000)
+    assert heard.shape == (1800,)
+    assert torch.equal(heard, read_sound(signal.T, 8000, at=16000))
+    assert torch.equal(read_sound(signal.T, 8000, at=8000), torch.from_numpy(signal).mean(1))
+    with pytest.raises(TypeError, match="the sound is a list; allowed: "):
+        read_sound([tmp_path / "a.wav"], at=8000)  # type: ignore[arg-type]

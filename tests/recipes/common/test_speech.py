@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ import soundfile
 import torch
 
 from recipes.common import speech_cache
-from recipes.common.speech import Utterance, embedded_speech, one_voice_reading, to_cuts
+from recipes.common.speech import (
+    Utterance,
+    embedded_speech,
+    one_voice_reading,
+    spoken_words,
+    to_cuts,
+)
 from recipes.common.voices import READER, VOICES
 
 installed = pytest.mark.skipif(
@@ -109,6 +116,16 @@ def test_a_damaged_file_is_made_again_with_the_same_bytes(damage: str) -> None:
             }[damage]
         )
     assert _contents(embedded_speech("valid", 2)) == whole
+
+
+@installed
+def test_each_voice_of_a_split_says_each_word() -> None:
+    found = {split: spoken_words(split, ["yes", "no"], 8000) for split in ("valid", "test")}
+    for said in found.values():
+        assert Counter(each.text for each in said) == {"yes": 6, "no": 6}
+        assert len({each.speaker for each in said}) == 6
+        assert all(0.1 < each.duration < 1.0 for each in said)
+    assert not {each.speaker for each in found["valid"]} & {each.speaker for each in found["test"]}
 
 
 @installed

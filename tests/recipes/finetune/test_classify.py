@@ -17,24 +17,22 @@ import torch
 
 import trainer
 from recipes.common.audio import read_audio
-from recipes.finetune.classify import (
+from recipes.finetune.classify import Labels, SoundClassifier
+from recipes.finetune.infer import answer
+from recipes.finetune.labelled import Recording
+from recipes.finetune.tdnn import TDNN
+from recipes.finetune.train_classifier import (
     Classified,
     Classifier,
-    Labels,
     Verified,
     class_weights,
     confusion,
-    described,
-    embed,
     loader_options,
     measures,
-    predict,
     prepare,
     prepare_labels,
     train,
 )
-from recipes.finetune.labelled import Recording
-from recipes.finetune.tdnn import TDNN
 from recipes.finetune.trials import Trial
 from tests.processes import TwoRanks
 from trainer import Stage, cli, distributed
@@ -76,8 +74,8 @@ def run(
     return cli.main(program, given)
 
 
-def sorted_scores(model: Classifier, signal: torch.Tensor) -> list[float]:
-    return [score for _, score in sorted(model.predict(signal)[1].items())]
+def sorted_scores(model: SoundClassifier, signal: torch.Tensor) -> list[float]:
+    return [score for _, score in sorted(model.classify(signal, 8000).probabilities.items())]
 
 
 CLASSIFY = [
@@ -121,28 +119,31 @@ def test_a_classifier_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) ->
 
     shutil.move(folder, tmp_path / "elsewhere")
     model = trainer.load(tmp_path / "elsewhere", "cpu")
-    assert isinstance(model, Classifier)
+    assert isinstance(model, SoundClassifier)
     for row in rows:
         signal = read_audio(tones / f"{row['id']}.wav", 8000)
         middle = round((len(signal) - min(4000, len(signal))) / 2)
-        label, scores = model.predict(signal[middle : middle + 4000])
-        assert label == row["predicted"]
-        assert scores[label] == pytest.approx(float(row["probability"]), abs=2e-3)
+        found = model.classify(signal[middle : middle + 4000], 8000)
+        scores = found.probabilities
+        assert found.label == str(found) == row["predicted"]
+        assert found.probability == scores[found.label]
+        assert scores[found.label] == pytest.approx(float(row["probability"]), abs=2e-3)
     assert list(scores) == sorted(scores, key=lambda name: -scores[name])
     assert sum(scores.values()) == pytest.approx(1.0)
     path = tones / f"{rows[0]['id']}.wav"
-    assert predict(model, path)[0] == described(model, path).split("\t")[0]
-    assert embed(model, path).shape == (12,)
+    found = model.classify(path)
+    assert answer(model, path) == f"{found.label}\t{found.probability:.4f}"
+    assert model.embed(path).vector.shape == (12,)
     long = torch.randn(9001)  # in three pieces
     mean = (
         sum(torch.tensor(list(sorted_scores(model, piece))) for piece in long.split(3000)[:3]) / 3
     )
     torch.testing.assert_close(torch.tensor(list(sorted_scores(model, long))), mean)
     with pytest.raises(BadItem, match="it has 10 samples at 8000 Hz; the encoder needs 80"):
-        model.predict(torch.zeros(10))
+        model.classify(torch.zeros(10), 8000)
     soundfile.write(tmp_path / "short.wav", np.zeros(20), 16000)
     with pytest.raises(BadItem, match="short.wav: it has 10 samples at 8000 Hz"):
-        described(model, tmp_path / "short.wav")
+        answer(model, tmp_path / "short.wav")
 
 
 def test_speakers_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) -> None:
@@ -159,14 +160,13 @@ def test_speakers_from_files_to_a_loaded_run(tones: Path, tmp_path: Path) -> Non
     manifest = next((tmp_path / "run" / "checkpoints").glob("*/*.json")).read_text()
     assert '"eer"' in manifest
     model = trainer.load(tmp_path / "run", "cpu")
-    assert isinstance(model, Classifier)
+    assert isinstance(model, SoundClassifier)
     row = rows[0]
-    sides = [
-        model.embed(read_audio(tones / f"{row[side]}.wav", 8000)) for side in ("enrol", "test")
-    ]
-    assert sides[0].shape == (8,)
-    cosine = torch.nn.functional.cosine_similarity(*sides, dim=0)
-    assert float(cosine) == pytest.approx(float(row["score"]), abs=0.05)
+    one, other = model.embed([tones / f"{row[side]}.wav" for side in ("enrol", "test")])
+    assert one.vector.shape == (8,)
+    assert one.similarity(other) == pytest.approx(float(row["score"]), abs=0.05)
+    numbers = [float(each) for each in answer(model, tones / f"{row['enrol']}.wav").split()]
+    torch.testing.assert_close(torch.tensor(numbers), one.vector, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
@@ -180,9 +180,9 @@ def test_a_pretrained_encoder_is_not_needed_by_the_run(
     rows = read(tmp_path / "run" / "predictions_test.csv")
     shutil.rmtree(source)
     model = trainer.load(tmp_path / "run", "cpu")
-    assert isinstance(model, Classifier)
+    assert isinstance(model, SoundClassifier)
     for row in rows[:4]:
-        scores = predict(model, tones / f"{row['id']}.wav")[1]
+        scores = model.classify(tones / f"{row['id']}.wav").probabilities
         assert set(scores) == {f"t{n}" for n in range(6)}
         assert scores[row["predicted"]] == pytest.approx(
             float(row["probability"]), abs=1e-3 if norm == "layer" else 0.05

@@ -15,7 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import trainer  # noqa: E402
-from recipes.asr.infer import pieces  # noqa: E402
+from recipes.common.hearing import given_sounds  # noqa: E402
 from recipes.common.loading import Speech  # noqa: E402
 from recipes.common.tables import TableError  # noqa: E402
 from recipes.finetune import infer  # noqa: E402
@@ -33,6 +33,7 @@ from tests.recipes.finetune.small import (  # noqa: E402
 from trainer import cli  # noqa: E402
 from trainer.inference.initialise import initialise  # noqa: E402
 from trainer.inference.loading import open_run  # noqa: E402
+from trainer.inference.results import Transcript  # noqa: E402
 
 HPARAMS = Path(__file__).parents[3] / "hparams" / "finetune"
 TEXTS = ["one two", "two one", "a word", "it's one"]
@@ -94,21 +95,15 @@ def test_an_encoder_is_fine_tuned_by_ctc_and_loads_without_its_source(
     shutil.move(tmp_path / "run", tmp_path / "moved")
     brain = trainer.load(tmp_path / "moved", "cpu")
     assert brain.hparams.codec.tokens == ["<blank>", *sorted(set("".join(TEXTS)))]
-    text = brain.transcribe(voice(1.0))
+    text = brain.transcribe(voice(1.0), 16000)
     capsys.readouterr()
     path = write(tmp_path / "sound.wav", voice(1.0))
     assert infer.main([str(tmp_path / "moved"), str(path), str(tmp_path / "none.wav")]) == 2
     printed = capsys.readouterr()
-    assert printed.out == f"{path}\t{brain.transcribe(infer_signal(path))}\n"
+    assert printed.out == f"{path}\t{brain.transcribe(path)}\n"
     assert "none.wav" in printed.err
-    assert isinstance(text, str)
-
-
-def infer_signal(path: Path) -> torch.Tensor:
-    from recipes.asr.infer import pieces
-
-    (piece,) = pieces(path, 16000)
-    return piece
+    assert isinstance(text, Transcript)
+    assert all(0 <= word.start < word.end <= 1 for word in text.words)
 
 
 def test_the_front_end_stays_and_the_rest_learns(tmp_path: Path) -> None:
@@ -137,7 +132,7 @@ def test_a_model_goes_on_with_its_own_vocabulary_and_last_layer(tmp_path: Path) 
             best = model(**given).logits.argmax(-1)[0]
         # The tokenizer of the model writes special tokens out, which are no text here.
         expected = tokenizer.decode(best, skip_special_tokens=True).lower()
-        assert brain.transcribe(signal) == " ".join(expected.split())
+        assert str(brain.transcribe(signal, 16000)) == " ".join(expected.split())
     assert found["cer"] > 0
 
 
@@ -311,7 +306,10 @@ def test_whisper_is_fine_tuned_and_loads_without_its_source(tmp_path: Path) -> N
     brain = trainer.load(tmp_path / "run", "cpu")
     heard = brain.modules.model.generate(brain.modules.model.features(voice(1.0))[None])
     assert 1 <= len(heard[0]) <= 12
-    assert brain.transcribe(voice(1.0)) == brain.modules.model.decode(heard[0])
+    found = brain.transcribe(voice(1.0), 16000)
+    assert str(found) == brain.modules.model.decode(heard[0])
+    assert found.words == ()
+    assert 0 < found.score < 1
     assert infer.main([str(tmp_path / "run"), str(data / "test" / "0.wav")]) == 0
 
 
@@ -387,7 +385,7 @@ def test_nothing_of_a_long_file_is_lost_on_a_whisper_that_takes_little(
     assert sum(heard) == pytest.approx(3.3 * SECONDS * 16000, abs=len(heard))
     for samples in (0, (SECONDS + 1) * 16000):
         with pytest.raises(ValueError, match=f"{samples} samples were given; .* 1 to 96000 .6 s"):
-            brain.transcribe(torch.zeros(samples))
+            brain.modules.model.features(torch.zeros(samples))
 
 
 def test_a_source_without_a_tokenizer_is_told_of(tmp_path: Path) -> None:
@@ -424,7 +422,8 @@ def test_a_recording_of_several_channels_is_heard_in_training_as_by_infer(
     both = torch.stack([voice(1.0, 1, rate), 0.5 * voice(1.0, 2, rate), torch.zeros(rate)])
     soundfile.write(folder / "train" / "0.wav", both.T.numpy(), rate)
     cut = next(cut for cut in table(str(folder), TABLES)["train"] if cut.id == "train/0.wav")
-    (heard,) = pieces(folder / "train" / "0.wav", 16000)
+    (source,), _ = given_sounds(folder / "train" / "0.wav")
+    heard = source.read(16000)
     for speed in (1.0, 1.1):
         found = Speech([cut], 16000, speeds=(speed,), resample=True)[0]
         assert found["text"] == "one two"
