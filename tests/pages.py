@@ -45,10 +45,7 @@ ROOT = Path(__file__).parents[1]
 REASONS = {
     "a diagram",
     "a form to fill in",
-    "needs a corpus",
-    "needs a GPU",
     "needs a scheduler",
-    "needs the network",
     "output of a command that takes minutes",
     "output on a large model",
 }
