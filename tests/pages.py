@@ -26,6 +26,7 @@ there (`RUNS`), and `<!-- recording: FILE -->` a second of sound, for the blocks
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -528,7 +529,7 @@ WARM = (
 RUNS = {
     "asr/demo": _recogniser, "finetune/classify": _classifier, "hifigan/demo": _untrained,
     "metricgan/demo": _untrained, "segan/demo": _untrained, "separation/demo": _untrained,
-    "tacotron2/ljspeech": _untrained,
+    "tacotron2/demo": _untrained, "tacotron2/ljspeech": _untrained,
 }  # fmt: skip
 
 

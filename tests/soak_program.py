@@ -151,6 +151,7 @@ def train(run: trainer.Run) -> None:
     net = nn.Sequential(
         nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 1)
     )
+    run.checkpointer.keep_best({"loss": {"mode": "max", "n": 2, "weights_only": True}})
     brain = Net(
         {"net": net}, partial(torch.optim.AdamW, lr=1e-3), run.hparams, run.options,
         run.checkpointer,

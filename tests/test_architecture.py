@@ -155,7 +155,7 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     for file, name in named:
         assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
     promises = re.findall(r"^\| ([RS]\d+) \|.*$", text, re.MULTILINE)
-    assert promises == [*(f"R{n}" for n in range(1, 25)), *(f"S{n}" for n in range(1, 21))]
+    assert promises == [*(f"R{n}" for n in range(1, 25)), *(f"S{n}" for n in range(1, 26))]
     unheld = re.findall(r"^\| ([RS]\d+) \|.*\| no test yet \|", text, re.MULTILINE)
     assert unheld == []
 

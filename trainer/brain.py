@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -592,7 +593,8 @@ class Brain(SpeechBrainNames):
         Returns:
             What is averaged over the epoch: a `StepReport`, a scalar, or a dict of scalars.
         """
-        should_step = self.is_last_batch or self.closes_window()
+        last = self.is_last_batch
+        should_step = last or self.closes_window()
         self.on_fit_batch_start(batch, should_step)
         with self.autocast():
             outputs = self.compute_forward(batch, Stage.TRAIN)
@@ -600,7 +602,7 @@ class Brain(SpeechBrainNames):
         if self.__measuring:
             report: Any = loss.detach()
         else:
-            report = self.optimize(loss, last=self.is_last_batch)
+            report = self.optimize(loss, last=last)
         self.on_fit_batch_end(batch, outputs, loss.detach(), should_step)
         return report
 
@@ -1496,7 +1498,8 @@ class Brain(SpeechBrainNames):
         if isinstance(loss, StepReport):
             if loss.outcome != "skipped" and loss.loss is not None:
                 # Loss and weight are sums over ranks already, and will be summed again.
-                metrics.add_loss(loss.loss, loss.weight / distributed.world_size())
+                ranks = distributed.world_size() if self.__strategy.communicates else 1
+                metrics.add_loss(loss.loss, loss.weight / ranks)
         elif loss is not None and "skipped" not in outcomes:
             last = {report.name: report.outcome for report in batch.reports}
             windows = [name for name, outcome in last.items() if outcome == "accumulated"]
@@ -1716,7 +1719,7 @@ class Brain(SpeechBrainNames):
         return {p for update in self.updates.values() for p in update.params}
 
     def __in_window(self) -> bool:
-        return any(update.window.count for update in self.updates.values())
+        return any(map(attrgetter("window.count"), self.updates.values()))
 
     def __user_attributes(self, optimizers: bool = False) -> dict[str, Any]:
         """Return the attributes that are not the framework's, by name."""

@@ -53,12 +53,12 @@ def is_container(value: Any) -> bool:
 
 def parts_of(container: Any) -> Mapping[Any, Any]:
     """Return the parts of a container by key, index or name of a field."""
-    if isinstance(container, Mapping):
-        return container
     if isinstance(container, (list, tuple)):
         return dict(
             zip(getattr(container, "_fields", range(len(container))), container, strict=True)
         )
+    if isinstance(container, Mapping):
+        return container
     return {each.name: getattr(container, each.name) for each in dataclasses.fields(container)}
 
 

@@ -6,6 +6,7 @@ Attributes:
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
 """
 
 BRAIN: str = "train.Recogniser"
@@ -19,3 +20,9 @@ RUN_NAMES: tuple[str, ...] = (
     "text.Pieces",
 )
 YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.digits", "data.embedded", "data.librispeech")
+LIMITS: str = (
+    "The recogniser knows the words and the kinds of sentences that it was trained on: one that "
+    "was trained on synthetic or on read speech of close microphones makes many more errors on "
+    "other voices, accents, noise and spontaneous speech. It writes no punctuation, and always "
+    "answers, also to sounds that are no speech. Its scores are not calibrated."
+)

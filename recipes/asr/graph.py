@@ -13,7 +13,8 @@ from trainer.inference.graphs import Graph, Port
 GREEDY = """
 import json
 
-tokens = json.load(open("export.json"))["settings"]["tokens"]
+with open("export.json", encoding="utf-8") as file:
+    tokens = json.load(file)["settings"]["tokens"]
 best = [0, *log_probabilities[0].argmax(-1).tolist()]
 print("".join(tokens[now] for before, now in zip(best, best[1:]) if now and now != before))
 """

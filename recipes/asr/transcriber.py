@@ -113,6 +113,8 @@ class Transcriber(PieceTranscriber):
     ) -> None:
         super().__init__(modules, hparams, options)
         own = self.hparams
+        if not own.codec.tokens:
+            raise ValueError("the run has no vocabulary: the file of its codec is missing")
         self._decode = make_decoder(own.decoder, own.codec.tokens, own.beam_size)
 
     def recognise(self, batch: list[Piece], names: list[str]) -> list[Heard]:

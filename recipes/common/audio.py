@@ -163,8 +163,8 @@ class Forward(soundfile.SoundFile):
         return False
 
 
-def read_blocks(path: str | Path) -> Iterator[Tensor]:
-    """Read a file in blocks (C, ·) of ``BLOCK`` samples.
+def read_blocks(path: str | Path, size: int | None = None) -> Iterator[Tensor]:
+    """Read a file in blocks (C, ·) of so many samples; None: ``BLOCK``.
 
     Raises BadItem for data that are cut or not finite.
     """
@@ -173,7 +173,7 @@ def read_blocks(path: str | Path) -> Iterator[Tensor]:
     with Forward(for_soundfile(path)) as file:
         while True:
             try:
-                data = torch.from_numpy(file.read(BLOCK, dtype="float32", always_2d=True))
+                data = torch.from_numpy(file.read(size or BLOCK, dtype="float32", always_2d=True))
             except soundfile.SoundFileError as error:
                 raise BadItem(path, f"its data are cut or broken ({error})") from error
             if not len(data):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import trainer
-from recipes.common.audio import check_made
+from recipes.common.audio import BLOCK, check_made
 from recipes.common.command import file_path, told
 from recipes.common.hearing import (
     Given,
@@ -37,7 +37,6 @@ from trainer.inference.model import Model
 from trainer.inference.results import Sound
 from trainer.options import RunOptions
 
-BLOCK = 1 << 16  # samples of a stream to work on at once
 MOST_CHANNELS = 32  # of a stream's chunk that has fewer samples than channels
 
 
@@ -57,7 +56,7 @@ class EnhancementModel(Model):
         self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
     ) -> None:
         super().__init__(modules, hparams, options)
-        self.sample_rate: int = self.hparams.sample_rate
+        self.sample_rate = as_rate(self.hparams.sample_rate)
         self.chunks: Chunks = self.hparams.chunks
         self.chunks.check()
 
@@ -73,10 +72,12 @@ class EnhancementModel(Model):
     def latency_at(self, rate: int) -> float:
         """Return the latency of `enhance_stream` at a rate, in seconds.
 
-        A sample is enhanced as soon as so much of the sound behind it is there, or its end.
+        A sample is enhanced as soon as so much of the sound behind it is there, or its end. The
+        time that the network takes is not in it. Resampling adds up to four periods in which both
+        rates have whole numbers of samples, such as 40 ms for 44,100 and 16,000 Hz.
 
         Args:
-            rate: rate of the stream, in Hz. Resampling adds some milliseconds at usual rates.
+            rate: rate of the stream, in Hz.
         """
         own = self.sample_rate
         return self.chunks.length / own + delay(rate, own) + delay(own, rate)
@@ -110,11 +111,12 @@ class EnhancementModel(Model):
 
     def _groups(self, sources: Sequence[Source]) -> Iterator[list[Source]]:
         """Yield the sounds in order, together as long as they make one batch of chunks."""
-        step = self.chunks.length - self.chunks.overlap
+        seconds = (self.chunks.length - self.chunks.overlap) / self.sample_rate
+        headers = [source.header for source in sources]  # Read before the work.
         group: list[Source] = []
         rows = 0
-        for source in sources:
-            own = source.header.channels * (1 + source.header.duration * self.sample_rate // step)
+        for source, header in zip(sources, headers, strict=True):
+            own = header.channels * (1 + int(header.duration / seconds))
             if group and rows + own > self.chunks.at_once:
                 yield group
                 group, rows = [], 0
@@ -125,7 +127,7 @@ class EnhancementModel(Model):
 
     def _enhanced(self, sources: Sequence[Source]) -> list[Sound]:
         own = self.sample_rate
-        if len(sources) == 1:  # In a memory that does not grow with the sound.
+        if len(sources) == 1:  # In a memory that grows by the result alone.
             (source,) = sources
             blocks = converted(source.blocks(), source.header.sample_rate, self._convert, own)
             signals = [torch.cat(list(blocks), dim=1)]

@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.common.audio import Header, check_finite, read_blocks, read_channels, read_header
+from recipes.common.audio import (
+    BLOCK,
+    Header,
+    check_finite,
+    read_blocks,
+    read_channels,
+    read_header,
+)
 from recipes.common.resampling import resample
 from trainer.inference.results import Sound
 
@@ -79,12 +86,12 @@ class Source:
             resample(samples, header.sample_rate, rate) if header.sample_rate != rate else samples
         )
 
-    def blocks(self, size: int = 1 << 16) -> Iterator[Tensor]:
+    def blocks(self, size: int = BLOCK) -> Iterator[Tensor]:
         """Yield all samples at their own rate in blocks (C, ·). Raises BadItem."""
         if self.held is None:
-            yield from read_blocks(self.name)
-            return
-        yield from self.held.samples.split(size, dim=1)
+            yield from read_blocks(self.name, size)
+        else:
+            yield from self.held.samples.split(size, dim=1)
 
 
 def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], bool]:
@@ -104,8 +111,10 @@ def given_sounds(given: Given, rate: int | None = None) -> tuple[list[Source], b
     """
     several = isinstance(given, list | tuple)
     each: Sequence[One] = given if several else [given]  # type: ignore[list-item, assignment]
+    if rate is not None:
+        rate = as_rate(rate)
     sounds = [
-        given_sound(sound, rate, f"sound {number}" if several else "the sound")
+        _source(sound, rate, f"sound {number}" if several else "the sound")
         for number, sound in enumerate(each, 1)
     ]
     return sounds, several
@@ -124,11 +133,10 @@ def read_sound(sound: One, rate: int | None = None, *, at: int) -> Tensor:
         ValueError: samples without a rate, of another shape, empty, or not finite.
         TypeError: something else was given.
     """
-    return given_sound(sound, rate, "the sound").read(at)
+    return _source(sound, rate, "the sound").read(at)
 
 
-def given_sound(sound: One, rate: int | None, name: str) -> Source:
-    """Return one of the sounds that `given_sounds` takes, with a name for messages."""
+def _source(sound: One, rate: int | None, name: str) -> Source:
     if isinstance(sound, str | os.PathLike):
         return Source(str(Path(sound).expanduser()))
     told = isinstance(sound, Sound)  # which of its dimensions are channels
@@ -175,7 +183,12 @@ def as_samples(sound: Samples, name: str) -> Tensor:
     if not isinstance(sound, Tensor | np.ndarray):
         kind = type(sound).__name__
         raise TypeError(f"{name} is a {kind}; allowed: a tensor or array of samples")
-    samples = as_tensor(sound, name)
+    try:
+        if isinstance(sound, np.ndarray):  # Copied: of any byte order and strides, and read-only.
+            sound = torch.from_numpy(sound.astype(sound.dtype.newbyteorder("=")))
+        samples = sound.detach().cpu()
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be used: {error}") from None
     if samples.ndim not in (1, 2) or samples.shape[0] < samples.ndim - 1:
         raise ValueError(
             f"{name} has the shape {tuple(samples.shape)}; allowed: samples (T,), or channels and "
@@ -190,19 +203,6 @@ def as_samples(sound: Samples, name: str) -> Tensor:
     samples = samples.float().reshape(1 if samples.ndim == 1 else -1, samples.shape[-1])
     check_finite(name, samples)
     return samples
-
-
-def as_tensor(given: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
-    """Return a tensor or an array of any layout as a tensor on the CPU, without gradients.
-
-    Raises ValueError with the name for an array of something else than numbers.
-    """
-    if isinstance(given, Tensor):
-        return given.detach().cpu()
-    try:  # torch takes no other byte order, no negative stride, and warns of what is read-only.
-        return torch.from_numpy(np.array(given, given.dtype.newbyteorder("="), order="C"))
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be used: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ pieces

@@ -36,7 +36,9 @@ class Chunks(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for lengths that cannot be."""
-        if not 0 <= 2 * self.overlap <= self.length or self.length < 1 or self.at_once < 1:
+        if any(type(each) is not int for each in self) or self.at_once < 1:
+            raise ValueError(f"{self} is not of whole numbers, with 1 at_once at least")
+        if not 0 <= 2 * self.overlap <= self.length or self.length < 1:
             raise ValueError(
                 f"chunks of {self.length} samples cannot overlap by {self.overlap}: allowed is up "
                 "to half of their length"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from recipes.common.mel import LogMel
 
@@ -128,13 +127,6 @@ class Generator(nn.Module):
             outs = [block(x) for block in blocks]
             x = sum(outs[1:], outs[0]) / len(outs)
         return torch.tanh(self.last(leaky_relu(x))).flatten(1)
-
-    def without_weight_norm(self) -> Generator:
-        """This very network with plain weights, for inference; it computes the same."""
-        for module in self.modules():
-            if is_parametrized(module, "weight"):
-                remove_parametrizations(module, "weight", leave_parametrized=True)
-        return self
 
 
 def _check(

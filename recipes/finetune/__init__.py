@@ -6,6 +6,7 @@ Attributes:
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
 """
 
 BRAIN: dict[str, str] = {
@@ -36,3 +37,9 @@ RUN_NAMES: tuple[str, ...] = (
     "whisper.Whisper",
 )
 YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")
+LIMITS: str = (
+    "What is recognised or told apart is what the data of the fine-tuning had: other languages, "
+    "accents, microphones and noise were not measured. A classifier always chooses one of its "
+    "labels. A voice can be imitated or replayed: similarity of voices is no proof of who speaks. "
+    "The pretrained model brings the biases of its own data, and its licence."
+)

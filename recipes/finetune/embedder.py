@@ -19,7 +19,6 @@ from torch.nn.functional import normalize
 
 from recipes.common.audio import check_length, check_made
 from recipes.common.hearing import Given, One, Piece, Several, Source, batched, given_sounds
-from recipes.common.resampling import resampled
 from trainer.inference.model import Model
 from trainer.inference.results import Embedding
 
@@ -67,8 +66,10 @@ class Embedder(Model):
         rate, shortest, seconds = self.input_limits()
         found: list[list[Tensor]] = [[] for _ in sources]
         parts = equal_pieces(sources, rate, seconds, shortest)
-        # Pieces of one length alone: some encoders read the padding.
-        for batch in batched(parts, round(BATCH * rate), padded=False):
+        # Pieces of one length alone: some encoders read the padding. Those of a single sound follow
+        # each other: what is printed of a file has as many digits as fp32, and these are the same.
+        most = round(BATCH * rate) if len(sources) > 1 else 1
+        for batch in batched(parts, most, padded=False):
             wavs = torch.stack([piece.signal for piece in batch]).to(self.device)
             lengths = torch.full((len(wavs),), wavs.shape[1], device=self.device)
             with torch.inference_mode(), self.autocast():
@@ -101,27 +102,18 @@ def equal_pieces(
     """Yield the mean of the channels of sounds in order, each in equal pieces of so many seconds.
 
     Args:
-        sources: the sounds; each is read piece by piece.
+        sources: the sounds; one after the other is read.
         rate: wanted rate, in Hz.
         seconds: length of a piece, at most.
-        shortest: samples that a piece needs.
+        shortest: samples that a sound needs.
 
     Raises:
         BadItem: a file cannot be used, or is too short.
     """
     for number, source in enumerate(sources):
-        own = source.header.sample_rate
-        length = math.ceil(source.header.samples * rate / own)
-        check_length(source.name, length, rate, shortest)
-        count = math.ceil(length / (seconds * rate))
-        size, done, waiting = length // count, 0, torch.empty(1, 0)
-        heard = (block.mean(0, keepdim=True) for block in source.blocks(1 << 20))
-        for block in resampled(heard, own, rate):
-            waiting = torch.cat([waiting, block], 1)
-            while waiting.shape[1] >= size and done < count:
-                yield Piece(number, done * size / rate, waiting[0, :size])
-                waiting, done = waiting[:, size:], done + 1
-        # An MP3 may have a few samples less than its header says.
-        if done < count and (done == 0 or waiting.shape[1] >= shortest):
-            check_length(source.name, waiting.shape[1], rate, shortest)
-            yield Piece(number, done * size / rate, waiting[0])
+        signal = source.read(rate)
+        check_length(source.name, len(signal), rate, shortest)
+        count = math.ceil(len(signal) / (seconds * rate))
+        size = len(signal) // count
+        for place, piece in enumerate(signal.split(size)[:count]):
+            yield Piece(number, place * size / rate, piece)

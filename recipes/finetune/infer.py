@@ -20,7 +20,6 @@ from recipes.asr.transcriber import PieceTranscriber
 from recipes.common.command import each_of, file_path, told
 from recipes.finetune.classify import SoundClassifier
 from recipes.finetune.embedder import Embedder
-from trainer.inference.model import Model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,24 +39,23 @@ def run(given: argparse.Namespace) -> int:
     """Print what is found in each file; gives the exit code."""
     source = {} if given.source is None else {"source": given.source}
     model = trainer.load(given.run, given.device, overrides=source)
+    if not isinstance(model, PieceTranscriber | Embedder):
+        raise ValueError(f"{given.run} is no run of recipes.finetune: its model is {model!r}")
     return each_of(given.files, lambda path: print(f"{path}\t{answer(model, path)}", flush=True))
 
 
-def answer(model: Model, path: str | Path) -> str:
+def answer(model: PieceTranscriber | Embedder, path: str | Path) -> str:
     """Return the text, the label or the embedding of a file, as text.
 
     Raises:
         BadItem: the file cannot be used, or is too short.
-        ValueError: the model is of another recipe.
     """
     if isinstance(model, PieceTranscriber):
         return str(model.transcribe(path))
     if isinstance(model, SoundClassifier) and not model.hparams.verify:
         found = model.classify(path)
         return f"{found.label}\t{found.probability:.4f}"
-    if isinstance(model, Embedder):
-        return " ".join(f"{each:.6g}" for each in model.embed(path).vector.tolist())
-    raise ValueError(f"a {type(model).__name__} is no model of recipes.finetune")
+    return " ".join(f"{each:.6g}" for each in model.embed(path).vector.tolist())
 
 
 if __name__ == "__main__":

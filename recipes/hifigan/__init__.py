@@ -7,6 +7,7 @@ Attributes:
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
 """
 
 BRAIN: str = "train.HiFiGAN"
@@ -18,3 +19,8 @@ RUN_NAMES: tuple[str, ...] = (
     "model.ScaleDiscriminator",
 )
 YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.embedded", "data.folder")
+LIMITS: str = (
+    "The vocoder makes sound of mels that were computed exactly as those that it was trained on: "
+    "other mels give noise. Voices, languages and recordings that are unlike its training data "
+    "sound rougher, and so do mels that another network predicts."
+)

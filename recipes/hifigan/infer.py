@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import trainer
+from recipes.common.audio import check_made
 from recipes.common.command import each_of, file_path, local_path, told
 from recipes.common.streaming import convert_file, targets
 from recipes.common.writing import kind_for, written
@@ -61,6 +62,7 @@ def vocode(model: Vocoder, source: str, target: Path) -> None:
         mel = model.read_mel(source)
         with written(target, model.sample_rate, 1, kind_for(target)) as file:
             for wave in model.vocode_stream(mel):
+                check_made(source, wave)
                 file.write(wave.numpy())
     else:
         with torch.inference_mode():

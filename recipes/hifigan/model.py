@@ -1,7 +1,6 @@
 """The discriminators of HiFi-GAN and the losses of both players (Kong et al. 2020).
 
-The paper is arXiv 2010.05646. The generator is in `recipes.common.vocoder`, since synthesis from
-text uses it too.
+The paper is arXiv 2010.05646. The generator is in `recipes.common.vocoder`.
 
 Shapes: B signals of S samples; a discriminator gives scores (B, N), and the features of its layers.
 """

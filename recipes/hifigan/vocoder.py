@@ -14,16 +14,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recipes.common.audio import check_made
-from recipes.common.hearing import Given, One, Source, as_tensor, given_sound
-from recipes.common.mel import LogMel, check_mel, read_mel
-from recipes.common.resampling import resampled
+from recipes.common.hearing import Given, One, Samples, Several, Source, given_sounds
+from recipes.common.mel import LogMel, as_mel, read_mel
+from recipes.common.streaming import converted
 from recipes.common.vocoder import check_front_end
 from trainer.inference.model import Model
 from trainer.inference.results import Sound, Speech
@@ -31,8 +31,6 @@ from trainer.inference.results import Sound, Speech
 MELS = (".npy", ".pt")  # suffixes of mel files
 CHUNK = 256  # frames that are turned into sound at once
 AT_ONCE = 8  # mels of a batch that are turned into sound at once
-
-Array: TypeAlias = "np.ndarray[Any, Any] | Tensor"
 
 
 class _Mel(NamedTuple):
@@ -71,12 +69,12 @@ class Vocoder(Model):
     def vocode(self, given: One, rate: int | None = None) -> Sound: ...
 
     @overload
-    def vocode(self, given: list[Any], rate: int | None = None) -> list[Sound]: ...
+    def vocode(self, given: Several, rate: int | None = None) -> list[Sound]: ...
 
     def vocode(self, given: Given, rate: int | None = None) -> Sound | list[Sound]:
-        """Return the sound of a mel, or of the mels of a sound.
+        """Return the sound of a mel, or of the mels of a sound, of any length.
 
-        Of any length: memory beside the result is constant.
+        The memory beside the result does not depend on the length.
 
         Args:
             given: a mel: log-mels (M, F) as a tensor or an array of NumPy, a file of them (.npy or
@@ -94,28 +92,52 @@ class Vocoder(Model):
             ValueError: a mel is no matrix of finite numbers, or is made otherwise than those of the
                 run; samples cannot be used.
         """
-        if isinstance(given, list | tuple):
-            # All are looked at before the work.
-            found = [self._given(each, rate, f" {n}") for n, each in enumerate(given, 1)]
-            return [self._sound(each) for each in found]
+        several = isinstance(given, list | tuple)
+        each = given if several else [given]
         if rate is None and isinstance(given, Tensor | np.ndarray) and given.ndim == 3:
-            mels = self._checked("the batch", given)
-            parts = [_Mel("the batch", _pieces("the batch", part)) for part in mels.split(AT_ONCE)]
-            waves = torch.cat([self._wave(part) for part in parts])
-            return [Sound(wave[None], self.sample_rate) for wave in waves]
-        return self._sound(self._given(given, rate, ""))
+            parts = self._checked("the batch", given).split(AT_ONCE)
+            waves = [self._wave(_Mel("the batch", _pieces("the batch", part))) for part in parts]
+            return [Sound(wave[None], self.sample_rate) for part in waves for wave in part]
+        mels = [_is_mel(one, rate) for one in each]
+        rest = [one for one, is_mel in zip(each, mels, strict=True) if not is_mel]
+        bands = self.mel.bands
+        if any(getattr(one, "ndim", 0) == 2 and len(one) == bands for one in rest):
+            raise ValueError(
+                f"samples have {bands} channels, as a mel has bands: give a mel without a rate"
+            )
+        sources = given_sounds(rest if several else rest[0], rate)[0] if rest else []
+        found = iter(sources)
+        work = [
+            self._mel(one, f" {n}" if several else "") if is_mel else next(found)
+            for n, (one, is_mel) in enumerate(zip(each, mels, strict=True), 1)
+        ]
+        for source in sources:
+            _ = source.header  # A file that is missing is told of before the work.
+        sounds = [self._sound(one) for one in work]
+        return sounds if several else sounds[0]
 
-    def vocode_stream(self, mels: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Turn a spectrogram that comes in pieces into a waveform in pieces, joined as the whole.
+    def vocode_stream(self, mels: Iterable[Samples]) -> Iterator[Tensor]:
+        """Turn a mel that comes in pieces into a sound in pieces, joined the same as whole.
 
-        A piece of sound is given once all frames that it depends on are there.
+        A piece of sound is given once all frames that it depends on are there; the memory does not
+        depend on the length.
 
         Args:
-            mels: pieces (…, M, F_i), of any lengths.
+            mels: pieces (M, F_i), of any lengths, as tensors or arrays of NumPy; or (B, M, F_i).
 
         Yields:
-            Samples (…, S_i), within -1 and 1, on the CPU.
+            Samples (S_i,) within -1 and 1, on the CPU; or (B, S_i).
+
+        Raises:
+            ValueError: a piece is no mel of finite numbers.
         """
+        names = ((f"piece {number}", mel) for number, mel in enumerate(mels, 1))
+        return self._stream(
+            part for name, mel in names for part in _pieces(name, self._checked(name, mel))
+        )
+
+    def _stream(self, mels: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Turn pieces (…, M, F_i) into samples (…, S_i), which autograd may use."""
         context, hop = self.modules.generator.context, self.mel.hop
         held: Tensor | None = None
         before = 0  # frames at the start of `held` that were turned into sound already
@@ -123,12 +145,12 @@ class Vocoder(Model):
             held = piece if held is None else torch.cat([held, piece], -1)
             while held.shape[-1] >= before + CHUNK + context:
                 wave = self._generate(held[..., : before + CHUNK + context])
-                yield wave[..., before * hop : (before + CHUNK) * hop]
+                yield wave[..., before * hop : (before + CHUNK) * hop].clone()
                 done = before + CHUNK
                 before = min(done, context)
                 held = held[..., done - before :]
         if held is not None and held.shape[-1] > before:
-            yield self._generate(held)[..., before * hop :]
+            yield self._generate(held)[..., before * hop :].clone()
 
     def resynthesise_stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Turn a sound that comes in blocks into the sound of its mels, of as many samples.
@@ -152,7 +174,7 @@ class Vocoder(Model):
             if given:
                 yield torch.zeros(channels, -(-least // hop) * hop - given, device=self.device)
 
-        for wave in self.vocode_stream(self.mel.stream(completed())):
+        for wave in self._stream(self.mel.stream(completed())):
             yield wave[:, : given - done]
             done += wave.shape[1]
 
@@ -175,32 +197,26 @@ class Vocoder(Model):
             wave: Tensor = self.modules.generator(flat)
         return wave.float().cpu().reshape(*mel.shape[:-2], -1)
 
-    def _given(self, given: One, rate: int | None, number: str) -> Source | _Mel:
-        """Return what was given, checked as far as it can be before it is read."""
+    def _mel(self, given: Any, number: str) -> _Mel:
+        """Return a mel that was given, checked as far as it can be before it is read."""
         if isinstance(given, str | os.PathLike):
             path = Path(given).expanduser()
-            if path.suffix.lower() in MELS:
-                return _Mel(str(path), self.read_mel(path))
-        elif isinstance(given, Speech):
+            return _Mel(str(path), self.read_mel(path))
+        name = f"the mel{number}"
+        if isinstance(given, Speech):
             name = f"the speech{number}"
             self.mel.check(name, given.mel_config)
-            return _Mel(name, _pieces(name, self._checked(name, given.mel)))
-        elif rate is None and isinstance(given, Tensor | np.ndarray):
-            name = f"the mel{number}"
-            return _Mel(name, _pieces(name, self._checked(name, given)))
-        sound = given_sound(given, rate, f"sound{number}" if number else "the sound")
-        _ = sound.header
-        return sound
+            given = given.mel
+        return _Mel(name, _pieces(name, self._checked(name, given)))
 
-    def _checked(self, name: str, given: Array) -> Tensor:
+    def _checked(self, name: str, given: Any) -> Tensor:
         """Return a mel (M, F) or mels (B, M, F) as a tensor. Raises ValueError."""
-        mel = as_tensor(given, name)
-        if mel.ndim < 2:
+        if given.ndim < 2:
             raise ValueError(
-                f"{name}: it has the shape {tuple(mel.shape)}; allowed: log-mels "
+                f"{name}: it has the shape {tuple(given.shape)}; allowed: log-mels "
                 f"({self.mel.bands}, frames), or samples with their rate, as in rate=16000"
             )
-        check_mel(name, mel[0] if mel.ndim == 3 and len(mel) else mel)
+        mel = as_mel(name, given)
         if mel.shape[-2] != self.mel.bands:
             raise ValueError(
                 f"{name}: it has the shape {tuple(mel.shape)}; expected: {self.mel.bands} bands "
@@ -211,18 +227,24 @@ class Vocoder(Model):
     def _sound(self, given: Source | _Mel) -> Sound:
         if isinstance(given, _Mel):
             return Sound(self._wave(given)[None], self.sample_rate)
-        length, rate, _ = given.header
-        blocks = resampled(given.blocks(), rate, self.sample_rate)
-        made = resampled(self.resynthesise_stream(blocks), self.sample_rate, rate)
-        samples = torch.cat(list(made), 1)[:, :length]
+        rate = given.header.sample_rate
+        made = converted(given.blocks(), rate, self.resynthesise_stream, self.sample_rate)
+        samples = torch.cat(list(made), 1)
         check_made(given.name, samples)
         return Sound(samples, rate)
 
     def _wave(self, mel: _Mel) -> Tensor:
         """(…, M, F) to (…, F * hop)."""
-        wave = torch.cat(list(self.vocode_stream(mel.pieces)), -1)
+        wave = torch.cat(list(self._stream(mel.pieces)), -1)
         check_made(mel.name, wave)
         return wave
+
+
+def _is_mel(given: Any, rate: int | None) -> bool:
+    """Return True for what is a mel, and no sound."""
+    if isinstance(given, str | os.PathLike):
+        return Path(given).suffix.lower() in MELS
+    return isinstance(given, Speech) or (rate is None and isinstance(given, Tensor | np.ndarray))
 
 
 def _pieces(name: str, mel: Tensor) -> Iterator[Tensor]:

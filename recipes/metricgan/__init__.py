@@ -7,6 +7,7 @@ Attributes:
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
 """
 
 BRAIN: str = "train.Enhancer"
@@ -21,3 +22,8 @@ RUN_NAMES: tuple[str, ...] = (
     "phases.Phase",
 )
 YAML_NAMES: tuple[str, ...] = RUN_NAMES
+LIMITS: str = (
+    "The network was trained to raise one objective score, which is not what listeners hear: "
+    "speech may be damaged where the score rises. Noise, rooms and voices unlike those of the "
+    "training were not measured. The phase of the sound is left as it is."
+)

@@ -9,12 +9,17 @@ Neither the discriminator nor the training is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recipes.common.enhancing import EnhancementModel
 from recipes.segan.model import enhance
+from trainer.options import RunOptions
+
+if TYPE_CHECKING:
+    from trainer.inference.graphs import Graph
 
 
 class SEGAN(EnhancementModel):
@@ -22,6 +27,16 @@ class SEGAN(EnhancementModel):
 
     Reads from the YAML ``sample_rate``, ``chunks``, ``pre_emphasis``, ``level`` and ``best``.
     """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
+    ) -> None:
+        super().__init__(modules, hparams, options)
+        own = self.modules.generator.samples
+        if self.chunks.length != own:
+            raise ValueError(
+                f"chunks.length is {self.chunks.length}; allowed: {own}, what the generator takes"
+            )
 
     @property
     def best_checkpoint(self) -> Mapping[str, str | None]:
@@ -33,3 +48,9 @@ class SEGAN(EnhancementModel):
         own, generator = self.hparams, self.modules.generator
         with torch.inference_mode(), self.autocast():
             return enhance(generator, chunks.to(self.device), own.pre_emphasis, own.level)
+
+    def graph(self, modules: nn.ModuleDict) -> Graph:
+        """Return the network that `trainer.export` writes for other programs."""
+        from recipes.segan.graph import graph
+
+        return graph(modules, self.hparams)

@@ -7,6 +7,7 @@ Attributes:
     RUN_NAMES: names of this package that the hyperparams.yaml of a run folder may build: what using
         a trained model needs.
     YAML_NAMES: names of this package that a YAML may build: these, and what only a training needs.
+    LIMITS: what its models are not made for, in Markdown, which a model card shows.
 """
 
 BRAIN: str = "train.Separator"
@@ -24,4 +25,9 @@ YAML_NAMES: tuple[str, ...] = (
     "speech.embedded",
     "speech.recorded",
     "speech.wham",
+)
+LIMITS: str = (
+    "The number of speakers is fixed: it gives as many tracks with fewer or more people, too. It "
+    "was trained on mixtures of close voices without a room; voices that are alike, echoes and "
+    "noise make it worse. The order of the tracks has no meaning."
 )

@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recipes.common.audio import check_made
-from recipes.common.hearing import Given, One, Several, Source, given_sounds
+from recipes.common.hearing import Given, One, Several, Source, as_rate, given_sounds
 from recipes.common.resampling import resample
 from recipes.separation.objectives import best_order, pairwise_si_snr
 from trainer.inference.model import Model
 from trainer.inference.results import Sound
+from trainer.options import RunOptions
+
+if TYPE_CHECKING:
+    from trainer.inference.graphs import Graph
 
 PIECE = 12.0  # seconds to separate at once
 OVERLAP = 4.0  # seconds of these that the next piece has, too
@@ -42,9 +46,11 @@ class SpeechSeparator(Model):
     best_checkpoint: ClassVar[Mapping[str, str | None]] = {"max_key": "si_snri"}
     uses: ClassVar[Sequence[str]] = ("separator",)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.sample_rate: int = self.hparams.sample_rate
+    def __init__(
+        self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
+    ) -> None:
+        super().__init__(modules, hparams, options)
+        self.sample_rate = as_rate(self.hparams.sample_rate)
         self.num_sources: int = getattr(self.modules["separator"], "num_sources", 1)
 
     @overload
@@ -74,11 +80,12 @@ class SpeechSeparator(Model):
             ValueError: samples cannot be used, or have no rate.
         """
         sources, several = given_sounds(sounds, rate)
+        headers = [source.header for source in sources]  # Read before the work.
         found = []
-        for source in sources:
+        for source, header in zip(sources, headers, strict=True):
             tracks = torch.cat(list(joined(self.tracks, source)), dim=-1)
             check_made(source.name, tracks)
-            found.append([Sound(track, source.header.sample_rate) for track in tracks.unbind()])
+            found.append([Sound(track, header.sample_rate) for track in tracks.unbind()])
         return found if several else found[0]
 
     def tracks(self, signal: Tensor, rate: int) -> Tensor:
@@ -91,7 +98,13 @@ class SpeechSeparator(Model):
             channels.append(scaled(tracks[0].float().cpu(), each))
         made = resample(aligned(channels, mixture), self.sample_rate, rate)
         count = signal.shape[1]
-        return torch.nn.functional.pad(made[..., :count], (0, max(0, count - made.shape[-1])))
+        return nn.functional.pad(made[..., :count], (0, max(0, count - made.shape[-1])))
+
+    def graph(self, modules: nn.ModuleDict) -> Graph:
+        """Return the network that `trainer.export` writes for other programs."""
+        from recipes.separation.graph import graph
+
+        return graph(modules, self.hparams)
 
 
 def aligned(channels: Sequence[Tensor], mixture: Tensor) -> Tensor:
@@ -115,7 +128,7 @@ def aligned(channels: Sequence[Tensor], mixture: Tensor) -> Tensor:
 
 def spectrum(tracks: Tensor) -> Tensor:
     """The magnitudes of short-time spectra of tracks (S, T), each as a vector of length 1."""
-    window, padded = torch.hann_window(512), torch.nn.functional.pad(tracks, (256, 256))
+    window, padded = torch.hann_window(512), nn.functional.pad(tracks, (256, 256))
     found = torch.stft(padded, 512, 256, window=window, center=False, return_complex=True).abs()
     return torch.nn.functional.normalize(found.flatten(1))
 

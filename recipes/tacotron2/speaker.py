@@ -60,7 +60,18 @@ class Speaker(Model):
     ) -> None:
         super().__init__(modules, hparams, options)
         self._seed = options.seed
+        self._limit = frame_limit(self.hparams.longest, self.hparams.mel)
         self._one_at_a_time = Lock()  # The network holds the padding of the batch that it is given.
+
+    def prepare(self) -> None:
+        """Check that front end and mels fit the network."""
+        own, model = self.hparams, self.modules.model
+        known = model.net.embedding.num_embeddings
+        if len(own.front) > known or own.mel.bands != model.bands:
+            raise ValueError(
+                f"front has {len(own.front)} symbols and mel {own.mel.bands} bands; the network "
+                f"takes up to {known} symbols and makes {model.bands} bands"
+            )
 
     @overload
     def synthesise(
@@ -167,15 +178,16 @@ class Speaker(Model):
         with self._one_at_a_time, torch.inference_mode(), rng_kept(), self.autocast():
             # Where the dropout of the pre-net does not rest, a text is still read alike each time.
             torch.manual_seed(derive(self._seed, "say", *texts[0].tokens))
-            spoken = model.synthesise(padded, symbols, frame_limit(own.longest, own.mel))
-        mels, counts, attention, stopped = (each.cpu() for each in spoken)
+            spoken = model.synthesise(padded, symbols, self._limit)
+        # Cloned, since autograd could not use tensors of inference mode.
+        mels, counts, attention, stopped = (each.cpu().clone() for each in spoken)
         for n, each in enumerate(texts):
             frames = int(counts[n])
             mel = mels[n, :frames].T.contiguous()
             check_made(each.name, mel)
             steps = attention[n, : frames // model.reduction, : len(each.tokens)]
             yield Speech(
-                samples=sound(mel)[None],
+                samples=sound(mel)[None].clone(),
                 rate=own.mel.sample_rate,
                 text=each.spelled,
                 mel=mel,

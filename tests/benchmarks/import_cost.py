@@ -27,11 +27,16 @@ def seconds(code: str) -> float:
     return times[1] - times[0]
 
 
+def steps(*parts: str) -> list[set[str]]:
+    """Return the names of all modules that a new process has after each part of a program."""
+    code = "; ".join(["import sys", *(f"{part}; print(*sys.modules)" for part in parts)])
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return [set(line.split()) for line in found.stdout.splitlines()]
+
+
 def modules(code: str) -> set[str]:
     """Return the names of all modules that a new process has after it has run code."""
-    code += "; import sys; print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return set(found.stdout.split())
+    return steps(code)[0]
 
 
 def main(rounds: int = 9) -> None:

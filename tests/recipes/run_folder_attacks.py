@@ -128,7 +128,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], list[Attack]]] = {}
 
 
 def load(run: Path) -> None:
-    trainer.load(run, "cpu")
+    trainer.load(run, "cpu").transcribe(torch.randn(9000), 16000)
 
 
 def play(run: Path, step: str = STEP) -> None:
@@ -420,6 +420,17 @@ attack("sizes", load, [
     yaml("bands: -1", drop="bands:"),
     yaml("width: 'sixteen'", drop="width:"),
     yaml("sample_rate: .inf", drop="sample_rate:"),
+])  # fmt: skip
+attack("modules of other names", load, [
+    replaced("modules:\n  model: !ref <model>", "modules:\n  net: !ref <model>"),
+    replaced("modules:", "modules:\n  other: !ref <output_folder>"),
+    replaced("modules:", "modules:\n  other: !ref <codec>"),
+    replaced("modules:", "modules:\n  other: !new:canary.Fire"),
+    replaced("modules:", "modules:\n  ../../outside: !ref <seed>"),
+    replaced("modules:", "modules:\n  '!new:canary.Fire': {}"),
+    replaced("modules:", "modules:\n  other: !ref <x>\nx: !new:canary.Fire\ny:"),
+    yaml("modules: !ref <model>", drop="  model: !ref <model>"),
+    pieces("../outside/secret.yaml", replaced("modules:", "modules:\n  x: !ref <output_folder>")),
 ])  # fmt: skip
 attack("bombs", load, [
     yaml("a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]",

@@ -177,7 +177,7 @@ CASES: dict[str, Case] = {
         "synthesise",
         given="text",
         overrides={
-            "data_folder": "missing", "longest": 0.5,
+            "data_folder": "missing", "sample_rate": 16000, "longest": 0.5,
             "model": {"net": {
                 "symbol_embedding_dim": 8, "encoder_embedding_dim": 8, "encoder_n_convolution": 1,
                 "attention_rnn_dim": 10, "attention_hidden_dim": 6, "decoder_rnn_dim": 10,
@@ -190,7 +190,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-class _Saved:
+class Saved:
     """State of a Brain, as far as a model needs it."""
 
     def __init__(self, modules: nn.ModuleDict) -> None:
@@ -212,7 +212,7 @@ def make_run(name: str | Case, folder: Path) -> Path:
     torch.manual_seed(case.seed)
     hparams = configuration.build()
     checkpointer = Checkpointer(folder / "checkpoints")
-    checkpointer.add_recoverable("brain", _Saved(nn.ModuleDict(hparams["modules"])))
+    checkpointer.add_recoverable("brain", Saved(nn.ModuleDict(hparams["modules"])))
     checkpointer.save_checkpoint(meta=case.metrics)
     (folder / "hyperparams.yaml").write_text(f"# resolved\n{configuration.dump()}")
     return folder

@@ -47,7 +47,7 @@ def test_a_run_of_another_recipe_is_refused_with_both_names(
         assert infer(recipe, run, file, tmp_path / "out" / "a.wav") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert f"is a run of recipes.{other}, not of recipes.{recipe}\n" in error
+        assert f"is a run of recipes.{other}, not of recipes.{recipe}: its model can " in error
     assert not (tmp_path / "out").exists()
 
 

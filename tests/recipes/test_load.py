@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from torch import nn
 
 import trainer
 from recipes.asr.train import Recogniser, TextBrain
+from recipes.asr.transcriber import Transcriber
 from recipes.common.command import each_of, told
 from tests.recipes.run_folder_attacks import STEP, batches, make_run, tree
+from tests.recipes.small_runs import Saved
 from trainer import Brain, Checkpointer
 from trainer.cli.replay import replay
 from trainer.data import BadItem
@@ -43,37 +47,103 @@ def test_a_model_has_the_weights_of_its_best_checkpoint_and_changes_nothing(run:
     saved, before = checkpoints.read(best)["brain"]["modules"], tree(run)
     state = torch.get_rng_state()
     model = trainer.load(run, "cpu")
+    brain = trainer.load(run, "cpu", brain=Recogniser)
     assert torch.equal(torch.get_rng_state(), state)
-    assert isinstance(model, Recogniser)
-    found = model.modules.state_dict()
-    assert found.keys() == saved.keys()
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
-    assert not model.modules.training
-    assert isinstance(model.transcribe(torch.randn(9000)), str)
-    model.evaluate(batches()[:1])
-    assert set(model.test_metrics) == {"wer", "cer"}
-    model.opt_class = torch.optim.SGD
-    model.fit([1], batches()[:1])  # Fine-tuning records nothing there, either.
+    assert isinstance(model, Transcriber)
+    for made in (model, brain):
+        found = made.modules.state_dict()
+        assert found.keys() == saved.keys()
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
+        assert not made.modules.training
+    assert isinstance(str(model.transcribe(torch.randn(9000), 16000)), str)
+    brain.evaluate(batches()[:1])
+    assert set(brain.test_metrics) == {"wer", "cer"}
+    brain.opt_class = torch.optim.SGD
+    brain.fit([1], batches()[:1])  # Fine-tuning records nothing there, either.
     assert tree(run) == before
+
+
+def test_a_model_says_what_it_is_and_can_do(run: Path) -> None:
+    model = trainer.load(run, torch.device("cpu"))  # type: ignore[call-overload]
+    assert model.tasks() == ["transcribe"]
+    assert repr(model) == "Transcriber(transcribe; 7,817 parameters, fp32, cpu)"
+    with pytest.raises(AttributeError, match="Transcriber cannot enhance: it has transcribe"):
+        _ = model.enhance
+    with pytest.raises(AttributeError, match="Transcriber has no attribute 'transcrib'"):
+        _ = model.transcrib
+
+
+def test_a_model_is_used_from_several_threads(run: Path) -> None:
+    model = trainer.load(run, "cpu")
+    sounds = [torch.randn(count) for count in (9000, 5000, 12000, 7000)]
+    alone = [model.transcribe(each, 16000) for each in sounds]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert list(pool.map(lambda each: model.transcribe(each, 16000), sounds)) == alone
+
+
+def test_a_run_is_loaded_while_it_goes_on(run: Path, tmp_path: Path) -> None:
+    """Each save deletes the checkpoint before it."""
+    shutil.copytree(run, tmp_path / "run")
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
+    checkpointer.add_recoverable("brain", Saved(trainer.load(run, "cpu").modules))
+    done, saved = threading.Event(), 0
+
+    def save() -> None:
+        nonlocal saved
+        while not done.is_set():
+            checkpointer.save_and_keep_only(meta={"wer": 1.0 / (saved + 1)}, min_keys=["wer"])
+            saved += 1
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        for _ in range(5):
+            model = trainer.load(tmp_path / "run", "cpu")
+            assert model.tasks() == ["transcribe"]
+    finally:
+        done.set()
+        thread.join()
+    assert saved > 1
 
 
 def test_the_class_overrides_and_the_metric_may_be_given(run: Path) -> None:
     class Mine(Recogniser):
         pass
 
+    class Other(Transcriber):
+        pass
+
     model = trainer.load(run, "cpu", brain=Mine, overrides={"lexicon": None}, max_key="wer")
     assert type(model) is Mine
+    assert type(trainer.load(run, "cpu", model=Other)) is Other
     assert model.hparams.lexicon is None
     with pytest.raises(ValueError, match="there is no key or run option 'lexicom'; did you mean"):
         trainer.load(run, "cpu", overrides={"lexicom": None})
-    with pytest.raises(ValueError, match="finite 'cer2'|has no sound checkpoint"), pytest.warns():
+    with pytest.raises(ValueError, match="no sound checkpoint with 'cer2', the m"), pytest.warns():
         trainer.load(run, "cpu", min_key="cer2")
+    for kinds, message in [
+        ({"model": Other, "brain": Mine}, "both model and brain are given; allowed: one of them"),
+        ({"model": Mine}, "model is .*Mine.*; allowed: a subclass of trainer.Model"),
+        ({"brain": Other}, "brain is .*Other.*; allowed: a subclass of trainer.Brain"),
+        ({"model": "Transcriber"}, "model is 'Transcriber'; allowed: a subclass of trainer.Model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer.load(run, "cpu", **kinds)
 
 
 class Net(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 1)
+
+
+class Scorer(trainer.Model):
+    """A model of a program, whose method needs no recipe."""
+
+    def classify(self, values: list[float]) -> float:
+        with torch.inference_mode(), self.autocast():
+            return float(self.modules.net.linear(torch.tensor([values], device=self.device)))
 
 
 class Own(Brain):
@@ -92,15 +162,21 @@ def test_classes_of_a_program_are_built_when_the_program_names_them(tmp_path: Pa
     brain.fit([1], [torch.randn(2, 4)])
     yaml = tmp_path / "hyperparams.yaml"
     yaml.write_text(f"modules: {{net: !new:{__name__}.Net {{width: 4}}}}\n")
-    with pytest.raises(ValueError, match="is a run of no installed recipe: name its Brain, as in"):
+    with pytest.raises(ValueError, match="is a run of no installed recipe: name its class, as in"):
         trainer.load(tmp_path, "cpu")
     with pytest.raises(ValueError, match=r"Net' is not allowed: .*allow=\['your_package'\]\)"):
         trainer.load(tmp_path, "cpu", brain=Own)
     found = [trainer.load(tmp_path, "cpu", brain=Own, allow=[__name__])]
+    scorers = [trainer.load(tmp_path, "cpu", model=Scorer, allow=[__name__])]
     yaml.write_text("width: 4\n")  # As `trainer.launch` records it.
     with pytest.raises(ValueError, match="builds no modules: give .*those that the program of the"):
         trainer.load(tmp_path, "cpu", brain=Own)
     found.append(trainer.load(tmp_path, "cpu", brain=Own, modules={"net": Net(4)}))
+    scorers.append(trainer.load(tmp_path, "cpu", model=Scorer, modules={"net": Net(4)}))
+    for scorer in scorers:
+        expected = net.linear(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).detach()
+        assert scorer.classify([1.0, 2.0, 3.0, 4.0]) == pytest.approx(float(expected))
+        assert scorer.tasks() == ["classify"]
     for model in found:
         assert torch.equal(model.modules.net.linear.weight, net.linear.weight)
     with pytest.raises(ValueError, match=r"checkpoints: the saved parameter .* has shape \(1, 4\)"):
@@ -133,7 +209,7 @@ def test_a_skipped_step_of_a_recipe_is_replayed_without_data(
 # Kinds of which some variants are of no effect at all, so that the folder can be used.
 IGNORED = {
     "attributes", "checkpointer", "output folder", "run options", "modules in the run folder",
-    "other files", "terminals of kept batches", "control",
+    "modules of other names", "other files", "terminals of kept batches", "control",
 }  # fmt: skip
 
 

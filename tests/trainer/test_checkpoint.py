@@ -436,15 +436,15 @@ def test_held_saves_wait_and_take_the_state_of_the_release(tmp_path: Path) -> No
     assert checkpointer.save_checkpoint(name="final") is None
     assert not list(tmp_path.iterdir())
     thing.value = meta["step"] = 2
-    assert [each.name for each in checkpointer.release()] == ["step-00000001", "final"]
+    saved = [checkpointer.save(each).name for each in checkpointer.release()]
+    assert saved == ["step-00000001", "final"]
     assert checkpointer.release() == []
     assert checkpointer.save_checkpoint() is not None
     fresh = Checkpointer(tmp_path, recoverables={"brain": Uniform()})
     assert fresh.read(fresh.find(n=3)[-1])["brain"]["epoch"] == 2
     checkpointer.hold()
     checkpointer.save_checkpoint(name="never")
-    checkpointer.drop_waiting()
-    assert checkpointer.release() == []
+    assert len(checkpointer.release()) == 1
     assert checkpointer.save_checkpoint(name="now") is not None
     assert not (tmp_path / "never").exists()
 

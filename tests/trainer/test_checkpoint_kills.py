@@ -218,6 +218,16 @@ def test_a_second_writer_is_refused_and_a_reader_changes_nothing(
     assert temporaries(folder) == []
 
 
+@pytest.mark.faults
+def test_a_script_that_ends_with_its_checkpointer_says_nothing(tmp_path: Path) -> None:
+    program = OWNER.partition("if ")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "checkpoints")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_process_that_was_forked_does_not_hold_the_lock_on(
     owner: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """The order of an epoch, its randomness, its ranks, its workers and its bad items."""
 
+import gc
 import logging
+import multiprocessing
 import os
 import random
 import resource
@@ -282,6 +284,28 @@ def test_persistent_workers_learn_each_epoch() -> None:
     for number in (1, 2, 1):
         loader.set_epoch(number)
         assert content(loader) == epoch(number, num_workers=1)
+
+
+class Shards(IterableDataset):
+    """Four numbers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(4))
+
+
+@pytest.mark.parametrize("data", [range(4), Shards()])
+def test_persistent_workers_end_with_a_loader_in_a_reference_cycle(data: Any) -> None:
+    before = set(multiprocessing.active_children())
+    loader: Any = make_loader(data, train=True, num_workers=2, persistent_workers=True)
+    assert len(list(loader)) == 4
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    loader.own = loader  # As a Brain refers to itself.
+    started = time.monotonic()
+    del loader
+    gc.collect()
+    assert time.monotonic() - started < 5  # torch waits for each worker for 5 s.
+    assert not workers & set(multiprocessing.active_children())
 
 
 def test_each_epoch_sees_every_item_once_in_a_new_order() -> None:

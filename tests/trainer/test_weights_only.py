@@ -172,6 +172,25 @@ def test_a_checkpoint_that_was_cut_meanwhile_is_told_or_looked_for_again(tmp_pat
     assert reader.average([old])["weight"].unique().tolist() == [0]
 
 
+def test_a_list_has_the_one_for_which_another_was_cut(tmp_path: Path) -> None:
+    checkpointer, thing = saved(tmp_path, [], {"wer": ALONE})
+    for thing.value, end in enumerate((False, True)):
+        meta = {"optimizer_step": thing.value, "wer": 1.0}
+        checkpointer.save_and_keep_only(meta, end_of_epoch=end)
+    read, scans = storage.read_manifest, iter([1])
+
+    def after_a_save(path: Path) -> storage.Checkpoint:  # The folder's names are read by now.
+        for _ in scans:
+            thing.value = 2
+            checkpointer.save_and_keep_only({"optimizer_step": 2, "wer": 2.0})
+        return read(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "read_manifest", after_a_save)
+        found = Checkpointer(tmp_path).list_checkpoints()
+    assert [(each.step, each.complete) for each in found] == [(2, True), (1, False), (0, True)]
+
+
 @pytest.mark.parametrize("contents", ["weight", "", "run\n"])
 def test_other_contents_are_refused(contents: str, tmp_path: Path) -> None:
     checkpointer, _ = saved(tmp_path, [1.0], None)

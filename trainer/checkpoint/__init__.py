@@ -8,6 +8,9 @@
             rank-0.pt           state that differs per rank: random generators, an open window
             manifest.json       step, time and metrics, size and hash of each file
 
+One that is kept as weights alone has `brain.pt`, `brain.modules.pt` and, with averages,
+`brain.ema.pt`, and its manifest says so.
+
 `checkpointer` has the class that recipes use and the rules for which checkpoints stay, `storage`
 writes states into folders and verifies them, `migrate` reads the layouts of earlier formats,
 `run_state` gathers the state of a run, and `user_state` that of users' own objects.

@@ -121,6 +121,10 @@ def _best_rules(keep_best: Any) -> tuple[Best, ...]:
     return tuple(rules)
 
 
+def _rules_by_keys(n: int, low: Iterable[str], high: Iterable[str]) -> tuple[Best, ...]:
+    return (*(Best(key, "min", n) for key in low), *(Best(key, "max", n) for key in high))
+
+
 def ranked(checkpoints: Sequence[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
     """Sort the checkpoints that have a finite value of ``metric``, the best first; stable."""
 
@@ -356,8 +360,7 @@ class Checkpointer:
         """
         if num_to_keep < 1:
             raise ValueError(f"num_to_keep is {num_to_keep}; at least 1 checkpoint must be kept")
-        rules = [Best(key, "min", num_to_keep) for key in min_keys]
-        rules += [Best(key, "max", num_to_keep) for key in max_keys]
+        rules = _rules_by_keys(num_to_keep, min_keys, max_keys)
         last = max(self.retention.last, num_to_keep) if keep_recent else 0
         keys = tuple((key, num_to_keep) for key in importance_keys)
         retention = Retention(last, (*self.retention.best, *rules), keys, ckpt_predicate)
@@ -391,22 +394,10 @@ class Checkpointer:
         """Defer saves until `release`, since the state is incomplete at the moment."""
         self._held = True
 
-    def release(self) -> list[Checkpoint]:
-        """Do the saves that were deferred, with the state of now. Every rank must call it.
-
-        Raises:
-            ValueError, OSError, RuntimeError: as in `save_checkpoint`.
-        """
-        return [self.save(request) for request in self.take_waiting()]
-
-    def take_waiting(self) -> list[SaveRequest]:
-        """Stop deferring saves, and return those that were deferred, which are the caller's now."""
+    def release(self) -> list[SaveRequest]:
+        """Stop deferring saves, and return those that were deferred; `save` does them."""
         waiting, self._held, self._waiting = self._waiting, False, []
         return waiting
-
-    def drop_waiting(self) -> int:
-        """Discard the saves that were deferred, stop deferring, and return their number."""
-        return len(self.take_waiting())
 
     def prepare(self) -> None:
         """Make the folder and remove what killed processes left in it. Every rank must call it.
@@ -484,7 +475,7 @@ class Checkpointer:
         planned = Checkpoint(self.folder / name, **fields)
         with _told(f"the checkpoint {planned.path} could not be saved"):
             saved = self._write(planned)
-        with _told(f"{saved.path} is saved, but a checkpoint before it could not be deleted"):
+        with _told(f"{saved.path} is saved, but an earlier checkpoint could not be deleted or cut"):
             run_on_main(self._delete_others, saved, request.retention)
         return saved
 
@@ -583,15 +574,14 @@ class Checkpointer:
         """
         if num_to_keep < 0:
             raise ValueError(f"num_to_keep is {num_to_keep}; it must be 0 or more")
-        rules = [Best(key, "min", num_to_keep) for key in min_keys or ()]
-        rules += [Best(key, "max", num_to_keep) for key in max_keys or ()]
+        rules = _rules_by_keys(num_to_keep, min_keys or (), max_keys or ())
         keys = tuple((key, num_to_keep) for key in importance_keys or ())
         last = num_to_keep if importance_keys is None else 0
 
         def delete() -> None:
             self._prepare()
             found = self.list_checkpoints()
-            kept = Retention(last, tuple(rules), keys).select(found)[0] if num_to_keep else set()
+            kept = Retention(last, rules, keys).select(found)[0] if num_to_keep else set()
             for each in found:
                 if each not in kept and (ckpt_predicate is None or ckpt_predicate(each)):
                     storage.delete(each.path)
@@ -613,8 +603,8 @@ class Checkpointer:
         found: list[Checkpoint] = []
         for _ in range(MAX_RETRIES):
             before, (found, settled) = found, self._scan()
-            # One that was cut to its weights within the scan was so for another that had come.
-            if settled and (found == before or any(each.complete for each in found)):
+            # If the newest has weights alone, it was cut within the scan, for one that came behind.
+            if settled and (found == before or all(each.complete for each in found[:1])):
                 break
         return found
 

@@ -373,7 +373,7 @@ class Saver:
         Raises:
             OSError: the disk did not take a save, for the third time in a row.
         """
-        requests = self._checkpointer.take_waiting()
+        requests = self._checkpointer.release()
         self._checkpointer.hold()
         if requests:
             self._saved_at, self._saved_step = time.monotonic(), self._progress.optimizer_step
@@ -431,7 +431,7 @@ class Saver:
             self.save_stopped(stop)
             raise
         finally:
-            self._checkpointer.drop_waiting()
+            self._checkpointer.release()
 
     def save_stopped(self, stop: signals.Interrupted) -> None:
         """Save a run that was asked to stop, if its state is complete. Collective."""
@@ -458,7 +458,7 @@ class Saver:
                 self.release()
                 self._save_finally()
         finally:
-            if self._checkpointer.drop_waiting():
+            if self._checkpointer.release():
                 logger.warning("a save within a test was left out: this Brain has not trained")
 
     @contextmanager

@@ -32,7 +32,7 @@ from datetime import datetime
 from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
@@ -680,15 +680,8 @@ class FolderLock:
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
-
-    def __del__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Close the handle; a lock ends when the last process has closed it."""
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
+        self.forget = finalize(self, os.close, handle)  # It ends when the last process closes it.
+        self.forget.atexit = False
 
 
 def _forget_locks() -> None:

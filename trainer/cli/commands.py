@@ -312,9 +312,9 @@ COMMANDS = {
         ),
         export,
         "The folder has weights, what they need to be loaded, and a README.md as model card. OUT\n"
-        "is RUN-FORMAT unless it is given. --to onnx and --to torch write networks for other\n"
-        "programs. --init_from and --source name frozen weights that the checkpoints have left\n"
-        "out; --seeds are runs of other seeds, whose spread the card shows.",
+        "is RUN-FORMAT unless it is given. FORMAT is safetensors, or onnx or torch: networks for\n"
+        "other programs. --init_from SOURCE and --source SOURCE name frozen weights that the\n"
+        "checkpoints have left out; --seeds are runs of other seeds, whose spread the card shows.",
     ),
     "average": Command(
         "average the weights of a run's checkpoints into a new run folder",

@@ -13,10 +13,7 @@ from trainer.inference.exporting import export as write
 from trainer.inference.loading import load
 from trainer.untrusted import printable
 
-USAGE = (
-    f"RUN [OUT] [--to {'|'.join(FORMATS)}] [--max_key METRIC | --min_key METRIC] "
-    "[--init_from SOURCE] [--source SOURCE] [--seeds RUN…]"
-)
+USAGE = "RUN [OUT] [--to FORMAT] [--min_key METRIC | --max_key METRIC] [--seeds RUN…]"
 
 
 def export(argv: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from trainer.cli import session
 from trainer.cli.folder import HEADERS, HYPERPARAMS, LOCK, STATE, RunFolder
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
+from trainer.config.reading import get
 from trainer.config.run_folder import check_tags
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
@@ -258,12 +259,16 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Return the hyperparameters in force of a run, without references and neutral keys."""
+    """Return the hyperparameters in force of a run, without references and neutral keys.
+
+    Paths in the run folder are relative to it.
+    """
     configuration = Configuration(folder / HYPERPARAMS, run_folder=True)
     check_tags(configuration.root)
     found = Settings(configuration.root, configuration.registry)
+    own = str(getattr(get(configuration.root, "output_folder"), "value", "")) or str(folder)
     return {
-        key: value
+        key: value.replace(f"{own}{os.sep}", "") if isinstance(value, str) else value
         for key, value in found.values.items()
         if found.origin(key) == key and found.kind(key) != "neutral"
     }

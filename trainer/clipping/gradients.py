@@ -13,6 +13,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from itertools import compress
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +24,9 @@ from torch import Tensor
 SMALLEST_POWER = 1e-30
 # Smaller coefficients are near the end of float32's range, where they have few digits left.
 SMALLEST_COEFFICIENT = 1e-30
+
+COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
+WIDE = {torch.float32, torch.float64, *COMPLEX}  # No dtype of half precision.
 
 
 class Gradients:
@@ -216,20 +220,19 @@ def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
         return torch.zeros(0)
     tensors = list(tensors)
     dtypes = {t.dtype for t in tensors}
-    if any(dtype.is_complex for dtype in dtypes):
+    if not dtypes.isdisjoint(COMPLEX):
         tensors = [_real(t, p) for t in tensors]
     if p == math.inf:
         tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
     if p == math.inf and all(t.is_cpu for t in tensors):  # Much faster there than that norm.
         found = torch._foreach_max(torch._foreach_abs(tensors))
-    elif all(dtype.itemsize >= 4 for dtype in dtypes):
+    elif dtypes <= WIDE:
         found = torch._foreach_norm(tensors, p)
     else:
         doubles = not dtypes.isdisjoint({torch.float64, torch.complex128})
         found = torch._foreach_norm(tensors, p, torch.float64 if doubles else torch.float32)
-    device = found[0].device
-    if any(norm.device != device for norm in found):
-        found = tuple(norm.to(device) for norm in found)
+    if len({norm.device for norm in found}) > 1:
+        found = tuple(norm.to(found[0].device) for norm in found)
     vector = torch.stack(found)
     return vector if vector.dtype.itemsize >= 4 else vector.float()
 
@@ -275,9 +278,9 @@ def _multiply(tensors: list[Tensor], coefficients: Sequence[float]) -> None:
     if min(coefficients) < SMALLEST_COEFFICIENT:
         coefficients, times = [math.sqrt(each) for each in coefficients], 2
     factors: Any = coefficients[0] if len(set(coefficients)) == 1 else list(coefficients)
-    if all(t.is_cpu for t in tensors):
+    if all(map(attrgetter("is_cpu"), tensors)):
         # There, foreach is fastest by a tensor, and rounds a Python number to half precision.
-        wide = any(t.dtype.itemsize > 4 for t in tensors)
+        wide = max(map(attrgetter("dtype.itemsize"), tensors)) > 4
         factors = torch.tensor(factors, dtype=torch.float64 if wide else torch.float32)
         factors = factors.unbind() if factors.dim() else factors
     for _ in range(times):

@@ -221,7 +221,8 @@ class Loader:
         self._batches, self._sampler, self.policy = batches, sampler, policy
         self.alone = sampler.world_size == 1
         self._total: tuple[int, str] | None = None  # Files of the epoch, once they are counted.
-        self._closing = _closing_flag(self)
+        self._idle: list[BaseProcess] = []  # Persistent workers between two epochs.
+        self._closing = _closing_flag(self, self._idle)
         self._timeout, self._workers = timeout, options.get("num_workers", 0)
         self._number = 0  # Of the batch that is waited for.
         self._before = DrawsUndone()
@@ -302,6 +303,7 @@ class Loader:
     def _from_workers(self) -> Iterator[Any]:
         """Yield the batches that workers load."""
         self._start_epoch()
+        self._idle.clear()
         self._closing.fill_(False)
         first = self._sampler.start
         with _full_memory_told():
@@ -312,6 +314,7 @@ class Loader:
             for self._number in count(first):
                 loaded = watched.next()
                 if loaded is _END:
+                    self._idle[:] = watched.workers
                     return
                 self._count(loaded)
                 if loaded.batch is not None:
@@ -369,7 +372,8 @@ class Stream:
     ) -> None:
         self._source, self._seed, self._train, self._timeout = source, seed, train, timeout
         self._epoch, self._start, self._number = 0, 0, 0
-        self._closing = _closing_flag(self)
+        self._idle: list[BaseProcess] = []
+        self._closing = _closing_flag(self, self._idle)
         self._forked: fork_rng | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._waiting = self._ended = False
@@ -442,6 +446,7 @@ class Stream:
         seed, epoch = self._seed, self._epoch  # Another iteration may begin before this one ends.
         self.policy.start_epoch()
         forked = fork_rng(derive(seed, "stream", epoch), generators(self._source))
+        self._idle.clear()
         self._closing.fill_(False)
         with forked, _prepared(self._source, self._closing, seed, epoch):
             if resumed is not None:
@@ -470,6 +475,8 @@ class Stream:
                     loaded += 1
                     if batch.batch is _END:
                         self._ended = True
+                        if self.dealt is not None:  # The DataLoader is not the user's own.
+                            self._idle[:] = watched.workers
                         break
                     if batch.batch is None:
                         self.policy.handle([(f"batch {loaded}", "it is None")], 1)
@@ -573,11 +580,24 @@ def _warn_of_repeated_items(source: Any) -> None:
         )  # fmt: skip
 
 
-def _closing_flag(owner: Any) -> Tensor:
-    """Return a flag in shared memory, True once the owner's workers are to end."""
+def _closing_flag(owner: Any, idle: list[BaseProcess]) -> Tensor:
+    """Return a flag in shared memory, True once the owner's workers are to end.
+
+    Args:
+        owner: a loader.
+        idle: its workers that wait for the next epoch, which end with it. torch waits 5 s for each
+            of them where the loader is in a reference cycle: by the time that it is collected, the
+            queues through which torch would tell them are closed.
+    """
     flag: Tensor = torch.zeros(1, dtype=torch.bool).share_memory_()
-    weakref.finalize(owner, flag.fill_, True)  # At the interpreter's exit too.
+    weakref.finalize(owner, _close, flag, idle, os.getpid())  # At the interpreter's exit too.
     return flag
+
+
+def _close(flag: Tensor, idle: list[BaseProcess], process: int) -> None:
+    flag.fill_(True)
+    for worker in idle if os.getpid() == process else ():
+        worker.terminate()
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from trainer import distributed
 from trainer.distributed.announcements import NO_VOTES, Announcements, Votes, Windows
 from trainer.distributed.buckets import GradientBuckets
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
 
 class WindowSums(NamedTuple):
     """Sums over ranks of a closed accumulation window, on the device.
@@ -139,7 +141,7 @@ class Strategy:
             reference: weight that this rank's gradients are relative to.
             last: True if the window closes after this backward pass; the same on all ranks.
         """
-        return nullcontext()
+        return _NOTHING
 
     def end_window(
         self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float

@@ -1,6 +1,7 @@
 """Using trained models: `trainer.load` makes one from its run folder, `export` writes it."""
 
 from trainer.inference.exporting import export
+from trainer.inference.graphs import Graph, Port
 from trainer.inference.loading import OpenRun, load, open_run
 from trainer.inference.model import Model
 from trainer.inference.results import (
@@ -15,8 +16,10 @@ from trainer.inference.results import (
 __all__ = [
     "Classification",
     "Embedding",
+    "Graph",
     "Model",
     "OpenRun",
+    "Port",
     "Sound",
     "Speech",
     "Transcript",

@@ -191,7 +191,7 @@ def _front_matter(
 
 def _about(model: Model | Brain, origin: Origin | None, described: Mapping[str, Any]) -> str:
     count = sum(each.numel() for each in model.modules.parameters())
-    text = f"A `{type(model).__name__}` of {count:,} parameters"
+    text = f"`{type(model).__name__}`, {count:,} parameters"
     if origin is not None:
         run = escaped(os.path.basename(os.path.abspath(origin.run.folder)))
         chosen = (
@@ -348,8 +348,8 @@ def _over_items(
     for path in sorted(run.glob(f"*_{stage}.csv")) if stage else ():
         with suppress(OSError, ValueError, csv.Error):
             rows = list(csv.DictReader(read_text(run, path.name, 4 << 20).splitlines()))
-            for name, mean in metrics.items():
-                values = [float(row[name]) for row in rows if row.get(name)]
+            for name, mean in metrics.items():  # The last row may be the mean.
+                values = [float(r[name]) for r in rows if r.get(name) and r.get("id") != "mean"]
                 near = len(values) > 1 and math.isclose(
                     statistics.fmean(values), mean, rel_tol=0.01, abs_tol=0.001
                 )

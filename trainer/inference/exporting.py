@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -32,13 +34,13 @@ from trainer.inference.cards import HYPERPARAMS_HEADER, write_card
 from trainer.inference.graphs import FILES, example_code, write_graph
 from trainer.inference.initialise import WEIGHTS
 from trainer.inference.loading import CHECKPOINTS, HYPERPARAMS, RECIPE, Origin, origin_of
+from trainer.inference.model import Model
 from trainer.options import BRAIN_KEYS, HINTS, nearest
 from trainer.untrusted import confined, no_modules_from
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
     from trainer.inference.graphs import Graph
-    from trainer.inference.model import Model
 
 DESCRIPTION = "export.json"
 FORMATS = ("safetensors", *FILES)
@@ -62,9 +64,10 @@ def export(
       and of a model that `trainer.load` made what it needs beside them, so that `trainer.load`
       makes it from this folder too. Each model of transformers is also saved as transformers does
       it, in a folder of its own name, such as ``encoder/``, for ``from_pretrained``.
-    - ``onnx`` and ``torch``: the network of ``model.graph`` in ``model.onnx``, or in ``model.pt2``
-      for ``torch.export.load``. The file is run and compared to torch on inputs of several lengths
-      and batch sizes.
+    - ``onnx`` and ``torch``: a network in ``model.onnx``, or in ``model.pt2`` for
+      ``torch.export.load``. The file is run and compared to torch on inputs of several lengths and
+      batch sizes. A class of your own says which network by a method ``graph(modules)``, which
+      returns a `trainer.inference.Graph`.
 
     Args:
         model: the model, with the weights that are to be written: as `trainer.load` gives it, or a
@@ -104,7 +107,7 @@ def export(
             if origin is not None:
                 _write_parts(merged, origin, partial)
         else:
-            graph = _graph(model, merged.float(), to)
+            graph = _graph(model, origin, merged.float(), to)
             described = write_graph(graph, to, partial)
             code = example_code(described, graph)
         write_card(partial, model, origin, described, code, seeds)
@@ -127,21 +130,25 @@ def _new(target: Path) -> Iterator[Path]:
         raise
 
 
-def _graph(model: Model | Brain, modules: nn.ModuleDict, to: str) -> Graph:
-    """Return the network of a model that other programs run."""
-    make = getattr(model, "graph", None)
-    if make is None:
-        known = sorted(
-            package.rpartition(".")[2]
-            for package in recipe_packages()
-            if (Path(str(sys.modules[package].__file__)).parent / "graph.py").is_file()
-        )
-        raise ValueError(
-            f"a {type(model).__name__} has no network for {to}; allowed: --to safetensors, models "
-            f"with a method graph, and among the recipes {', '.join(known)}"
-        )
-    found: Graph = make(modules)
-    return found
+def _graph(model: Model | Brain, origin: Origin | None, modules: nn.ModuleDict, to: str) -> Graph:
+    """Return the network of a model that other programs run.
+
+    A recipe has a function for it in graph.py, a class of a program a method.
+    """
+    make = getattr(type(model), "graph", None) if isinstance(model, Model) else None
+    if make is not None:
+        own: Graph = make(model, modules)
+        return own
+    able = [each for each in recipe_packages() if importlib.util.find_spec(f"{each}.graph")]
+    for package in [] if origin is None else origin.run.recipes():
+        if package in able:
+            found: Graph = importlib.import_module(f"{package}.graph").graph(modules, model.hparams)
+            return found
+    raise ValueError(
+        f"a {type(model).__name__} has no network for --to {to}; allowed: --to safetensors, models "
+        "of a class with a method graph, and among the recipes "
+        f"{', '.join(each.rpartition('.')[2] for each in able)}"
+    )
 
 
 # ------------------------------------------------------------------------------------- safetensors
@@ -216,7 +223,7 @@ def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
     """Leave in a tree without references what a model needs, with paths below the folder.
 
     Returns:
-        The paths in the run folder that it names, relative to it.
+        The paths in the run folder that the model needs, relative to it.
     """
     for key, node in list(items(root)):
         training = key in BRAIN_KEYS or (key in HINTS and key not in KEPT)
@@ -228,15 +235,18 @@ def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
     put(root, "output_folder", ScalarNode(reading.STR, "."))
     if len(recipes) == 1:
         put(root, RECIPE, ScalarNode(reading.STR, recipes[0]))
-    found: dict[str, None] = {}
     for node in nodes(root):  # Shared values as they are, and shared objects by an alias.
         replace_children(node, lambda _, each: copy.copy(each) if _is_plain(each) else each)
+    needed: dict[str, None] = {}
     for node in nodes(root):
-        if isinstance(node, ScalarNode) and _is_path(node) and _inside(node.value, source):
-            below = os.path.relpath(node.value, source)
-            node.tag, node.value, node.style = "!ref", f"<output_folder>/{below}", None
-            found[below] = None
-    return list(found)
+        for _, each in items(node):
+            if isinstance(each, ScalarNode) and _is_path(each) and _inside(each.value, source):
+                place = os.path.relpath(each.value, source)
+                # A folder that no object is given may have anything of the training in it.
+                if object_name(node) or os.path.isfile(each.value):
+                    needed[place] = None
+                each.tag, each.value, each.style = "!ref", f"<output_folder>/{place}", None
+    return list(needed)
 
 
 def _is_plain(node: Node) -> bool:

@@ -270,6 +270,8 @@ def example_code(described: Mapping[str, Any], graph: Graph) -> str:
     shown = [f"print({name}.shape)  # {', '.join(map(str, port.axes))}"
              for name, port in zip(outputs, graph.outputs, strict=True)]  # fmt: skip
     after = graph.after.strip().splitlines()
+    imports = [line for line in after if line.startswith("import ")]
+    after = [line for line in after if line and line not in imports]
     return "\n".join(
-        [*first, "generator = numpy.random.default_rng(0)", *lines, call, *shown, *after]
+        [*imports, *first, "generator = numpy.random.default_rng(0)", *lines, call, *shown, *after]
     )

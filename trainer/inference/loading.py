@@ -137,7 +137,9 @@ class OpenRun:
         for name, node in items(get(self.configuration.root, "modules") or MappingNode("", [])):
             if name not in uses:
                 key = re.fullmatch("<([^<>.]+)>", str(node.value)) if tag(node) == "!ref" else None
-                change = {key[1]: None} if key else {"modules": {name: None}}
+                made = get(self.configuration.root, key[1]) if key else None
+                network = made is not None and tag(made).startswith("!new:")
+                change = {key[1]: None} if key and network else {"modules": {name: None}}
                 self.configuration.override(change)
 
     @contextmanager
@@ -455,9 +457,7 @@ def load(
         torch.zeros(1, device=place)
     with open_run(run, overrides, allow) as opened, rng_kept():
         if (max_key or min_key) and is_export(opened.folder):
-            raise ValueError(
-                f"{run} is an export: it has no checkpoints to choose from by a metric"
-            )
+            raise ValueError(f"{run} is an export: there is no checkpoint to choose")
         kind = brain or model or opened.model_class()
         opened.check_class(kind)
         options = opened.options(*OF_THE_MODEL, device=device)

@@ -46,8 +46,6 @@ class Model:
         hparams: the hyperparameters, a namespace.
         device: where the networks are.
         folder: the run folder; None of a model that `trainer.load` did not make.
-        best_checkpoint: of the class or of an object: the metric that chooses the checkpoint, such
-            as ``{"min_key": "wer"}``; the newest one is taken without.
         uses: of the class: names of the modules that are built and loaded, such as
             ``("generator",)``; empty for all.
 
@@ -55,7 +53,6 @@ class Model:
         ValueError: for a device or module that cannot be used.
     """
 
-    best_checkpoint: ClassVar[Mapping[str, str | None]] = {}
     uses: ClassVar[Sequence[str]] = ()
 
     def __init__(
@@ -72,6 +69,14 @@ class Model:
         except ValueError:
             logger.warning("%s does not compute in %s: fp32 is used", self.device, name)
             self._precision = Precision("fp32", self.device)
+
+    @property
+    def best_checkpoint(self) -> Mapping[str, str | None]:
+        """Metric that chooses the checkpoint, such as ``{"min_key": "wer"}``; none: the newest one.
+
+        Subclasses have a property or, simpler, an attribute of the class.
+        """
+        return {}
 
     def prepare(self) -> None:
         """Called once the networks have their weights; the place to make what depends on them."""

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from trainer.clipping import Clipper, NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
-from trainer.devices import pick_device as pick_device
-from trainer.devices import prepare_modules as prepare_modules
 from trainer.distributed.strategy import Strategy
 from trainer.optim.groups import ParameterGroups, rates_of
 from trainer.optim.precision import Precision

@@ -131,7 +131,9 @@ class NonFiniteGuard:
     def begin_window(self) -> None:
         """Keep the buffers as they are now; only those that changed are copied."""
         copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for each in self._changed():
+        for each in self._buffers:
+            if not each.changed():
+                continue
             now, kept = each.owner.get(each.key), each.kept
             each.tensor = now
             if now is None:

@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -228,8 +229,9 @@ class Update:
         Raises:
             ValueError: if an optimizer that shares a parameter has an open window.
         """
-        other = next((each for each in self.sharing if each.window.count), None)
-        if other is not None and not self.window.count:
+        begun = self.window.count
+        other = next(filter(attrgetter("window.count"), self.sharing), None)
+        if other is not None and not begun:
             raise ValueError(
                 f"the optimizers {other.name!r} and {self.name!r} share "
                 f"{self.shared_with(other)}, and the first has an open accumulation window: their "
@@ -237,7 +239,7 @@ class Update:
                 "each, without accumulation or with last=True, and compute the second loss after "
                 "the first call"
             )
-        left = [] if self.window.count else [p for p in self.all_params if p.grad is not None]
+        left = [] if begun else [p for p in self.all_params if p.grad is not None]
         for p in left:
             p.grad = None
         if left and not self._warned:
@@ -549,7 +551,7 @@ def close(updates: Sequence[Update], settled: Settled | None = None) -> list[Ste
     gradients, loss, weight, scale = settled or settle(updates)
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
-    if not any(grads.tensors for grads in gradients):
+    if not any(map(attrgetter("tensors"), gradients)):
         raise NoGradientError(
             f"the loss given to optimize({lead.name!r}) reaches none of this optimizer's "
             "parameters: is it another optimizer's loss, or was something detached?"
@@ -559,8 +561,8 @@ def close(updates: Sequence[Update], settled: Settled | None = None) -> list[Ste
             update.warn_of_nothing()
         if update.skip_nonfinite_grads and not grads.finite:
             grads.keep([math.isfinite(norm) for norm in grads.norms])
-    nothing = not any(grads.tensors for grads in gradients)
-    if nothing or not all(grads.finite for grads in gradients):
+    some = any(map(attrgetter("tensors"), gradients))
+    if not some or not all(map(attrgetter("finite"), gradients)):
         overflow = scaler.is_enabled() and scale > LOWEST_SCALE
         outcome: Outcome = "overflowed" if overflow else "skipped"
         return _refuse(updates, outcome, loss=loss, weight=weight, scale=scale)
@@ -725,15 +727,15 @@ def _fetch(requests: Sequence[tuple[Tensor, Take]]) -> None:
     """Bring vectors to the host in one transfer, and give the numbers of each to its function."""
     if not requests:
         return
-    device = requests[0][0].device
     vectors = [vector for vector, _ in requests]
-    if any(vector.device != device for vector in vectors):
-        vectors = [vector.to(device) for vector in vectors]
+    if len({vector.device for vector in vectors}) > 1:
+        vectors = [vector.to(vectors[0].device) for vector in vectors]
     numbers = torch.cat(vectors).tolist()
     start = 0
     for vector, take in requests:
-        take(numbers[start : start + len(vector)])
-        start += len(vector)
+        stop = start + vector.numel()
+        take(numbers[start:stop])
+        start = stop
 
 
 def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
@@ -750,19 +752,18 @@ def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[S
 def _check_windows(updates: Sequence[Update]) -> None:
     """Raise ValueError unless all optimizers have the same losses in their windows."""
     lead = updates[0]
-    if any(
-        update.window.count != lead.window.count or update.window.lead not in ("", lead.name)
-        for update in updates
-    ):
-        held = ", ".join(
-            f"{u.name!r} has {u.window.count}"
-            + (f" with {u.window.lead!r}" if u.window.count else "")
-            for u in updates
-        )
-        raise ValueError(
-            f"optimize() got a loss for {_names(updates)}, whose open accumulation windows have "
-            f"other losses ({held}): until a window closes, give its losses to the same optimizers"
-        )
+    for update in updates:
+        if update.window.count != lead.window.count or update.window.lead not in ("", lead.name):
+            held = ", ".join(
+                f"{u.name!r} has {u.window.count}"
+                + (f" with {u.window.lead!r}" if u.window.count else "")
+                for u in updates
+            )
+            raise ValueError(
+                f"optimize() got a loss for {_names(updates)}, whose open accumulation windows "
+                f"have other losses ({held}): until a window closes, give its losses to the same "
+                "optimizers"
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

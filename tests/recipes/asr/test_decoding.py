@@ -2,11 +2,13 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from recipes.asr.decoding import greedy, known_words, make_decoder
+from recipes.asr.decoding import align, greedy, known_words, make_decoder, token_words
+from recipes.asr.text import Characters, Pieces
 
 TOKENS = ["<blank>", "a", "b", " "]
 
@@ -60,3 +62,45 @@ def test_misspelt_words_become_the_nearest_known_ones() -> None:
     assert known_words("munmber hirteen the ighth", lexicon) == "number thirteen the eighth"
     assert known_words("", lexicon) == ""
     assert known_words("hirteen", []) == known_words("hirteen", None) == "hirteen"
+
+
+def test_tokens_are_in_the_frames_of_the_likeliest_path() -> None:
+    log_probs = path_of("aa-abb- a-")
+    score = float(log_probs.max().exp())
+    found = align([1, 1, 2, 3, 1], log_probs)
+    assert [(each.start, each.end) for each in found] == [(0, 2), (3, 4), (4, 6), (7, 8), (8, 9)]
+    assert all(each.score == pytest.approx(score) for each in found)
+    # Tokens of another decoder are where they are likeliest, too.
+    (only,) = align([2], path_of("--bb----aa"))
+    assert (only.start, only.end) == (2, 4)
+    assert align([], log_probs) == []
+
+
+def test_the_greedy_path_is_its_own_alignment() -> None:
+    torch.manual_seed(0)
+    for _ in range(20):
+        log_probs = (3 * torch.randn(30, 5)).log_softmax(-1)
+        (tokens,) = greedy(log_probs[None], torch.tensor([30]))
+        path = log_probs.argmax(-1).tolist()
+        runs = [
+            n for n in range(30) if path[n] != 0 and (n == 0 or path[n - 1] != path[n])
+        ]  # first frames of tokens
+        found = align(tokens, log_probs)
+        assert [each.start for each in found] == runs
+        for number, each in zip(tokens, found, strict=True):
+            assert path[each.start : each.end] == [number] * (each.end - each.start)
+
+
+def test_words_have_the_places_of_their_tokens(tmp_path: Path) -> None:
+    codec = Characters()
+    numbers = codec.encode("  it's one  two ")
+    assert token_words(codec, numbers) == [[2, 3, 4, 5], [7, 8, 9], [12, 13, 14]]
+    assert token_words(codec, codec.encode("   ")) == token_words(codec, []) == []
+    texts = [f"{a} {b} hundred" for a in ("one", "two", "six") for b in ("ten", "five", "four")]
+    pieces = Pieces(tmp_path / "pieces", 28)
+    pieces.fit(texts)
+    for text in texts:
+        numbers = pieces.encode(text)
+        groups = token_words(pieces, numbers)
+        words = [pieces.decode([numbers[place] for place in group]) for group in groups]
+        assert words == text.split()

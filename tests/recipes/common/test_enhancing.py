@@ -220,6 +220,25 @@ def test_of_the_run_of_any_yaml_only_what_answers_is_built(
         assert each.samples.isfinite().all()
 
 
+def test_chunks_that_cannot_be_are_refused_when_a_model_is_loaded(tmp_path: Path) -> None:
+    run = make_run("segan", tmp_path / "run")
+    for given, message in (
+        (
+            {"chunks": {"length": 2048}},
+            "chunks.length is 2048; allowed: 1024, what the generator",
+        ),
+        (
+            {"chunks": {"overlap": 600}},
+            "chunks of 1024 samples cannot overlap by 600: allowed is",
+        ),
+        ({"chunks": {"overlap": 9.5}}, "overlap=9.5, .* is not of whole numbers"),
+        ({"sample_rate": 8000.5}, "rate is 8000.5; allowed: a whole number of samples a second"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.load(run, "cpu", overrides=given)
+    assert trainer.load(run, "cpu", overrides={"chunks": {"overlap": 0}}).latency == 1024 / 16000
+
+
 def bases(yaml: str) -> list[str]:
     """Return the names of a YAML and of those that it is based on."""
     path = HPARAMS / yaml

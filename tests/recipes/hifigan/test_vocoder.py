@@ -43,6 +43,7 @@ def test_pieces_join_to_the_whole(
     mel = torch.randn(3, 5, frames)
     pieces = list(voice.vocode_stream(mel.split(size, -1)))
     torch.testing.assert_close(torch.cat(pieces, -1), whole_of(voice, mel), rtol=0, atol=1e-6)
+    assert not any(piece.is_inference() for piece in pieces)
     longest = (16 + voice.modules.generator.context) * voice.mel.hop
     assert all(piece.shape[-1] <= longest for piece in pieces)
 
@@ -84,6 +85,7 @@ def test_a_mel_sounds_the_same_in_every_form(tmp_path: Path) -> None:
         assert isinstance(sound, Sound)
         assert (sound.rate, sound.samples.dtype) == (8000, torch.float32)
         assert not sound.samples.requires_grad
+        assert not sound.samples.is_inference()
         torch.testing.assert_close(sound.samples, whole, rtol=0, atol=1e-5)
     assert torch.equal(voice.vocode(mel).samples, found[0].samples)
     assert torch.equal(torch.get_rng_state(), state)
@@ -135,13 +137,13 @@ def test_what_is_no_mel_is_refused_with_its_name(tmp_path: Path) -> None:
         (torch.zeros(4, 5), r"the mel: it has the shape \(4, 5\); expected: 5 bands before the"),
         (torch.zeros(100), r"the mel: it has the shape \(100,\); allowed: log-mels \(5, frames\)"),
         (np.zeros((5, 4), int), "the mel: a mel is a matrix .* of floats, not .*int64"),
-        (np.full((5, 4), "a"), "the mel cannot be used: can't convert np.ndarray of type"),
+        (np.full((5, 4), "a"), "the mel: it cannot be used: can't convert np.ndarray of type"),
         (torch.zeros(5, 0), "the mel: its mel has no frames"),
         (torch.zeros(2, 3, 5, 4), "the mel: a mel is a matrix"),
         (torch.zeros(2, 6, 4), r"the batch: it has the shape \(2, 6, 4\)"),
         ([good, wrong], "the mel 2: its mel has values that are not finite numbers"),
-        ([good, None], "sound 2 is a NoneType; allowed: a path"),
-        ([good, [good]], "sound 2 is a list"),
+        ([good, None], "sound 1 is a NoneType; allowed: a path"),
+        ([good, [good]], "sound 1 is a list"),
         (tmp_path / "other.pt", "other.pt: its mel was made with f_max=3000.0; expected: 4000.0"),
         ([good, speech], "the speech 2: its mel was made with f_max=3000.0"),
         ([good, tmp_path / "none.npy"], "none.npy: it does not exist"),
@@ -150,8 +152,15 @@ def test_what_is_no_mel_is_refused_with_its_name(tmp_path: Path) -> None:
     for given, told in cases:
         with pytest.raises((ValueError, TypeError), match=told):
             voice.vocode(given)
+    with pytest.raises(ValueError, match="piece 2: it has the shape .* expected: 5 bands"):
+        list(voice.vocode_stream([good, torch.zeros(6, 4)]))
     with pytest.raises(BadItem, match="sound 2: 1 of its samples are not finite"):
         voice.vocode([good[0], torch.tensor([torch.nan])], rate=8000)
+    with pytest.raises(ValueError, match="samples have 5 channels, .* a mel without a rate"):
+        voice.vocode([good[0], good], rate=8000)
+    assert voice.vocode(good[0], rate=8000).samples.shape == (1, 4)
+    with pytest.raises(ValueError, match=r"the sound has the shape \(\)"):
+        voice.vocode(np.array(3.0), rate=8000)
     with pytest.raises(ValueError, match="rate is 0; allowed"):
         voice.vocode(good[0], rate=0)
 

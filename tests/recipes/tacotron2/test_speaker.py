@@ -68,6 +68,8 @@ def test_speech_has_its_mel_alignment_and_symbols(reduction: int, tmp_path: Path
     assert speech.alignment.shape == (frames, len(speech.symbols))
     torch.testing.assert_close(speech.alignment.sum(1), torch.ones(frames))
     assert speech.samples.shape == (1, frames * 16)
+    tensors = (speech.samples, speech.mel, speech.alignment)
+    assert not any(each.is_inference() or each.requires_grad for each in tensors)
     assert speech.mel_config == LogMel(**MEL).config
     assert soundfile.info(speech.save(tmp_path / "x.wav")).frames == frames * 16
     assert_alike(speaker.synthesise("Dr. No has 2 cats."), speech, 0.0)
@@ -162,3 +164,12 @@ def test_the_vocoder_of_the_run_is_used_if_it_is_in_its_folder(tmp_path: Path) -
 def test_what_cannot_be_said_is_named(text: Any, told: str) -> None:
     with pytest.raises((ValueError, TypeError), match=told):
         speaking().synthesise(text)
+
+
+def test_a_front_end_or_mels_that_do_not_fit_the_network_are_refused(tmp_path: Path) -> None:
+    run = make_run("tacotron2", tmp_path / "run")
+    with pytest.raises(ValueError, match="and mel 20 bands; the network .* makes 80 bands"):
+        trainer.load(run, "cpu", overrides={"mel": {"bands": 20}})
+    letters = "".join(map(chr, range(200, 400)))
+    with pytest.raises(ValueError, match="front has 202 symbols .* takes up to 148 symbols"):
+        trainer.load(run, "cpu", overrides={"front": {"alphabet": letters}})
