@@ -47,6 +47,7 @@ REASONS = {
     "a diagram",
     "a form to fill in",
     "needs a scheduler",
+    "needs the network",
     "output of a command that takes minutes",
     "output on a large model",
 }
