@@ -26,7 +26,6 @@ there (`RUNS`), and `<!-- recording: FILE -->` a second of sound, for the blocks
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
