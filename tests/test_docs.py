@@ -83,6 +83,33 @@ def test_what_a_page_writes_is_used_by_a_later_block() -> None:
                 assert re.search(rf"\b{stem}\b", later), f"{block.place}: {name} is not used"
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("```python\n1 / 0\n```", "ZeroDivisionError"),
+        ("```python\nprint('a 1')\n```\n\n```\nb 1\n```", "nothing prints, or not in this order"),
+        ("```python\nprint('a 1')\n```\n\n```\na 27.5\n```", None),
+        ("```yaml\nclip: !new:trainer.clipping.NormClip {limits: 1}\n```", "limits"),
+        ("```yaml\nprecision: fp8\n```", "precision must be one of"),
+        ("```sh\ncortex run asr/demo --widht 3\n```", "did you mean 'width'"),
+        ("```sh\npython recipes/asr/infer.py RUN --decodr beam\n```", "has no --decodr"),
+        ("```sh\ncortex lst\n```", "there is no command"),
+        ("```sh\nmake all\n```", "can be neither run nor checked"),
+        ("<!-- fails: by zero -->\n```python\n1 / 1\n```", "ends without the error"),
+        ("<!-- program: a.py -->\n```python\nraise SystemExit(3)\n```", "exit code 3"),
+    ],
+)
+def test_a_block_that_is_wrong_is_found(
+    text: str, error: str | None, run_page: Pages, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{text}\n")
+    (tmp_path / "run").mkdir()
+    found = run_page(str(page), tmp_path / "run")
+    assert ("failed" in found) == (error is not None)
+    assert error is None or error in found["error"]
+
+
 # -------------------------------------------------------------------- the tables and the reference
 
 
