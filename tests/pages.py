@@ -45,8 +45,6 @@ ROOT = Path(__file__).parents[1]
 REASONS = {
     "a diagram",
     "a form to fill in",
-    "needs a corpus",
-    "needs a GPU",
     "needs a scheduler",
     "needs the network",
     "output of a command that takes minutes",
@@ -87,7 +85,7 @@ def pages() -> list[Path]:
 def blocks(page: Path) -> list[Block]:
     """Return the code blocks of a page."""
     text = page.read_text()
-    name, found = str(page.relative_to(ROOT)), []
+    name, found = os.path.relpath(page, ROOT), []
     for match in FENCED.finditer(text):
         line = text.count("\n", 0, match.start()) + 1
         directives: dict[str, str] = {}
