@@ -19,7 +19,13 @@ RUN_NAMES: tuple[str, ...] = (
     "text.Characters",
     "text.Pieces",
 )
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.digits", "data.embedded", "data.librispeech")
+YAML_NAMES: tuple[str, ...] = (
+    *RUN_NAMES,
+    "data.digits",
+    "data.embedded",
+    "data.librispeech",
+    "data.table",
+)
 LIMITS: str = (
     "The recogniser knows the words and the kinds of sentences that it was trained on: one that "
     "was trained on synthetic or on read speech of close microphones makes many more errors on "

@@ -36,7 +36,7 @@ RUN_NAMES: tuple[str, ...] = (
     "text.Vocabulary",
     "whisper.Whisper",
 )
-YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "data.table", "labelled.folders", "labelled.table")
+YAML_NAMES: tuple[str, ...] = (*RUN_NAMES, "labelled.folders", "labelled.table")
 LIMITS: str = (
     "What is recognised or told apart is what the data of the fine-tuning had: other languages, "
     "accents, microphones and noise were not measured. A classifier always chooses one of its "

@@ -1,100 +1,23 @@
-"""Data to fine-tune on: tables of one's own, and what fits a pretrained model.
+"""Data to fine-tune on: what fits a pretrained model.
 
-The corpora of the recogniser, `recipes.asr.data`, can be named as well: LibriSpeech and folders of
-its layout, connected digits, and the embedded speech.
+The corpora are those of the recogniser, `recipes.asr.data`: tables of one's own, LibriSpeech and
+folders of its layout, connected digits, and the embedded speech.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipes.asr.data import SPLITS, Corpus
-from recipes.common.audio import check_recordings
-from recipes.common.cuts import cut_of
+from recipes.asr.data import Corpus
 from recipes.common.loading import DurationBatches, Speech, filter_by_duration, transcript
-from recipes.common.paths import inside
-from recipes.common.tables import TableError, named, read_rows
 from recipes.finetune.model import PretrainedEncoder
 from recipes.finetune.whisper import Whisper
 
-try:
-    from lhotse import CutSet, MonoCut, MultiCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
-
-logger = logging.getLogger(__name__)
-
 NEAR = 0.05  # largest share of padding where the front end of a model normalises over time
-
-
-def table(
-    data_folder: str,
-    tables: Mapping[str, str],
-    lower: bool = True,
-    on_bad: str = "skip",
-    max_bad: float = 0.05,
-    follow_links: bool = False,
-) -> Corpus:
-    """Recordings and transcripts that tables list, one for each of train, valid and test.
-
-    A table has the columns ``path`` and ``text``, and may have ``speaker`` and others. Paths are
-    relative to ``data_folder``. Of several channels the mean is taken, as `infer` does.
-
-    Args:
-        data_folder: folder of the tables and the recordings.
-        tables: names of the tables by split.
-        lower: put the texts in small letters.
-        on_bad: handling of missing and unusable files, as in the run options.
-        max_bad: largest share of such files in a table, as in the run options.
-        follow_links: symbolic links may lead out of the folder.
-
-    Raises:
-        TableError: a table cannot be used, or two of them list one recording.
-        ValueError: a split has no table, or too many files are bad.
-    """
-    if set(tables) != set(SPLITS):
-        raise ValueError(f"tables must be given for {', '.join(SPLITS)}; got {dict(tables)}")
-    folder = Path(data_folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"data_folder {folder} is not there; expected was a folder with tables")
-    seen: dict[Path, str] = {}
-    corpus = {}
-    for split in SPLITS:
-        path = inside(folder, tables[split], follow_links)
-        listed: dict[Path, tuple[str, str, str | None]] = {}
-        for line, cells in read_rows(path, "a table with path and text", ("path", "text"), "path"):
-            find = partial(inside, folder, follow_links=follow_links)
-            file = named(path, line, find, cells["path"])
-            text = " ".join(cells["text"].split())
-            if not text:
-                raise TableError(path, f"has no text for {cells['path'][:80]!r}", line)
-            if file in seen:
-                raise TableError(path, f"has {cells['path'][:80]!r}, as {seen[file]} has", line)
-            seen[file] = split
-            text = text.lower() if lower else text
-            listed[file] = cells["path"], text, cells.get("speaker") or None
-        headers = check_recordings(listed, channels=None, on_bad=on_bad, max_bad=max_bad)
-        corpus[split] = CutSet.from_cuts(
-            _whole(cut_of(file, header, id, text=text, speaker=speaker), header.channels)
-            for file, header in headers.items()
-            for id, text, speaker in [listed[file]]
-        )
-    return corpus
-
-
-def _whole(cut: MonoCut, channels: int) -> MonoCut | MultiCut:
-    """Return a cut of all channels of a file, for that of the first."""
-    if channels == 1:
-        return cut
-    every = list(range(channels))
-    return MultiCut(cut.id, 0.0, cut.duration, every, cut.supervisions, recording=cut.recording)
 
 
 def check_rate(sample_rate: int, model_rate: int) -> None:

@@ -114,7 +114,9 @@ def test_a_new_run_starts_from_an_export(run: Callable[[str], Path], tmp_path: P
     copied = shutil.copytree(run("asr"), tmp_path / "1234")
     assert main(["export", str(copied)]) == 0
     assert main(["export", str(copied)]) == 2  # What is there is never written to.
-    folder = tmp_path / "1234-safetensors"  # Where no folder is named.
+    folder = copied / "export" / "safetensors"  # Where no folder is named.
+    assert main(["export", str(folder), "--to", "torch"]) == 0
+    assert (copied / "export" / "safetensors-torch" / "model.pt2").is_file()
     model = trainer.load(copied, "cpu")
     with torch.no_grad():
         wanted = {name: each.clone() for name, each in model.modules.named_parameters()}
@@ -179,9 +181,11 @@ def test_a_task_without_a_network_says_which_have_one(
     for name in ("ctc", "tacotron2", "metricgan"):
         if name not in CASES or (name == "ctc" and not importlib.util.find_spec("transformers")):
             continue
-        assert main(["export", str(run(name)), str(tmp_path / "out"), "--to", "torch"]) == 2
+        for out in ([], [str(tmp_path / "a" / "b" / "out")]):
+            assert main(["export", str(run(name)), *out, "--to", "torch"]) == 2
+        assert not (run(name) / "export").exists()
         error = capsys.readouterr().err
-        assert error.count("\n") == 1
+        assert error.count("\n") == 2
         assert "has no network for --to torch; allowed: --to safetensors" in error
         assert "the recipes asr, hifigan, segan, separation" in error
     assert not any(tmp_path.iterdir())

@@ -267,6 +267,7 @@ def run(folder: Path, **where: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.faults
 def test_log_metrics_and_report_warn_once_and_end_no_run(tmp_path: Path) -> None:
     """A limit that checkpoints fit under, and the files that grow do not."""
     done = run(tmp_path, limits={"LIMIT": "30000"})
@@ -278,6 +279,7 @@ def test_log_metrics_and_report_warn_once_and_end_no_run(tmp_path: Path) -> None
     assert (tmp_path / "run/checkpoints/step-00000320/manifest.json").exists()
 
 
+@pytest.mark.faults
 def test_checkpoints_that_do_not_fit_end_the_run_with_exit_code_2(tmp_path: Path) -> None:
     done = run(tmp_path, limits={"LIMIT": "10000"})
     assert done.returncode == 2, done.stderr
@@ -288,6 +290,7 @@ def test_checkpoints_that_do_not_fit_end_the_run_with_exit_code_2(tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_output_to_a_full_disk_ends_no_run(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:

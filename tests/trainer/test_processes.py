@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 PARENT = """
 import os, sys
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +46,7 @@ def lives(number: int) -> bool:
     return True
 
 
+@pytest.mark.faults
 def test_they_outlive_a_signal_but_not_their_parent(tmp_path) -> None:
     with a_pool(str(tmp_path / "parent.py")) as (parent, child):
         os.kill(child, signal.SIGTERM)

@@ -355,6 +355,7 @@ def test_what_a_callback_counts(tmp_path: Path, stop: tuple[Stage, int]) -> None
     assert counts[1] == {"train starts": 2, "train": 22, "valid starts": 2, "valid": 6}
 
 
+@pytest.mark.faults
 def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.trainer.resuming", str(tmp_path / "stopped")],

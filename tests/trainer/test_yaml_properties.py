@@ -16,7 +16,7 @@ from trainer.cli.session import is_user_error
 from trainer.config.hyperparameters import Configuration, Text, load_hparams
 from trainer.options import RunOptions
 
-EXAMPLES = 300
+EXAMPLES = 150
 FAST = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -312,7 +312,7 @@ COMMANDS = {
         ),
         export,
         "The folder has weights, what they need to be loaded, and a README.md as model card. OUT\n"
-        "is RUN-FORMAT unless it is given. FORMAT is safetensors, or onnx or torch: networks for\n"
+        "is RUN/export/FORMAT by default. FORMAT is safetensors, or onnx or torch: networks for\n"
         "other programs. --init_from SOURCE and --source SOURCE name frozen weights that the\n"
         "checkpoints have left out; --seeds are runs of other seeds, whose spread the card shows.",
     ),

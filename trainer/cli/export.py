@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.cli.runs import is_locked
 from trainer.inference.exporting import FORMATS
 from trainer.inference.exporting import export as write
+from trainer.inference.initialise import is_export
 from trainer.inference.loading import load
 from trainer.untrusted import printable
 
@@ -36,7 +37,9 @@ def export(argv: Sequence[str]) -> int:
     if rest or given.run is None:
         raise ValueError(f"usage: cortex export {USAGE}")
     run = given.run.expanduser()
-    out = given.out or run.with_name(f"{run.resolve().name}-{given.to}")
+    # Within a run, so that patterns such as NAME/* match runs alone.
+    beside = run.with_name(f"{run.resolve().name}-{given.to}")
+    out = given.out or (beside if is_export(run) else run / "export" / given.to)
     if is_locked(run):
         raise ValueError(
             f"the run in {printable(str(run))} is still going on: export it when it has ended; "

@@ -92,7 +92,7 @@ class RunFolderRegistry(Registry):
         return ValueError(
             f"{name!a} is not allowed: a run folder may build what installed recipes list in "
             "RUN_NAMES, layers of torch.nn, and optimizers and schedules; classes of your own are "
-            "allowed by trainer.load(run, brain=YourBrain, allow=['your_package'])"
+            "allowed by trainer.load(run, model=YourModel, allow=['your_package'])"
         )
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,14 +119,17 @@ def export(
 @contextmanager
 def _new(target: Path) -> Iterator[Path]:
     """Context manager that gives a folder to fill; ``target`` is it as a whole, or not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made = [each for each in target.parents if not each.exists()]  # The innermost first.
     partial = target.parent / f".{target.name}-{os.getpid()}"
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
         os.rename(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # Another process has put something there.
+            for each in made:
+                each.rmdir()
         raise
 
 

@@ -118,7 +118,7 @@ class OpenRun:
             hparams["modules"] = modules
         if not isinstance(hparams.get("modules"), Mapping):
             raise ValueError(
-                f"{self.folder / HYPERPARAMS} builds no modules: give load(run, brain=…, "
+                f"{self.folder / HYPERPARAMS} builds no modules: give load(run, model=…, "
                 "modules={…}) those that the program of the run makes"
             )
         if uses:
@@ -163,19 +163,24 @@ class OpenRun:
     def recipes(self) -> list[str]:
         """Return the packages of the installed recipes whose objects the YAML builds.
 
-        One that maps such objects to its Brains counts alone: it may use others' data and texts.
-        An exported YAML names the package.
+        One that maps such objects to its Brains counts alone, and one whose objects a model needs
+        before one whose data are used. An exported YAML names the package.
         """
         named = get(self.configuration.root, RECIPE)
         if named is not None and named.value in recipe_packages():
             return [str(named.value)]
         names = self.names()
         brains = {each: getattr(sys.modules[each], "BRAIN", None) for each in recipe_packages()}
-        found = [
-            package
-            for package, brain in brains.items()
-            if brain is not None and any(name.startswith(f"{package}.") for name in names)
-        ]
+        only_trains = self.configuration.registry.is_for_training_only
+
+        def having(names: Collection[str]) -> list[str]:
+            return [
+                package
+                for package, brain in brains.items()
+                if brain is not None and any(name.startswith(f"{package}.") for name in names)
+            ]
+
+        found = having({name for name in names if not only_trains(name)}) or having(names)
         mapped = [
             package
             for package in found
@@ -449,8 +454,10 @@ def load(
         raise ValueError("both model and brain are given; allowed: one of them")
     if model is not None and not (isinstance(model, type) and issubclass(model, Model)):
         raise ValueError(f"model is {model!r}; allowed: a subclass of trainer.Model")
-    if brain is not None and not (isinstance(brain, type) and not issubclass(brain, Model)):
-        raise ValueError(f"brain is {brain!r}; allowed: a subclass of trainer.Brain")
+    if brain is not None:
+        base = importlib.import_module("trainer.brain").Brain
+        if not (isinstance(brain, type) and issubclass(brain, base)):
+            raise ValueError(f"brain is {brain!r}; allowed: a subclass of trainer.Brain")
     device = str(device)
     place = pick_device(device)
     if place.type == "cuda":  # CUDA takes memory that no file accounts for.
@@ -517,7 +524,8 @@ def put_weights(
         found = load_weights(checkpointer, options, max_key, min_key, complete)
     if found is None:
         key = max_key or min_key
-        of_metric = f" with {key!r}, the metric that chooses one" if key else ""
+        some = key and checkpointer.find(n=None)
+        of_metric = f" with {key!r}, the metric that chooses one" if some else ""
         raise ValueError(f"{checkpointer.folder} has no sound checkpoint{of_metric}")
     if not isinstance(found, Mapping):
         raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")

@@ -44,7 +44,8 @@ def librispeech_like(tmp_path: Path) -> Path:
 
 
 def test_there_is_a_test_for_every_yaml() -> None:
-    assert sorted(path.stem for path in HPARAMS.glob("*.yaml")) == ["demo", "fsdd", "librispeech"]
+    found = sorted(path.stem for path in HPARAMS.glob("*.yaml"))
+    assert found == ["demo", "fsdd", "librispeech", "table"]
 
 
 def check(folder: Path, metrics: dict[str, float], printed: str) -> None:
@@ -79,6 +80,19 @@ def test_librispeech(
 ) -> None:
     arguments = ["--data_folder", str(librispeech_like), "--grad_accumulation_factor", "1"]
     metrics = run("librispeech", tmp_path / "run", *arguments)
+    check(tmp_path / "run", metrics, capsys.readouterr().out)
+
+
+def test_table(librispeech_like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, part in (
+        ("train", "train-clean-100"),
+        ("valid", "dev-clean"),
+        ("test", "test-clean"),
+    ):
+        paths = [f"{part}/19/198/19-198-{number:04d}.flac" for number in range(6)]
+        rows = ["path,text", *[f"{path},so many words" for path in paths]]
+        (librispeech_like / f"{split}.csv").write_text("\n".join(rows))
+    metrics = run("table", tmp_path / "run", "--data_folder", str(librispeech_like))
     check(tmp_path / "run", metrics, capsys.readouterr().out)
 
 

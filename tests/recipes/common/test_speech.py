@@ -149,6 +149,7 @@ def _start(count: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
 
 
+@pytest.mark.faults
 @installed
 def test_a_kill_leaves_nothing_broken_and_two_processes_at_once_agree() -> None:
     files = speech_cache.folder() / "speech"

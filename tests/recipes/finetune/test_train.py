@@ -15,11 +15,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import trainer  # noqa: E402
+from recipes.asr.data import table  # noqa: E402
 from recipes.common.hearing import given_sounds  # noqa: E402
 from recipes.common.loading import Speech  # noqa: E402
 from recipes.common.tables import TableError  # noqa: E402
 from recipes.finetune import infer  # noqa: E402
-from recipes.finetune.data import table  # noqa: E402
 from recipes.finetune.text import Vocabulary  # noqa: E402
 from recipes.finetune.train import train  # noqa: E402
 from recipes.finetune.whisper import Whisper  # noqa: E402
@@ -58,7 +58,7 @@ def spoken(folder: Path, rate: int = 16000, seconds: float = 0.8) -> Path:
 
 def corpus(folder: Path) -> list[str]:
     tables = "{train: train.csv, valid: valid.csv, test: test.csv}"
-    made = f"!name:recipes.finetune.data.table {{data_folder: {folder}, tables: {tables}}}"
+    made = f"!name:recipes.asr.data.table {{data_folder: {folder}, tables: {tables}}}"
     return [f"--corpus={made}", f"--data_folder={folder}"]
 
 
