@@ -87,6 +87,10 @@ class Forks:
         results = [folder / f"result-{rank}.pt" for rank in range(max(ranks, 1))]
         return [torch.load(result, weights_only=True) for result in results]
 
+    def output(self, rank: int = 0) -> str:
+        """Return what a process of the last call has written."""
+        return (self._folder / str(self._calls) / f"output-{rank}.txt").read_text()
+
     def program(
         self, words: Sequence[str], folder: Path, environment: Mapping[str, str]
     ) -> subprocess.CompletedProcess[str]:
@@ -191,6 +195,10 @@ class TwoRanks:
     ) -> list[Any]:
         """Return what ``function(*arguments)`` returns on each rank; see `Forks.run`."""
         return self._forks.run(function, *arguments, seconds=seconds, ranks=WORLD_SIZE)
+
+    def output(self, rank: int) -> str:
+        """Return what a rank of the last call has written."""
+        return self._forks.output(rank)
 
 
 # ------------------------------------------------------------------------------------- the server
