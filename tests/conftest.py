@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import TwoRanks
+from tests.processes import Forks, TwoRanks
 from trainer import signals
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,11 +56,17 @@ def _restore_process_state() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
-    """Call functions on two ranks of a process group; see `TwoRanks.__call__`."""
-    ranks = TwoRanks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Call functions and run programs in processes that have imported torch; see `Forks`."""
+    server = Forks(tmp_path_factory.mktemp("processes"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(forks: Forks) -> TwoRanks:
+    """Call functions on two ranks of a process group; see `TwoRanks`."""
+    return TwoRanks(forks)
 
 
 @pytest.fixture

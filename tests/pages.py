@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -41,7 +40,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, leave, start
+
 REASONS = {
     "a diagram",
     "a form to fill in",
@@ -412,7 +412,7 @@ class PageRun:
             sys.stdout.flush()
             child = os.fork()
             if not child:
-                _leave(work)
+                leave(work)
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def _compare(self, shown: str, printed: str) -> None:
@@ -441,38 +441,15 @@ def _pattern(line: str) -> re.Pattern[str]:
     return re.compile(r"\s*" + "".join(found))
 
 
-def _leave(work: Any) -> None:
-    """Call, and end this process as Python would end a program."""
-    code: Any = 0
-    try:
-        work()
-    except SystemExit as exit_:
-        code = exit_.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code or 0)
-
-
 def _start(given: Sequence[str]) -> None:
     """Be the program of a command."""
-    import runpy
-
     if given[0] == "cortex" or given[1:3] == ["-m", "trainer"]:
         from trainer.cli.commands import main
 
         arguments = given[1:] if given[0] == "cortex" else given[3:]
         sys.argv = ["cortex", *arguments]
         sys.exit(main(arguments))
-    sys.argv = list(given[1:])
-    sys.path[0] = str(Path(given[1]).parent.absolute())
-    runpy.run_path(given[1], run_name="__main__")
+    start(given[1:])
 
 
 def _record(path: Path, pitch: float, rate: int = 16000, seed: int = 1) -> None:
@@ -495,6 +472,14 @@ def _recogniser(folder: Path) -> None:
 
 
 def _classifier(folder: Path) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("transformers") is None:  # train.py imports it for all tasks.
+        from tests.recipes.small_runs import make_run
+
+        folder.parent.mkdir(parents=True)
+        make_run("classify", folder)
+        return
     with tempfile.TemporaryDirectory() as data:
         for label, take in itertools.product(range(4), range(8)):
             _record(Path(data, f"t{label}", f"{take}.wav"), 300.0 + 450 * label, 8000, take)
@@ -520,12 +505,6 @@ def _untrained(folder: Path) -> None:
     make_run(folder.parts[1], folder)
 
 
-# What every training imports. The server does it once, and not each program of each page.
-WARM = (
-    "torch", "torch._dynamo", "torch.onnx", "trainer", "trainer.cli.commands", "trainer.cli.run",
-    "trainer.defaults", "trainer.inference.loading", "trainer.report",
-)  # fmt: skip
-
 RUNS = {
     "asr/demo": _recogniser, "finetune/classify": _classifier, "hifigan/demo": _untrained,
     "metricgan/demo": _untrained, "segan/demo": _untrained, "separation/demo": _untrained,
@@ -542,6 +521,7 @@ def run_page(name: str, folder: str, long: bool) -> dict[str, Any]:
     """
     import importlib.util
 
+    os.environ.update(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     os.chdir(folder)
     sys.path[:0] = [folder]
     page = PageRun(long)
@@ -562,58 +542,3 @@ def run_page(name: str, folder: str, long: bool) -> dict[str, Any]:
         seconds = time.monotonic() - began
         page.done[-1] += f" {seconds:.1f} s" if seconds > 1 else ""
     return {"done": page.done}
-
-
-class Pages:
-    """Server that has imported torch and forks a process for each page."""
-
-    def __init__(self) -> None:
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.pages"],
-            cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def __call__(self, name: str, folder: Path, long: bool = False) -> dict[str, Any]:
-        """Run the blocks of a page; see `run_page`."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        print(json.dumps([name, str(folder), long]), file=self._server.stdin, flush=True)
-        return dict(json.loads(self._server.stdout.readline()))
-
-    def close(self) -> None:
-        self._server.communicate()
-
-
-def serve() -> None:
-    """Fork a process for each line of stdin, [page, folder, long], and print what it found."""
-    import importlib
-
-    for name in WARM:
-        importlib.import_module(name)
-    sys.modules["torch"].set_num_threads(1)
-    results = os.dup(1)
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        read, write = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(0)
-            os.open(os.devnull, os.O_RDONLY)
-            found = run_page(*json.loads(line))
-            os.write(write, json.dumps(found).encode()[-60000:])
-            os._exit(0)
-        os.close(write)
-        found_ = b"".join(iter(lambda read=read: os.read(read, 65536), b""))
-        os.close(read)
-        os.waitpid(child, 0)
-        os.write(
-            results, (found_ or b'{"failed": "the page", "error": "its process died"}') + b"\n"
-        )
-
-
-if __name__ == "__main__":
-    serve()

@@ -4,14 +4,14 @@ import importlib.util
 import pkgutil
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trainer
-from tests.pages import DIRECTIVES, LANGUAGES, REASONS, ROOT, Block, Pages, blocks, pages
+from tests.pages import DIRECTIVES, LANGUAGES, REASONS, ROOT, Block, blocks, pages, run_page
+from tests.processes import Forks
 from trainer.config.hyperparameters import describe
 from trainer.config.reading import compose, represent
 from trainer.options import RunOptions
@@ -19,14 +19,6 @@ from trainer.options import RunOptions
 BLOCKS = {str(page.relative_to(ROOT)): blocks(page) for page in pages()}
 MOST_NOT_RUN = 18
 ALL = [block for page in BLOCKS.values() for block in page]
-
-
-@pytest.fixture(scope="module")
-def run_page() -> Iterator[Pages]:
-    """Run the blocks of a page in a process of its own."""
-    server = Pages()
-    yield server
-    server.close()
 
 
 def check(found: dict[str, Any], page: str) -> None:
@@ -40,16 +32,16 @@ def check(found: dict[str, Any], page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [name for name, found in BLOCKS.items() if found])
-def test_the_blocks_of_a_page_run(page: str, run_page: Pages, tmp_path: Path) -> None:
-    found = run_page(page, tmp_path)
+def test_the_blocks_of_a_page_run(page: str, forks: Forks, tmp_path: Path) -> None:
+    found = forks(run_page, page, tmp_path, False, seconds=600)
     print(page, found.get("done"))
     check(found, page)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("page", sorted({b.page for b in ALL if "long" in b.directives}))
-def test_the_long_blocks_of_a_page_run(page: str, run_page: Pages, tmp_path: Path) -> None:
-    check(run_page(page, tmp_path, long=True), page)
+def test_the_long_blocks_of_a_page_run(page: str, forks: Forks, tmp_path: Path) -> None:
+    check(forks(run_page, page, tmp_path, True, seconds=1200), page)
 
 
 def test_every_block_is_found_and_says_how_it_is_run() -> None:
@@ -100,12 +92,12 @@ def test_what_a_page_writes_is_used_by_a_later_block() -> None:
     ],
 )
 def test_a_block_that_is_wrong_is_found(
-    text: str, error: str | None, run_page: Pages, tmp_path: Path
+    text: str, error: str | None, forks: Forks, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n{text}\n")
     (tmp_path / "run").mkdir()
-    found = run_page(str(page), tmp_path / "run")
+    found = forks(run_page, str(page), tmp_path / "run", False)
     assert ("failed" in found) == (error is not None)
     assert error is None or error in found["error"]
 

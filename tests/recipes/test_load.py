@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +18,12 @@ import trainer
 from recipes.asr.train import Recogniser, TextBrain
 from recipes.asr.transcriber import Transcriber
 from recipes.common.command import each_of, told
+from tests.processes import ROOT, Forks
 from tests.recipes.run_folder_attacks import STEP, batches, make_run, tree
 from tests.recipes.small_runs import Saved
 from trainer import Brain, Checkpointer
 from trainer.cli.replay import replay
 from trainer.data import BadItem
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +210,13 @@ IGNORED = {
 }  # fmt: skip
 
 
-def test_nothing_in_a_run_folder_writes_starts_imports_or_reads_elsewhere(tmp_path: Path) -> None:
+def test_nothing_in_a_run_folder_writes_starts_imports_or_reads_elsewhere(
+    tmp_path: Path, forks: Forks
+) -> None:
     """The witness is an audit hook of the process, and the tree of files with their times."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.recipes.run_folder_attacks", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = ["-m", "tests.recipes.run_folder_attacks", str(tmp_path)]
+    done = forks.program(words, ROOT, environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     kinds = defaultdict(list)

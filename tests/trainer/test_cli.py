@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ import pytest
 import torch
 
 from recipes.common.quality import require
+from tests import processes
+from tests.processes import Forks
 from tests.trainer.small import Regressor, batches, net
 from trainer import Checkpointer, distributed
 from trainer.cli import Run, arguments, configure, launch, main
@@ -260,22 +263,21 @@ def test_a_debug_run_keeps_nothing(demo: str, tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def hold(folder: str, seconds: float) -> None:
+    RunFolder(Path(folder)).open()
+    print("held", flush=True)
+    time.sleep(seconds)
+
+
 def test_a_run_folder_is_for_one_command_at_a_time(
-    demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], forks: Forks
 ) -> None:
     folder = tmp_path / "run"
-    code = (
-        "import pathlib, sys, time; from trainer.cli.folder import RunFolder; "
-        "RunFolder(pathlib.Path(sys.argv[1])).open(); print('held', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", code, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        said = fails(capsys, keep([]), demo, "--output_folder", str(folder))
-        assert f"the run folder {folder} is in use by process {other.pid} on" in said
-        other.send_signal(signal.SIGKILL)
-        other.wait()
+    other = forks.start(hold, folder, 600)
+    other.wait_for("held")
+    said = fails(capsys, keep([]), demo, "--output_folder", str(folder))
+    assert f"the run folder {folder} is in use by process {other.pid} on" in said
+    other.kill()
     main(keep([]), [demo, "--output_folder", str(folder)])
     main(keep([]), [demo, "--output_folder", str(folder)])
 
@@ -298,20 +300,13 @@ def test_a_start_removes_what_killed_processes_left_half_written(tmp_path: Path)
 
 
 def test_a_restarted_rank_waits_for_the_folder_and_goes_on(
-    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: Forks
 ) -> None:
     folder = tmp_path / "run"
     main(keep([]), [demo, "--output_folder", str(folder)])
-    code = (
-        "import pathlib, sys, time; from trainer.cli.folder import RunFolder; "
-        "RunFolder(pathlib.Path(sys.argv[1])).open(); print('held', flush=True); time.sleep(1)"
-    )
-    command = [sys.executable, "-c", code, str(folder)]
     monkeypatch.setattr(distributed, "restarts", lambda: 1)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as former:
-        assert former.stdout is not None
-        assert former.stdout.readline() == "held\n"
-        main(keep([]), [demo, "--output_folder", str(folder), "--overwrite"])
+    forks.start(hold, folder, 1).wait_for("held")
+    main(keep([]), [demo, "--output_folder", str(folder), "--overwrite"])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2  # Nothing was deleted.
 
 
@@ -747,16 +742,15 @@ USERS = """\
     ],
 )
 def test_an_error_of_the_user_shows_the_frames_of_the_user(
-    demo: str, tmp_path: Path, place: str, workers: int, error: str, said: str
+    demo: str, tmp_path: Path, forks: Forks, place: str, workers: int, error: str, said: str
 ) -> None:
     program = textwrap.dedent(USERS).replace("{place}", place).replace("{error}", error)
     (tmp_path / "train.py").write_text(program.replace("{workers}", str(workers)))
-    command = [sys.executable, "train.py", demo, "--no-progressbar"]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = forks.program(["train.py", demo, "--no-progressbar"], tmp_path, os.environ)
     assert done.returncode == 1
     shown = done.stderr.partition("Traceback")[2]
     files = re.findall(r'File "(.+?)", line', shown)
+    files = [file for file in files if file != processes.__file__]
     others = [file for file in files if not file.endswith("/train.py")]
     assert len(files) - len(others) >= 3
     assert len(others) <= 2  # Where the error was raised, in the process and in its worker.

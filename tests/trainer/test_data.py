@@ -650,11 +650,13 @@ def test_an_epoch_may_be_left_though_a_worker_died_with_a_lock_in_its_hands() ->
     iterator: Any = iter(make_loader(Items(), train=True, seed=3, num_workers=2))
     next(iterator)
     watched = iterator.gi_frame.f_locals["watched"]
-    watched._iterator._workers_done_event._cond.acquire()  # As a killed one may have.
-    leaving = threading.Thread(target=iterator.close, daemon=True)
-    leaving.start()
-    leaving.join(timeout=30)
-    assert not leaving.is_alive()
+    lock = watched._iterator._workers_done_event._cond
+    lock.acquire()  # As a killed one may have.
+    rescue = threading.Timer(60, lock.release)
+    rescue.start()
+    iterator.close()
+    assert rescue.is_alive()
+    rescue.cancel()
 
 
 def test_ranks_keep_equally_many_batches_around_bad_items() -> None:

@@ -8,11 +8,8 @@ import math
 import os
 import re
 import resource
-import signal
 import struct
-import subprocess
 import sys
-import textwrap
 import time
 import tracemalloc
 import zlib
@@ -28,6 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.processes import Forks
 from tests.trainer.small import Players, Regressor, batches, make
 from trainer import Callback, RunOptions, StageReport, StepReport, distributed
 from trainer.loggers import (
@@ -156,23 +154,20 @@ def test_a_file_that_is_one_partial_line_is_emptied(tmp_path: Path) -> None:
     assert lines(tmp_path) == []
 
 
-def test_a_killed_run_leaves_whole_lines(tmp_path: Path) -> None:
-    endless = textwrap.dedent(
-        """
-        import itertools, sys
-        from pathlib import Path
-        from trainer.loggers import JsonlLogger
-        log = JsonlLogger(Path(sys.argv[1]))
-        for step in itertools.count():
-            log.scalars("step", {"loss": 1.0 / (step + 1), "note": "x" * 3000}, step)
-        """
-    )
-    process = subprocess.Popen([sys.executable, "-c", endless, str(tmp_path)])
+def log_on_and_on(folder: str) -> None:
+    log = JsonlLogger(Path(folder))
+    for step in itertools.count():
+        log.scalars("step", {"loss": 1.0 / (step + 1), "note": "x" * 3000}, step)
+
+
+def test_a_killed_run_leaves_whole_lines(tmp_path: Path, forks: Forks) -> None:
+    process = forks.start(log_on_and_on, tmp_path)
     file = tmp_path / "metrics.jsonl"
+    end = time.monotonic() + 60
     while not (file.exists() and file.stat().st_size > 100_000):
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    process.kill()
     JsonlLogger(tmp_path).close()
     steps = [line["step"] for line in lines(tmp_path)]
     assert steps == list(range(len(steps)))

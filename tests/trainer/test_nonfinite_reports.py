@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import ctc_loss
 
+from tests.processes import ROOT, Forks
 from tests.trainer.small import (
     Players,
     Regressor,
@@ -592,31 +593,30 @@ YAML = """
 """
 
 
-def shell(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    path = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [sys.executable, *argv], cwd=folder, capture_output=True, text=True,
-        env={"PYTHONPATH": path, "PATH": "", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_a_kept_batch_is_run_again_by_one_command_that_changes_nothing(
+    tmp_path: Path, forks: Forks
+) -> None:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
 
+    def shell(*words: str) -> subprocess.CompletedProcess[str]:
+        return forks.program(words, tmp_path, environment)
 
-def test_a_kept_batch_is_run_again_by_one_command_that_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(TRAIN))
     (tmp_path / "toy.yaml").write_text(textwrap.dedent(YAML))
-    done = shell(tmp_path, "train.py", "toy.yaml", "--output_folder", "run")
+    done = shell("train.py", "toy.yaml", "--output_folder", "run")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert sorted(each.name for each in (run / "nonfinite").iterdir()) == ["14", "21", "7"]
     files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
     before = {path: path.read_bytes() for path in files}
-    done = shell(tmp_path, "-m", "trainer", "replay", "run", "21")
+    done = shell("-m", "trainer", "replay", "run", "21")
     assert done.returncode == 2
     assert done.stderr == (
         "error: the run was not started by an installed recipe, but by "
         f"{sys.executable} train.py toy.yaml --output_folder run: name the script with --script if "
         "you trust it and the run folder\n"
     )
-    done = shell(tmp_path, "-m", "trainer", "replay", "run", "21", "--script", "train.py")
+    done = shell("-m", "trainer", "replay", "run", "21", "--script", "train.py")
     assert done.returncode == 0, done.stderr
     assert (
         "replaying step 21, epoch 3; the weights are those of step 21 (no checkpoint" in done.stderr

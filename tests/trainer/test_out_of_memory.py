@@ -84,10 +84,17 @@ def train(kind: str, window: int, failures: Failures, rounds: Sequence[int]) -> 
     }
 
 
-def train_both(kind: str, window: int, failures: Failures, rounds: Sequence[int]) -> Found:
-    """Train with the failures on all rounds, and without them on the rounds that are left."""
-    lost = train(kind, window, failures, range(1, LAST + 1))
-    return {"lost": lost, "without": train(kind, window, [], rounds)}
+def train_both(
+    kind: str, window: int, cases: Sequence[tuple[Failures, Sequence[int]]]
+) -> list[Found]:
+    """Train with each case's failures on all rounds, and without on the rounds that are left."""
+    return [
+        {
+            "lost": train(kind, window, failures, range(1, LAST + 1)),
+            "without": train(kind, window, [], rounds),
+        }
+        for failures, rounds in cases
+    ]
 
 
 def left(window: int, steps: set[int]) -> list[int]:
@@ -132,16 +139,19 @@ ONE_STEP = ("Line", "SmallBuckets", "SparseEmbedding", "Together", "Joint")
 def test_two_ranks_give_up_the_same_batches(
     two_ranks: TwoRanks, kind: str, place: str, window: int
 ) -> None:
-    for failures in (
-        [[1, 1, place], [0, 5, place], [1, LAST, "start"]],
-        [[0, 2, place], [1, 3, place], [0, 4, "start"]],
-        [[0, 5, place], [1, 5, place]],
-    ):
-        rounds = left(1 if kind == "ByHand" else window, {step for _, step, _ in failures})
-        ranks = two_ranks(train_both, kind, window, failures, rounds)
-        for found in ranks:
+    cases = [
+        (failures, left(1 if kind == "ByHand" else window, {step for _, step, _ in failures}))
+        for failures in (
+            [[1, 1, place], [0, 5, place], [1, LAST, "start"]],
+            [[0, 2, place], [1, 3, place], [0, 4, "start"]],
+            [[0, 5, place], [1, 5, place]],
+        )
+    ]
+    ranks = two_ranks(train_both, kind, window, cases)
+    for both in zip(*ranks, strict=True):
+        for found in both:
             check(found)
-        assert torch.equal(*(found["lost"]["weights"] for found in ranks))
+        assert torch.equal(*(found["lost"]["weights"] for found in both))
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -257,7 +267,7 @@ def test_ranks_that_freeze_other_optimizers_are_told(two_ranks: TwoRanks, kind: 
 
 def train_here(kind: str, window: int, failures: Failures, rounds: Sequence[int]) -> Found:
     two_processes.Thinning = Thinning  # type: ignore[attr-defined]
-    return train_both(kind, window, failures, rounds)
+    return train_both(kind, window, [(failures, rounds)])[0]
 
 
 @pytest.mark.parametrize("place", ["start", "net"])

@@ -371,8 +371,7 @@ def test_ranks_of_unequal_length_end_together(two_ranks: TwoRanks) -> None:
     ranks = two_ranks(train_on, "Uneven")
     assert [rank["steps"] for rank in ranks] == [4, 4]
     assert [len(rank["tested"]) for rank in ranks] == [5, 2]
-    output = Path(two_ranks._folder, str(two_ranks._calls), "output-0.txt").read_text()
-    assert "the epoch ends on all ranks after 2 batches" in output
+    assert "the epoch ends on all ranks after 2 batches" in two_ranks.output(0)
 
 
 # Resuming by the state of a loader

@@ -205,10 +205,21 @@ def trained(run: str) -> Found:
     return train(data=Points(), loader=loader, grad_accumulation_factor=window)
 
 
+def trained_one_by_one(runs: list[str]) -> dict[str, Found]:
+    return {run: trained(run) for run in runs}
+
+
 @pytest.fixture(scope="module")
 def trained_by_two(two_ranks: TwoRanks) -> Callable[[str], list[Found]]:
-    """Train one of RUNS on two ranks, once for all tests that read it."""
-    return functools.cache(lambda run: two_ranks(trained, run))
+    """Train one of RUNS on two ranks, in both precisions, once for all tests that read it."""
+
+    @functools.cache
+    def of_name(name: str) -> dict[str, list[Found]]:
+        runs = [run for run in RUNS if run.rpartition("-")[0] == name]
+        first, second = two_ranks(trained_one_by_one, runs)
+        return {run: [first[run], second[run]] for run in runs}
+
+    return lambda run: of_name(run.rpartition("-")[0])[run]
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -1,6 +1,6 @@
 """Rates are converted as torchaudio would, in little memory whatever they are."""
 
-import subprocess
+import resource
 import sys
 
 import pytest
@@ -9,6 +9,7 @@ from torchaudio.functional import resample as by_torchaudio
 
 from recipes.common import resampling
 from recipes.common.resampling import resample, resampled
+from tests.processes import Forks
 from tests.recipes.common.speakers import noise
 
 USUAL = [(44100, 16000), (16000, 44100), (48000, 16000), (8000, 16000), (16000, 16000)]
@@ -48,13 +49,13 @@ def test_a_tone_stays_a_tone_at_odd_rates(source: int, target: int) -> None:
     assert (found - wanted)[target // 20 : -target // 20].abs().max() < 0.02
 
 
-def test_odd_rates_need_little_memory() -> None:
-    program = (
-        "import resource, torch; from recipes.common.resampling import resample\n"
-        "resample(torch.zeros(1000), 48000, 16000)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert resample(torch.zeros(2, 441000), 44100, 15999).shape == (2, 159990)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    grown = int(subprocess.check_output([sys.executable, "-c", program], text=True))
+def grown_by_odd_rates() -> int:
+    resample(torch.zeros(1000), 48000, 16000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert resample(torch.zeros(2, 441000), 44100, 15999).shape == (2, 159990)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def test_odd_rates_need_little_memory(forks: Forks) -> None:
+    grown = forks(grown_by_odd_rates)
     assert grown * (1 if sys.platform != "darwin" else 1 / 1024) < 200_000  # kB; were 3 GB
