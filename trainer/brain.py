@@ -75,7 +75,7 @@ from trainer.evaluation import (
     warn_of_modes,
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
-from trainer.optim import epoch_end, step
+from trainer.optim import ema, epoch_end, step
 from trainer.optim.build import connect, find_optimizers, make_updates
 from trainer.optim.ema import WeightAverage
 from trainer.optim.groups import ParameterGroups
@@ -1265,7 +1265,8 @@ class Brain(SpeechBrainNames):
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
             base = base_parameters(modules, adapters)
-            self.__ema = WeightAverage(modules, options.ema_decay, base)
+            decay = ema.decays(options.ema_decay, self.updates)
+            self.__ema = WeightAverage(modules, decay, base)
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""
@@ -1509,7 +1510,9 @@ class Brain(SpeechBrainNames):
             if not progress.counted_by_hand:
                 progress.optimizer_step += 1
             if self.__ema is not None:
-                self.__ema.update(self.modules)
+                stepped = {report.name for report in batch.reports if report.stepped}
+                moved = self.updates if batch.stepped_by_hand else stepped
+                self.__ema.update(self.modules, ema.still(self.updates, moved))
             if self.__logs():
                 self.__tick()
                 record = metrics.record(progress.epoch, progress.optimizer_step, progress.seconds)

@@ -286,7 +286,7 @@ def _load_weights(
                     raise
                 except ValueError:
                     logger.warning(
-                        "ema_decay is %g, but the run had none when %s was saved: its weights are "
+                        "ema_decay is %s, but the run had none when %s was saved: its weights are "
                         "tested, not their average", options.ema_decay, names,
                     )  # fmt: skip
                 else:

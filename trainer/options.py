@@ -168,10 +168,10 @@ class RunOptions:
         "epoch", "interval at which torch's learning-rate schedules step", choices=("step", "epoch")
     )
     schedule_metric: str = _option("loss", "metric that torch's ReduceLROnPlateau watches")
-    ema_decay: float | None = _option(
+    ema_decay: float | None | dict[str, float | None] = _option(
         None,
-        "decay of an exponential moving average of the weights, used for evaluation, e.g. 0.999 "
-        "(null: none)",
+        "decay of an exponential moving average of the weights, used for evaluation, e.g. 0.999, "
+        "or one per optimizer name (null: none)",
         at_least=0,
         at_most=1,
     )
@@ -464,7 +464,12 @@ def checked(name: str, value: Any) -> Any:
         simple = isinstance(value, (str, int, float))
         if simple and limits.choices and value not in limits.choices:
             raise TypeError
-        if isinstance(value, (int, float)) and not limits.at_least <= value <= limits.at_most:
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if not all(
+            limits.at_least <= each <= limits.at_most
+            for each in numbers
+            if isinstance(each, (int, float))
+        ):
             raise TypeError
     except (TypeError, OverflowError):  # An int may be too large for a float.
         raise ValueError(f"{name} must be {allowed(name)}, not {value!r}") from None

@@ -145,9 +145,10 @@ def _source(sound: One, rate: int | None, name: str) -> Source:
     if rate is not None:
         rate = as_rate(rate)
     if not isinstance(sound, Tensor | np.ndarray):
+        several = "" if isinstance(sound, list | tuple) else ", or a list of these"
         raise TypeError(
             f"{name} is a {type(sound).__name__}; allowed: a path, a tensor or array of samples "
-            "with their rate, a Sound, or a list of these"
+            f"with their rate, a Sound{several}"
         )
     if rate is None:
         raise ValueError(f"{name} has samples without a rate: give rate=… in Hz, such as 16000")

@@ -395,3 +395,11 @@ def test_a_frozen_layer_is_no_warning_and_shared_weights_are_one_layer(
         brain.fit([1], batches(5))
     assert not caplog.records
     assert all(list(line["layers"]) == ["net.2"] for line in lines(tmp_path))
+
+
+def test_a_layer_whose_weight_is_parametrized_is_one_layer(tmp_path: Path) -> None:
+    brain = make(Regressor, monitor_every=1, output_folder=str(tmp_path))
+    for layer in (brain.modules.net[0], brain.modules.net[-1]):
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    brain.fit([1], batches(3))
+    assert [list(line["layers"]) for line in lines(tmp_path)] == [["net.0", "net.2"]] * 3

@@ -539,7 +539,8 @@ def test_what_cannot_be_saved_is_told_once(
     told = [each.message for each in caplog.records if "a checkpoint cannot" in each.message]
     assert told == [
         "Collecting.found changes in training and holds what a checkpoint cannot: a resumed run "
-        "will not have it (numbers, texts, tensors, and containers of these are saved)"
+        "will not have it (numbers, texts, tensors, and containers of these are saved). "
+        "What one stage alone needs is best dropped in on_stage_end"
     ]
 
 

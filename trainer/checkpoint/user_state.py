@@ -112,7 +112,8 @@ class UserAttributes:
                 self._unsaved[name] = None
                 logger.warning(
                     "%s.%s changes in training and holds what a checkpoint cannot: a resumed run "
-                    "will not have it (numbers, texts, tensors, and containers of these are saved)",
+                    "will not have it (numbers, texts, tensors, and containers of these are saved)."
+                    " What one stage alone needs is best dropped in on_stage_end",
                     type(self._owner).__name__, name,
                 )  # fmt: skip
         changed = {

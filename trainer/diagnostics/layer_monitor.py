@@ -3,7 +3,7 @@
 Every ``monitor_every`` steps of an optimizer it writes a record of kind "monitor": the gradient
 norms of all steps since the last record, and of each layer the norms of its gradient, weights and
 update. A layer is a module that holds parameters itself: "encoder.0.attention" is its weight and
-bias.
+bias, also where a parametrization, such as weight normalisation, makes the weight.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ logger = logging.getLogger("trainer")
 SAMPLE_SIZE = 2048
 # Clip kinds that know the norm after clipping, so that nothing is measured between records.
 KNOWING_KINDS = (AGC, AdaGC, AutoClip, NormClip, ZClip)
+
+
+def _layer(name: str) -> str:
+    """Return the name of the layer that a parameter is a part of."""
+    layer, parametrized, _ = name.partition(".parametrizations.")
+    return layer if parametrized else name.rpartition(".")[0] or name
 
 
 class _Meter:
@@ -94,7 +100,7 @@ class _Meter:
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):
             name = self.names.get(id(p), self.update.name)
-            layer = found.setdefault(name.rpartition(".")[0] or name, [])
+            layer = found.setdefault(_layer(name), [])
             layer.append((grads.get(id(p)), weight, update))
         return {layer: _join(parts) for layer, parts in found.items()}
 

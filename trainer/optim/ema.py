@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import checks
+from trainer.optim.build import by_name
+from trainer.optim.step import Update
 
 
 class WeightAverage:
@@ -28,33 +30,50 @@ class WeightAverage:
 
     Args:
         modules: the modules whose weights are averaged.
-        decay: d, in (0, 1).
+        decay: d, in (0, 1), or d of each parameter by its name. No average is kept of parameters
+            that a mapping leaves out.
         constant: names of parameters that never change, of which no average is kept.
 
     Attributes:
         count: number of updates.
     """
 
-    def __init__(self, modules: nn.Module, decay: float, constant: Collection[str] = ()) -> None:
-        self.decay = checks.within("WeightAverage", "decay", decay, 0.0, 1.0, "()")
+    def __init__(
+        self,
+        modules: nn.Module,
+        decay: float | Mapping[str, float],
+        constant: Collection[str] = (),
+    ) -> None:
+        names = {name for name, _ in modules.named_parameters()}
+        each = decay if isinstance(decay, Mapping) else dict.fromkeys(sorted(names), decay)
+        self._groups: dict[float, set[str]] = {}  # Names by decay.
+        for name, value in each.items():
+            d = checks.within("WeightAverage", "decay", value, 0.0, 1.0, "()")
+            self._groups.setdefault(d, set()).add(name)
+        self._constant = frozenset(constant) | (names - set(each))
         self.count = 0
-        self._constant = frozenset(constant)
         tensors = self._tensors(modules)
         self._average = {n: t.detach().to(_kept_as(t), copy=True) for n, t in tensors.items()}
         self._moving = [n for n, t in tensors.items() if _moves(t)]
         self._copied = [n for n, t in tensors.items() if not _moves(t)]
 
     @torch.no_grad()
-    def update(self, modules: nn.Module) -> None:
-        """Move the average towards the present weights; called after each optimizer step."""
+    def update(self, modules: nn.Module, still: Collection[str] = ()) -> None:
+        """Move the average towards the present weights; called after each optimizer step.
+
+        Args:
+            modules: the modules, with their present weights.
+            still: names of parameters whose average stays, since their optimizer has not stepped.
+        """
         tensors, averages = self._tensors(modules), self._average
         checks.same_keys("WeightAverage", tensors, averages)
-        if self._moving:
-            torch._foreach_lerp_(
-                [averages[name] for name in self._moving],
-                [tensors[name].to(averages[name].dtype) for name in self._moving],
-                1.0 - self.decay,
-            )
+        for decay, group in self._groups.items():
+            if names := [n for n in self._moving if n in group and n not in still]:
+                torch._foreach_lerp_(
+                    [averages[name] for name in names],
+                    [tensors[name].to(averages[name].dtype) for name in names],
+                    1.0 - decay,
+                )
         _overwrite(averages, tensors, self._copied)
         self.count += 1
 
@@ -111,6 +130,44 @@ class WeightAverage:
                 )
         _overwrite(self._average, state["average"], self._average)
         self.count = state["count"]
+
+
+def decays(
+    setting: float | Mapping[str, float | None], updates: Mapping[str, Update]
+) -> float | dict[str, float]:
+    """Return the run option `ema_decay` as `WeightAverage` takes it.
+
+    Args:
+        setting: a decay for all weights, or one by optimizer; None, or left out: no average.
+        updates: the optimizers by name.
+
+    Raises:
+        ValueError: an optimizer is unknown, or two that share a parameter have different decays.
+    """
+    if not isinstance(setting, Mapping):
+        return setting
+    found: dict[str, float] = {}
+    for owner, update in updates.items():
+        decay = by_name(setting, owner, list(updates), "ema_decay")
+        for name in () if decay is None else _names(update):
+            if found.setdefault(name, decay) != decay:
+                raise ValueError(
+                    f"ema_decay has {found[name]:g} and {decay:g} for {name}, which is a parameter "
+                    "of several optimizers; allowed: the same for these"
+                )
+    return found
+
+
+def still(updates: Mapping[str, Update], stepped: Collection[str]) -> set[str]:
+    """Return the names of the parameters whose optimizers are not among those that stepped."""
+    if len(stepped) == len(updates):
+        return set()
+    moved = {name for owner in stepped for name in _names(updates[owner])}
+    return {name for update in updates.values() for name in _names(update)} - moved
+
+
+def _names(update: Update) -> list[str]:
+    return [update.names[p] for p in update.all_params if p in update.names]
 
 
 def _moves(tensor: Tensor) -> bool:
