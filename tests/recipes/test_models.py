@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,25 @@ def test_what_cannot_be_used_is_named_in_a_sentence(
         assert str(told.value).count("\n") == 0
     with pytest.raises(TypeError, match="sound 2 is a int; allowed: a path, a tensor"):
         answer([good, 3], rate=RATE)
+
+
+def test_threads_that_load_and_speak_leave_the_random_state(run: Callable[[str], Path]) -> None:
+    names = ("asr", "tacotron2", "segan")
+    models = [trainer.load(run(name), "cpu") for name in names]
+    expected = models[1].synthesise("one")
+    state = torch.get_rng_state()
+
+    def work(number: int) -> None:
+        if number % 3 == 1:
+            assert_same(models[1].synthesise("one"), expected)
+            return
+        again = trainer.load(run(names[number % 3]), "cpu").modules.state_dict()
+        for name, value in models[number % 3].modules.state_dict().items():
+            assert not isinstance(value, Tensor) or torch.equal(value, again[name])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(9)))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 PROBE = """

@@ -35,7 +35,7 @@ from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
-from trainer.evaluation import load_weights, rng_kept
+from trainer.evaluation import load_weights, rng_kept_alone
 from trainer.inference.initialise import WEIGHTS, initialise, is_export, read_export
 from trainer.inference.model import Model
 from trainer.options import RunOptions
@@ -462,7 +462,7 @@ def load(
     place = pick_device(device)
     if place.type == "cuda":  # CUDA takes memory that no file accounts for.
         torch.zeros(1, device=place)
-    with open_run(run, overrides, allow) as opened, rng_kept():
+    with rng_kept_alone(), open_run(run, overrides, allow) as opened:
         if (max_key or min_key) and is_export(opened.folder):
             raise ValueError(f"{run} is an export: there is no checkpoint to choose")
         kind = brain or model or opened.model_class()
