@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from trainer.optim.ema import WeightAverage
 from trainer.options import RunOptions
 
 logger = logging.getLogger("trainer")
+
+_alone = RLock()
 
 
 @contextmanager
@@ -134,6 +137,13 @@ def rng_kept() -> Iterator[None]:
         yield
     finally:
         seed.set_rng_state(before)
+
+
+@contextmanager
+def rng_kept_alone() -> Iterator[None]:
+    """Context manager as `rng_kept`, for one thread at a time: the generators are the process's."""
+    with _alone, rng_kept():
+        yield
 
 
 @contextmanager

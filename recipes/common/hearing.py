@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -138,7 +137,10 @@ def read_sound(sound: One, rate: int | None = None, *, at: int) -> Tensor:
 
 def _source(sound: One, rate: int | None, name: str) -> Source:
     if isinstance(sound, str | os.PathLike):
-        return Source(str(Path(sound).expanduser()))
+        path = os.path.expanduser(os.fsdecode(sound))
+        if not path:
+            raise ValueError(f"{name} is an empty path; allowed: the path of a sound file")
+        return Source(path)
     told = isinstance(sound, Sound)  # which of its dimensions are channels
     if isinstance(sound, Sound):
         rate, sound = sound.rate, sound.samples
@@ -181,15 +183,7 @@ def as_samples(sound: Samples, name: str) -> Tensor:
         ValueError: they have another shape, or are no finite real numbers.
         TypeError: it is no tensor or array.
     """
-    if not isinstance(sound, Tensor | np.ndarray):
-        kind = type(sound).__name__
-        raise TypeError(f"{name} is a {kind}; allowed: a tensor or array of samples")
-    try:
-        if isinstance(sound, np.ndarray):  # Copied: of any byte order and strides, and read-only.
-            sound = torch.from_numpy(sound.astype(sound.dtype.newbyteorder("=")))
-        samples = sound.detach().cpu()
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be used: {error}") from None
+    samples = as_tensor(sound, name)
     if samples.ndim not in (1, 2) or samples.shape[0] < samples.ndim - 1:
         raise ValueError(
             f"{name} has the shape {tuple(samples.shape)}; allowed: samples (T,), or channels and "
@@ -201,9 +195,37 @@ def as_samples(sound: Samples, name: str) -> Tensor:
         limits = torch.iinfo(samples.dtype)
         middle = (limits.max + limits.min + 1) / 2  # 128 of unsigned bytes, else 0
         samples = (samples.double() - middle) / ((limits.max - limits.min + 1) / 2)
-    samples = samples.float().reshape(1 if samples.ndim == 1 else -1, samples.shape[-1])
+    samples = samples.float() if samples.ndim == 2 else samples.float()[None]
     check_finite(name, samples)
     return samples
+
+
+def as_tensor(given: Samples, name: str) -> Tensor:
+    """Return a tensor or an array as a dense tensor on the CPU, without its gradient.
+
+    Args:
+        given: the tensor or array.
+        name: what to call it in messages.
+
+    Raises:
+        ValueError: it has no numbers, or not all of them.
+        TypeError: it is no tensor or array.
+    """
+    if not isinstance(given, Tensor | np.ndarray):
+        kind = type(given).__name__
+        raise TypeError(f"{name} is a {kind}; allowed: a tensor or array of numbers")
+    if isinstance(given, np.ndarray):
+        if np.ma.is_masked(given):
+            raise ValueError(f"{name} has masked values; allowed: an array without a mask")
+        try:  # Copied: of any byte order and strides, and read-only.
+            given = torch.from_numpy(given.astype(given.dtype.newbyteorder("=")))
+        except TypeError:
+            raise ValueError(f"{name} has values of {given.dtype}; allowed: real numbers") from None
+    special = given.is_nested or given.is_quantized or given.layout != torch.strided
+    if given.is_meta or special:
+        kind = "without content" if given.is_meta else "nested, quantized or sparse"
+        raise ValueError(f"{name} is a tensor that is {kind}; allowed: a dense one")
+    return given.detach().cpu()
 
 
 # ------------------------------------------------------------------------------------------ pieces

@@ -165,7 +165,7 @@ def read_mel(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     mel, config = (_read_pt if suffix == ".pt" else _read_npy)(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its configuration is a {type(config).__name__}, not a mapping")
-    _check_mel(path, mel)
+    check_mel(path, mel)
     if "bands" in config and config["bands"] != mel.shape[0]:
         raise ValueError(
             f"{path}: its configuration says bands={config['bands']!r}, its mel has {mel.shape[0]}"
@@ -173,26 +173,12 @@ def read_mel(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     return mel, config
 
 
-def as_mel(name: str, given: Any) -> Tensor:
-    """Return a mel (M, F), or mels (B, M, F) of equal length, from a tensor or an array.
-
-    Raises ValueError, with the name, for what is none.
-    """
-    if not isinstance(given, Tensor):
-        try:  # Copied: torch takes no other byte orders and no negative strides.
-            given = torch.from_numpy(given.astype(given.dtype.newbyteorder("=")))
-        except TypeError as error:
-            raise ValueError(f"{name}: it cannot be used: {error}") from None
-    mel: Tensor = given.detach()
-    _check_mel(name, mel[0] if mel.dim() == 3 and len(mel) else mel)
-    return mel
-
-
-def _check_mel(name: str | Path, mel: Any) -> None:
+def check_mel(name: str | Path, mel: Any, fewest: int = 1) -> None:
+    """Raise ValueError, with the name, for what is no mel (M, F) of so many frames at least."""
     if not isinstance(mel, Tensor) or mel.dim() != 2 or not mel.is_floating_point():
         found = f"{tuple(mel.shape)} of {mel.dtype}" if isinstance(mel, Tensor) else type(mel)
         raise ValueError(f"{name}: a mel is a matrix (bands, frames) of floats, not {found}")
-    if not mel.shape[1]:
+    if mel.shape[1] < fewest:
         raise ValueError(f"{name}: its mel has no frames")
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from recipes.asr.transcriber import Heard, PieceTranscriber, Transcriber
-from recipes.common.audio import check_length
+from recipes.common.audio import check_length, check_made
 from recipes.common.hearing import LONGEST, Piece, Source, batched, pieces
 
 AT_ONCE = 8  # utterances that Whisper hears at once, each padded to what it takes
@@ -63,4 +63,6 @@ class WhisperTranscriber(PieceTranscriber):
         features = torch.stack([model.features(piece.signal) for piece in batch])
         with torch.inference_mode(), self.autocast():
             found = model.recognise(features.to(self.device))
+        for name, (_, scores) in zip(names, found, strict=True):
+            check_made(name, torch.tensor(scores))
         return [Heard(model.decode(tokens), [], scores) for tokens, scores in found]

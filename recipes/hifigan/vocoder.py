@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import check_made
-from recipes.common.hearing import Given, One, Samples, Several, Source, given_sounds
-from recipes.common.mel import LogMel, as_mel, read_mel
+from recipes.common.hearing import Given, One, Samples, Several, Source, as_tensor, given_sounds
+from recipes.common.mel import LogMel, check_mel, read_mel
 from recipes.common.streaming import converted
 from recipes.common.vocoder import check_front_end
 from trainer.inference.model import Model
@@ -124,17 +124,28 @@ class Vocoder(Model):
 
         Args:
             mels: pieces (M, F_i), of any lengths, as tensors or arrays of NumPy; or (B, M, F_i).
+                There may be pieces without frames.
 
         Yields:
             Samples (S_i,) within -1 and 1, on the CPU; or (B, S_i).
 
         Raises:
-            ValueError: a piece is no mel of finite numbers.
+            ValueError: a piece is no mel of finite numbers, or has another shape than the first.
         """
-        names = ((f"piece {number}", mel) for number, mel in enumerate(mels, 1))
-        return self._stream(
-            part for name, mel in names for part in _pieces(name, self._checked(name, mel))
-        )
+        return self._stream(self._parts(mels))
+
+    def _parts(self, mels: Iterable[Samples]) -> Iterator[Tensor]:
+        """Check pieces of one mel, and cut those that are long."""
+        shape: torch.Size | None = None
+        for number, given in enumerate(mels, 1):
+            mel = self._checked(name := f"piece {number}", given, fewest=0)
+            shape = shape or mel.shape[:-1]
+            if mel.shape[:-1] != shape:
+                raise ValueError(
+                    f"{name}: it has the shape {tuple(mel.shape)}; expected: as that of the first, "
+                    f"({', '.join(map(str, shape))}, frames)"
+                )
+            yield from _pieces(name, mel)
 
     def _stream(self, mels: Iterable[Tensor]) -> Iterator[Tensor]:
         """Turn pieces (…, M, F_i) into samples (…, S_i), which autograd may use."""
@@ -200,23 +211,26 @@ class Vocoder(Model):
     def _mel(self, given: Any, number: str) -> _Mel:
         """Return a mel that was given, checked as far as it can be before it is read."""
         if isinstance(given, str | os.PathLike):
-            path = Path(given).expanduser()
+            path = Path(os.path.expanduser(given))
             return _Mel(str(path), self.read_mel(path))
         name = f"the mel{number}"
         if isinstance(given, Speech):
             name = f"the speech{number}"
             self.mel.check(name, given.mel_config)
             given = given.mel
-        return _Mel(name, _pieces(name, self._checked(name, given)))
+        mel = self._checked(name, given)
+        check_mel(name, mel)  # No batch within a list.
+        return _Mel(name, _pieces(name, mel))
 
-    def _checked(self, name: str, given: Any) -> Tensor:
+    def _checked(self, name: str, given: Any, fewest: int = 1) -> Tensor:
         """Return a mel (M, F) or mels (B, M, F) as a tensor. Raises ValueError."""
-        if given.ndim < 2:
+        mel = as_tensor(given, name)
+        if mel.ndim < 2:
             raise ValueError(
-                f"{name}: it has the shape {tuple(given.shape)}; allowed: log-mels "
+                f"{name}: it has the shape {tuple(mel.shape)}; allowed: log-mels "
                 f"({self.mel.bands}, frames), or samples with their rate, as in rate=16000"
             )
-        mel = as_mel(name, given)
+        check_mel(name, mel[0] if mel.ndim == 3 and len(mel) else mel, fewest)
         if mel.shape[-2] != self.mel.bands:
             raise ValueError(
                 f"{name}: it has the shape {tuple(mel.shape)}; expected: {self.mel.bands} bands "

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from threading import Lock
 from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import torch
@@ -21,7 +20,7 @@ from recipes.common.audio import check_made
 from recipes.common.mel import LogMel
 from recipes.tacotron2.sound import Sounding, make_sound
 from recipes.tacotron2.text import readable
-from trainer.evaluation import rng_kept
+from trainer.evaluation import rng_kept_alone
 from trainer.inference.model import Model
 from trainer.inference.results import Speech
 from trainer.options import RunOptions
@@ -61,7 +60,6 @@ class Speaker(Model):
         super().__init__(modules, hparams, options)
         self._seed = options.seed
         self._limit = frame_limit(self.hparams.longest, self.hparams.mel)
-        self._one_at_a_time = Lock()  # The network holds the padding of the batch that it is given.
 
     def prepare(self) -> None:
         """Check that front end and mels fit the network."""
@@ -175,7 +173,8 @@ class Speaker(Model):
         tokens = [torch.tensor(each.tokens) for each in texts]
         symbols = torch.tensor([len(each) for each in tokens], device=self.device)
         padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.device)
-        with self._one_at_a_time, torch.inference_mode(), rng_kept(), self.autocast():
+        # One thread at a time, too, since the network holds the padding of its batch.
+        with rng_kept_alone(), torch.inference_mode(), self.autocast():
             # Where the dropout of the pre-net does not rest, a text is still read alike each time.
             torch.manual_seed(derive(self._seed, "say", *texts[0].tokens))
             spoken = model.synthesise(padded, symbols, self._limit)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ def test_what_cannot_be_used_is_named_in_a_sentence(
         (np.zeros(0), RATE, r"the sound has the shape \(0,\); allowed"),
         (np.zeros((2, 3, 4)), RATE, r"the sound has the shape \(2, 3, 4\); allowed"),
         (np.zeros((6000, 2)), RATE, "the sound has 6000 channels of 2 samples; .*transpose"),
+        (np.zeros((2, 0)), RATE, r"the sound has the shape \(2, 0\); allowed"),
+        (torch.zeros(9, device="meta"), RATE, "the sound is a tensor that is without content"),
+        (torch.zeros(9).to_sparse(), RATE, "nested, quantized or sparse; allowed: a dense one"),
+        ([good, np.ma.masked_greater(good, 0.1)], RATE, "sound 2 has masked values; allowed"),
+        (np.array(["1", "2"]), RATE, "the sound has values of <U1; allowed: real numbers"),
+        (good * np.float32(1e38), RATE, "the sound: .* not finite"),
+        ("", None, "the sound is an empty path; allowed: the path of a sound file"),
+        ("~nobody-has-this-name/a.wav", None, "^~nobody-has-this-name/a.wav: it does not exist"),
+        ("a\nb.wav", None, "^a\ufffdb.wav: it does not exist"),
         (np.zeros(6000, complex), RATE, "the sound has values of torch.complex128; allowed: real"),
         (good, 0, "rate is 0; allowed: a whole number"),
         (good, 8000.5, "rate is 8000.5; allowed: a whole number"),
@@ -156,6 +166,25 @@ def test_what_cannot_be_used_is_named_in_a_sentence(
         assert str(told.value).count("\n") == 0
     with pytest.raises(TypeError, match="sound 2 is a int; allowed: a path, a tensor"):
         answer([good, 3], rate=RATE)
+
+
+def test_threads_that_load_and_speak_leave_the_random_state(run: Callable[[str], Path]) -> None:
+    names = ("asr", "tacotron2", "segan")
+    models = [trainer.load(run(name), "cpu") for name in names]
+    expected = models[1].synthesise("one")
+    state = torch.get_rng_state()
+
+    def work(number: int) -> None:
+        if number % 3 == 1:
+            assert_same(models[1].synthesise("one"), expected)
+            return
+        again = trainer.load(run(names[number % 3]), "cpu").modules.state_dict()
+        for name, value in models[number % 3].modules.state_dict().items():
+            assert not isinstance(value, Tensor) or torch.equal(value, again[name])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(9)))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 PROBE = """

@@ -238,6 +238,14 @@ def test_an_export_from_elsewhere_is_data_as_a_run_folder_is(run: Path, tmp_path
     yaml_.write_text(f"{good}recipe: os\n".replace("recipe: os\nrecipe", "recipe"))
     load(folder)  # Only installed recipes count.
     yaml_.write_text(good)
+    from safetensors import torch as safe
+
+    tensors = safe.load(sound)
+    name = next(iter(tensors))
+    for other in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        weights.write_bytes(safe.save({**tensors, name: tensors[name].to(other)}))
+        with pytest.raises(ValueError, match=f"saved parameter '{name}' is {other}, this Brain's"):
+            load(folder)
     for bad in (b"", b"\xff" * 64, sound[:-8], b"PK\x03\x04" + sound):
         weights.write_bytes(bad)
         with pytest.raises(ValueError, match="is no file of safetensors"):
@@ -249,7 +257,7 @@ def test_an_export_from_elsewhere_is_data_as_a_run_folder_is(run: Path, tmp_path
         load(folder)
     weights.unlink()
     os.mkfifo(weights)
-    with pytest.raises(ValueError, match="has no sound checkpoint"):
+    with pytest.raises(ValueError, match="has no weights: neither checkpoints/ nor, as an export"):
         load(folder)
 
 

@@ -208,7 +208,7 @@ class Checkpointer:
             recoverables, keep_last = keep_last, 1
         if (folder is None) == (checkpoints_dir is None):
             raise ValueError("a Checkpointer needs a folder (also called checkpoints_dir), once")
-        self.folder = Path(str(checkpoints_dir if folder is None else folder)).expanduser()
+        self.folder = Path(os.path.expanduser(str(checkpoints_dir if folder is None else folder)))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
         if type(keep_last) is not int or keep_last < 1:

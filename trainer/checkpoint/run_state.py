@@ -535,15 +535,38 @@ def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
     """Check that saved weights fit modules.
 
     Raises:
-        ValueError: for a name that is missing or unexpected, and for another shape.
+        ValueError: for a name that is missing or unexpected, for another shape, and for numbers of
+            another kind.
     """
     own = modules.state_dict()
     for name in [name for name in own if name.endswith(KEY) and name not in state]:
         del own[name]  # Earlier checkpoints, and averages, have weights alone.
     checks.same_keys("the modules of this Brain", state, own)
     for name, tensor in own.items():
-        if isinstance(tensor, Tensor) and tensor.shape != state[name].shape:
+        saved = state[name]
+        if isinstance(tensor, Tensor) != isinstance(saved, Tensor):
+            raise ValueError(f"the saved {name!r} is a {type(saved).__name__}, and fits no tensor")
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.shape != saved.shape:
             raise ValueError(
-                f"the saved parameter {name!r} has shape {tuple(state[name].shape)}, this Brain's "
+                f"the saved parameter {name!r} has shape {tuple(saved.shape)}, this Brain's "
                 f"has {tuple(tensor.shape)}: the checkpoint was made with other settings"
             )
+        if reason := misfit(saved, tensor):
+            raise ValueError(
+                f"the saved parameter {name!r} is {reason}, this Brain's {tensor.dtype}: the "
+                "checkpoint was made otherwise"
+            )
+
+
+def misfit(value: Tensor, own: Tensor) -> str:
+    """Return why the numbers of a tensor cannot be taken as they are, or an empty text."""
+    if value.is_meta:
+        return "without content"
+    if value.layout != torch.strided:
+        return f"of layout {value.layout}"
+    kinds = [(each.is_floating_point(), each.is_complex()) for each in (value, own)]
+    # Numbers of one byte are codes, which count with a scale.
+    codes = value.is_floating_point() and value.itemsize == 1 and value.dtype != own.dtype
+    return str(value.dtype) if codes or kinds[0] != kinds[1] else ""

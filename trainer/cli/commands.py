@@ -136,7 +136,7 @@ def _ls(argv: list[str]) -> int:
     parser.add_argument("--sort")
     given = parser.parse_args(argv)
     default = [Path("results")] if Path("results").is_dir() else [Path()]
-    roots = [each.expanduser() for each in given.runs] or default
+    roots = [Path(os.path.expanduser(each)) for each in given.runs] or default
     found = [runs.read_run(each) for each in dict.fromkeys(runs.find_runs(roots))]
     if given.sort is not None:
         if not any(given.sort in each.metrics for each in found):
@@ -218,7 +218,8 @@ def _clean(argv: list[str]) -> int:
     parser.add_argument("--yes", "-y", action="store_true")
     given = parser.parse_args(argv)
     found, notes = [], []
-    for run in dict.fromkeys(runs.find_runs(each.expanduser() for each in given.runs)):
+    asked = [Path(os.path.expanduser(each)) for each in given.runs]
+    for run in dict.fromkeys(runs.find_runs(asked)):
         items, said = upkeep.removable(run)
         found += items
         notes += said

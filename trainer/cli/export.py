@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def export(argv: Sequence[str]) -> int:
         raise ValueError(f"{error}; usage: cortex export {USAGE}") from error
     if rest or given.run is None:
         raise ValueError(f"usage: cortex export {USAGE}")
-    run = given.run.expanduser()
+    run = Path(os.path.expanduser(given.run))
     # Within a run, so that patterns such as NAME/* match runs alone.
     beside = run.with_name(f"{run.resolve().name}-{given.to}")
     out = given.out or (beside if is_export(run) else run / "export" / given.to)

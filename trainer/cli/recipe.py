@@ -71,7 +71,7 @@ def find_recipe(name: str) -> Recipe:
     known = recipes()
     if name in known:
         return known[name]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise ValueError(f"there is no file {name}")

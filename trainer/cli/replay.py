@@ -86,7 +86,7 @@ def _parse(argv: Sequence[str]) -> _Given:
     if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):
         raise ValueError(USAGE)
     run, step, *more = rest
-    folder = Path(run).expanduser()
+    folder = Path(os.path.expanduser(run))
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is not a run folder: it has no {HYPERPARAMS}")
     if read_text(folder, HYPERPARAMS).startswith(LAUNCH_HEADER):

@@ -92,7 +92,7 @@ def find_runs(roots: Iterable[Path]) -> Iterator[Path]:
 
 def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the folders that are runs, and a sentence about each of the others."""
-    folders = [Path(each).expanduser() for each in given]
+    folders = [Path(os.path.expanduser(each)) for each in given]
     why = f"is no run folder: it has no {HYPERPARAMS} of a run"
     return [each for each in folders if is_run(each)], [
         f"{printable(str(each))} {why if each.exists() else 'does not exist'}"

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 from trainer.data.batch import count_examples
 from trainer.data.batch_sampler import BatchIndex, components, generators, knows_ranks
 from trainer.seed import derive, reseed, seed_generator
+from trainer.untrusted import printable
 
 logger = logging.getLogger("trainer.data")
 
@@ -34,7 +35,7 @@ class BadItem(ValueError):
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(printable(f"{path}: {reason}"))
         self.path, self.reason = str(path), reason
 
 

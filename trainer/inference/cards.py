@@ -269,8 +269,8 @@ def _short(node: ScalarNode) -> str:
 def _data(origin: Origin | None) -> str:
     if origin is None:
         return NOT_KNOWN
-    found = [[f"`{printable(name)}`" if "`" not in name else escaped(name), escaped(key),
-              escaped(given, 400)] for key, name, given in _corpora(origin)]  # fmt: skip
+    found = [[escaped(name), escaped(key), escaped(given, 400)]
+             for key, name, given in _corpora(origin)]  # fmt: skip
     table = _table(("made by", "key of the YAML", "arguments"), found) if found else ""
     counts = _examples(origin.run.folder)
     told = ", ".join(f"{escaped(stage)} {count:,}" for stage, count in counts.items())

@@ -93,7 +93,7 @@ def export(
         raise ValueError(
             f"there is no export to {to!r}{nearest(to, FORMATS)}; allowed: {', '.join(FORMATS)}"
         )
-    target = Path(folder).expanduser()
+    target = Path(os.path.expanduser(folder))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{folder} exists, and is not an empty folder: name a new one")
     merged = copy.deepcopy(model.modules).cpu().eval()

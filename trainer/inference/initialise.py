@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainer import distributed, json_files
 from trainer.adapters import derive_adapters, is_replaced, plain_name
 from trainer.checkpoint.frozen import BASE, base_name, check_base, described
+from trainer.checkpoint.run_state import misfit
 from trainer.checkpoint.saver_hooks import KEY
 from trainer.options import nearest
 from trainer.untrusted import confined, printable
@@ -97,7 +98,7 @@ def initialise(
             f"init_map: {{{name}: null}}, or choose a model of the same size"
         )
     for name, value in taken.items():
-        if isinstance(value, Tensor) and (reason := _misfit(value, own[name])):
+        if isinstance(value, Tensor) and (reason := misfit(value, own[name])):
             raise ValueError(
                 f"init_from {source}: {name} is {reason} there, and {own[name].dtype} here"
             )
@@ -112,18 +113,6 @@ def initialise(
             "init_from %s: %d tensors taken, %d new%s, %d left%s",
             source, len(taken), len(new), _listed(new), len(left), _listed(left),
         )  # fmt: skip
-
-
-def _misfit(value: Tensor, own: Tensor) -> str:
-    """Return why the numbers of a tensor cannot be taken as they are, or an empty text."""
-    if value.is_meta:
-        return "without content"
-    if value.layout != torch.strided:
-        return f"of layout {value.layout}"
-    kinds = [(each.is_floating_point(), each.is_complex()) for each in (value, own)]
-    # Numbers of one byte are codes, which count with a scale.
-    codes = value.is_floating_point() and value.itemsize == 1 and value.dtype != own.dtype
-    return str(value.dtype) if codes or kinds[0] != kinds[1] else ""
 
 
 def _targets(
@@ -197,7 +186,7 @@ def read_weights(source: str) -> Weights:
     Raises:
         ValueError: there is no such source, or it holds something else than weights.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if (path / HYPERPARAMS).is_file() and not is_export(path):
         return _of_run(path)
     if path.is_dir():

@@ -35,8 +35,8 @@ from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
-from trainer.evaluation import load_weights, rng_kept
-from trainer.inference.initialise import initialise, is_export, read_export
+from trainer.evaluation import load_weights, rng_kept_alone
+from trainer.inference.initialise import WEIGHTS, initialise, is_export, read_export
 from trainer.inference.model import Model
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
@@ -338,7 +338,7 @@ def open_run(
             built from it raises, too.
         ImportError: a package is missing that a recipe needs.
     """
-    folder = Path(run).expanduser()
+    folder = Path(os.path.expanduser(run))
     if not (folder / HYPERPARAMS).is_file():
         raise ValueError(f"{run} is no run folder: it has no {HYPERPARAMS}")
     with no_modules_from(folder), sources_confined() as named:
@@ -462,7 +462,7 @@ def load(
     place = pick_device(device)
     if place.type == "cuda":  # CUDA takes memory that no file accounts for.
         torch.zeros(1, device=place)
-    with open_run(run, overrides, allow) as opened, rng_kept():
+    with rng_kept_alone(), open_run(run, overrides, allow) as opened:
         if (max_key or min_key) and is_export(opened.folder):
             raise ValueError(f"{run} is an export: there is no checkpoint to choose")
         kind = brain or model or opened.model_class()
@@ -522,6 +522,8 @@ def put_weights(
         source, found = run, read_export(run)
     else:
         found = load_weights(checkpointer, options, max_key, min_key, complete)
+    if found is None and not checkpointer.folder.exists():
+        raise ValueError(f"{run} has no weights: neither checkpoints/ nor, as an export, {WEIGHTS}")
     if found is None:
         key = max_key or min_key
         some = key and checkpointer.find(n=None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from torch import Tensor
@@ -66,13 +69,15 @@ class Sound:
     def save(self, path: str | Path) -> Path:
         """Write the sound to a file of the format that its suffix names, such as ``x.flac``.
 
+        The file appears whole or not at all, in place of one that was there.
+
         Returns:
             The path.
 
         Raises:
             ImportError: soundfile is not installed.
             OSError: the file cannot be written.
-            ValueError: soundfile writes no such format.
+            ValueError: soundfile writes no such format, or the samples are not finite (C, T).
         """
         try:
             import soundfile
@@ -80,15 +85,31 @@ class Sound:
             raise ImportError(
                 "writing audio needs soundfile: pip install 'cortex-speech[recipes]'"
             ) from error
-        target = Path(path).expanduser()
-        known = soundfile.available_formats()
+        target = Path(os.path.expanduser(path))
         kind = target.suffix.removeprefix(".").upper()
-        if kind not in known and kind not in ("AIF", "OGA", "OPUS"):
+        known = {each for each in soundfile.available_formats() if soundfile.default_subtype(each)}
+        if kind not in known - {"SD2"}:  # Which is a pair of files.
             raise ValueError(
                 f"{target} has no suffix of a sound file that soundfile writes, such as .wav or "
                 ".flac"
             )
-        soundfile.write(target, self.samples.mT.numpy(), self.rate)
+        samples = torch.as_tensor(self.samples).detach().float()
+        if samples.ndim != 2 or not torch.isfinite(samples).all():
+            raise ValueError(
+                f"{target} cannot be written: the samples have the shape {tuple(samples.shape)}; "
+                "allowed: finite numbers (C, T)"
+            )
+        part = target.with_name(f".{token_hex(8)}.part")
+        try:
+            part.touch()  # Of what is in the way, the system says more than soundfile.
+            soundfile.write(part, samples.mT.numpy(), self.rate, format=kind)
+            os.replace(part, target)
+        except (OSError, soundfile.LibsndfileError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.error_string
+            raise OSError(f"{target} cannot be written: {reason}") from error
+        finally:
+            with suppress(OSError):
+                part.unlink()
         return target
 
 

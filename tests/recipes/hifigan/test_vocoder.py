@@ -41,7 +41,8 @@ def test_pieces_join_to_the_whole(
     voice = speaking(kind)
     monkeypatch.setattr(vocoder, "CHUNK", 16)
     mel = torch.randn(3, 5, frames)
-    pieces = list(voice.vocode_stream(mel.split(size, -1)))
+    given = [each for piece in mel.split(size, -1) for each in (piece[..., :0], piece)]
+    pieces = list(voice.vocode_stream(given))
     torch.testing.assert_close(torch.cat(pieces, -1), whole_of(voice, mel), rtol=0, atol=1e-6)
     assert not any(piece.is_inference() for piece in pieces)
     longest = (16 + voice.modules.generator.context) * voice.mel.hop
@@ -137,13 +138,15 @@ def test_what_is_no_mel_is_refused_with_its_name(tmp_path: Path) -> None:
         (torch.zeros(4, 5), r"the mel: it has the shape \(4, 5\); expected: 5 bands before the"),
         (torch.zeros(100), r"the mel: it has the shape \(100,\); allowed: log-mels \(5, frames\)"),
         (np.zeros((5, 4), int), "the mel: a mel is a matrix .* of floats, not .*int64"),
-        (np.full((5, 4), "a"), "the mel: it cannot be used: can't convert np.ndarray of type"),
+        (np.full((5, 4), "a"), "the mel has values of <U1; allowed: real numbers"),
         (torch.zeros(5, 0), "the mel: its mel has no frames"),
         (torch.zeros(2, 3, 5, 4), "the mel: a mel is a matrix"),
         (torch.zeros(2, 6, 4), r"the batch: it has the shape \(2, 6, 4\)"),
         ([good, wrong], "the mel 2: its mel has values that are not finite numbers"),
         ([good, None], "sound 1 is a NoneType; allowed: a path"),
         ([good, [good]], "sound 1 is a list"),
+        ([good, good[None]], "the mel 2: a mel is a matrix"),
+        (good.to("meta"), "the mel is a tensor that is without content"),
         (tmp_path / "other.pt", "other.pt: its mel was made with f_max=3000.0; expected: 4000.0"),
         ([good, speech], "the speech 2: its mel was made with f_max=3000.0"),
         ([good, tmp_path / "none.npy"], "none.npy: it does not exist"),
@@ -154,6 +157,10 @@ def test_what_is_no_mel_is_refused_with_its_name(tmp_path: Path) -> None:
             voice.vocode(given)
     with pytest.raises(ValueError, match="piece 2: it has the shape .* expected: 5 bands"):
         list(voice.vocode_stream([good, torch.zeros(6, 4)]))
+    with pytest.raises(ValueError, match=r"piece 2: .* expected: as that of the first, \(5, fra"):
+        list(voice.vocode_stream([good, good[None]]))
+    with pytest.raises(TypeError, match="piece 1 is a str; allowed: a tensor or array"):
+        list(voice.vocode_stream("mel.npy"))  # type: ignore[arg-type]
     with pytest.raises(BadItem, match="sound 2: 1 of its samples are not finite"):
         voice.vocode([good[0], torch.tensor([torch.nan])], rate=8000)
     with pytest.raises(ValueError, match="samples have 5 channels, .* a mel without a rate"):
