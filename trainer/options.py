@@ -407,6 +407,9 @@ class RunOptions:
                 except that objects in `hparams`, built since then, replace the defaults of `clip`
                 and `logger`.
 
+        Returns:
+            The options in force.
+
         Raises:
             ValueError: `run_opts` has an unknown key, or a value is not allowed.
         """
