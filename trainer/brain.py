@@ -34,11 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import defaults, distributed, seed, signals
-from trainer.adapters import (
-    apply_adapters,
-    base_parameters,
-    drop_base,
-)
+from trainer.adapters import apply_adapters, base_parameters, drop_base
 from trainer.callbacks import Callback, CallbackList
 from trainer.checkpoint.frozen import FrozenBase
 from trainer.checkpoint.run_state import (

@@ -229,7 +229,7 @@ class RunOptions:
     )
     clip: str | Any = _option(
         "norm",
-        "clipping kind: norm scales the whole gradient, value cuts each element; a YAML may hold "
+        "clip kind: norm scales the whole gradient, value cuts each element; a YAML may hold "
         "any object of trainer.clipping",
         choices=("norm", "value"),
     )
