@@ -1645,7 +1645,7 @@ class Brain(SpeechBrainNames):
     def __awaited(self, feed: DataFeed, batches: Iterable[Any], may_stop: bool) -> Iterator[Any]:
         """Return batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
 
-        The state is then that of after the last batch. Several ranks save it if all of them wait.
+        The state is then the one after the last batch. Several ranks save it if all of them wait.
         """
         if not may_stop or not feed.may_hang:
             return iter(batches)

@@ -246,7 +246,7 @@ class CallbackList:
                 self._methods[name].append(getattr(callback, name))
 
     def listen(self, event: str, method: Callable[..., None]) -> None:
-        """Have one more function called at an event, as by a callback that looks now and then.
+        """Call one more function at an event, as a callback does that watches single steps.
 
         Args:
             event: name of a method of `Callback`, such as "on_loss".

@@ -480,9 +480,11 @@ class Checkpointer:
         """
         name, fields = run_on_main(self._plan, request)
         planned = Checkpoint(self.folder / name, **fields)
-        with _told(f"the checkpoint {planned.path} could not be saved"):
+        with _naming(f"the checkpoint {planned.path} could not be saved"):
             saved = self._write(planned)
-        with _told(f"{saved.path} is saved, but an earlier checkpoint could not be deleted or cut"):
+        with _naming(
+            f"{saved.path} is saved, but an earlier checkpoint could not be deleted or cut"
+        ):
             run_on_main(self._delete_others, saved, request.retention)
         return saved
 
@@ -985,7 +987,7 @@ def _load(obj: Any, path: Path, _: bool) -> None:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _naming(what: str) -> Iterator[None]:
     """Context manager that adds to an OSError what failed."""
     try:
         yield

@@ -140,7 +140,16 @@ class SPAM(checks.Stateful, Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Remember the optimizer; raise ValueError if it has no second moments."""
+        """Bind the optimizer, whose second moments are read at each step.
+
+        Args:
+            owner: the name of the optimizer.
+            names: the names of its parameters, of any shape.
+            optimizer: the optimizer.
+
+        Raises:
+            ValueError: if it has no second moments.
+        """
         super().bind(owner, names, optimizer)
         known = type(optimizer).__module__.startswith("torch.optim")
         if known and not isinstance(optimizer, WITH_MOMENTS):
