@@ -148,3 +148,30 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     pages = {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
     assert listed == pages
+
+
+# --------------------------------------------------------------------------------------- the links
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as the site makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", h) for h in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
+def test_links_lead_to_pages_and_to_their_headings() -> None:
+    links = [
+        (page, *link.partition("#")[::2])
+        for page in pages()
+        for link in re.findall(
+            r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        )
+        if "://" not in link
+    ]
+    assert len(links) > 150
+    for page, file, anchor in links:
+        target = page.parent / file if file else page
+        assert target.exists(), f"{page}: {file}"
+        if anchor:
+            assert anchor in anchors(target), f"{page}: {file}#{anchor}"

@@ -34,11 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import defaults, distributed, seed, signals
-from trainer.adapters import (
-    apply_adapters,
-    base_parameters,
-    drop_base,
-)
+from trainer.adapters import apply_adapters, base_parameters, drop_base
 from trainer.callbacks import Callback, CallbackList
 from trainer.checkpoint.frozen import FrozenBase
 from trainer.checkpoint.run_state import (
@@ -185,14 +181,31 @@ class Brain(SpeechBrainNames):
     # ----------------------------------------------------------- hooks: what a subclass overrides
 
     def compute_forward(self, batch: Any, stage: Stage) -> Any:
-        """Return predictions for a batch; called under autocast where precision is mixed."""
+        """Return predictions for a batch; called under autocast where precision is mixed.
+
+        Args:
+            batch: what the loader gives, on the run's device.
+            stage: what the pass is for.
+
+        Returns:
+            Anything that `compute_objectives` takes.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} has no compute_forward(batch, stage), "
             "which the default fit_batch and evaluate_batch call"
         )
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Tensor:
-        """Return the loss: a scalar, the mean over what `count_examples` counts."""
+        """Return the loss: a scalar, the mean over what `count_examples` counts.
+
+        Args:
+            predictions: what `compute_forward` returned.
+            batch: the batch that they are of.
+            stage: what the pass is for; where it is not TRAIN, also the place to update metrics.
+
+        Returns:
+            The loss, a scalar tensor; in training with its graph.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} has no compute_objectives(predictions, batch, stage), "
             "which the default fit_batch and evaluate_batch call"
@@ -204,6 +217,9 @@ class Brain(SpeechBrainNames):
         What adapters have frozen is taken out of any optimizer afterwards.
 
         An override sets ``self.optimizer``, or ``self.optimizers_dict`` with a name for each.
+
+        Raises:
+            ValueError: if ``opt_class`` makes no optimizer.
         """
         if self.opt_class is not None:
             if not callable(self.opt_class):
@@ -249,6 +265,10 @@ class Brain(SpeechBrainNames):
         A run that resumes in the middle of a pass calls it again, and then restores the saved
         state: what it does is not done twice. An object whose state is to outlive the pass is made
         earlier, in the constructor or in `on_fit_start`.
+
+        Args:
+            stage: what the pass is for.
+            epoch: current epoch; None in a test.
         """
 
     def on_stage_end(
@@ -267,13 +287,30 @@ class Brain(SpeechBrainNames):
         """
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
-        """Called before each training batch; ``should_step`` is True if it closes a window."""
+        """Called by the default `fit_batch` before the forward pass.
+
+        Args:
+            batch: the batch, on the run's device.
+            should_step: True if the batch closes an accumulation window.
+        """
 
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
-        """Called after each training batch."""
+        """Called by the default `fit_batch` after `optimize`.
+
+        Args:
+            batch: the batch, on the run's device.
+            outputs: what `compute_forward` returned.
+            loss: what `compute_objectives` returned, detached: a scalar tensor.
+            should_step: True if the batch closed an accumulation window.
+        """
 
     def on_evaluate_start(self, max_key: str | None = None, min_key: str | None = None) -> None:
-        """Called before `evaluate`, with the weights that it uses in place."""
+        """Called before `evaluate`, with the weights that it uses in place.
+
+        Args:
+            max_key: metric of which the best checkpoint has the largest value, or None.
+            min_key: metric of which the best checkpoint has the smallest value, or None.
+        """
 
     def count_examples(self, batch: Any) -> float:
         """Return the weight of a batch in averages and windows: what its loss is a mean over.
@@ -544,12 +581,12 @@ class Brain(SpeechBrainNames):
     def train_batch(self, batch: Any, is_last: bool = False) -> Any:
         """Train on one batch as `fit` does: `fit_batch`, averages, counters and callbacks.
 
+        A batch for which memory runs out on any rank is given up on all of them, with the open
+        accumulation windows.
+
         Args:
             batch: a batch on the run's device.
             is_last: True if it is the last of its epoch.
-
-        A batch for which memory runs out on any rank is given up on all of them, with the open
-        accumulation windows.
 
         Returns:
             What `fit_batch` returned; None for a batch that was given up.
@@ -736,6 +773,9 @@ class Brain(SpeechBrainNames):
             keep_weights: leave the weights that were tested in the modules, as SpeechBrain does;
                 later training goes on with them.
 
+        Returns:
+            The average loss over examples, a float; a dict by name if `evaluate_batch` returns one.
+
         Raises:
             ValueError: if there is nothing to test.
         """
@@ -829,7 +869,15 @@ class Brain(SpeechBrainNames):
             return self.__end_stage(stage, mean, epoch, steps, started, bad)
 
     def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
-        """Return the loss of a batch, without training."""
+        """Return the loss of a batch, without training.
+
+        Args:
+            batch: a batch on the run's device.
+            stage: VALID or TEST.
+
+        Returns:
+            What is averaged over the pass: a scalar, or a dict of scalars; None counts for nothing.
+        """
         with self.autocast():
             outputs = self.compute_forward(batch, stage)
             return self.compute_objectives(outputs, batch, stage).detach()
@@ -956,6 +1004,10 @@ class Brain(SpeechBrainNames):
         """Return a running average over the batches of an epoch, for recipes that keep their own.
 
         The epoch's own average is weighted by examples. A loss that is not finite is left out.
+
+        Args:
+            loss: loss of the present batch: a number or a scalar tensor.
+            avg_loss: average over the earlier batches; 0.0 before the first.
         """
         value = float(plain_number(loss))
         if not math.isfinite(value):
@@ -972,6 +1024,9 @@ class Brain(SpeechBrainNames):
             stage: what the batches are for.
             ckpt_prefix: not used: a checkpoint says which batch comes next.
             **loader_kwargs: arguments of `make_loader`.
+
+        Returns:
+            A `trainer.data.Loader`; any iterable of batches from an override.
         """
         bad = {"on_bad": self.options.on_bad_item, "max_bad": self.options.max_bad_item}
         train = stage == Stage.TRAIN
@@ -1593,7 +1648,7 @@ class Brain(SpeechBrainNames):
     def __awaited(self, feed: DataFeed, batches: Iterable[Any], may_stop: bool) -> Iterator[Any]:
         """Return batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
 
-        The state is then that of after the last batch. Several ranks save it if all of them wait.
+        The state is then the one after the last batch. Several ranks save it if all of them wait.
         """
         if not may_stop or not feed.may_hang:
             return iter(batches)

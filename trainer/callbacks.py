@@ -33,8 +33,8 @@ class Callback:
     """Base class of what watches a run. Every method does nothing by default.
 
     A callback reads; it must not change weights, gradients or the loss. Each method says on which
-    ranks it runs, and whether it may call a collective (such as `trainer.distributed.gather`),
-    which every rank must then call.
+    ranks it runs, and whether it may call a collective, such as
+    `trainer.distributed.all_gather_json`, which every rank must then call.
 
     Only methods that a subclass overrides are called, so that the others cost nothing. An exception
     in a callback ends the run, and its message names the callback. One in `on_fit_end`,
@@ -97,12 +97,20 @@ class Callback:
         """Called after a pass, with its average loss and metrics, which are equal on all ranks.
 
         Runs on every rank; may call a collective.
+
+        Args:
+            brain: the Brain that runs.
+            report: loss, metrics, counts and duration of the pass.
         """
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
         """Called before `Brain.fit_batch`, in training only.
 
         Runs on every rank; may call a collective, since ranks train on equally many batches.
+
+        Args:
+            brain: the Brain that runs.
+            batch: the batch, on the run's device.
         """
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
@@ -122,18 +130,32 @@ class Callback:
 
         Runs on every rank; must not call a collective, since a recipe may give a loss on one rank
         alone within an accumulation window.
+
+        Args:
+            brain: the Brain that runs.
+            report: what `Brain.optimize` returns, of one optimizer.
         """
 
     def before_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
         """Called before a step that will be taken: gradients are measured, not yet clipped.
 
         Runs on every rank, with gradients that are equal on all; may call a collective.
+
+        Args:
+            brain: the Brain that runs.
+            update: the optimizer with its name, schedule and clipper.
+            gradients: its gradients and their norms.
         """
 
     def after_optimizer_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
         """Called when the optimizer has stepped, before its gradients are released.
 
         Runs on every rank; may call a collective.
+
+        Args:
+            brain: the Brain that runs.
+            update: the optimizer with its name, schedule and clipper.
+            gradients: its gradients as they were clipped, with the norms before and after.
         """
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
@@ -150,18 +172,30 @@ class Callback:
         """Called with what `Brain.show` is given.
 
         Runs on the ranks that call it; must not call a collective.
+
+        Args:
+            brain: the Brain that runs.
+            samples: title, rows and note, with optimizer step and epoch.
         """
 
     def on_checkpoint(self, brain: Brain, checkpoint: Checkpoint) -> None:
         """Called after a checkpoint was saved.
 
         Runs on every rank; may call a collective.
+
+        Args:
+            brain: the Brain that runs.
+            checkpoint: the checkpoint, whose ``path`` is its folder and ``meta`` has its metrics.
         """
 
     def on_exception(self, brain: Brain, error: BaseException) -> None:
         """Called when an exception leaves the outermost `fit` or `evaluate`.
 
         Runs on the ranks that fail; must not call a collective.
+
+        Args:
+            brain: the Brain that runs.
+            error: the exception, which is raised again afterwards.
         """
 
 
@@ -212,11 +246,21 @@ class CallbackList:
                 self._methods[name].append(getattr(callback, name))
 
     def listen(self, event: str, method: Callable[..., None]) -> None:
-        """Have one more function called at an event, as by a callback that looks now and then."""
+        """Call one more function at an event, as a callback does that watches single steps.
+
+        Args:
+            event: name of a method of `Callback`, such as "on_loss".
+            method: the function, which is given the arguments of that method.
+        """
         self._methods[event] = [*self._methods[event], method]
 
     def unlisten(self, event: str, method: Callable[..., None]) -> None:
-        """Undo `listen`; may be called within the event."""
+        """Undo `listen`; may be called within the event.
+
+        Args:
+            event: name of the event.
+            method: the function that `listen` was given.
+        """
         self._methods[event] = [each for each in self._methods[event] if each != method]
 
     def call(self, event: str, *arguments: Any) -> None:
@@ -224,7 +268,7 @@ class CallbackList:
 
         Args:
             event: name of the method, such as "on_loss".
-            arguments: what the method is given.
+            *arguments: what the method is given.
 
         Raises:
             Exception: whatever a callback raises, with a note that names it.
@@ -246,7 +290,7 @@ class CallbackList:
             event: name of the method, such as "on_fit_end".
             error: the exception that ends it, which matters more than one of a callback: that is
                 logged then.
-            arguments: what the method is given.
+            *arguments: what the method is given.
 
         Raises:
             Exception: the first one that a callback raises, with a note that names it.

@@ -229,7 +229,7 @@ class RunOptions:
     )
     clip: str | Any = _option(
         "norm",
-        "clipping kind: norm scales the whole gradient, value cuts each element; a YAML may hold "
+        "clip kind: norm scales the whole gradient, value cuts each element; a YAML may hold "
         "any object of trainer.clipping",
         choices=("norm", "value"),
     )
@@ -406,6 +406,9 @@ class RunOptions:
             run_opts: options that replace those of `hparams`. A `RunOptions` is taken as it is,
                 except that objects in `hparams`, built since then, replace the defaults of `clip`
                 and `logger`.
+
+        Returns:
+            The options in force.
 
         Raises:
             ValueError: `run_opts` has an unknown key, or a value is not allowed.

@@ -45,7 +45,7 @@ class Audio:
 
     Args:
         samples: (T,) or (1, T), in [-1, 1]; what lies beyond is clipped.
-        rate: samples per second.
+        rate: sample rate in Hz.
         spectrogram: show the spectrogram, too.
 
     Raises:
@@ -248,7 +248,12 @@ class Samples:
 
 
 def record_of(cell: Any, write: Write) -> dict[str, Any]:
-    """Return any cell as JSON, its files written by ``write``."""
+    """Return any cell as JSON, its files written.
+
+    Args:
+        cell: a text, a number, None, or one of the classes of this module.
+        write: writes a file, as `Write` says.
+    """
     if isinstance(cell, CELLS):
         return cell.record(write)
     if hasattr(cell, "item"):  # A tensor or a number of NumPy.
@@ -259,7 +264,15 @@ def record_of(cell: Any, write: Write) -> dict[str, Any]:
 
 
 def align(said: Sequence[str], heard: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    """Return two sequences side by side with the fewest substitutions, deletions, insertions."""
+    """Return two sequences side by side with the fewest substitutions, deletions, insertions.
+
+    Args:
+        said: tokens of the reference.
+        heard: tokens of what was recognised.
+
+    Returns:
+        Pairs of tokens; None where one of the sequences has none.
+    """
     costs = [list(range(len(heard) + 1))]
     for row, token in enumerate(said, 1):
         above, line = costs[-1], [row]
@@ -289,7 +302,7 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
 
     Args:
         signal: samples (T,) in [-1, 1].
-        rate: samples per second, which is kept.
+        rate: sample rate in Hz, which is kept.
     """
     # What has come from a 16-bit file is exactly that again.
     pcm, file = (signal * 32768).round().clamp(max=32767).to(torch.int16), io.BytesIO()
@@ -307,7 +320,12 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
 
 
 def spectrogram(signal: Tensor, rate: int) -> Image:
-    """Return the levels of a signal (T,) from -95 to -20 dB of full scale, in windows of 32 ms."""
+    """Return the levels of a signal from -95 to -20 dB of full scale, in windows of 32 ms.
+
+    Args:
+        signal: samples (T,) in [-1, 1].
+        rate: sample rate in Hz.
+    """
     size = 2 ** max(4, round(math.log2(0.032 * rate)))
     hop = max(size // 4, math.ceil(len(signal) / MAX_PIXELS[1]))
     window = torch.hann_window(size)

@@ -33,7 +33,13 @@ def _improvement(mode: str, reference: float, value: float) -> float:
 
 
 def set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
-    """Set the rate of each parameter group; a tensor (compiled steps) is filled in place."""
+    """Set the learning rate of each parameter group.
+
+    Args:
+        optimizer: the optimizer.
+        rates: a number or scalar tensor for each group. A rate that is a tensor in the optimizer,
+            as for compiled steps, is filled in place.
+    """
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -49,6 +55,9 @@ class Schedule(checks.Stateful, LRScheduler):
 
     Args:
         optimizer: the optimizer whose learning rates are set.
+
+    Raises:
+        ValueError: if the optimizer has no learning rates.
     """
 
     every: ClassVar[Literal["step", "epoch"]]
@@ -238,7 +247,12 @@ class MetricSchedule(Schedule):
         super().__init__(optimizer)
 
     def next_reference(self, value: float, good: bool) -> float | None:
-        """Return the reference of the next epoch, after one with this value."""
+        """Return the reference of the next epoch.
+
+        Args:
+            value: the metric of this epoch.
+            good: True if it was a good epoch.
+        """
         raise NotImplementedError
 
     def step(self, metric: float) -> None:  # type: ignore[override]
@@ -272,6 +286,18 @@ class NewBob(MetricSchedule):
     A `MetricSchedule` whose reference r is the metric of the previous epoch. With the defaults an
     improvement of 0.25 % or less halves the learning rate at once. The rule is that of ICSI's
     QuickNet; the defaults are those of SpeechBrain's ``NewBobScheduler``.
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
+        factor: multiplier of the learning rate, between 0 and 1.
+        threshold: the smallest relative improvement of a good epoch, 0 or more.
+        patience: number of epochs that may be not good, 0 or more.
+        mode: "min" if a lower metric is better, "max" if a higher one is.
+        min_lr: the lowest learning rate, 0 or more; rates that are lower already are unchanged.
+        metric: the name of the metric.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def next_reference(self, value: float, good: bool) -> float | None:
@@ -343,7 +369,11 @@ class EarlyStopping(checks.Stateful):
         self.waited = 0
 
     def update(self, value: float) -> bool:
-        """Take the metric of an evaluation; return True if training should stop."""
+        """Take the metric of an evaluation.
+
+        Returns:
+            True if training should stop.
+        """
         value = float(value)
         better = self.best is None or _improvement(self.mode, self.best, value) > self.min_delta
         if math.isfinite(value) and better:

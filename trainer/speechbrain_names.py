@@ -108,6 +108,9 @@ class SpeechBrainNames:
     def check_loss_isfinite(self, loss: Tensor) -> None:
         """Count a loss that is not finite, for a `fit_batch` that steps by hand.
 
+        Args:
+            loss: a tensor of any shape, whose elements are all to be finite.
+
         Raises:
             ValueError: after more of them in an epoch than ``nonfinite_patience``.
         """

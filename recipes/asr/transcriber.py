@@ -104,6 +104,9 @@ class Transcriber(PieceTranscriber):
     """Recogniser by CTC, of a run of this recipe.
 
     Reads from the YAML ``sample_rate``, ``codec``, ``decoder``, ``beam_size`` and ``lexicon``.
+
+    Raises:
+        ValueError: the run has no vocabulary.
     """
 
     best_checkpoint: ClassVar[Mapping[str, str | None]] = {"min_key": "wer"}

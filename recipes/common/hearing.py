@@ -1,4 +1,4 @@
-"""What models are asked about: sound files, arrays, tensors and `Sound` objects, one or several.
+"""Inputs of models: sound files, arrays, tensors and `Sound` objects, one or several.
 
 sounds, several = given_sounds(["a.wav", "b.flac"])
 sounds, several = given_sounds(array, rate=44100)

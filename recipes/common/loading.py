@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.audio import Expected, good_ones, read_channels
+from recipes.common.audio import Expected, read_channels
 from recipes.common.cuts import count_files
 from recipes.common.resampling import resample as to_rate
 from trainer import distributed
@@ -96,25 +96,6 @@ def filter_by_duration(
     if len(good) < len(every):
         logger.info("%d of %d cuts do not last %s", len(every) - len(good), len(every), limits)
     return CutSet.from_cuts(good)
-
-
-def without_bad(cuts: Iterable[Cut], *, on_bad: str = "skip", max_bad: float = 0.05) -> CutSet:
-    """Select the cuts whose audio files, by their headers, are as the manifests describe them.
-
-    Each bad file is logged with its reason.
-
-    Args:
-        cuts: cuts to select from.
-        on_bad: "skip" to leave bad files out, "raise" to stop at the first.
-        max_bad: share of the files that may be bad, between 0 and 1.
-
-    Raises:
-        BadItem: a file is bad and ``on_bad`` is "raise", or a source is no file.
-        ValueError: more than the share ``max_bad`` of the files is bad; the message lists them.
-    """
-    every = list(cuts)
-    files = {number: list(_files(cut).items()) for number, cut in enumerate(every)}
-    return CutSet.from_cuts(every[number] for number in good_ones(files, on_bad, max_bad))
 
 
 def load(cut: Cut, sample_rate: int, resample: bool = False) -> Tensor:

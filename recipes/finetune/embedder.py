@@ -29,7 +29,15 @@ class Embedder(Model):
     """Base of models that give a vector for a sound."""
 
     def vectors(self, wavs: Tensor, lengths: Tensor) -> Tensor:
-        """Return vectors (B, E) of signals (B, S) of so many samples (B,)."""
+        """Return the embeddings of a batch.
+
+        Args:
+            wavs: signals (B, S), padded with zeros, at the rate of `input_limits`.
+            lengths: number of samples of each (B,).
+
+        Returns:
+            Embeddings (B, E).
+        """
         raise NotImplementedError
 
     def input_limits(self) -> tuple[int, int, float]:

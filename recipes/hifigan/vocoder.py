@@ -167,10 +167,10 @@ class Vocoder(Model):
         """Turn a sound that comes in blocks into the sound of its mels, of as many samples.
 
         Args:
-            blocks: samples (C, ·) at the rate of the run.
+            blocks: samples (C, T_i) at the rate of the run.
 
         Yields:
-            Samples (C, ·), on the CPU.
+            Samples (C, T_i), on the CPU.
         """
         given = done = 0
 
@@ -190,7 +190,13 @@ class Vocoder(Model):
             done += wave.shape[1]
 
     def read_mel(self, path: str | Path) -> Iterator[Tensor]:
-        """Read a mel file, and return its spectrogram in pieces (M, ·).
+        """Read a mel file.
+
+        Args:
+            path: the file, .npy or .pt, with its configuration.
+
+        Returns:
+            Its spectrogram in pieces (M, F_i).
 
         Raises:
             ValueError: the file cannot be used, or its mel is made otherwise than those of the run;

@@ -26,6 +26,9 @@ class SEGAN(EnhancementModel):
     """Speech enhancement by the generator of a SEGAN.
 
     Reads from the YAML ``sample_rate``, ``chunks``, ``pre_emphasis``, ``level`` and ``best``.
+
+    Raises:
+        ValueError: the chunks are not as long as those that the generator takes.
     """
 
     def __init__(

@@ -89,7 +89,15 @@ class SpeechSeparator(Model):
         return found if several else found[0]
 
     def tracks(self, signal: Tensor, rate: int) -> Tensor:
-        """Return the tracks (S, C, T) of samples (C, T) at a rate in Hz, all separated at once."""
+        """Return the tracks of a sound, all of it separated at once.
+
+        Args:
+            signal: samples (C, T).
+            rate: sample rate in Hz.
+
+        Returns:
+            Samples (S, C, T) of S tracks, at the same rate.
+        """
         mixture = resample(signal, rate, self.sample_rate)
         channels = []
         for each in mixture:

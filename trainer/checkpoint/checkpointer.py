@@ -395,7 +395,11 @@ class Checkpointer:
         self._held = True
 
     def release(self) -> list[SaveRequest]:
-        """Stop deferring saves, and return those that were deferred; `save` does them."""
+        """Stop deferring saves.
+
+        Returns:
+            The saves that were deferred, for `save`.
+        """
         waiting, self._held, self._waiting = self._waiting, False, []
         return waiting
 
@@ -468,14 +472,19 @@ class Checkpointer:
     def save(self, request: SaveRequest) -> Checkpoint:
         """Save as a deferred request asks for. Every rank must call it.
 
+        Returns:
+            The checkpoint.
+
         Raises:
             ValueError, OSError, RuntimeError: as in `save_checkpoint`.
         """
         name, fields = run_on_main(self._plan, request)
         planned = Checkpoint(self.folder / name, **fields)
-        with _told(f"the checkpoint {planned.path} could not be saved"):
+        with _naming(f"the checkpoint {planned.path} could not be saved"):
             saved = self._write(planned)
-        with _told(f"{saved.path} is saved, but an earlier checkpoint could not be deleted or cut"):
+        with _naming(
+            f"{saved.path} is saved, but an earlier checkpoint could not be deleted or cut"
+        ):
             run_on_main(self._delete_others, saved, request.retention)
         return saved
 
@@ -571,6 +580,9 @@ class Checkpointer:
                 default these are the newest.
             ckpt_predicate: True for the checkpoints that may be deleted; None for all.
             verbosity: not used.
+
+        Raises:
+            ValueError: ``num_to_keep`` is below 0, or another process saves in the folder.
         """
         if num_to_keep < 0:
             raise ValueError(f"num_to_keep is {num_to_keep}; it must be 0 or more")
@@ -599,6 +611,9 @@ class Checkpointer:
         """List the checkpoints in the folder, newest first, by their manifests alone.
 
         A broken one is left out, with a warning that names it.
+
+        Returns:
+            The checkpoints; none if there is no folder.
         """
         found: list[Checkpoint] = []
         for _ in range(MAX_RETRIES):
@@ -669,7 +684,17 @@ class Checkpointer:
         importance_key: Key | None = None,
         ckpt_predicate: Predicate | None = None,
     ) -> Checkpoint | None:
-        """Find the best checkpoint, as `find_checkpoints` does; None if there is none."""
+        """Find the best checkpoint, or the newest.
+
+        Args:
+            max_key: metric in ``meta`` to maximise.
+            min_key: metric to minimise.
+            importance_key: function of a checkpoint to maximise, in place of a metric.
+            ckpt_predicate: True for the checkpoints that may be found; None for all.
+
+        Returns:
+            The checkpoint, or None if there is none.
+        """
         found = self.find_checkpoints(max_key, min_key, 1, importance_key, ckpt_predicate)
         return next(iter(found), None)
 
@@ -689,6 +714,9 @@ class Checkpointer:
             max_num_checkpoints: number of checkpoints; None for all.
             importance_key: function of a checkpoint to maximise, in place of a metric.
             ckpt_predicate: True for the checkpoints that may be found; None for all.
+
+        Returns:
+            The checkpoints, the best or newest first.
         """
         found = self.find(min_key, max_key, None)
         if ckpt_predicate is not None:
@@ -959,7 +987,7 @@ def _load(obj: Any, path: Path, _: bool) -> None:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _naming(what: str) -> Iterator[None]:
     """Context manager that adds to an OSError what failed."""
     try:
         yield

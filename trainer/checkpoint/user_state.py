@@ -92,7 +92,7 @@ class UserAttributes:
     def __init__(self, owner: Owner, own: Callable[[], Mapping[str, Any]]) -> None:
         self._owner, self._own = owner, own
         self._start: dict[str, Any] = {}
-        # Containers that cannot be saved, with their lengths; None once that has been told.
+        # Containers that cannot be saved, with their lengths; None once warned of.
         self._unsaved: dict[str, tuple[int, int] | None] = {}
 
     def begin(self) -> None:

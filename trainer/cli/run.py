@@ -385,10 +385,10 @@ def _run_folder(
     command: list[str],
     header: str,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Open the run folder on the main process; yield it with notes on changes for the log."""
+    """Open the run folder on rank 0; yield it with notes on changes for the log."""
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
-            # All ranks use that of the main process, which waits for them before it is deleted.
+            # All ranks use that of rank 0, which waits for them before it is deleted.
             options.output_folder = str(distributed.broadcast_json(temporary))
             hyperparameters.override({"output_folder": options.output_folder})
             yield Path(options.output_folder), []

@@ -41,7 +41,8 @@ class RunFacts:
 
     Attributes:
         folder: the run folder.
-        state: "running", "finished", "stopped", "crashed", or "unknown" for a run of before.
+        state: "running", "finished", "stopped", "crashed", or "unknown" for a run of an
+            earlier version.
         error: what it crashed of.
         step: optimizer steps; None where unknown.
         stage: stage of the metrics, "test" or "valid".

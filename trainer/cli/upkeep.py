@@ -90,9 +90,12 @@ def _candidates(run: Path) -> tuple[list[Removable], list[str]]:
 
 
 def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
-    """Delete folders that `removable` has listed; return the bytes and what went wrong.
+    """Delete folders that `removable` has listed.
 
-    Each run is locked meanwhile. What has come to be needed since is not deleted.
+    Each run is locked meanwhile. A folder that is needed by now is not deleted.
+
+    Returns:
+        The number of bytes that were freed, and the problems, a sentence each.
     """
     freed, problems = 0, []
     for run in dict.fromkeys(each.run for each in items):

@@ -79,7 +79,15 @@ class GradualClip(checks.Stateful, Clip):
         return before + (after - before) * share
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return what the kind measures."""
+        """Return what the kind measures.
+
+        Args:
+            gradients: the gradients to measure.
+            factor: number or scalar tensor by which they will be multiplied.
+
+        Returns:
+            Vectors (len(gradients.tensors),), one for each measurement of the kind.
+        """
         return self.clip.measure(gradients, factor)
 
     def __call__(self, gradients: Gradients) -> bool:
@@ -133,7 +141,15 @@ class MixedClip(Clip):
             clip.bind(owner, names, optimizer)
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return what all kinds measure."""
+        """Return what all kinds measure.
+
+        Args:
+            gradients: the gradients to measure.
+            factor: number or scalar tensor by which they will be multiplied.
+
+        Returns:
+            Vectors (len(gradients.tensors),), those of the first kind first.
+        """
         found: list[Tensor] = []
         self._slices = []
         for clip in self.clips:
@@ -165,7 +181,11 @@ class MixedClip(Clip):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned; raise ValueError if it is of other kinds."""
+        """Restore a state that `state_dict` returned.
+
+        Raises:
+            ValueError: if it is of other kinds.
+        """
         checks.same_keys("MixedClip", state, ("kinds", "clips"))
         kinds = [type(clip).__name__ for clip in self.clips]
         if list(state["kinds"]) != kinds:

@@ -50,7 +50,15 @@ class NormClip(Clip):
         self.p = checks.within(type(self).__name__, "p", p, 0.0, math.inf, "(]")
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return the p-norms, unless p is 2: those are measured anyway."""
+        """Return the p-norms, unless p is 2: those are measured anyway.
+
+        Args:
+            gradients: the gradients to measure.
+            factor: number or scalar tensor by which they will be multiplied.
+
+        Returns:
+            One vector (len(gradients.tensors),), or none.
+        """
         return [] if self.p == 2.0 else [norms(gradients.tensors, self.p) * factor]
 
     def p_norms(self, gradients: Gradients) -> list[float]:
@@ -184,7 +192,15 @@ class ValueClip(Clip):
         self.limit = limit_of(limit, "ValueClip: limit")
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return the largest absolute value of each tensor."""
+        """Return the largest absolute value of each tensor.
+
+        Args:
+            gradients: the gradients to measure.
+            factor: number or scalar tensor by which they will be multiplied.
+
+        Returns:
+            One vector (len(gradients.tensors),).
+        """
         self.refuse_complex(gradients)
         return [norms(gradients.tensors, math.inf) * factor]
 

@@ -84,10 +84,10 @@ class Gradients:
         """Measure the gradients, without waiting for the device.
 
         Args:
-            factor: the factor by which `rescale` will multiply the gradients.
+            factor: number or scalar tensor by which `rescale` will multiply the gradients.
 
         Returns:
-            A vector on the device, whose numbers `take` wants.
+            Numbers (K,) on the device, which `take` wants.
         """
         found = norms(self.tensors)
         extra = self._measure_extra(self, factor) if self.tensors and self._measure_extra else ()
@@ -183,7 +183,13 @@ class Gradients:
         return [norm * factor for norm, factor in zip(self.norms, self.factors, strict=True)]
 
     def stage(self, start: int, stop: int, factors: Sequence[float]) -> Gradients:
-        """Return these tensors as measured after scaling by ``factors``, with extra[start:stop]."""
+        """Return these gradients for one of several clippers, as if measured after scaling.
+
+        Args:
+            start: index of the first vector of ``extra`` that this clipper measured.
+            stop: index after its last one.
+            factors: the factor of each tensor, by which earlier clippers have scaled it.
+        """
         found = copy.copy(self)
         found.factors = None
         if any(factor != 1.0 for factor in factors):
@@ -197,7 +203,12 @@ class Gradients:
 
 
 def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradients:
-    """Return the current gradients, measured for a clipper (syncs)."""
+    """Return the current gradients, measured for a clipper (syncs).
+
+    Args:
+        groups: the optimizer's parameter groups.
+        clip: the clipper, for its ``measure``.
+    """
     gradients = Gradients(groups, clip)
     gradients.take(gradients.measure().tolist())
     return gradients
@@ -261,7 +272,12 @@ def is_reliable(norm: float, p: float = 2.0) -> bool:
 
 
 def joint(norms: Sequence[float], p: float = 2.0) -> float:
-    """Return the p-norm of the whole from the p-norms of its parts, in float64."""
+    """Return the p-norm of the whole from the p-norms of its parts, in float64.
+
+    Args:
+        norms: the norms of the parts.
+        p: the order of the norm, above 0; inf is the largest absolute value.
+    """
     if p == 2.0:
         return math.hypot(*norms)
     largest = max(norms, default=0.0)
@@ -348,7 +364,7 @@ class Clip:
 
         Args:
             owner: the name of the optimizer.
-            names: the names of its parameters, such as "encoder.0.weight".
+            names: the names of its parameters, of any shape, such as "encoder.0.weight".
             optimizer: the optimizer.
 
         Raises:
@@ -368,12 +384,20 @@ class Clip:
         raise NotImplementedError
 
     def refuse_complex(self, gradients: Gradients) -> None:
-        """Raise ValueError if gradients are complex, for kinds that compare elements."""
+        """Refuse complex gradients, for kinds that compare elements.
+
+        Raises:
+            ValueError: if any gradient is complex.
+        """
         if any(tensor.is_complex() for tensor in gradients.tensors):
             raise ValueError(f"{type(self).__name__} cannot take complex gradients; use NormClip")
 
     def refuse_sparse(self, gradients: Gradients) -> None:
-        """Raise ValueError if gradients are sparse, for kinds that need whole parameters."""
+        """Refuse sparse gradients, for kinds that need whole parameters.
+
+        Raises:
+            ValueError: if any gradient is sparse.
+        """
         for param in gradients.params:
             if param.grad is not None and param.grad.is_sparse:
                 raise ValueError(

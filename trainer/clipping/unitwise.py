@@ -59,7 +59,15 @@ class AGC(Clip):
         self._excluded = set(match_patterns(owner, "AGC: exclude", self.exclude, names))
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return for each tensor its norm after clipping, its bound and largest relative cut."""
+        """Return for each tensor its norm after clipping, its bound and largest relative cut.
+
+        Args:
+            gradients: the gradients to measure.
+            factor: number or scalar tensor by which they will be multiplied.
+
+        Returns:
+            Three vectors (len(gradients.tensors),).
+        """
         self.refuse_sparse(gradients)
         params = gradients.params
         # Squares of huge and of tiny gradients leave the range of float32, those of weights do not.
@@ -132,7 +140,16 @@ class SPAM(checks.Stateful, Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Remember the optimizer; raise ValueError if it has no second moments."""
+        """Bind the optimizer, whose second moments are read at each step.
+
+        Args:
+            owner: the name of the optimizer.
+            names: the names of its parameters, of any shape.
+            optimizer: the optimizer.
+
+        Raises:
+            ValueError: if it has no second moments.
+        """
         super().bind(owner, names, optimizer)
         known = type(optimizer).__module__.startswith("torch.optim")
         if known and not isinstance(optimizer, WITH_MOMENTS):
@@ -140,7 +157,15 @@ class SPAM(checks.Stateful, Clip):
         self._optimizer = optimizer
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return for each tensor its norm after clipping, its sum of v and its largest cut."""
+        """Return for each tensor its norm after clipping, its sum of v and its largest cut.
+
+        Args:
+            gradients: the gradients to measure.
+            factor: number or scalar tensor by which they will be multiplied.
+
+        Returns:
+            Three vectors (len(gradients.tensors),); none during the warm-up.
+        """
         self.refuse_sparse(gradients)
         self.refuse_complex(gradients)
         moments = [self._moment(p) for p in gradients.params]

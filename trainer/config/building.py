@@ -334,7 +334,7 @@ def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
         if not registry.is_own(object_name(node)) and _takes_loader(node, targets):
             raise BuildError(
                 f"{places[node]}: {object_name(node).removeprefix('builtins.')} takes no "
-                "DataLoader, whose worker processes it could start; give the data set and the "
+                "DataLoader, whose worker processes it could start; give the dataset and the "
                 "arguments of its loader instead"
             )
     try:

@@ -234,7 +234,7 @@ def _join(values: list[Any]) -> Any:
     """Join one field of all examples."""
     first = values[0]
     if type(first) in NUMBERS and len({*map(type, values)}) == 1:
-        with suppress(RuntimeError, ValueError, OverflowError):  # Of 64 bits, which is told below.
+        with suppress(RuntimeError, ValueError, OverflowError):  # Beyond 64 bits: see below.
             return torch.tensor(values)
     tensors: list[Tensor] = []
     for value in values:

@@ -69,7 +69,7 @@ def _knows_ranks(part: Any) -> bool:
         for held in getattr(part, "__dict__", {}).values()
     ):
         return True
-    # A library is told by its attributes: its code asks for ranks that it may not have.
+    # A library is judged by its attributes alone: its code may ask for ranks and not use them.
     return isinstance(part, IterableDataset) and asks_for(part, RANK_NAMES, "-packages")
 
 

@@ -313,7 +313,7 @@ class BatchDataset(Dataset[Any]):
         self._current = torch.full((workers,), -1).share_memory_()
         self._own: Any = None
         self._epoch: int | None = None
-        self._told: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
+        self._setters: list[Any] = []  # Have ``set_epoch``.
         self._held: list[Any] = []  # Random generators of the dataset's own.
         while isinstance(dataset, Subset):  # Its own `__getitems__` gains nothing.
             dataset = dataset.dataset
@@ -345,9 +345,11 @@ class BatchDataset(Dataset[Any]):
     def _set_epoch(self, epoch: int) -> None:
         """Tell the dataset the epoch; here, since a worker may outlive it."""
         if epoch != self._epoch:
-            self._told = [part for part in components(self.dataset) if hasattr(part, "set_epoch")]
+            self._setters = [
+                part for part in components(self.dataset) if hasattr(part, "set_epoch")
+            ]
             self._held = generators(self.dataset)
-        for part in self._told:
+        for part in self._setters:
             if epoch != self._epoch or _epoch_set_by.get(id(part)) is not self:
                 part.set_epoch(epoch)
                 _epoch_set_by[id(part)] = self

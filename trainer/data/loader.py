@@ -146,7 +146,7 @@ def make_loader(
     single = sampler.batch_size is None and not sampler.batched
     join = options.pop("collate_fn", None) or (default_convert if single else _collate)
     workers = options.get("num_workers", 0)
-    with _full_memory_told():
+    with _full_memory_explained():
         batches = BatchDataset(dataset, join, seed, train, single, workers)
         return Loader(batches, sampler, BadItemPolicy(on_bad, max_bad), timeout, options)
 
@@ -306,7 +306,7 @@ class Loader:
         self._idle.clear()
         self._closing.fill_(False)
         first = self._sampler.start
-        with _full_memory_told():
+        with _full_memory_explained():
             watched = _WatchedIterator(
                 iter(self._loader), self._timeout, self._closing, self.describe_wait
             )
@@ -642,7 +642,7 @@ def _is_about_shared_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def _full_memory_told() -> Iterator[None]:
+def _full_memory_explained() -> Iterator[None]:
     """Context manager that raises an OSError that says what to do where shared memory is full."""
     try:
         yield

@@ -249,10 +249,10 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     """Concatenate the rows of all ranks' tensors. Every rank must call it.
 
     Args:
-        tensor: (n, …); n may differ between ranks.
+        tensor: rows (N, …); N may differ between ranks.
 
     Returns:
-        The rows (Σn, …) in the order of ranks.
+        The rows of all (ΣN, …), in the order of ranks.
     """
     return tensor if world_size() == 1 else torch.cat(_all_gather(tensor))
 
@@ -381,7 +381,7 @@ def meet(name: str, seconds: float) -> bool:
 
     Args:
         name: name of the place, used once in a run.
-        seconds: time to wait for the others.
+        seconds: time to wait for the others, in seconds.
 
     Returns:
         True if every rank has called it within the time; False, too, where `start` was not called.

@@ -167,14 +167,6 @@ class Strategy:
     def average(self, name: str) -> None:
         """Replace gradients of an optimizer by their mean over ranks, before a step by hand."""
 
-    def local_gradients(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradients, or the parts of them, that this rank measures and clips."""
-        return [p.grad for p in params if p.grad is not None]
-
-    def sum_of_squares(self, squares: Tensor) -> Tensor:
-        """Sum squared norms (N,) over the ranks that hold parts of the same gradients."""
-        return squares
-
     def share_buffers(self, modules: nn.Module) -> None:
         """Make the buffers of all ranks equal, at the end of an epoch. Collective."""
 

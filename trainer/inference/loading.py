@@ -264,7 +264,7 @@ class OpenRun:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was loaded from, for its export.
+    """Source of a loaded model, for its export.
 
     Attributes:
         run: the folder, as it was read.

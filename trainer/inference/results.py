@@ -55,7 +55,7 @@ class Sound:
 
     Attributes:
         samples: float32 samples (C, T) on the CPU, within -1 and 1 where they are to be written.
-        rate: samples a second, in Hz.
+        rate: sample rate in Hz.
     """
 
     samples: Tensor = field(repr=False)
@@ -118,6 +118,8 @@ class Speech(Sound):
     """Result of ``synthesise``.
 
     Attributes:
+        samples: float32 samples (1, T) on the CPU, within -1 and 1.
+        rate: sample rate in Hz.
         text: the text that was spoken, as the model reads it.
         mel: log-mel spectrogram (M, F).
         mel_config: how it is made, as a vocoder checks it.
@@ -150,7 +152,12 @@ class Classification:
 
     @classmethod
     def ranked(cls, labels: Sequence[str], probabilities: Tensor) -> Classification:
-        """Return the result for the probabilities (N,) of as many labels, in their order."""
+        """Return the result for a distribution over classes.
+
+        Args:
+            labels: names of the N classes.
+            probabilities: their probabilities (N,), in the same order.
+        """
         pairs = zip(labels, probabilities.tolist(), strict=True)
         found = sorted(pairs, key=lambda each: -each[1])
         return cls(*found[0], dict(found))

@@ -47,7 +47,7 @@ class LoggerCallback(Callback):
     number of records.
 
     Args:
-        options: run options, of which the output folder, ``debug``, ``replay``, ``run_name`` and
+        options: run options, of which ``output_folder``, ``debug``, ``replay``, ``run_name`` and
             the searches count.
         factories: make the loggers of a run folder that every run has, as `JsonlLogger` does.
         chosen: make those that the user has chosen. What they have taken is noted in the run

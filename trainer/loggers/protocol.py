@@ -60,22 +60,52 @@ class Logger:
         """
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """Record the distribution of values (N,) on the host."""
+        """Record a distribution.
+
+        Args:
+            name: name of the series, such as the set of samples and its column.
+            values: the values (N,), on the host.
+            step: optimizer steps since the run began.
+        """
 
     def figure(self, name: str, png: bytes, step: int) -> None:
-        """Record a picture, as the bytes of a PNG file."""
+        """Record a picture.
+
+        Args:
+            name: name of the series.
+            png: content of a PNG file.
+            step: optimizer steps since the run began.
+        """
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
-        """Record sound: samples (T,) in [-1, 1], rate in Hz."""
+        """Record a sound.
+
+        Args:
+            name: name of the series.
+            samples: float32 samples (T,) in [-1, 1], on the host.
+            rate: sample rate in Hz.
+            step: optimizer steps since the run began.
+        """
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Record a text."""
+        """Record a text.
+
+        Args:
+            name: name of the series.
+            text: the text.
+            step: optimizer steps since the run began.
+        """
 
     def samples(self, samples: Samples) -> None:
         """Record rows of cells. The sounds and pictures of the first come one by one, too."""
 
     def artifact(self, name: str, path: Path) -> None:
-        """Record a file or a folder of the run, such as the report or the best checkpoint."""
+        """Record a file or a folder of the run, such as the report or the best checkpoint.
+
+        Args:
+            name: name of the artifact.
+            path: the file or folder, in the run folder.
+        """
 
     def resume(self, step: int) -> None:
         """Discard what was recorded for later optimizer steps, since it will come again."""
