@@ -175,8 +175,8 @@ class WarmupDecay(StepSchedule):
         self.total_steps = checks.whole("WarmupDecay", "total_steps", total_steps, 1)
         if self.total_steps <= self.warmup_steps:
             raise ValueError(
-                f"WarmupDecay: total_steps must be above warmup_steps, which is "
-                f"{self.warmup_steps}; got {total_steps!r}: a shorter training needs a shorter warm-up"
+                "WarmupDecay: total_steps must be above warmup_steps, which is "
+                f"{self.warmup_steps}; got {total_steps!r}: shorten the warm-up, too"
             )
         self.final = checks.within("WarmupDecay", "final", final, 0.0, 1.0)
         checks.one_of("WarmupDecay", "shape", shape, ("linear", "cosine"))

@@ -289,7 +289,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: Noam(optimizer_of(1.0), "9"), "must be a whole number, 1 or more; got '9'"),
     (lambda: Noam(optimizer_of(1.0), True), "must be a whole number, 1 or more; got True"),
     (lambda: Noam(optimizer_of(1.0), math.nan), "must be a whole number, 1 or more; got nan"),
-    (lambda: WarmupDecay(optimizer_of(1.0), 5, 5), "total_steps must be above warmup_steps, which is 5"),
+    (lambda: WarmupDecay(optimizer_of(1.0), 5, 5), "must be above warmup_steps, which is 5"),
     (lambda: WarmupDecay(optimizer_of(1.0), 0, 0), "total_steps must be a whole number, 1 or more"),
     (lambda: WarmupDecay(optimizer_of(1.0), -1, 5), "warmup_steps must be a whole number, 0 or"),
     (lambda: WarmupDecay(optimizer_of(1.0), 1, 5, 1.5), r"final must be a number in \[0, 1\]; got"),
