@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -294,8 +295,16 @@ def datasets(
     samples can be at most. Nothing is left out of valid and test. With ``resample`` recordings of
     other rates are converted.
 
-    Raises ValueError for characters that the codec does not know, and when nothing is left.
+    Raises ValueError for characters that the codec does not know, when no recording has the sample
+    rate, and when nothing is left.
     """
+    rates = Counter(cut.sampling_rate for each in corpus.values() for cut in each)
+    if rates and sample_rate not in rates and not resample:
+        found = ", ".join(f"{count} at {rate} Hz" for rate, count in rates.most_common(5))
+        raise ValueError(
+            f"no recording has the sample rate of the recipe, {sample_rate} Hz ({found}): "
+            "convert the files, or set sample_rate"
+        )
     shortest, longest = lengths
     cuts = {**corpus, "train": filter_by_duration(corpus["train"], shortest, longest)}
     codec.fit(_text(cut) for cut in cuts["train"])

@@ -285,7 +285,8 @@ class DurationBatches:
         """Return the share of padding in the current epoch's batches, between 0 and 1."""
         used = sum(self.durations)
         held = sum(len(each) * max(map(self.durations.__getitem__, each)) for each in self)
-        return 1 - used / held if held else 0.0
+        # Sums in two orders may differ in their last bits, which would print as "-0.0 %".
+        return max(0.0, 1 - used / held) if held else 0.0
 
     def _batches(self) -> list[list[int]]:
         if self._cached is None or self._cached[0] != self.epoch:

@@ -446,6 +446,13 @@ def _check_choices(hparams: Mapping[str, Any]) -> None:
     for name in ("trials", "score_norm"):
         if hparams[name] and not verify:
             raise ValueError(f"{name} has an effect only with verify: true, for speakers")
+    encoder = hparams["modules"]["encoder"]
+    if hparams["source"] is not None and not hasattr(encoder, "load_pretrained"):
+        raise ValueError(
+            f"source is {hparams['source']!r}, and {type(encoder).__name__}, the encoder, is made "
+            "without it: give encoder: !new:recipes.finetune.model.PretrainedEncoder "
+            "{source: !ref <source>, layers: weighted}, or source: null"
+        )
     if verify and hparams["modules"]["embed"].size < 2:
         raise ValueError("embeddings of one number cannot be told apart by their cosine")
 

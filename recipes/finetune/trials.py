@@ -148,7 +148,7 @@ def make_trials(
     if len(groups) < 2:
         raise ValueError(
             f"{what} has recordings of {len(groups)} speaker, and pairs need two speakers or more: "
-            "give it a larger share"
+            "give it a larger share (corpus.valid, corpus.test)"
         )
     check_both([trial.target for trial in trials], f"{what}, with {len(groups)} speakers,")
     return trials

@@ -135,6 +135,15 @@ def test_utterances_of_other_lengths_are_left_out_of_training_alone(fsdd: Path) 
         datasets(corpus, Characters(), RATE, frames=lambda samples: samples, lengths=(5, 9))
 
 
+def test_a_corpus_of_another_rate_is_one_sentence(fsdd: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"no recording has .* {2 * RATE} Hz \(\d+ at {RATE} Hz\)"
+    ) as caught:
+        datasets(make(fsdd), Characters(), 2 * RATE, frames=lambda samples: samples)
+    assert len(str(caught.value)) < 200
+    datasets(make(fsdd), Characters(), 2 * RATE, frames=lambda samples: samples, resample=True)
+
+
 def test_what_is_spoken_too_fast_for_ctc_is_left_out_of_training(
     fsdd: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

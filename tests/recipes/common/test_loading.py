@@ -300,6 +300,12 @@ def test_epochs_differ_in_order_and_in_neighbours_and_can_be_repeated(caplog: An
     assert f"padding {100 * batches.padding():.1f} %" in message or "padding 4" in message
 
 
+def test_items_in_batches_of_their_own_have_no_padding() -> None:
+    for seed in range(50):
+        durations = np.random.default_rng(seed).uniform(0.2, 0.9, 9).tolist()
+        assert 0 <= DurationBatches(durations, 1, max_padding=0.0, seed=seed).padding() < 1e-9
+
+
 def test_an_item_longer_than_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"an item lasts 12.00 s, longer than max_duration=10 s"):
         DurationBatches([3.0, 12.0], 10)

@@ -232,6 +232,7 @@ BAD = {
     "one class": (["--corpus.classes=[t1]"], "recordings of train have the label 't1': a classif"),
     "best": (["--best=eer"], "best is 'eer'; allowed: accuracy, macro_f1"),
     "trials": (["--trials=x"], "trials has an effect only with verify: true"),
+    "source": (["--source=x"], "source is 'x', and TDNN, the encoder, is made without it"),
     "rate": (["--seconds=0.001"], "parts of 0.001 s are taken; the encoder needs 80 samples"),
     "weights": (["--class_weights={t9: 2}"], "class_weights has t9; the labels are t0, t1"),
     "weight": (["--class_weights={t1: 0}"], "the weight of 't1' is 0.0; allowed: above 0"),
