@@ -117,7 +117,9 @@ def configure(
     named = "output_folder" in overridden or not (is_default or apart)
     if not named and not options.change_hparams:
         end = Settings(root, configuration.registry).suffix(overridden)
-        configuration.override({"output_folder": ScalarNode(tag(folder), folder.value.rstrip("/") + end)})
+        configuration.override(
+            {"output_folder": ScalarNode(tag(folder), folder.value.rstrip("/") + end)}
+        )
         options = RunOptions.build(configuration.options(), transient)
     record = Path(str(options.output_folder), HYPERPARAMS)
     if is_default and options.change_hparams and not (options.debug or record.exists()):

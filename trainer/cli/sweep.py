@@ -112,7 +112,7 @@ def trials(recipe: Recipe, given: Sequence[str], more: Sequence[str]) -> list[Tr
             raise ValueError(
                 f"{shlex.join(found[folder].arguments)} and {shlex.join(arguments)} have the same "
                 f"folder, {folder}: neutral keys are not part of its name; leave out "
-                "--output_folder, or let that of the YAML refer to the key, as in !ref results/<seed>"
+                "--output_folder, or let the YAML's refer to the key, as in !ref results/<seed>"
             )
         now = Settings(configuration.root, configuration.registry)
         finished = (
