@@ -133,6 +133,10 @@ def read_sound(sound: One, rate: int | None = None, *, at: int) -> Tensor:
         ValueError: samples without a rate, of another shape, empty, or not finite.
         TypeError: something else was given.
     """
+    if isinstance(sound, list | tuple):
+        raise TypeError(
+            f"this method takes one sound, not a {type(sound).__name__} of {len(sound)}"
+        )
     return _source(sound, rate, "the sound").read(at)
 
 
