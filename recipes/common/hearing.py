@@ -134,9 +134,8 @@ def read_sound(sound: One, rate: int | None = None, *, at: int) -> Tensor:
         TypeError: something else was given.
     """
     if isinstance(sound, list | tuple):
-        raise TypeError(
-            f"this method takes one sound, not a {type(sound).__name__} of {len(sound)}"
-        )
+        given = f"a {type(sound).__name__} of {len(sound)}"
+        raise TypeError(f"this method takes one sound, not {given}: call it for each")
     return _source(sound, rate, "the sound").read(at)
 
 

@@ -184,7 +184,8 @@ audio { display: block; width: 100%; height: 2.5rem; margin-top: .35rem; }
   background: var(--tint); }
 .aligned .error span + span { font-weight: 700; }
 .aligned abbr { color: var(--soft); font-size: .75rem; text-decoration: none; }
-.matrix { width: fit-content; max-width: 100%; } .matrix table { width: auto; } .matrix td { text-align: center; }
+.matrix { width: fit-content; max-width: 100%; }
+.matrix table { width: auto; } .matrix td { text-align: center; }
 .m1 { background: #0072b21a; } .m2 { background: #0072b233; } .m3 { background: #0072b24d; }
 .m4 { background: #0072b266; } .m5, .m6, .m7, .m8 { background: #0065a0; color: #ffffff; }
 .m6 { background: #005c91; } .m7 { background: #005383; } .m8 { background: #004a75; }

@@ -167,8 +167,9 @@ def _fact(cell: Row) -> str | None:
         value = cell.get("value")
         return number(value) if isinstance(value, (int, float)) else "lost"
     text = cell.get("text")
-    short = cell.get("kind") == "text" and isinstance(text, str) and len(text) <= MAX_FACT
-    return escape(text) if short and "\n" not in str(text) else None
+    if cell.get("kind") != "text" or not isinstance(text, str):
+        return None
+    return escape(text) if len(text) <= MAX_FACT and "\n" not in text else None
 
 
 def _cell(name: str, cell: Row, folder: Path, embedder: Embedder, id: str) -> str:
