@@ -558,7 +558,7 @@ class Brain(SpeechBrainNames):
             self.callbacks.call("on_stage_start", self, Stage.TRAIN, epoch, total)
             if restored is not None:  # The stage had begun before it was saved.
                 restored.restore()
-            self.__metrics.begin_stage()
+            self.__metrics.start_clock()
             ended = self.__limit_reached()
             batches = () if ended else feed.from_batch(data_epoch, progress.step)
             done = 0  # In this process.
@@ -572,6 +572,7 @@ class Brain(SpeechBrainNames):
                         feed.judge_bad(at_end=False)
                     if self.__after_batch():
                         break
+            self.__metrics.stop_clock()
             bad = feed.judge_bad()
             self.__close_windows(done)
             progress.phase = then

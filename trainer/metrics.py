@@ -328,7 +328,7 @@ class TrainingMetrics:
         self.logged: dict[str, dict[str, Mean]] = {}
         # Optimizers whose windows are open, loss and weight of each batch that waits for them.
         self._waiting: list[tuple[list[str], Any, float]] = []
-        self._recorded = time.perf_counter()
+        self._recorded, self._spent = time.perf_counter(), 0.0
 
     def begin_epoch(self) -> None:
         """Start the averages and counts of an epoch."""
@@ -336,9 +336,13 @@ class TrainingMetrics:
         self.average = Mean()
         self.counts = dict.fromkeys(LOST, 0)
 
-    def begin_stage(self) -> None:
-        """Start the clock of the throughput."""
-        self._recorded = time.perf_counter()
+    def start_clock(self) -> None:
+        """Start the clock of the throughput, or go on with it in a further epoch."""
+        self._recorded = time.perf_counter() - self._spent
+
+    def stop_clock(self) -> None:
+        """Stop the clock of the throughput between two epochs."""
+        self._spent = time.perf_counter() - self._recorded
 
     def add_report(self, report: StepReport) -> None:
         """Count the outcome of a loss."""
@@ -427,7 +431,8 @@ class TrainingMetrics:
             "examples_per_second": round(rate * distributed.world_size(), 3),
             "optimizers": {name: tally.record() for name, tally in self.tallies.items()},
         }
-        self.interval, self.examples, self._recorded = Mean(), 0.0, now
+        self.interval, self.examples = Mean(), 0.0
+        self._recorded, self._spent = now, 0.0
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -435,7 +440,6 @@ class TrainingMetrics:
         return {
             "average": self.average.state_dict(),
             "interval": self.interval.state_dict(),
-            "examples": self.examples,
             "counts": dict(self.counts),
             "tallies": {name: asdict(tally) for name, tally in self.tallies.items()},
             "logged": {
@@ -450,7 +454,9 @@ class TrainingMetrics:
         self.average = _restored(Mean(), state["average"])
         self.interval = _restored(Mean(), state["interval"])
         self.counts = dict.fromkeys(LOST, 0)
-        self.examples, self.counts = state["examples"], {**self.counts, **state["counts"]}
+        self.counts.update(state["counts"])
+        # The time that the examples before have taken is not known here.
+        self.examples, self._spent, self._recorded = 0.0, 0.0, time.perf_counter()
         self.tallies = {name: Tally(**deepcopy(saved)) for name, saved in state["tallies"].items()}
         self.logged = {
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}

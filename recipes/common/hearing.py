@@ -132,6 +132,9 @@ def read_sound(sound: One, rate: int | None = None, *, at: int) -> Tensor:
         ValueError: samples without a rate, of another shape, empty, or not finite.
         TypeError: something else was given.
     """
+    if isinstance(sound, list | tuple):
+        given = f"a {type(sound).__name__} of {len(sound)}"
+        raise TypeError(f"this method takes one sound, not {given}: call it for each")
     return _source(sound, rate, "the sound").read(at)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,6 +263,24 @@ def test_losses_of_players_wait_for_their_own_windows() -> None:
         each.add_report(StepReport("b", "skipped"))
         each.add_report(StepReport("a", "overflowed"))
         assert each.average.value() == 5.0
+
+
+def test_the_throughput_of_records_that_span_epochs_is_that_of_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = metrics.TrainingMetrics()
+    for _ in range(2):
+        for _ in range(3):
+            found.start_clock()
+            now += 2.0
+            found.examples += 20.0
+            found.stop_clock()
+            now += 50.0  # validation, a save
+        found.start_clock()
+        assert found.record(1, 1, now)["examples_per_second"] == 10.0
+        found.stop_clock()
 
 
 def test_a_stage_without_any_finite_loss_has_no_average_and_not_zero() -> None:

@@ -23,6 +23,7 @@ import trainer
 from tests.trainer.small import Regressor
 from trainer import Checkpointer, report
 from trainer.cli import launch, recipe, sweep
+from trainer.cli.arguments import configure
 from trainer.cli.commands import COMMANDS, main
 from trainer.cli.ending import end_lines
 from trainer.cli.folder import HEADER, RunFolder
@@ -582,6 +583,28 @@ def test_a_sweep_trains_what_is_not_finished_and_no_failure_ends_it(
     assert len(started) == 4
     assert {read_run(each).step for each in (*folders[:2], *folders[4:])} == {12}
     assert compared[-1][1] == Path("p.html")
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("!ref runs/<seed>", ["runs/1234-lr=0.1", "runs/1234-lr=0.05"]),
+        ("!ref runs/<lr>", ["runs/0.1", "runs/0.05"]),
+        ("runs/x/", ["runs/x-lr=0.1", "runs/x-lr=0.05"]),
+        ("null", ["results/{}/mine/1234-lr=0.1", "results/{}/mine/1234-lr=0.05"]),
+    ],
+)
+def test_a_sweep_tells_runs_apart_in_the_folder_that_the_yaml_names(
+    program: Path, folder: str, expected: list[str]
+) -> None:
+    (program / "mine.yaml").write_text(f"{YAML}\noutput_folder: {folder}\n")
+    planned = sweep.trials(recipe.find_recipe("mine.yaml"), ["lr=0.1,0.05"], ["--threads=1"])
+    assert [str(each.folder) for each in planned] == [e.format(program.name) for e in expected]
+    for each in planned:  # The program finds the same folder.
+        _, options = configure(["mine.yaml", *each.arguments], ["train"])
+        assert str(options.output_folder) == str(each.folder)
+    with pytest.raises(ValueError, match="have the same folder"):
+        sweep.trials(recipe.find_recipe("mine.yaml"), ["lr=0.1,0.05"], ["--output_folder=x"])
 
 
 @pytest.mark.faults

@@ -166,7 +166,7 @@ def test_patience_ends_at_one_more_than_its_limit_and_says_what_is_known(
     assert message.startswith(f"Loss or gradients were not finite {patience + 1} times in epoch 7 ")
     for part in (
         f"nonfinite_patience is {patience}",
-        f"at step {failed}, optimizer {name!r}, batch utt{failed - 1}-0, utt{failed - 1}-1, ",
+        f"in batch {failed}, optimizer {name!r} (utt{failed - 1}-0, utt{failed - 1}-1, ",
         f"last finite gradient norm was {brain.updates[name].last_norm:.4g}",
         "torch.autograd.detect_anomaly()",
     ):
@@ -210,9 +210,7 @@ def test_a_skipped_window_names_the_batch_that_spoilt_it(
     brain = make(kind, grad_accumulation_factor=4, nonfinite_patience=1)
     with (
         caplog.at_level("WARNING", "trainer"),
-        pytest.raises(
-            NonFiniteError, match="the last time at step 7, .* batch utt4-0, .*utt6-2. Its"
-        ),
+        pytest.raises(NonFiniteError, match=r"the last time in batch 7, .* \(utt4-0, .*utt6-2\);"),
     ):
         brain.fit([1], iter(data) if endless else data)
     told = [record.getMessage() for record in caplog.records]
@@ -250,7 +248,9 @@ def test_a_fit_after_too_many_bad_batches_keeps_its_statistics() -> None:
 
 def test_without_ids_and_before_any_norm_the_message_says_so() -> None:
     data = [{"x": torch.full((2, 4), math.nan), "y": torch.zeros(2, 2)}]
-    with pytest.raises(NonFiniteError, match="batch without ids. Its last .* norm was never seen"):
+    with pytest.raises(
+        NonFiniteError, match=r"\(without ids\); no gradient norm was finite before"
+    ):
         make(nonfinite_patience=0).fit([1], data)
 
 

@@ -37,6 +37,7 @@ from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, defaults, seed
 from trainer.checkpoint import Checkpointer
 from trainer.cli.replay import command, replay
+from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.data.batch import Batch, Padded
 from trainer.diagnostics.nonfinite.report import NonFiniteReport
 from trainer.diagnostics.nonfinite.serialize import (
@@ -403,9 +404,28 @@ def test_patience_says_where_to_look_and_the_case_is_there(tmp_path: Path) -> No
         brain.fit([1], data)
     folder = tmp_path / "nonfinite" / "1-2"
     assert f"What made it so is in {folder}; to run that batch again: " in str(error.value)
-    assert f"python -m trainer replay {tmp_path} 1-2. A lower" in str(error.value)
+    assert f"python -m trainer replay {tmp_path} 1-2. Where no cause" in str(error.value)
     assert (folder / "report.txt").exists()
     assert (folder / "batch.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "program", "again"),
+    [
+        ("a: 1", "my/train.py", "python -m trainer replay {} 1 --script my/train.py"),
+        ("a: 1", "recipes/asr/train.py", "python -m trainer replay {} 1"),
+        ("a: 1", "cortex", "python -m trainer replay {} 1"),
+        (LAUNCH_HEADER, "a.py", "trainer.launch with the hyperparameter replay='{}/nonfinite/1'"),
+    ],
+)
+def test_the_command_that_is_named_is_that_of_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yaml: str, program: str, again: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    (tmp_path / "hyperparams.yaml").write_text(f"{yaml}\n")
+    make(output_folder=str(tmp_path)).fit([1], [spoilt(batches(1)[0], "input")])
+    text = (tmp_path / "nonfinite" / "1" / "report.txt").read_text()
+    assert text.endswith(f"Again: {again.format(tmp_path)}\n")
 
 
 # ---------------------------------------------------------------------------------- what may happen

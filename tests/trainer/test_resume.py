@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainer import Brain, Callback, EpochCounter, Stage, seed, signals
+from trainer.samples import Audio
 
 from .resuming import (
     ITEMS,
@@ -530,9 +531,11 @@ def test_what_cannot_be_saved_is_told_once(
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
             self.paths, self.found = [Path("a")], []  # The first is a setting.
+            self.rows: list[Any] = []  # Those of `show`, which each stage gathers anew.
 
         def on_fit_batch_end(self, batch: Any, *rest: Any) -> None:
             self.found.append(Path("b"))
+            self.rows.append({"id": "a", "sound": Audio(torch.zeros(10), 8000)})
             super().on_fit_batch_end(batch, *rest)
 
     run(Setting(Collecting, **FEW), tmp_path, (5, 6), Setting.fit)

@@ -397,6 +397,18 @@ def test_a_table_of_any_content_leaves_the_rest_of_the_page(tmp_path: Path, cont
     assert read(render(folder)).count["audio"] == 1
 
 
+def test_a_few_words_stand_beside_numbers_and_small_rows_beside_each_other(tmp_path: Path) -> None:
+    row = {"id": "a", "said": "<one>", "loss": 0.5, "sound": Audio(tone(), RATE)}
+    show(tmp_path, "test", [row, {**row, "id": "b"}])
+    page = render(tmp_path)
+    assert page.count("<div><dt>said</dt><dd>&lt;one&gt;</dd></div>") == 2
+    assert page.count('<div class="samples">') == 1
+    show(tmp_path, "test", [{**row, "said": "a word " * 9}, row])  # A text, as wide as the page.
+    page = render(tmp_path)
+    assert page.count("<dt>said</dt>") == 1
+    assert '<div class="samples">' not in page
+
+
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
     show(tmp_path / "secret", "test", [{"id": "secret", "sound": Audio(tone(), RATE)}])

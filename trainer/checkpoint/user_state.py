@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from trainer import seed
 from trainer.checkpoint import saver_hooks as hooks
+from trainer.samples import CELLS
 from trainer.tree import leaves, map_leaves
 
 logger = logging.getLogger("trainer")
@@ -108,7 +109,8 @@ class UserAttributes:
         values, others = self._values()
         for name, value in others.items():
             known = self._unsaved.get(name, ())
-            if isinstance(value, CONTAINERS) and known not in ((id(value), len(value)), None):
+            moved = isinstance(value, CONTAINERS) and known not in ((id(value), len(value)), None)
+            if moved and not _is_shown(value):
                 self._unsaved[name] = None
                 logger.warning(
                     "%s.%s changes in training and holds what a checkpoint cannot: a resumed run "
@@ -176,6 +178,13 @@ class UserAttributes:
             except TypeError:
                 others[name] = value
         return values, others
+
+
+def _is_shown(value: Any) -> bool:
+    """Return True for rows of `Brain.show`, which are of one stage and are gathered anew."""
+    if isinstance(value, CONTAINERS):
+        return any(map(_is_shown, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, CELLS)
 
 
 def _keep(value: Any) -> Callable[[], Any]:

@@ -69,7 +69,9 @@ def yaml_path(argv: Sequence[str]) -> str:
     return argv[0]
 
 
-def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configuration, RunOptions]:
+def configure(
+    argv: Sequence[str], allow: Sequence[str] = (), *, apart: bool = False
+) -> tuple[Configuration, RunOptions]:
     """Read the YAML and apply the other arguments: default < YAML < command line.
 
     `seed` and `output_folder` are keys of every YAML: they are added if it has none. The default
@@ -79,6 +81,7 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
     Args:
         argv: the arguments after the program's name.
         allow: names that the YAML may build in addition, as for `load_hparams`.
+        apart: a folder of the YAML's own choice is followed by the changes, too.
 
     Returns:
         The YAML with the overrides, not built yet, and the run options.
@@ -111,9 +114,12 @@ def configure(argv: Sequence[str], allow: Sequence[str] = ()) -> tuple[Configura
         folder = default
     is_default = (tag(folder), folder.value) == (tag(default), default.value)
     options = RunOptions.build(configuration.options(), transient)
-    if is_default and "output_folder" not in overridden and not options.change_hparams:
-        default.value += Settings(root, configuration.registry).suffix(overridden)
-        configuration.override({"output_folder": default})
+    named = "output_folder" in overridden or not (is_default or apart)
+    if not named and not options.change_hparams:
+        end = Settings(root, configuration.registry).suffix(overridden)
+        configuration.override(
+            {"output_folder": ScalarNode(tag(folder), folder.value.rstrip("/") + end)}
+        )
         options = RunOptions.build(configuration.options(), transient)
     record = Path(str(options.output_folder), HYPERPARAMS)
     if is_default and options.change_hparams and not (options.debug or record.exists()):

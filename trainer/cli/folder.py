@@ -36,6 +36,7 @@ from typing import Any
 from trainer.checkpoint import storage
 from trainer.config.changes import Change, Settings
 from trainer.config.reading import read
+from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.loggers.files import readable_errors, replace_file, temporary
 from trainer.signals import Interrupted
 
@@ -76,7 +77,6 @@ MARK = "a run folder"  # Last line of the lock file; a folder that was refused h
 NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # was trained in a folder
 MAX_LOCK = 1000  # bytes of the lock file
 MAX_ERROR = 500  # characters of an error in state.json
-LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
 HEADERS = (HEADER, LAUNCH_HEADER)
 
 

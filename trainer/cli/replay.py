@@ -21,10 +21,11 @@ from typing import Any
 from trainer.brain import Brain, FitArguments
 from trainer.cli import session
 from trainer.cli.arguments import parse
-from trainer.cli.folder import HYPERPARAMS, LAUNCH_HEADER
+from trainer.cli.folder import HYPERPARAMS
 from trainer.config.hyperparameters import option_node
 from trainer.config.reading import plain
-from trainer.config.registry import recipe_packages
+from trainer.config.registry import recipe_of
+from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.diagnostics import replay as replaying
 from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, recipe_class
 from trainer.loggers import TextLog
@@ -154,10 +155,8 @@ def _recipe(folder: Path) -> str:
             f"{folder / 'command.txt'} does not say how the run was started: name the recipe's "
             "train.py with --script"
         ) from None
-    for package in recipe_packages():
-        train = (*package.split("."), "train.py")
-        if hasattr(sys.modules[package], "BRAIN") and script.parts[-len(train) :] == train:
-            return package
+    if (package := recipe_of(script)) is not None:
+        return package
     shown = printable(shlex.join(started))
     shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
     raise ValueError(

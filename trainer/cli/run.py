@@ -40,12 +40,13 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.ending import end_lines, go_on
 from trainer.cli.environment import environment
-from trainer.cli.folder import HEADER, HYPERPARAMS, LAUNCH_HEADER, RunFolder
+from trainer.cli.folder import HEADER, HYPERPARAMS, RunFolder
 from trainer.cli.output import tolerant_output
 from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, Registry, recipe_packages
+from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.defaults import DriverFinished
 from trainer.devices import pick_device
 from trainer.distributed.replica_check import DriftError

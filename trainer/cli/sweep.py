@@ -1,8 +1,8 @@
 """Sweeps: `cortex sweep FILE 'lr=1e-3,3e-4' 'width=128,256'` trains every combination of values.
 
-Each combination is a run in its default folder, one after the other, in a process of its own. What
-is finished is left out, and what is not goes on, so that a sweep that was stopped is started again
-by the same command.
+Each combination is a run in its default folder, one after the other, in a process of its own; a
+folder that the YAML names is followed by the values in the same way. What is finished is left out,
+and what is not goes on, so that a sweep that was stopped is started again by the same command.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from trainer.cli.folder import RunFolder
 from trainer.cli.recipe import Recipe
 from trainer.cli.runs import is_run, read_run
 from trainer.config.changes import Settings
+from trainer.config.hyperparameters import Configuration
+from trainer.options import RunOptions
 
 OPEN, CLOSE = "[{(", "]})"
 
@@ -87,17 +89,30 @@ def trials(recipe: Recipe, given: Sequence[str], more: Sequence[str]) -> list[Tr
         ValueError: an argument is wrong, or two runs have the same folder.
     """
     listed, allow = parse_values(given), recipe.own_modules()
+    every = [
+        (*(f"--{key}={value}" for (key, _), value in zip(listed, chosen, strict=True)), *more)
+        for chosen in itertools.product(*(values for _, values in listed))
+    ]
+
+    def configured(apart: bool) -> list[tuple[Configuration, RunOptions]]:
+        return [configure([str(recipe.file), *each], allow, apart=apart) for each in every]
+
+    settings = configured(apart=False)
+    if len({str(options.output_folder) for _, options in settings}) < len(every):
+        # The YAML names one folder for all of them.
+        settings = configured(apart=True)
+        every = [
+            (*each, f"--output_folder={options.output_folder}")
+            for each, (_, options) in zip(every, settings, strict=True)
+        ]
     found: dict[Path, Trial] = {}
-    for chosen in itertools.product(*(values for _, values in listed)):
-        own = [f"--{key}={value}" for (key, _), value in zip(listed, chosen, strict=True)]
-        arguments = (*own, *more)
-        configuration, options = configure([str(recipe.file), *arguments], allow)
+    for arguments, (configuration, options) in zip(every, settings, strict=True):
         folder = Path(str(options.output_folder))
         if folder in found:
             raise ValueError(
                 f"{shlex.join(found[folder].arguments)} and {shlex.join(arguments)} have the same "
-                f"folder, {folder}: the default folder names what changes the training, apart from "
-                "neutral keys; leave out --output_folder"
+                f"folder, {folder}: neutral keys are not part of its name; leave out "
+                "--output_folder, or let the YAML's refer to the key, as in !ref results/<seed>"
             )
         now = Settings(configuration.root, configuration.registry)
         finished = (

@@ -410,6 +410,15 @@ def recipe_packages() -> tuple[str, ...]:
     return tuple(packages)
 
 
+def recipe_of(script: Path) -> str | None:
+    """Return the package of the recipe whose train.py a path names; None for another program."""
+    for package in recipe_packages():
+        train = (*package.split("."), "train.py")
+        if hasattr(sys.modules[package], "BRAIN") and script.parts[-len(train) :] == train:
+            return package
+    return None
+
+
 def listed_names(package: str, attribute: str) -> list[str]:
     """Return the full names that a recipe's package lists in `attribute`.
 

@@ -193,14 +193,16 @@ class NonFiniteGuard:
         progress.nonfinite_count += 1
         if progress.nonfinite_count > self.patience:
             self.roll_back()
+            norm = "no gradient norm was finite before"
+            if last_norm is not None:
+                norm = f"the last finite gradient norm was {last_norm:.4g}"
             raise NonFiniteError(
                 f"Loss or gradients were not finite {progress.nonfinite_count} times in epoch "
-                f"{progress.epoch} (nonfinite_patience is {self.patience}); the last time at step "
-                f"{progress.step}, optimizer {report.name!r}, batch "
-                f"{', '.join(bad) or 'without ids'}. Its last finite gradient norm was "
-                f"{'never seen' if last_norm is None else f'{last_norm:.4g}'}. None of these steps "
-                f"touched the weights, which are finite. {hint or ADVICE}. A lower learning rate, "
-                "a lower max_grad_norm or precision fp32 are the usual cures."
+                f"{progress.epoch} (nonfinite_patience is {self.patience}); the last time in batch "
+                f"{progress.step}, optimizer {report.name!r} ({', '.join(bad) or 'without ids'}); "
+                f"{norm}. None of these steps touched the weights, which are finite. "
+                f"{hint or ADVICE}. Where no cause is found there, a lower learning rate, a lower "
+                "max_grad_norm or precision fp32 are the usual cures."
             )
 
     def close_window(self, name: str) -> None:

@@ -157,6 +157,9 @@ pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border
   var(--line); background: var(--tint); font-size: .85rem; line-height: 1.45; }
 .sample { margin: 0 0 1rem; padding: .8rem 1rem 1rem; border: 1px solid var(--line);
   border-radius: .5rem; background: var(--card); }
+.samples { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.samples .sample { margin: 0; min-width: 0; }
 .sample h3 { overflow-wrap: anywhere; }
 .sample h4 { margin: .6rem 0 0; color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 .runs { display: grid; gap: .4rem 1.25rem;
@@ -164,7 +167,7 @@ pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border
 .run { min-width: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.5rem; margin: .3rem 0 0; }
 .facts div { display: flex; gap: .5rem; } .facts dt { color: var(--soft); }
-.facts dd { margin: 0; font-weight: 600; }
+.facts dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; min-width: 0; }
 .cells { display: grid; gap: .8rem 1rem; margin-top: .6rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 .cell { min-width: 0; overflow-wrap: anywhere; } .cell p { margin: .2rem 0 0; }
@@ -181,6 +184,7 @@ audio { display: block; width: 100%; height: 2.5rem; margin-top: .35rem; }
   background: var(--tint); }
 .aligned .error span + span { font-weight: 700; }
 .aligned abbr { color: var(--soft); font-size: .75rem; text-decoration: none; }
+.matrix { width: fit-content; max-width: 100%; }
 .matrix table { width: auto; } .matrix td { text-align: center; }
 .m1 { background: #0072b21a; } .m2 { background: #0072b233; } .m3 { background: #0072b24d; }
 .m4 { background: #0072b266; } .m5, .m6, .m7, .m8 { background: #0065a0; color: #ffffff; }

@@ -22,6 +22,7 @@ from trainer.untrusted import confined
 
 MAX_EMBEDDED = 6_500_000  # bytes of the files in a page, which base64 makes 8.7 MB
 MAX_TEXT = 20_000  # characters of a cell
+MAX_FACT = 40  # characters of a text that is shown beside numbers, and not below its name
 TYPES = {".flac": "audio/flac", ".wav": "audio/wav", ".png": "image/png"}
 MARKS = {".flac": b"fLaC", ".wav": b"RIFF", ".png": b"\x89PNG"}  # First bytes of such a file.
 ERRORS = {"S": "substituted", "D": "deleted", "I": "inserted"}
@@ -109,6 +110,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
         body = "".join(
             f"<p>{escape(f'{run}: {told}' if run else told)}</p>" for run, told in facts.items()
         )
+        articles = ""
         for id in list(ids)[:MAX_ROWS]:
             parts = ""
             for run, table in tables.items():
@@ -117,7 +119,13 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
                     heading = f"<h4>{escape(run)}</h4>" if len(runs) > 1 else ""
                     parts += f'<div class="run">{heading}{shown}</div>'
             parts = f'<div class="runs">{parts}</div>' if len(runs) > 1 else parts
-            body += f'<article class="sample"><h3>{escape(id)}</h3>{parts}</article>'
+            articles += f'<article class="sample"><h3>{escape(id)}</h3>{parts}</article>'
+        small = len(runs) == 1 and all(
+            [cell.get("kind") for name, cell in row.items() if name != "id" and _fact(cell) is None]
+            in (["audio"], ["image"])
+            for row in next(iter(tables.values())).rows
+        )
+        body += f'<div class="samples">{articles}</div>' if small else articles
         text += section(f"Samples: {title}", body)
     if embedder.missing:
         text += (
@@ -140,19 +148,28 @@ def _by_id(table: Table) -> dict[str, Row]:
 
 
 def _row(row: Row, folder: Path, embedder: Embedder, id: str) -> str:
-    """Return the cells of a row: numbers first, then what is to be seen and heard."""
+    """Return the cells of a row: numbers and words first, then what is to be seen and heard."""
     facts = cells = ""
     for name, cell in row.items():
         if name == "id":
             continue
-        if cell.get("kind") == "number":
-            value = cell.get("value")
-            shown = number(value) if isinstance(value, (int, float)) else "lost"
+        if (shown := _fact(cell)) is not None:
             facts += f"<div><dt>{escape(_text(name))}</dt><dd>{shown}</dd></div>"
         else:
             cells += _cell(_text(name), cell, folder, embedder, id)
     facts = f'<dl class="facts">{facts}</dl>' if facts else ""
     return f'{facts}<div class="cells">{cells}</div>' if cells else facts
+
+
+def _fact(cell: Row) -> str | None:
+    """Return a number, or a text that is a few words, as HTML; None for any other cell."""
+    if cell.get("kind") == "number":
+        value = cell.get("value")
+        return number(value) if isinstance(value, (int, float)) else "lost"
+    text = cell.get("text")
+    if cell.get("kind") != "text" or not isinstance(text, str):
+        return None
+    return escape(text) if len(text) <= MAX_FACT and "\n" not in text else None
 
 
 def _cell(name: str, cell: Row, folder: Path, embedder: Embedder, id: str) -> str:

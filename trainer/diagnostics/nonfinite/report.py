@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,11 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from trainer import distributed
+from trainer.config.registry import recipe_of
+from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.diagnostics.health import first_names
 from trainer.diagnostics.nonfinite.probe import Finding
 from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
 from trainer.loggers.files import as_json, temporary
 from trainer.metrics import StepReport
+from trainer.untrusted import read_text
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
@@ -111,8 +115,15 @@ class NonFiniteReport:
     def command(self) -> str:
         """Return the command that replays the batch."""
         assert self.folder is not None
-        run = self.folder.parents[1 + self.name.count("/")]
-        return f"python -m trainer replay {shlex.quote(str(run))} {self.name}"
+        run, program = self.folder.parents[1 + self.name.count("/")], Path(sys.argv[0])
+        command = f"python -m trainer replay {shlex.quote(str(run))} {self.name}"
+        if not (run / "hyperparams.yaml").is_file() or program.suffix != ".py":
+            return command
+        if read_text(run, "hyperparams.yaml").startswith(LAUNCH_HEADER):
+            return f"trainer.launch with the hyperparameter replay={str(self.folder)!r}"
+        # A run folder chooses no program, so that a program of one's own has to be named.
+        own = recipe_of(program.resolve()) is None
+        return f"{command} --script {shlex.quote(sys.argv[0])}" if own else command
 
     def hint(self) -> str:
         """Return where to look, for an error message."""
