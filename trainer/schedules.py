@@ -172,9 +172,12 @@ class WarmupDecay(StepSchedule):
         shape: Literal["linear", "cosine"] = "linear",
     ) -> None:
         self.warmup_steps = checks.whole("WarmupDecay", "warmup_steps", warmup_steps, 0)
-        self.total_steps = checks.whole(
-            "WarmupDecay", "total_steps", total_steps, self.warmup_steps + 1
-        )
+        self.total_steps = checks.whole("WarmupDecay", "total_steps", total_steps, 1)
+        if self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                f"WarmupDecay: total_steps must be above warmup_steps, which is "
+                f"{self.warmup_steps}; got {self.total_steps}"
+            )
         self.final = checks.within("WarmupDecay", "final", final, 0.0, 1.0)
         checks.one_of("WarmupDecay", "shape", shape, ("linear", "cosine"))
         self.shape = shape

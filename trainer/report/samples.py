@@ -109,6 +109,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
         body = "".join(
             f"<p>{escape(f'{run}: {told}' if run else told)}</p>" for run, told in facts.items()
         )
+        articles = ""
         for id in list(ids)[:MAX_ROWS]:
             parts = ""
             for run, table in tables.items():
@@ -117,7 +118,8 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
                     heading = f"<h4>{escape(run)}</h4>" if len(runs) > 1 else ""
                     parts += f'<div class="run">{heading}{shown}</div>'
             parts = f'<div class="runs">{parts}</div>' if len(runs) > 1 else parts
-            body += f'<article class="sample"><h3>{escape(id)}</h3>{parts}</article>'
+            articles += f'<article class="sample"><h3>{escape(id)}</h3>{parts}</article>'
+        body += f'<div class="samples{" full" * (len(runs) > 1)}">{articles}</div>'
         text += section(f"Samples: {title}", body)
     if embedder.missing:
         text += (
