@@ -188,7 +188,7 @@ def _frame(x: Axis, y: Axis, chart: Chart) -> str:
         (
             y,
             chart.y_label,
-            f'class="mid side" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"',
+            f'class="mid up" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"',
         ),
     ):
         scale = ", log scale" if axis.log else ""

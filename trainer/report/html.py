@@ -220,7 +220,10 @@ button { padding: .3rem .7rem; border: 1px solid var(--soft); border-radius: .4r
 .words th { white-space: normal; }
 .guide { stroke: var(--soft); stroke-dasharray: 2 3; }
 a { color: var(--c0); } :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
-@media (max-width: 38rem) { svg text { font-size: 20px; } svg .side { font-size: 15px; }
-  .across { translate: 0 8px; } .tick.mid { translate: 0 3px; } }
+@media (max-width: 38rem) { svg text { font-size: 20px; }
+  .across { translate: 0 8px; } .tick.mid { translate: 0 3px; }
+  .up { display: none; }  /* The heading says it. */
+  .legend th, .legend td { padding-left: .4rem; } .legend small { display: block; }
+  .swatch { width: 20px; margin-right: .3rem; } }
 @media print { body { max-width: none; } figure, .wide { break-inside: avoid; } }
 """
