@@ -295,6 +295,21 @@ def test_the_card_has_the_test_its_spread_the_data_and_the_command(tmp_path: Pat
     assert "license" in (folder / "README.md").read_text().split("---")[1]
 
 
+def test_a_short_last_pass_and_what_is_not_known_are_not_in_the_card(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "scores_test.csv").unlink()
+    passes = [
+        {"kind": "stage", "stage": "train", "epoch": epoch, "step": 9 * epoch, "examples": count}
+        for epoch, count in ((1, 50), (2, 20))
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(record)}\n" for record in passes)
+    _, text = front_matter(trainer.export(load(run), tmp_path / "out", "torch"))
+    assert "train 50" in text
+    assert "| metric | this run |" in text
+    assert "| – |" not in text
+
+
 def test_the_hub_reads_the_metadata(run: Path, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     folder = trainer.export(load(run), tmp_path / "out", "torch")

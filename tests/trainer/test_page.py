@@ -152,6 +152,16 @@ def test_one_loss_has_its_curves_its_test_and_its_limit(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
+def test_every_section_has_a_link_at_the_top(tmp_path: Path) -> None:
+    records = [step(n * 10) for n in range(1, 11)] + [stage("train", 1, 2.0)]
+    page = write_html(logged(tmp_path / "run", *records)).read_text(encoding="utf-8")
+    links = re.findall(r'<li><a href="#([^"]*)">([^<]*)</a>', page)
+    sections = re.findall(r'<section id="([^"]*)"><h2>([^<]*)</h2>', page)
+    assert len(sections) >= 4
+    assert links == sections
+    assert len({name for name, _ in sections}) == page.count("<section")
+
+
 def test_two_players_have_a_line_each_and_a_norm_chart_each(tmp_path: Path) -> None:
     players = {
         "generator": optimizer(lr=2e-4, skipped=2, scale=8.0),

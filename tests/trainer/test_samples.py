@@ -402,11 +402,11 @@ def test_a_few_words_stand_beside_numbers_and_small_rows_beside_each_other(tmp_p
     show(tmp_path, "test", [row, {**row, "id": "b"}])
     page = render(tmp_path)
     assert page.count("<div><dt>said</dt><dd>&lt;one&gt;</dd></div>") == 2
-    assert page.count('<div class="samples">') == 1
+    assert page.count('<div class="samples small">') == 1
     show(tmp_path, "test", [{**row, "said": "a word " * 9}, row])  # A text, as wide as the page.
     page = render(tmp_path)
     assert page.count("<dt>said</dt>") == 1
-    assert '<div class="samples">' not in page
+    assert '<div class="samples small">' not in page
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_warmup_decay_climbs_to_the_peak_and_ends_at_final(
     assert first == pytest.approx(5.0 * second)  # the groups keep their ratio
 
 
+@pytest.mark.parametrize("total", [59, 60])
+def test_a_decay_that_would_end_within_the_warmup_is_refused_by_both_names(total: int) -> None:
+    with pytest.raises(ValueError, match=rf"total_steps .* warmup_steps, which is 60; got {total}"):
+        WarmupDecay(optimizer_of(*PEAKS), 60, total)
+    assert WarmupDecay(optimizer_of(*PEAKS), 60, 61).total_steps == 61
+
+
 def test_the_decay_is_halfway_in_the_middle_for_both_shapes() -> None:
     for shape in ("linear", "cosine"):
         schedule = WarmupDecay(optimizer_of(1.0), 10, 30, final=0.2, shape=shape)  # type: ignore[arg-type]

@@ -61,9 +61,9 @@ def _command(folder: Path, argv: Sequence[str] | None) -> str:
             return ""
         start = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
     if argv is None:
-        return shlex.join([*start, str(program), *sys.argv[1:]])
+        return shlex.join([*start, _from_here(program), *sys.argv[1:]])
     allowed = [f"{ALLOW}={name}" for name in split_allowed(argv)[0]]
-    return shlex.join([*start, str(program), str(folder / HYPERPARAMS), *allowed])
+    return shlex.join([*start, _from_here(program), str(folder / HYPERPARAMS), *allowed])
 
 
 def _checkpoint(checkpointer: Checkpointer) -> list[str]:
@@ -85,9 +85,11 @@ def _arguments(folder: Path) -> str:
 
 def _python() -> str:
     """Return the shortest name by which a shell finds this Python."""
-    found = shutil.which("python")
-    same = found is not None and os.path.abspath(found) == os.path.abspath(sys.executable)
-    return "python" if same else sys.executable
+    found, this = shutil.which("python"), Path(os.path.abspath(sys.executable))
+    # Of one environment: bin/python3, which commands are started by, is bin/python there. The links
+    # are not followed, since those of all environments end at the same Python.
+    same = found is not None and Path(os.path.abspath(found)).parent == this.parent
+    return "python" if same and os.path.samefile(str(found), this) else sys.executable
 
 
 def _from_here(path: Path) -> str:

@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import logging
 import numbers
+import os
 import pkgutil
 import re
 import sys
@@ -119,11 +120,16 @@ def main(
         if any(each in arguments.HELP for each in given):
             file = next((each for each in given if not each.startswith("-")), None)
             keys = describe(file) if file else ()
-            print(arguments.help_text(Path(sys.argv[0]).name, file, keys))
+            print(arguments.help_text(Path(sys.argv[0]).name, file, keys), flush=True)
             return {}
         allowed = [allow] if isinstance(allow, str) else [*allow]
         hyperparameters, options = arguments.configure(given, [*allowed, *_own_modules(train)])
         return _run(train, hyperparameters, options, given)
+    except BrokenPipeError:  # The reader of the help, such as head, has seen enough.
+        if not any(each in arguments.HELP for each in given):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return {}
     except KeyboardInterrupt:
         code = 130
         session.say("interrupted")

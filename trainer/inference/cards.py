@@ -274,12 +274,12 @@ def _data(origin: Origin | None) -> str:
     table = _table(("made by", "key of the YAML", "arguments"), found) if found else ""
     counts = _examples(origin.run.folder)
     told = ", ".join(f"{escaped(stage)} {count:,}" for stage, count in counts.items())
-    note = f"Items of the last pass through each stage: {told}." if told else ""
+    note = f"Items of a pass through each stage: {told}." if told else ""
     return "\n\n".join(filter(None, [table, note])) or "The YAML of the run names no data."
 
 
 def _examples(run: Path) -> dict[str, int]:
-    """Return the number of items of the last record of each stage."""
+    """Return the number of items of each stage: the most of any pass, since one may be short."""
     from trainer.report.history import read_history
 
     counts: dict[str, int] = {}
@@ -289,7 +289,8 @@ def _examples(run: Path) -> dict[str, int]:
             for record in history.stages:
                 count = record.get("examples")
                 if isinstance(count, (int, float)) and 0 < count < 1e15:
-                    counts[str(record["stage"])] = int(count)
+                    stage = str(record["stage"])
+                    counts[stage] = max(int(count), counts.get(stage, 0))
     return counts
 
 
@@ -369,7 +370,9 @@ def _metrics(results: Mapping[str, Any]) -> str:
         rows.append([escaped(name), number(value), over_items, over])
     stage = "test" if results["stage"] == "test" else "validation: the run was not tested"
     heads = ("metric", "this run", "standard deviation", "mean ± standard deviation")
-    return f"Of the {stage}.\n\n{_table(heads, rows)}"
+    known = [i for i in range(len(heads)) if i < 2 or any(row[i] != "–" for row in rows)]
+    shown = _table([heads[i] for i in known], [[row[i] for i in known] for row in rows])
+    return f"Of the {stage}.\n\n{shown}"
 
 
 def _training(run: Path | None) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
 from importlib.resources import files
@@ -52,14 +53,26 @@ def document(title: str, header: str, main: str, style: str = "") -> str:
         '<meta name="color-scheme" content="light dark">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{title}</title><style>{STYLE}{style}</style></head><body>\n"
-        f"<header><h1>{title}</h1>{header}</header>\n<main>{main}</main>\n"
+        f"<header><h1>{title}</h1>{header}{_contents(main)}</header>\n<main>{main}</main>\n"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
 def section(title: str, content: str) -> str:
     """Return a section with a heading; nothing where the content, which is HTML, is empty."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>\n" if content else ""
+    name = re.sub(r"\W+", "-", title.lower())
+    return (
+        f'<section id="section-{name}"><h2>{escape(title)}</h2>{content}</section>\n'
+        if content
+        else ""
+    )
+
+
+def _contents(main: str) -> str:
+    """Return links to the sections of a page."""
+    links = re.findall(r'<section id="([^"]*)"><h2>(.*?)</h2>', main)
+    items = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in links)
+    return f'<nav aria-label="Sections"><ul>{items}</ul></nav>' if items else ""
 
 
 def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
@@ -112,8 +125,11 @@ header > p { margin: .3rem 0 0; color: var(--soft); }
   background: var(--tint); }
 .tiles span, .tiles small { display: block; color: var(--soft); font-size: .82rem; }
 .tiles strong { display: block; font-size: 1.55rem; line-height: 1.3; }
-.charts { display: grid; gap: 1rem; margin: .75rem 0;
+nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; margin: 1rem 0 0; padding: 0;
+  list-style: none; font-size: .9rem; }
+.charts, .samples { display: grid; gap: 1rem; margin: .75rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 29rem), 1fr)); }
+.samples.full { grid-template-columns: minmax(0, 1fr); } .sample:has(table) { grid-column: 1 / -1; }
 figure { margin: 0; padding: .9rem 1rem .8rem; border: 1px solid var(--line); border-radius: .5rem;
   background: var(--card); }
 figcaption p { margin: 0; color: var(--soft); font-size: .85rem; }
@@ -155,11 +171,9 @@ summary { padding: .5rem .9rem; cursor: pointer; font-weight: 600; }
 summary small { margin-left: .4rem; color: var(--soft); font-weight: 400; }
 pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border-top: 1px solid
   var(--line); background: var(--tint); font-size: .85rem; line-height: 1.45; }
-.sample { margin: 0 0 1rem; padding: .8rem 1rem 1rem; border: 1px solid var(--line);
+.sample { min-width: 0; padding: .8rem 1rem 1rem; border: 1px solid var(--line);
   border-radius: .5rem; background: var(--card); }
-.samples { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
-.samples .sample { margin: 0; min-width: 0; }
+.samples.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
 .sample h3 { overflow-wrap: anywhere; }
 .sample h4 { margin: .6rem 0 0; color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 .runs { display: grid; gap: .4rem 1.25rem;

@@ -125,7 +125,8 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
             in (["audio"], ["image"])
             for row in next(iter(tables.values())).rows
         )
-        body += f'<div class="samples">{articles}</div>' if small else articles
+        kind = " full" if len(runs) > 1 else " small" if small else ""
+        body += f'<div class="samples{kind}">{articles}</div>'
         text += section(f"Samples: {title}", body)
     if embedder.missing:
         text += (
