@@ -179,7 +179,7 @@ def test_classes_of_a_program_are_built_when_the_program_names_them(tmp_path: Pa
     with pytest.raises(ValueError, match=r"checkpoints: the saved parameter .* has shape \(1, 4\)"):
         trainer.load(tmp_path, "cpu", brain=Own, modules={"net": Net(5)})
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match="has no sound checkpoint"):
+    with pytest.raises(ValueError, match="has no weights: neither checkpoints"):
         trainer.load(tmp_path, "cpu", brain=Own, modules={"net": Net(4)})
     assert not (tmp_path / "checkpoints").exists()
 

@@ -564,7 +564,7 @@ def test_the_logger_of_the_documentation_records_and_resumes(tmp_path: Path) -> 
     database = sqlite3.connect(tmp_path / "run" / "numbers.db")
     rows = database.execute("SELECT kind, step FROM numbers WHERE name = 'loss'").fetchall()
     database.close()
-    assert rows == [("step", 1), ("step", 2), ("step", 3), ("stage", 3), ("stage", 3)]
+    assert rows == [("train", 1), ("train", 2), ("train", 3), ("train", 3), ("valid", 3)]
 
 
 def test_a_stage_without_a_loss_is_recorded(tmp_path: Path) -> None:

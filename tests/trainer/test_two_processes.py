@@ -461,7 +461,7 @@ def test_patience_ends_with_the_same_sentence_on_both(two_ranks: TwoRanks) -> No
     assert ranks[0]["message"] == ranks[1]["message"]
     assert ranks[0]["message"].startswith(
         "Loss or gradients were not finite 3 times in epoch 1 (nonfinite_patience is 2); the last "
-        "time at step 5, optimizer 'main', batch rank 0 batch 5, rank 1 batch 5."
+        "time in batch 5, optimizer 'main' (rank 0 batch 5, rank 1 batch 5);"
     )
     for found in ranks:
         assert found["seconds"] < 5

@@ -31,8 +31,8 @@ from trainer.diagnostics.health import (
 )
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
-from trainer.optim.build import by_name
 from trainer.optim.step import Update
+from trainer.options import by_name
 from trainer.progress import Stage
 
 if TYPE_CHECKING:

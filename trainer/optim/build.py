@@ -20,7 +20,7 @@ from trainer.distributed.strategy import Strategy
 from trainer.optim.groups import ParameterGroups, rates_of
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
-from trainer.options import RunOptions
+from trainer.options import RunOptions, by_name
 
 CLIP_KINDS = {"norm": NormClip, "value": ValueClip}
 
@@ -100,30 +100,6 @@ def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None =
         update.others = [other for other in updates if other is not update]
         update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]
         update.untrained, update.names = untrained, parameters or {}
-
-
-def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
-    """Return one optimizer's part of a setting.
-
-    Args:
-        setting: a value for all optimizers, or a mapping from their names to values.
-        name: the name of the optimizer.
-        known: the names of all optimizers.
-        key: the name of the setting, for messages.
-        default: the value of an optimizer that a mapping leaves out.
-
-    Raises:
-        ValueError: if a mapping names an optimizer that does not exist.
-    """
-    if not isinstance(setting, Mapping):
-        return setting
-    unknown = [each for each in setting if each not in known]
-    if unknown:
-        raise ValueError(
-            f"{key} names the optimizer {unknown[0]!r}, which does not exist; "
-            f"this Brain has {', '.join(map(repr, known))}"
-        )
-    return setting.get(name, default)
 
 
 def _make_clippers(

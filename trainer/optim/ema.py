@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer import checks
-from trainer.optim.build import by_name
-from trainer.optim.step import Update
+from trainer.options import by_name
+
+if TYPE_CHECKING:
+    from trainer.optim.step import Update
 
 
 class WeightAverage:

@@ -93,4 +93,4 @@ def test_a_folder_that_is_no_run_is_told(
     )
     shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     assert infer.main([str(tmp_path / "empty"), good]) == 2
-    assert "has no sound checkpoint" in capsys.readouterr().err
+    assert "has no weights: neither checkpoints" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_unusable_files_and_folders_are_named(
     assert "would overwrite itself" in capsys.readouterr().err
     shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     assert made(tmp_path / "empty", tmp_path / "out", good) == 2
-    assert "has no sound checkpoint" in capsys.readouterr().err
+    assert "has no weights: neither checkpoints" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "hyperparams.yaml").write_text("mel: 1\n")
     assert made(tmp_path / "other", tmp_path / "out", good) == 2

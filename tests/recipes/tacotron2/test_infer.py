@@ -96,7 +96,7 @@ def test_what_cannot_be_used_is_told(
         in error(run, "--text", "yes", "--vocoder", run)
     )
     shutil.copytree(run, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
-    assert "has no sound checkpoint" in error(tmp_path / "empty", "--text", "yes")
+    assert "has no weights: neither checkpoints" in error(tmp_path / "empty", "--text", "yes")
     # A run from elsewhere names no folder of this machine.
     shutil.copytree(run, tmp_path / "far")
     yaml = (tmp_path / "far" / "hyperparams.yaml").read_text()

@@ -89,7 +89,7 @@ def own_modules(kind: type) -> frozenset[str]:
 
 def _folder(name: str, module: Any) -> str:
     """Return the folder of a module; a name of its own for one that has no file."""
-    file = getattr(module, "__file__", None)
+    file = vars(module).get("__file__")  # Asked for, a lazy module would be imported.
     return os.path.dirname(os.path.realpath(file)) if isinstance(file, str) else f"<{name}>"
 
 
