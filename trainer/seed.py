@@ -161,15 +161,16 @@ def as_stateful(value: Any) -> Any:
     """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
     Args:
-        value: a `torch.Generator`, a `random.Random` or a NumPy generator.
+        value: any object.
 
     Returns:
-        The wrapped generator; None for anything else, and for a generator of NumPy whose state does
-        not consist of plain numbers.
+        The wrapped generator, for a `torch.Generator`, a `random.Random` and a
+        `numpy.random.Generator` of the kind PCG64; None for anything else. A
+        `random.SystemRandom` has no state, and that of NumPy's other kinds is made of arrays.
     """
     if isinstance(value, torch.Generator):
         return _StatefulGenerator(value.get_state, value.set_state)
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return _StatefulGenerator(
             lambda: _pack_python_state(value.getstate()),
             lambda state: value.setstate(_unpack_python_state(state)),

@@ -147,11 +147,12 @@ def no_unpickling(what: str) -> Iterator[None]:
         ValueError: on the first name that a pickle looks up, and on a command.
     """
     _watch()
+    outer = getattr(_loading, "what", None)  # A method that loads may load further objects.
     _loading.what = what
     try:
         yield
     finally:
-        _loading.what = None
+        _loading.what = outer
 
 
 @functools.cache

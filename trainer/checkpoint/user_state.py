@@ -153,8 +153,12 @@ class UserAttributes:
             owner = self._owner.hparams if name.startswith(HPARAMS) else self._owner
             name = name.removeprefix(HPARAMS)
             current = getattr(owner, name, None)
-            mapping = isinstance(current, MutableMapping) and type(current) not in DICTS
-            if mapping or isinstance(current, (deque, set)):  # Of a kind that checkpoints lack.
+            # Containers of other kinds are saved as dicts and lists, which fill them again.
+            if isinstance(current, MutableMapping) and type(current) not in DICTS:
+                fills = isinstance(value, dict)
+            else:
+                fills = isinstance(current, (deque, set)) and isinstance(value, list)
+            if fills:
                 value = _filled(current, value)
             elif isinstance(current, nn.Parameter) and current.shape == getattr(value, "shape", 0):
                 with torch.no_grad():  # The same object, which an optimizer may train.
@@ -215,7 +219,7 @@ def _copy(value: Any) -> Any:
     if kind in (Tensor, nn.Parameter):
         return value.detach().clone()
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # A number of NumPy's.
-        return value.item()
+        return _copy(value.item())  # A date, for example, is then refused.
     if (kind.__module__, kind.__name__) == ("numpy", "ndarray") and value.dtype.kind in "biufc":
         return value.copy()
     if kind in DICTS:
