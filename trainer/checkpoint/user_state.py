@@ -39,12 +39,20 @@ CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 def find_stateful(
     named: Mapping[str, Any], known: Collection[int], modules: nn.Module
 ) -> dict[str, Any]:
-    """Find the stateful objects among attributes, by dotted name, also in lists and dicts.
+    """Find the stateful objects among attributes, also in lists and dicts.
 
     These are objects with ``state_dict`` and ``load_state_dict`` or with methods that save and load
     a file (`trainer.checkpoint.saver_hooks`), and random generators. Left out are samplers and
-    loaders, since progress says where they are, and what is saved otherwise: objects whose ``id``
-    is known, and modules of no other tensors than ``modules`` has.
+    loaders, since `Progress` has their position, and what is saved elsewhere.
+
+    Args:
+        named: attributes by name.
+        known: ``id`` of each object that is saved elsewhere.
+        modules: modules that are saved elsewhere; a module all of whose tensors are in them is left
+            out.
+
+    Returns:
+        The objects by dotted name, such as "metrics.b.0"; wrapped if they lack ``state_dict``.
     """
     seen = set(known)
     tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}
@@ -86,14 +94,18 @@ class UserAttributes:
     """Plain attributes of a Brain as a part of its state.
 
     Saved are numbers, texts, tensors, arrays and containers of these that have changed since the
-    first `fit` began; of the hparams, numbers and texts. What nothing has changed is a setting, of
-    which a resumed run may have another. ``own`` returns the user's attributes by name.
+    first `fit` began; of the hparams, numbers and texts. A value that has not changed counts as a
+    setting, and a resumed run may have another one.
+
+    Args:
+        owner: the Brain.
+        own: returns the user's attributes by name.
     """
 
     def __init__(self, owner: Owner, own: Callable[[], Mapping[str, Any]]) -> None:
         self._owner, self._own = owner, own
         self._start: dict[str, Any] = {}
-        # Containers that cannot be saved, with their lengths; None once warned of.
+        # Id and length, at the start, of containers that cannot be saved; None once warned of.
         self._unsaved: dict[str, tuple[int, int] | None] = {}
 
     def begin(self) -> None:
@@ -104,7 +116,7 @@ class UserAttributes:
     def state_dict(self) -> dict[str, Any]:
         """Return the changed values, and the names of those that are not on the CPU.
 
-        Warns of containers that have changed and cannot be saved.
+        A container that has changed and cannot be saved is named in a warning.
         """
         values, others = self._values()
         for name, value in others.items():
