@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import UserDict, deque
+from collections import UserDict, defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -348,6 +348,21 @@ def test_a_container_that_came_in_a_sandbox_is_gone_after_it(then: Any) -> None:
     with brain.sandbox():
         brain.kept = then
     assert brain.kept is None
+
+
+@pytest.mark.parametrize("first", [{1}, deque([[1]], maxlen=2), defaultdict(int, {1: 2})], ids=repr)
+def test_a_container_that_is_replaced_in_a_sandbox_is_back_after_it(first: Any) -> None:
+    brain = make()
+    brain.kept, before = first, repr(first)
+    brain.fit([1], batches(2))
+    for _ in range(2):
+        with brain.sandbox():
+            if isinstance(first, deque):
+                first[0].append(2)
+            first.clear()
+            brain.kept = None
+        assert brain.kept is first
+        assert repr(first) == before
 
 
 # --- nested fits ---------------------------------------------------------------------------------

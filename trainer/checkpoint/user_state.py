@@ -149,14 +149,16 @@ class UserAttributes:
         Attributes that appear later are removed by loading it.
         """
         kept = {name: _keep(value) for name, value in self._values()[1].items()}
-        return {**self.state_dict(), "kept": kept, "names": list(self._own())}
+        own = self._own()
+        containers = {name: _keep(value) for name, value in own.items() if _is_refilled(value)}
+        return {**self.state_dict(), "kept": kept, "containers": containers, "names": list(own)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
         for name in set(self._own()).difference(saved.get("names", self._own())):
             delattr(self._owner, name)
         kept = saved.get("kept", {})
-        for name, restored in kept.items():
+        for name, restored in {**kept, **saved.get("containers", {})}.items():
             setattr(self._owner, name, restored())
         start = {name: _copy(value) for name, value in self._start.items() if name not in kept}
         for name, value in {**start, **saved["values"]}.items():
@@ -165,12 +167,8 @@ class UserAttributes:
             owner = self._owner.hparams if name.startswith(HPARAMS) else self._owner
             name = name.removeprefix(HPARAMS)
             current = getattr(owner, name, None)
-            # Containers of other kinds are saved as dicts and lists, which fill them again.
-            if isinstance(current, MutableMapping) and type(current) not in DICTS:
-                fills = isinstance(value, dict)
-            else:
-                fills = isinstance(current, (deque, set)) and isinstance(value, list)
-            if fills:
+            kind = dict if isinstance(current, MutableMapping) else list
+            if _is_refilled(current) and isinstance(value, kind):
                 value = _filled(current, value)
             elif isinstance(current, nn.Parameter) and current.shape == getattr(value, "shape", 0):
                 with torch.no_grad():  # The same object, which an optimizer may train.
@@ -201,6 +199,13 @@ def _is_shown(value: Any) -> bool:
     if isinstance(value, CONTAINERS):
         return any(map(_is_shown, value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, CELLS)
+
+
+def _is_refilled(value: Any) -> bool:
+    """Return True for a container that is saved as a dict or a list, which then fill it again."""
+    if isinstance(value, MutableMapping):
+        return type(value) not in DICTS
+    return isinstance(value, (deque, set))
 
 
 def _keep(value: Any) -> Callable[[], Any]:
