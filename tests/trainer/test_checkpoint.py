@@ -555,6 +555,9 @@ def test_a_folder_without_permission_is_a_sentence(tmp_path: Path) -> None:
         make(tmp_path).save_checkpoint()
     with pytest.raises(ValueError, match="cannot be made .Permission denied"):
         make(tmp_path / "below").save_checkpoint()
+    tmp_path.chmod(0o300)
+    with pytest.raises(ValueError, match="cannot be saved in .*: it is not readable"):
+        make(tmp_path).save_checkpoint()
     tmp_path.chmod(0o700)
 
 
