@@ -195,7 +195,7 @@ def test_a_rerun_draws_the_same_numbers_or_says_that_it_cannot(source: str, tmp_
     assert all(each["generators_known"] == (source == "torch") for each in found)
     assert source != "torch" or all(each["replay"]["kind"] == "loss" for each in found)
     for path in tmp_path.glob("nonfinite/*/report.txt"):
-        assert ("a replay may draw others" in path.read_text()) == (source != "torch")
+        assert ("a replay may draw other numbers" in path.read_text()) == (source != "torch")
 
 
 # ------------------------------------------------------------------------------------- what is said
@@ -403,7 +403,7 @@ def test_patience_says_where_to_look_and_the_case_is_there(tmp_path: Path) -> No
     with pytest.raises(NonFiniteError) as error:
         brain.fit([1], data)
     folder = tmp_path / "nonfinite" / "1-2"
-    assert f"What made it so is in {folder}; to run that batch again: " in str(error.value)
+    assert f"The report is in {folder}; to replay the batch: " in str(error.value)
     assert f"python -m trainer replay {tmp_path} 1-2. Where no cause" in str(error.value)
     assert (folder / "report.txt").exists()
     assert (folder / "batch.pt").exists()
@@ -425,7 +425,7 @@ def test_the_command_that_is_named_is_that_of_the_program(
     (tmp_path / "hyperparams.yaml").write_text(f"{yaml}\n")
     make(output_folder=str(tmp_path)).fit([1], [spoilt(batches(1)[0], "input")])
     text = (tmp_path / "nonfinite" / "1" / "report.txt").read_text()
-    assert text.endswith(f"Again: {again.format(tmp_path)}\n")
+    assert text.endswith(f"To replay it: {again.format(tmp_path)}\n")
 
 
 # ---------------------------------------------------------------------------------- what may happen
@@ -694,4 +694,4 @@ def test_a_report_is_of_the_batch_and_not_of_one_that_a_hook_trained_on(
     (folder,) = (tmp_path / "nonfinite").iterdir()
     text = (folder / "report.txt").read_text(encoding="utf-8")
     assert "Batch: utt1-0, utt1-1, utt1-2\n" in text
-    assert "was finite" not in text
+    assert "finite when the batch was replayed" not in text

@@ -145,9 +145,15 @@ svg text { fill: var(--soft); font: 13px system-ui, "Segoe UI", Roboto, "Noto Sa
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }
 .c6 { stroke: var(--c6); }
 .mark { fill: var(--card); stroke-width: 2; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+/* A shadow at an edge shows that the table goes on there; it scrolls away with the content. */
+.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; background:
+  linear-gradient(to right, var(--back) 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--back) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--limit), transparent) left / .5rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--limit), transparent) right / .5rem 100% no-repeat scroll; }
 .tall { max-height: 34rem; overflow-y: auto; }
-.tall thead th { position: sticky; top: 0; }
+.tall thead th { position: sticky; top: 0; white-space: normal; }
+.tall tbody th { min-width: 12rem; white-space: normal; overflow-wrap: anywhere; }
 .spark { width: 96px; height: 22px; vertical-align: middle; }
 .spark .line { stroke-width: 1.5; }
 .warnings { margin: 0; padding: .6rem 1rem .6rem 2rem; border-left: 4px solid var(--c1);
@@ -171,7 +177,7 @@ summary { padding: .5rem .9rem; cursor: pointer; font-weight: 600; }
 summary small { margin-left: .4rem; color: var(--soft); font-weight: 400; }
 pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border-top: 1px solid
   var(--line); background: var(--tint); font-size: .85rem; line-height: 1.45; }
-.sample { min-width: 0; padding: .8rem 1rem 1rem; border: 1px solid var(--line);
+.sample { --back: var(--card); min-width: 0; padding: .8rem 1rem 1rem; border: 1px solid var(--line);
   border-radius: .5rem; background: var(--card); }
 .samples.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
 .sample h3 { overflow-wrap: anywhere; }

@@ -33,7 +33,9 @@ GOES_ON = re.compile(r"^[\d: -]{19} (epoch \d+ |test: |resuming |testing )")
 ENVIRONMENT = ("python", "torch", "cuda", "gpus", "platform", "machines", "ranks", "cores", "git")
 SPARK_WIDTH, SPARK_HEIGHT = 96.0, 22.0  # Pixels of a sparkline.
 COUNTS = ("step", "examples", "skipped", "overflowed", "bad_files", "seconds")
-LAYER_HEADS = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
+LAYER_HEADS = (
+    "layer", "gradient", "over time", "weight", "update / weight", "over time", "lowest", "highest",
+)  # fmt: skip
 FILES = (
     ("Command", "command.txt"),
     ("Settings", "hyperparams.yaml"),
