@@ -444,7 +444,7 @@ def test_a_full_disk_and_a_hostile_batch_are_one_warning_and_no_error(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         brain.fit([1], data)
-    (only,) = [each for each in told if "could not be looked into" in str(each.message)]
+    (only,) = [each for each in told if "could not be made" in str(each.message)]
     assert "No space left on device" in str(only.message)
     assert brain.optimizer_step == 4
 
