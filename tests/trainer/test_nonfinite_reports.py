@@ -265,7 +265,7 @@ CAUSES: dict[str, tuple[Loss, Batch, str, str]] = {
     "negative log": (lambda y, _: y.log().mean(), FINE, "the logarithm of a negative", "loss"),
     "division": (lambda y, _: (y / (y - y)).mean(), FINE, "a division by zero (48 of", "loss"),
     "exp": (lambda y, _: (y * 1e4).exp().mean(), FINE, "overflows: bound its argument", "loss"),
-    "mean": (lambda y, _: y[:0].mean(), FINE, "the mean of nothing", "loss"),
+    "mean": (lambda y, _: y[:0].mean(), FINE, "the mean of an empty tensor", "loss"),
     "sqrt": (lambda y, _: (y.sum() * 0).sqrt() + y.mean(), FINE, "the derivative of a square root",
              "gradient"),
     "norm of 0": (lambda y, _: (y * 0).norm().square().sqrt(), FINE, "derivative of a square root",
