@@ -32,7 +32,7 @@ from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
-from trainer.config.reading import get, items, nodes, object_name, plain, tag
+from trainer.config.reading import NULL, get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept_alone
@@ -352,13 +352,16 @@ def open_run(
             if isinstance(error, ValueError) and not str(error).isprintable():
                 raise ValueError(printable(str(error))) from error
             raise
-        except Exception as error:  # Recipes meet what they never do in a YAML of their own.
+        except Exception as error:  # A YAML from elsewhere may have any value.
             memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
             reason = (
                 "it needs far more memory than its checkpoints account for"
                 if memory
                 else f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
             )
+            nulls = [key for key, node in items(configuration.root) if tag(node) == NULL]
+            if "NoneType" in reason and nulls:
+                reason += f"; its {HYPERPARAMS} has null for {', '.join(map(printable, nulls))}"
             raise ValueError(f"{folder} cannot be used: {reason}") from error
 
 

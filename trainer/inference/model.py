@@ -31,7 +31,7 @@ TASKS = ("transcribe", "enhance", "separate", "vocode", "synthesise", "classify"
 
 
 class Model:
-    """A trained model in use: networks in evaluation mode, and the methods of its task.
+    """Trained model: networks in evaluation mode, and the methods of its task.
 
     `trainer.load` makes one from a run folder. Recipes subclass it; each says in ``MODEL`` of its
     package which class its runs make.
@@ -48,12 +48,15 @@ class Model:
         folder: the run folder; None of a model that `trainer.load` did not make.
         uses: of the class: names of the modules that are built and loaded, such as
             ``("generator",)``; empty for all.
+        units: of the class: units of metrics by name for the model card, such as
+            ``{"wer": "%"}``; metrics without a unit are left out.
 
     Raises:
         ValueError: for a device or module that cannot be used.
     """
 
     uses: ClassVar[Sequence[str]] = ()
+    units: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
