@@ -61,7 +61,11 @@ EXAMPLES = (
 
 
 def yaml_path(argv: Sequence[str]) -> str:
-    """Return the first argument, which must be the YAML file."""
+    """Return the first argument, which must be the YAML file.
+
+    Raises:
+        ValueError: there is none, or it is an option.
+    """
     if not argv or argv[0].startswith("-"):
         given = f", not {argv[0]!r}" if argv else ""
         raise ValueError(
@@ -132,7 +136,7 @@ def configure(
 
 
 def is_null(node: Any) -> bool:
-    """Return True for a key that does not exist or has no value."""
+    """Return True for the node of a key that does not exist (None) or is null."""
     return node is None or tag(node) == NULL
 
 
@@ -175,7 +179,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
 
     Raises:
         ValueError: a name is unknown (the message names the closest ones), a value is missing, or
-            an argument is neither.
+            an argument is neither a name nor the value of one.
     """
     dotted = [key.name for key in configuration.described()]
     keys = {name.partition(".")[0] for name in dotted}

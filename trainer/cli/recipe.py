@@ -29,7 +29,12 @@ MAX_NAMED = 5  # names that a message suggests
 
 
 class Recipe(NamedTuple):
-    """A YAML and the program that it is a configuration of."""
+    """YAML, and the program that it configures.
+
+    Attributes:
+        file: the YAML.
+        program: the program, such as train.py of a recipe.
+    """
 
     file: Path
     program: Path
@@ -64,8 +69,8 @@ def recipes() -> dict[str, Recipe]:
 def find_recipe(name: str) -> Recipe:
     """Return a recipe by its name, or by the path of a YAML.
 
-    A YAML of one's own is run by the train.py beside it, or, in a folder called like a recipe, by
-    that recipe's.
+    A YAML that is none of a recipe's is run by the train.py beside it or, in a folder called like
+    a recipe, by that recipe's.
 
     Raises:
         ValueError: there is none; the message has the nearest names.
