@@ -438,9 +438,8 @@ def _run_folder(
     problem, notes = None, []
     if distributed.is_main():
         try:
-            restarted = (
-                distributed.restarts() > 0
-            )  # It resumes, and its former process may still be ending.
+            # A restarted run resumes, and its former process may still be ending.
+            restarted = distributed.restarts() > 0
             folder.open(
                 options.overwrite and not options.searching and not restarted,
                 patience=LOCK_SECONDS if restarted else 0.0,
