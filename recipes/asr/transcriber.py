@@ -46,6 +46,7 @@ class PieceTranscriber(Model):
     """Base of recognisers, which are given pieces of sounds in batches."""
 
     uses: ClassVar[Sequence[str]] = ("model",)
+    units: ClassVar[Mapping[str, str]] = {"wer": "%", "cer": "%"}
 
     def recognise(self, batch: list[Piece], names: list[str]) -> list[Heard]:
         """Return what is said in each piece of a batch.

@@ -58,6 +58,11 @@ class EnhancementModel(Model):
         super().__init__(modules, hparams, options)
         self.sample_rate = as_rate(self.hparams.sample_rate)
         self.chunks: Chunks = self.hparams.chunks
+        if not isinstance(self.chunks, Chunks):
+            raise ValueError(
+                f"chunks is {self.chunks!r}; allowed: !new:recipes.common.streaming.Chunks with "
+                "length and overlap"
+            )
         self.chunks.check()
 
     @abstractmethod
