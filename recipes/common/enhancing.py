@@ -37,7 +37,8 @@ from trainer.inference.model import Model
 from trainer.inference.results import Sound
 from trainer.options import RunOptions
 
-MOST_CHANNELS = 32  # of a stream's chunk that has fewer samples than channels
+# A chunk of a stream with more channels than this, and than samples, is taken as transposed.
+MOST_CHANNELS = 32
 
 
 class EnhancementModel(Model):
@@ -212,13 +213,13 @@ def main(argv: Sequence[str] | None, about: str, kind: type[EnhancementModel]) -
         "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
     )
     parser.add_argument(
-        "-o", "--output", type=file_path, required=True, metavar="FOLDER", help="for what comes out"
+        "-o", "--output", type=file_path, required=True, metavar="FOLDER", help="for the results"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
 
     def run() -> int:
-        targets(given.files, given.output)  # Which refuses what cannot be written, before the work.
+        targets(given.files, given.output)  # Refuses what cannot be written, before the work.
         model = trainer.load(given.run, given.device, model=kind)
         network, rate = model.network, model.sample_rate
         return enhance_files(given.files, given.output, network, rate, model.chunks)

@@ -35,7 +35,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-SILENT = 1e-4  # of full scale (-80 dB): a clip without a sample above it says nothing
+SILENT = 1e-4  # of full scale (-80 dB): a clip without a sample above it is silent
 LOUDEST = 0.99  # of full scale: what would be above is turned down, clean and noisy alike
 
 Pair = tuple[Tensor, Tensor]  # clean and noisy, (T,) each
@@ -129,9 +129,17 @@ class Mixed:
 
 
 def mix(clean: Tensor, noise: Tensor, snr: float, sample_rate: int) -> Pair:
-    """``clean`` (T,) alone and with ``noise`` (T,) at this ratio in dB, both of one gain.
+    """Mix speech and noise.
 
-    The gain is 1, and less where the mixture would leave full scale.
+    Args:
+        clean: samples (T,) of the speech.
+        noise: samples (T,) of the noise, of any level.
+        snr: signal-to-noise ratio of the mixture, in dB.
+        sample_rate: in Hz.
+
+    Returns:
+        The speech and the mixture, (T,) each, both turned down alike where the mixture would exceed
+        full scale.
     """
     mixer = AudioMixer(clean[None].numpy(), sample_rate)
     mixer.add_to_mix(noise[None].numpy().astype(np.float32), snr=snr)
@@ -183,7 +191,7 @@ class Pairs(Dataset[dict[str, Any]]):
         return len(self.sources) * self.times
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):  # which is what ends an iteration
+        if not 0 <= index < len(self):  # The IndexError ends an iteration.
             raise IndexError(f"there is no pair {index}; allowed: 0 to {len(self) - 1}")
         source, id = self.sources[index % len(self.sources)], self._id(index)
         rng = random.Random(derive(0, "pair", id) if self.fixed else item_seed(id))
@@ -230,4 +238,4 @@ def _at_least(sources: Sequence[Source], shortest: float) -> list[Source]:
     return good
 
 
-Corpus = Mapping[str, Sequence[Source]]
+Corpus = Mapping[str, Sequence[Source]]  # clips by split: train, valid, test

@@ -103,10 +103,14 @@ class Scoreboard:
             self._take(self.judges.collect(wait=False))
 
     def finish(self) -> dict[str, float]:
-        """Wait for the judges; the means over all clips of all processes. A collective.
+        """Wait for the judges, write table and sounds, and return the means. A collective.
 
-        A mean is over the clips that could be measured both noisy and enhanced. Raises ValueError
-        for a measure that has none.
+        Returns:
+            The means over all processes of ``SHOWN``, and by ``NAME_noisy`` of the noisy clips. A
+            mean is over the clips that could be measured both noisy and enhanced.
+
+        Raises:
+            ValueError: a measure could be computed for no clip.
         """
         self._take(self.judges.collect())
         mine = [(id, self._scores.get(id, {}), self._before.get(id, {})) for id in self._ids]
