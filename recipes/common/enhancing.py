@@ -73,9 +73,9 @@ class EnhancementModel(Model):
     def latency_at(self, rate: int) -> float:
         """Return the latency of `enhance_stream` at a rate, in seconds.
 
-        A sample is enhanced as soon as so much of the sound behind it is there, or its end. The
-        time that the network takes is not in it. Resampling adds up to four periods in which both
-        rates have whole numbers of samples, such as 40 ms for 44,100 and 16,000 Hz.
+        A sample is enhanced once so many seconds of the sound that follows it have come in, or its
+        end. The time that the network takes is not counted. Resampling adds up to four periods in
+        which both rates have whole numbers of samples, such as 40 ms for 44,100 and 16,000 Hz.
 
         Args:
             rate: rate of the stream, in Hz.
@@ -128,7 +128,7 @@ class EnhancementModel(Model):
 
     def _enhanced(self, sources: Sequence[Source]) -> list[Sound]:
         own = self.sample_rate
-        if len(sources) == 1:  # In a memory that grows by the result alone.
+        if len(sources) == 1:  # Block by block: only the result takes memory by its length.
             (source,) = sources
             blocks = converted(source.blocks(), source.header.sample_rate, self._convert, own)
             signals = [torch.cat(list(blocks), dim=1)]
@@ -193,7 +193,7 @@ class EnhancementModel(Model):
         for made in converted(blocks(), rate, self._convert, self.sample_rate):
             check_made(f"the stream up to chunk {number}", made)
             if made.shape[1]:
-                yield made[0].clone() if flat else made.clone()  # Views hold all that was batched.
+                yield made[0].clone() if flat else made.clone()  # A view would hold the memory of its whole batch.
 
 
 def main(argv: Sequence[str] | None, about: str, kind: type[EnhancementModel]) -> int:
