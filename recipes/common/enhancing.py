@@ -193,7 +193,8 @@ class EnhancementModel(Model):
         for made in converted(blocks(), rate, self._convert, self.sample_rate):
             check_made(f"the stream up to chunk {number}", made)
             if made.shape[1]:
-                yield made[0].clone() if flat else made.clone()  # A view would hold the memory of its whole batch.
+                # A view would hold the memory of its whole batch.
+                yield made[0].clone() if flat else made.clone()
 
 
 def main(argv: Sequence[str] | None, about: str, kind: type[EnhancementModel]) -> int:

@@ -42,7 +42,7 @@ SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut whe
 
 @dataclass(frozen=True)
 class Source:
-    """A sound that was given: a file, which is read when it is asked for, or samples.
+    """Sound that was given to a model: a file, read only when its samples are needed, or samples.
 
     Attributes:
         name: the path, or "the sound" or "sound 3", for messages.

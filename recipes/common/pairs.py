@@ -42,7 +42,7 @@ Pair = tuple[Tensor, Tensor]  # clean and noisy, (T,) each
 
 
 class Source(Protocol):
-    """One clip of clean speech that can be had with noise."""
+    """Clip of clean speech that can be loaded with noise."""
 
     id: str
 
@@ -55,14 +55,38 @@ class Source(Protocol):
         """Seconds."""
 
     def load(self, sample_rate: int, rng: random.Random) -> Pair:
-        """Clean and noisy at this rate, equally long. Raises BadItem."""
+        """Load a clip, clean and noisy.
+
+        Args:
+            sample_rate: wanted rate, in Hz.
+            rng: random generator of what is drawn.
+
+        Returns:
+            Samples (T,) of each, equally long.
+
+        Raises:
+            BadItem: a file cannot be used.
+        """
 
 
 class Noise(Protocol):
     """Source of noise to mix with speech."""
 
     def __call__(self, cut: MonoCut, samples: int, sample_rate: int, rng: random.Random) -> Tensor:
-        """So many samples (T,) of noise to put behind ``cut``, of any level. Raises BadItem."""
+        """Return noise to mix with a clip.
+
+        Args:
+            cut: the clip.
+            samples: number of samples of noise.
+            sample_rate: in Hz.
+            rng: random generator of what is drawn.
+
+        Returns:
+            Samples (T,), of any level.
+
+        Raises:
+            BadItem: a file cannot be used.
+        """
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,7 @@ class Recorded:
         return float(self.clean.duration)
 
     def load(self, sample_rate: int, rng: random.Random) -> Pair:
-        """Both files. Raises BadItem for another length of each, and for a silent clean side."""
+        """Load both files. Raises BadItem where their lengths differ or the clean one is silent."""
         clean, noisy = (load(cut, sample_rate, resample=True) for cut in (self.clean, self.noisy))
         if len(clean) != len(noisy):
             raise BadItem(
@@ -121,7 +145,7 @@ class Mixed:
         return float(self.cut.duration)
 
     def load(self, sample_rate: int, rng: random.Random) -> Pair:
-        """The speech, and the speech with noise. Raises BadItem where the speech is silent."""
+        """Load the speech, and mix it with noise. Raises BadItem where the speech is silent."""
         clean = load(self.cut, sample_rate, resample=True)
         check_heard(path_of(self.cut), clean)
         snr = rng.uniform(*self.snr)
@@ -215,7 +239,7 @@ class Pairs(Dataset[dict[str, Any]]):
         return self.sources[number].id + (f"#{time}" if time else "")
 
     def name_of(self, index: int) -> str:
-        """A clip in an error message."""
+        """Return what error messages call a clip."""
         return f"{index} ({self._id(index)})"
 
 

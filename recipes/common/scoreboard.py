@@ -53,7 +53,7 @@ class Scoreboard:
     """Scores of clips, over all processes, as `Judges` give them while the network goes on.
 
     Args:
-        judges: who measures; `finish` waits for them, and they may be shared.
+        judges: processes that measure; `finish` waits for them, and they may be shared.
         folder: where table and sounds go, usually that of the run.
 
     Attributes:
@@ -90,7 +90,15 @@ class Scoreboard:
     def add(
         self, ids: Sequence[str], clean: Tensor, lengths: Tensor, noisy: Tensor, enhanced: Tensor
     ) -> None:
-        """Take in a batch: signals (B, T) of these lengths (B,) in samples."""
+        """Have the clips of a batch measured.
+
+        Args:
+            ids: names of the clips.
+            clean: padded signals (B, T) of the clean speech.
+            lengths: number of samples of each (B,).
+            noisy: padded signals (B, T) of the noisy speech.
+            enhanced: padded signals (B, T) of the enhanced speech.
+        """
         signals = (each.detach().float().cpu() for each in (noisy, enhanced, clean))
         for id, length, *sides in zip(ids, lengths.tolist(), *signals, strict=True):
             sounds = Sounds(*(side[:length].clone() for side in sides))
