@@ -120,7 +120,7 @@ class Vocoder(Model):
         return sounds if several else sounds[0]
 
     def vocode_stream(self, mels: Iterable[Samples]) -> Iterator[Tensor]:
-        """Turn a mel that comes in pieces into a sound in pieces, which joined is that of the whole.
+        """Turn a mel that comes in pieces into a sound in pieces, joined that of the whole.
 
         A piece of sound is given once all frames that it depends on are there; the memory does not
         depend on the length.
