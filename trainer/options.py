@@ -312,7 +312,7 @@ class RunOptions:
     )
     max_bad_item: float = _option(
         0.05,
-        "fraction of files that may be skipped before the run stops",
+        "fraction of items that may be skipped before the run stops",
         at_least=0,
         at_most=1,
         kind="extending",
@@ -358,7 +358,7 @@ class RunOptions:
     replay: str | None = _option(
         None,
         "folder of a skipped step (RUN/nonfinite/STEP) to replay in place of training; see "
-        "python -m trainer replay",
+        "cortex replay",
         transient=True,
     )
     profile_training: bool = _option(

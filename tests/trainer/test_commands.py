@@ -144,6 +144,20 @@ def test_the_help_of_every_command_has_examples(
     assert f"  {name} " in capsys.readouterr().out
 
 
+def test_the_help_of_a_recipe_shows_its_keys_and_calls_that_work(
+    program: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "mine.yaml", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: cortex run mine.yaml [--key value")
+    assert "  --lr " in text
+    calls = text.partition("Examples:\n")[2].splitlines()
+    assert any(each.startswith("  cortex run mine.yaml --") for each in calls)
+    assert calls[-1] == "  torchrun --standalone --nproc_per_node=2 -m trainer run mine.yaml"
+    assert "train.py" not in text
+    assert not Path("results").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -404,7 +404,7 @@ def test_patience_says_where_to_look_and_the_case_is_there(tmp_path: Path) -> No
         brain.fit([1], data)
     folder = tmp_path / "nonfinite" / "1-2"
     assert f"The report is in {folder}; to replay the batch: " in str(error.value)
-    assert f"python -m trainer replay {tmp_path} 1-2. Where no cause" in str(error.value)
+    assert f"cortex replay {tmp_path} 1-2. Where no cause" in str(error.value)
     assert (folder / "report.txt").exists()
     assert (folder / "batch.pt").exists()
 
@@ -412,9 +412,9 @@ def test_patience_says_where_to_look_and_the_case_is_there(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("yaml", "program", "again"),
     [
-        ("a: 1", "my/train.py", "python -m trainer replay {} 1 --script my/train.py"),
-        ("a: 1", "recipes/asr/train.py", "python -m trainer replay {} 1"),
-        ("a: 1", "cortex", "python -m trainer replay {} 1"),
+        ("a: 1", "my/train.py", "cortex replay {} 1 --script my/train.py"),
+        ("a: 1", "recipes/asr/train.py", "cortex replay {} 1"),
+        ("a: 1", "cortex", "cortex replay {} 1"),
         (LAUNCH_HEADER, "a.py", "trainer.launch with the hyperparameter replay='{}/nonfinite/1'"),
     ],
 )
@@ -674,7 +674,7 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
     with pytest.raises(ValueError, match="is no kept batch"):
         load(case)
     for argv in ([], ["run"], ["--script"], ["run", "--script", "x"]):
-        with pytest.raises(ValueError, match="usage: python -m trainer replay RUN STEP"):
+        with pytest.raises(ValueError, match="usage: cortex replay RUN STEP"):
             replay(argv)
 
 

@@ -21,8 +21,12 @@ USAGE = "RUN [OUT] [--to FORMAT] [--min_key METRIC | --max_key METRIC] [--seeds 
 def export(argv: Sequence[str]) -> int:
     """Write the model of a run's best checkpoint to a new folder; return the exit code.
 
+    Args:
+        argv: arguments as in `USAGE`.
+
     Raises:
-        ValueError: the run cannot be loaded, is still going on, or the folder cannot be made.
+        ValueError: an argument is wrong, or the run cannot be loaded or is still going on.
+        OSError: the folder cannot be written.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("run", nargs="?", type=Path)

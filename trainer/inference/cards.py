@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trainer.inference.model import Model
 
 HYPERPARAMS_HEADER = "# The hyperparameters of an exported model, for trainer.load."
-# What a method answers: the hub's name of the task, and how it is called.
+# Methods of models: the hub's name of the task, and an example of a call.
 USES = {
     "transcribe": ("automatic-speech-recognition", 'print(model.transcribe("x.wav").text)'),
     "enhance": ("audio-to-audio", 'model.enhance("x.wav").save("enhanced.wav")'),
@@ -83,13 +83,14 @@ def write_card(
     title = _title(package, model)
     results = _results(run, seeds)
     answers = _tasks(model)
+    units: Mapping[str, str] = getattr(model, "units", {})
     parts = [
-        _front_matter(name, title, answers, described["format"], origin, results),
+        _front_matter(name, title, answers, described["format"], origin, results, units),
         f"# {escaped(title)}",
         _about(model, origin, described),
         _section("How to use it", _use(answers, described, code)),
         _section("Data", _data(origin)),
-        _section("Results", _metrics(results)),
+        _section("Results", _metrics(results, units)),
         _section("Training", _training(run)),
         _section("Samples", _samples(run, folder)),
         _section("Known limits", str(getattr(package, "LIMITS", "")).strip() or "None are stated."),
@@ -104,7 +105,7 @@ def write_card(
 
 # ------------------------------------------------------------------------------------------- texts
 
-# What Markdown reads as its own within a line, and what begins a link or a list by itself.
+# Characters with a meaning in Markdown, and those that begin a link or a list without a mark.
 SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$]|(?<=\w):(?=//)|(?<=www)\.|^[-+=]|(?<=^\d)[.)])")
 
 
@@ -167,6 +168,7 @@ def _front_matter(
     to: str,
     origin: Origin | None,
     results: Mapping[str, Any],
+    units: Mapping[str, str],
 ) -> str:
     """Return the metadata that the hub reads, in YAML."""
     task = next((USES[each][0] for each in answers if each in USES), None)
@@ -175,7 +177,11 @@ def _front_matter(
     if task is not None:
         told["pipeline_tag"] = task
     metrics = [
-        {"type": printable(key), "name": printable(key), "value": float(f"{value:.6g}")}
+        {
+            "type": printable(key),
+            "name": printable(_with_unit(key, units)),
+            "value": float(f"{value:.6g}"),
+        }
         for key, value in results["metrics"].items()
         if key != "loss"
     ]
@@ -232,7 +238,7 @@ def _use(answers: Sequence[str], described: Mapping[str, Any], code: str) -> str
 
 
 def _corpora(origin: Origin | None) -> list[tuple[str, str, str]]:
-    """Return key, object and plain arguments of what only the training builds: its data."""
+    """Return the data of a training: key, name and plain arguments of each object it builds."""
     if origin is None:
         return []
     configuration = origin.run.configuration
@@ -261,7 +267,7 @@ def _corpora(origin: Origin | None) -> list[tuple[str, str, str]]:
 
 
 def _short(node: ScalarNode) -> str:
-    """Return a value; of a path that is one of this machine, the last part."""
+    """Return a value as text; of an absolute path, the last part."""
     text = "null" if tag(node).endswith(":null") else str(node.value)
     return os.path.basename(text.rstrip(os.sep)) if os.path.isabs(text) else text
 
@@ -359,7 +365,12 @@ def _over_items(
     return found
 
 
-def _metrics(results: Mapping[str, Any]) -> str:
+def _with_unit(metric: str, units: Mapping[str, str]) -> str:
+    """Return the name of a metric with its unit, such as "wer (%)"."""
+    return f"{metric} ({units[metric]})" if metric in units else metric
+
+
+def _metrics(results: Mapping[str, Any], units: Mapping[str, str]) -> str:
     if not results["metrics"]:
         return "The run has no record of a test or a validation."
     rows = []
@@ -367,7 +378,7 @@ def _metrics(results: Mapping[str, Any]) -> str:
         items_, seeds = results["items"].get(name), results["seeds"].get(name)
         over_items = f"{number(items_[0])} over {items_[1]} items" if items_ else "–"
         over = f"{number(seeds[0])} ± {number(seeds[1])} over {seeds[2]} seeds" if seeds else "–"
-        rows.append([escaped(name), number(value), over_items, over])
+        rows.append([escaped(_with_unit(name, units)), number(value), over_items, over])
     stage = "test" if results["stage"] == "test" else "validation: the run was not tested"
     heads = ("metric", "this run", "standard deviation", "mean ± standard deviation")
     known = [i for i in range(len(heads)) if i < 2 or any(row[i] != "–" for row in rows)]

@@ -83,6 +83,7 @@ def export(
     Raises:
         ValueError: the folder exists and is not empty, merged weights would not be finite, the
             model has no network for this format, or the file computes something else than torch.
+        OSError: a file cannot be written.
         ImportError: a package is missing that the format needs.
 
     Example::
@@ -118,18 +119,29 @@ def export(
 
 @contextmanager
 def _new(target: Path) -> Iterator[Path]:
-    """Context manager that gives a folder to fill; ``target`` is it as a whole, or not there."""
+    """Context manager that yields a folder to fill, which becomes ``target`` at its end.
+
+    After an error there is neither of the two.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     made = [each for each in target.parents if not each.exists()]  # The innermost first.
     partial = target.parent / f".{target.name}-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
         yield partial
         os.rename(partial, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # Another process has put something there.
             for each in made:
                 each.rmdir()
+        # A user knows the target, and not the temporary folder beside it.
+        if isinstance(error, OSError) and error.strerror:
+            file = error.filename
+            if file is None or Path(os.fsdecode(file)).is_relative_to(partial):
+                raise OSError(f"{target} cannot be written: {error.strerror}") from error
         raise
 
 
@@ -167,19 +179,19 @@ def _write_weights(merged: nn.Module, origin: Origin | None, folder: Path) -> No
         ) from error
     state: Mapping[str, Any] = merged.state_dict()
     if origin is not None and not _adapted(origin):
-        state = origin.weights  # A model that is prepared for use may have others names.
+        state = origin.weights  # `Model.prepare` may have changed names.
     seen: set[int] = set()
     weights: dict[str, Tensor] = {}
     texts = {name: value for name, value in state.items() if isinstance(value, str)}
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             kept = tensor.detach().to("cpu").contiguous()
-            # A tensor of several names, which the format has not, is written under each.
+            # safetensors has no shared tensors: one with several names is written under each.
             weights[name] = kept.clone() if kept.data_ptr() in seen else kept
             seen.add(kept.data_ptr())
     path = folder / WEIGHTS
     save_file(weights, path, {"format": "pt", **texts})
-    os.chmod(path, folder.stat().st_mode & 0o666)  # It is for its owner alone.
+    os.chmod(path, folder.stat().st_mode & 0o666)  # safetensors makes it for its owner alone.
     for name, part in _of_transformers(merged):
         part.save_pretrained(folder / name)
 
@@ -223,7 +235,12 @@ def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
 
 
 def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
-    """Leave in a tree without references what a model needs, with paths below the folder.
+    """Remove from a YAML tree what only training needs, and make paths relative to the folder.
+
+    Args:
+        root: the tree, without references; it is changed in place.
+        source: absolute path of the run folder.
+        recipes: packages of the recipes whose objects the tree builds.
 
     Returns:
         The paths in the run folder that the model needs, relative to it.

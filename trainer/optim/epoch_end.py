@@ -18,7 +18,7 @@ from trainer.metrics import StageReport
 from trainer.optim.step import Update
 from trainer.tree import leaves, map_leaves, plain_number
 
-# Attributes of torch's schedules: number of steps in which they go through their course.
+# Attributes of torch's schedules that hold their length, in steps of the schedule.
 LENGTHS = ("total_steps", "T_max", "total_iters", "total_size", "T_0", "step_size")
 
 logger = logging.getLogger("trainer")
@@ -66,6 +66,10 @@ def all_metrics(report: StageReport) -> dict[str, Any]:
 def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> None:
     """Advance the schedules that count epochs.
 
+    Args:
+        updates: the optimizers with their schedules.
+        metrics: losses and metrics of the epoch, for schedules that watch one.
+
     Raises:
         ValueError: if a schedule watches a metric that the stage did not give.
     """
@@ -77,8 +81,8 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
             update.advance_schedule(_pick(metrics, getattr(schedule, "metric", "loss"), "schedule"))
         else:
             with warnings.catch_warnings():
-                # torch's schedules ask for an optimizer step in this process, which there is none
-                # of right after a resume, nor where fp16 overflowed for a whole epoch.
+                # torch warns if the optimizer has not stepped in this process: right after a resume
+                # it has not, nor where fp16 overflowed for a whole epoch.
                 message = "Detected call of `lr_scheduler.step"
                 warnings.filterwarnings("ignore", message, UserWarning)
                 update.advance_schedule()
@@ -87,7 +91,7 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
 def warn_of_totals(
     updates: Iterable[Update], epochs: int | None, batches: int | None, limit: int | None = None
 ) -> None:
-    """Warn of new schedules of torch's whose length does not fit the run.
+    """Warn of torch schedules, not yet advanced, whose length does not fit the run.
 
     Args:
         updates: the optimizers with their schedules.
@@ -165,7 +169,7 @@ def _describe_stop(early_stopping: Any, epoch: int | None) -> str:
 
 
 def still_stopped(early_stopping: Any) -> bool:
-    """Return True if a run that early stopping has ended stays so: by the present patience."""
+    """Return True if a run that early stopping has ended stays ended with the present patience."""
     return early_stopping is not None and bool(getattr(early_stopping, "is_exhausted", True))
 
 

@@ -116,7 +116,7 @@ class NonFiniteReport:
         """Return the command that replays the batch."""
         assert self.folder is not None
         run, program = self.folder.parents[1 + self.name.count("/")], Path(sys.argv[0])
-        command = f"python -m trainer replay {shlex.quote(str(run))} {self.name}"
+        command = f"cortex replay {shlex.quote(str(run))} {self.name}"
         if not (run / "hyperparams.yaml").is_file() or program.suffix != ".py":
             return command
         if read_text(run, "hyperparams.yaml").startswith(LAUNCH_HEADER):

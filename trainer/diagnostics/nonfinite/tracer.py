@@ -1,7 +1,7 @@
 """Tracer of non-finite steps: reruns the batch of a skipped step, and writes a report.
 
 A skipped step leaves a folder ``nonfinite/<step>/`` in the run folder, with `report.txt` for
-people, `report.json` for programs, and `batch.pt`, from which `python -m trainer replay RUN STEP`
+people, `report.json` for programs, and `batch.pt`, from which `cortex replay RUN STEP`
 reruns the batch. The rerun watches every operation (`probe`) and recognises known causes
 (`diagnoses`). It takes place within `Brain.sandbox`, which restores everything that has state;
 other side effects of a hook, such as a line in a file, happen once more. A failure in it never ends
