@@ -73,9 +73,12 @@ def write_card(
         folder: the export.
         model: the model.
         origin: what it was loaded from, or None.
-        described: the description of the export.
+        described: content of export.json.
         code: example of how to use a network; empty for weights.
-        seeds: runs that differ in their seeds alone.
+        seeds: folders of runs that differ in their seeds alone.
+
+    Raises:
+        ValueError: a folder of ``seeds`` is no run, or differs in more than its seed.
     """
     run = None if origin is None else origin.run.folder
     package = _package(model, origin)
@@ -110,7 +113,12 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$]|(?<=\w):(?=//)|(?<=www)\.|^[-+=]|(?<=^
 
 
 def escaped(text: object, most: int = MAX_TEXT) -> str:
-    """Return a text that Markdown and HTML show as it is, on one line."""
+    """Return a text on one line, with what is special in Markdown or HTML escaped.
+
+    Args:
+        text: anything; its ``str()`` is used.
+        most: maximum number of characters before escaping.
+    """
     line = " ".join(printable(" ".join(str(text).split())).split())
     line = line if len(line) <= most else f"{line[: most - 1]}…"
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -118,7 +126,7 @@ def escaped(text: object, most: int = MAX_TEXT) -> str:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Return lines as a block of code, which none of them can end."""
+    """Return a fenced block of code, with a fence longer than any in the text."""
     lines = [printable(line) for line in text.splitlines()]
     longest = max([2, *(len(run) for line in lines for run in re.findall("`+", line))])
     fence = "`" * (longest + 1)
@@ -126,7 +134,7 @@ def _fenced(text: str, language: str = "") -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of cells that are Markdown already."""
+    """Return a Markdown table of cells in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -136,7 +144,7 @@ def _section(title: str, text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with four digits."""
+    """Return a number with four significant digits, and an integer as it is."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -301,7 +309,11 @@ def _examples(run: Path) -> dict[str, int]:
 
 
 def _results(run: Path | None, seeds: Sequence[str | Path]) -> dict[str, Any]:
-    """Return stage, metrics, their spread over items, and mean and spread over seeds.
+    """Return stage, metrics, their spread over items, and their mean and spread over seeds.
+
+    Returns:
+        ``stage``, "test" or "valid"; ``metrics`` by name; ``items``, by name standard deviation and
+        number of items; ``seeds``, by name mean, standard deviation and number of runs.
 
     Raises:
         ValueError: a run of ``seeds`` is none, or differs in more than its seed.
@@ -412,7 +424,7 @@ def _training(run: Path | None) -> str:
 
 
 def _command(line: str) -> str:
-    """Return a recorded command without its time; of paths of the machine the last parts."""
+    """Return a recorded command without its time, and of absolute paths only the last parts."""
     words = line.split(" ")[2:] if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) else [line]
     try:
         given = shlex.split(" ".join(words))
@@ -428,7 +440,7 @@ def _command(line: str) -> str:
 
 
 def _options(command: str) -> list[str]:
-    """Return the options of a command, without those that say where it writes and shows."""
+    """Return the options of a command, except those for its output and its progress bar."""
     given, found = shlex.split(command), []
     place = 0
     while place < len(given):
