@@ -86,7 +86,7 @@ def write_card(
     title = _title(package, model)
     results = _results(run, seeds)
     answers = _tasks(model)
-    units: Mapping[str, str] = getattr(model, "units", {})
+    units = _units(model, origin)
     parts = [
         _front_matter(name, title, answers, described["format"], origin, results, units),
         f"# {escaped(title)}",
@@ -375,6 +375,16 @@ def _over_items(
                 if near:
                     found[name] = statistics.stdev(values), len(values)
     return found
+
+
+def _units(model: Model | Brain, origin: Origin | None) -> Mapping[str, str]:
+    """Return units of metrics by name: those of the model, for a Brain of its recipe's model."""
+    kind: type = type(model)
+    if not hasattr(kind, "units") and origin is not None:
+        with suppress(ValueError, ImportError):  # It is of no recipe that has a model.
+            kind = origin.run.model_class()
+    units: Mapping[str, str] = getattr(kind, "units", {})
+    return units
 
 
 def _with_unit(metric: str, units: Mapping[str, str]) -> str:
