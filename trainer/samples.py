@@ -1,4 +1,4 @@
-"""Samples of a run: rows of sounds, pictures, texts and numbers for people, by `Brain.show`.
+"""Samples of a run: rows of sounds, pictures, texts and numbers that `Brain.show` records.
 
     brain.show("test", [
         {"id": "a-1", "text": Aligned("the cat", "a cat"), "sound": Audio(wave, 16000), "WER": 50},
@@ -49,7 +49,7 @@ class Audio:
         spectrogram: show the spectrogram, too.
 
     Raises:
-        ValueError: for another shape, and a rate that is not positive.
+        ValueError: for another shape, and a rate that is not a whole number above 0.
     """
 
     samples: Tensor
@@ -104,7 +104,9 @@ class Image:
     def __post_init__(self) -> None:
         if self.values.dim() != 2 or not self.values.numel():
             shape = list(self.values.shape)
-            raise ValueError(f"Image has values of shape {shape}; allowed: (rows, columns)")
+            raise ValueError(
+                f"Image has values of shape {shape}; allowed: (rows, columns), both above 0"
+            )
 
     def png(self) -> bytes:
         """Return the picture as a PNG file of at most `MAX_PIXELS`; NaN is dark."""
@@ -158,8 +160,8 @@ class Matrix:
     """Table of counts, such as a confusion matrix; a picture where it is large.
 
     Args:
-        values: (rows, columns), as a tensor or lists.
-        labels: names of the rows, and of the columns.
+        values: counts (n, n), as a tensor or lists.
+        labels: names of the n rows, which are those of the columns, too.
         rows: meaning of the rows.
         columns: meaning of the columns.
 
@@ -175,7 +177,10 @@ class Matrix:
     def __post_init__(self) -> None:
         shape, count = list(torch.as_tensor(self.values).shape), len(self.labels)
         if shape != [count, count] or not count:
-            raise ValueError(f"Matrix has values of shape {shape} and {count} labels")
+            raise ValueError(
+                f"Matrix has values of shape {shape} and {count} labels; allowed: (n, n) and n "
+                "labels, n > 0"
+            )
 
     def image(self) -> Image:
         """Return the matrix as a picture of shares of its rows, the first row on top."""
@@ -234,7 +239,7 @@ class Samples:
 
     Args:
         title: name of the set, such as "test"; a later set of that name replaces it.
-        rows: a mapping from names to cells for each; "id" is its heading.
+        rows: for each row a mapping from names of columns to cells; the cell "id" is its heading.
         step: optimizer steps since the run began.
         epoch: current epoch; None in a test.
         note: a sentence above the rows.
@@ -304,7 +309,7 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
         signal: samples (T,) in [-1, 1].
         rate: sample rate in Hz, which is kept.
     """
-    # What has come from a 16-bit file is exactly that again.
+    # Samples that were read from a 16-bit file are written exactly as they were.
     pcm, file = (signal * 32768).round().clamp(max=32767).to(torch.int16), io.BytesIO()
     try:
         import soundfile

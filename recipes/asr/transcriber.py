@@ -1,8 +1,10 @@
 """Transcribing with a trained recogniser.
 
-model = trainer.load("results/asr/demo/1234")
-transcript = model.transcribe("x.flac")
-print(transcript, transcript.words)
+    model = trainer.load("results/asr/demo/1234")
+    transcript = model.transcribe("x.flac")
+    print(transcript, transcript.words)
+
+Neither the training nor its data are imported.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ def test_limits_that_are_no_numbers(bad: Any) -> None:
         (lambda: clipping.PatternClip([1]), r"PatternClip: limits is \[1\]; allowed: a mapping"),
         (lambda: clipping.MixedClip([]), r"MixedClip: clips is \[\]; allowed: a list"),
         (lambda: clipping.MixedClip([5.0]), "MixedClip: one of its clips is 5.0; allowed: kinds"),
-        (lambda: clipping.MixedClip([one := NormClip(), one]), "the same object is there twice"),
+        (lambda: clipping.MixedClip([one := NormClip(), one]), "has the same object twice"),
     ],
 )
 def test_clippers_that_cannot_be(build: Any, sentence: str) -> None:

@@ -354,6 +354,17 @@ def test_what_torch_refuses_in_tuples_becomes_a_list() -> None:
     assert collate_plain([{"x": 1, "y": None}, {"y": 2, "x": 3}])["y"] == [None, 2]
     with pytest.raises(ValueError, match="differ in their types: dict and int"):
         collate([{"x": 1}, 1])
+    with pytest.raises(
+        ValueError, match="an example of a batch is of type int; allowed: a mapping"
+    ):
+        collate([1, 2])
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="collate got no examples"):
+        collate([])
+    with pytest.raises(ValueError, match="pad got no tensors"):
+        pad([])
 
 
 def test_a_batch_unpacks_to_its_values() -> None:

@@ -112,6 +112,27 @@ def test_a_state_goes_on_bit_for_bit_from_every_step(kind: str) -> None:
         assert same(copy.state_dict(), net.state_dict())
 
 
+@pytest.mark.parametrize("steps", [1, 15, 24, 25, 40])
+@pytest.mark.parametrize("now", [1, 10, 25, 100])
+def test_zclip_clips_spikes_in_a_run_that_resumes_with_another_warm_up(
+    steps: int, now: int
+) -> None:
+    params = [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+
+    def step(clip: clipping.ZClip, norm: float) -> bool:
+        return clipped(clip, optimizer, [torch.tensor([norm])])[1]
+
+    before, after = clipping.ZClip(warmup_steps=25), clipping.ZClip(warmup_steps=now)
+    for number in range(steps):
+        step(before, 1.0 + number % 2)
+    after.load_state_dict(before.state_dict())
+    for number in range(100):
+        step(after, 1.0 + number % 2)
+    assert step(after, 1000.0)
+    assert 1.0 <= after.limit < 10.0
+
+
 @every_kind
 def test_layers_that_begin_at_zero_move(kind: str) -> None:
     zeroed = network()

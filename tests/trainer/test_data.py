@@ -545,6 +545,11 @@ def test_a_batch_sampler_says_the_batches() -> None:
         ({"drop_last": "no"}, "drop_last must be true or false; got 'no'"),
         ({"collate_fn": "pad"}, "collate_fn must be a function; got 'pad'"),
         ({"batchsize": 3}, r"unknown loader options \['batchsize'\]; known are \['batch_sampler'"),
+        ({"sampler": 5}, "sampler must be an iterable, such as a torch Sampler; got 5"),
+        ({"batch_sampler": "random"}, "batch_sampler must be an iterable, .*; got 'random'"),
+        ({"timeout": -1}, r"timeout must be a number of seconds, 0 or more \(0: never\); got -1"),
+        ({"timeout": "5"}, "timeout must be a number of seconds, .*; got '5'"),
+        ({"max_bad": 5}, r"max_bad must be a number in \[0, 1\]; got 5"),
         ({"on_bad": "ignore"}, "on_bad must be 'skip' or 'raise', got 'ignore'"),
     ],
 )

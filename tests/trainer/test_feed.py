@@ -98,6 +98,14 @@ def test_what_gives_no_batches_is_refused() -> None:
         feed([], kwargs={"batch_size": 2})
 
 
+def test_a_loader_that_is_no_iterable_is_refused() -> None:
+    with pytest.raises(ValueError, match="made for the train set is a NoneType; allowed"):
+        make_feed(
+            TensorDataset(torch.arange(3.0)), train=True, name="train", device=CPU,
+            options=RunOptions(), make_loader=lambda dataset: None, loader_kwargs={},
+        )  # fmt: skip
+
+
 class Rows:
     """A dataset of another library: it has items and a length, and a sequence it is not."""
 

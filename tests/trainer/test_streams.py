@@ -277,7 +277,7 @@ def test_a_dataset_that_asks_for_the_id_of_its_worker_alone_is_told_of(
         logger.removeHandler(handler)
         handler.close()
     text = (tmp_path / "log").read_text()
-    assert ("ById asks for the id of its worker, and not for their number" in text) != told
+    assert ("ById asks for the id of its worker, and not for the number" in text) != told
     assert not told or sorted(map(int, items)) == list(range(13))
 
 

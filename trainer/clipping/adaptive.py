@@ -148,7 +148,8 @@ class ZClip(checks.Stateful, Clip):
         norm = gradients.norm
         if not _is_usable(norm):
             return False
-        if len(self.first) < self.warmup_steps:
+        # A run that resumes within the warm-up, with fewer steps of it, has no mean yet.
+        if len(self.first) < self.warmup_steps or not self.mean:
             self._warm_up(norm)
             self.limit = self.max_norm
         else:
@@ -158,10 +159,10 @@ class ZClip(checks.Stateful, Clip):
     def _warm_up(self, norm: float) -> None:
         """Collect a norm; the last one gives the first mean and variance."""
         self.first.append(norm)
-        if len(self.first) == self.warmup_steps:
-            self.mean = math.fsum(self.first) / self.warmup_steps
+        if len(self.first) >= self.warmup_steps:
+            self.mean = math.fsum(self.first) / len(self.first)
             squares = ((each - self.mean) ** 2 for each in self.first)
-            self.variance = math.fsum(squares) / self.warmup_steps
+            self.variance = math.fsum(squares) / len(self.first)
 
     def _update(self, norm: float) -> float:
         """Return the limit for this norm, and update mean and variance."""
@@ -182,9 +183,9 @@ class AdaGC(checks.Stateful, Clip):
 
     AdaGC, Wang et al. 2025 (arXiv 2502.11034, algorithm 1), with the paper's defaults. During the
     first ``warmup_steps`` steps the joint norm of all tensors is clipped at λ_abs instead, and γ is
-    the smallest norm that the tensor had after that. A tensor whose gradients have all been 0 has
-    no γ and is not clipped. The reported ``limit`` is the joint norm that was allowed: λ_abs, then
-    the joint norm of all λ_rel·γ.
+    the smallest norm of the tensor after that clipping. A tensor whose gradients have all been 0
+    has no γ and is not clipped. The reported ``limit`` is the joint norm that was allowed: λ_abs,
+    then the joint norm of all λ_rel·γ.
 
     Args:
         beta: decay β of the average, in [0, 1).
@@ -216,7 +217,7 @@ class AdaGC(checks.Stateful, Clip):
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.finite:
             return False
-        # The squares of a small tensor may vanish beside larger ones; here its own norm matters.
+        # The joint norm may be reliable where that of a small tensor is not: measure these again.
         small = [i for i, norm in enumerate(gradients.norms) if not is_reliable(norm)]
         again = dict(zip(small, safe_norms([gradients.tensors[i] for i in small]), strict=True))
         gradients.norms = [again.get(i, norm) for i, norm in enumerate(gradients.norms)]

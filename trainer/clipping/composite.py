@@ -128,10 +128,12 @@ class MixedClip(Clip):
                     "but MixedClip itself"
                 )
         if len({id(each) for each in clips}) < len(clips):
-            raise ValueError("MixedClip: the same object is there twice; make two")
+            raise ValueError(
+                "MixedClip: clips has the same object twice; allowed: a different object for each"
+            )
         self.clips: list[Clip] = list(clips)
         self.limit = self.clips[0].limit
-        self._slices: list[tuple[int, int]] = []
+        self._slices: list[tuple[int, int]] = []  # Of `extra`, for each kind.
 
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer

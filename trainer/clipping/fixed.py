@@ -62,7 +62,7 @@ class NormClip(Clip):
         return [] if self.p == 2.0 else [norms(gradients.tensors, self.p) * factor]
 
     def p_norms(self, gradients: Gradients) -> list[float]:
-        """Return the p-norm of each tensor."""
+        """Return the p-norm of each tensor, (len(gradients.tensors),)."""
         if self.p == 2.0:
             return gradients.norms
         if is_reliable(joint(gradients.extra[0], self.p), self.p):

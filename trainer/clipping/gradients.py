@@ -26,7 +26,7 @@ SMALLEST_POWER = 1e-30
 SMALLEST_COEFFICIENT = 1e-30
 
 COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
-WIDE = {torch.float32, torch.float64, *COMPLEX}  # No dtype of half precision.
+WIDE = {torch.float32, torch.float64, torch.complex64, torch.complex128}  # No half precision.
 
 
 class Gradients:
@@ -81,20 +81,24 @@ class Gradients:
         return [i for i, p in enumerate(every) if p.grad is not None]
 
     def measure(self, factor: float | Tensor = 1.0) -> Tensor:
-        """Measure the gradients, without waiting for the device.
+        """Return the norms and what the clipper measures, without waiting for the device.
 
         Args:
             factor: number or scalar tensor by which `rescale` will multiply the gradients.
 
         Returns:
-            Numbers (K,) on the device, which `take` wants.
+            Numbers (K,) on the device; give them to `take` once they are on the host.
         """
         found = norms(self.tensors)
         extra = self._measure_extra(self, factor) if self.tensors and self._measure_extra else ()
         return torch.cat([found, *extra]) if extra else found
 
     def take(self, values: list[float]) -> None:
-        """Set norms and extra from the numbers of `measure`."""
+        """Set ``norms``, ``norm`` and ``extra``.
+
+        Args:
+            values: the numbers that `measure` returned.
+        """
         number = len(self.tensors)
         self.norms = values[:number]
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
@@ -117,7 +121,11 @@ class Gradients:
         return math.isfinite(self.norm)
 
     def keep(self, flags: Sequence[bool]) -> None:
-        """Drop the gradients whose flag is false, as if their parameters were frozen."""
+        """Drop some gradients, as if their parameters were frozen.
+
+        Args:
+            flags: for each tensor, False to drop it.
+        """
         if all(flags):
             return
         for param, kept in zip(self.params, flags, strict=True):
@@ -130,7 +138,11 @@ class Gradients:
         self.norm = self.norm_after = joint(self.norms)
 
     def rescale(self, factor: float) -> None:
-        """Multiply gradients and norms in place, to turn sums into means."""
+        """Multiply gradients and norms in place, to turn sums into means.
+
+        Args:
+            factor: the number that `measure` was given.
+        """
         _multiply(self.tensors, [factor] * len(self.tensors))
         self.norms = [norm * factor for norm in self.norms]
         self.norm = self.norm_after = joint(self.norms)
@@ -153,9 +165,9 @@ class Gradients:
         for number, group in enumerate(self.groups):
             stop = start + sum(p.grad is not None for p in group["params"])
             if "max_grad_norm" in group:
-                limit_and_members = limit_of(group["max_grad_norm"]), list[int]()
-                key = group.get("clipped_with", number)
-                found.setdefault(key, limit_and_members)[1].extend(range(start, stop))
+                own = limit_of(group["max_grad_norm"])
+                _, members = found.setdefault(group.get("clipped_with", number), (own, []))
+                members += range(start, stop)
             else:
                 rest += range(start, stop)
             start = stop
@@ -167,10 +179,10 @@ class Gradients:
         Returns:
             True if any coefficient is not 1.
         """
-        places = [i for i, coefficient in enumerate(coefficients) if coefficient != 1.0]
-        if not places:
+        changed = [i for i, coefficient in enumerate(coefficients) if coefficient != 1.0]
+        if not changed:
             return False
-        _multiply([self.tensors[i] for i in places], [coefficients[i] for i in places])
+        _multiply([self.tensors[i] for i in changed], [coefficients[i] for i in changed])
         old = self.factors or [1.0] * len(self.tensors)
         self.factors = [f * c for f, c in zip(old, coefficients, strict=True)]
         self.norm_after = joint(self.norms_after())
@@ -256,7 +268,12 @@ def _real(tensor: Tensor, p: float) -> Tensor:
 
 
 def safe_norms(tensors: Sequence[Tensor], p: float = 2.0) -> list[float]:
-    """Return the p-norm of each tensor at any scale: m · ‖g / m‖ with m = max|g| (syncs)."""
+    """Return the p-norm of each tensor at any scale: m · ‖g / m‖ with m = max|g| (syncs).
+
+    Args:
+        tensors: tensors of any shapes, dtypes and devices; not sparse.
+        p: the order of the norm, above 0; inf is the largest absolute value.
+    """
     if not tensors:
         return []
     wide = [t.float() if t.dtype.itemsize < 4 else t for t in tensors]
@@ -295,7 +312,8 @@ def _multiply(tensors: list[Tensor], coefficients: Sequence[float]) -> None:
         coefficients, times = [math.sqrt(each) for each in coefficients], 2
     factors: Any = coefficients[0] if len(set(coefficients)) == 1 else list(coefficients)
     if all(map(attrgetter("is_cpu"), tensors)):
-        # There, foreach is fastest by a tensor, and rounds a Python number to half precision.
+        # On the CPU foreach is fastest with a tensor, and would round a Python number to half
+        # precision.
         wide = max(map(attrgetter("dtype.itemsize"), tensors)) > 4
         factors = torch.tensor(factors, dtype=torch.float64 if wide else torch.float32)
         factors = factors.unbind() if factors.dim() else factors
@@ -375,8 +393,8 @@ class Clip:
         if limited and not self.by_group:
             raise ValueError(
                 f"the optimizer {owner!r} has two clippers: {type(self).__name__}, and parameter "
-                "groups with a max_grad_norm of their own, which that does not heed; leave one "
-                "out, or use trainer.clipping.NormClip, LayerClip or ValueClip"
+                "groups with a max_grad_norm of their own, which it ignores; leave one out, or "
+                "use trainer.clipping.NormClip, LayerClip or ValueClip"
             )
 
     def __call__(self, gradients: Gradients) -> bool:

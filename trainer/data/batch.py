@@ -37,7 +37,7 @@ class Padded(NamedTuple):
         """Return the lengths as fractions of the padded length, between 0 and 1, (B,)."""
         return self.lengths / max(self.data.shape[1], 1)
 
-    def _refuse(self, other: Any) -> Any:  # A tuple would be repeated or made longer.
+    def _refuse(self, other: Any) -> Any:  # Of a tuple, + and * would join and repeat the fields.
         raise TypeError("arithmetic with a Padded, which is a tensor and its lengths")
 
     __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # type: ignore[misc]
@@ -55,9 +55,11 @@ def pad(tensors: Sequence[Tensor], value: float = 0.0) -> Padded:
         Data (B, max T_i, …) and lengths T_i (B,).
 
     Raises:
-        ValueError: the tensors differ in another dimension, or one of them is a scalar; no dtype
-            holds the numbers of all of them, or the padding.
+        ValueError: there are no tensors; they differ in another dimension, or one of them is a
+            scalar; no dtype holds the numbers of all of them, or the padding.
     """
+    if not len(tensors):
+        raise ValueError("pad got no tensors; allowed: one or more")
     shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
     if len(shapes) != 1 or any(tensor.dim() == 0 for tensor in tensors):
         shown = [tuple(tensor.shape) for tensor in tensors]
@@ -197,14 +199,21 @@ def collate(items: Sequence[Any]) -> Any:
         A `Batch` of mappings; of dataclasses, one of the same type.
 
     Raises:
-        ValueError: the examples differ in their fields, or a field cannot be joined; the message
-            names it.
+        ValueError: there are no examples, they have no fields or differ in them, or a field cannot
+            be joined; the message names it.
     """
+    if not len(items):
+        raise ValueError("collate got no examples; allowed: one or more")
     fields = _join_fields(items)
     return Batch(fields, len(items)) if isinstance(items[0], Mapping) else rebuilt(items[0], fields)
 
 
 def _join_fields(items: Sequence[Any]) -> dict[Any, Any]:
+    if not is_container(items[0]):
+        raise ValueError(
+            f"an example of a batch is of type {type(items[0]).__name__}; allowed: a mapping or "
+            "dataclass"
+        )
     for item in items:
         if not is_container(item):
             kinds = f"{type(items[0]).__name__} and {type(item).__name__}"
@@ -259,7 +268,7 @@ def _join(values: list[Any]) -> Any:
 
 
 def _as_tensor(value: Any) -> Tensor | None:
-    """Return a tensor, number, or array of numbers as a tensor; None for anything else."""
+    """Convert a tensor, number, or array of numbers to a tensor; return None for anything else."""
     if isinstance(value, Tensor):
         return value
     if is_array(value):
@@ -282,7 +291,13 @@ def is_array(value: Any) -> bool:
 
 
 def collate_plain(items: list[Any]) -> Any:
-    """Join examples as torch's `default_collate` does, and what that refuses to a list.
+    """Join examples as torch's `default_collate` does; values that it refuses become a list.
+
+    Args:
+        items: B examples of any type.
+
+    Returns:
+        A batch of the type that `default_collate` returns; a list of length B of what it refuses.
 
     Raises:
         ValueError: mappings differ in their keys, of which torch would drop some.
@@ -379,7 +394,7 @@ def _first_size(batch: Any) -> int | None:
         return int(batch.batch_sizes[0])
     if not is_container(batch):
         return len(batch) if isinstance(batch, Batch) else None
-    # Tensors are asked first: to ask for an abstract class takes long.
+    # Tensors are tested first, since isinstance of an abstract class such as Mapping is slow.
     if isinstance(batch, list) and any(
         not isinstance(part, Tensor) and (isinstance(part, Mapping) or is_dataclass(part))
         for part in batch
@@ -410,7 +425,7 @@ def _is_ragged(parts: Sequence[Any]) -> bool:
 
 
 def batch_ids(batch: Any) -> list[str]:
-    """Return the names of the examples in a batch: its field or attribute ``id``, or none."""
+    """Return the names of the examples in a batch: its field or attribute ``id``; [] without."""
     ids: Any = batch.get("id", []) if isinstance(batch, Mapping) else getattr(batch, "id", [])
     if isinstance(ids, Tensor) or is_array(ids):
         ids = ids.tolist()
@@ -424,15 +439,15 @@ def batch_sizes(batch: Any) -> str:
     if isinstance(batch, Batch):
         batch = dict(batch)
     parts = parts_of(batch) if is_container(batch) else _attributes(batch)
-    told = []
+    found = []
     for name, part in parts.items():
         padded = isinstance(part, tuple) and len(part) == 2
         data, lengths = part if padded else (part, None)
         if isinstance(data, Tensor):
-            told.append(f"{name} {tuple(data.shape)}")
+            found.append(f"{name} {tuple(data.shape)}")
             if isinstance(lengths, Tensor) and lengths.dim() == 1:
-                told[-1] += f" of lengths {' '.join(f'{n:g}' for n in lengths.tolist())}"
-    return ", ".join(told)
+                found[-1] += f" of lengths {' '.join(f'{n:g}' for n in lengths.tolist())}"
+    return ", ".join(found)
 
 
 def add_advice(error: BaseException, batch: Any) -> None:

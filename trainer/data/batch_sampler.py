@@ -21,11 +21,11 @@ from trainer.seed import derive, fork_rng, is_generator
 
 logger = logging.getLogger("trainer.data")
 
-# By these, the code of a dataset asks for its rank.
+# Names by which the code of a dataset asks for its rank.
 RANK_NAMES = frozenset({
     "rank", "world_size", "num_replicas", "get_rank", "get_world_size", "RANK", "WORLD_SIZE",
 })  # fmt: skip
-FALLBACKS = 16  # Among so many items after a batch, at least one can be expected to be good.
+FALLBACKS = 16  # Items after a batch without a good one that are tried in its place.
 
 
 def components(source: Any) -> list[Any]:
@@ -49,7 +49,7 @@ def knows_ranks(source: Any) -> bool:
     that it holds, asks for them.
     """
     parts = components(source)
-    for part in parts:  # It grows.
+    for part in parts:  # The loop also visits what it appends.
         if isinstance(part, IterableDataset):
             held = getattr(part, "__dict__", {}).values()
             parts += [
@@ -57,8 +57,8 @@ def knows_ranks(source: Any) -> bool:
                 for each in held
                 if isinstance(each, IterableDataset) and not any(each is other for other in parts)
             ]
-    told = [bool(part.splits_by_rank) for part in parts if hasattr(part, "splits_by_rank")]
-    return told[0] if told else any(_knows_ranks(part) for part in parts)
+    declared = [bool(part.splits_by_rank) for part in parts if hasattr(part, "splits_by_rank")]
+    return declared[0] if declared else any(_knows_ranks(part) for part in parts)
 
 
 def _knows_ranks(part: Any) -> bool:
@@ -103,7 +103,8 @@ def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
             if isinstance(each, FunctionType) and not each.__module__.startswith("trainer.")
         ]
     codes = [code for code in codes if not elsewhere or elsewhere not in code.co_filename]
-    for code in codes:  # It grows: comprehensions and functions within are constants.
+    # The loop also visits what it appends: comprehensions and functions within are constants.
+    for code in codes:
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
     return any(names & {*code.co_names, *code.co_consts, *arguments} for code in codes)
 
@@ -206,7 +207,7 @@ class DistributedBatchSampler:
         self.ranks = _ranks_of(sampler, world_size)
         self._ranks = 1 if self.ranks == world_size else world_size
         self.epoch, self.start = 0, 0
-        # An epoch, the items of all ranks, and this rank's batches.
+        # Number of an epoch, its items of all ranks, and this rank's batches.
         self._cached: tuple[int, list[Any], list[Sequence[Any]]] | None = None
         self._warned = False
 
@@ -227,7 +228,7 @@ class DistributedBatchSampler:
     def __iter__(self) -> Iterator[BatchIndex]:
         start, self.start = self.start, 0
         batches: Iterable[Sequence[Any]] = self._rounds()
-        ahead: list[Any] = []  # All items in order, and the first ones again.
+        ahead: list[Any] = []  # All items in order, then the first ones again, for fallbacks.
         if hasattr(self.sampler, "__len__"):
             batches = self._epoch_batches()
             if start > len(batches):

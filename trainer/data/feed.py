@@ -52,7 +52,7 @@ class DataFeed:
         self._at: dict[str, Any] | None = None  # The last epoch, and its last batch if it runs.
         self._saved: Mapping[str, Any] = {}
         if not isinstance(source, (list, tuple)):
-            source.alone = False  # `judge_bad` judges.
+            source.alone = False  # Bad items are judged in `judge_bad`, for all ranks.
 
     def length(self) -> int | None:
         """Return the number of batches in an epoch on this rank; None where it is unknown."""
@@ -63,8 +63,8 @@ class DataFeed:
         if self._split and self._repeated is None:
             rank, world = distributed.rank(), distributed.world_size()
             size = size // world if self._train else len(range(rank, size, world))
-        for most in (self._limit, self._repeat):
-            size = min(size, most) if most else size
+        for limit in (self._limit, self._repeat):
+            size = min(size, limit) if limit else size
         return size
 
     @property
@@ -78,23 +78,23 @@ class DataFeed:
         return self._source.describe_wait()
 
     def undo_draws(self) -> None:
-        """Restore the generators that a batch has drawn from which did not come to its end."""
+        """Restore random generators to before the batch that is being loaded drew from them."""
         assert isinstance(self._source, Loader | Stream)
         self._source.undo_draws()
 
     @property
     def stateful(self) -> Any:
-        """Return the loader whose own state says where to go on; None where batches are skipped."""
+        """The loader whose own state resumes an epoch; None where batches are skipped instead."""
         streams = isinstance(self._source, Stream) and not self._repeat
         return self._source.stateful if streams else None  # type: ignore[union-attr]
 
     @property
     def sources(self) -> list[Any]:
-        """Objects whose place in an epoch is the feed's concern."""
+        """Objects whose position in an epoch is saved by the feed."""
         return self._source.sources if isinstance(self._source, Stream) else []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place of the source; empty if there is none to rely on."""
+        """Return the position of the source; empty if it has none that a resumed run can use."""
         if self._at is None or self.stateful is None:
             return {}
         assert isinstance(self._source, Stream)
@@ -102,7 +102,7 @@ class DataFeed:
         return {} if position is None else {**self._at, "position": position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep a place for the next `from_batch`, which goes on there if it is asked to."""
+        """Keep a saved position; the next `from_batch` uses it if it starts at the same batch."""
         self._saved = state
 
     def begin(self, epoch: int) -> int | None:
@@ -123,12 +123,13 @@ class DataFeed:
         """
         if self._repeat and self._repeated is None:
             self.begin(1)
-            with fork_rng(derive(self._seed, "repeated")):  # They are the same in a resumed run.
+            with fork_rng(derive(self._seed, "repeated")):  # A resumed run draws the same ones.
                 self._repeated = list(islice(self._batches(0), self._repeat))
         size, number = self.begin(epoch), start
         saved, self._saved = self._saved, {}
-        place = (saved.get("epoch"), saved.get("batch"))
-        fits = place == (epoch, start) or (start == 0 and place[1] is None)
+        saved_epoch, saved_batch = saved.get("epoch"), saved.get("batch")
+        between_epochs = start == 0 and saved_batch is None
+        fits = (saved_epoch, saved_batch) == (epoch, start) or between_epochs
         position = saved.get("position") if fits else None
         batches: Iterable[Any]
         if self._repeated:
@@ -216,11 +217,11 @@ def make_feed(
         whole: give every rank all batches.
 
     Raises:
-        ValueError: ``source`` is nothing of the above, or is no dataset and there are loader
-            options.
+        ValueError: ``source`` is none of the above, or is no dataset and there are loader options;
+            ``make_loader`` returned something that is no iterable.
     """
     loader = source
-    listing = isinstance(source, Mapping)  # Of items, such as those of a dataset that is to be.
+    listing = isinstance(source, Mapping)  # Perhaps of items, of which a dataset is to be made.
     if listing and not makes_datasets:
         raise ValueError(
             f"the {name} set is a mapping, a {type(source).__name__}; give one of its parts: "
@@ -230,6 +231,11 @@ def make_feed(
         raise ValueError(f"the loader options of the {name} set name a dataset, which is given")
     if listing or _is_dataset(source):
         loader = make_loader(source, **loader_kwargs)
+        if not isinstance(loader, Iterable):
+            raise ValueError(
+                f"the loader that was made for the {name} set is a {type(loader).__name__}; "
+                "allowed: a DataLoader or any iterable of batches"
+            )
     elif loader_kwargs:
         raise ValueError(
             f"loader options {sorted(loader_kwargs)} were given for the {name} set, but a "

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 
+from trainer import checks
 from trainer.data.batch import count_examples
 from trainer.data.batch_sampler import BatchIndex, components, generators, knows_ranks
 from trainer.seed import derive, reseed, seed_generator
@@ -46,7 +47,7 @@ class _Loading:
     Args:
         seed: random seed of its loader.
         epoch: its epoch.
-        bad: path and reason of each of its bad items.
+        bad: path and reason of each bad item so far.
     """
 
     seed: int = 0
@@ -56,7 +57,8 @@ class _Loading:
 
 _loading = _Loading()
 _END = object()  # Follows the last item.
-# By id of a part that has ``set_epoch``: what called it last. Loaders may share a dataset.
+# The caller that set the epoch last, by the id of a dataset with ``set_epoch``: loaders may share
+# a dataset.
 _epoch_set_by: WeakValueDictionary[int, BatchDataset] = WeakValueDictionary()
 
 
@@ -155,13 +157,14 @@ class BadItemPolicy:
         loaded: items that this process loaded, or skipped, in the current epoch.
 
     Raises:
-        ValueError: ``on_bad`` is neither "skip" nor "raise".
+        ValueError: ``on_bad`` is neither "skip" nor "raise", or ``max_bad`` is out of range.
     """
 
     def __init__(self, on_bad: str, max_bad: float) -> None:
         if on_bad not in ("skip", "raise"):
             raise ValueError(f"on_bad must be 'skip' or 'raise', got {on_bad!r}")
-        self.on_bad, self.max_bad = on_bad, max_bad
+        self.on_bad = on_bad
+        self.max_bad = checks.within("bad items", "max_bad", max_bad, 0.0, 1.0)
         self._logged: set[str] = set()
         self.start_epoch()
 
@@ -309,13 +312,12 @@ class BatchDataset(Dataset[Any]):
     ) -> None:
         self.dataset, self.collate_fn = dataset, collate_fn
         self.seed, self.train, self.single = seed, train, single
-        # The index that each worker is loading, or -1; and that of the process without workers.
-        self._current = torch.full((workers,), -1).share_memory_()
-        self._own: Any = None
+        self._current = torch.full((workers,), -1).share_memory_()  # Index that each worker loads.
+        self._own: Any = None  # Index that the process without workers loads.
         self._epoch: int | None = None
-        self._setters: list[Any] = []  # Have ``set_epoch``.
-        self._held: list[Any] = []  # Random generators of the dataset's own.
-        while isinstance(dataset, Subset):  # Its own `__getitems__` gains nothing.
+        self._setters: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
+        self._held: list[Any] = []  # Random generators that the dataset holds.
+        while isinstance(dataset, Subset):  # It has `__getitems__` whether its dataset does or not.
             dataset = dataset.dataset
         self._together = not single and getattr(dataset, "__getitems__", None) is not None
 
@@ -339,11 +341,11 @@ class BatchDataset(Dataset[Any]):
             return int(count_files(indices)), "files"
         hashable = all(isinstance(index, Hashable) for index in indices)
         items = len(set(indices) if hashable else indices)
-        # An index of ``single`` may be a batch.
+        # With ``single`` an index may stand for many items.
         return max(items, len(dataset)) if self.single else items, "items"
 
     def _set_epoch(self, epoch: int) -> None:
-        """Tell the dataset the epoch; here, since a worker may outlive it."""
+        """Tell the dataset the epoch; at each batch, since a worker may outlive the epoch."""
         if epoch != self._epoch:
             self._setters = [
                 part for part in components(self.dataset) if hasattr(part, "set_epoch")
@@ -390,7 +392,7 @@ class BatchDataset(Dataset[Any]):
             _loading.bad.clear()
             return None
         except Exception as error:
-            self._load(indices)  # Raises too, as a rule, and names the item.
+            self._load(indices)  # Usually raises the same error, with the name of the item.
             error.add_note(f"while loading {self._names(indices)}")
             raise
 
@@ -484,17 +486,18 @@ class DealtItems(IterableDataset[Any]):
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
         self._workers, self._asked, self._asked_id = 1, False, False
-        self._position = self._start = 0  # Items that were read; those before an iteration.
+        self._position = 0  # Number of items that were read.
+        self._start = 0  # Position at which the next iteration starts.
         self.ended = False
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
-        told = hasattr(dataset, "splits_by_rank")
-        if rank == 0 and not self.equal and not told:
+        declared = hasattr(dataset, "splits_by_rank")
+        if rank == 0 and not self.equal and not declared:
             logger.info(
                 "%s gives each of %d ranks items of its own, since it asks for its rank; with the "
                 "attribute splits_by_rank = False its items are dealt among them",
                 type(dataset).__name__, world_size,
             )  # fmt: skip
-        if rank == 0 and self._world > 1 and not told:
+        if rank == 0 and self._world > 1 and not declared:
             logger.warning(
                 "each of %d ranks reads all items of %s and keeps its share; a dataset with the "
                 "attribute splits_by_rank = True gives each rank items of its own",
@@ -514,7 +517,7 @@ class DealtItems(IterableDataset[Any]):
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
         position, self._start, self.ended = self._start, 0, False
-        last = self._world - 1 if self.train else self._rank  # Whose item completes a round.
+        last = self._world - 1 if self.train else self._rank  # Yield once that rank's item is read.
         self._seed(position, number)
         self._asked_id = False
         items, own = iter(self.dataset), None
@@ -546,9 +549,9 @@ class DealtItems(IterableDataset[Any]):
     def _warn_of_id(self, worker: int) -> None:
         if self._asked_id and worker == 0 and not self._asked and self._by_worker is None:
             logger.warning(
-                "%s asks for the id of its worker, and not for their number: its items are dealt "
-                "among the workers. Where each worker has items of its own, most are lost: set its "
-                "attribute splits_by_worker to True; False is what is done now",
+                "%s asks for the id of its worker, and not for the number of workers: its items "
+                "are dealt among the workers, as with the attribute splits_by_worker = False. If "
+                "each worker reads items of its own, most are lost so: set it to True",
                 type(self.dataset).__name__,
             )
 

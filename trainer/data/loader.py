@@ -24,7 +24,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -174,6 +174,17 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("collate_fn", "worker_init_fn"):
         if not (options.get(name) is None or callable(options[name])):
             raise ValueError(f"{name} must be a function; got {options[name]!r}")
+    for name in ("sampler", "batch_sampler"):
+        value = options.get(name)
+        listed = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+        if value is not None and (not listed or isinstance(value, (str, bytes))):
+            raise ValueError(f"{name} must be an iterable, such as a torch Sampler; got {value!r}")
+    value = options.get("timeout")
+    seconds = isinstance(value, Real) and not isinstance(value, bool) and value >= 0
+    if value is not None and not seconds:
+        raise ValueError(
+            f"timeout must be a number of seconds, 0 or more (0: never); got {value!r}"
+        )
 
 
 def _pop_sampler(dataset: Any, options: dict[str, Any], **run: Any) -> DistributedBatchSampler:
@@ -224,7 +235,7 @@ class Loader:
         self._idle: list[BaseProcess] = []  # Persistent workers between two epochs.
         self._closing = _closing_flag(self, self._idle)
         self._timeout, self._workers = timeout, options.get("num_workers", 0)
-        self._number = 0  # Of the batch that is waited for.
+        self._number = 0  # Number of the batch that is waited for.
         self._before = DrawsUndone()
         worker_init_fn = options.pop("worker_init_fn", None)
         self._make = partial(
@@ -246,7 +257,7 @@ class Loader:
         return dict(self.policy.skipped)
 
     def report_bad(self) -> dict[str, Any]:
-        """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
+        """Return the counts of this rank's bad items, for `BadItemPolicy.judge`."""
         if self._total is None:
             self._total = len(self._batches.dataset), "items"
             if (indices := self._sampler.epoch_items()) is not None:
@@ -259,7 +270,11 @@ class Loader:
         self._sampler.set_epoch(epoch if self._sampler.train else 0)
 
     def skip(self, batches: int) -> None:
-        """Start the next iteration at this batch, without loading those before it."""
+        """Start the next iteration in the middle of the epoch.
+
+        Args:
+            batches: number of batches to leave out; none of them is loaded.
+        """
         self._sampler.start = batches
 
     def __len__(self) -> int:
@@ -275,14 +290,14 @@ class Loader:
         return f"waiting for batch {self._number} of {part}{loading}"
 
     def undo_draws(self) -> None:
-        """Restore the generators that the batch which is waited for has drawn from."""
+        """Restore random generators to before the batch that is waited for drew from them."""
         self._before.undo()
 
     def _from_process(self) -> Iterator[Any]:
         """Yield the batches without workers."""
         self._start_epoch()
         self._number = self._sampler.start
-        # DataLoader only has to pin memory here, and takes some 10 µs for each batch.
+        # Here DataLoader is needed for pinning memory only, and costs some 10 µs a batch.
         pinned = self._loader.pin_memory
         batches = iter(self._loader if pinned else map(self._batches.__getitem__, self._sampler))
         keeps = self._sampler.train and signals.installed()
@@ -358,7 +373,7 @@ class Stream:
         policy, alone: as those of `Loader`.
         dealt: the items of an `IterableDataset`, if it deals them among ranks and workers.
         equal: True if all ranks get equally many batches in training.
-        stateful: what has the state by which a resumed run goes on, or None.
+        stateful: object whose state resumes an epoch, or None.
     """
 
     def __init__(
@@ -487,7 +502,8 @@ class Stream:
             except BaseException:
                 if watched.workers:
                     watched.close()
-                    self._source._iterator = None  # type: ignore[attr-defined]  # Persistent ones.
+                    # Persistent workers, which have just ended.
+                    self._source._iterator = None  # type: ignore[attr-defined]
                 raise
         if self.alone and self.policy.unjudged:
             self.policy.judge([self.report_bad()])
@@ -498,7 +514,7 @@ class Stream:
         return dict(self.policy.skipped)
 
     def report_bad(self) -> dict[str, Any]:
-        """Return what this rank has to say of bad items; see `BadItemPolicy.judge`."""
+        """Return the counts of this rank's bad items, for `BadItemPolicy.judge`."""
         return self.policy.report()
 
     def describe_wait(self) -> str:
@@ -507,13 +523,13 @@ class Stream:
         return f"waiting for batch {self._number} of {part}"
 
     def undo_draws(self) -> None:
-        """Restore the generators as they were before the batch which is waited for."""
+        """Restore random generators to before the batch that is waited for drew from them."""
         if self._forked is not None:
             self._forked.undo()
 
 
 def _has_shuffle_buffer(source: Any) -> bool:
-    """Return True for data of Hugging Face's with such a buffer, whose content no state has."""
+    """Return True for data of Hugging Face with a shuffle buffer: no state has its content."""
     waiting = components(source)
     while waiting:
         part = waiting.pop()
@@ -621,7 +637,7 @@ def _prepared(source: Any, closing: Tensor, seed: int, epoch: int) -> Iterator[N
 
 
 def _end_if_unsent() -> None:
-    """Make a worker end where a batch cannot be sent: the main process would wait for ever."""
+    """End a worker that fails to send a batch, for which the main process would wait forever."""
 
     def end(error: Exception, batch: object) -> None:
         try:
@@ -734,7 +750,7 @@ class _WatchedIterator:
 
     def _poll_after(self, seconds: float) -> None:
         """Set for how long torch waits for a batch before it checks its workers and gives up."""
-        if self.workers:  # Not DataLoader's own option: its restart for an epoch may take longer.
+        if self.workers:  # Set here: DataLoader's own option would limit its start of an epoch too.
             self._iterator._timeout = seconds
 
     def next(self) -> Any:
@@ -761,7 +777,7 @@ class _WatchedIterator:
                     cause = self._explain(str(error), time.monotonic() - since)
                 if cause is None:
                     raise
-            if cause:  # Raised out here: chained, it would keep all that torch's frames hold.
+            if cause:  # Raised outside of except: chained, it would keep what torch's frames hold.
                 time.sleep(0.2)  # A request of the same moment may be noticed a little later.
                 if (number := signals.requested()) is not None:
                     raise signals.Interrupted(number)  # It may have met a worker that just began.

@@ -1,4 +1,4 @@
-"""Optimizers of a Brain."""
+"""Building the optimizers of a Brain: `Update`s with their clippers and schedules."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def make_updates(
         on_hand_step: called before a step that a recipe takes past `Brain.optimize`.
         groups: divides the optimizers.
         kept: those that exist already, by name.
+
+    Returns:
+        The updates by name, in the order of ``optimizers``.
+
+    Raises:
+        ValueError: for a setting of clipping, schedules or groups that cannot be used.
     """
     names = list(optimizers)
     groups.regroup(optimizers, modules, kept)
@@ -86,7 +92,7 @@ def make_updates(
 
 
 def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None = None) -> None:
-    """Tell optimizers of each other, and of the parameters that none of them has.
+    """Set the ``others``, ``sharing``, ``untrained`` and ``names`` of optimizers.
 
     Args:
         updates: all optimizers of a Brain.
@@ -137,7 +143,7 @@ def _make_clippers(
 
 
 def _make_clipper(setting: Any, limit: float) -> Clipper:
-    """Build a clipper from one optimizer's part of the setting."""
+    """Build a clipper from one optimizer's part of the run option ``clip``."""
     if setting is None:
         return NormClip(None)
     if isinstance(setting, str) and setting in CLIP_KINDS:
@@ -226,7 +232,7 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
         return None
     if not callable(factory):
         raise ValueError(
-            f"schedule is a {type(factory).__name__}; allowed: what makes one from an optimizer, "
+            f"schedule is a {type(factory).__name__}; allowed: a function of an optimizer, "
             "such as !name:trainer.schedules.WarmupDecay {…}, or a mapping of these by optimizer"
         )
     schedule = factory(optimizer)

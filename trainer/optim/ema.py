@@ -80,11 +80,19 @@ class WeightAverage:
         self.count += 1
 
     def copy_buffers(self, modules: nn.Module) -> None:
-        """Copy what is not averaged, such as buffers."""
+        """Copy what is not averaged, such as buffers.
+
+        Args:
+            modules: the modules, with their present buffers.
+        """
         _overwrite(self._average, self._tensors(modules), self._copied)
 
     def restart(self, modules: nn.Module) -> None:
-        """Restart the average from the present weights."""
+        """Restart the average from the present weights.
+
+        Args:
+            modules: the modules, with their present weights.
+        """
         _overwrite(self._average, self._tensors(modules), self._average)
         self.count = 0
 
@@ -92,8 +100,11 @@ class WeightAverage:
     def applied(self, modules: nn.Module) -> Iterator[None]:
         """Context manager in which the modules have the averaged weights.
 
-        On exit they have their own again, bit for bit; changes of weights within are lost. A copy
-        of the weights is held meanwhile.
+        On exit their own weights are restored, bit for bit; changes of weights within are lost. A
+        copy of the weights is held meanwhile.
+
+        Args:
+            modules: the modules, with the same parameters and buffers.
         """
         tensors = self._tensors(modules)
         checks.same_keys("WeightAverage", tensors, self._average)
@@ -161,7 +172,12 @@ def decays(
 
 
 def still(updates: Mapping[str, Update], stepped: Collection[str]) -> set[str]:
-    """Return the names of the parameters whose optimizers are not among those that stepped."""
+    """Return the names of the parameters that no optimizer has just moved.
+
+    Args:
+        updates: all optimizers by name.
+        stepped: names of those that have stepped.
+    """
     if len(stepped) == len(updates):
         return set()
     moved = {name for owner in stepped for name in _names(updates[owner])}

@@ -18,7 +18,7 @@ from trainer.metrics import StageReport
 from trainer.optim.step import Update
 from trainer.tree import leaves, map_leaves, plain_number
 
-# Attributes of torch's schedules: number of steps in which they go through their course.
+# Attributes of torch's schedules that hold their length, in steps of the schedule.
 LENGTHS = ("total_steps", "T_max", "total_iters", "total_size", "T_0", "step_size")
 
 logger = logging.getLogger("trainer")
@@ -66,6 +66,10 @@ def all_metrics(report: StageReport) -> dict[str, Any]:
 def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> None:
     """Advance the schedules that count epochs.
 
+    Args:
+        updates: the optimizers with their schedules.
+        metrics: losses and metrics of the epoch, for schedules that watch one.
+
     Raises:
         ValueError: if a schedule watches a metric that the stage did not give.
     """
@@ -77,8 +81,8 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
             update.advance_schedule(_pick(metrics, getattr(schedule, "metric", "loss"), "schedule"))
         else:
             with warnings.catch_warnings():
-                # torch's schedules ask for an optimizer step in this process, which there is none
-                # of right after a resume, nor where fp16 overflowed for a whole epoch.
+                # torch warns if the optimizer has not stepped in this process: right after a resume
+                # it has not, nor where fp16 overflowed for a whole epoch.
                 message = "Detected call of `lr_scheduler.step"
                 warnings.filterwarnings("ignore", message, UserWarning)
                 update.advance_schedule()
@@ -87,7 +91,7 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
 def warn_of_totals(
     updates: Iterable[Update], epochs: int | None, batches: int | None, limit: int | None = None
 ) -> None:
-    """Warn of new schedules of torch's whose length does not fit the run.
+    """Warn of torch schedules, not yet advanced, whose length does not fit the run.
 
     Args:
         updates: the optimizers with their schedules.
@@ -131,12 +135,13 @@ def check_early_stopping(early_stopping: Any) -> None:
         )
 
 
-def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
+def should_stop(early_stopping: Any, metrics: Mapping[str, Any], epoch: int | None = None) -> bool:
     """Return True if early stopping ends the training.
 
     Args:
         early_stopping: a `trainer.schedules.EarlyStopping`, or None.
         metrics: losses and metrics of the epoch.
+        epoch: number of the epoch, for the message.
 
     Raises:
         ValueError: if it watches a metric that the stage did not give.
@@ -145,12 +150,26 @@ def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
         return False
     stopped = bool(early_stopping.update(_pick(metrics, early_stopping.metric, "early_stopping")))
     if stopped:
-        logger.info("stopping early: %s has not improved", early_stopping.metric)
+        logger.info("stopping early: %s", _describe_stop(early_stopping, epoch))
     return stopped
 
 
+def _describe_stop(early_stopping: Any, epoch: int | None) -> str:
+    """Return the metric with its best value and epoch, as far as the object knows them."""
+    text = f"{early_stopping.metric} has not improved"
+    best, waited = getattr(early_stopping, "best", None), getattr(early_stopping, "waited", None)
+    if not isinstance(waited, int):  # An object of another class.
+        return text
+    text += f" for {waited} epoch{'s' * (waited != 1)}"
+    if best is None:
+        return f"{text}: it has never been finite"
+    # An earlier call of `fit` has counted its epochs for itself.
+    known = epoch is not None and epoch > waited
+    return f"{text}: the best is {best:.4g}" + (f", of epoch {epoch - waited}" if known else "")
+
+
 def still_stopped(early_stopping: Any) -> bool:
-    """Return True if a run that early stopping has ended stays so: by the present patience."""
+    """Return True if a run that early stopping has ended stays ended with the present patience."""
     return early_stopping is not None and bool(getattr(early_stopping, "is_exhausted", True))
 
 

@@ -29,10 +29,13 @@ from trainer.options import nearest
 if TYPE_CHECKING:
     from trainer.optim.step import Update
 
-SHOWN = ("weight_decay", "lr_factor", "max_grad_norm")  # At the start of a run.
+# Settings that are logged at the start of a run.
+SHOWN = ("weight_decay", "lr_factor", "max_grad_norm")
+# Settings beside those of the optimizer.
 OWN = ("layer_decay", "lr_factor", "max_grad_norm", "freeze_until", "eval")
 # Settings of torch's groups that belong to the optimizer as a whole.
 WHOLE = ("capturable", "differentiable", "foreach", "fused")
+# Parts of names that torch.compile and peft put in.
 WRAPPED = re.compile(r"(^|\.)(?:_orig_mod|base_model\.model|base_layer)(?=\.|$)")
 # Layers as transformers, torch and torchaudio name them, without convolutional front ends. Where a
 # network has none of these, any number in a name is that of a layer.
@@ -40,13 +43,14 @@ LAYER = re.compile(r"(?:^|\.)(?:(?!conv_)\w*(?:layers?|blocks?)|h)\.\d+(?=\.|$)"
 NUMBER = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 
 Patterns = Mapping[str, Mapping[str, Any]]
-Chosen = dict[Tensor, dict[str, tuple[str, Any]]]  # For each key the pattern that sets it, and how.
+# For each parameter and key, the pattern that sets it and the value.
+Chosen = dict[Tensor, dict[str, tuple[str, Any]]]
 
 logger = logging.getLogger("trainer")
 
 
 def clean_name(name: str) -> str:
-    """Return the name of a parameter or module without what peft and torch.compile put into it.
+    """Return the name of a parameter or module without the parts that peft and torch.compile add.
 
     >>> clean_name("encoder.base_model.model.layers.0.query.base_layer.weight")
     'encoder.layers.0.query.weight'
@@ -78,7 +82,8 @@ class ParameterGroups:
 
     def __init__(self, setting: Any) -> None:
         self._setting = setting
-        self._until: dict[Tensor, float] = {}
+        self._until: dict[Tensor, float] = {}  # Steps for which a parameter is frozen.
+        # Name of the optimizer, number of steps, and the parameters frozen for so long.
         self._frozen: list[tuple[str, float, list[Tensor]]] = []
         self._evaluated: list[nn.Module] = []  # Largest parts of which all parameters have `eval`.
 
@@ -309,13 +314,13 @@ def _match(
     for part in parts:
         if not any(fnmatch.fnmatchcase(name, part) for name in known):
             near = ", ".join(difflib.get_close_matches(part, known, n=3, cutoff=0.0))
-            said = (
+            message = (
                 f"param_groups: {part!r} matches no parameter that the optimizer has; the nearest "
                 f"names are {near}"
             )
             if not counted:
-                raise ValueError(said)
-            logger.warning("%s", said)
+                raise ValueError(message)
+            logger.warning("%s", message)
     return found
 
 
@@ -336,7 +341,11 @@ def _choose(
     name: str, optimizer: Optimizer, patterns: Patterns,
     matched: Mapping[str, Mapping[Tensor, str]],
 ) -> Chosen:  # fmt: skip
-    """Return for each parameter of an optimizer what patterns set."""
+    """Return the settings that patterns give each parameter of an optimizer.
+
+    Raises:
+        ValueError: for a key that the optimizer does not have, and a value that it cannot use.
+    """
     chosen: Chosen = {p: {} for p in _params(optimizer)}
     first, defaults = optimizer.param_groups[0], getattr(optimizer, "defaults", {})
     known = {k: v for k, v in {**first, **defaults}.items() if k not in WHOLE}
@@ -363,7 +372,7 @@ def _choose(
 
 
 def _checked(pattern: str, key: str, value: Any, known: Mapping[str, Any]) -> Any:
-    """Return the value of a key as the optimizer takes it.
+    """Return the value of a key in the type that the optimizer takes.
 
     Raises:
         ValueError: for a value of another type or out of range.
@@ -411,7 +420,7 @@ def _warn_of_unused(patterns: Patterns, used: set[tuple[str, str]]) -> None:
 def _divide(
     name: str, optimizer: Optimizer, chosen: Chosen, matched: Mapping[str, Mapping[Tensor, str]]
 ) -> None:
-    """Divide the groups of an optimizer."""
+    """Replace the groups of an optimizer by groups of equal settings."""
     made: list[dict[str, Any]] = []
     depths: dict[str, dict[Tensor, int]] = {}
     for number, source in enumerate(optimizer.param_groups):
@@ -462,7 +471,7 @@ def _group(
             group[key] = value
     if "layer_decay" in values:
         group["lr"] = group["lr"] * values["layer_decay"] ** depth
-    if "max_grad_norm" in group:  # What one limit is for is measured as one.
+    if "max_grad_norm" in group:  # Groups limited by one pattern are clipped by their joint norm.
         pattern, _ = own.get("max_grad_norm", (f"group {number}", None))
         group["clipped_with"] = pattern
     group["params"], group["patterns"] = [], label
@@ -489,7 +498,7 @@ def _depths(pattern: str, matched: Mapping[Tensor, str]) -> dict[Tensor, int]:
 
 
 def _scale_rates(optimizer: Optimizer) -> None:
-    """Multiply learning rates by `lr_factor` within each step, so that no schedule sees them so."""
+    """Multiply learning rates by `lr_factor` within each step only, so that no schedule sees it."""
     own: list[tuple[dict[str, Any], Any]] = []
 
     def put_back(*_: object) -> None:

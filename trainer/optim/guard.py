@@ -27,10 +27,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Tracer:
-    """Base class of what examines skipped steps; it does nothing.
+    """Base class of tracers, which examine skipped steps; it does nothing.
 
-    It is a context manager around each `fit`, also around one within a hook of another. A subclass
-    is registered in `trainer.defaults.tracers`.
+    A tracer is a context manager around each `fit`, also around one within a hook of another. A
+    subclass is registered in `trainer.defaults.tracers`.
     """
 
     def begin_window(self) -> None:
@@ -58,7 +58,7 @@ class Tracer:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Finish what the batch left open, also when the patience has run out within it."""
+        """Finish what the batch left open, also after a `NonFiniteError` within it."""
 
 
 @dataclass(slots=True)
@@ -117,7 +117,7 @@ class NonFiniteGuard:
 
     def begin_stage(self) -> None:
         """Find the buffers (modules may have been exchanged), and keep them."""
-        self._skipped = False  # True still if an error ended the last stage.
+        self._skipped = False  # An error that ended the last stage may have left it True.
         self._buffers = [
             _Buffer(
                 f"{path}.{key}", module._buffers, key, isinstance(module, _NormBase), buffer,
@@ -154,7 +154,13 @@ class NonFiniteGuard:
         self._counted = False
 
     def add_loss(self, name: str, ids: list[str], loss: Tensor) -> None:
-        """Remember a batch of an open window, to name it if the window is skipped."""
+        """Remember a batch of an open window, to name it if the window is skipped.
+
+        Args:
+            name: name of the optimizer.
+            ids: names of the examples in the batch.
+            loss: its loss, a scalar.
+        """
         self._losses.setdefault(name, []).append((ids, loss.detach()))
 
     def skip(
@@ -206,7 +212,11 @@ class NonFiniteGuard:
             )
 
     def close_window(self, name: str) -> None:
-        """Forget the batches of an optimizer's window, which is closed."""
+        """Forget the batches of an optimizer's window, which is closed.
+
+        Args:
+            name: name of the optimizer.
+        """
         self._losses.pop(name, None)
 
     def settle(self) -> None:
@@ -240,7 +250,7 @@ class NonFiniteGuard:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the state with the losses of open windows, for as long as the process lives."""
+        """Return the state with the losses of open windows, to be restored in this process only."""
         losses = {name: list(window) for name, window in self._losses.items()}
         return {**self.state_dict(), "losses": losses}
 

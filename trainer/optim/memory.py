@@ -1,4 +1,4 @@
-"""Batches for which memory runs out: recognised, skipped and counted."""
+"""Out-of-memory guard: recognise the errors, skip the batch, and count the batches in a row."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ class MemoryGuard:
         """
         progress = self._progress
         reasons = enumerate(distributed.all_gather_json(reason))
-        told = [f"rank {rank}: {each}" for rank, each in reasons if each is not None]
+        found = [f"rank {rank}: {each}" for rank, each in reasons if each is not None]
         if distributed.world_size() == 1:
-            told = [str(reason)]
+            found = [str(reason)]
         if distributed.is_main():
             logger.warning(
                 "epoch %d, batch %d: out of memory, batch and open accumulation windows skipped "
                 "(%s)",
-                progress.epoch, progress.step, "; ".join(told),
+                progress.epoch, progress.step, "; ".join(found),
             )  # fmt: skip
         progress.out_of_memory_count += 1
         if progress.out_of_memory_count > self.patience:
             raise torch.OutOfMemoryError(
                 f"memory ran out in {progress.out_of_memory_count} batches in a row (oom_patience "
                 f"is {self.patience}); the last was batch {progress.step} of epoch "
-                f"{progress.epoch} ({'; '.join(told)}). None of them touched the weights. {ADVICE}"
+                f"{progress.epoch} ({'; '.join(found)}). None of them touched the weights. {ADVICE}"
             )

@@ -1,8 +1,8 @@
-"""Settings that optimizers and schedules are built with, in a run that resumes with other ones.
+"""Settings of optimizers and schedules in a run that resumes with other ones.
 
-A checkpoint holds what training has made of a setting, and what it was built with. Where a resumed
-run builds it otherwise, the new one is in force: a learning rate keeps the ratio that training has
-given it, and anything else is replaced.
+A checkpoint holds the present value of each setting and the value that it was built with. Where a
+resumed run builds a setting with another value, that is used: a learning rate is the new one times
+the present ratio to the old one, as a schedule has made it, and anything else is replaced.
 """
 
 from __future__ import annotations
@@ -42,46 +42,44 @@ def built_settings(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str,
 def with_new_settings(
     state: Mapping[str, Any], now: Mapping[str, Any], name: str
 ) -> Mapping[str, Any]:
-    """Return a saved state of an `Update` with the settings that are built otherwise now.
+    """Return a saved state of an `Update` with the settings that this run builds otherwise.
 
     Args:
-        state: the saved state; it stays as it is.
-        now: the present `built_settings`.
+        state: the saved state; it is not changed.
+        now: the `built_settings` of this run.
         name: name of the optimizer, for messages.
+
+    Returns:
+        ``state`` itself if no setting differs.
     """
     saved, then = state["optimizer"]["param_groups"], state.get("built")
     if then is None:
         _warn_of_other_settings(saved, now["groups"], name)
     if then is None or then == now:
         return state
-    told = {
+    built = list(zip(then["groups"], now["groups"], strict=True))
+    pairs = [(old, new, old | new) for old, new in built]
+    pairs.append((then["schedule"], now["schedule"], now["schedule"]))
+    changes = {
         key: f"{key}: {old.get(key)} -> {new.get(key)}"
-        for old, new in [
-            *zip(then["groups"], now["groups"], strict=True),
-            (then["schedule"], now["schedule"]),
-        ]
-        for key in (old | new if new in now["groups"] else new)
+        for old, new, keys in pairs
+        for key in keys
         if old.get(key) != new.get(key) and not key.startswith("_")
     }
-    if distributed.is_main():
+    if changes and distributed.is_main():
         logger.warning(
             "the optimizer %r goes on with other settings than it was saved with: %s",
-            name, "; ".join(told.values()),
+            name, "; ".join(changes.values()),
         )  # fmt: skip
-    changed = {**state}
-    changed["optimizer"] = {
-        **state["optimizer"],
-        "param_groups": [
-            _merged_group(*each) for each in zip(saved, then["groups"], now["groups"], strict=True)
-        ],
-    }
+    groups = [_merged_group(each, *pair) for each, pair in zip(saved, built, strict=True)]
+    changed = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
     if "schedule" in state:
         changed["schedule"] = _merged(state["schedule"], then["schedule"], now["schedule"])
     return changed
 
 
 def set_rates_anew(schedule: Any) -> None:
-    """Set the rates anew by one of torch's schedules whose settings have changed."""
+    """Recompute the learning rates by a schedule of torch's whose settings have changed."""
     if isinstance(schedule, CLOSED):
         with warnings.catch_warnings(), suppress(ValueError):  # It may be past its new end.
             warnings.simplefilter("ignore", UserWarning)  # torch prefers steps without a number.
@@ -107,14 +105,21 @@ def _is_plain(value: Any) -> bool:
 
 
 def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
-    """Return a saved value with what is built otherwise now."""
+    """Return a saved value with the settings that are built otherwise now.
+
+    Args:
+        saved: the value in the checkpoint.
+        then: the value that the run which saved it built.
+        now: the value that this run builds.
+        is_rate: True for a learning rate, which keeps its ratio to ``then``.
+    """
     if then == now:
         return saved
     if type(saved) is dict and isinstance(now, dict) and isinstance(then, dict):
         common = [key for key in now if key in then and key in saved]
         return saved | {k: _merged(saved[k], then[k], now[k], k in RATES) for k in common}
-    alike = isinstance(saved, (list, tuple)) and isinstance(now, (list, tuple))
-    if alike and len(saved) == len(then) == len(now):
+    listed = all(isinstance(each, (list, tuple)) for each in (saved, then, now))
+    if listed and len(saved) == len(then) == len(now):
         return type(saved)(_merged(*each, is_rate) for each in zip(saved, then, now, strict=True))
     if is_rate and then and saved != then:
         now = float(saved) * now / then
@@ -124,7 +129,7 @@ def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
 def _merged_group(
     saved: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a saved group with what is built otherwise now, of which keys may be new or gone."""
+    """Return a saved group with the settings that are built otherwise now, new or removed."""
     kept = {k: v for k, v in _merged(saved, then, now).items() if k in now or k not in then}
     return kept | {k: v for k, v in now.items() if k not in then}
 
@@ -132,7 +137,7 @@ def _merged_group(
 def _warn_of_other_settings(
     saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], name: str
 ) -> None:
-    """Warn of settings of a checkpoint that does not tell what training has made of them."""
+    """Warn of settings of a checkpoint without the values that they were built with."""
     rate = "initial_lr" if "initial_lr" in saved[0] else "lr"
     for key in (rate, "weight_decay"):
         old, new = saved[0].get(key), now[0].get(key)

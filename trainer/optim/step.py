@@ -36,8 +36,8 @@ logger = logging.getLogger("trainer")
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
 
-# Called where a part of a step ends, with "forward", "backward" or "step"; None but in the batch
-# that a diagnostic measures.
+# Called at the end of each part of a step, with "forward", "backward" or "step"; None except in the
+# batch that a diagnostic measures.
 stopwatch: Callable[[str], None] | None = None
 
 StepHook = Callable[["Update", Gradients], None]
@@ -79,12 +79,17 @@ class Update:
         scaler: loss scaler of this optimizer, disabled except for fp16.
         clip: called with the measured `Gradients` of every finite step.
         schedule: a torch LRScheduler, or None for a constant learning rate.
-        window: number of batches that make a step (gradient accumulation).
+        window: number of batches that make a step (gradient accumulation); the attribute ``size``.
         skip_nonfinite_grads: freeze, for one step, the parameters whose gradient is not finite
             instead of skipping the step. Ignored with a warning under an enabled scaler.
         strategy: how gradients travel between processes.
 
     Attributes:
+        window: the open `Window`; one of count 0 if none is open.
+        others: all other optimizers of the Brain.
+        sharing: those of them that have a parameter of this one, too.
+        untrained: parameters of the modules that no optimizer has, by name.
+        names: names of all parameters of the modules.
         before_step: called with measured, unclipped gradients before a step that will be taken.
         after_step: called when the optimizer has stepped.
         history: reports of the steps that were taken, if a callback has set a list; it empties it.
@@ -116,22 +121,22 @@ class Update:
         self.skip_nonfinite_grads = skip_nonfinite_grads
         self.strategy = Strategy() if strategy is None else strategy
         self.window = Window()
-        self.others: list[Update] = []  # All other optimizers,
-        self.sharing: list[Update] = []  # and those that have a parameter of this one, too.
-        self.untrained: dict[str, Tensor] = {}  # Parameters of the modules that no optimizer has.
-        self.names: Mapping[Tensor, str] = {}  # Of all parameters of the modules.
+        self.others: list[Update] = []
+        self.sharing: list[Update] = []
+        self.untrained: dict[str, Tensor] = {}
+        self.names: Mapping[Tensor, str] = {}
         self.last_norm: float | None = None
         self.measured: tuple[list[Tensor], list[float]] = [], []
         self.before_step: list[StepHook] = []
         self.after_step: list[StepHook] = []
         self.history: list[StepReport] | None = None
         self._stepping = False
-        self._hook: Any = None  # Of `watch`.
+        self._hook: Any = None  # Handle of the hook that `watch` registers.
         self._deferred: list[tuple[Tensor, Take]] = []
-        self._warned = self._warned_of_untrained = False
+        self._warned_of_dropped = self._warned_of_untrained = False
+        self._warned_of_nothing = self._warned_of_end = False
         self._built = built_settings(optimizer, schedule)
         self.leading = leading_group(optimizer.param_groups)
-        self._warned_of_nothing = self._warned_of_end = False
 
     @property
     def params(self) -> list[Tensor]:
@@ -153,9 +158,13 @@ class Update:
         return None if rate is None else float(rate)
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
-        """Have a function called before steps of the optimizer that `optimize` does not take."""
-        # One whose constructor leaves out torch's, as wrappers of other optimizers do, has no hooks
-        # to watch it by; a recipe that steps it by itself then looks as if it trained nothing.
+        """Have a function called before steps of the optimizer that `optimize` does not take.
+
+        Args:
+            on_hand_step: called with this object.
+        """
+        # An optimizer whose constructor leaves out torch's, such as a wrapper of another one, has
+        # no hooks: steps that a recipe takes with it by hand are then not noticed.
         with contextlib.suppress(AttributeError):
             self._hook = self.optimizer.register_step_pre_hook(
                 lambda *_: None if self._stepping else on_hand_step(self)
@@ -242,8 +251,8 @@ class Update:
         left = [] if begun else [p for p in self.all_params if p.grad is not None]
         for p in left:
             p.grad = None
-        if left and not self._warned:
-            self._warned = True
+        if left and not self._warned_of_dropped:
+            self._warned_of_dropped = True
             warnings.warn(
                 f"the parameters of the optimizer {self.name!r} had gradients that no optimize() "
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
@@ -326,7 +335,7 @@ class Update:
         return StepReport(self.name, outcome, limit=self.clip.limit, lr=self.lr, **facts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimizer, schedule, scaler and clipper; the same on every rank."""
+        """Return the state of optimizer, schedule, scaler and clipper, equal on all ranks."""
         parts = self._parts()
         return {
             **{name: part.state_dict() for name, part in parts.items()},
@@ -369,7 +378,7 @@ class Update:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state; settings that are built otherwise by now are those of now."""
+        """Restore a saved state, but for settings that this run builds with other values."""
         saved = with_new_settings(state, self._built, self.name)
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
@@ -397,7 +406,7 @@ class WindowState:
         self._update, self._updates = update, updates
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the window; gradients of a recipe's own backward passes are in it, too."""
+        """Return the window with all gradients, also those of a recipe's own backward passes."""
         update = self._update
         window = update.window
         lead = self._updates[window.lead] if window.lead else update
@@ -435,15 +444,15 @@ def accumulate(
     retain_graph: bool = False,
     last: bool = False,
 ) -> None:
-    """Take a loss back through the graph: its gradients join those of the window.
+    """Run the backward pass of a loss, and add its gradients to those of the window.
 
     Args:
         updates: the optimizers that this loss trains, usually one. Several step together or not
             at all.
         loss: a scalar, the mean over what ``weight`` counts.
         weight: number of examples that the mean is over. A batch of weight 0 contributes nothing. A
-            tensor is read with the other numbers of the step; where it is 0, the loss must be
-            finite.
+            scalar tensor is not read before the numbers of the step are; where it is 0, the loss
+            must be finite.
         retain_graph: keep the graph for a second backward pass.
         last: the window closes with this loss, even if it is not full.
 
@@ -501,7 +510,16 @@ def closes(updates: Sequence[Update], last: bool = False) -> bool:
 def finish(
     updates: Sequence[Update], weight: float | Tensor, last: bool = False
 ) -> list[StepReport]:
-    """Step if the window is full or ``last``."""
+    """Step if the window is full.
+
+    Args:
+        updates: the optimizers of the last loss that `accumulate` took.
+        weight: its weight, for the report.
+        last: step with a window that is not full, too.
+
+    Returns:
+        A report for each optimizer.
+    """
     lead = updates[0]
     if lead.window.count < lead.size and not last:
         weight = math.nan if isinstance(weight, Tensor) else weight
@@ -510,7 +528,14 @@ def finish(
 
 
 class Settled(NamedTuple):
-    """A full window whose gradients are means over its examples, the same on all ranks."""
+    """A full window whose gradients are means over its examples, the same on all ranks.
+
+    Args:
+        gradients: measured gradients of each optimizer.
+        loss: mean loss of the window, over all ranks.
+        weight: number of its examples on all ranks.
+        scale: the fp16 loss scale that was used; 1 without a scaler.
+    """
 
     gradients: list[Gradients]
     loss: float
@@ -520,6 +545,9 @@ class Settled(NamedTuple):
 
 def settle(updates: Sequence[Update]) -> Settled:
     """Sum the gradients of a full window over ranks, and measure them. One host-device sync.
+
+    Args:
+        updates: the optimizers whose window it is.
 
     Raises:
         BatchGivenUp: another rank has given up this batch; the window is dropped.
@@ -542,7 +570,14 @@ def settle(updates: Sequence[Update]) -> Settled:
 
 
 def close(updates: Sequence[Update], settled: Settled | None = None) -> list[StepReport]:
-    """Step with what the window holds: guard, clip, move.
+    """End a window with a step: check that loss and gradients are finite, clip, and step.
+
+    Args:
+        updates: the optimizers whose window it is.
+        settled: what `settle` returned, if it was called already.
+
+    Returns:
+        A report for each optimizer: all have stepped, or none has.
 
     Raises:
         NoGradientError: no parameter has a gradient; and what `settle` raises.
@@ -575,7 +610,10 @@ def close(updates: Sequence[Update], settled: Settled | None = None) -> list[Ste
 
 
 def step_by_gradients(updates: Sequence[Update]) -> bool:
-    """Clip and step with gradients that a recipe's own backward passes have left, and drop them.
+    """Clip and step with the gradients of a recipe's own backward passes, and drop them.
+
+    Args:
+        updates: the optimizers.
 
     Returns:
         False if a gradient is not finite, so that nothing has moved.
@@ -602,7 +640,7 @@ def step_by_gradients(updates: Sequence[Update]) -> bool:
 
 
 def leave(updates: Sequence[Update], settled: Settled) -> list[StepReport]:
-    """Drop a full window in whose place a recipe has done something of its own; report its loss."""
+    """Drop a full window after which a recipe does something else than a step; report its loss."""
     for update in updates:
         update.drop_window()
     loss = settled.loss if math.isfinite(settled.loss) else None
@@ -739,7 +777,13 @@ def _fetch(requests: Sequence[tuple[Tensor, Take]]) -> None:
 
 
 def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
-    """Drop the window; nothing moves. An overflow lowers the scale, anything else leaves it."""
+    """Drop the window without a step; an overflow lowers the fp16 scale.
+
+    Args:
+        updates: the optimizers.
+        outcome: "overflowed" or "skipped".
+        **facts: further fields of the `StepReport`, with ``scale`` among them.
+    """
     scaler = updates[0].scaler
     if scaler.is_enabled():
         # Naming a scale also makes the scaler forget that these gradients were unscaled.
@@ -767,7 +811,7 @@ def _check_windows(updates: Sequence[Update]) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return the patterns of groups for a message; those of a layer_decay as one."""
+    """Return the patterns of groups as text; the layers of a layer_decay count as one."""
     found = dict.fromkeys(name.partition(" @ ")[0] for name in names if name)
     return ", ".join(map(repr, found)) or "none"
 
@@ -781,7 +825,7 @@ def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
 
     Raises:
         ValueError: for anything but a scalar tensor with a graph, and for a weight that is no
-            scalar, negative or not finite. The number of a tensor is not looked at.
+            scalar, negative or not finite. The value of a tensor is not read.
     """
     if not isinstance(loss, Tensor):
         raise ValueError(
