@@ -39,17 +39,27 @@ LEVELS = 64  # Shades of a picture.
 Write = Callable[[str, bytes], str]  # Takes suffix and content of a file, returns its name.
 
 
+def _check_tensor(owner: str, name: str, value: object) -> None:
+    """Raise ValueError for values that are no tensor, such as an array of NumPy."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{owner} has {name} of type {type(value).__name__}; allowed: a tensor, as from "
+            "torch.as_tensor"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Audio:
     """Sound.
 
     Args:
-        samples: (T,) or (1, T), in [-1, 1]; what lies beyond is clipped.
+        samples: (T,) or (1, T), in [-1, 1]; values beyond are clipped.
         rate: sample rate in Hz.
         spectrogram: show the spectrogram, too.
 
     Raises:
-        ValueError: for another shape, and a rate that is not a whole number above 0.
+        ValueError: for samples that are no tensor, another shape, and a rate that is not a whole
+            number above 0.
     """
 
     samples: Tensor
@@ -57,6 +67,7 @@ class Audio:
     spectrogram: bool = False
 
     def __post_init__(self) -> None:
+        _check_tensor("Audio", "samples", self.samples)
         shape = list(self.samples.shape)
         if shape[:-1] not in ([], [1]) or not shape or not shape[-1]:
             raise ValueError(f"Audio has samples of shape {shape}; allowed: (T,) or (1, T), T > 0")
@@ -94,7 +105,7 @@ class Image:
         high: value of the lightest colour; None for the largest one.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for values that are no tensor, and another shape.
     """
 
     values: Tensor
@@ -102,6 +113,7 @@ class Image:
     high: float | None = None
 
     def __post_init__(self) -> None:
+        _check_tensor("Image", "values", self.values)
         if self.values.dim() != 2 or not self.values.numel():
             shape = list(self.values.shape)
             raise ValueError(

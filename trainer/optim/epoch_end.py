@@ -163,9 +163,9 @@ def _describe_stop(early_stopping: Any, epoch: int | None) -> str:
     text += f" for {waited} epoch{'s' * (waited != 1)}"
     if best is None:
         return f"{text}: it has never been finite"
-    # An earlier call of `fit` has counted its epochs for itself.
-    known = epoch is not None and epoch > waited
-    return f"{text}: the best is {best:.4g}" + (f", of epoch {epoch - waited}" if known else "")
+    text += f": the best is {best:.4g}"
+    # Otherwise the best is of an earlier call of `fit`, which counted its own epochs.
+    return f"{text}, of epoch {epoch - waited}" if epoch is not None and epoch > waited else text
 
 
 def still_stopped(early_stopping: Any) -> bool:

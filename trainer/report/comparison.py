@@ -164,8 +164,8 @@ def _spread(runs: Sequence[Compared]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.results()))
     rows = []
     for group in groups.values():
-        told = [f"{k}={group[0].settings.get(k, '–')}" for k in sorted(differing - {*SEEDS})]
-        title = ", ".join(each for each in told if not _is_neutral(each.partition("=")[0]))
+        keys = (key for key in sorted(differing) if not _is_neutral(key))
+        title = ", ".join(f"{key}={group[0].settings.get(key, '–')}" for key in keys)
         cells = []
         for name in names:
             values = [found[name] for run in group if name in (found := run.results())]

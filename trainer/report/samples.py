@@ -107,7 +107,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
         if len({*facts.values()}) == 1:
             facts = {"": next(iter(facts.values()))}
         body = "".join(
-            f"<p>{escape(f'{run}: {told}' if run else told)}</p>" for run, told in facts.items()
+            f"<p>{escape(f'{run}: {fact}' if run else fact)}</p>" for run, fact in facts.items()
         )
         articles = ""
         for id in list(ids)[:MAX_ROWS]:
