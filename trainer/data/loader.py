@@ -180,7 +180,7 @@ def _check_options(options: dict[str, Any]) -> None:
         if value is not None and (not listed or isinstance(value, (str, bytes))):
             raise ValueError(f"{name} must be an iterable, such as a torch Sampler; got {value!r}")
     value = options.get("timeout")
-    seconds = isinstance(value, Real) and not isinstance(value, bool) and value >= 0
+    seconds = isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0
     if value is not None and not seconds:
         raise ValueError(
             f"timeout must be a number of seconds, 0 or more (0: never); got {value!r}"
