@@ -198,7 +198,7 @@ def raised(name: Name) -> set[str]:
 def names_of_error(name: Name, error: str) -> set[str]:
     """Return the names of an error and of what it derives from."""
     module = inspect.getmodule(name.target)
-    kind = getattr(module, error, getattr(builtins, error, None))
+    kind = vars(module).get(error) or getattr(builtins, error, None)
     return {each.__name__ for each in kind.__mro__} if isinstance(kind, type) else {error}
 
 

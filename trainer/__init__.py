@@ -1,4 +1,4 @@
-"""A Brain-style trainer for speech: one loop, one place that moves weights, on every path.
+"""Brain-style trainer for speech: one training loop, and one method that steps optimizers.
 
 from trainer import Brain, Stage, main
 """
@@ -74,7 +74,7 @@ RUN_NAMES = (
     "epochs.EpochCounter", "metrics.Mean", "optim.ema.WeightAverage", "schedules.EarlyStopping",
     "schedules.NewBob", "schedules.Noam", "schedules.Plateau", "schedules.WarmupDecay",
 )  # fmt: skip
-# A run folder seeds and logs nothing.
+# Names that a YAML may build, and the hyperparams.yaml of a run folder may not: these seed and log.
 YAML_NAMES = (
     *RUN_NAMES, "compat.toolkit.set_seed", "loggers.MlflowLogger", "loggers.WandbLogger",
     "loggers.mlflow.MlflowLogger", "loggers.wandb.WandbLogger",
@@ -109,6 +109,7 @@ _MODULES = {
 
 
 def _initialise(*arguments: Any) -> None:
+    """Load the weights of ``init_from``; its module is imported when it is first needed."""
     from trainer.inference.initialise import initialise
 
     initialise(*arguments)
@@ -163,8 +164,8 @@ def _register_defaults() -> None:
 
         return make
 
-    # The layer monitor writes a record when the state is saved, before the loggers count theirs;
-    # the times of a step become a part of the loggers' records.
+    # Order matters: the layer monitor writes a record when a checkpoint is saved, before the
+    # loggers save how many records they have; step times are fields of the loggers' records.
     monitor, times, check, profiler = map(
         diagnostic, ("layer_monitor", "step_times", "replica_check", "profiler")
     )

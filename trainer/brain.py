@@ -1730,7 +1730,7 @@ class Brain(SpeechBrainNames):
         metrics = epoch_end.all_metrics(report)
         epoch_end.advance_schedules(self.updates.values(), metrics)
         early_stopping = getattr(self.hparams, "early_stopping", None)
-        progress.stopped = epoch_end.should_stop(early_stopping, metrics)
+        progress.stopped = epoch_end.should_stop(early_stopping, metrics, report.epoch)
         progress.phase = "done"
         if self.__depth == 1 and not self.__saver.release():
             self.__saver.save(metrics, end_of_epoch=True)

@@ -1,4 +1,4 @@
-"""Epoch counter that resumes."""
+"""Epoch counter with a state, so that a resumed run goes on with the next epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EpochCounter:
         current: number of the current epoch; 0 before the first.
 
     Raises:
-        ValueError: if ``limit`` is not a whole number of 0 or more.
+        ValueError: ``limit`` is not a whole number of 0 or more.
 
     >>> list(EpochCounter(3))
     [1, 2, 3]
@@ -40,5 +40,5 @@ class EpochCounter:
         return {"current": self.current}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the epoch of a state that `state_dict` returned."""
+        """Restore the current epoch: iterating continues with the one after it."""
         self.current = state["current"]

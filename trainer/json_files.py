@@ -1,7 +1,7 @@
-"""JSON that is read from files: hostile or broken content is one kind of error.
+"""Reading JSON from files that may be broken or hostile: any such content raises `BadJson`.
 
-Strict JSON in UTF-8, with a byte order mark or without. Numbers are of a size that a float can
-have, and nesting is limited, so that whoever walks through the values needs no care.
+The JSON is strict and in UTF-8, with a byte order mark or without. Numbers fit a float, and nesting
+is limited, so that a caller may convert numbers and walk through the values without checks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 MAX_DEPTH = 50  # of nested lists and mappings
 MAX_DIGITS = 300  # of a whole number; the largest float has 309
 MAX_BYTES = 16 << 20  # of one value
-MAX_LINE = 4 << 20  # bytes of a line; that of a monitored network with 1,000 layers has 200,000
+MAX_LINE = 4 << 20  # bytes of a line; one of a monitored network with 1,000 layers has 200,000
 
 
 class BadJson(ValueError):
@@ -30,7 +30,8 @@ def parse(data: bytes, allow_nan: bool = False) -> Any:
         allow_nan: take NaN and infinities, too, as Python writes them.
 
     Raises:
-        BadJson: for anything else, such as NaN, bytes that are not UTF-8, and deep nesting.
+        BadJson: the text is anything else, such as bytes that are not UTF-8; or it is too large, is
+            nested too deeply, or holds too large a number.
     """
     if len(data) > MAX_BYTES:
         raise BadJson(f"it has {len(data)} bytes, more than {MAX_BYTES}")
@@ -51,11 +52,11 @@ def parse(data: bytes, allow_nan: bool = False) -> Any:
 
 
 def read(path: Path) -> Any:
-    """Return the value of a JSON file.
+    """Return the value of a JSON file, which may not hold NaN or infinities.
 
     Raises:
-        BadJson: for any other content, with the path.
-        OSError: if it cannot be read.
+        BadJson: the content is anything else; names the path.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
@@ -66,7 +67,7 @@ def read(path: Path) -> Any:
 
 
 def lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file, an empty one in place of one that is too long to be read."""
+    """Yield the lines of a file; an empty one in place of one of more than `MAX_LINE` bytes."""
     while line := file.readline(MAX_LINE):
         if line.endswith(b"\n") or len(line) < MAX_LINE:
             yield line
@@ -82,7 +83,7 @@ def _constant(text: str) -> Any:
 
 def _int(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise BadJson(f"a number has {len(text)} digits")
+        raise BadJson(f"a number has {len(text)} digits, more than {MAX_DIGITS}")
     return int(text)
 
 

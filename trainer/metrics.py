@@ -1,4 +1,4 @@
-"""Reports and averages: what a step and a stage return, and what is logged of them."""
+"""Reports of steps and stages, and the averages that are logged."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skippe
 # Keys of a stage record that belong to the framework; a metric of that name would hide one of them.
 RESERVED = (
     "kind", "stage", "epoch", "step", "steps", "examples", "seconds", "skipped", "overflowed",
-    "out_of_memory",
-    "bad_files",
+    "out_of_memory", "bad_files",
 )  # fmt: skip
 
-LOST = ("skipped", "overflowed", "out_of_memory")  # Counts of what did not train.
+LOST = ("skipped", "overflowed", "out_of_memory")  # Counts of steps that were not taken.
 SHOWN = (*LOST, "bad_files")  # Counts that the log line shows if they are not 0.
 
-# Number of tensors that wait to be read at most, so that a long epoch does not hold many.
+# Largest number of tensors that wait to be read, which bounds the memory of a long epoch.
 MAX_PENDING = 4096
 
 
@@ -157,7 +156,12 @@ class Mean:
     def update(
         self, value: float | Tensor | Mapping[str, float | Tensor], weight: float = 1.0
     ) -> None:
-        """Add the average ``value`` of ``weight`` examples.
+        """Add the average of some examples.
+
+        Args:
+            value: average of these examples: a number, a tensor of one element, or a mapping from
+                names to these.
+            weight: number of examples.
 
         Raises:
             ValueError: for a weight that is negative or not finite, a value that is no scalar, and
@@ -223,7 +227,7 @@ class Mean:
         return means if self._named else means.get("")
 
     def weight(self) -> float:
-        """Return the number of examples that entered: the most of any name."""
+        """Return the number of examples that entered; of several names, the largest."""
         self.read()
         return max((weight for _, weight in self._sums.values()), default=0.0)
 
@@ -267,7 +271,14 @@ def _add(total: list[float], value: float, weight: float) -> None:
 
 @dataclass
 class Tally:
-    """Figures of one optimizer since the last log record, from its step reports."""
+    """Figures of one optimizer since the last log record, from its step reports.
+
+    Attributes:
+        now: latest learning rate, clip limit and fp16 scale.
+        clipped: number of steps that were clipped.
+        norms: L2 norm of the gradients before clipping, of each step that was taken.
+        counts: number of losses by outcome.
+    """
 
     now: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("lr", "limit", "scale"))
@@ -337,7 +348,7 @@ class TrainingMetrics:
         self.counts = dict.fromkeys(LOST, 0)
 
     def start_clock(self) -> None:
-        """Start the clock of the throughput, or go on with it in a further epoch."""
+        """Start the clock of the throughput, or continue it in a further epoch."""
         self._recorded = time.perf_counter() - self._spent
 
     def stop_clock(self) -> None:
@@ -364,7 +375,7 @@ class TrainingMetrics:
                 self.add_loss(loss, weight, [each for each in names if each != name])
 
     def forget_windows(self) -> None:
-        """Leave out the losses that wait: their windows were dropped."""
+        """Drop the losses that wait for windows, since these were dropped."""
         self._waiting = []
 
     def add_loss(self, loss: Any, weight: float, windows: Sequence[str] = ()) -> None:
@@ -392,7 +403,7 @@ class TrainingMetrics:
     def begin_logging(self, stage: str) -> None:
         """Begin the values of a stage with those that were logged since the last one.
 
-        What was logged in a stage of that name that an error has ended is forgotten.
+        Values of an earlier stage of that name that an exception ended are dropped.
         """
         self.logged[stage] = self.logged.pop("", {})
 

@@ -14,11 +14,15 @@ GRACE = 30.0  # Seconds that a worker goes on after SIGTERM, as torchrun gives r
 
 
 def call_when_orphaned(function: Callable[[], None]) -> None:
-    """Call a function in a thread when the process that started this one has ended."""
+    """Call a function in a thread when the process that started this one has ended.
+
+    Args:
+        function: called once, at most `POLL_SECONDS` later.
+    """
     parent, process = os.getppid(), multiprocessing.parent_process()
 
     def watch() -> None:
-        # The second tells of a parent that has ended before this.
+        # getppid misses a parent that ended before it was called; parent_process does not.
         while os.getppid() == parent and (process is None or process.is_alive()):
             time.sleep(POLL_SECONDS)
         function()
@@ -29,9 +33,9 @@ def call_when_orphaned(function: Callable[[], None]) -> None:
 def serve(closing: Callable[[], bool] = lambda: False) -> None:
     """Prepare a process that works for the one that started it.
 
-    It ends soon after that process, in the middle of its work. The signals that ask a run to stop
-    at a safe point reach it too, and the main process may need it up to there: it ignores them,
-    but SIGTERM ends it some time later.
+    It ends soon after that process, in the middle of its work. It ignores the signals that ask a
+    run to stop, since the main process may need it up to its next safe point; but `GRACE` seconds
+    after SIGTERM it ends.
 
         ProcessPoolExecutor(2, get_context("spawn"), initializer=serve)
 

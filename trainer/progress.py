@@ -1,4 +1,4 @@
-"""Training progress: stages, and where the loop is."""
+"""Stages, and the progress of a training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ Phase = Literal["train", "valid", "done"]
 
 
 class Stage(enum.Enum):
-    """The purpose of a pass over data; equal to the member of that name of another `Stage`."""
+    """Purpose of a pass over data.
+
+    Members equal those of the same name in another enum called ``Stage``, such as SpeechBrain's.
+    """
 
     TRAIN = "train"
     VALID = "valid"
@@ -23,7 +26,7 @@ class Stage(enum.Enum):
         return NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.name)  # That of every Enum.
+        return hash(self.name)  # As Enum does, so that equal members have equal hashes.
 
 
 @dataclass
@@ -38,7 +41,8 @@ class Progress:
         epoch: current epoch, as the epoch counter numbers it.
         step: batches of the current epoch so far, on this rank.
         optimizer_step: optimizer steps since the run began.
-        phase: what comes next in the epoch: the rest of its training, a validation, or nothing.
+        phase: next part of the epoch: "train" for the rest of its training, "valid" for a
+            validation, "done" for none.
         stopped: True once early stopping has ended the current `fit`.
         fits: calls of `Brain.fit` so far, without nested ones.
         epoch_batches: batches of the current epoch on this rank; None where unknown.

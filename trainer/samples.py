@@ -1,4 +1,4 @@
-"""Samples of a run: rows of sounds, pictures, texts and numbers for people, by `Brain.show`.
+"""Samples of a run: rows of sounds, pictures, texts and numbers that `Brain.show` records.
 
     brain.show("test", [
         {"id": "a-1", "text": Aligned("the cat", "a cat"), "sound": Audio(wave, 16000), "WER": 50},
@@ -39,17 +39,27 @@ LEVELS = 64  # Shades of a picture.
 Write = Callable[[str, bytes], str]  # Takes suffix and content of a file, returns its name.
 
 
+def _check_tensor(owner: str, name: str, value: object) -> None:
+    """Raise ValueError for values that are no tensor, such as an array of NumPy."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{owner} has {name} of type {type(value).__name__}; allowed: a tensor, as from "
+            "torch.as_tensor"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Audio:
     """Sound.
 
     Args:
-        samples: (T,) or (1, T), in [-1, 1]; what lies beyond is clipped.
+        samples: (T,) or (1, T), in [-1, 1]; values beyond are clipped.
         rate: sample rate in Hz.
         spectrogram: show the spectrogram, too.
 
     Raises:
-        ValueError: for another shape, and a rate that is not positive.
+        ValueError: for samples that are no tensor, another shape, and a rate that is not a whole
+            number above 0.
     """
 
     samples: Tensor
@@ -57,6 +67,7 @@ class Audio:
     spectrogram: bool = False
 
     def __post_init__(self) -> None:
+        _check_tensor("Audio", "samples", self.samples)
         shape = list(self.samples.shape)
         if shape[:-1] not in ([], [1]) or not shape or not shape[-1]:
             raise ValueError(f"Audio has samples of shape {shape}; allowed: (T,) or (1, T), T > 0")
@@ -94,7 +105,7 @@ class Image:
         high: value of the lightest colour; None for the largest one.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for values that are no tensor, and another shape.
     """
 
     values: Tensor
@@ -102,9 +113,12 @@ class Image:
     high: float | None = None
 
     def __post_init__(self) -> None:
+        _check_tensor("Image", "values", self.values)
         if self.values.dim() != 2 or not self.values.numel():
             shape = list(self.values.shape)
-            raise ValueError(f"Image has values of shape {shape}; allowed: (rows, columns)")
+            raise ValueError(
+                f"Image has values of shape {shape}; allowed: (rows, columns), both above 0"
+            )
 
     def png(self) -> bytes:
         """Return the picture as a PNG file of at most `MAX_PIXELS`; NaN is dark."""
@@ -158,8 +172,8 @@ class Matrix:
     """Table of counts, such as a confusion matrix; a picture where it is large.
 
     Args:
-        values: (rows, columns), as a tensor or lists.
-        labels: names of the rows, and of the columns.
+        values: counts (n, n), as a tensor or lists.
+        labels: names of the n rows, which are those of the columns, too.
         rows: meaning of the rows.
         columns: meaning of the columns.
 
@@ -175,7 +189,10 @@ class Matrix:
     def __post_init__(self) -> None:
         shape, count = list(torch.as_tensor(self.values).shape), len(self.labels)
         if shape != [count, count] or not count:
-            raise ValueError(f"Matrix has values of shape {shape} and {count} labels")
+            raise ValueError(
+                f"Matrix has values of shape {shape} and {count} labels; allowed: (n, n) and n "
+                "labels, n > 0"
+            )
 
     def image(self) -> Image:
         """Return the matrix as a picture of shares of its rows, the first row on top."""
@@ -234,7 +251,7 @@ class Samples:
 
     Args:
         title: name of the set, such as "test"; a later set of that name replaces it.
-        rows: a mapping from names to cells for each; "id" is its heading.
+        rows: for each row a mapping from names of columns to cells; the cell "id" is its heading.
         step: optimizer steps since the run began.
         epoch: current epoch; None in a test.
         note: a sentence above the rows.
@@ -304,7 +321,7 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
         signal: samples (T,) in [-1, 1].
         rate: sample rate in Hz, which is kept.
     """
-    # What has come from a 16-bit file is exactly that again.
+    # Samples that were read from a 16-bit file are written exactly as they were.
     pcm, file = (signal * 32768).round().clamp(max=32767).to(torch.int16), io.BytesIO()
     try:
         import soundfile

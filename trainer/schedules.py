@@ -28,7 +28,7 @@ Mode = Literal["min", "max"]
 
 
 def _improvement(mode: str, reference: float, value: float) -> float:
-    """Return by how much a value is better than a reference; above 0 is better in either mode."""
+    """Return the improvement of a value on a reference; above 0 is better in either mode."""
     return reference - value if mode == "min" else value - reference
 
 
@@ -259,7 +259,11 @@ class MetricSchedule(Schedule):
         raise NotImplementedError
 
     def step(self, metric: float) -> None:  # type: ignore[override]
-        """Take the metric of an epoch; a value that is not finite is ignored with a warning."""
+        """Take the metric of an epoch, and lower the learning rate if that is due.
+
+        Args:
+            metric: value of the metric; one that is not finite is ignored with a warning.
+        """
         value = float(metric)
         self.last_epoch += 1
         if not math.isfinite(value):
@@ -374,6 +378,9 @@ class EarlyStopping(checks.Stateful):
     def update(self, value: float) -> bool:
         """Take the metric of an evaluation.
 
+        Args:
+            value: value of the metric; one that is not finite is no new best.
+
         Returns:
             True if training should stop.
         """
@@ -387,5 +394,5 @@ class EarlyStopping(checks.Stateful):
 
     @property
     def is_exhausted(self) -> bool:
-        """True if so many evaluations had no new best value that training should stop."""
+        """True if the last `patience` evaluations or more had no new best value."""
         return self.waited >= self.patience

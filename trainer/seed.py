@@ -33,7 +33,7 @@ def derive(seed: int, *parts: int | str) -> int:
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed Python, NumPy (where it is imported) and torch on all devices.
+    """Seed Python, NumPy (if it is imported) and torch on all devices.
 
     Args:
         seed: random seed of the run, between 0 and 2**63 - 1.
@@ -46,7 +46,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
 
 def reseed(value: int) -> None:
-    """Seed the generators of Python, NumPy (where it is imported) and torch's CPU, not CUDA's.
+    """Seed the generators of Python, NumPy (if it is imported) and torch's CPU, not CUDA's.
 
     Args:
         value: seed between 0 and 2**63 - 1; NumPy takes its lowest 32 bits.
@@ -86,8 +86,8 @@ def rng_state() -> dict[str, Any]:
     """Return the states of all generators that a step may draw from.
 
     Returns:
-        Tensors and plain values under "torch", "python", "cuda" (where there are GPUs) and "numpy"
-        (where it is imported), which `torch.load` reads with ``weights_only=True``.
+        Tensors and plain values under "torch", "python", "cuda" (if there are GPUs) and "numpy" (if
+        it is imported), which `torch.load` reads with ``weights_only=True``.
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -121,13 +121,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _pack_python_state(state: tuple[Any, ...]) -> list[Any]:
-    """Return a state of `random.Random` with its 625 numbers as a tensor, quicker to save."""
+    """Return a state of `random.Random` with its 625 numbers as a tensor, which is saved faster."""
     version, internal, gauss = state
     return [version, torch.tensor(internal), gauss]
 
 
 def _unpack_python_state(state: list[Any]) -> tuple[Any, ...]:
-    """Return the state that `_pack_python_state` was given."""
+    """Invert `_pack_python_state`."""
     version, internal, gauss = state
     return version, tuple(internal.tolist()), gauss
 
@@ -161,15 +161,16 @@ def as_stateful(value: Any) -> Any:
     """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
     Args:
-        value: a `torch.Generator`, a `random.Random` or a NumPy generator.
+        value: any object.
 
     Returns:
-        The wrapped generator; None for anything else, and for a generator of NumPy whose state does
-        not consist of plain numbers.
+        The wrapped generator, for a `torch.Generator`, a `random.Random` and a
+        `numpy.random.Generator` of the kind PCG64; None for anything else. A
+        `random.SystemRandom` has no state, and that of NumPy's other kinds is made of arrays.
     """
     if isinstance(value, torch.Generator):
         return _StatefulGenerator(value.get_state, value.set_state)
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return _StatefulGenerator(
             lambda: _pack_python_state(value.getstate()),
             lambda state: value.setstate(_unpack_python_state(state)),
@@ -183,8 +184,8 @@ def as_stateful(value: Any) -> Any:
 class fork_rng:
     """Context manager that seeds the CPU generators of Python, NumPy and torch, and restores them.
 
-    The same object may be entered again: the block's random numbers continue from where they were
-    left. Each time takes about 0.2 ms.
+    The same object may be entered again: the block's random numbers then continue from where they
+    were left. Entering and leaving it takes about 0.2 ms.
 
     Args:
         seed: seed of the generators within the block.
@@ -214,25 +215,26 @@ class fork_rng:
 
 
 class DrawsUndone:
-    """Remembers the CPU generators of Python, NumPy and torch; takes about 2 µs a time.
+    """States of the CPU generators of Python, NumPy and torch, noted in about 2 µs, to return to.
 
-    To ask Python and NumPy for their states takes 7 and 24 µs, so that both are asked only where
-    the memory of the generator differs from that of the time before.
+    Python and NumPy take 7 and 24 µs to return their states. They are asked only if the memory of
+    the generator differs from that of the last time.
     """
 
     def __init__(self) -> None:
         self._states: tuple[Any, ...] | None = None
-        self._read: dict[str, tuple[bytes, Any]] = {}  # Memory and state that were read last.
+        # By library: memory of the generator and its state, as they were read last.
+        self._read: dict[str, tuple[bytes, Any]] = {}
 
     def remember(self) -> None:
         """Note the generators as they are now."""
         self._states = self._python(), self._numpy(), [torch.default_generator.get_state()]
 
     def _python(self) -> Any:
-        # The last normal number, which Python keeps for the next draw, is not in this memory.
-        if _PYTHONS is None or random._inst.gauss_next is not None:  # type: ignore[attr-defined]
+        # A normal number that is kept for the next draw is not in this memory.
+        if _PYTHON_ADDRESS is None or random._inst.gauss_next is not None:  # type: ignore[attr-defined]
             return random.getstate()
-        return self._state("python", _PYTHONS, 625 * 4, random.getstate)
+        return self._state("python", _PYTHON_ADDRESS, 625 * 4, random.getstate)
 
     def _numpy(self) -> Any:
         if (numpy := sys.modules.get("numpy")) is None:
@@ -241,7 +243,7 @@ class DrawsUndone:
         if type(bits).__name__ != "MT19937":  # NumPy's default; another one has another memory.
             return read()
         state = self._state("numpy", bits.ctypes.state_address, 625 * 4, read)
-        return read() if state["has_gauss"] else state  # As above.
+        return read() if state["has_gauss"] else state  # As for Python.
 
     def _state(self, name: str, address: int, size: int, read: Callable[[], Any]) -> Any:
         memory = ctypes.string_at(address, size)
@@ -266,7 +268,7 @@ def _address_of_python() -> int | None:
     return id(random._inst) + head if fits else None
 
 
-_PYTHONS = _address_of_python()
+_PYTHON_ADDRESS = _address_of_python()
 
 
 def _cpu_states(generators: Sequence[Any]) -> tuple[Any, ...]:
@@ -281,7 +283,7 @@ def _cpu_states(generators: Sequence[Any]) -> tuple[Any, ...]:
 def _set_cpu_states(generators: Sequence[Any], states: tuple[Any, ...]) -> None:
     python, numpy, held = states
     random.setstate(python)
-    if numpy is not None:  # None: it was imported inside the block.
+    if numpy is not None:  # None if it was not imported when the states were read.
         sys.modules["numpy"].random.set_state(numpy)
     for generator, state in zip(generators, held, strict=True):
         _set_state(generator, state)

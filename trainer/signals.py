@@ -1,7 +1,7 @@
 """Requests to stop: signals and a time limit end a run at its next safe point, after a checkpoint.
 
-The loop asks `requested` after each batch. While it waits for data nothing of the run is half-done,
-so that a wait that lasts on after a request is left, too; see `waiting`.
+The loop calls `requested` after each batch. A wait for data is a safe point as well, since no step
+is half-done in it: a wait that lasts too long after a request is ended, too; see `waiting`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNLESS_IN_USE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 0  # In place of a signal's number: the run option max_hours.
 EXIT_CODES = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
 OTHER_EXIT_CODE = 75  # Of every other request: "try again later" in sysexits.h.
-PATIENCE = 3.0  # Seconds that a wait for data may last on after a request.
+PATIENCE = 3.0  # Seconds that a wait for data may last after a request.
 RESCUE = 6.0  # Seconds after a request at which a wait that no exception ends is given up.
 
 _received: int | None = None
@@ -127,10 +127,10 @@ def _handle(number: int, _frame: FrameType | None) -> None:
         _received, _received_at = number, time.monotonic()
     waits = _wait is not None and not _wait.over
     if waits and time.monotonic() - _received_at >= PATIENCE:
-        _stopping = True  # Again and again, where the data swallow exceptions.
+        _stopping = True  # Raised at each further signal: a dataset may swallow exceptions.
         raise Interrupted(_received)
     if _stopping and number != signal.SIGINT:
-        return  # It ends already.
+        return  # The run is ending already.
     if not _deferring:
         _stopping = True
         raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(number)
@@ -212,20 +212,24 @@ def installed() -> bool:
 
 
 def set_limit(hours: float | None) -> None:
-    """Request a stop once this process is so many hours old; None for never."""
+    """Request a stop once this process is old enough.
+
+    Args:
+        hours: age of the process in hours; None for no limit.
+    """
     global _deadline
     _deadline = None if hours is None else time.monotonic() - _age() + 3600 * hours
 
 
 def _age() -> float:
-    """Return for how many seconds this process has existed."""
+    """Return the age of this process in seconds."""
     with open("/proc/self/stat") as file:
         ticks = int(file.read().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def requested() -> int | None:
-    """Return the number of the signal that asked for a stop, `TIME_LIMIT`, or None."""
+    """Return the request to stop: the number of a signal, or `TIME_LIMIT`; None without one."""
     global _received, _received_at
     if _received is None and _deadline is not None and time.monotonic() >= _deadline:
         _received, _received_at = TIME_LIMIT, time.monotonic()
@@ -244,7 +248,7 @@ def raise_agreed() -> NoReturn:
 
 
 def keep_error() -> None:
-    """Let no further signal but SIGINT raise: the run ends with an error already."""
+    """Ignore further signals except SIGINT, so that the error that ends the run is kept."""
     global _stopping
     _stopping = True
 
@@ -259,7 +263,8 @@ def reset() -> None:
 def hung_waits_left() -> Iterator[None]:
     """Context manager in which a thread ends waits for data that hang after a request.
 
-    It is told of signals by the system, even while the main thread runs none of Python's handlers.
+    It learns of signals through `signal.set_wakeup_fd`, which works even while the main thread is
+    in a call that runs no Python handlers.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -290,7 +295,7 @@ def _watch(reader: int, done: threading.Event) -> None:
         if done.is_set():
             return
         if number is None:
-            # The system tells of every signal that has a handler, also one of the program's own.
+            # The pipe has the numbers of all signals with a handler, also of the program's own.
             heard = [each for each in told if each and signal.getsignal(each) is _handle]
             number, since = heard[0] if heard else requested(), time.monotonic()
             if number is not None:

@@ -1,4 +1,4 @@
-"""Nested containers: one walk over what batches and saved states are made of."""
+"""Nested containers, such as batches and saved states: apply a function to leaves, or list them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def plain_number(value: Any) -> Any:
-    """Return a tensor, array or NumPy number of one element as Python's number, all else as is."""
+    """Convert a tensor, an array or a NumPy number of one element to a number of Python.
+
+    Anything else is returned as it is.
+    """
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value
     if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
@@ -73,7 +76,7 @@ def rebuilt(container: Any, parts: Mapping[Any, Any]) -> Any:
         if type(container) is dict or not isinstance(container, MutableMapping):
             return dict(parts)
         mapping = copy.copy(container)
-        for key, part in parts.items():  # Not update, by which a Counter would add.
+        for key, part in parts.items():  # Not `update`, which adds to the counts of a Counter.
             mapping[key] = part
         return mapping
     if isinstance(container, tuple) and hasattr(container, "_fields"):

@@ -1,4 +1,4 @@
-"""Files that may come from elsewhere: paths that stay in a folder, and memory in proportion."""
+"""Files that may come from elsewhere: confined paths, limited memory, no foreign modules."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
 BYTES_PER_CORE = 1 << 25  # for the stacks of torch's threads, which may start at any time
 MEMORY_PER_BYTE = 8  # weights in the model, as read, as loaded, and twice in float64 for a mean
 
-# Sources that whoever reads a run folder has named; None where no run folder is read.
+# Sources that the reader of a run folder has named; None while no run folder is read.
 _named: ContextVar[set[str] | None] = ContextVar("_named", default=None)
-_limit = threading.RLock()  # The limit is one of the process.
+_limit = threading.RLock()  # The memory limit is the process's: one thread at a time sets it.
 
 
 def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
-    """Return a path that, links followed, is in a folder; there it may be missing.
+    """Check that a path, with links followed, lies in a folder.
+
+    Args:
+        folder: the folder.
+        path: the path; there may be nothing at it.
+
+    Returns:
+        The path as it was given.
 
     Raises:
         ValueError: it leads outside, or to something that is neither a file nor a folder.
@@ -46,7 +53,11 @@ def _is_below(path: str, folder: str) -> bool:
 
 @contextmanager
 def sources_confined() -> Iterator[set[str]]:
-    """Context manager in which `check_source` refuses what is not in the set that it gives."""
+    """Context manager in which `check_source` refuses sources that are not in a set.
+
+    Yields:
+        The set, empty at first.
+    """
     named: set[str] = set()
     token = _named.set(named)
     try:
@@ -72,6 +83,11 @@ def check_source(source: str) -> None:
 def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:
     """Return the text of a file in a folder.
 
+    Args:
+        folder: the folder.
+        name: name of the file, relative to the folder.
+        at_most: largest size of the file in bytes.
+
     Raises:
         ValueError: it lies elsewhere, is not UTF-8, or has more than ``at_most`` bytes.
         OSError: it cannot be read.
@@ -88,12 +104,12 @@ def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text without what a terminal would obey."""
+    """Return a text with control characters, which a terminal would obey, replaced."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def bytes_on_disk(folder: str | Path) -> int:
-    """Return the space that the files below a folder take; holes in files count nothing."""
+    """Return the bytes that the files below a folder take on the disk, without holes in files."""
     found = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -105,12 +121,16 @@ def bytes_on_disk(folder: str | Path) -> int:
 
 @contextmanager
 def memory_in_proportion(folder: str | Path, more: int = 0) -> Iterator[None]:
-    """Context manager in which this process may take memory in proportion to a folder's files.
+    """Context manager that limits the memory of this process in proportion to a folder's files.
 
-    ``more`` bytes, which the folder says that it has elsewhere, count up to half of what is free.
+    Memory beyond the limit raises MemoryError, or torch's RuntimeError, so that a false size in a
+    file does not get the process killed. Other threads are under the limit, too. There is a limit
+    on Linux only.
 
-    More than that raises MemoryError, or torch's RuntimeError: a size in a file cannot have the
-    process killed for what it asks for. Other threads are under the limit, too. Only Linux has it.
+    Args:
+        folder: the folder.
+        more: size in bytes of weights that the folder needs from elsewhere, according to itself;
+            they raise the limit by half of the free memory at most.
     """
     status = Path("/proc/self/status")
     if not status.exists():
@@ -136,17 +156,17 @@ def _free_bytes() -> int:
 
 
 class _Finder:
-    """Finds a module that one place on Python's path hides in the others.
+    """Import hook that looks for a module everywhere on Python's path but in some entries.
 
     Args:
-        holds: returns True for an entry of the path and the name of a module that it hides.
+        holds: returns True for an entry of the path that is left out for the name of a module.
     """
 
     def __init__(self, holds: Callable[[str, str], bool]) -> None:
         self.holds = holds
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find a module; None for one that is not hidden, which Python finds itself."""
+        """Find a module; return None where no entry is left out, so that Python finds it itself."""
         own = [each for each in sys.meta_path if isinstance(each, _Finder)]
         others = [each for each in sys.path if not any(one.holds(each, name) for one in own)]
         if path is not None or len(others) == len(sys.path):
@@ -161,10 +181,10 @@ class _Finder:
 
 @contextmanager
 def no_modules_from(folder: str | Path) -> Iterator[None]:
-    """Context manager in which modules are not looked for in a folder, nor below it.
+    """Context manager in which no module is imported from a folder or below it.
 
-    Nor is a package found that holds the folder, or is it: a folder may be called like a library.
-    Python's own and installed packages are found wherever they are.
+    A package that is the folder, or contains it, is not imported either, since the folder may have
+    the name of a library. Python's own and installed packages are imported wherever they are.
     """
     root = os.path.realpath(folder)
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")

@@ -21,7 +21,7 @@ from recipes.common.command import each_of, file_path, told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Run the command line, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, such as results/asr/demo/1234")
     parser.add_argument(
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print the transcript of each file; gives the exit code."""
+    """Print the transcript of each file, and return the exit code."""
     decoder = {"decoder": given.decoder} if given.decoder else {}
     model = trainer.load(given.run, given.device, model=Transcriber, overrides=decoder)
     return each_of(given.files, lambda path: print(f"{path}\t{model.transcribe(path)}", flush=True))

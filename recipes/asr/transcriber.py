@@ -1,8 +1,10 @@
 """Transcribing with a trained recogniser.
 
-model = trainer.load("results/asr/demo/1234")
-transcript = model.transcribe("x.flac")
-print(transcript, transcript.words)
+    model = trainer.load("results/asr/demo/1234")
+    transcript = model.transcribe("x.flac")
+    print(transcript, transcript.words)
+
+Neither the training nor its data are imported.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class PieceTranscriber(Model):
     """Base of recognisers, which are given pieces of sounds in batches."""
 
     uses: ClassVar[Sequence[str]] = ("model",)
+    units: ClassVar[Mapping[str, str]] = {"wer": "%", "cer": "%"}
 
     def recognise(self, batch: list[Piece], names: list[str]) -> list[Heard]:
         """Return what is said in each piece of a batch.

@@ -39,7 +39,7 @@ _MP3 = (b"ID3", b"\xff\xfb", b"\xff\xf3")
 _MAGIC = (
     *_MP3, b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"NIST", b"riff", b"caff",
 )  # fmt: skip
-# What the files of other programs begin with that libsndfile does not read.
+# First bytes of the formats that libsndfile does not read.
 _OTHERS = {
     "MPEG-4 (AAC or ALAC)": re.compile(rb"....ftyp", re.DOTALL),
     "AAC": re.compile(rb"\xff[\xf0\xf1\xf8\xf9]"),
@@ -102,14 +102,16 @@ def read_audio(
         channel: the one to take of several, or ``"mean"`` of all. None: one channel is expected.
         resample: resample a file of another rate instead of refusing it.
 
-    Raises BadItem.
+    Raises:
+        BadItem: the file cannot be used, or has no such part or channel.
     """
     expected = Expected(None if resample else sample_rate, 1 if channel is None else None)
     data, rate = read_channels(path, start, duration, expected)
     if channel == "mean":
         signal = data.mean(dim=0)
     elif isinstance(channel, str) or not 0 <= (channel or 0) < len(data):
-        raise BadItem(path, f"it has {len(data)} channels, asked for was {channel!r}")
+        allowed = f"allowed: 0 to {len(data) - 1}, or 'mean'"
+        raise BadItem(path, f"it has {len(data)} channels, asked for was {channel!r}; {allowed}")
     else:
         signal = data[channel or 0].clone()
     if resample and sample_rate not in (None, rate):
@@ -123,7 +125,20 @@ def read_channels(
     duration: float | None = None,
     expected: Expected | None = None,
 ) -> tuple[Tensor, int]:
-    """All channels of (a part of) a file, (C, T), and their rate in Hz. Raises BadItem."""
+    """Read all channels of a file, or of a part of it.
+
+    Args:
+        path: of the file.
+        start: seconds to leave out at the beginning.
+        duration: seconds to read; None: up to the end.
+        expected: properties that the file must have.
+
+    Returns:
+        Float32 samples (C, T) and their rate in Hz.
+
+    Raises:
+        BadItem: the file cannot be used, is not as expected, or has no such part.
+    """
     with _opened(path) as file:
         header = Header(file.frames, file.samplerate, file.channels)
         _compare(path, header, expected or Expected())
@@ -140,7 +155,7 @@ def read_channels(
             back = min(first, _MP3_BACK) if file.format in MP3_FORMATS else 0
             if file.seekable():
                 file.seek(first - back)
-            else:  # Such as GSM in a WAV.
+            else:  # Some encodings cannot be sought in, such as GSM in a WAV.
                 file.read(first)
             read = file.read(back + count, dtype="float32", always_2d=True)
             data = torch.from_numpy(read)[back:]  # (T, C)
@@ -164,9 +179,17 @@ class Forward(soundfile.SoundFile):
 
 
 def read_blocks(path: str | Path, size: int | None = None) -> Iterator[Tensor]:
-    """Read a file in blocks (C, ·) of so many samples; None: ``BLOCK``.
+    """Yield a file in blocks of samples, from its beginning to its end.
 
-    Raises BadItem for data that are cut or not finite.
+    Args:
+        path: of the file.
+        size: samples per channel of a block; None: ``BLOCK``.
+
+    Yields:
+        Float32 samples (C, T), T up to ``size``.
+
+    Raises:
+        BadItem: the file cannot be used, or its data are cut or not finite.
     """
     header = read_header(path)
     read = 0
@@ -185,7 +208,7 @@ def read_blocks(path: str | Path, size: int | None = None) -> Iterator[Tensor]:
 
 
 def check_count(path: str | Path, file: soundfile.SoundFile, read: int, count: int) -> None:
-    """Raise BadItem for fewer samples than a header promised, in an MP3 by a frame at least."""
+    """Raise BadItem for fewer samples than a header promised; an MP3 may lack up to a frame."""
     if read < count - (_MP3_FRAME if file.format in MP3_FORMATS else 0):
         raise BadItem(path, f"its data are cut: {read} of {count} samples")
 
@@ -229,10 +252,23 @@ def check_recordings(
     on_bad: str = "skip",
     max_bad: float = 0.05,
 ) -> dict[Path, Header]:
-    """Read the headers of all files, and return those of the good ones, in the order given.
+    """Read the headers of files, in several threads, and leave out the bad ones.
 
-    Each bad one is logged with its reason. Raises BadItem at the first with ``on_bad="raise"``, and
-    a ValueError with the whole list when more than the share ``max_bad`` is bad.
+    Each bad file is logged with its reason.
+
+    Args:
+        paths: of the files.
+        sample_rate: expected rate in Hz; None: any.
+        channels: expected number of channels; None: any.
+        on_bad: "skip", or "raise" at the first bad file.
+        max_bad: share of the files that may be bad, from 0 to 1.
+
+    Returns:
+        The headers of the good files by path, in the order given.
+
+    Raises:
+        BadItem: with ``on_bad="raise"``, for the first bad file.
+        ValueError: more than ``max_bad`` of the files are bad; it lists them.
     """
     files = {Path(path): [(str(path), Expected(sample_rate, channels))] for path in paths}
     good = good_ones(files, on_bad, max_bad)
@@ -300,7 +336,7 @@ def _compare(path: str | Path, header: Header, expected: Expected) -> None:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """The file, opened; BadItem where that fails or its size belies its header."""
+    """Open a file. Raises BadItem where that fails, or where its header promises more data."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

@@ -15,12 +15,12 @@ Item = TypeVar("Item")
 
 
 def file_path(text: str) -> str:
-    """A path of the command line, with ``~`` for the home folder: shells leave it in ``-o=~/x``."""
+    """Return a path of the command line with ``~`` expanded, which shells leave in ``-o=~/x``."""
     return os.path.expanduser(text)
 
 
 def local_path(text: str) -> Path:
-    """As `file_path`, for what is used as a path."""
+    """Return a path of the command line as `file_path` does, as a `Path`."""
     return Path(file_path(text))
 
 
@@ -35,7 +35,7 @@ def told(work: Callable[[], int]) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
-        # Names that are not UTF-8 as they are, and what another encoding lacks by its number.
+        # Print names that are not UTF-8 unchanged; escape what another encoding lacks.
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         return work()

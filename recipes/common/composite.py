@@ -35,7 +35,17 @@ PEAK_WEIGHT, LOCAL_WEIGHT = 20.0, 1.0  # Klatt's constants of the two weights
 
 
 def composite(clean: Array, heard: Array, sample_rate: int, pesq: float) -> dict[str, float]:
-    """``csig``, ``cbak`` and ``covl``, from 1 to 5, of ``heard`` (T,) against ``clean`` (T,)."""
+    """Return the composite measures of a clip.
+
+    Args:
+        clean: samples (T,) of the clean speech.
+        heard: samples (T,) of the enhanced speech.
+        sample_rate: in Hz.
+        pesq: wide-band PESQ of the clip.
+
+    Returns:
+        ``csig``, ``cbak`` and ``covl``, each from 1 to 5.
+    """
     llr = log_likelihood_ratio(clean, heard, sample_rate)
     wss = weighted_spectral_slope(clean, heard, sample_rate)
     snr = segmental_snr(clean, heard, sample_rate)
@@ -139,9 +149,8 @@ def _nearest_peak(levels: Array, slopes: Array) -> Array:
         right[:, band] = climbing
     climbing = levels[:, 0]
     for band in range(bands):
-        # From here leftwards: as long as the slopes before fall towards this band, climb on.
-        before = slopes[:, band - 1] > 0 if band else np.zeros(len(levels), dtype=bool)
-        climbing = levels[:, band] if band == 0 else np.where(before, levels[:, band], climbing)
+        if band:  # Where a rise from the left ends, this band is the peak of those that fall after.
+            climbing = np.where(slopes[:, band - 1] > 0, levels[:, band], climbing)
         left[:, band] = climbing
     return np.where(slopes > 0, right, left)
 

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
-# In any case.
+# Suffixes of the files that are read, in small letters; a file may have them in capitals.
 SOUNDS = (
     ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aifc", ".aiff", ".au", ".caf", ".oga",
     ".rf64", ".sph", ".w64",
@@ -27,9 +27,14 @@ UNREAD = (".3gp", ".aac", ".amr", ".m4a", ".m4b", ".mp4", ".webm", ".wma")
 
 
 def cut_of(path: Path, header: Header, name: str, **said: str | None) -> MonoCut:
-    """Return the first channel of a whole file as a cut with this name.
+    """Return the first channel of a whole file as a cut.
 
-    ``said`` is known of it: ``text``, ``speaker``, ``gender``, ``language``; None is left out.
+    Args:
+        path: of the file.
+        header: its header, as `recipes.common.audio.check_recordings` gives it.
+        name: id of the cut, which no other has.
+        said: fields of its supervision: ``text``, ``speaker``, ``gender``, ``language``. Without
+            any the cut has no supervision.
     """
     duration = header.duration
     source = AudioSource(type="file", channels=list(range(header.channels)), source=str(path))

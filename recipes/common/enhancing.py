@@ -37,7 +37,8 @@ from trainer.inference.model import Model
 from trainer.inference.results import Sound
 from trainer.options import RunOptions
 
-MOST_CHANNELS = 32  # of a stream's chunk that has fewer samples than channels
+# A chunk of a stream with more channels than this, and than samples, is taken as transposed.
+MOST_CHANNELS = 32
 
 
 class EnhancementModel(Model):
@@ -58,6 +59,11 @@ class EnhancementModel(Model):
         super().__init__(modules, hparams, options)
         self.sample_rate = as_rate(self.hparams.sample_rate)
         self.chunks: Chunks = self.hparams.chunks
+        if not isinstance(self.chunks, Chunks):
+            raise ValueError(
+                f"chunks is {self.chunks!r}; allowed: !new:recipes.common.streaming.Chunks with "
+                "length and overlap"
+            )
         self.chunks.check()
 
     @abstractmethod
@@ -72,9 +78,9 @@ class EnhancementModel(Model):
     def latency_at(self, rate: int) -> float:
         """Return the latency of `enhance_stream` at a rate, in seconds.
 
-        A sample is enhanced as soon as so much of the sound behind it is there, or its end. The
-        time that the network takes is not in it. Resampling adds up to four periods in which both
-        rates have whole numbers of samples, such as 40 ms for 44,100 and 16,000 Hz.
+        A sample is enhanced once so many seconds of the sound that follows it have come in, or its
+        end. The time that the network takes is not counted. Resampling adds up to four periods in
+        which both rates have whole numbers of samples, such as 40 ms for 44,100 and 16,000 Hz.
 
         Args:
             rate: rate of the stream, in Hz.
@@ -127,7 +133,7 @@ class EnhancementModel(Model):
 
     def _enhanced(self, sources: Sequence[Source]) -> list[Sound]:
         own = self.sample_rate
-        if len(sources) == 1:  # In a memory that grows by the result alone.
+        if len(sources) == 1:  # Block by block: only the result takes memory by its length.
             (source,) = sources
             blocks = converted(source.blocks(), source.header.sample_rate, self._convert, own)
             signals = [torch.cat(list(blocks), dim=1)]
@@ -192,7 +198,8 @@ class EnhancementModel(Model):
         for made in converted(blocks(), rate, self._convert, self.sample_rate):
             check_made(f"the stream up to chunk {number}", made)
             if made.shape[1]:
-                yield made[0].clone() if flat else made.clone()  # Views hold all that was batched.
+                # A view would hold the memory of its whole batch.
+                yield made[0].clone() if flat else made.clone()
 
 
 def main(argv: Sequence[str] | None, about: str, kind: type[EnhancementModel]) -> int:
@@ -212,13 +219,13 @@ def main(argv: Sequence[str] | None, about: str, kind: type[EnhancementModel]) -
         "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
     )
     parser.add_argument(
-        "-o", "--output", type=file_path, required=True, metavar="FOLDER", help="for what comes out"
+        "-o", "--output", type=file_path, required=True, metavar="FOLDER", help="for the results"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     given = parser.parse_args(argv)
 
     def run() -> int:
-        targets(given.files, given.output)  # Which refuses what cannot be written, before the work.
+        targets(given.files, given.output)  # Refuses what cannot be written, before the work.
         model = trainer.load(given.run, given.device, model=kind)
         network, rate = model.network, model.sample_rate
         return enhance_files(given.files, given.output, network, rate, model.chunks)

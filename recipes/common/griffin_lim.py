@@ -10,7 +10,7 @@ from recipes.common.mel import LogMel
 
 
 class GriffinLim:
-    """Magnitudes that have these mels, then phases that fit them.
+    """Griffin and Lim's algorithm, from log-mel spectrograms to waveforms.
 
     The magnitudes are those of a non-negative factorisation with known filters (Lee and Seung 2001,
     multiplicative updates), the phases those of the fast algorithm of Perraudin et al. 2013 after
@@ -28,7 +28,14 @@ class GriffinLim:
 
     @torch.inference_mode()
     def __call__(self, mel: Tensor) -> Tensor:
-        """Log-mels (M, F) to samples (F * hop,), within -1 and 1, on the CPU."""
+        """Turn a log-mel spectrogram into sound.
+
+        Args:
+            mel: log-mels (M, F), as the front end makes them.
+
+        Returns:
+            Samples (F * hop,), within -1 and 1, on the CPU.
+        """
         front = self.mel
         magnitude = self._magnitude(mel.detach().cpu().float())
         # The algorithm pads by mirrors that must be shorter than the signal.

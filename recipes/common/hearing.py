@@ -1,8 +1,10 @@
 """Inputs of models: sound files, arrays, tensors and `Sound` objects, one or several.
 
-sounds, several = given_sounds(["a.wav", "b.flac"])
-sounds, several = given_sounds(array, rate=44100)
-signal = sounds[0].read(16000, channel="mean")  # (T,)
+    sounds, several = given_sounds(["a.wav", "b.flac"])
+    sounds, several = given_sounds(array, rate=44100)
+    signal = sounds[0].read(16000, channel="mean")  # (T,)
+
+Shapes: C channels, T samples. Rates are in Hz.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ SEARCHED = 4.0  # seconds at the end of these, in which a longer file is cut whe
 
 @dataclass(frozen=True)
 class Source:
-    """A sound that was given: a file, which is read when it is asked for, or samples.
+    """Sound that was given to a model: a file, read only when its samples are needed, or samples.
 
     Attributes:
         name: the path, or "the sound" or "sound 3", for messages.
@@ -61,13 +63,16 @@ class Source:
     def read(
         self, rate: int, channel: str = "mean", start: int = 0, count: int | None = None
     ) -> Tensor:
-        """Return samples at a rate.
+        """Read the samples of the sound, or a part of them, at a rate.
 
         Args:
             rate: wanted rate, in Hz.
             channel: "mean" for the mean of the channels, (T,); "all" for all of them, (C, T).
             start: first sample to read, at the rate of the sound itself.
             count: number of samples to read, at that rate; None for all that follow.
+
+        Returns:
+            Samples (T,) or (C, T), float32, by ``channel``.
 
         Raises:
             BadItem: a file cannot be used.
@@ -272,7 +277,16 @@ def pieces(sounds: Iterable[Source], rate: int, longest: float = LONGEST) -> Ite
 
 
 def quietest(signal: Tensor, rate: int) -> int:
-    """Return the middle of the quietest tenth of a second at the end of samples, or of a half."""
+    """Return where to cut samples: in the middle of the quietest tenth of a second near their end.
+
+    Args:
+        signal: samples (T,), at least 0.2 s of them.
+        rate: sample rate, in Hz.
+
+    Returns:
+        Number of the sample, within the last ``SEARCHED`` seconds, or the last half if that is
+        shorter.
+    """
     window = round(0.1 * rate)
     start = max(len(signal) // 2, len(signal) - round(SEARCHED * rate))
     power = signal[start:].unfold(0, window, 1 + window // 4).square().mean(-1)

@@ -7,7 +7,7 @@
 
 PESQ takes about a tenth of the speech's duration, on one core; measured beside the network it
 costs nothing on a machine with a core to spare. What cannot be measured is missing in the scores,
-is named in the log once, with its id and the reason, and stands in `Judges.failed`; nobody tries
+is named in the log once, with its id and the reason, and stands in `Judges.failed`; it is not tried
 again.
 """
 
@@ -83,10 +83,18 @@ class Judges:
     def submit(
         self, id: str, clean: Tensor, heard: Tensor, measures: Sequence[str] | None = None
     ) -> None:
-        """Have ``heard`` (T,) measured against ``clean`` (T,); both may change afterwards.
+        """Have a clip measured.
 
-        ``measures`` are by default all of these judges'. Returns at once, unless so many clips wait
-        already that the oldest must be waited for. Raises ValueError for clips of different length.
+        Returns at once, unless so many clips wait already that the oldest must be waited for.
+
+        Args:
+            id: name of the clip, for `collect`.
+            clean: samples (T,) of the clean speech; copied.
+            heard: samples (T,) of the enhanced speech; copied.
+            measures: names of measures; None for all of these judges'.
+
+        Raises:
+            ValueError: the two have different lengths, or are no vectors.
         """
         if clean.shape != heard.shape or clean.dim() != 1:
             raise ValueError(
@@ -100,12 +108,15 @@ class Judges:
         self._waiting.append(_Task(id, work, self._start(work) if self.workers else None))
 
     def collect(self, wait: bool = True, until: Collection[str] | None = None) -> dict[str, Scores]:
-        """Return the scores by id, in the order of submission, of all since the last call.
+        """Return the scores of the clips that were submitted since the last call.
 
-        Without ``wait`` only scores that are there by now; with ``until`` those that are there as
-        soon as none of these ids waits any more.
+        Args:
+            wait: wait for all of them; False for those that are measured by now.
+            until: wait only until none of these ids is left to measure, whatever ``wait`` says.
 
-        A clip of which nothing could be measured is not in it.
+        Returns:
+            Scores by measure, by id, in the order of submission. A clip of which nothing could be
+            measured is missing.
         """
         while self._waiting and (
             self._waiting[0].is_done()
@@ -171,7 +182,7 @@ class Judges:
             self._told.add(task.id)
 
     def _alone(self, task: _Task) -> Measured:
-        """A process died, and took all waiting clips with it: each is tried once, by itself."""
+        """Measure a clip by itself, after a process died and took all waiting clips with it."""
         self._restart()
         try:
             return self._start(task.work).result()
@@ -183,7 +194,7 @@ class Judges:
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Within it, processes are started whose libraries use one thread."""
+    """Context manager: processes that are started within it use one thread in their libraries."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
     try:
@@ -201,7 +212,7 @@ def _measured(
 ) -> Measured:
     if multiprocessing.parent_process() is None:
         return measure(clean, heard, measures, sample_rate)
-    # C code listens to nobody: a process that takes too long ends itself, and the pool notices.
+    # C code cannot be interrupted: a process that takes too long ends itself, and the pool notices.
     with open(os.devnull, "w") as nowhere:
         faulthandler.dump_traceback_later(timeout, exit=True, file=nowhere)
         try:

@@ -12,7 +12,7 @@ KBITS = (
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 )
 HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-TOLD = (b"Xing", b"Info", b"VBRI")  # In a first frame that tells of all.
+TOLD = (b"Xing", b"Info", b"VBRI")  # tags of a first frame that states the number of frames
 
 
 class _Frame(NamedTuple):

@@ -46,7 +46,8 @@ def read_parts(
         listed: dict[Path, tuple[str, str]] = {}
         place = folder / part
         tables = [each for each in files_below(place) if each.name.endswith(".trans.txt")]
-        for table in tables or sorted(place.rglob("[!.]*.trans.txt")):  # A folder is told of.
+        # Where there is no list, a folder that has the name of one is refused as such.
+        for table in tables or sorted(place.rglob("[!.]*.trans.txt")):
             for path, (id, text) in _listed(table, folder, follow_links).items():
                 if path in listed:
                     raise TableError(table, f"has a text of {path}, as another list has")

@@ -255,7 +255,7 @@ class DurationBatches:
         if not 0 <= max_padding <= 1:
             raise ValueError(f"max_padding is {max_padding}; allowed: a share from 0 to 1")
         for index, duration in enumerate(durations):
-            if not 0 < duration < math.inf:  # Nor NaN, which is in no order.
+            if not 0 < duration < math.inf:  # False for NaN, too.
                 raise ValueError(f"item {index} lasts {duration} s; allowed: a number above 0")
         longest = max(durations, default=0.0)
         if longest > max_duration:

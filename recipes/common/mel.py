@@ -76,9 +76,16 @@ class LogMel(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def forward(self, wav: Tensor) -> Tensor:
-        """(…, S) to (…, M, S // hop).
+        """Return the log-mels of signals.
 
-        Raises ValueError for fewer samples than the mirrored edges need.
+        Args:
+            wav: samples (…, S).
+
+        Returns:
+            Log-mels (…, M, S // hop), float32.
+
+        Raises:
+            ValueError: there are fewer samples than the mirrored edges need.
         """
         if wav.shape[-1] <= self.edge:
             raise ValueError(
@@ -90,7 +97,17 @@ class LogMel(nn.Module):
         return self.of_padded(padded).reshape(*wav.shape[:-1], self.bands, -1)
 
     def stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """A signal that comes in blocks (…, ·) as frames (…, M, ·): joined, those of the whole."""
+        """Yield the log-mels of a signal that comes in blocks.
+
+        Args:
+            blocks: samples (…, S_i), of any lengths.
+
+        Yields:
+            Log-mels (…, M, F_i), which joined are those of the whole signal.
+
+        Raises:
+            ValueError: there are fewer samples than the mirrored edges need.
+        """
         held: Tensor | None = None
         begun = False
         for block in blocks:
@@ -105,7 +122,7 @@ class LogMel(nn.Module):
         if held is None:
             return
         if not begun:
-            self(held)  # Too short: says so.
+            self(held)  # Raises, since the signal is too short.
         mirrored = held[..., held.shape[-1] - self.edge - 1 : -1].flip(-1)
         held = torch.cat([held, mirrored], -1)
         if held.shape[-1] >= self.n_fft:
@@ -138,7 +155,16 @@ class LogMel(nn.Module):
 
 
 def write_mel(path: str | Path, mel: Tensor, config: Mapping[str, Any]) -> None:
-    """Write (M, F) as a `.pt`, or as a `.npy` with its configuration in a `.json` beside it."""
+    """Write a mel file.
+
+    Args:
+        path: a `.pt`, or a `.npy`, whose configuration is written into a `.json` beside it.
+        mel: log-mels (M, F).
+        config: how the mel was made, as `LogMel.config`.
+
+    Raises:
+        ValueError: the path has another suffix.
+    """
     path = Path(path)
     if path.suffix == ".pt":
         torch.save({"mel": mel.detach().cpu().contiguous(), "config": dict(config)}, path)
@@ -152,9 +178,16 @@ def write_mel(path: str | Path, mel: Tensor, config: Mapping[str, Any]) -> None:
 
 
 def read_mel(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """A mel file's spectrogram (M, F), left on the disk where it is a `.npy`, and configuration.
+    """Read a mel file; nothing in it is run.
 
-    Raises ValueError with the path and the reason; nothing in a file is run.
+    Args:
+        path: a `.pt`, or a `.npy` with its configuration in a `.json` beside it.
+
+    Returns:
+        Log-mels (M, F), which are left on the disk until they are used, and how they were made.
+
+    Raises:
+        ValueError: the file cannot be used; it names the path and the reason.
     """
     path = Path(path)
     if not path.is_file():

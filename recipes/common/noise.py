@@ -9,9 +9,15 @@ from torch import Tensor
 
 
 def coloured_noise(seed: int, samples: int, exponent: float = 0.0) -> Tensor:
-    """Noise whose power falls as ``1 / f ** exponent``: 0 is white, 1 pink, 2 brown.
+    """Return noise whose power falls as ``1 / f ** exponent``.
 
-    Returns (T,) float32 with a root mean square of 1, the same for the same arguments.
+    Args:
+        seed: random seed.
+        samples: number of samples, T.
+        exponent: 0 for white noise, 1 for pink, 2 for brown.
+
+    Returns:
+        Samples (T,), float32, with a root mean square of 1; the same for the same arguments.
     """
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.fft.rfft(torch.randn(samples, generator=generator))
@@ -20,11 +26,18 @@ def coloured_noise(seed: int, samples: int, exponent: float = 0.0) -> Tensor:
 
 
 def babble(seed: int, samples: int, talkers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Several people talking at once, equally loud and without a pause.
+    """Return several people who talk at once, equally loud and without a pause.
 
-    ``talkers`` holds for each person some recordings, (T,) each. A person says them in an order and
-    from a point that ``seed`` decides, over and over. Returns (samples,) float32 with a root mean
-    square of 1.
+    Args:
+        seed: random seed: the order of each person's recordings, and where in them it begins.
+        samples: number of samples, T.
+        talkers: recordings (T_i,) of each person, which are repeated as long as needed.
+
+    Returns:
+        Samples (T,), float32, with a root mean square of 1.
+
+    Raises:
+        ValueError: there is no talker, or one without a recording.
     """
     if not talkers or not all(talkers):
         raise ValueError("babble needs at least one talker, and each at least one recording")

@@ -35,14 +35,14 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-SILENT = 1e-4  # of full scale (-80 dB): a clip without a sample above it says nothing
+SILENT = 1e-4  # of full scale (-80 dB): a clip without a sample above it is silent
 LOUDEST = 0.99  # of full scale: what would be above is turned down, clean and noisy alike
 
 Pair = tuple[Tensor, Tensor]  # clean and noisy, (T,) each
 
 
 class Source(Protocol):
-    """One clip of clean speech that can be had with noise."""
+    """Clip of clean speech that can be loaded with noise."""
 
     id: str
 
@@ -55,14 +55,38 @@ class Source(Protocol):
         """Seconds."""
 
     def load(self, sample_rate: int, rng: random.Random) -> Pair:
-        """Clean and noisy at this rate, equally long. Raises BadItem."""
+        """Load a clip, clean and noisy.
+
+        Args:
+            sample_rate: wanted rate, in Hz.
+            rng: random generator of what is drawn.
+
+        Returns:
+            Samples (T,) of each, equally long.
+
+        Raises:
+            BadItem: a file cannot be used.
+        """
 
 
 class Noise(Protocol):
     """Source of noise to mix with speech."""
 
     def __call__(self, cut: MonoCut, samples: int, sample_rate: int, rng: random.Random) -> Tensor:
-        """So many samples (T,) of noise to put behind ``cut``, of any level. Raises BadItem."""
+        """Return noise to mix with a clip.
+
+        Args:
+            cut: the clip.
+            samples: number of samples of noise.
+            sample_rate: in Hz.
+            rng: random generator of what is drawn.
+
+        Returns:
+            Samples (T,), of any level.
+
+        Raises:
+            BadItem: a file cannot be used.
+        """
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,7 @@ class Recorded:
         return float(self.clean.duration)
 
     def load(self, sample_rate: int, rng: random.Random) -> Pair:
-        """Both files. Raises BadItem for another length of each, and for a silent clean side."""
+        """Load both files. Raises BadItem where their lengths differ or the clean one is silent."""
         clean, noisy = (load(cut, sample_rate, resample=True) for cut in (self.clean, self.noisy))
         if len(clean) != len(noisy):
             raise BadItem(
@@ -121,7 +145,7 @@ class Mixed:
         return float(self.cut.duration)
 
     def load(self, sample_rate: int, rng: random.Random) -> Pair:
-        """The speech, and the speech with noise. Raises BadItem where the speech is silent."""
+        """Load the speech, and mix it with noise. Raises BadItem where the speech is silent."""
         clean = load(self.cut, sample_rate, resample=True)
         check_heard(path_of(self.cut), clean)
         snr = rng.uniform(*self.snr)
@@ -129,9 +153,17 @@ class Mixed:
 
 
 def mix(clean: Tensor, noise: Tensor, snr: float, sample_rate: int) -> Pair:
-    """``clean`` (T,) alone and with ``noise`` (T,) at this ratio in dB, both of one gain.
+    """Mix speech and noise.
 
-    The gain is 1, and less where the mixture would leave full scale.
+    Args:
+        clean: samples (T,) of the speech.
+        noise: samples (T,) of the noise, of any level.
+        snr: signal-to-noise ratio of the mixture, in dB.
+        sample_rate: in Hz.
+
+    Returns:
+        The speech and the mixture, (T,) each, both turned down alike where the mixture would exceed
+        full scale.
     """
     mixer = AudioMixer(clean[None].numpy(), sample_rate)
     mixer.add_to_mix(noise[None].numpy().astype(np.float32), snr=snr)
@@ -183,7 +215,7 @@ class Pairs(Dataset[dict[str, Any]]):
         return len(self.sources) * self.times
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):  # which is what ends an iteration
+        if not 0 <= index < len(self):  # The IndexError ends an iteration.
             raise IndexError(f"there is no pair {index}; allowed: 0 to {len(self) - 1}")
         source, id = self.sources[index % len(self.sources)], self._id(index)
         rng = random.Random(derive(0, "pair", id) if self.fixed else item_seed(id))
@@ -207,7 +239,7 @@ class Pairs(Dataset[dict[str, Any]]):
         return self.sources[number].id + (f"#{time}" if time else "")
 
     def name_of(self, index: int) -> str:
-        """A clip in an error message."""
+        """Return what error messages call a clip."""
         return f"{index} ({self._id(index)})"
 
 
@@ -230,4 +262,4 @@ def _at_least(sources: Sequence[Source], shortest: float) -> list[Source]:
     return good
 
 
-Corpus = Mapping[str, Sequence[Source]]
+Corpus = Mapping[str, Sequence[Source]]  # clips by split: train, valid, test

@@ -10,11 +10,16 @@ SHOWN = 80  # Characters of a name that an error shows.
 
 
 def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:
-    """The file that a manifest names relative to its data folder.
+    """Return the path of the file that a manifest names relative to its data folder.
 
-    Raises ValueError when the name could lead out of the folder or is none: as `check_name`, an
-    absolute path, ``..``, ``~``, and without ``follow_links`` a symbolic link whose target is
-    elsewhere.
+    Args:
+        folder: the data folder.
+        name: path of the file within it.
+        follow_links: symbolic links may lead out of the folder.
+
+    Raises:
+        ValueError: the name is none (see `check_name`), or could lead out of the folder: an
+            absolute path, ``..``, ``~``, or a symbolic link whose target is elsewhere.
     """
     check_name(name)
     if reason := _leads_out(name):

@@ -28,7 +28,7 @@ EPS = 1e-10  # of a power, far below what 16 bits can hold
 
 
 class NotMeasurable(ValueError):
-    """A clip of which a measure says nothing, and why."""
+    """Error of a measure that cannot be computed for a clip, with the reason."""
 
 
 def require(measures: Collection[str], sample_rate: int) -> None:
@@ -61,10 +61,17 @@ def require(measures: Collection[str], sample_rate: int) -> None:
 def measure(
     clean: Array, heard: Array, measures: Sequence[str], sample_rate: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The measures of ``heard`` (T,) against ``clean`` (T,), and why any of them is missing.
+    """Measure a clip.
 
-    What cannot be measured (PESQ finds no speech, STOI too little of it) is not in the first
-    mapping, but in the second with its reason.
+    Args:
+        clean: samples (T,) of the clean speech.
+        heard: samples (T,) of the enhanced speech.
+        measures: names from ``MEASURES``.
+        sample_rate: in Hz.
+
+    Returns:
+        The scores by measure; and the reasons, by measure, for those that cannot be computed, such
+        as PESQ where it finds no speech.
     """
     known: dict[str, Callable[[], Mapping[str, float]]] = {
         "pesq": lambda: {"pesq": pesq(clean, heard, sample_rate)},

@@ -53,7 +53,7 @@ class Scoreboard:
     """Scores of clips, over all processes, as `Judges` give them while the network goes on.
 
     Args:
-        judges: who measures; `finish` waits for them, and they may be shared.
+        judges: processes that measure; `finish` waits for them, and they may be shared.
         folder: where table and sounds go, usually that of the run.
 
     Attributes:
@@ -90,7 +90,15 @@ class Scoreboard:
     def add(
         self, ids: Sequence[str], clean: Tensor, lengths: Tensor, noisy: Tensor, enhanced: Tensor
     ) -> None:
-        """Take in a batch: signals (B, T) of these lengths (B,) in samples."""
+        """Have the clips of a batch measured.
+
+        Args:
+            ids: names of the clips.
+            clean: padded signals (B, T) of the clean speech.
+            lengths: number of samples of each (B,).
+            noisy: padded signals (B, T) of the noisy speech.
+            enhanced: padded signals (B, T) of the enhanced speech.
+        """
         signals = (each.detach().float().cpu() for each in (noisy, enhanced, clean))
         for id, length, *sides in zip(ids, lengths.tolist(), *signals, strict=True):
             sounds = Sounds(*(side[:length].clone() for side in sides))
@@ -103,10 +111,14 @@ class Scoreboard:
             self._take(self.judges.collect(wait=False))
 
     def finish(self) -> dict[str, float]:
-        """Wait for the judges; the means over all clips of all processes. A collective.
+        """Wait for the judges, write table and sounds, and return the means. A collective.
 
-        A mean is over the clips that could be measured both noisy and enhanced. Raises ValueError
-        for a measure that has none.
+        Returns:
+            The means over all processes of ``SHOWN``, and by ``NAME_noisy`` of the noisy clips. A
+            mean is over the clips that could be measured both noisy and enhanced.
+
+        Raises:
+            ValueError: a measure could be computed for no clip.
         """
         self._take(self.judges.collect())
         mine = [(id, self._scores.get(id, {}), self._before.get(id, {})) for id in self._ids]

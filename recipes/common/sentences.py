@@ -39,7 +39,7 @@ Rule = str | Callable[[random.Random], str]
 
 
 def spelled(number: int) -> str:
-    """A whole number below a million in words.
+    """Return a whole number below a million in words.
 
     >>> spelled(7642)
     'seven thousand six hundred and forty two'
@@ -58,7 +58,7 @@ def spelled(number: int) -> str:
 
 
 def ordinal(day: int) -> str:
-    """The day of a month in words: 1 to 31."""
+    """Return the day of a month, 1 to 31, in words."""
     if day <= 20:
         return ORDINALS[day - 1]
     return "thirtieth" if day == 30 else f"{TENS[day // 10 - 2]} {ORDINALS[day % 10 - 1]}"
@@ -176,15 +176,21 @@ def _expand(rule: Rule, grammar: Mapping[str, Rule], rng: random.Random) -> str:
 
 
 def belongs(sentence: str) -> str:
-    """The one split that may say this sentence."""
+    """Return the split that a sentence belongs to."""
     number = derive(0, "split", sentence) % 100
     return next(split for split, numbers in SPLITS.items() if number in numbers)
 
 
 def sentences(split: str, style: str, seed: int = 0) -> Iterator[str]:
-    """Different sentences of a split without end; ``seed`` chooses the order.
+    """Yield different sentences of a split, without end.
 
-    Raises ``ValueError`` for an unknown split or style.
+    Args:
+        split: "train", "valid" or "test".
+        style: "commands" or "prose".
+        seed: random seed of the order.
+
+    Raises:
+        ValueError: the split or style is unknown.
     """
     for name, value, allowed in (("split", split, SPLITS), ("style", style, GRAMMARS)):
         if value not in allowed:

@@ -65,12 +65,20 @@ def embedded_speech(
     speakers: int | None = None,
     seed: int = 0,
 ) -> list[Utterance]:
-    """Utterances of a split, its voices taking turns, synthesised where the cache lacks them.
+    """Return utterances of a split, whose voices take turns; synthesise those not in the cache.
 
-    ``style`` is "commands" (numbers, dates and orders from about a hundred words, 2.3 s each) or
-    "prose" (about 330 words, 4.2 s each). ``speakers`` takes only the first so many of the split's
-    voices. A longer list begins with the shorter one. Raises ``ValueError`` for an unknown split or
-    style, and for more speakers than there are.
+    Args:
+        split: "train", "valid" or "test".
+        utterances: number of utterances. A longer list begins with the shorter one.
+        style: "commands" (numbers, dates and orders from about a hundred words, 2.3 s each) or
+            "prose" (about 330 words, 4.2 s each).
+        sample_rate: in Hz.
+        speakers: number of the split's voices to use, the first ones; None for all.
+        seed: chooses the sentences.
+
+    Raises:
+        ValueError: the split or style is unknown, or there are not so many speakers.
+        ModuleNotFoundError: the synthesiser is not installed.
     """
     voices = _voices(split, speakers)
     texts = _texts(split, utterances, style, seed)
@@ -85,16 +93,35 @@ def one_voice_reading(
     seed: int = 0,
     longest: int | None = None,
 ) -> list[Utterance]:
-    """So many sentences of prose by one reader, the same in every split; the sentences differ.
+    """Return sentences of prose by one reader, who is the same in every split.
 
-    With ``longest`` only those of at most so many characters, of which the shortest have 34.
+    Args:
+        split: "train", "valid" or "test", which share no sentence.
+        utterances: number of utterances.
+        sample_rate: in Hz.
+        seed: chooses the sentences.
+        longest: characters of a sentence, at most; 45 or more. None for any number.
+
+    Raises:
+        ValueError: the split is unknown, or ``longest`` is too small.
+        ModuleNotFoundError: the synthesiser is not installed.
     """
     texts = _texts(split, utterances, "prose", seed, longest)
     return _speak([(READER, text) for text in texts], sample_rate)
 
 
 def spoken_words(split: str, words: Sequence[str], sample_rate: int = 16000) -> list[Utterance]:
-    """Return each word by each voice of a split, as a keyword spotter learns them."""
+    """Return each word by each voice of a split, such as for a keyword spotter.
+
+    Args:
+        split: "train", "valid" or "test", which share no voice.
+        words: the words, or phrases.
+        sample_rate: in Hz.
+
+    Raises:
+        ValueError: the split is unknown.
+        ModuleNotFoundError: the synthesiser is not installed.
+    """
     voices = _voices(split, None)
     return _speak(
         [(_delivered(each, word), word) for word in words for each in voices], sample_rate
@@ -102,7 +129,7 @@ def spoken_words(split: str, words: Sequence[str], sample_rate: int = 16000) -> 
 
 
 def to_cuts(utterances: Sequence[Utterance]) -> CutSet:
-    """The utterances as lhotse's cuts, each with one supervision: its text, speaker and gender."""
+    """Return utterances as lhotse's cuts with one supervision each: text, speaker and gender."""
     from lhotse import CutSet
 
     from recipes.common.audio import Header

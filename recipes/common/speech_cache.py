@@ -192,7 +192,7 @@ class Synthesiser:
         self._process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe)
 
     def say(self, line: Line) -> Tensor:
-        """The samples of a line as espeak-ng gives them, (T,) int16 at its own rate."""
+        """Return the samples of a line as espeak-ng gives them, (T,) int16 at its own rate."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -248,7 +248,7 @@ def _resampler(sample_rate: int) -> Callable[[Tensor], Tensor]:
 
 
 def write(path: Path, samples: Tensor, sample_rate: int) -> None:
-    """A mono 16-bit WAV file of (T,) int16 ``samples``, there whole or not at all."""
+    """Write (T,) int16 ``samples`` as a mono 16-bit WAV file, which appears whole or not at all."""
     import soundfile
 
     content = io.BytesIO()

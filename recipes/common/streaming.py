@@ -37,7 +37,9 @@ class Chunks(NamedTuple):
     def check(self) -> None:
         """Raise ValueError for lengths that cannot be."""
         if any(type(each) is not int for each in self) or self.at_once < 1:
-            raise ValueError(f"{self} is not of whole numbers, with 1 at_once at least")
+            raise ValueError(
+                f"{self} is not of whole numbers; allowed: whole numbers, and at_once 1 or more"
+            )
         if not 0 <= 2 * self.overlap <= self.length or self.length < 1:
             raise ValueError(
                 f"chunks of {self.length} samples cannot overlap by {self.overlap}: allowed is up "
@@ -46,12 +48,12 @@ class Chunks(NamedTuple):
 
 
 def enhance_signal(signal: Tensor, network: Network, chunks: Chunks) -> Tensor:
-    """A whole signal (C, T) enhanced, (C, T)."""
+    """Return a whole signal (C, T) enhanced, (C, T)."""
     return torch.cat(list(enhanced_blocks([signal], network, chunks)), dim=1)
 
 
 def enhance_signals(signals: Sequence[Tensor], network: Network, chunks: Chunks) -> list[Tensor]:
-    """Signals (C, T) of any lengths enhanced, whose chunks the network gets all together."""
+    """Return signals (C, T) of any lengths enhanced; the network gets all their chunks at once."""
     cut = [list(_cut([signal], chunks)) for signal in signals]
     parts = [pieces for groups in cut for pieces, _ in groups]
     rows = _checked(network, torch.cat([each.flatten(0, 1) for each in parts]))
@@ -64,9 +66,10 @@ def enhance_signals(signals: Sequence[Tensor], network: Network, chunks: Chunks)
 
 
 def enhanced_blocks(blocks: Iterable[Tensor], network: Network, chunks: Chunks) -> Iterator[Tensor]:
-    """A signal that comes in blocks (C, ·), enhanced; what is given is as long together.
+    """Yield a signal that comes in blocks (C, ·) enhanced, in blocks of other lengths.
 
-    The result does not depend on how the signal is cut into blocks.
+    Together they have as many samples as came in, whose values do not depend on the lengths of the
+    blocks.
     """
     cut = _cut(blocks, chunks)
     return _joined(((_enhanced(pieces, network), left) for pieces, left in cut), chunks.overlap)

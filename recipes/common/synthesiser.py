@@ -46,7 +46,7 @@ Callback = ctypes.CFUNCTYPE(
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """A library that has said nothing yet, so that what it says depends on the request alone."""
+    """Load the library anew, so that its samples depend on the request alone."""
     library = ctypes.CDLL(str(folder / LIBRARIES.get(sys.platform, "libespeak-ng.so")))
     if library.espeak_ng_GetSampleRate() != 0:  # 0 until initialised: this one was in use before
         os.execv(sys.executable, [sys.executable, "-I", *sys.argv])
@@ -64,7 +64,7 @@ def unload(library: ctypes.CDLL) -> None:
 
 
 def speak(library: ctypes.CDLL, request: dict[str, Any]) -> bytes:
-    """The 16-bit samples of one request, spoken by a library that was just loaded."""
+    """Return the 16-bit samples of one request, spoken by a library that was just loaded."""
     samples = bytearray()
 
     def collect(wave: Any, count: int, events: Any) -> int:

@@ -29,8 +29,12 @@ def conv(ins: int, outs: int, kernel: int, dilation: int = 1) -> nn.Module:
 class Residual(nn.Module):
     """A residual block: dilated convolutions, each added to what it came from.
 
-    With ``depth`` 2 each is followed by another one without dilation (the first kind of the paper,
-    of V1 and V2), with 1 it is alone (the second, of V3).
+    Args:
+        channels: C.
+        kernel: size of the kernels, odd.
+        dilations: of the convolutions.
+        depth: 2 if each is followed by another one without dilation (V1 and V2 of the paper), 1 if
+            it is alone (V3).
     """
 
     def __init__(self, channels: int, kernel: int, dilations: Sequence[int], depth: int) -> None:

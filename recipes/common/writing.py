@@ -1,4 +1,4 @@
-"""Sound files to write: what can be, checked before the work, and appears whole or not at all."""
+"""Writing of sound files: their formats, checks before the work, and files that appear whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-# Formats by suffix, the usual one first, of files that are not made of another one.
+# Formats that files of a suffix may have; the first is that of a file which resembles no other one.
 FORMATS = {
     ".wav": ("WAV", "WAVEX", "RF64", "NIST"),
     ".flac": ("FLAC",),
@@ -169,7 +169,7 @@ def put(file: soundfile.SoundFile, samples: Tensor) -> None:
 
 
 def check_outputs(paths: Iterable[Path]) -> None:
-    """Raise ValueError for a file that cannot be written: before the work, not after it."""
+    """Raise ValueError for a file that cannot be written, to be called before the work."""
     for path in paths:
         above = path.parent
         while not os.path.lexists(above):

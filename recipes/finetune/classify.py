@@ -8,7 +8,7 @@ Neither the training nor its data are imported; they are in `recipes.finetune.tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, overload
 
@@ -60,6 +60,9 @@ class SoundClassifier(Embedder):
     """
 
     uses: ClassVar[Sequence[str]] = ("encoder", "embed", "head")
+    units: ClassVar[Mapping[str, str]] = {
+        "accuracy": "%", "macro_f1": "%", "eer": "%", "eer_snorm": "%",
+    }  # fmt: skip
 
     @property
     def best_checkpoint(self) -> dict[str, str]:  # type: ignore[override]

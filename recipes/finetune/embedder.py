@@ -36,7 +36,7 @@ class Embedder(Model):
             lengths: number of samples of each (B,).
 
         Returns:
-            Embeddings (B, E).
+            Embeddings (B, D).
         """
         raise NotImplementedError
 
@@ -51,7 +51,7 @@ class Embedder(Model):
     def embed(self, sounds: Several, rate: int | None = None) -> list[Embedding]: ...
 
     def embed(self, sounds: Given, rate: int | None = None) -> Embedding | list[Embedding]:
-        """Return the embedding of a sound, or of each sound of a list: a vector (E,).
+        """Return the embedding of a sound, or of each sound of a list: a vector (D,).
 
         That of a long sound is the mean of the directions of its pieces. Of several channels the
         mean is heard.
@@ -60,6 +60,9 @@ class Embedder(Model):
             sounds: a path, a `Sound`, or samples (T,) or (C, T) as a tensor or an array of NumPy;
                 or a list of these.
             rate: rate of the samples, in Hz; files and `Sound` objects have their own.
+
+        Returns:
+            The embedding; a list of them for a list.
 
         Raises:
             BadItem: a file cannot be used, or a sound is too short for the model.
@@ -70,12 +73,12 @@ class Embedder(Model):
         return found if several else found[0]
 
     def piece_vectors(self, sources: Sequence[Source]) -> list[Tensor]:
-        """Return the vectors (P, E) of the pieces of each sound, on the CPU."""
+        """Return the vectors (P, D) of the pieces of each sound, on the CPU."""
         rate, shortest, seconds = self.input_limits()
         found: list[list[Tensor]] = [[] for _ in sources]
         parts = equal_pieces(sources, rate, seconds, shortest)
-        # Pieces of one length alone: some encoders read the padding. Those of a single sound follow
-        # each other: what is printed of a file has as many digits as fp32, and these are the same.
+        # A batch has pieces of one length, since some encoders read the padding. Pieces of a single
+        # sound go one by one, so that the digits printed for a file do not depend on its length.
         most = round(BATCH * rate) if len(sources) > 1 else 1
         for batch in batched(parts, most, padded=False):
             wavs = torch.stack([piece.signal for piece in batch]).to(self.device)

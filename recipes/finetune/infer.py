@@ -23,7 +23,7 @@ from recipes.finetune.embedder import Embedder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Run the command line, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument(
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print what is found in each file; gives the exit code."""
+    """Print what is found in each file, and return the exit code."""
     source = {} if given.source is None else {"source": given.source}
     model = trainer.load(given.run, given.device, overrides=source)
     if not isinstance(model, PieceTranscriber | Embedder):

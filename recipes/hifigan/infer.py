@@ -3,11 +3,11 @@
     python recipes/hifigan/infer.py results/hifigan/demo/1234 FILE... -o FOLDER
 
 A sound file of any rate, length and number of channels becomes the sound that the vocoder makes of
-its mels, of the same rate, length, channels, format and depth.
-A mel file (`.npy` or `.pt`, see `recipes.common.mel`) becomes a WAV. Files are read, made and
-written piece by piece: an hour needs no more memory than a minute, and every piece is what it would
-be in the whole. All that is needed is the run folder. Prints a line ``file<TAB>result`` for each; a
-file that cannot be used is named on stderr and the others are still made; the exit code is then 2.
+its mels, of the same rate, length, channels, format and depth. A mel file (`.npy` or `.pt`, see
+`recipes.common.mel`) becomes a WAV. Files are read, made and written piece by piece: an hour needs
+no more memory than a minute, and every piece is what it would be in the whole. All that is needed
+is the run folder. Prints a line ``file<TAB>result`` for each. A file that cannot be used is named
+on stderr and the others are still made; the exit code is then 2.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from recipes.hifigan.vocoder import MELS, Vocoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Run the command line, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, such as results/hifigan/demo/1234")
     parser.add_argument(

@@ -41,7 +41,10 @@ class _Mel(NamedTuple):
 
 
 class Vocoder(Model):
-    """A generator with the front end whose mels it takes, of a run of this recipe."""
+    """Vocoder of a run of this recipe: the generator, with the front end whose mels it takes.
+
+    Reads from the YAML ``best``.
+    """
 
     uses = ("generator", "mel")
 
@@ -117,7 +120,7 @@ class Vocoder(Model):
         return sounds if several else sounds[0]
 
     def vocode_stream(self, mels: Iterable[Samples]) -> Iterator[Tensor]:
-        """Turn a mel that comes in pieces into a sound in pieces, joined the same as whole.
+        """Turn a mel that comes in pieces into a sound in pieces, joined that of the whole.
 
         A piece of sound is given once all frames that it depends on are there; the memory does not
         depend on the length.

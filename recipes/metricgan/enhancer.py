@@ -39,7 +39,7 @@ class MetricGAN(EnhancementModel):
         return {"max_key": list(bests.values())[-1]}
 
     def network(self, chunks: Tensor) -> Tensor:
-        """Return noisy chunks (N, S) enhanced. Digital silence at an end is taken as padding."""
+        """Return noisy chunks (N, T) enhanced, (N, T). Zeros at the end are taken as padding."""
         chunks = chunks.to(self.device)
         places = torch.arange(1, chunks.shape[1] + 1, device=self.device)
         lengths = ((chunks != 0) * places).amax(1).clamp(min=1)

@@ -21,7 +21,7 @@ from recipes.metricgan.enhancer import MetricGAN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Run the command line, and return the exit code."""
     return enhancing.main(argv, __doc__ or "", MetricGAN)
 
 

@@ -47,7 +47,7 @@ class SEGAN(EnhancementModel):
         return {"max_key": self.hparams.best}
 
     def network(self, chunks: Tensor) -> Tensor:
-        """Return noisy chunks (N, T) enhanced, with the z that is always the same."""
+        """Return noisy chunks (N, T) enhanced, (N, T). The latent z is always the same."""
         own, generator = self.hparams, self.modules.generator
         with torch.inference_mode(), self.autocast():
             return enhance(generator, chunks.to(self.device), own.pre_emphasis, own.level)

@@ -19,7 +19,7 @@ from recipes.segan.enhancer import SEGAN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Run the command line, and return the exit code."""
     return enhancing.main(argv, __doc__ or "", SEGAN)
 
 

@@ -33,7 +33,7 @@ from recipes.separation.separator import Separate, SpeechSeparator, joined
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Run the command line, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run: results/separation/demo/1234")
     parser.add_argument(
@@ -82,7 +82,7 @@ def check_names(files: Sequence[str], folder: Path) -> None:
 
 
 def separate_all(separate: Separate, files: Sequence[str], folder: Path) -> int:
-    """Write the tracks of each file and print their names; gives the exit code."""
+    """Write the tracks of each file, print their names, and return the exit code."""
 
     def write(path: str) -> None:
         print(*separate_file(separate, path, folder), sep="\n", flush=True)
@@ -91,7 +91,7 @@ def separate_all(separate: Separate, files: Sequence[str], folder: Path) -> int:
 
 
 def separate_file(separate: Separate, path: str | Path, folder: Path) -> list[Path]:
-    """Write the tracks of one file; their names. Raises BadItem for a file that is not usable."""
+    """Write the tracks of one file, and return their paths. Raises BadItem for an unusable file."""
     header = read_header(path)
     paths: list[Path] = []
     with ExitStack() as stack:  # Not half a track, which looks like a whole one.

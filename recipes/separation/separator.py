@@ -135,26 +135,26 @@ def aligned(channels: Sequence[Tensor], mixture: Tensor) -> Tensor:
 
 
 def spectrum(tracks: Tensor) -> Tensor:
-    """The magnitudes of short-time spectra of tracks (S, T), each as a vector of length 1."""
+    """Return the magnitudes of the spectrograms of tracks (S, T), as unit vectors (S, D)."""
     window, padded = torch.hann_window(512), nn.functional.pad(tracks, (256, 256))
     found = torch.stft(padded, 512, 256, window=window, center=False, return_complex=True).abs()
     return torch.nn.functional.normalize(found.flatten(1))
 
 
 def scaled(tracks: Tensor, mixture: Tensor) -> Tensor:
-    """Tracks (S, T) with the loudness at which their sum comes nearest to the mixture (T,).
+    """Return tracks (S, T) scaled so that their sum comes nearest to the mixture (T,).
 
-    SI-SNR teaches no loudness, but the sources of a mixture add up to it.
+    The networks do not learn loudness, which SI-SNR ignores, but the sources of a mixture add up.
     """
     own = torch.nn.functional.normalize(tracks.double(), eps=1e-9)
-    # Somewhat regular, for tracks that are silent or alike.
+    # Regularised, since tracks may be silent or equal.
     power = own @ own.T + 1e-6 * torch.eye(len(own), dtype=own.dtype)
     factors = torch.linalg.solve(power, own @ mixture.double())
     return (factors[:, None] * own).to(tracks.dtype)
 
 
 def joined(separate: Separate, source: Source) -> Iterator[Tensor]:
-    """The tracks of a sound from its beginning to its end: parts (S, C, T), piece by piece."""
+    """Yield the tracks of a sound from its beginning to its end, in parts (S, C, T)."""
     rate = source.header.sample_rate
     overlap = round(OVERLAP * rate)
     held: Tensor | None = None  # the end of the last piece, which the next one has too
@@ -185,7 +185,7 @@ def pieces(source: Source) -> Iterator[tuple[Tensor, bool]]:
 
 
 def follow(before: Tensor, tracks: Tensor) -> Tensor:
-    """Tracks (S, C, T) in the order of those before, (S, C, overlap), and faded over from them."""
+    """Return tracks (S, C, T) in the order of those before, (S, C, overlap), faded in from them."""
     overlap = before.shape[-1]
     score = pairwise_si_snr(tracks[..., :overlap].transpose(0, 1), before.transpose(0, 1))
     # As shares of energy, from 0 to 1: in dB the one track that fits best would decide alone.

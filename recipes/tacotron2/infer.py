@@ -26,14 +26,14 @@ from recipes.tacotron2.speaker import Speaker
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
+    """Run the command line, and return the exit code."""
     given = _arguments(argv)
 
     def run() -> int:
         texts = _texts(given.text, given.file, given.output)
         check_outputs(texts)
         for path in texts:
-            kind_for(path)  # Which refuses what no sound file is called.
+            kind_for(path)  # Refuses names that do not end as those of sound files.
         model = trainer.load(given.run, given.device, model=Speaker)
         return say_all(model, model.sound(given.vocoder), texts)
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run, such as results/tacotron2/demo/1")
+    parser.add_argument("run", type=Path, help="folder of a run: results/tacotron2/demo/1234")
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", help="what to say")
     texts.add_argument("--file", type=local_path, help="a file with a text a line")
@@ -73,7 +73,7 @@ def _texts(text: str | None, file: Path | None, output: Path) -> dict[Path, tupl
 
 
 def say_all(model: Speaker, sound: Sounding, texts: Mapping[Path, tuple[str, str]]) -> int:
-    """Write a sound file of each text; gives the exit code."""
+    """Write a sound file of each text, and return the exit code."""
 
     def say(path: Path) -> None:
         name, text = texts[path]

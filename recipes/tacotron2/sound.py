@@ -67,6 +67,6 @@ def make_sound(
 
 
 def write_sound(path: Path, wave: Tensor, sample_rate: int) -> None:
-    """A 16-bit file of samples (S,), of the format of its suffix; its folder is made."""
+    """Write samples (S,) as a 16-bit file of the format of its suffix; its folder is made."""
     with written(path, sample_rate, 1, kind_for(path)) as file:
         file.write(wave.clamp(-1, 1).numpy())

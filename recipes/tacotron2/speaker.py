@@ -1,9 +1,11 @@
 """Speech from texts by a trained synthesiser.
 
-model = trainer.load("results/tacotron2/demo/1234")
-model.synthesise("Turn left.").save("out.wav")
-speech = model.synthesise("Turn left.", vocoder="results/hifigan/demo/1234")
-print(speech.finished, speech.alignment.shape)
+    model = trainer.load("results/tacotron2/demo/1234")
+    model.synthesise("Turn left.").save("out.wav")
+    speech = model.synthesise("Turn left.", vocoder="results/hifigan/demo/1234")
+    print(speech.finished, speech.alignment.shape)
+
+Neither the training nor its data are imported.
 """
 
 from __future__ import annotations

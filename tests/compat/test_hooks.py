@@ -226,6 +226,11 @@ def test_a_loader_that_unpickles_is_refused_before_code_runs(read: Any, tmp_path
     with pytest.raises(ValueError, match="state of a Careless is refused: .* unpickles .*mkdir"):
         part.load_state_dict(part.state_dict())
     assert not made.exists()
+    with hooks.no_unpickling("the state of an outer object"):
+        with hooks.no_unpickling("that of an object in it"):
+            pass
+        with pytest.raises(ValueError, match="state of an outer object is refused"):
+            pickle.loads(pickle.dumps(Evil(made)))
     assert pickle.loads(pickle.dumps(Counting())).count == 0  # Elsewhere it is nobody's business.
 
 

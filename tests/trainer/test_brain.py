@@ -727,19 +727,37 @@ def test_a_schedule_that_watches_what_no_stage_gives_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "scores", "epochs"),
+    ("mode", "scores", "epochs", "best"),
     [
-        ("max", [1.0, 2.0, 2.0, 1.5, 3.0], 4),
-        ("min", [-1.0, -2.0, -2.0, -1.5, -3.0], 4),
-        ("max", [-3.0, -2.0, -1.0, -0.5, -0.1], 5),
-        ("min", [3.0, 2.0, math.nan, math.nan, 1.0], 4),
+        ("max", [1.0, 2.0, 2.0, 1.5, 3.0], 4, "the best is 2, of epoch 2"),
+        ("min", [-1.0, -2.0, -2.0, -1.5, -3.0], 4, "the best is -2, of epoch 2"),
+        ("max", [-3.0, -2.0, -1.0, -0.5, -0.1], 5, None),
+        ("min", [3.0, 2.0, math.nan, math.nan, 1.0], 4, "the best is 2, of epoch 2"),
+        ("min", [math.nan, math.nan, 1.0], 2, "it has never been finite"),
     ],
 )
 def test_training_stops_when_the_metric_no_longer_improves(
-    mode: Any, scores: list[float], epochs: int
+    mode: Any, scores: list[float], epochs: int, best: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    brain = scored(scores, hparams={"early_stopping": EarlyStopping("score", mode, patience=2)})
+    stopping = EarlyStopping("score", mode, patience=2)
+    with caplog.at_level(logging.INFO, "trainer"):
+        brain = scored(scores, hparams={"early_stopping": stopping})
     assert brain.epoch == epochs
+    told = [text for r in caplog.records if "stopping early" in (text := r.getMessage())]
+    said = f"stopping early: score has not improved for 2 epochs: {best}"
+    assert told == ([] if best is None else [said])
+
+
+def test_the_epoch_of_the_best_value_is_left_out_where_another_fit_had_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    brain = make(hparams={"early_stopping": EarlyStopping("loss", patience=2, min_delta=1e6)})
+    brain.fit([1, 2], batches(2), batches(1))
+    with caplog.at_level(logging.INFO, "trainer"):
+        brain.fit([1], batches(2), batches(1))
+    (told,) = [text for r in caplog.records if "stopping early" in (text := r.getMessage())]
+    assert "for 2 epochs: the best is " in told
+    assert "of epoch" not in told
 
 
 # --- what is said --------------------------------------------------------------------------------

@@ -144,6 +144,20 @@ def test_the_help_of_every_command_has_examples(
     assert f"  {name} " in capsys.readouterr().out
 
 
+def test_the_help_of_a_recipe_shows_its_keys_and_calls_that_work(
+    program: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "mine.yaml", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: cortex run mine.yaml [--key value")
+    assert "  --lr " in text
+    calls = text.partition("Examples:\n")[2].splitlines()
+    assert any(each.startswith("  cortex run mine.yaml --") for each in calls)
+    assert calls[-1] == "  torchrun --standalone --nproc_per_node=2 -m trainer run mine.yaml"
+    assert "train.py" not in text
+    assert not Path("results").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -503,6 +517,17 @@ def test_an_average_is_a_run_that_can_be_loaded(
     (kept,) = Checkpointer(tmp_path / "x" / "checkpoints").list_checkpoints()
     assert Checkpointer(tmp_path / "x" / "checkpoints").average([kept])["weight"].item() == 1.0
     assert len(kept.meta["average_of"]) == 3
+
+
+@pytest.mark.parametrize(("place", "given"), [("run", "."), ("run/inside", "..")])
+def test_the_folder_that_one_is_in_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, given: str
+) -> None:
+    saved(tmp_path / "run", [{"wer": 1.0}, {"wer": 2.0}])
+    (tmp_path / place).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / place)
+    assert main(["average", given]) == 0
+    assert (tmp_path / "run-average" / "hyperparams.yaml").is_file()
 
 
 def test_the_average_of_a_program_is_loaded_by_it(program: Path) -> None:

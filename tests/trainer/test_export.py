@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,7 +168,10 @@ class Undecided(nn.Module):
     ("made", "message"),
     [
         (lambda: graph(nn.Identity(), reference=lambda x: x + 0.01), "output differs by 0.01 from"),
-        (lambda: graph(nn.Identity(), reference=lambda x: x[:, 1:]), r"makes \[1, 20\], and torch"),
+        (
+            lambda: graph(nn.Identity(), reference=lambda x: x[:, 1:]),
+            r"returns shape \[1, 20\], and torch",
+        ),
         (lambda: graph(nn.Identity(), reference=lambda x: x * torch.nan), "differs by nan from"),
         (lambda: graph(Undecided()), "cannot be exported to"),
     ],
@@ -261,6 +265,16 @@ def test_an_export_from_elsewhere_is_data_as_a_run_folder_is(run: Path, tmp_path
         load(folder)
 
 
+def test_null_where_a_model_needs_an_object_is_told_with_its_key(tmp_path: Path) -> None:
+    class Stretched(Sounds):
+        def prepare(self) -> None:
+            self.hparams.stretch.check()
+
+    run = make_run(tmp_path / "run", more="stretch: null\n")
+    with pytest.raises(ValueError, match="cannot be used: .*NoneType.*has null for stretch"):
+        trainer.load(run, "cpu", model=Stretched, allow=[__name__])
+
+
 # -------------------------------------------------------------------------------------- model cards
 
 
@@ -293,6 +307,27 @@ def test_the_card_has_the_test_its_spread_the_data_and_the_command(tmp_path: Pat
     assert "left-pad" not in text
     assert "somebody" not in text
     assert "license" in (folder / "README.md").read_text().split("---")[1]
+
+
+def test_the_card_gives_the_unit_of_a_metric(tmp_path: Path) -> None:
+    class InPerCent(Sounds):
+        units = {"wer": "%"}
+
+    run = make_run(tmp_path / "run", wer=3.0)
+    model = trainer.load(run, "cpu", model=InPerCent, allow=[__name__])
+    told, text = front_matter(trainer.export(model, tmp_path / "out", "torch"))
+    (metric,) = told["model-index"][0]["results"][0]["metrics"]
+    assert metric == {"type": "wer", "name": "wer (%)", "value": 3.0}
+    assert "| wer (%) | 3 | 1 over 3 items |" in text
+
+
+def test_an_export_to_a_place_that_cannot_be_made_names_that_place(tmp_path: Path) -> None:
+    model = load(make_run(tmp_path / "run"))
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file" / "out", tmp_path / ("x" * 250)):
+        with pytest.raises(OSError, match=f"^{re.escape(str(target))} cannot be written: "):
+            trainer.export(model, target, "torch")
+    assert sorted(os.listdir(tmp_path)) == ["file", "run"]
 
 
 def test_a_short_last_pass_and_what_is_not_known_are_not_in_the_card(tmp_path: Path) -> None:

@@ -346,9 +346,9 @@ def test_two_brains_of_one_process_go_on_in_the_same_run(tmp_path: Path) -> None
     [
         (
             {"mode": "of"},
-            "mode of a WandbLogger must be one of online, offline, disabled, not 'of'",
+            "mode of a WandbLogger must be one of online, offline, disabled; got 'of'",
         ),
-        ({"tags": "small"}, "tags of a WandbLogger must be a list of texts, not 'small'"),
+        ({"tags": "small"}, "tags of a WandbLogger must be a list of texts; got 'small'"),
     ],
 )
 def test_wrong_settings_of_wandb_are_a_sentence(arguments: Any, sentence: str) -> None:
@@ -357,7 +357,7 @@ def test_wrong_settings_of_wandb_are_a_sentence(arguments: Any, sentence: str) -
 
 
 def test_wrong_settings_of_mlflow_are_a_sentence() -> None:
-    with pytest.raises(ValueError, match="tags of an MlflowLogger must map names to values"):
+    with pytest.raises(ValueError, match="tags of an MlflowLogger must be a mapping from names"):
         MlflowLogger(tags=["a"])  # type: ignore[arg-type]
 
 

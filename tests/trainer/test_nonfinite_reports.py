@@ -195,7 +195,7 @@ def test_a_rerun_draws_the_same_numbers_or_says_that_it_cannot(source: str, tmp_
     assert all(each["generators_known"] == (source == "torch") for each in found)
     assert source != "torch" or all(each["replay"]["kind"] == "loss" for each in found)
     for path in tmp_path.glob("nonfinite/*/report.txt"):
-        assert ("a replay may draw others" in path.read_text()) == (source != "torch")
+        assert ("a replay may draw other numbers" in path.read_text()) == (source != "torch")
 
 
 # ------------------------------------------------------------------------------------- what is said
@@ -265,7 +265,7 @@ CAUSES: dict[str, tuple[Loss, Batch, str, str]] = {
     "negative log": (lambda y, _: y.log().mean(), FINE, "the logarithm of a negative", "loss"),
     "division": (lambda y, _: (y / (y - y)).mean(), FINE, "a division by zero (48 of", "loss"),
     "exp": (lambda y, _: (y * 1e4).exp().mean(), FINE, "overflows: bound its argument", "loss"),
-    "mean": (lambda y, _: y[:0].mean(), FINE, "the mean of nothing", "loss"),
+    "mean": (lambda y, _: y[:0].mean(), FINE, "the mean of an empty tensor", "loss"),
     "sqrt": (lambda y, _: (y.sum() * 0).sqrt() + y.mean(), FINE, "the derivative of a square root",
              "gradient"),
     "norm of 0": (lambda y, _: (y * 0).norm().square().sqrt(), FINE, "derivative of a square root",
@@ -403,8 +403,8 @@ def test_patience_says_where_to_look_and_the_case_is_there(tmp_path: Path) -> No
     with pytest.raises(NonFiniteError) as error:
         brain.fit([1], data)
     folder = tmp_path / "nonfinite" / "1-2"
-    assert f"What made it so is in {folder}; to run that batch again: " in str(error.value)
-    assert f"python -m trainer replay {tmp_path} 1-2. Where no cause" in str(error.value)
+    assert f"The report is in {folder}; to replay the batch: " in str(error.value)
+    assert f"cortex replay {tmp_path} 1-2. Where no cause" in str(error.value)
     assert (folder / "report.txt").exists()
     assert (folder / "batch.pt").exists()
 
@@ -412,9 +412,9 @@ def test_patience_says_where_to_look_and_the_case_is_there(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("yaml", "program", "again"),
     [
-        ("a: 1", "my/train.py", "python -m trainer replay {} 1 --script my/train.py"),
-        ("a: 1", "recipes/asr/train.py", "python -m trainer replay {} 1"),
-        ("a: 1", "cortex", "python -m trainer replay {} 1"),
+        ("a: 1", "my/train.py", "cortex replay {} 1 --script my/train.py"),
+        ("a: 1", "recipes/asr/train.py", "cortex replay {} 1"),
+        ("a: 1", "cortex", "cortex replay {} 1"),
         (LAUNCH_HEADER, "a.py", "trainer.launch with the hyperparameter replay='{}/nonfinite/1'"),
     ],
 )
@@ -425,7 +425,7 @@ def test_the_command_that_is_named_is_that_of_the_program(
     (tmp_path / "hyperparams.yaml").write_text(f"{yaml}\n")
     make(output_folder=str(tmp_path)).fit([1], [spoilt(batches(1)[0], "input")])
     text = (tmp_path / "nonfinite" / "1" / "report.txt").read_text()
-    assert text.endswith(f"Again: {again.format(tmp_path)}\n")
+    assert text.endswith(f"To replay it: {again.format(tmp_path)}\n")
 
 
 # ---------------------------------------------------------------------------------- what may happen
@@ -444,7 +444,7 @@ def test_a_full_disk_and_a_hostile_batch_are_one_warning_and_no_error(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         brain.fit([1], data)
-    (only,) = [each for each in told if "could not be looked into" in str(each.message)]
+    (only,) = [each for each in told if "could not be made" in str(each.message)]
     assert "No space left on device" in str(only.message)
     assert brain.optimizer_step == 4
 
@@ -674,7 +674,7 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
     with pytest.raises(ValueError, match="is no kept batch"):
         load(case)
     for argv in ([], ["run"], ["--script"], ["run", "--script", "x"]):
-        with pytest.raises(ValueError, match="usage: python -m trainer replay RUN STEP"):
+        with pytest.raises(ValueError, match="usage: cortex replay RUN STEP"):
             replay(argv)
 
 
@@ -694,4 +694,4 @@ def test_a_report_is_of_the_batch_and_not_of_one_that_a_hook_trained_on(
     (folder,) = (tmp_path / "nonfinite").iterdir()
     text = (folder / "report.txt").read_text(encoding="utf-8")
     assert "Batch: utt1-0, utt1-1, utt1-2\n" in text
-    assert "was finite" not in text
+    assert "finite when the batch was replayed" not in text

@@ -6,6 +6,7 @@ Needs playwright and Chromium: that of the system, as `apt-get install chromium`
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -190,3 +191,24 @@ def test_a_page_is_complete_without_its_script(browser: Any, pages: dict[str, Pa
     assert page.locator("audio").count() == 5
     assert page.get_by_text("lowest").first.is_visible()
     context.close()
+
+
+def test_a_table_of_layers_with_long_names_fits_or_shows_that_it_scrolls(
+    browser: Any, tmp_path: Path
+) -> None:
+    norms = {"grad": 1.234e-3, "weight": 12.34, "update": 1.234e-5, "ratio": 1.234e-6}
+    layer = "model.encoder.transformer.layers.23.feed_forward.intermediate_dense.lora_A.default"
+    records = [
+        {"kind": "monitor", "step": step, "optimizers": {}, "layers": {layer: norms}}
+        for step in (100, 200, 300)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    path, room = write_html(tmp_path), {}
+    for width in WIDTHS:
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.goto(path.as_uri())
+        table = page.locator("#section-layers .wide")
+        room[width] = table.evaluate("(each) => each.clientWidth - each.scrollWidth")
+        assert "scroll" in table.evaluate("(each) => getComputedStyle(each).backgroundAttachment")
+        page.close()
+    assert room[1280] >= 0 > room[390]

@@ -124,6 +124,8 @@ def test_a_sound_is_cut_clipped_and_told_of(tmp_path: Path) -> None:
         (lambda: Audio(torch.zeros(0), 8000), r"\[0\]; allowed"),
         (lambda: Audio(torch.zeros(()), 8000), r"\[\]; allowed"),
         (lambda: Audio(torch.zeros(9), 0), "the rate 0; allowed: whole numbers above 0"),
+        (lambda: Audio(memoryview(b"12"), 8000), "samples of type memoryview; allowed: a tensor"),
+        (lambda: Image([[0.0]]), "values of type list; allowed: a tensor"),
         (lambda: Image(torch.zeros(3)), r"\[3\]; allowed: \(rows, columns\)"),
         (lambda: Matrix([[1, 2]], ["a"]), r"\[1, 2\] and 1 labels"),
     ],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections import UserDict, defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -324,6 +327,42 @@ def test_an_attribute_that_changed_in_any_way_is_saved(
         brain.fit([1], batches(2))  # The second time there is nothing left to do.
         runs.append(brain)
     assert repr(runs[1].kept) == repr(then)
+
+
+def test_attributes_without_a_state_are_left_out_and_a_run_is_saved(tmp_path: Path) -> None:
+    class Dated(Regressor):
+        def on_stage_end(self, stage: Stage, stage_loss: Any, epoch: int | None = None) -> None:
+            self.day = numpy.datetime64(f"2020-01-{self.step:02d}")
+
+    brain = make(Dated, checkpointer=Checkpointer(tmp_path))
+    brain.dice, brain.day = random.SystemRandom(), numpy.datetime64("2020-02-01")
+    brain.fit([1], batches(2))
+    assert brain.checkpointer.list_checkpoints()
+
+
+@pytest.mark.parametrize("then", [{1}, deque([1]), UserDict({1: 2})], ids=repr)
+def test_a_container_that_came_in_a_sandbox_is_gone_after_it(then: Any) -> None:
+    brain = make()
+    brain.kept = None
+    brain.fit([1], batches(2))
+    with brain.sandbox():
+        brain.kept = then
+    assert brain.kept is None
+
+
+@pytest.mark.parametrize("first", [{1}, deque([[1]], maxlen=2), defaultdict(int, {1: 2})], ids=repr)
+def test_a_container_that_is_replaced_in_a_sandbox_is_back_after_it(first: Any) -> None:
+    brain = make()
+    brain.kept, before = first, repr(first)
+    brain.fit([1], batches(2))
+    for _ in range(2):
+        with brain.sandbox():
+            if isinstance(first, deque):
+                first[0].append(2)
+            first.clear()
+            brain.kept = None
+        assert brain.kept is first
+        assert repr(first) == before
 
 
 # --- nested fits ---------------------------------------------------------------------------------

@@ -8,12 +8,13 @@
             rank-0.pt           state that differs per rank: random generators, an open window
             manifest.json       step, time and metrics, size and hash of each file
 
-One that is kept as weights alone has `brain.pt`, `brain.modules.pt` and, with averages,
+A checkpoint that is cut to its weights has `brain.pt`, `brain.modules.pt` and, with averages,
 `brain.ema.pt`, and its manifest says so.
 
 `checkpointer` has the class that recipes use and the rules for which checkpoints stay, `storage`
 writes states into folders and verifies them, `migrate` reads the layouts of earlier formats,
-`run_state` gathers the state of a run, and `user_state` that of users' own objects.
+`run_state` gathers the state of a run, `user_state` that of users' own objects, `saver_hooks` that
+of objects which save themselves to a file, and `frozen` leaves out frozen weights.
 """
 
 from trainer.checkpoint.checkpointer import Checkpointer

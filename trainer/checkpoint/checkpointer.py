@@ -45,10 +45,14 @@ MAX_RETRIES = 100  # of looking for checkpoints that another process replaces at
 
 
 class Best(NamedTuple):
-    """Rule that keeps the ``n`` checkpoints with the lowest ("min") or highest ("max") metric.
+    """Rule that keeps the best checkpoints by a metric.
 
-    With ``weights_only`` it keeps their weights alone. ``every_epoch`` is False for a metric that
-    only some epochs give.
+    Args:
+        metric: name of the metric in ``meta``.
+        mode: "min" if lower is better, "max" if higher is.
+        n: number of checkpoints to keep.
+        weights_only: keep their weights alone.
+        every_epoch: False for a metric that only some epochs give.
     """
 
     metric: str
@@ -60,10 +64,14 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Retention:
-    """Rules for which checkpoints stay: the ``last`` newest ones, and the best by each metric.
+    """Rules for which checkpoints stay.
 
-    ``keys`` are functions of a checkpoint and numbers of those to keep with the largest value.
-    ``predicate`` is True for checkpoints that may be deleted; None for all.
+    Args:
+        last: number of the newest ones that stay.
+        best: rules for the best ones by metrics.
+        keys: pairs of a function of a checkpoint, and a number: so many with the largest value of
+            the function stay.
+        predicate: returns True for checkpoints that may be deleted; None for all.
     """
 
     last: int
@@ -72,16 +80,16 @@ class Retention:
     predicate: Predicate | None = None
 
     @property
-    def most(self) -> int:
-        """Number of checkpoints that stay at most."""
+    def max_kept(self) -> int:
+        """Largest number of checkpoints that ``last`` and ``best`` keep."""
         return self.last + sum(rule.n for rule in self.best)
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> tuple[set[Checkpoint], set[Checkpoint]]:
         """Select those of ``checkpoints``, newest first, that stay.
 
         Returns:
-            Those that stay as they are, at least one of them complete, if any is; and those of
-            which the weights stay.
+            Those that stay as they are, and those that are cut to their weights. The first set has
+            at least one complete checkpoint, if there is any.
         """
         complete = [each for each in checkpoints if each.complete]
         kept = set(complete[: self.last])
@@ -147,7 +155,7 @@ class SaveRequest:
 
 
 def retry_missing(work: Callable[[], T]) -> T:
-    """Call a function that finds and reads checkpoints, again where one is deleted in between."""
+    """Call a function that finds and reads checkpoints; retry where one is deleted in between."""
     for _ in range(MAX_RETRIES):
         with contextlib.suppress(MissingCheckpoint):
             return work()
@@ -164,20 +172,22 @@ class Checkpointer:
     object lives. Any number may read there at the same time.
 
     Checkpoints at the end of an epoch and those within epochs are counted apart, so that neither
-    push out the others.
+    kind pushes out the other.
 
     Args:
         folder: folder of the checkpoints; made at the first save.
-        keep_last: number of the newest checkpoints that `save_and_keep_only` keeps, at least 1.
+        keep_last: number of the newest checkpoints that `save_and_keep_only` keeps, at least 1. A
+            mapping of objects is taken for ``recoverables``, which come second in SpeechBrain.
         keep_best: metrics by which it also keeps the best ones: names in ``meta``, mapped to "min"
             or "max", or to ``{mode: min, n: 3, weights_only: true}``: ``n`` for several, and
-            ``weights_only`` to cut them to their weights once they are not among the newest, which
-            serves to test with, and not to go on from.
+            ``weights_only`` to cut them to their weights once they are not among the newest. A run
+            cannot resume from such a checkpoint; it is for tests and inference.
         recoverables: objects to save and restore, by name. Each has ``state_dict`` and
             ``load_state_dict``. One that has ``local_state_dict`` and ``load_local_state_dict`` as
             well has a part of its state that differs between ranks.
         checkpoints_dir: another name for ``folder``.
-        allow_partial_load: restore those recoverables alone that a checkpoint has.
+        allow_partial_load: restore a checkpoint that lacks some of the recoverables; these stay as
+            they are.
 
     Attributes:
         enabled: set it to False and every save does nothing.
@@ -204,7 +214,7 @@ class Checkpointer:
         allow_partial_load: bool = False,
     ) -> None:
         listed = isinstance(keep_last, Mapping) and all(map(_is_recoverable, keep_last.values()))
-        if listed and isinstance(keep_last, Mapping):  # They may come second.
+        if listed and isinstance(keep_last, Mapping):  # SpeechBrain's second argument.
             recoverables, keep_last = keep_last, 1
         if (folder is None) == (checkpoints_dir is None):
             raise ValueError("a Checkpointer needs a folder (also called checkpoints_dir), once")
@@ -222,7 +232,7 @@ class Checkpointer:
         self._held = False
         self._waiting: list[SaveRequest] = []
         self._missed: set[str] = set()  # Metrics to keep by that were warned of.
-        self._broken: dict[str, str] = {}  # Reasons by name; these are not looked at again.
+        self._broken: dict[str, str] = {}  # Reasons by name; these are not read again.
         self._lock: FolderLock | None = None
 
     def add_recoverable(
@@ -239,12 +249,14 @@ class Checkpointer:
             name: name of the object in every checkpoint: letters, digits, - and _.
             obj: object with ``state_dict`` and ``load_state_dict``, or with methods that save and
                 load a file (`trainer.checkpoint.saver_hooks`).
-            custom_load_hook: restores the object from a file, in place of `load_state_dict`.
-            custom_save_hook: writes its state to a file, in place of `state_dict`.
+            custom_load_hook: restores the object from a file, in place of `load_state_dict`; called
+                with the object, the path and True.
+            custom_save_hook: writes its state to a file, in place of `state_dict`; called with the
+                object and the path.
             optional_load: restore a checkpoint that lacks it, too.
 
         Raises:
-            ValueError: the name or the object is not of this kind.
+            ValueError: the name has other characters, or the object has no such methods.
         """
         if not storage.RECOVERABLE_NAME.fullmatch(name):
             raise ValueError(
@@ -288,7 +300,7 @@ class Checkpointer:
                 others is warned of.
 
         Raises:
-            ValueError: for a rule that is none.
+            ValueError: a rule is invalid.
         """
         best = [rule._replace(every_epoch=every_epoch) for rule in _best_rules(rules)]
         self.retention = Retention(self.retention.last, (*self.retention.best, *best))
@@ -480,9 +492,9 @@ class Checkpointer:
         """
         name, fields = run_on_main(self._plan, request)
         planned = Checkpoint(self.folder / name, **fields)
-        with _naming(f"the checkpoint {planned.path} could not be saved"):
+        with _naming_failure(f"the checkpoint {planned.path} could not be saved"):
             saved = self._write(planned)
-        with _naming(
+        with _naming_failure(
             f"{saved.path} is saved, but an earlier checkpoint could not be deleted or cut"
         ):
             run_on_main(self._delete_others, saved, request.retention)
@@ -570,14 +582,14 @@ class Checkpointer:
         ckpt_predicate: Predicate | None = None,
         verbosity: int | None = None,
     ) -> None:
-        """Delete all checkpoints but the newest ones, or the best ones. Every rank must call it.
+        """Delete all checkpoints but the newest and the best ones. Every rank must call it.
 
         Args:
             num_to_keep: number to keep by each criterion; 0 deletes all.
             min_keys: metrics in ``meta`` of which the lowest are kept.
             max_keys: metrics of which the highest are kept.
-            importance_keys: functions of a checkpoint; those with the largest values are kept. By
-                default these are the newest.
+            importance_keys: functions of a checkpoint; those with the largest values are kept, in
+                place of the newest.
             ckpt_predicate: True for the checkpoints that may be deleted; None for all.
             verbosity: not used.
 
@@ -618,13 +630,14 @@ class Checkpointer:
         found: list[Checkpoint] = []
         for _ in range(MAX_RETRIES):
             before, (found, settled) = found, self._scan()
-            # If the newest has weights alone, it was cut within the scan, for one that came behind.
+            # The newest is complete when it is saved. If it has weights alone by now, a newer one
+            # has been saved, which this scan may have missed.
             if settled and (found == before or all(each.complete for each in found[:1])):
                 break
         return found
 
     def _scan(self) -> tuple[list[Checkpoint], bool]:
-        """Return the checkpoints in the folder; and False if others may have come meanwhile."""
+        """Return the checkpoints in the folder, and False if the scan may have missed some."""
         found, complete, saving = [], True, False
         try:
             entries = list(os.scandir(self.folder))
@@ -637,7 +650,7 @@ class Checkpointer:
             if fits and entry.is_dir(follow_symlinks=False) and entry.name not in self._broken:
                 try:
                     found.append(storage.read_manifest(Path(entry.path)))
-                except MissingCheckpoint:  # What replaces it may have come behind the scan.
+                except MissingCheckpoint:  # It was deleted for a newer one, maybe missed here.
                     complete = False
                 except BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(Path(entry.path)):
@@ -694,6 +707,9 @@ class Checkpointer:
 
         Returns:
             The checkpoint, or None if there is none.
+
+        Raises:
+            ValueError: both ``max_key`` and ``min_key`` are given.
         """
         found = self.find_checkpoints(max_key, min_key, 1, importance_key, ckpt_predicate)
         return next(iter(found), None)
@@ -717,6 +733,9 @@ class Checkpointer:
 
         Returns:
             The checkpoints, the best or newest first.
+
+        Raises:
+            ValueError: both ``max_key`` and ``min_key`` are given.
         """
         found = self.find(min_key, max_key, None)
         if ckpt_predicate is not None:
@@ -755,7 +774,8 @@ class Checkpointer:
         Raises:
             BrokenCheckpoint: there are checkpoints, and all are broken or have weights alone: a run
                 must not start over unasked.
-            ValueError: the checkpoint is another model's, or of other recoverables.
+            ValueError: the checkpoint is another model's, or of other recoverables; or both
+                ``max_key`` and ``min_key`` are given.
             RuntimeError: another rank failed.
         """
         if self.recoverables:
@@ -823,7 +843,8 @@ class Checkpointer:
             checkpoints: checkpoints of one model.
             name: name of the recoverable.
             path: keys that lead to the part in its state.
-            complete: called with the part of each; returns it with what was left out of it.
+            complete: called with the part of each checkpoint; returns it with the weights that the
+                checkpoint left out.
 
         Returns:
             The average, on the CPU.
@@ -926,7 +947,7 @@ class Checkpointer:
         self, checkpoint: Checkpoint, states: Mapping[str, Any], local: Mapping[str, Any]
     ) -> None:
         for name, obj in self.recoverables.items():
-            if name not in states:  # It is optional.
+            if name not in states:  # `_check_fit` has found that it may be missing.
                 continue
             try:
                 obj.load_state_dict(states[name])
@@ -987,8 +1008,8 @@ def _load(obj: Any, path: Path, _: bool) -> None:
 
 
 @contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Context manager that adds to an OSError what failed."""
+def _naming_failure(what: str) -> Iterator[None]:
+    """Context manager that puts ``what`` before the message of an OSError, and advice after it."""
     try:
         yield
     except OSError as error:
@@ -1008,12 +1029,17 @@ def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[st
 
 
 def _readable(meta: Mapping[str, Any]) -> Any:
-    """Return the meta of a checkpoint as its manifest will give it back.
+    """Return the meta of a checkpoint as it is read back from its manifest.
 
     Raises:
-        ValueError: it would not, and the whole checkpoint be broken.
+        ValueError: it could not be read back, which would make the whole checkpoint a broken one.
     """
-    found = _to_json(meta)
+    try:
+        found = _to_json(meta)
+    except RecursionError:
+        raise ValueError(
+            f"meta of a checkpoint is nested too deeply; allowed are {json_files.MAX_DEPTH} levels"
+        ) from None
     try:
         json_files.parse(storage.encode_manifest({"checkpoint": {"meta": found}}))
     except (ValueError, RecursionError) as error:
@@ -1029,6 +1055,10 @@ def _to_json(value: Any, where: str = "meta") -> Any:
     """
     value = tree.plain_number(value)
     if isinstance(value, Mapping):
+        if len({str(key) for key in value}) < len(value):
+            raise ValueError(
+                f"{where} of a checkpoint has keys that are equal as text: {list(value)}"
+            )
         return {str(key): _to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]

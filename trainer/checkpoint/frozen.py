@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from trainer.untrusted import printable
 
-# Key among saved weights: what was left out. The names of weights have a dot.
+# Key of the description of the left-out weights, among saved weights, whose names have a dot.
 BASE = "base"
-WEIGHTS = ("modules", "weights_of_run")
+WEIGHTS = ("modules", "weights_of_run")  # keys of weights in the state of a run
 
 
 class OtherBase(ValueError):
@@ -26,8 +26,8 @@ class OtherBase(ValueError):
 class FrozenBase:
     """The frozen parameters of a model, which checkpoints leave out.
 
-    Left out is what requires no gradient and is what it was when this object was made: a parameter
-    that is trained for a while, or changed by hand, is saved from then on.
+    A parameter is left out while it requires no gradient and has the value that it had when this
+    object was made. One that was trained for a while, or changed by hand, is saved.
 
     Args:
         modules: all modules, with the weights that every start builds.
@@ -64,7 +64,7 @@ class FrozenBase:
         return state
 
     def _without(self, weights: Any, left: Mapping[str, str]) -> Any:
-        kept = copy.copy(weights)  # With the versions that it has as an attribute.
+        kept = copy.copy(weights)  # Keeps the attribute `_metadata`.
         gone = {name: each for name, each in left.items() if name in kept}
         for name in gone:
             del kept[name]
@@ -73,15 +73,16 @@ class FrozenBase:
 
 
 def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
-    """Return saved weights with what was left out, which modules must have.
+    """Return saved weights together with those that were left out, which are taken from modules.
 
     Args:
-        weights: saved weights, or averages, by name.
+        weights: saved weights, or averages, by name. Returned as they are if nothing was left out.
         modules: the modules that they are for.
-        prefix: what the names of the modules' weights begin with among the saved ones.
+        prefix: prefix of the saved names that the names in ``modules`` lack.
 
     Raises:
         OtherBase: the modules have other weights than those that were left out.
+        ValueError: the description of what was left out is invalid.
     """
     if not isinstance(weights, Mapping) or BASE not in weights:
         return weights
@@ -111,13 +112,16 @@ def base_name(modules: nn.Module) -> str:
 def check_base(
     name: str, tensors: Mapping[str, str], own_name: str, present: Mapping[str, Tensor]
 ) -> None:
-    """Raise OtherBase unless tensors have these digests.
+    """Check that tensors have the digests of those that a checkpoint left out.
 
     Args:
         name: name of the base that was left out.
-        tensors: digests of what was left out.
+        tensors: digests of the tensors that were left out, by name.
         own_name: name of the base that the model has.
-        present: its tensors.
+        present: tensors of the model, by name.
+
+    Raises:
+        OtherBase: a tensor is missing or differs.
     """
     found = digests(present)
     other = [each for each in tensors if found.get(each) != tensors[each]]
@@ -131,10 +135,10 @@ def check_base(
 
 
 def described(base: Any) -> tuple[str, dict[str, str]]:
-    """Return name and digests of what was left out, as a checkpoint has them.
+    """Check the entry `BASE` of saved weights, and return its name and its digests by tensor.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the entry is not made of these.
     """
     if isinstance(base, Mapping) and isinstance(base.get("tensors"), Mapping):
         name, tensors = base.get("name"), dict(base["tensors"])
@@ -146,7 +150,7 @@ def described(base: Any) -> tuple[str, dict[str, str]]:
 
 
 def sha256_of(tensors: Mapping[str, str]) -> str:
-    """Return one digest of the digests of tensors by name."""
+    """Return a SHA-256 of the names and digests of tensors."""
     return hashlib.sha256(json.dumps(dict(tensors), sort_keys=True).encode()).hexdigest()
 
 

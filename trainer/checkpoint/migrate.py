@@ -13,16 +13,23 @@ logger = logging.getLogger("trainer")
 def migrate(
     version: int, shared: dict[str, Any], local: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state "brain" of a checkpoint in the layout of format 2, shared and local.
+    """Convert the state "brain" of a checkpoint to the layout of format 2.
 
-    What format 1 saved per rank and format 2 shares is taken from ``local``, which must be rank
-    0's if the shared state is used.
+    Args:
+        version: format of the checkpoint.
+        shared: state that all ranks share.
+        local: state of one rank. Format 1 has values there that format 2 shares, so that it must be
+            rank 0's where the returned shared state is used.
+
+    Returns:
+        The shared and the local state; as they were for format 2, and for an object that is called
+        "brain" and is no Brain.
 
     Raises:
         KeyError, TypeError, AttributeError: the states are not of that format.
     """
     if version > 1 or not isinstance(shared, dict) or "position" not in shared:
-        return shared, local  # The second is another object than a Brain, under its name.
+        return shared, local
     return _shared_of_1(shared, local), _local_of_1(shared, local)
 
 
@@ -74,7 +81,7 @@ def _local_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str
 
 
 def warn_of_others(folder: Path) -> None:
-    """Warn of checkpoints of SpeechBrain's in a folder in which a run is about to begin anew."""
+    """Warn of checkpoints of SpeechBrain in a folder in which a run is about to begin anew."""
     others = sorted(path.parent.name for path in folder.glob("CKPT+*/CKPT.yaml"))
     if others:
         logger.warning(

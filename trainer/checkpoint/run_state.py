@@ -30,7 +30,7 @@ from trainer.progress import Progress
 from trainer.tree import map_leaves
 
 NUMBER = "number"  # Key beside names of parameters, which have a dot.
-MAX_FAILED_SAVES = 3  # in a row, with which a run ends
+MAX_FAILED_SAVES = 3  # failures in a row; the last of them ends the run
 
 logger = logging.getLogger("trainer")
 
@@ -79,7 +79,10 @@ def copied(state: Any) -> Any:
 class Snapshot:
     """Copy of the state of a run, to return to any number of times.
 
-    With ``of_fit`` it has only what belongs to one `fit`. Entries are listed anew at each restore.
+    Args:
+        progress: progress of the run.
+        stateful: returns the entries by name; called anew at each restore.
+        of_fit: copy only what belongs to one `fit`.
     """
 
     def __init__(
@@ -122,8 +125,9 @@ class RunState:
 
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
-        weights_of_run: weights to resume with, while the modules have those of a test; else None.
-        base: the frozen weights that checkpoints leave out, if they do.
+        weights_of_run: weights to resume with, while the modules have other ones for a test; None
+            otherwise.
+        base: the frozen weights that checkpoints leave out; None if they leave out none.
         weight_keys: entries of the state that a checkpoint with weights alone has.
     """
 
@@ -179,7 +183,8 @@ class RunState:
         except ValueError:
             if shared["progress"].get("fits", 0) <= self.progress.fits:
                 raise
-            fitting = False  # The recipe exchanges them before that fit: see `load_optimizers`.
+            # A later `fit` was saved, before which the recipe exchanges them: `load_optimizers`.
+            fitting = False
         _check_names("stateful objects", "objects.", [n for n in shared if n in entries], entries)
         for name, entry in entries.items():
             if name not in shared and entry.restart is not None:
@@ -283,7 +288,7 @@ def _check_optimizers(shared: Mapping[str, Any], entries: Entries) -> None:
 
 
 def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str]) -> None:
-    """Raise ValueError where the entries of one kind are not those that were saved."""
+    """Raise ValueError where the entries whose names begin with ``prefix`` are not those saved."""
     has, needs = (
         {name.removeprefix(prefix): 0 for name in names if name.startswith(prefix)}
         for names in (saved, own)
@@ -297,8 +302,18 @@ class Saver:
     Saves that hooks ask for wait for such a moment: after a batch, after a stage, at the end of an
     epoch. Every checkpoint is given to ``on_saved``. Without a checkpointer nothing is saved.
 
-    A save that the disk does not take is an error in the log, and the next save tries again. The
-    third in a row ends the run, and so does the last one of a run.
+    A save that the disk does not take is an error in the log, and the run goes on. The third
+    failure in a row ends the run. When a run ends, the saves that failed last are tried once more,
+    and a failure then is raised, too.
+
+    Args:
+        checkpointer: the user's; None saves nothing.
+        state: the state of the run, which is added as the recoverable "brain".
+        options: run options.
+        on_saved: called with every checkpoint, on every rank.
+
+    Raises:
+        ValueError: ``checkpointer`` is something else.
     """
 
     def __init__(
@@ -313,22 +328,27 @@ class Saver:
                 f"checkpointer is a {type(checkpointer).__name__}; allowed: a trainer.Checkpointer "
                 "or None"
             )
+        # Without one, a disabled one takes its place, so that no method has to ask.
         self._checkpointer = Checkpointer(".") if checkpointer is None else checkpointer
         if checkpointer is None or options.debug:
             self._checkpointer.enabled = False
         self._checkpointer.add_recoverable("brain", state)
         self._progress, self._options, self._on_saved = state.progress, options, on_saved
         self._saved_at, self._saved_step = time.monotonic(), 0
-        self._failures = 0  # Saves in a row that the disk did not take.
-        self._unsaved: list[SaveRequest] = []  # Those of the last one.
+        self._failures = 0  # Calls of `release` in a row in which the disk did not take a save.
+        self._unsaved: list[SaveRequest] = []  # Saves that failed when they were tried last.
 
     def recover(self) -> Checkpoint | None:
-        """Load the newest sound checkpoint, if there is one. Collective."""
+        """Load the newest sound checkpoint, if there is one. Collective.
+
+        Returns:
+            The checkpoint; None without one, and where nothing is saved.
+        """
         if not self._checkpointer.enabled:
             return None
         self._checkpointer.prepare()
         self._checkpointer.check_states()
-        kept, wanted = self._checkpointer.retention.most, self._options.average_checkpoints
+        kept, wanted = self._checkpointer.retention.max_kept, self._options.average_checkpoints
         if wanted > kept:
             logger.warning(
                 "average_checkpoints is %d, but the checkpointer keeps %d at most (keep_last is "
@@ -416,7 +436,7 @@ class Saver:
         return OSError(f"a checkpoint in {folder} could not be saved: {error}; free some space")
 
     def _save_finally(self) -> None:
-        """Try the saves that failed once more, since none will follow; raise OSError in vain."""
+        """Try the saves that failed last once more, since no other follows; raise what fails."""
         if self._unsaved and (failure := self._save_all(self._unsaved)):
             raise failure
 
@@ -534,6 +554,10 @@ class TrainableState:
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
     """Check that saved weights fit modules.
 
+    Args:
+        modules: the modules.
+        state: saved weights by name.
+
     Raises:
         ValueError: for a name that is missing or unexpected, for another shape, and for numbers of
             another kind.
@@ -555,18 +579,26 @@ def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
             )
         if reason := misfit(saved, tensor):
             raise ValueError(
-                f"the saved parameter {name!r} is {reason}, this Brain's {tensor.dtype}: the "
-                "checkpoint was made otherwise"
+                f"the saved parameter {name!r} is {reason}, this Brain's is {tensor.dtype}: the "
+                "checkpoint was made with parameters of another type"
             )
 
 
 def misfit(value: Tensor, own: Tensor) -> str:
-    """Return why the numbers of a tensor cannot be taken as they are, or an empty text."""
+    """Return why a saved tensor cannot be copied into one of a model, or an empty text.
+
+    Args:
+        value: the saved tensor.
+        own: the tensor of the model.
+
+    Returns:
+        A description of ``value`` that follows "is", such as "without content" or "torch.int64".
+    """
     if value.is_meta:
         return "without content"
     if value.layout != torch.strided:
         return f"of layout {value.layout}"
     kinds = [(each.is_floating_point(), each.is_complex()) for each in (value, own)]
-    # Numbers of one byte are codes, which count with a scale.
+    # Floats of one byte are quantised: their values need a scale, which is not in the tensor.
     codes = value.is_floating_point() and value.itemsize == 1 and value.dtype != own.dtype
     return str(value.dtype) if codes or kinds[0] != kinds[1] else ""

@@ -1,9 +1,9 @@
 """State of objects that save themselves to a file, by methods that SpeechBrain's decorators mark.
 
 A class marks one method by ``@mark_as_saver`` and one by ``@mark_as_loader``; the decorators leave
-an attribute on the methods, which is all that this module looks at. What such a method writes is
-kept as a part of the run's state. Nothing that it reads may unpickle objects: a class, or any other
-name that a pickle looks up, is refused in all of them.
+an attribute on the methods, by which this module finds them. What the saver writes is kept as a
+part of the run's state. The loader may not unpickle objects: the first class, or other name, that a
+pickle looks up while it runs is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FileState:
     Args:
         obj: the object.
         save: writes its state to the file of a path.
-        load: restores it from the file of a path; takes ``end_of_epoch``, too.
+        load: restores it from the file of a path; called with the path and ``end_of_epoch``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FileState:
         """Restore a state.
 
         Raises:
-            ValueError: the methods unpickle objects.
+            ValueError: ``load`` unpickles objects or runs a command.
         """
         text = state["file"]
         if text is None:
@@ -65,14 +65,15 @@ class FileState:
             path = Path(folder, "state.ckpt")
             path.write_bytes(text.encode("latin-1"))
             with no_unpickling(f"the state of a {type(self._obj).__name__}"):
-                # Restored is what was saved, also within an epoch, whose number `fit` knows.
+                # True also within an epoch: some loaders count back an epoch for False, which `fit`
+                # does by itself.
                 self._load(path, True)
 
 
 def as_stateful(obj: Any) -> FileState | None:
     """Return the state of an object with marked methods, or None for any other object.
 
-    Loaders are left out: progress says where they are.
+    Data loaders are left out: `Progress` has their position.
     """
     kind: type = type(obj)
     save, load = _marked(kind)
@@ -147,11 +148,12 @@ def no_unpickling(what: str) -> Iterator[None]:
         ValueError: on the first name that a pickle looks up, and on a command.
     """
     _watch()
+    outer = getattr(_loading, "what", None)  # A method that loads may load further objects.
     _loading.what = what
     try:
         yield
     finally:
-        _loading.what = None
+        _loading.what = outer
 
 
 @functools.cache

@@ -1,10 +1,9 @@
 """Checkpoint folders on disk: states as files that run no code, each verified by a manifest.
 
 A checkpoint is written to a temporary folder, hashed on the way, synced, and renamed when it is
-complete. A temporary folder has a leading dot, and its name has the process and the machine that
-work on it, for whoever looks. Processes that save hold the lock of the folder: temporary folders
-that the holder finds were left by killed ones, and it removes them. Whoever only reads changes
-nothing.
+complete. The name of a temporary folder begins with a dot and has the process and the machine that
+work on it, for the user to see. A process that saves holds the lock of the folder: temporary
+folders that it finds were left by killed processes, and it removes them. Readers change nothing.
 
 The manifest lists every file with its size and hash. It contains a hash of itself and must be, byte
 for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Nothing in
@@ -81,7 +80,10 @@ class FileEntry(NamedTuple):
 
 
 class Meta(dict[str, Any]):
-    """Values that the caller gave to a save, and two of SpeechBrain's on demand."""
+    """Values that the caller gave to a save.
+
+    The keys "unixtime" and "end-of-epoch", which SpeechBrain's checkpoints have, can be read too.
+    """
 
     def __init__(self, values: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         super().__init__(values)
@@ -110,7 +112,7 @@ class Checkpoint:
         end_of_epoch: False for a save within an epoch.
         processes: number of processes that saved it.
         meta: epoch, metrics and other values of the caller.
-        files: entry of each file.
+        files: size and hash of each file, by its name.
         format: format version of the folder.
         contents: "run" for the whole state of a run, "weights" for its weights alone.
         base: name and hash of the model that the weights are relative to, if any.
@@ -205,7 +207,7 @@ def read_manifest(path: Path) -> Checkpoint:
 
 
 def _check_fields(checkpoint: Checkpoint) -> None:
-    """Raise ValueError if a manifest, to which anybody can add a hash, has invalid fields."""
+    """Raise ValueError if a manifest has invalid fields; its hash does not prove who wrote it."""
     for key, types in FIELD_TYPES.items():
         if type(getattr(checkpoint, key)) not in types:
             raise ValueError(f"its {key!r} is not of type {types[0].__name__}")
@@ -219,7 +221,10 @@ def _check_fields(checkpoint: Checkpoint) -> None:
 
 
 def still_there(path: Path, complete: bool) -> bool:
-    """Return True if a checkpoint is there, and complete if it is to be."""
+    """Return True if there is a checkpoint at ``path``, and a complete one if ``complete`` is True.
+
+    A broken checkpoint counts as there.
+    """
     with suppress(BrokenCheckpoint):
         return read_manifest(path).complete or not complete
     return os.path.lexists(path)
@@ -244,13 +249,13 @@ def writable(state: Any, where: str) -> Any:
     Raises:
         ValueError: for something that could not be loaded safely; names it.
     """
-    kind = type(state)  # Exactly: NumPy's float64 is a float as well, and is saved as a pickle.
+    kind = type(state)  # Not isinstance: NumPy's float64 is a float, and torch would pickle it.
     if kind in MAPPINGS:
         keys = [writable(key, f"{where}: the key {key!r}") for key in state]
         values = [writable(value, f"{where}.{key}") for key, value in state.items()]
         if all(map(is_, keys, state)) and all(map(is_, values, state.values())):
             return state
-        state = copy.copy(state)  # With the versions that a module's state has as an attribute.
+        state = copy.copy(state)  # Keeps the attribute `_metadata` of a module's state.
         state.clear()
         for key, value in zip(keys, values, strict=True):
             state[key] = value
@@ -260,7 +265,7 @@ def writable(state: Any, where: str) -> Any:
     if kind in (*SCALARS, Tensor, torch.nn.Parameter):
         return state
     if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
-        with suppress(TypeError, ValueError):  # Of texts, objects and dates.
+        with suppress(TypeError, ValueError):  # Arrays of texts, objects or dates are refused.
             return {ARRAY: torch.from_numpy(state.astype(state.dtype.newbyteorder("=")))}
     elif kind.__module__ == "numpy" and getattr(state, "ndim", None) == 0:
         number = state.item()
@@ -341,6 +346,9 @@ def load_state(checkpoint: Checkpoint, name: str) -> Any:
 def load_plain(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """Load the top-level values without tensors of the state of ``name``, and no others.
 
+    Returns:
+        The values by key; an empty dict if the checkpoint has no such recoverable.
+
     Raises:
         BrokenCheckpoint: the file is damaged or unsafe.
     """
@@ -348,7 +356,7 @@ def load_plain(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def load_part(checkpoint: Checkpoint, name: str, path: Sequence[str]) -> Any:
-    """Load the value at ``path`` in the state of ``name``, reading no more files than it takes.
+    """Load the value at ``path`` in the state of ``name``, from as few files as possible.
 
     Raises:
         BrokenCheckpoint: a file of it is damaged or unsafe.
@@ -368,7 +376,7 @@ def load_part(checkpoint: Checkpoint, name: str, path: Sequence[str]) -> Any:
 
 
 def _check_base(checkpoint: Checkpoint, weights: Any) -> None:
-    """Raise BrokenCheckpoint unless weights are relative to what the manifest says."""
+    """Raise BrokenCheckpoint unless the manifest names the base that the weights were saved for."""
     if isinstance(weights, Mapping) and BASE in weights:
         try:
             sha256 = sha256_of(described(weights[BASE])[1])
@@ -443,7 +451,7 @@ def _load_file(checkpoint: Checkpoint, name: str) -> Any:
         return _to_numpy(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except MemoryError:
         raise
-    except Exception as error:  # Whatever an unpickler meets in bytes that somebody else hashed.
+    except Exception as error:  # A hostile file can make the unpickler raise anything.
         reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))
         raise BrokenCheckpoint(
             f"{checkpoint.path / name} is refused: it does not read as tensors and plain values "
@@ -463,7 +471,9 @@ def read_file(folder: Path, name: str) -> bytes:
         if not stat.S_ISREG(info.st_mode):
             raise BrokenCheckpoint(f"{path} is broken: it is not a regular file")
         if name == MANIFEST and info.st_size > MAX_MANIFEST_BYTES:
-            raise BrokenCheckpoint(f"{path} is broken: it has {info.st_size} bytes")
+            raise BrokenCheckpoint(
+                f"{path} is broken: it has {info.st_size} bytes, more than {MAX_MANIFEST_BYTES}"
+            )
         with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
@@ -582,15 +592,18 @@ def publish(folder: Path, checkpoint: Checkpoint) -> None:
 def _write_manifest(folder: Path, checkpoint: Checkpoint) -> None:
     data = encode_manifest(manifest_content(checkpoint))
     if len(data) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"the meta of {checkpoint.path} is too large ({len(data)} bytes)")
+        raise ValueError(
+            f"the meta of {checkpoint.path} is too large: its manifest has {len(data)} bytes, at "
+            f"most {MAX_MANIFEST_BYTES} are allowed"
+        )
     write_file(folder / MANIFEST, lambda file: file.write(data))
 
 
 def cut_to_weights(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Cut a checkpoint to some of its files: a smaller manifest replaces its own, atomically.
 
-    The files themselves stay as they are, so that it takes no more space, and one that is killed
-    leaves the whole checkpoint, or the smaller one with files to remove.
+    No file of weights is written again, so that it takes no more space. A process that is killed
+    meanwhile leaves the whole checkpoint, or the smaller one with files to remove.
 
     Args:
         checkpoint: the checkpoint.
@@ -602,14 +615,17 @@ def cut_to_weights(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     try:
         _write_manifest(temporary, smaller)
         os.rename(temporary / MANIFEST, checkpoint.path / MANIFEST)
-        _sync_folder(checkpoint.path)  # Before a file goes that the manifest before it lists.
+        _sync_folder(checkpoint.path)  # Before files go that the former manifest lists.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     remove_unlisted(smaller)
 
 
 def remove_unlisted(checkpoint: Checkpoint) -> None:
-    """Remove what is left of a checkpoint that was whole; only the lock's holder may do so."""
+    """Remove files that the manifest of a cut checkpoint no longer lists.
+
+    Only the holder of the folder's lock may do so.
+    """
     for name in os.listdir(checkpoint.path):
         if FILE_NAME.fullmatch(name) and name not in checkpoint.files:
             os.unlink(checkpoint.path / name)
@@ -635,12 +651,13 @@ def make_folder(folder: Path) -> None:
             f"checkpoints cannot be saved in {folder}: it does not exist and cannot be made "
             f"({error.strerror}); choose another place, or make it writable"
         ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UnwritableFolder(f"checkpoints cannot be saved in {folder}: it is not writable")
+    for mode, what in ((os.W_OK | os.X_OK, "writable"), (os.R_OK, "readable")):
+        if not os.access(folder, mode):
+            raise UnwritableFolder(f"checkpoints cannot be saved in {folder}: it is not {what}")
 
 
 def make_temporary(path: Path) -> str:
-    """Make the temporary folder for writing the checkpoint at ``path``; returns its name."""
+    """Make the temporary folder for writing the checkpoint at ``path``; return its name."""
     temporary = _temporary(path, "saving")
     os.mkdir(temporary)
     return temporary.name
@@ -672,8 +689,13 @@ def remove_stale(folder: Path) -> None:
 class FolderLock:
     """Exclusive lock of a folder, which this process has while the object lives.
 
-    It leaves no file, and it ends with the process, also a killed one. A forked process does not
-    hold it on, but may save as its parent may. On file systems without locks everybody gets it.
+    It leaves no file, and it ends with the process, also a killed one. A forked process has the
+    lock of its parent and may save, too, but does not keep the lock when its parent ends. On a file
+    system without locks every process gets it.
+
+    Attributes:
+        held: locks of this process, by device and inode of the folder.
+        forget: closes the handle without releasing the lock that other processes share.
     """
 
     held: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()

@@ -39,12 +39,20 @@ CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 def find_stateful(
     named: Mapping[str, Any], known: Collection[int], modules: nn.Module
 ) -> dict[str, Any]:
-    """Find the stateful objects among attributes, by dotted name, also in lists and dicts.
+    """Find the stateful objects among attributes, also in lists and dicts.
 
     These are objects with ``state_dict`` and ``load_state_dict`` or with methods that save and load
     a file (`trainer.checkpoint.saver_hooks`), and random generators. Left out are samplers and
-    loaders, since progress says where they are, and what is saved otherwise: objects whose ``id``
-    is known, and modules of no other tensors than ``modules`` has.
+    loaders, since `Progress` has their position, and what is saved elsewhere.
+
+    Args:
+        named: attributes by name.
+        known: ``id`` of each object that is saved elsewhere.
+        modules: modules that are saved elsewhere; a module all of whose tensors are in them is left
+            out.
+
+    Returns:
+        The objects by dotted name, such as "metrics.b.0"; wrapped if they lack ``state_dict``.
     """
     seen = set(known)
     tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}
@@ -86,14 +94,18 @@ class UserAttributes:
     """Plain attributes of a Brain as a part of its state.
 
     Saved are numbers, texts, tensors, arrays and containers of these that have changed since the
-    first `fit` began; of the hparams, numbers and texts. What nothing has changed is a setting, of
-    which a resumed run may have another. ``own`` returns the user's attributes by name.
+    first `fit` began; of the hparams, numbers and texts. A value that has not changed counts as a
+    setting, and a resumed run may have another one.
+
+    Args:
+        owner: the Brain.
+        own: returns the user's attributes by name.
     """
 
     def __init__(self, owner: Owner, own: Callable[[], Mapping[str, Any]]) -> None:
         self._owner, self._own = owner, own
         self._start: dict[str, Any] = {}
-        # Containers that cannot be saved, with their lengths; None once warned of.
+        # Id and length, at the start, of containers that cannot be saved; None once warned of.
         self._unsaved: dict[str, tuple[int, int] | None] = {}
 
     def begin(self) -> None:
@@ -104,7 +116,7 @@ class UserAttributes:
     def state_dict(self) -> dict[str, Any]:
         """Return the changed values, and the names of those that are not on the CPU.
 
-        Warns of containers that have changed and cannot be saved.
+        A container that has changed and cannot be saved is named in a warning.
         """
         values, others = self._values()
         for name, value in others.items():
@@ -137,14 +149,16 @@ class UserAttributes:
         Attributes that appear later are removed by loading it.
         """
         kept = {name: _keep(value) for name, value in self._values()[1].items()}
-        return {**self.state_dict(), "kept": kept, "names": list(self._own())}
+        own = self._own()
+        containers = {name: _keep(value) for name, value in own.items() if _is_refilled(value)}
+        return {**self.state_dict(), "kept": kept, "containers": containers, "names": list(own)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
         for name in set(self._own()).difference(saved.get("names", self._own())):
             delattr(self._owner, name)
         kept = saved.get("kept", {})
-        for name, restored in kept.items():
+        for name, restored in {**kept, **saved.get("containers", {})}.items():
             setattr(self._owner, name, restored())
         start = {name: _copy(value) for name, value in self._start.items() if name not in kept}
         for name, value in {**start, **saved["values"]}.items():
@@ -153,8 +167,8 @@ class UserAttributes:
             owner = self._owner.hparams if name.startswith(HPARAMS) else self._owner
             name = name.removeprefix(HPARAMS)
             current = getattr(owner, name, None)
-            mapping = isinstance(current, MutableMapping) and type(current) not in DICTS
-            if mapping or isinstance(current, (deque, set)):  # Of a kind that checkpoints lack.
+            kind = dict if isinstance(current, MutableMapping) else list
+            if _is_refilled(current) and isinstance(value, kind):
                 value = _filled(current, value)
             elif isinstance(current, nn.Parameter) and current.shape == getattr(value, "shape", 0):
                 with torch.no_grad():  # The same object, which an optimizer may train.
@@ -187,6 +201,13 @@ def _is_shown(value: Any) -> bool:
     return isinstance(value, CELLS)
 
 
+def _is_refilled(value: Any) -> bool:
+    """Return True for a container that is saved as a dict or a list, which then fill it again."""
+    if isinstance(value, MutableMapping):
+        return type(value) not in DICTS
+    return isinstance(value, (deque, set))
+
+
 def _keep(value: Any) -> Callable[[], Any]:
     """Return a function that returns an object, with the entries that it has now."""
     # A copy of a container that is not Python's own may share its entries.
@@ -215,7 +236,7 @@ def _copy(value: Any) -> Any:
     if kind in (Tensor, nn.Parameter):
         return value.detach().clone()
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # A number of NumPy's.
-        return value.item()
+        return _copy(value.item())  # A date, for example, is then refused.
     if (kind.__module__, kind.__name__) == ("numpy", "ndarray") and value.dtype.kind in "biufc":
         return value.copy()
     if kind in DICTS:

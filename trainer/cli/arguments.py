@@ -41,7 +41,7 @@ from trainer.other_options import DEFAULTS, FLAGS, NAMES
 
 logger = logging.getLogger("trainer")
 
-USAGE = "usage: {} FILE [--key value | --key=value | --flag | --no-flag]…"
+USAGE = "usage: {} {} [--key value | --key=value | --flag | --no-flag]…"
 HELP = ("-h", "--help")
 ALLOW = "--allow"
 ALLOW_HELP = (
@@ -49,8 +49,9 @@ ALLOW_HELP = (
     "os.path.join; may be repeated, or hold several names, separated by commas"
 )
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 an error of the program; 2 something to mend, in one sentence; 130 "
-    "after Ctrl-C, 143 after SIGTERM and 75 after any other request to stop, with a checkpoint."
+    "Exit codes: 0 done; 1 an error of the program; 2 an error that you can correct, in one "
+    "sentence; 130 after Ctrl-C, 143 after SIGTERM and 75 after any other request to stop, with a "
+    "checkpoint."
 )
 EXAMPLES = (
     "{} FILE --device cuda --precision bf16 --seed 7",
@@ -60,7 +61,11 @@ EXAMPLES = (
 
 
 def yaml_path(argv: Sequence[str]) -> str:
-    """Return the first argument, which must be the YAML file."""
+    """Return the first argument, which must be the YAML file.
+
+    Raises:
+        ValueError: there is none, or it is an option.
+    """
     if not argv or argv[0].startswith("-"):
         given = f", not {argv[0]!r}" if argv else ""
         raise ValueError(
@@ -74,14 +79,14 @@ def configure(
 ) -> tuple[Configuration, RunOptions]:
     """Read the YAML and apply the other arguments: default < YAML < command line.
 
-    `seed` and `output_folder` are keys of every YAML: they are added if it has none. The default
-    folder, results/<task>/<name>/<seed>, also if the YAML spells it out, is followed by what the
-    command line changes of the training, as in results/asr/demo/1234-lr=0.1.
+    `seed` and `output_folder` are added to a YAML that lacks them. The default folder is
+    results/<task>/<name>/<seed>; changes of the training on the command line are appended to its
+    name, as in results/asr/demo/1234-lr=0.1, also where the YAML spells out the default.
 
     Args:
         argv: the arguments after the program's name.
         allow: names that the YAML may build in addition, as for `load_hparams`.
-        apart: a folder of the YAML's own choice is followed by the changes, too.
+        apart: append the changes to an output_folder of the YAML's own choice, too.
 
     Returns:
         The YAML with the overrides, not built yet, and the run options.
@@ -94,7 +99,7 @@ def configure(
     if allowed and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # A recipe's own program lies elsewhere.
     configuration = Configuration(path, [*allow, *allowed])
-    configuration.registry.downloads = True  # It is built in the run.
+    configuration.registry.downloads = True  # The run that builds it may download.
     transient: dict[str, Any] = {}
     overridden: dict[str, Any] = {}  # Former values by name.
     for name, value in parse(others, configuration):
@@ -124,14 +129,14 @@ def configure(
     record = Path(str(options.output_folder), HYPERPARAMS)
     if is_default and options.change_hparams and not (options.debug or record.exists()):
         raise ValueError(
-            f"change_hparams goes on with a run, and there is none in {options.output_folder}: "
+            f"change_hparams resumes a run, and there is none in {options.output_folder}: "
             "name its folder by --output_folder"
         )
     return configuration, options
 
 
 def is_null(node: Any) -> bool:
-    """Return True for a key that does not exist or has no value."""
+    """Return True for the node of a key that does not exist (None) or is null."""
     return node is None or tag(node) == NULL
 
 
@@ -174,7 +179,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
 
     Raises:
         ValueError: a name is unknown (the message names the closest ones), a value is missing, or
-            an argument is neither.
+            an argument is neither a name nor the value of one.
     """
     dotted = [key.name for key in configuration.described()]
     keys = {name.partition(".")[0] for name in dotted}
@@ -276,7 +281,7 @@ def parse_arguments(
 
 
 class _RunOpts(dict[str, Any]):
-    """Run options that were given; others can be read too, as recipes do: they have defaults."""
+    """Mapping of the run options that were given; others are read as their defaults."""
 
     def __missing__(self, name: str) -> Any:
         if name == "device":
@@ -288,11 +293,21 @@ class _RunOpts(dict[str, Any]):
         return DEFAULTS[name] if name in DEFAULTS else vars(RunOptions())[name]
 
 
-def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
-    """Return the usage, the run options by section, the keys of the YAML `file`, and examples."""
+def help_text(
+    program: str, file: str | None, keys: Iterable[Key] = (), *, by_name: bool = False
+) -> str:
+    """Return the usage, the run options by section, the keys of a YAML, and examples.
+
+    Args:
+        program: the program as it is called, such as "train.py".
+        file: the YAML as it is given; None without one.
+        keys: the keys of the YAML.
+        by_name: the program is `cortex run`, and `file` a recipe's name or a YAML.
+    """
     rows = list(keys)
     mine = {key.name for key in rows}
-    lines = [USAGE.format(program), *textwrap.wrap(EXIT_CODES, 100), ""]
+    usage = USAGE.format(program, file if by_name else "FILE")
+    lines = [usage, *textwrap.wrap(EXIT_CODES, 100), ""]
     lines += [*_row(ALLOW[2:], "NAME", ALLOW_HELP)]
     lines += ["", "Run options (default < YAML < command line)"]
     section = ""
@@ -312,7 +327,9 @@ def help_text(program: str, file: str | None, keys: Iterable[Key] = ()) -> str:
     else:
         lines += ["", f"{program} FILE --help lists the keys of a YAML too."]
     lines += ["", "Examples:"]
-    lines += [f"  {each.format(program).replace('FILE', file or 'FILE')}" for each in EXAMPLES]
+    for each in EXAMPLES:
+        called = "-m trainer run" if by_name and each.startswith("torchrun") else program
+        lines.append(f"  {each.format(called).replace('FILE', file or 'FILE')}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from trainer.cli.replay import replay
 from trainer.cli.sweep import SweepStopped, parse_values, sweep, trials
 from trainer.options import nearest
 
-NO_RUN = 2  # Exit code where a folder could not be used, or an argument is wrong.
+NO_RUN = 2  # Exit code for a folder that could not be used, or a wrong argument.
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Command:
     """Command of `cortex`.
 
     Args:
-        summary: help in a line.
-        usage: arguments, as in "RUN…".
-        examples: arguments of calls.
-        work: does it with the arguments, and returns the exit code.
-        more: further help.
+        summary: one line of help.
+        usage: notation of the arguments, such as "RUN…".
+        examples: arguments of example calls.
+        work: function that takes the arguments and returns the exit code.
+        more: further lines of help.
     """
 
     summary: str
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None: those of the process.
 
     Returns:
-        The exit code: 2 for what the user can mend, in a sentence on stderr.
+        The exit code: 0 on success; 2 for an error that the user can correct, with one sentence on
+        stderr; 130 after Ctrl-C; and what the command itself returns.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given or given[0] in (*HELP, "help"):
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return NO_RUN
     command = COMMANDS[name]
-    # What follows a recipe's name is the recipe's: its help lists its keys.
+    # After the name of a recipe, --help asks for the help of that recipe.
     own = rest[:1] if name == "run" else rest
     if any(each in HELP for each in own):
         print(_help(name, command))
@@ -201,8 +202,8 @@ def _average(argv: list[str]) -> int:
     if given.number is not None and given.number < 1:
         raise ValueError(f"--number is {given.number}; it must be 1 or more")
     (run,) = folders
-    output = given.output or run.with_name(f"{run.resolve().name}-average")
-    with warnings.catch_warnings(record=True) as caught:  # Of broken checkpoints.
+    output = given.output or runs.beside(run, "average")
+    with warnings.catch_warnings(record=True) as caught:  # Broken checkpoints warn.
         warnings.simplefilter("always")
         try:
             chosen = upkeep.average(run, output, given.number, given.min, given.max)
@@ -265,7 +266,7 @@ def _sweep(argv: list[str]) -> int:
         above = Path(os.path.commonpath([each.absolute().parent for each in folders]))
         try:
             print(_comparison(folders, given.page or above / f"sweep-{keys}.html"))
-        except (ValueError, OSError) as error:  # What was trained is there.
+        except (ValueError, OSError) as error:  # The runs themselves are complete.
             _say([f"the runs are not compared: {session.message(error)}"])
     return 1 if any(codes.values()) else 0
 
@@ -276,8 +277,8 @@ COMMANDS = {
         "[TASK/NAME | FILE] [--key value]…",
         ("", "TASK/NAME", "TASK/NAME --seed 7 --precision bf16", "TASK/NAME --help", "mine.yaml"),
         _run,
-        "It is the recipe's train.py with that YAML. A YAML of one's own is run by the train.py\n"
-        "beside it. torchrun --nproc_per_node=2 -m trainer run TASK/NAME starts two processes.",
+        "Runs the recipe's train.py with that YAML; a YAML of yours, by the train.py beside it.\n"
+        "torchrun --nproc_per_node=2 -m trainer run TASK/NAME starts two processes.",
     ),
     "ls": Command(
         "list the runs in folders: state, optimizer steps, last metrics, and time since a change",
@@ -322,7 +323,7 @@ COMMANDS = {
         "RUN [-n NUMBER] [--min METRIC | --max METRIC] [-o FOLDER]",
         ("results/TASK/NAME/1234", "results/TASK/NAME/1234 -n 5 --min wer -o averaged"),
         _average,
-        "It averages all checkpoints, or the newest NUMBER, or the best NUMBER by a metric.\n"
+        "Averages all checkpoints, or the newest NUMBER, or the best NUMBER by a metric.\n"
         "The new folder is for trainer.load and infer.py; it does not resume a training.",
     ),
     "clean": Command(
@@ -330,8 +331,8 @@ COMMANDS = {
         "RUN… [--yes]",
         ("results", "results/TASK/NAME/1234 --yes"),
         _clean,
-        "It lists them with their sizes and asks first; --yes does not ask. Runs that are going\n"
-        "on are left alone, and so is what no save has written.",
+        "Lists them with their sizes and asks first; --yes does not ask. Runs that are still\n"
+        "going on and files that no save has written are left alone.",
     ),
     "sweep": Command(
         "train all combinations of values, each in its default folder, and compare them",
@@ -342,7 +343,7 @@ COMMANDS = {
             "TASK/NAME 'betas=[0.9,0.98],[0.8,0.9]'",
         ),
         _sweep,
-        "Started again it goes on with what is not finished. A run that fails ends no other; the\n"
-        "exit code is then 1.",
+        "Started again, it trains what is not finished. After a run that fails the others are\n"
+        "still trained, and the exit code is 1.",
     ),
 }

@@ -27,6 +27,10 @@ def end_lines(
         checkpointer: that of the run; anything else than a `Checkpointer` is left out.
         source: file of the program's `train`.
         argv: arguments of the command line; None for a run by `launch`.
+
+    Returns:
+        The lines, such as "to test: python train.py results/asr/demo/1234/hyperparams.yaml
+        --test_only".
     """
     lines = _checkpoint(checkpointer) if isinstance(checkpointer, Checkpointer) else []
     trained = bool(lines)
@@ -86,8 +90,8 @@ def _arguments(folder: Path) -> str:
 def _python() -> str:
     """Return the shortest name by which a shell finds this Python."""
     found, this = shutil.which("python"), Path(os.path.abspath(sys.executable))
-    # Of one environment: bin/python3, which commands are started by, is bin/python there. The links
-    # are not followed, since those of all environments end at the same Python.
+    # Commands are started by bin/python3, which is bin/python of the same environment. Links are
+    # not followed: those of all environments end at the same Python.
     same = found is not None and Path(os.path.abspath(found)).parent == this.parent
     return "python" if same and os.path.samefile(str(found), this) else sys.executable
 

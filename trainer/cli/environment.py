@@ -17,10 +17,13 @@ from trainer import distributed
 
 
 def environment(code: Path | None = None) -> dict[str, Any]:
-    """Return what is needed to repeat a run, as JSON. Every rank must call it.
+    """Return versions, machines and git revision of a run. Every rank must call it.
 
     Args:
         code: a file of the recipe, whose git revision is recorded.
+
+    Returns:
+        Values that can be written as JSON, by name.
     """
     return {
         "python": platform.python_version(),
@@ -45,7 +48,10 @@ def _cores() -> int | None:
 
 
 def git(folder: Path) -> dict[str, Any] | None:
-    """Return the git revision of a folder and if it has changes; None outside of a repository."""
+    """Return the git revision of a folder, such as ``{"revision": "1a2b…", "dirty": False}``.
+
+    ``dirty`` is True where tracked files have changes. Without git or a repository it is None.
+    """
     command = ["git", "-C", str(folder)]
     try:
         revision = _output([*command, "rev-parse", "HEAD"])
@@ -62,7 +68,7 @@ def _output(command: list[str]) -> str:
 
 @functools.cache
 def packages() -> dict[str, str]:
-    """Return every installed distribution with its version."""
+    """Return the versions of all installed distributions by name."""
     found = {
         str(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()
     }

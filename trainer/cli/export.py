@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.runs import is_locked
+from trainer.cli.runs import beside, is_locked
 from trainer.inference.exporting import FORMATS
 from trainer.inference.exporting import export as write
 from trainer.inference.initialise import is_export
@@ -21,8 +21,12 @@ USAGE = "RUN [OUT] [--to FORMAT] [--min_key METRIC | --max_key METRIC] [--seeds 
 def export(argv: Sequence[str]) -> int:
     """Write the model of a run's best checkpoint to a new folder; return the exit code.
 
+    Args:
+        argv: arguments as in `USAGE`.
+
     Raises:
-        ValueError: the run cannot be loaded, is still going on, or the folder cannot be made.
+        ValueError: an argument is wrong, or the run cannot be loaded or is still going on.
+        OSError: the folder cannot be written.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("run", nargs="?", type=Path)
@@ -38,9 +42,9 @@ def export(argv: Sequence[str]) -> int:
     if rest or given.run is None:
         raise ValueError(f"usage: cortex export {USAGE}")
     run = Path(os.path.expanduser(given.run))
-    # Within a run, so that patterns such as NAME/* match runs alone.
-    beside = run.with_name(f"{run.resolve().name}-{given.to}")
-    out = given.out or (beside if is_export(run) else run / "export" / given.to)
+    # Inside of a run by default, so that a pattern such as NAME/* matches runs alone.
+    inside = run / "export" / given.to
+    out = given.out or (beside(run, given.to) if is_export(run) else inside)
     if is_locked(run):
         raise ValueError(
             f"the run in {printable(str(run))} is still going on: export it when it has ended; "

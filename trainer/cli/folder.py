@@ -43,7 +43,7 @@ from trainer.signals import Interrupted
 logger = logging.getLogger("trainer")
 
 HYPERPARAMS = "hyperparams.yaml"
-AS_STARTED = ".hyperparams.yaml"  # The same, which nobody edits.
+AS_STARTED = ".hyperparams.yaml"  # Copy of it, by which edits by hand are recognised.
 RECORDS = (AS_STARTED, HYPERPARAMS)
 LOCK = ".lock"
 STATE = "state.json"
@@ -73,15 +73,19 @@ RUN_FILES = (
     "samples",
 )
 HEADER = "# The resolved hyperparameters of a run; this file runs alone."
-MARK = "a run folder"  # Last line of the lock file; a folder that was refused has none.
-NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # was trained in a folder
+MARK = "a run folder"  # Last line of the lock file in a folder that was accepted.
+NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # `trained` before a training
 MAX_LOCK = 1000  # bytes of the lock file
 MAX_ERROR = 500  # characters of an error in state.json
 HEADERS = (HEADER, LAUNCH_HEADER)
 
 
 class RunFolder:
-    """Run folder, locked from `open` until `close` or the end of the process."""
+    """Run folder, locked from `open` until `close` or the end of the process.
+
+    Args:
+        path: the folder, which need not exist yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -206,7 +210,11 @@ class RunFolder:
     def changes(self, now: Settings) -> list[Change]:
         """Return what differs from the hyperparameters of the last start.
 
-        There are none if nothing was trained here yet.
+        Args:
+            now: the hyperparameters of this start.
+
+        Returns:
+            The changes; none if nothing was trained here yet.
 
         Raises:
             ValueError: the hyperparameters of the last start cannot be read.
@@ -217,7 +225,7 @@ class RunFolder:
             return []
         path = written[0]
         if not path.read_bytes().endswith(b"\n"):
-            raise ValueError(f"{path} is cut")
+            raise ValueError(f"{path} is cut: it does not end with a line break")
         found = now.changes(Settings(read(path, alone=True)[0], now.registry))
         step, epoch = self.progress()
         note = f", but step {step} of epoch {epoch:g} is trained already"
@@ -232,7 +240,10 @@ class RunFolder:
         return all(map(Path.exists, records)) and len({each.read_bytes() for each in records}) > 1
 
     def trained(self) -> tuple[int, list[tuple[str, int]]]:
-        """Return what changes with every checkpoint and every line of metrics.jsonl."""
+        """Return the size of metrics.jsonl in bytes, and path and time (ns) of each manifest.
+
+        It changes with every checkpoint and every line of metrics.jsonl.
+        """
         metrics = self.path / "metrics.jsonl"
         manifests = [(str(each), each.lstat().st_mtime_ns) for each in self._manifests()]
         return metrics.stat().st_size if metrics.exists() else 0, sorted(manifests)
@@ -328,7 +339,7 @@ class RunFolder:
         record = {"state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         try:
             replace_file(self.path / STATE, [f"{json.dumps(record)}\n".encode()], STATE)
-        except OSError as error:  # It is for those who look; the run does not need it.
+        except OSError as error:  # The run itself does not need the record.
             logger.warning("%s", error)
 
     def has_record(self) -> bool:
@@ -345,12 +356,19 @@ class RunFolder:
         with readable_errors(path, path.name), path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else f"\n{line}"  # Cut by a killed process.
+                # A killed process may have left half a line.
+                line = line if file.read(1) == b"\n" else f"\n{line}"
             file.write(line.encode(errors="backslashreplace"))
 
 
 def _ends_before(change: Change, step: int, epoch: float) -> bool:
-    """Return True for a new end of a run that lies before what it has trained already."""
+    """Return True for a new limit of steps or epochs below what a run has trained already.
+
+    Args:
+        change: a change of a hyperparameter.
+        step: optimizer step of the latest checkpoint.
+        epoch: its epoch.
+    """
     key, old, new = change.key, change.old, change.new
     if change.kind != "extending" or not isinstance(new, (int, float)):
         return False

@@ -12,13 +12,18 @@ logger = logging.getLogger("trainer")
 
 
 class TolerantStream:
-    """Text stream that leaves out what cannot be written, and warns once; else as the one in it."""
+    """Text stream that drops text that cannot be written, with one warning.
+
+    Args:
+        stream: the stream to write to, whose other attributes it has too.
+        name: its name in the warning, such as "stdout".
+    """
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name, self._warned = stream, name, False
 
     def write(self, text: str) -> int:
-        """Write a text, or nothing."""
+        """Write a text, or drop it."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -26,7 +31,7 @@ class TolerantStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing."""
+        """Flush the stream, or do nothing."""
         try:
             self._stream.flush()
         except OSError as error:

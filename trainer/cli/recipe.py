@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.cli import session
+from trainer.cli.arguments import HELP, help_text
+from trainer.config.hyperparameters import describe
 from trainer.config.registry import recipe_packages
 
 TRAIN = "train.py"
@@ -27,7 +29,12 @@ MAX_NAMED = 5  # names that a message suggests
 
 
 class Recipe(NamedTuple):
-    """A YAML and the program that it is a configuration of."""
+    """YAML, and the program that it configures.
+
+    Attributes:
+        file: the YAML.
+        program: the program, such as train.py of a recipe.
+    """
 
     file: Path
     program: Path
@@ -43,7 +50,7 @@ class Recipe(NamedTuple):
 
 
 def recipes() -> dict[str, Recipe]:
-    """Return the recipes that there are by name, such as "task/name"."""
+    """Return the installed recipes by name, such as "task/name"."""
     found: dict[str, Recipe] = {}
     for package in recipe_packages():
         folder = Path(sys.modules[package].__path__[0])
@@ -62,8 +69,8 @@ def recipes() -> dict[str, Recipe]:
 def find_recipe(name: str) -> Recipe:
     """Return a recipe by its name, or by the path of a YAML.
 
-    A YAML of one's own is run by the train.py beside it, or, in a folder called like a recipe, by
-    that recipe's.
+    A YAML that is none of a recipe's is run by the train.py beside it or, in a folder called like
+    a recipe, by that recipe's.
 
     Raises:
         ValueError: there is none; the message has the nearest names.
@@ -101,11 +108,21 @@ def list_recipes() -> list[str]:
 def run_recipe(name: str, argv: Sequence[str]) -> int:
     """Run a recipe in this process, as `python train.py FILE` with these arguments does.
 
+    Args:
+        name: name of a recipe, or path of a YAML; see `find_recipe`.
+        argv: further arguments; with --help, options and keys are printed and nothing is run.
+
+    Returns:
+        The exit code.
+
     Raises:
         ValueError: there is no such recipe.
         SystemExit: as `trainer.main`.
     """
     recipe = find_recipe(name)
+    if any(each in HELP for each in argv):
+        print(help_text("cortex run", name, describe(str(recipe.file)), by_name=True), flush=True)
+        return 0
     sys.argv = [*recipe.command(), *argv]
     sys.path.insert(0, str(recipe.program.parent.resolve()))
     try:
@@ -118,7 +135,7 @@ def run_recipe(name: str, argv: Sequence[str]) -> int:
 
 
 def _program(file: Path, folder: Path) -> str:
-    """Return the program of a recipe that its YAML opens with, such as "python x/train.py …"."""
+    """Return the name of the program in the comment that a YAML opens with, else train.py."""
     named = re.search(rf"(\w+\.py) \S*{re.escape(file.name)}", "".join(_head(file)))
     return named[1] if named and (folder / named[1]).is_file() else TRAIN
 

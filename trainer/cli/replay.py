@@ -1,4 +1,4 @@
-"""`python -m trainer replay RUN STEP`: run the batch of a skipped step again.
+"""`cortex replay RUN STEP`: run the batch of a skipped step again.
 
 The Brain of an installed recipe is built from the run folder, as `trainer.load` does it, and reruns
 the batch; no data is needed. The folder may come from elsewhere, and never chooses a program: a run
@@ -33,7 +33,7 @@ from trainer.options import RunOptions
 from trainer.seed import seed_everything
 from trainer.untrusted import confined, printable, read_text
 
-USAGE = "usage: python -m trainer replay RUN STEP [--script train.py] [--key value]…"
+USAGE = "usage: cortex replay RUN STEP [--script train.py] [--key value]…"
 STEP = re.compile(r"\d{1,18}(-\d{1,9})?(/rank\d{1,6})?", re.ASCII)
 MAX_SHOWN = 500  # characters of a recorded command in a message
 
@@ -49,10 +49,13 @@ class _Given:
 
 
 def replay(argv: Sequence[str]) -> int:
-    """Replay a step: RUN, STEP, and further arguments of the recipe; return the exit code.
+    """Replay a step, and return the exit code.
+
+    Args:
+        argv: RUN, STEP, and further arguments of the recipe.
 
     Raises:
-        ValueError: the folder has no such step, or says nothing that can be replayed.
+        ValueError: there is no such run or step, or it cannot be replayed.
     """
     given = _parse(argv)
     if given.script is None:
@@ -145,7 +148,11 @@ def _build(given: _Given, package: str) -> Brain:
 
 
 def _recipe(folder: Path) -> str:
-    """Return the package of the installed recipe whose train.py the last command names."""
+    """Return the package of the installed recipe whose train.py the last command names.
+
+    Raises:
+        ValueError: the last command is unknown, or is that of another script.
+    """
     try:
         last = read_text(folder, "command.txt").splitlines()[-1]
         started = shlex.split(last)[2:]  # date, time, python, script

@@ -77,7 +77,7 @@ class Run:
         hparams: hyperparameters by key, objects built.
         options: run options.
         folder: the run folder; every rank has the same.
-        argv: arguments of the command line; none for `launch`.
+        argv: arguments of the command line; empty for `launch`.
     """
 
     hparams: dict[str, Any]
@@ -182,7 +182,8 @@ def launch(
         The test metrics that `train` returned; empty after a search or a replay.
 
     Raises:
-        ValueError: a run option is wrong, or the folder is in use, or is not a run folder.
+        ValueError: a run option is wrong; the folder is in use, or is not a run folder; or a
+            hyperparameter differs from those that the run has been trained with.
         OSError: the run folder cannot be written.
         KeyboardInterrupt: Ctrl-C, once a checkpoint is saved; uncaught it is exit code 130.
         SystemExit: another request to stop, once a checkpoint is saved, with its exit code.
@@ -210,7 +211,7 @@ def launch(
         {**values, "seed": options.seed, "output_folder": options.output_folder}
     )
     if distributed.launched():
-        atexit.register(distributed.stop)  # not here: another launch may follow
+        atexit.register(distributed.stop)  # Not at the end of this call: another may follow.
     try:
         return _run(train, hyperparameters, options, None)
     except KeyboardInterrupt:
@@ -239,7 +240,13 @@ def _warn_of_arguments(hparams: Mapping[str, Any]) -> None:
 
 
 class _PlainHyperparameters:
-    """Hyperparameters of `launch`: values and objects that exist already, in place of a YAML."""
+    """Hyperparameters of `launch`: values and objects that exist already, in place of a YAML.
+
+    It has the methods of `Configuration` that a run needs.
+
+    Args:
+        values: hyperparameters by key.
+    """
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -252,12 +259,15 @@ class _PlainHyperparameters:
         return represent({key: _recordable(each) for key, each in values.items()})
 
     def override(self, changes: Mapping[str, Any]) -> None:
+        """Replace values."""
         self.values |= changes
 
     def dump(self) -> str:
+        """Return the text of hyperparams.yaml."""
         return dump(self.root)
 
     def build(self) -> dict[str, Any]:
+        """Return the values as they are."""
         return dict(self.values)
 
 
@@ -271,6 +281,7 @@ def _shortened(value: Any, most: int) -> Any:
 
 
 def _beginning(text: str) -> str:
+    """Return a text, or the beginning of a long one and the hash of the whole."""
     if len(text) <= MAX_REPR:
         return text
     return f"{text[:MAX_REPR]}…, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -296,7 +307,7 @@ def _recordable(value: Any) -> Any:
 
 
 def _description(value: Any) -> str:
-    """Return the repr of an object, and what its class was given if that shows none of it."""
+    """Return the repr of an object, with a hash of its data and arguments that it does not show."""
     # Addresses differ from one start to the next.
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
     data = _bytes(value)
@@ -308,7 +319,7 @@ def _description(value: Any) -> str:
 
 
 def _bytes(value: Any) -> bytes | None:
-    """Return the numbers of a tensor or an array, most of which a repr leaves out."""
+    """Return the data of a tensor or array, most of which a repr leaves out; None for others."""
     if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
         return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     with contextlib.suppress(TypeError, ValueError, BufferError):  # no buffer, or one of objects
@@ -318,12 +329,16 @@ def _bytes(value: Any) -> bytes | None:
 
 
 def _given(value: Any) -> str:
-    """Return what the class of an object was given, unless its repr tells."""
+    """Return constructor arguments that an object has as attributes, such as ", width=8".
+
+    The text is empty for a class with a repr of its own, which is taken to show them.
+    """
     kind, text = type(value), ""
     name = f"{kind.__module__}.{kind.__qualname__}"
-    said = {"__repr__", "extra_repr"}  # those of Module itself tell nothing of a class
-    silent = not any(said & {*vars(each)} for each in kind.__mro__ if each not in (Module, object))
-    if silent and not RECORDING.search(name):
+    methods = {"__repr__", "extra_repr"}
+    classes = [each for each in kind.__mro__ if each not in (Module, object)]
+    has_repr = any(methods & {*vars(each)} for each in classes)
+    if not has_repr and not RECORDING.search(name):
         with contextlib.suppress(TypeError, ValueError):  # no signature
             for key in inspect.signature(kind).parameters:
                 own = getattr(value, key, None)
@@ -392,7 +407,21 @@ def _run_folder(
     command: list[str],
     header: str,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Open the run folder on rank 0; yield it with notes on changes for the log."""
+    """Context manager that opens the run folder on rank 0, and closes it at its end.
+
+    Args:
+        hyperparameters: recorded in the folder; with ``debug`` the output folder is replaced.
+        options: run options.
+        source: file of the recipe, whose git revision is recorded.
+        command: program and arguments, for command.txt.
+        header: first line of hyperparams.yaml.
+
+    Yields:
+        The folder, and notes on changed hyperparameters, for the log.
+
+    Raises:
+        ValueError: the folder cannot be used; on every rank.
+    """
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
             # All ranks use that of rank 0, which waits for them before it is deleted.
@@ -409,7 +438,8 @@ def _run_folder(
     problem, notes = None, []
     if distributed.is_main():
         try:
-            restarted = distributed.restarts() > 0  # Goes on, and its former self may be ending.
+            # A restarted run resumes, and its former process may still be ending.
+            restarted = distributed.restarts() > 0
             folder.open(
                 options.overwrite and not options.searching and not restarted,
                 patience=LOCK_SECONDS if restarted else 0.0,
@@ -488,7 +518,11 @@ def _own_modules(train: Train) -> list[str]:
 
 
 def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what `train` returned as plain numbers by name; ValueError for anything else."""
+    """Return the metrics that `train` returned as plain numbers by name.
+
+    Raises:
+        ValueError: they are no mapping, or a value is no number.
+    """
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
@@ -512,7 +546,7 @@ def _report(metrics: dict[str, Any], folder: Path) -> None:
         log = JsonlLogger(folder)
         log.write({"kind": "stage", "stage": "test", **metrics})
         log.close()
-    except OSError as error:  # The run is over, and its results are on the screen.
+    except OSError as error:  # The run is complete, and its metrics are printed.
         logger.warning("metrics.jsonl lacks the test metrics: %s", error)
 
 

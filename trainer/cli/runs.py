@@ -37,18 +37,18 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as its folder tells it.
+    """State and metrics of a run, as read from its folder.
 
     Attributes:
         folder: the run folder.
         state: "running", "finished", "stopped", "crashed", or "unknown" for a run of an
             earlier version.
-        error: what it crashed of.
+        error: the error that it crashed with; empty otherwise.
         step: optimizer steps; None where unknown.
         stage: stage of the metrics, "test" or "valid".
-        metrics: the last ones of the test, else of the validation.
+        metrics: last metrics of the test, else of the validation.
         changed: time of the last change in seconds since 1970.
-        notes: what could not be read, in sentences.
+        notes: sentences about files that could not be read.
     """
 
     folder: Path
@@ -92,7 +92,11 @@ def find_runs(roots: Iterable[Path]) -> Iterator[Path]:
 
 
 def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the folders that are runs, and a sentence about each of the others."""
+    """Split paths into run folders, and a sentence about each path that is none.
+
+    Args:
+        given: paths; a leading `~` is the home folder.
+    """
     folders = [Path(os.path.expanduser(each)) for each in given]
     why = f"is no run folder: it has no {HYPERPARAMS} of a run"
     return [each for each in folders if is_run(each)], [
@@ -102,8 +106,23 @@ def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     ]
 
 
+def beside(run: Path, ending: str) -> Path:
+    """Return the path beside a run folder that has an ending in addition, as in "1234-average".
+
+    Args:
+        run: the run folder, which may be given as "." or "..".
+        ending: text that follows the name of the folder and a hyphen.
+    """
+    named = run.resolve() if run.name in ("", "..") else run
+    return named.with_name(f"{run.resolve().name}-{ending}")
+
+
 def read_run(folder: Path) -> RunFacts:
-    """Return the facts of a run; what cannot be read is in the notes."""
+    """Return the facts of a run; files that cannot be read are named in its notes.
+
+    Args:
+        folder: the run folder, which may come from elsewhere.
+    """
     notes: list[str] = []
     record: Any = {}
     with _noted(notes):
@@ -123,13 +142,15 @@ def read_run(folder: Path) -> RunFacts:
     killed = "killed, or the machine went down" if state == "crashed" else ""
     return RunFacts(
         folder,
-        printable(state)[:MAX_CELL],
-        "" if state != "crashed" else printable(str(record.get("error") or killed)),
-        step,
-        stage,
-        stages.get(stage, {}),
-        max(_time(folder / name) for name in ("metrics.jsonl", "train.log", STATE, HYPERPARAMS)),
-        tuple(notes),
+        state=printable(state)[:MAX_CELL],
+        error="" if state != "crashed" else printable(str(record.get("error") or killed)),
+        step=step,
+        stage=stage,
+        metrics=stages.get(stage, {}),
+        changed=max(
+            _time(folder / name) for name in ("metrics.jsonl", "train.log", STATE, HYPERPARAMS)
+        ),
+        notes=tuple(notes),
     )
 
 
@@ -196,7 +217,12 @@ def _time(path: Path) -> float:
 
 
 def list_lines(runs: Sequence[RunFacts], now: float | None = None) -> list[str]:
-    """Return the table of `cortex ls`."""
+    """Return the lines of `cortex ls`: a table of runs, and sentences about them.
+
+    Args:
+        runs: the runs.
+        now: time in seconds since 1970, from which ages are counted; None for the current time.
+    """
     now = time.time() if now is None else now
     rows = [("run", "state", "step", "metrics", "age")]
     notes = []
@@ -209,7 +235,7 @@ def list_lines(runs: Sequence[RunFacts], now: float | None = None) -> list[str]:
 
 
 def _sentences(run: RunFacts) -> list[str]:
-    """Return what a run crashed of, and what of it could not be read."""
+    """Return the error that a run crashed with, and its notes."""
     return [f"{printable(str(run.folder))}: {text}" for text in (run.error, *run.notes) if text]
 
 
@@ -221,10 +247,10 @@ def metrics_text(run: RunFacts) -> str:
 
 
 def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
-    """Return the table of `cortex compare`.
+    """Return the lines of `cortex compare`: a table, and sentences about the runs.
 
-    It has a row for each run with its last metrics and the hyperparameters that differ, and for
-    runs that differ in their seeds alone a row with mean and standard deviation.
+    The table has a row for each run with its last metrics and the hyperparameters that differ, and
+    for runs that differ in their seeds alone a row with mean and standard deviation.
     """
     values, notes = {}, []
     for run in runs:
@@ -260,9 +286,12 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Return the hyperparameters in force of a run, without references and neutral keys.
+    """Return the hyperparameters of a run by key, without references and neutral keys.
 
     Paths in the run folder are relative to it.
+
+    Raises:
+        ValueError: hyperparams.yaml cannot be read.
     """
     configuration = Configuration(folder / HYPERPARAMS, run_folder=True)
     check_tags(configuration.root)
@@ -302,7 +331,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Return a number with four digits."""
+    """Return a number with four significant digits, and an integer as it is."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 

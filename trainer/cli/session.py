@@ -53,8 +53,10 @@ class _Handler(logging.Handler):
 def messages(log: TextLog, names: Iterable[str], alone: bool = True) -> Iterator[None]:
     """Context manager that sends messages and Python's warnings to train.log and the terminal.
 
-    These are the messages of the trainer, and of the loggers `names`; with ``alone`` they go
-    nowhere else.
+    Args:
+        log: train.log.
+        names: names of loggers, beside those of the trainer and of Python's warnings.
+        alone: these loggers pass their messages to no other handler.
     """
     handler = _Handler(log)
     loggers = [logging.getLogger(name) for name in {"trainer", "py.warnings", *names}]
@@ -110,8 +112,12 @@ def _stop_orphan() -> None:
 def failing_as_one() -> Iterator[None]:
     """Context manager around a run of several ranks, of which one may fail while others wait.
 
-    The error of a rank is told to the others. One that fails since another has left or failed ends
-    with the request, or one line about the error, of that one.
+    The error of a rank is sent to the others. A rank whose collective fails because another rank
+    has left or failed raises that rank's request to stop, or one line about its error.
+
+    Raises:
+        Interrupted: another rank was asked to stop.
+        OtherRankFailed: another rank failed.
     """
     try:
         yield
@@ -135,7 +141,7 @@ def failing_as_one() -> Iterator[None]:
 
 
 class OtherRankFailed(RuntimeError):
-    """Error of a rank that ends since another one has failed."""
+    """Error of a rank that ends because another one has failed."""
 
 
 @contextmanager
@@ -144,7 +150,7 @@ def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterat
 
     Args:
         log: train.log on the main rank.
-        path: train.log, to which the other ranks add their lines; None for no log.
+        path: the file train.log, to which the other ranks append their lines; None for no log.
         note: text that is added to the exception, for users who see its message alone.
     """
     try:
@@ -169,7 +175,7 @@ def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterat
 
 
 def refresh_report(folder: Path) -> None:
-    """Write the report of a run anew, if it has one, now that its log has the error."""
+    """Rewrite the report of a run, if it has one, so that it shows the error in train.log."""
     from trainer.report import write_html
 
     if (folder / "report.html").exists():
@@ -180,7 +186,7 @@ def refresh_report(folder: Path) -> None:
 
 
 def _append(path: Path, lines: list[str]) -> None:
-    """Add lines of a rank to train.log by one write, which those of others do not mix with."""
+    """Append lines of a rank to train.log by one write, so that ranks' lines do not mix."""
     start = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {rank_prefix()}"
     data = "".join(f"{start}{line}\n" for line in lines).encode(errors="backslashreplace")
     try:
@@ -196,10 +202,12 @@ def _append(path: Path, lines: list[str]) -> None:
 
 
 def trim(error: BaseException) -> None:
-    """Leave only the frames of users, and the last one, in the tracebacks of an error.
+    """Remove frames of Python, of installed packages and of the trainer from tracebacks.
 
-    Frames of Python, of installed packages and of the trainer go, also from the text that torch
-    gives errors of loader workers.
+    The last frame stays. The text in which torch reports errors of loader workers is trimmed too.
+
+    Args:
+        error: the error, which is changed in place together with its causes and contexts.
     """
     seen: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
@@ -225,7 +233,7 @@ def trim(error: BaseException) -> None:
 
 
 def _trimmed_text(text: str) -> str:
-    """Leave out the library's frames in the text of a traceback, but its last frame."""
+    """Return the text of a traceback without frames of libraries; the last frame stays."""
     lines = text.splitlines()
     starts = [n for n, line in enumerate(lines) if FRAME.match(line)]
     kept, keeps = [], True
@@ -241,24 +249,31 @@ def _trimmed_text(text: str) -> str:
 
 
 def say(text: str, delay: int = 0) -> None:
-    """Write the last words of this rank to the terminal, and for torchrun's report."""
+    """Write the final message of this rank to stderr and to torchrun's error file.
+
+    Args:
+        text: the message.
+        delay: as for `tell_launcher`.
+    """
     print(f"{rank_prefix()}{text}", file=sys.stderr)
     tell_launcher(text, delay)
 
 
 def tell_launcher(text: str, delay: int = 0) -> None:
-    """Have torchrun end its report, the last thing on the screen, with what this rank died of.
+    """Write the cause of this rank's end to torchrun's error file; torchrun's report shows it.
+
+    Nothing is written in a process that torchrun did not start.
 
     Args:
         text: cause of the end.
-        delay: seconds to add to the time. torchrun takes the earliest, in whole seconds, for the
-            root cause.
+        delay: seconds to add to the time of the error. torchrun reports the earliest error, in
+            whole seconds, as the root cause.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()) + delay)}
         whole = Path(f"{path}.new")
-        with suppress(OSError):  # It is said on the terminal, too.
+        with suppress(OSError):  # The terminal shows it, too.
             whole.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
             os.replace(whole, path)  # torchrun fails on a file that it finds half-written.
 
@@ -283,7 +298,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def message(error: BaseException) -> str:
-    """Return the message of an error; that of an OSError without its number."""
+    """Return the message of an error; that of an OSError without its number, after its file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

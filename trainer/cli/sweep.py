@@ -1,8 +1,8 @@
 """Sweeps: `cortex sweep FILE 'lr=1e-3,3e-4' 'width=128,256'` trains every combination of values.
 
-Each combination is a run in its default folder, one after the other, in a process of its own; a
-folder that the YAML names is followed by the values in the same way. What is finished is left out,
-and what is not goes on, so that a sweep that was stopped is started again by the same command.
+The combinations are trained one after the other, each in a process and a run folder of its own: its
+default folder, or the folder that the YAML names with the values appended. Finished runs are left
+out and others are resumed, so that the same command continues a sweep that was stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ OPEN, CLOSE = "[{(", "]})"
 
 @dataclass(frozen=True)
 class Trial:
-    """Run of a sweep: its arguments after the YAML, and its folder."""
+    """Run of a sweep.
+
+    Attributes:
+        arguments: its arguments after the YAML.
+        folder: its run folder.
+        finished: the run is finished, with the same hyperparameters.
+    """
 
     arguments: tuple[str, ...]
     folder: Path
@@ -140,7 +146,11 @@ class SweepStopped(Exception):
 def sweep(recipe: Recipe, runs: Sequence[Trial]) -> dict[Path, int]:
     """Train what is not finished, one run after the other; return the exit codes by folder.
 
-    A run that fails ends none of the others.
+    After a run that fails the next one is trained.
+
+    Args:
+        recipe: program and YAML.
+        runs: the runs, as `trials` returns them.
 
     Raises:
         SweepStopped: on a signal, once the run that was going on has ended.
@@ -168,20 +178,26 @@ def _say(text: str) -> None:
 
 
 class _Relay:
-    """Runs commands, and passes signals on to them: each once, also those of a terminal."""
+    """Runner of commands that forwards signals to them.
+
+    A command is in a process group of its own, so that it gets each signal once, also Ctrl-C.
+
+    Attributes:
+        number: number of the first signal; None before one.
+    """
 
     def __init__(self) -> None:
-        self.number: int | None = None  # First signal that came.
+        self.number: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
     def handle(self, number: int, _frame: object) -> None:
-        """Pass a signal on; called as the handler of signals."""
+        """Handle a signal: forward it to the command that runs."""
         self.number = self.number or number
         if self._child is not None:
-            self._child.send_signal(number)  # Nothing is sent to one that has ended.
+            self._child.send_signal(number)  # Popen sends nothing to a process that has ended.
 
     def run(self, command: Sequence[str]) -> int:
-        """Run a command to its end, in a process group of its own; return its exit code."""
+        """Run a command and return its exit code; after a signal nothing is run."""
         if self.number is None:
             path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
             self._child = subprocess.Popen(
@@ -197,7 +213,7 @@ class _Relay:
 
 @contextmanager
 def _relaying() -> Iterator[_Relay]:
-    """Context manager in which the signals that ask to stop are passed on."""
+    """Context manager in which signals that ask to stop are forwarded to the command that runs."""
     relay, numbers = _Relay(), (*signals.ALWAYS, *signals.UNLESS_IN_USE)
     used = [each for each in numbers if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, relay.handle) for each in used}

@@ -46,11 +46,14 @@ class Removable:
 
 
 def removable(run: Path) -> tuple[list[Removable], list[str]]:
-    """Return what of a run may be deleted, and sentences on what is left alone.
+    """Return the folders of a run that may be deleted, and sentences about those left alone.
 
-    These are checkpoints that are neither the newest, nor the newest of an epoch's end, nor among
-    the best by a metric, nor named by the program; and what killed saves have left. A run that is
-    going on is left alone.
+    These are the remains of killed saves, and checkpoints that are neither the newest, nor the
+    newest of an epoch's end, nor among the best by a metric, nor named by the program. A run that
+    is still going on has none.
+
+    Args:
+        run: the run folder.
     """
     if is_locked(run):
         return [], [f"{printable(str(run))} is going on: nothing of it is deleted"]
@@ -92,7 +95,7 @@ def _candidates(run: Path) -> tuple[list[Removable], list[str]]:
 def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
     """Delete folders that `removable` has listed.
 
-    Each run is locked meanwhile. A folder that is needed by now is not deleted.
+    Each run is locked meanwhile. A folder that has become needed since then is not deleted.
 
     Returns:
         The number of bytes that were freed, and the problems, a sentence each.
@@ -131,9 +134,9 @@ def _checkpoint_folders(run: Path) -> Iterator[Path]:
 
 
 def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
-    """Return the checkpoints of a folder that stay.
+    """Return the checkpoints of a folder that must stay.
 
-    Of a metric that the run has no rule for, the lowest and the highest stay.
+    For a metric without a rule in the run's YAML, these are the lowest and the highest.
     """
     newest = sorted(checkpoints, key=lambda each: each.number, reverse=True)
     kept = {each for each in newest if each.pinned or each.label}
@@ -150,9 +153,9 @@ def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
 
 
 def _rules(run: Path) -> tuple[list[Best], int]:
-    """Return the rules for the best checkpoints that a run's YAML has, and how many are averaged.
+    """Return the ``keep_best`` rules of a run's YAML, and its ``average_checkpoints``.
 
-    There are none where it cannot be read.
+    These are no rules and 1 for a YAML that cannot be read.
     """
     rules: list[Best] = []
     try:
@@ -170,15 +173,17 @@ def _rules(run: Path) -> tuple[list[Best], int]:
 
 
 class _Weights:
-    """State of a Brain that has weights alone."""
+    """State of a Brain with its weights alone, for a checkpoint to use and not to resume from."""
 
     def __init__(self, weights: Any) -> None:
         self._weights = weights
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the weights as the state of a Brain has them."""
         return {"modules": self._weights}
 
     def load_state_dict(self, state: Any) -> None:
+        """Replace the weights."""
         self._weights = state["modules"]
 
 
@@ -191,21 +196,21 @@ def average(
 ) -> list[Checkpoint]:
     """Write a run folder whose one checkpoint has the mean of the weights of a run's checkpoints.
 
-    Of a run with ``ema_decay`` it is the mean of the averaged weights. The new folder is for
-    `trainer.load` and for tests; it holds nothing to train on with.
+    For a run with ``ema_decay`` it is the mean of the moving averages. The new folder is for
+    `trainer.load` and for tests; a training cannot resume from it.
 
     Args:
         run: the run folder.
         output: the new folder.
         number: number of checkpoints; None for all.
-        min_key: metric of which those with the lowest values are taken, in place of the newest.
-        max_key: the same for the highest values.
+        min_key: take those with the lowest values of this metric, in place of the newest.
+        max_key: take those with the highest values of this metric.
 
     Returns:
         The checkpoints that were averaged.
 
     Raises:
-        ValueError: there are not so many checkpoints, or the folder exists.
+        ValueError: both keys are given, there are too few sound checkpoints, or ``output`` exists.
         OSError: a file cannot be written.
     """
     if os.path.lexists(output):

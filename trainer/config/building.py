@@ -6,7 +6,7 @@ HyperPyYAML's: `<key[inner]>` is the value under those keys (in a plain mapping 
 is evaluated, on numbers and on texts in quotes. A text that contains references ("run <seed>") has
 them filled in where it is referred to. In addition, references may point forward and refer to each
 other in any order; `~/` at the beginning of a text is the home folder; and dates and texts that
-look like sums ("555-1234") are not calculated with.
+look like sums ("555-1234") are not calculated.
 
 `build` checks every name in the tree with the registry, and then lets HyperPyYAML's constructors
 build from it, in a safe YAML loader (without Python's own tags). Errors name key, file and line.
@@ -80,7 +80,7 @@ TEXT_TYPES = {
 
 
 class BuildError(ValueError):
-    """An object could not be built; the message names the key, the file and the line."""
+    """Error for an object that cannot be built; names the key, the file and the line."""
 
 
 # ---------------------------------------------------------------- references
@@ -117,7 +117,7 @@ class _Resolver:
         self.root = root
         self.registry = registry
         self.done: dict[Node, Node] = {}
-        self.texts: dict[Node, Node] = {}  # references in place of texts that contain some
+        self.texts: dict[Node, Node] = {}  # the reference that each text with references became
         self.active: list[Node] = []
         self.copied = 0
 
@@ -154,11 +154,14 @@ class _Resolver:
             return represent(text, node)
         result = at_home(REFERENCE.sub(lambda match: self._text(match[1], node), text))
         if len(result) > MAX_TEXT:
-            raise ValueError(f"{location(node)}: the text is longer than {MAX_TEXT} characters")
+            raise ValueError(
+                f"{location(node)}: with its references filled in, the text is longer than "
+                f"{MAX_TEXT} characters"
+            )
         if any(_is_no_number(self._target(name, node)) for name in REFERENCE.findall(text)):
             return represent(result, node)
         try:
-            # A power of a negative value is one of the value, not of its amount.
+            # In parentheses, since -2 ** 2 is -4: a power of <x> is one of its whole value.
             power = re.sub(rf"(?<![\w.])({REFERENCE.pattern})(?=\s*\*\*)", r"(\1)", text)
             exact = REFERENCE.sub(lambda match: self._text(match[1], node), power)
             return represent(arithmetic(exact), node)
@@ -242,6 +245,7 @@ def arithmetic(text: str) -> Any:
     Raises:
         SyntaxError: the text is not an expression.
         TypeError: the text holds something else than these and `+ - * / // % **`.
+        ValueError: a format after `%` is invalid.
         ArithmeticError: there is no result, or it is too large.
     """
     return _evaluate(ast.parse(text.strip(), mode="eval").body)
@@ -272,7 +276,7 @@ def _evaluate(node: ast.AST) -> Any:
             _check_text(node.op, left, right)
         result = _BINARY[type(node.op)](left, right)
         if isinstance(result, int) and result.bit_length() > MAX_BITS:
-            raise OverflowError("the number is too large")
+            raise OverflowError(f"the number has more than {MAX_BITS} bits")
         return result
     raise TypeError(type(node).__name__)
 
@@ -284,11 +288,15 @@ def _check_text(operation: ast.AST, left: Any, right: Any) -> None:
         isinstance(operation, ast.Mult) and isinstance(other, int) and len(text) * other > MAX_TEXT
     )
     if long or (isinstance(operation, ast.Mod) and re.search(r"%[^%a-zA-Z]*\d{4}", text)):
-        raise OverflowError("the text is too long")
+        raise OverflowError(f"the text is too long; allowed are {MAX_TEXT} characters")
 
 
 def _apply(name: str, node: Node, registry: Registry) -> Any:
-    """Call the function of an `!applyref:name` with the plain arguments in its node."""
+    """Call the function of an `!applyref:name` with the plain arguments in its node.
+
+    Raises:
+        BuildError: the name is not allowed, makes an object, or the call fails.
+    """
     kind, plain_tag = (MappingNode, MAP) if isinstance(node, MappingNode) else (SequenceNode, SEQ)
     try:
         function, values = registry.locate(name), plain(kind(plain_tag, node.value))
@@ -310,7 +318,14 @@ def _apply(name: str, node: Node, registry: Registry) -> Any:
 
 
 def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
-    """Build the values of a resolved tree, once every name in it is checked; it is used up.
+    """Build the values of a resolved tree, once every name in it is checked.
+
+    Args:
+        root: the tree, as `resolve` returns it; its nodes are changed.
+        registry: the allow-list.
+
+    Returns:
+        The values by key.
 
     Raises:
         ValueError: a name is not allowed or does not exist, or arguments do not fit; the message
@@ -401,7 +416,13 @@ def _takes_loader(node: Node, targets: dict[Node, Any]) -> bool:
 
 
 def _check_object(node: Node, registry: Registry) -> Any:
-    """Return the object that a node names, if it may be built from the node's arguments."""
+    """Check that a node may be built from its arguments, and return the object that it names.
+
+    Numbers in place of texts become the texts that they are in the YAML.
+
+    Raises:
+        ValueError: the name is not allowed, or the arguments do not fit.
+    """
     name = object_name(node)
     prefix = tag(node).removesuffix(name)
     target = registry.locate(name)
@@ -457,7 +478,7 @@ def arguments(node: Node, target: Any) -> Iterator[tuple[str, inspect.Parameter,
 
 
 def _as_text(node: Node) -> Node:
-    """Return a number or a date, or a list of some, as the text that it is in the YAML: 007."""
+    """Convert numbers and dates, also in a list, to the texts that they are in the YAML: 007."""
     if isinstance(node, SequenceNode) and tag(node) == SEQ:
         values = [_as_text(each) for each in node.value]
         if values == node.value:

@@ -1,11 +1,11 @@
 """Comparison of hyperparameters with those of an earlier start of the same run.
 
-Compared are values in force: with references filled in, and with the defaults of run options. A key
-whose value differs is of one of three kinds:
+Values are compared with references filled in, and with the defaults of run options. A key whose
+value differs is of one of three kinds:
 
-- extending: the run goes on to another end. These are run options marked so, `EpochCounter.limit`,
-  `EarlyStopping.patience`, keys that one of these refers to, keys that the YAML lists under
-  `resumable_keys`, and whole numbers that are computed from extending keys.
+- extending: the run goes on with it, and ends elsewhere. These are run options marked so,
+  `EpochCounter.limit`, `EarlyStopping.patience`, keys that one of these refers to, keys that the
+  YAML lists under `resumable_keys`, and whole numbers that are computed from extending keys.
 - neutral: device, workers, logging, checkpoints, evaluation batch sizes, paths, keys that the YAML
   lists under `neutral_keys`, and texts that are computed from neutral keys.
 - training: any other key.
@@ -64,7 +64,15 @@ MAX_SUFFIX = 80  # characters
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose value differs from that of an earlier start."""
+    """Key whose value differs from that of an earlier start.
+
+    Args:
+        key: the key, dotted.
+        old: the former value; "absent" if there was none.
+        new: the present value; "absent" if there is none.
+        kind: effect on the run: see this module.
+        note: text that messages add.
+    """
 
     key: str
     old: Any
@@ -130,7 +138,7 @@ class Settings:
                 yield each, kind
 
     def _find_extended(self) -> set[str]:
-        """Return the keys that extending keys refer to, each to one."""
+        """Return the keys to which extending keys refer, as far as each refers to one key only."""
         found: set[str] = set()
         waiting = [key for key in self.written if self._kind_by_place(key) == "extending"]
         while waiting:
@@ -154,8 +162,8 @@ class Settings:
 
         Args:
             key: the key, dotted.
-            old: the former value. A path that was null is no neutral key, since a path in its place
-                may switch on a part of the training.
+            old: the former value. A path is neutral only if it was one before: a path in place of
+                null may switch on a part of the training.
         """
         by_place = self._kind_by_place(key)
         if by_place is not None:
@@ -191,7 +199,11 @@ class Settings:
         """Return the end of a folder's name that tells runs apart, such as "-lr=0.1-width=64".
 
         Args:
-            overridden: the former value of each key that was changed; the training keys count.
+            overridden: the former value of each key that was changed. Only training keys become
+                part of the name.
+
+        Returns:
+            Keys and values; a hash of them if they have more than `MAX_SUFFIX` characters.
         """
         text = "".join(
             f"-{quote(key)}={quote(self._text(key), safe=',+')}"
@@ -222,7 +234,7 @@ class Settings:
         changed = {key: pair for key, pair in pairs.items() if not _same(*pair)}
 
         def follows(key: str) -> bool:
-            """Return True below a reference that is written as it was."""
+            """Return True for a key at or below a reference that is written as before."""
             nodes = ((before.written.get(each), self.written.get(each)) for each in _prefixes(key))
             return any(
                 old is not None and new is not None and tag(new) in REFERENCES
@@ -231,6 +243,7 @@ class Settings:
             )  # fmt: skip
 
         def kind_of(key: str) -> Kind | None:
+            """Return the kind of a changed key; None if it only follows a training key."""
             old, new = changed[key]
             own = before.kind(key, ABSENT) if new == ABSENT else self.kind(key, old)
             if not follows(key):

@@ -3,7 +3,7 @@
     hparams = load_hparams("hparams/asr/demo.yaml", {"model": {"width": 256}})
 
 The language is HyperPyYAML's (`!new:`, `!name:`, `!apply:`, `!ref`, `!copy`, `!include:` …), read
-within limits and behind an allow-list, which is a guard against typos and obvious mischief and no
+within limits and behind an allow-list. The list guards against typos and obvious mischief; it is no
 sandbox: see SECURITY.md. A file may be a variant of another one: see `trainer.config.reading`.
 """
 
@@ -68,10 +68,12 @@ from trainer.untrusted import confined, no_modules_from
 
 logger = logging.getLogger("trainer")
 
-QUOTED = {"''": "", '""': "", "'None'": "None", '"None"': "None"}  # texts as typed
+# Texts that have to be quoted on a command line, by how they are typed.
+QUOTED = {"''": "", '""': "", "'None'": "None", '"None"': "None"}
 MAX_SUMMARY = 48  # characters of a value in help and messages
 TORN = "a tuple within {…} or […] is written as a list, such as [3, 4]"
 NUMBER = ("a number", (INT, FLOAT, NULL))
+# By the type of a default: words for it, and the types that may take its place.
 KINDS = {
     BOOL: ("true or false", (BOOL, NULL)),
     INT: NUMBER,
@@ -82,7 +84,7 @@ KINDS = {
 
 
 class Text(str):
-    """Value as typed on a command line: kept as text if the key holds text, else read as YAML."""
+    """Value as typed on a command line: kept as text if the default is text, else read as YAML."""
 
     __slots__ = ()
 
@@ -110,9 +112,9 @@ def load_hparams(
         allow: packages, modules or objects by dotted name that the YAML may name in addition to
             those that the trainer and the recipes list.
         run_folder: the file is the hyperparams.yaml of a run folder, which may come from somebody
-            else. Only the objects that a trained model needs are built, see
-            `trainer.config.run_folder`: keys with objects that a recipe lists for YAML files but
-            not for run folders are left out, and so are Checkpointers.
+            else. Only the objects that a trained model needs are built (see
+            `trainer.config.run_folder`). Keys with Checkpointers, or with objects that a recipe
+            lists for YAML files but not for run folders, are left out.
 
     Returns:
         The values by key, objects built.
@@ -195,7 +197,7 @@ class Configuration:
 
     def _followed(self, node: Node) -> Node:
         """Return a node, or the node of the top level that it refers to."""
-        for _ in self.root.value:  # No more often, should references go round.
+        for _ in self.root.value:  # A limit, since references may be circular.
             name = re.fullmatch("<([^<>]+)>", str(node.value)) if node.tag == "!ref" else None
             node = (find(self.root, name[1]) if name else None) or node
         return node
@@ -217,10 +219,12 @@ class Configuration:
         return HINTS.get(name) is bool if node is None else tag(node) == BOOL
 
     def override(self, changes: Mapping[str, Any]) -> None:
-        """Change keys; mappings change the keys below theirs, and so do dotted names.
+        """Change keys.
 
-        Run options and `BRAIN_KEYS` may be new keys, and so may arguments that the class of an
-        object takes.
+        Args:
+            changes: new values by key. A mapping, or a dotted name, changes keys below a key. New
+                keys may be run options, `BRAIN_KEYS`, and arguments that the class of an object
+                takes.
 
         Raises:
             ValueError: a key is unknown, or a value has another type than the default.
@@ -326,7 +330,11 @@ class Configuration:
             raise ValueError(f"{problem}{nearest_key(name, known, dotted) or hint}")
 
     def options(self) -> dict[str, Any]:
-        """Return the run options among the keys, checked; objects are left out."""
+        """Return the run options among the keys, checked; objects are left out.
+
+        Raises:
+            ValueError: a value is not allowed; names file and line.
+        """
         values: dict[str, Any] = {}
         for name, node in items(self._resolved()):
             try:
@@ -343,18 +351,29 @@ class Configuration:
         return translated(values)
 
     def build(self) -> dict[str, Any]:
-        """Build the objects; return the values by key."""
+        """Build the objects.
+
+        Returns:
+            The values by key.
+
+        Raises:
+            ValueError: as `load_hparams` does.
+        """
         return building.build(self.checked(), self.registry)
 
     def check(self) -> None:
-        """Check the references, and in a run folder the objects, whose modules are imported."""
+        """Check the references, and in a run folder the objects, whose modules are imported.
+
+        Raises:
+            ValueError: a reference is wrong, or an object is not allowed.
+        """
         self.checked()
 
     def checked(self) -> MappingNode:
         """Return a copy of the tree without references and without what only training needs."""
         root = self._resolved()
         if isinstance(self.registry, RunFolderRegistry):
-            pop(root, "logger")  # Whoever opens a run folder records nothing in it.
+            pop(root, "logger")  # Nothing is recorded in a run folder that is only opened.
         for key, value in list(root.value):
             if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)
@@ -371,7 +390,7 @@ class Configuration:
     def dump(self) -> str:
         """Write one YAML with base, includes and overrides merged in, references kept.
 
-        It is that of the run: what one start does with the folder is left out.
+        The options `overwrite` and `change_hparams` are left out: they are for one start of a run.
         """
         root = copy.copy(self.root)
         for name in ("overwrite", "change_hparams"):
@@ -380,7 +399,7 @@ class Configuration:
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:
-    """Return "a.b", 1 in the form of overrides: {"a": {"b": 1}}."""
+    """Return the nested mapping of a dotted name: {"a": {"b": 1}} for "a.b" and 1."""
     head, _, rest = name.partition(".")
     return {head: _nested(rest, value) if rest else value}
 
@@ -441,7 +460,7 @@ def _converted(old: Node | None, value: Any, name: str) -> Node:
 
 
 def _typed_text(value: Text, name: str, null: bool = True) -> str | None:
-    """Return a text as it was typed, None for null; two texts have to be quoted."""
+    """Return a text as it was typed, None for null; the empty text and None have to be quoted."""
     if null and value == "null":
         return None
     if value == "~":  # Unlike in a YAML: a shell leaves that of --data_folder=~ as it is.

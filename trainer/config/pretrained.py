@@ -1,9 +1,9 @@
-"""Objects of transformers and peft in a YAML: safetensors alone, no code of a model, no surprise.
+"""Objects of transformers and peft in a YAML: weights in safetensors alone, no code of a model.
 
-`!apply:transformers.AutoModel.from_pretrained [name or folder]` loads weights and tokenizers of a
-local folder, or of the hub. A run downloads what is missing when it builds its objects, after it
-has opened its folder; what only reads a YAML (`load_hparams`) downloads nothing. `!name:` leaves
-the call to the program.
+`!apply:transformers.AutoModel.from_pretrained [name or folder]` loads a model from a local folder
+or from the hub; `AutoTokenizer.from_pretrained` and the like do the same. A run downloads missing
+files when it builds its objects, after it has opened its folder. `load_hparams` downloads nothing.
+`!name:` leaves the call to the program.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None
     theirs = object_name(node).startswith(PACKAGES)
     for each in nodes(node):
         for key, value in items(each):
-            if theirs or key == "trust_remote_code":  # which others pass on
+            if theirs or key == "trust_remote_code":  # Other packages pass this one on.
                 _check(key.lstrip("_"), value)
     if not is_maker(target):
         return None

@@ -10,8 +10,8 @@ A variant names its base file and lists only the differences::
     model: {width: 256}      # merged into the base, key by key
 
 An untagged mapping, or one with the same tag as the base's, is merged into the base's mapping;
-anything else (another class, a list, a number) replaces it. A `base` of any other kind is a key of
-the file's own.
+anything else (another class, a list, a number) replaces it. A key `base` that names no file is an
+ordinary key.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
 
 def read(path: str | os.PathLike[str], alone: bool = False) -> tuple[MappingNode, dict[Keys, str]]:
-    """Read a YAML file and merge it over its base; return the tree, and comments of its keys.
+    """Read a YAML file and merge it over its base.
 
     Args:
         path: the file.
         alone: refuse a file that names others.
+
+    Returns:
+        The tree, and the comments of its keys.
 
     Raises:
         ValueError: a file does not parse, is too large or too deep, or uses a tag that HyperPyYAML
@@ -384,7 +387,7 @@ def _preceding_comment(key: Node, lines: list[str]) -> str:
         if number == 0:
             return ""  # A comment that opens the file is about the file.
         text = line.strip("# \t")
-        if re.search(r"\w", text) and not text.startswith("----"):  # No ruler, no heading in one.
+        if re.search(r"\w", text) and not text.startswith("----"):  # Rulers are left out.
             found.append(text)
     return " ".join(reversed(found))
 
@@ -529,12 +532,14 @@ def expanded_size(root: Node) -> int:
 
 
 def represent(value: Any, near: Node | None = None) -> Node:
-    """Convert numbers, text, paths, None, lists, tuples and mappings of these to a node.
+    """Convert a value to a node.
 
-    It takes file and line from the node `near`.
+    Args:
+        value: a number, text, path, None, node, or a list, tuple or mapping of these.
+        near: node whose file and line the new one gets.
 
     Raises:
-        ValueError: the value is, or holds, another object.
+        ValueError: the value is, or holds, another object or too large a number.
     """
     if isinstance(value, Node):
         return value
@@ -552,7 +557,10 @@ def represent(value: Any, near: Node | None = None) -> Node:
     elif isinstance(value, numbers.Integral):  # NumPy's too
         whole = int(value)
         if whole.bit_length() > MAX_BITS:
-            raise ValueError(f"{place}the number is too large: it has {whole.bit_length()} bits")
+            raise ValueError(
+                f"{place}the number is too large: it has {whole.bit_length()} bits, more than "
+                f"{MAX_BITS}"
+            )
         node = ScalarNode(INT, repr(whole))
     elif isinstance(value, numbers.Real):
         text = repr(float(value)).replace("inf", ".inf").replace("nan", ".nan")
@@ -594,7 +602,7 @@ def _shortened(text: str) -> str:
 
 
 class _Resolver(VersionedResolver):
-    """Resolver that is not changed by HyperPyYAML, whose rule for tuples holds for all YAML."""
+    """Resolver without the rule for tuples that HyperPyYAML adds for all YAML of the process."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """Return the tag of a node that has none."""

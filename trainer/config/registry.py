@@ -193,6 +193,7 @@ class Registry:
         )
         self.rules |= dict.fromkeys([*CLASSES, *FUNCTIONS.split()], "kind")
         self.rules |= dict.fromkeys(self.allowed, "open")
+        # Allowed names, and modules with allowed names.
         self.good = {*self.listed, *(name for name, rule in self.rules.items() if rule != "closed")}
 
     def locate(self, name: str) -> Any:
@@ -241,7 +242,8 @@ class Registry:
 
         Raises:
             AttributeError: there is no such attribute.
-            ValueError: the attribute is something else than a value or a network.
+            ValueError: the class of the object is not allowed, or the attribute is something else
+                than a value or a network.
         """
         classes = (*type(owner).__mro__, *(owner.__mro__ if inspect.isclass(owner) else ()))
         code = {name, "__getattr__", "__getattribute__"}
@@ -290,7 +292,7 @@ class Registry:
                 raise self._refusal(name)
             raise ValueError(f"{name} does not exist: no module is called {path!r}")
         else:
-            # A module may import what it is asked for.
+            # A module's `__getattr__` may import a submodule, so that `hasattr` would run code.
             asked = related or path in self.listed or not inside
             try:
                 have = hasattr(owner, part) if asked else part in vars(owner)

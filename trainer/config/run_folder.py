@@ -1,4 +1,4 @@
-"""The YAML of a run folder, which may come from elsewhere: it builds listed classes, and no more.
+"""The YAML of a run folder, which may come from elsewhere: it may build listed classes only.
 
 Allowed are the names that recipes list in `RUN_NAMES`, the classes of torch, torchaudio and the
 trainer that are listed here, and names in packages that the caller allows. Classes are built by
@@ -42,7 +42,7 @@ CLASSES = (
     "torchaudio.transforms.SpecAugment",
     *(f"peft.{each}Config" for each in ("HRA", "IA3", "LoHa", "LoKr", "Lora")),
 )
-# Whoever opens a run folder reads its checkpoints by a Checkpointer of its own.
+# `trainer.load` and other readers of a run folder make a Checkpointer of their own.
 TRAINING_ONLY = (
     "trainer.Checkpointer",
     "trainer.checkpoint.Checkpointer",
@@ -101,7 +101,7 @@ def check_tags(root: Node) -> None:
     """Refuse `!applyref:`, which would be called while references are resolved.
 
     Raises:
-        ValueError: with the place.
+        ValueError: the tree has such a tag; names file and line.
     """
     for node in nodes(root):
         if tag(node).startswith("!applyref:"):
@@ -109,10 +109,15 @@ def check_tags(root: Node) -> None:
 
 
 def check_objects(root: MappingNode, registry: RunFolderRegistry, folder: Path) -> None:
-    """Check the objects of a resolved tree: kinds, and paths among their arguments.
+    """Check the objects of a resolved tree, and the paths among their arguments.
+
+    Args:
+        root: the tree.
+        registry: the allow-list.
+        folder: the run folder, in which the paths must lie.
 
     Raises:
-        ValueError: with the place.
+        ValueError: something is not allowed; names file and line.
     """
     for node in nodes(root):
         name = object_name(node)

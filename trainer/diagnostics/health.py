@@ -20,7 +20,8 @@ PATIENCE = 3  # Records in a row before a layer is warned of.
 GROWTH, BLOCKS = 4.0, 5  # Warn if so many medians in a row rise, by this factor in all.
 MAX_NAMED = 3  # Layers or parameters that a sentence names.
 
-# By layer: "grad", "weight", "update" and "ratio" (update over weight).
+# By layer: its norms "grad", "weight" and "update", and "ratio", which is update / weight. None: it
+# has no gradient, or its weight is 0.
 LayerNorms = dict[str, dict[str, float | None]]
 
 
@@ -29,23 +30,29 @@ class Health:
 
     Args:
         name: name of the optimizer.
-        expected_clip_rate: share of clipped steps above which there is a warning. Where more than
-            usual is expected, norms above the limit are, too.
+        expected_clip_rate: share of clipped steps, from 0 to 1, above which there is a warning. If
+            more than `USUAL_CLIP_RATE` is expected, large norms are not warned of either.
     """
 
     def __init__(self, name: str, expected_clip_rate: float = USUAL_CLIP_RATE) -> None:
         self.name, self.expected_clip_rate = name, expected_clip_rate
         self._window: deque[StepReport] = deque(maxlen=WINDOW)
         self._medians: deque[float] = deque(maxlen=BLOCKS)
-        self._still: dict[str, int] = {}  # By layer: records in a row in which it did not move,
-        self._faint: dict[str, int] = {}  # and in which it had hardly any gradient.
+        # By layer: number of records in a row in which it did not move.
+        self._still: dict[str, int] = {}
+        # By layer: number of records in a row in which its gradient was close to 0.
+        self._faint: dict[str, int] = {}
         self._warned: set[str] = set()
         self._steps = 0
 
     def add(
         self, steps: Sequence[StepReport], layers: LayerNorms
     ) -> tuple[dict[str, Any], list[str]]:
-        """Add the steps since the last record, at least one, and the norms at the last of them.
+        """Add the steps since the last record.
+
+        Args:
+            steps: reports of these steps, at least one.
+            layers: norms of each layer at the last of them; empty where they were not measured.
 
         Returns:
             The figures to record, and new warnings.
@@ -107,8 +114,8 @@ class Health:
                 f"{window[-1].limit:g}, median norm {middle:.3g}): the limit, and not the "
                 "gradient, decides how far a step goes. Raise max_grad_norm to about "
                 f"{norms[int(0.9 * WINDOW)]:.2g}, the 90th percentile of these norms, or "
-                "lower the learning rate if the loss jumps; if it is meant to be reached so often, "
-                "say expected_clip_rate: 1.0"
+                "lower the learning rate if the loss jumps; if the limit is meant to be reached so "
+                "often, set the run option expected_clip_rate to 1.0"
             )
         if norms[-1] < TINY:
             found["vanishing"] = (
@@ -138,9 +145,9 @@ class Health:
         if still:
             found[f"still {still[0]}"] = (
                 f"{first_names(still)} did not move in the last {PATIENCE} records, {self._steps} "
-                f"steps into the run. If the loss of {self.name!r} is meant to reach it, something "
-                "is detached or left out on the way; if not, requires_grad_(False) freezes it for "
-                "good"
+                f"steps into the run. If the loss of {self.name!r} depends on it, look for a "
+                "detach() or an unused output on the way; if it does not, freeze it by "
+                "requires_grad_(False)"
             )
         if faint:
             found[f"faint {faint[0]}"] = (
@@ -192,6 +199,6 @@ def rounded(value: float) -> float:
 
 
 def first_names(names: Sequence[str], most: int = MAX_NAMED) -> str:
-    """Return the first names of a list, and the number of the others."""
+    """Return the first ``most`` names and the number of the others, such as "a, b and 3 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -42,8 +42,8 @@ logger = logging.getLogger("trainer")
 
 # Number of elements of a parameter that its histogram is made from, evenly spread.
 SAMPLE_SIZE = 2048
-# Clip kinds that know the norm after clipping, so that nothing is measured between records.
-KNOWING_KINDS = (AGC, AdaGC, AutoClip, NormClip, ZClip)
+# Clip kinds that give the norm after clipping, so that nothing is measured between records.
+KINDS_WITH_NORM_AFTER = (AGC, AdaGC, AutoClip, NormClip, ZClip)
 
 
 def _layer(name: str) -> str:
@@ -63,11 +63,13 @@ class _Meter:
             id(p): names.get(id(p), f"{update.name}.{number}")
             for number, p in enumerate(update.all_params)
         }
-        self.params: list[Tensor] = []  # Those at the step that is measured,
-        self.copies: list[Tensor] = []  # their values before it, empty after it,
-        self.samples: list[tuple[str, Tensor]] = []  # and names and values for its histograms.
+        # Of the step that is measured: its parameters, copies of them from before it, and names
+        # and values of its histograms. There are no copies while no step is measured.
+        self.params: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        self.samples: list[tuple[str, Tensor]] = []
         # True if every step is measured, for the norm after clipping.
-        self.always = not isinstance(update.clip, KNOWING_KINDS)
+        self.always = not isinstance(update.clip, KINDS_WITH_NORM_AFTER)
         self.hooked = False  # True if the hooks of the monitor are called at the next step.
 
     @torch.no_grad()
@@ -83,10 +85,10 @@ class _Meter:
 
     @torch.no_grad()
     def measure(self) -> Tensor:
-        """Return the norms of the updates, then of the weights, (2 P,) on the device."""
+        """Return the norms of the P updates, then of the P weights: (2 P,) on the device."""
         before, after = self.copies, [p.detach() for p in self.params]
         self.copies = []
-        if self.samples:  # They are on the host before the numbers of the next step are.
+        if self.samples:  # The copy is complete before the numbers of the next step are read.
             names, values = zip(*self.samples, strict=True)
             joined = torch.cat([each.to(values[0].device) for each in values])
             parts = joined.to("cpu", non_blocking=True).split(list(map(len, values)))
@@ -95,7 +97,12 @@ class _Meter:
         return torch.cat([norms(before), norms(after)])
 
     def layers(self, values: Sequence[float], grads: Mapping[int, float]) -> LayerNorms:
-        """Return the norms of each layer from what `measure` returned, and those of gradients."""
+        """Return the norms of each layer.
+
+        Args:
+            values: what `measure` returned, as numbers.
+            grads: norms of gradients, by id of the parameter.
+        """
         found: dict[str, list[tuple[float | None, float, float]]] = {}
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):
@@ -106,13 +113,14 @@ class _Meter:
 
 
 class LayerMonitor(Callback):
-    """Measure each optimizer every so many of its steps, on rank 0: gradients are equal on all.
+    """Measure the layers of each optimizer at every ``every``-th of its steps.
 
-    A step in between costs an entry in a list. A measured step costs a copy of the weights, and its
-    numbers come to the host together with those of the next step.
+    It runs on rank 0 alone, since gradients are equal on all ranks. A step in between costs an
+    entry in a list. A measured step costs a copy of the weights, and its numbers come to the host
+    together with those of the next step.
 
-    It stands before the `LoggerCallback`, which counts the records: `state_dict` writes the one
-    that is pending.
+    It must come before the `LoggerCallback` in the list of callbacks: `state_dict` writes the
+    pending record, and the `LoggerCallback` saves the number of records.
 
     Args:
         every: optimizer steps between two records. Of an optimizer that steps several times in a
@@ -146,7 +154,7 @@ class LayerMonitor(Callback):
         if idle:
             self._idle = (
                 f"no optimizer has {first_names(idle)}: they never move. Give them to an "
-                "optimizer, or say requires_grad_(False), which saves their gradients"
+                "optimizer, or call requires_grad_(False), which saves computing their gradients"
             )
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
@@ -200,7 +208,7 @@ class LayerMonitor(Callback):
                 meter.update.read_now()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return, by optimizer, the steps since the last record and what its health remembers."""
+        """Return the steps since the last record and the state of `Health`, by optimizer."""
         for meter in self._meters.values():
             meter.update.read_now()
         return {
@@ -250,8 +258,10 @@ def _join(parts: list[tuple[float | None, float, float]]) -> dict[str, float | N
 
 
 def _sample(tensor: Tensor) -> Tensor:
+    """Return at most `SAMPLE_SIZE` values, evenly spread over a tensor."""
     flat = tensor.detach().reshape(-1)
-    # On a GPU a whole parameter would be a transfer of megabytes; a histogram needs thousands.
+    # A whole parameter would be megabytes to copy from a GPU; a histogram needs a few thousand
+    # values.
     return flat[:: max(1, flat.numel() // SAMPLE_SIZE)][:SAMPLE_SIZE].float()
 
 

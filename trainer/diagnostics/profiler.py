@@ -25,8 +25,13 @@ class Profiler(Callback):
     """Trace ``profile_steps`` batches after the first ``profile_warmup`` of a training stage.
 
     The trace is written once, to ``profile/`` in the run folder (in the current folder if there is
-    none), and the slowest operations are logged. A stage that ends within the trace writes what
-    there is; one that ends within the warm-up is a warning, and the next one is traced.
+    none), and the slowest operations are logged. If the stage ends within the traced batches, the
+    trace has fewer of them. If it ends within the warm-up there is a warning, and the next stage is
+    traced.
+
+    Args:
+        options: run options, of which ``profile_warmup``, ``profile_steps`` and ``output_folder``
+            count.
     """
 
     def __init__(self, options: RunOptions) -> None:
@@ -61,7 +66,7 @@ class Profiler(Callback):
             self._profile.step()
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Write what was traced, and warn if that is nothing."""
+        """Write the trace, and warn if nothing was traced."""
         if self._profile is None or report.stage != Stage.TRAIN.value:
             return
         self._stop()

@@ -2,8 +2,8 @@
 
 The Brain is built as for a training. `replay` loads the checkpoint nearest to the skipped step,
 takes batch and random generators from the folder, reruns the batch, logs what is not finite, and
-ends the run. Nothing is written and nothing moves. The folder may come from elsewhere: what is in
-it is data.
+ends the run. Nothing is written, and no weight changes. The folder is untrusted: its content is
+read as data, and runs no code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainer")
 
-# What `NonFiniteReport.write` keeps beside the batch, and the types of it.
+# Entries of `batch.pt`, as `NonFiniteReport.write` saves them, and their types.
 FIELDS: dict[str, type] = {
     "batch": dict, "generators": dict, "last": bool, "step": int, "epoch": int,
     "optimizer_step": int, "fits": int, "what": str, "optimizer": str,
@@ -47,7 +47,10 @@ class Replayed(DriverFinished):
 
 
 def make_replay_driver(folder: Path) -> Driver:
-    """Return the driver of `Brain.fit` that replays the batch in the folder of a report."""
+    """Return the driver of `Brain.fit` that replays the batch in the folder of a report.
+
+    Calls of `fit` before the one that the batch is from do nothing.
+    """
     fits = 0
 
     def drive(brain: Brain, arguments: FitArguments) -> None:
@@ -61,7 +64,7 @@ def make_replay_driver(folder: Path) -> Driver:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return the content of `batch.pt`, read without running anything.
+    """Return the content of `batch.pt`, read without running code from it.
 
     Raises:
         ValueError: if it cannot be read or is no kept batch.
@@ -73,10 +76,15 @@ def load(folder: Path) -> dict[str, Any]:
             kept = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # A file from elsewhere may raise anything.
-        raise ValueError(f"{path} is no kept batch: {type(error).__name__}") from error
+    except Exception as error:  # An untrusted file may raise anything.
+        raise ValueError(
+            f"{path} is no kept batch ({type(error).__name__}); allowed: the batch.pt of a report "
+            "in the folder nonfinite of a run"
+        ) from error
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
-        raise ValueError(f"{path} is no kept batch of format {FORMAT}")
+        raise ValueError(
+            f"{path} is no kept batch of format {FORMAT}, the only one that this version reads"
+        )
     for name, kind in FIELDS.items():
         value = kept.get(name)
         if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
@@ -88,13 +96,13 @@ def checked_generators(kept: dict[str, Any]) -> dict[str, Any]:
     """Return the states of random generators in a kept batch.
 
     Raises:
-        ValueError: they are none.
+        ValueError: if they cannot be restored.
     """
     generators: dict[str, Any] = kept["generators"]
     try:
         with rng_kept():
             seed.set_rng_state({**seed.rng_state(), **generators})
-    except Exception as error:  # Each library refuses other states in another way.
+    except Exception as error:  # torch, NumPy and Python each raise other exceptions.
         raise ValueError(
             f"its states of random generators cannot be restored ({type(error).__name__})"
         ) from error
@@ -110,7 +118,7 @@ def nearest(checkpoints: Sequence[Checkpoint], step: int) -> Checkpoint | None:
 
 
 def load_nearest(checkpointer: Checkpointer, step: int) -> None:
-    """Restore the complete checkpoint that is nearest to a step, as `nearest` says, if any is."""
+    """Restore the complete checkpoint that `nearest` selects for a step, if there is one."""
     found = nearest([each for each in checkpointer.list_checkpoints() if each.complete], step)
     if found is not None:
         with memory_in_proportion(checkpointer.folder):
@@ -156,7 +164,8 @@ def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, 
         name = kept["optimizer"]
         if name not in brain.updates:
             raise ValueError(
-                f"the batch was kept for the optimizer {name!r}, which this Brain lacks"
+                f"the batch was kept for the optimizer {name!r}, which this Brain lacks; it has "
+                f"{', '.join(brain.updates)}"
             )
         loss = None if kept["what"] == "loss" else 0.0
         skipped = StepReport(name, "skipped", loss, lr=brain.updates[name].lr)

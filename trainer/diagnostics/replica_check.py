@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 class ReplicaCheck(Callback):
     """Compare all ranks after the first and each ``every``-th training batch.
 
-    Compared are the weights, the buffers that no forward pass changes, and in turns a part of what
-    the optimizers keep, so that a check takes about one and a half times as long as that of the
-    weights. Batches are counted in each training stage of this process, of which all ranks have as
-    many.
+    Compared are the weights, the buffers that no forward pass changes, and a part of the optimizer
+    states, another one at each check, so that a check takes about one and a half times as long as
+    that of the weights. Batches are counted from the start of each training stage.
+
+    Args:
+        every: batches between two checks.
     """
 
     def __init__(self, every: int) -> None:
@@ -44,7 +46,7 @@ class ReplicaCheck(Callback):
         """Compare the ranks if that is due. Collective.
 
         Raises:
-            DriftError: something is not the same on all ranks.
+            DriftError: if something is not the same on all ranks.
         """
         if stage is not Stage.TRAIN:
             return
@@ -60,7 +62,12 @@ class ReplicaCheck(Callback):
             check_replicas_in_sync(self._part(state, size), where, "optimizer states")
 
     def _part(self, state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-        """Return the tensors whose turn it is: of ``size`` elements together, or a bit more."""
+        """Return the tensors whose turn it is.
+
+        Args:
+            state: all tensors by name.
+            size: number of elements that they have together at least, as far as there are so many.
+        """
         names, chosen, total = list(state), dict[str, Tensor](), 0
         while len(chosen) < len(names) and total <= size:
             name = names[self._turn % len(names)]

@@ -1,7 +1,7 @@
 """Time of the parts of a step, padding and memory, measured once per log record.
 
-Nothing waits for a device, and no step but the measured one runs more than before. On a GPU the
-times are those of the device, taken by events that are read with the next record.
+Nothing waits for a device, and only the measured step has extra work. On a GPU the times are those
+of the device, taken by CUDA events that are read with the next record.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ if TYPE_CHECKING:
 class StepTimes(Callback):
     """Add the seconds of a step to log records, as ``times``, ``padding`` and ``memory``.
 
-    Measured are the batches up to the first step after a record: the wait for data, forward pass
-    and loss, backward pass, and the step itself. ``save`` is what checkpoints took since the last
-    record. ``padding`` is the share of the largest padded field that is padding, ``memory`` the
-    most that tensors have taken on the GPU, or the process on a CPU, in bytes.
+    Measured are the batches up to the first step after a record. ``times`` has, in seconds, the
+    wait for data ("data"), forward pass and loss ("forward"), the backward pass ("backward"), the
+    step itself ("step"), and the checkpoints since the last record ("save"). ``padding`` is the
+    share of padding, from 0 to 1, in the largest padded field of the batch. ``memory`` is the peak
+    of the memory of tensors on the GPU, or of the process on a CPU, in bytes.
     """
 
     def __init__(self) -> None:
-        self._marks: list[tuple[str, Any]] = []  # Each part with the time of its end.
+        self._marks: list[tuple[str, Any]] = []  # Each part with the time (or event) of its end.
         self._padding: float | None = None
         self._saving = 0.0
-        self._listens = self._counts = False
+        self._listens = False  # True while batches are watched.
+        self._counts = False  # True from the first batch on that is measured.
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
@@ -137,10 +139,11 @@ def make_step_times(brain: Brain) -> StepTimes | None:
 
 
 def _memory(device: torch.device) -> int:
+    """Return the peak of the memory in bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # In KiB but on macOS.
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _padding(batch: Any) -> float | None:

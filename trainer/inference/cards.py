@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trainer.inference.model import Model
 
 HYPERPARAMS_HEADER = "# The hyperparameters of an exported model, for trainer.load."
-# What a method answers: the hub's name of the task, and how it is called.
+# Methods of models: the hub's name of the task, and an example of a call.
 USES = {
     "transcribe": ("automatic-speech-recognition", 'print(model.transcribe("x.wav").text)'),
     "enhance": ("audio-to-audio", 'model.enhance("x.wav").save("enhanced.wav")'),
@@ -73,9 +73,12 @@ def write_card(
         folder: the export.
         model: the model.
         origin: what it was loaded from, or None.
-        described: the description of the export.
+        described: content of export.json.
         code: example of how to use a network; empty for weights.
-        seeds: runs that differ in their seeds alone.
+        seeds: folders of runs that differ in their seeds alone.
+
+    Raises:
+        ValueError: a folder of ``seeds`` is no run, or differs in more than its seed.
     """
     run = None if origin is None else origin.run.folder
     package = _package(model, origin)
@@ -83,13 +86,14 @@ def write_card(
     title = _title(package, model)
     results = _results(run, seeds)
     answers = _tasks(model)
+    units = _units(model, origin)
     parts = [
-        _front_matter(name, title, answers, described["format"], origin, results),
+        _front_matter(name, title, answers, described["format"], origin, results, units),
         f"# {escaped(title)}",
         _about(model, origin, described),
         _section("How to use it", _use(answers, described, code)),
         _section("Data", _data(origin)),
-        _section("Results", _metrics(results)),
+        _section("Results", _metrics(results, units)),
         _section("Training", _training(run)),
         _section("Samples", _samples(run, folder)),
         _section("Known limits", str(getattr(package, "LIMITS", "")).strip() or "None are stated."),
@@ -104,12 +108,17 @@ def write_card(
 
 # ------------------------------------------------------------------------------------------- texts
 
-# What Markdown reads as its own within a line, and what begins a link or a list by itself.
+# Characters with a meaning in Markdown, and those that begin a link or a list without a mark.
 SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$]|(?<=\w):(?=//)|(?<=www)\.|^[-+=]|(?<=^\d)[.)])")
 
 
 def escaped(text: object, most: int = MAX_TEXT) -> str:
-    """Return a text that Markdown and HTML show as it is, on one line."""
+    """Return a text on one line, with what is special in Markdown or HTML escaped.
+
+    Args:
+        text: anything; its ``str()`` is used.
+        most: maximum number of characters before escaping.
+    """
     line = " ".join(printable(" ".join(str(text).split())).split())
     line = line if len(line) <= most else f"{line[: most - 1]}…"
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -117,7 +126,7 @@ def escaped(text: object, most: int = MAX_TEXT) -> str:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Return lines as a block of code, which none of them can end."""
+    """Return a fenced block of code, with a fence longer than any in the text."""
     lines = [printable(line) for line in text.splitlines()]
     longest = max([2, *(len(run) for line in lines for run in re.findall("`+", line))])
     fence = "`" * (longest + 1)
@@ -125,7 +134,7 @@ def _fenced(text: str, language: str = "") -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of cells that are Markdown already."""
+    """Return a Markdown table of cells in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -135,7 +144,7 @@ def _section(title: str, text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with four digits."""
+    """Return a number with four significant digits, and an integer as it is."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -167,6 +176,7 @@ def _front_matter(
     to: str,
     origin: Origin | None,
     results: Mapping[str, Any],
+    units: Mapping[str, str],
 ) -> str:
     """Return the metadata that the hub reads, in YAML."""
     task = next((USES[each][0] for each in answers if each in USES), None)
@@ -175,7 +185,11 @@ def _front_matter(
     if task is not None:
         told["pipeline_tag"] = task
     metrics = [
-        {"type": printable(key), "name": printable(key), "value": float(f"{value:.6g}")}
+        {
+            "type": printable(key),
+            "name": printable(_with_unit(key, units)),
+            "value": float(f"{value:.6g}"),
+        }
         for key, value in results["metrics"].items()
         if key != "loss"
     ]
@@ -232,7 +246,7 @@ def _use(answers: Sequence[str], described: Mapping[str, Any], code: str) -> str
 
 
 def _corpora(origin: Origin | None) -> list[tuple[str, str, str]]:
-    """Return key, object and plain arguments of what only the training builds: its data."""
+    """Return the data of a training: key, name and plain arguments of each object it builds."""
     if origin is None:
         return []
     configuration = origin.run.configuration
@@ -261,7 +275,7 @@ def _corpora(origin: Origin | None) -> list[tuple[str, str, str]]:
 
 
 def _short(node: ScalarNode) -> str:
-    """Return a value; of a path that is one of this machine, the last part."""
+    """Return a value as text; of an absolute path, the last part."""
     text = "null" if tag(node).endswith(":null") else str(node.value)
     return os.path.basename(text.rstrip(os.sep)) if os.path.isabs(text) else text
 
@@ -295,7 +309,11 @@ def _examples(run: Path) -> dict[str, int]:
 
 
 def _results(run: Path | None, seeds: Sequence[str | Path]) -> dict[str, Any]:
-    """Return stage, metrics, their spread over items, and mean and spread over seeds.
+    """Return stage, metrics, their spread over items, and their mean and spread over seeds.
+
+    Returns:
+        ``stage``, "test" or "valid"; ``metrics`` by name; ``items``, by name standard deviation and
+        number of items; ``seeds``, by name mean, standard deviation and number of runs.
 
     Raises:
         ValueError: a run of ``seeds`` is none, or differs in more than its seed.
@@ -359,7 +377,22 @@ def _over_items(
     return found
 
 
-def _metrics(results: Mapping[str, Any]) -> str:
+def _units(model: Model | Brain, origin: Origin | None) -> Mapping[str, str]:
+    """Return units of metrics by name: those of the model, for a Brain of its recipe's model."""
+    kind: type = type(model)
+    if not hasattr(kind, "units") and origin is not None:
+        with suppress(ValueError, ImportError):  # It is of no recipe that has a model.
+            kind = origin.run.model_class()
+    units: Mapping[str, str] = getattr(kind, "units", {})
+    return units
+
+
+def _with_unit(metric: str, units: Mapping[str, str]) -> str:
+    """Return the name of a metric with its unit, such as "wer (%)"."""
+    return f"{metric} ({units[metric]})" if metric in units else metric
+
+
+def _metrics(results: Mapping[str, Any], units: Mapping[str, str]) -> str:
     if not results["metrics"]:
         return "The run has no record of a test or a validation."
     rows = []
@@ -367,7 +400,7 @@ def _metrics(results: Mapping[str, Any]) -> str:
         items_, seeds = results["items"].get(name), results["seeds"].get(name)
         over_items = f"{number(items_[0])} over {items_[1]} items" if items_ else "–"
         over = f"{number(seeds[0])} ± {number(seeds[1])} over {seeds[2]} seeds" if seeds else "–"
-        rows.append([escaped(name), number(value), over_items, over])
+        rows.append([escaped(_with_unit(name, units)), number(value), over_items, over])
     stage = "test" if results["stage"] == "test" else "validation: the run was not tested"
     heads = ("metric", "this run", "standard deviation", "mean ± standard deviation")
     known = [i for i in range(len(heads)) if i < 2 or any(row[i] != "–" for row in rows)]
@@ -401,7 +434,7 @@ def _training(run: Path | None) -> str:
 
 
 def _command(line: str) -> str:
-    """Return a recorded command without its time; of paths of the machine the last parts."""
+    """Return a recorded command without its time, and of absolute paths only the last parts."""
     words = line.split(" ")[2:] if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) else [line]
     try:
         given = shlex.split(" ".join(words))
@@ -417,7 +450,7 @@ def _command(line: str) -> str:
 
 
 def _options(command: str) -> list[str]:
-    """Return the options of a command, without those that say where it writes and shows."""
+    """Return the options of a command, except those for its output and its progress bar."""
     given, found = shlex.split(command), []
     place = 0
     while place < len(given):

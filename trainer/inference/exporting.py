@@ -32,8 +32,8 @@ from trainer.config.registry import recipe_packages
 from trainer.config.run_folder import KINDS
 from trainer.inference.cards import HYPERPARAMS_HEADER, write_card
 from trainer.inference.graphs import FILES, example_code, write_graph
-from trainer.inference.initialise import WEIGHTS
-from trainer.inference.loading import CHECKPOINTS, HYPERPARAMS, RECIPE, Origin, origin_of
+from trainer.inference.initialise import HYPERPARAMS, WEIGHTS
+from trainer.inference.loading import CHECKPOINTS, RECIPE, Origin, origin_of
 from trainer.inference.model import Model
 from trainer.options import BRAIN_KEYS, HINTS, nearest
 from trainer.untrusted import confined, no_modules_from
@@ -61,17 +61,17 @@ def export(
     samples of that run, and an ``export.json`` for programs. The model itself stays as it is.
 
     - ``safetensors``: all weights in ``model.safetensors``, by their names in ``model.modules``;
-      and of a model that `trainer.load` made what it needs beside them, so that `trainer.load`
-      makes it from this folder too. Each model of transformers is also saved as transformers does
-      it, in a folder of its own name, such as ``encoder/``, for ``from_pretrained``.
+      for a model that `trainer.load` made also the files that it needs, so that `trainer.load`
+      accepts this folder too. Each model of transformers is also saved by ``save_pretrained``, in a
+      folder of its name, such as ``encoder/``.
     - ``onnx`` and ``torch``: a network in ``model.onnx``, or in ``model.pt2`` for
       ``torch.export.load``. The file is run and compared to torch on inputs of several lengths and
       batch sizes. A class of your own says which network by a method ``graph(modules)``, which
       returns a `trainer.inference.Graph`.
 
     Args:
-        model: the model, with the weights that are to be written: as `trainer.load` gives it, or a
-            Brain within its ``best_weights()``.
+        model: the model with the weights to write: one of `trainer.load`, or a Brain within its
+            ``best_weights()``.
         folder: the folder to make.
         to: ``safetensors``, ``onnx`` or ``torch``.
         seeds: folders of runs that differ from the model's in their seeds alone; the README has
@@ -81,8 +81,10 @@ def export(
         The folder.
 
     Raises:
-        ValueError: the folder exists and is not empty, merged weights would not be finite, the
-            model has no network for this format, or the file computes something else than torch.
+        ValueError: ``to`` is unknown, the folder exists and is not empty, merged weights would not
+            be finite, the model has no network for this format, its file computes something else
+            than torch, or a run of ``seeds`` differs in more than its seed.
+        OSError: a file cannot be written.
         ImportError: a package is missing that the format needs.
 
     Example::
@@ -118,25 +120,39 @@ def export(
 
 @contextmanager
 def _new(target: Path) -> Iterator[Path]:
-    """Context manager that gives a folder to fill; ``target`` is it as a whole, or not there."""
+    """Context manager that yields a folder to fill, which becomes ``target`` at its end.
+
+    After an error there is neither of the two.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     made = [each for each in target.parents if not each.exists()]  # The innermost first.
     partial = target.parent / f".{target.name}-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
         yield partial
         os.rename(partial, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # Another process has put something there.
             for each in made:
                 each.rmdir()
+        # A user knows the target, and not the temporary folder beside it.
+        if isinstance(error, OSError) and error.strerror:
+            file = error.filename
+            if file is None or Path(os.fsdecode(file)).is_relative_to(partial):
+                raise OSError(f"{target} cannot be written: {error.strerror}") from error
         raise
 
 
 def _graph(model: Model | Brain, origin: Origin | None, modules: nn.ModuleDict, to: str) -> Graph:
     """Return the network of a model that other programs run.
 
-    A recipe has a function for it in graph.py, a class of a program a method.
+    It is that of the model's own method ``graph``, or of the function in the recipe's graph.py.
+
+    Raises:
+        ValueError: there is neither.
     """
     make = getattr(type(model), "graph", None) if isinstance(model, Model) else None
     if make is not None:
@@ -167,19 +183,19 @@ def _write_weights(merged: nn.Module, origin: Origin | None, folder: Path) -> No
         ) from error
     state: Mapping[str, Any] = merged.state_dict()
     if origin is not None and not _adapted(origin):
-        state = origin.weights  # A model that is prepared for use may have others names.
+        state = origin.weights  # `Model.prepare` may have changed names.
     seen: set[int] = set()
     weights: dict[str, Tensor] = {}
     texts = {name: value for name, value in state.items() if isinstance(value, str)}
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             kept = tensor.detach().to("cpu").contiguous()
-            # A tensor of several names, which the format has not, is written under each.
+            # safetensors has no shared tensors: one with several names is written under each.
             weights[name] = kept.clone() if kept.data_ptr() in seen else kept
             seen.add(kept.data_ptr())
     path = folder / WEIGHTS
     save_file(weights, path, {"format": "pt", **texts})
-    os.chmod(path, folder.stat().st_mode & 0o666)  # It is for its owner alone.
+    os.chmod(path, folder.stat().st_mode & 0o666)  # safetensors makes it for its owner alone.
     for name, part in _of_transformers(merged):
         part.save_pretrained(folder / name)
 
@@ -223,7 +239,12 @@ def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
 
 
 def _trim(root: MappingNode, source: str, recipes: Sequence[str]) -> list[str]:
-    """Leave in a tree without references what a model needs, with paths below the folder.
+    """Remove from a YAML tree what only training needs, and make paths relative to the folder.
+
+    Args:
+        root: the tree, without references; it is changed in place.
+        source: absolute path of the run folder.
+        recipes: packages of the recipes whose objects the tree builds.
 
     Returns:
         The paths in the run folder that the model needs, relative to it.

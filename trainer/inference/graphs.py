@@ -1,6 +1,6 @@
 """Networks as files for other programs: ONNX and torch.export, checked against torch.
 
-A recipe's `Model` says by a `Graph` which network such a file holds, and what goes in and out.
+A `Graph` describes the network of such a file, with its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from trainer.untrusted import printable
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
-TOLERANCE = 1e-4  # largest difference to torch, of values up to 1; relative to larger ones
+TOLERANCE = 1e-4  # largest difference to torch, relative to the largest value above 1
 BATCHES = (1, 3)  # sizes of the batches that a file is checked with
 
 Inputs = tuple[Tensor, ...]
@@ -36,7 +36,7 @@ class Port:
 
     Args:
         name: its name in the file.
-        axes: its axes: a number is a fixed size, a name such as "batch" one of any size.
+        axes: sizes of its axes: a number for a fixed size, a name such as "batch" for any size.
         meaning: what it holds, with its unit.
     """
 
@@ -51,15 +51,15 @@ class Graph:
 
     Args:
         module: the network; it takes the inputs in their order, and returns a tensor or a tuple.
-        inputs: what it takes. Their first axis is the batch.
-        outputs: what it returns.
-        example: makes inputs of a batch size and a length, on the CPU.
-        lengths: two lengths that the network takes, for the check; equal ones if it is fixed.
+        inputs: its inputs; their first axis is the batch.
+        outputs: its outputs.
+        example: function that returns inputs on the CPU for a batch size and a length.
+        lengths: two lengths that the network takes, for the check; equal ones for a fixed length.
         about: what the network does, in a sentence.
-        settings: what its user needs to know as JSON, such as the sample rate and the mels.
-        after: lines of Python in the example that make use of the outputs by their names.
-        reference: what the file must compute; None for what ``module`` computes. It is for a
-            network that is written anew, since its own form cannot be exported.
+        settings: further facts for its user as JSON, such as the sample rate and the mels.
+        after: lines of Python that use the outputs by their names, for the example.
+        reference: function whose outputs the file must reproduce; None for ``module``. Give it
+            where ``module`` is a rewrite of a network that cannot be exported itself.
     """
 
     module: nn.Module
@@ -86,7 +86,7 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
 
     Raises:
         ImportError: a package of the extra ``export`` is missing.
-        ValueError: the network cannot be written so, or the file computes something else.
+        ValueError: the network cannot be exported, or the file computes something else.
     """
     if to == "onnx":
         _import_onnx()
@@ -141,14 +141,14 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
 
 
 def plain_network(module: nn.Module) -> nn.Module:
-    """Return a copy of a network as it is used: fp32, on the CPU, without weight or spectral norms.
+    """Return a copy of a network for use: fp32, on the CPU, without weight or spectral norms.
 
-    It computes what the network computes in evaluation mode.
+    It computes the same as the network in evaluation mode.
     """
     plain = copy.deepcopy(module).float().cpu().eval()
     for part in list(plain.modules()):
         if parametrize.is_parametrized(part):
-            # `remove_parametrizations` would spoil the class, which is that of the original too.
+            # Not `remove_parametrizations`: the copy shares its class with the original.
             names = list(dict(cast(nn.ModuleDict, part.parametrizations).items()))
             values = {name: getattr(part, name).detach() for name in names}
             kind = parametrize.type_before_parametrizations(part)
@@ -177,8 +177,8 @@ def _difference(
     for want, have in zip(wanted, found, strict=True):
         if want.shape != have.shape:
             raise ValueError(
-                f"the export to {to} is not right, and is not kept: of inputs of shape {shape} it "
-                f"makes {list(have.shape)}, and torch {list(want.shape)}"
+                f"the export to {to} is not right, and is not kept: for inputs of shape {shape} it "
+                f"returns shape {list(have.shape)}, and torch {list(want.shape)}"
             )
         if not want.numel():
             continue
@@ -186,8 +186,8 @@ def _difference(
         relative = difference / max(1.0, want.double().abs().max().item())
         if not relative <= TOLERANCE:  # Also for NaN.
             raise ValueError(
-                f"the export to {to} is not right, and is not kept: of inputs of shape {shape} its "
-                f"output differs by {difference:.2g} from torch's; allowed: {TOLERANCE:g}"
+                f"the export to {to} is not right, and is not kept: for inputs of shape {shape} "
+                f"its output differs by {difference:.2g} from torch's; allowed: {TOLERANCE:g}"
             )
         worst = max(worst, relative)
     return worst

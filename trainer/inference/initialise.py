@@ -37,7 +37,7 @@ INDEX = "model.safetensors.index.json"
 ENDING = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# Keys under which files hold a state_dict, and beginnings of names that wrappers of a model add.
+# Keys under which files hold a state_dict, and prefixes that wrappers of a model add to names.
 HOLDERS = ("state_dict", "model_state_dict", "model", "modules", "module", "weights")
 WRAPPERS = ("module.", "_orig_mod.")
 MAX_SHOWN = 3  # names in a line
@@ -56,17 +56,18 @@ def initialise(
         modules: modules of a Brain; names are those of `plain_name`.
         source: a run folder, a file (.safetensors, or a state_dict of torch.save), a folder with
             weights in safetensors, or a name on the hub.
-        names: names in the source by patterns of the modules' names, with a ``*`` for each ``*``;
-            None leaves what matches new. The first pattern that matches a name counts; other names
-            are the same in the source.
+        names: names in the source by patterns of the modules' names, with as many ``*``, each of
+            which stands for any text. None as a name leaves what matches as it is. The first
+            pattern that matches a name counts; names without one are the same in the source.
 
     Raises:
-        ValueError: the source cannot be read, nothing of it fits, or a shape differs.
+        ValueError: the source cannot be read, none of its names fits, or a shape or type differs.
     """
     found = distributed.run_on_all(read_weights, source)
     base = found.pop(BASE, None)
     given: Weights = {}
-    for name in sorted(found, key=is_replaced, reverse=True):  # The trained copy comes last.
+    # Originals first: a trained copy has the same plain name, and replaces its original.
+    for name in sorted(found, key=is_replaced, reverse=True):
         given[plain_name(name)] = found[name]
     own = modules.state_dict()
     targets = _targets({plain_name(name): 0 for name in own}, given, names or {}, source)
@@ -121,7 +122,8 @@ def _targets(
     """Return the name in the source of each name of the model; None for what stays new.
 
     Raises:
-        ValueError: a pattern matches nothing here or there, or has other ``*`` than its value.
+        ValueError: a pattern matches nothing in the model or in the source, or has another number
+            of ``*`` than its value.
     """
     targets: dict[str, str | None] = {}
     open_names = list(own)
@@ -177,7 +179,7 @@ def _suggestion(modules: nn.Module, given: Weights) -> str:
     return ""
 
 
-# Sources
+# ----------------------------------------------------------------------------------------- sources
 
 
 def read_weights(source: str) -> Weights:
@@ -204,10 +206,10 @@ def is_export(folder: Path) -> bool:
 
 
 def read_export(folder: Path) -> Weights:
-    """Return the weights that an export has, and the states of modules that save themselves.
+    """Return the weights of an export, and the states of modules that save themselves.
 
     Raises:
-        ValueError: the file lies elsewhere, or is no file of safetensors.
+        ValueError: the file is a link to outside of the folder, or is no file of safetensors.
     """
     path = confined(folder, folder / WEIGHTS)
     found = _of_safetensors(path, "")
@@ -252,8 +254,8 @@ def _of_folder(folder: Path) -> Weights:
             "code; allowed: safetensors"
         )
     raise ValueError(
-        f"init_from {folder}: it is neither a run folder ({HYPERPARAMS}) nor has it weights "
-        "(model.safetensors)"
+        f"init_from {folder}: it is no run folder (no {HYPERPARAMS}) and has no weights "
+        f"(no {WEIGHTS})"
     )
 
 
@@ -330,7 +332,7 @@ def _of_hub(name: str) -> Weights:
 
 
 def _tensors(content: Any, path: Path) -> Weights:
-    """Return the state_dict in the content of a file, with the names of the model itself.
+    """Return the state_dict in the content of a file, without prefixes of wrappers.
 
     Raises:
         ValueError: there is none.

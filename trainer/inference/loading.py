@@ -32,11 +32,17 @@ from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.saver_hooks import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
-from trainer.config.reading import get, items, nodes, object_name, plain, tag
+from trainer.config.reading import NULL, get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept_alone
-from trainer.inference.initialise import WEIGHTS, initialise, is_export, read_export
+from trainer.inference.initialise import (
+    HYPERPARAMS,
+    WEIGHTS,
+    initialise,
+    is_export,
+    read_export,
+)
 from trainer.inference.model import Model
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
@@ -51,11 +57,10 @@ from trainer.untrusted import (
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-HYPERPARAMS = "hyperparams.yaml"
 CHECKPOINTS = "checkpoints"
-RECIPE = "recipe"  # Key of an exported YAML: the package, where no object may be left that tells.
+RECIPE = "recipe"  # Key of an exported YAML: package of the recipe.
 
-# Run options that a run folder decides: for using a model, and for training steps as well.
+# Run options that are taken from a run folder to use its model, and also to replay its steps.
 OF_THE_MODEL = ("seed", "precision", "eval_precision", "ema_decay", "average_checkpoints")
 OF_THE_TRAINING = (
     "grad_accumulation_factor", "schedule_every", "max_grad_norm", "clip", "nonfinite_patience",
@@ -74,7 +79,7 @@ class OpenRun:
         folder: the run folder.
         configuration: its YAML, which is not built yet.
         checkpointer: its checkpoints; to be read only.
-        named: texts among the overrides: sources outside of the folder that may be read.
+        named: texts among the overrides, which may name sources outside of the folder to read.
     """
 
     folder: Path
@@ -83,14 +88,21 @@ class OpenRun:
     named: set[str]
 
     def override(self, values: Mapping[str, Any]) -> None:
-        """Set keys of the YAML, as the caller gives them and the folder does not."""
+        """Set keys of the YAML.
+
+        Args:
+            values: new values by key. They come from the caller, and may thus name files outside
+                of the folder.
+        """
         self.named |= _texts(values)
         self.configuration.override(values)
 
     def options(self, *names: str, **given: Any) -> RunOptions:
-        """Return run options: of the run those of these names, and ``given``.
+        """Return run options for a model or Brain that records nothing.
 
-        Nothing is recorded by a Brain that has them: there is no ``output_folder``.
+        Args:
+            names: options that are taken from the run; others have their defaults.
+            given: further options by name; they win.
         """
         of_run = self.configuration.options()
         chosen = {name: value for name, value in of_run.items() if name in names}
@@ -102,11 +114,14 @@ class OpenRun:
     def build(
         self, modules: Mapping[str, nn.Module] | None = None, uses: Collection[str] = ()
     ) -> dict[str, Any]:
-        """Build the hyperparameters; ``modules`` replace those of the YAML.
+        """Build the hyperparameters.
 
         Args:
-            modules: networks by name.
-            uses: names of the modules to build; all without.
+            modules: networks by name, in place of those of the YAML.
+            uses: names of the modules to build; empty for all.
+
+        Returns:
+            The values by key, objects built.
 
         Raises:
             ValueError: the YAML builds something that is not allowed, or no modules.
@@ -146,7 +161,7 @@ class OpenRun:
     def limited(self) -> Iterator[None]:
         """Context manager to build in: memory is limited in proportion to the folder.
 
-        What the objects are made of is imported before: modules may take any memory.
+        Modules that the objects need are imported before, since imports may take any memory.
         """
         self.configuration.check()
         if get(self.configuration.root, "adapters") is not None:
@@ -163,8 +178,9 @@ class OpenRun:
     def recipes(self) -> list[str]:
         """Return the packages of the installed recipes whose objects the YAML builds.
 
-        One that maps such objects to its Brains counts alone, and one whose objects a model needs
-        before one whose data are used. An exported YAML names the package.
+        A recipe of which only objects for the training are used counts only where there is no
+        other; where some of them map such objects to Brains, only those count. An exported YAML
+        names the package.
         """
         named = get(self.configuration.root, RECIPE)
         if named is not None and named.value in recipe_packages():
@@ -199,7 +215,7 @@ class OpenRun:
             )
 
     def _tasks(self, packages: Sequence[str]) -> str:
-        """Return the end of a message: what the models of recipes can do."""
+        """Return the end of a message that lists the methods of recipes' models, or nothing."""
         found: list[str] = []
         for package in packages:
             with suppress(ValueError, ImportError):
@@ -213,7 +229,7 @@ class OpenRun:
         A property is asked with the plain values of the YAML as hyperparameters.
 
         Raises:
-            ValueError: it needs more than these.
+            ValueError: the property needs more than plain values.
         """
         found = getattr(kind, "best_checkpoint", {})
         if not isinstance(found, property):
@@ -264,7 +280,7 @@ class OpenRun:
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of a loaded model, for its export.
+    """Source of a loaded model, which its export needs.
 
     Attributes:
         run: the folder, as it was read.
@@ -279,6 +295,7 @@ class Origin:
     weights: Mapping[str, Any]
 
 
+# Sources of the models that `load` has made.
 _origins: WeakKeyDictionary[Model | Brain, Origin] = WeakKeyDictionary()
 
 
@@ -288,6 +305,7 @@ def origin_of(model: Model | Brain) -> Origin | None:
 
 
 def _texts(value: Any) -> set[str]:
+    """Return the texts in nested mappings."""
     if isinstance(value, Mapping):
         return set().union(*map(_texts, value.values()))
     return {value} if isinstance(value, str) else set()
@@ -334,8 +352,8 @@ def open_run(
             those of installed recipes.
 
     Raises:
-        ValueError: the folder is no run folder, or cannot be used; for whatever an object that is
-            built from it raises, too.
+        ValueError: the folder is no run folder or cannot be used, or an object that is built from
+            it raises any other error.
         ImportError: a package is missing that a recipe needs.
     """
     folder = Path(os.path.expanduser(run))
@@ -352,13 +370,16 @@ def open_run(
             if isinstance(error, ValueError) and not str(error).isprintable():
                 raise ValueError(printable(str(error))) from error
             raise
-        except Exception as error:  # Recipes meet what they never do in a YAML of their own.
+        except Exception as error:  # A YAML from elsewhere may have any value.
             memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
             reason = (
                 "it needs far more memory than its checkpoints account for"
                 if memory
                 else f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
             )
+            nulls = [key for key, node in items(configuration.root) if tag(node) == NULL]
+            if "NoneType" in reason and nulls:
+                reason += f"; its {HYPERPARAMS} has null for {', '.join(map(printable, nulls))}"
             raise ValueError(f"{folder} cannot be used: {reason}") from error
 
 
@@ -428,8 +449,8 @@ def load(
             no checkpointer, and records nothing.
         modules: networks by name, for a run whose YAML builds none, as by `trainer.launch`.
         overrides: new values of keys of the run's YAML. Where checkpoints have no frozen weights,
-            and these came from ``init_from`` or a ``source``, give it here: nothing else is read
-            from outside of the folder.
+            and these came from ``init_from`` or a ``source``, give that key here: nothing else is
+            read from outside of the folder.
         allow: packages, modules or objects by dotted name that the YAML may build, in addition to
             what installed recipes list: those of your own program.
         max_key: metric of which the best checkpoint has the largest value.
@@ -438,7 +459,7 @@ def load(
             without one, the newest checkpoint is taken.
 
     Returns:
-        A `Model`, whose methods answer; or a Brain of the class ``brain``.
+        A `Model`, or a Brain of the class ``brain``.
 
     Raises:
         ValueError: the folder is no run folder, is one of another recipe than the class, builds
@@ -511,10 +532,10 @@ def put_weights(
         max_key: metric of which the best checkpoint has the largest value.
         min_key: metric of which the best checkpoint has the smallest value.
         prefix: name of the modules among those of the run, such as "generator.".
-        uses: names of the modules that the model has of those of the run; all without.
+        uses: names of the modules of the run to give weights to; empty for all.
 
     Raises:
-        ValueError: there is no sound checkpoint, or it is of other modules.
+        ValueError: there is no sound checkpoint, or it does not fit the modules.
     """
     complete = partial(completed, modules=modules, prefix=prefix)
     source, run = checkpointer.folder, checkpointer.folder.parent

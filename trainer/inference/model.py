@@ -1,4 +1,4 @@
-"""Trained models that answer, without the training loop.
+"""Base class of trained models, which imports no training loop.
 
 class Spotter(trainer.Model):
     best_checkpoint = {"max_key": "acc"}
@@ -26,18 +26,18 @@ from trainer.options import RunOptions
 
 logger = logging.getLogger("trainer")
 
-# Methods of recipes' models, by which users know them.
+# Methods that recipes' models may have, one for each task.
 TASKS = ("transcribe", "enhance", "separate", "vocode", "synthesise", "classify", "embed")
 
 
 class Model:
-    """A trained model in use: networks in evaluation mode, and the methods of its task.
+    """Trained model: networks in evaluation mode, and the methods of its task.
 
-    `trainer.load` makes one from a run folder. Recipes subclass it; each says in ``MODEL`` of its
-    package which class its runs make.
+    `trainer.load` makes one from a run folder. Recipes subclass it, and name the class of their
+    runs in ``MODEL`` of their package.
 
     Args:
-        modules: networks by name; they have their weights after this constructor only.
+        modules: networks by name; their weights are loaded after the constructor.
         hparams: values and objects of the run's YAML, without those that only training needs.
         options: device and precision.
 
@@ -48,12 +48,15 @@ class Model:
         folder: the run folder; None of a model that `trainer.load` did not make.
         uses: of the class: names of the modules that are built and loaded, such as
             ``("generator",)``; empty for all.
+        units: of the class: units of metrics by name for the model card, such as
+            ``{"wer": "%"}``; metrics without a unit are left out.
 
     Raises:
         ValueError: for a device or module that cannot be used.
     """
 
     uses: ClassVar[Sequence[str]] = ()
+    units: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, modules: Mapping[str, nn.Module], hparams: Mapping[str, Any], options: RunOptions
@@ -79,15 +82,15 @@ class Model:
         return {}
 
     def prepare(self) -> None:
-        """Called once the networks have their weights; the place to make what depends on them."""
+        """Make what depends on the weights: a hook, called once the networks have them."""
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context manager in which the run was evaluated, of its precision."""
+        """Return torch's autocast context manager for the evaluation precision of the run."""
         return self._precision.autocast()
 
     @classmethod
     def tasks(cls) -> list[str]:
-        """Return the names of the methods that answer, such as ``["transcribe"]``."""
+        """Return the task methods that the class has, such as ``["transcribe"]``."""
         return [name for name in TASKS if callable(getattr(cls, name, None))]
 
     def __getattr__(self, name: str) -> Any:

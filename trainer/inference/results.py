@@ -33,7 +33,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """Result of ``transcribe``; as a text it is ``text``.
+    """Result of ``transcribe``; ``str()`` of it is ``text``.
 
     Attributes:
         text: all that was recognised.
@@ -69,7 +69,10 @@ class Sound:
     def save(self, path: str | Path) -> Path:
         """Write the sound to a file of the format that its suffix names, such as ``x.flac``.
 
-        The file appears whole or not at all, in place of one that was there.
+        The file appears whole or not at all, and replaces one that was there.
+
+        Args:
+            path: the file.
 
         Returns:
             The path.
@@ -88,7 +91,7 @@ class Sound:
         target = Path(os.path.expanduser(path))
         kind = target.suffix.removeprefix(".").upper()
         known = {each for each in soundfile.available_formats() if soundfile.default_subtype(each)}
-        if kind not in known - {"SD2"}:  # Which is a pair of files.
+        if kind not in known - {"SD2"}:  # SD2 is a pair of files.
             raise ValueError(
                 f"{target} has no suffix of a sound file that soundfile writes, such as .wav or "
                 ".flac"
@@ -101,7 +104,7 @@ class Sound:
             )
         part = target.with_name(f".{token_hex(8)}.part")
         try:
-            part.touch()  # Of what is in the way, the system says more than soundfile.
+            part.touch()  # Errors of the system say more than those of soundfile.
             soundfile.write(part, samples.mT.numpy(), self.rate, format=kind)
             os.replace(part, target)
         except (OSError, soundfile.LibsndfileError) as error:
@@ -121,9 +124,9 @@ class Speech(Sound):
         samples: float32 samples (1, T) on the CPU, within -1 and 1.
         rate: sample rate in Hz.
         text: the text that was spoken, as the model reads it.
-        mel: log-mel spectrogram (M, F).
-        mel_config: how it is made, as a vocoder checks it.
-        alignment: attention of each frame to the symbols of the text (F, N).
+        mel: log-mel spectrogram of M mels and F frames (M, F).
+        mel_config: its settings, which must be those of the vocoder.
+        alignment: attention of each frame to the N symbols of the text (F, N).
         symbols: names of these symbols, such as letters.
         finished: False if the model did not find the end, and was stopped.
     """
@@ -138,7 +141,7 @@ class Speech(Sound):
 
 @dataclass(frozen=True)
 class Classification:
-    """Result of ``classify``; as a text it is ``label``.
+    """Result of ``classify``; ``str()`` of it is ``label``.
 
     Attributes:
         label: the most probable class.

@@ -2,8 +2,8 @@
 
 `LoggerCallback` drives the loggers of a run: `JsonlLogger`, which every run has, and those that the
 run option `logger` chooses. A logger of your own derives from `Logger`; see docs/loggers.md.
-Recipes record through `loggers_of`. `ProgressBar` shows how far a stage is, and `TextLog` writes
-`train.log`.
+Recipes record through `loggers_of`. `ProgressBar` shows the progress of a stage, and `TextLog`
+writes `train.log`.
 """
 
 from trainer.loggers.callback import LoggerCallback, loggers_of

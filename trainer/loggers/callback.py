@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainer")
 
-MAX_LOGGED_ROWS = 4  # of samples, whose cells go to every logger: those keep what they get for ever
-FOLDER = "loggers"  # in the run folder: what its loggers have taken
+# Rows of samples whose cells are given to every logger one by one; services keep them for ever.
+MAX_LOGGED_ROWS = 4
+FOLDER = "loggers"  # Folder in the run folder with the progress of its loggers.
 LoggerFactory = Callable[[Path], Logger]
 
 
@@ -49,10 +50,10 @@ class LoggerCallback(Callback):
     Args:
         options: run options, of which ``output_folder``, ``debug``, ``replay``, ``run_name`` and
             the searches count.
-        factories: make the loggers of a run folder that every run has, as `JsonlLogger` does.
-        chosen: make those that the user has chosen. What they have taken is noted in the run
-            folder, so that a resumed run gives them each step once. When a call ends they get the
-            hyperparameters, the report and the best checkpoint.
+        factories: classes or functions that make the loggers of every run, given the run folder.
+        chosen: likewise, of the loggers that the user has chosen. Their progress is noted in the
+            run folder, so that a resumed run gives them each step once. When a call ends they are
+            given the hyperparameters, the report and the best checkpoint.
         hparams: hyperparameters by name, for the loggers that record them.
     """
 
@@ -74,13 +75,14 @@ class LoggerCallback(Callback):
         self._factories = [*factories, *self._chosen]
         self._loggers: dict[LoggerFactory, Logger] = {}
         self._marks: dict[LoggerFactory, StepMarks] = {}
-        self._slots: dict[LoggerFactory, str] = {}  # Names of the chosen ones' files.
-        self._skipped: dict[LoggerFactory, Places] = {}  # What they have beyond the checkpoint.
-        self._places = Places()  # What this run has recorded, for chosen loggers.
-        self._saved_places = Places()
-        self._sent: dict[str, Any] = {}  # Versions of the files that the chosen ones have.
-        self._depth = 0  # A hook of one `fit` may call another, or `evaluate`.
-        self._handled: BaseException | None = None  # By a program that calls `fit` once more.
+        self._slots: dict[LoggerFactory, str] = {}  # Names of the files of chosen loggers.
+        self._skipped: dict[LoggerFactory, Places] = {}  # Records that they have already.
+        self._places = Places()  # Records of this run, for chosen loggers.
+        self._saved_places = Places()  # Those at the checkpoint.
+        self._sent: dict[str, Any] = {}  # Path and time of the files that chosen loggers have.
+        self._depth = 0  # Number of nested calls: a hook of a `fit` may call `fit` or `evaluate`.
+        # Exception that a program was handling already when it called `fit`: no error of this run.
+        self._handled: BaseException | None = None
         self._saved_lines: int | None = None
         self._has_recorded = False
 
@@ -230,9 +232,10 @@ class LoggerCallback(Callback):
     # ----------------------------------------------------------------------------------- resuming
 
     def _follows_a_killed_start(self, brain: Brain) -> bool:
-        """Return True if what is recorded is of a start that never came to its first checkpoint.
+        """Return True if the records are of a start that was killed before its first checkpoint.
 
-        Not of another Brain of the same folder, which has a checkpoint there or ended well.
+        Records of another Brain of the same folder, which has a checkpoint there or ended well, are
+        to be kept.
         """
         folder = self.folder
         if folder is None or brain.checkpointer is None or self._has_recorded:
@@ -254,7 +257,12 @@ class LoggerCallback(Callback):
         self._saved_places = Places(state.get("places"))
 
     def _resume(self, step: int, lines: int | None) -> None:
-        """Bring every logger to what it had at this step, or let it skip what it has beyond."""
+        """Remove the records of later steps from every logger, or skip them when they come again.
+
+        Args:
+            step: optimizer steps at the checkpoint.
+            lines: number of records in `metrics.jsonl` at the checkpoint; None where unknown.
+        """
         for factory, each in list(self._opened().items()):
             if isinstance(each, JsonlLogger):
                 self._call(factory, "resume", step, lines)
@@ -283,7 +291,7 @@ class LoggerCallback(Callback):
                 name = getattr(factory, "__name__", repr(factory))
                 try:
                     made = factory(self.folder)
-                except ValueError:  # A wrong setting, known before the first batch.
+                except ValueError:  # A wrong setting ends the run before its first batch.
                     raise
                 except Exception as error:
                     self._give_up(factory, name, error)
@@ -338,7 +346,7 @@ class LoggerCallback(Callback):
         self._loggers.pop(factory, None)
         if factory in self._marks:
             self._marks.pop(factory).close()
-        text = shorten(str(error), 300, placeholder=" …")  # A database's has its whole command.
+        text = shorten(str(error), 300, placeholder=" …")  # Database errors quote whole commands.
         logger.warning(
             "%s failed and is not used any more; the run goes on without it (%s: %s)",
             name, type(error).__name__, text,
@@ -346,15 +354,20 @@ class LoggerCallback(Callback):
 
 
 def _utf8(text: str) -> str:
-    """Return a text with escapes for what UTF-8 has not, such as names of files in another one."""
+    """Return a text with escapes for what UTF-8 cannot hold, such as file names in Latin-1."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def loggers_of(brain: Brain) -> LoggerCallback | Logger:
-    """Return what records the pictures, sounds and texts of a Brain, by the methods of a `Logger`.
+    """Return the recorder of a Brain, which has the methods of a `Logger`.
 
-    A recipe records through it on rank 0, or on all: those of other ranks are left out. Without a
-    run folder nothing is recorded.
+        loggers_of(brain).figure("attention", png, brain.optimizer_step)
+
+    A recipe may call it on rank 0 or on all ranks: only rank 0 records. Without a run folder
+    nothing is recorded.
+
+    Args:
+        brain: the Brain.
     """
     found = (each for each in brain.callbacks if isinstance(each, LoggerCallback))
     return next(found, Logger())
@@ -366,9 +379,9 @@ def catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None
     A backend may have lost them when the process was killed, or failed for a while.
 
     Args:
-        each: logger.
-        held: places of the series that the backend has come to.
-        marks: notes of what the logger has taken.
+        each: the logger.
+        held: last record of each series that the backend holds.
+        marks: progress of the logger, which is updated.
         folder: run folder.
     """
     found = Places()
@@ -387,7 +400,10 @@ def catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None
 def describe(report: StageReport, learning_rates: Sequence[float | None] = ()) -> str:
     """Return the log line of a stage, such as "epoch 2 valid: loss 1.234, wer 3.21, 12 s".
 
-    That of a training stage ends with the current learning rates.
+    Args:
+        report: result of the stage.
+        learning_rates: current rate of each optimizer, which the line of a training stage ends
+            with; None for an optimizer that has none.
     """
     facts = {
         name: value

@@ -18,9 +18,10 @@ Plain = bool | int | float | str | None
 
 
 def name_of(folder: Path) -> str:
-    """Return a name for the run of a folder: its own, after that of its parent if it is a seed.
+    """Return the name of the run of a folder: that of the folder.
 
-    "demo-1234" of results/asr/demo/1234.
+    If the folder is named by its seed, the name of its parent comes first: results/asr/demo/1234
+    is "demo-1234".
     """
     folder = folder.resolve()
     seed = re.fullmatch(r"\d+(-.*)?", folder.name)
@@ -32,9 +33,10 @@ def configuration(
 ) -> dict[str, Plain]:
     """Return the configuration of a run by dotted key.
 
-    That is hyperparams.yaml with its references filled in and the defaults of run options, objects
-    by their tags and arguments. Without such a file, and where it cannot be resolved here, it is
-    the plain values among `hparams`, and the options. The environment is not read.
+    It is that of hyperparams.yaml with its references resolved and the defaults of run options;
+    objects are given by their tags and arguments. Without such a file, and where it cannot be
+    resolved here, it is the plain values among `hparams`, and the options. Environment variables
+    are not read.
 
     Args:
         folder: run folder.
@@ -47,7 +49,7 @@ def configuration(
 
     values: Mapping[str, Any] = {**hparams, **vars(options)}
     if (path := folder / "hyperparams.yaml").exists():
-        with contextlib.suppress(ValueError):  # It calls what this program alone may call.
+        with contextlib.suppress(ValueError):  # It calls functions that only its program allows.
             values = Settings(read(path, alone=True)[0], Registry()).values
     return dict(_flat(values))
 
@@ -55,7 +57,7 @@ def configuration(
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
     """Yield plain values by dotted key; objects are left out."""
     if isinstance(values, Mapping):
-        most = MAX_ITEMS if prefix else None  # A vocabulary is no setting.
+        most = MAX_ITEMS if prefix else None  # A longer one is data, such as a vocabulary.
         for key, value in islice(values.items(), most):
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(values, (list, tuple)):

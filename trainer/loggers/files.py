@@ -44,7 +44,12 @@ def run_folder(options: RunOptions) -> Path | None:
 
 @contextmanager
 def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
-    """Context manager that adds the path, the word for the file and what to do to an OSError."""
+    """Context manager that adds to an OSError the file and what to do.
+
+    Args:
+        path: the file or folder that is written.
+        what: word for it in the message, such as "log" or "report".
+    """
     try:
         yield
     except OSError as error:
@@ -57,12 +62,21 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
 
 
 def temporary(path: Path) -> Path:
-    """Return the name under which a file or folder is written before it has its own."""
+    """Return the path at which a file or folder is written before it is renamed to its own."""
     return path.with_name(f".{path.name}.new")
 
 
 def replace_file(path: Path, lines: Iterable[bytes], what: str = "log") -> None:
-    """Write a file anew, or leave it as it is if that fails; arguments as in `readable_errors`."""
+    """Write a file anew, or leave it as it is if that fails.
+
+    Args:
+        path: the file.
+        lines: the new content, in parts.
+        what: word for the file in the message of an error, such as "report".
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     new = temporary(path)
     with readable_errors(path, what):
         try:
@@ -247,9 +261,10 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the finite numbers of a record by dotted name, without what only says when it was.
+    """Yield the finite numbers of a record by dotted name, without those that give its time.
 
-    That is the step, and the epoch of layer norms: a GAN has a record of these for each optimizer.
+    These are the step, and for layer norms the epoch: a GAN has a record of layer norms for each
+    optimizer.
     """
     when = ("step", "epoch") if kind == "monitor" else ("step",)
     for name, value in numbers(as_json(values)):
@@ -258,7 +273,7 @@ def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def wav_bytes(samples: Tensor, rate: int) -> bytes:
-    """Return samples (T,) at a rate in Hz as a WAV file of 16 bits; beyond [-1, 1] they are cut."""
+    """Return samples (T,) at a rate in Hz as a 16-bit WAV file, clipped to [-1, 1]."""
     whole = (samples.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
     content = io.BytesIO()
     with wave.open(content, "wb") as file:

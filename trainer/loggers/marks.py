@@ -1,4 +1,4 @@
-"""Notes of what a logger has taken, for backends that cannot delete."""
+"""Progress of a logger in each series, so that a resumed run gives it no record twice."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from trainer import json_files
 from trainer.loggers.files import LineFile
 
-MAX_LINES = 10_000  # before a file that is opened is shortened to the last line of each series
-ALL = 1 << 53  # records of a step
+MAX_LINES = 10_000  # A longer file is shortened to the last line of each series.
+ALL = 1 << 53  # Number of records of a step that stands for all of them.
 Place = tuple[int, int]  # a step, and the number of records of a series at this step
 
 
@@ -42,7 +42,7 @@ class Places:
 
 
 class StepMarks:
-    """The place of each series that a logger has come to, in a file that survives a killed run.
+    """Last record of each series that a logger was given, in a file that survives a killed run.
 
     A line is `[number of records so far, series, step, number of records at this step]`.
 
@@ -67,7 +67,7 @@ class StepMarks:
                 try:
                     taken, name, step, number = json_files.parse(line)
                     self.taken, self.places.last[name] = int(taken), (int(step), int(number))
-                except (json_files.BadJson, TypeError, ValueError):  # Not by this class.
+                except (json_files.BadJson, TypeError, ValueError):  # Not written by this class.
                     continue
                 lines[name] = line
         if self._file.lines > MAX_LINES + len(lines):

@@ -20,9 +20,9 @@ from torch import Tensor
 from trainer.loggers.files import finite, wav_bytes
 from trainer.loggers.protocol import Logger, RunInfo, require, series
 
-MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # that MLflow takes at once
-MOST_OF_NAME = 250  # characters
-# A server that is not there is given up after seconds, where MLflow's own limits are minutes.
+MAX_METRICS, MAX_PARAMS = 1000, 100  # that MLflow takes in one call
+MAX_VALUE, MAX_NAME = 500, 250  # characters
+# Give up an unreachable server after seconds; MLflow's own limits are minutes.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
@@ -52,14 +52,17 @@ class MlflowLogger(Logger):
     ) -> None:
         require("mlflow", "mlflow")
         if not isinstance(tags, Mapping | None):
-            raise ValueError(f"tags of an MlflowLogger must map names to values, not {tags!r}")
+            raise ValueError(
+                f"tags of an MlflowLogger must be a mapping from names to values; got {tags!r}"
+            )
         self.tracking_uri, self.experiment = tracking_uri, experiment
         self.tags, self.artifacts = dict(tags or {}), artifacts
         self._entities: Any = None
         self._client: Any = None
         self._id = ""
-        self._lacks_all = False  # since the run began anew in MLflow
-        self._handled: BaseException | None = None  # by a program that trains once more
+        self._lacks_all = False  # True if a resumed run has begun a new run in MLflow.
+        # Exception that a program was handling already when it called `fit`: no error of this run.
+        self._handled: BaseException | None = None
 
     def open(self, run: RunInfo) -> None:
         """Begin the run in MLflow, or go on with it."""
@@ -70,7 +73,8 @@ class MlflowLogger(Logger):
                 require("sqlalchemy", "mlflow")
             for name, value in PATIENCE.items():
                 os.environ.setdefault(name, value)
-            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # Tracebacks.
+            # It logs tracebacks of errors that are raised anyway.
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             self._entities = importlib.import_module("mlflow.entities")
             database = run.folder.resolve() / "mlflow.db"
             if uri is None and database.exists():
@@ -95,11 +99,11 @@ class MlflowLogger(Logger):
         self._configure(run.config)
 
     def _has(self, id: str) -> bool:
-        """Return True if there is such a run; a database may have been deleted or exchanged."""
+        """Return True if MLflow has a run; its database may have been deleted or replaced."""
         try:
             self._client.get_run(id)
         except importlib.import_module("mlflow.exceptions").MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # Such as a server that is away.
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # Such as an unreachable server.
                 raise
             return False
         return True
@@ -112,12 +116,12 @@ class MlflowLogger(Logger):
         return str(self._client.create_experiment(name, artifact_location=artifacts))
 
     def _configure(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration as parameters; what a resumed run has changed as tags."""
+        """Write the configuration as parameters, and changes in a resumed run as tags."""
         had = self._client.get_run(self._id).data.params
-        values = {_name(key): str(value)[:MOST_CHARACTERS] for key, value in config.items()}
+        values = {_name(key): str(value)[:MAX_VALUE] for key, value in config.items()}
         new = [self._entities.Param(key, value) for key, value in values.items() if key not in had]
-        for start in range(0, len(new), MOST_PARAMS):
-            self._client.log_batch(self._id, params=new[start : start + MOST_PARAMS])
+        for start in range(0, len(new), MAX_PARAMS):
+            self._client.log_batch(self._id, params=new[start : start + MAX_PARAMS])
         for key, value in values.items():
             if had.get(key, value) != value:  # A parameter of MLflow cannot be changed.
                 self._client.set_tag(self._id, f"resumed.{key}", value)
@@ -129,8 +133,8 @@ class MlflowLogger(Logger):
             self._entities.Metric(_name(f"{group}/{name}"), value, now, step)
             for name, value in finite(kind, values)
         ]
-        for start in range(0, len(metrics), MOST_METRICS):
-            self._client.log_batch(self._id, metrics=metrics[start : start + MOST_METRICS])
+        for start in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[start : start + MAX_METRICS])
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Record a picture, as the artifact figures/NAME/STEP.png."""
@@ -154,16 +158,17 @@ class MlflowLogger(Logger):
             self._client.log_artifact(self._id, str(path))
 
     def recorded(self) -> Mapping[str, tuple[int, int]] | None:
-        """Return no series if the run had to begin anew in MLflow, so that it is given all."""
+        """Return no series if a resumed run has begun a new run in MLflow, which lacks them all."""
         return {} if self._lacks_all else None
 
     def close(self) -> None:
-        """End the run in MLflow; where an exception ends the process, as failed or killed."""
+        """End the run in MLflow: as finished, or after an exception as failed or killed."""
         error = None if sys.exception() is self._handled else sys.exception()
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
         self._client.set_terminated(self._id, "FINISHED" if error is None else failed)
 
     def _file(self, folder: str, name: str, content: bytes) -> None:
+        """Record a file as an artifact."""
         with tempfile.TemporaryDirectory() as place:
             path = Path(place, name)
             path.write_bytes(content)
@@ -171,7 +176,12 @@ class MlflowLogger(Logger):
 
 
 def _move(database: Path, artifacts: str) -> None:
-    """Let the database of a run folder that was moved know where its artifacts are."""
+    """Update the location of artifacts in the database of a run folder that was moved.
+
+    Args:
+        database: path of the database.
+        artifacts: present location, as a URI.
+    """
     with contextlib.closing(sqlite3.connect(database)) as base, base:
         places = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
         for (old,) in base.execute(places, ["%/mlartifacts"]).fetchall():
@@ -184,6 +194,6 @@ def _move(database: Path, artifacts: str) -> None:
 
 
 def _name(text: str) -> str:
-    """Return a name with `_` in place of what MLflow does not take."""
+    """Return a name with `_` in place of characters that MLflow does not allow."""
     parts = (re.sub(r"[^\w. -]|^\.+$", "_", part, flags=re.ASCII) for part in text.split("/"))
-    return "/".join(part for part in parts if part)[:MOST_OF_NAME].rstrip("/")
+    return "/".join(part for part in parts if part)[:MAX_NAME].rstrip("/")

@@ -44,7 +44,7 @@ class ProgressBar(Callback):
         self._stages: list[_Stage] = []  # A hook of one stage may run another stage.
         self._outer: list[int] = []  # Number of stages before each call that runs.
         self._clock = _Clock()
-        self._begun = False  # True once the lines of the start are said.
+        self._begun = False  # True once the lines at the start were printed.
 
     def on_fit_start(self, brain: Brain) -> None:
         """Remember how many bars belong to outer calls of `fit` or `evaluate`."""
@@ -62,7 +62,7 @@ class ProgressBar(Callback):
     ) -> None:
         """Show a stage; a resumed training stage starts at the batches it has done.
 
-        Before the first training stage of a Brain, five lines say what begins.
+        Before the first training stage of a Brain, the lines of `start_lines` are printed.
         """
         if stage is Stage.TRAIN and not self._begun and distributed.is_main():
             self._begun = True
@@ -85,7 +85,7 @@ class ProgressBar(Callback):
             shown.bar.set_postfix_str(figures, refresh=False)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
-        """Take what a batch does not tell: several losses, which may still be on the device."""
+        """Take the losses of a log record, for recipes whose batches report none on the host."""
         if self._stages:
             self._stages[-1].logged = record
 
@@ -108,17 +108,22 @@ class ProgressBar(Callback):
         return ", ".join(self._stages[-1].facts(brain))
 
     def _keep(self, number: int) -> None:
+        """Remove all bars but the outermost ``number``."""
         while len(self._stages) > number:
             self._stages.pop().bar.close()
 
 
 class _Stage:
-    """A stage that is shown."""
+    """A stage that is shown, with the figures behind its bar.
+
+    Args:
+        bar: bar of tqdm, or `_Lines`.
+    """
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
-        self.loss: float | None = None  # Of the last step.
-        self.items = 0.0  # Since the stage began in this process.
+        self.loss: float | None = None  # Of the last step, if it is known.
+        self.items = 0.0  # Number of examples since the stage began in this process.
         self.logged: Mapping[str, Any] = {}  # Last log record.
         self._started = time.perf_counter()
 
@@ -151,11 +156,13 @@ class _Stage:
 
 
 class _Lines:
-    """A line a minute in place of a bar, with what is used of tqdm's bars.
+    """A line a minute in place of a bar, with the methods and attributes of tqdm's that are used.
 
     Args:
         clock: when the next line of any stage is due.
-        options: as for tqdm.
+        total: batches of the stage; None where unknown.
+        initial: batches that a resumed stage has done.
+        desc: name of the stage.
     """
 
     def __init__(self, clock: _Clock, total: int | None, initial: int, desc: str) -> None:
@@ -182,7 +189,7 @@ class _Lines:
 
 
 class _Clock:
-    """Time of the next line, of whatever stage."""
+    """Time of the next line, which all stages share."""
 
     def __init__(self) -> None:
         self._due = math.inf
@@ -223,6 +230,6 @@ def _notebook_bar() -> Any:
     if "ipykernel" not in sys.modules:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of an experiment, and of ipywidgets.
+        warnings.simplefilter("ignore")  # tqdm.auto is experimental; ipywidgets is missing.
         from tqdm import auto, notebook
     return auto.tqdm if issubclass(auto.tqdm, notebook.tqdm_notebook) else None

@@ -21,9 +21,9 @@ class RunInfo:
         folder: run folder.
         name: name of the run: the run option `run_name`, else from the folder.
         config: hyperparameters and run options by dotted key; numbers, texts, booleans and None.
-        memory: file in the run folder, of this logger alone, for what it must know when the run
-            resumes, such as the identifier of the run in its service.
-        taken: number of records that this logger has taken since the run began.
+        memory: path of a file in the run folder for this logger alone. It may write there what it
+            needs when the run resumes, such as the identifier of the run in its service.
+        taken: number of records that this logger was given since the run began.
     """
 
     folder: Path
@@ -44,9 +44,12 @@ class Logger:
     """
 
     def open(self, run: RunInfo) -> None:
-        """Begin to record a run, or go on with it; called before the first record.
+        """Begin to record a run, or continue it; called before the first record.
 
         After `close` it may be called again, as by `evaluate` after `fit`.
+
+        Args:
+            run: folder, name and configuration of the run.
         """
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
@@ -97,7 +100,14 @@ class Logger:
         """
 
     def samples(self, samples: Samples) -> None:
-        """Record rows of cells. The sounds and pictures of the first come one by one, too."""
+        """Record rows of cells, as they were given to `Brain.show`.
+
+        The sounds, pictures and texts of the first rows are also given one by one to `audio`,
+        `figure` and `text`.
+
+        Args:
+            samples: title, rows and note, with optimizer step and epoch.
+        """
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file or a folder of the run, such as the report or the best checkpoint.
@@ -108,15 +118,22 @@ class Logger:
         """
 
     def resume(self, step: int) -> None:
-        """Discard what was recorded for later optimizer steps, since it will come again."""
+        """Discard the records of later optimizer steps, since a resumed run reports them again.
+
+        Args:
+            step: optimizer steps at the checkpoint that the run resumes from.
+        """
 
     def recorded(self) -> Mapping[str, tuple[int, int]] | None:
-        """Return the last step that the backend holds of each series, and its number of records.
+        """Return the last step of each series that the backend holds.
 
-        A backend that may lose what it has taken overrides this: when the run resumes it is given
-        the numbers that it lacks. The names are those of `series`, and "figures/NAME",
-        "audio/NAME", "text/NAME" and "histograms/NAME"; the number of records is that of this step.
-        None: it holds what it was given.
+        A backend that may lose records overrides this: when the run resumes it is given the numbers
+        that it lacks.
+
+        Returns:
+            By the name of a series, its last step and the number of its records at this step. The
+            names are those of `series`, and "figures/NAME", "audio/NAME", "text/NAME" and
+            "histograms/NAME". None if the backend holds all that it was given.
         """
         return None
 
@@ -127,7 +144,11 @@ class Logger:
 def series(kind: str, values: Mapping[str, Any]) -> str:
     """Return the name of the series that a record of numbers belongs to.
 
-    "train", "valid" and "test" for stages, "train_step" for steps, "monitor" for layer norms.
+    It is "train", "valid" or "test" for stages, "train_step" for steps, "monitor" for layer norms.
+
+    Args:
+        kind: "step", "stage" or "monitor".
+        values: the record.
     """
     if kind == "stage":
         return str(values.get("stage", kind))
@@ -135,7 +156,15 @@ def series(kind: str, values: Mapping[str, Any]) -> str:
 
 
 def require(package: str, extra: str) -> None:
-    """Raise ValueError if a package that a logger needs is not installed; it is not imported."""
+    """Check that a package that a logger needs is installed, without importing it.
+
+    Args:
+        package: name of the package.
+        extra: extra of this project that installs it.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
     if importlib.util.find_spec(package) is None:
         raise ValueError(
             f"{package} was asked for and is not installed; "

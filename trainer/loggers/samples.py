@@ -21,15 +21,15 @@ from trainer.samples import Samples, record_of
 
 FOLDER, TABLE = "samples", "samples.json"
 MAX_ROWS = 20  # of a set
-MAX_SETS = 12  # Older sets of other names are deleted.
+MAX_SETS = 12  # Further sets are deleted, the oldest first.
 OWN = re.compile(r"\d+-\d+-\d+\.(flac|wav|png)")
 
 
 class SampleLogger(Logger):
     """Keep the latest samples of each title, at most `MAX_ROWS` rows of `MAX_SETS` titles.
 
-    A set is replaced by its table, which is written last: a killed process leaves the set of
-    before, or the new one.
+    The files of a set are written before its table, which names them: a killed process leaves the
+    earlier set or the new one.
 
     Args:
         folder: run folder.
@@ -86,12 +86,12 @@ class SampleLogger(Logger):
 
     @staticmethod
     def _remove(table: Path) -> None:
-        table.unlink()  # First: what is left has no meaning without it.
+        table.unlink()  # First, since the other files have no meaning without it.
         shutil.rmtree(table.parent, ignore_errors=True)
 
 
 def slug(title: str) -> str:
-    """Return the name of a folder for a title; different titles have different ones."""
+    """Return the name of the folder of a title; different titles have different folders."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", title).strip("._")[:60]
     check = zlib.crc32(title.encode(errors="backslashreplace"))
     return name if name and name == title else f"{name or FOLDER}-{check:08x}"

@@ -63,7 +63,7 @@ class _Table(LineFile):
         self.columns = list(first)
 
     def add(self, row: Mapping[str, float | None]) -> None:
-        """Write a row, after columns for what is new in it."""
+        """Write a row; names that are new in it are added as columns first."""
         row = {" ".join(name.split()): value for name, value in row.items()}
         known = set(self.columns)
         if new := [name for name in row if name not in known]:
@@ -75,7 +75,7 @@ class _Table(LineFile):
         self.append(_line(["" if cell is None else cell for cell in cells]))
 
     def cut(self, step: int) -> None:
-        """Remove the rows of later steps, and what is no row."""
+        """Remove the rows of later steps, and lines that are no rows."""
         head, *rows = list(self._rows()) or [[]]
         kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
         if head and len(kept) < len(rows):
@@ -87,6 +87,7 @@ class _Table(LineFile):
 
 
 def _line(cells: list[Any]) -> str:
+    """Return a row as text, without the line break."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(cells)
     return text.getvalue()

@@ -19,9 +19,9 @@ CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 class TensorBoardLogger(Logger):
     """Write what a run reports into the folder `tensorboard` of the run.
 
-    The event file is opened at the first record, when it is known what a resumed run replaces. Each
-    record is written before the next one comes, so that a killed run has what came before its
-    checkpoint.
+    The event file is opened at the first record, when the step that a resumed run begins at is
+    known. Each record is flushed before the next one, so that a killed run has all records from
+    before its checkpoint.
 
     Args:
         folder: run folder.
@@ -96,7 +96,7 @@ class TensorBoardLogger(Logger):
             self._writer.flush()
 
     def resume(self, step: int) -> None:
-        """Let TensorBoard leave out what was written for later steps."""
+        """Make TensorBoard ignore the records of later steps."""
         self._purge_step = step + 1
 
     def close(self) -> None:

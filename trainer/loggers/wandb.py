@@ -71,10 +71,10 @@ def _finish(run: Any) -> None:
 class WandbLogger(Logger):
     """Record a run in Weights & Biases; without credentials or network in files to upload later.
 
-    The files lie in the folder `wandb` of the run; `wandb sync` uploads them. A resumed run goes on
-    in the same run of W&B. The axis of its charts is `step`, the number of optimizer steps; W&B's
-    own step counts records, since W&B drops what does not rise. The run stays open between `fit`
-    and `evaluate`, and W&B ends it with the process.
+    The files lie in the folder `wandb` of the run; `wandb sync` uploads them. A resumed run
+    continues the same run of W&B. The axis of its charts is `step`, the number of optimizer steps;
+    W&B's own step counts records, since W&B drops a record whose step does not rise. The run stays
+    open between `fit` and `evaluate`, and W&B ends it with the process.
 
     Args:
         project: project; None: WANDB_PROJECT, or W&B's default.
@@ -106,10 +106,10 @@ class WandbLogger(Logger):
         require("wandb", "log")
         if mode not in (None, *MODES):
             raise ValueError(
-                f"mode of a WandbLogger must be one of {', '.join(MODES)}, not {mode!r}"
+                f"mode of a WandbLogger must be one of {', '.join(MODES)}; got {mode!r}"
             )
         if isinstance(tags, str):
-            raise ValueError(f"tags of a WandbLogger must be a list of texts, not {tags!r}")
+            raise ValueError(f"tags of a WandbLogger must be a list of texts; got {tags!r}")
         self.mode, self.artifacts = mode, artifacts
         self._given = {
             "project": project, "entity": entity, "tags": [*tags] or None, "group": group,
@@ -120,17 +120,17 @@ class WandbLogger(Logger):
         self._recorded: dict[str, Place] | None = None
 
     def open(self, run: RunInfo) -> None:
-        """Begin the run in W&B, or go on with it."""
+        """Begin the run in W&B, or continue it."""
         self._package = importlib.import_module("wandb")
         known = run.memory.read_text().strip() if run.memory.exists() else ""
         id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        if not known:  # A disk that is full would cost the one that is there.
+        if not known:  # Writing it again on a full disk could lose the known one.
             run.memory.write_text(f"{id}\n")
         self._recorded = None
         if id not in self._sessions:
             rows = run.taken
             try:
-                if id not in self._ids:  # W&B has what it was given in this process.
+                if id not in self._ids:  # In this process W&B has lost nothing.
                     rows = max(rows, self._read(run.folder / "wandb", id))
             except Exception as error:  # Such as a format of another version.
                 self._recorded = None
@@ -245,8 +245,8 @@ KINDS = ("histograms", "figures", "audio", "text")  # Prefixes of what has a ser
 
 
 def _reach(address: str) -> None:
-    """Raise OSError if there is no way to a server, which W&B would try for a minute."""
-    with contextlib.suppress(urllib.error.HTTPError):  # An answer.
+    """Raise OSError at once for a server out of reach, which W&B itself would try for a minute."""
+    with contextlib.suppress(urllib.error.HTTPError):  # The server has answered.
         urllib.request.urlopen(address, timeout=REACH_SECONDS).close()
 
 
@@ -280,7 +280,7 @@ class _File(tempfile.TemporaryDirectory[str]):
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows in a file of W&B, also in that of a killed process."""
+    """Yield the rows in a file of W&B, which a killed process may have left incomplete."""
     record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     for data in log_records(path.read_bytes()):
         items = record.FromString(data).history.item
@@ -292,7 +292,7 @@ def history(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
-    """Yield the whole records of a file."""
+    """Yield the complete records of a file's content, in LevelDB's log format."""
     place, parts = 7, b""
     while place + HEADER.size <= len(data):
         left = BLOCK - place % BLOCK

@@ -135,12 +135,13 @@ def check_early_stopping(early_stopping: Any) -> None:
         )
 
 
-def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
+def should_stop(early_stopping: Any, metrics: Mapping[str, Any], epoch: int | None = None) -> bool:
     """Return True if early stopping ends the training.
 
     Args:
         early_stopping: a `trainer.schedules.EarlyStopping`, or None.
         metrics: losses and metrics of the epoch.
+        epoch: number of the epoch, for the message.
 
     Raises:
         ValueError: if it watches a metric that the stage did not give.
@@ -149,8 +150,22 @@ def should_stop(early_stopping: Any, metrics: Mapping[str, Any]) -> bool:
         return False
     stopped = bool(early_stopping.update(_pick(metrics, early_stopping.metric, "early_stopping")))
     if stopped:
-        logger.info("stopping early: %s has not improved", early_stopping.metric)
+        logger.info("stopping early: %s", _describe_stop(early_stopping, epoch))
     return stopped
+
+
+def _describe_stop(early_stopping: Any, epoch: int | None) -> str:
+    """Return the metric with its best value and epoch, as far as the object knows them."""
+    text = f"{early_stopping.metric} has not improved"
+    best, waited = getattr(early_stopping, "best", None), getattr(early_stopping, "waited", None)
+    if not isinstance(waited, int):  # An object of another class.
+        return text
+    text += f" for {waited} epoch{'s' * (waited != 1)}"
+    if best is None:
+        return f"{text}: it has never been finite"
+    text += f": the best is {best:.4g}"
+    # Otherwise the best is of an earlier call of `fit`, which counted its own epochs.
+    return f"{text}, of epoch {epoch - waited}" if epoch is not None and epoch > waited else text
 
 
 def still_stopped(early_stopping: Any) -> bool:

@@ -4,9 +4,8 @@ It needs no network, follows the reader's light or dark setting, and is written 
 so that it can be read while the run goes on. `write_html` writes that of a run, `compare` one of
 several runs.
 
-`history` reads the records, `plots` selects the charts, `chart` draws them on the axes of `axis`,
-`samples` shows what a recipe has shown, `page` and `comparison` put pages together from parts in
-`html`.
+`history` reads the records, `plots` selects the charts, `chart` draws them with `axis`, `samples`
+shows what `Brain.show` was given, `page` and `comparison` compose pages from the parts in `html`.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def compare(folders: Iterable[Path | str], out: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        ValueError: if there is no run, a folder does not exist, or there are more than 24.
+        ValueError: if there is no run, a folder does not exist, or there are more than 24 runs.
         OSError: if the page cannot be written.
     """
     from trainer.report.comparison import render_comparison  # It reads YAML, which a run need not.
@@ -75,8 +74,8 @@ class ReportLogger(Logger):
 
     Reading a long log takes seconds, and a stage may be short. So the report is written after a
     stage only if a hundred times the duration of the last writing has passed since, and again when
-    the logger is closed. It shows what the `JsonlLogger` has written, and stands behind it. The
-    first failure to write it is a warning.
+    the logger is closed. It reads the file of the `JsonlLogger`, and must come after it in the list
+    of loggers. The first failure to write it is a warning.
 
     Args:
         folder: run folder.

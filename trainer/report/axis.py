@@ -15,7 +15,7 @@ class Axis:
 
     Args:
         values: the values to show; NaN and infinities are not allowed.
-        pixels: position of the lowest and of the highest value.
+        pixels: position of the lower and of the upper end of the axis.
         from_zero: begin at 0, on a linear axis.
         whole: the values are whole numbers, such as steps: a linear axis with whole ticks.
     """
@@ -35,11 +35,10 @@ class Axis:
         if self.log:
             low, high = math.log10(low), math.log10(high)
         low = min(low, 0.0) if from_zero else low
+        rounding = max(1e-4 * max(abs(low), abs(high)), TINY)
         if whole:
             room = 0.5 if high - low < 1 else 0.0
-        elif high - low <= max(
-            1e-4 * max(abs(low), abs(high)), TINY
-        ):  # Constant, but for rounding.
+        elif high - low <= rounding:  # All values are equal, but for rounding.
             room = 0.1 * abs(high) if abs(high) > TINY else 1.0
         else:
             room = 0.04 * (high - low)

@@ -36,7 +36,7 @@ class Series:
     colour: int = 0  # Number of the colour, counted round from 0.
     style: str = "solid"  # Or "faint", or "limit", which is dashed.
     noisy: bool = False  # Draw a running mean over the line where it has many points.
-    clock: int = 0  # Number of the run, whose times by step the page has.
+    clock: int = 0  # Number of the run, by which the script finds its training time by step.
 
 
 @dataclass(slots=True)
@@ -63,13 +63,14 @@ class Chart:
     marks: dict[str, float] = field(default_factory=dict)  # Upright lines at places on the x axis.
     events: list[Event] = field(default_factory=list)
     valued: bool = True  # Show last, lowest and highest values in the legend.
-    timed: bool = False  # The script can draw it over time, by the `clock` of each series.
+    timed: bool = False  # The script can draw it over training time, by `Series.clock`.
 
 
 def decimate(points: Sequence[Point]) -> Sequence[Point]:
-    """Return at most about a thousand of the points, with every peak, dip and gap.
+    """Return at most `3 * BUCKETS` of the points, with every peak, dip and gap.
 
-    Each of `BUCKETS` parts keeps its lowest and its highest point and one gap, in their order.
+    The points are divided into `BUCKETS` parts, of which each keeps its lowest and its highest
+    point and one gap, in their order.
     """
     if len(points) <= 3 * BUCKETS:
         return points
@@ -116,8 +117,7 @@ def draw(chart: Chart) -> str:
             f"<title>{escape(name)}</title></path></g>"
         )
     lines += "".join(_event(each, x) for each in chart.events)
-    # For screen readers.
-    facts = []
+    facts = []  # For screen readers.
     for each in chart.series:
         if known := _known(each):
             low, high = (number(find(known, key=VALUE)[1]) for find in (min, max))
@@ -246,9 +246,8 @@ def _legend(chart: Chart) -> str:
     for each in chart.series:
         known = _known(each)
         cells = [_last(each) if known else "–"] * chart.valued
-        if (
-            chart.valued and len({y for _, y in known}) > 1
-        ):  # The last value of a constant is enough.
+        # The last value of a constant is enough.
+        if chart.valued and len({y for _, y in known}) > 1:
             heads = ["last", "lowest", "highest"]
             for x, y in (min(known, key=VALUE), max(known, key=VALUE)):
                 place = count(x) if chart.counts else number(x)

@@ -39,7 +39,7 @@ class Compared:
     """A run that is compared.
 
     Args:
-        name: what tells its folder from the others.
+        name: path of its folder, relative to the folder that all runs have in common.
         folder: run folder.
         history: its records.
         settings: values of its hyperparams.yaml by dotted key, as they are written.
@@ -99,7 +99,11 @@ def render_comparison(folders: Sequence[Path]) -> str:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Check the folders, and return what tells them apart."""
+    """Check the folders, and return their paths relative to the folder that they share.
+
+    Raises:
+        ValueError: if there is no folder, one of them is none, or there are too many.
+    """
     if not folders:
         raise ValueError("there is nothing to compare: give folders of runs, such as results/asr/*")
     if len(folders) > MAX_RUNS:
@@ -115,6 +119,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Compared:
+    """Read the records and settings of a run."""
     run = Compared(name, folder, read_history(folder / "metrics.jsonl"))
     try:
         root, _ = read(folder / "hyperparams.yaml", alone=True)
@@ -131,6 +136,7 @@ def _read(folder: Path, name: str) -> Compared:
 
 
 def _is_neutral(key: str) -> bool:
+    """Return True for a setting that repetitions of a run may differ in."""
     return key in SEEDS or is_place(key.rpartition(".")[2])
 
 
@@ -142,7 +148,7 @@ def _results(runs: Sequence[Compared]) -> str:
     for run in runs:
         found, history = results[run.name], run.history
         cells = [number(found[name]) if name in found else "–" for name in names]
-        known = f"{count(history.last_step)}" if history.steps or history.stages else "none logged"
+        known = count(history.last_step) if history.steps or history.stages else "none logged"
         rows.append([escape(run.name), *cells, known, duration(history.seconds)])
     return table("Results", ["run", *names, "steps", "training"], rows)
 
@@ -158,8 +164,8 @@ def _spread(runs: Sequence[Compared]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.results()))
     rows = []
     for group in groups.values():
-        told = [f"{k}={group[0].settings.get(k, '–')}" for k in sorted(differing - {*SEEDS})]
-        title = ", ".join(each for each in told if not _is_neutral(each.partition("=")[0]))
+        keys = (key for key in sorted(differing) if not _is_neutral(key))
+        title = ", ".join(f"{key}={group[0].settings.get(key, '–')}" for key in keys)
         cells = []
         for name in names:
             values = [found[name] for run in group if name in (found := run.results())]
@@ -173,7 +179,7 @@ def _spread(runs: Sequence[Compared]) -> str:
 def _deviation(values: Sequence[float]) -> float:
     try:
         return statistics.stdev(values)
-    except OverflowError:
+    except OverflowError:  # Of values near the largest float.
         return float("inf")
 
 
@@ -206,6 +212,7 @@ def _differing(runs: Sequence[Compared], facts: Facts) -> list[tuple[str, list[s
 
 
 def _differences(runs: Sequence[Compared], title: str, facts: Facts) -> str:
+    """Return a table of the facts that differ, with a column for each run."""
     rows = [
         [escape(key), *(escape("–" if each is None else each[:MAX_VALUE]) for each in row)]
         for key, row in _differing(runs, facts)
@@ -249,6 +256,7 @@ def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
 
 
 def _overlay(chart: Chart, runs: Sequence[Compared], curves: Sequence[Curve]) -> Chart:
+    """Add the curve of each run to a chart, and return it."""
     for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
         if curve.known():
             line = Series(run.name, curve.xs, curve.ys, place, noisy=True, clock=place)

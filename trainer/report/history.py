@@ -72,7 +72,7 @@ class History:
     warnings: list[tuple[float, str]] = field(default_factory=list)  # Step and text.
     stages: list[dict[str, Any]] = field(default_factory=list)  # In the order of the file.
     last_step: int = 0  # Largest optimizer step of any record.
-    seconds: float = 0.0  # Training time at the last step record.
+    seconds: float = 0.0  # Training time at the last step record, in seconds.
     unreadable: int = 0  # Lines that are no records.
 
     def optimizers(self) -> list[str]:

@@ -24,7 +24,6 @@ POLICY = (
     "img-src data:; media-src data:"
 )
 
-
 # Characters that reorder the text around them, or that HTML cannot hold.
 UNSEEN = dict.fromkeys(
     [*range(9), 11, 12, *range(14, 32), 127, *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
@@ -37,14 +36,13 @@ def escape(text: str, quote: bool = True) -> str:
     return _escape(text.translate(UNSEEN), quote)
 
 
-def document(title: str, header: str, main: str, style: str = "") -> str:
+def document(title: str, header: str, main: str) -> str:
     """Return a page.
 
     Args:
         title: text of the title and the first heading.
         header: HTML below that heading.
         main: HTML of the content.
-        style: style sheet in addition to `STYLE`.
     """
     title = escape(title)
     return (
@@ -52,7 +50,7 @@ def document(title: str, header: str, main: str, style: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{title}</title><style>{STYLE}{style}</style></head><body>\n"
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
         f"<header><h1>{title}</h1>{header}{_contents(main)}</header>\n<main>{main}</main>\n"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -60,12 +58,10 @@ def document(title: str, header: str, main: str, style: str = "") -> str:
 
 def section(title: str, content: str) -> str:
     """Return a section with a heading; nothing where the content, which is HTML, is empty."""
+    if not content:
+        return ""
     name = re.sub(r"\W+", "-", title.lower())
-    return (
-        f'<section id="section-{name}"><h2>{escape(title)}</h2>{content}</section>\n'
-        if content
-        else ""
-    )
+    return f'<section id="section-{name}"><h2>{escape(title)}</h2>{content}</section>\n'
 
 
 def _contents(main: str) -> str:
@@ -86,9 +82,14 @@ def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Return a table that scrolls where it is too wide, if "tall" also where it is too high.
+    """Return a table as HTML, which scrolls sideways where it is too wide.
 
-    The label is for screen readers. Rows are cells as HTML; the first of each is its heading.
+    Args:
+        label: name of the table for screen readers.
+        heads: heading of each column, as text.
+        rows: cells of each row, as HTML; the first one is the heading of the row.
+        kind: classes of the style sheet: "tall" limits the height and lets row headings wrap,
+            "words" is for text, which wraps in every cell.
     """
     head = "".join(f'<th scope="col">{escape(each)}</th>' for each in heads)
     body = "".join(
@@ -145,9 +146,15 @@ svg text { fill: var(--soft); font: 13px system-ui, "Segoe UI", Roboto, "Noto Sa
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }
 .c6 { stroke: var(--c6); }
 .mark { fill: var(--card); stroke-width: 2; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+/* A shadow at an edge shows that the table goes on there; it scrolls away with the content. */
+.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; background:
+  linear-gradient(to right, var(--back) 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--back) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--limit), transparent) left / .5rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--limit), transparent) right / .5rem 100% no-repeat scroll; }
 .tall { max-height: 34rem; overflow-y: auto; }
-.tall thead th { position: sticky; top: 0; }
+.tall thead th { position: sticky; top: 0; white-space: normal; }
+.tall tbody th { min-width: 12rem; white-space: normal; overflow-wrap: anywhere; }
 .spark { width: 96px; height: 22px; vertical-align: middle; }
 .spark .line { stroke-width: 1.5; }
 .warnings { margin: 0; padding: .6rem 1rem .6rem 2rem; border-left: 4px solid var(--c1);
@@ -171,8 +178,8 @@ summary { padding: .5rem .9rem; cursor: pointer; font-weight: 600; }
 summary small { margin-left: .4rem; color: var(--soft); font-weight: 400; }
 pre { margin: 0; padding: .8rem .9rem; overflow: auto; max-height: 32rem; border-top: 1px solid
   var(--line); background: var(--tint); font-size: .85rem; line-height: 1.45; }
-.sample { min-width: 0; padding: .8rem 1rem 1rem; border: 1px solid var(--line);
-  border-radius: .5rem; background: var(--card); }
+.sample { --back: var(--card); min-width: 0; padding: .8rem 1rem 1rem;
+  border: 1px solid var(--line); border-radius: .5rem; background: var(--card); }
 .samples.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
 .sample h3 { overflow-wrap: anywhere; }
 .sample h4 { margin: .6rem 0 0; color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }

@@ -26,14 +26,17 @@ MAX_POINTS = 40  # Points of a sparkline.
 MAX_SKIPPED = 20  # Skipped steps that are listed.
 MAX_CHARACTERS = 200_000  # Characters of a file that are shown.
 MAX_COMMANDS = 50  # Lines of command.txt.
-MAX_TIMES = 200  # Points of the clock that draws charts over time.
+MAX_TIMES = 200  # Points of the training time by step, from which charts are drawn over time.
 LAST_LINES = 60  # of train.log, in which an error is looked for
+# Lines of train.log: an error that ends a run, and signs of a later start that goes on.
 ERROR = re.compile(r"Traceback \(most recent call last\)|^\S+ \S+ stopped: rank")
 GOES_ON = re.compile(r"^[\d: -]{19} (epoch \d+ |test: |resuming |testing )")
 ENVIRONMENT = ("python", "torch", "cuda", "gpus", "platform", "machines", "ranks", "cores", "git")
 SPARK_WIDTH, SPARK_HEIGHT = 96.0, 22.0  # Pixels of a sparkline.
 COUNTS = ("step", "examples", "skipped", "overflowed", "bad_files", "seconds")
-LAYER_HEADS = ("layer", "gradient", "", "weight", "update / weight", "", "lowest", "highest")
+LAYER_HEADS = (
+    "layer", "gradient", "over time", "weight", "update / weight", "over time", "lowest", "highest",
+)  # fmt: skip
 FILES = (
     ("Command", "command.txt"),
     ("Settings", "hyperparams.yaml"),
@@ -87,7 +90,7 @@ def clocks(histories: Iterable[History]) -> str:
 
 
 def _time(history: History) -> str:
-    """Return the shares of the parts of a step, and of the stages, as bars with their numbers."""
+    """Return bars and tables of the time that the parts of a step, and the stages, take."""
     step = {}
     for part in PARTS:
         known = [y for _, y in history.steps.get(f"times.{part}", Curve()).known()]
@@ -252,6 +255,7 @@ def _layers(history: History) -> str:
 
 
 def _of(values: list[float], place: int) -> str:
+    """Return the value at a place as text; a dash without values."""
     return number(values[place]) if values else "–"
 
 
@@ -289,6 +293,7 @@ def _stages(history: History) -> str:
 
 
 def _cell(values: Mapping[str, Any], name: str) -> str:
+    """Return a value of a stage as HTML; "lost" for one that was not finite."""
     value = values.get(name, "")
     if isinstance(value, (int, float)):
         return count(value)
@@ -298,7 +303,7 @@ def _cell(values: Mapping[str, Any], name: str) -> str:
 
 
 def _settings(folder: Path) -> str:
-    """Return what the commands have changed of the YAML, and what has changed between starts."""
+    """Return the options of each start on the command line, and changes between two starts."""
     lines = tail(folder / "command.txt", MAX_COMMANDS)
     rows: list[list[str]] = []
     changes = ""
@@ -334,11 +339,8 @@ def _environment(folder: Path) -> str:
         for name in ENVIRONMENT
         if known.get(name) not in (None, [], {})
     ]
-    return (
-        section("Environment", table("Environment", ("fact", "value"), rows, "words"))
-        if rows
-        else ""
-    )
+    found = table("Environment", ("fact", "value"), rows, "words")
+    return section("Environment", found if rows else "")
 
 
 def words(value: Any) -> str:

@@ -42,14 +42,14 @@ class Table:
 
 @dataclass
 class Embedder:
-    """Puts files into a page until they are `MAX_EMBEDDED` bytes."""
+    """Embeds files in a page, up to `MAX_EMBEDDED` bytes in all."""
 
     left: int = MAX_EMBEDDED
     missing: list[str] = field(default_factory=list)
 
     def uri(self, folder: Path, name: object) -> str | None:
         """Return a file as a data: URI; None if it is no such file, or the page has no room."""
-        path = folder / str(name)
+        path = folder / str(name)  # The name may be anything: it comes from a file.
         try:
             confined(folder, path)
             with path.open("rb") as file:
@@ -101,14 +101,13 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
     titles = dict.fromkeys(table.title for tables in runs.values() for table in tables)
     for title in titles:
         tables = {run: table for run, own in runs.items() for table in own if table.title == title}
-        ids = dict.fromkeys(
-            name for table in tables.values() for name in _by_id(table)
-        )  # In the order of the first run, then what only others have.
+        # In the order of the first run, then those that only others have.
+        ids = dict.fromkeys(name for table in tables.values() for name in _by_id(table))
         facts = {run: table.facts for run, table in tables.items() if table.facts}
         if len({*facts.values()}) == 1:
             facts = {"": next(iter(facts.values()))}
         body = "".join(
-            f"<p>{escape(f'{run}: {told}' if run else told)}</p>" for run, told in facts.items()
+            f"<p>{escape(f'{run}: {fact}' if run else fact)}</p>" for run, fact in facts.items()
         )
         articles = ""
         for id in list(ids)[:MAX_ROWS]:
@@ -137,6 +136,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
 
 
 def _by_id(table: Table) -> dict[str, Row]:
+    """Return the rows by their ids, or by their numbers where they have none."""
     found = {}
     for place, row in enumerate(table.rows, 1):
         cell = row.get("id", {})
@@ -149,7 +149,7 @@ def _by_id(table: Table) -> dict[str, Row]:
 
 
 def _row(row: Row, folder: Path, embedder: Embedder, id: str) -> str:
-    """Return the cells of a row: numbers and words first, then what is to be seen and heard."""
+    """Return the cells of a row: numbers and short texts first, then all others."""
     facts = cells = ""
     for name, cell in row.items():
         if name == "id":
@@ -224,7 +224,7 @@ def _image(name: object, label: str, folder: Path, embedder: Embedder) -> str:
 
 
 def _aligned(pairs: Sequence[Sequence[str | None]]) -> str:
-    """Return words over words, errors marked by a letter, too."""
+    """Return each token over what was recognised for it, with the letter of an error."""
     items = ""
     for said, heard in pairs:
         error = "" if said == heard else "I" if said is None else "D" if heard is None else "S"

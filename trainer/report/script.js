@@ -17,7 +17,7 @@
     if (n < 1) return from.length > 1 || !from[0] ? to[0] ?? x : to[0] * x / from[0];
     return to[n - 1] + (to[n] - to[n - 1]) * Math.min(1, (x - from[n - 1]) / (from[n] - from[n - 1]));
   };
-  const charts = [];
+  const charts = [];  // Those that can be drawn over time.
   for (const svg of document.querySelectorAll("figure > svg[data-scales]")) {
     const figure = svg.parentElement;
     const [xlow, xhigh, left, right, ylow, yhigh, bottom, top, xlog, ylog] =
@@ -52,6 +52,7 @@
       const marks = [...group.querySelectorAll("rect.mark")].map((each) => [each, Number(each.getAttribute("x"))]);
       return { group, name, points, drawn, marks, clock: clocks[group.dataset.clock] };
     });
+    // `move` maps the drawn place of a point to its pixel, `back` a pixel to the value of the x axis.
     const chart = { svg, groups, label, words: label.textContent, ticks: svg.querySelector("g.x"), move: (x) => x, back: xAt };
     const out = make("output", "", figure);
     out.className = "readout";
@@ -98,6 +99,7 @@
   bar.className = "axes";
   bar.append(button);
   document.querySelector("header").append(bar);
+  // Draw the charts over training time, or over steps again.
   const redraw = (timed) => {
     for (const { chart, xAt, left, right, bottom } of charts) {
       const hours = (x, { clock }) => clock ? between(clock[0], clock[1], xAt(x)) / 3600 : 0;

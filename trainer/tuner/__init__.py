@@ -7,7 +7,7 @@ Any recipe can be searched, without a line in it. The first `fit` runs short tri
 own data, each from the state of a new run, and ends the program with a recommendation for each
 optimizer, and a page and a JSON file in the run folder. Nothing of the trials is kept.
 
-`trial` runs trials, `learning_rate` and `clip_limit` decide what is tried and recommended, `report`
+`trial` runs trials, `learning_rate` and `clip_limit` choose what is tried and recommended, `report`
 writes the results.
 """
 
@@ -34,12 +34,13 @@ __all__ = ["ClipSuggestion", "RateSuggestion", "SearchOver", "search"]
 logger = logging.getLogger("trainer")
 
 ADVERSARIAL = (
-    "The losses of players that train against each other do not say which limit is better, only "
-    "which fail: trust the percentiles more than the order."
+    "The losses of networks that train against each other show which limits fail, but not which is "
+    "best: trust the percentiles more than the order."
 )
 INTERACTION = (
-    "Limit and learning rate act together: each was found at the other as it is. Change one, and "
-    "look for the other again; --find_lr --find_clip looks for the limit at the rate that it finds."
+    "Clip limit and learning rate act together: each was searched at the other's present value. "
+    "After changing one, search the other again; --find_lr --find_clip searches the limit at the "
+    "rate that it finds."
 )
 
 
@@ -86,10 +87,11 @@ def search(brain: Brain, arguments: FitArguments) -> NoReturn:
 
 
 def _report(brain: Brain, findings: Mapping[str, Suggestions]) -> None:
-    """Print the suggestions, also as settings for the command line, and write the files."""
+    """Print the suggestions, also as options for the command line, and write the files."""
     several = len(brain.updates) > 1
     for kind, found in findings.items():
-        limits = {}  # For the option max_grad_norm; the recipe's own where none is suggested.
+        # For the option max_grad_norm: the recipe's own limit where none is suggested.
+        limits = {}
         for name, each in found.items():
             print(f"{kind}: {f'{name}: ' if several else ''}{each.sentence()}", flush=True)
             if isinstance(each, ClipSuggestion) and each.kind in ("NormClip", "ValueClip"):

@@ -21,9 +21,10 @@ TRIED_PERCENTILES = (50, 90)  # Limits that are tried in every search.
 STRIDE = 4.0  # From the lowest and highest limit tried to the next one.
 MIN_GAP = 1.5  # Ratio of neighbouring limits that are not bisected.
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)  # Reported of the gradient sizes.
-# A trial is as good as the best one if it lags behind it by at most this share of the steps, or of
-# the best one's progress: smaller differences are chance in so few steps.
-MAX_LAG, MAX_LOSS = 0.1, 0.01
+# A trial is as good as the best one if its loss at the end is that of the best one `MAX_LAG` of the
+# steps earlier, or worse by at most `MAX_SHORTFALL` of the best one's progress: smaller differences
+# are chance in so few steps.
+MAX_LAG, MAX_SHORTFALL = 0.1, 0.01
 # What a clipper of each kind compares with its limit.
 MEASURES = {
     "NormClip": "norm of the gradient",
@@ -43,7 +44,7 @@ class ClipSuggestion:
     needed: bool = False  # True if training without clipping did worse than the best trial.
     as_good: list[float] = field(default_factory=list)  # Limits that did as well, ascending.
     clipped: float = 0.0  # Share of the steps that were clipped under it, from 0 to 1.
-    # Of the gradient size without clipping, by percent.
+    # Percentiles of the gradient size without clipping, by percent.
     percentiles: dict[int, float] = field(default_factory=dict)
     trials: list[TrialResult] = field(default_factory=list)  # By ascending limit.
 
@@ -62,11 +63,14 @@ class ClipSuggestion:
 def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> ClipSuggestion:
     """Search for the clip limit of an optimizer; the others are clipped as usual. Collective.
 
-    Learning rates are multiplied by ``ratios``, which are by name of the optimizer.
+    Args:
+        runner: runs the trials.
+        name: name of the optimizer.
+        ratios: factors of learning rates, by name of the optimizer.
     """
     brain = runner.brain
     update, options = brain.updates[name], brain.options
-    # A kind that has not one given limit is replaced by clipping of the joint norm.
+    # Kinds without a fixed limit, such as adaptive ones, are replaced by clipping the joint norm.
     own = type(update.clip) in (NormClip, LayerClip, ValueClip)
     clip = copy.copy(update.clip) if own else NormClip()
 
@@ -85,9 +89,13 @@ def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> C
 def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> list[TrialResult]:
     """Try limits: none, 1, percentiles of the gradient sizes, then limits around the best.
 
-    Next to the lowest or highest limit of those tried comes a fourth or four times it; otherwise
-    the geometric middle of the wider gap to a neighbour. A limit above all gradients would never
-    act. There are at most ``max_trials``, which is 4 or more.
+    If the best limit so far is the lowest that was tried, the next one is a fourth of it; if it is
+    the highest, four times it, unless it is above all gradients already. Otherwise the next one is
+    the geometric middle of the wider gap between the best limit and its neighbours.
+
+    Args:
+        trial: runs a trial with a limit; infinity for none.
+        max_trials: largest number of trials, 4 or more.
 
     Returns:
         The results in the order in which they were made.
@@ -130,11 +138,16 @@ def _next_limit(trials: Sequence[TrialResult], largest: float) -> float | None:
 
 
 def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> ClipSuggestion:
-    """Suggest a limit from trials, of which one is without clipping.
+    """Suggest a limit from trials.
 
     Where clipping does not help, this is the largest limit that does no harm: it changes the fewest
     steps, and guards against spikes. Where clipping helps, it is the middle of the limits that do
     best, since training fails above them.
+
+    Args:
+        kind: class of the clipper, a key of `MEASURES`.
+        trials: the trials, one of which is without clipping.
+        rate: learning rate of the trials.
     """
     free = next(each for each in trials if each.limit == math.inf)
     best = min(trials, key=attrgetter("rank"))
@@ -147,15 +160,15 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
     if not progress > 0:
         suggestion.reason = (
             f"no trial of {best.steps} steps lowered the loss, so that none is better; allow more "
-            "steps (--find_steps), or look for the learning rate first (--find_lr)"
+            "steps (--find_steps), or search the learning rate first (--find_lr)"
         )
         if sizes:
             guard = _round(suggestion.percentiles[99], up=True)
-            suggestion.reason += f"; as a guard against spikes {guard:g} would do"
+            suggestion.reason += f"; {guard:g} would clip spikes alone"
         return suggestion
     late = len(best.losses) - max(1, round(MAX_LAG * len(best.losses)))
     earlier = mean(best.losses[late - max(1, len(best.losses) // 4) : late])
-    bound = max(earlier, best.end_loss + MAX_LOSS * progress)
+    bound = max(earlier, best.end_loss + MAX_SHORTFALL * progress)
     good = [
         each
         for each in suggestion.trials
@@ -166,7 +179,9 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
     suggestion.as_good = [each.limit for each in limited]
     if not limited:
         suggestion.limit = _round(sizes[-1], up=True)
-        suggestion.reason = "every limit that acts made it worse; this one is above all norms seen"
+        suggestion.reason = (
+            "every limit that clipped made it worse; this one is above all gradients of the trial"
+        )
         return suggestion
     low, high = limited[0].limit, limited[-1].limit
     limits = f"a limit of {low:g}" if low == high else f"limits from {low:g} to {high:g}"
@@ -178,18 +193,18 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
     else:
         chosen = ([each for each in limited if each.limit <= sizes[-1]] or limited)[-1]
         suggestion.reason = (
-            f"{limits} did as well as no clipping; the largest of them that acts at all "
-            "stands guard against spikes"
+            f"{limits} did as well as no clipping; this is the largest of them that clips any "
+            "step, as a guard against spikes"
         )
     suggestion.limit, suggestion.clipped = chosen.limit, chosen.clipped_share
     suggestion.reason += f"; it clipped {100 * chosen.clipped_share:.0f} % of the steps"
     if chosen.clipped_share > 0.9:
-        suggestion.reason += ", so that it is a part of the learning rate"
+        suggestion.reason += ", so that it sets the step size, as a learning rate does"
     return suggestion
 
 
 def _round(value: float, up: bool = False) -> float:
-    """Return a limit to two digits."""
+    """Round a limit to two digits, to the nearest or ``up``; 0 and infinity stay."""
     if not 0 < value < math.inf:
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)

@@ -27,7 +27,9 @@ logger = logging.getLogger("trainer")
 
 MIN_RATE, MAX_RATE = 1e-6, 10.0
 MIN_PROGRESS = 0.01  # Share of the loss that it must fall by.
-MARGIN = 3.0  # Below the rate of the lowest loss, at which a longer training would soon diverge.
+# The rate of the lowest loss over the largest rate suggested: at the former a longer training would
+# soon diverge.
+MARGIN = 3.0
 
 
 @dataclass
@@ -42,8 +44,8 @@ class RateSuggestion:
     diverged: float | None = None  # Rate at which it diverged; None if it never did.
     rates: list[float] = field(default_factory=list)  # Of each step.
     losses: list[float] = field(default_factory=list)  # Of each step.
-    at_rest: list[float] = field(default_factory=list)  # Of the same batches at a rate of 0.
-    change: list[float] = field(default_factory=list)  # The latter two's difference, smoothed.
+    at_rest: list[float] = field(default_factory=list)  # Losses of the same batches at rates of 0.
+    change: list[float] = field(default_factory=list)  # Smoothed differences losses - at_rest.
 
     @property
     def ratio(self) -> float:
@@ -64,7 +66,10 @@ class RateSuggestion:
 def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
     """Run the range test of an optimizer. Collective.
 
-    Other optimizers have a learning rate of 0: what they learn would hide what this one does.
+    All other optimizers have a learning rate of 0, so that the loss shows the effect of this one.
+
+    Raises:
+        ValueError: for an optimizer without a learning rate, and if an epoch has too few batches.
     """
     updates = runner.brain.updates
     update = updates[name]
@@ -93,21 +98,26 @@ def exponential_rates(steps: int) -> list[float]:
 
 
 def base_rates(update: Update) -> list[float]:
-    """Return the rate of each parameter group that schedules start from or peak at.
+    """Return the learning rate of each parameter group, before its schedule changes it.
 
     Raises:
         ValueError: for an optimizer without a learning rate.
     """
     if update.lr is None:
         raise ValueError(
-            f"the optimizer {update.name!r} has no learning rate to search by (lr is None): leave "
-            "out find_lr and find_clip, or give it an lr"
+            f"the optimizer {update.name!r} has no learning rate (lr is None), which a search "
+            "needs: leave out find_lr and find_clip, or give it an lr"
         )
     return [float(group.get("initial_lr", group["lr"])) for group in update.optimizer.param_groups]
 
 
 def scale_rates(brain: Brain, ratios: Mapping[str, float]) -> None:
-    """Multiply learning rates by factors, and those that schedules start from."""
+    """Multiply the learning rates of optimizers, and the base rates of their schedules.
+
+    Args:
+        brain: the Brain.
+        ratios: factors by name of the optimizer.
+    """
     for name, ratio in ratios.items():
         update = brain.updates[name]
         groups = update.optimizer.param_groups
@@ -128,8 +138,14 @@ def suggest_rate(
 ) -> RateSuggestion:
     """Suggest the rate at which the loss falls most steeply, before its minimum.
 
-    The loss has diverged where it is as far above the reference as it was below at its lowest. The
-    reference is the loss of each step with all rates at 0.
+    The loss has diverged where it is as far above the reference as it was below it at its lowest.
+
+    Args:
+        rates: learning rate of each step, ascending.
+        reference: loss of each step with all rates at 0.
+        result: the trial with these rates, which may have ended early.
+        own: the recipe's learning rate.
+        limit: the recipe's clip limit.
     """
     losses = result.losses
     change = _smooth([loss - rest for loss, rest in zip(losses, reference, strict=False)])

@@ -31,7 +31,7 @@ def write_findings(
     Args:
         folder: the run folder.
         findings: suggestions by option ("find_clip", "find_lr") and optimizer.
-        notes: sentences on how to read them.
+        notes: sentences on how to read the suggestions.
         steps: the run option ``find_steps``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _rate_charts(found: RateSuggestion) -> list[Chart]:
 
 
 def _cut(values: Sequence[float]) -> list[float]:
-    """Replace values far above the first ones by gaps, so that a fall of the loss stays visible."""
+    """Replace values far above those at the start by gaps: the others keep a readable scale."""
     start = values[: max(1, len(values) // 4)]
     low, high = min(values, default=0.0), max(start, default=0.0)
     top = high + max(high - low, abs(high) * 0.01)

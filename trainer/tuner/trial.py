@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainer")
 
-MIN_STEPS = 10  # Fewest steps of a trial that say anything.
-MAX_PROBED = 100  # Batches in which an optimizer must be used to be found.
-DIVERGED = 3.0  # Loss above that of the model at rest, over the latter, at which a trial ends.
+MIN_STEPS = 10  # Fewest steps of a meaningful trial.
+MAX_PROBED = 100  # Batches within which every optimizer must be used once.
+# A trial ends where its loss exceeds that of the model at rest by this multiple of the latter.
+DIVERGED = 3.0
 
 
 @dataclass(slots=True)
@@ -35,9 +36,9 @@ class TrialResult:
 
     limit: float = math.inf  # Clip limit of the trial.
     losses: list[float] = field(default_factory=list)  # Of each step that was taken.
-    # Gradient size of each of them before clipping, as the clipper measures it.
+    # Gradient size of each step that was taken, before clipping, as the clipper measures it.
     norms: list[float] = field(default_factory=list)
-    clipped: int = 0  # How many of them were clipped.
+    clipped: int = 0  # Number of steps that were clipped.
     skipped: int = 0  # Steps in which something was not finite.
     failed: bool = False  # Ended early: too many steps were skipped, or it diverged.
 
@@ -89,8 +90,11 @@ class TrialResult:
 class TrialRunner:
     """Runs trials, each of which begins with the first batch of a new run.
 
-    The Brain is in a `Brain.sandbox`, which appends the report of every loss to ``reports``, and at
-    its first batch, to which `Brain.start_training` brings it.
+    Args:
+        brain: the Brain, in a `Brain.sandbox` and brought to its first batch by
+            `Brain.start_training`.
+        feed: the data.
+        reports: list to which the sandbox appends the report of every loss.
     """
 
     def __init__(self, brain: Brain, feed: DataFeed, reports: list[StepReport]) -> None:
@@ -121,8 +125,8 @@ class TrialRunner:
                     break
         if not names:
             raise ValueError(
-                f"{type(self.brain).__name__}.fit_batch never called self.optimize(loss, name): "
-                "there is no step that a search could see"
+                f"{type(self.brain).__name__}.fit_batch never called self.optimize(loss, name) "
+                f"in up to {MAX_PROBED} batches: a search sees only steps through optimize"
             )
         return [name for name in self.brain.updates if name in names]
 
@@ -173,7 +177,7 @@ class TrialRunner:
         return TrialResult(**distributed.broadcast_json(asdict(result)))
 
     def _train_batches(self, before_batch: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Train on one batch after the other; stop where any rank was asked to."""
+        """Train on one batch after the other; end the run if a signal has asked any rank to."""
         progress = self.brain.progress
         for batch, is_last in self._feed.from_batch(progress.epoch, progress.step):
             before_batch()
@@ -186,9 +190,9 @@ class TrialRunner:
 
 
 def gradient_size(clip: Any, gradients: Gradients) -> float:
-    """Return what a clipper compares with its limit, of gradients that are not yet clipped.
+    """Return the size that a clipper compares with its limit, of gradients not yet clipped.
 
-    That is the largest element for `ValueClip`, the largest norm of a tensor for `LayerClip`, and
+    It is the largest element for `ValueClip`, the largest norm of a tensor for `LayerClip`, and
     the joint norm for all others.
     """
     if isinstance(clip, ValueClip):

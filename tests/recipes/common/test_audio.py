@@ -119,7 +119,7 @@ def test_one_of_several_channels_or_their_mean_can_be_asked_for(tmp_path: Path) 
         signal = read_audio(path, RATE, channel=channel)
         assert signal.tolist() == [value] * 100
         assert signal.is_contiguous()
-    with pytest.raises(BadItem, match="it has 2 channels, asked for was 2"):
+    with pytest.raises(BadItem, match="it has 2 channels, asked for was 2; allowed: 0 to 1"):
         read_audio(path, RATE, channel=2)
 
 

@@ -232,6 +232,7 @@ def test_chunks_that_cannot_be_are_refused_when_a_model_is_loaded(tmp_path: Path
             {"chunks": {"overlap": 600}},
             "chunks of 1024 samples cannot overlap by 600: allowed is",
         ),
+        ({"chunks": None}, "chunks is None; allowed: !new:recipes.common.streaming.Chunks"),
         ({"chunks": {"overlap": 9.5}}, "overlap=9.5, .* is not of whole numbers"),
         ({"sample_rate": 8000.5}, "rate is 8000.5; allowed: a whole number of samples a second"),
     ):

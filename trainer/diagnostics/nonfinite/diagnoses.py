@@ -35,7 +35,14 @@ BACKWARD = (
 def diagnose(
     finding: Finding, batch: Any, ids: Sequence[str], finite_in_fp32: bool = False
 ) -> list[str]:
-    """Return the causes that fit, as sentences, the surest first; ``ids`` may be empty."""
+    """Return the known causes that fit, as sentences, the most certain first.
+
+    Args:
+        finding: result of the rerun.
+        batch: the batch that was rerun.
+        ids: ids of its examples; empty if it has none.
+        finite_in_fp32: True if an fp16 batch was finite when it was rerun in fp32.
+    """
     found = [*_in_batch(batch, ids), *_in_ctc(finding, ids), *_in_padding(finding, batch, ids)]
     origin = finding.first
     if finite_in_fp32:
@@ -93,14 +100,14 @@ def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
             found.append(
                 f"a CTC target is longer than its input: {_names(long, ids)} (the first has "
                 f"{lengths[row]} tokens and {repeats[row]} repeats in {frames[row]} frames; a "
-                "repeat needs a blank between). Leave such utterances out, subsample less, or say "
-                "zero_infinity=True"
+                "repeat needs a blank between). Leave such utterances out, subsample less, or pass "
+                "zero_infinity=True to the loss"
             )
         empty = [row for row, length in enumerate(lengths) if length == 0]
         if empty:
             found.append(
-                f"an empty target: that of {_names(empty, ids)} has no token. Leave it out; a loss "
-                "that is divided by the length of its target is 0/0 there"
+                f"an empty target: that of {_names(empty, ids)} has no token. Leave it out: a loss "
+                "divided by the length of this target is 0/0"
             )
     return list(dict.fromkeys(found))
 
@@ -120,12 +127,13 @@ def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
     ]
     names = f" ({_names(sorted(set(rows)), ids)} has length 0)" if rows else ""
     return [
-        f"an all-padding row: every position that a softmax looks at is masked{names}, and the "
-        "exponentials sum to 0. Leave one position unmasked, or drop empty examples"
+        f"an all-padding row: every position that a softmax looks at is masked{names}, so that it "
+        "divides 0 by 0. Leave one position unmasked, or drop empty examples"
     ]
 
 
 def _fp16_overflow(origin: Origin | None) -> str:
+    """Return the cause of a batch that is finite in fp32 and not in fp16."""
     what = "a value" if origin is None else f"the result of {origin.operation}"
     return (
         f"fp16 overflow: {what} is above 65504, the largest number of half precision; the same "
@@ -141,8 +149,8 @@ def _in_operation(origin: Origin) -> list[str]:
         edge = -1.0 if "log1p" in name else 0.0
         if low < edge:
             return [
-                f"the logarithm of a negative number ({low:.3g}): is it taken of a logarithm, or "
-                "of something that may be below zero?"
+                f"the logarithm of a negative number ({low:.3g}): check whether its argument is a "
+                "logarithm already, or may be below zero"
             ]
         return [
             f"the log of zero: {origin.zeros} of {origin.elements} values are 0. Clamp them, as in "
@@ -154,7 +162,7 @@ def _in_operation(origin: Origin) -> list[str]:
             "such examples"
         ]
     if re.match(r"(mean|var|std|var_mean|median|nanmean)", name) and not origin.elements:
-        return [f"the {name} of nothing: is a mask, or a target, empty?"]
+        return [f"the {name} of an empty tensor: check for an empty mask or target"]
     if re.match(r"r?sqrt_?$|pow", name) and low is not None and low <= 0.0:
         return [f"{name} of {low:.3g}: clamp its argument, or add a small number to it"]
     if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) and origin.highest is not None:
@@ -163,7 +171,7 @@ def _in_operation(origin: Origin) -> list[str]:
 
 
 def _in_lengths(batch: Any, ids: Sequence[str]) -> list[str]:
-    """Find empty targets and silent examples, which are suspects."""
+    """Find empty targets and silent examples, which are possible causes."""
     found = []
     for name, value in batch_fields(batch).items():
         padded = data_and_lengths(value)

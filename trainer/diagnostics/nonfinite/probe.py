@@ -1,8 +1,8 @@
 """Probe: watches every operation of a batch, and finds the first that gave NaN or infinity.
 
 A value that is not finite is followed from the operation that made it, through everything computed
-from it, to the loss: padding may hold any value, and a mask before a softmax is an intended
-infinity, as long as neither reaches the loss.
+from it, to the loss. One that does not reach the loss is no fault: padding may hold any value, and
+a mask before a softmax is an intended infinity.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Origin:
     minus_infinity: bool = False  # True if minus infinity was among the inputs.
     lowest: float | None = None  # Smallest finite input.
     highest: float | None = None  # Largest finite input.
-    zeros: int = 0  # In the last input: the divisor, or the argument of a logarithm.
-    elements: int = 0  # Of all inputs.
+    zeros: int = 0  # Zeros in the last input: the divisor, or the argument of a logarithm.
+    elements: int = 0  # Number of elements of all inputs.
 
 
 @dataclass
@@ -70,17 +70,24 @@ class Finding:
     kind: str | None = None  # "loss", "gradient", or None if everything was finite.
     optimizer: str | None = None  # Name of the optimizer whose loss it was.
     loss: float | None = None
-    parameters: list[str] = field(default_factory=list)  # Whose gradients were not finite.
-    first: Origin | None = None  # Where it came from, if that is known.
+    parameters: list[str] = field(default_factory=list)  # Those with a gradient not finite.
+    first: Origin | None = None  # Operation that it came from, if that is known.
     module: str | None = None  # First module whose output was not finite.
-    backward: str | None = None  # Function whose derivative autograd found to be NaN,
-    backward_line: str | None = None  # and the line of the user's code that called it.
+    backward: str | None = None  # Function whose derivative autograd found to be NaN.
+    backward_line: str | None = None  # Line of the user's code that called this function.
     # For each CTC loss: numbers of frames, target lengths and repeats, by example.
     ctc: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
 
 class Probe(TorchDispatchMode):
-    """Watches the operations of one rerun. Its `optimize` takes the place of a step."""
+    """Watches the operations of one rerun; its `optimize` replaces that of the Brain.
+
+    Args:
+        brain: the Brain that is rerun, in a `Brain.sandbox`.
+
+    Attributes:
+        finding: the result.
+    """
 
     def __init__(self, brain: Brain) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -155,6 +162,7 @@ class Probe(TorchDispatchMode):
         return Origin(name, module, line or _calling_line(), self._phase, **facts)
 
     def _note_ctc(self, args: Any) -> None:
+        """Add the lengths of a CTC loss, from the arguments of the operation, to the finding."""
         _, targets, frames, lengths = args[:4]
         frames, lengths = _as_list(frames), _as_list(lengths)
         rows = targets if targets.dim() == 2 else targets.split(lengths)
@@ -186,7 +194,16 @@ class Probe(TorchDispatchMode):
         retain_graph: bool,
         last: bool,
     ) -> StepReport:
-        """Check losses and their gradients, as `Brain.sandbox` calls it; nothing moves.
+        """Check losses and their gradients in place of an optimizer step; no weight changes.
+
+        Args:
+            losses: each with the optimizers that it is for.
+            weight: number of examples of the batch; with 0 no gradient is computed.
+            retain_graph: not used; the graph is always kept.
+            last: not used.
+
+        Returns:
+            The report of an accumulated loss.
 
         Raises:
             NonFiniteFound: if a loss or gradient is not finite.
@@ -225,7 +242,7 @@ class Probe(TorchDispatchMode):
         self._phase = "forward"
 
     def _detect_anomaly(self, loss: Tensor, params: list[Tensor]) -> None:
-        """Ask autograd which derivative is NaN, and where its function was called."""
+        """Find the function whose derivative is NaN, by autograd's anomaly detection."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -246,10 +263,12 @@ def _floats(value: Any) -> list[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory, which its views share."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _values(tensor: Tensor) -> Tensor:
+    """Return the explicit values of a sparse tensor; a dense one as it is."""
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
@@ -293,7 +312,7 @@ def _calling_line() -> str | None:
 
 
 def _last_own_line(traceback: str) -> str | None:
-    """Return the innermost such line of a formatted traceback."""
+    """Return the innermost line of a formatted traceback that is not torch's or this package's."""
     lines = TRACEBACK_LINE.findall(traceback)
     own = [line for line in lines if not line[0].startswith((TORCH, HERE, "<"))]
     return _format_line(own[-1][0], int(own[-1][1])) if own else None

@@ -33,7 +33,7 @@ FORMAT = 1
 
 
 class KeptBatch(NamedTuple):
-    """A batch, and what its rerun needs."""
+    """A batch, and the states that its rerun starts from."""
 
     batch: Any  # On the device.
     is_last: bool  # In its epoch.
@@ -47,7 +47,7 @@ class Rerun(NamedTuple):
     kept: KeptBatch
     generators: dict[str, Any]  # States of all random generators at its start.
     finding: Finding
-    problem: str | None  # Reason why it did not come to its end.
+    problem: str | None  # Why it ended before its last operation; None if it did not.
     exact: bool  # False if it drew from a generator whose state in training is unknown.
 
 
@@ -61,7 +61,7 @@ class NonFiniteReport:
     facts: dict[str, Any]  # Place, settings and norms.
     gradients: dict[str, float]  # Norms by parameter.
     folder: Path | None  # To be written into.
-    causes: list[str] = field(default_factory=list)  # The surest first.
+    causes: list[str] = field(default_factory=list)  # The most certain first.
     ids: list[str] = field(default_factory=list)  # Of the examples.
     moved: list[str] = field(default_factory=list)  # Optimizers that stepped in the same batch.
     rerun: Rerun = field(init=False)
@@ -116,7 +116,7 @@ class NonFiniteReport:
         """Return the command that replays the batch."""
         assert self.folder is not None
         run, program = self.folder.parents[1 + self.name.count("/")], Path(sys.argv[0])
-        command = f"python -m trainer replay {shlex.quote(str(run))} {self.name}"
+        command = f"cortex replay {shlex.quote(str(run))} {self.name}"
         if not (run / "hyperparams.yaml").is_file() or program.suffix != ".py":
             return command
         if read_text(run, "hyperparams.yaml").startswith(LAUNCH_HEADER):
@@ -127,14 +127,15 @@ class NonFiniteReport:
 
     def hint(self) -> str:
         """Return where to look, for an error message."""
-        return f"What made it so is in {self.folder}; to run that batch again: {self.command()}"
+        return f"The report is in {self.folder}; to replay the batch: {self.command()}"
 
     def lines(self) -> list[str]:
         """Return the lines of the log that follow the one about the skip itself."""
         cause = f"; {self.causes[0]}" if self.causes else ""
-        lines = [f"first not finite: {self.found()}{cause}"]
+        head = "first not finite" if self.finding.kind else "not finite in training"
+        lines = [f"{head}: {self.found()}{cause}"]
         if self.folder is not None and self.folder.exists():
-            lines.append(f"kept in {self.folder}; again: {self.command()}")
+            lines.append(f"kept in {self.folder}; to replay it: {self.command()}")
         return lines
 
     def found(self) -> str:
@@ -143,9 +144,10 @@ class NonFiniteReport:
         if finding.kind is None:
             subject = f"the {self.what} of {self.facts['optimizer']!r}"
             if problem := self.rerun.problem:
-                return f"{subject}; the batch could not be replayed to the end ({problem})"
+                return f"{subject} (the batch could not be replayed to the end: {problem})"
             moved = f", after a step of {' and '.join(self.moved)}" if self.moved else ""
-            return f"{subject}; a replay of the batch{moved} was finite"
+            was = "was" if self.what == "loss" else "were"
+            return f"{subject}, which {was} finite when the batch was replayed{moved}"
         if finding.kind == "loss":
             subject = f"the loss of {finding.optimizer!r}"
         else:
@@ -177,9 +179,10 @@ class NonFiniteReport:
         """Return the content of `report.txt`, for people, from that of `report.json`."""
         bad = [name for name, norm in self.gradients.items() if not math.isfinite(norm)]
         rate = "none" if record["lr"] is None else f"{record['lr']:.4g}"
+        was = "was" if self.what == "loss" else "were"
         lines = [
             f"Step {self.step} (epoch {record['epoch']}, batch {record['batch']}) was skipped: "
-            f"the {self.what} of {record['optimizer']!r} not finite. Nothing has moved.",
+            f"the {self.what} of {record['optimizer']!r} {was} not finite.",
             f"First not finite: {record['first']}",
             f"First module with such an output: {self.finding.module or 'none'}",
             *(f"Cause: {cause}" for cause in self.causes or ["none of those that are known"]),
@@ -192,9 +195,10 @@ class NonFiniteReport:
         ]
         if not self.rerun.exact:
             lines.append(
-                "Python's or NumPy's generator was in use and unwatched: a replay may draw others."
+                "The batch drew from Python's or NumPy's random generator, whose "
+                "state at its start is unknown: a replay may draw other numbers."
             )
-        return "\n".join([*lines, f"Again: {self.command()}", ""])
+        return "\n".join([*lines, f"To replay it: {self.command()}", ""])
 
     def write(self, brain: Brain) -> None:
         """Write the folder with `report.json`, `report.txt` and `batch.pt`.

@@ -18,7 +18,7 @@ SCALARS = (int, float, str, bool, type(None))
 MAX_DEPTH = 12
 MAX_REPR = 500
 
-# Numbers, booleans and texts: what they become as Python's own is read back without pickle.
+# Dtypes of NumPy arrays that are kept: as lists of Python's values they are read without pickle.
 ARRAY = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|[<>=|]?[SU]\d{1,6}")
 
 
@@ -27,8 +27,8 @@ def serialize_batch(value: Any, depth: int = 0) -> Any:
 
     Args:
         value: tensors, arrays of NumPy, plain values, a `Batch`, mappings, lists, tuples and
-            dataclasses, nested in any way. Of anything else only the repr is kept.
-        depth: number of containers around it.
+            dataclasses, nested up to `MAX_DEPTH` deep. Of anything else only the repr is kept.
+        depth: number of containers around the value.
     """
     kind = type(value)
     if kind in SCALARS:
@@ -64,7 +64,7 @@ def _typed(kind: str, value: Any, parts: Any) -> dict[str, Any]:
 
 
 def _is_record(kind: type) -> bool:
-    """Return True for a dataclass of which an object is made and dropped without running code."""
+    """Return True for a dataclass whose objects can be made and deleted without running code."""
     own = {name for each in kind.__mro__ if each is not object for name in vars(each)}
     return dataclasses.is_dataclass(kind) and not own & {"__del__", "__getattribute__"}
 
@@ -96,15 +96,15 @@ def _folder(name: str, module: Any) -> str:
 def deserialize_batch(kept: Any, own: Collection[str] = ()) -> Any:
     """Return the batch that `serialize_batch` was given.
 
-    The file names classes, and does not decide which are made: a `Batch`, named tuples, and
-    dataclasses of the program itself. No method of a class is called, and nothing is imported.
+    The file is untrusted: of the classes that it names only `Batch`, named tuples, and dataclasses
+    of the program itself are made. No method of a class is called, and nothing is imported.
 
     Args:
         kept: a result of `serialize_batch`, or whatever a file holds in its place.
         own: names of the program's modules, as `own_modules` returns them.
 
     Raises:
-        ValueError: a part could not be kept, is of another class, or is damaged.
+        ValueError: if a part could not be kept, is of a class that is not allowed, or is damaged.
     """
     try:
         return _read(kept, own, 0)
@@ -113,6 +113,7 @@ def deserialize_batch(kept: Any, own: Collection[str] = ()) -> Any:
 
 
 def _read(kept: Any, own: Collection[str], depth: int) -> Any:
+    """Return the value that a part of a kept batch stands for."""
     if type(kept) is not dict or depth > MAX_DEPTH:
         what = "nested too deep" if type(kept) is dict else f"a {type(kept).__name__}"
         raise ValueError(f"the kept batch is damaged: a part of it is {what}")
@@ -146,6 +147,7 @@ def _read(kept: Any, own: Collection[str], depth: int) -> Any:
 
 
 def _make_row(name: Any, row: list[Any]) -> Any:
+    """Return a list, tuple or named tuple by the name of its class."""
     made = _imported_class(name)
     if made is not None and issubclass(made, list):
         return row
@@ -172,6 +174,7 @@ def _is_named_tuple(made: type) -> bool:
 
 
 def _make_object(name: Any, attributes: dict[str, Any], own: Collection[str]) -> Any:
+    """Return a dataclass of the program with these attributes; its constructor is not called."""
     made = _imported_class(name)
     if made is None or made.__module__ not in own or not _is_record(made):
         raise _unknown(name)
@@ -194,7 +197,7 @@ def _fields(parts: Any, own: Collection[str], depth: int) -> dict[str, Any]:
 
 
 def _is_stored(value: Any) -> bool:
-    """Return True for a tensor that is what it says: its elements take the memory that it has."""
+    """Return True for a plain dense tensor on the host, whose elements all have memory."""
     return (
         type(value) is Tensor
         and value.layout is torch.strided

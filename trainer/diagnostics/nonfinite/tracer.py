@@ -1,11 +1,11 @@
 """Tracer of non-finite steps: reruns the batch of a skipped step, and writes a report.
 
 A skipped step leaves a folder ``nonfinite/<step>/`` in the run folder, with `report.txt` for
-people, `report.json` for programs, and `batch.pt`, from which `python -m trainer replay RUN STEP`
+people, `report.json` for programs, and `batch.pt`, from which `cortex replay RUN STEP`
 reruns the batch. The rerun watches every operation (`probe`) and recognises known causes
-(`diagnoses`). It takes place within `Brain.sandbox`, which restores everything that has state; what
-a hook does elsewhere, such as a line in a file, happens again. It never ends the run. Each rank
-reruns its own batch, and asks no other.
+(`diagnoses`). It takes place within `Brain.sandbox`, which restores everything that has state;
+other side effects of a hook, such as a line in a file, happen once more. A failure in it never ends
+the run. Each rank reruns its own batch, without communication.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ MAX_BATCHES = 16  # Batches of an accumulation window that are remembered.
 
 
 class NonFiniteTracer(Tracer):
-    """Report the first skipped steps of a run, up to ``limit`` in its folder."""
+    """Report the first skipped steps of a run.
+
+    Args:
+        brain: the Brain that trains.
+        limit: number of reports in the run folder, with those of earlier starts.
+    """
 
     def __init__(self, brain: Brain, limit: int) -> None:
         self._brain, self._left = brain, limit
@@ -64,7 +69,11 @@ class NonFiniteTracer(Tracer):
         self._window.append(KeptBatch(batch, is_last, self._brain.progress.step, generators))
 
     def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
-        """Note the facts, and return where the report will be; the batch is rerun when it ends."""
+        """Note the facts; the batch is rerun at its end.
+
+        Returns:
+            Where the report will be, for an error message; empty without a report.
+        """
         if self._report is None and self._window and self._has_room():
             self._left -= 1
             step = self._brain.optimizer_step + 1
@@ -99,8 +108,8 @@ class NonFiniteTracer(Tracer):
         except Exception as error:  # A failed investigation must not end the run.
             self._left = 0
             warnings.warn(
-                f"a step that was not finite could not be looked into ({type(error).__name__}: "
-                f"{error}); later ones will not be",
+                "the report of a step that was not finite could not be made "
+                f"({type(error).__name__}: {error}); later steps get no report",
                 stacklevel=2,
             )
 
@@ -111,7 +120,7 @@ class NonFiniteTracer(Tracer):
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Write the report of the step that exhausted the patience."""
+        """Write the report of the step whose `NonFiniteError` ends the run."""
         if isinstance(error, NonFiniteError):
             self.end_batch()
         self._window, self._report = self._outer.pop()
@@ -126,10 +135,13 @@ def make_nonfinite_tracer(brain: Brain) -> NonFiniteTracer | None:
 
 
 def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatch]) -> None:
-    """Rerun the batches of a window until one is not finite, the newest first.
+    """Rerun the batches of a window, the newest first, until one is not finite.
 
-    Sets rerun, causes and ids of the report. The rerun is the one that was not finite, or that of
-    the newest batch.
+    Args:
+        brain: the Brain, which is as before afterwards.
+        report: its ``rerun``, ``causes`` and ``ids`` are set, from the rerun that was not finite,
+            or else from that of the newest batch.
+        window: batches of the accumulation window.
     """
     reruns = []
     for kept in reversed(window):
@@ -148,9 +160,12 @@ def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatc
 
 
 def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
-    """Train on a batch once more without moving anything, until something is not finite.
+    """Train on a batch once more, without an optimizer step, until something is not finite.
 
-    The Brain is as before afterwards.
+    Args:
+        brain: the Brain, which is as before afterwards.
+        kept: the batch, and the random generators at its start.
+        precision: precision of the rerun; None for that of the run.
     """
     probe, problem = Probe(brain), None
     # Generators whose states at the start are unknown begin as they are now.
@@ -189,7 +204,7 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Return True if two states of a generator are equal; they are lists with a tensor."""
+    """Return True if two states of a generator, sequences of values and tensors, are equal."""
     if a is None or b is None:
         return a is b
     return all(
