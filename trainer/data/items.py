@@ -457,11 +457,12 @@ class BatchDataset(Dataset[Any]):
 class DealtItems(IterableDataset[Any]):
     """The items of an `IterableDataset`, each in one process; copied to every worker.
 
-    Ranks and workers read all items, and each keeps its share, unless the dataset gives it items of
-    its own. A dataset does so for workers if it reads ``num_workers`` of torch's
-    `get_worker_info`, and for ranks by `knows_ranks`; its attributes ``splits_by_worker`` and
-    ``splits_by_rank`` say otherwise. The global generators are seeded for each item that is dealt,
-    so that a dataset which draws the order of its items gives all processes the same.
+    Every rank and worker reads all items and keeps its share, unless the dataset itself splits its
+    items: among workers if it reads ``num_workers`` of torch's `get_worker_info`, among ranks if
+    `knows_ranks` finds that it asks for its rank. Its attributes ``splits_by_worker`` and
+    ``splits_by_rank``, True or False, come before what it reads. The global generators are seeded
+    for each item that is dealt, so that a dataset that shuffles by them gives all processes the
+    same order.
 
     Args:
         dataset: the dataset.
@@ -560,7 +561,7 @@ class DealtItems(IterableDataset[Any]):
         return self._asked if self._by_worker is None else self._by_worker
 
     def _seed(self, position: int, worker: int) -> None:
-        """Seed the global generators for an item; equally in all processes that share it."""
+        """Seed the global generators for an item, equally in all processes that read it."""
         if self._world > 1 or (self._workers > 1 and not self._by_worker):
             own = worker if self._splits_by_worker else 0
             reseed(derive(_loading.seed, "stream", _loading.epoch, position, own))

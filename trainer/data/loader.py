@@ -216,6 +216,14 @@ def _identity(loaded: Any) -> Any:
 class Loader:
     """Loader of a dataset's batches, made by `make_loader`.
 
+    Args:
+        batches: the dataset, of batches.
+        sampler: gives the items of each batch.
+        policy: counts the bad items.
+        timeout: seconds without a batch after which workers are given up, or, without workers, a
+            warning is logged; 0 for never.
+        options: further options of `DataLoader`.
+
     Attributes:
         policy: counts the bad items.
         alone: True if it judges bad items by itself, since nobody does so for all ranks.
@@ -266,7 +274,11 @@ class Loader:
         return self.policy.report(*self._total)
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the batches of this epoch in later iterations. In evaluation all are alike."""
+        """Use the batches of this epoch in later iterations; in evaluation all epochs are alike.
+
+        Args:
+            epoch: number of the epoch.
+        """
         self._sampler.set_epoch(epoch if self._sampler.train else 0)
 
     def skip(self, batches: int) -> None:
@@ -352,13 +364,13 @@ class Loader:
 class Stream:
     """Loader of any iterable of batches, with the interface of `Loader`; made by `resumable`.
 
-    The source runs on random numbers of its own, seeded by (seed, epoch): they decide the order of
-    what comes later, so that those of the process, which training draws from too, would give other
-    batches after a resumption. To switch between the two takes about 0.2 ms a batch, and nothing
-    for a plain DataLoader with workers, which draw for themselves.
+    While the source makes a batch, the global random generators have states of its own, seeded by
+    (seed, epoch). With those of the process, from which training draws too, a resumed run would get
+    other batches. Switching the states takes about 0.2 ms a batch; a plain DataLoader with workers,
+    which have generators of their own, needs none.
 
-    A source with ``state_dict`` and ``load_state_dict`` goes on by them in a resumed run; of any
-    other source the batches before are loaded again.
+    In a resumed run, a source with ``state_dict`` and ``load_state_dict`` continues from its saved
+    state; any other source loads the earlier batches again.
 
     Args:
         source: an iterable of batches.
@@ -407,7 +419,11 @@ class Stream:
             self.stateful = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the batches of this epoch in later iterations; tell sampler and dataset."""
+        """Use the batches of this epoch in later iterations, and tell sampler and dataset.
+
+        Args:
+            epoch: number of the epoch.
+        """
         self._epoch = epoch if self._train else 0
         set_epoch(self._source, self._epoch)
 
@@ -552,8 +568,14 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
         source: a DataLoader or an iterable of batches. A result of this function is returned as it
             is.
         seed: random seed of the run.
-        **run: further arguments of `make_loader`: train, rank, world_size, on_bad,
-            max_bad, timeout.
+        **run: further arguments of `make_loader`: train, rank, world_size, on_bad, max_bad,
+            timeout.
+
+    Returns:
+        A loader with ``set_epoch(epoch)`` and ``skip(batches)``.
+
+    Raises:
+        ValueError: as in `make_loader`.
     """
     if isinstance(source, Loader | Stream):
         return source
@@ -823,7 +845,7 @@ class _WatchedIterator:
 
 
 def _describe_exit(workers: list[BaseProcess]) -> str | None:
-    """Return the cause of a worker's death; None when none died."""
+    """Return a sentence about a worker that died; None if none did."""
     # A broken connection to a worker may be noticed just before its end; and torch's own handler
     # may notice that end, and raise, while we wait for it.
     with suppress(RuntimeError):

@@ -414,13 +414,17 @@ def depart(request: int | None = None, error: str = "") -> None:
         error: the error, as one line.
     """
     if _store is not None:
-        told = json.dumps({"rank": rank(), "request": request, "error": error})
+        reason = json.dumps({"rank": rank(), "request": request, "error": error})
         with suppress(RuntimeError):  # The launcher has died, and its store with it.
-            _store.compare_set("departure", "", told)
+            _store.compare_set("departure", "", reason)
 
 
 def ask(number: int) -> None:
-    """Tell the other ranks of a request to stop, also those that are in no collective."""
+    """Tell the other ranks of a request to stop, also those that are in no collective.
+
+    Args:
+        number: number of the request, which `asked` returns on the other ranks.
+    """
     if _store is not None:
         with suppress(RuntimeError):
             _store.set("asked", str(number))
@@ -437,11 +441,15 @@ def asked() -> int | None:
 
 
 def departure() -> dict[str, Any] | None:
-    """Return what another rank gave to `depart`, after a collective failed; None for nothing."""
+    """Return why another rank ended, after a collective failed.
+
+    Returns:
+        Its ``rank`` and what it gave to `depart`, ``request`` and ``error``; None if none did.
+    """
     with suppress(RuntimeError):
         if _store is not None and _store.check(["departure"]):
-            told: dict[str, Any] = json.loads(_store.get("departure"))
-            return told if told["rank"] != rank() else None
+            reason: dict[str, Any] = json.loads(_store.get("departure"))
+            return reason if reason["rank"] != rank() else None
     return None
 
 
