@@ -172,7 +172,7 @@ class Matrix:
     """Table of counts, such as a confusion matrix; a picture where it is large.
 
     Args:
-        values: counts (n, n), as a tensor or lists.
+        values: (n, n) counts, as a tensor or lists.
         labels: names of the n rows, which are those of the columns, too.
         rows: meaning of the rows.
         columns: meaning of the columns.
