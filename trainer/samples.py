@@ -172,8 +172,8 @@ class Matrix:
     """Table of counts, such as a confusion matrix; a picture where it is large.
 
     Args:
-        values: (n, n) counts, as a tensor or lists.
-        labels: names of the n rows, which are those of the columns, too.
+        values: counts (N, N), as a tensor or lists.
+        labels: names of the N rows, which are those of the columns, too.
         rows: meaning of the rows.
         columns: meaning of the columns.
 
@@ -190,8 +190,8 @@ class Matrix:
         shape, count = list(torch.as_tensor(self.values).shape), len(self.labels)
         if shape != [count, count] or not count:
             raise ValueError(
-                f"Matrix has values of shape {shape} and {count} labels; allowed: (n, n) and n "
-                "labels, n > 0"
+                f"Matrix has values of shape {shape} and {count} labels; allowed: (N, N) and N "
+                "labels, N > 0"
             )
 
     def image(self) -> Image:
