@@ -3,10 +3,10 @@
     adapters:
       encoder: {r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}
 
-A key names a module of the Brain, or a part of one (`model.encoder`); its value is the arguments
-of `peft.LoraConfig`, or a configuration of peft. The module keeps its class and its methods. Its
-own parameters are frozen, but for the layers in ``modules_to_save`` and the biases that ``bias``
-names; modules without an adapter train as before.
+A key names a module of the Brain, or a part of one (`model.encoder`); its value has the arguments
+of `peft.LoraConfig`, or is a configuration of peft. The module keeps its class and its methods. Its
+own parameters are frozen, except layers in ``modules_to_save`` and the biases that ``bias`` names;
+modules without an adapter train as before.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from torch.nn.utils.parametrize import (
 from trainer.optim.groups import clean_name
 from trainer.options import nearest
 
-KINDS = ("HRA", "IA3", "LOHA", "LOKR", "LORA")  # each layer of which has its own weights
-DERIVED = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")  # init_lora_weights by the base
+KINDS = ("HRA", "IA3", "LOHA", "LOKR", "LORA")  # kinds that share no weights among layers
+# Values of init_lora_weights that compute an adapter from the weights of its layer.
+DERIVED = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")
 MAX_SHOWN = 8  # names in a message
-MAX_MESSAGE = 400  # characters of peft's own, which may show whole modules
-MAX_EFFORT = 30.0  # log2 of the ways in which a regular expression may match all names
+MAX_MESSAGE = 400  # characters of a message of peft, which may show whole modules
+MAX_EFFORT = 30.0  # log2 of the number of ways to match all names by a regular expression
 
 
 def apply_adapters(modules: nn.Module, adapters: Any) -> None:
@@ -47,7 +48,7 @@ def apply_adapters(modules: nn.Module, adapters: Any) -> None:
             None for no adapters.
 
     Raises:
-        ValueError: for a module, a layer or an argument that does not exist; names it.
+        ValueError: a module, a layer or an argument does not exist or cannot be used.
         ImportError: peft is not installed.
     """
     if adapters is None:
@@ -68,7 +69,11 @@ def apply_adapters(modules: nn.Module, adapters: Any) -> None:
 
 
 def import_peft() -> Any:
-    """Import peft, which takes seconds."""
+    """Import and return peft, which takes seconds.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:
@@ -79,12 +84,22 @@ def import_peft() -> Any:
 
 
 def _inject(name: str, module: nn.Module, given: Any) -> None:
+    """Put an adapter into a module, in place.
+
+    Args:
+        name: name of the module.
+        module: the module.
+        given: arguments of `peft.LoraConfig`, or a configuration of peft.
+
+    Raises:
+        ValueError: the module has other adapters already, or the configuration does not fit it.
+    """
     peft, where = import_peft(), f"adapters.{name}"
     config = _config(peft, where, given)
     asked = config.to_dict()
     before = getattr(module, "peft_config", {}).get("default")
     if before is not None and vars(module).get("adapted_by") == asked:
-        return  # Another Brain has the same modules.
+        return  # Another Brain has put the same adapters into these modules.
     if before is not None or any(map(_is_adapted, module.modules())):
         raise ValueError(f"{where}: the module has adapters already, which would be lost")
     for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save",
@@ -104,24 +119,28 @@ def _inject(name: str, module: nn.Module, given: Any) -> None:
             peft.inject_adapter_in_model(config, module)
     except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{where}: {textwrap.shorten(str(error), MAX_MESSAGE)}") from error
-    # Not as an attribute of a module, which would look for it among its parameters.
+    # In vars(), since nn.Module's own attributes are parameters, buffers and modules.
     vars(module)["adapted_by"] = asked
     _mend_layers(module)
 
 
 def _mend_layers(module: nn.Module) -> None:
-    """Make adapted layers compute what they do without peft, and layers around them call them."""
+    """Correct adapted layers, and layers of torch that would not call them.
+
+    An adapter gets the dilation of its convolution, an attention restores its frozen weights after
+    each call, and encoder layers leave out torch's fast path.
+    """
     adapted: list[Any] = [layer for layer in module.modules() if _is_adapted(layer)]
     for layer in adapted:
         base = layer.get_base_layer()
         for part in getattr(layer, "lora_A", {}).values() if hasattr(base, "dilation") else ():
-            part.dilation = base.dilation  # peft leaves it out.
+            part.dilation = base.dilation  # peft does not copy it.
         if type(layer).__name__ == "MultiheadAttention":
             layer.register_forward_pre_hook(_keep_weights)
             layer.register_forward_hook(_put_weights_back, always_call=True)
     for layer in module.modules():
-        # In evaluation torch computes these from the weights of their parts, whose adapters would
-        # have no effect; layers with a hook it calls.
+        # In evaluation torch's fast path uses the weights of the parts and calls none of them, so
+        # that adapters would have no effect; it is not taken where a part has a forward hook.
         if isinstance(layer, nn.TransformerEncoderLayer) and any(map(_is_adapted, layer.modules())):
             layer.norm1.register_forward_hook(_do_nothing)
         if isinstance(layer, nn.TransformerEncoder) and any(map(_is_adapted, layer.modules())):
@@ -129,7 +148,16 @@ def _mend_layers(module: nn.Module) -> None:
 
 
 def _config(peft: Any, where: str, given: Any) -> Any:
-    """Return the configuration of an adapter."""
+    """Return the configuration of an adapter.
+
+    Args:
+        peft: the package.
+        where: key of the adapter, for messages.
+        given: arguments of `peft.LoraConfig`, or a configuration of peft, which is copied.
+
+    Raises:
+        ValueError: an argument is unknown or not allowed, or the kind of adapter is.
+    """
     if isinstance(given, Mapping):
         from trainer.config.pretrained import BOUND  # Programs without a YAML start faster.
 
@@ -160,14 +188,14 @@ def _config(peft: Any, where: str, given: Any) -> Any:
 
 
 def _check_effort(where: str, key: str, patterns: Any, module: nn.Module) -> None:
-    """Refuse a regular expression that may take very long, as one from a run folder may be made.
+    """Refuse a regular expression that may take very long; a run folder may come from elsewhere.
 
     Raises:
-        ValueError: names it.
+        ValueError: a pattern may take too long; the message names it.
     """
     names = [name for name, _ in module.named_modules()]
     for each in (patterns,) if isinstance(patterns, str) else patterns or ():
-        # peft puts any beginning before a text of a list.
+        # peft matches a text of a list at the end of a name.
         pattern = str(each) if isinstance(patterns, str) else rf"(.*\.)?({each})"
         if _effort(pattern, max(map(len, names))) + math.log2(len(names)) > MAX_EFFORT:
             raise ValueError(
@@ -192,7 +220,7 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
     """Return the layers that a configuration names.
 
     Raises:
-        ValueError: for a name that matches none, or one whose adapter would have no effect.
+        ValueError: a name matches no layer, or its adapter would be wrong or have no effect.
     """
     layers = {name: layer for name, layer in module.named_modules() if name}
     parents = {name: layers.get(name.rpartition(".")[0], module) for name in layers}
@@ -241,9 +269,10 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
 
 @contextmanager
 def _plain_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Context manager in which no weight is computed, as by weight norm.
+    """Context manager in which layers have plain weights, without weight norm and the like.
 
-    peft makes layers of the class of a convolution, which cannot be that of one with such a weight.
+    peft makes layers of the class of a convolution, and a parametrized layer has a class of its own
+    that it cannot make.
     """
     computed: list[Any] = [layer for layer in layers if is_parametrized(layer, "weight")]
     before = [_computation(layer) for layer in computed]
@@ -261,19 +290,21 @@ def _plain_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _computation(layer: Any) -> tuple[list[nn.Module], list[Tensor]]:
-    """Return the steps by which the weight of a layer is computed, and what it is computed from."""
+    """Return the parametrizations of a layer's weight, and copies of the tensors behind it."""
     steps = layer.parametrizations["weight"]
     return list(steps), [p.detach().clone() for p in steps.parameters(recurse=False)]
 
 
 def _remove_computation(layer: Any) -> None:
-    # Else torch makes a buffer of the weight.
+    """Replace the parametrized weight of a layer by a plain parameter of the same value."""
+    # Without gradients torch would make a buffer of it.
     layer.parametrizations["weight"].requires_grad_(True)
     with torch.enable_grad():
         remove_parametrizations(layer, "weight")
 
 
 def _ending(names: Iterable[str], end: str) -> list[str]:
+    """Return the dotted names that end in a dotted name."""
     return [name for name in names if f".{name}".endswith(f".{end}")]
 
 
@@ -282,11 +313,12 @@ def _is_adapted(layer: nn.Module) -> bool:
     return hasattr(type(layer), "get_base_layer")
 
 
-# peft computes an attention of torch with changed weights, and takes the change back by
-# subtraction: rounding would move the frozen weights with every batch.
+# peft adds the adapter to the weights of torch's attention for a call and subtracts it afterwards.
+# Rounding would change the frozen weights with every batch, so that hooks restore them.
 
 
 def _keep_weights(layer: Any, _: Any) -> None:
+    """Forward pre-hook that keeps the weights of an attention."""
     base = layer.get_base_layer()
     vars(layer)["own_weights"] = [
         (owner, name, getattr(owner, name))
@@ -295,13 +327,14 @@ def _keep_weights(layer: Any, _: Any) -> None:
 
 
 def _put_weights_back(layer: Any, *_: Any) -> None:
+    """Forward hook that restores the weights of an attention."""
     for owner, name, weight in vars(layer).pop("own_weights", ()):
         delattr(owner, name)
         owner.register_parameter(name, weight)
 
 
 def _do_nothing(*_: Any) -> None:
-    """Forward hook that is there to be one."""
+    """Forward hook without effect: a layer that has one is called, not replaced by a fast path."""
 
 
 def plain_name(name: str) -> str:
@@ -314,12 +347,17 @@ def plain_name(name: str) -> str:
 
 
 def is_replaced(name: str) -> bool:
-    """Return True for a tensor of a layer of which ``modules_to_save`` has a trained copy."""
+    """Return True for a tensor of an original layer that a copy in ``modules_to_save`` replaces."""
     return ".original_module." in name
 
 
 def base_parameters(modules: nn.Module, adapters: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """Return the parameters, by name, that adapters have frozen; they never train."""
+    """Return the parameters, by name, that adapters have frozen.
+
+    Args:
+        modules: all modules of a Brain.
+        adapters: adapters by name of a module; None for none.
+    """
     inside = tuple(f"{name}." for name in adapters or ())
     return {
         name: p
@@ -352,10 +390,10 @@ def drop_base(
 
 
 def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
-    """Make adapters anew that are computed from the weights of their layers, once these are loaded.
+    """Recompute adapters that depend on the weights of their layers, once these are loaded.
 
-    These are the magnitudes of DoRA, and beginnings such as PiSSA. Adapters that were loaded, too,
-    stay.
+    These are magnitudes of DoRA, and initial values such as PiSSA's. Adapters that were loaded
+    themselves stay as they are.
 
     Args:
         modules: all modules of a Brain, which no optimizer has yet.
@@ -384,11 +422,14 @@ def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
 
 
 def merge_adapters(modules: nn.Module) -> None:
-    """Merge adapters into the weights that they adapt, in place: plain layers are left.
+    """Merge adapters into the weights that they adapt, in place, so that plain layers remain.
+
+    Args:
+        modules: all modules of a Brain.
 
     Raises:
-        ValueError: the merged weights would not be finite, or a layer has none that could be merged
-            into, such as a convolution with groups.
+        ValueError: the merged weights would not be finite, or a layer cannot be merged, such as a
+            convolution with groups.
     """
     within: tuple[str, ...] = ()
     for name, layer in list(modules.named_modules()):
@@ -413,16 +454,16 @@ def merge_adapters(modules: nn.Module) -> None:
 
 
 def _merged(layer: Any) -> nn.Module:
-    """Return the plain layer of an adapted one, with the adapter in its weight."""
+    """Return the plain layer of an adapted one, with the adapter merged into its weight."""
     plain = layer.get_base_layer()
     computed = _computation(plain)[0] if is_parametrized(plain, "weight") else []
-    if computed:  # peft would change what is computed, and not what it is computed from.
+    if computed:  # peft would add to the computed weight, which the next call computes anew.
         _remove_computation(plain)
     layer.merge(safe_merge=True)
     weight = plain.get_parameter("weight").detach().clone()
     for each in computed:
         register_parametrization(plain, "weight", each)
-    # Weight norm can give any weight; spectral norm cannot, and is left out then.
+    # Weight norm can represent any weight; spectral norm cannot, and is removed then.
     if computed and not torch.allclose(plain.weight, weight, 1e-5, 1e-7):
         _remove_computation(plain)
         plain.get_parameter("weight").data = weight
@@ -430,11 +471,14 @@ def _merged(layer: Any) -> nn.Module:
 
 
 def describe_trainable(modules: nn.Module, trained: Iterable[Tensor]) -> str:
-    """Return how many of how many parameters train, in all and by module.
+    """Return a line with the numbers of trainable and of all parameters, in total and by module.
 
     Args:
         modules: all modules of a Brain.
         trained: parameters of the optimizers.
+
+    Returns:
+        The line, such as "trainable: 1,024 of 8,192 parameters (12.50 %)".
     """
     owned = {p for p in trained if p.requires_grad}
 

@@ -17,16 +17,35 @@ def _is_number(value: object) -> bool:
 
 
 def whole(owner: str, name: str, value: float, low: int) -> int:
-    """Return a whole number of `low` or more as an int; floats such as YAML's 25e3 are allowed."""
+    """Return a whole number as an int; floats such as YAML's 25e3 are allowed.
+
+    Args:
+        owner: the class that takes the value.
+        name: name of the value.
+        value: the value.
+        low: smallest number allowed.
+
+    Raises:
+        ValueError: if the value is no whole number, or below ``low``.
+    """
     if not _is_number(value) or not math.isfinite(value) or value != int(value) or value < low:
         raise ValueError(f"{owner}: {name} must be a whole number, {low} or more; got {value!r}")
     return int(value)
 
 
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
-    """Return a number from `low` to `high` as a float.
+    """Return a number from an interval as a float.
 
-    The interval has a bracket for each of its ends: "[" or "]" includes it, "(" or ")" excludes it.
+    Args:
+        owner: the class that takes the value.
+        name: name of the value.
+        value: the value.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        ends: brackets of the interval: "[" and "]" include an end, "(" and ")" exclude it.
+
+    Raises:
+        ValueError: if the value is no number, or outside of the interval.
     """
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     below = _is_number(value) and (value <= high if ends[1] == "]" else value < high)
@@ -37,14 +56,33 @@ def within(owner: str, name: str, value: float, low: float, high: float, ends: s
 
 
 def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
-    """Return a value if it is among those allowed."""
+    """Return a value if it is among those allowed.
+
+    Args:
+        owner: the class that takes the value.
+        name: name of the value.
+        value: the value.
+        allowed: the values that are allowed.
+
+    Raises:
+        ValueError: if it is another one.
+    """
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be {' or '.join(allowed)}; got {value!r}")
     return value
 
 
 def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Check that a saved state has exactly the expected keys, in any order."""
+    """Check that a saved state has exactly the expected keys, in any order.
+
+    Args:
+        owner: the object that the state is for.
+        state: the saved state.
+        expected: the keys.
+
+    Raises:
+        ValueError: if a key is missing or unexpected; the message names them.
+    """
     missing, unexpected = set(expected) - set(state), set(state) - set(expected)
     if missing or unexpected:
         raise ValueError(
@@ -59,7 +97,7 @@ class Stateful:
     Hyperparameters are not among them: a resumed run uses those that it is given.
 
     Attributes:
-        saved: names of the attributes.
+        saved: names of these attributes.
     """
 
     saved: ClassVar[tuple[str, ...]] = ()

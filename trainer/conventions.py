@@ -1,4 +1,4 @@
-"""Conventions that a recipe counts on: those of the toolkit that it was written for."""
+"""Conventions of the toolkit that a recipe was written for."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from typing import Any
 
 
 class Conventions:
-    """Conventions of this framework; a subclass in `trainer.compat` has those of another toolkit.
+    """Conventions of this framework; a subclass in `trainer.compat` has those of SpeechBrain.
 
-    `trainer.defaults` makes those of a Brain.
+    `trainer.defaults.make_conventions` chooses those of a Brain.
 
     Attributes:
-        whole: every rank evaluates all data, since the recipe's metrics are those of one process.
-        measures: a recipe without an optimizer measures in place of training.
+        whole: every rank evaluates all data, since the recipe's metrics are not gathered.
+        measures: a Brain without an optimizer takes no steps in `fit`, as for k-means, in place of
+            an error.
     """
 
     whole = False
     measures = False
 
     def checkpointer(self, checkpointer: Any, hparams: SimpleNamespace) -> Any:
-        """Return the checkpointer of a run, for what a Brain was given as one."""
+        """Return the checkpointer to use.
+
+        Args:
+            checkpointer: the checkpointer that the Brain was given.
+            hparams: hyperparameters, which may have it too.
+        """
         return checkpointer
 
     def make_loader(
@@ -34,7 +40,7 @@ class Conventions:
         """Return a loader of a dataset.
 
         Args:
-            make: makes it of the dataset and options, such as `trainer.data.make_loader`.
+            make: function that makes the loader from the dataset and options.
             dataset: the dataset.
             train: True for a loader of training data.
             options: options of the loader that the recipe gives.
@@ -42,5 +48,5 @@ class Conventions:
         return make(dataset, **options)
 
     def step_without_gradients(self, error: ValueError) -> None:
-        """Raise the error of a step for which no parameter has a gradient, unless it is allowed."""
+        """Raise the error of a step for which no parameter has a gradient; a subclass may warn."""
         raise error

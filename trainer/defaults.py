@@ -1,4 +1,4 @@
-"""Registry of what every Brain has by default: callbacks, a tracer, drivers of its `fit`.
+"""Registry of the defaults of every Brain: callbacks, tracer, drivers of `fit`, conventions.
 
 `trainer/__init__.py` fills it, so that `trainer.brain` imports none of loggers, diagnostics,
 report, tuner and compat.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class DriverFinished(SystemExit):
-    """A driver has done its work in place of `fit`, and the run ends: a search, a replay.
+    """Exit of a run once a driver, such as a search or a replay, has done its work.
 
     A script that does not catch it ends with exit code 0.
     """
@@ -36,7 +36,7 @@ DriverFactory = Callable[["Brain"], "Driver | None"]
 Initialiser = Callable[["Module", str, "Mapping[str, str | None] | None"], None]
 ConventionsFactory = Callable[["Brain"], Conventions]
 
-# Each is called once for a Brain, when its first `fit` or `evaluate` begins; None means "not here".
+# The constructor of a Brain calls these; None is for a Brain that has no such object.
 callbacks: list[CallbackFactory] = []
 tracers: list[TracerFactory] = []
 drivers: list[DriverFactory] = []
@@ -56,15 +56,24 @@ def make_conventions(brain: Brain) -> Conventions:
 
 
 def make_tracer(brain: Brain) -> Tracer | None:
-    """Return the first tracer that a factory makes."""
+    """Return the first tracer that a factory makes, or None."""
     return next((made for factory in tracers if (made := factory(brain)) is not None), None)
 
 
 def make_driver(brain: Brain) -> Driver | None:
-    """Return the first driver that a factory makes."""
+    """Return the first driver that a factory makes, or None."""
     return next((made for factory in drivers if (made := factory(brain)) is not None), None)
 
 
 def initialise(modules: Module, source: str, names: Mapping[str, str | None] | None) -> None:
-    """Load weights that a new run starts from: the run options ``init_from`` and ``init_map``."""
+    """Load the weights that a new run starts from.
+
+    Args:
+        modules: modules of a Brain.
+        source: the run option ``init_from``.
+        names: the run option ``init_map``.
+
+    Raises:
+        ValueError: the source cannot be read, or does not fit the modules.
+    """
     initialisers[0](modules, source, names)

@@ -1,4 +1,4 @@
-"""Devices, and the modules of a Brain or of a trained model on them."""
+"""Choice of the device, and preparation of the modules of a Brain or a trained model on it."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def prepare_modules(
 ) -> nn.ModuleDict:
     """Return the modules by name on a device, compiled in place where the options ask for it.
 
+    Args:
+        modules: modules by name.
+        options: ``compile``, ``compile_modules`` and ``compile_mode``.
+        device: device that the modules are moved to.
+
     Raises:
         ValueError: for something that is no mapping of modules, for lazy modules without shapes,
             and for an unknown name in compile_modules.
@@ -71,7 +76,7 @@ def prepare_modules(
         tensors = (*module.named_parameters(str(name)), *module.named_buffers(str(name)))
         if unknown := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise ValueError(
-                f"the shape of {unknown[0]} is not known yet, since it is of a lazy module: run a "
+                f"the shape of {unknown[0]}, of a lazy module, is not known yet: run a "
                 "batch through the network, under torch.no_grad(), before it is given to the Brain"
             )
     chosen = options.compile_modules
@@ -89,7 +94,7 @@ def prepare_modules(
     except (KeyError, TypeError) as error:
         raise ValueError(f"modules has a name that cannot be one: {error.args[0]}") from None
     for module in prepared.modules():
-        if type(module).to is not nn.Module.to:  # It may hold tensors that are no buffers.
+        if type(module).to is not nn.Module.to:  # It may move tensors that are no buffers.
             module.to(device)
     keep_in_state_dict(prepared)
     return prepared

@@ -24,12 +24,16 @@ from trainer.options import RunOptions
 
 logger = logging.getLogger("trainer")
 
-_alone = RLock()
+_rng_lock = RLock()  # Held while a thread uses the random generators of the process.
 
 
 @contextmanager
 def modes_kept(modules: nn.Module) -> Iterator[None]:
-    """Context manager that restores the training modes of modules on exit."""
+    """Context manager that restores on exit which modules are in training mode.
+
+    Args:
+        modules: a module, with all parts of it.
+    """
     modes = [(module, module.training) for module in modules.modules()]
     try:
         yield
@@ -41,7 +45,7 @@ def modes_kept(modules: nn.Module) -> Iterator[None]:
 def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
     """Put modules into training mode, but for parts that are frozen and in evaluation mode.
 
-    A part in evaluation mode of which nothing is trained stays as it is, such as a pretrained
+    A part in evaluation mode of which no parameter is trained stays there, such as a pretrained
     encoder whose running statistics are not to change.
 
     Args:
@@ -57,38 +61,47 @@ def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
 class TrainingModes:
     """Training modes of modules, parts of which may be unfrozen within a stage.
 
-    They are then as if the stage had begun so, as in a run that resumes: a part that was in
-    evaluation mode because it was frozen trains. What a hook has done to other parts stays.
+    Once a part is unfrozen, it is in the mode that it would have if the stage began now, as in a
+    run that resumes there: a part that was in evaluation mode because it was frozen is put into
+    training mode. Modes that a hook has set of other parts are left as they are.
 
     Args:
         modules: modules of the Brain.
-        rest: puts further parts into evaluation mode.
+        rest: function that puts further parts into evaluation mode.
     """
 
     def __init__(self, modules: nn.Module, rest: Callable[[], None]) -> None:
         self._modules, self._rest = modules, rest
-        self._begun: list[tuple[nn.Module, bool]] = []
+        self._begun: list[tuple[nn.Module, bool]] = []  # Modes at the start of the stage.
 
     def begin(self, trained: Collection[Tensor]) -> None:
-        """Set the modes with which a stage begins; see `training_mode`."""
+        """Set the modes with which a stage begins; see `training_mode`.
+
+        Args:
+            trained: parameters that require gradients and that an optimizer has.
+        """
         training_mode(self._modules, trained)
         self._rest()
         self._begun = [(module, module.training) for module in self._modules.modules()]
 
     def unfreeze(self, trained: Collection[Tensor]) -> None:
-        """Set the modes anew, since other parameters train now."""
+        """Set the modes again, since other parameters train now.
+
+        Args:
+            trained: parameters that require gradients and that an optimizer has.
+        """
         present = [module.training for module, _ in self._begun]
         for module, mode in self._begun:
             module.training = mode
         training_mode(self._modules, trained)
         self._rest()
         for (module, mode), own in zip(self._begun, present, strict=True):
-            if module.training == mode:  # Unfreezing does not concern it.
+            if module.training == mode:  # Not changed by unfreezing: keep what a hook has set.
                 module.training = own
 
 
 def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
-    """Warn of trained parts that were put into evaluation mode alone, which `fit` undoes."""
+    """Warn of trained parts in evaluation mode within modules in training mode, as `fit` undoes."""
     kept = {part for root in _frozen(modules, trained) for part in root.modules()}
     names = [
         f"{name}.{child}"
@@ -106,7 +119,13 @@ def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
 def _frozen(
     module: nn.Module, trained: Collection[Tensor], chosen: bool = True
 ) -> Iterator[nn.Module]:
-    """Yield the parts that stay in evaluation mode; ``chosen`` if this one was put there alone."""
+    """Yield the largest parts that stay in evaluation mode.
+
+    Args:
+        module: a module; its parts are searched, too.
+        trained: parameters that train.
+        chosen: True if ``module`` itself was put into evaluation mode, and not a module around it.
+    """
     trains = [p in trained for p in module.parameters()]
     if not module.training and not any(trains) and (trains or chosen):
         yield module
@@ -141,8 +160,8 @@ def rng_kept() -> Iterator[None]:
 
 @contextmanager
 def rng_kept_alone() -> Iterator[None]:
-    """Context manager as `rng_kept`, for one thread at a time: the generators are the process's."""
-    with _alone, rng_kept():
+    """Context manager as `rng_kept` that one thread at a time may enter; others wait."""
+    with _rng_lock, rng_kept():
         yield
 
 
@@ -168,12 +187,12 @@ def evaluation_weights(
     max_key: str | None,
     min_key: str | None,
 ) -> Iterator[bool]:
-    """Context manager in which the modules have the weights to test; True if they have others now.
+    """Context manager in which the modules have the weights to test.
 
     These are the weights of the best checkpoint by a metric; without a metric the present ones, or
     those of the newest checkpoint if this process has not trained; the mean of several checkpoints
-    with ``average_checkpoints``; exponential averages where there are some. On exit weights and
-    random generators are as before.
+    with ``average_checkpoints``; exponential averages where there are some. It yields False if they
+    are the present weights. On exit weights and random generators are as before.
 
     Args:
         modules: modules of the Brain.
@@ -213,7 +232,12 @@ def evaluation_weights(
 
 
 def has_weights(modules: nn.Module, weights: Mapping[str, Any]) -> bool:
-    """Return True if modules have these weights, which may be on another device."""
+    """Return True if modules have these weights, bit for bit.
+
+    Args:
+        modules: the modules, on any device.
+        weights: a state dict of these modules, on the CPU.
+    """
     return all(
         torch.equal(own.cpu(), weights[name])
         if isinstance(own, torch.Tensor)
@@ -241,7 +265,11 @@ def counters_as_saved(
     own = [(counter, counter.current) for counter in counters]
     if counters and checkpointer is not None and checkpointer.enabled and (max_key or min_key):
         for best in checkpointer.find(min_key=min_key, max_key=max_key):
-            epoch = load_plain(best, "brain").get("progress", {}).get("epoch")
+            try:
+                epoch = load_plain(best, "brain").get("progress", {}).get("epoch")
+            except BrokenCheckpoint as broken:  # Its weights, in another file, may be sound.
+                warnings.warn(f"{broken}; epoch counters keep their present epoch", stacklevel=2)
+                continue
             for counter in counters if epoch is not None else ():
                 counter.current = epoch
     try:
@@ -267,6 +295,9 @@ def load_weights(
         min_key: metric of which the best checkpoint has the smallest value.
         complete: `completed` for the modules that the weights are for; by default, frozen weights
             that checkpoints have left out are left out.
+
+    Returns:
+        A state dict of the Brain's modules, on the CPU; None without a sound checkpoint.
 
     Raises:
         OtherBase: the modules have another base than the checkpoints.
@@ -301,7 +332,7 @@ def _load_weights(
                     )  # fmt: skip
                 else:
                     weights = _with_averages(weights, averages)
-        except (MissingCheckpoint, OtherBase):  # The first: there is a newer one by now.
+        except (MissingCheckpoint, OtherBase):  # `retry_missing` handles a MissingCheckpoint.
             raise
         except ValueError as broken:
             warnings.warn(str(broken), stacklevel=2)
@@ -316,9 +347,10 @@ def _load_weights(
 
 
 def _with_averages(weights: Any, averages: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return weights with their averages in place of them.
+    """Return weights in which averages replace the parameters that they are of.
 
-    An average has one name; a parameter that is tied has several, and its tensor the same memory.
+    A tied parameter has several names, under which its tensor has the same memory; its average has
+    one.
     """
     tied = {_memory(value): averages[name] for name, value in weights.items() if name in averages}
     return {

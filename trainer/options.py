@@ -1,4 +1,4 @@
-"""Run options: everything the framework lets a YAML or a command line decide.
+"""Run options: settings of a run that a YAML or a command line may change.
 
 Each option is a field of `RunOptions` with its default, its type and one line of help; the command
 line, `--help` and the Brain all read it from there. Precedence: default < YAML < command line.
@@ -43,15 +43,15 @@ def _note(text: str) -> None:
 
 
 def translate(name: str, value: Any) -> dict[str, Any]:
-    """Return what an option of another toolkit means here.
+    """Translate an option of another toolkit.
 
     Args:
         name: any name.
         value: its value, typed.
 
     Returns:
-        The option and its value here; nothing for an option that is ignored, which is logged if it
-        is not as it is by default, and for other names.
+        The option and its value here. The mapping is empty for an option that is ignored, with a
+        warning if its value is not the default, and for names that are no such option.
 
     Raises:
         ValueError: the option has no counterpart here; the message says what to do instead.
@@ -72,7 +72,14 @@ def translate(name: str, value: Any) -> dict[str, Any]:
 
 
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by the current names of options, and what options of other toolkits mean."""
+    """Return values by the current names of options, with options of other toolkits translated.
+
+    Args:
+        values: values by name, some of which are options.
+
+    Raises:
+        ValueError: an option of another toolkit has no counterpart here.
+    """
     own = {current_name(name): value for name, value in values.items()}
     others: dict[str, Any] = {}
     for name, value in values.items():
@@ -93,10 +100,10 @@ class Metadata:
         at_least: lower limit of a number.
         at_most: upper limit of a number.
         section: heading of `--help` that begins with this option.
-        transient: the option is of one command, not of the run: it is not written to
+        transient: the option belongs to one command, not to the run, and is not written to
             hyperparams.yaml.
-        kind: what a run that goes on does with another value: "training" refuses it, "extending"
-            and "neutral" take it; see `trainer.config.changes`.
+        kind: effect of another value when a run is resumed: "training" is refused, "extending" and
+            "neutral" are accepted; see `trainer.config.changes`.
     """
 
     help: str
@@ -455,6 +462,10 @@ def checked(name: str, value: Any) -> Any:
     Integers become floats where a float is expected, the texts "inf" and "-inf" too (YAML's own
     spelling is `.inf`), paths and torch devices become text, and `~` becomes the home folder.
 
+    Args:
+        name: a field of `RunOptions`.
+        value: its value, as from a YAML.
+
     Raises:
         ValueError: the value is not allowed; the message says what is.
     """
@@ -480,7 +491,7 @@ def checked(name: str, value: Any) -> Any:
 
 
 def at_home(text: str) -> str:
-    """Return a text with the home folder in place of `~`, if it is a path that begins with it."""
+    """Return a text with the home folder in place of a leading `~` or `~user`."""
     return os.path.expanduser(text) if re.match(r"~[\w.-]*/", text) else text
 
 
@@ -535,7 +546,12 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
 
 
 def given_options(run_opts: Any) -> Any:
-    """Return options as they are; of an object that knows which were given, these as a mapping."""
+    """Return run options as a mapping.
+
+    Args:
+        run_opts: a mapping, or an object with ``overridden_args``, such as SpeechBrain's options:
+            of this one only the options that were given are returned.
+    """
     names = getattr(run_opts, "overridden_args", None)
     return run_opts if names is None else {name: run_opts[name] for name in names}
 
@@ -555,8 +571,8 @@ def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
 
     Args:
         name: the unknown key, dotted if it is nested.
-        known: names that may stand in the place of its last part.
-        dotted: all keys of the YAML; those count whose last part is like that of `name`.
+        known: names that are suggested for its last part.
+        dotted: all keys of the YAML; those with a similar last part are suggested.
 
     >>> nearest_key("lr", ["seed"], ["seed", "opt_class.lr"])
     "; did you mean 'opt_class.lr'?"
@@ -597,7 +613,7 @@ def _keys_with(words: set[str], dotted: Iterable[str]) -> list[str]:
 
 
 def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
-    """Return one optimizer's part of a setting.
+    """Return the value of a setting for one optimizer.
 
     Args:
         setting: a value for all optimizers, or a mapping from their names to values.
@@ -607,7 +623,7 @@ def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: An
         default: the value of an optimizer that a mapping leaves out.
 
     Raises:
-        ValueError: if a mapping names an optimizer that does not exist.
+        ValueError: a mapping names an optimizer that does not exist.
     """
     if not isinstance(setting, Mapping):
         return setting

@@ -1,15 +1,15 @@
-"""Run options of other toolkits: what their names mean here.
+"""Tables of other toolkits' run options and of their counterparts here.
 
-Data only; `trainer.options.translate` applies them. The names of the first three tables are those
-of SpeechBrain. They count in `run_opts`, on the command line, and as keys of a YAML.
+`trainer.options.translate` applies them. `RENAMED`, `IGNORED` and `REFUSED` have SpeechBrain's
+options; they are read from `run_opts`, from the command line, and from the keys of a YAML.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Name: option here, default there, and what values mean here; others are taken as they are. A
-# meaning of UNSET leaves the option as it is.
+# Name: option here, default there, and values here by values there; other values are the same. The
+# value UNSET leaves the option as it is.
 UNSET = object()
 RENAMED: dict[str, tuple[str, Any, dict[Any, Any]]] = {
     "auto_mix_prec": ("precision", False, {True: "fp16", False: UNSET}),
@@ -22,7 +22,7 @@ RENAMED: dict[str, tuple[str, Any, dict[Any, Any]]] = {
 
 # Name: default there, and why it is not needed here.
 IGNORED: dict[str, tuple[Any, str]] = {
-    "compile_using_dynamic_shape_tracing": (False, "torch.compile finds shapes that change itself"),
+    "compile_using_dynamic_shape_tracing": (False, "torch.compile detects dynamic shapes itself"),
     "compile_using_fullgraph": (False, "graphs may break; nothing but speed depends on it"),
     "data_parallel_count": (-1, "torchrun --nproc_per_node sets the number of processes"),
     "distributed_backend": ("nccl", "it follows from the device: nccl on GPUs, gloo on CPUs"),
@@ -39,7 +39,7 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "tqdm_colored_bar": (False, "progress bars are plain"),
 }
 
-# Name: default there, and what to do instead. These would change the run.
+# Name: default there, and what to do instead. Ignoring these would change the run.
 REFUSED: dict[str, tuple[Any, str]] = {
     "data_parallel_backend": (
         False, "start one process for each GPU: torchrun --standalone --nproc_per_node=2 train.py …"

@@ -1,4 +1,4 @@
-"""Names of SpeechBrain's `Brain` and of earlier versions."""
+"""Attributes that SpeechBrain's `Brain` has, for recipes that use them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-# Those of them that recipes set, which would have no effect here.
+# Those that a recipe cannot set as attributes: they take effect when a Brain is made.
 SETTINGS = (
     "precision", "max_grad_norm", "grad_accumulation_factor", "nonfinite_patience",
     "skip_nonfinite_grads",
@@ -34,9 +34,9 @@ SETTINGS = (
 
 
 class SpeechBrainNames:
-    """Mixin of `Brain`: counters, options and helpers under the names that recipes use.
+    """Mixin of `Brain`: counters, options and helpers under SpeechBrain's names.
 
-    Most can be read until a recipe sets attributes of these names, which are then its own.
+    A recipe may set attributes of most of these names; they are then its own.
     """
 
     device: torch.device
@@ -66,7 +66,7 @@ class SpeechBrainNames:
 
     @epoch.setter
     def epoch(self, value: Any) -> None:
-        vars(self)["epoch"] = value  # The loop goes by `progress`.
+        vars(self)["epoch"] = value  # The loop uses `progress.epoch`.
 
     @epoch.deleter
     def epoch(self) -> None:
@@ -74,7 +74,7 @@ class SpeechBrainNames:
 
     @property
     def step(self) -> int:
-        """Batches of the current epoch so far, and what a recipe has added to them in the epoch."""
+        """Number of batches of the current epoch so far, plus what a recipe has added to it."""
         epoch, added = vars(self).get("_added_steps", (0, 0))
         return self.progress.step + (added if epoch == self.progress.epoch else 0)
 
@@ -84,7 +84,7 @@ class SpeechBrainNames:
 
     @property
     def optimizer_step(self) -> int:
-        """Optimizer steps since the run began."""
+        """Number of optimizer steps since the run began."""
         return self.progress.optimizer_step
 
     @optimizer_step.setter
@@ -93,7 +93,7 @@ class SpeechBrainNames:
 
     @property
     def nonfinite_count(self) -> int:
-        """Skipped steps of the current epoch."""
+        """Number of skipped steps in the current epoch."""
         return self.progress.nonfinite_count
 
     @nonfinite_count.setter
@@ -143,6 +143,8 @@ def _scaler(brain: Any) -> torch.amp.GradScaler:
 
 
 def _autocast(stage: Stage) -> Any:
+    """Return a function of a Brain that returns its autocast context of a stage."""
+
     def context(brain: Any) -> AbstractContextManager[object]:
         found: AbstractContextManager[object] = brain.autocast(stage)
         return found
@@ -150,7 +152,7 @@ def _autocast(stage: Stage) -> Any:
     return context
 
 
-# What is worked out where it is read.
+# Attributes that are computed when they are read, as functions of the Brain.
 READ: dict[str, Any] = {
     "training_ctx": _autocast(Stage.TRAIN),
     "evaluation_ctx": _autocast(Stage.VALID),

@@ -125,6 +125,14 @@ def test_meta_is_plain_json_with_null_for_what_is_not_finite(tmp_path: Path) -> 
     assert saved.meta == {"a": 2.5, "b": None, "c": [None, True], "d": {"é": None}}
     with pytest.raises(ValueError, match=r"meta\['x'\]\[1\] of a checkpoint is a set; it can hold"):
         make(tmp_path).save_checkpoint({"x": [1, {2}]})
+    endless: list[Any] = []
+    endless.append(endless)
+    for value, said in (
+        (endless, "nested too deeply"),
+        ({1: 2, "1": 3}, "equal as text: .*1, '1'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path).save_checkpoint({"x": value})
 
 
 @pytest.mark.parametrize(
@@ -547,6 +555,9 @@ def test_a_folder_without_permission_is_a_sentence(tmp_path: Path) -> None:
         make(tmp_path).save_checkpoint()
     with pytest.raises(ValueError, match="cannot be made .Permission denied"):
         make(tmp_path / "below").save_checkpoint()
+    tmp_path.chmod(0o300)
+    with pytest.raises(ValueError, match="cannot be saved in .*: it is not readable"):
+        make(tmp_path).save_checkpoint()
     tmp_path.chmod(0o700)
 
 

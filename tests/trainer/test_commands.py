@@ -519,6 +519,17 @@ def test_an_average_is_a_run_that_can_be_loaded(
     assert len(kept.meta["average_of"]) == 3
 
 
+@pytest.mark.parametrize(("place", "given"), [("run", "."), ("run/inside", "..")])
+def test_the_folder_that_one_is_in_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, given: str
+) -> None:
+    saved(tmp_path / "run", [{"wer": 1.0}, {"wer": 2.0}])
+    (tmp_path / place).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / place)
+    assert main(["average", given]) == 0
+    assert (tmp_path / "run-average" / "hyperparams.yaml").is_file()
+
+
 def test_the_average_of_a_program_is_loaded_by_it(program: Path) -> None:
     assert main(["run", "mine.yaml", "--checkpoint_every_steps", "2"]) == 0
     folder = next((program / "results").glob("*/mine/*"))

@@ -168,7 +168,10 @@ class Undecided(nn.Module):
     ("made", "message"),
     [
         (lambda: graph(nn.Identity(), reference=lambda x: x + 0.01), "output differs by 0.01 from"),
-        (lambda: graph(nn.Identity(), reference=lambda x: x[:, 1:]), r"makes \[1, 20\], and torch"),
+        (
+            lambda: graph(nn.Identity(), reference=lambda x: x[:, 1:]),
+            r"returns shape \[1, 20\], and torch",
+        ),
         (lambda: graph(nn.Identity(), reference=lambda x: x * torch.nan), "differs by nan from"),
         (lambda: graph(Undecided()), "cannot be exported to"),
     ],

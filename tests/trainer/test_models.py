@@ -711,6 +711,20 @@ def test_a_bare_checkpointer_goes_on_within_the_epoch(tmp_path: Path, end_of_epo
     assert list(again) == ([3] if end_of_epoch else [2, 3])
 
 
+def test_sound_weights_of_a_checkpoint_are_tested_if_its_epoch_is_not_known(
+    tmp_path: Path,
+) -> None:
+    counter = EpochCounter(2)
+    keep = Checkpointer(tmp_path, keep_last=2)
+    brain = make(Regressor, hparams={"counter": counter}, checkpointer=keep)
+    brain.fit(counter, batches(2), batches(1))
+    expected = brain.evaluate(batches(1), min_key="loss")
+    best = keep.find(min_key="loss")[0].path / "brain.pt"
+    best.write_bytes(best.read_bytes()[::-1])
+    with pytest.warns(UserWarning, match="brain.pt is broken.*; epoch counters keep their present"):
+        assert brain.evaluate(batches(1), min_key="loss") == expected
+
+
 def test_a_counter_beside_a_brain_goes_on_within_the_epoch(tmp_path: Path) -> None:
     seen: list[Any] = []
 
@@ -994,6 +1008,7 @@ def test_an_absent_device_is_refused(name: str) -> None:
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2.*but no MASTER_ADDR: unset RANK"),
         ({"RANK": "a", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "do not fit"),
+        ({"RANK": "0", "WORLD_SIZE": "b", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "do not fit"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "do not fit"),
     ],
 )
@@ -1004,8 +1019,9 @@ def test_left_over_variables_of_a_launcher_are_named(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=sentence):
-        distributed.start("cpu")
+    for enter in (distributed.start, distributed.join):
+        with pytest.raises(ValueError, match=sentence):
+            enter("cpu")
 
 
 def test_processes_that_do_not_come_are_told(

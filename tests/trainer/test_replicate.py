@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from trainer import Stage, distributed
 from trainer.distributed import buckets
+from trainer.distributed.announcements import Windows
+from trainer.distributed.strategy import BatchGivenUp, Replicate, WindowSums
 
 from ..processes import TwoRanks
 from .two_processes import Line, Players, Reentrant, batches, make, weights
@@ -117,6 +120,30 @@ def build(kind: str) -> Found:
     except ValueError as error:
         return {"message": str(error)}
     return {"message": ""}
+
+
+def test_a_step_by_hand_sums_numbers_on_the_device_of_the_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The backend of a GPU takes no tensors on the CPU; a meta tensor stands for one on a GPU."""
+    devices: list[str] = []
+
+    class Recording(Replicate):
+        def announce(self, windows: Windows) -> None:
+            pass
+
+        def end_window(
+            self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
+        ) -> WindowSums:
+            devices.append(loss.device.type)
+            return WindowSums(torch.ones(5), [], 1.0)
+
+    monkeypatch.setattr(distributed, "gradient_group", lambda: None)
+    strategy = Recording()
+    strategy.prepare_backward("main", [nn.Parameter(torch.zeros(2, device="meta"))])
+    with pytest.raises(BatchGivenUp):
+        strategy.average("main")
+    assert devices == ["meta"]
 
 
 @pytest.mark.parametrize(

@@ -1034,7 +1034,12 @@ def _readable(meta: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: it could not be read back, which would make the whole checkpoint a broken one.
     """
-    found = _to_json(meta)
+    try:
+        found = _to_json(meta)
+    except RecursionError:
+        raise ValueError(
+            f"meta of a checkpoint is nested too deeply; allowed are {json_files.MAX_DEPTH} levels"
+        ) from None
     try:
         json_files.parse(storage.encode_manifest({"checkpoint": {"meta": found}}))
     except (ValueError, RecursionError) as error:
@@ -1050,6 +1055,10 @@ def _to_json(value: Any, where: str = "meta") -> Any:
     """
     value = tree.plain_number(value)
     if isinstance(value, Mapping):
+        if len({str(key) for key in value}) < len(value):
+            raise ValueError(
+                f"{where} of a checkpoint has keys that are equal as text: {list(value)}"
+            )
         return {str(key): _to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]

@@ -651,8 +651,9 @@ def make_folder(folder: Path) -> None:
             f"checkpoints cannot be saved in {folder}: it does not exist and cannot be made "
             f"({error.strerror}); choose another place, or make it writable"
         ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UnwritableFolder(f"checkpoints cannot be saved in {folder}: it is not writable")
+    for mode, what in ((os.W_OK | os.X_OK, "writable"), (os.R_OK, "readable")):
+        if not os.access(folder, mode):
+            raise UnwritableFolder(f"checkpoints cannot be saved in {folder}: it is not {what}")
 
 
 def make_temporary(path: Path) -> str:

@@ -202,7 +202,7 @@ def _average(argv: list[str]) -> int:
     if given.number is not None and given.number < 1:
         raise ValueError(f"--number is {given.number}; it must be 1 or more")
     (run,) = folders
-    output = given.output or run.with_name(f"{run.resolve().name}-average")
+    output = given.output or runs.beside(run, "average")
     with warnings.catch_warnings(record=True) as caught:  # Broken checkpoints warn.
         warnings.simplefilter("always")
         try:

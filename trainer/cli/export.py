@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.runs import is_locked
+from trainer.cli.runs import beside, is_locked
 from trainer.inference.exporting import FORMATS
 from trainer.inference.exporting import export as write
 from trainer.inference.initialise import is_export
@@ -42,9 +42,9 @@ def export(argv: Sequence[str]) -> int:
     if rest or given.run is None:
         raise ValueError(f"usage: cortex export {USAGE}")
     run = Path(os.path.expanduser(given.run))
-    # Within a run, so that patterns such as NAME/* match runs alone.
-    beside = run.with_name(f"{run.resolve().name}-{given.to}")
-    out = given.out or (beside if is_export(run) else run / "export" / given.to)
+    # Inside of a run by default, so that a pattern such as NAME/* matches runs alone.
+    inside = run / "export" / given.to
+    out = given.out or (beside(run, given.to) if is_export(run) else inside)
     if is_locked(run):
         raise ValueError(
             f"the run in {printable(str(run))} is still going on: export it when it has ended; "

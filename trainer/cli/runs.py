@@ -106,6 +106,17 @@ def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     ]
 
 
+def beside(run: Path, ending: str) -> Path:
+    """Return the path beside a run folder that has an ending in addition, as in "1234-average".
+
+    Args:
+        run: the run folder, which may be given as "." or "..".
+        ending: text that follows the name of the folder and a hyphen.
+    """
+    named = run.resolve() if run.name in ("", "..") else run
+    return named.with_name(f"{run.resolve().name}-{ending}")
+
+
 def read_run(folder: Path) -> RunFacts:
     """Return the facts of a run; files that cannot be read are named in its notes.
 

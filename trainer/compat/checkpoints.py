@@ -1,4 +1,4 @@
-"""SpeechBrain's Checkpointer and its folders, for `Brain` and our `Checkpointer`."""
+"""Replacement of SpeechBrain's Checkpointer by a `Checkpointer` of this package."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from trainer.compat.toolkit import is_theirs
 
 
 def adapted(checkpointer: Any, hparams: SimpleNamespace) -> Any:
-    """Return a `Checkpointer` of ours in place of one of SpeechBrain's, which a YAML has built.
-
-    It has the same folder and recoverables. Anything else is returned as it is.
+    """Return a `Checkpointer` of this package with the folder and recoverables of SpeechBrain's.
 
     Args:
-        checkpointer: what the Brain was given.
+        checkpointer: the checkpointer of a Brain; any other than SpeechBrain's is returned as it
+            is.
         hparams: hyperparameters, in which it is replaced, too.
     """
     if not is_theirs(checkpointer):

@@ -15,8 +15,8 @@ from trainer.conventions import Conventions
 class SpeechBrainConventions(Conventions):
     """Conventions of SpeechBrain.
 
-    Its datasets and its checkpointer are taken from any recipe. The rest applies to a recipe that
-    was written for it.
+    Datasets and checkpointers of SpeechBrain are supported in any recipe. The other conventions
+    apply only to a recipe that was written for SpeechBrain.
 
     Args:
         kind: class of the recipe's Brain.
@@ -28,7 +28,7 @@ class SpeechBrainConventions(Conventions):
         toolkit.warn_of_uncalled(kind)
 
     def checkpointer(self, checkpointer: Any, hparams: SimpleNamespace) -> Any:
-        """Return a `Checkpointer` of ours in place of one of SpeechBrain's."""
+        """Return a `Checkpointer` of this package in place of one of SpeechBrain's."""
         return adapted(checkpointer, hparams)
 
     def make_loader(
@@ -40,9 +40,19 @@ class SpeechBrainConventions(Conventions):
     ) -> Any:
         """Return a loader with SpeechBrain's defaults where a recipe counts on them.
 
-        Its datasets give its own batches, in which lengths are shares of the longest. Its recipes
-        get the items in the dataset's order, which they may have sorted, unless they ask for
-        another.
+        Its datasets give its own batches, in which lengths are relative to the longest item. Its
+        recipes get training items in the dataset's order, which they may have sorted, unless an
+        option names another order. The option ``looped_nominal_epoch`` gives the batches of an
+        epoch of a loader that starts anew at its end.
+
+        Args:
+            make: function that makes the loader from the dataset and options.
+            dataset: the dataset.
+            train: True for a loader of training data.
+            options: options of the loader that the recipe gives.
+
+        Raises:
+            ValueError: ``looped_nominal_epoch`` is given, and SpeechBrain is not imported.
         """
         options = dict(options)
         looped = options.pop("looped_nominal_epoch", None)
@@ -64,14 +74,18 @@ class SpeechBrainConventions(Conventions):
         return loader if looped is None else _looped(loader, looped)
 
     def step_without_gradients(self, error: ValueError) -> None:
-        """Warn once in a recipe of SpeechBrain's, which steps without gradients."""
+        """Warn once in a recipe of SpeechBrain's, where such a step is allowed; raise in others.
+
+        Args:
+            error: the error of a step for which no parameter has a gradient.
+        """
         if not self.measures:
             raise error
         toolkit.warn_once(str(error))
 
 
 def _looped(loader: Any, batches: int) -> Any:
-    """Return SpeechBrain's loader of epochs of so many batches, around another loader."""
+    """Return SpeechBrain's loader with epochs of ``batches`` batches around another loader."""
     dataloader = sys.modules.get(f"{toolkit.PACKAGE}.dataio.dataloader")
     if dataloader is None:
         raise ValueError(

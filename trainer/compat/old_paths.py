@@ -1,7 +1,7 @@
 """Import paths of earlier versions, as aliases of the modules that replaced them.
 
-`install` lets `import trainer.nonfinite` return the module `trainer.optim.guard`, which is not
-imported before it is asked for. Names in a YAML go through `current_path`.
+After `install`, `import trainer.nonfinite` returns the module `trainer.optim.guard`, which is
+imported only then. Dotted names in a YAML are translated by `current_path`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.abc import Loader, PathEntryFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Former module: its successors; a name is looked up in each of them in turn.
+# Successors by former module; a name is looked up in each of them in turn.
 OLD_PATHS: dict[str, tuple[str, ...]] = {
     "trainer.averages": ("trainer.metrics", "trainer.optim.ema"),
     "trainer.configuration": ("trainer.config",),
@@ -40,6 +40,9 @@ def current_path(name: str) -> str:
 
     Args:
         name: dotted name of a module or of an object in one, such as "trainer.averages.Mean".
+
+    Returns:
+        The current name, such as "trainer.metrics.Mean"; ``name`` itself if nothing has moved.
     """
     parts = name.split(".")
     modules, rest = OLD_PATHS.get(".".join(parts[:2]), ()), parts[2:]
@@ -50,15 +53,15 @@ def current_path(name: str) -> str:
 
 
 class _Finder(PathEntryFinder, Loader):
-    """Finds former modules of `trainer`."""
+    """Finder and loader of former modules of `trainer`."""
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in OLD_PATHS else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the successor in the place of `module`; of packages, their public names into it.
+        """Replace `module` by its successor, or fill it with the public names of packages.
 
-        An alias of a package has no submodules: they would be imported a second time.
+        The alias of a package has no submodules: they would be imported a second time.
         """
         modules = [importlib.import_module(name) for name in OLD_PATHS[module.__name__]]
         if len(modules) == 1 and not hasattr(modules[0], "__path__"):

@@ -7,8 +7,8 @@
     sb.ddp_init_group(run_opts)
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
 
-Names that are not defined here are those of SpeechBrain, which is imported when the first of them
-is asked for. `trainer.main` does all of the above, and more, by itself.
+Other names are those of SpeechBrain, which is imported when the first of them is used.
+`trainer.main` does all of the above, and more, by itself.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _program = ExitStack()  # What `create_experiment_directory` has opened, until t
 
 
 def __getattr__(name: str) -> Any:
-    """Return a name of SpeechBrain's."""
+    """Return an attribute of SpeechBrain, or of its module ``core``."""
     if name.startswith("__"):
         raise AttributeError(name)
     if name == "core":
@@ -106,7 +106,7 @@ def load_hyperpyyaml(
 
 
 def _nested(node: Node) -> Any:
-    """Return a plain mapping as a dict, with what is below it, and anything else as it is."""
+    """Return nested plain mappings as dicts, and any other node as it is."""
     if isinstance(node, MappingNode) and not object_name(node):
         return {key: _nested(each) for key, each in items(node)}
     return node
@@ -114,6 +114,7 @@ def _nested(node: Node) -> Any:
 
 @contextmanager
 def _path_of(stream: IO[str] | str) -> Iterator[Path]:
+    """Context manager that yields the path of a YAML; for text, that of a temporary file."""
     name = getattr(stream, "name", None)
     if isinstance(name, str) and Path(name).is_file():
         yield Path(name)
@@ -125,9 +126,9 @@ def _path_of(stream: IO[str] | str) -> Iterator[Path]:
 
 
 def ddp_init_group(run_opts: Mapping[str, Any] | None = None) -> None:
-    """Join the processes that torchrun launched; nothing in a process that it did not launch.
+    """Join the processes that torchrun launched; do nothing in a process that it did not launch.
 
-    Every rank must call it. A `Brain` does so by itself when it is made.
+    Every rank must call it. The constructor of a `Brain` does the same.
 
     Args:
         run_opts: the run options, of which ``device`` is used.
@@ -151,7 +152,7 @@ def run_on_main(
 ) -> Any:
     """Call a function on rank 0, and then another one on the others. Every rank must call it.
 
-    An error on one rank is an error on all of them.
+    An error on one rank is raised on all of them.
 
     Args:
         func: called on rank 0.
@@ -249,7 +250,13 @@ ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None]
 
 
 def _log_error(log: TextLog, path: Path, before: ExceptHook) -> ExceptHook:
-    """Return a hook that writes the error that ends the program to train.log, and tells ranks."""
+    """Return an excepthook that writes the error to train.log and sends it to the other ranks.
+
+    Args:
+        log: train.log on the main rank.
+        path: the file train.log.
+        before: hook to call afterwards.
+    """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         try:

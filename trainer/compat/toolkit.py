@@ -1,4 +1,4 @@
-"""Recipes, datasets and lengths of SpeechBrain's, recognised without importing it."""
+"""Recognition of SpeechBrain's recipes, datasets and lengths, without importing it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from trainer.seed import reseed
 
 PACKAGE = "speechbrain"
 
+# Methods of SpeechBrain's Brain that the loop here does not call.
 UNCALLED = (
     "_compile", "_fit_train", "_fit_valid", "_save_intra_epoch_ckpt",
     "_should_save_intra_epoch_ckpt", "_train_loader_specifics", "_wrap_distributed",
@@ -30,7 +31,11 @@ def is_theirs(obj: Any) -> bool:
 
 
 def written_for_it(kind: type) -> bool:
-    """Return True for a class whose module, or a function around it, has imported SpeechBrain."""
+    """Return True for a class that uses names of SpeechBrain, from its module or a closure.
+
+    Args:
+        kind: class of a Brain; its base classes count, too.
+    """
     for cls in kind.__mro__:
         if cls.__module__.partition(".")[0] in (__name__.partition(".")[0], "builtins"):
             continue
@@ -65,9 +70,9 @@ def warn_of_uncalled(kind: type) -> None:
 
 
 def check_lengths() -> None:
-    """Have SpeechBrain's masked losses refuse lengths that are numbers, such as `Padded.lengths`.
+    """Make SpeechBrain's masked losses refuse integer lengths, such as `Padded.lengths`.
 
-    They take shares of the longest, and a number of 1 or more masks nothing.
+    These losses expect lengths relative to the longest item; a length of 1 or more masks nothing.
     """
     losses: Any = sys.modules.get(f"{PACKAGE}.nnet.losses")
     masked = getattr(losses, "compute_masked_loss", None)
@@ -80,7 +85,7 @@ def check_lengths() -> None:
         if isinstance(length, Tensor) and not length.is_floating_point():
             raise ValueError(
                 "a loss of SpeechBrain's got lengths that are whole numbers, and it takes shares "
-                "of the longest, between 0 and 1: give batch.sig.relative() of a Padded sig"
+                "of the longest item, between 0 and 1: give batch.sig.relative() of a Padded sig"
             )
         return masked(loss_fn, predictions, targets, length, *more, **options)
 
@@ -93,7 +98,7 @@ def warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-# Functions that seed: a key of a YAML that applies one is the seed of the run.
+# Functions that seed: the argument of one that a YAML calls is the seed of the run.
 SEEDING = (
     "torch.manual_seed", "torch.random.manual_seed", f"{PACKAGE}.utils.seed_everything",
     f"{PACKAGE}.utils.seed.seed_everything", "lightning.seed_everything",
@@ -105,7 +110,7 @@ SEEDING = (
 SET_SEED = f"{__name__}.set_seed"
 
 # Parts of SpeechBrain that a YAML may not name: they run commands or code, read pickles, download,
-# or write files of any name.
+# or write files at any path.
 CLOSED_PARTS = """
     core.create_experiment_directory create_experiment_directory dataio.dataio.load_pickle
     dataio.dataio.load_pkl dataio.dataio.save_md5 dataio.dataio.save_pkl dataio.dataio.write_audio
@@ -123,6 +128,9 @@ def set_seed(seed: int = 0, verbose: bool = True, deterministic: bool = False) -
         seed: a whole number of 0 or more.
         verbose: not used.
         deterministic: let torch use deterministic algorithms only.
+
+    Raises:
+        ValueError: the seed is no whole number of 0 or more.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"a seed must be a whole number of 0 or more, not {seed!r}")

@@ -1,4 +1,4 @@
-"""Process-group verbs: ranks, collectives, and work that succeeds or fails on all ranks as one.
+"""Process group: ranks, collectives, and work that succeeds or fails on all ranks as one.
 
 ``torchrun --nproc_per_node=N recipes/<task>/train.py …`` launches the processes. In a run of one
 process, no function of this module communicates.
@@ -24,11 +24,12 @@ from trainer.distributed.hang_watch import HangWatch, pause
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # Of the environment.
-_timeout = TIMEOUT
+# Variables of the environment that torchrun sets.
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RENDEZVOUS = timedelta(seconds=60)  # Time in which all processes have to come together.
+_timeout = TIMEOUT
 _store: Any = None  # torch's store that is shared by the processes of one start of a run.
-_gradient_group: tuple[Any, Any] = None, None  # The process group it belongs to, and the group.
+_gradient_group: tuple[Any, Any] = None, None  # The default group at its creation, and itself.
 
 
 def _active() -> bool:
@@ -117,8 +118,14 @@ def join(device: str) -> None:
     """Join the processes that torchrun launched, for a program that has not done so; see `start`.
 
     Every rank must call it. The process leaves the group when it ends.
+
+    Args:
+        device: as in `start`.
+
+    Raises:
+        ValueError: as in `start`.
     """
-    if launched() and int(os.environ["WORLD_SIZE"]) > 1 and not _active():
+    if launched() and os.environ["WORLD_SIZE"] != "1" and not _active():
         start(device)
         atexit.register(stop)
 
@@ -132,10 +139,10 @@ def stop() -> None:
 
 
 def gradient_group() -> Any:
-    """Return the group of the messages with gradients. Every rank must call it.
+    """Return the process group for gradients. Every rank must call it.
 
-    Its messages have an order of their own: other collectives may come between them, in another
-    place on each rank.
+    Its messages are ordered among themselves only: collectives of the default group may come
+    between them, at different places on each rank.
     """
     global _gradient_group
     world = dist.group.WORLD
@@ -146,7 +153,7 @@ def gradient_group() -> Any:
 
 
 def device() -> torch.device:
-    """Return the device on which the backend takes tensors."""
+    """Return the device of the tensors that the backend can send."""
     nccl = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -380,7 +387,7 @@ def meet(name: str, seconds: float) -> bool:
     """Wait for all ranks outside of their collectives.
 
     Args:
-        name: name of the place, used once in a run.
+        name: name of the meeting, the same on all ranks and used once in a run.
         seconds: time to wait for the others, in seconds.
 
     Returns:
@@ -400,7 +407,7 @@ def meet(name: str, seconds: float) -> bool:
 
 
 def depart(request: int | None = None, error: str = "") -> None:
-    """Tell the other ranks why this one ends without them; the first to do so is heard.
+    """Tell the other ranks why this one ends without them; the first call of any rank counts.
 
     Args:
         request: number of the request to stop for which it ends; None for an error.

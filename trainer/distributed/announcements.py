@@ -19,7 +19,7 @@ from trainer import distributed
 
 Windows = Sequence[Sequence[str]]  # The optimizers of each window that a call of `optimize` closes.
 
-LIMIT = 2**62  # Of a number that stands for windows.
+LIMIT = 2**62  # Numbers that stand for windows are smaller.
 
 
 class Votes(NamedTuple):
@@ -55,7 +55,13 @@ class Announcements:
         self._message: Any = None
 
     def send(self, windows: Windows | None, stop: bool = False, save: bool = False) -> None:
-        """Announce windows that this rank closes now, none of them, or None for a batch given up.
+        """Announce the windows that this rank closes now.
+
+        Args:
+            windows: the windows, in the order in which they are closed; empty if the batch closes
+                no more; None if this rank has given up the batch.
+            stop: this rank's vote to stop.
+            save: this rank's vote to save.
 
         Raises:
             ValueError: if there are too many windows.
@@ -105,13 +111,16 @@ class Announcements:
             return [], Votes(*map(bool, flags))
         self.check([most + least, digest + opposite])
         if any(names is self._joint for names in self._decode(most)):
-            self._joint = list(joint())  # Those of an earlier window may have been others.
+            self._joint = list(joint())  # In an earlier window others may have stepped together.
         windows = self._decode(most)
         self.check([0, digest - _digest(windows)])
         return windows, Votes(*map(bool, flags))
 
     def check(self, disagreement: Sequence[float]) -> None:
-        """Check the number of `disagreement`, once it is read.
+        """Check the vector of `disagreement`, once it is read.
+
+        Args:
+            disagreement: its two numbers.
 
         Raises:
             ValueError: if ranks have announced different windows.

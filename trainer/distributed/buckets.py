@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer import distributed
 
-# The first message is small, so that it is on its way early; later ones fill a link.
+# The first message is small, so that it is sent early; later ones are large, for throughput.
 FIRST_BUCKET_BYTES = 2**20
 BUCKET_BYTES = 25 * 2**20
 
@@ -84,7 +84,7 @@ class GradientBuckets:
         self._buckets: list[Bucket] = []
         self._place: list[tuple[int, Tensor] | None] = [None] * len(self.params)
         self._stale = False
-        self.learned = False  # True once a window of this process has shown which hooks fire twice.
+        self.learned = False  # True once a window in this process showed which hooks fire twice.
         self._listening = self._sending = False
         self._fired: set[int] = set()
         self._twice: set[int] = set()
@@ -102,7 +102,7 @@ class GradientBuckets:
                 p.requires_grad_(False)
 
     def remove_hooks(self) -> None:
-        """Leave the parameters, which other buckets take over."""
+        """Remove the hooks from the parameters, which other buckets take over."""
         self.wait()
         for hook in self._hooks:
             hook.remove()
@@ -133,7 +133,7 @@ class GradientBuckets:
             self._sent = 0
 
     def stop_listening(self) -> None:
-        """Leave the gradients of other backward passes alone."""
+        """Ignore the gradients of the backward passes that follow."""
         self._listening = self._sending = False
 
     def flush(self, factor: float) -> None:
@@ -152,6 +152,10 @@ class GradientBuckets:
 
     def send_late(self, indices: Iterable[int], factor: float) -> None:
         """Send late parameters that some rank has a gradient of, those in sparse layout last.
+
+        Args:
+            indices: indices of these parameters, the same on all ranks.
+            factor: number by which this rank's gradients are multiplied.
 
         Raises:
             ValueError: a gradient is in sparse layout that may not be.
@@ -179,7 +183,12 @@ class GradientBuckets:
         self._sent = 0
 
     def learn(self, have: Iterable[int], twice: Iterable[int]) -> None:
-        """Take what all ranks agree on: who has a gradient, and whose hook fires twice."""
+        """Give places to parameters, by what all ranks have told each other.
+
+        Args:
+            have: indices of late parameters that have a gradient on some rank.
+            twice: indices of parameters whose hook fires twice on some rank.
+        """
         before = self._early.copy()
         self._fires_twice |= set(twice)
         self._early |= set(have)
@@ -194,11 +203,11 @@ class GradientBuckets:
             yield from zip(bucket.params, bucket.had_gradient, strict=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what decides the buckets, in which order floating-point sums are taken."""
+        """Return what determines the buckets, and with them the order of floating-point sums."""
         return {"early": sorted(self._early), "twice": sorted(self._fires_twice)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the buckets of a saved run; who fires twice is learned again."""
+        """Restore the buckets of a saved run; which hooks fire twice is learned again."""
         self._early, self._fires_twice = set(state["early"]), set(state["twice"])
         self.learned = False
         self._lay_out()  # Now: a window may be open, which has been restored, too.
@@ -253,8 +262,8 @@ class GradientBuckets:
             slot.copy_(p.grad)
             p.grad = slot
         if self._sending:
-            # Without this parameter: hooks of the user's may come after this one, and edit the
-            # gradient. Those of the parameters before it have run.
+            # Send what was full before this parameter: a hook of the user's on this parameter may
+            # run after this one and change its gradient.
             if self._after is None or self._after.all_sent:
                 while not self.all_sent and not self._left[self._sent]:
                     self._send(self._buckets[self._sent])

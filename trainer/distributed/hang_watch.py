@@ -1,7 +1,7 @@
-"""Watch over ranks that hang: the others end, and name it with the place where it stands.
+"""Hang watch: ends all ranks if one makes no progress, and logs which one and where it stands.
 
-A thread of each rank publishes in torch's store where its main thread stands. Where a rank makes no
-progress for too long, that tells the rank that computes or sleeps from those that wait for it.
+A thread of each rank publishes in torch's store where its main thread stands. When no rank makes
+progress for too long, this tells the rank that computes or sleeps from those that wait for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _paused = 0  # Depth of `pause` blocks.
 
 
 class pause:
-    """Context manager for work of a rank for which the others may wait for any time.
+    """Context manager for work of one rank for which the others may wait without a limit.
 
     Every rank must enter it.
     """
@@ -61,12 +61,12 @@ class HangWatch:
         self._over: threading.Event | None = None
 
     def mark(self) -> None:
-        """Say that this rank makes progress."""
+        """Note that this rank has made progress."""
         self._progress += 1
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Context manager in which `mark` is called again and again. Every rank must enter it."""
+        """Context manager in which `mark` is called regularly. Every rank must enter it."""
         if self._store is None or not self._timeout or self._over is not None:
             yield
             return
@@ -86,7 +86,7 @@ class HangWatch:
     def _watch(self, over: threading.Event, main: int) -> None:
         """Publish where the main thread stands, and end the process if a rank hangs."""
         progress, since, since_read, beat = -1, 0.0, 0.0, 0
-        before: list[dict[str, Any]] | None = None  # What the ranks had published a while ago.
+        before: list[dict[str, Any]] | None = None  # What ranks had published when time was up.
         while not over.wait(self._interval):
             beat += 1
             if _paused or progress != self._progress:
@@ -100,7 +100,7 @@ class HangWatch:
                     before, since_read = self._read(), time.monotonic()
                 elif before is not None and time.monotonic() - since_read >= 4 * self._interval:
                     verdict, before = self._describe(before, self._read()), None
-                    if verdict:  # The first rank decides.
+                    if verdict:  # That of the first rank to write it holds.
                         self._store.compare_set("hung", "", verdict)
                 if not self._store.check(["hung"]):
                     continue
@@ -118,7 +118,7 @@ class HangWatch:
         ranks = range(self._world_size)
         silent = [r for r in ranks if before[r].get("beat") == now[r].get("beat")]
         if any(now[r]["lasted"] < self._timeout for r in ranks if r not in silent):
-            return ""  # Or it has paused, as for a callback of rank 0 about a checkpoint.
+            return ""  # A rank has made progress, or has entered `pause`.
         busy = [r for r in ranks if not now[r].get("waits")]
         hung = silent or busy or list(ranks)
         places = "; ".join(f"rank {r} at {now[r].get('place', 'an unknown place')}" for r in hung)

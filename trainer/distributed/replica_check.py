@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from trainer import distributed
 
-ROW = 4096  # words that share a weight of the second level
-BLOCK = 256 * ROW  # words of 8 bytes that are weighed at once
+ROW = 4096  # Words of 8 bytes in a row: each row is summed, and then the sums of all rows.
+BLOCK = 256 * ROW  # Words that are multiplied at once, which bounds the memory.
 
 
 class DriftError(RuntimeError):
@@ -109,8 +109,8 @@ def check_replicas_in_sync(
 
     Args:
         tensors: the same names and order on all ranks.
-        where: place in the run, with which the error begins.
-        what: the word for the tensors.
+        where: place in the run, with which the error message begins.
+        what: what the tensors are, for the error message.
 
     Raises:
         DriftError: a tensor is not the same on all ranks; raised on every rank.
@@ -130,8 +130,8 @@ def check_replicas_in_sync(
 class ConstantBuffers:
     """The buffers of modules that no forward pass changes, and that have to be equal on all ranks.
 
-    Running statistics differ between ranks until an epoch ends. Left out are those of batch norms,
-    buffers that have changed on every rank between two checks, and those that grow.
+    Left out are running statistics of batch norms, which differ between ranks until an epoch ends,
+    buffers that have changed on every rank between two checks, and buffers that grow.
 
     Args:
         modules: the modules.
@@ -160,7 +160,7 @@ class ConstantBuffers:
         self._before = {n: (b.shape, int(fingerprint(b))) for n, b in self._all().items()}
 
     def find(self) -> dict[str, Tensor]:
-        """Return the buffers that are to be equal now, by name. Every rank must call it."""
+        """Return the buffers that must be equal on all ranks, by name. Every rank must call it."""
         buffers, before = self._all(), self._before
         self.note()
         names = [name for name in before if name in buffers]

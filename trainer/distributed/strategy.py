@@ -34,13 +34,13 @@ class WindowSums(NamedTuple):
     """Sums over ranks of a closed accumulation window, on the device.
 
     Args:
-        numbers: sum of weighted losses, sum of weights, the number of ranks for each of the three
-            `Votes`, and for each of the P parameters in ``params`` the number of ranks on which it
-            had a gradient, (5 + P,).
+        numbers: vector (5 + P,): sum of weighted losses, sum of weights, the number of ranks for
+            each of the three `Votes`, and for each of the P parameters in ``params`` the number of
+            ranks on which it had a gradient.
         params: parameters that may have had no gradient on any rank.
         reference: weight that the summed gradients are relative to.
-        check: a vector on the device, and the function that it is to be given once it is on the
-            host; it raises ValueError if ranks have closed different windows.
+        check: a vector on the device, and a function to call with its numbers on the host, which
+            raises ValueError if ranks have closed different windows; None if there is no doubt.
     """
 
     numbers: Tensor
@@ -92,7 +92,7 @@ class Strategy:
         """
 
     def reference(self, name: str) -> float | None:
-        """Return the weight that gradients of this optimizer are relative to; None if it is free.
+        """Return the weight that gradients of this optimizer are relative to; None if not known.
 
         Gradients are sums of w/reference · g over batches of weight w.
         """
@@ -165,7 +165,17 @@ class Strategy:
         return None
 
     def average(self, name: str) -> None:
-        """Replace gradients of an optimizer by their mean over ranks, before a step by hand."""
+        """Replace gradients of an optimizer by their mean over ranks, before a step by hand.
+
+        Every rank must call it.
+
+        Args:
+            name: name of the optimizer.
+
+        Raises:
+            BatchGivenUp: another rank has given up this batch.
+            ValueError: ranks call it for different optimizers.
+        """
 
     def share_buffers(self, modules: nn.Module) -> None:
         """Make the buffers of all ranks equal, at the end of an epoch. Collective."""
@@ -197,7 +207,7 @@ class Replicate(Strategy):
         self._announcements = Announcements([], self._group)
         self._open: list[list[str]] = []  # Announced windows that are not closed yet.
         self._flushed = 0  # Number of these whose gradients are on their way.
-        self._confirmed = True  # All ranks are known to have announced these.
+        self._confirmed = True  # True if all ranks are known to have announced these.
         self._sent_flags: tuple[Sequence[float], Tensor] = [], torch.zeros(0)
 
     def prepare(self, modules: nn.Module) -> None:
@@ -332,7 +342,8 @@ class Replicate(Strategy):
     def average(self, name: str) -> None:
         self.announce([[name]])
         self.prepare_backward(name, self._buckets[name].params)
-        sums = self.end_window([name], torch.zeros(()), 1.0, 1.0)
+        nothing = torch.zeros((), device=self._buckets[name].params[0].device)
+        sums = self.end_window([name], nothing, 1.0, 1.0)
         ranks = sums.numbers[1:].tolist()
         self.votes = Votes(*(number > 0 for number in ranks[1:4]))
         if self.votes.gave_up:
@@ -374,15 +385,24 @@ class Replicate(Strategy):
     def _flush(
         self, trained: Sequence[GradientBuckets], reference: float, agreed: float | None
     ) -> None:
+        """Send the buckets that are not on their way, relative to the weight ``agreed``."""
         for buckets in trained:
             buckets.flush(1.0 if agreed is None else reference / agreed)
 
     def _close_late(self, names: Sequence[str], weighed: float, reference: float) -> float:
-        """Send what has no place in a bucket, and agree on what is not known yet.
+        """Send gradients that have no place in a bucket, and learn which places to give.
 
         Every rank asks the others in the first window of the process, and where there are late
         parameters. The reference weight is the sum over ranks: gradients of equal weights need no
         factor then.
+
+        Args:
+            names: optimizers that step together.
+            weighed: ``reference``; 0 if this rank's window has no examples.
+            reference: weight that this rank's gradients are relative to.
+
+        Returns:
+            The weight that the summed gradients are relative to.
         """
         trained, ranks = [self._buckets[name] for name in names], distributed.world_size()
         late = [(buckets, i) for buckets in trained for i in buckets.late()]
@@ -443,7 +463,7 @@ def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def _norms(trained: Sequence[GradientBuckets]) -> list[float]:
-    """Return the norm of each dense gradient."""
+    """Return the norms of all dense gradients; syncs."""
     grads = [p.grad for buckets in trained for p in buckets.params]
     return [float(grad.norm()) for grad in grads if grad is not None and not grad.is_sparse]
 

@@ -73,9 +73,12 @@ def write_card(
         folder: the export.
         model: the model.
         origin: what it was loaded from, or None.
-        described: the description of the export.
+        described: content of export.json.
         code: example of how to use a network; empty for weights.
-        seeds: runs that differ in their seeds alone.
+        seeds: folders of runs that differ in their seeds alone.
+
+    Raises:
+        ValueError: a folder of ``seeds`` is no run, or differs in more than its seed.
     """
     run = None if origin is None else origin.run.folder
     package = _package(model, origin)
@@ -83,7 +86,7 @@ def write_card(
     title = _title(package, model)
     results = _results(run, seeds)
     answers = _tasks(model)
-    units: Mapping[str, str] = getattr(model, "units", {})
+    units = _units(model, origin)
     parts = [
         _front_matter(name, title, answers, described["format"], origin, results, units),
         f"# {escaped(title)}",
@@ -110,7 +113,12 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$]|(?<=\w):(?=//)|(?<=www)\.|^[-+=]|(?<=^
 
 
 def escaped(text: object, most: int = MAX_TEXT) -> str:
-    """Return a text that Markdown and HTML show as it is, on one line."""
+    """Return a text on one line, with what is special in Markdown or HTML escaped.
+
+    Args:
+        text: anything; its ``str()`` is used.
+        most: maximum number of characters before escaping.
+    """
     line = " ".join(printable(" ".join(str(text).split())).split())
     line = line if len(line) <= most else f"{line[: most - 1]}…"
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -118,7 +126,7 @@ def escaped(text: object, most: int = MAX_TEXT) -> str:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Return lines as a block of code, which none of them can end."""
+    """Return a fenced block of code, with a fence longer than any in the text."""
     lines = [printable(line) for line in text.splitlines()]
     longest = max([2, *(len(run) for line in lines for run in re.findall("`+", line))])
     fence = "`" * (longest + 1)
@@ -126,7 +134,7 @@ def _fenced(text: str, language: str = "") -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of cells that are Markdown already."""
+    """Return a Markdown table of cells in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -136,7 +144,7 @@ def _section(title: str, text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with four digits."""
+    """Return a number with four significant digits, and an integer as it is."""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -301,7 +309,11 @@ def _examples(run: Path) -> dict[str, int]:
 
 
 def _results(run: Path | None, seeds: Sequence[str | Path]) -> dict[str, Any]:
-    """Return stage, metrics, their spread over items, and mean and spread over seeds.
+    """Return stage, metrics, their spread over items, and their mean and spread over seeds.
+
+    Returns:
+        ``stage``, "test" or "valid"; ``metrics`` by name; ``items``, by name standard deviation and
+        number of items; ``seeds``, by name mean, standard deviation and number of runs.
 
     Raises:
         ValueError: a run of ``seeds`` is none, or differs in more than its seed.
@@ -365,6 +377,16 @@ def _over_items(
     return found
 
 
+def _units(model: Model | Brain, origin: Origin | None) -> Mapping[str, str]:
+    """Return units of metrics by name: those of the model, for a Brain of its recipe's model."""
+    kind: type = type(model)
+    if not hasattr(kind, "units") and origin is not None:
+        with suppress(ValueError, ImportError):  # It is of no recipe that has a model.
+            kind = origin.run.model_class()
+    units: Mapping[str, str] = getattr(kind, "units", {})
+    return units
+
+
 def _with_unit(metric: str, units: Mapping[str, str]) -> str:
     """Return the name of a metric with its unit, such as "wer (%)"."""
     return f"{metric} ({units[metric]})" if metric in units else metric
@@ -412,7 +434,7 @@ def _training(run: Path | None) -> str:
 
 
 def _command(line: str) -> str:
-    """Return a recorded command without its time; of paths of the machine the last parts."""
+    """Return a recorded command without its time, and of absolute paths only the last parts."""
     words = line.split(" ")[2:] if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) else [line]
     try:
         given = shlex.split(" ".join(words))
@@ -428,7 +450,7 @@ def _command(line: str) -> str:
 
 
 def _options(command: str) -> list[str]:
-    """Return the options of a command, without those that say where it writes and shows."""
+    """Return the options of a command, except those for its output and its progress bar."""
     given, found = shlex.split(command), []
     place = 0
     while place < len(given):

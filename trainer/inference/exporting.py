@@ -32,8 +32,8 @@ from trainer.config.registry import recipe_packages
 from trainer.config.run_folder import KINDS
 from trainer.inference.cards import HYPERPARAMS_HEADER, write_card
 from trainer.inference.graphs import FILES, example_code, write_graph
-from trainer.inference.initialise import WEIGHTS
-from trainer.inference.loading import CHECKPOINTS, HYPERPARAMS, RECIPE, Origin, origin_of
+from trainer.inference.initialise import HYPERPARAMS, WEIGHTS
+from trainer.inference.loading import CHECKPOINTS, RECIPE, Origin, origin_of
 from trainer.inference.model import Model
 from trainer.options import BRAIN_KEYS, HINTS, nearest
 from trainer.untrusted import confined, no_modules_from
@@ -61,17 +61,17 @@ def export(
     samples of that run, and an ``export.json`` for programs. The model itself stays as it is.
 
     - ``safetensors``: all weights in ``model.safetensors``, by their names in ``model.modules``;
-      and of a model that `trainer.load` made what it needs beside them, so that `trainer.load`
-      makes it from this folder too. Each model of transformers is also saved as transformers does
-      it, in a folder of its own name, such as ``encoder/``, for ``from_pretrained``.
+      for a model that `trainer.load` made also the files that it needs, so that `trainer.load`
+      accepts this folder too. Each model of transformers is also saved by ``save_pretrained``, in a
+      folder of its name, such as ``encoder/``.
     - ``onnx`` and ``torch``: a network in ``model.onnx``, or in ``model.pt2`` for
       ``torch.export.load``. The file is run and compared to torch on inputs of several lengths and
       batch sizes. A class of your own says which network by a method ``graph(modules)``, which
       returns a `trainer.inference.Graph`.
 
     Args:
-        model: the model, with the weights that are to be written: as `trainer.load` gives it, or a
-            Brain within its ``best_weights()``.
+        model: the model with the weights to write: one of `trainer.load`, or a Brain within its
+            ``best_weights()``.
         folder: the folder to make.
         to: ``safetensors``, ``onnx`` or ``torch``.
         seeds: folders of runs that differ from the model's in their seeds alone; the README has
@@ -81,8 +81,9 @@ def export(
         The folder.
 
     Raises:
-        ValueError: the folder exists and is not empty, merged weights would not be finite, the
-            model has no network for this format, or the file computes something else than torch.
+        ValueError: ``to`` is unknown, the folder exists and is not empty, merged weights would not
+            be finite, the model has no network for this format, its file computes something else
+            than torch, or a run of ``seeds`` differs in more than its seed.
         OSError: a file cannot be written.
         ImportError: a package is missing that the format needs.
 
@@ -148,7 +149,10 @@ def _new(target: Path) -> Iterator[Path]:
 def _graph(model: Model | Brain, origin: Origin | None, modules: nn.ModuleDict, to: str) -> Graph:
     """Return the network of a model that other programs run.
 
-    A recipe has a function for it in graph.py, a class of a program a method.
+    It is that of the model's own method ``graph``, or of the function in the recipe's graph.py.
+
+    Raises:
+        ValueError: there is neither.
     """
     make = getattr(type(model), "graph", None) if isinstance(model, Model) else None
     if make is not None:

@@ -36,7 +36,13 @@ from trainer.config.reading import NULL, get, items, nodes, object_name, plain, 
 from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept_alone
-from trainer.inference.initialise import WEIGHTS, initialise, is_export, read_export
+from trainer.inference.initialise import (
+    HYPERPARAMS,
+    WEIGHTS,
+    initialise,
+    is_export,
+    read_export,
+)
 from trainer.inference.model import Model
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
@@ -51,7 +57,6 @@ from trainer.untrusted import (
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-HYPERPARAMS = "hyperparams.yaml"
 CHECKPOINTS = "checkpoints"
 RECIPE = "recipe"  # Key of an exported YAML: package of the recipe.
 
