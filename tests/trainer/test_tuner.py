@@ -457,7 +457,7 @@ def test_a_recipe_needs_no_line_for_it(tmp_path: Path, capsys: pytest.CaptureFix
     assert "test:" not in said
     assert "find_clip: --max_grad_norm '{discriminator: " in said
     assert said.count("find_lr: ") == 2
-    assert "each was found at the other as it is" in said
+    assert "each was searched at the other's present value" in said
     assert not (folder / "checkpoints").exists()
     assert not (folder / "metrics.jsonl").exists()
     for kind, headings in (("find_clip", "Clip limit of"), ("find_lr", "Learning rate of")):
