@@ -1,4 +1,4 @@
-"""What a step costs over a bare PyTorch loop, and how often it waits for the device.
+"""Cost of a step over a bare PyTorch loop, and how often it waits for the device.
 
     python tests/benchmarks/step_cost.py
 
@@ -192,7 +192,7 @@ TRAINERS: dict[str, Run] = {
 
 
 def seconds(run: Run, batches: Batches, epochs: int, window: int) -> float:
-    """How long a run of so many epochs took."""
+    """Return how long a run of so many epochs took."""
     start = time.perf_counter()
     run(batches, epochs, window)
     return time.perf_counter() - start

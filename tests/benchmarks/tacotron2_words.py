@@ -1,4 +1,4 @@
-"""Whether a recogniser understands what a trained Tacotron2 says:
+"""Test of whether a recogniser understands what a trained Tacotron2 says:
 
     python tests/benchmarks/tacotron2_words.py results/tacotron2/demo/1234 --count 32
 

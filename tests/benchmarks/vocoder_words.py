@@ -1,4 +1,4 @@
-"""How many words an independent recogniser still hears in what a vocoder makes.
+"""Count of how many words an independent recogniser still hears in what a vocoder makes.
 
     python tests/benchmarks/vocoder_words.py results/hifigan/demo/1234
     python tests/benchmarks/vocoder_words.py results/hifigan/ljspeech/1234 --texts LJSpeech-1.1

@@ -1,4 +1,4 @@
-"""What the tests of the loop share: states to compare, gradients to poison, small Brains."""
+"""Helpers of the loop's tests: states to compare, gradients to poison, small Brains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def snapshot(*parts: Any) -> list[Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two states are equal to the bit."""
+    """Return True if two states are equal to the bit."""
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

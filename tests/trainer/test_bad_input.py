@@ -1,4 +1,4 @@
-"""What cannot work is refused with a sentence: what was wrong, where, and what is allowed."""
+"""Settings that cannot work are refused: what was wrong, where, and what is allowed."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""What is not finite never happened: for the default fit_batch, and for one with two optimizers."""
+"""Steps that are not finite never happened: in the default fit_batch, and with two optimizers."""
 
 import copy
 import math
@@ -329,7 +329,7 @@ def test_with_two_optimizers_fp16_says_that_it_ignores_skip_nonfinite_grads() ->
 
 
 def test_poison_needs_a_guard() -> None:
-    """What the other tests throw at the loop would break a loop without a guard."""
+    """The poison that the other tests throw at the loop would break a loop without a guard."""
     model = make().modules.net
     optimizer = torch.optim.AdamW(model.parameters())
     (model(torch.ones(2, 4)).mean() + poison(model[0].bias)).backward()

@@ -38,7 +38,7 @@ def a_pool(path: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
 
 
 def lives(number: int) -> bool:
-    """Whether there is such a process."""
+    """Return True if there is such a process."""
     try:
         os.kill(number, 0)
     except ProcessLookupError:

@@ -672,7 +672,7 @@ def test_an_average_of_weights_may_begin_later(tmp_path: Path) -> None:
 
 
 def test_the_state_of_a_run_has_every_part(tmp_path: Path) -> None:
-    """What the comparisons above compare is there to be compared."""
+    """Everything that the comparisons above compare is there to be compared."""
     brain = run(Setting(Quiet, window=4, precision="fp16", **FEW), tmp_path, (6,), Setting.fit)
     checkpoint = next(
         each for each in brain.checkpointer.list_checkpoints() if each.name == "stop-6"

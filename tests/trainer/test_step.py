@@ -318,7 +318,7 @@ class Two:
         return {"a": a, "b": nets["a"](nets["b"](x).tanh() @ torch.ones(3, 4)).square().mean()}
 
     def check(self, batches: list[Tensor], name: str) -> None:
-        """What the optimizer saw last is the true gradient of the window, to 1e-6."""
+        """Check that what the optimizer saw last is the true gradient of the window, to 1e-6."""
         params = list(self.truth[name].parameters())
         for x in batches:
             loss = self.losses(x, self.truth)[name] / len(batches)
@@ -331,7 +331,7 @@ class Two:
         self.truth[name].load_state_dict(self.nets[name].state_dict())
 
     def steps(self, name: str) -> int:
-        """How often this scaler has been told of a good step (it doubles after 2000)."""
+        """Return how often this scaler has been told of a good step (it doubles after 2000)."""
         return int(self.updates[name].scaler.state_dict()["_growth_tracker"])
 
 

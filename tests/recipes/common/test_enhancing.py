@@ -29,7 +29,7 @@ CHUNKS = Chunks(1000, 250, 3)
 
 
 class Edgy(EnhancementModel):
-    """What it gives depends on where in a chunk a sample lies, and nowhere on other chunks."""
+    """Network whose result depends on a sample's place in its chunk, and not on other chunks."""
 
     def __init__(self, chunks: Chunks = CHUNKS) -> None:
         own = {"sample_rate": OWN, "chunks": chunks}

@@ -1,4 +1,4 @@
-"""What can be had from mels without training."""
+"""Sound that can be had from mels without training."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What models are asked about: sounds in any form, and the pieces of long ones."""
+"""Inputs of models: sounds in any form, and the pieces of long ones."""
 
 from pathlib import Path
 

@@ -39,7 +39,7 @@ def half(chunks: Tensor) -> Tensor:
 
 
 def edgy(chunks: Tensor) -> Tensor:
-    """What it gives depends on where in a chunk a sample lies."""
+    """Network whose result depends on where in a chunk a sample lies."""
     return chunks * torch.linspace(0.5, 1.5, chunks.shape[1])
 
 

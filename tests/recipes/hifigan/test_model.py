@@ -46,7 +46,7 @@ def test_the_full_rate_has_spectral_norm_and_the_others_weight_norm() -> None:
 
 
 def test_a_period_compares_samples_that_are_so_far_apart() -> None:
-    """What happens at one phase reaches only the scores of that phase."""
+    """A change at one phase reaches only the scores of that phase."""
     judge = PeriodDiscriminator(3, (2, 4)).double()
     wav = torch.randn(1, 99, dtype=torch.float64, requires_grad=True)
     scores = judge(wav).scores.reshape(1, -1, 3)

@@ -1,4 +1,4 @@
-"""What a phase adds to another: clip by clip, with its standard error."""
+"""Gain of a phase over another: clip by clip, with its standard error."""
 
 import math
 from statistics import stdev

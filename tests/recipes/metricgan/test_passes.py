@@ -1,4 +1,4 @@
-"""What each pass of a training does: to whom, in which order, with which scores."""
+"""Work of each pass of a training: to whom, in which order, with which scores."""
 
 import copy
 import math
@@ -111,7 +111,7 @@ def test_each_player_sees_magnitudes_of_its_own_gain() -> None:
 
 
 def batches(brain: Enhancer, epoch: int) -> list[Any]:
-    """What the loader gives in an epoch."""
+    """Batches that the loader gives in an epoch."""
     from recipes.metricgan.phases import Drawn, Passes
     from trainer.data import make_loader
 
@@ -325,7 +325,7 @@ def test_phases_have_metrics_of_their_own() -> None:
 
 
 def test_inference_is_what_was_evaluated() -> None:
-    """What ends in digital silence, as a padded chunk does, is enhanced as without it."""
+    """A sound that ends in digital silence, as a padded chunk does, is enhanced as without it."""
     brain = make()
     model = MetricGAN(
         {"generator": brain.modules.generator},

@@ -1,4 +1,4 @@
-"""What the tests of SEGAN share."""
+"""Fixtures that the tests of SEGAN share."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def speakers_of(name: str) -> list[str]:
 
 
 def epoch_of(dataset: Drawn, epoch: int, **options: Any) -> dict[str, Tensor]:
-    """What a loader gives in an epoch: mixtures by id."""
+    """Return what a loader gives in an epoch: mixtures by id."""
     loader = make_loader(dataset, train=True, seed=5, batch_size=2, **options)
     loader.set_epoch(epoch)
     skipped = options.get("skipped", 0)

@@ -47,7 +47,7 @@ def test_a_text_becomes_the_same_sound_each_time(
 
 
 def test_a_file_of_lines(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What cannot be said is named with its line, and the others are said."""
+    """A text that cannot be said is named with its line, and the others are said."""
     lines = tmp_path / "lines.txt"
     lines.write_text(f"yes\n\nñandú bird\n{'very ' * 20}long\nno\n", encoding="utf-8")
     assert infer.main([str(run), "--file", str(lines), "-o", str(tmp_path / "said")]) == 2

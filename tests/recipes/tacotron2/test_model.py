@@ -65,7 +65,7 @@ def test_synthesis_gives_the_same_alone_and_in_a_batch() -> None:
 @pytest.mark.parametrize("reduction", [1, 2, 5])
 @pytest.mark.usefixtures("undropped")
 def test_teacher_forcing_with_its_own_speech_is_synthesis(reduction: int) -> None:
-    """What torchaudio does not promise for more than one frame a step: both ways fold alike."""
+    """With more than one frame a step both ways fold alike, which torchaudio does not promise."""
     torch.manual_seed(0)
     model = tacotron(reduction).eval()
     for convolution, norm in model.net.postnet.convolutions:

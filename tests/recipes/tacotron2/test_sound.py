@@ -1,4 +1,4 @@
-"""What turns mels into sound: the right one, and only where the mels fit."""
+"""Choice of what turns mels into sound: the right one, and only where the mels fit."""
 
 from pathlib import Path
 

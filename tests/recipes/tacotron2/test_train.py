@@ -80,7 +80,7 @@ def test_there_is_a_test_for_every_yaml() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_yaml_clips_at_one(name: str) -> None:
-    """Where the recipe's readers look for it: in the file itself, not in a default or a base."""
+    """The limit is where readers look for it: in the file itself, not in a default or a base."""
     lines = (HPARAMS / f"{name}.yaml").read_text().splitlines()
     assert lines.count("max_grad_norm: 1.0") == 1
     folder = [] if name == "demo" else ["--data_folder", "somewhere"]
