@@ -371,7 +371,7 @@ def test_a_source_that_is_nowhere_is_refused(source: str) -> None:
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither a run folder"):
+    with pytest.raises(ValueError, match="is no run folder .* and has no weights"):
         started(tmp_path)
 
 
