@@ -36,13 +36,14 @@ def escape(text: str, quote: bool = True) -> str:
     return _escape(text.translate(UNSEEN), quote)
 
 
-def document(title: str, header: str, main: str) -> str:
+def document(title: str, header: str, main: str, style: str = "") -> str:
     """Return a page.
 
     Args:
         title: text of the title and the first heading.
         header: HTML below that heading.
         main: HTML of the content.
+        style: style sheet in addition to `STYLE`.
     """
     title = escape(title)
     return (
@@ -50,7 +51,7 @@ def document(title: str, header: str, main: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
+        f"<title>{title}</title><style>{STYLE}{style}</style></head><body>\n"
         f"<header><h1>{title}</h1>{header}{_contents(main)}</header>\n<main>{main}</main>\n"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
