@@ -380,9 +380,7 @@ def test_something_that_is_no_clipper_and_no_schedule() -> None:
         make(hparams={"clip": 5.0})
     refused("clip is <object .*; allowed: norm or value", make(hparams={"clip": object()}))
     refused("clip is <class .*; allowed: norm or value", make(hparams={"clip": AutoClip}))
-    refused(
-        "schedule is a float; allowed: a function of an opti", make(hparams={"schedule": 0.5})
-    )
+    refused("schedule is a float; allowed: a function of an opti", make(hparams={"schedule": 0.5}))
     for made in (None, 3, {"scheduler": None, "interval": "step"}):
         refused(
             f"schedule has made a {type(made).__name__}; allowed: a schedule",

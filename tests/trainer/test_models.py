@@ -369,7 +369,9 @@ def test_lazy_modules_are_refused_before_the_training(options: dict[str, Any]) -
         def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
             seen.append(batch)
 
-    with pytest.raises(ValueError, match=r"shape of net\.0\.weight, of a lazy module, .*: run a batch thr"):
+    with pytest.raises(
+        ValueError, match=r"shape of net\.0\.weight, of a lazy module, .*: run a batch thr"
+    ):
         build(Noting, modules, **options)
     assert not seen
     with torch.no_grad():
