@@ -26,6 +26,7 @@ from trainer.config.reading import get
 from trainer.config.run_folder import check_tags
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
+from trainer.tree import number
 from trainer.untrusted import confined, printable
 
 MAX_TAIL = 1 << 18  # bytes at the end of metrics.jsonl that are read
@@ -328,11 +329,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def number(value: float) -> str:
-    """Return a number with four significant digits, and an integer as it is."""
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

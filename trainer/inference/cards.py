@@ -24,6 +24,7 @@ from trainer import json_files
 from trainer.config.building import resolve
 from trainer.config.reading import items, object_name, tag
 from trainer.config.run_folder import TRAINING_ONLY
+from trainer.tree import number
 from trainer.untrusted import confined, printable, read_text
 
 if TYPE_CHECKING:
@@ -141,11 +142,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}"
-
-
-def number(value: float) -> str:
-    """Return a number with four significant digits, and an integer as it is."""
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 # ---------------------------------------------------------------------------------- the beginning
