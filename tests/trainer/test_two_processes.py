@@ -3,12 +3,17 @@
 Each test calls a function beside it on both ranks, and can be run alone.
 """
 
+import contextlib
 import copy
 import functools
+import io
 import math
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections import Counter
@@ -944,3 +949,48 @@ def test_one_goes_on_where_two_were_stopped(two_ranks: TwoRanks, tmp_path: Path)
     before = [id for trace in two for t in trace[:3] for id in t[2]]
     after = [id for t in brain.test.trace if t[0] == 1 for id in t[2]]
     assert sorted(before + after) == sorted(f"s{i}" for i in range(44))
+
+
+# Prints how many threads the process group has, and how many are left at its end.
+ENDING = """
+from pathlib import Path
+from trainer import distributed
+
+def threads():
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("runloop" in name for name in names)
+
+distributed.start("cpu")
+import torch
+torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])  # The first optimizer imports more of torch.
+distributed.barrier()
+before = threads()
+distributed.stop()
+print(before, threads())
+"""
+
+
+def leave_the_group() -> Found:
+    counted: dict[str, Any] = {}
+    brain = make(Line)
+    brain.fit([1], batches())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(ENDING, counted)  # The group has been joined.
+    return {"steps": brain.optimizer_step, "threads": printed.getvalue()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of this process's threads")
+def test_no_thread_of_the_group_outlives_it(two_ranks: TwoRanks) -> None:
+    """One that meets the end of the interpreter would abort a process whose run has succeeded."""
+    ranks = two_ranks(leave_the_group)
+    assert all(found["steps"] for found in ranks)
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    alone = subprocess.run(
+        [sys.executable, "-c", ENDING], env={**os.environ, **place}, stdout=subprocess.PIPE,
+        text=True, check=True,
+    )  # fmt: skip
+    for printed in (*(found["threads"] for found in ranks), alone.stdout):
+        before, after = map(int, printed.split())
+        assert before > after == 0

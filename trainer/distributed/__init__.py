@@ -91,6 +91,7 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
             f"{f'but no {missing}' if missing else 'which do not fit'}: unset RANK and WORLD_SIZE "
             "for a run of one process, or start with torchrun"
         )
+    import torch.distributed.nn  # Imported in a group, its default arguments would keep that group.
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
@@ -131,15 +132,19 @@ def join(device: str) -> None:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one. Every rank must call it."""
+    """Leave the process group, if there is one, and end its threads. Every rank must call it.
+
+    This module keeps the only references to the groups: the threads of a group that anything else
+    keeps would run on, and abort the process if they ran into the end of the interpreter.
+    """
     global _gradient_group, _store
     if _active():
         _gradient_group, _store = (None, None), None
         dist.destroy_process_group()
 
 
-def gradient_group() -> Any:
-    """Return the process group for gradients. Every rank must call it.
+def open_gradient_group() -> None:
+    """Open the group of `begin_sum` and `begin_max`, once. Every rank must call it.
 
     Its messages are ordered among themselves only: collectives of the default group may come
     between them, at different places on each rank.
@@ -149,7 +154,6 @@ def gradient_group() -> Any:
     if _gradient_group[0] is not world:
         barrier()  # It ends when a rank has died; the next line would wait for that rank's address.
         _gradient_group = world, dist.new_group(timeout=_timeout)
-    return _gradient_group[1]
 
 
 def device() -> torch.device:
@@ -182,45 +186,46 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in all_reduce_max_(votes).tolist())
 
 
-def all_reduce_sum_(tensor: Tensor, group: Any = None) -> Tensor:
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
     """Sum a tensor over ranks, in place. Every rank must call it.
 
     Args:
         tensor: of the same shape and dtype on all ranks.
-        group: group of the message; None for the default group.
 
     Returns:
         The tensor itself.
     """
     if world_size() > 1:
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor)
     return tensor
 
 
-def begin_sum(tensor: Tensor, group: Any) -> dist.Work:
-    """Begin to sum a tensor over ranks, in place. Every rank must call it.
+def begin_sum(tensor: Tensor) -> dist.Work:
+    """Begin to sum a tensor over ranks, in place, in the group of gradients.
+
+    Every rank must call it.
 
     Args:
         tensor: of the same shape and dtype on all ranks; not to be read before the end.
-        group: group of the message.
 
     Returns:
         The message, whose ``wait()`` waits for the sum.
     """
-    return dist.all_reduce(tensor, group=group, async_op=True)
+    return dist.all_reduce(tensor, group=_gradient_group[1], async_op=True)
 
 
-def begin_max(tensor: Tensor, group: Any) -> dist.Work:
-    """Begin to take the maximum over ranks of each element, in place. Every rank must call it.
+def begin_max(tensor: Tensor) -> dist.Work:
+    """Begin to take the maximum over ranks of each element, as `begin_sum` does for sums.
+
+    Every rank must call it.
 
     Args:
         tensor: of the same shape and dtype on all ranks; not to be read before the end.
-        group: group of the message.
 
     Returns:
         The message, whose ``wait()`` waits for the result.
     """
-    return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
+    return dist.all_reduce(tensor, dist.ReduceOp.MAX, _gradient_group[1], async_op=True)
 
 
 def all_reduce_max_(tensor: Tensor) -> Tensor:

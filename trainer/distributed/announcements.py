@@ -44,11 +44,10 @@ class Announcements:
 
     Args:
         names: all optimizers, in the same order on all ranks.
-        group: process group of the messages.
     """
 
-    def __init__(self, names: Sequence[str], group: Any) -> None:
-        self._names, self._group = list(names), group
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = list(names)
         self._joint: list[str] = []
         self._sent: tuple[Any, ...] = ()
         self._template = self._answer = torch.zeros(0)
@@ -78,7 +77,7 @@ class Announcements:
             self._sent = sent
             self._template = torch.tensor(sent, dtype=torch.int64, device=distributed.device())
         self._answer = self._template.clone()
-        self._message = distributed.begin_max(self._answer, self._group)
+        self._message = distributed.begin_max(self._answer)
 
     def confirm(self) -> None:
         """Wait for the announcements of all ranks, before the messages that they announce.

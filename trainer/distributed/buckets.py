@@ -65,7 +65,6 @@ class GradientBuckets:
     Args:
         params: name and parameter, for all parameters of the optimizer.
         sparse: those whose gradients may be in sparse layout; they are always late.
-        group: process group of the messages.
         before_send: called before each message.
     """
 
@@ -73,10 +72,9 @@ class GradientBuckets:
         self,
         params: Iterable[tuple[str, Tensor]],
         sparse: set[Tensor],
-        group: Any,
         before_send: Callable[[], None] = lambda: None,
     ) -> None:
-        self._group, self._before_send = group, before_send
+        self._before_send = before_send
         self.names, self.params = zip(*params, strict=True)
         self._sparse = [p in sparse for p in self.params]
         self._early: set[int] = set()
@@ -273,7 +271,7 @@ class GradientBuckets:
     def _send(self, bucket: Bucket, factor: float = 1.0) -> None:
         self._before_send()
         bucket.fill(factor)
-        self._messages.append(distributed.begin_sum(bucket.flat, self._group))
+        self._messages.append(distributed.begin_sum(bucket.flat))
 
     def _sum_rows(self, param: Tensor, factor: float) -> None:
         """Sum a gradient in sparse layout over ranks, by the rows that any rank has."""

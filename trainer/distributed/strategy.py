@@ -198,13 +198,13 @@ class Replicate(Strategy):
     communicates = True
 
     def __init__(self) -> None:
-        self._group = distributed.gradient_group()
+        distributed.open_gradient_group()
         self._buckets: dict[str, GradientBuckets] = {}
         self._names: Mapping[Tensor, str] = {}
         self._sparse: set[Tensor] = set()
         self._references: dict[str, float] = {}
         self._saved: Mapping[str, Any] = {}
-        self._announcements = Announcements([], self._group)
+        self._announcements = Announcements([])
         self._open: list[list[str]] = []  # Announced windows that are not closed yet.
         self._flushed = 0  # Number of these whose gradients are on their way.
         self._confirmed = True  # True if all ranks are known to have announced these.
@@ -228,7 +228,7 @@ class Replicate(Strategy):
             for name, params in optimizers.items()
         }
         _check_equal("optimizers", described)
-        self._announcements = Announcements(list(optimizers), self._group)
+        self._announcements = Announcements(list(optimizers))
         for name, params in optimizers.items():
             self.prepare_backward(name, params)
 
@@ -274,9 +274,7 @@ class Replicate(Strategy):
             named = [(self._names.get(p, f"parameter {i}"), p) for i, p in enumerate(params)]
             if buckets is not None:
                 buckets.remove_hooks()
-            buckets = self._buckets[name] = GradientBuckets(
-                named, self._sparse, self._group, self._confirm
-            )
+            buckets = self._buckets[name] = GradientBuckets(named, self._sparse, self._confirm)
             if name in self._saved:
                 buckets.load_state_dict(self._saved[name])
         buckets.prepare()
@@ -327,7 +325,7 @@ class Replicate(Strategy):
         numbers = torch.cat([total, flags])
         if isinstance(weight, Tensor):
             numbers[1] += weight
-        message = distributed.begin_sum(numbers, self._group)
+        message = distributed.begin_sum(numbers)
         for buckets in trained:
             buckets.wait()
         message.wait()
@@ -414,9 +412,9 @@ class Replicate(Strategy):
         had = [float(buckets.params[i].grad is not None) for buckets, i in late]
         twice = [float(i in buckets.fired_twice()) for buckets, i in every]
         question = torch.tensor([weighed, *had, *twice], dtype=torch.float64)
-        answer = distributed.all_reduce_sum_(
-            question.to(distributed.device()), self._group
-        ).tolist()
+        question = question.to(distributed.device())
+        distributed.begin_sum(question).wait()
+        answer = question.tolist()
         if agreed is None:
             agreed = answer[0] or 1.0
         if answer[0]:
