@@ -369,7 +369,7 @@ def base_parameters(modules: nn.Module, adapters: Mapping[str, Any] | None) -> d
 def drop_base(
     optimizers: Iterable[torch.optim.Optimizer],
     modules: nn.Module,
-    adapters: Mapping[str, Any] | None,
+    adapters: Mapping[str, Any],
 ) -> None:
     """Take the parameters that adapters have frozen out of optimizers.
 
@@ -378,10 +378,10 @@ def drop_base(
         modules: all modules of a Brain.
         adapters: adapters by name of a module.
     """
-    inside = tuple(f"{name}." for name in adapters or ())
+    inside = tuple(f"{name}." for name in adapters)
     # Some layers of peft make new objects of the parameters inside, with the same memory.
     outside = {p for name, p in modules.named_parameters() if not name.startswith(inside)}
-    for optimizer in optimizers if inside else ():
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             gone = [p for p in group["params"] if not (p.requires_grad or p in outside)]
             group["params"] = [p for p in group["params"] if p.requires_grad or p in outside]

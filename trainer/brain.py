@@ -178,6 +178,8 @@ class Brain(SpeechBrainNames):
         ValueError: for an option, device or module that cannot be used.
     """
 
+    optimizers_dict: Mapping[str, torch.optim.Optimizer] | None = None
+
     # ----------------------------------------------------------- hooks: what a subclass overrides
 
     def compute_forward(self, batch: Any, stage: Stage) -> Any:
@@ -1312,7 +1314,8 @@ class Brain(SpeechBrainNames):
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
         optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
-        drop_base(optimizers.values(), modules, adapters)
+        if adapters:
+            drop_base(optimizers.values(), modules, adapters)
         self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.__modes = TrainingModes(modules, self.__groups.rest)
@@ -1326,9 +1329,8 @@ class Brain(SpeechBrainNames):
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""
-        return find_optimizers(
-            getattr(self, "optimizers_dict", None), self.__user_attributes(True), self.__precision
-        )
+        attributes = self.__user_attributes(True)
+        return find_optimizers(self.optimizers_dict, attributes, self.__precision)
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
         self.__measuring = self.__conventions.measures and not optimizers
@@ -1864,5 +1866,5 @@ def _replaces_method(kind: type, name: str, value: Any) -> str:
 METHODS = frozenset(
     name
     for name, value in vars(Brain).items()
-    if not name.startswith("_") and not isinstance(value, property)
+    if not name.startswith("_") and callable(value)
 )

@@ -163,5 +163,4 @@ READ: dict[str, Any] = {
     "train_sampler": lambda brain: None,
     "raw_modules": lambda brain: brain.modules,
     "rank": lambda brain: distributed.rank(),
-    "optimizers_dict": lambda brain: None,
 }
