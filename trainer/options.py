@@ -399,12 +399,14 @@ def checked(name: str, value: Any) -> Any:
     limits = METADATA[name]
     try:
         value = _fit(value, HINTS[name])
-        for each in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(each, (str, int, float)) and (
-                (limits.choices and each not in limits.choices)
-                or not (isinstance(each, str) or limits.at_least <= each <= limits.at_most)
-            ):
-                raise TypeError
+        simple = isinstance(value, (str, int, float))
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if (simple and limits.choices and value not in limits.choices) or any(
+            not limits.at_least <= each <= limits.at_most
+            for each in numbers
+            if isinstance(each, (int, float))
+        ):
+            raise TypeError
     except (TypeError, OverflowError):  # An int may be too large for a float.
         raise ValueError(f"{name} must be {allowed(name)}, not {value!r}") from None
     return value
