@@ -468,29 +468,3 @@ def _merged(layer: Any) -> nn.Module:
         _remove_computation(plain)
         plain.get_parameter("weight").data = weight
     return cast(nn.Module, plain)
-
-
-def describe_trainable(modules: nn.Module, trained: Iterable[Tensor]) -> str:
-    """Return a line with the numbers of trainable and of all parameters, in total and by module.
-
-    Args:
-        modules: all modules of a Brain.
-        trained: parameters of the optimizers.
-
-    Returns:
-        The line, such as "trainable: 1,024 of 8,192 parameters (12.50 %)".
-    """
-    owned = {p for p in trained if p.requires_grad}
-
-    def counted(module: nn.Module) -> tuple[int, int]:
-        params = list(module.parameters())
-        return sum(p.numel() for p in params if p in owned), sum(p.numel() for p in params)
-
-    count, total = counted(modules)
-    text = f"trainable: {count:,} of {total:,} parameters ({count / max(total, 1):.2%})"
-    parts = {name: counted(module) for name, module in modules.named_children()}
-    if len(parts) > 1:
-        text += ": " + ", ".join(
-            f"{name} {own:,} of {all_:,}" for name, (own, all_) in parts.items()
-        )
-    return text.replace("%)", " %)")
