@@ -730,7 +730,7 @@ class Brain(SpeechBrainNames):
             if step.step_by_gradients(updates):
                 batch.stepped_by_hand = True
             else:
-                self.nonfinite_count += 1
+                self.progress.nonfinite_count += 1
 
     def __finish(
         self, updates: list[Update], weight: float | Tensor, last: bool
@@ -1322,7 +1322,7 @@ class Brain(SpeechBrainNames):
         self.__groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
-            base = base_parameters(modules, adapters)
+            base = base_parameters(modules, adapters or {})
             decay = ema.decays(options.ema_decay, self.updates)
             self.__ema = WeightAverage(modules, decay, base)
 
@@ -1863,7 +1863,5 @@ def _replaces_method(kind: type, name: str, value: Any) -> str:
 
 
 METHODS = frozenset(
-    name
-    for name, value in vars(Brain).items()
-    if not name.startswith("_") and callable(value)
+    name for name, value in vars(Brain).items() if not name.startswith("_") and callable(value)
 )

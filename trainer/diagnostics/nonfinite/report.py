@@ -105,7 +105,7 @@ class NonFiniteReport:
             name = f"{name}/rank{distributed.rank()}" if distributed.rank() else name
             folder = folder / name
         what = "loss" if step_report.loss is None else "gradients"
-        return cls(brain.optimizer_step + 1, name, what, facts, gradients, folder)
+        return cls(brain.progress.optimizer_step + 1, name, what, facts, gradients, folder)
 
     @property
     def finding(self) -> Finding:
