@@ -347,13 +347,13 @@ class Saver:
         if not self._checkpointer.enabled:
             return None
         self._checkpointer.prepare()
-        self._checkpointer.check_states()
-        kept, wanted = self._checkpointer.retention.max_kept, self._options.average_checkpoints
+        retention, wanted = self._checkpointer.retention, self._options.average_checkpoints
+        kept = retention.last + sum(rule.n for rule in retention.best)
         if wanted > kept:
             logger.warning(
                 "average_checkpoints is %d, but the checkpointer keeps %d at most (keep_last is "
                 "%d): the average is of fewer, unless the recipe keeps more by its own saves; "
-                "allowed: keep_last=%d", wanted, kept, self._checkpointer.retention.last, wanted,
+                "allowed: keep_last=%d", wanted, kept, retention.last, wanted,
             )  # fmt: skip
         found = self._checkpointer.recover_if_possible()
         if found is not None:
