@@ -29,9 +29,6 @@ class FrozenBase:
     A parameter is left out while it requires no gradient and has the value that it had when this
     object was made. One that was trained for a while, or changed by hand, is saved.
 
-    Args:
-        modules: all modules, with the weights that every start builds.
-
     Attributes:
         summary: name, SHA-256 and size of what was left out last.
     """
@@ -56,18 +53,14 @@ class FrozenBase:
         left = {name: each for name, each in found.items() if each == self._start[name]}
         size = sum(frozen[name].nbytes for name in left)
         self.summary = {"name": self._name, "sha256": sha256_of(left), "bytes": size}
-        state = dict(state)
-        for key in (key for key in WEIGHTS if key in state):
-            state[key] = self._without(state[key], left)
+        small = {key: self._without(state[key], left) for key in WEIGHTS if key in state}
         if "ema" in state:
-            state["ema"] = {**state["ema"], "average": self._without(state["ema"]["average"], left)}
-        return state
+            small["ema"] = {**state["ema"], "average": self._without(state["ema"]["average"], left)}
+        return {**state, **small}
 
     def _without(self, weights: Any, left: Mapping[str, str]) -> Any:
         kept = copy.copy(weights)  # Keeps the attribute `_metadata`.
-        gone = {name: each for name, each in left.items() if name in kept}
-        for name in gone:
-            del kept[name]
+        gone = {name: each for name, each in left.items() if kept.pop(name, None) is not None}
         kept[BASE] = {"name": self._name, "tensors": gone}
         return kept
 
@@ -112,16 +105,13 @@ def base_name(modules: nn.Module) -> str:
 def check_base(
     name: str, tensors: Mapping[str, str], own_name: str, present: Mapping[str, Tensor]
 ) -> None:
-    """Check that tensors have the digests of those that a checkpoint left out.
+    """Raise OtherBase unless a model has the tensors that a checkpoint left out.
 
     Args:
         name: name of the base that was left out.
         tensors: digests of the tensors that were left out, by name.
         own_name: name of the base that the model has.
         present: tensors of the model, by name.
-
-    Raises:
-        OtherBase: a tensor is missing or differs.
     """
     found = digests(present)
     other = [each for each in tensors if found.get(each) != tensors[each]]
@@ -135,17 +125,11 @@ def check_base(
 
 
 def described(base: Any) -> tuple[str, dict[str, str]]:
-    """Check the entry `BASE` of saved weights, and return its name and its digests by tensor.
-
-    Raises:
-        ValueError: the entry is not made of these.
-    """
+    """Return the name and the digests in the entry `BASE` of saved weights, or raise ValueError."""
     if isinstance(base, Mapping) and isinstance(base.get("tensors"), Mapping):
         name, tensors = base.get("name"), dict(base["tensors"])
-        if isinstance(name, str) and all(
-            isinstance(x, str) for pair in tensors.items() for x in pair
-        ):
-            return name, tensors
+        if all(isinstance(text, str) for text in (name, *tensors, *tensors.values())):
+            return str(name), tensors
     raise ValueError("the checkpoint does not say what it has left out")
 
 
