@@ -822,14 +822,27 @@ class Checkpointer:
             ValueError: there is nothing at ``path``, or the tensors have other shapes.
             RuntimeError: another rank failed.
         """
-        newest_first = sorted(checkpoints, key=lambda each: each.number, reverse=True)
-        parts = (
-            (each, complete(part)) for each, part in self._load_parts(newest_first, name, path)
-        )
-        _, newest = next(parts, (None, None))
-        if newest is None:
+        newest, totals, count = None, dict[str, Tensor](), 0
+        for each in sorted(checkpoints, key=lambda each: each.number, reverse=True):
+            load, place = storage.load_part, (each, name, path)
+            try:
+                part = complete(self._read_on_all(each.path, each.complete, load, *place))
+            except MissingCheckpoint:
+                raise
+            except BrokenCheckpoint as error:
+                self._mark_broken(each.name, error)
+                continue
+            tensors = {key: leaf for key, leaf in tree.leaves(part) if isinstance(leaf, Tensor)}
+            if count:
+                _add(totals, tensors, each)
+            else:
+                newest, totals = part, _in_double(tensors)
+            count += 1
+        if not count:
             raise BrokenCheckpoint(f"no checkpoint to average in {self.folder} is sound")
-        _average_into(newest, parts)
+        for key, leaf in tree.leaves(newest):
+            if key in totals:
+                leaf.copy_(totals[key] / count)
         return newest
 
     def _clean(self) -> None:
@@ -929,20 +942,6 @@ class Checkpointer:
                     f"{why}"
                 ) from error
 
-    def _load_parts(
-        self, checkpoints: Iterable[Checkpoint], name: str, path: Sequence[str]
-    ) -> Iterator[tuple[Checkpoint, Any]]:
-        """Load a part of each state, leaving out broken checkpoints."""
-        load = storage.load_part
-        for checkpoint in checkpoints:
-            try:
-                at, complete = checkpoint.path, checkpoint.complete
-                yield checkpoint, self._read_on_all(at, complete, load, checkpoint, name, path)
-            except MissingCheckpoint:
-                raise
-            except BrokenCheckpoint as error:
-                self._mark_broken(checkpoint.name, error)
-
     def _mark_broken(self, name: str, error: BrokenCheckpoint) -> None:
         self._broken[name] = str(error)
         if distributed.is_main():
@@ -1032,34 +1031,21 @@ def _to_json(value: Any, where: str = "meta") -> Any:
     )
 
 
-def _average_into(newest: Any, older: Iterator[tuple[Checkpoint, Any]]) -> None:
-    """Replace the float tensors of ``newest`` by their mean over all states, taken in float64.
-
-    Integer and boolean tensors (counters, masks) have no mean and stay those of ``newest``.
-
-    Raises:
-        ValueError: a tensor of the newest state is missing in another one, or has another shape.
-    """
-    targets = {
-        place: leaf
-        for place, leaf in tree.leaves(newest)
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def _in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in float64; integer and boolean tensors (counters, masks) have no mean."""
+    return {
+        key: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() or tensor.is_complex()
     }
-    totals = {
-        place: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
-        for place, tensor in targets.items()
-    }
-    count = 1
-    for checkpoint, state in older:
-        count += 1
-        given = {place: leaf for place, leaf in tree.leaves(state) if isinstance(leaf, Tensor)}
-        for place, total in totals.items():
-            if place not in given or given[place].shape != total.shape:
-                raise ValueError(
-                    f"{place} has shape {list(total.shape)} in the newest checkpoint and "
-                    f"{list(given[place].shape) if place in given else 'does not exist'} in "
-                    f"{checkpoint.path}; only checkpoints of one model can be averaged"
-                )
-            total += given[place]
-    for place, tensor in targets.items():
-        tensor.copy_(totals[place] / count)
+
+
+def _add(totals: dict[str, Tensor], tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    for key, total in totals.items():
+        if key not in tensors or tensors[key].shape != total.shape:
+            raise ValueError(
+                f"{key} has shape {list(total.shape)} in the newest checkpoint and "
+                f"{list(tensors[key].shape) if key in tensors else 'does not exist'} in "
+                f"{checkpoint.path}; only checkpoints of one model can be averaged"
+            )
+        total += tensors[key]

@@ -76,12 +76,9 @@ def copied(state: Any) -> Any:
 
 
 class Snapshot:
-    """Copy of the state of a run, to return to any number of times.
+    """Copy of the state of a run, or of what belongs to one `fit`, to return to at any time.
 
-    Args:
-        progress: progress of the run.
-        stateful: returns the entries by name; called anew at each restore.
-        of_fit: copy only what belongs to one `fit`.
+    The function ``stateful`` returns the entries by name, and is called anew at each restore.
     """
 
     def __init__(
