@@ -75,7 +75,6 @@ def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
 
     Raises:
         OtherBase: the modules have other weights than those that were left out.
-        ValueError: the description of what was left out is invalid.
     """
     if not isinstance(weights, Mapping) or BASE not in weights:
         return weights

@@ -114,10 +114,9 @@ class RunState:
     """The state of a run as the `Checkpointer` saves it and a resumed run restores it.
 
     A checkpoint is restored in three steps, since a resumed run calls hooks once more. When it is
-    loaded, everything that ranks share and that exists by then is restored: weights, optimizers,
-    objects. After `on_fit_start`, which may change weights and optimizers, their state is kept.
-    When the stage's hook has run as well, or at once if the run stopped between stages, everything
-    is restored.
+    loaded, everything that ranks share and that exists by then is restored. After `on_fit_start`,
+    which may change weights and optimizers, their state is kept. When the stage's hook has run as
+    well, or at once if the run stopped between stages, everything is restored.
 
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
@@ -469,10 +468,7 @@ class Saver:
 
 
 class BufferState:
-    """The buffers of the modules, also those that are not persistent.
-
-    Each rank has its own until an epoch ends.
-    """
+    """The buffers of the modules, also those that are not persistent."""
 
     def __init__(self, modules: nn.Module) -> None:
         self._modules = modules
@@ -529,12 +525,7 @@ class TrainableState:
 
 
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
-    """Check that saved weights fit modules.
-
-    Raises:
-        ValueError: for a name that is missing or unexpected, for another shape, and for numbers of
-            another kind.
-    """
+    """Raise ValueError where saved weights have other names, shapes or kinds of numbers."""
     # Earlier checkpoints, and averages, lack what modules save by marked methods.
     given = modules.state_dict().items()
     own = {name: each for name, each in given if name in state or not name.endswith(KEY)}

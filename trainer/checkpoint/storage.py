@@ -1,13 +1,12 @@
 """Checkpoint folders on disk: states as files that run no code, each verified by a manifest.
 
 A checkpoint is written to a temporary folder, hashed on the way, synced, and renamed when it is
-complete. The name of a temporary folder begins with a dot and has the process and the machine that
-work on it, for the user to see. A process that saves holds the lock of the folder: temporary
-folders that it finds were left by killed processes, and it removes them. Readers change nothing.
+complete. A process that saves holds the lock of the folder: temporary folders that it finds were
+left by killed processes, and it removes them. Readers change nothing.
 
 The manifest lists every file with its size and hash. It contains a hash of itself and must be, byte
-for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Nothing in
-it is used unchecked: file names must stay inside the folder, sizes and hashes must match.
+for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Functions
+that load raise `BrokenCheckpoint` for a file that is damaged or unsafe.
 """
 
 from __future__ import annotations
@@ -222,10 +221,7 @@ def _check_fields(checkpoint: Checkpoint) -> None:
 
 
 def still_there(path: Path, complete: bool) -> bool:
-    """Return True if there is a checkpoint at ``path``, and a complete one if ``complete`` is True.
-
-    A broken checkpoint counts as there.
-    """
+    """Return True if there is a checkpoint, a complete one if asked for, or a broken one."""
     with suppress(BrokenCheckpoint):
         return read_manifest(path).complete or not complete
     return os.path.lexists(path)
@@ -247,8 +243,7 @@ def looks_like_checkpoint(path: Path) -> bool:
 def writable(state: Any, where: str) -> Any:
     """Return a state as it is written: NumPy's numbers as Python's, its arrays as marked tensors.
 
-    Raises:
-        ValueError: for something that could not be loaded safely; names it.
+    What could not be loaded safely is a ValueError that names its place.
     """
     kind = type(state)  # Not isinstance: NumPy's float64 is a float, and torch would pickle it.
     if kind in MAPPINGS:
@@ -332,12 +327,7 @@ def recoverable_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def load_state(checkpoint: Checkpoint, name: str) -> Any:
-    """Load the state of the recoverable ``name``, verified and on the CPU.
-
-    Raises:
-        BrokenCheckpoint: a file of it is damaged or unsafe, as in all functions that load.
-        ValueError: the checkpoint has no such recoverable.
-    """
+    """Load the state of the recoverable ``name``, verified and on the CPU."""
     state = _load_whole(checkpoint, name)
     if isinstance(state, Mapping):
         _check_base(checkpoint, state.get("modules"))
@@ -352,11 +342,7 @@ def load_plain(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def load_part(checkpoint: Checkpoint, name: str, path: Sequence[str]) -> Any:
-    """Load the value at ``path`` in the state of ``name``, from as few files as possible.
-
-    Raises:
-        ValueError: there is no such value.
-    """
+    """Load the value at ``path`` in the state of ``name``, from as few files as possible."""
     file = f"{name}.{path[0]}.pt" if path else ""
     own = file in checkpoint.files
     part = _load_file(checkpoint, file) if own else load_state(checkpoint, name)
@@ -656,12 +642,9 @@ class FolderLock:
     It leaves no file, and it ends with the process, also a killed one. A forked process has the
     lock of its parent and may save, too, but does not keep the lock when its parent ends. On a file
     system without locks every process gets it.
-
-    Attributes:
-        held: locks of this process, by device and inode of the folder.
-        forget: closes the handle without releasing the lock that other processes share.
     """
 
+    # Those of this process, by device and inode of the folder.
     held: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()
 
     def __init__(self, handle: int) -> None:
