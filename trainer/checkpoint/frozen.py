@@ -79,13 +79,9 @@ def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
     if not isinstance(weights, Mapping) or BASE not in weights:
         return weights
     full: Any = copy.copy(weights)
-    name, tensors = described(full.pop(BASE))
-    tensors = {n: each for n, each in tensors.items() if n.startswith(prefix)}
-    own = modules.state_dict()
-    present = {n: own[n.removeprefix(prefix)] for n in tensors if n.removeprefix(prefix) in own}
-    check_base(name, tensors, base_name(modules), present)
+    left_out = base_of(full.pop(BASE), modules, prefix)
     # Copies: an average over checkpoints is taken in place.
-    full.update({n: each.to("cpu", copy=True) for n, each in present.items()})
+    full.update({name: each.to("cpu", copy=True) for name, each in left_out.items()})
     return full
 
 
@@ -101,26 +97,25 @@ def base_name(modules: nn.Module) -> str:
     return ", ".join(dict.fromkeys(sources or (type(m).__name__ for m in modules.children())))
 
 
-def check_base(
-    name: str, tensors: Mapping[str, str], own_name: str, present: Mapping[str, Tensor]
-) -> None:
-    """Raise OtherBase unless a model has the tensors that a checkpoint left out.
+def base_of(base: Any, modules: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of modules that the entry `BASE` names, or raise OtherBase.
 
-    Args:
-        name: name of the base that was left out.
-        tensors: digests of the tensors that were left out, by name.
-        own_name: name of the base that the model has.
-        present: tensors of the model, by name.
+    The saved names begin with ``prefix``, which those in ``modules`` lack.
     """
+    name, tensors = described(base)
+    tensors = {n: each for n, each in tensors.items() if n.startswith(prefix)}
+    own = modules.state_dict()
+    present = {n: own[n.removeprefix(prefix)] for n in tensors if n.removeprefix(prefix) in own}
     found = digests(present)
     other = [each for each in tensors if found.get(each) != tensors[each]]
     if other:
         raise OtherBase(
             f"the checkpoint has no frozen weights: it is relative to {printable(name)!r} (SHA-256 "
-            f"{sha256_of(tensors)[:12]}), and the base here is {own_name!r} (SHA-256 "
+            f"{sha256_of(tensors)[:12]}), and the base here is {base_name(modules)!r} (SHA-256 "
             f"{sha256_of(found)[:12]}): {len(other)} of {len(tensors)} tensors differ, such as "
             f"{printable(other[0])}; give the base that the run was trained on"
         )
+    return present
 
 
 def described(base: Any) -> tuple[str, dict[str, str]]:
