@@ -72,7 +72,13 @@ from trainer.evaluation import (
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import ema, epoch_end, step
-from trainer.optim.build import connect, find_optimizers, make_updates
+from trainer.optim.build import (
+    check_early_stopping,
+    connect,
+    find_optimizers,
+    make_updates,
+    warn_of_totals,
+)
 from trainer.optim.ema import WeightAverage
 from trainer.optim.groups import ParameterGroups
 from trainer.optim.guard import NonFiniteGuard, Tracer
@@ -376,8 +382,8 @@ class Brain(SpeechBrainNames):
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__initialised = False
-        self.__groups = ParameterGroups(None)
-        self.__modes = TrainingModes(self.modules, self.__groups.rest)
+        self.__groups: ParameterGroups | None = None
+        self.__modes = TrainingModes(self.modules)
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
@@ -552,7 +558,7 @@ class Brain(SpeechBrainNames):
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
-                    epoch_end.warn_of_totals(
+                    warn_of_totals(
                         self.updates.values(), self.__epochs_to_do, total,
                         self.options.optimizer_step_limit,
                     )  # fmt: skip
@@ -599,7 +605,8 @@ class Brain(SpeechBrainNames):
                 an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
-        if self.__groups.begin_window(self.updates, progress.optimizer_step):
+        groups = self.__groups
+        if groups is not None and groups.begin_window(self.updates, progress.optimizer_step):
             self.__modes.unfreeze(self.__trained_parameters())
         if not self.__in_window():
             guard.begin_window()
@@ -1316,11 +1323,13 @@ class Brain(SpeechBrainNames):
         optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
         if adapters:
             drop_base(optimizers.values(), modules, adapters)
-        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
-        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
-        self.__modes = TrainingModes(modules, self.__groups.rest)
+        check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        patterns = getattr(self.hparams, "param_groups", None)
+        groups = self.__groups = None if patterns is None else ParameterGroups(patterns)
+        self.__modes = TrainingModes(modules, groups.rest if groups else None)
         self.__make_updates(optimizers)
-        self.__groups.begin_window(self.updates, self.progress.optimizer_step)
+        if groups is not None:
+            groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
             base = base_parameters(modules, adapters)
@@ -1864,7 +1873,5 @@ def _replaces_method(kind: type, name: str, value: Any) -> str:
 
 
 METHODS = frozenset(
-    name
-    for name, value in vars(Brain).items()
-    if not name.startswith("_") and callable(value)
+    name for name, value in vars(Brain).items() if not name.startswith("_") and callable(value)
 )

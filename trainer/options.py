@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -610,27 +610,3 @@ def _keys_with(words: set[str], dotted: Iterable[str]) -> list[str]:
     values = [each for each in keys if each not in parents] if words else []
     ends = [each for each in values if words <= _words(each.rpartition(".")[2])]
     return ends or [each for each in values if words <= _words(each)]
-
-
-def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
-    """Return the value of a setting for one optimizer.
-
-    Args:
-        setting: a value for all optimizers, or a mapping from their names to values.
-        name: the name of the optimizer.
-        known: the names of all optimizers.
-        key: the name of the setting, for messages.
-        default: the value of an optimizer that a mapping leaves out.
-
-    Raises:
-        ValueError: a mapping names an optimizer that does not exist.
-    """
-    if not isinstance(setting, Mapping):
-        return setting
-    unknown = [each for each in setting if each not in known]
-    if unknown:
-        raise ValueError(
-            f"{key} names the optimizer {unknown[0]!r}, which does not exist; "
-            f"this Brain has {', '.join(map(repr, known))}"
-        )
-    return setting.get(name, default)

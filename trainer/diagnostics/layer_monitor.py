@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trainer import distributed
 from trainer.callbacks import Callback
+from trainer.checks import by_name
 from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
 from trainer.diagnostics.health import (
     USUAL_CLIP_RATE,
@@ -32,7 +33,6 @@ from trainer.diagnostics.health import (
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
-from trainer.options import by_name
 from trainer.progress import Stage
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer import checks
-from trainer.options import by_name
 
 if TYPE_CHECKING:
     from trainer.optim.step import Update
@@ -161,7 +160,7 @@ def decays(
         return setting
     found: dict[str, float] = {}
     for owner, update in updates.items():
-        decay = by_name(setting, owner, list(updates), "ema_decay")
+        decay = checks.by_name(setting, owner, list(updates), "ema_decay")
         for name in () if decay is None else _names(update):
             if found.setdefault(name, decay) != decay:
                 raise ValueError(

@@ -76,8 +76,8 @@ class ParameterGroups:
     - ``eval``: True if modules stay in evaluation mode while none of their parameters trains.
 
     Args:
-        setting: keys by pattern of parameter names, or these by optimizer; None for none. Patterns
-            have ``*``, ``?`` and ``[…]`` as in file names, and ``|`` between alternatives.
+        setting: keys by pattern of parameter names, or these by optimizer. Patterns have
+            ``*``, ``?`` and ``[…]`` as in file names, and ``|`` between alternatives.
     """
 
     def __init__(self, setting: Any) -> None:
@@ -101,8 +101,6 @@ class ParameterGroups:
             ValueError: for an unknown optimizer, a pattern that matches nothing, and a key or value
                 that cannot be used.
         """
-        if self._setting is None:
-            return
         names, evaluated = _names(optimizers, modules), dict[Tensor, str]()
         self._frozen = []
         for patterns, divided in _scopes(self._setting, optimizers):
@@ -181,22 +179,6 @@ class ParameterGroups:
             for part in _largest_parts(chosen, lambda p: not p.requires_grad):
                 part.eval()
 
-    def check_schedule(self, name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
-        """Refuse a schedule that replaces the different learning rates of groups by one.
-
-        Args:
-            name: name of the optimizer.
-            optimizer: the optimizer, with its schedule.
-            before: its `rates_of` without the schedule.
-        """
-        several = self._setting is not None and len(set(before)) > 1
-        if several and len(rates := set(rates_of(optimizer))) == 1 and rates != {0.0}:
-            raise ValueError(
-                f"param_groups gives the optimizer {name!r} several learning rates, and its "
-                "schedule sets one for all, as OneCycleLR and CyclicLR do: use lr_factor in place "
-                "of lr and layer_decay, or give the schedule a list of rates"
-            )
-
     def _log(self, name: str, optimizer: Optimizer) -> None:
         """Log the groups of an optimizer with their sizes, in aligned lines."""
         parts: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -225,22 +207,21 @@ class ParameterGroups:
             logger.info("  %s", "  ".join(cells).rstrip())
 
 
-def leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
-    """Return the index of the group whose learning rate stands for all of them.
+def check_schedule(name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
+    """Refuse a schedule that replaces the different learning rates of groups by one.
 
-    That is the first one of the recipe's own groups, and the one with the largest rate if patterns
-    have divided them.
+    Args:
+        name: name of the optimizer.
+        optimizer: the optimizer, with its schedule.
+        before: its learning rates without the schedule.
     """
-    if "patterns" not in groups[0]:
-        return 0
-    peaks = [group.get("initial_lr", group.get("lr")) for group in groups]
-    rates = [float(p or 0.0) * g.get("lr_factor", 1.0) for p, g in zip(peaks, groups, strict=True)]
-    return rates.index(max(rates))
-
-
-def rates_of(optimizer: Optimizer) -> list[float]:
-    """Return the learning rate of each group, 0 where it has none."""
-    return [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
+    rates = {float(group.get("lr") or 0.0) for group in optimizer.param_groups}
+    if len(set(before)) > 1 and len(rates) == 1 and rates != {0.0}:
+        raise ValueError(
+            f"param_groups gives the optimizer {name!r} several learning rates, and its "
+            "schedule sets one for all, as OneCycleLR and CyclicLR do: use lr_factor in place "
+            "of lr and layer_decay, or give the schedule a list of rates"
+        )
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

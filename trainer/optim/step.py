@@ -11,6 +11,7 @@ Nothing moves before everything about the step is known, on every rank.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import warnings
@@ -28,8 +29,8 @@ from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
-from trainer.optim.groups import leading_group
-from trainer.optim.settings import built_settings, set_rates_anew, with_new_settings
+from trainer.optim.settings import set_rates_anew, with_new_settings
+from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
 
@@ -135,8 +136,8 @@ class Update:
         self._deferred: list[tuple[Tensor, Take]] = []
         self._warned_of_dropped = self._warned_of_untrained = False
         self._warned_of_nothing = self._warned_of_end = False
-        self._built = built_settings(optimizer, schedule)
-        self.leading = leading_group(optimizer.param_groups)
+        self._built = _settings(optimizer, schedule)
+        self.leading = _leading_group(optimizer.param_groups)
 
     @property
     def params(self) -> list[Tensor]:
@@ -851,3 +852,37 @@ def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
         raise ValueError(
             f"optimize({name!r}) got the weight {weight!r}; allowed: a finite number, 0 or more"
         )
+
+
+def _leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
+    """Return the index of the group whose learning rate stands for all of them.
+
+    That is the first one of the recipe's own groups, and the one with the largest rate if patterns
+    have divided them.
+    """
+    if "patterns" not in groups[0]:
+        return 0
+    peaks = [group.get("initial_lr", group.get("lr")) for group in groups]
+    rates = [float(p or 0.0) * g.get("lr_factor", 1.0) for p, g in zip(peaks, groups, strict=True)]
+    return rates.index(max(rates))
+
+
+def _settings(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
+    """Return the settings of an optimizer's groups, and of its schedule, that are plain values."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = schedule.state_dict() if hasattr(schedule, "state_dict") else {}
+    return {"groups": [_plain(group) for group in groups], "schedule": _plain(state)}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of the values that consist of numbers and texts."""
+    numbers = {key: plain_number(value) for key, value in values.items()}
+    return {key: copy.deepcopy(value) for key, value in numbers.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
