@@ -81,8 +81,13 @@ from trainer.optim.build import (
 )
 from trainer.optim.ema import WeightAverage
 from trainer.optim.groups import ParameterGroups
-from trainer.optim.guard import NonFiniteGuard, Tracer
-from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
+from trainer.optim.guard import (
+    MEMORY_ADVICE,
+    MemoryGuard,
+    NonFiniteGuard,
+    Tracer,
+    is_out_of_memory,
+)
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
@@ -1260,8 +1265,8 @@ class Brain(SpeechBrainNames):
         try:
             yield
         except BaseException as error:
-            if is_out_of_memory(error) and ADVICE not in str(error):
-                error.add_note(ADVICE)
+            if is_out_of_memory(error) and MEMORY_ADVICE not in str(error):
+                error.add_note(MEMORY_ADVICE)
             self.callbacks.call_every("on_exception", error, self, error)
             raise
 
@@ -1535,7 +1540,7 @@ class Brain(SpeechBrainNames):
         if why:
             raise torch.OutOfMemoryError(
                 f"memory ran out in epoch {self.progress.epoch}, batch {self.progress.step} "
-                f"({what}), {why}. The run ends; its last checkpoint is sound. {ADVICE}"
+                f"({what}), {why}. The run ends; its last checkpoint is sound. {MEMORY_ADVICE}"
             ) from error
         return what
 

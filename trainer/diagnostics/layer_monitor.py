@@ -219,7 +219,7 @@ class LayerMonitor(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; optimizers that were not monitored then start anew."""
         for name, meter in self._meters.items():
-            meter.update.take_deferred()
+            meter.update.deferred.clear()
             meter.copies = []
             if name in state:
                 meter.steps[:] = unpack(name, state[name]["steps"])

@@ -82,36 +82,24 @@ def make_updates(
         if groups is not None:
             check_schedule(name, optimizer, rates)
         updates[name] = Update(
-            name,
-            optimizer,
-            precision.scaler(),
-            clips[name],
-            schedule,
-            options.grad_accumulation_factor,
-            options.skip_nonfinite_grads,
-            strategy=strategy,
-        )
+            name, optimizer, precision.scaler(), clips[name], schedule,
+            options.grad_accumulation_factor, options.skip_nonfinite_grads, strategy,
+        )  # fmt: skip
         updates[name].watch(on_hand_step)
     connect(list(updates.values()), parameters)
     strategy.register({n: u.all_params for n, u in updates.items()}, parameters, sparse)
     return updates
 
 
-def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None = None) -> None:
-    """Set the ``others``, ``sharing``, ``untrained`` and ``names`` of optimizers.
-
-    Args:
-        updates: all optimizers of a Brain.
-        parameters: names of all parameters of its modules.
-    """
+def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str]) -> None:
+    """Set the ``others``, ``sharing``, ``untrained`` and ``names`` of all optimizers of a Brain."""
     owned = [set(update.all_params) for update in updates]
     trained = set().union(*owned)
-    named = (parameters or {}).items()
-    untrained = {name: p for p, name in named if p not in trained and p.requires_grad}
+    untrained = {name: p for p, name in parameters.items() if p not in trained and p.requires_grad}
     for update, own in zip(updates, owned, strict=True):
         update.others = [other for other in updates if other is not update]
         update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]
-        update.untrained, update.names = untrained, parameters or {}
+        update.untrained, update.names = untrained, parameters
 
 
 def _make_clippers(
@@ -172,16 +160,12 @@ def _make_clipper(setting: Any, limit: float) -> Clipper:
 def find_optimizers(
     optimizers_dict: Any, attributes: Mapping[str, Any], precision: Precision
 ) -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers that ``init_optimizers`` made, by name.
+    """Return the optimizers that ``init_optimizers`` made, by name, if they can train here.
 
     Args:
         optimizers_dict: the Brain's ``optimizers_dict``, or None.
         attributes: the Brain's attributes, among which optimizers are looked for otherwise.
         precision: training precision.
-
-    Raises:
-        ValueError: for something that is no optimizer or needs a closure, for one that has two
-            names, for a clip limit that is none, and for float16 weights under fp16.
     """
     found = optimizers_dict
     if not isinstance(found, (Mapping, NoneType)):
@@ -276,16 +260,12 @@ def warn_of_totals(
         key = next((key for key in LENGTHS if hasattr(schedule, key)), None)
         if key is None or not isinstance(schedule, LRScheduler) or isinstance(schedule, Stateful):
             continue
-        if schedule.last_epoch or not epochs:
-            continue
         by_epoch, total = every == "epoch", getattr(schedule, key)
-        if by_epoch:
-            moves = epochs
-        elif batches is not None:
-            moves = epochs * math.ceil(batches / update.size)
-            moves = moves if limit is None else min(moves, limit)
-        else:
+        if schedule.last_epoch or not epochs or (batches is None and not by_epoch):
             continue
+        moves = epochs if by_epoch else epochs * math.ceil((batches or 0) / update.size)
+        if limit is not None and not by_epoch:
+            moves = min(moves, limit)
         ends = isinstance(schedule, OneCycleLR) and total < moves
         if ends or (by_epoch and total > moves):
             logger.warning(

@@ -22,11 +22,7 @@ logger = logging.getLogger("trainer")
 def agree_on_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return rank 0's metrics on every rank, so that all ranks decide by the same numbers.
 
-    Collective. Tensors and arrays of one element become numbers. Warns where another rank has other
-    values.
-
-    Raises:
-        ValueError: for a tensor or array of several elements, and for a name that is no text.
+    Collective. Tensors and arrays of one element become numbers; others are refused.
     """
     if odd := [name for name in metrics if not isinstance(name, str)]:
         raise ValueError(f"on_stage_end returned a metric named {odd[0]!r}; allowed: a text")
@@ -59,15 +55,7 @@ def all_metrics(report: StageReport) -> dict[str, Any]:
 
 
 def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> None:
-    """Advance the schedules that count epochs.
-
-    Args:
-        updates: the optimizers with their schedules.
-        metrics: losses and metrics of the epoch, for schedules that watch one.
-
-    Raises:
-        ValueError: if a schedule watches a metric that the stage did not give.
-    """
+    """Advance the schedules that count epochs, by the losses and metrics of the epoch."""
     for update in updates:
         schedule = update.schedule
         if schedule is None or schedule.every != "epoch":
@@ -83,17 +71,8 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
                 update.advance_schedule()
 
 
-def should_stop(early_stopping: Any, metrics: Mapping[str, Any], epoch: int | None = None) -> bool:
-    """Return True if early stopping ends the training.
-
-    Args:
-        early_stopping: a `trainer.schedules.EarlyStopping`, or None.
-        metrics: losses and metrics of the epoch.
-        epoch: number of the epoch, for the message.
-
-    Raises:
-        ValueError: if it watches a metric that the stage did not give.
-    """
+def should_stop(early_stopping: Any, metrics: Mapping[str, Any], epoch: int | None) -> bool:
+    """Return True if a `trainer.schedules.EarlyStopping`, or None, ends the training now."""
     if early_stopping is None:
         return False
     stopped = bool(early_stopping.update(_pick(metrics, early_stopping.metric, "early_stopping")))
