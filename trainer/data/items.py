@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -40,22 +39,15 @@ class BadItem(ValueError):
         self.path, self.reason = str(path), reason
 
 
-@dataclass
-class _Loading:
-    """The batch that this process is loading: a worker, or the main process without workers.
+class _Loading(NamedTuple):
+    """The batch that this process loads: a worker, or the main process without workers."""
 
-    Args:
-        seed: random seed of its loader.
-        epoch: its epoch.
-        bad: path and reason of each bad item so far.
-    """
-
-    seed: int = 0
-    epoch: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    seed: int  # Of the run.
+    epoch: int
+    bad: list[tuple[str, str]]  # Path and reason of each bad item so far.
 
 
-_loading = _Loading()
+_loading = _Loading(0, 0, [])
 _END = object()  # Follows the last item.
 # The caller that set the epoch last, by the id of a dataset with ``set_epoch``: loaders may share
 # a dataset.
@@ -63,23 +55,26 @@ _epoch_set_by: WeakValueDictionary[int, BatchDataset] = WeakValueDictionary()
 
 
 def begin_loading(seed: int, epoch: int) -> None:
-    """Note the seed and epoch of the batch that this process loads now."""
-    _loading.seed, _loading.epoch, _loading.bad = seed, epoch, []
+    """Note the seed and epoch of the batches that this worker loads."""
+    global _loading
+    _loading = _Loading(seed, epoch, [])
 
 
 @contextmanager
-def loading(seed: int, epoch: int) -> Iterator[list[tuple[str, str]]]:
+def loading(
+    seed: int, epoch: int, bad: list[tuple[str, str]] | None = None
+) -> Iterator[list[tuple[str, str]]]:
     """Context manager around the loading of a batch; an item may load batches of another loader.
 
     Yields:
-        The list to which the bad files are added, as (path, reason).
+        The list to which the bad files are added, as (path, reason): ``bad``, or a new one.
     """
-    outer = _loading.seed, _loading.epoch, _loading.bad
-    begin_loading(seed, epoch)
+    global _loading
+    outer, _loading = _loading, _Loading(seed, epoch, [] if bad is None else bad)
     try:
         yield _loading.bad
     finally:
-        _loading.seed, _loading.epoch, _loading.bad = outer
+        _loading = outer
 
 
 def item_seed(item: int | str) -> int:
@@ -121,12 +116,8 @@ def in_epoch(epoch: int, seed: int | None = None) -> Iterator[None]:
         epoch: number of the epoch.
         seed: random seed of the run; None keeps that of the loader.
     """
-    before = _loading.seed, _loading.epoch
-    _loading.seed, _loading.epoch = _loading.seed if seed is None else seed, epoch
-    try:
+    with loading(_loading.seed if seed is None else seed, epoch, _loading.bad):
         yield
-    finally:
-        _loading.seed, _loading.epoch = before
 
 
 def report_bad(path: str | os.PathLike[str], reason: str) -> None:
@@ -257,27 +248,15 @@ class BadItemPolicy:
 
 
 class LoadedBatch(NamedTuple):
-    """A batch as the process that loaded it hands it on.
+    """A batch as the process that loaded it hands it on."""
 
-    Args:
-        batch: the batch; None if it has no good item.
-        items: number of items that were asked for.
-        reports: paths and reasons of bad files.
-    """
-
-    batch: Any
-    items: int
-    reports: list[tuple[str, str]]
+    batch: Any  # None if it has no good item.
+    items: int  # Number of items that were asked for.
+    reports: list[tuple[str, str]]  # Paths and reasons of bad files.
 
 
 class ReportingCollate:
-    """Function that joins items to a batch, and adds what was reported while they were loaded.
-
-    It brings the reports of an `IterableDataset` out of a worker.
-
-    Args:
-        collate_fn: joins the items.
-    """
+    """Function that joins items, and brings the reports of an `IterableDataset` out of a worker."""
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self.collate_fn = collate_fn
@@ -312,8 +291,9 @@ class BatchDataset(Dataset[Any]):
     ) -> None:
         self.dataset, self.collate_fn = dataset, collate_fn
         self.seed, self.train, self.single = seed, train, single
-        self._current = torch.full((workers,), -1).share_memory_()  # Index that each worker loads.
-        self._own: Any = None  # Index that the process without workers loads.
+        # Index that each worker loads, or -1; and the one that the process without workers loads.
+        self._current = torch.full((workers,), -1).share_memory_()
+        self._own: Any = None
         self._epoch: int | None = None
         self._setters: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
         self._held: list[Any] = []  # Random generators that the dataset holds.
@@ -346,20 +326,18 @@ class BatchDataset(Dataset[Any]):
 
     def _set_epoch(self, epoch: int) -> None:
         """Tell the dataset the epoch; at each batch, since a worker may outlive the epoch."""
-        if epoch != self._epoch:
-            self._setters = [
-                part for part in components(self.dataset) if hasattr(part, "set_epoch")
-            ]
+        begins, self._epoch = epoch != self._epoch, epoch
+        if begins:
+            parts = components(self.dataset)
+            self._setters = [part for part in parts if hasattr(part, "set_epoch")]
             self._held = generators(self.dataset)
         for part in self._setters:
-            if epoch != self._epoch or _epoch_set_by.get(id(part)) is not self:
+            if begins or _epoch_set_by.get(id(part)) is not self:
                 part.set_epoch(epoch)
                 _epoch_set_by[id(part)] = self
-        self._epoch = epoch
 
     def _load_batch(self, index: BatchIndex) -> Any:
-        worker = get_worker_info()
-        if worker is not None:  # The main process draws from its own generators, as in torch.
+        if get_worker_info() is not None:  # The main process draws from its own, as in torch.
             reseed(derive(self.seed, "batch", index.epoch, index.number))
         for generator in self._held:
             seed_generator(generator, derive(self.seed, "held", index.epoch, index.number))
@@ -370,10 +348,7 @@ class BatchDataset(Dataset[Any]):
             items = self._load_fallback(index)
         if not items:
             return None
-        if worker is not None:
-            self._current[worker.id] = -1
-        else:
-            self._own = None
+        self._note(None)
         try:
             return self.collate_fn(items[0] if self.single else items)
         except Exception as error:

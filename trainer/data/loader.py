@@ -232,6 +232,10 @@ class BatchSource:
 
     Attributes:
         alone: True if it judges bad items by itself, since nobody does so for all ranks.
+        dealt: True if each rank gets batches of its own, from workers of no other loader.
+        equal: True if all ranks get equally many batches in training.
+        stateful: object whose state resumes an epoch, or None.
+        sources: objects whose states are places in an epoch.
     """
 
     def __init__(
@@ -247,9 +251,12 @@ class BatchSource:
         self._source, self.policy, self.alone = source, policy, world_size == 1
         self._seed, self._train, self._timeout = seed, train, timeout
         self._epoch = self._start = 0
+        self._resumed: Mapping[str, Any] | None = None
         self._number = 0  # Number of the batch that is waited for.
         self._draws: DrawsUndone | fork_rng = DrawsUndone()
-        self._owns_workers = True
+        self.dealt = self.equal = True
+        self.stateful: Any = None
+        self.sources: list[Any] = []
         # Persistent workers between two epochs. They end with this object: torch waits 5 s for each
         # where it is in a reference cycle, since the queues to tell them are closed by then.
         self._idle: list[BaseProcess] = []
@@ -261,9 +268,14 @@ class BatchSource:
         """Use the batches of this epoch in later iterations; in evaluation all epochs are alike."""
         self._epoch = epoch if self._train else 0
 
-    def skip(self, batches: int) -> None:
-        """Start the next iteration after this number of batches."""
-        self._start = batches
+    def skip(self, batches: int, position: Mapping[str, Any] | None = None) -> None:
+        """Start the next iteration in the middle of the epoch.
+
+        Args:
+            batches: number of batches to leave out. A `Loader` does not load them; a `Stream` does.
+            position: what `Stream.position` returned after them; nothing is loaded then.
+        """
+        self._start, self._resumed = batches, position
 
     @property
     def bad(self) -> dict[str, str]:
@@ -293,7 +305,7 @@ class BatchSource:
             while (batch := load()) is not _END:
                 if batch is not None:
                     yield batch
-            self._idle[:] = watched.workers if self._owns_workers else []
+            self._idle[:] = watched.workers if self.dealt else []
         except BaseException:  # GeneratorExit too: the epoch was left early.
             if watched.workers:
                 watched.end_workers()
@@ -398,51 +410,30 @@ class Stream(BatchSource):
 
     In a resumed run, a source with ``state_dict`` and ``load_state_dict`` continues from its saved
     state; any other source loads the earlier batches again.
-
-    Attributes:
-        dealt: the items of an `IterableDataset`, if it deals them among ranks and workers.
-        equal: True if all ranks get equally many batches in training.
-        stateful: object whose state resumes an epoch, or None.
     """
 
     def __init__(self, source: Any, policy: BadItemPolicy, **run: Any) -> None:
         super().__init__(source, policy, **run)
-        self._resumed: Mapping[str, Any] | None = None
         self._waiting = self._ended = False
         dataset = getattr(source, "dataset", None)
-        self.dealt = dataset if isinstance(dataset, DealtItems) else None
-        self._owns_workers = self.dealt is not None  # Otherwise the DataLoader is the user's own.
-        self.equal = self.alone or (self.dealt is not None and self.dealt.equal)
-        self.stateful: Any = None
-        self._buffered = _has_shuffle_buffer(source)
-        if self._buffered:
-            return
+        self._items = dataset if isinstance(dataset, DealtItems) else None
+        self.dealt = self._items is not None
+        self.equal = self.alone or (self._items is not None and self._items.equal)
+        buffered = _has_shuffle_buffer(source)
         if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
             self.stateful = source
-        elif self.dealt is not None and self.dealt.resumable and not source.num_workers:
-            self.stateful = self.dealt
+        elif self._items is not None and self._items.resumable and not source.num_workers:
+            self.stateful = self._items
+        if buffered or self.stateful is not None:
+            parts = components(source)
+            self.sources = [source, *(each for each in parts if isinstance(each, IterableDataset))]
+        if buffered:
+            self.stateful = None
 
     def set_epoch(self, epoch: int) -> None:
         """Use the batches of this epoch in later iterations, and tell sampler and dataset."""
         super().set_epoch(epoch)
         set_epoch(self._source, self._epoch)
-
-    @property
-    def sources(self) -> list[Any]:
-        """The source and its datasets, where their states are places in an epoch."""
-        if self.stateful is None and not self._buffered:
-            return []
-        nested = [part for part in components(self._source) if isinstance(part, IterableDataset)]
-        return [self._source, *nested]
-
-    def skip(self, batches: int, position: Mapping[str, Any] | None = None) -> None:
-        """Start the next iteration at this batch.
-
-        Args:
-            batches: number of the batches before it, which are loaded and discarded.
-            position: what `position` returned after them; nothing is loaded then.
-        """
-        self._start, self._resumed = batches, position
 
     def position(self, running: bool) -> dict[str, Any] | None:
         """Return the state of the source after the last batch; None if there is none to rely on.
@@ -454,7 +445,7 @@ class Stream(BatchSource):
             return None
         if not running:
             return {"source": self.stateful.state_dict()}
-        if self.dealt is not None and self.dealt.ended:  # The state may be that of a new epoch.
+        if self._items is not None and self._items.ended:  # The state may be that of a new epoch.
             return None
         with self._draws if isinstance(self._draws, fork_rng) else nullcontext():
             random = rng_state()
@@ -467,7 +458,7 @@ class Stream(BatchSource):
         Raises:
             TypeError: it is unknown.
         """
-        if self.dealt is not None and self._source.num_workers > 1:
+        if self.dealt and self._source.num_workers > 1:
             raise TypeError("the number of batches is unknown where workers join their own items")
         return len(self._source)
 
