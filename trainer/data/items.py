@@ -461,23 +461,25 @@ class DealtItems(IterableDataset[Any]):
         self.equal = world_size == 1 or not knows_ranks(dataset)
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
-        self._workers, self._asked, self._asked_id = 1, False, False
+        self._workers = 1
+        self._asked: set[str] = set()  # What the dataset has read of `get_worker_info`.
         self._position = 0  # Number of items that were read.
         self._start = 0  # Position at which the next iteration starts.
         self.ended = False
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
-        declared = hasattr(dataset, "splits_by_rank")
-        if rank == 0 and not self.equal and not declared:
-            logger.info(
-                "%s gives each of %d ranks items of its own, since it asks for its rank; with the "
-                "attribute splits_by_rank = False its items are dealt among them",
-                type(dataset).__name__, world_size,
-            )  # fmt: skip
-        if rank == 0 and self._world > 1 and not declared:
+        if rank or world_size == 1 or hasattr(dataset, "splits_by_rank"):
+            return
+        if self.equal:
             logger.warning(
                 "each of %d ranks reads all items of %s and keeps its share; a dataset with the "
                 "attribute splits_by_rank = True gives each rank items of its own",
                 world_size, type(dataset).__name__,
+            )  # fmt: skip
+        else:
+            logger.info(
+                "%s gives each of %d ranks items of its own, since it asks for its rank; with the "
+                "attribute splits_by_rank = False its items are dealt among them",
+                type(dataset).__name__, world_size,
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -495,7 +497,7 @@ class DealtItems(IterableDataset[Any]):
         position, self._start, self.ended = self._start, 0, False
         last = self._world - 1 if self.train else self._rank  # Yield once that rank's item is read.
         self._seed(position, number)
-        self._asked_id = False
+        self._asked.discard("id")
         items, own = iter(self.dataset), None
         while True:
             self._seed(position, number)
@@ -509,8 +511,6 @@ class DealtItems(IterableDataset[Any]):
             elif item is None:
                 report_bad(f"item {position} of {type(self.dataset).__name__}", "it is None")
             if item is _END:
-                self._position, self.ended = 0, True
-                self._warn_of_id(number)
                 break
             if item is None:
                 continue
@@ -518,22 +518,21 @@ class DealtItems(IterableDataset[Any]):
             own = item if place == self._rank else own
             if keeps and place == last:
                 yield own
-        if self.train and position % self._world and self._rank == 0 == number:
-            left = position % self._world
-            logger.info("the epoch leaves out its last %d items: too few for all ranks", left)
-
-    def _warn_of_id(self, worker: int) -> None:
-        if self._asked_id and worker == 0 and not self._asked and self._by_worker is None:
+        self._position, self.ended = 0, True
+        asked_id = "id" in self._asked and "num_workers" not in self._asked
+        if number == 0 and asked_id and self._by_worker is None:
             logger.warning(
                 "%s asks for the id of its worker, and not for the number of workers: its items "
                 "are dealt among the workers, as with the attribute splits_by_worker = False. If "
                 "each worker reads items of its own, most are lost so: set it to True",
                 type(self.dataset).__name__,
             )
+        if self.train and (left := position % self._world) and self._rank == 0 == number:
+            logger.info("the epoch leaves out its last %d items: too few for all ranks", left)
 
     @property
     def _splits_by_worker(self) -> bool:
-        return self._asked if self._by_worker is None else self._by_worker
+        return "num_workers" in self._asked if self._by_worker is None else self._by_worker
 
     def _seed(self, position: int, worker: int) -> None:
         """Seed the global generators for an item, equally in all processes that read it."""
@@ -542,27 +541,17 @@ class DealtItems(IterableDataset[Any]):
             reseed(derive(_loading.seed, "stream", _loading.epoch, position, own))
 
     def watch_worker(self) -> None:
-        """Notice in this worker if the dataset asks for the number of workers."""
+        """Notice in this worker what the dataset reads of `get_worker_info`."""
         info = get_worker_info()
         assert info is not None
-        dealt, self._workers, own_id = self, info.num_workers, info.id
+        dealt, self._workers = self, info.num_workers
 
         class Watched(type(info)):  # type: ignore[misc]
             __slots__ = ()
 
-            @property
-            def num_workers(self) -> int:
-                dealt._asked = True
-                return dealt._workers
-
-            @property
-            def id(self) -> int:
-                dealt._asked_id = True
-                return own_id
-
-            @property
-            def dataset(self) -> Any:
-                return dealt.dataset
+            def __getattribute__(self, name: str) -> Any:
+                dealt._asked.add(name)
+                return dealt.dataset if name == "dataset" else super().__getattribute__(name)
 
         object.__setattr__(info, "__class__", Watched)
 
