@@ -763,14 +763,16 @@ def _describe_exit(workers: list[BaseProcess]) -> str | None:
             if worker.sentinel in ended:
                 worker.join(timeout=POLL_SECONDS)
     for worker in workers:
-        if (code := worker.exitcode) in (-signal.SIGBUS, NO_SHARED_MEMORY):
-            return f"a worker of the loader (pid {worker.pid}) died: {FULL}"
-        if code == UNSENT:
-            return f"a worker of the loader (pid {worker.pid}) could not send a batch (see above)"
-        if code:
-            how = (
-                f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-            )
+        if not (code := worker.exitcode):
+            continue
+        if code in (-signal.SIGBUS, NO_SHARED_MEMORY):
+            how = f"died: {FULL}"
+        elif code == UNSENT:
+            how = "could not send a batch (see above)"
+        elif code > 0:
+            how = f"exited with code {code}"
+        else:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            return f"a worker of the loader (pid {worker.pid}) {how}{hint}"
+            how = f"died of {signal.Signals(-code).name}{hint}"
+        return f"a worker of the loader (pid {worker.pid}) {how}"
     return None
