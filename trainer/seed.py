@@ -48,8 +48,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 def reseed(value: int) -> None:
     """Seed the generators of Python, NumPy (if it is imported) and torch's CPU, not CUDA's.
 
-    Args:
-        value: seed between 0 and 2**63 - 1; NumPy takes its lowest 32 bits.
+    NumPy takes the lowest 32 bits of a value between 0 and 2**63 - 1.
     """
     torch.default_generator.manual_seed(value)
     random.seed(value)
@@ -66,12 +65,7 @@ def is_generator(value: Any) -> bool:
 
 
 def seed_generator(generator: Any, value: int) -> None:
-    """Seed a generator object of Python, NumPy or torch.
-
-    Args:
-        generator: what `is_generator` accepts.
-        value: seed between 0 and 2**63 - 1; NumPy's RandomState takes its lowest 32 bits.
-    """
+    """Seed a generator that `is_generator` accepts by a value between 0 and 2**63 - 1."""
     if isinstance(generator, torch.Generator):
         generator.manual_seed(value)
     elif hasattr(generator, "bit_generator"):
@@ -84,9 +78,8 @@ def seed_generator(generator: Any, value: int) -> None:
 def rng_state() -> dict[str, Any]:
     """Return the states of all generators that a step may draw from.
 
-    Returns:
-        Tensors and plain values under "torch", "python", "cuda" (if there are GPUs) and "numpy" (if
-        it is imported), which `torch.load` reads with ``weights_only=True``.
+    They are tensors and plain values under "torch", "python", "cuda" (if there are GPUs) and
+    "numpy" (if it is imported), which `torch.load` reads with ``weights_only=True``.
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -103,11 +96,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the states of all generators.
-
-    Args:
-        state: a result of `rng_state`. Generators absent from it keep their state.
-    """
+    """Restore what `rng_state` returned; generators that are absent from it keep their state."""
     torch.set_rng_state(state["torch"])
     random.setstate(_unpack_python_state(state["python"]))
     if "cuda" in state and torch.cuda.is_available():
@@ -135,11 +124,9 @@ class RngState:
     """The random generators of this process, as a part of a run's state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every generator."""
         return rng_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
         set_rng_state(state)
 
 
@@ -162,13 +149,8 @@ class _StatefulGenerator:
 def as_stateful(value: Any) -> Any:
     """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
-    Args:
-        value: any object.
-
-    Returns:
-        The wrapped generator, for a `torch.Generator`, a `random.Random` and a
-        `numpy.random.Generator` of the kind PCG64; None for anything else. A
-        `random.SystemRandom` has no state, and that of NumPy's other kinds is made of arrays.
+    It is a `torch.Generator`, a `random.Random` or a `numpy.random.Generator` of the kind PCG64;
+    None is returned for anything else. The state of NumPy's other kinds is made of arrays.
     """
     bits = type(getattr(value, "bit_generator", None)).__name__
     plain = isinstance(value, (torch.Generator, random.Random)) or bits.startswith("PCG64")

@@ -141,11 +141,7 @@ def _handle(number: int, _frame: FrameType | None) -> None:
 
 
 def install() -> dict[int, Any]:
-    """Install the handler of SIGTERM and SIGINT, and of others that would end the process.
-
-    Returns:
-        The former handlers.
-    """
+    """Handle SIGTERM, SIGINT and others that would end the process; return the former handlers."""
     # SIG_IGN stays, as under nohup, and so does a handler of the program.
     unused = [n for n in UNLESS_IN_USE if signal.getsignal(n) in (signal.SIG_DFL, _end)]
     return {number: signal.signal(number, _handle) for number in (*ALWAYS, *unused)}
@@ -214,11 +210,7 @@ def installed() -> bool:
 
 
 def set_limit(hours: float | None) -> None:
-    """Request a stop once this process is old enough.
-
-    Args:
-        hours: age of the process in hours; None for no limit.
-    """
+    """Request a stop once this process has an age in hours; None for no limit."""
     global _deadline
     _deadline = None if hours is None else time.monotonic() - _age() + 3600 * hours
 

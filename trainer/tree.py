@@ -36,8 +36,7 @@ def map_leaves(
         is_leaf: returns True for a container that is passed to ``function`` as a whole.
 
     Returns:
-        New containers of the same types with the results in place of the leaves. A mapping that
-        cannot be changed becomes a dict.
+        New containers with the results in place of the leaves; see `rebuilt`.
     """
     if is_leaf(value) or not is_container(value):
         return function(value)
@@ -62,11 +61,9 @@ def parts_of(container: Any) -> Mapping[Any, Any]:
 
 
 def rebuilt(container: Any, parts: Mapping[Any, Any]) -> Any:
-    """Return a new container of the same type with other parts.
+    """Return a new container of the same type with other parts, by the names of `parts_of`.
 
-    Args:
-        container: the container. A mapping that cannot be changed becomes a dict.
-        parts: the new parts, by the names that `parts_of` gives.
+    A mapping that cannot be changed becomes a dict.
     """
     if isinstance(container, Mapping):
         if type(container) is dict or not isinstance(container, MutableMapping):

@@ -288,12 +288,6 @@ def is_array(value: Any) -> bool:
 def collate_plain(items: list[Any]) -> Any:
     """Join examples as torch's `default_collate` does; values that it refuses become a list.
 
-    Args:
-        items: B examples of any type.
-
-    Returns:
-        A batch of the type that `default_collate` returns; a list of length B of what it refuses.
-
     Raises:
         ValueError: mappings differ in their keys, of which torch would drop some.
         RuntimeError: tensors or lists differ in their sizes.
@@ -452,12 +446,7 @@ def batch_sizes(batch: Any) -> str:
 
 
 def add_advice(error: BaseException, batch: Any) -> None:
-    """Add a note to an error of a recipe that has used a `Padded` of a batch as a tensor.
-
-    Args:
-        error: the error, as it was caught.
-        batch: the batch.
-    """
+    """Add a note to an error of a recipe that has used a `Padded` of a batch as a tensor."""
     if "Padded" not in str(error):
         return
     name, access = "data", "padded"

@@ -74,11 +74,8 @@ def _knows_ranks(part: Any) -> bool:
 def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
     """Return True if the code of an object's class, or a function that it calls, has a name.
 
-    Args:
-        part: the object.
-        names: names of functions, attributes, variables of the environment, or arguments of the
-            class.
-        elsewhere: a part of the paths of files that do not count; empty for none.
+    Names are those of functions, attributes, variables of the environment, and arguments of the
+    class. Files with ``elsewhere`` in their paths do not count.
     """
 
     def counts(function: Any) -> bool:
@@ -138,19 +135,12 @@ class ShuffledSampler:
 
 
 class BatchIndex(NamedTuple):
-    """Items of one batch, as a worker receives them.
-
-    Args:
-        epoch: number of the epoch.
-        number: number of the batch in the epoch, counted over all ranks.
-        indices: indices of its items.
-        fallback_indices: items to try in this order if none of the batch is good.
-    """
+    """Items of one batch, as a worker receives them."""
 
     epoch: int
-    number: int
+    number: int  # Of the batch in the epoch, counted over all ranks.
     indices: Sequence[Any]
-    fallback_indices: Sequence[Any]
+    fallback_indices: Sequence[Any]  # Items to try in this order if none of the batch is good.
 
 
 class DistributedBatchSampler:
@@ -168,10 +158,7 @@ class DistributedBatchSampler:
         batch_size: items of a batch on one rank.
         batched: True for a sampler of whole batches.
         drop_last: leave out an incomplete batch.
-        train: True for training, False for evaluation.
-        seed: random seed of the run.
-        rank: rank of this process.
-        world_size: number of processes.
+        train, seed, rank, world_size: as those of `make_loader`.
 
     Attributes:
         start: batch at which the next iteration starts; then 0 again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,50 +23,37 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer.data")
 
 
+@dataclass(eq=False)
 class DataFeed:
-    """Batches of a stage, epoch by epoch.
+    """Batches of a stage, epoch by epoch."""
 
-    Args:
-        source: a list of batches, or their loader.
-        device: device that the batches are moved to.
-        train: True if ranks must get equally many batches.
-        limit: maximum number of batches in an epoch; 0 for all.
-        repeat: number of batches, the first of epoch 1, that make up every epoch; 0 for all.
-        split: True to give each rank its share of the batches here, for a source that gives every
-            rank the same.
-        seed: random seed of the run.
-    """
+    source: Loader | Stream | list[Any] | tuple[Any, ...]  # The batches, or their loader.
+    device: torch.device  # Device that the batches are moved to.
+    train: bool  # Ranks must get equally many batches.
+    limit: int = 0  # Maximum number of batches in an epoch; 0 for all.
+    repeat: int = 0  # Number of batches, the first of epoch 1, that make up every epoch; 0 for all.
+    split: bool = False  # The source gives every rank the same batches, to be dealt here.
+    seed: int = 0  # Random seed of the run.
 
-    def __init__(
-        self,
-        source: Loader | Stream | list[Any] | tuple[Any, ...],
-        device: torch.device,
-        train: bool,
-        limit: int = 0,
-        repeat: int = 0,
-        split: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self._source, self._device, self._train, self._seed = source, device, train, seed
-        self._limit, self._repeat, self._split = limit, repeat, split
+    def __post_init__(self) -> None:
         self._repeated: list[Any] | None = None
         self._at: dict[str, Any] | None = None  # The last epoch, and its last batch if it runs.
         self._saved: Mapping[str, Any] = {}
         # A list is the same in every epoch, and needs no loader.
-        self._loader = None if isinstance(source, (list, tuple)) else source
+        self._loader = None if isinstance(self.source, (list, tuple)) else self.source
         if self._loader is not None:
             self._loader.alone = False  # Bad items are judged in `judge_bad`, for all ranks.
 
     def length(self) -> int | None:
         """Return the number of batches in an epoch on this rank; None where it is unknown."""
         try:
-            size = len(self._source if self._repeated is None else self._repeated)
+            size = len(self.source if self._repeated is None else self._repeated)
         except TypeError:
             return None
-        if self._split and self._repeated is None:
+        if self.split and self._repeated is None:
             rank, world = distributed.rank(), distributed.world_size()
-            size = size // world if self._train else len(range(rank, size, world))
-        for limit in (self._limit, self._repeat):
+            size = size // world if self.train else len(range(rank, size, world))
+        for limit in (self.limit, self.repeat):
             size = min(size, limit) if limit else size
         return size
 
@@ -87,7 +75,7 @@ class DataFeed:
     @property
     def stateful(self) -> Any:
         """The loader whose own state resumes an epoch; None where batches are skipped instead."""
-        return None if self._loader is None or self._repeat else self._loader.stateful
+        return None if self._loader is None or self.repeat else self._loader.stateful
 
     @property
     def sources(self) -> list[Any]:
@@ -122,10 +110,10 @@ class DataFeed:
         Yields:
             A batch, and True if it is known to be the last of the epoch.
         """
-        if self._repeat and self._repeated is None:
+        if self.repeat and self._repeated is None:
             self.begin(1)
-            with fork_rng(derive(self._seed, "repeated")):  # A resumed run draws the same ones.
-                self._repeated = list(islice(self._batches(0), self._repeat))
+            with fork_rng(derive(self.seed, "repeated")):  # A resumed run draws the same ones.
+                self._repeated = list(islice(self._batches(0), self.repeat))
         size, number = self.begin(epoch), start
         saved, self._saved = self._saved, {}
         at = saved.get("batch")  # None between two epochs.
@@ -135,13 +123,13 @@ class DataFeed:
             batches = islice(self._repeated, start, None)
         else:
             batches = self._batches(start, saved.get("position") if fits else None)
-        on_host = self._device.type == "cpu"
+        on_host = self.device.type == "cpu"
         try:
             for batch in batches:
                 number += 1
                 self._at = {"epoch": epoch, "batch": number}
-                yield (batch if on_host else to_device(batch, self._device)), number == size
-                if number == self._limit:
+                yield (batch if on_host else to_device(batch, self.device)), number == size
+                if number == self.limit:
                     return
         finally:
             self._at = {"epoch": epoch, "batch": None}
@@ -164,24 +152,24 @@ class DataFeed:
         (unjudged,) = distributed.any_rank(policy.unjudged)
         if unjudged:
             reports = distributed.all_gather_json(self._loader.report_bad())
-            policy.judge(reports, shared=self._split, at_end=at_end)
+            policy.judge(reports, shared=self.split, at_end=at_end)
         return len(policy.all_skipped)
 
     def _batches(self, start: int, position: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """Yield this rank's batches of the source."""
-        world = distributed.world_size() if self._split else 1
+        world = distributed.world_size() if self.split else 1
         if self._loader is None:
-            iterator: Iterator[Any] = islice(self._source, start * world, None)
+            iterator: Iterator[Any] = islice(self.source, start * world, None)
         else:
             self._loader.skip(start * world, position)
             iterator = iter(self._loader)
-            if self._train and not (self._split or self._loader.equal):
+            if self.train and not (self.split or self._loader.equal):
                 iterator = _end_together(iterator)
         if world == 1:
             yield from iterator
             return
         while batches := list(islice(iterator, world)):
-            if len(batches) == world or (not self._train and distributed.rank() < len(batches)):
+            if len(batches) == world or (not self.train and distributed.rank() < len(batches)):
                 yield batches[distributed.rank()]
 
 
@@ -189,27 +177,15 @@ def make_feed(
     source: Any,
     *,
     train: bool,
-    name: str,
+    name: str,  # Of the stage in error messages, such as "valid".
     device: torch.device,
     options: RunOptions,
-    make_loader: Callable[..., Any],
-    loader_kwargs: Mapping[str, Any],
-    makes_datasets: bool = False,
-    whole: bool = False,
+    make_loader: Callable[..., Any],  # Makes a DataLoader, or an iterable of batches, of a dataset.
+    loader_kwargs: Mapping[str, Any],  # Allowed for a dataset only.
+    makes_datasets: bool = False,  # `make_loader` may make a dataset of a mapping.
+    whole: bool = False,  # Every rank gets all batches.
 ) -> DataFeed:
     """Make a data feed from a dataset, a DataLoader or any iterable of batches.
-
-    Args:
-        source: the data.
-        train: True for training, False for evaluation.
-        name: name of the stage in error messages, such as "valid".
-        device: device that the batches are moved to.
-        options: run options, of which seed, debug, debug_batches and overfit_batches are used.
-        make_loader: called as ``make_loader(dataset, **loader_kwargs)`` for a dataset; returns a
-            DataLoader or an iterable of batches.
-        loader_kwargs: loader options, allowed for a dataset only.
-        makes_datasets: ``make_loader`` may make a dataset of a mapping.
-        whole: give every rank all batches.
 
     Raises:
         ValueError: ``source`` is none of the above, or is no dataset and there are loader options;

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -66,8 +67,7 @@ def loading(
 ) -> Iterator[list[tuple[str, str]]]:
     """Context manager around the loading of a batch; an item may load batches of another loader.
 
-    Yields:
-        The list to which the bad files are added, as (path, reason): ``bad``, or a new one.
+    It yields the list to which bad files are added, as (path, reason): ``bad``, or a new one.
     """
     global _loading
     outer, _loading = _loading, _Loading(seed, epoch, [] if bad is None else bad)
@@ -268,38 +268,28 @@ class ReportingCollate:
         return LoadedBatch(batch, count_examples(batch) + len(reports), reports)
 
 
+@dataclass(eq=False)
 class BatchDataset(Dataset[Any]):
-    """Dataset of batches over a dataset of items; copied to every worker.
+    """Dataset of batches over a dataset of items; copied to every worker."""
 
-    Args:
-        dataset: dataset of items.
-        collate_fn: joins a list of items to a batch; with ``single``, converts one item.
-        seed: random seed of the run.
-        train: True to replace a batch without a good item by its first good fallback item.
-        single: True where an index stands for a whole batch.
-        workers: number of worker processes.
-    """
+    dataset: Any
+    collate_fn: Callable[[Any], Any]  # Joins a list of items; with ``single``, converts one item.
+    seed: int  # Random seed of the run.
+    train: bool  # A batch without a good item becomes its first good fallback item.
+    single: bool  # An index stands for a whole batch.
+    workers: int  # Number of worker processes.
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate_fn: Callable[[Any], Any],
-        seed: int,
-        train: bool,
-        single: bool,
-        workers: int,
-    ) -> None:
-        self.dataset, self.collate_fn = dataset, collate_fn
-        self.seed, self.train, self.single = seed, train, single
+    def __post_init__(self) -> None:
         # Index that each worker loads, or -1; and the one that the process without workers loads.
-        self._current = torch.full((workers,), -1).share_memory_()
+        self._current = torch.full((self.workers,), -1).share_memory_()
         self._own: Any = None
         self._epoch: int | None = None
         self._setters: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
         self._held: list[Any] = []  # Random generators that the dataset holds.
+        dataset = self.dataset
         while isinstance(dataset, Subset):  # It has `__getitems__` whether its dataset does or not.
             dataset = dataset.dataset
-        self._together = not single and getattr(dataset, "__getitems__", None) is not None
+        self._together = not self.single and getattr(dataset, "__getitems__", None) is not None
 
     def __getitem__(self, index: BatchIndex) -> LoadedBatch:
         """Load a batch."""

@@ -20,6 +20,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from multiprocessing import connection, queues
@@ -221,16 +222,8 @@ def _identity(loaded: Any) -> Any:
 class BatchSource:
     """Batches of a source by epoch: bad items are counted, and hangs noticed.
 
-    Args:
-        source: a DataLoader, or any iterable of batches.
-        policy: counts the bad items.
-        seed: random seed of the run.
-        train: False for evaluation, in which every epoch is alike.
-        timeout: seconds without a batch after which the workers of a DataLoader are given up, and
-            any other source is warned of; 0 for never.
-        world_size: number of processes.
-
     Attributes:
+        policy: counts the bad items.
         alone: True if it judges bad items by itself, since nobody does so for all ranks.
         dealt: True if each rank gets batches of its own, from workers of no other loader.
         equal: True if all ranks get equally many batches in training.
@@ -637,31 +630,26 @@ def _init_worker(
         worker_init_fn(worker)
 
 
+@dataclass(eq=False)
 class _WatchedIterator:
     """Iterator of batches that notices at once when workers of a DataLoader die or hang.
 
     torch notices a death at once, or after 5 s when the signal comes just before it starts to wait.
     Without workers, a thread warns once of each batch that takes too long.
-
-    Args:
-        iterator: an iterator of batches; if it is a DataLoader's, its workers are watched.
-        timeout: seconds without a batch after which workers are given up, or a warning is logged; 0
-            for never.
-        closing: flag in shared memory, set before workers are ended.
-        describe_wait: returns what is waited for.
     """
 
-    def __init__(
-        self, iterator: Any, timeout: float, closing: Tensor, describe_wait: Callable[[], str]
-    ) -> None:
-        self._iterator, self._timeout, self._closing = iterator, timeout, closing
-        self._describe_wait = describe_wait
+    iterator: Any  # If it is a DataLoader's, its workers are watched.
+    timeout: float  # Seconds without a batch until workers are given up, or it warns; 0 for never.
+    closing: Tensor  # Flag in shared memory, set before workers are ended.
+    describe_wait: Callable[[], str]
+
+    def __post_init__(self) -> None:
         self._since: float | None = None  # Start of the wait for a batch.
         self._closed = threading.Event()
-        self.workers: list[BaseProcess] = list(getattr(iterator, "_workers", []))
+        self.workers: list[BaseProcess] = list(getattr(self.iterator, "_workers", []))
         if self.workers:  # Set here: DataLoader's own option would limit its start of an epoch too.
-            iterator._timeout = POLL_SECONDS
-        elif timeout:
+            self.iterator._timeout = POLL_SECONDS
+        elif self.timeout:
             threading.Thread(target=self._warn, daemon=True, name="loader").start()
 
     def next(self) -> Any:
@@ -674,7 +662,7 @@ class _WatchedIterator:
         """
         self._since = time.monotonic()
         try:
-            return self._from_workers() if self.workers else next(self._iterator, _END)
+            return self._from_workers() if self.workers else next(self.iterator, _END)
         finally:
             self._since = None
 
@@ -684,23 +672,23 @@ class _WatchedIterator:
 
     def _warn(self) -> None:
         warned: float | None = None
-        while not self._closed.wait(min(self._timeout, 1.0)):
+        while not self._closed.wait(min(self.timeout, 1.0)):
             since = self._since
-            if since is None or since == warned or time.monotonic() - since < self._timeout:
+            if since is None or since == warned or time.monotonic() - since < self.timeout:
                 continue
             warned = since
             logger.warning(
                 "no batch for %g s, %s (the loader option timeout and the run option item_timeout "
-                "set this limit)", self._timeout, self._describe_wait(),
+                "set this limit)", self.timeout, self.describe_wait(),
             )  # fmt: skip
 
     def _from_workers(self) -> Any:
         cause: str | None = ""
         while not cause:
             try:
-                result = next(self._iterator, _END)
+                result = next(self.iterator, _END)
                 if result is _END:
-                    self._iterator._timeout = 0  # Persistent workers are about to be restarted.
+                    self.iterator._timeout = 0  # Persistent workers are about to be restarted.
                 return result
             except Exception as error:
                 cause = self._explain(error)
@@ -711,8 +699,8 @@ class _WatchedIterator:
         if (number := signals.requested()) is not None:
             raise signals.Interrupted(number)  # It may have met a worker that just began.
         if cause.endswith(FULL):
-            raise OSError(errno.ENOSPC, f"{self._describe_wait()}: {cause}")
-        raise RuntimeError(f"{cause}, {self._describe_wait()}")
+            raise OSError(errno.ENOSPC, f"{self.describe_wait()}: {cause}")
+        raise RuntimeError(f"{cause}, {self.describe_wait()}")
 
     def _explain(self, error: Exception) -> str | None:
         """Return the cause of torch's error; None if it is not about workers, "" to wait on."""
@@ -720,10 +708,10 @@ class _WatchedIterator:
             return FULL
         if str(error).startswith("DataLoader timed out"):
             waited = time.monotonic() - (self._since or 0.0)
-            if not self._timeout or waited < self._timeout:
+            if not self.timeout or waited < self.timeout:
                 return ""
             return (
-                f"the loader's workers gave no batch within {self._timeout:g} s (one hangs, or the "
+                f"the loader's workers gave no batch within {self.timeout:g} s (one hangs, or the "
                 "loader option timeout, by default the run option item_timeout, is too small)"
             )
         # torch begins the errors of a dataset in a worker by "Caught".
@@ -731,7 +719,7 @@ class _WatchedIterator:
 
     def end_workers(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
-        self._closing.fill_(True)
+        self.closing.fill_(True)
         try:
             self._end_workers()
         except RuntimeError:
@@ -740,8 +728,8 @@ class _WatchedIterator:
             self._end_workers()
         # A worker may have ended while it held the lock of torch's event, and torch, which sets
         # that event before it drops the iterator, would wait forever. No worker reads it now.
-        self._iterator._workers_done_event = threading.Event()
-        self._iterator = None  # A traceback may keep this object, and must not keep the workers.
+        self.iterator._workers_done_event = threading.Event()
+        self.iterator = None  # A traceback may keep this object, and must not keep the workers.
 
     def _end_workers(self) -> None:
         for worker in self.workers:
