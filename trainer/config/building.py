@@ -63,7 +63,7 @@ from trainer.config.reading import (
     represent,
     tag,
 )
-from trainer.config.registry import Registry
+from trainer.config.registry import Registry, is_maker
 from trainer.options import at_home, nearest
 
 # Tags that only this module makes; they are refused in a YAML.
@@ -72,6 +72,7 @@ PARENTHESES = "!parentheses"  # text that is built as a tuple, such as "(3, 4)"
 STEP = re.compile(r"(^|\.|\[)([^.\[\]]*)")  # the steps of "a[b].c" are "a", "[b" and ".c"
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
+NO_ARITHMETIC = (SyntaxError, TypeError, RecursionError, MemoryError)  # of a path, for example
 # Words of the annotations of parameters that take texts and nothing else.
 TEXT_TYPES = {
     *("class", "str", "None", "NoneType", "typing", "Optional", "Union", "pathlib", "Path", "os"),
@@ -130,56 +131,55 @@ class _Resolver:
             why = "circular" if node in self.active else f"nested more than {MAX_DEPTH} deep"
             raise ValueError(f"{location(node)}: the reference is {why}: {lines}")
         self.active.append(node)
-        result = self._replace(node)
+        result = node
+        if isinstance(node, ScalarNode):
+            if tag(node) in REFERENCES:
+                result = self._reference(node)
+        else:
+            replace_children(node, lambda _, child: self.fill(child))
+            if tag(node).startswith("!applyref:"):
+                result = represent(_apply(node, self.registry), node)
         self.active.pop()
         self.done[node] = self.done[result] = result
         return result
 
-    def _replace(self, node: Node) -> Node:
-        if isinstance(node, ScalarNode):
-            return self._reference(node) if tag(node) in REFERENCES else node
-        replace_children(node, lambda _, child: self.fill(child))
-        if tag(node).startswith("!applyref:"):
-            value = _apply(tag(node).partition(":")[2], node, self.registry)
-            return represent(value, node)
-        return node
-
     def _reference(self, node: ScalarNode) -> Node:
+        """Return what a reference stands for: another node, a text, or the result of a sum."""
         text = str(node.value)
-        whole = REFERENCE.fullmatch(text)
-        if whole:
-            target = self._target(whole[1], node)
-            return self._copy(target) if tag(node) == "!copy" else target
-        if not REFERENCE.search(text):
+        names = REFERENCE.findall(text)
+        if not names:
             return represent(text, node)
-        result = at_home(REFERENCE.sub(lambda match: self._text(match[1], node), text))
+        targets = {name: self._target(name, node) for name in names}
+        if REFERENCE.fullmatch(text):
+            (target,) = targets.values()
+            return self._copy(target) if tag(node) == "!copy" else target
+        values: dict[str, str] = {}
+        for name, target in targets.items():
+            if tag(target) not in PLAIN:
+                read = tag(target) == ATTRIBUTE
+                what = "read from an object" if read else f"an object ({tag(target)})"
+                raise ValueError(
+                    f"{location(node)}: <{name}> is {what}, which cannot be part of a text or of a "
+                    "sum"
+                )
+            values[name] = str(plain(target))
+        result = at_home(REFERENCE.sub(lambda match: values[match[1]], text))
         if len(result) > MAX_TEXT:
             raise ValueError(
                 f"{location(node)}: with its references filled in, the text is longer than "
                 f"{MAX_TEXT} characters"
             )
-        if any(_is_no_number(self._target(name, node)) for name in REFERENCE.findall(text)):
+        if any(map(_is_no_number, targets.values())):
             return represent(result, node)
+        # In parentheses, since -2 ** 2 is -4: a power of <x> is one of its whole value.
+        power = re.sub(rf"(?<![\w.])({REFERENCE.pattern})(?=\s*\*\*)", r"(\1)", text)
         try:
-            # In parentheses, since -2 ** 2 is -4: a power of <x> is one of its whole value.
-            power = re.sub(rf"(?<![\w.])({REFERENCE.pattern})(?=\s*\*\*)", r"(\1)", text)
-            exact = REFERENCE.sub(lambda match: self._text(match[1], node), power)
+            exact = REFERENCE.sub(lambda match: values[match[1]], power)
             return represent(arithmetic(exact), node)
-        except (SyntaxError, TypeError, RecursionError, MemoryError):
-            return represent(result, node)  # not arithmetic: a path, for example
+        except NO_ARITHMETIC:
+            return represent(result, node)
         except (ArithmeticError, ValueError) as error:
             raise ValueError(f"{location(node)}: {result} cannot be evaluated: {error}") from None
-
-    def _text(self, name: str, node: Node) -> str:
-        target = self._target(name, node)
-        if tag(target) not in PLAIN:
-            what = (
-                "read from an object" if tag(target) == ATTRIBUTE else f"an object ({tag(target)})"
-            )
-            raise ValueError(
-                f"{location(node)}: <{name}> is {what}, which cannot be part of a text or of a sum"
-            )
-        return str(plain(target))
 
     def _copy(self, target: Node) -> Node:
         self.copied += expanded_size(target)
@@ -198,8 +198,7 @@ class _Resolver:
                 branch = self.fill(branch)
             below = dict(items(branch))
             if before == "." and (tag(branch) not in PLAIN or isinstance(branch, ScalarNode)):
-                attribute = ".".join(each for _, each in steps[count:])
-                return _attribute_node(self.fill(branch), attribute, node)
+                return _attribute_node(self.fill(branch), [each for _, each in steps[count:]], node)
             if step not in below:
                 raise ValueError(
                     f"{location(node)}: the reference <{name}> leads nowhere: there is no {step!r}"
@@ -218,8 +217,9 @@ class _Resolver:
         return bool(first) and all(get(self.root, each) not in (None, node) for each in first)
 
 
-def _attribute_node(owner: Node, name: str, node: Node) -> Node:
-    if any(not part.isidentifier() or part.startswith("_") for part in name.split(".")):
+def _attribute_node(owner: Node, names: list[str], node: Node) -> Node:
+    name = ".".join(names)
+    if any(not each.isidentifier() or each.startswith("_") for each in names):
         raise ValueError(
             f"{location(node)}: {name!r} is not a public attribute; references may not read others"
         )
@@ -233,7 +233,7 @@ def _is_no_number(node: Node) -> bool:
         return tag(node) == TIMESTAMP
     try:
         return isinstance(arithmetic(node.value), (int, float))
-    except (SyntaxError, TypeError, RecursionError, MemoryError):
+    except NO_ARITHMETIC:
         return False
     except (ArithmeticError, ValueError):
         return True
@@ -291,25 +291,24 @@ def _check_text(operation: ast.AST, left: Any, right: Any) -> None:
         raise OverflowError(f"the text is too long; allowed are {MAX_TEXT} characters")
 
 
-def _apply(name: str, node: Node, registry: Registry) -> Any:
+def _apply(node: Node, registry: Registry) -> Any:
     """Call the function of an `!applyref:name` with the plain arguments in its node.
 
     Raises:
         BuildError: the name is not allowed, makes an object, or the call fails.
     """
+    name = object_name(node)
     kind, plain_tag = (MappingNode, MAP) if isinstance(node, MappingNode) else (SequenceNode, SEQ)
     try:
         function, values = registry.locate(name), plain(kind(plain_tag, node.value))
-        if pretrained.is_maker(function):
+        if is_maker(function):
             raise ValueError(f"{name} makes an object, which !apply:{name} is for")
     except ValueError as error:
         raise BuildError(f"{location(node)}: {error}") from error
+    both = isinstance(values, dict) and set(values) == {"_args", "_kwargs"}
+    args, kwargs = (values["_args"], values["_kwargs"]) if both else (values, {})
     try:
-        if isinstance(values, list):
-            return function(*values)
-        if set(values) == {"_args", "_kwargs"}:
-            return function(*values["_args"], **values["_kwargs"])
-        return function(**values)
+        return function(*args, **kwargs) if isinstance(args, list) else function(**args)
     except Exception as error:
         raise BuildError(f"{location(node)}: {name} failed: {error}") from error
 

@@ -18,9 +18,9 @@ from ruamel.yaml.nodes import Node
 from torch.nn import Module
 
 from trainer.config.reading import PLAIN, items, location, nodes, object_name, plain, represent, tag
+from trainer.config.registry import is_maker
 
 PACKAGES = ("transformers.", "peft.")
-MAKERS = ("from_pretrained", "from_config")
 # Arguments by which a model brings code, or files that are no safetensors: the values allowed.
 BOUND: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
@@ -37,15 +37,6 @@ BOUND: dict[str, tuple[Any, ...]] = {
     "use_kernels": (False,),
     "use_pretrained_backbone": (False,),
 }  # fmt: skip
-
-
-def is_maker(target: Any) -> bool:
-    """Return True for a class method of transformers that makes a model or a tokenizer.
-
-    It may be that of a subclass elsewhere, which inherits it.
-    """
-    own = inspect.isclass(getattr(target, "__self__", None)) and target.__name__ in MAKERS
-    return own and str(target.__module__).startswith("transformers.")
 
 
 def takes_any_keyword(target: Any) -> bool:
