@@ -322,14 +322,14 @@ class _Builder:
         # The first key and the location of each node, for messages.
         self.places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
         self.targets: dict[Node, Any] = {}
+        self.makers: dict[Node, Callable[..., Any]] = {}  # to call in place of targets
         self.built: dict[Node, Any] = {}
         for node in nodes(root):
             if object_name(node):
                 try:
-                    target = _check_object(node, registry)
-                    if _may_load_model(node, target):
-                        target = pretrained.bound(node, target, registry.downloads)
-                    self.targets[node] = target
+                    self.targets[node] = target = _check_object(node, registry)
+                    if is_maker(target):
+                        self.makers[node] = pretrained.maker(node, target, registry.downloads)
                 except ValueError as error:
                     raise BuildError(f"{self.places[node]}: {error}") from error
         for node in self.targets:
@@ -382,8 +382,8 @@ class _Builder:
             return kwargs if is_mapping else args
         if node not in self.targets:
             raise ValueError(f"the tag {tag(node)} is not allowed here")
-        target = self.targets[node]
-        if tag(node).startswith(("!new:", "!apply:")):
+        target = self.makers.get(node, self.targets[node])
+        if node in self.makers or tag(node).startswith(("!new:", "!apply:")):
             return target(*args, **kwargs)
         return functools.partial(target, *args, **kwargs) if args or kwargs else target
 
@@ -404,13 +404,6 @@ class _Builder:
                 kind = f"{type(value).__name__} failed: {type(error).__name__}"
                 raise BuildError(f"{place}: reading {part!r} of a {kind}: {error}") from error
         return value
-
-
-def _may_load_model(node: Node, target: Any) -> bool:
-    """Return True for an object that may load a model of transformers or peft."""
-    keys = {key for each in nodes(node) for key, _ in items(each)}
-    theirs = object_name(node).startswith(pretrained.PACKAGES)
-    return theirs or is_maker(target) or "trust_remote_code" in keys  # Others pass this one on.
 
 
 def _check_object(node: Node, registry: Registry) -> Any:
@@ -435,6 +428,9 @@ def _check_object(node: Node, registry: Registry) -> Any:
         elif is_function:
             what = f"a function, which !apply:{name} calls; !new: builds a class"
         raise ValueError(f"{name} is {what}")
+    below = {key for each in nodes(node) for key, _ in items(each)}
+    if name.startswith(pretrained.PACKAGES) or "trust_remote_code" in below:
+        pretrained.check_arguments(node)
     known = signature(target)
     # A configuration class keeps any keyword, and the signature of `from_config` lacks some.
     bases = getattr(target, "__mro__", ())

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ruamel.yaml.nodes import Node
 from torch.nn import Module
 
 from trainer.config.reading import PLAIN, items, location, nodes, object_name, plain, represent, tag
-from trainer.config.registry import is_maker
 
 PACKAGES = ("transformers.", "peft.")
 # Arguments by which a model brings code, or files that are no safetensors: the values allowed.
@@ -37,40 +37,41 @@ BOUND: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def bound(node: Node, target: Any, downloads: bool) -> Any:
-    """Check the arguments of an object, and return what makes it.
+def check_arguments(node: Node) -> None:
+    """Raise ValueError for an argument by which a model brings code, or other files of weights.
 
     Args:
-        node: an object whose name is allowed.
-        target: what its name stands for.
-        downloads: files that are missing may be downloaded while the object is built.
-
-    Returns:
-        ``target``; in place of `from_pretrained` and `from_config`, a function that loads
-        safetensors alone, and no code.
-
-    Raises:
-        ValueError: an argument lets a model bring code, or files other than safetensors.
+        node: an object whose name is allowed. Packages other than `PACKAGES` pass
+            ``trust_remote_code`` on.
     """
     theirs = object_name(node).startswith(PACKAGES)
     for each in nodes(node):
         for key, value in items(each):
             if theirs or key == "trust_remote_code":
                 _check(key.lstrip("_"), value)
-    if not is_maker(target):
-        return target
+
+
+def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any]:
+    """Return a function that loads safetensors alone and no code, or for `!name:` one that will.
+
+    Args:
+        node: the object to make.
+        target: `from_pretrained` or `from_config` of a class.
+        downloads: files that are missing may be downloaded.
+    """
     kind = target.__self__
     bound = {"trust_remote_code": False} if kind.__name__.startswith("Auto") else {}
     if target.__name__ == "from_pretrained" and (
         issubclass(kind, Module) or kind.__name__.startswith(("AutoModel", "AutoBackbone"))
     ):
         bound["use_safetensors"] = True
-    if tag(node).startswith("!name:"):
-        return functools.partial(target, **bound)
-    if target.__name__ == "from_pretrained" and not downloads:
+    later = tag(node).startswith("!name:")
+    if target.__name__ == "from_pretrained" and not (later or downloads):
         bound["local_files_only"] = True
 
     def make(*args: Any, **kwargs: Any) -> Any:
+        if later:
+            return functools.partial(target, *args, **kwargs | bound)
         try:
             return target(*args, **kwargs | bound)
         except OSError as error:
