@@ -50,7 +50,7 @@ from trainer.config.registry import NAME, Registry, recipe_packages
 from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.defaults import DriverFinished
 from trainer.devices import pick_device
-from trainer.distributed.replica_check import DriftError
+from trainer.diagnostics.replica_check import DriftError
 from trainer.loggers import JsonlLogger, TextLog
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
