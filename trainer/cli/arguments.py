@@ -61,11 +61,7 @@ EXAMPLES = (
 
 
 def _split(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """Return the first argument, the YAML, and the others as `split_allowed` does.
-
-    Raises:
-        ValueError: there is none, it is an option, or `--allow` is given without names.
-    """
+    """Return the first argument, the YAML, and the others as `split_allowed` does."""
     if not argv or argv[0].startswith("-"):
         given = f", not {argv[0]!r}" if argv else ""
         raise ValueError(
@@ -86,9 +82,6 @@ def configure(
 
     Returns:
         The YAML with the overrides, not built yet, and the run options.
-
-    Raises:
-        ValueError: an argument or the YAML is wrong.
     """
     path, allowed, others = _split(argv)
     if allowed and os.getcwd() not in sys.path:
@@ -159,17 +152,20 @@ def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, Any]]:
-    """Return names and values that the arguments give, such as ("model.width", Text("256")).
-
-    Raises:
-        ValueError: a name is unknown (the message names the closest ones), a value is missing, or
-            an argument is neither a name nor the value of one.
-    """
+    """Return names and values that the arguments give, such as ("model.width", Text("256"))."""
     dotted = [key.name for key in configuration.described()]
     keys = {name.partition(".")[0] for name in dotted}
     known = {*keys, *RunOptions.names(), *BRAIN_KEYS, *ALIASES}
     spellings = {name.replace("_", "-"): name for name in NAMES}  # as --local-rank of launchers
-    changes: list[tuple[str, Any]] = []
+    found: list[tuple[str, Any]] = []
+
+    def add(name: str, value: Any) -> None:
+        if name in NAMES - known:  # of another toolkit
+            typed = plain(compose(value, f"--{name}")) if isinstance(value, Text) else value
+            found.extend(translate(name, typed).items())
+        else:
+            found.append((current_name(name), value))
+
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -185,7 +181,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
         if head not in known and head.startswith("no-") and head[3:] in known and not equals:
             if not configuration.is_flag(name[3:]):
                 raise ValueError(f"--{name}: {name[3:]} is not a key that is true or false")
-            changes.append((name[3:], False))
+            add(name[3:], False)
         elif head not in known and configuration.is_flag(positive := re.sub("^no[_-]?", "", head)):
             raise ValueError(
                 f"there is no key or run option {head!r}; did you mean --no-{positive}?"
@@ -196,24 +192,17 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
             hint = hint or nearest_key(name.rpartition(".")[2], known - ALIASES.keys(), dotted)
             raise ValueError(f"there is no key or run option {head!r}{hint}")
         elif is_flag and not equals and (not rest or rest[0].lower() not in ("true", "false")):
-            changes.append((name, True))
+            add(name, True)
         elif not equals and (not rest or rest[0].startswith("--")):
             raise ValueError(
                 f"--{name} needs a value; one that begins with -- is given as --{name}=…"
             )
         elif text := value if equals else rest.pop(0):
-            changes.append((name, Text(text)))
+            add(name, Text(text))
         else:
             raise ValueError(
                 f"--{name} needs a value; null is written null, and an empty text in quotes: '\"\"'"
             )
-    found: list[tuple[str, Any]] = []
-    for name, value in changes:
-        if name in NAMES - known:  # of another toolkit
-            typed = plain(compose(value, f"--{name}")) if isinstance(value, Text) else value
-            found += translate(name, typed).items()
-        else:
-            found.append((current_name(name), value))
     return found
 
 

@@ -389,9 +389,6 @@ def _run_folder(
     """Context manager that opens and records the run folder on rank 0, and closes it at its end.
 
     With ``debug`` it is a temporary one. Yields the folder, and notes on changed hyperparameters.
-
-    Raises:
-        ValueError: the folder cannot be used; on every rank.
     """
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:

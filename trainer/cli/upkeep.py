@@ -179,10 +179,6 @@ def average(
         number: number of checkpoints; None for all.
         min_key: take those with the lowest values of this metric, in place of the newest.
         max_key: take those with the highest values of this metric.
-
-    Raises:
-        ValueError: both keys are given, there are too few sound checkpoints, or ``output`` exists.
-        OSError: a file cannot be written.
     """
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")

@@ -67,9 +67,6 @@ def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
     """Run the range test of an optimizer. Collective.
 
     All other optimizers have a learning rate of 0, so that the loss shows the effect of this one.
-
-    Raises:
-        ValueError: for an optimizer without a learning rate, and if an epoch has too few batches.
     """
     updates = runner.brain.updates
     update = updates[name]
@@ -98,11 +95,7 @@ def exponential_rates(steps: int) -> list[float]:
 
 
 def base_rates(update: Update) -> list[float]:
-    """Return the learning rate of each parameter group, before its schedule changes it.
-
-    Raises:
-        ValueError: for an optimizer without a learning rate.
-    """
+    """Return the learning rate of each parameter group, before its schedule changes it."""
     if update.lr is None:
         raise ValueError(
             f"the optimizer {update.name!r} has no learning rate (lr is None), which a search "

@@ -106,11 +106,7 @@ class TrialRunner:
                 self._snapshot.restore()
 
     def optimizers(self) -> list[str]:
-        """Return the names of the optimizers that `Brain.optimize` is called for.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """Return the names of the optimizers that `Brain.optimize` is called for."""
         names: set[str] = set()
         with self.trial():
             for number, _ in enumerate(self._train_batches(), 1):
@@ -139,9 +135,6 @@ class TrialRunner:
             before_batch: called before each batch with its number of steps so far.
             reference: losses of the same steps where nothing is learned. The trial ends early once
                 its loss is far above them.
-
-        Raises:
-            ValueError: if the epoch has fewer than `MIN_STEPS` steps.
         """
         result, update = TrialResult(), self.brain.updates[name]
 
