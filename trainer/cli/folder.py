@@ -306,10 +306,6 @@ class RunFolder:
     def _write(self, name: str, content: bytes, what: str = "") -> None:
         replace_file(self.path / name, [content], what or name)
 
-    def has_record(self) -> bool:
-        """Return True if a run has been started here before."""
-        return (self.path / HYPERPARAMS).exists()
-
     def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
         self._add_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}")

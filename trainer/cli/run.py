@@ -1,11 +1,5 @@
 """Runs: `main` at the end of a train.py, and `launch` in a script or a notebook.
 
-    def train(run: trainer.Run) -> dict[str, float]: ...
-
-    if __name__ == "__main__":
-        trainer.main(train)                              # a YAML and the command line
-        trainer.launch(train, {"lr": 1e-3}, "runs/x")    # objects and values in Python
-
 Both join the processes of torchrun, seed, open the run folder, redirect messages and signals, call
 `train`, and report the test metrics that it returns.
 """
@@ -42,7 +36,6 @@ from trainer.cli import arguments, session
 from trainer.cli.ending import end_lines, go_on
 from trainer.cli.environment import environment
 from trainer.cli.folder import HEADER, HYPERPARAMS, RunFolder
-from trainer.cli.output import tolerant_output
 from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
@@ -349,7 +342,7 @@ def _run(
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
         stack.callback(log.close)
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
-        stack.enter_context(tolerant_output())
+        stack.enter_context(session.tolerant_output())
         stack.enter_context(session.messages(log, names))
         kept = not (options.debug or options.replay)
         path = folder / "train.log" if kept else None
@@ -433,7 +426,8 @@ def _record_start(
     restarted = distributed.restarts() > 0
     overwrite = options.overwrite and not options.searching and not restarted
     folder.open(overwrite, patience=LOCK_SECONDS if restarted else 0.0)
-    if options.searching and folder.has_record():
+    has_record = (folder.path / HYPERPARAMS).exists()
+    if options.searching and has_record:
         folder.add_command(command)  # The record of the earlier run stays.
         return []
     now, notes = Settings(hyperparameters.root, hyperparameters.registry), []
@@ -445,7 +439,7 @@ def _record_start(
     if changes:
         told = "; ".join(map(str, changes))
         notes.append(f"other hyperparameters than at the last start: {told}")
-    if options.test_only and folder.has_record():
+    if options.test_only and has_record:
         folder.add_command(command)
         return notes
     if folder.was_edited():
