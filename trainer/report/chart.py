@@ -129,7 +129,7 @@ def draw(chart: Chart) -> str:
     return (
         f"<figure><figcaption><h3>{escape(chart.title)}</h3>{note}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" {_scales(x, y, chart)}'
-        f'aria-label="{escape(label, quote=True)}">'
+        f'aria-label="{escape(label)}">'
         f"{_frame(x, y, chart)}{lines}</svg>{_legend(chart)}</figure>"
     )
 
@@ -143,7 +143,7 @@ def _event(event: Event, x: Axis) -> str:
         f'<path class="line event {event.kind}" d="M{at:.1f} {HEIGHT - BOTTOM - 2:.1f}v-12">'
         f"<title>{escape(event.text)}</title></path>"
     )
-    label = escape(f"report: {event.text}", quote=True)
+    label = escape(f"report: {event.text}")
     mark = f'<a href="{event.link}" aria-label="{label}">{mark}</a>' if event.link else mark
     return f'<g class="series" data-clock="0">{mark}</g>'
 
@@ -179,18 +179,9 @@ def _frame(x: Axis, y: Axis, chart: Chart) -> str:
         parts.append(f'<path class="axis" d="M{at:.1f} {floor:g}v5"/>')
         parts.append(f'<text class="tick mid" x="{at:.1f}" y="{floor + 18:g}">{text}</text>')
     parts.append("</g>")
-    for axis, text, place in (
-        (
-            x,
-            chart.x_label,
-            f'class="mid across" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"',
-        ),
-        (
-            y,
-            chart.y_label,
-            f'class="mid up" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"',
-        ),
-    ):
+    across = f'class="mid across" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"'
+    up = f'class="mid up" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"'
+    for axis, text, place in ((x, chart.x_label, across), (y, chart.y_label, up)):
         scale = ", log scale" if axis.log else ""
         parts.append(f"<text {place}>{escape(text + scale)}</text>")
     return "".join(parts)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import json_files
 from trainer.config.changes import is_place
 from trainer.config.reading import PLAIN, paths, plain, read, tag
 from trainer.report.axis import count, number
@@ -18,13 +17,12 @@ from trainer.report.chart import Chart, Series
 from trainer.report.history import Curve, History, measures_of, read_history
 from trainer.report.html import document, escape, section, table
 from trainer.report.page import (
-    ENVIRONMENT,
     chart_sections,
     clocks,
     duration,
+    environment,
     last_lines,
     warning_list,
-    words,
 )
 from trainer.report.plots import STEP, display_name
 from trainer.report.samples import read_tables, render_tables
@@ -91,19 +89,15 @@ def render_comparison(folders: Sequence[Path]) -> str:
         f"Written {time.strftime('%Y-%m-%d %H:%M')}.</p>",
         f"{section('Results', _results(runs))}{section('Over seeds', _spread(runs))}"
         f"{section('Ended with an error', ended)}"
-        f"{section('Hyperparameters', _differences(runs, 'Hyperparameters', _setting))}"
+        f"{_differences(runs, 'Hyperparameters', [run.settings for run in runs])}"
         f"{section('Not read', warning_list(problems))}"
         f"{samples}{chart_sections(_charts(runs))}{clocks(every)}"
-        f"{section('Environment', _differences(runs, 'Environment', _environment))}",
+        f"{_differences(runs, 'Environment', [environment(run.folder) for run in runs])}",
     )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Check the folders, and return their paths relative to the folder that they share.
-
-    Raises:
-        ValueError: if there is no folder, one of them is none, or there are too many.
-    """
+    """Check the folders, and return their paths relative to the folder that they share."""
     if not folders:
         raise ValueError("there is nothing to compare: give folders of runs, such as results/asr/*")
     if len(folders) > MAX_RUNS:
@@ -160,7 +154,7 @@ def _spread(runs: Sequence[Compared]) -> str:
         groups.setdefault(run.group() if run.settings else run.name, []).append(run)
     if all(len(each) < 2 for each in groups.values()):
         return ""
-    differing = {key for key, _ in _differing(runs, _setting)}
+    differing = {key for key, _ in _differing([run.settings for run in runs])}
     names = list(dict.fromkeys(name for run in runs for name in run.results()))
     rows = []
     for group in groups.values():
@@ -183,42 +177,28 @@ def _deviation(values: Sequence[float]) -> float:
         return float("inf")
 
 
-Facts = Callable[[Compared], Mapping[str, str]]
+Facts = Sequence[Mapping[str, str]]  # of each run
 
 
-def _setting(run: Compared) -> Mapping[str, str]:
-    return run.settings
-
-
-def _environment(run: Compared) -> Mapping[str, str]:
-    try:
-        known = json_files.read(run.folder / "environment.json")
-    except (OSError, json_files.BadJson):
-        return {}
-    known = known if isinstance(known, dict) else {}
-    return {name: words(known[name]) for name in ENVIRONMENT if name in known}
-
-
-def _differing(runs: Sequence[Compared], facts: Facts) -> list[tuple[str, list[str | None]]]:
+def _differing(facts: Facts) -> list[tuple[str, list[str | None]]]:
     """Return the facts that are not equal in all runs that have any."""
-    found = [facts(run) for run in runs]
-    keys = dict.fromkeys(key for each in found for key in each)
-    values = {key: [each.get(key) for each in found] for key in keys}
+    keys = dict.fromkeys(key for each in facts for key in each)
     return [
-        (key, row)
-        for key, row in values.items()
-        if len({value for value, known in zip(row, found, strict=True) if known}) > 1
+        (key, [each.get(key) for each in facts])
+        for key in keys
+        if len({each.get(key) for each in facts if each}) > 1
     ]
 
 
 def _differences(runs: Sequence[Compared], title: str, facts: Facts) -> str:
-    """Return a table of the facts that differ, with a column for each run."""
+    """Return a section with the facts that differ, with a column for each run."""
     rows = [
         [escape(key), *(escape("–" if each is None else each[:MAX_VALUE]) for each in row)]
-        for key, row in _differing(runs, facts)
+        for key, row in _differing(facts)
         if key != "output_folder"  # It is the name.
     ]
-    return table(title, ["", *(run.name for run in runs)], rows, "words tall") if rows else ""
+    names = ["", *(run.name for run in runs)]
+    return section(title, table(title, names, rows, "words tall") if rows else "")
 
 
 def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
@@ -227,7 +207,14 @@ def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
 
     def over_steps(title: str, label: str, key: str, from_zero: bool = False) -> Chart:
         chart = Chart(title, STEP, label, from_zero=from_zero, timed=True)
-        return _overlay(chart, runs, [each.steps.get(key, Curve()) for each in every])
+        return overlaid(chart, [each.steps.get(key, Curve()) for each in every])
+
+    def overlaid(chart: Chart, curves: Sequence[Curve]) -> Chart:
+        for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+            if curve.known():
+                line = Series(run.name, curve.xs, curve.ys, place, noisy=True, clock=place)
+                chart.series.append(line)
+        return chart
 
     losses = dict.fromkeys(key for each in every for key in each.steps if key[:4] == "loss")
     measures = dict.fromkeys(name for each in every for name in each.measures())
@@ -235,30 +222,18 @@ def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
     steps = [over_steps(f"Training {display_name(key)}", "loss", key) for key in losses]
     epochs = []
     for name in measures:
-        title = display_name(name)
-        chart = Chart(f"{title} of validation by epoch", "epoch", title)
-        epochs.append(_overlay(chart, runs, [each.by_epoch("valid", name) for each in every]))
-    optimization = [
-        over_steps(f"{title} of {name}" if len(optimizers) > 1 else title, label, f"{at}.{key}")
-        for name in optimizers
-        for at in (f"optimizers.{name}",)
-        for title, label, key in (
-            ("Learning rate", "learning rate", "lr"),
-            ("Gradient norm", "L2 norm before clipping", "norm"),
-        )
-    ]
+        chart = Chart(f"{display_name(name)} of validation by epoch", "epoch", display_name(name))
+        epochs.append(overlaid(chart, [each.by_epoch("valid", name) for each in every]))
+    optimization = []
+    for name in optimizers:
+        of, at = f" of {name}" if len(optimizers) > 1 else "", f"optimizers.{name}"
+        optimization += [
+            over_steps(f"Learning rate{of}", "learning rate", f"{at}.lr"),
+            over_steps(f"Gradient norm{of}", "L2 norm before clipping", f"{at}.norm"),
+        ]
     speed = over_steps("Throughput", "examples per second", "examples_per_second", from_zero=True)
     return [
         ("Losses and metrics", steps + epochs),
         ("Optimization", optimization),
         ("Speed", [speed]),
     ]
-
-
-def _overlay(chart: Chart, runs: Sequence[Compared], curves: Sequence[Curve]) -> Chart:
-    """Add the curve of each run to a chart, and return it."""
-    for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
-        if curve.known():
-            line = Series(run.name, curve.xs, curve.ys, place, noisy=True, clock=place)
-            chart.series.append(line)
-    return chart

@@ -9,6 +9,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ FILES = (
 def render(folder: Path) -> str:
     """Return the page of a run folder as text."""
     history = read_history(folder / "metrics.jsonl")
-    warnings = (
+    warnings = "".join(
         f"<li><strong>Step {count(step)}</strong>: {escape(text)}.</li>"
         for step, text in history.warnings
     )
@@ -58,7 +59,7 @@ def render(folder: Path) -> str:
         f"<p>{escape(_status(folder, history))}</p>{_tiles(history)}",
         f"{section('The run has ended with an error', last_lines(folder))}"
         f"{section('Not finite', warning_list(''.join(item for _, item in reports)))}"
-        f"{section('Warnings', warning_list(''.join(warnings)))}"
+        f"{section('Warnings', warning_list(warnings))}"
         f"{render_tables({'': read_tables(folder)})}"
         f"{chart_sections(sections(history, lost))}{clocks([history])}{_time(history)}"
         f"{_layers(history)}"
@@ -107,18 +108,12 @@ def _time(history: History) -> str:
         total = math.fsum(parts.values())
         if len(parts) < 2 or not 0 < total < 1e300:
             continue
-        bar = "".join(
-            f'<span class="b{place % 6}" style="width: {100 * each / total:.2f}%"></span>'
-            for place, each in enumerate(parts.values())
-        )
-        rows = [
-            [
-                f'<span class="key b{place % 6}"></span>{escape(part)}',
-                f"{number(each)} {unit}",
-                f"{100 * each / total:.1f} %",
-            ]
-            for place, (part, each) in enumerate(parts.items())
-        ]
+        bar, rows = "", []
+        for place, (part, each) in enumerate(parts.items()):
+            colour, share = f"b{place % 6}", 100 * each / total
+            bar += f'<span class="{colour}" style="width: {share:.2f}%"></span>'
+            key = f'<span class="key {colour}"></span>{escape(part)}'
+            rows.append([key, f"{number(each)} {unit}", f"{share:.1f} %"])
         text += f'<div class="bar" aria-hidden="true">{bar}</div>'
         text += table(name, (name, "time", "share"), rows)
     return section("Where the time goes", text)
@@ -247,11 +242,9 @@ def _layers(history: History) -> str:
             _of(ratios, -1), _spark(ratio, f"update of {name}"), _of(sorted(ratios), 0),
             _of(sorted(ratios), -1),
         ])  # fmt: skip
-    if not rows:
-        return ""
     more = len(history.layers) - MAX_LAYERS
     note = f"<p>{count(more)} more layers are in metrics.jsonl.</p>" if more > 0 else ""
-    return section("Layers", table("Layers", LAYER_HEADS, rows, "tall") + note)
+    return section("Layers", table("Layers", LAYER_HEADS, rows, "tall") + note if rows else "")
 
 
 def _of(values: list[float], place: int) -> str:
@@ -271,7 +264,7 @@ def _spark(curve: Curve, name: str) -> str:
     path = "L".join(f"{a:.0f} {b:.1f}" for a, b in points if not math.isnan(b))
     return (
         f'<svg class="spark" viewBox="0 0 {SPARK_WIDTH:g} {SPARK_HEIGHT:g}" role="img" '
-        f'aria-label="{escape(name, quote=True)}"><path class="line c0" d="M{path}"/></svg>'
+        f'aria-label="{escape(name)}"><path class="line c0" d="M{path}"/></svg>'
     )
 
 
@@ -304,22 +297,20 @@ def _cell(values: Mapping[str, Any], name: str) -> str:
 
 def _settings(folder: Path) -> str:
     """Return the options of each start on the command line, and changes between two starts."""
-    lines = tail(folder / "command.txt", MAX_COMMANDS)
     rows: list[list[str]] = []
     changes = ""
-    for line in lines:
+    for line in tail(folder / "command.txt", MAX_COMMANDS):
         if line.startswith("#"):
             changes += f"<li>{escape(line[1:].strip())}</li>"
             continue
-        started, arguments = " ".join(line.split(" ")[:2]), line.split(" ")[2:]
+        date, clock, arguments = (line.split(" ", 2) + ["", ""])[:3]
         try:
-            given = shlex.split(" ".join(arguments))
+            given = shlex.split(arguments)
         except ValueError:  # Cut within quotes.
             given = []
-        while given and not given[0].startswith("--"):
-            del given[0]
+        given = [*dropwhile(lambda each: not each.startswith("--"), given)]
         if given or not rows:
-            rows.append([escape(started), escape(" ".join(given)) or "–"])
+            rows.append([escape(f"{date} {clock}"), escape(" ".join(given)) or "–"])
     if not rows and not changes:
         return ""
     found = table("Options of each start", ("start", "other than in the YAML"), rows, "words")
@@ -329,25 +320,26 @@ def _settings(folder: Path) -> str:
 
 def _environment(folder: Path) -> str:
     """Return a table of versions and machine."""
-    try:
-        known = json_files.read(folder / "environment.json")
-    except (OSError, json_files.BadJson):
-        return ""
-    known = known if isinstance(known, dict) else {}
-    rows = [
-        [name, escape(words(known[name]))]
-        for name in ENVIRONMENT
-        if known.get(name) not in (None, [], {})
-    ]
+    facts = environment(folder).items()
+    rows = [[name, escape(value)] for name, value in facts if value not in ("", "None")]
     found = table("Environment", ("fact", "value"), rows, "words")
     return section("Environment", found if rows else "")
 
 
-def words(value: Any) -> str:
-    """Return a value of a JSON file as words."""
+def environment(folder: Path) -> dict[str, str]:
+    """Return versions and machine of a run as words; empty where they cannot be read."""
+    try:
+        known = json_files.read(folder / "environment.json")
+    except (OSError, json_files.BadJson):
+        return {}
+    known = known if isinstance(known, dict) else {}
+    return {name: _words(known[name]) for name in ENVIRONMENT if name in known}
+
+
+def _words(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {words(each)}" for name, each in value.items())
-    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
+    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
 
 
 def _files(folder: Path) -> str:
