@@ -179,7 +179,7 @@ def _register_defaults() -> None:
 _register_defaults()
 
 
-old_paths.install(__path__)
+old_paths.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -115,7 +115,7 @@ class LoggerCallback(Callback):
         self._depth += 1
         self._opened()
         progress = brain.progress
-        begins = progress.fits == 1 and not progress.epoch and not brain.optimizer_step
+        begins = progress.fits == 1 and not progress.epoch and not brain.progress.optimizer_step
         if begins and (distributed.restarts() or self._follows_a_killed_start(brain)):
             self._resume(0, 0)
 
@@ -139,7 +139,7 @@ class LoggerCallback(Callback):
     def on_resume(self, brain: Brain) -> None:
         """Remove what was recorded after the checkpoint, since it will come again."""
         self._places = Places(self._saved.get("places"))
-        self._resume(brain.optimizer_step, self._saved.get("jsonl_lines"))
+        self._resume(brain.progress.optimizer_step, self._saved.get("jsonl_lines"))
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
         """Record the averages of the last steps."""
@@ -370,7 +370,7 @@ def _utf8(text: str) -> str:
 def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     """Return the recorder of a Brain, which has the methods of a `Logger`.
 
-        loggers_of(brain).figure("attention", png, brain.optimizer_step)
+        loggers_of(brain).figure("attention", png, brain.progress.optimizer_step)
 
     A recipe may call it on rank 0 or on all ranks: only rank 0 records. Without a run folder
     nothing is recorded.

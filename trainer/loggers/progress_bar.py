@@ -168,7 +168,7 @@ class _Stage:
 
     def facts(self, brain: Brain) -> list[str]:
         """Return step, loss, norm, learning rate, items a second and skipped steps as texts."""
-        found = [f"step {brain.optimizer_step}"]
+        found = [f"step {brain.progress.optimizer_step}"]
         logged, rate = self.logged.get("loss"), self.logged.get("examples_per_second")
         if self.loss is not None:
             logged, rate = self.loss, self.items / max(time.monotonic() - self._started, 1e-9)
