@@ -100,7 +100,6 @@ class LoggerCallback(Callback):
         self._depth = 0  # Number of nested calls: a hook of a `fit` may call `fit` or `evaluate`.
         # Exception that a program was handling already when it called `fit`: no error of this run.
         self._handled: BaseException | None = None
-        self._has_recorded = False
 
     # ------------------------------------------------------------------------------------- events
 
@@ -245,7 +244,7 @@ class LoggerCallback(Callback):
         to be kept.
         """
         folder = self.folder
-        if folder is None or brain.checkpointer is None or self._has_recorded:
+        if folder is None or brain.checkpointer is None or self._places.last:
             return False
         return folder.absolute() not in self._complete and not any(folder.rglob(MANIFEST))
 
@@ -266,9 +265,7 @@ class LoggerCallback(Callback):
     def _resume(self, step: int, lines: int | None) -> None:
         """Remove the records of later steps from every logger, or skip them when they come again.
 
-        Args:
-            step: optimizer steps at the checkpoint.
-            lines: number of records in `metrics.jsonl` at the checkpoint; None where unknown.
+        At the checkpoint `metrics.jsonl` had as many lines; None where unknown.
         """
         for slot in self._opened():
             with self._guarded(slot):
@@ -284,7 +281,7 @@ class LoggerCallback(Callback):
                         marks.cut(step)
                     slot.held = Places(marks.places.last if found is None else found)
                     if marks.taken and self.folder is not None:
-                        catch_up(each, slot.held, marks, self.folder)
+                        _catch_up(each, slot.held, marks, self.folder)
 
     # ------------------------------------------------------------------------------------ loggers
 
@@ -321,7 +318,6 @@ class LoggerCallback(Callback):
 
     def _record(self, name: str, step: int, method: str, *arguments: Any) -> None:
         """Call a method of every logger that has it and lacks this record."""
-        self._has_recorded = True
         place = self._places.add(name, step)
         for slot in self._opened():
             if _overrides(slot.logger, method) and not slot.held.has(name, place):
@@ -382,16 +378,10 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     return next(found, Logger())
 
 
-def catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
-    """Give a logger the numbers of `metrics.jsonl` that it lacks, and note them.
+def _catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
+    """Give a logger the numbers of `metrics.jsonl` that it does not hold, and note them.
 
     A backend may have lost them when the process was killed, or failed for a while.
-
-    Args:
-        each: the logger.
-        held: last record of each series that the backend holds.
-        marks: progress of the logger, which is updated.
-        folder: run folder.
     """
     found = Places()
     with (folder / METRICS).open("rb") as file:

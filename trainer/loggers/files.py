@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,6 +63,15 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
             "free some space or choose another output_folder",
             str(path),
         ) from error
+
+
+@contextlib.contextmanager
+def file_with(content: bytes, name: str) -> Iterator[str]:
+    """Context manager with the path of a temporary file of a name, with a content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        yield str(path)
 
 
 def temporary(path: Path) -> Path:
