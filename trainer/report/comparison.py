@@ -24,31 +24,23 @@ from trainer.report.page import (
     last_lines,
     warning_list,
 )
-from trainer.report.plots import STEP, display_name
+from trainer.report.plots import STEP, display_name, is_loss
 from trainer.report.samples import read_tables, render_tables
 
 MAX_RUNS = 24
 MAX_VALUE = 200  # characters of a setting
-SEEDS = ("seed",)  # Settings that tell repetitions of a run apart.
 
 
 @dataclass
 class Compared:
-    """A run that is compared.
+    """A run that is compared."""
 
-    Args:
-        name: path of its folder, relative to the folder that all runs have in common.
-        folder: run folder.
-        history: its records.
-        settings: values of its hyperparams.yaml by dotted key, as they are written.
-        problem: why the settings are not known; empty where they are.
-    """
-
-    name: str
+    name: str  # Path of its folder, relative to the folder that all runs have in common.
     folder: Path
     history: History
+    # Values of its hyperparams.yaml by dotted key, as they are written.
     settings: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
+    problem: str = ""  # Why the settings are not known.
 
     def results(self) -> dict[str, float]:
         """Return the results of the test, or of the last validation where there was none."""
@@ -59,19 +51,9 @@ class Compared:
                 return {f"{stage} {display_name(n)}": v for n, v in found if v is not None}
         return {}
 
-    def group(self) -> tuple[tuple[str, str], ...]:
-        """Return the settings but for seeds, paths and the like: equal for repetitions of a run."""
-        return tuple(
-            (key, value) for key, value in sorted(self.settings.items()) if not _is_neutral(key)
-        )
-
 
 def render_comparison(folders: Sequence[Path]) -> str:
-    """Return the page that compares runs.
-
-    Raises:
-        ValueError: if there is no folder, one of them is none, or there are too many.
-    """
+    """Return the page that compares runs; see `trainer.report.compare`."""
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     every = [run.history for run in runs]
     problems = "".join(
@@ -131,7 +113,7 @@ def _read(folder: Path, name: str) -> Compared:
 
 def _is_neutral(key: str) -> bool:
     """Return True for a setting that repetitions of a run may differ in."""
-    return key in SEEDS or is_place(key.rpartition(".")[2])
+    return key == "seed" or is_place(key.rpartition(".")[2])
 
 
 def _results(runs: Sequence[Compared]) -> str:
@@ -151,14 +133,15 @@ def _spread(runs: Sequence[Compared]) -> str:
     """Return a table with mean and standard deviation over runs that differ in their seed alone."""
     groups: dict[Any, list[Compared]] = {}
     for run in runs:
-        groups.setdefault(run.group() if run.settings else run.name, []).append(run)
+        kept = frozenset((k, v) for k, v in run.settings.items() if not _is_neutral(k))
+        groups.setdefault(kept if run.settings else run.name, []).append(run)
     if all(len(each) < 2 for each in groups.values()):
         return ""
-    differing = {key for key, _ in _differing([run.settings for run in runs])}
+    differing = _differing([run.settings for run in runs])
+    keys = sorted(key for key, _ in differing if not _is_neutral(key))
     names = list(dict.fromkeys(name for run in runs for name in run.results()))
     rows = []
     for group in groups.values():
-        keys = (key for key in sorted(differing) if not _is_neutral(key))
         title = ", ".join(f"{key}={group[0].settings.get(key, '–')}" for key in keys)
         cells = []
         for name in names:
@@ -207,7 +190,7 @@ def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
 
     def over_steps(title: str, label: str, key: str, from_zero: bool = False) -> Chart:
         chart = Chart(title, STEP, label, from_zero=from_zero, timed=True)
-        return overlaid(chart, [each.steps.get(key, Curve()) for each in every])
+        return overlaid(chart, [each.of_step(key) for each in every])
 
     def overlaid(chart: Chart, curves: Sequence[Curve]) -> Chart:
         for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
@@ -216,7 +199,7 @@ def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
                 chart.series.append(line)
         return chart
 
-    losses = dict.fromkeys(key for each in every for key in each.steps if key[:4] == "loss")
+    losses = dict.fromkeys(key for each in every for key in each.steps if is_loss(key))
     measures = dict.fromkeys(name for each in every for name in each.measures())
     optimizers = dict.fromkeys(name for each in every for name in each.optimizers())
     steps = [over_steps(f"Training {display_name(key)}", "loss", key) for key in losses]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from trainer.report.axis import count
 from trainer.report.chart import Chart, Event, Series
@@ -36,12 +36,10 @@ def sections(history: History, lost: Sequence[Event] = ()) -> list[tuple[str, li
     return found
 
 
-def lost_steps(history: History, reported: Sequence[int]) -> list[Event]:
+def lost_steps(history: History, reported: Iterable[int]) -> list[Event]:
     """Return the skipped and overflowed steps, each at the end of its log interval.
 
-    Args:
-        history: records of the run.
-        reported: steps that have a report, which the page has under "step-N".
+    Those that are ``reported`` have a report, which the page has under "step-N".
     """
     found = []
     for kind in ("skipped", "overflowed"):
@@ -55,6 +53,11 @@ def lost_steps(history: History, reported: Sequence[int]) -> list[Event]:
                     found.append(Event(step, text, kind, link))
                 before = step
     return found[:MAX_EVENTS]
+
+
+def is_loss(measure: str) -> bool:
+    """Return True for the dotted name of a loss, among those of losses and metrics."""
+    return measure.split(".")[0] == "loss"
 
 
 def display_name(measure: str) -> str:
@@ -82,7 +85,7 @@ def _training_loss(history: History) -> Chart:
     """Return the losses of the training by step."""
     chart, colours = Chart("Training loss", STEP, "loss"), _colours(history)
     for key, curve in history.steps.items():
-        if key.split(".")[0] == "loss":
+        if is_loss(key):
             _add(chart, key[5:] or "loss", curve, colours.get(key[5:], 0), noisy=True)
     return chart
 
@@ -179,14 +182,13 @@ def _by_layer(history: History) -> list[Chart]:
 
 def _speed(history: History) -> list[Chart]:
     rate = Chart("Throughput", STEP, "examples per second", from_zero=True)
-    _add(rate, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
+    _add(rate, "all ranks", history.of_step("examples_per_second"), noisy=True)
     times = Chart("Time of a step", STEP, "milliseconds", from_zero=True)
     for colour, part in enumerate(PARTS[:-1]):
-        curve = history.steps.get(f"times.{part}", Curve())
-        _add(times, part, curve.scaled(1000), colour, noisy=True)
+        _add(times, part, history.of_step(f"times.{part}").scaled(1000), colour, noisy=True)
     memory = Chart("Memory, at most so far", STEP, "GB", from_zero=True)
-    _add(memory, "main rank", history.steps.get("memory", Curve()).scaled(1e-9))
+    _add(memory, "main rank", history.of_step("memory").scaled(1e-9))
     padding = Chart("Padding", STEP, "% of a batch", from_zero=True)
-    share = history.steps.get("padding", Curve()).scaled(100)
+    share = history.of_step("padding").scaled(100)
     _add(padding, "largest field", share, noisy=True, zeros=False)
     return [rate, times, memory, padding]

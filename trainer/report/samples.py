@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,13 +52,10 @@ class Embedder:
 
     def uri(self, folder: Path, name: object) -> str | None:
         """Return a file as a data: URI; None if it is no such file, or the page has no room."""
-        path = folder / str(name)  # The name may be anything: it comes from a file.
-        try:
-            confined(folder, path)
-            with path.open("rb") as file:
-                content = file.read(self.left + 1)
-        except (OSError, ValueError):  # ValueError: it leads elsewhere, or has a NUL in its name.
-            return None
+        path, content = folder / str(name), b""  # The name may be anything: it comes from a file.
+        # ValueError: it leads elsewhere, or has a NUL in its name.
+        with suppress(OSError, ValueError), confined(folder, path).open("rb") as file:
+            content = file.read(self.left + 1)
         if path.suffix not in TYPES or not content.startswith(MARKS[path.suffix]):
             return None
         if len(content) > self.left:
@@ -71,33 +69,30 @@ def read_tables(folder: Path) -> list[Table]:
     """Return the samples of a run folder, those of the test first."""
     found = []
     for path in sorted((folder / SAMPLES).glob(f"*/{TABLE}"))[: 2 * MAX_SETS]:
-        try:
+        table: Any = None
+        with suppress(OSError, ValueError):  # BadJson, and a path that leads elsewhere.
             table = json_files.read(confined(folder, path))
-        except (OSError, ValueError):  # BadJson, and a path that leads elsewhere.
-            continue
-        table = table if isinstance(table, dict) else {}
-        rows = table.get("rows")
+        rows = table.get("rows") if isinstance(table, dict) else None
         if not isinstance(rows, list) or not rows:
             continue
-        facts = [str(table[name]) for name in ("note",) if table.get(name)]
+        facts = [str(table["note"])] if table.get("note") else []
         if isinstance(table.get("epoch"), int):
             facts.append(f"Epoch {count(table['epoch'])}.")
         if isinstance(table.get("left_out"), int) and table["left_out"] > 0:
             facts.append(f"{count(table['left_out'])} more are left out.")
-        cells = [_cells(row) for row in rows[:MAX_ROWS] if isinstance(row, dict)]
+        cells = [
+            {name: cell for name, cell in row.items() if isinstance(cell, dict)}
+            for row in rows[:MAX_ROWS]
+            if isinstance(row, dict)
+        ]
         found.append(Table(path.parent, str(table.get("title")), " ".join(facts), cells))
     return sorted(found, key=lambda each: each.title != "test")
 
 
-def _cells(row: Mapping[str, Any]) -> Row:
-    return {name: cell for name, cell in row.items() if isinstance(cell, dict)}
-
-
 def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
-    """Return a section for each title, with the rows of equal ids of all runs together.
+    """Return a section for each title, with the rows of equal ids of all runs, by their names.
 
-    Args:
-        runs: tables of each run by its name; the name of a single one is not shown.
+    The name of a single run is not shown.
     """
     embedder, text = Embedder(), ""
     titles = dict.fromkeys(table.title for tables in runs.values() for table in tables)
@@ -154,11 +149,10 @@ def _row(row: Row, uri: Uri, id: str) -> str:
     """Return the cells of a row: numbers and short texts first, then all others."""
     facts = cells = ""
     for name, cell in row.items():
-        if name == "id":
-            continue
-        if (shown := _fact(cell)) is not None:
+        shown = _fact(cell)
+        if name != "id" and shown is not None:
             facts += f"<div><dt>{escape(_text(name))}</dt><dd>{shown}</dd></div>"
-        else:
+        elif name != "id":
             cells += _cell(_text(name), cell, uri, id)
     facts = f'<dl class="facts">{facts}</dl>' if facts else ""
     return f'{facts}<div class="cells">{cells}</div>' if cells else facts
