@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer import distributed, json_files
 from trainer.callbacks import Callback
 from trainer.checkpoint.storage import MANIFEST
-from trainer.loggers.description import best_checkpoint, configuration, name_of
+from trainer.loggers.choice import LoggerFactory, best_checkpoint, configuration, name_of
 from trainer.loggers.files import METRICS, JsonlLogger, run_folder
 from trainer.loggers.marks import Places, StepMarks
 from trainer.loggers.progress_bar import announce
@@ -34,7 +34,6 @@ logger = logging.getLogger("trainer")
 # Rows of samples whose cells are given to every logger one by one; services keep them for ever.
 MAX_LOGGED_ROWS = 4
 FOLDER = "loggers"  # Folder in the run folder with the progress of its loggers.
-LoggerFactory = Callable[[Path], Logger]
 
 
 @dataclass(eq=False)

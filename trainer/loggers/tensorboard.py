@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.loggers.files import finite, readable_errors
-from trainer.loggers.protocol import Logger
+from trainer.loggers.protocol import Logger, missing
 
 # Colour channels by the colour type in the header of a PNG file.
 CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
@@ -37,10 +37,7 @@ class TensorBoardLogger(Logger):
             from torch.utils import tensorboard
             from torch.utils.tensorboard import summary
         except ImportError as error:
-            raise ValueError(
-                "tensorboard was asked for and is not installed; "
-                "pip install 'cortex-speech[log]', or leave it out of logger"
-            ) from error
+            raise missing("tensorboard", "log") from error
         self.folder = folder / "tensorboard"
         self._package: Any = tensorboard
         self._messages: Any = summary
