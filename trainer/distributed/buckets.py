@@ -24,10 +24,8 @@ BUCKET_BYTES = 25 * 2**20
 class Bucket:
     """Flat tensor that holds the gradients of some parameters, one after another.
 
-    Args:
-        params: parameters of one dtype and device.
-
     Attributes:
+        params: the parameters, of one dtype and device.
         slots: for each parameter a view of the flat tensor, of its shape and strides.
         had_gradient: for each parameter, True if this rank has a gradient of it; known once the
             bucket is filled.
@@ -120,8 +118,8 @@ class GradientBuckets:
         """Take the gradients of the backward pass that follows.
 
         Args:
-            send: send each bucket as soon as it is full.
-            after: buckets that have to be sent before these.
+            send: send each bucket as soon as it is full, and all of ``after`` before these.
+            after: other buckets.
         """
         self._listening, self._sending = True, send and self.learned
         self._after = after
@@ -149,15 +147,7 @@ class GradientBuckets:
         return self._twice
 
     def send_late(self, indices: Iterable[int], factor: float) -> None:
-        """Send late parameters that some rank has a gradient of, those in sparse layout last.
-
-        Args:
-            indices: indices of these parameters, the same on all ranks.
-            factor: number by which this rank's gradients are multiplied.
-
-        Raises:
-            ValueError: a gradient is in sparse layout that may not be.
-        """
+        """Send late parameters that some rank has a gradient of, those in sparse layout last."""
         chosen = set(indices)
         dense = [i for i in reversed(range(len(self.params))) if i in chosen - self._rows()]
         for i in dense:
@@ -181,11 +171,9 @@ class GradientBuckets:
         self._sent = 0
 
     def learn(self, have: Iterable[int], twice: Iterable[int]) -> None:
-        """Give places to parameters, by what all ranks have told each other.
+        """Give places to late parameters that have a gradient on some rank.
 
-        Args:
-            have: indices of late parameters that have a gradient on some rank.
-            twice: indices of parameters whose hook fires twice on some rank.
+        ``twice`` are parameters whose hook fires twice on some rank.
         """
         before = self._early.copy()
         self._fires_twice |= set(twice)
