@@ -322,7 +322,6 @@ class LayerMonitor(Callback):
         self._idle: str | None = None  # Warning that the first record carries.
 
     def on_fit_start(self, brain: Brain) -> None:
-        """Find the optimizers and the loggers."""
         loggers = (each for each in brain.callbacks if isinstance(each, LoggerCallback))
         self._loggers, self._brain = next(loggers, None), brain
         if self._meters:
@@ -345,7 +344,6 @@ class LayerMonitor(Callback):
             )
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
-        """Hook into the next step if there is something to measure in it."""
         for meter in self._meters.values():
             due, update = meter.always or len(meter.steps) + 1 >= self.every, meter.update
             if due and not meter.hooked:
@@ -387,7 +385,6 @@ class LayerMonitor(Callback):
             update.read_later(torch.cat(vectors), take)
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Write the pending record at the end of training."""
         if report.stage == Stage.TRAIN.value:
             for meter in self._meters.values():
                 meter.update.read_now()

@@ -22,9 +22,8 @@ from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.checkpoint.checkpointer import retry_missing
 from trainer.data.batch import to_device
 from trainer.defaults import Driver, DriverFinished
-from trainer.diagnostics.nonfinite.report import FORMAT, KeptBatch, NonFiniteReport
 from trainer.diagnostics.nonfinite.serialize import deserialize_batch, own_modules
-from trainer.diagnostics.nonfinite.tracer import investigate
+from trainer.diagnostics.nonfinite.tracer import FORMAT, KeptBatch, NonFiniteReport, investigate
 from trainer.evaluation import rng_kept
 from trainer.metrics import StepReport
 from trainer.untrusted import confined, memory_in_proportion, printable
@@ -126,7 +125,7 @@ def load_nearest(checkpointer: Checkpointer, step: int) -> None:
 
 
 def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, Any]) -> NoReturn:
-    """Rerun a kept batch, and log what is not finite.
+    """Rerun a kept batch, log what is not finite, and raise `Replayed`.
 
     Args:
         brain: the Brain, before its training.

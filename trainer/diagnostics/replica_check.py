@@ -193,7 +193,6 @@ class ReplicaCheck(Callback):
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
-        """Reset the count."""
         if stage is Stage.TRAIN:
             self._batches = 0
             if self._buffers is None:
@@ -201,11 +200,6 @@ class ReplicaCheck(Callback):
             self._buffers.note()
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
-        """Compare the ranks if that is due. Collective.
-
-        Raises:
-            DriftError: if something is not the same on all ranks.
-        """
         if stage is not Stage.TRAIN:
             return
         self._batches += 1
