@@ -177,6 +177,8 @@ class Brain(SpeechBrainNames):
         ValueError: for an option, device or module that cannot be used.
     """
 
+    optimizers_dict: Mapping[str, torch.optim.Optimizer] | None = None
+
     # ----------------------------------------------------------- hooks: what a subclass overrides
 
     def compute_forward(self, batch: Any, stage: Stage) -> Any:
@@ -728,7 +730,7 @@ class Brain(SpeechBrainNames):
             if step.step_by_gradients(updates):
                 batch.stepped_by_hand = True
             else:
-                self.nonfinite_count += 1
+                self.progress.nonfinite_count += 1
 
     def __finish(
         self, updates: list[Update], weight: float | Tensor, last: bool
@@ -1311,7 +1313,8 @@ class Brain(SpeechBrainNames):
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
         optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
-        drop_base(optimizers.values(), modules, adapters)
+        if adapters:
+            drop_base(optimizers.values(), modules, adapters)
         self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
         epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
         self.__modes = TrainingModes(modules, self.__groups.rest)
@@ -1319,15 +1322,14 @@ class Brain(SpeechBrainNames):
         self.__groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
-            base = base_parameters(modules, adapters)
+            base = base_parameters(modules, adapters or {})
             decay = ema.decays(options.ema_decay, self.updates)
             self.__ema = WeightAverage(modules, decay, base)
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""
-        return find_optimizers(
-            getattr(self, "optimizers_dict", None), self.__user_attributes(True), self.__precision
-        )
+        attributes = self.__user_attributes(True)
+        return find_optimizers(self.optimizers_dict, attributes, self.__precision)
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
         self.__measuring = self.__conventions.measures and not optimizers
@@ -1861,7 +1863,5 @@ def _replaces_method(kind: type, name: str, value: Any) -> str:
 
 
 METHODS = frozenset(
-    name
-    for name, value in vars(Brain).items()
-    if not name.startswith("_") and not isinstance(value, property)
+    name for name, value in vars(Brain).items() if not name.startswith("_") and callable(value)
 )

@@ -154,8 +154,9 @@ def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, 
 
     with brain.sandbox():
         brain.start_training(replace(arguments, epoch_counter=[kept["epoch"]]), recover)
-        weights = f"those of step {brain.optimizer_step}" if brain.optimizer_step else "untrained"
-        if brain.optimizer_step >= step:
+        at = brain.progress.optimizer_step
+        weights = f"those of step {at}" if at else "untrained"
+        if at >= step:
             weights += " (no checkpoint from before it is left)"
         logger.info("replaying step %d, epoch %d; the weights are %s", step, kept["epoch"], weights)
         progress.epoch, progress.step = kept["epoch"], kept["step"]

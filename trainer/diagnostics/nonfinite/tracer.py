@@ -123,7 +123,7 @@ class NonFiniteReport:
             name = f"{name}/rank{distributed.rank()}" if distributed.rank() else name
             folder = folder / name
         what = "loss" if step_report.loss is None else "gradients"
-        return cls(brain.optimizer_step + 1, name, what, facts, gradients, folder)
+        return cls(brain.progress.optimizer_step + 1, name, what, facts, gradients, folder)
 
     def command(self) -> str:
         """Return the command that replays the batch."""
@@ -272,7 +272,7 @@ class NonFiniteTracer(Tracer):
     def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
         if self._report is None and self._window and self._has_room():
             self._left -= 1
-            step = self._brain.optimizer_step + 1
+            step = self._brain.progress.optimizer_step + 1
             self._numbers[step] += 1
             number = self._numbers[step]
             name = str(step) if number == 1 else f"{step}-{number}"
