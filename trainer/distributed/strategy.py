@@ -384,7 +384,7 @@ class Replicate(Strategy):
         if not late and not first and agreed is not None:
             return agreed
         had = [float(buckets.params[i].grad is not None) for buckets, i in late]
-        twice = [float(i in buckets.fired_twice()) for buckets, i in every]
+        twice = [float(i in buckets.fired_twice) for buckets, i in every]
         question = torch.tensor([weighed, *had, *twice], dtype=torch.float64)
         question = question.to(distributed.device())
         distributed.begin_sum(question).wait()
