@@ -159,9 +159,6 @@ class NonFiniteReport:
         subject = f"the loss of {finding.optimizer!r}"
         if finding.kind == "gradient":
             subject = f"the gradient of {first_names(finding.parameters)} ({finding.optimizer!r})"
-            if finding.backward is not None and (first is None or first.phase == "forward"):
-                line = finding.backward_line
-                return f"{subject}, by {finding.backward}" + (f" of {line}" if line else "")
         if first is None:
             return subject
         module = f" in {first.module}" if first.module else ""
