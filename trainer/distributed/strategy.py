@@ -60,7 +60,8 @@ class Strategy:
     """Strategy of a single process, and base class: nothing is communicated.
 
     A strategy stands between the optimizers, known by their names, and the process group. Every
-    rank calls its methods in the same order, but for `give_up_batch`.
+    rank calls its methods in the same order and with the same names, but for `give_up_batch`.
+    Gradients are sums of w/reference · g over batches of weight w; each rank has a reference.
 
     Attributes:
         communicates: True if there are other processes.
@@ -83,17 +84,11 @@ class Strategy:
     ) -> None:
         """Take the parameters of each optimizer, and check that they are the same on all ranks.
 
-        Args:
-            optimizers: parameters by optimizer.
-            names: names of the parameters, for messages.
-            sparse: parameters whose gradients may be in sparse layout.
+        ``names`` are for messages; gradients of ``sparse`` may be in sparse layout.
         """
 
     def reference(self, name: str) -> float | None:
-        """Return the weight that gradients of this optimizer are relative to; None if not known.
-
-        Gradients are sums of w/reference · g over batches of weight w.
-        """
+        """Return the reference that all ranks have agreed on; None if there is none yet."""
         return None
 
     def begin_batch(self) -> None:
@@ -113,11 +108,8 @@ class Strategy:
     ) -> None:
         """Leave a batch that this rank cannot train on; then ``votes`` are known.
 
-        It answers the messages of the others with nothing until they know.
-
-        Args:
-            joint: returns the names of the optimizers that step together.
-            params: returns the parameters of an optimizer by its name.
+        It answers the messages of the others with nothing until they know. ``joint`` returns the
+        names of the optimizers that step together, ``params`` the parameters of an optimizer.
         """
         self.votes = Votes(*self.ballot(), gave_up=True)
 
@@ -127,33 +119,27 @@ class Strategy:
     def backward(
         self, names: Sequence[str], reference: float, last: bool
     ) -> AbstractContextManager[None]:
-        """Return the context manager for a backward pass.
+        """Return the context manager for the backward pass of a loss of these optimizers.
 
-        Args:
-            names: optimizers that the loss trains.
-            reference: weight that this rank's gradients are relative to.
-            last: True if the window closes after this backward pass.
+        ``last``: the window closes after it.
         """
         return _NOTHING
 
     def end_window(
         self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
     ) -> WindowSums | None:
-        """Sum the gradients of a window over ranks.
+        """Sum the gradients of a window over ranks, of optimizers that step together.
 
         A parameter without a gradient on this rank counts as zeros and receives the sum.
 
         Args:
-            names: optimizers that step together.
+            names: the optimizers.
             loss: weighted sum of the window's losses over ``reference``, a scalar.
             weight: number of examples in the window on this rank, a number or a scalar.
-            reference: weight that this rank's gradients are relative to.
+            reference: this rank's reference.
 
         Returns:
             The sums, on the device of ``loss``, without waiting for it; None for a single process.
-
-        Raises:
-            ValueError: a gradient is in sparse layout that may not be.
         """
         return None
 
