@@ -285,12 +285,7 @@ class _Meter:
         return torch.cat([norms(before), norms(after)])
 
     def layers(self, values: Sequence[float], grads: Mapping[int, float]) -> LayerNorms:
-        """Return the norms of each layer.
-
-        Args:
-            values: what `measure` returned, as numbers.
-            grads: norms of gradients, by id of the parameter.
-        """
+        """Return the norms of each layer, from those of `measure` and of gradients by id."""
         found: dict[str, list[tuple[float | None, float, float]]] = {}
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):

@@ -92,11 +92,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def checked_generators(kept: dict[str, Any]) -> dict[str, Any]:
-    """Return the states of random generators in a kept batch.
-
-    Raises:
-        ValueError: if they cannot be restored.
-    """
+    """Return the states of random generators in a kept batch; ValueError if they are none."""
     generators: dict[str, Any] = kept["generators"]
     try:
         with rng_kept():
@@ -125,13 +121,13 @@ def load_nearest(checkpointer: Checkpointer, step: int) -> None:
 
 
 def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, Any]) -> NoReturn:
-    """Rerun a kept batch, log what is not finite, and raise `Replayed`.
+    """Rerun a kept batch, as `load` returned it, and log what is not finite.
 
     Args:
         brain: the Brain, before its training.
         arguments: the arguments of `fit`.
-        folder: folder of the report.
-        kept: its batch, as `load` returned it.
+        folder: folder of the report, for messages.
+        kept: the batch.
 
     Raises:
         Replayed: when done.

@@ -33,16 +33,11 @@ class DriftError(RuntimeError):
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Sum the bits of a tensor, as words of 8 bytes, each times an odd number of its position.
+    """Return the sum of the words of 8 bytes of a tensor, each times an odd number of its position.
 
     Modulo 2^64 a change of any one word changes the sum for certain; changes of several words, also
-    such as cancel in a plain sum, do with a probability of about 1 - 2^-60.
-
-    Args:
-        tensor: of any shape and dtype, in dense layout.
-
-    Returns:
-        A scalar of dtype int64, on the device of the tensor.
+    such as cancel in a plain sum, do with a probability of about 1 - 2^-60. The tensor is dense, and
+    the result is a scalar of dtype int64 on its device.
     """
     values = tensor.detach().resolve_conj().resolve_neg()
     values = torch.view_as_real(values) if values.is_complex() else values
@@ -70,16 +65,10 @@ def _weights(number: int, key: int, device: torch.device) -> Tensor:
 
 
 def find_differing(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Find the tensors that differ between ranks. Every rank must call it.
-
-    Args:
-        tensors: the same names and order on all ranks.
-
-    Returns:
-        Their names; none in a run of one process.
+    """Return the names of the tensors that differ between ranks. Collective.
 
     Raises:
-        DriftError: ranks have tensors of other names.
+        DriftError: ranks have tensors of other names, or in another order.
     """
     if distributed.world_size() == 1:
         return []
@@ -108,7 +97,7 @@ def _agree(numbers: Tensor) -> Tensor:
 def check_replicas_in_sync(
     tensors: Mapping[str, Tensor], where: str, what: str = "weights"
 ) -> None:
-    """Check that tensors are equal on all ranks, to the bit. Every rank must call it.
+    """Check that tensors are equal on all ranks, to the bit. Collective.
 
     Args:
         tensors: the same names and order on all ranks.
@@ -199,12 +188,7 @@ class ReplicaCheck(Callback):
         return {name: buffers[name] for name in constant}
 
     def _part(self, state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-        """Return the tensors whose turn it is.
-
-        Args:
-            state: all tensors by name.
-            size: number of elements that they have together at least, as far as there are so many.
-        """
+        """Return the tensors whose turn it is, of more than ``size`` elements together or all."""
         names, chosen, total = list(state), dict[str, Tensor](), 0
         while len(chosen) < len(names) and total <= size:
             name = names[self._turn % len(names)]

@@ -179,14 +179,7 @@ class Probe(TorchDispatchMode):
     ) -> StepReport:
         """Check losses and their gradients in place of an optimizer step; no weight changes.
 
-        Args:
-            losses: each with the optimizers that it is for.
-            weight: number of examples of the batch; with 0 no gradient is computed.
-            retain_graph: not used; the graph is always kept.
-            last: not used.
-
-        Returns:
-            The report of an accumulated loss.
+        Of a batch of ``weight`` 0 no gradient is computed.
 
         Raises:
             NonFiniteFound: if a loss or gradient is not finite.
