@@ -30,7 +30,7 @@ from trainer.config.reading import (
 )
 from trainer.config.registry import recipe_packages
 from trainer.config.run_folder import KINDS
-from trainer.inference.cards import HYPERPARAMS_HEADER, write_card
+from trainer.inference.cards import write_card
 from trainer.inference.graphs import FILES, example_code, write_graph
 from trainer.inference.initialise import HYPERPARAMS, WEIGHTS
 from trainer.inference.loading import CHECKPOINTS, RECIPE, Origin, origin_of
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from trainer.inference.graphs import Graph
 
 DESCRIPTION = "export.json"
+HEADER = "# The hyperparameters of an exported model, for trainer.load."
 FORMATS = ("safetensors", *FILES)
 # Run options that an exported YAML keeps. Its weights are averaged already.
 KEPT = ("seed", "precision", "eval_precision", "threads", "output_folder")
@@ -234,7 +235,7 @@ def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
                 _add_files(folder / place, folder / f"{name}.{each[0]}".strip("."))
     for place in _trim(root, source, run.recipes()):
         _copy(run.folder, place, folder)
-    text = f"{HYPERPARAMS_HEADER}\n{reading.dump(root)}"
+    text = f"{HEADER}\n{reading.dump(root)}"
     (folder / HYPERPARAMS).write_text(text, encoding="utf-8")
 
 
