@@ -57,7 +57,6 @@ from trainer.data import (
 )
 from trainer.data.batch import add_advice
 from trainer.devices import pick_device, prepare_modules
-from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import (
@@ -177,6 +176,8 @@ class Brain(SpeechBrainNames):
     Raises:
         ValueError: for an option, device or module that cannot be used.
     """
+
+    optimizers_dict: Mapping[str, torch.optim.Optimizer] | None = None
 
     # ----------------------------------------------------------- hooks: what a subclass overrides
 
@@ -386,7 +387,6 @@ class Brain(SpeechBrainNames):
         self.__ema: WeightAverage | None = None
         self.__strategy = make_strategy()
         self.__strategy.ballot = self.__ballot
-        self.__hang_watch = distributed.make_hang_watch(self.options.hang_timeout)
         self.__metrics = TrainingMetrics()
         self.__trainable = TrainableState(self.modules)
         self.__attributes = UserAttributes(self, self.__user_attributes)
@@ -562,9 +562,10 @@ class Brain(SpeechBrainNames):
             ended = self.__limit_reached()
             batches = () if ended else feed.from_batch(data_epoch, progress.step)
             done = 0  # In this process.
-            with self.__hang_watch.watching():
+            with distributed.watch_for_hangs(
+                self.options.hang_timeout, lambda: (progress.epoch, progress.step)
+            ):
                 for batch, is_last in self.__awaited(feed, batches, self.__depth == 1):
-                    self.__hang_watch.mark()
                     before = progress.optimizer_step
                     self.train_batch(batch, is_last)
                     done += 1
@@ -828,7 +829,7 @@ class Brain(SpeechBrainNames):
         mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
         shares = distributed.world_size() if self.__conventions.whole else 1
         fits, outermost = self.__nested_fits, stage is Stage.VALID and self.__depth == 1
-        with self.__in_stage(stage), hang_watch.pause(), ExitStack() as stack:
+        with self.__in_stage(stage), distributed.pause(), ExitStack() as stack:
             if outermost:
                 # A run interrupted in a validation resumes at its start.
                 before = Snapshot(self.progress, self.__hook_state)
@@ -1327,7 +1328,8 @@ class Brain(SpeechBrainNames):
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""
-        return find_optimizers(self.optimizers_dict, self.__user_attributes(True), self.__precision)
+        attributes = self.__user_attributes(True)
+        return find_optimizers(self.optimizers_dict, attributes, self.__precision)
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
         self.__measuring = self.__conventions.measures and not optimizers
@@ -1582,7 +1584,7 @@ class Brain(SpeechBrainNames):
         asked, due, _ = self.__votes
         if self.__depth == 1 and (asked or due or self.__saver.pending()):
             self.__tick()
-            with hang_watch.pause():
+            with distributed.pause():
                 if due or self.__saver.due_by_steps():
                     self.__saver.save({}, end_of_epoch=False)
                 self.__saver.release()
@@ -1861,7 +1863,5 @@ def _replaces_method(kind: type, name: str, value: Any) -> str:
 
 
 METHODS = frozenset(
-    name
-    for name, value in vars(Brain).items()
-    if not name.startswith("_") and not isinstance(value, property)
+    name for name, value in vars(Brain).items() if not name.startswith("_") and callable(value)
 )

@@ -104,7 +104,7 @@ def callback(folder: Path, *chosen: Logger) -> LoggerCallback:
 
 
 def brain(step: int = 0) -> Any:
-    return SimpleNamespace(optimizer_step=step, progress=Progress(), updates={}, checkpointer=None)
+    return SimpleNamespace(progress=Progress(optimizer_step=step), updates={}, checkpointer=None)
 
 
 # --- what may be chosen ---------------------------------------------------------------------------

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed, json_files, tree
-from trainer.checkpoint import saver_hooks as hooks
-from trainer.checkpoint import storage
+from trainer.checkpoint import storage, user_state
 from trainer.checkpoint.storage import (
     FORMAT,
     BrokenCheckpoint,
@@ -248,7 +247,7 @@ class Checkpointer:
         Args:
             name: name of the object in every checkpoint: letters, digits, - and _.
             obj: object with ``state_dict`` and ``load_state_dict``, or with methods that save and
-                load a file (`trainer.checkpoint.saver_hooks`).
+                load a file (`trainer.checkpoint.user_state`).
             custom_load_hook: restores the object from a file, in place of `load_state_dict`; called
                 with the object, the path and True.
             custom_save_hook: writes its state to a file, in place of `state_dict`; called with the
@@ -266,8 +265,8 @@ class Checkpointer:
         is_module = isinstance(obj, nn.Module)
         if custom_load_hook is not None or custom_save_hook is not None:
             save, load = custom_save_hook or _save, custom_load_hook or _load
-            obj = hooks.FileState(obj, partial(save, obj), partial(load, obj))
-        obj = hooks.as_stateful(obj) or obj
+            obj = user_state.FileState(obj, partial(save, obj), partial(load, obj))
+        obj = user_state.as_stateful(obj) or obj
         if not _is_recoverable(obj):
             raise ValueError(
                 f"the recoverable {name!r} is a {type(obj).__name__}, which has no state_dict and "
@@ -991,7 +990,7 @@ class Checkpointer:
 
 def _is_recoverable(obj: Any) -> bool:
     stateful = hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
-    return stateful or hooks.as_stateful(obj) is not None
+    return stateful or user_state.as_stateful(obj) is not None
 
 
 def _weight_keys(obj: Any) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
 from trainer.checkpoint.frozen import FrozenBase, completed
 from trainer.checkpoint.migrate import warn_of_others
-from trainer.checkpoint.saver_hooks import KEY
 from trainer.checkpoint.storage import Checkpoint
+from trainer.checkpoint.user_state import KEY
 from trainer.distributed import run_on_main
 from trainer.options import RunOptions
 from trainer.progress import Progress

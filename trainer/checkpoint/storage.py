@@ -28,15 +28,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from operator import is_
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
 
-from trainer import json_files, tree
+from trainer import json_files
 from trainer.checkpoint.frozen import BASE, described, sha256_of
 from trainer.checkpoint.migrate import migrate
 from trainer.untrusted import printable
@@ -297,9 +298,17 @@ def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
     """Write a state: a file for each top-level key with tensors in it, and one for the rest."""
     state = writable(state, name)
     # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
-    large = [k for k, v in state.items() if _is_large(k, v)] if type(state) is dict else []
+    parts = state if type(state) is dict else {}
+    large = {
+        key: part
+        for key, part in parts.items()
+        if type(key) is str
+        and KEY.fullmatch(key)
+        and not isinstance(part, Tensor)
+        and _has_tensor(part)
+    }
     rest = {k: v for k, v in state.items() if k not in large} if large else state
-    contents = {**{f"{name}.{key}.pt": state[key] for key in large}, f"{name}.pt": rest}
+    contents = {**{f"{name}.{key}.pt": part for key, part in large.items()}, f"{name}.pt": rest}
     return {file: _write(folder / file, content) for file, content in contents.items()}
 
 
@@ -310,15 +319,14 @@ def write_local(folder: Path, rank: int, states: dict[str, Any]) -> dict[str, Fi
     return {file: _write(folder / file, states)} if states else {}
 
 
-def _is_large(key: Any, value: Any) -> bool:
-    """Return True if a key can name a file, and a container with tensors belongs to it."""
-    if type(key) is not str or not KEY.fullmatch(key) or isinstance(value, Tensor):
-        return False
-    return any(isinstance(leaf, Tensor) for _, leaf in tree.leaves(value))
+def _has_tensor(state: Any) -> bool:
+    if isinstance(state, (dict, list, tuple)):
+        return any(map(_has_tensor, state.values() if isinstance(state, dict) else state))
+    return isinstance(state, Tensor)
 
 
 def _write(path: Path, content: Any) -> FileEntry:
-    return write_file(path, lambda file: torch.save(content, cast(Any, file)))
+    return write_file(path, partial(torch.save, content))
 
 
 def recoverable_names(checkpoint: Checkpoint) -> list[str]:
@@ -501,8 +509,8 @@ def read_verified(checkpoint: Checkpoint, name: str) -> bytes:
     return data
 
 
-class HashingFile:
-    """New file that hashes what is written to it, and raises its first error in `close` only.
+class HashingFile(io.RawIOBase):
+    """New file that hashes what is written to it, and raises its first error in `entry` only.
 
     torch's zip writer calls `write` from C++, where an exception would come out as another one.
     After an error the size is still counted, so that the message can say how many bytes are needed.
@@ -512,46 +520,31 @@ class HashingFile:
         self.size = self.stored = 0
         self._error: BaseException | None = None
         self._hash = hashlib.sha256()
-        self._buffer = bytearray()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Write all of ``data``, and return its length."""
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         self.size += len(data)
         self._hash.update(data)
-        self._keep_error(lambda: self._store(data))
+        self._keep_error(self._put, data)
         return len(data)
 
-    def flush(self) -> None:
-        """Do nothing: `close` flushes, once."""
-
-    def close(self) -> FileEntry:
-        """Sync the file to the disk and return its entry, or raise the first error."""
-        self._keep_error(self._drain)
-        self._keep_error(lambda: os.fsync(self._file))
+    def entry(self) -> FileEntry:
+        """Sync the file to the disk, close it and return its entry, or raise the first error."""
+        self._keep_error(os.fsync, self._file)
         os.close(self._file)
         if self._error is not None:
             raise self._error
         return FileEntry(self.size, self._hash.hexdigest())
 
-    def _keep_error(self, work: Callable[[], None]) -> None:
+    def _keep_error(self, work: Callable[[Any], None], given: Any) -> None:
         if self._error is None:
             try:
-                work()
+                work(given)
             except BaseException as error:
                 self._error = error
-
-    def _store(self, data: bytes | memoryview) -> None:
-        if len(data) < CHUNK_BYTES:
-            self._buffer += data
-        if len(data) >= CHUNK_BYTES or len(self._buffer) >= CHUNK_BYTES:
-            self._drain()
-        if len(data) >= CHUNK_BYTES:
-            self._put(memoryview(data))
-
-    def _drain(self) -> None:
-        full, self._buffer = self._buffer, bytearray()
-        self._put(memoryview(full))
 
     def _put(self, data: memoryview) -> None:
         while data:
@@ -560,14 +553,15 @@ class HashingFile:
             data = data[count:]
 
 
-def write_file(path: Path, fill: Callable[[HashingFile], object]) -> FileEntry:
+def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> FileEntry:
     """Write a new file by calling ``fill``; an OSError says how many bytes are needed."""
     file = HashingFile(path)
     try:
         try:
-            fill(file)
+            with io.BufferedWriter(file, CHUNK_BYTES) as buffer:
+                fill(buffer)
         finally:
-            entry = file.close()
+            entry = file.entry()
     except OSError as error:
         raise OSError(
             error.errno,

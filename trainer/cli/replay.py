@@ -14,9 +14,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.brain import Brain, FitArguments
 from trainer.cli import session
@@ -38,21 +37,15 @@ STEP = re.compile(r"\d{1,18}(-\d{1,9})?(/rank\d{1,6})?", re.ASCII)
 MAX_SHOWN = 500  # characters of a recorded command in a message
 
 
-@dataclass
-class _Given:
-    """Arguments: the run, the folder of the step, the script, and those of the recipe."""
-
+class _Given(NamedTuple):
     run: Path
-    case: Path
+    case: Path  # The folder of the step.
     script: Path | None
-    more: list[str]
+    more: list[str]  # Arguments of the recipe.
 
 
 def replay(argv: Sequence[str]) -> int:
     """Replay a step, and return the exit code.
-
-    Args:
-        argv: RUN, STEP, and further arguments of the recipe.
 
     Raises:
         ValueError: there is no such run or step, or it cannot be replayed.
@@ -62,8 +55,7 @@ def replay(argv: Sequence[str]) -> int:
         return _replay_recipe(given)
     made = command(argv)
     print(shlex.join(made), file=sys.stderr, flush=True)
-    path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(made, env={**os.environ, "PYTHONPATH": path}).returncode
+    return subprocess.run(made, env=session.environment_of_children()).returncode
 
 
 def command(argv: Sequence[str]) -> list[str]:
@@ -76,15 +68,12 @@ def command(argv: Sequence[str]) -> list[str]:
     if given.script is None or not given.script.is_file():
         raise ValueError(f"there is no {given.script}: name the run's train.py with --script")
     settings = [str(given.run / HYPERPARAMS), "--output_folder", str(given.run)]
-    return [
-        sys.executable, str(given.script), *settings, "--replay", str(given.case), *given.more,
-    ]  # fmt: skip
+    case = ["--replay", str(given.case)]
+    return [sys.executable, str(given.script), *settings, *case, *given.more]
 
 
 def _parse(argv: Sequence[str]) -> _Given:
-    parser = argparse.ArgumentParser(
-        usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--script", nargs="?")
     given, rest = parser.parse_known_args(argv)
     if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):

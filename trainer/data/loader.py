@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
 from multiprocessing import connection, queues
@@ -130,25 +130,30 @@ def make_loader(
         for name in ("persistent_workers", "prefetch_factor", "worker_init_fn"):
             options.pop(name, None)
     options["pin_memory"] = options.get("pin_memory", False) and torch.accelerator.is_available()
-    timeout = options.pop("timeout", TIMEOUT)
+    timeout, policy = options.pop("timeout", TIMEOUT), BadItemPolicy(on_bad, max_bad)
+    run = {"seed": seed, "train": train, "world_size": world_size}
     if isinstance(dataset, IterableDataset):
         if not isinstance(dataset, IterDataPipe):  # torch splits pipes by itself.
             dataset = DealtItems(dataset, train, rank, world_size, options.get("batch_size", 1))
         if options.get("batch_size", 1) is not None and options.get("collate_fn") is None:
             options["collate_fn"] = collate_plain
-        policy = BadItemPolicy(on_bad, max_bad)
-        return Stream(DataLoader(dataset, **options), seed, train, timeout, policy, world_size)
+        return Stream(DataLoader(dataset, **options), policy, timeout=timeout, **run)
     if not len(dataset):
         raise ValueError(f"the dataset {type(dataset).__name__} has no items")
-    sampler = _pop_sampler(
-        dataset, options, train=train, seed=seed, rank=rank, world_size=world_size
-    )
+    sampler = _pop_sampler(dataset, options, rank=rank, **run)
     single = sampler.batch_size is None and not sampler.batched
     join = options.pop("collate_fn", None) or (default_convert if single else _collate)
-    workers = options.get("num_workers", 0)
     with _full_memory_explained():
-        batches = BatchDataset(dataset, join, seed, train, single, workers)
-        return Loader(batches, sampler, BadItemPolicy(on_bad, max_bad), timeout, options)
+        source = DataLoader(
+            BatchDataset(dataset, join, seed, train, single, options.get("num_workers", 0)),
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=_identity,
+            # Without a generator of its own, DataLoader draws from the global one.
+            generator=torch.Generator().manual_seed(derive(seed, "workers")),
+            **options,
+        )
+        return Loader(source, policy, timeout=timeout, **run)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -213,56 +218,128 @@ def _identity(loaded: Any) -> Any:
     return loaded
 
 
-class Loader:
-    """Loader of a dataset's batches, made by `make_loader`.
+class BatchSource:
+    """Batches of a source by epoch: bad items are counted, and hangs noticed.
 
     Args:
-        batches: the dataset, of batches.
-        sampler: gives the items of each batch.
+        source: a DataLoader, or any iterable of batches.
         policy: counts the bad items.
-        timeout: seconds without a batch after which workers are given up, or, without workers, a
-            warning is logged; 0 for never.
-        options: further options of `DataLoader`.
+        seed: random seed of the run.
+        train: False for evaluation, in which every epoch is alike.
+        timeout: seconds without a batch after which the workers of a DataLoader are given up, and
+            any other source is warned of; 0 for never.
+        world_size: number of processes.
 
     Attributes:
-        policy: counts the bad items.
         alone: True if it judges bad items by itself, since nobody does so for all ranks.
     """
 
     def __init__(
         self,
-        batches: BatchDataset,
-        sampler: DistributedBatchSampler,
+        source: Any,
         policy: BadItemPolicy,
-        timeout: float,
-        options: dict[str, Any],
+        *,
+        seed: int,
+        train: bool,
+        timeout: float = TIMEOUT,
+        world_size: int = 1,
     ) -> None:
-        self._batches, self._sampler, self.policy = batches, sampler, policy
-        self.alone = sampler.world_size == 1
-        self._total: tuple[int, str] | None = None  # Files of the epoch, once they are counted.
-        self._idle: list[BaseProcess] = []  # Persistent workers between two epochs.
-        self._closing = _closing_flag(self, self._idle)
-        self._timeout, self._workers = timeout, options.get("num_workers", 0)
+        self._source, self.policy, self.alone = source, policy, world_size == 1
+        self._seed, self._train, self._timeout = seed, train, timeout
+        self._epoch = self._start = 0
         self._number = 0  # Number of the batch that is waited for.
-        self._before = DrawsUndone()
-        worker_init_fn = options.pop("worker_init_fn", None)
-        self._make = partial(
-            DataLoader,
-            batches,
-            sampler=sampler,
-            batch_size=None,
-            collate_fn=_identity,
-            # Without a generator of its own, DataLoader draws from the global one.
-            generator=torch.Generator().manual_seed(derive(batches.seed, "workers")),
-            worker_init_fn=partial(_init_worker, self._closing, None, worker_init_fn),
-            **options,
-        )
-        self._loader: DataLoader[Any] = self._make()
+        self._draws: DrawsUndone | fork_rng = DrawsUndone()
+        self._owns_workers = True
+        # Persistent workers between two epochs. They end with this object: torch waits 5 s for each
+        # where it is in a reference cycle, since the queues to tell them are closed by then.
+        self._idle: list[BaseProcess] = []
+        # In shared memory; True once workers are to end.
+        self._closing: Tensor = torch.zeros(1, dtype=torch.bool).share_memory_()
+        weakref.finalize(self, _close, self._closing, self._idle, os.getpid())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the batches of this epoch in later iterations; in evaluation all epochs are alike."""
+        self._epoch = epoch if self._train else 0
+
+    def skip(self, batches: int) -> None:
+        """Start the next iteration after this number of batches."""
+        self._start = batches
 
     @property
     def bad(self) -> dict[str, str]:
         """Reasons by path, of the items skipped in the current epoch on this rank."""
         return dict(self.policy.skipped)
+
+    def report_bad(self) -> dict[str, Any]:
+        """Return the counts of this rank's bad items, for `BadItemPolicy.judge`."""
+        return self.policy.report()
+
+    def describe_wait(self) -> str:
+        """Return what an iteration waits for."""
+        part = f"epoch {self._epoch}" if self._train else "an evaluation"
+        return f"waiting for batch {self._number} of {part}"
+
+    def undo_draws(self) -> None:
+        """Restore random generators to before the batch that is waited for drew from them."""
+        self._draws.undo()
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self._start = self._start, 0
+        self.policy.start_epoch()
+        self._idle.clear()
+        self._closing.fill_(False)
+        watched, load = self._begin(start)
+        try:
+            while (batch := load()) is not _END:
+                if batch is not None:
+                    yield batch
+            self._idle[:] = watched.workers if self._owns_workers else []
+        except BaseException:  # GeneratorExit too: the epoch was left early.
+            if watched.workers:
+                watched.end_workers()
+                self._source._iterator = None  # Persistent workers, which have just ended.
+            raise
+        finally:
+            watched.close()
+
+    def _begin(self, start: int) -> tuple[_WatchedIterator, Callable[[], Any]]:
+        """Begin an epoch; return its iterator, and a function that loads its next batch.
+
+        The function counts bad items, and returns None for a batch that is left out, and `_END`
+        after the last.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def _prepared(self, **changed: Any) -> Iterator[None]:
+        """Context manager in which a DataLoader has other attributes, and prepares new workers."""
+        source = self._source
+        if getattr(source, "num_workers", 0) and hasattr(source, "worker_init_fn"):
+            changed["worker_init_fn"] = partial(
+                _init_worker, self._closing, self._seed, self._epoch, source.worker_init_fn
+            )
+        with ExitStack() as stack:
+            for name, value in changed.items():
+                stack.callback(setattr, source, name, getattr(source, name))
+                setattr(source, name, value)
+            yield
+
+    def _watch(self, iterator: Any) -> _WatchedIterator:
+        return _WatchedIterator(iterator, self._timeout, self._closing, self.describe_wait)
+
+    def _judge(self) -> None:
+        if self.alone and self.policy.unjudged:
+            self.policy.judge([self.report_bad()])
+
+
+class Loader(BatchSource):
+    """Loader of a dataset's batches, made by `make_loader`."""
+
+    def __init__(self, source: DataLoader[Any], policy: BadItemPolicy, **run: Any) -> None:
+        super().__init__(source, policy, **run)
+        self._batches: Any = source.dataset
+        self._sampler: Any = source.sampler
+        self._total: tuple[int, str] | None = None  # Files of the epoch, once they are counted.
 
     def report_bad(self) -> dict[str, Any]:
         """Return the counts of this rank's bad items, for `BadItemPolicy.judge`."""
@@ -274,94 +351,44 @@ class Loader:
         return self.policy.report(*self._total)
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the batches of this epoch in later iterations; in evaluation all epochs are alike.
-
-        Args:
-            epoch: number of the epoch.
-        """
-        self._sampler.set_epoch(epoch if self._sampler.train else 0)
-
-    def skip(self, batches: int) -> None:
-        """Start the next iteration in the middle of the epoch.
-
-        Args:
-            batches: number of batches to leave out; none of them is loaded.
-        """
-        self._sampler.start = batches
+        """Use the batches of this epoch in later iterations; in evaluation all epochs are alike."""
+        super().set_epoch(epoch)
+        self._sampler.set_epoch(self._epoch)
 
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def __iter__(self) -> Iterator[Any]:
-        return self._from_workers() if self._workers else self._from_process()
-
     def describe_wait(self) -> str:
         """Return what an iteration waits for, with the items that are being loaded."""
-        loading = self._batches.describe_loading()
-        part = f"epoch {self._sampler.epoch}" if self._sampler.train else "an evaluation"
-        return f"waiting for batch {self._number} of {part}{loading}"
+        return f"{super().describe_wait()}{self._batches.describe_loading()}"
 
-    def undo_draws(self) -> None:
-        """Restore random generators to before the batch that is waited for drew from them."""
-        self._before.undo()
-
-    def _from_process(self) -> Iterator[Any]:
-        """Yield the batches without workers."""
-        self._start_epoch()
-        self._number = self._sampler.start
-        # Here DataLoader is needed for pinning memory only, and costs some 10 µs a batch.
-        pinned = self._loader.pin_memory
-        batches = iter(self._loader if pinned else map(self._batches.__getitem__, self._sampler))
-        keeps = self._sampler.train and signals.installed()
-        self._before = DrawsUndone()
-        with closing(_HangWarning(self._timeout, self.describe_wait)) as watch:
-            while True:
-                if keeps:
-                    self._before.remember()
-                with watch:
-                    loaded: Any = next(batches, _END)
-                if loaded is _END:
-                    return
-                self._count(loaded)
-                self._number += 1
-                if loaded.batch is not None:
-                    yield loaded.batch
-
-    def _from_workers(self) -> Iterator[Any]:
-        """Yield the batches that workers load."""
-        self._start_epoch()
-        self._idle.clear()
-        self._closing.fill_(False)
-        first = self._sampler.start
-        with _full_memory_explained():
-            watched = _WatchedIterator(
-                iter(self._loader), self._timeout, self._closing, self.describe_wait
-            )
-        try:
-            for self._number in count(first):
-                loaded = watched.next()
-                if loaded is _END:
-                    self._idle[:] = watched.workers
-                    return
-                self._count(loaded)
-                if loaded.batch is not None:
-                    yield loaded.batch
-        except BaseException:  # GeneratorExit too: the epoch was left early.
-            watched.close()
-            self._loader = self._make()
-            raise
-
-    def _start_epoch(self) -> None:
-        self.policy.start_epoch()
+    def _begin(self, start: int) -> tuple[_WatchedIterator, Callable[[], Any]]:
         self._total = None
+        self._sampler.start = self._number = start
+        workers = self._source.num_workers
+        # Here DataLoader is needed for workers and pinning memory only, and costs some 10 µs.
+        plain = not (workers or self._source.pin_memory)
+        with _full_memory_explained(), self._prepared():
+            iterator = map(self._batches.__getitem__, self._sampler) if plain else self._source
+            watched = self._watch(iter(iterator))
+        self._draws = draws = DrawsUndone()
+        keeps = self._train and not workers and signals.installed()
 
-    def _count(self, loaded: LoadedBatch) -> None:
-        self.policy.handle(loaded.reports, loaded.items)
-        if self.alone and self.policy.unjudged:
-            self.policy.judge([self.report_bad()])
+        def load() -> Any:
+            if keeps:
+                draws.remember()
+            loaded = watched.next()
+            if loaded is _END:
+                return _END
+            self.policy.handle(loaded.reports, loaded.items)
+            self._judge()
+            self._number += 1
+            return loaded.batch
+
+        return watched, load
 
 
-class Stream:
+class Stream(BatchSource):
     """Loader of any iterable of batches, with the interface of `Loader`; made by `resumable`.
 
     While the source makes a batch, the global random generators have states of its own, seeded by
@@ -372,65 +399,38 @@ class Stream:
     In a resumed run, a source with ``state_dict`` and ``load_state_dict`` continues from its saved
     state; any other source loads the earlier batches again.
 
-    Args:
-        source: an iterable of batches.
-        seed: random seed of the run.
-        train: False for evaluation, in which every epoch is alike.
-        timeout: seconds without a batch after which the workers of a DataLoader are given up, and
-            any other source is warned of; 0 for never.
-        policy: counts what the source reports by `report_bad`; None to skip up to 5 %.
-        world_size: number of processes.
-
     Attributes:
-        policy, alone: as those of `Loader`.
         dealt: the items of an `IterableDataset`, if it deals them among ranks and workers.
         equal: True if all ranks get equally many batches in training.
         stateful: object whose state resumes an epoch, or None.
     """
 
-    def __init__(
-        self,
-        source: Iterable[Any],
-        seed: int = 0,
-        train: bool = True,
-        timeout: float = TIMEOUT,
-        policy: BadItemPolicy | None = None,
-        world_size: int = 1,
-    ) -> None:
-        self._source, self._seed, self._train, self._timeout = source, seed, train, timeout
-        self._epoch, self._start, self._number = 0, 0, 0
-        self._idle: list[BaseProcess] = []
-        self._closing = _closing_flag(self, self._idle)
-        self._forked: fork_rng | None = None
+    def __init__(self, source: Any, policy: BadItemPolicy, **run: Any) -> None:
+        super().__init__(source, policy, **run)
         self._resumed: Mapping[str, Any] | None = None
         self._waiting = self._ended = False
-        self.policy = policy or BadItemPolicy("skip", 0.05)
-        self.alone = world_size == 1
         dataset = getattr(source, "dataset", None)
         self.dealt = dataset if isinstance(dataset, DealtItems) else None
-        self.equal = world_size == 1 or (self.dealt is not None and self.dealt.equal)
+        self._owns_workers = self.dealt is not None  # Otherwise the DataLoader is the user's own.
+        self.equal = self.alone or (self.dealt is not None and self.dealt.equal)
         self.stateful: Any = None
-        workers = getattr(source, "num_workers", 0)
+        self._buffered = _has_shuffle_buffer(source)
+        if self._buffered:
+            return
         if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
             self.stateful = source
-        elif self.dealt is not None and self.dealt.resumable and not workers:
+        elif self.dealt is not None and self.dealt.resumable and not source.num_workers:
             self.stateful = self.dealt
-        if _has_shuffle_buffer(source):
-            self.stateful = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the batches of this epoch in later iterations, and tell sampler and dataset.
-
-        Args:
-            epoch: number of the epoch.
-        """
-        self._epoch = epoch if self._train else 0
+        """Use the batches of this epoch in later iterations, and tell sampler and dataset."""
+        super().set_epoch(epoch)
         set_epoch(self._source, self._epoch)
 
     @property
     def sources(self) -> list[Any]:
         """The source and its datasets, where their states are places in an epoch."""
-        if self.stateful is None and not _has_shuffle_buffer(self._source):
+        if self.stateful is None and not self._buffered:
             return []
         nested = [part for part in components(self._source) if isinstance(part, IterableDataset)]
         return [self._source, *nested]
@@ -456,7 +456,7 @@ class Stream:
             return {"source": self.stateful.state_dict()}
         if self.dealt is not None and self.dealt.ended:  # The state may be that of a new epoch.
             return None
-        with self._forked or nullcontext():
+        with self._draws if isinstance(self._draws, fork_rng) else nullcontext():
             random = rng_state()
         random.pop("cuda", None)
         return {"source": self.stateful.state_dict(), "random": random}
@@ -467,81 +467,50 @@ class Stream:
         Raises:
             TypeError: it is unknown.
         """
-        if self.dealt is not None and self._source.num_workers > 1:  # type: ignore[attr-defined]
+        if self.dealt is not None and self._source.num_workers > 1:
             raise TypeError("the number of batches is unknown where workers join their own items")
-        return len(self._source)  # type: ignore[arg-type]  # Raises where there is no length.
+        return len(self._source)
 
-    def __iter__(self) -> Iterator[Any]:
-        start, self._start = self._start, 0
+    def _begin(self, start: int) -> tuple[_WatchedIterator, Callable[[], Any]]:
         resumed, self._resumed = self._resumed, None
         seed, epoch = self._seed, self._epoch  # Another iteration may begin before this one ends.
-        self.policy.start_epoch()
         forked = fork_rng(derive(seed, "stream", epoch), generators(self._source))
-        self._idle.clear()
-        self._closing.fill_(False)
-        with forked, _prepared(self._source, self._closing, seed, epoch):
+        changed = {}
+        if type(self._source) is DataLoader:  # A class of its own may change batches on their way.
+            changed["collate_fn"] = ReportingCollate(self._source.collate_fn)
+        with forked, self._prepared(**changed):
             if resumed is not None:
                 self.stateful.load_state_dict(resumed["source"])
-            iterator = iter(self._source)
+            watched = self._watch(iter(self._source))
             if resumed is not None and "random" in resumed:
                 set_rng_state(resumed["random"])
-        self._number, loaded = (0 if resumed is None else start), 0
+        self._number, numbers = (0 if resumed is None else start), count(1)
         self._waiting = self._ended = False
         plain = type(self._source) is DataLoader and self._source.num_workers > 0
         each = nullcontext() if plain else forked
-        self._forked = None if plain else forked
-        watched = _WatchedIterator(iterator, self._timeout, self._closing, self.describe_wait)
-        limit = 0 if watched.workers else self._timeout
-        with closing(_HangWarning(limit, self.describe_wait)) as watch:
-            try:
-                while True:
-                    self._waiting = True
-                    with each, loading(seed, epoch) as reports, watch:
-                        batch = watched.next()
-                    self._waiting = False
-                    if not isinstance(batch, LoadedBatch):
-                        items = 0 if batch is _END or batch is None else count_examples(batch)
-                        batch = LoadedBatch(batch, items + len(reports), reports)
-                    self.policy.handle(batch.reports, batch.items)
-                    loaded += 1
-                    if batch.batch is _END:
-                        self._ended = True
-                        if self.dealt is not None:  # The DataLoader is not the user's own.
-                            self._idle[:] = watched.workers
-                        break
-                    if batch.batch is None:
-                        self.policy.handle([(f"batch {loaded}", "it is None")], 1)
-                        continue
-                    self._number += 1
-                    if self._number > start:
-                        yield batch.batch
-            except BaseException:
-                if watched.workers:
-                    watched.close()
-                    # Persistent workers, which have just ended.
-                    self._source._iterator = None  # type: ignore[attr-defined]
-                raise
-        if self.alone and self.policy.unjudged:
-            self.policy.judge([self.report_bad()])
+        self._draws = DrawsUndone() if plain else forked
 
-    @property
-    def bad(self) -> dict[str, str]:
-        """Reasons by path, of the items skipped in the current epoch on this rank."""
-        return dict(self.policy.skipped)
+        def load() -> Any:
+            self._waiting = True
+            with each, loading(seed, epoch) as reports:
+                batch = watched.next()
+            self._waiting = False
+            if not isinstance(batch, LoadedBatch):
+                items = 0 if batch is _END or batch is None else count_examples(batch)
+                batch = LoadedBatch(batch, items + len(reports), reports)
+            self.policy.handle(batch.reports, batch.items)
+            number = next(numbers)
+            if batch.batch is _END:
+                self._ended = True
+                self._judge()
+            elif batch.batch is None:
+                self.policy.handle([(f"batch {number}", "it is None")], 1)
+            else:
+                self._number += 1
+                return batch.batch if self._number > start else None
+            return batch.batch
 
-    def report_bad(self) -> dict[str, Any]:
-        """Return the counts of this rank's bad items, for `BadItemPolicy.judge`."""
-        return self.policy.report()
-
-    def describe_wait(self) -> str:
-        """Return what an iteration waits for."""
-        part = f"epoch {self._epoch}" if self._train else "an evaluation"
-        return f"waiting for batch {self._number} of {part}"
-
-    def undo_draws(self) -> None:
-        """Restore random generators to before the batch that is waited for drew from them."""
-        if self._forked is not None:
-            self._forked.undo()
+        return watched, load
 
 
 def _has_shuffle_buffer(source: Any) -> bool:
@@ -579,13 +548,12 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
     """
     if isinstance(source, Loader | Stream):
         return source
+    run = {"seed": seed, "train": True, **run}
     if type(source) is not DataLoader:
         _warn_of_repeated_items(source)
-        policy = BadItemPolicy(run.get("on_bad", "skip"), run.get("max_bad", 0.05))
-        return Stream(
-            source, seed, run.get("train", True), run.get("timeout", TIMEOUT), policy,
-            run.get("world_size", 1),
-        )  # fmt: skip
+        policy = BadItemPolicy(run.pop("on_bad", "skip"), run.pop("max_bad", 0.05))
+        run.pop("rank", None)
+        return Stream(source, policy, **run)
     same = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn")
     options = {name: getattr(source, name) for name in (*same, "persistent_workers")}
     if source.timeout:  # 0 is DataLoader's default.
@@ -600,7 +568,7 @@ def resumable(source: Iterable[Any], seed: int = 0, **run: Any) -> Loader | Stre
         options["batch_sampler"] = source.batch_sampler
     else:
         options |= {"sampler": source.sampler, "batch_size": None}
-    return make_loader(source.dataset, seed=seed, **{"train": True, **run, **options})
+    return make_loader(source.dataset, **{**run, **options})
 
 
 def _warn_of_repeated_items(source: Any) -> None:
@@ -618,44 +586,10 @@ def _warn_of_repeated_items(source: Any) -> None:
         )  # fmt: skip
 
 
-def _closing_flag(owner: Any, idle: list[BaseProcess]) -> Tensor:
-    """Return a flag in shared memory, True once the owner's workers are to end.
-
-    Args:
-        owner: a loader.
-        idle: its workers that wait for the next epoch, which end with it. torch waits 5 s for each
-            of them where the loader is in a reference cycle: by the time that it is collected, the
-            queues through which torch would tell them are closed.
-    """
-    flag: Tensor = torch.zeros(1, dtype=torch.bool).share_memory_()
-    weakref.finalize(owner, _close, flag, idle, os.getpid())  # At the interpreter's exit too.
-    return flag
-
-
 def _close(flag: Tensor, idle: list[BaseProcess], process: int) -> None:
     flag.fill_(True)
     for worker in idle if os.getpid() == process else ():
         worker.terminate()
-
-
-@contextmanager
-def _prepared(source: Any, closing: Tensor, seed: int, epoch: int) -> Iterator[None]:
-    """Context manager in which a DataLoader begins an epoch.
-
-    It prepares new workers by `_init_worker`, and its batches come with their bad items. A class of
-    its own may change batches on their way, and gets them as they are.
-    """
-    changed: dict[str, Any] = {}
-    if type(source) is DataLoader:
-        changed["collate_fn"] = ReportingCollate(source.collate_fn)
-    if getattr(source, "num_workers", 0) and hasattr(source, "worker_init_fn"):
-        before = source.worker_init_fn
-        changed["worker_init_fn"] = partial(_init_worker, closing, (seed, epoch), before)
-    with ExitStack() as stack:
-        for name, value in changed.items():
-            stack.callback(setattr, source, name, getattr(source, name))
-            setattr(source, name, value)
-        yield
 
 
 def _end_if_unsent() -> None:
@@ -692,7 +626,8 @@ def _full_memory_explained() -> Iterator[None]:
 
 def _init_worker(
     closing: Tensor,
-    seed_and_epoch: tuple[int, int] | None,
+    seed: int,
+    epoch: int,
     worker_init_fn: Callable[[int], None] | None,
     worker: int,
 ) -> None:
@@ -703,8 +638,7 @@ def _init_worker(
     """
     serve(lambda: bool(closing.item()))
     _end_if_unsent()
-    if seed_and_epoch is not None:
-        begin_loading(*seed_and_epoch)
+    begin_loading(seed, epoch)
     info = get_worker_info()
     if info is not None and isinstance(info.dataset, DealtItems):
         info.dataset.watch_worker()
@@ -712,68 +646,32 @@ def _init_worker(
         worker_init_fn(worker)
 
 
-class _HangWarning:
-    """Context manager around a wait for a batch, of which it warns once if it takes too long.
-
-    Args:
-        timeout: seconds after which a thread warns; 0 for never.
-        describe: returns what is waited for.
-    """
-
-    def __init__(self, timeout: float, describe: Callable[[], str]) -> None:
-        self._timeout, self._describe = timeout, describe
-        self._since: float | None = None
-        self._closed = threading.Event()
-        if timeout:
-            threading.Thread(target=self._watch, daemon=True, name="loader").start()
-
-    def __enter__(self) -> None:
-        self._since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._since = None
-
-    def close(self) -> None:
-        """End the thread."""
-        self._closed.set()
-
-    def _watch(self) -> None:
-        warned: float | None = None
-        while not self._closed.wait(min(self._timeout, 1.0)):
-            since = self._since
-            if since is None or since == warned or time.monotonic() - since < self._timeout:
-                continue
-            warned = since
-            logger.warning(
-                "no batch for %g s, %s (the loader option timeout and the run option item_timeout "
-                "set this limit)", self._timeout, self._describe(),
-            )  # fmt: skip
-
-
 class _WatchedIterator:
     """Iterator of batches that notices at once when workers of a DataLoader die or hang.
 
     torch notices a death at once, or after 5 s when the signal comes just before it starts to wait.
+    Without workers, a thread warns once of each batch that takes too long.
 
     Args:
         iterator: an iterator of batches; if it is a DataLoader's, its workers are watched.
-        timeout: seconds without a batch after which workers are given up; 0 for never.
-        closing_flag: flag in shared memory, set before workers are ended.
+        timeout: seconds without a batch after which workers are given up, or a warning is logged; 0
+            for never.
+        closing: flag in shared memory, set before workers are ended.
         describe_wait: returns what is waited for.
     """
 
     def __init__(
-        self, iterator: Any, timeout: float, closing_flag: Tensor, describe_wait: Callable[[], str]
+        self, iterator: Any, timeout: float, closing: Tensor, describe_wait: Callable[[], str]
     ) -> None:
-        self._iterator, self._timeout, self._closing = iterator, timeout, closing_flag
+        self._iterator, self._timeout, self._closing = iterator, timeout, closing
         self._describe_wait = describe_wait
+        self._since: float | None = None  # Start of the wait for a batch.
+        self._closed = threading.Event()
         self.workers: list[BaseProcess] = list(getattr(iterator, "_workers", []))
-        self._poll_after(POLL_SECONDS)
-
-    def _poll_after(self, seconds: float) -> None:
-        """Set for how long torch waits for a batch before it checks its workers and gives up."""
         if self.workers:  # Set here: DataLoader's own option would limit its start of an epoch too.
-            self._iterator._timeout = seconds
+            iterator._timeout = POLL_SECONDS
+        elif timeout:
+            threading.Thread(target=self._warn, daemon=True, name="loader").start()
 
     def next(self) -> Any:
         """Return the next batch; `_END` at the end of the epoch.
@@ -783,33 +681,54 @@ class _WatchedIterator:
             RuntimeError: a worker died, or gave nothing within the timeout; the message names what
                 was waited for. Errors of the dataset are raised as they are.
         """
-        if not self.workers:
-            return next(self._iterator, _END)
-        since = time.monotonic()
-        while True:
+        self._since = time.monotonic()
+        try:
+            return self._from_workers() if self.workers else next(self._iterator, _END)
+        finally:
+            self._since = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+
+    def _warn(self) -> None:
+        warned: float | None = None
+        while not self._closed.wait(min(self._timeout, 1.0)):
+            since = self._since
+            if since is None or since == warned or time.monotonic() - since < self._timeout:
+                continue
+            warned = since
+            logger.warning(
+                "no batch for %g s, %s (the loader option timeout and the run option item_timeout "
+                "set this limit)", self._timeout, self._describe_wait(),
+            )  # fmt: skip
+
+    def _from_workers(self) -> Any:
+        cause: str | None = ""
+        while not cause:
             try:
                 result = next(self._iterator, _END)
                 if result is _END:
-                    self._poll_after(0)  # Persistent workers are about to be restarted.
+                    self._iterator._timeout = 0  # Persistent workers are about to be restarted.
                 return result
             except Exception as error:
-                if isinstance(error, RuntimeError) and _is_about_shared_memory(error):
-                    cause: str | None = FULL
-                else:
-                    cause = self._explain(str(error), time.monotonic() - since)
+                cause = self._explain(error)
                 if cause is None:
                     raise
-            if cause:  # Raised outside of except: chained, it would keep what torch's frames hold.
-                time.sleep(0.2)  # A request of the same moment may be noticed a little later.
-                if (number := signals.requested()) is not None:
-                    raise signals.Interrupted(number)  # It may have met a worker that just began.
-                if cause.endswith(FULL):
-                    raise OSError(errno.ENOSPC, f"{self._describe_wait()}: {cause}")
-                raise RuntimeError(f"{cause}, {self._describe_wait()}")
+        # Raised outside of except: chained, it would keep what torch's frames hold.
+        time.sleep(0.2)  # A request of the same moment may be noticed a little later.
+        if (number := signals.requested()) is not None:
+            raise signals.Interrupted(number)  # It may have met a worker that just began.
+        if cause.endswith(FULL):
+            raise OSError(errno.ENOSPC, f"{self._describe_wait()}: {cause}")
+        raise RuntimeError(f"{cause}, {self._describe_wait()}")
 
-    def _explain(self, error: str, waited: float) -> str | None:
+    def _explain(self, error: Exception) -> str | None:
         """Return the cause of torch's error; None if it is not about workers, "" to wait on."""
-        if error.startswith("DataLoader timed out"):
+        if isinstance(error, RuntimeError) and _is_about_shared_memory(error):
+            return FULL
+        if str(error).startswith("DataLoader timed out"):
+            waited = time.monotonic() - (self._since or 0.0)
             if not self._timeout or waited < self._timeout:
                 return ""
             return (
@@ -817,9 +736,9 @@ class _WatchedIterator:
                 "loader option timeout, by default the run option item_timeout, is too small)"
             )
         # torch begins the errors of a dataset in a worker by "Caught".
-        return None if error.startswith("Caught ") else _describe_exit(self.workers)
+        return None if str(error).startswith("Caught ") else _describe_exit(self.workers)
 
-    def close(self) -> None:
+    def end_workers(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
         self._closing.fill_(True)
         try:
@@ -828,10 +747,9 @@ class _WatchedIterator:
             # torch's handler of SIGCHLD raises once, for a worker that SIGTERM has ended before it
             # could handle it.
             self._end_workers()
-        if self.workers:
-            # A worker may have ended while it held the lock of torch's event, and torch, which sets
-            # that event before it drops the iterator, would wait forever. No worker reads it now.
-            self._iterator._workers_done_event = threading.Event()
+        # A worker may have ended while it held the lock of torch's event, and torch, which sets
+        # that event before it drops the iterator, would wait forever. No worker reads it now.
+        self._iterator._workers_done_event = threading.Event()
         self._iterator = None  # A traceback may keep this object, and must not keep the workers.
 
     def _end_workers(self) -> None:

@@ -24,7 +24,7 @@ from trainer import distributed, json_files
 from trainer.adapters import derive_adapters, is_replaced, plain_name
 from trainer.checkpoint.frozen import BASE, base_name, check_base, described
 from trainer.checkpoint.run_state import misfit
-from trainer.checkpoint.saver_hooks import KEY
+from trainer.checkpoint.user_state import KEY
 from trainer.options import nearest
 from trainer.untrusted import confined, printable
 

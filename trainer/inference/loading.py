@@ -30,7 +30,7 @@ from trainer.adapters import import_peft
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
-from trainer.checkpoint.saver_hooks import keep_in_state_dict
+from trainer.checkpoint.user_state import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import NULL, get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages

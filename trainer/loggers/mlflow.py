@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.loggers.files import finite, wav_bytes
+from trainer.loggers.files import finite
 from trainer.loggers.protocol import Logger, RunInfo, require, series
+from trainer.samples import wav_bytes
 
 MAX_METRICS, MAX_PARAMS = 1000, 100  # that MLflow takes in one call
 MAX_VALUE, MAX_NAME = 500, 250  # characters

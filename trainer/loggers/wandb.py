@@ -24,9 +24,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from trainer.loggers.files import finite, wav_bytes
+from trainer.loggers.files import finite
 from trainer.loggers.marks import Place, Places
 from trainer.loggers.protocol import Logger, RunInfo, require, series
+from trainer.samples import wav_bytes
 
 MODES = ("online", "offline", "disabled")
 BINS = 64  # of a histogram

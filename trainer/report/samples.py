@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import json_files
-from trainer.loggers.samples import FOLDER, MAX_ROWS, MAX_SETS, TABLE
+from trainer.loggers.files import MAX_ROWS, MAX_SETS, SAMPLES, TABLE
 from trainer.report.axis import count, number
 from trainer.report.chart import Chart, Series, draw
 from trainer.report.html import escape, section
@@ -68,7 +68,7 @@ class Embedder:
 def read_tables(folder: Path) -> list[Table]:
     """Return the samples of a run folder, those of the test first."""
     found = []
-    for path in sorted((folder / FOLDER).glob(f"*/{TABLE}"))[: 2 * MAX_SETS]:
+    for path in sorted((folder / SAMPLES).glob(f"*/{TABLE}"))[: 2 * MAX_SETS]:
         try:
             table = json_files.read(confined(folder, path))
         except (OSError, ValueError):  # BadJson, and a path that leads elsewhere.

@@ -19,7 +19,7 @@ import torch
 from trainer import distributed
 from trainer.config.registry import recipe_of
 from trainer.config.run_folder import LAUNCH_HEADER
-from trainer.diagnostics.health import first_names
+from trainer.diagnostics.layer_monitor import first_names
 from trainer.diagnostics.nonfinite.probe import Finding
 from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
 from trainer.loggers.files import as_json, temporary
@@ -146,11 +146,9 @@ class NonFiniteReport:
             if problem := self.rerun.problem:
                 return f"{subject} (the batch could not be replayed to the end: {problem})"
             moved = f", after a step of {' and '.join(self.moved)}" if self.moved else ""
-            was = "was" if self.what == "loss" else "were"
-            return f"{subject}, which {was} finite when the batch was replayed{moved}"
-        if finding.kind == "loss":
-            subject = f"the loss of {finding.optimizer!r}"
-        else:
+            return f"{subject}, which {self._was} finite when the batch was replayed{moved}"
+        subject = f"the loss of {finding.optimizer!r}"
+        if finding.kind == "gradient":
             subject = f"the gradient of {first_names(finding.parameters)} ({finding.optimizer!r})"
             if finding.backward is not None and (first is None or first.phase == "forward"):
                 line = finding.backward_line
@@ -160,6 +158,10 @@ class NonFiniteReport:
         module = f" in {first.module}" if first.module else ""
         line = f" at {first.line}" if first.line else ""
         return f"{subject}, by {first.operation}{module}{line}"
+
+    @property
+    def _was(self) -> str:
+        return "was" if self.what == "loss" else "were"
 
     def record(self) -> dict[str, Any]:
         """Return the content of `report.json`."""
@@ -179,10 +181,9 @@ class NonFiniteReport:
         """Return the content of `report.txt`, for people, from that of `report.json`."""
         bad = [name for name, norm in self.gradients.items() if not math.isfinite(norm)]
         rate = "none" if record["lr"] is None else f"{record['lr']:.4g}"
-        was = "was" if self.what == "loss" else "were"
         lines = [
             f"Step {self.step} (epoch {record['epoch']}, batch {record['batch']}) was skipped: "
-            f"the {self.what} of {record['optimizer']!r} {was} not finite.",
+            f"the {self.what} of {record['optimizer']!r} {self._was} not finite.",
             f"First not finite: {record['first']}",
             f"First module with such an output: {self.finding.module or 'none'}",
             *(f"Cause: {cause}" for cause in self.causes or ["none of those that are known"]),

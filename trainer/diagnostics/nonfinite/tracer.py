@@ -55,11 +55,9 @@ class NonFiniteTracer(Tracer):
         self._outer: list[tuple[deque[KeptBatch], NonFiniteReport | None]] = []
 
     def begin_window(self) -> None:
-        """Forget the batches of the last accumulation window."""
         self._window.clear()
 
     def begin_batch(self, batch: Any, is_last: bool) -> None:
-        """Remember the batch until the next accumulation window."""
         # The generators of Python and NumPy take longer to read than a small step, and few networks
         # draw from them.
         device = self._brain.device
@@ -69,11 +67,6 @@ class NonFiniteTracer(Tracer):
         self._window.append(KeptBatch(batch, is_last, self._brain.progress.step, generators))
 
     def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
-        """Note the facts; the batch is rerun at its end.
-
-        Returns:
-            Where the report will be, for an error message; empty without a report.
-        """
         if self._report is None and self._window and self._has_room():
             self._left -= 1
             step = self._brain.optimizer_step + 1
@@ -93,7 +86,6 @@ class NonFiniteTracer(Tracer):
         return self._left > 0
 
     def end_batch(self) -> None:
-        """Rerun the batch of a skipped step and write the report; a failure is one warning."""
         report, self._report = self._report, None
         if report is None:
             return
@@ -114,14 +106,12 @@ class NonFiniteTracer(Tracer):
             )
 
     def __enter__(self) -> Tracer:
-        """Begin with no batches, and keep those of a `fit` around this one."""
         self._outer.append((self._window, self._report))
         self._window, self._report = deque(maxlen=MAX_BATCHES), None
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Write the report of the step whose `NonFiniteError` ends the run."""
-        if isinstance(error, NonFiniteError):
+        if isinstance(error, NonFiniteError):  # It ended the batch.
             self.end_batch()
         self._window, self._report = self._outer.pop()
 
@@ -143,15 +133,12 @@ def investigate(brain: Brain, report: NonFiniteReport, window: Sequence[KeptBatc
             or else from that of the newest batch.
         window: batches of the accumulation window.
     """
-    reruns = []
-    for kept in reversed(window):
-        reruns.append(rerun(brain, kept))
-        if reruns[-1].finding.kind is not None:
-            break
-    bad = reruns[-1].finding.kind is not None
-    report.rerun = found = reruns[-1 if bad else 0]
+    reruns = (rerun(brain, kept) for kept in reversed(window))
+    newest = next(reruns)
+    bad = newest if newest.finding.kind else next((r for r in reruns if r.finding.kind), None)
+    report.rerun = found = bad or newest
     finite_in_fp32 = (
-        bad
+        bad is not None
         and brain.options.precision == "fp16"
         and rerun(brain, found.kept, "fp32").finding.kind is None
     )
@@ -197,17 +184,11 @@ def rerun(brain: Brain, kept: KeptBatch, precision: str | None = None) -> Rerun:
             problem = f"{type(error).__name__}: {error}"
         drawn = seed.rng_state()
     exact = all(
-        name in kept.generators or _same(generators.get(name), drawn.get(name))
+        name in kept.generators or _plain(generators.get(name)) == _plain(drawn.get(name))
         for name in ("python", "numpy")
     )
     return Rerun(kept, generators, probe.finding, problem, exact)
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Return True if two states of a generator, sequences of values and tensors, are equal."""
-    if a is None or b is None:
-        return a is b
-    return all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else bool(x == y)
-        for x, y in zip(a, b, strict=True)
-    )
+def _plain(state: Sequence[Any] | None) -> list[Any]:
+    return [x.tolist() if isinstance(x, torch.Tensor) else x for x in state or ()]
