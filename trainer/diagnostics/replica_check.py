@@ -36,8 +36,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """Return the sum of the words of 8 bytes of a tensor, each times an odd number of its position.
 
     Modulo 2^64 a change of any one word changes the sum for certain; changes of several words, also
-    such as cancel in a plain sum, do with a probability of about 1 - 2^-60. The tensor is dense, and
-    the result is a scalar of dtype int64 on its device.
+    such as cancel in a plain sum, do with a probability of about 1 - 2^-60. The tensor is dense,
+    and the result is a scalar of dtype int64 on its device.
     """
     values = tensor.detach().resolve_conj().resolve_neg()
     values = torch.view_as_real(values) if values.is_complex() else values
