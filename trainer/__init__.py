@@ -179,7 +179,7 @@ def _register_defaults() -> None:
 _register_defaults()
 
 
-old_paths.install()
+old_paths.install(__path__)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import Loader, PathEntryFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 # Successors by former module; a name is looked up in each of them in turn.
 OLD_PATHS: dict[str, tuple[str, ...]] = {
@@ -53,10 +52,10 @@ def current_path(name: str) -> str:
     return name
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder(PathEntryFinder, Loader):
     """Finder and loader of former modules of `trainer`."""
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in OLD_PATHS else None
 
     def exec_module(self, module: ModuleType) -> None:
@@ -72,6 +71,19 @@ class _Finder(MetaPathFinder, Loader):
             vars(module).update({name: vars(each)[name] for name in vars(each) if name[0] != "_"})
 
 
-def install() -> None:
-    """Make former import paths importable: they are looked for last."""
-    sys.meta_path.append(_Finder())
+def install(search_path: list[str]) -> None:
+    """Make former import paths importable.
+
+    Args:
+        search_path: `trainer.__path__`, to which an entry is added: it is searched last, and only
+            for modules of `trainer`.
+    """
+    entry = f"{search_path[0]}/<former import paths>"
+
+    def hook(path: str) -> _Finder:
+        if path != entry:
+            raise ImportError
+        return _Finder()
+
+    sys.path_hooks.append(hook)
+    search_path.append(entry)
