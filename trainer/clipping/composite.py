@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trainer import checks
 from trainer.clipping.fixed import NormClip, PatternClip, ValueClip
-from trainer.clipping.gradients import Clip, Gradients, limit_of, measured
+from trainer.clipping.gradients import Clip, Gradients, Names, limit_of, measured
 
 
 class GradualClip(checks.Stateful, Clip):
@@ -126,9 +126,7 @@ class MixedClip(Clip):
         self.limit = self.clips[0].limit
         self._slices: list[tuple[int, int]] = []  # Of `extra`, for each kind.
 
-    def bind(
-        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def bind(self, owner: str, names: Names, optimizer: Optimizer) -> None:
         for clip in self.clips:
             clip.bind(owner, names, optimizer)
 
