@@ -138,16 +138,18 @@ class MixedClip(Clip):
 
     def __call__(self, gradients: Gradients) -> bool:
         self.limit, clipped = self.clips[0].limit, False
-        base, stale, factors = gradients, False, [1.0] * len(gradients.tensors)
+        base, stale = gradients, False
         for i, clip in enumerate(self.clips):
             if stale or (clipped and not clip.scales):
                 base, stale = measured(gradients.groups, self), False  # A second sync.
-                factors = [1.0] * len(base.tensors)
-            stage = base.stage(*self._slices[i], factors)
+            stage = base.stage(*self._slices[i])
             if clip(stage):
                 clipped, self.limit = True, clip.limit
-                stale = stage.factors is None  # It changed more than the scale.
-                factors = [f * g for f, g in zip(factors, stage.factors or factors, strict=True)]
+                if stage.factors is None:
+                    stale = True  # It changed more than the scale.
+                else:
+                    old = base.factors or [1.0] * len(base.tensors)
+                    base.factors = [f * g for f, g in zip(old, stage.factors, strict=True)]
             gradients.norm_after = stage.norm_after
         return clipped
 

@@ -191,22 +191,22 @@ class Gradients:
             return self.norms
         return [norm * factor for norm, factor in zip(self.norms, self.factors, strict=True)]
 
-    def stage(self, start: int, stop: int, factors: Sequence[float]) -> Gradients:
+    def stage(self, start: int, stop: int) -> Gradients:
         """Return these gradients for one of several clippers, as if measured after scaling.
 
         Args:
             start: index of the first vector of ``extra`` that this clipper measured.
             stop: index after its last one.
-            factors: the factor of each tensor, by which earlier clippers have scaled it.
         """
         found = copy.copy(self)
-        found.factors = None
-        if any(factor != 1.0 for factor in factors):
-            found.norms = [n * f for n, f in zip(self.norms, factors, strict=True)]
+        found.extra = self.extra[start:stop]
+        if self.factors is not None:
+            found.norms = self.norms_after()
             found.norm = joint(found.norms)
-        found.extra = [
-            [n * f for n, f in zip(each, factors, strict=True)] for each in self.extra[start:stop]
-        ]
+            found.extra = [
+                [n * f for n, f in zip(each, self.factors, strict=True)] for each in found.extra
+            ]
+            found.factors = None
         found.norm_after = found.norm
         return found
 
