@@ -14,9 +14,11 @@ import contextlib
 import copy
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -37,9 +39,36 @@ logger = logging.getLogger("trainer")
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
 
-# Called at the end of each part of a step, with "forward", "backward" or "step"; None except in the
-# batch that a diagnostic measures.
-stopwatch: Callable[[str], None] | None = None
+
+class Stopwatch:
+    """Times of the parts of a step: "forward", "backward" and "step".
+
+    Attributes:
+        marks: each part with the time of its end, a CUDA event if ``on_gpu``.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, part: str) -> None:
+        """Note the end of a part, without waiting for a device."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.marks.append((part, event if self._on_gpu else time.perf_counter()))
+
+    def read(self) -> list[tuple[str, float]]:
+        """Return the seconds of each part after the first mark; nothing before a GPU is done."""
+        if self._on_gpu and not (self.marks and self.marks[-1][1].query()):
+            return []
+        return [
+            (part, before.elapsed_time(at) / 1000 if self._on_gpu else at - before)
+            for (_, before), (part, at) in pairwise(self.marks)
+        ]
+
+
+stopwatch: Stopwatch | None = None  # In a batch that a diagnostic measures.
 
 StepHook = Callable[["Update", Gradients], None]
 Take = Callable[[list[float]], None]
@@ -432,7 +461,7 @@ def accumulate(
             this loss together.
     """
     if stopwatch is not None:
-        stopwatch("forward")
+        stopwatch.mark("forward")
     lead = updates[0]
     _check(loss, weight, lead.name)
     _check_windows(updates)
@@ -567,7 +596,7 @@ def close(updates: Sequence[Update], settled: Settled) -> list[StepReport]:
     if scaler.is_enabled():
         scaler.update()
     if stopwatch is not None:
-        stopwatch("step")
+        stopwatch.mark("step")
     return reports
 
 
@@ -655,7 +684,7 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
             p.requires_grad_(True)
         updates[0].take_untrained(kept)
         if stopwatch is not None:
-            stopwatch("backward")
+            stopwatch.mark("backward")
 
 
 def _unscale(updates: Sequence[Update], device: torch.device) -> list[Tensor]:
