@@ -426,7 +426,7 @@ class Clip:
                 )
 
     def match_patterns(self, owner: str, key: str, patterns: Sequence[str]) -> dict[Tensor, str]:
-        """Return the first pattern that each parameter's name matches, for those that match any.
+        """Return the first pattern that each name matches, by parameters of any shape.
 
         Args:
             owner: name of the optimizer, for messages.
