@@ -126,7 +126,7 @@ def _register_defaults() -> None:
     def loggers(brain: Brain) -> Callback | None:
         from trainer.loggers import JsonlLogger, LoggerCallback, SampleLogger
         from trainer.loggers.choice import chosen_loggers
-        from trainer.report import ReportLogger
+        from trainer.loggers.files import ReportLogger
 
         options, hparams = brain.options, vars(brain.hparams)
         usual = [JsonlLogger, SampleLogger, ReportLogger]

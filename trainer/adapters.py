@@ -351,42 +351,40 @@ def is_replaced(name: str) -> bool:
     return ".original_module." in name
 
 
-def base_parameters(modules: nn.Module, adapters: Mapping[str, Any] | None) -> dict[str, Tensor]:
+def base_parameters(modules: nn.Module, adapters: Collection[str]) -> dict[str, Tensor]:
     """Return the parameters, by name, that adapters have frozen.
 
     Args:
         modules: all modules of a Brain.
-        adapters: adapters by name of a module; None for none.
+        adapters: names of the modules with adapters.
     """
-    inside = tuple(f"{name}." for name in adapters or ())
+    inside = tuple(f"{name}." for name in adapters)
     return {
         name: p
         for name, p in modules.named_parameters()
         if name.startswith(inside) and not p.requires_grad
-    } if inside else {}  # fmt: skip
+    }
 
 
 def drop_base(
-    optimizers: Iterable[torch.optim.Optimizer],
-    modules: nn.Module,
-    adapters: Mapping[str, Any] | None,
+    optimizers: Iterable[torch.optim.Optimizer], modules: nn.Module, adapters: Collection[str]
 ) -> None:
     """Take the parameters that adapters have frozen out of optimizers.
 
     Args:
         optimizers: optimizers that have not stepped yet.
         modules: all modules of a Brain.
-        adapters: adapters by name of a module.
+        adapters: names of the modules with adapters.
     """
-    inside = tuple(f"{name}." for name in adapters or ())
+    inside = tuple(f"{name}." for name in adapters)
     # Some layers of peft make new objects of the parameters inside, with the same memory.
     outside = {p for name, p in modules.named_parameters() if not name.startswith(inside)}
-    for optimizer in optimizers if inside else ():
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            gone = [p for p in group["params"] if not (p.requires_grad or p in outside)]
-            group["params"] = [p for p in group["params"] if p.requires_grad or p in outside]
-            for p in gone:
-                optimizer.state.pop(p, None)
+            kept = [p for p in group["params"] if p.requires_grad or p in outside]
+            for gone in {*group["params"]} - {*kept}:
+                optimizer.state.pop(gone, None)
+            group["params"] = kept
 
 
 def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
@@ -468,29 +466,3 @@ def _merged(layer: Any) -> nn.Module:
         _remove_computation(plain)
         plain.get_parameter("weight").data = weight
     return cast(nn.Module, plain)
-
-
-def describe_trainable(modules: nn.Module, trained: Iterable[Tensor]) -> str:
-    """Return a line with the numbers of trainable and of all parameters, in total and by module.
-
-    Args:
-        modules: all modules of a Brain.
-        trained: parameters of the optimizers.
-
-    Returns:
-        The line, such as "trainable: 1,024 of 8,192 parameters (12.50 %)".
-    """
-    owned = {p for p in trained if p.requires_grad}
-
-    def counted(module: nn.Module) -> tuple[int, int]:
-        params = list(module.parameters())
-        return sum(p.numel() for p in params if p in owned), sum(p.numel() for p in params)
-
-    count, total = counted(modules)
-    text = f"trainable: {count:,} of {total:,} parameters ({count / max(total, 1):.2%})"
-    parts = {name: counted(module) for name, module in modules.named_children()}
-    if len(parts) > 1:
-        text += ": " + ", ".join(
-            f"{name} {own:,} of {all_:,}" for name, (own, all_) in parts.items()
-        )
-    return text.replace("%)", " %)")

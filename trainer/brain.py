@@ -57,7 +57,6 @@ from trainer.data import (
 )
 from trainer.data.batch import add_advice
 from trainer.devices import pick_device, prepare_modules
-from trainer.distributed import hang_watch
 from trainer.distributed.announcements import NO_VOTES
 from trainer.distributed.strategy import BatchGivenUp, make_strategy
 from trainer.evaluation import (
@@ -72,11 +71,22 @@ from trainer.evaluation import (
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import ema, epoch_end, step
-from trainer.optim.build import connect, find_optimizers, make_updates
+from trainer.optim.build import (
+    check_early_stopping,
+    connect,
+    find_optimizers,
+    make_updates,
+    warn_of_totals,
+)
 from trainer.optim.ema import WeightAverage
 from trainer.optim.groups import ParameterGroups
-from trainer.optim.guard import NonFiniteGuard, Tracer
-from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
+from trainer.optim.guard import (
+    MEMORY_ADVICE,
+    MemoryGuard,
+    NonFiniteGuard,
+    Tracer,
+    is_out_of_memory,
+)
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
@@ -177,6 +187,8 @@ class Brain(SpeechBrainNames):
     Raises:
         ValueError: for an option, device or module that cannot be used.
     """
+
+    optimizers_dict: Mapping[str, torch.optim.Optimizer] | None = None
 
     # ----------------------------------------------------------- hooks: what a subclass overrides
 
@@ -374,8 +386,8 @@ class Brain(SpeechBrainNames):
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__initialised = False
-        self.__groups = ParameterGroups(None)
-        self.__modes = TrainingModes(self.modules, self.__groups.rest)
+        self.__groups: ParameterGroups | None = None
+        self.__modes = TrainingModes(self.modules)
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
@@ -386,7 +398,6 @@ class Brain(SpeechBrainNames):
         self.__ema: WeightAverage | None = None
         self.__strategy = make_strategy()
         self.__strategy.ballot = self.__ballot
-        self.__hang_watch = distributed.make_hang_watch(self.options.hang_timeout)
         self.__metrics = TrainingMetrics()
         self.__trainable = TrainableState(self.modules)
         self.__attributes = UserAttributes(self, self.__user_attributes)
@@ -550,7 +561,7 @@ class Brain(SpeechBrainNames):
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
-                    epoch_end.warn_of_totals(
+                    warn_of_totals(
                         self.updates.values(), self.__epochs_to_do, total,
                         self.options.optimizer_step_limit,
                     )  # fmt: skip
@@ -562,9 +573,10 @@ class Brain(SpeechBrainNames):
             ended = self.__limit_reached()
             batches = () if ended else feed.from_batch(data_epoch, progress.step)
             done = 0  # In this process.
-            with self.__hang_watch.watching():
+            with distributed.watch_for_hangs(
+                self.options.hang_timeout, lambda: (progress.epoch, progress.step)
+            ):
                 for batch, is_last in self.__awaited(feed, batches, self.__depth == 1):
-                    self.__hang_watch.mark()
                     before = progress.optimizer_step
                     self.train_batch(batch, is_last)
                     done += 1
@@ -597,7 +609,8 @@ class Brain(SpeechBrainNames):
                 an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
-        if self.__groups.begin_window(self.updates, progress.optimizer_step):
+        groups = self.__groups
+        if groups is not None and groups.begin_window(self.updates, progress.optimizer_step):
             self.__modes.unfreeze(self.__trained_parameters())
         if not self.__in_window():
             guard.begin_window()
@@ -729,7 +742,7 @@ class Brain(SpeechBrainNames):
             if step.step_by_gradients(updates):
                 batch.stepped_by_hand = True
             else:
-                self.nonfinite_count += 1
+                self.progress.nonfinite_count += 1
 
     def __finish(
         self, updates: list[Update], weight: float | Tensor, last: bool
@@ -828,7 +841,7 @@ class Brain(SpeechBrainNames):
         mean, steps, examples, started = Mean(), 0, 0.0, time.perf_counter()
         shares = distributed.world_size() if self.__conventions.whole else 1
         fits, outermost = self.__nested_fits, stage is Stage.VALID and self.__depth == 1
-        with self.__in_stage(stage), hang_watch.pause(), ExitStack() as stack:
+        with self.__in_stage(stage), distributed.pause(), ExitStack() as stack:
             if outermost:
                 # A run interrupted in a validation resumes at its start.
                 before = Snapshot(self.progress, self.__hook_state)
@@ -1251,8 +1264,8 @@ class Brain(SpeechBrainNames):
         try:
             yield
         except BaseException as error:
-            if is_out_of_memory(error) and ADVICE not in str(error):
-                error.add_note(ADVICE)
+            if is_out_of_memory(error) and MEMORY_ADVICE not in str(error):
+                error.add_note(MEMORY_ADVICE)
             self.callbacks.call_every("on_exception", error, self, error)
             raise
 
@@ -1312,23 +1325,25 @@ class Brain(SpeechBrainNames):
             seed.seed_everything(options.seed, distributed.rank())
         self.init_optimizers()
         optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
-        drop_base(optimizers.values(), modules, adapters)
-        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
-        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
-        self.__modes = TrainingModes(modules, self.__groups.rest)
+        if adapters:
+            drop_base(optimizers.values(), modules, adapters)
+        check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        patterns = getattr(self.hparams, "param_groups", None)
+        groups = self.__groups = None if patterns is None else ParameterGroups(patterns)
+        self.__modes = TrainingModes(modules, groups.rest if groups else None)
         self.__make_updates(optimizers)
-        self.__groups.begin_window(self.updates, self.progress.optimizer_step)
+        if groups is not None:
+            groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
-            base = base_parameters(modules, adapters)
+            base = base_parameters(modules, adapters or {})
             decay = ema.decays(options.ema_decay, self.updates)
             self.__ema = WeightAverage(modules, decay, base)
 
     def __optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the recipe's optimizers by name, as it has them now."""
-        return find_optimizers(
-            getattr(self, "optimizers_dict", None), self.__user_attributes(True), self.__precision
-        )
+        attributes = self.__user_attributes(True)
+        return find_optimizers(self.optimizers_dict, attributes, self.__precision)
 
     def __make_updates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
         self.__measuring = self.__conventions.measures and not optimizers
@@ -1524,7 +1539,7 @@ class Brain(SpeechBrainNames):
         if why:
             raise torch.OutOfMemoryError(
                 f"memory ran out in epoch {self.progress.epoch}, batch {self.progress.step} "
-                f"({what}), {why}. The run ends; its last checkpoint is sound. {ADVICE}"
+                f"({what}), {why}. The run ends; its last checkpoint is sound. {MEMORY_ADVICE}"
             ) from error
         return what
 
@@ -1583,7 +1598,7 @@ class Brain(SpeechBrainNames):
         asked, due, _ = self.__votes
         if self.__depth == 1 and (asked or due or self.__saver.pending()):
             self.__tick()
-            with hang_watch.pause():
+            with distributed.pause():
                 if due or self.__saver.due_by_steps():
                     self.__saver.save({}, end_of_epoch=False)
                 self.__saver.release()
@@ -1862,7 +1877,5 @@ def _replaces_method(kind: type, name: str, value: Any) -> str:
 
 
 METHODS = frozenset(
-    name
-    for name, value in vars(Brain).items()
-    if not name.startswith("_") and not isinstance(value, property)
+    name for name, value in vars(Brain).items() if not name.startswith("_") and callable(value)
 )

@@ -7,7 +7,7 @@ the name of the value. Its error, a ValueError, names both, and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -17,13 +17,7 @@ def _is_number(value: object) -> bool:
 
 
 def whole(owner: str, name: str, value: float, low: int) -> int:
-    """Return a whole number as an int; floats such as YAML's 25e3 are allowed.
-
-    Args:
-        owner: the class that takes the value.
-        name: name of the value.
-        value: the value.
-        low: smallest number allowed.
+    """Return a whole number of at least ``low`` as an int; floats such as YAML's 25e3 are allowed.
 
     Raises:
         ValueError: if the value is no whole number, or below ``low``.
@@ -34,7 +28,7 @@ def whole(owner: str, name: str, value: float, low: int) -> int:
 
 
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
-    """Return a number from an interval as a float.
+    """Return a number from the interval between ``low`` and ``high`` as a float.
 
     Args:
         owner: the class that takes the value.
@@ -56,33 +50,38 @@ def within(owner: str, name: str, value: float, low: float, high: float, ends: s
 
 
 def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
-    """Return a value if it is among those allowed.
-
-    Args:
-        owner: the class that takes the value.
-        name: name of the value.
-        value: the value.
-        allowed: the values that are allowed.
-
-    Raises:
-        ValueError: if it is another one.
-    """
+    """Return a value if it is among those allowed; raise ValueError for another one."""
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be {' or '.join(allowed)}; got {value!r}")
     return value
 
 
-def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Check that a saved state has exactly the expected keys, in any order.
+def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
+    """Return the value of a setting for one optimizer.
 
     Args:
-        owner: the object that the state is for.
-        state: the saved state.
-        expected: the keys.
+        setting: a value for all optimizers, or a mapping from their names to values.
+        name: the name of the optimizer.
+        known: the names of all optimizers.
+        key: the name of the setting, for messages.
+        default: the value of an optimizer that a mapping leaves out.
 
     Raises:
-        ValueError: if a key is missing or unexpected; the message names them.
+        ValueError: a mapping names an optimizer that does not exist.
     """
+    if not isinstance(setting, Mapping):
+        return setting
+    for each in setting:
+        if each not in known:
+            raise ValueError(
+                f"{key} names the optimizer {each!r}, which does not exist; "
+                f"this Brain has {', '.join(map(repr, known))}"
+            )
+    return setting.get(name, default)
+
+
+def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Raise ValueError unless a saved state has exactly the expected keys, in any order."""
     missing, unexpected = set(expected) - set(state), set(state) - set(expected)
     if missing or unexpected:
         raise ValueError(

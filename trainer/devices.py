@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from trainer import distributed
-from trainer.checkpoint.saver_hooks import keep_in_state_dict
+from trainer.checkpoint.user_state import keep_in_state_dict
 from trainer.options import RunOptions, nearest
 
 

@@ -43,18 +43,10 @@ def _note(text: str) -> None:
 
 
 def translate(name: str, value: Any) -> dict[str, Any]:
-    """Translate an option of another toolkit.
+    """Return an option of another toolkit and its typed value as the option and value here.
 
-    Args:
-        name: any name.
-        value: its value, typed.
-
-    Returns:
-        The option and its value here. The mapping is empty for an option that is ignored, with a
-        warning if its value is not the default, and for names that are no such option.
-
-    Raises:
-        ValueError: the option has no counterpart here; the message says what to do instead.
+    The mapping is empty for an option that is ignored, with a warning if its value is not the
+    default, and for any other name. An option that would change the run raises ValueError.
     """
     if name in REFUSED and value not in (REFUSED[name][0], None):
         raise ValueError(f"there is no option {name} here: {REFUSED[name][1]}")
@@ -72,14 +64,7 @@ def translate(name: str, value: Any) -> dict[str, Any]:
 
 
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by the current names of options, with options of other toolkits translated.
-
-    Args:
-        values: values by name, some of which are options.
-
-    Raises:
-        ValueError: an option of another toolkit has no counterpart here.
-    """
+    """Return values by the current names of options, with options of other toolkits translated."""
     own = {current_name(name): value for name, value in values.items()}
     others: dict[str, Any] = {}
     for name, value in values.items():
@@ -92,32 +77,26 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Metadata:
-    """Help and limits of an option.
-
-    Args:
-        help: noun phrase for `--help`.
-        choices: allowed texts; none: any.
-        at_least: lower limit of a number.
-        at_most: upper limit of a number.
-        section: heading of `--help` that begins with this option.
-        transient: the option belongs to one command, not to the run, and is not written to
-            hyperparams.yaml.
-        kind: effect of another value when a run is resumed: "training" is refused, "extending" and
-            "neutral" are accepted; see `trainer.config.changes`.
-    """
+    """Help and limits of an option."""
 
     help: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # allowed texts; none: any
     at_least: float = -math.inf
     at_most: float = math.inf
-    section: str = ""
-    transient: bool = False
+    section: str = ""  # heading of `--help` that begins with this option
+    transient: bool = False  # It belongs to one command, and is not written to hyperparams.yaml.
+    # Effect of another value when a run is resumed: see `trainer.config.changes`.
     kind: Literal["extending", "neutral", "training"] = "training"
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
     """Make a field with its default and its `Metadata`."""
     return field(default=default, metadata={"option": Metadata(help, **limits)})
+
+
+_neutral = functools.partial(_option, kind="neutral")
+_extending = functools.partial(_option, kind="extending")
+_transient = functools.partial(_option, transient=True)
 
 
 @dataclass
@@ -134,42 +113,34 @@ class RunOptions:
             message names the option, the value and what is allowed.
     """
 
-    device: str = _option(
+    device: str = _neutral(
         "auto",
         "compute device: auto (CUDA if there is one), cpu, cuda, cuda:1, …",
         section="Training",
-        kind="neutral",
     )
-    threads: int | None = _option(
+    threads: int | None = _neutral(
         None,
         "number of CPU threads for torch (null: torch's default, often slow for small models)",
         at_least=1,
-        kind="neutral",
     )
     seed: int = _option(1234, "random seed", at_least=0, at_most=2**63 - 1)
-    output_folder: str | None = _option(
-        None,
-        "run folder (null: results/<task>/<name>/<seed> in the current folder)",
-        kind="neutral",
+    output_folder: str | None = _neutral(
+        None, "run folder (null: results/<task>/<name>/<seed> in the current folder)"
     )
-    overwrite: bool = _option(False, "restart in a run folder that is not empty", transient=True)
-    change_hparams: bool = _option(
-        False, "resuming with other hyperparameters than the run has had", transient=True
+    overwrite: bool = _transient(False, "restart in a run folder that is not empty")
+    change_hparams: bool = _transient(
+        False, "resuming with other hyperparameters than the run has had"
     )
-    test_only: bool = _option(False, "test of the best checkpoint without training", transient=True)
+    test_only: bool = _transient(False, "test of the best checkpoint without training")
     grad_accumulation_factor: int = _option(1, "batches per optimizer step", at_least=1)
-    optimizer_step_limit: int | None = _option(
-        None,
-        "number of optimizer steps after which training ends (null: no limit)",
-        at_least=1,
-        kind="extending",
+    optimizer_step_limit: int | None = _extending(
+        None, "number of optimizer steps after which training ends (null: no limit)", at_least=1
     )
-    max_hours: float | None = _option(
+    max_hours: float | None = _transient(
         None,
         "age of the process in hours at which the run saves and ends with exit code 75, before a "
         "scheduler ends it (null: no limit)",
         at_least=0,
-        transient=True,
     )
     schedule_every: str = _option(
         "epoch", "interval at which torch's learning-rate schedules step", choices=("step", "epoch")
@@ -192,18 +163,14 @@ class RunOptions:
         "names in init_from by patterns of this model's names, such as {encoder.*: "
         "wav2vec2.encoder.*, head.*: null}; null leaves weights new (null: the same names)",
     )
-    hang_timeout: float = _option(
+    hang_timeout: float = _neutral(
         600.0,
         "seconds without progress in training after which a rank counts as hung, and all end "
         "(0: never)",
         at_least=0,
-        kind="neutral",
     )
-    drift_check_every: int = _option(
-        100,
-        "batches between two comparisons of the ranks' weights (0: never)",
-        at_least=0,
-        kind="neutral",
+    drift_check_every: int = _neutral(
+        100, "batches between two comparisons of the ranks' weights (0: never)", at_least=0
     )
 
     precision: str = _option(
@@ -212,22 +179,18 @@ class RunOptions:
         choices=("fp32", "fp16", "bf16"),
         section="Precision and compilation",
     )
-    eval_precision: str | None = _option(
+    eval_precision: str | None = _neutral(
         None,
         "precision for validation and test (null: same as training)",
         choices=("fp32", "fp16", "bf16"),
-        kind="neutral",
     )
-    compile: bool = _option(False, "compilation of the modules by torch.compile", kind="neutral")
-    compile_mode: str | None = _option(
+    compile: bool = _neutral(False, "compilation of the modules by torch.compile")
+    compile_mode: str | None = _neutral(
         None,
         "mode of torch.compile (null: default)",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-        kind="neutral",
     )
-    compile_modules: list[str] | None = _option(
-        None, "modules to compile (null: all)", kind="neutral"
-    )
+    compile_modules: list[str] | None = _neutral(None, "modules to compile (null: all)")
 
     max_grad_norm: float | None | dict[str, float | None] = _option(
         5.0,
@@ -240,139 +203,105 @@ class RunOptions:
         "any object of trainer.clipping",
         choices=("norm", "value"),
     )
-    expected_clip_rate: float | dict[str, float] = _option(
+    expected_clip_rate: float | dict[str, float] = _neutral(
         0.95,
         "fraction of steps, or one per optimizer name, that clipping may change before a warning "
         "(1: all; the limit is meant to be always reached)",
         at_least=0,
         at_most=1,
-        kind="neutral",
     )
-    nonfinite_patience: int = _option(
-        3, "non-finite losses or gradients tolerated per epoch", at_least=0, kind="extending"
+    nonfinite_patience: int = _extending(
+        3, "non-finite losses or gradients tolerated per epoch", at_least=0
     )
-    nonfinite_reports: int = _option(
-        5,
-        "skipped steps per run that are diagnosed and kept for replay",
-        at_least=0,
-        kind="neutral",
+    nonfinite_reports: int = _neutral(
+        5, "skipped steps per run that are diagnosed and kept for replay", at_least=0
     )
-    oom_patience: int = _option(
-        10, "batches in a row that are skipped because memory ran out", at_least=0, kind="extending"
+    oom_patience: int = _extending(
+        10, "batches in a row that are skipped because memory ran out", at_least=0
     )
     skip_nonfinite_grads: bool = _option(
         False, "exclusion of only the parameters with non-finite gradients from a step"
     )
 
-    checkpoint_every_steps: int | None = _option(
+    checkpoint_every_steps: int | None = _neutral(
         None,
         "optimizer steps between checkpoints within an epoch (null: none)",
         at_least=1,
         section="Checkpoints",
-        kind="neutral",
     )
-    checkpoint_every_minutes: float | None = _option(
-        None, "minutes between checkpoints within an epoch (null: none)", at_least=0, kind="neutral"
+    checkpoint_every_minutes: float | None = _neutral(
+        None, "minutes between checkpoints within an epoch (null: none)", at_least=0
     )
-    save: str = _option(
+    save: str = _neutral(
         "all",
         "content of checkpoints: all, or trainable, which leaves out frozen parameters; these are "
         "verified against those that the next start builds",
         choices=("all", "trainable"),
-        kind="neutral",
     )
-    average_checkpoints: int = _option(
-        1, "number of checkpoints whose average is tested", at_least=1, kind="neutral"
+    average_checkpoints: int = _neutral(
+        1, "number of checkpoints whose average is tested", at_least=1
     )
 
-    log_interval: int = _option(
-        50,
-        "steps between two lines of metrics.jsonl",
-        at_least=1,
-        section="Logging",
-        kind="neutral",
+    log_interval: int = _neutral(
+        50, "steps between two lines of metrics.jsonl", at_least=1, section="Logging"
     )
-    progressbar: bool = _option(True, "progress bar on the terminal", transient=True)
-    logger: list[str] | Any | None = _option(
+    progressbar: bool = _transient(True, "progress bar on the terminal")
+    logger: list[str] | Any | None = _neutral(
         None,
         "loggers beside metrics.jsonl, one or a list of tensorboard, wandb, mlflow and csv; a YAML "
         "may hold objects of trainer.loggers (null: none)",
-        kind="neutral",
     )
-    run_name: str | None = _option(
-        None, "name of the run in its loggers (null: from the run folder)", kind="neutral"
+    run_name: str | None = _neutral(
+        None, "name of the run in its loggers (null: from the run folder)"
     )
-    tensorboard: bool = _option(False, "the same as tensorboard in logger", kind="neutral")
-    monitor_every: int = _option(
-        50,
-        "optimizer steps between two measurements of the layers (0: never)",
-        at_least=0,
-        kind="neutral",
+    tensorboard: bool = _neutral(False, "the same as tensorboard in logger")
+    monitor_every: int = _neutral(
+        50, "optimizer steps between two measurements of the layers (0: never)", at_least=0
     )
 
-    on_bad_item: str = _option(
-        "skip",
-        "action for an item that cannot be used",
-        choices=("skip", "raise"),
-        section="Data",
-        kind="extending",
+    on_bad_item: str = _extending(
+        "skip", "action for an item that cannot be used", choices=("skip", "raise"), section="Data"
     )
-    max_bad_item: float = _option(
-        0.05,
-        "fraction of items that may be skipped before the run stops",
-        at_least=0,
-        at_most=1,
-        kind="extending",
+    max_bad_item: float = _extending(
+        0.05, "fraction of items that may be skipped before the run stops", at_least=0, at_most=1
     )
 
-    item_timeout: float = _option(
+    item_timeout: float = _neutral(
         300.0,
         "seconds after which a wait for data is an error that names item and worker; without "
         "workers it is a warning (0: never)",
         at_least=0,
-        kind="neutral",
     )
 
-    find_clip: bool = _option(
+    find_clip: bool = _transient(
         False,
         "search for the clipping limit of each optimizer, in place of training",
         section="Tuning",
-        transient=True,
     )
-    find_lr: bool = _option(
-        False,
-        "search for the learning rate of each optimizer, in place of training",
-        transient=True,
+    find_lr: bool = _transient(
+        False, "search for the learning rate of each optimizer, in place of training"
     )
-    find_steps: int = _option(
-        60, "optimizer steps per trial (find_lr: twice as many)", at_least=10, transient=True
+    find_steps: int = _transient(
+        60, "optimizer steps per trial (find_lr: twice as many)", at_least=10
     )
-    find_trials: int = _option(
-        12, "maximum number of trials per clipping limit", at_least=4, transient=True
-    )
+    find_trials: int = _transient(12, "maximum number of trials per clipping limit", at_least=4)
 
-    debug: bool = _option(
-        False,
-        "trial run of a few batches per stage in a temporary folder",
-        section="Debugging",
-        transient=True,
+    debug: bool = _transient(
+        False, "trial run of a few batches per stage in a temporary folder", section="Debugging"
     )
-    debug_batches: int = _option(2, "batches per stage with --debug", at_least=1, kind="neutral")
-    debug_epochs: int = _option(2, "epochs with --debug", at_least=1, kind="neutral")
+    debug_batches: int = _neutral(2, "batches per stage with --debug", at_least=1)
+    debug_epochs: int = _neutral(2, "epochs with --debug", at_least=1)
     overfit_batches: int = _option(
         0, "number of first batches to which training is limited (0: all)", at_least=0
     )
-    replay: str | None = _option(
+    replay: str | None = _transient(
         None,
         "folder of a skipped step (RUN/nonfinite/STEP) to replay in place of training; see "
         "cortex replay",
-        transient=True,
     )
-    profile_training: bool = _option(
-        False, "torch.profiler trace of a few training steps", transient=True
-    )
-    profile_warmup: int = _option(5, "steps before the trace", at_least=0, kind="neutral")
-    profile_steps: int = _option(5, "steps in the trace", at_least=1, kind="neutral")
+    profile_training: bool = _transient(False, "torch.profiler trace of a few training steps")
+    profile_warmup: int = _neutral(5, "steps before the trace", at_least=0)
+    profile_steps: int = _neutral(5, "steps in the trace", at_least=1)
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
@@ -428,17 +357,16 @@ class RunOptions:
             }
             return replace(run_opts, **built) if built else run_opts
         known = cls.names()
-        given = translated(given_options(run_opts or {}))
+        given, own = translated(given_options(run_opts or {})), translated(hparams)
         for name in given:
             if name not in (*known, *NAMES):
                 meant = SIMILAR.get(name, name)
                 raise ValueError(f"{name!r} is not a run option{nearest(meant, known)}")
-        given = {name: value for name, value in given.items() if name in known}
-        own = translated(hparams)
-        return cls(**{name: own[name] for name in known if name in own} | given)
+        both = own | given
+        return cls(**{name: both[name] for name in known if name in both})
 
 
-HINTS: dict[str, Any] = typing.get_type_hints(RunOptions)
+HINTS = typing.get_type_hints(RunOptions)
 METADATA: dict[str, Metadata] = {each.name: each.metadata["option"] for each in fields(RunOptions)}
 TRANSIENT_OPTIONS = tuple(name for name in METADATA if METADATA[name].transient)
 # Hyperparameters that a Brain reads beside run options: keys of any YAML.
@@ -462,10 +390,6 @@ def checked(name: str, value: Any) -> Any:
     Integers become floats where a float is expected, the texts "inf" and "-inf" too (YAML's own
     spelling is `.inf`), paths and torch devices become text, and `~` becomes the home folder.
 
-    Args:
-        name: a field of `RunOptions`.
-        value: its value, as from a YAML.
-
     Raises:
         ValueError: the value is not allowed; the message says what is.
     """
@@ -476,11 +400,9 @@ def checked(name: str, value: Any) -> Any:
     try:
         value = _fit(value, HINTS[name])
         simple = isinstance(value, (str, int, float))
-        if simple and limits.choices and value not in limits.choices:
-            raise TypeError
         numbers = value.values() if isinstance(value, dict) else [value]
-        if not all(
-            limits.at_least <= each <= limits.at_most
+        if (simple and limits.choices and value not in limits.choices) or any(
+            not limits.at_least <= each <= limits.at_most
             for each in numbers
             if isinstance(each, (int, float))
         ):
@@ -530,11 +452,7 @@ def allowed(name: str) -> str:
 
 
 def warn_of_similar_names(hparams: Iterable[str]) -> None:
-    """Warn of hyperparameters that have no effect and whose names are almost those of options.
-
-    Args:
-        hparams: names of hyperparameters, most of which are the recipe's own.
-    """
+    """Warn of hyperparameters that have no effect and whose names are almost those of options."""
     known = [*RunOptions.names(), "adapters", "param_groups"]
     for name in sorted({*hparams} - {*known, *ALIASES, *NAMES}):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
@@ -546,51 +464,45 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
 
 
 def given_options(run_opts: Any) -> Any:
-    """Return run options as a mapping.
+    """Return those options that were given, of an object that has a list of them.
 
-    Args:
-        run_opts: a mapping, or an object with ``overridden_args``, such as SpeechBrain's options:
-            of this one only the options that were given are returned.
+    SpeechBrain's options are such an object; anything else is returned as it is.
     """
     names = getattr(run_opts, "overridden_args", None)
     return run_opts if names is None else {name: run_opts[name] for name in names}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the closest known one, or nothing.
-
-    >>> nearest("epoch", ["epochs", "seed"])
-    "; did you mean 'epochs'?"
-    """
+    """Return the end of a message about an unknown name: "; did you mean 'epochs'?", or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def nearest_key(name: str, known: Iterable[str], dotted: Iterable[str]) -> str:
+def nearest_key(name: str, known: Iterable[str], dotted: Sequence[str]) -> str:
     """Return the end of a message about an unknown key: the keys that may be meant, or nothing.
 
     Args:
         name: the unknown key, dotted if it is nested.
         known: names that are suggested for its last part.
         dotted: all keys of the YAML; those with a similar last part are suggested.
-
-    >>> nearest_key("lr", ["seed"], ["seed", "opt_class.lr"])
-    "; did you mean 'opt_class.lr'?"
     """
-    last = name.rpartition(".")[2]
     if meant := SIMILAR.get(name) or RENAMED.get(name, [""])[0]:
         return f"; the option is {meant!r}"
-    found, hint = _keys_with(_words(last), dotted), nearest(last, known)
+    last = name.rpartition(".")[2]
+    ends = {each: each.rpartition(".")[2] for each in dotted}
+    parents = {each.rpartition(".")[0] for each in dotted}
+    words = _words(last)
+    values = [each for each in ends if each not in parents] if words else []
+    found = [each for each in values if words <= _words(ends[each])]
+    found = found or [each for each in values if words <= _words(each)]
+    hint = nearest(last, known)
     if hint and (not found or name != last):
         return hint
     if not found:
-        ends: dict[str, list[str]] = {}
-        for each in dotted:
-            ends.setdefault(each.rpartition(".")[2], []).append(each)
-        close = difflib.get_close_matches(last, ends, n=1)
-        found = [each for end in close for each in ends[end]]
+        close = difflib.get_close_matches(last, {*ends.values()}, n=1)
+        found = [each for each in ends if ends[each] in close]
     top = f"{name.partition('.')[0]}."
-    found.sort(key=lambda each: (not each.startswith(top), each.rpartition(".")[2] != last))
+    found.sort(key=lambda each: (not each.startswith(top), ends[each] != last))
     return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
 
 
@@ -601,36 +513,3 @@ def _words(name: str) -> set[str]:
         name = name.replace(long, short)
     fillers = {"", "max", "n", "num", "number", "of", "total"}
     return {each.rstrip("s") for each in re.split(r"[._-]", name.lower())} - fillers
-
-
-def _keys_with(words: set[str], dotted: Iterable[str]) -> list[str]:
-    """Return the keys of values that have these words at their end, or else in any part."""
-    keys = list(dotted)
-    parents = {each.rpartition(".")[0] for each in keys}
-    values = [each for each in keys if each not in parents] if words else []
-    ends = [each for each in values if words <= _words(each.rpartition(".")[2])]
-    return ends or [each for each in values if words <= _words(each)]
-
-
-def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
-    """Return the value of a setting for one optimizer.
-
-    Args:
-        setting: a value for all optimizers, or a mapping from their names to values.
-        name: the name of the optimizer.
-        known: the names of all optimizers.
-        key: the name of the setting, for messages.
-        default: the value of an optimizer that a mapping leaves out.
-
-    Raises:
-        ValueError: a mapping names an optimizer that does not exist.
-    """
-    if not isinstance(setting, Mapping):
-        return setting
-    unknown = [each for each in setting if each not in known]
-    if unknown:
-        raise ValueError(
-            f"{key} names the optimizer {unknown[0]!r}, which does not exist; "
-            f"this Brain has {', '.join(map(repr, known))}"
-        )
-    return setting.get(name, default)

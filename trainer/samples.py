@@ -321,19 +321,29 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
         signal: samples (T,) in [-1, 1].
         rate: sample rate in Hz, which is kept.
     """
-    # Samples that were read from a 16-bit file are written exactly as they were.
-    pcm, file = (signal * 32768).round().clamp(max=32767).to(torch.int16), io.BytesIO()
+    file = io.BytesIO()
     try:
         import soundfile
 
-        soundfile.write(file, pcm.numpy(), rate, format="FLAC", subtype="PCM_16")
+        soundfile.write(file, _pcm(signal).numpy(), rate, format="FLAC", subtype="PCM_16")
         return ".flac", file.getvalue()
     except (ImportError, OSError, RuntimeError):  # Not installed, or a rate that FLAC cannot have.
-        file = io.BytesIO()
+        return ".wav", wav_bytes(signal, rate)
+
+
+def wav_bytes(signal: Tensor, rate: int) -> bytes:
+    """Return a signal (T,) at a rate in Hz as a 16-bit WAV file, clipped to [-1, 1]."""
+    file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setparams((1, 2, rate, 0, "NONE", ""))
-        writer.writeframes(array.array("h", pcm.tolist()).tobytes())
-    return ".wav", file.getvalue()
+        writer.writeframes(array.array("h", _pcm(signal).tolist()).tobytes())
+    return file.getvalue()
+
+
+def _pcm(signal: Tensor) -> Tensor:
+    """Return 16-bit samples (T,), which are exactly those of the 16-bit file a signal is from."""
+    whole = (signal.detach().cpu().float() * 32768).round()
+    return whole.clamp(-32768, 32767).to(torch.int16)
 
 
 def spectrogram(signal: Tensor, rate: int) -> Image:

@@ -25,7 +25,6 @@ OPTIONS = (
     "optimizer_step_limit", "test_only", "profile_training",
 )  # fmt: skip
 
-
 # Those that a recipe cannot set as attributes: they take effect when a Brain is made.
 SETTINGS = (
     "precision", "max_grad_norm", "grad_accumulation_factor", "nonfinite_patience",
@@ -44,6 +43,7 @@ class SpeechBrainNames:
     options: RunOptions
     progress: Progress
     updates: dict[str, Update]
+    optimizers_dict: Any = None
 
     if not TYPE_CHECKING:  # mypy is to refuse these names
 
@@ -163,5 +163,4 @@ READ: dict[str, Any] = {
     "train_sampler": lambda brain: None,
     "raw_modules": lambda brain: brain.modules,
     "rank": lambda brain: distributed.rank(),
-    "optimizers_dict": lambda brain: None,
 }

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.trainer.small import same
 from trainer import Brain, Checkpointer, Stage
-from trainer.checkpoint import saver_hooks as hooks
+from trainer.checkpoint import user_state as hooks
 from trainer.inference.loading import put_weights
 
 

@@ -416,9 +416,7 @@ def callback(folder: Path | None, *factories: Any, **options: Any) -> tuple[Logg
     """A callback, and a Brain as far as it needs one."""
     run = RunOptions(output_folder=None if folder is None else str(folder), **options)
     updates = {"main": SimpleNamespace(lr=0.001), "other": SimpleNamespace(lr=0.25)}
-    brain: Any = SimpleNamespace(
-        options=run, updates=updates, step=0, optimizer_step=0, progress=Progress()
-    )
+    brain: Any = SimpleNamespace(options=run, updates=updates, step=0, progress=Progress())
     usual = [JsonlLogger, TensorBoardLogger] if run.tensorboard else [JsonlLogger]
     return LoggerCallback(run, factories or usual), brain
 
@@ -519,7 +517,7 @@ def test_every_kind_of_record_reaches_every_logger(tmp_path: Path) -> None:
     loggers.audio("a", torch.ones(3), 16000, 1)
     loggers.text("t", "text", 1)
     loggers.artifact("report", tmp_path / "report.html")
-    brain.optimizer_step = 1
+    brain.progress.optimizer_step = 1
     loggers.on_resume(brain)
     loggers.close()
     expected = [
@@ -556,7 +554,7 @@ def test_a_logger_that_fails_is_named_once_and_ends_no_run(
         loggers.on_fit_start(brain)
         loggers.on_log(brain, {"step": 1})
         loggers.histogram("w", torch.ones(3), 1)
-        brain.optimizer_step = 3
+        brain.progress.optimizer_step = 3
         loggers.on_resume(brain)
         loggers.on_fit_end(brain)
     assert made == [tmp_path]
@@ -605,13 +603,13 @@ def test_a_resumed_run_has_every_record_once(tmp_path: Path) -> None:
     again.on_fit_start(brain)
     again.on_log(brain, {"step": 1})  # By a hook that runs once more.
     assert len(lines(tmp_path)) == 5
-    brain.optimizer_step = 2
+    brain.progress.optimizer_step = 2
     again.on_resume(brain)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     again.on_fit_end(brain)
     old, brain = callback(tmp_path)
     old.load_state_dict({"jsonl_lines": None})
-    brain.optimizer_step = 1
+    brain.progress.optimizer_step = 1
     old.on_resume(brain)
     old.close()
     assert [line["step"] for line in lines(tmp_path)] == [1]
@@ -644,7 +642,7 @@ def test_without_a_folder_and_off_the_main_rank_nothing_happens(
     loggers.on_fit_start(brain)
     loggers.on_log(brain, {"step": 1})
     loggers.on_stage_end(brain, stage())
-    brain.optimizer_step = 0
+    brain.progress.optimizer_step = 0
     loggers.on_resume(brain)
     assert loggers.state_dict() == {"jsonl_lines": None}
     assert not loggers.wants_histograms

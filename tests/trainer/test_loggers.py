@@ -24,8 +24,7 @@ from trainer import Checkpointer, RunOptions, StageReport
 from trainer.cli.arguments import configure
 from trainer.config.hyperparameters import Configuration
 from trainer.loggers import CsvLogger, JsonlLogger, Logger, LoggerCallback, loggers_of
-from trainer.loggers.choice import chosen_loggers
-from trainer.loggers.description import configuration, name_of
+from trainer.loggers.choice import chosen_loggers, configuration, name_of
 from trainer.loggers.marks import StepMarks
 from trainer.loggers.protocol import series
 from trainer.loggers.tensorboard import TensorBoardLogger
@@ -104,7 +103,7 @@ def callback(folder: Path, *chosen: Logger) -> LoggerCallback:
 
 
 def brain(step: int = 0) -> Any:
-    return SimpleNamespace(optimizer_step=step, progress=Progress(), updates={}, checkpointer=None)
+    return SimpleNamespace(progress=Progress(optimizer_step=step), updates={}, checkpointer=None)
 
 
 # --- what may be chosen ---------------------------------------------------------------------------

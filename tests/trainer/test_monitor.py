@@ -17,8 +17,7 @@ from tests.trainer.test_page import read
 from tests.trainer.test_syncs import syncs
 from trainer import Brain, Stage, StepReport, seed
 from trainer.checkpoint import Checkpointer
-from trainer.diagnostics.health import BLOCKS, PATIENCE, WINDOW, Health
-from trainer.diagnostics.layer_monitor import LayerMonitor
+from trainer.diagnostics.layer_monitor import BLOCKS, PATIENCE, WINDOW, Health, LayerMonitor
 from trainer.report import render
 
 KINDS = [Regressor, Players]

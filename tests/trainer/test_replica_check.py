@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.distributed.replica_check import ROW, find_differing, fingerprint
+from trainer.diagnostics.replica_check import ROW, find_differing, fingerprint
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -21,8 +21,8 @@ from tests.trainer.small import Regressor, batches, make
 from tests.trainer.test_page import read
 from trainer import Checkpointer, RunOptions, Stage, distributed, launch
 from trainer.loggers import LoggerCallback, SampleLogger
+from trainer.loggers.files import MAX_ROWS, MAX_SETS, slug
 from trainer.loggers.protocol import Logger
-from trainer.loggers.samples import MAX_ROWS, MAX_SETS, slug
 from trainer.report import compare, render, write_html
 from trainer.samples import (
     LEVELS,

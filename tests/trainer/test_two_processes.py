@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import NonFiniteError, Stage, StepReport, distributed, signals
-from trainer.distributed.replica_check import DriftError
+from trainer.diagnostics.replica_check import DriftError
 from trainer.metrics import Mean
 from trainer.schedules import EarlyStopping
 

@@ -13,8 +13,8 @@ A checkpoint that is cut to its weights has `brain.pt`, `brain.modules.pt` and, 
 
 `checkpointer` has the class that recipes use and the rules for which checkpoints stay, `storage`
 writes states into folders and verifies them, `migrate` reads the layouts of earlier formats,
-`run_state` gathers the state of a run, `user_state` that of users' own objects, `saver_hooks` that
-of objects which save themselves to a file, and `frozen` leaves out frozen weights.
+`run_state` gathers the state of a run, `user_state` that of users' own objects, and `frozen` leaves
+out frozen weights.
 """
 
 from trainer.checkpoint.checkpointer import Checkpointer

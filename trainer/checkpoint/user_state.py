@@ -1,9 +1,20 @@
-"""State of users' own objects: stateful objects and plain attributes of a Brain and its hparams."""
+"""State of users' own objects: stateful objects, and plain attributes of a Brain and its hparams.
+
+An object may also save itself to a file: its class marks one method by SpeechBrain's decorator
+``@mark_as_saver`` and one by ``@mark_as_loader``, which leave an attribute on the methods. What the
+saver writes is kept as a part of the run's state. The loader may not unpickle objects: the first
+class, or other name, that a pickle looks up while it runs is an error.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import logging
+import sys
+import tempfile
+import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
     Callable,
@@ -13,8 +24,10 @@ from collections.abc import (
     MutableMapping,
     MutableSequence,
     MutableSet,
+    Sized,
 )
-from functools import partial
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -23,8 +36,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from trainer import seed
-from trainer.checkpoint import saver_hooks as hooks
-from trainer.samples import CELLS
 from trainer.tree import leaves, map_leaves
 
 logger = logging.getLogger("trainer")
@@ -35,6 +46,11 @@ SCALARS = (int, float, str, bool, type(None))
 DICTS = (dict, OrderedDict, Counter)
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 
+KEY = "saved_by_hooks"  # last part of the names of such states among weights
+# Events of Python's audit hooks that a method which loads a state has no reason for.
+COMMANDS = ("os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen")
+_loading = threading.local()
+
 
 def find_stateful(
     named: Mapping[str, Any], known: Collection[int], modules: nn.Module
@@ -42,14 +58,13 @@ def find_stateful(
     """Find the stateful objects among attributes, also in lists and dicts.
 
     These are objects with ``state_dict`` and ``load_state_dict`` or with methods that save and load
-    a file (`trainer.checkpoint.saver_hooks`), and random generators. Left out are samplers and
-    loaders, since `Progress` has their position, and what is saved elsewhere.
+    a file, and random generators. Left out are samplers and loaders, since `Progress` has their
+    position, and what is saved elsewhere.
 
     Args:
         named: attributes by name.
         known: ``id`` of each object that is saved elsewhere.
-        modules: modules that are saved elsewhere; a module all of whose tensors are in them is left
-            out.
+        modules: modules that are saved elsewhere, also under another module's name.
 
     Returns:
         The objects by dotted name, such as "metrics.b.0"; wrapped if they lack ``state_dict``.
@@ -58,19 +73,26 @@ def find_stateful(
     tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}
     found = {}
     for name, value in _flat(named):
-        part = hooks.as_stateful(value) or seed.as_stateful(value) or value
-        stateful = hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
-        if not stateful or isinstance(value, (type, Sampler, DataLoader)) or id(value) in seen:
+        part = as_stateful(value) or seed.as_stateful(value) or value
+        if not is_stateful(part) or isinstance(value, (type, Sampler, DataLoader)):
             continue
-        if isinstance(part, nn.Module) and all(
-            id(t) in tensors
-            for t in part.state_dict(keep_vars=True).values()
-            if isinstance(t, Tensor)
+        if id(value) in seen or (
+            isinstance(part, nn.Module)
+            and all(
+                id(t) in tensors
+                for t in part.state_dict(keep_vars=True).values()
+                if isinstance(t, Tensor)
+            )
         ):
             continue
         seen.add(id(value))
         found[name] = part
     return found
+
+
+def is_stateful(obj: Any) -> bool:
+    """Return True if an object has ``state_dict`` and ``load_state_dict``."""
+    return hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
 
 
 def _flat(named: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,6 +103,9 @@ def _flat(named: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
         elif len(value) <= MAX_ENTRIES:
             yield from _flat(value, f"{prefix}{name}.")
+
+
+# Plain attributes
 
 
 class Owner(Protocol):
@@ -148,16 +173,16 @@ class UserAttributes:
         It also has what a checkpoint cannot hold: the objects, and the entries of containers.
         Attributes that appear later are removed by loading it.
         """
-        kept = {name: _keep(value) for name, value in self._values()[1].items()}
         own = self._own()
+        kept = {name: _keep(value) for name, value in self._values()[1].items()}
         containers = {name: _keep(value) for name, value in own.items() if _is_refilled(value)}
         return {**self.state_dict(), "kept": kept, "containers": containers, "names": list(own)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set every attribute as saved, or else as it was in the beginning."""
-        for name in set(self._own()).difference(saved.get("names", self._own())):
+        own, kept = self._own(), saved.get("kept", {})
+        for name in set(own).difference(saved.get("names", own)):
             delattr(self._owner, name)
-        kept = saved.get("kept", {})
         for name, restored in {**kept, **saved.get("containers", {})}.items():
             setattr(self._owner, name, restored())
         start = {name: _copy(value) for name, value in self._start.items() if name not in kept}
@@ -180,11 +205,8 @@ class UserAttributes:
 
     def _values(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return copies of the values that can be saved, and the attributes that cannot."""
-        values: dict[str, Any] = {
-            HPARAMS + name: value
-            for name, value in vars(self._owner.hparams).items()
-            if type(value) in SCALARS
-        }
+        hparams = vars(self._owner.hparams).items()
+        values = {HPARAMS + name: value for name, value in hparams if type(value) in SCALARS}
         others = {}
         for name, value in self._own().items():
             try:
@@ -198,6 +220,8 @@ def _is_shown(value: Any) -> bool:
     """Return True for rows of `Brain.show`, which are of one stage and are gathered anew."""
     if isinstance(value, CONTAINERS):
         return any(map(_is_shown, value.values() if isinstance(value, Mapping) else value))
+    from trainer.samples import CELLS  # A model in use has no need of them.
+
     return isinstance(value, CELLS)
 
 
@@ -212,7 +236,7 @@ def _keep(value: Any) -> Callable[[], Any]:
     """Return a function that returns an object, with the entries that it has now."""
     # A copy of a container that is not Python's own may share its entries.
     if isinstance(value, (list, dict, set, deque)):
-        return partial(_filled, value, copy.copy(value))
+        return functools.partial(_filled, value, copy.copy(value))
     return lambda: value
 
 
@@ -225,11 +249,7 @@ def _filled(container: Any, entries: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """Return a value as a checkpoint holds it, with tensors of its own.
-
-    Raises:
-        TypeError: for what a checkpoint cannot hold.
-    """
+    """Return a value as a checkpoint holds it, with tensors of its own, or raise TypeError."""
     kind = type(value)
     if kind in SCALARS:
         return value
@@ -239,10 +259,9 @@ def _copy(value: Any) -> Any:
         return _copy(value.item())  # A date, for example, is then refused.
     if (kind.__module__, kind.__name__) == ("numpy", "ndarray") and value.dtype.kind in "biufc":
         return value.copy()
-    if kind in DICTS:
-        return kind({_copy(key): _copy(part) for key, part in value.items()})
     if isinstance(value, dict):
-        return {_copy(key): _copy(part) for key, part in value.items()}
+        made = kind if kind in DICTS else dict
+        return made({_copy(key): _copy(part) for key, part in value.items()})
     if kind in (list, tuple):
         return kind(map(_copy, value))
     if kind is deque:
@@ -266,3 +285,133 @@ def _equal(a: Any, b: Any) -> bool:
         same = a.dtype == b.dtype and a.shape == b.shape
         return bool(same and (a.view("u1") == b.view("u1")).all())
     return bool(a == b)
+
+
+# Objects that save themselves to a file
+
+
+class FileState:
+    """State of an object as what ``save`` writes to the file of a path, and ``load`` reads there.
+
+    ``load`` is called with the path and SpeechBrain's ``end_of_epoch``.
+    """
+
+    def __init__(
+        self, obj: Any, save: Callable[[Path], Any], load: Callable[[Path, bool], Any]
+    ) -> None:
+        self._obj, self._save, self._load = obj, save, load
+
+    def state_dict(self) -> dict[str, str | None]:
+        """Return the bytes of the file, as text of which each character is a byte."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "state.ckpt")
+            self._save(path)
+            # It may have nothing to save.
+            return {"file": path.read_bytes().decode("latin-1") if path.exists() else None}
+
+    def load_state_dict(self, state: dict[str, str | None]) -> None:
+        """Restore a state; raise ValueError if ``load`` unpickles objects or runs a command."""
+        text = state["file"]
+        if text is None:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "state.ckpt")
+            path.write_bytes(text.encode("latin-1"))
+            with no_unpickling(f"the state of a {type(self._obj).__name__}"):
+                # True also within an epoch: some loaders count back an epoch for False, which `fit`
+                # does by itself.
+                self._load(path, True)
+
+
+def as_stateful(obj: Any) -> FileState | None:
+    """Return the state of an object with marked methods, or None for any other object.
+
+    Data loaders are left out: `Progress` has their position.
+    """
+    kind: type = type(obj)
+    save, load = _marked(kind)
+    if not save or isinstance(obj, type) or (isinstance(obj, Iterator) and isinstance(obj, Sized)):
+        return None
+    if load:
+        return FileState(obj, getattr(obj, save), getattr(obj, load))
+    _warn_of_no_loader(kind)
+    return None
+
+
+@functools.cache
+def _warn_of_no_loader(kind: type) -> None:
+    logger.warning(
+        "a %s has a method that saves its state and none that loads it: a resumed run has it as "
+        "new", kind.__name__,
+    )  # fmt: skip
+
+
+@functools.cache
+def _marked(kind: type) -> tuple[str, str]:
+    """Return the names of the methods that are marked to save and to load, or empty texts."""
+    found = {"_speechbrain_saver": "", "_speechbrain_loader": ""}
+    for cls in reversed(kind.__mro__):
+        for name, value in vars(cls).items():
+            for mark in found if inspect.isfunction(value) else ():
+                if hasattr(value, mark):
+                    found[mark] = name
+    save, load = found.values()
+    return save, load
+
+
+def keep_in_state_dict(modules: nn.Module) -> None:
+    """Have the state of modules with marked methods in the ``state_dict`` of the outermost one.
+
+    A normaliser that has neither parameters nor buffers is then saved, evaluated and loaded with
+    the weights. The ``state_dict`` of each module itself stays as it is.
+    """
+
+    def parts(owner: nn.Module, prefix: str) -> Iterator[tuple[str, FileState]]:
+        for name, module in owner.named_modules():
+            part = as_stateful(module)
+            if part is not None:
+                yield f"{prefix}{name}{'.' if name else ''}{KEY}", part
+
+    def add(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name, part in parts(owner, prefix):
+            state[name] = part.state_dict()["file"]
+
+    def take(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, part in parts(owner, prefix):
+            part.load_state_dict({"file": state.pop(name, None)})
+
+    modules.register_state_dict_post_hook(add)
+    modules.register_load_state_dict_pre_hook(take)
+
+
+@contextmanager
+def no_unpickling(what: str) -> Iterator[None]:
+    """Context manager in which this thread unpickles no objects and runs no command.
+
+    The first name that a pickle looks up, or a command, is a ValueError, which names ``what`` is
+    read. Numbers, texts and containers of them are no objects in this sense, and torch's loader
+    with ``weights_only=True`` reads tensors by other means.
+    """
+    _watch()
+    outer = getattr(_loading, "what", None)  # A method that loads may load further objects.
+    _loading.what = what
+    try:
+        yield
+    finally:
+        _loading.what = outer
+
+
+@functools.cache
+def _watch() -> None:
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    unpickles = event.endswith(".find_class")
+    if (unpickles or event in COMMANDS) and getattr(_loading, "what", None):
+        does = f"unpickles {'.'.join(map(str, arguments[-2:]))}" if unpickles else f"calls {event}"
+        raise ValueError(
+            f"{_loading.what} is refused: its method that loads it {does}, and what a checkpoint "
+            "holds must not run code; allowed: torch.load(path, weights_only=True), JSON and other "
+            "plain text"
+        )

@@ -11,43 +11,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from trainer import signals
+from trainer import report, signals
 from trainer.cli import runs, session, upkeep
 from trainer.cli.arguments import HELP
-from trainer.cli.export import USAGE as EXPORT_USAGE
-from trainer.cli.export import export
+from trainer.cli.folder import is_run
 from trainer.cli.recipe import find_recipe, list_recipes, run_recipe
 from trainer.cli.replay import replay
-from trainer.cli.sweep import SweepStopped, parse_values, sweep, trials
+from trainer.cli.sweep import parse_values, sweep, trials
+from trainer.inference.exporting import FORMATS, export
+from trainer.inference.initialise import is_export
+from trainer.inference.loading import load
 from trainer.options import nearest
+from trainer.untrusted import printable
 
 NO_RUN = 2  # Exit code for a folder that could not be used, or a wrong argument.
+WEIGHTS = ("init_from", "source")  # Options of `export` for weights that checkpoints left out.
 
 
 @dataclass(frozen=True)
 class Command:
-    """Command of `cortex`.
-
-    Args:
-        summary: one line of help.
-        usage: notation of the arguments, such as "RUN…".
-        examples: arguments of example calls.
-        work: function that takes the arguments and returns the exit code.
-        more: further lines of help.
-    """
+    """Command of `cortex`, and its help."""
 
     summary: str
-    usage: str
-    examples: tuple[str, ...]
-    work: Callable[[list[str]], int]
-    more: str = ""
+    usage: str  # notation of the arguments, such as "RUN…"
+    examples: tuple[str, ...]  # arguments of calls
+    work: Callable[[list[str]], int]  # takes the arguments, and returns the exit code
+    more: str = ""  # further lines of help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name.
-
-    Args:
-        argv: arguments after the program's name; None: those of the process.
+    """Run the command that the arguments name, by default those of the process.
 
     Returns:
         The exit code: 0 on success; 2 for an error that the user can correct, with one sentence on
@@ -55,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not given or given[0] in (*HELP, "help"):
-        print(_overview())
+        width = max(map(len, COMMANDS))
+        print("usage: cortex COMMAND …   (also python -m trainer COMMAND …)\n")
+        for name, each in COMMANDS.items():
+            print(f"  {name.ljust(width)}  {each.summary}")
+        print("\ncortex COMMAND --help shows its arguments and examples.")
         return 0
     name, *rest = given
     if name not in COMMANDS:
@@ -63,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_RUN
     command = COMMANDS[name]
     # After the name of a recipe, --help asks for the help of that recipe.
-    own = rest[:1] if name == "run" else rest
-    if any(each in HELP for each in own):
-        print(_help(name, command))
+    if any(each in HELP for each in (rest[:1] if name == "run" else rest)):
+        summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+        more = f"{command.more}\n\n" if command.more else ""
+        print(f"usage: cortex {name} {command.usage}\n\n{summary}\n\n{more}Examples:")
+        for example in command.examples:
+            print(f"  cortex {name} {example}".rstrip())
         return 0
     try:
         return command.work(rest)
-    except SweepStopped as stop:
-        _say([f"stopped ({signals.name_of(stop.number)}): the same command goes on"])
-        return signals.exit_code(stop.number)
     except BrokenPipeError:  # The reader, such as head, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -82,40 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {each.summary}" for name, each in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: cortex COMMAND …   (also python -m trainer COMMAND …)",
-            "", *lines, "",
-            "cortex COMMAND --help shows its arguments and examples.",
-        ]
-    )  # fmt: skip
-
-
-def _help(name: str, command: Command) -> str:
-    examples = [f"  cortex {name} {each}".rstrip() for each in command.examples]
-    more = ["", command.more] if command.more else []
-    usage = f"usage: cortex {name} {command.usage}".rstrip()
-    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
-    return "\n".join([usage, "", summary, *more, "", "Examples:", *examples])
-
-
 class _Parser(argparse.ArgumentParser):
-    """Parser whose errors are sentences of the command."""
+    """Parser of a command, whose errors are sentences."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(prog=name, add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise ValueError(f"{message} (cortex {self.prog} --help shows the arguments)")
+        raise ValueError(f"{message}; usage: cortex {self.prog} {COMMANDS[self.prog].usage}")
 
 
-def _parser(name: str) -> _Parser:
-    return _Parser(prog=name, add_help=False, allow_abbrev=False)
+def _folder(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
-def _say(lines: Sequence[str]) -> None:
+def _say(lines: Sequence[str]) -> int:
+    """Write lines about problems to stderr; return the exit code."""
     for line in lines:
         print(line, file=sys.stderr)
+    return NO_RUN if lines else 0
 
 
 # -------------------------------------------------------------------------------------- commands
@@ -132,13 +114,12 @@ def _run(argv: list[str]) -> int:
 
 
 def _ls(argv: list[str]) -> int:
-    parser = _parser("ls")
-    parser.add_argument("runs", nargs="*", type=Path)
+    parser = _Parser("ls")
+    default = "results" if Path("results").is_dir() else "."
+    parser.add_argument("runs", nargs="*", type=_folder, default=[Path(default)])
     parser.add_argument("--sort")
     given = parser.parse_args(argv)
-    default = [Path("results")] if Path("results").is_dir() else [Path()]
-    roots = [Path(os.path.expanduser(each)) for each in given.runs] or default
-    found = [runs.read_run(each) for each in dict.fromkeys(runs.find_runs(roots))]
+    found = [runs.read_run(each) for each in dict.fromkeys(runs.find_runs(given.runs))]
     if given.sort is not None:
         if not any(given.sort in each.metrics for each in found):
             known = sorted({name for each in found for name in each.metrics})
@@ -147,56 +128,46 @@ def _ls(argv: list[str]) -> int:
                 f"metrics are {', '.join(known) or 'none'}"
             )
         found.sort(key=lambda each: each.metrics.get(given.sort, float("inf")))
-    if found:
-        print("\n".join(runs.list_lines(found)))
-    else:
-        _say([f"there are no runs in {', '.join(map(str, roots))}"])
+    if not found:
+        _say([f"there are no runs in {', '.join(map(str, given.runs))}"])
+        return 0
+    print("\n".join(runs.list_lines(found)))
     return 0
 
 
 def _compare(argv: list[str]) -> int:
-    parser = _parser("compare")
+    parser = _Parser("compare")
     parser.add_argument("runs", nargs="+")
     folders, problems = runs.run_folders(parser.parse_args(argv).runs)
     if folders:
         print("\n".join(runs.compare_lines([runs.read_run(each) for each in folders])))
-    _say(problems)
-    return NO_RUN if problems else 0
+    return _say(problems)
 
 
 def _report(argv: list[str]) -> int:
-    parser = _parser("report")
+    parser = _Parser("report")
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--output", "-o", type=Path)
     given = parser.parse_args(argv)
     folders, problems = runs.run_folders(given.runs)
     if len(folders) == 1 and given.output is None:
-        from trainer.report import write_html
-
-        print(write_html(folders[0]))
+        print(report.write_html(folders[0]))
     elif folders:
-        print(_comparison(folders, given.output or Path("compare.html")))
-    _say(problems)
-    return NO_RUN if problems else 0
-
-
-def _comparison(folders: Sequence[Path], path: Path) -> Path:
-    """Write the page that compares runs; return its path."""
-    from trainer import report
-
-    report.compare(folders, path)
-    return path
+        page = given.output or Path("compare.html")
+        report.compare(folders, page)
+        print(page)
+    return _say(problems)
 
 
 def _average(argv: list[str]) -> int:
-    parser = _parser("average")
-    parser.add_argument("run", type=Path)
+    parser = _Parser("average")
+    parser.add_argument("run")
     parser.add_argument("--number", "-n", type=int)
     parser.add_argument("--min", metavar="METRIC")
     parser.add_argument("--max", metavar="METRIC")
     parser.add_argument("--output", "-o", type=Path)
     given = parser.parse_args(argv)
-    folders, problems = runs.run_folders([str(given.run)])
+    folders, problems = runs.run_folders([given.run])
     if problems:
         raise ValueError(problems[0])
     if given.number is not None and given.number < 1:
@@ -214,61 +185,90 @@ def _average(argv: list[str]) -> int:
 
 
 def _clean(argv: list[str]) -> int:
-    parser = _parser("clean")
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser = _Parser("clean")
+    parser.add_argument("runs", nargs="+", type=_folder)
     parser.add_argument("--yes", "-y", action="store_true")
     given = parser.parse_args(argv)
-    found, notes = [], []
-    asked = [Path(os.path.expanduser(each)) for each in given.runs]
-    for run in dict.fromkeys(runs.find_runs(asked)):
-        items, said = upkeep.removable(run)
+    found = []
+    for run in dict.fromkeys(runs.find_runs(given.runs)):
+        if runs.is_locked(run):
+            _say([f"{printable(str(run))} is going on: nothing of it is deleted"])
+            continue
+        items, notes = upkeep.removable(run)
         found += items
-        notes += said
-    _say(notes)
-    total = runs.size(sum(each.bytes for each in found))
-    rows = [(runs.size(each.bytes).rjust(8), str(each.path), each.why) for each in found]
-    print("\n".join(runs.table(rows)) if rows else "there is nothing to delete")
+        _say(notes)
     if not found:
+        print("there is nothing to delete")
         return 0
-    if not given.yes and not _agrees(f"Delete these {len(found)} folders, {total}? [y/N] "):
+    rows = [(runs.size(each.bytes).rjust(8), str(each.path), each.why) for each in found]
+    print("\n".join(runs.table(rows)))
+    total = runs.size(sum(each.bytes for each in found))
+    try:
+        question = f"Delete these {len(found)} folders, {total}? [y/N] "
+        agreed = given.yes or input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        agreed = False
+        print()
+    if not agreed:
         print("nothing was deleted")
         return 0
     freed, problems = upkeep.remove(found)
     print(f"deleted {runs.size(freed)}")
-    _say(problems)
-    return NO_RUN if problems else 0
-
-
-def _agrees(question: str) -> bool:
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
+    return _say(problems)
 
 
 def _sweep(argv: list[str]) -> int:
     end = next((n for n, each in enumerate(argv) if each.startswith("--")), len(argv))
     (name, *values), more = argv[:end] or [""], argv[end:]
-    parser = _parser("sweep")
+    parser = _Parser("sweep")
     parser.add_argument("--page", type=Path)
     given, more = parser.parse_known_args(more)
     if not name or not values:
         raise ValueError("a sweep needs a recipe and values, as in: task/name 'lr=1e-3,3e-4'")
     recipe = find_recipe(name)
     planned = trials(recipe, values, more)
-    codes = sweep(recipe, planned)
+    try:
+        codes = sweep(recipe, planned)
+    except signals.Interrupted as stop:
+        _say([f"stopped ({stop.signal}): the same command goes on"])
+        return signals.exit_code(stop.number)
     for folder, code in codes.items():
         print(f"{folder}: {'finished' if not code else f'exit code {code}'}")
-    folders = [each for each in codes if runs.is_run(each)]
+    folders = [each for each in codes if is_run(each)]
     if folders:
         keys = "-".join(quote(key) for key, _ in parse_values(values))
         above = Path(os.path.commonpath([each.absolute().parent for each in folders]))
+        page = given.page or above / f"sweep-{keys}.html"
         try:
-            print(_comparison(folders, given.page or above / f"sweep-{keys}.html"))
+            report.compare(folders, page)
+            print(page)
         except (ValueError, OSError) as error:  # The runs themselves are complete.
             _say([f"the runs are not compared: {session.message(error)}"])
     return 1 if any(codes.values()) else 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = _Parser("export")
+    parser.add_argument("run", type=_folder)
+    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--to", default=FORMATS[0])
+    parser.add_argument("--seeds", nargs="+", default=[])
+    for name in ("max_key", "min_key", *WEIGHTS):
+        parser.add_argument(f"--{name}")
+    given = parser.parse_args(argv)
+    run = given.run
+    # Inside of a run by default, so that a pattern such as NAME/* matches runs alone.
+    inside = run / "export" / given.to
+    out = given.out or (runs.beside(run, given.to) if is_export(run) else inside)
+    if runs.is_locked(run):
+        raise ValueError(
+            f"the run in {printable(str(run))} is still going on: export it when it has ended; "
+            "Ctrl+C ends it, and saves"
+        )
+    overrides = {name: value for name in WEIGHTS if (value := getattr(given, name)) is not None}
+    model = load(run, "cpu", overrides=overrides, max_key=given.max_key, min_key=given.min_key)
+    _say([f"written to {export(model, out, given.to, seeds=given.seeds)}"])
+    return 0
 
 
 COMMANDS = {
@@ -306,13 +306,13 @@ COMMANDS = {
     ),
     "export": Command(
         "write the model of a run's best checkpoint to a folder to share",
-        EXPORT_USAGE,
+        "RUN [OUT] [--to FORMAT] [--min_key METRIC | --max_key METRIC] [--seeds RUN…]",
         (
             "results/TASK/NAME/1234",
             "results/TASK/NAME/1234 exported --to onnx",
             "results/TASK/NAME/1234 exported --min_key wer --seeds results/TASK/NAME/*",
         ),
-        export,
+        _export,
         "The folder has weights, what they need to be loaded, and a README.md as model card. OUT\n"
         "is RUN/export/FORMAT by default. FORMAT is safetensors, or onnx or torch: networks for\n"
         "other programs. --init_from SOURCE and --source SOURCE name frozen weights that the\n"

@@ -27,47 +27,37 @@ def end_lines(
         checkpointer: that of the run; anything else than a `Checkpointer` is left out.
         source: file of the program's `train`.
         argv: arguments of the command line; None for a run by `launch`.
-
-    Returns:
-        The lines, such as "to test: python train.py results/asr/demo/1234/hyperparams.yaml
-        --test_only".
     """
     lines = _checkpoint(checkpointer) if isinstance(checkpointer, Checkpointer) else []
-    trained = bool(lines)
+    usable = bool(lines) and argv is not None
     report = folder / "report.html"
     lines += [f"report: {report}"] if report.is_file() else []
-    command = _command(folder, argv)
-    lines += [f"to go on: {command}"] if command else []
-    if argv is not None and trained:  # Without a checkpoint there is nothing to use.
-        lines += [f"to test: {command} --test_only"] if command else []
-        infer = None if source is None else source.with_name("infer.py")
-        if infer is not None and infer.is_file():
-            words = shlex.join([_python(), _from_here(infer), str(folder)])
-            lines.append(f"to use it: {words} {_arguments(infer.parent)}")
+    for line in go_on(folder, argv):
+        lines.append(line)
+        if usable:
+            lines.append(f"{line.replace('to go on', 'to test', 1)} --test_only")
+    if usable and source is not None and (infer := source.with_name("infer.py")).is_file():
+        words = shlex.join([_python(), from_here(infer), str(folder)])
+        lines.append(f"to use it: {words} {_arguments(infer.parent)}")
     return lines
 
 
 def go_on(folder: Path, argv: Sequence[str] | None) -> list[str]:
-    """Return the line with the command that goes on with a run; none where it is not known."""
-    command = _command(folder, argv)
-    return [f"to go on: {command}"] if command else []
-
-
-def _command(folder: Path, argv: Sequence[str] | None) -> str:
-    """Return the command that starts a run again; an empty text for a notebook and the like."""
+    """Return the line with the command that goes on with a run; none for a notebook."""
     program = Path(sys.argv[0])
     if "ipykernel" in sys.modules or program.suffix != ".py" or not program.is_file():
-        return ""
+        return []
     start = [_python()]
     if distributed.launched():
         here, every = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
         if here is None or here != every:  # Other machines have their own commands.
-            return ""
+            return []
         start = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
-    if argv is None:
-        return shlex.join([*start, _from_here(program), *sys.argv[1:]])
-    allowed = [f"{ALLOW}={name}" for name in split_allowed(argv)[0]]
-    return shlex.join([*start, _from_here(program), str(folder / HYPERPARAMS), *allowed])
+    given = sys.argv[1:]
+    if argv is not None:
+        allowed = [f"{ALLOW}={name}" for name in split_allowed(argv)[0]]
+        given = [str(folder / HYPERPARAMS), *allowed]
+    return [f"to go on: {shlex.join([*start, from_here(program), *given])}"]
 
 
 def _checkpoint(checkpointer: Checkpointer) -> list[str]:
@@ -96,8 +86,9 @@ def _python() -> str:
     return "python" if same and os.path.samefile(str(found), this) else sys.executable
 
 
-def _from_here(path: Path) -> str:
+def from_here(path: Path) -> str:
+    """Return a path relative to the current folder where it is in it, else as it is."""
     try:
-        return str(path.relative_to(Path.cwd()))
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
     except (ValueError, OSError):
         return str(path)

@@ -17,14 +17,11 @@ from trainer import distributed
 
 
 def environment(code: Path | None = None) -> dict[str, Any]:
-    """Return versions, machines and git revision of a run. Every rank must call it.
+    """Return versions, machines, and the git revision of a file of the recipe, as JSON has them.
 
-    Args:
-        code: a file of the recipe, whose git revision is recorded.
-
-    Returns:
-        Values that can be written as JSON, by name.
+    Every rank must call it.
     """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -33,7 +30,7 @@ def environment(code: Path | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "machines": distributed.all_gather_json(platform.node()),
         "ranks": distributed.world_size(),
-        "cores": _cores(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "executable": sys.executable,
         "git": git(code.resolve().parent) if code is not None else None,
@@ -41,29 +38,23 @@ def environment(code: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _cores() -> int | None:
-    """Return the number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(affinity(0)) if affinity else os.cpu_count()
-
-
 def git(folder: Path) -> dict[str, Any] | None:
     """Return the git revision of a folder, such as ``{"revision": "1a2b…", "dirty": False}``.
 
     ``dirty`` is True where tracked files have changes. Without git or a repository it is None.
     """
-    command = ["git", "-C", str(folder)]
+
+    def output(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=20
+        ).strip()
+
     try:
-        revision = _output([*command, "rev-parse", "HEAD"])
-        changed = _output([*command, "status", "--porcelain", "--untracked-files=no"])
+        changed = output("status", "--porcelain", "--untracked-files=no")
+        return {"revision": output("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):  # no git, no repository, or one that hangs
         return None
-    return {"revision": revision, "dirty": bool(changed)}
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    return done.stdout.strip()
 
 
 @functools.cache

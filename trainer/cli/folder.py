@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -52,7 +51,7 @@ RUN_FILES = (
     AS_STARTED,
     "command.txt",
     "environment.json",
-    "state.json",
+    STATE,
     "train.log",
     "metrics.jsonl",
     "report.html",
@@ -80,12 +79,20 @@ MAX_ERROR = 500  # characters of an error in state.json
 HEADERS = (HEADER, LAUNCH_HEADER)
 
 
-class RunFolder:
-    """Run folder, locked from `open` until `close` or the end of the process.
+def is_run(folder: Path) -> bool:
+    """Return True for a folder with the hyperparams.yaml of a run."""
+    path = folder / HYPERPARAMS
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.readline(200).decode(errors="replace").strip() in HEADERS
+    except OSError:
+        return False
 
-    Args:
-        path: the folder, which need not exist yet.
-    """
+
+class RunFolder:
+    """Run folder, locked from `open` until `close` or the end of the process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,7 +101,7 @@ class RunFolder:
         self._trained = NOTHING
 
     def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
-        """Make the folder if there is none, lock it, and empty it if `overwrite`.
+        """Make the folder if there is none, lock it, and delete what killed processes left.
 
         Args:
             overwrite: delete what an earlier run left.
@@ -106,7 +113,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock(patience)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._take_lock(self._lock, patience)
         except OSError as error:
             files = [str(each) for each in (self.path, *self.path.parents) if each.is_file()]
             reason = f"{files[0]} is a file" if files else error.strerror or str(error)
@@ -115,47 +123,55 @@ class RunFolder:
                 "choose another output_folder"
             ) from error
         found = [name for name in RUN_FILES if os.path.lexists(self.path / name)]
-        if found and not self._is_run_folder() and not all(map(self._is_blank, found)):
+        if found and not self._was_run(self._lock) and not all(map(self._is_blank, found)):
             self.close()
             raise ValueError(
                 f"{self.path} is not a run folder, but holds {', '.join(found)}: nothing was "
                 "changed there; choose another output_folder"
             )
-        self._mark()
-        self._remove_temporaries()
+        text = f"process {os.getpid()} on {platform.node()}\n{MARK}\n".encode()
+        with readable_errors(self.path / LOCK, "lock file"):
+            os.pwrite(self._lock, text, 0)
+            os.ftruncate(self._lock, len(text))
+        for name in RUN_FILES:
+            _remove(temporary(self.path / name))
+        for path in list(self.path.glob(f"nonfinite/**/{temporary(Path('*')).name}")):
+            _remove(path)
         if overwrite:
             for name in RUN_FILES:
                 _remove(self.path / name)
-            self._remove_checkpoints()
+            # The new run would resume from checkpoints in other folders.
+            for manifest in list(self.path.rglob(storage.MANIFEST)):
+                with contextlib.suppress(storage.BrokenCheckpoint):
+                    storage.read_manifest(manifest.parent)
+                    storage.delete(manifest.parent)
 
-    def _remove_temporaries(self) -> None:
-        """Delete what killed processes left half-written; nobody else is writing here."""
-        for name in RUN_FILES:
-            _remove(temporary(self.path / name))
-        for path in list((self.path / "nonfinite").glob(f"**/{temporary(Path('*')).name}")):
-            _remove(path)
+    def _take_lock(self, lock: int, patience: float) -> None:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                # Not flock: forked workers would hold that one on after this process is killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except (BlockingIOError, PermissionError):  # Systems differ in which it is.
+                if time.monotonic() >= end:
+                    break
+            time.sleep(0.1)
+        said = os.pread(lock, MAX_LOCK, 0).decode(errors="replace").splitlines()
+        self.close()
+        raise ValueError(
+            f"the run folder {self.path} is in use by {said[0] if said else 'another run'}; wait "
+            "until it is over, or choose another output_folder"
+        )
 
-    def _remove_checkpoints(self) -> None:
-        """Delete the checkpoints that are left: the new run would resume from them."""
-        for manifest in list(self.path.rglob(storage.MANIFEST)):
-            with contextlib.suppress(storage.BrokenCheckpoint):
-                storage.read_manifest(manifest.parent)
-                storage.delete(manifest.parent)
-
-    def _is_run_folder(self) -> bool:
+    def _was_run(self, lock: int) -> bool:
         """Return True if a run was started here: its YAML says so, or the lock of an earlier one.
 
         The YAML may be missing, empty or cut, as after a power cut.
         """
-        assert self._lock is not None
-        path = self.path / HYPERPARAMS
-        if not os.path.lexists(path) or self._is_blank(HYPERPARAMS):
-            return os.pread(self._lock, MAX_LOCK, 0).endswith(f"{MARK}\n".encode())
-        try:
-            with path.open("rb") as file:
-                return file.readline(200).decode(errors="replace").strip() in HEADERS
-        except OSError:
-            return False
+        if not os.path.lexists(self.path / HYPERPARAMS) or self._is_blank(HYPERPARAMS):
+            return os.pread(lock, MAX_LOCK, 0).endswith(f"{MARK}\n".encode())
+        return is_run(self.path)
 
     def _is_blank(self, name: str) -> bool:
         """Return True if a file or folder has nothing in it but what a killed start leaves."""
@@ -163,43 +179,13 @@ class RunFolder:
         if path.is_symlink():
             return False
         if path.is_dir():
-            return all(storage.TEMPORARY_NAME.fullmatch(each) for each in os.listdir(path))
+            return all(map(storage.TEMPORARY_NAME.fullmatch, os.listdir(path)))
         if not path.is_file():
             return False
         with path.open("rb") as file:
             start = file.read(200).strip(b"\0")  # Zeros are what a power cut may leave.
         cut = name in RECORDS and any(h.encode().startswith(start) for h in HEADERS)
         return not start or cut
-
-    def _mark(self) -> None:
-        """Name the owner in the lock file, and mark the folder as that of a run."""
-        assert self._lock is not None
-        text = f"process {os.getpid()} on {platform.node()}\n{MARK}\n".encode()
-        with readable_errors(self.path / LOCK, "lock file"):
-            os.pwrite(self._lock, text, 0)
-            os.ftruncate(self._lock, len(text))
-
-    def _take_lock(self, patience: float) -> None:
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        end = time.monotonic() + patience
-        try:
-            while True:
-                try:
-                    # Not flock: forked workers would hold that one on after this process is killed.
-                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except (BlockingIOError, PermissionError):  # Systems differ in which it is.
-                    if time.monotonic() >= end:
-                        raise
-                time.sleep(0.1)
-        except (BlockingIOError, PermissionError):
-            said = os.pread(self._lock, MAX_LOCK, 0).decode(errors="replace").splitlines()
-            owner = said[0] if said else "another run"
-            self.close()
-            raise ValueError(
-                f"the run folder {self.path} is in use by {owner}; wait until it is over, or "
-                "choose another output_folder"
-            ) from None
 
     def close(self) -> None:
         """Release the lock; closing twice is harmless."""
@@ -208,22 +194,10 @@ class RunFolder:
             self._lock = None
 
     def changes(self, now: Settings) -> list[Change]:
-        """Return what differs from the hyperparameters of the last start.
-
-        Args:
-            now: the hyperparameters of this start.
-
-        Returns:
-            The changes; none if nothing was trained here yet.
-
-        Raises:
-            ValueError: the hyperparameters of the last start cannot be read.
-        """
-        records = [self.path / name for name in RECORDS]
-        written = [each for each in records if each.exists() and not self._is_blank(each.name)]
-        if not written or self.trained() == NOTHING:
+        """Return what differs from the hyperparameters of the last start that has trained."""
+        path = next((each for each in self._records() if not self._is_blank(each.name)), None)
+        if path is None or self.trained() == NOTHING:
             return []
-        path = written[0]
         if not path.read_bytes().endswith(b"\n"):
             raise ValueError(f"{path} is cut: it does not end with a line break")
         found = now.changes(Settings(read(path, alone=True)[0], now.registry))
@@ -236,8 +210,11 @@ class RunFolder:
 
     def was_edited(self) -> bool:
         """Return True if hyperparams.yaml is not as the last start has written it."""
-        records = [self.path / name for name in RECORDS]
-        return all(map(Path.exists, records)) and len({each.read_bytes() for each in records}) > 1
+        texts = [each.read_bytes() for each in self._records()]
+        return len(texts) == len(RECORDS) and len({*texts}) > 1
+
+    def _records(self) -> list[Path]:
+        return [self.path / name for name in RECORDS if (self.path / name).exists()]
 
     def trained(self) -> tuple[int, list[tuple[str, int]]]:
         """Return the size of metrics.jsonl in bytes, and path and time (ns) of each manifest.
@@ -273,78 +250,61 @@ class RunFolder:
     ) -> None:
         """Record the start of a run: text and first line of its YAML, command, and environment.
 
-        Args:
-            hyperparams: the YAML.
-            command: program and arguments.
-            where: versions and machine.
-            header: first line of hyperparams.yaml.
-            changes: what differs from the last start; command.txt gets it with the step.
+        What has changed since the last start goes to command.txt, with the step.
         """
-        text = f"{json.dumps(where, indent=1)}\n"
-        records = [self.path / name for name in RECORDS]
         step, _ = self.progress() if changes else (0, 0)
         self._trained = self.trained()
         if self._trained != NOTHING:
-            self._before = {each.name: each.read_bytes() for each in records if each.exists()}
-        for each in records:
-            replace_file(each, [f"{header}\n{hyperparams}".encode()], HYPERPARAMS)
-        replace_file(self.path / "environment.json", [text.encode()], "environment.json")
+            self._before = {each.name: each.read_bytes() for each in self._records()}
+        for name in RECORDS:
+            self._write(name, f"{header}\n{hyperparams}".encode(), HYPERPARAMS)
+        self._write("environment.json", f"{json.dumps(where, indent=1)}\n".encode())
         self.add_command(command)
         for change in changes:
             self._add_line(f"# from optimizer step {step} on: {change}")
 
     @contextmanager
-    def undone_if_nothing_is_trained(self) -> Iterator[None]:
-        """Context manager around a run, which keeps hyperparams.yaml true.
+    def end_recorded(self, trains: bool) -> Iterator[None]:
+        """Context manager around a run, which keeps its records true.
 
-        A start that fails before it has trained leaves the hyperparameters of the start before.
-        """
-        try:
-            yield
-        except BaseException:
-            if self._before and self.trained() == self._trained:
-                first, *_ = self._before.values()
-                for name in RECORDS:
-                    replace_file(self.path / name, [self._before.get(name, first)], HYPERPARAMS)
-                self._add_line("# failed before it trained: hyperparams.yaml is as before")
-            raise
-
-    @contextmanager
-    def state_recorded(self, trains: bool) -> Iterator[None]:
-        """Context manager around a run, which records in state.json how a training ends.
-
-        A process that is killed leaves "running" there, and no lock.
+        state.json has how a training ends; a process that is killed leaves "running" there, and no
+        lock. A start that fails before it has trained leaves the hyperparameters of the start
+        before.
 
         Args:
-            trains: False for a test or a search, which leave the record as it is.
+            trains: False for a test or a search, which leave state.json as it is.
         """
-        if not trains:
-            yield
-            return
-        self._record("running")
+
+        def record(state: str, **facts: str) -> None:
+            if trains:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                try:
+                    text = json.dumps({"state": state, "time": now, **facts})
+                    self._write(STATE, f"{text}\n".encode())
+                except OSError as error:  # The run itself does not need the record.
+                    logger.warning("%s", error)
+
+        record("running")
         try:
             yield
         except BaseException as error:
-            asked = isinstance(error, (Interrupted, KeyboardInterrupt))
-            done = isinstance(error, SystemExit) and not error.code
-            if asked or done:
-                self._record("stopped" if asked else "finished")
+            if isinstance(error, (Interrupted, KeyboardInterrupt)):
+                record("stopped")
+            elif isinstance(error, SystemExit) and not error.code:
+                record("finished")
             else:
                 text = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_ERROR]
-                self._record("crashed", error=text)
+                record("crashed", error=text)
+            if self._before and self.trained() == self._trained:
+                first, *_ = self._before.values()
+                for name in RECORDS:
+                    self._write(name, self._before.get(name, first), HYPERPARAMS)
+                self._add_line("# failed before it trained: hyperparams.yaml is as before")
             raise
-        self._record("finished")
+        record("finished")
 
-    def _record(self, state: str, **facts: Any) -> None:
-        record = {"state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
-        try:
-            replace_file(self.path / STATE, [f"{json.dumps(record)}\n".encode()], STATE)
-        except OSError as error:  # The run itself does not need the record.
-            logger.warning("%s", error)
-
-    def has_record(self) -> bool:
-        """Return True if a run has been started here before."""
-        return (self.path / HYPERPARAMS).exists()
+    def _write(self, name: str, content: bytes, what: str = "") -> None:
+        replace_file(self.path / name, [content], what or name)
 
     def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
@@ -362,19 +322,13 @@ class RunFolder:
 
 
 def _ends_before(change: Change, step: int, epoch: float) -> bool:
-    """Return True for a new limit of steps or epochs below what a run has trained already.
-
-    Args:
-        change: a change of a hyperparameter.
-        step: optimizer step of the latest checkpoint.
-        epoch: its epoch.
-    """
+    """Return True for a new limit of steps or epochs below what a run has trained already."""
     key, old, new = change.key, change.old, change.new
     if change.kind != "extending" or not isinstance(new, (int, float)):
         return False
-    if "patience" in key or "bad" in key or (isinstance(old, (int, float)) and new >= old):
+    if re.search("patience|bad", key) or (isinstance(old, (int, float)) and new >= old):
         return False
-    return new < (step if "step" in key else epoch if re.search("epoch|limit", key) else -math.inf)
+    return new < step if "step" in key else bool(re.search("epoch|limit", key)) and new < epoch
 
 
 def _remove(path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from trainer.cli import session
 from trainer.cli.arguments import HELP, help_text
+from trainer.cli.ending import from_here
 from trainer.config.hyperparameters import describe
 from trainer.config.registry import recipe_packages
 
@@ -29,19 +30,14 @@ MAX_NAMED = 5  # names that a message suggests
 
 
 class Recipe(NamedTuple):
-    """YAML, and the program that it configures.
-
-    Attributes:
-        file: the YAML.
-        program: the program, such as train.py of a recipe.
-    """
+    """YAML, and the program that it configures, such as train.py of a recipe."""
 
     file: Path
     program: Path
 
     def command(self) -> list[str]:
         """Return program and YAML, from the current folder where they are in it."""
-        return [_from_here(self.program), _from_here(self.file)]
+        return [from_here(self.program), from_here(self.file)]
 
     def own_modules(self) -> list[str]:
         """Return the modules beside the program, which the YAML may name."""
@@ -55,14 +51,16 @@ def recipes() -> dict[str, Recipe]:
     for package in recipe_packages():
         folder = Path(sys.modules[package].__path__[0])
         task = folder.name
-        places = (
-            folder / "hparams",
-            folder.parent / "hparams" / task,
-            folder.parent.parent / "hparams" / task,
-        )
+        if not (folder / TRAIN).is_file():
+            continue
+        places = [folder / "hparams", *(above / "hparams" / task for above in folder.parents[:2])]
         files = next((sorted(each.glob("*.yaml")) for each in places if each.is_dir()), [])
-        for file in files if (folder / TRAIN).is_file() else ():
-            found.setdefault(f"{task}/{file.stem}", Recipe(file, folder / _program(file, folder)))
+        for file in files:
+            # The comment that a YAML opens with may name another program.
+            named = re.search(rf"(\w+\.py) \S*{re.escape(file.name)}", "".join(_head(file)))
+            program = folder / named[1] if named else folder / TRAIN
+            program = program if program.is_file() else folder / TRAIN
+            found.setdefault(f"{task}/{file.stem}", Recipe(file, program))
     return found
 
 
@@ -71,9 +69,6 @@ def find_recipe(name: str) -> Recipe:
 
     A YAML that is none of a recipe's is run by the train.py beside it or, in a folder called like
     a recipe, by that recipe's.
-
-    Raises:
-        ValueError: there is none; the message has the nearest names.
     """
     known = recipes()
     if name in known:
@@ -85,12 +80,11 @@ def find_recipe(name: str) -> Recipe:
         for each in known.values():
             if each.file.resolve() == path.resolve():
                 return each
-        beside = path.with_name(TRAIN)
-        task = [each for key, each in known.items() if key.startswith(f"{path.parent.name}/")]
-        if beside.is_file():
+        if (beside := path.with_name(TRAIN)).is_file():
             return Recipe(path, beside)
-        if task:
-            return Recipe(path, task[0].program.with_name(TRAIN))
+        for key, each in known.items():
+            if key.startswith(f"{path.parent.name}/"):
+                return Recipe(path, each.program.with_name(TRAIN))
         raise ValueError(f"there is no {TRAIN} beside {name}, nor a recipe {path.parent.name!r}")
     parts = [each for each in known if name in each.split("/")]
     close = (parts or difflib.get_close_matches(name, known, n=MAX_NAMED, cutoff=0.5))[:MAX_NAMED]
@@ -99,25 +93,24 @@ def find_recipe(name: str) -> Recipe:
 
 
 def list_recipes() -> list[str]:
-    """Return a line for each recipe: its name, and the first line of its YAML."""
+    """Return a line for each recipe: its name, and the first paragraph of its YAML's comment."""
+    lines = []
     known = recipes()
     width = max(map(len, known), default=0)
-    return [f"{name.ljust(width)}  {_title(each.file)}".rstrip() for name, each in known.items()]
+    for name, each in known.items():
+        words = (line.lstrip("#").strip() for line in _head(each.file))
+        title = " ".join(itertools.takewhile(bool, words)).rstrip(":.")
+        lines.append(f"{name.ljust(width)}  {title}".rstrip())
+    return lines
 
 
 def run_recipe(name: str, argv: Sequence[str]) -> int:
     """Run a recipe in this process, as `python train.py FILE` with these arguments does.
 
-    Args:
-        name: name of a recipe, or path of a YAML; see `find_recipe`.
-        argv: further arguments; with --help, options and keys are printed and nothing is run.
+    With --help, options and keys are printed and nothing is run.
 
     Returns:
         The exit code.
-
-    Raises:
-        ValueError: there is no such recipe.
-        SystemExit: as `trainer.main`.
     """
     recipe = find_recipe(name)
     if any(each in HELP for each in argv):
@@ -134,27 +127,8 @@ def run_recipe(name: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _program(file: Path, folder: Path) -> str:
-    """Return the name of the program in the comment that a YAML opens with, else train.py."""
-    named = re.search(rf"(\w+\.py) \S*{re.escape(file.name)}", "".join(_head(file)))
-    return named[1] if named and (folder / named[1]).is_file() else TRAIN
-
-
-def _title(file: Path) -> str:
-    """Return the first paragraph of the comment that a YAML opens with."""
-    words = [line.lstrip("#").strip() for line in _head(file)]
-    return " ".join(itertools.takewhile(bool, words)).rstrip(":.")
-
-
 def _head(file: Path) -> list[str]:
     """Return the comment that a YAML opens with, line by line."""
     with file.open(encoding="utf-8", errors="replace") as text:
         lines = itertools.islice(text, MAX_HEAD)
         return list(itertools.takewhile(lambda line: line.startswith("#"), lines))
-
-
-def _from_here(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except (ValueError, OSError):
-        return os.path.abspath(path)

@@ -1,11 +1,5 @@
 """Runs: `main` at the end of a train.py, and `launch` in a script or a notebook.
 
-    def train(run: trainer.Run) -> dict[str, float]: ...
-
-    if __name__ == "__main__":
-        trainer.main(train)                              # a YAML and the command line
-        trainer.launch(train, {"lr": 1e-3}, "runs/x")    # objects and values in Python
-
 Both join the processes of torchrun, seed, open the run folder, redirect messages and signals, call
 `train`, and report the test metrics that it returns.
 """
@@ -42,7 +36,6 @@ from trainer.cli import arguments, session
 from trainer.cli.ending import end_lines, go_on
 from trainer.cli.environment import environment
 from trainer.cli.folder import HEADER, HYPERPARAMS, RunFolder
-from trainer.cli.output import tolerant_output
 from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
@@ -50,12 +43,13 @@ from trainer.config.registry import NAME, Registry, recipe_packages
 from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.defaults import DriverFinished
 from trainer.devices import pick_device
-from trainer.distributed.replica_check import DriftError
+from trainer.diagnostics.replica_check import DriftError
 from trainer.loggers import JsonlLogger, TextLog
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
+from trainer.tree import number
 
 # Errors that users may have made themselves; `session.is_user_error` decides.
 USER_ERRORS = (
@@ -115,9 +109,10 @@ def main(
             143 after SIGTERM, 130 after Ctrl-C, and 75 after any other request to stop.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    asks_help = any(each in arguments.HELP for each in given)
     code = 0
     try:
-        if any(each in arguments.HELP for each in given):
+        if asks_help:
             file = next((each for each in given if not each.startswith("-")), None)
             keys = describe(file) if file else ()
             print(arguments.help_text(Path(sys.argv[0]).name, file, keys), flush=True)
@@ -126,7 +121,7 @@ def main(
         hyperparameters, options = arguments.configure(given, [*allowed, *_own_modules(train)])
         return _run(train, hyperparameters, options, given)
     except BrokenPipeError:  # The reader of the help, such as head, has seen enough.
-        if not any(each in arguments.HELP for each in given):
+        if not asks_help:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return {}
@@ -206,7 +201,12 @@ def launch(
     if values.get("output_folder") is None:
         raise ValueError("launch needs a run folder: launch(train, hparams, output_folder='…')")
     options = RunOptions.build(values)
-    _warn_of_arguments(values)
+    for name in (each[2:].partition("=")[0] for each in sys.argv[1:] if each.startswith("--")):
+        if name in RunOptions.names() and name not in values:
+            logger.warning(
+                "launch reads no command line: --%s has no effect; give {%r: …} in hparams",
+                name, name,
+            )  # fmt: skip
     hyperparameters = _PlainHyperparameters(
         {**values, "seed": options.seed, "output_folder": options.output_folder}
     )
@@ -228,24 +228,10 @@ def launch(
         raise
 
 
-def _warn_of_arguments(hparams: Mapping[str, Any]) -> None:
-    """Warn of run options on the command line of a program, which `launch` does not read."""
-    given = [each[2:].partition("=")[0] for each in sys.argv[1:] if each.startswith("--")]
-    for name in given:
-        if name in RunOptions.names() and name not in hparams:
-            logger.warning(
-                "launch reads no command line: --%s has no effect; give {%r: …} in hparams",
-                name, name,
-            )  # fmt: skip
-
-
 class _PlainHyperparameters:
     """Hyperparameters of `launch`: values and objects that exist already, in place of a YAML.
 
     It has the methods of `Configuration` that a run needs.
-
-    Args:
-        values: hyperparameters by key.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -255,8 +241,9 @@ class _PlainHyperparameters:
     @property
     def root(self) -> Any:
         """The values as a YAML tree, objects by their repr."""
-        values = {k: v for k, v in self.values.items() if k not in TRANSIENT_OPTIONS}
-        return represent({key: _recordable(each) for key, each in values.items()})
+        return represent(
+            {k: _recordable(v) for k, v in self.values.items() if k not in TRANSIENT_OPTIONS}
+        )
 
     def override(self, changes: Mapping[str, Any]) -> None:
         """Replace values."""
@@ -274,27 +261,8 @@ class _PlainHyperparameters:
 Hyperparameters = Configuration | _PlainHyperparameters
 
 
-def _shortened(value: Any, most: int) -> Any:
-    """Replace what is too long for a record, such as a vocabulary, by its beginning and a hash."""
-    text = repr(value)
-    return value if len(text) <= most else f"repr: {_beginning(text)}"
-
-
-def _beginning(text: str) -> str:
-    """Return a text, or the beginning of a long one and the hash of the whole."""
-    if len(text) <= MAX_REPR:
-        return text
-    return f"{text[:MAX_REPR]}…, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
 def _recordable(value: Any) -> Any:
-    """Replace objects in nested values by their repr, which is marked as one."""
-    if isinstance(value, Mapping):
-        return _shortened({str(k): _recordable(each) for k, each in value.items()}, MAX_MAPPING)
-    if isinstance(value, (list, tuple)):
-        return _shortened([_recordable(each) for each in value], MAX_LIST)
-    if isinstance(value, str):
-        return _shortened(value, MAX_LIST)
+    """Replace objects in nested values by their repr, and what is too long by its beginning."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, (numbers.Integral, numbers.Real)):  # of NumPy
@@ -302,49 +270,58 @@ def _recordable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (set, frozenset)):
-        return _recordable(sorted(value, key=repr))
-    return f"repr: {_description(value)}"
+        value = sorted(value, key=repr)
+    if isinstance(value, Mapping):
+        value = {str(k): _recordable(each) for k, each in value.items()}
+    elif isinstance(value, (list, tuple)):
+        value = [_recordable(each) for each in value]
+    elif not isinstance(value, str):
+        return f"repr: {_description(value)}"
+    text = repr(value)
+    most = MAX_MAPPING if isinstance(value, dict) else MAX_LIST
+    return value if len(text) <= most else f"repr: {_beginning(text)}"
+
+
+def _beginning(text: str) -> str:
+    """Return a text, or the beginning of a long one and the hash of the whole."""
+    if len(text) <= MAX_REPR:
+        return text
+    return f"{text[:MAX_REPR]}…, {_hash(text.encode())}"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _description(value: Any) -> str:
     """Return the repr of an object, with a hash of its data and arguments that it does not show."""
     # Addresses differ from one start to the next.
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
-    data = _bytes(value)
-    if data is not None:
-        text += f", {hashlib.sha256(data).hexdigest()[:12]}"
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
+        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    with contextlib.suppress(TypeError, ValueError, BufferError):  # no buffer, or one of objects
+        view = memoryview(value)
+        text += "" if "O" in view.format else f", {_hash(view.tobytes())}"
     for each in value.modules() if isinstance(value, Module) else [value]:
-        text += _given(each)
+        text += _arguments(each)
     return _beginning(text)
 
 
-def _bytes(value: Any) -> bytes | None:
-    """Return the data of a tensor or array, most of which a repr leaves out; None for others."""
-    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
-        return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    with contextlib.suppress(TypeError, ValueError, BufferError):  # no buffer, or one of objects
-        view = memoryview(value)
-        return None if "O" in view.format else view.tobytes()
-    return None
-
-
-def _given(value: Any) -> str:
+def _arguments(value: Any) -> str:
     """Return constructor arguments that an object has as attributes, such as ", width=8".
 
     The text is empty for a class with a repr of its own, which is taken to show them.
     """
     kind, text = type(value), ""
     name = f"{kind.__module__}.{kind.__qualname__}"
-    methods = {"__repr__", "extra_repr"}
-    classes = [each for each in kind.__mro__ if each not in (Module, object)]
-    has_repr = any(methods & {*vars(each)} for each in classes)
-    if not has_repr and not RECORDING.search(name):
+    own = {each for kinds in kind.__mro__ if kinds not in (Module, object) for each in vars(kinds)}
+    if own.isdisjoint(("__repr__", "extra_repr")) and not RECORDING.search(name):
         with contextlib.suppress(TypeError, ValueError):  # no signature
             for key in inspect.signature(kind).parameters:
-                own = getattr(value, key, None)
-                plain = isinstance(own, (bool, int, float, str, tuple, list))
+                given = getattr(value, key, None)
+                plain = isinstance(given, (bool, int, float, str, tuple, list))
                 if plain and not (EXTENDING.search(f"{name}.{key}") or is_place(key)):
-                    text += f", {key}={_recordable(own)}"
+                    text += f", {key}={_recordable(given)}"
     return text
 
 
@@ -360,43 +337,39 @@ def _run(
         distributed.start(str(pick_device(options.device)), timeout)
         stack.enter_context(session.signals_at_safe_points())
         seed_everything(options.seed, distributed.rank())
-        command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
-        header = LAUNCH_HEADER if argv is None else HEADER
-        folder, notes = stack.enter_context(
-            _run_folder(hyperparameters, options, _source(train), command, header)
-        )
+        source = _source(train)
+        folder, notes = stack.enter_context(_run_folder(hyperparameters, options, source, argv))
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
         stack.callback(log.close)
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
-        stack.enter_context(tolerant_output())
+        stack.enter_context(session.tolerant_output())
         stack.enter_context(session.messages(log, names))
         kept = not (options.debug or options.replay)
         path = folder / "train.log" if kept else None
         note = f"(its traceback is in {path})" if kept else ""
         stack.enter_context(session.logged_exceptions(log, path, note))
         stack.enter_context(session.failing_as_one())
-        for note in notes:
-            logger.warning("%s", note)
+        for each in notes:
+            logger.warning("%s", each)
+
+        def announce(lines: Sequence[str]) -> None:
+            for line in lines if kept and distributed.is_main() else ():
+                logger.info("%s", line)
+
         try:
             run = Run(hyperparameters.build(), options, folder, argv or [])
             metrics = _test_metrics(train(run))
         except DriverFinished:
             return {}
         except (Interrupted, KeyboardInterrupt):
-            _announce(go_on(folder, argv) if kept else [])
+            announce(go_on(folder, argv))
             raise
         if metrics and distributed.is_main():
             _report(metrics, folder)
         if kept:
             own = run.hparams.get("checkpointer") or run.checkpointer
-            _announce(end_lines(folder, own, _source(train), argv))
+            announce(end_lines(folder, own, source, argv))
     return metrics
-
-
-def _announce(lines: Sequence[str]) -> None:
-    """Log lines on the main rank."""
-    for line in lines if distributed.is_main() else ():
-        logger.info("%s", line)
 
 
 @contextmanager
@@ -404,23 +377,11 @@ def _run_folder(
     hyperparameters: Hyperparameters,
     options: RunOptions,
     source: Path | None,
-    command: list[str],
-    header: str,
+    argv: list[str] | None,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Context manager that opens the run folder on rank 0, and closes it at its end.
+    """Context manager that opens and records the run folder on rank 0, and closes it at its end.
 
-    Args:
-        hyperparameters: recorded in the folder; with ``debug`` the output folder is replaced.
-        options: run options.
-        source: file of the recipe, whose git revision is recorded.
-        command: program and arguments, for command.txt.
-        header: first line of hyperparams.yaml.
-
-    Yields:
-        The folder, and notes on changed hyperparameters, for the log.
-
-    Raises:
-        ValueError: the folder cannot be used; on every rank.
+    With ``debug`` it is a temporary one. Yields the folder, and notes on changed hyperparameters.
     """
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
@@ -438,33 +399,7 @@ def _run_folder(
     problem, notes = None, []
     if distributed.is_main():
         try:
-            # A restarted run resumes, and its former process may still be ending.
-            restarted = distributed.restarts() > 0
-            folder.open(
-                options.overwrite and not options.searching and not restarted,
-                patience=LOCK_SECONDS if restarted else 0.0,
-            )
-            if options.searching and folder.has_record():
-                folder.add_command(command)  # The record of the earlier run stays.
-            else:
-                now = Settings(hyperparameters.root, hyperparameters.registry)
-                try:
-                    changes = folder.changes(now)
-                except ValueError as error:
-                    changes, notes = [], [f"cannot compare with the last start: {error}"]
-                _check_changes(changes, options, folder.path, "--" if header is HEADER else "")
-                if changes:
-                    told = "; ".join(map(str, changes))
-                    notes = [f"other hyperparameters than at the last start: {told}"]
-                if options.test_only and folder.has_record():
-                    folder.add_command(command)
-                else:
-                    if folder.was_edited():
-                        notes.append(
-                            f"{folder.path / HYPERPARAMS} was edited by hand: it is written anew, "
-                            "with the values in force"
-                        )
-                    folder.record(hyperparameters.dump(), command, where, header, changes)
+            notes = _record_start(folder, hyperparameters, options, where, argv)
         except (ValueError, OSError) as error:
             problem = session.message(error)
     problem = distributed.broadcast_json(problem)
@@ -474,9 +409,47 @@ def _run_folder(
             raise ValueError(problem)
         if distributed.is_main():
             trains = not (options.searching or options.test_only)
-            stack.enter_context(folder.state_recorded(trains))
-            stack.enter_context(folder.undone_if_nothing_is_trained())
+            stack.enter_context(folder.end_recorded(trains))
         yield folder.path, notes
+
+
+def _record_start(
+    folder: RunFolder,
+    hyperparameters: Hyperparameters,
+    options: RunOptions,
+    where: dict[str, Any],
+    argv: list[str] | None,
+) -> list[str]:
+    """Open the run folder and record a start in it; return notes for the log."""
+    command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
+    # A restarted run resumes, and its former process may still be ending.
+    restarted = distributed.restarts() > 0
+    overwrite = options.overwrite and not options.searching and not restarted
+    folder.open(overwrite, patience=LOCK_SECONDS if restarted else 0.0)
+    has_record = (folder.path / HYPERPARAMS).exists()
+    if options.searching and has_record:
+        folder.add_command(command)  # The record of the earlier run stays.
+        return []
+    now, notes = Settings(hyperparameters.root, hyperparameters.registry), []
+    try:
+        changes = folder.changes(now)
+    except ValueError as error:
+        changes, notes = [], [f"cannot compare with the last start: {error}"]
+    _check_changes(changes, options, folder.path, "" if argv is None else "--")
+    if changes:
+        told = "; ".join(map(str, changes))
+        notes.append(f"other hyperparameters than at the last start: {told}")
+    if options.test_only and has_record:
+        folder.add_command(command)
+        return notes
+    if folder.was_edited():
+        notes.append(
+            f"{folder.path / HYPERPARAMS} was edited by hand: it is written anew, with the values "
+            "in force"
+        )
+    header = LAUNCH_HEADER if argv is None else HEADER
+    folder.record(hyperparameters.dump(), command, where, header, changes)
+    return notes
 
 
 def _check_changes(
@@ -518,40 +491,32 @@ def _own_modules(train: Train) -> list[str]:
 
 
 def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the metrics that `train` returned as plain numbers by name.
-
-    Raises:
-        ValueError: they are no mapping, or a value is no number.
-    """
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
+    """Return the metrics that `train` returned as plain numbers by name, or raise ValueError."""
+    if not isinstance(metrics, Mapping | None):
         raise ValueError(
             f"train must return test metrics by name, as in {{'wer': 3.2}}, not {metrics!r}"
         )
-    values = {
-        name: value.item() if isinstance(value, Tensor) else value
-        for name, value in metrics.items()
-    }
-    for name, value in values.items():
+    values = {}
+    for name, value in (metrics or {}).items():
+        values[name] = value = value.item() if isinstance(value, Tensor) else value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"the test metric {name!r} must be a number, not {value!r}")
     return values
 
 
 def _report(metrics: dict[str, Any], folder: Path) -> None:
-    """Print the test metrics, and write them as the last line of metrics.jsonl."""
-    print("test:", *(f"{name}={_formatted(value)}" for name, value in metrics.items()), flush=True)
+    """Print the test metrics, and write them as the last line of metrics.jsonl.
+
+    They have two decimals on the screen, or four digits for a number below a tenth.
+    """
+    shown = []
+    for name, value in metrics.items():
+        small = isinstance(value, int) or 0 < abs(value) < 0.1
+        shown.append(f"{name}={number(value) if small else f'{value:.2f}'}")
+    print("test:", *shown, flush=True)
     try:
         log = JsonlLogger(folder)
         log.write({"kind": "stage", "stage": "test", **metrics})
         log.close()
     except OSError as error:  # The run is complete, and its metrics are printed.
         logger.warning("metrics.jsonl lacks the test metrics: %s", error)
-
-
-def _formatted(value: float) -> str:
-    """Format with two decimals, or four digits for a number below a tenth."""
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4g}"

@@ -13,13 +13,13 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer import json_files
 from trainer.cli import session
-from trainer.cli.folder import HEADERS, HYPERPARAMS, LOCK, STATE, RunFolder
+from trainer.cli.folder import HYPERPARAMS, LOCK, STATE, RunFolder, is_run
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get
@@ -38,48 +38,21 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 @dataclass(frozen=True)
 class RunFacts:
-    """State and metrics of a run, as read from its folder.
-
-    Attributes:
-        folder: the run folder.
-        state: "running", "finished", "stopped", "crashed", or "unknown" for a run of an
-            earlier version.
-        error: the error that it crashed with; empty otherwise.
-        step: optimizer steps; None where unknown.
-        stage: stage of the metrics, "test" or "valid".
-        metrics: last metrics of the test, else of the validation.
-        changed: time of the last change in seconds since 1970.
-        notes: sentences about files that could not be read.
-    """
+    """State and metrics of a run, as read from its folder."""
 
     folder: Path
-    state: str = "unknown"
-    error: str = ""
-    step: int | None = None
-    stage: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
-    changed: float = 0.0
-    notes: tuple[str, ...] = ()
-
-
-def is_run(folder: Path) -> bool:
-    """Return True for a folder with the hyperparams.yaml of a run."""
-    path = folder / HYPERPARAMS
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.readline(200).decode(errors="replace").strip() in HEADERS
-    except OSError:
-        return False
+    # "running", "finished", "stopped", "crashed", or "unknown" for a run of an earlier version.
+    state: str
+    error: str  # The error that it crashed with; empty otherwise.
+    step: int | None  # Optimizer steps; None where unknown.
+    stage: str  # Stage of the metrics, "test" or "valid".
+    metrics: dict[str, float]  # Last metrics of the test, else of the validation.
+    changed: float  # Time of the last change in seconds since 1970.
+    notes: tuple[str, ...]  # Sentences about files that could not be read.
 
 
 def find_runs(roots: Iterable[Path]) -> Iterator[Path]:
-    """Yield the run folders in and below folders, sorted; links are not followed.
-
-    Raises:
-        ValueError: for a root that is no folder.
-    """
+    """Yield the run folders in and below folders, sorted; links are not followed."""
     for root in roots:
         if not root.is_dir():
             raise ValueError(f"{printable(str(root))} is no folder")
@@ -93,75 +66,57 @@ def find_runs(roots: Iterable[Path]) -> Iterator[Path]:
 
 
 def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Split paths into run folders, and a sentence about each path that is none.
-
-    Args:
-        given: paths; a leading `~` is the home folder.
-    """
-    folders = [Path(os.path.expanduser(each)) for each in given]
-    why = f"is no run folder: it has no {HYPERPARAMS} of a run"
-    return [each for each in folders if is_run(each)], [
-        f"{printable(str(each))} {why if each.exists() else 'does not exist'}"
-        for each in folders
-        if not is_run(each)
-    ]
+    """Split paths, in which `~` is the home folder, into run folders and sentences about others."""
+    folders: list[Path] = []
+    problems: list[str] = []
+    for path in (Path(os.path.expanduser(each)) for each in given):
+        if is_run(path):
+            folders.append(path)
+        else:
+            why = f"is no run folder: it has no {HYPERPARAMS} of a run"
+            problems.append(f"{printable(str(path))} {why if path.exists() else 'does not exist'}")
+    return folders, problems
 
 
 def beside(run: Path, ending: str) -> Path:
-    """Return the path beside a run folder that has an ending in addition, as in "1234-average".
-
-    Args:
-        run: the run folder, which may be given as "." or "..".
-        ending: text that follows the name of the folder and a hyphen.
-    """
+    """Return the path beside a run folder, even ".", that has an ending, as in "1234-average"."""
     named = run.resolve() if run.name in ("", "..") else run
     return named.with_name(f"{run.resolve().name}-{ending}")
 
 
 def read_run(folder: Path) -> RunFacts:
-    """Return the facts of a run; files that cannot be read are named in its notes.
-
-    Args:
-        folder: the run folder, which may come from elsewhere.
-    """
+    """Return the facts of a run; files that cannot be read are named in its notes."""
     notes: list[str] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            notes.append(printable(session.message(error)))
+
     record: Any = {}
-    with _noted(notes):
+    stages: dict[str, dict[str, float]] = {}
+    step: int | None = None
+    with noted():
         if os.path.lexists(folder / STATE):
             record = json_files.read(confined(folder, folder / STATE))
     record = record if isinstance(record, dict) else {}
-    stages: dict[str, dict[str, float]] = {}
-    step: int | None = None
-    with _noted(notes):
+    with noted():
         stages, step = _last_records(folder)
-    with _noted(notes):
-        step = max([RunFolder(folder).progress()[0], step or 0]) or None
+    with noted():
+        step = max(RunFolder(folder).progress()[0], step or 0) or None
     stage = next((each for each in ("test", "valid") if stages.get(each)), "")
     state = str(record.get("state", "finished" if "test" in stages else "unknown"))
-    running = is_locked(folder)
-    state = "running" if running else "crashed" if state == "running" else state
-    killed = "killed, or the machine went down" if state == "crashed" else ""
-    return RunFacts(
-        folder,
-        state=printable(state)[:MAX_CELL],
-        error="" if state != "crashed" else printable(str(record.get("error") or killed)),
-        step=step,
-        stage=stage,
-        metrics=stages.get(stage, {}),
-        changed=max(
-            _time(folder / name) for name in ("metrics.jsonl", "train.log", STATE, HYPERPARAMS)
-        ),
-        notes=tuple(notes),
-    )
-
-
-@contextmanager
-def _noted(notes: list[str]) -> Iterator[None]:
-    """Context manager that adds an error in reading to the notes."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        notes.append(printable(session.message(error)))
+    state = "running" if is_locked(folder) else "crashed" if state == "running" else state
+    error, changed = "", 0.0
+    if state == "crashed":
+        error = printable(str(record.get("error") or "killed, or the machine went down"))
+    for name in ("metrics.jsonl", "train.log", STATE, HYPERPARAMS):
+        with suppress(OSError):
+            changed = max(changed, (folder / name).lstat().st_mtime)
+    state, metrics = printable(state)[:MAX_CELL], stages.get(stage, {})
+    return RunFacts(folder, state, error, step, stage, metrics, changed, tuple(notes))
 
 
 def is_locked(folder: Path) -> bool:
@@ -208,43 +163,36 @@ def _last_records(folder: Path) -> tuple[dict[str, dict[str, float]], int | None
     return stages, step
 
 
-def _time(path: Path) -> float:
-    with suppress(OSError):
-        return path.lstat().st_mtime
-    return 0.0
-
-
 # ---------------------------------------------------------------------------------------- tables
 
 
-def list_lines(runs: Sequence[RunFacts], now: float | None = None) -> list[str]:
-    """Return the lines of `cortex ls`: a table of runs, and sentences about them.
-
-    Args:
-        runs: the runs.
-        now: time in seconds since 1970, from which ages are counted; None for the current time.
-    """
-    now = time.time() if now is None else now
+def list_lines(runs: Sequence[RunFacts]) -> list[str]:
+    """Return the lines of `cortex ls`: a table of runs, and sentences about them."""
     rows = [("run", "state", "step", "metrics", "age")]
-    notes = []
     for run in runs:
-        step = "" if run.step is None else str(run.step)
-        age = duration(now - run.changed)
-        rows.append((printable(str(run.folder)), run.state, step, metrics_text(run), age))
-        notes += _sentences(run)
-    return [*table(rows), *([""] if notes else []), *notes]
+        names = [name for name in run.metrics if name != "loss"] or list(run.metrics)
+        text = ", ".join(f"{printable(k)} {number(run.metrics[k])}" for k in names[:MAX_METRICS])
+        age = duration(time.time() - run.changed)
+        rows.append((*_first_cells(run), f"{run.stage} {text}".strip(), age))
+    return _with_sentences(table(rows), runs, {})
 
 
-def _sentences(run: RunFacts) -> list[str]:
-    """Return the error that a run crashed with, and its notes."""
-    return [f"{printable(str(run.folder))}: {text}" for text in (run.error, *run.notes) if text]
+def _first_cells(run: RunFacts) -> tuple[str, str, str]:
+    step = "" if run.step is None else str(run.step)
+    return printable(str(run.folder)), run.state, step
 
 
-def metrics_text(run: RunFacts) -> str:
-    """Return the first metrics of a run, such as "test wer 1.11, cer 0.65"."""
-    names = [name for name in run.metrics if name != "loss"] or list(run.metrics)
-    text = ", ".join(f"{printable(k)} {number(run.metrics[k])}" for k in names[:MAX_METRICS])
-    return f"{run.stage} {text}".strip()
+def _with_sentences(
+    lines: list[str], runs: Sequence[RunFacts], unread: Mapping[Path, str]
+) -> list[str]:
+    """Return the lines of a table, and below it what went wrong in runs and in reading them."""
+    notes = [
+        f"{printable(str(run.folder))}: {text}"
+        for run in runs
+        for text in (unread.get(run.folder), run.error, *run.notes)
+        if text
+    ]
+    return [*lines, *([""] if notes else []), *notes]
 
 
 def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
@@ -253,46 +201,38 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
     The table has a row for each run with its last metrics and the hyperparameters that differ, and
     for runs that differ in their seeds alone a row with mean and standard deviation.
     """
-    values, notes = {}, []
+    values, unread = {}, {}
     for run in runs:
         try:
             values[run.folder] = settings(run.folder)
         except (ValueError, OSError) as error:
-            notes.append(f"{printable(str(run.folder))}: {printable(str(error))}")
-        notes += _sentences(run)
+            unread[run.folder] = printable(str(error))
     every = {key: [each.get(key) for each in values.values()] for key in _keys(values.values())}
     keys = [key for key, found in every.items() if any(each != found[0] for each in found)]
     tests = [run.metrics for run in runs]
     only_loss = any([*each] == ["loss"] for each in tests)
     names = [name for name in _keys(tests) if name != "loss" or only_loss]
     rows: list[tuple[str, ...]] = [("run", "state", "step", "stage", *names, *keys)]
-    groups: dict[tuple[str, ...], list[RunFacts]] = {}
+    groups: dict[tuple[str, ...], list[tuple[RunFacts, dict[str, str]]]] = {}
     for run in runs:
         own = values.get(run.folder, {})
-        cells = tuple(_cell(own.get(key)) for key in keys)
+        cells = {key: _cell(own.get(key)) for key in keys}
         measured = (number(run.metrics[n]) if n in run.metrics else "" for n in names)
-        step = "" if run.step is None else str(run.step)
-        rows.append((printable(str(run.folder)), run.state, step, run.stage, *measured, *cells))
+        rows.append((*_first_cells(run), run.stage, *measured, *cells.values()))
         if run.folder in values:
-            alike = [_cell(own.get(key)) for key in keys if key != "seed"]
-            groups.setdefault((run.stage, *alike), []).append(run)
-    for (stage, *_), group in groups.items():
-        seeds = {_cell(values[run.folder].get("seed")) for run in group}
-        if len(seeds) > 1:
-            own = values[group[0].folder]
-            cells = tuple("any" if key == "seed" else _cell(own.get(key)) for key in keys)
-            spread = (_spread([run.metrics.get(name) for run in group]) for name in names)
-            rows.append((f"mean of {len(group)}", "", "", stage, *spread, *cells))
-    return [*table(rows), *([""] if notes else []), *notes]
+            alike = {**cells, "seed": "any"} if "seed" in cells else cells
+            groups.setdefault((run.stage, *alike.values()), []).append((run, cells))
+    for (stage, *shared), group in groups.items():
+        if len({cells.get("seed") for _, cells in group}) > 1:
+            spread = (_spread([run.metrics.get(name) for run, _ in group]) for name in names)
+            rows.append((f"mean of {len(group)}", "", "", stage, *spread, *shared))
+    return _with_sentences(table(rows), runs, unread)
 
 
 def settings(folder: Path) -> dict[str, Any]:
     """Return the hyperparameters of a run by key, without references and neutral keys.
 
     Paths in the run folder are relative to it.
-
-    Raises:
-        ValueError: hyperparams.yaml cannot be read.
     """
     configuration = Configuration(folder / HYPERPARAMS, run_folder=True)
     check_tags(configuration.root)

@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from trainer.loggers import TextLog
 logger = logging.getLogger("trainer")
 
 ORPHAN_SECONDS = 7.0  # Time that a rank has to save and stop when its launcher has died.
-FRAME = re.compile(r'  File "(.+)", line \d+')
+FRAME = re.compile(r'^  File "(.+)", line \d+.*\n(?:    .*\n)*', re.MULTILINE)
 _follows_launcher = False
 
 
@@ -50,13 +51,10 @@ class _Handler(logging.Handler):
 
 
 @contextmanager
-def messages(log: TextLog, names: Iterable[str], alone: bool = True) -> Iterator[None]:
+def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
     """Context manager that sends messages and Python's warnings to train.log and the terminal.
 
-    Args:
-        log: train.log.
-        names: names of loggers, beside those of the trainer and of Python's warnings.
-        alone: these loggers pass their messages to no other handler.
+    ``names`` are further loggers, beside those of the trainer and of Python's warnings.
     """
     handler = _Handler(log)
     loggers = [logging.getLogger(name) for name in {"trainer", "py.warnings", *names}]
@@ -64,7 +62,7 @@ def messages(log: TextLog, names: Iterable[str], alone: bool = True) -> Iterator
     logging.captureWarnings(True)
     for each in loggers:
         each.setLevel(logging.INFO)
-        each.propagate = each.propagate and not alone
+        each.propagate = False
         each.addHandler(handler)
     try:
         yield
@@ -90,6 +88,46 @@ def signals_at_safe_points() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signals.reset()
+
+
+class _TolerantStream:
+    """The stream of `sys` of a name, which drops text that cannot be written, with one warning."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._stream, self._warned = name, getattr(sys, name), False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True  # Before the warning, which comes back here.
+                why = error.strerror or error
+                logger.warning("%s lacks text from here on: %s", self._name, why)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Context manager in which a full disk or a closed pipe behind the output ends no run."""
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    own = {name: _TolerantStream(name) for name in before}
+    vars(sys).update(own)
+    try:
+        yield
+    finally:
+        for name, stream in own.items():
+            if getattr(sys, name) is stream:  # Nobody, such as a notebook, has redirected it.
+                setattr(sys, name, before[name])
 
 
 def end_with_launcher() -> None:
@@ -122,20 +160,21 @@ def failing_as_one() -> Iterator[None]:
     try:
         yield
     except (Exception, signals.Interrupted) as error:
-        if distributed.world_size() > 1:
+        several = distributed.world_size() > 1
+        if several:
             signals.keep_error()  # torchrun sends SIGTERM as soon as the first rank has ended.
         stop = error if isinstance(error, signals.Interrupted) else None
         # Collectives raise these, and torchrun stops the ranks that are left by a signal. An error
         # that all ranks raise alike is one of another type.
         failed = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
         cause = distributed.departure() if failed or stop is not None else None
-        if cause is not None and cause["request"] is not None:
-            raise signals.Interrupted(cause["request"], saves=False) from error
         if cause is not None:
+            if cause["request"] is not None:
+                raise signals.Interrupted(cause["request"], saves=False) from error
             raise OtherRankFailed(f"rank {cause['rank']} failed: {cause['error']}") from error
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         distributed.depart(request=None if stop is None else stop.number, error=said)
-        if stop is None and distributed.world_size() > 1:
+        if stop is None and several:
             error.add_note(f"(on rank {distributed.rank()})")
         raise
 
@@ -148,10 +187,8 @@ class OtherRankFailed(RuntimeError):
 def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterator[None]:
     """Context manager that writes the traceback of an exception to train.log.
 
-    Args:
-        log: train.log on the main rank.
-        path: the file train.log, to which the other ranks append their lines; None for no log.
-        note: text that is added to the exception, for users who see its message alone.
+    The main rank writes to ``log``, and the others append to its file, at ``path``. ``note`` is
+    added to the exception, for users who see its message alone.
     """
     try:
         yield
@@ -166,7 +203,7 @@ def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterat
             for line in lines:
                 log.write(line)
             if path is not None and isinstance(error, Exception):
-                refresh_report(path.parent)
+                _refresh_report(path.parent)
         elif path is not None:
             _append(path, lines)
         if note and not isinstance(error, OtherRankFailed):
@@ -174,7 +211,7 @@ def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterat
         raise
 
 
-def refresh_report(folder: Path) -> None:
+def _refresh_report(folder: Path) -> None:
     """Rewrite the report of a run, if it has one, so that it shows the error in train.log."""
     from trainer.report import write_html
 
@@ -191,86 +228,64 @@ def _append(path: Path, lines: list[str]) -> None:
     data = "".join(f"{start}{line}\n" for line in lines).encode(errors="backslashreplace")
     try:
         # The main rank may not have written yet; on another machine there may be no folder.
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        with path.open("ab", buffering=0) as file:
+            file.write(data)
     except OSError as error:
         logger.warning("%s lacks the error of rank %d: %s", path, distributed.rank(), error)
-        return
-    try:
-        os.write(file, data)
-    finally:
-        os.close(file)
 
 
 def trim(error: BaseException) -> None:
     """Remove frames of Python, of installed packages and of the trainer from tracebacks.
 
-    The last frame stays. The text in which torch reports errors of loader workers is trimmed too.
-
-    Args:
-        error: the error, which is changed in place together with its causes and contexts.
+    The last frame stays. Causes and contexts are trimmed too, and the text in which torch reports
+    errors of loader workers.
     """
-    seen: list[BaseException] = []
+    seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
         each = waiting.pop()
-        if each is None or each in seen:
+        if each is None or id(each) in seen:
             continue
-        seen.append(each)
+        seen.add(id(each))
         waiting += [each.__cause__, each.__context__]
-        frames: list[TracebackType] = []
-        trace = each.__traceback__
-        while trace is not None:
-            frames.append(trace)
-            trace = trace.tb_next
-        kept = None
-        for number, frame in enumerate(reversed(frames)):
-            if not number or not is_library(frame.tb_frame.f_code.co_filename):
-                kept = TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
-        each.__traceback__ = kept
+        each.__traceback__ = _trimmed(each.__traceback__)
         if each.args and isinstance(each.args[0], str) and each.args[0].startswith("Caught "):
             text = each.args[0]
             each.args = (type(text)(_trimmed_text(text)), *each.args[1:])
 
 
+def _trimmed(trace: TracebackType | None) -> TracebackType | None:
+    frames, kept = [], None
+    while trace is not None:
+        frames.append(trace)
+        trace = trace.tb_next
+    for each in reversed(frames):
+        if kept is None or not is_library(each.tb_frame.f_code.co_filename):
+            kept = TracebackType(kept, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    return kept
+
+
 def _trimmed_text(text: str) -> str:
     """Return the text of a traceback without frames of libraries; the last frame stays."""
-    lines = text.splitlines()
-    starts = [n for n, line in enumerate(lines) if FRAME.match(line)]
-    kept, keeps = [], True
-    for number, line in enumerate(lines):
-        found = FRAME.match(line)
-        if found:
-            keeps = number == starts[-1] or not is_library(found[1])
-        elif not line.startswith("    "):
-            keeps = True
-        if keeps:
-            kept.append(line)
-    return "\n".join(kept)
+    last = max((found.start() for found in FRAME.finditer(text)), default=0)
+    return FRAME.sub(
+        lambda found: "" if is_library(found[1]) and found.start() != last else found[0], text
+    ).removesuffix("\n")
 
 
 def say(text: str, delay: int = 0) -> None:
-    """Write the final message of this rank to stderr and to torchrun's error file.
-
-    Args:
-        text: the message.
-        delay: as for `tell_launcher`.
-    """
+    """Write the final message of this rank to stderr, and as `tell_launcher` does."""
     print(f"{rank_prefix()}{text}", file=sys.stderr)
     tell_launcher(text, delay)
 
 
 def tell_launcher(text: str, delay: int = 0) -> None:
-    """Write the cause of this rank's end to torchrun's error file; torchrun's report shows it.
+    """Write the cause of this rank's end to torchrun's error file, if torchrun has started it.
 
-    Nothing is written in a process that torchrun did not start.
-
-    Args:
-        text: cause of the end.
-        delay: seconds to add to the time of the error. torchrun reports the earliest error, in
-            whole seconds, as the root cause.
+    Its report has the earliest error, in whole seconds, as the root cause; ``delay`` seconds are
+    added to the time of this one.
     """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": text, "timestamp": str(int(time.time()) + delay)}
         whole = Path(f"{path}.new")
         with suppress(OSError):  # The terminal shows it, too.
@@ -279,11 +294,10 @@ def tell_launcher(text: str, delay: int = 0) -> None:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Return True for an error that users can correct, so that its message is enough.
+    """Return True for an error of the system, and for one that the trainer or a recipe raises.
 
-    These are errors of the operating system (a missing file, a full disk), and errors that the
-    trainer or a recipe raises itself. An error that a library raises, or an import that fails
-    unexpectedly, is a bug and needs its traceback.
+    Its message is enough. An error that a library raises, or an import that fails unexpectedly, is
+    a bug and needs its traceback.
     """
     if isinstance(error, OSError):
         return True
@@ -307,3 +321,9 @@ def message(error: BaseException) -> str:
 def rank_prefix() -> str:
     """Return "[rank 1] ", the prefix of messages from processes other than the main one."""
     return "" if distributed.is_main() else f"[rank {distributed.rank()}] "
+
+
+def environment_of_children() -> dict[str, str]:
+    """Return the environment of a program that imports modules of the current folder, too."""
+    path = filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from ruamel.yaml.nodes import MappingNode
 
@@ -15,7 +15,6 @@ from trainer.checkpoint import storage
 from trainer.checkpoint.checkpointer import Best, Checkpointer, ranked
 from trainer.checkpoint.storage import Checkpoint
 from trainer.cli.folder import HYPERPARAMS, RunFolder
-from trainer.cli.runs import is_locked
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, nodes, plain
 from trainer.evaluation import load_weights
@@ -30,18 +29,11 @@ PLACES = ("epoch", "optimizer_step", "step")  # in the meta of a checkpoint; not
 
 @dataclass(frozen=True)
 class Removable:
-    """Folder that may be deleted.
-
-    Attributes:
-        run: the run folder.
-        path: the folder to delete.
-        bytes: the space that it takes on the disk.
-        why: reason why it is not needed.
-    """
+    """Folder of a run that is not needed and may be deleted."""
 
     run: Path
     path: Path
-    bytes: int
+    bytes: int  # on the disk
     why: str
 
 
@@ -49,18 +41,8 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
     """Return the folders of a run that may be deleted, and sentences about those left alone.
 
     These are the remains of killed saves, and checkpoints that are neither the newest, nor the
-    newest of an epoch's end, nor among the best by a metric, nor named by the program. A run that
-    is still going on has none.
-
-    Args:
-        run: the run folder.
+    newest of an epoch's end, nor among the best by a metric, nor named by the program.
     """
-    if is_locked(run):
-        return [], [f"{printable(str(run))} is going on: nothing of it is deleted"]
-    return _candidates(run)
-
-
-def _candidates(run: Path) -> tuple[list[Removable], list[str]]:
     found: list[Removable] = []
     notes: list[str] = []
     for folder in _checkpoint_folders(run):
@@ -93,12 +75,9 @@ def _candidates(run: Path) -> tuple[list[Removable], list[str]]:
 
 
 def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
-    """Delete folders that `removable` has listed.
+    """Delete folders that `removable` has listed and that are still not needed.
 
-    Each run is locked meanwhile. A folder that has become needed since then is not deleted.
-
-    Returns:
-        The number of bytes that were freed, and the problems, a sentence each.
+    Each run is locked meanwhile. Returns the bytes that were freed, and sentences on problems.
     """
     freed, problems = 0, []
     for run in dict.fromkeys(each.run for each in items):
@@ -109,7 +88,7 @@ def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
                 lock = storage.lock_folder(place)
                 if lock is None:
                     raise ValueError(f"another process saves in {place}: nothing was deleted there")
-                still = {each.path for each in _candidates(run)[0]}
+                still = {each.path for each in removable(run)[0]}
                 for each in items:
                     if each.path.parent == place and each.path in still:
                         stale = storage.TEMPORARY_NAME.fullmatch(each.path.name)
@@ -145,18 +124,15 @@ def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
     rules, number = _rules(run)
     known = {rule.metric for rule in rules}
     others = {name for each in newest for name in each.meta if name not in (*known, *PLACES)}
-    rules += [Best("loss", "min")] if "loss" in others else []
-    rules += [Best(name, mode) for name in others - {"loss"} for mode in ("min", "max")]
+    rules += [Best(name, "min") for name in others]
+    rules += [Best(name, "max") for name in others if name != "loss"]
     for rule in rules:
         kept.update(ranked(newest, rule.metric, rule.mode)[: max(rule.n, number)])
     return kept
 
 
 def _rules(run: Path) -> tuple[list[Best], int]:
-    """Return the ``keep_best`` rules of a run's YAML, and its ``average_checkpoints``.
-
-    These are no rules and 1 for a YAML that cannot be read.
-    """
+    """Return ``keep_best`` rules and ``average_checkpoints`` of a YAML, if it can be read."""
     rules: list[Best] = []
     try:
         configuration = Configuration(run / HYPERPARAMS, run_folder=True)
@@ -172,21 +148,6 @@ def _rules(run: Path) -> tuple[list[Best], int]:
 # ------------------------------------------------------------------------------------- averaging
 
 
-class _Weights:
-    """State of a Brain with its weights alone, for a checkpoint to use and not to resume from."""
-
-    def __init__(self, weights: Any) -> None:
-        self._weights = weights
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights as the state of a Brain has them."""
-        return {"modules": self._weights}
-
-    def load_state_dict(self, state: Any) -> None:
-        """Replace the weights."""
-        self._weights = state["modules"]
-
-
 def average(
     run: Path,
     output: Path,
@@ -194,7 +155,7 @@ def average(
     min_key: str | None = None,
     max_key: str | None = None,
 ) -> list[Checkpoint]:
-    """Write a run folder whose one checkpoint has the mean of the weights of a run's checkpoints.
+    """Write a run folder whose checkpoint has the mean weights of checkpoints; return these.
 
     For a run with ``ema_decay`` it is the mean of the moving averages. The new folder is for
     `trainer.load` and for tests; a training cannot resume from it.
@@ -205,13 +166,6 @@ def average(
         number: number of checkpoints; None for all.
         min_key: take those with the lowest values of this metric, in place of the newest.
         max_key: take those with the highest values of this metric.
-
-    Returns:
-        The checkpoints that were averaged.
-
-    Raises:
-        ValueError: both keys are given, there are too few sound checkpoints, or ``output`` exists.
-        OSError: a file cannot be written.
     """
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")
@@ -221,38 +175,41 @@ def average(
     found = checkpointer.list_checkpoints()
     if key := min_key or max_key:
         found = ranked(found, key, "min" if min_key else "max")
-    if not found or len(found) < (number or 1):
-        if not found and not key:
-            raise ValueError(f"{printable(str(run))} has no sound checkpoint")
+    name, wanted = printable(str(run)), number or 1
+    if not found and not key:
+        raise ValueError(f"{name} has no sound checkpoint")
+    if len(found) < wanted:
         by = f" with a finite {key!r}" if key else ""
         raise ValueError(
-            f"{printable(str(run))} has {len(found)} checkpoints{by} and not {number or 1}: a run "
-            "keeps more of them by keep_last and keep_best of its Checkpointer"
+            f"{name} has {len(found)} checkpoints{by} and not {wanted}: a run keeps more of them "
+            "by keep_last and keep_best of its Checkpointer"
         )
     chosen = found[:number]
     configuration = Configuration(run / HYPERPARAMS, run_folder=True)
-    options = configuration.options()
-    wanted = RunOptions(average_checkpoints=len(chosen), ema_decay=options.get("ema_decay"))
+    given = configuration.options()
+    options = RunOptions(average_checkpoints=len(chosen), ema_decay=given.get("ema_decay"))
     with memory_in_proportion(run):
-        weights = load_weights(checkpointer, wanted, max_key, min_key)
+        weights = load_weights(checkpointer, options, max_key, min_key)
     if weights is None:
-        raise ValueError(f"{printable(str(run))} has no sound checkpoint")
+        raise ValueError(f"{name} has no sound checkpoint")
     sound = {each.name for each in checkpointer.list_checkpoints()}
     chosen = [each for each in chosen if each.name in sound]  # A broken one was left out.
     alone = {"average_checkpoints": 1, "ema_decay": None}
-    configuration.override({name: alone[name] for name in alone if name in options})
-    configuration.override({"output_folder": str(output)})
+    changes = {key: value for key, value in alone.items() if key in given}
+    configuration.override({**changes, "output_folder": str(output)})
     new = temporary(output)
     shutil.rmtree(new, ignore_errors=True)
     try:
         meta = {**chosen[0].meta, "average_of": [each.name for each in chosen]}
-        saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": _Weights(weights)})
+        # The state of a Brain with its weights alone, to use and not to resume from.
+        brain = SimpleNamespace(state_dict=lambda: {"modules": weights}, load_state_dict=None)
+        saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": brain})
         if saved := saver.save_checkpoint(meta):
             storage.cut_to_weights(saved, saved.files)
         with (run / HYPERPARAMS).open(encoding="utf-8") as file:
             header = file.readline(200).strip()
-        text = f"{header}\n{configuration.dump()}"
-        replace_file(new / HYPERPARAMS, [text.encode()], HYPERPARAMS)
+        text = f"{header}\n{configuration.dump()}".encode()
+        replace_file(new / HYPERPARAMS, [text], HYPERPARAMS)
         os.rename(new, output)
     finally:
         shutil.rmtree(new, ignore_errors=True)

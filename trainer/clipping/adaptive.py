@@ -10,7 +10,6 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from trainer import checks
 from trainer.clipping.gradients import Clip, Gradients, is_reliable, joint, limit_of, safe_norms
@@ -37,7 +36,7 @@ def percentile(sorted_values: Sequence[float], percent: float) -> float:
     return below + (above - below) * (rank - low)
 
 
-class AutoClip(Clip):
+class AutoClip(checks.Stateful, Clip):
     """Clip the joint norm at a percentile of its history.
 
         c_t = percentile p of ‖g_1‖ … ‖g_t‖,    g ← g · min(1, c_t / ‖g‖)
@@ -54,6 +53,7 @@ class AutoClip(Clip):
     """
 
     scale = 1.0
+    saved = ("limit", "recent")
 
     def __init__(self, percentile: float = 10.0, history: int = 10_000) -> None:
         self.percentile = checks.within("AutoClip", "percentile", percentile, 0.0, 100.0)
@@ -61,7 +61,7 @@ class AutoClip(Clip):
         self._sorted: list[float] = []
 
     def __call__(self, gradients: Gradients) -> bool:
-        if not _is_usable(gradients.norm):
+        if not 0.0 < gradients.norm < math.inf:
             return False
         if len(self._norms) == self._norms.maxlen:
             del self._sorted[bisect.bisect_left(self._sorted, self._norms[0])]
@@ -70,17 +70,15 @@ class AutoClip(Clip):
         self.limit = self.scale * percentile(self._sorted, self.percentile)
         return _clip_joint_norm(gradients, self.limit)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the remembered norms, oldest first, and the limit of the last step."""
-        return {"limit": self.limit, "recent": {"norms": list(self._norms)}}
+    @property
+    def recent(self) -> dict[str, list[float]]:
+        """The remembered norms, oldest first; of those that are set, the last ones are kept."""
+        return {"norms": list(self._norms)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned; a shorter history keeps the last norms."""
-        checks.same_keys(type(self).__name__, state, ("limit", "recent"))
-        checks.same_keys("the history of norms", state["recent"], ("norms",))
-        self.limit = state["limit"]
-        self._norms.clear()
-        self._norms.extend(state["recent"]["norms"])
+    @recent.setter
+    def recent(self, state: Mapping[str, list[float]]) -> None:
+        checks.same_keys("the history of norms", state, ("norms",))
+        self._norms = deque(state["norms"], self._norms.maxlen)
         self._sorted = sorted(self._norms)
 
 
@@ -146,23 +144,19 @@ class ZClip(checks.Stateful, Clip):
 
     def __call__(self, gradients: Gradients) -> bool:
         norm = gradients.norm
-        if not _is_usable(norm):
+        if not 0.0 < norm < math.inf:
             return False
         # A run that resumes within the warm-up, with fewer steps of it, has no mean yet.
         if len(self.first) < self.warmup_steps or not self.mean:
-            self._warm_up(norm)
             self.limit = self.max_norm
+            self.first.append(norm)
+            if len(self.first) >= self.warmup_steps:
+                self.mean = math.fsum(self.first) / len(self.first)
+                squares = ((each - self.mean) ** 2 for each in self.first)
+                self.variance = math.fsum(squares) / len(self.first)
         else:
             self.limit = min(self._update(norm), self.max_norm)
         return _clip_joint_norm(gradients, self.limit)
-
-    def _warm_up(self, norm: float) -> None:
-        """Collect a norm; the last one gives the first mean and variance."""
-        self.first.append(norm)
-        if len(self.first) >= self.warmup_steps:
-            self.mean = math.fsum(self.first) / len(self.first)
-            squares = ((each - self.mean) ** 2 for each in self.first)
-            self.variance = math.fsum(squares) / len(self.first)
 
     def _update(self, norm: float) -> float:
         """Return the limit for this norm, and update mean and variance."""
@@ -222,34 +216,23 @@ class AdaGC(checks.Stateful, Clip):
         again = dict(zip(small, safe_norms([gradients.tensors[i] for i in small]), strict=True))
         gradients.norms = [again.get(i, norm) for i, norm in enumerate(gradients.norms)]
         self.steps += 1
-        if self.steps <= self.warmup_steps:
-            return self._warm_up(gradients)
-        limits = [self.lambda_rel * self.averages.get(i, math.inf) for i in gradients.indices]
-        self.limit = joint(limits)
-        coefficients = [
-            limit / norm if norm > limit else 1.0
-            for norm, limit in zip(gradients.norms, limits, strict=True)
-        ]
-        clipped = gradients.scale_each(coefficients)
+        warming_up = self.steps <= self.warmup_steps
+        if warming_up:
+            self.limit = self.lambda_abs
+            clipped = _clip_joint_norm(gradients, self.limit)
+        else:
+            limits = [self.lambda_rel * self.averages.get(i, math.inf) for i in gradients.indices]
+            self.limit = joint(limits)
+            pairs = zip(gradients.norms, limits, strict=True)
+            clipped = gradients.scale_each(
+                [limit / norm if norm > limit else 1.0 for norm, limit in pairs]
+            )
         for i, norm in zip(gradients.indices, gradients.norms_after(), strict=True):
             if norm > 0.0:
                 old = self.averages.get(i, norm)
-                self.averages[i] = self.beta * old + (1.0 - self.beta) * norm
+                average = self.beta * old + (1.0 - self.beta) * norm
+                self.averages[i] = min(old, norm) if warming_up else average
         return clipped
-
-    def _warm_up(self, gradients: Gradients) -> bool:
-        """Clip the joint norm, and take the smallest norm of each tensor."""
-        self.limit = self.lambda_abs
-        clipped = _clip_joint_norm(gradients, self.limit)
-        for i, norm in zip(gradients.indices, gradients.norms_after(), strict=True):
-            if norm > 0.0:
-                self.averages[i] = min(self.averages.get(i, math.inf), norm)
-        return clipped
-
-
-def _is_usable(norm: float) -> bool:
-    """Return True if a norm may enter a history."""
-    return math.isfinite(norm) and norm > 0.0
 
 
 def _clip_joint_norm(gradients: Gradients, limit: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -79,15 +80,6 @@ class GradualClip(checks.Stateful, Clip):
         return before + (after - before) * share
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return what the kind measures.
-
-        Args:
-            gradients: the gradients to measure.
-            factor: number or scalar tensor by which they will be multiplied.
-
-        Returns:
-            Vectors (len(gradients.tensors),), one for each measurement of the kind.
-        """
         return self.clip.measure(gradients, factor)
 
     def __call__(self, gradients: Gradients) -> bool:
@@ -96,7 +88,6 @@ class GradualClip(checks.Stateful, Clip):
         return self.clip(gradients)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a state that `state_dict` returned, and set the limit."""
         super().load_state_dict(state_dict)
         self.limit = self.limit_at(self.steps)
 
@@ -138,27 +129,14 @@ class MixedClip(Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Bind every kind."""
         for clip in self.clips:
             clip.bind(owner, names, optimizer)
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return what all kinds measure.
-
-        Args:
-            gradients: the gradients to measure.
-            factor: number or scalar tensor by which they will be multiplied.
-
-        Returns:
-            Vectors (len(gradients.tensors),), those of the first kind first.
-        """
-        found: list[Tensor] = []
-        self._slices = []
-        for clip in self.clips:
-            start, measure = len(found), getattr(clip, "measure", None)
-            found += [] if measure is None else measure(gradients, factor)
-            self._slices.append((start, len(found)))
-        return found
+        found = [clip.measure(gradients, factor) for clip in self.clips]
+        ends = [0, *accumulate(map(len, found))]
+        self._slices = list(pairwise(ends))
+        return list(chain(*found))
 
     def __call__(self, gradients: Gradients) -> bool:
         self.limit, clipped = self.clips[0].limit, False
@@ -196,6 +174,4 @@ class MixedClip(Clip):
                 f"{', '.join(kinds)}: the checkpoint was made with other settings"
             )
         for clip, each in zip(self.clips, state["clips"], strict=True):
-            load = getattr(clip, "load_state_dict", None)
-            if load is not None:
-                load(each)
+            getattr(clip, "load_state_dict", lambda _: None)(each)

@@ -50,15 +50,6 @@ class NormClip(Clip):
         self.p = checks.within(type(self).__name__, "p", p, 0.0, math.inf, "(]")
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return the p-norms, unless p is 2: those are measured anyway.
-
-        Args:
-            gradients: the gradients to measure.
-            factor: number or scalar tensor by which they will be multiplied.
-
-        Returns:
-            One vector (len(gradients.tensors),), or none.
-        """
         return [] if self.p == 2.0 else [norms(gradients.tensors, self.p) * factor]
 
     def p_norms(self, gradients: Gradients) -> list[float]:
@@ -104,15 +95,9 @@ class LayerClip(NormClip):
         super().__init__(limit, p)
 
     def __call__(self, gradients: Gradients) -> bool:
-        limits = [math.inf] * len(gradients.tensors)
-        for limit, members in gradients.parts(self.limit):
-            for i in members:
-                limits[i] = limit
-        coefficients = [
-            limit / (norm + 1e-6) if norm > limit else 1.0
-            for norm, limit in zip(self.p_norms(gradients), limits, strict=True)
-        ]
-        return gradients.scale_each(coefficients)
+        parts = gradients.parts(self.limit)
+        alone = [(limit, [i]) for limit, members in parts for i in members]
+        return self._clip_parts(gradients, alone)
 
 
 class PatternClip(NormClip):
@@ -149,7 +134,6 @@ class PatternClip(NormClip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Find the parameters of each pattern, and log their number."""
         super().bind(owner, names, optimizer)
         self._pattern = match_patterns(owner, "PatternClip: the pattern", list(self.limits), names)
         found = list(self._pattern.values())
@@ -161,12 +145,11 @@ class PatternClip(NormClip):
     def __call__(self, gradients: Gradients) -> bool:
         if self._pattern is None:
             raise ValueError("PatternClip does not know the names of the parameters: call bind")
-        members: dict[str, list[int]] = {pattern: [] for pattern in self.limits}
-        for i, param in enumerate(gradients.params):
-            pattern = self._pattern.get(param)
-            if pattern is not None:
-                members[pattern].append(i)
-        parts = [(self.limits[pattern], where) for pattern, where in members.items() if where]
+        found = [self._pattern.get(param) for param in gradients.params]
+        parts = [
+            (limit, [i for i, each in enumerate(found) if each == pattern])
+            for pattern, limit in self.limits.items()
+        ]
         return self._clip_parts(gradients, parts)
 
 
@@ -192,15 +175,6 @@ class ValueClip(Clip):
         self.limit = limit_of(limit, "ValueClip: limit")
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return the largest absolute value of each tensor.
-
-        Args:
-            gradients: the gradients to measure.
-            factor: number or scalar tensor by which they will be multiplied.
-
-        Returns:
-            One vector (len(gradients.tensors),).
-        """
         self.refuse_complex(gradients)
         return [norms(gradients.tensors, math.inf) * factor]
 
@@ -211,7 +185,6 @@ class ValueClip(Clip):
             if over:
                 torch._foreach_clamp_max_(over, limit)
                 torch._foreach_clamp_min_(over, -limit)
+                gradients.norm_after = None  # Measuring again would cost a host-device sync.
                 clipped = True
-        if clipped:
-            gradients.norm_after = None  # Measuring again would cost a host-device sync.
         return clipped

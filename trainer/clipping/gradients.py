@@ -103,17 +103,14 @@ class Gradients:
         self.norms = values[:number]
         self.extra = [values[i : i + number] for i in range(number, len(values), number or 1)]
         self.norm = joint(self.norms)
-        if not is_reliable(self.norm):
-            self._measure_again()
+        if not is_reliable(self.norm):  # Syncs, but is rare.
+            safe = safe_norms(self.tensors)
+            # Finite gradients have the norms that they would have without the others.
+            finite = [n for n, s in zip(self.norms, safe, strict=True) if math.isfinite(s)]
+            if is_reliable(joint(finite)):
+                safe = [n if math.isfinite(s) else s for n, s in zip(self.norms, safe, strict=True)]
+            self.norms, self.norm = safe, joint(safe)
         self.norm_after = self.norm
-
-    def _measure_again(self) -> None:
-        """Measure at any scale (syncs), finite gradients as if there were no others."""
-        safe = safe_norms(self.tensors)
-        finite = [n for n, s in zip(self.norms, safe, strict=True) if math.isfinite(s)]
-        if is_reliable(joint(finite)):
-            safe = [n if math.isfinite(s) else s for n, s in zip(self.norms, safe, strict=True)]
-        self.norms, self.norm = safe, joint(safe)
 
     @property
     def finite(self) -> bool:
@@ -160,18 +157,15 @@ class Gradients:
         if not any("max_grad_norm" in group for group in self.groups):
             return [(limit, list(range(len(self.tensors))))]
         found: dict[Any, tuple[float, list[int]]] = {}
-        rest: list[int] = []
         start = 0
         for number, group in enumerate(self.groups):
             stop = start + sum(p.grad is not None for p in group["params"])
+            part = None, limit
             if "max_grad_norm" in group:
-                own = limit_of(group["max_grad_norm"])
-                _, members = found.setdefault(group.get("clipped_with", number), (own, []))
-                members += range(start, stop)
-            else:
-                rest += range(start, stop)
+                part = group.get("clipped_with", number), limit_of(group["max_grad_norm"])
+            found.setdefault(part[0], (part[1], []))[1].extend(range(start, stop))
             start = stop
-        return [*found.values(), (limit, rest)]
+        return list(found.values())
 
     def scale_each(self, coefficients: Sequence[float]) -> bool:
         """Multiply each gradient in place by its own coefficient.
@@ -244,7 +238,8 @@ def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     tensors = list(tensors)
     dtypes = {t.dtype for t in tensors}
     if not dtypes.isdisjoint(COMPLEX):
-        tensors = [_real(t, p) for t in tensors]
+        real = (lambda t: torch.view_as_real(t.resolve_conj())) if p == 2.0 else torch.abs
+        tensors = [real(t) if t.is_complex() else t for t in tensors]
     if p == math.inf:
         tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
     if p == math.inf and all(t.is_cpu for t in tensors):  # Much faster there than that norm.
@@ -258,13 +253,6 @@ def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
         found = tuple(norm.to(found[0].device) for norm in found)
     vector = torch.stack(found)
     return vector if vector.dtype.itemsize >= 4 else vector.float()
-
-
-def _real(tensor: Tensor, p: float) -> Tensor:
-    """Return real numbers with the same p-norm."""
-    if not tensor.is_complex():
-        return tensor
-    return torch.view_as_real(tensor.resolve_conj()) if p == 2.0 else tensor.abs()
 
 
 def safe_norms(tensors: Sequence[Tensor], p: float = 2.0) -> list[float]:
@@ -396,6 +384,18 @@ class Clip:
                 "groups with a max_grad_norm of their own, which it ignores; leave one out, or "
                 "use trainer.clipping.NormClip, LayerClip or ValueClip"
             )
+
+    def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
+        """Return what this kind measures beside the L2 norms; its numbers become ``extra``.
+
+        Args:
+            gradients: the gradients to measure.
+            factor: number or scalar tensor by which they will be multiplied.
+
+        Returns:
+            Vectors (len(gradients.tensors),), none for a kind that needs no more.
+        """
+        return []
 
     def __call__(self, gradients: Gradients) -> bool:
         """Clip the measured gradients in place; return True if any of them changed."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -54,20 +55,10 @@ class AGC(Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Find the excluded parameters."""
         super().bind(owner, names, optimizer)
         self._excluded = set(match_patterns(owner, "AGC: exclude", self.exclude, names))
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return for each tensor its norm after clipping, its bound and largest relative cut.
-
-        Args:
-            gradients: the gradients to measure.
-            factor: number or scalar tensor by which they will be multiplied.
-
-        Returns:
-            Three vectors (len(gradients.tensors),).
-        """
         self.refuse_sparse(gradients)
         params = gradients.params
         # Squares of huge and of tiny gradients leave the range of float32, those of weights do not.
@@ -82,9 +73,9 @@ class AGC(Clip):
         shares = (bounds / units).clamp_(max=1.0)
         self._shares = dict(zip(params, shares.float().split(rows), strict=True))
         return [
-            norms((units * shares).split(rows)),
+            norms((units * shares).split(rows)),  # After clipping.
             norms(bounds.split(rows)),
-            norms((1.0 - shares).split(rows), math.inf),
+            norms((1.0 - shares).split(rows), math.inf),  # The largest relative cut.
         ]
 
     def __call__(self, gradients: Gradients) -> bool:
@@ -92,18 +83,11 @@ class AGC(Clip):
             return False
         after, bounds, cuts = gradients.extra
         self.limit = joint([bound for bound in bounds if bound < math.inf]) or math.inf
-        clipped = [i for i, cut in enumerate(cuts) if cut > 0.0]
-        if not clipped:
-            return False
-        for i in clipped:
-            tensor = gradients.tensors[i]
-            share = self._shares[gradients.params[i]].to(tensor.device)
-            tensor.mul_(share.view(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() > 1 else share[0])
-        kept = set(clipped)
-        gradients.norm_after = joint(
-            [after[i] if i in kept else norm for i, norm in enumerate(gradients.norms)]
-        )
-        return True
+        return _clip_where(gradients, cuts, after, self._clip)
+
+    def _clip(self, param: Tensor, grad: Tensor) -> None:
+        share = self._shares[param].to(grad.device)
+        grad.mul_(share.view(-1, *[1] * (grad.dim() - 1)) if grad.dim() > 1 else share[0])
 
 
 class SPAM(checks.Stateful, Clip):
@@ -140,16 +124,6 @@ class SPAM(checks.Stateful, Clip):
     def bind(
         self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Bind the optimizer, whose second moments are read at each step.
-
-        Args:
-            owner: the name of the optimizer.
-            names: the names of its parameters, of any shape.
-            optimizer: the optimizer.
-
-        Raises:
-            ValueError: if it has no second moments.
-        """
         super().bind(owner, names, optimizer)
         known = type(optimizer).__module__.startswith("torch.optim")
         if known and not isinstance(optimizer, WITH_MOMENTS):
@@ -157,15 +131,6 @@ class SPAM(checks.Stateful, Clip):
         self._optimizer = optimizer
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return for each tensor its norm after clipping, its sum of v and its largest cut.
-
-        Args:
-            gradients: the gradients to measure.
-            factor: number or scalar tensor by which they will be multiplied.
-
-        Returns:
-            Three vectors (len(gradients.tensors),); none during the warm-up.
-        """
         self.refuse_sparse(gradients)
         self.refuse_complex(gradients)
         moments = [self._moment(p) for p in gradients.params]
@@ -207,16 +172,30 @@ class SPAM(checks.Stateful, Clip):
             return False
         after, squares, cuts = gradients.extra
         self.limit = math.sqrt(self.theta * math.fsum(squares))
-        clipped = [i for i, cut in enumerate(cuts) if cut > 0.0]
-        if not clipped:
-            return False
-        for i in clipped:
-            tensor, bound = gradients.tensors[i], self._bounds[gradients.params[i]]
-            tensor.copy_(torch.maximum(torch.minimum(tensor, bound), -bound))
-        kept = set(clipped)
-        norms_after = [after[i] if i in kept else n for i, n in enumerate(gradients.norms)]
-        gradients.norm_after = joint(norms_after) if is_reliable(gradients.norm) else None
-        return True
+        clipped = _clip_where(gradients, cuts, after, self._clip)
+        if clipped and not is_reliable(gradients.norm):
+            gradients.norm_after = None
+        return clipped
+
+    def _clip(self, param: Tensor, grad: Tensor) -> None:
+        bound = self._bounds[param]
+        grad.copy_(torch.maximum(torch.minimum(grad, bound), -bound))
+
+
+def _clip_where(
+    gradients: Gradients,
+    cuts: Sequence[float],
+    after: Sequence[float],
+    clip: Callable[[Tensor, Tensor], None],
+) -> bool:
+    """Clip the tensors of which something is cut, and set the joint norm; True if there are any."""
+    clipped = [cut > 0.0 for cut in cuts]
+    for param, grad in compress(zip(gradients.params, gradients.tensors, strict=True), clipped):
+        clip(param, grad)
+    if any(clipped):
+        each = zip(clipped, after, gradients.norms, strict=True)
+        gradients.norm_after = joint([new if cut else old for cut, new, old in each])
+    return any(clipped)
 
 
 def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -224,15 +203,10 @@ def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     found = []
     for tensor in tensors:
         wide = torch.promote_types(tensor.dtype, dtype)
-        found.append(
-            torch.linalg.vector_norm(
-                tensor,
-                dim=tuple(range(1, tensor.dim())) or None,
-                dtype=None if wide == tensor.dtype else wide,
-            ).reshape(-1)
-        )
-    device = found[0].device
-    return torch.cat([norms.to(device) for norms in found])
+        cast = None if wide == tensor.dtype else wide
+        dim = tuple(range(1, tensor.dim())) or None
+        found.append(torch.linalg.vector_norm(tensor, dim=dim, dtype=cast).reshape(-1))
+    return torch.cat([each.to(found[0].device) for each in found])
 
 
 def _no_moments(optimizer: torch.optim.Optimizer) -> ValueError:

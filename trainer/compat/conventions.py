@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.compat import toolkit
-from trainer.compat.checkpoints import adapted
 from trainer.conventions import Conventions
 
 
@@ -29,14 +29,26 @@ class SpeechBrainConventions(Conventions):
 
     def checkpointer(self, checkpointer: Any, hparams: SimpleNamespace) -> Any:
         """Return a `Checkpointer` of this package in place of one of SpeechBrain's."""
-        return adapted(checkpointer, hparams)
+        if not toolkit.is_theirs(checkpointer):
+            return checkpointer
+        ours = Checkpointer(
+            checkpointer.checkpoints_dir, allow_partial_load=checkpointer.allow_partial_load
+        )
+        for name, obj in checkpointer.recoverables.items():
+            ours.add_recoverable(
+                name,
+                obj,
+                checkpointer.custom_load_hooks.get(name),
+                checkpointer.custom_save_hooks.get(name),
+                checkpointer.optional_recoverables.get(name, False),
+            )
+        for name, value in vars(hparams).items():
+            if value is checkpointer:
+                setattr(hparams, name, ours)
+        return ours
 
     def make_loader(
-        self,
-        make: Callable[..., Any],
-        dataset: Any,
-        train: bool,
-        options: Mapping[str, Any],
+        self, make: Callable[..., Any], dataset: Any, train: bool, options: Mapping[str, Any]
     ) -> Any:
         """Return a loader with SpeechBrain's defaults where a recipe counts on them.
 
@@ -44,12 +56,6 @@ class SpeechBrainConventions(Conventions):
         recipes get training items in the dataset's order, which they may have sorted, unless an
         option names another order. The option ``looped_nominal_epoch`` gives the batches of an
         epoch of a loader that starts anew at its end.
-
-        Args:
-            make: function that makes the loader from the dataset and options.
-            dataset: the dataset.
-            train: True for a loader of training data.
-            options: options of the loader that the recipe gives.
 
         Raises:
             ValueError: ``looped_nominal_epoch`` is given, and SpeechBrain is not imported.
@@ -71,25 +77,18 @@ class SpeechBrainConventions(Conventions):
                 "SpeechBrain; the loader option shuffle: true gives another order in each epoch"
             )
         loader = make(dataset, **options)
-        return loader if looped is None else _looped(loader, looped)
+        if looped is None:
+            return loader
+        dataloader = sys.modules.get(f"{toolkit.PACKAGE}.dataio.dataloader")
+        if dataloader is None:
+            raise ValueError(
+                "the loader option looped_nominal_epoch is one of SpeechBrain's, which this "
+                "program has not imported: give an iterable of as many batches"
+            )
+        return dataloader.LoopedLoader(loader, looped)
 
     def step_without_gradients(self, error: ValueError) -> None:
-        """Warn once in a recipe of SpeechBrain's, where such a step is allowed; raise in others.
-
-        Args:
-            error: the error of a step for which no parameter has a gradient.
-        """
+        """Warn once in a recipe of SpeechBrain's, where such a step is allowed; raise in others."""
         if not self.measures:
             raise error
         toolkit.warn_once(str(error))
-
-
-def _looped(loader: Any, batches: int) -> Any:
-    """Return SpeechBrain's loader with epochs of ``batches`` batches around another loader."""
-    dataloader = sys.modules.get(f"{toolkit.PACKAGE}.dataio.dataloader")
-    if dataloader is None:
-        raise ValueError(
-            "the loader option looped_nominal_epoch is one of SpeechBrain's, which this program "
-            "has not imported: give an iterable of as many batches"
-        )
-    return dataloader.LoopedLoader(loader, batches)

@@ -16,7 +16,7 @@ from types import ModuleType
 OLD_PATHS: dict[str, tuple[str, ...]] = {
     "trainer.averages": ("trainer.metrics", "trainer.optim.ema"),
     "trainer.configuration": ("trainer.config",),
-    "trainer.drift": ("trainer.distributed.replica_check",),
+    "trainer.drift": ("trainer.diagnostics.replica_check",),
     "trainer.feeding": ("trainer.data.feed",),
     "trainer.finding": ("trainer.tuner",),
     "trainer.hooks": ("trainer.progress",),

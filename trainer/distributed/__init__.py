@@ -10,8 +10,8 @@ import atexit
 import json
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from trainer.distributed.hang_watch import HangWatch, pause
+from trainer.distributed import hang_watch
 
 T = TypeVar("T")
 
@@ -330,6 +330,8 @@ def run_on_all(work: Callable[..., T], *args: Any, shared: type[Exception] | Non
         shared: on every rank, if it is the only type that was raised.
         RuntimeError: another rank failed with an error of another type than ``shared``.
     """
+    if world_size() == 1:
+        return work(*args)
     error: BaseException | None = None
     failure: tuple[bool, str] | None = None
     with pause():
@@ -378,14 +380,34 @@ def run_on_main(work: Callable[..., T], *args: Any, shared: type[Exception] | No
 # Outside of collectives
 
 
-def make_hang_watch(timeout: float) -> HangWatch:
-    """Return the watch of this rank; it watches nothing where `start` joined no other processes.
+@contextmanager
+def pause() -> Iterator[None]:
+    """Context manager for work of one rank for which the others may wait without a limit.
+
+    Every rank must enter it.
+    """
+    hang_watch.paused += 1
+    try:
+        yield
+    finally:
+        hang_watch.paused -= 1
+
+
+def watch_for_hangs(
+    timeout: float, progress: Callable[[], object]
+) -> AbstractContextManager[object]:
+    """Return a context manager in which all ranks end if one makes no progress.
+
+    Every rank must enter it. It does nothing in a run of one process, within another such block,
+    and where `start` was not called.
 
     Args:
         timeout: time without progress after which a rank counts as hung, in seconds; 0 for never.
+        progress: returns another value whenever this rank has made progress.
     """
-    store = None if _store is None or world_size() == 1 else _store.clone()
-    return HangWatch(timeout, store, rank(), world_size())
+    if world_size() == 1 or _store is None or not timeout or hang_watch.HangWatch.running:
+        return nullcontext()
+    return hang_watch.HangWatch(timeout, _store.clone(), rank(), world_size(), progress)
 
 
 def meet(name: str, seconds: float) -> bool:

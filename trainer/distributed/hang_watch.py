@@ -13,8 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,72 +24,51 @@ logger = logging.getLogger("trainer")
 EXIT_CODE = 1
 DISTRIBUTED = Path(__file__).parent
 
-_paused = 0  # Depth of `pause` blocks.
-
-
-class pause:
-    """Context manager for work of one rank for which the others may wait without a limit.
-
-    Every rank must enter it.
-    """
-
-    def __enter__(self) -> None:
-        global _paused
-        _paused += 1
-
-    def __exit__(self, *_: object) -> None:
-        global _paused
-        _paused -= 1
+paused = 0  # Depth of `distributed.pause` blocks.
 
 
 class HangWatch:
-    """Watch of one rank over all of them, while they train.
+    """Context manager in which a thread watches over all ranks. Every rank must enter it.
 
     Args:
         timeout: time without progress after which a rank counts as hung, in seconds.
-        store: store that all ranks share; None to watch nothing.
+        store: store that all ranks share.
         rank: rank of this process.
         world_size: number of processes.
+        progress: returns another value whenever this rank has made progress.
     """
 
-    def __init__(self, timeout: float, store: Any, rank: int, world_size: int) -> None:
-        self._timeout, self._store = timeout, store
-        self._rank, self._world_size = rank, world_size
+    running = False
+
+    def __init__(
+        self, timeout: float, store: Any, rank: int, world_size: int, progress: Callable[[], object]
+    ) -> None:
+        self._timeout, self._store, self._progress = timeout, store, progress
+        self._rank, self._ranks = rank, range(world_size)
         self._interval = max(0.1, min(10.0, timeout / 10))
-        self._progress = 0
-        self._over: threading.Event | None = None
+        self._over, main = threading.Event(), threading.get_ident()
+        self._thread = threading.Thread(
+            target=self._watch, args=(main,), name="hang watch", daemon=True
+        )
 
-    def mark(self) -> None:
-        """Note that this rank has made progress."""
-        self._progress += 1
+    def __enter__(self) -> None:
+        HangWatch.running = True
+        self._thread.start()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Context manager in which `mark` is called regularly. Every rank must enter it."""
-        if self._store is None or not self._timeout or self._over is not None:
-            yield
-            return
-        self._over = threading.Event()
-        thread = threading.Thread(
-            target=self._watch, args=(self._over, threading.get_ident()), name="hang watch",
-            daemon=True,
-        )  # fmt: skip
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join()
-            self._over = None
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        HangWatch.running = False
 
-    def _watch(self, over: threading.Event, main: int) -> None:
+    def _watch(self, main: int) -> None:
         """Publish where the main thread stands, and end the process if a rank hangs."""
-        progress, since, since_read, beat = -1, 0.0, 0.0, 0
+        progress, since, since_read, beat = object(), 0.0, 0.0, 0
         before: list[dict[str, Any]] | None = None  # What ranks had published when time was up.
-        while not over.wait(self._interval):
+        while not self._over.wait(self._interval):
             beat += 1
-            if _paused or progress != self._progress:
-                progress, since, before = self._progress, time.monotonic(), None
+            now = self._progress()
+            if paused or progress != now:
+                progress, since, before = now, time.monotonic(), None
             waits, place = _standing(main)
             try:
                 lasted = time.monotonic() - since
@@ -115,12 +93,11 @@ class HangWatch:
 
     def _describe(self, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
         """Return a sentence with the ranks that hang; an empty one if some rank gets on."""
-        ranks = range(self._world_size)
-        silent = [r for r in ranks if before[r].get("beat") == now[r].get("beat")]
-        if any(now[r]["lasted"] < self._timeout for r in ranks if r not in silent):
+        silent = [r for r in self._ranks if before[r].get("beat") == now[r].get("beat")]
+        if any(now[r]["lasted"] < self._timeout for r in self._ranks if r not in silent):
             return ""  # A rank has made progress, or has entered `pause`.
-        busy = [r for r in ranks if not now[r].get("waits")]
-        hung = silent or busy or list(ranks)
+        busy = [r for r in self._ranks if not now[r].get("waits")]
+        hung = silent or busy or list(self._ranks)
         places = "; ".join(f"rank {r} at {now[r].get('place', 'an unknown place')}" for r in hung)
         why = " in a collective that others do not call" if not silent and not busy else ""
         return (
@@ -130,11 +107,10 @@ class HangWatch:
         )
 
     def _read(self) -> list[dict[str, Any]]:
-        keys = [f"standing/{rank}" for rank in range(self._world_size)]
-        found: list[dict[str, Any]] = []
-        for key in keys:
-            found.append(json.loads(self._store.get(key)) if self._store.check([key]) else {})
-        return found
+        keys = [f"standing/{rank}" for rank in self._ranks]
+        return [
+            json.loads(self._store.get(key)) if self._store.check([key]) else {} for key in keys
+        ]
 
 
 def _standing(thread: int) -> tuple[bool, str]:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from trainer import distributed, json_files
 from trainer.adapters import derive_adapters, is_replaced, plain_name
-from trainer.checkpoint.frozen import BASE, base_name, check_base, described
+from trainer.checkpoint.frozen import BASE, base_of
 from trainer.checkpoint.run_state import misfit
-from trainer.checkpoint.saver_hooks import KEY
+from trainer.checkpoint.user_state import KEY
 from trainer.options import nearest
 from trainer.untrusted import confined, printable
 
@@ -83,9 +83,7 @@ def initialise(
             f"this model {_some(targets)}{_suggestion(modules, given)}"
         )
     if base is not None:
-        name, tensors = described(base)
-        present = {each: own[each] for each in tensors if each in own}
-        check_base(name, tensors, base_name(modules), present)
+        base_of(base, modules)
     other = [
         f"{name} has shape {list(taken[name].shape)} there and {list(tensor.shape)} here"
         for name, tensor in own.items()

@@ -30,7 +30,7 @@ from trainer.adapters import import_peft
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.frozen import completed
 from trainer.checkpoint.run_state import check_weights
-from trainer.checkpoint.saver_hooks import keep_in_state_dict
+from trainer.checkpoint.user_state import keep_in_state_dict
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import NULL, get, items, nodes, object_name, plain, tag
 from trainer.config.registry import recipe_packages
@@ -163,7 +163,7 @@ class OpenRun:
 
         Modules that the objects need are imported before, since imports may take any memory.
         """
-        self.configuration.check()
+        self.configuration.checked()
         if get(self.configuration.root, "adapters") is not None:
             import_peft()
         base = next((each.base for each in self.checkpointer.find() if each.base), {})
@@ -234,7 +234,7 @@ class OpenRun:
         found = getattr(kind, "best_checkpoint", {})
         if not isinstance(found, property):
             return dict(found)
-        self.configuration.check()
+        self.configuration.checked()
         own = kind.__new__(kind)
         own.hparams = SimpleNamespace()
         for key, node in self.configuration.root.value:

@@ -7,11 +7,10 @@ writes `train.log`.
 """
 
 from trainer.loggers.callback import LoggerCallback, loggers_of
-from trainer.loggers.files import JsonlLogger, TextLog
+from trainer.loggers.files import JsonlLogger, SampleLogger, TextLog
 from trainer.loggers.mlflow import MlflowLogger
 from trainer.loggers.progress_bar import ProgressBar
 from trainer.loggers.protocol import Logger, RunInfo
-from trainer.loggers.samples import SampleLogger
 from trainer.loggers.tables import CsvLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb import WandbLogger

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trainer import distributed, json_files
 from trainer.callbacks import Callback
 from trainer.checkpoint.storage import MANIFEST
-from trainer.loggers.description import best_checkpoint, configuration, name_of
+from trainer.loggers.choice import LoggerFactory, best_checkpoint, configuration, name_of
 from trainer.loggers.files import METRICS, JsonlLogger, run_folder
 from trainer.loggers.marks import Places, StepMarks
+from trainer.loggers.progress_bar import announce
 from trainer.loggers.protocol import Logger, RunInfo, series
 from trainer.metrics import RESERVED, SHOWN, StageReport
 from trainer.options import RunOptions
@@ -32,7 +34,24 @@ logger = logging.getLogger("trainer")
 # Rows of samples whose cells are given to every logger one by one; services keep them for ever.
 MAX_LOGGED_ROWS = 4
 FOLDER = "loggers"  # Folder in the run folder with the progress of its loggers.
-LoggerFactory = Callable[[Path], Logger]
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A logger of a run, open or not."""
+
+    make: LoggerFactory
+    chosen: bool = False
+    name: str = ""  # of the files of a chosen logger
+    logger: Logger | None = None  # None while it is closed.
+    marks: StepMarks | None = None  # of a chosen logger that is open
+    held: Places = field(default_factory=Places)  # Records that it has already when a run resumes.
+
+    def end(self) -> None:
+        """Forget the logger, which is closed or has failed."""
+        if self.marks is not None:
+            self.marks.close()
+        self.logger = self.marks = None
 
 
 class LoggerCallback(Callback):
@@ -68,23 +87,18 @@ class LoggerCallback(Callback):
     ) -> None:
         self.folder = None if options.searching else run_folder(options)
         self._options, self._hparams = options, hparams or {}
-        self._prints = options.progressbar
-        self._chosen = list(chosen)
-        if self._chosen and not options.output_folder and distributed.is_main():
+        self._slots = [_Slot(each) for each in factories]
+        self._slots += (own := [_Slot(each, chosen=True) for each in chosen])
+        self._has_chosen = bool(own)
+        if own and not options.output_folder and distributed.is_main():
             logger.warning("logger has no effect: there is no run folder; give an output_folder")
-        self._factories = [*factories, *self._chosen]
-        self._loggers: dict[LoggerFactory, Logger] = {}
-        self._marks: dict[LoggerFactory, StepMarks] = {}
-        self._slots: dict[LoggerFactory, str] = {}  # Names of the files of chosen loggers.
-        self._skipped: dict[LoggerFactory, Places] = {}  # Records that they have already.
-        self._places = Places()  # Records of this run, for chosen loggers.
-        self._saved_places = Places()  # Those at the checkpoint.
+        self._kinds: list[str] = []  # Classes of the chosen loggers that were opened.
+        self._places = Places()  # Records of this run.
+        self._saved: Mapping[str, Any] = {}  # State at the checkpoint.
         self._sent: dict[str, Any] = {}  # Path and time of the files that chosen loggers have.
         self._depth = 0  # Number of nested calls: a hook of a `fit` may call `fit` or `evaluate`.
         # Exception that a program was handling already when it called `fit`: no error of this run.
         self._handled: BaseException | None = None
-        self._saved_lines: int | None = None
-        self._has_recorded = False
 
     # ------------------------------------------------------------------------------------- events
 
@@ -99,7 +113,7 @@ class LoggerCallback(Callback):
         self._depth += 1
         self._opened()
         progress = brain.progress
-        begins = progress.fits == 1 and not progress.epoch and not brain.optimizer_step
+        begins = progress.fits == 1 and not progress.epoch and not brain.progress.optimizer_step
         if begins and (distributed.restarts() or self._follows_a_killed_start(brain)):
             self._resume(0, 0)
 
@@ -122,8 +136,8 @@ class LoggerCallback(Callback):
 
     def on_resume(self, brain: Brain) -> None:
         """Remove what was recorded after the checkpoint, since it will come again."""
-        self._places = self._saved_places
-        self._resume(brain.optimizer_step, self._saved_lines)
+        self._places = Places(self._saved.get("places"))
+        self._resume(brain.progress.optimizer_step, self._saved.get("jsonl_lines"))
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
         """Record the averages of the last steps."""
@@ -140,11 +154,7 @@ class LoggerCallback(Callback):
         self.scalars("stage", report.record(), report.step)
         if distributed.is_main():
             rates = [update.lr for update in brain.updates.values()]
-            line = describe(report, rates)
-            if logger.isEnabledFor(logging.INFO):
-                logger.info("%s", line)
-            elif self._prints:
-                tqdm.write(line, file=sys.stderr)
+            announce(describe(report, rates), self._options.progressbar)
 
     def on_samples(self, brain: Brain, samples: Samples) -> None:
         """Record what a recipe shows."""
@@ -156,7 +166,7 @@ class LoggerCallback(Callback):
     @property
     def wants_histograms(self) -> bool:
         """True if a logger records histograms, so that values are worth sampling."""
-        return any(type(each).histogram is not Logger.histogram for each in self._opened().values())
+        return any(_overrides(slot.logger, "histogram") for slot in self._opened())
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Record numbers; see `Logger.scalars`."""
@@ -197,37 +207,32 @@ class LoggerCallback(Callback):
 
     def artifact(self, name: str, path: Path) -> None:
         """Record a file of the run, such as the report or the best checkpoint."""
-        for factory in list(self._opened()):
-            self._call(factory, "artifact", name, path)
+        for slot in self._opened():
+            self._call(slot, "artifact", name, path)
 
     def close(self) -> None:
         """Close the loggers; what is recorded later opens them again."""
-        for factory in list(self._loggers):
-            self._call(factory, "close")
-        for marks in self._marks.values():
-            marks.close()
-        self._loggers.clear()
-        self._marks.clear()
+        for slot in list(self._slots):
+            self._close(slot)
         self._depth = 0
 
     def _send_files(self, brain: Brain) -> None:
         """Give the chosen loggers the files of the run that they do not have yet."""
-        using = [factory for factory in self._chosen if factory in self._loggers]
+        using = [slot for slot in self._slots if slot.chosen and slot.logger is not None]
         if not using or self.folder is None:
             return
-        for factory in [each for each in self._loggers if each not in using]:
-            self._call(factory, "close")  # The report is written.
+        for slot in [each for each in self._slots if not each.chosen]:
+            self._close(slot)  # The report is written.
+        files = {name: self.folder / name for name in ("hyperparams.yaml", "report.html")}
         best = best_checkpoint(brain.checkpointer)
-        names = ("hyperparams.yaml", "report.html")
-        files = {name: self.folder / name for name in names}
         files |= {"checkpoint": best} if best else {}
         for name, path in files.items():
             if not path.exists() or self._sent.get(name) == (path, path.stat().st_mtime_ns):
                 continue
             self._sent[name] = (path, path.stat().st_mtime_ns)
-            for factory in using:
-                if factory in self._loggers:
-                    self._call(factory, "artifact", name, path)
+            for slot in using:
+                if slot in self._slots:
+                    self._call(slot, "artifact", name, path)
 
     # ----------------------------------------------------------------------------------- resuming
 
@@ -238,7 +243,7 @@ class LoggerCallback(Callback):
         to be kept.
         """
         folder = self.folder
-        if folder is None or brain.checkpointer is None or self._has_recorded:
+        if folder is None or brain.checkpointer is None or self._places.last:
             return False
         return folder.absolute() not in self._complete and not any(folder.rglob(MANIFEST))
 
@@ -247,110 +252,109 @@ class LoggerCallback(Callback):
 
         With chosen loggers it has the numbers of records of the last step, by series.
         """
-        files = [each for each in self._opened().values() if isinstance(each, JsonlLogger)]
-        places = {"places": self._places.newest()} if self._chosen else {}
-        return {"jsonl_lines": files[0].lines if files else None, **places}
+        files = (slot.logger for slot in self._opened())
+        lines = next((each.lines for each in files if isinstance(each, JsonlLogger)), None)
+        places = {"places": self._places.newest()} if self._has_chosen else {}
+        return {"jsonl_lines": lines, **places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; nothing is removed before `on_resume`."""
-        self._saved_lines = state["jsonl_lines"]
-        self._saved_places = Places(state.get("places"))
+        self._saved = state
 
     def _resume(self, step: int, lines: int | None) -> None:
         """Remove the records of later steps from every logger, or skip them when they come again.
 
-        Args:
-            step: optimizer steps at the checkpoint.
-            lines: number of records in `metrics.jsonl` at the checkpoint; None where unknown.
+        At the checkpoint `metrics.jsonl` had as many lines; None where unknown.
         """
-        for factory, each in list(self._opened().items()):
-            if isinstance(each, JsonlLogger):
-                self._call(factory, "resume", step, lines)
-                continue
-            try:
-                found, marks = each.recorded(), self._marks.get(factory)
-                each.resume(step)
-                if marks is not None:
-                    if type(each).resume is not Logger.resume:
+        for slot in self._opened():
+            with self._guarded(slot):
+                each, marks = slot.logger, slot.marks
+                if isinstance(each, JsonlLogger):
+                    each.resume(step, lines)
+                elif each is not None and marks is None and _overrides(each, "resume"):
+                    each.resume(step)
+                elif each is not None and marks is not None:
+                    found = each.recorded()
+                    each.resume(step)
+                    if _overrides(each, "resume"):
                         marks.cut(step)
-                    held = Places(marks.places.last if found is None else found)
-                    self._skipped[factory] = held
+                    slot.held = Places(marks.places.last if found is None else found)
                     if marks.taken and self.folder is not None:
-                        catch_up(each, held, marks, self.folder)
-            except Exception as error:
-                self._give_up(factory, type(each).__name__, error)
+                        _catch_up(each, slot.held, marks, self.folder)
 
     # ------------------------------------------------------------------------------------ loggers
 
-    def _opened(self) -> dict[LoggerFactory, Logger]:
+    def _opened(self) -> list[_Slot]:
         """Return the loggers in use, opening those that are not open yet."""
         if self.folder is None or not distributed.is_main():
-            return {}
-        for factory in list(self._factories):
-            if factory not in self._loggers:
-                name = getattr(factory, "__name__", repr(factory))
-                try:
-                    made = factory(self.folder)
-                except ValueError:  # A wrong setting ends the run before its first batch.
-                    raise
-                except Exception as error:
-                    self._give_up(factory, name, error)
-                    continue
-                try:
-                    if factory in self._chosen:
-                        self._open(factory, made, self.folder)
-                    self._loggers[factory] = made
-                except Exception as error:
-                    self._give_up(factory, type(made).__name__, error)
-        return self._loggers
+            return []
+        for slot in list(self._slots):
+            if slot.logger is None:
+                with self._guarded(slot):
+                    slot.logger = slot.make(self.folder)
+                    if slot.chosen:
+                        self._open(slot, slot.logger, self.folder)
+        return list(self._slots)
 
-    def _open(self, factory: LoggerFactory, made: Logger, folder: Path) -> None:
+    def _open(self, slot: _Slot, made: Logger, folder: Path) -> None:
         """Open a chosen logger, with its own files in the run folder."""
-        kind = type(made).__name__
-        before = [each for each in self._slots.values() if each.partition("-")[0] == kind]
-        slot = f"{kind}-{len(before) + 1}" if before else kind
-        slot = self._slots.setdefault(factory, slot)
-        marks = StepMarks(folder / FOLDER / f"{slot}.jsonl")
-        self._marks[factory] = marks
-        if type(made).open is not Logger.open:
+        if not slot.name:
+            kind = type(made).__name__
+            self._kinds.append(kind)
+            number = self._kinds.count(kind)
+            slot.name = f"{kind}-{number}" if number > 1 else kind
+        slot.marks = StepMarks(folder / FOLDER / f"{slot.name}.jsonl")
+        if _overrides(made, "open"):
             name = self._options.run_name or name_of(folder)
             config = configuration(folder, self._hparams, self._options)
-            made.open(RunInfo(folder, name, config, folder / FOLDER / slot, marks.taken))
+            memory = folder / FOLDER / slot.name
+            made.open(RunInfo(folder, name, config, memory, slot.marks.taken))
+
+    def _close(self, slot: _Slot) -> None:
+        if slot.logger is not None:
+            self._call(slot, "close")
+        slot.end()
 
     def _record(self, name: str, step: int, method: str, *arguments: Any) -> None:
         """Call a method of every logger that has it and lacks this record."""
-        self._has_recorded = True
-        place = self._places.add(name, step) if self._chosen else (step, 1)
-        for factory, each in list(self._opened().items()):
-            if factory in self._skipped and self._skipped[factory].has(name, place):
-                continue
-            if getattr(type(each), method) is getattr(Logger, method):
-                continue
-            self._call(factory, method, *arguments, mark=(name, step))
+        place = self._places.add(name, step)
+        for slot in self._opened():
+            if _overrides(slot.logger, method) and not slot.held.has(name, place):
+                self._call(slot, method, *arguments, mark=(name, step))
 
     def _call(
-        self, factory: LoggerFactory, method: str, *arguments: Any,
-        mark: tuple[str, int] | None = None,
-    ) -> None:  # fmt: skip
-        each = self._loggers[factory]
-        try:
-            getattr(each, method)(*arguments)
-            if mark is not None and factory in self._marks:
-                self._marks[factory].note(*mark)
-        except Exception as error:
-            self._give_up(factory, type(each).__name__, error)
+        self, slot: _Slot, method: str, *arguments: Any, mark: tuple[str, int] | None = None
+    ) -> None:
+        with self._guarded(slot):
+            getattr(slot.logger, method)(*arguments)
+            if mark is not None and slot.marks is not None:
+                slot.marks.note(*mark)
 
-    def _give_up(self, factory: LoggerFactory, name: str, error: Exception) -> None:
-        """Stop using a logger, and warn."""
-        self._factories.remove(factory)
-        self._loggers.pop(factory, None)
-        if factory in self._marks:
-            self._marks.pop(factory).close()
-        text = shorten(str(error), 300, placeholder=" …")  # Database errors quote whole commands.
-        logger.warning(
-            "%s failed and is not used any more; the run goes on without it (%s: %s)",
-            name, type(error).__name__, text,
-        )  # fmt: skip
+    @contextmanager
+    def _guarded(self, slot: _Slot) -> Iterator[None]:
+        """Context manager that stops using a logger that fails, and warns.
+
+        Raises:
+            ValueError: while the logger is made; a wrong setting ends the run at its start.
+        """
+        try:
+            yield
+        except Exception as error:
+            made = slot.make if slot.logger is None else type(slot.logger)
+            if slot.logger is None and isinstance(error, ValueError):
+                raise
+            self._slots.remove(slot)
+            slot.end()
+            text = shorten(str(error), 300, placeholder=" …")  # Database errors quote commands.
+            logger.warning(
+                "%s failed and is not used any more; the run goes on without it (%s: %s)",
+                getattr(made, "__name__", repr(made)), type(error).__name__, text,
+            )  # fmt: skip
+
+
+def _overrides(each: Logger | None, method: str) -> bool:
+    """Return True if a logger has a method of its own, so that calling it does something."""
+    return getattr(type(each), method) is not getattr(Logger, method)
 
 
 def _utf8(text: str) -> str:
@@ -361,7 +365,7 @@ def _utf8(text: str) -> str:
 def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     """Return the recorder of a Brain, which has the methods of a `Logger`.
 
-        loggers_of(brain).figure("attention", png, brain.optimizer_step)
+        loggers_of(brain).figure("attention", png, brain.progress.optimizer_step)
 
     A recipe may call it on rank 0 or on all ranks: only rank 0 records. Without a run folder
     nothing is recorded.
@@ -373,16 +377,10 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     return next(found, Logger())
 
 
-def catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
-    """Give a logger the numbers of `metrics.jsonl` that it lacks, and note them.
+def _catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
+    """Give a logger the numbers of `metrics.jsonl` that it does not hold, and note them.
 
     A backend may have lost them when the process was killed, or failed for a while.
-
-    Args:
-        each: the logger.
-        held: last record of each series that the backend holds.
-        marks: progress of the logger, which is updated.
-        folder: run folder.
     """
     found = Places()
     with (folder / METRICS).open("rb") as file:

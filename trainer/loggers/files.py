@@ -1,4 +1,4 @@
-"""Text files of a run: `metrics.jsonl` for programs and `train.log` for people.
+"""Files that every run has: `metrics.jsonl`, `train.log`, `samples` and `report.html`.
 
 A line of `metrics.jsonl` is one JSON object: {"kind": "step", "step": 120, "loss": 1.2, …} for a
 logged step, {"kind": "stage", "stage": "valid", "epoch": 2, "step": 120, "wer": 3.2, …} for a
@@ -9,28 +9,32 @@ is null.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import logging
 import math
 import os
-import struct
+import re
+import shutil
+import tempfile
 import time
-import wave
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trainer import json_files
 from trainer.loggers.protocol import Logger
 from trainer.options import RunOptions
+from trainer.samples import Samples, record_of
 
 METRICS = "metrics.jsonl"
+SAMPLES, TABLE = "samples", "samples.json"
+MAX_ROWS = 20  # of a set of samples
+MAX_SETS = 12  # Further sets are deleted, the oldest first.
+OWN = re.compile(r"\d+-\d+-\d+\.(flac|wav|png)")
 
 logger = logging.getLogger("trainer")
 
@@ -42,13 +46,11 @@ def run_folder(options: RunOptions) -> Path | None:
     return Path(options.output_folder)
 
 
-@contextmanager
+@contextlib.contextmanager
 def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
-    """Context manager that adds to an OSError the file and what to do.
+    """Context manager that adds to an OSError the path that is written, and what to do.
 
-    Args:
-        path: the file or folder that is written.
-        what: word for it in the message, such as "log" or "report".
+    In the message it is called ``what``, such as "log" or "report".
     """
     try:
         yield
@@ -59,6 +61,15 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
             "free some space or choose another output_folder",
             str(path),
         ) from error
+
+
+@contextlib.contextmanager
+def file_with(content: bytes, name: str) -> Iterator[str]:
+    """Context manager with the path of a temporary file of a name, with a content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        yield str(path)
 
 
 def temporary(path: Path) -> Path:
@@ -187,11 +198,7 @@ class TextLog:
 
 
 class JsonlLogger(LineFile, Logger):
-    """Write records as lines of `metrics.jsonl`; histograms, pictures and sounds are left out.
-
-    Args:
-        folder: run folder.
-    """
+    """Write numbers as lines of `metrics.jsonl` in a run folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / METRICS)
@@ -201,11 +208,7 @@ class JsonlLogger(LineFile, Logger):
         self.write({"kind": kind, **values, "step": step})
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record as it is.
-
-        Args:
-            record: values by name; what JSON does not know is converted by `as_json`.
-        """
+        """Write a record, whose values are converted by `as_json`."""
         self.append(json.dumps(as_json(record), ensure_ascii=False, allow_nan=False))
 
     def resume(self, step: int, lines: int | None = None) -> None:
@@ -217,7 +220,7 @@ class JsonlLogger(LineFile, Logger):
             lines: number of records at the checkpoint; those behind them are removed, too, since
                 several records may have one step. None: as many as there are.
         """
-        if sum(1 for _ in self._kept(step, lines)) < self.lines:
+        if self.lines and sum(1 for _ in self._kept(step, lines)) < self.lines:
             self.replace(self._kept(step, lines))
 
     def _kept(self, step: int, lines: int | None) -> Iterator[bytes]:
@@ -228,15 +231,10 @@ class JsonlLogger(LineFile, Logger):
 
 
 def as_json(value: Any) -> Any:
-    """Convert a value to what strict JSON can hold.
+    """Convert a value to dicts and lists of numbers, texts, booleans and None.
 
-    Args:
-        value: mappings, lists and tuples, nested in any way, of numbers, texts, tensors and NumPy
-            arrays. Reading a tensor on a GPU waits for the device.
-
-    Returns:
-        Dicts and lists of numbers, texts, booleans and None: None for NaN and infinities, a number
-        or lists of numbers for a tensor, the text of anything else.
+    NaN and infinities become None, a tensor or an array a number or lists of numbers (a tensor on a
+    GPU waits for the device), and anything that JSON cannot hold its text.
     """
     if isinstance(value, Mapping):
         return {str(key): as_json(part) for key, part in value.items()}
@@ -272,25 +270,134 @@ def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, float(value)
 
 
-def wav_bytes(samples: Tensor, rate: int) -> bytes:
-    """Return samples (T,) at a rate in Hz as a 16-bit WAV file, clipped to [-1, 1]."""
-    whole = (samples.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
-    content = io.BytesIO()
-    with wave.open(content, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(struct.pack(f"<{whole.numel()}h", *whole.tolist()))
-    return content.getvalue()
-
-
 def _step_of(line: bytes) -> float:
     """Return the step of a line: -inf where it has none, inf where it cannot be read."""
     try:
         record = json_files.parse(line)
     except json_files.BadJson:
         return math.inf
-    if not isinstance(record, dict):
-        return math.inf
-    step = record.get("step")
+    step = record.get("step") if isinstance(record, dict) else math.inf
     return step if isinstance(step, (int, float)) else -math.inf
+
+
+class SampleLogger(Logger):
+    """Keep what `Brain.show` was given last in the folder `samples` of the run.
+
+    It has at most `MAX_ROWS` rows of each of `MAX_SETS` titles, as samples/TITLE/samples.json and
+    the files that this table names, such as 300-0-1.flac (optimizer step, row and column). These
+    are written before it: a killed process leaves the earlier set or the new one.
+
+    Args:
+        folder: run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / SAMPLES
+
+    def samples(self, samples: Samples) -> None:
+        """Write the first rows in place of those that had this title."""
+        place = self.folder / slug(samples.title)
+        written: set[str] = set()
+
+        def write(at: str, suffix: str, content: bytes) -> str:
+            path = place / f"{samples.step}-{at}{suffix}"
+            path.write_bytes(content)
+            written.add(path.name)
+            return path.name
+
+        with readable_errors(place, "samples"):
+            place.mkdir(parents=True, exist_ok=True)
+            rows = [
+                {
+                    str(name): record_of(cell, partial(write, f"{number}-{column}"))
+                    for column, (name, cell) in enumerate(row.items())
+                }
+                for number, row in enumerate(samples.rows[:MAX_ROWS])
+            ]
+        table = vars(samples) | {"rows": rows, "left_out": max(0, len(samples.rows) - MAX_ROWS)}
+        text = json.dumps(as_json(table), ensure_ascii=True)
+        replace_file(place / TABLE, [text.encode()], "samples")
+        for path in place.iterdir():
+            if OWN.fullmatch(path.name) and path.name not in written:
+                path.unlink()
+        old = sorted(self._tables(), key=lambda each: each.stat().st_mtime_ns)
+        for each in old[: max(0, len(old) - MAX_SETS)]:
+            self._remove(each)
+
+    def resume(self, step: int) -> None:
+        """Delete what was shown at later steps, since it will come again."""
+        for path in self._tables():
+            with contextlib.suppress(OSError, json_files.BadJson):
+                table = json_files.read(path)
+                shown = table.get("step") if isinstance(table, dict) else None
+                if isinstance(shown, int) and shown > step:
+                    self._remove(path)
+
+    def _tables(self) -> list[Path]:
+        return [each for each in self.folder.glob(f"*/{TABLE}") if not each.parent.is_symlink()]
+
+    @staticmethod
+    def _remove(table: Path) -> None:
+        table.unlink()  # First, since the other files have no meaning without it.
+        shutil.rmtree(table.parent, ignore_errors=True)
+
+
+def slug(title: str) -> str:
+    """Return the name of the folder of a title; different titles have different folders."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", title).strip("._")[:60]
+    check = zlib.crc32(title.encode(errors="backslashreplace"))
+    return name if name and name == title else f"{name or SAMPLES}-{check:08x}"
+
+
+class ReportLogger(Logger):
+    """Keep `report.html` up to date, at about 1 % of the run's time.
+
+    Reading a long log takes seconds, and a stage may be short. So the report is written after a
+    stage only if a hundred times the duration of the last writing has passed since, and again when
+    the logger is closed. It reads the files of `JsonlLogger` and `SampleLogger`, and must come
+    after them in the list of loggers. The first failure to write it is a warning.
+
+    Args:
+        folder: run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stale = self._warned = False
+        self._written, self._duration = -math.inf, 0.0
+
+    def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Write the report after a stage if that is cheap."""
+        if kind == "stage":
+            self._refresh()
+
+    def artifact(self, name: str, path: Path) -> None:
+        """Write the report if that is cheap: it lists the reports of skipped steps."""
+        self._refresh()
+
+    def samples(self, samples: Samples) -> None:
+        """Write the report before the logger is closed."""
+        self._stale = True
+
+    def close(self) -> None:
+        """Write the report unless it is up to date."""
+        if not self._stale:
+            return
+        from trainer import report  # Many modules, which a start need not wait for.
+
+        started = time.perf_counter()
+        try:
+            report.write_html(self.folder)
+        except Exception as error:  # A failed report must not end the run.
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "the report of the run is not up to date (%s: %s)", type(error).__name__, error
+                )
+        self._written = time.perf_counter()
+        self._duration, self._stale = self._written - started, False
+
+    def _refresh(self) -> None:
+        self._stale = True
+        if time.perf_counter() - self._written >= 100 * self._duration:
+            self.close()

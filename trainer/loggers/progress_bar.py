@@ -1,7 +1,8 @@
-"""Progress of a stage: a bar on a terminal or in a notebook, a line a minute anywhere else."""
+"""Progress of a run: lines at its start, then a bar for each stage, or a line a minute."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -10,11 +11,11 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from tqdm import tqdm
 
 from trainer import distributed
 from trainer.callbacks import Callback
-from trainer.loggers.summary import announce, start_lines
 from trainer.metrics import StageReport, StepReport
 from trainer.progress import Stage
 
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 LINE_SECONDS = 60.0  # between two lines where the output is no terminal
 MAX_OPTIMIZERS = 4  # whose norms and rates are shown
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+
+logger = logging.getLogger("trainer")
+
+
+def announce(line: str, prints: bool) -> None:
+    """Log a line; in a program that has not set up logging, print it if ``prints``."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", line)
+    elif prints:
+        tqdm.write(line, file=sys.stderr)
 
 
 class ProgressBar(Callback):
@@ -43,7 +54,7 @@ class ProgressBar(Callback):
         self.progressbar_shown = shown
         self._stages: list[_Stage] = []  # A hook of one stage may run another stage.
         self._outer: list[int] = []  # Number of stages before each call that runs.
-        self._clock = _Clock()
+        self._due = math.inf  # Time of the next line, of any stage.
         self._begun = False  # True once the lines at the start were printed.
 
     def on_fit_start(self, brain: Brain) -> None:
@@ -71,17 +82,24 @@ class ProgressBar(Callback):
         name = stage.value if epoch is None else f"epoch {epoch} {stage.value}"
         done = brain.progress.step if stage is Stage.TRAIN else 0
         shown = self.progressbar_shown and distributed.is_main()
-        self._stages.append(_Stage(_make_bar(self._clock, shown, total, done, name)))
+        self._stages.append(_Stage(name, total, done, shown))
+        self._due = min(self._due, time.monotonic() + LINE_SECONDS)
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
         """Advance by a batch, with the figures behind it."""
         shown = self._stages[-1] if self._stages else None
-        if shown is None or shown.bar.disable:
+        if shown is None or (shown.bar is not None and shown.bar.disable):
             return
         if type(loss) is StepReport:
             shown.add(loss)
-        if shown.bar.update():
-            figures = self.figures(brain) if stage is Stage.TRAIN else ""
+        shown.done += 1
+        if not (time.monotonic() >= self._due if shown.bar is None else shown.bar.update()):
+            return
+        figures = self.figures(brain) if stage is Stage.TRAIN else ""
+        if shown.bar is None:
+            self._due = time.monotonic() + LINE_SECONDS
+            print(shown.line(figures), file=sys.stderr, flush=True)
+        else:
             shown.bar.set_postfix_str(figures, refresh=False)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
@@ -110,22 +128,27 @@ class ProgressBar(Callback):
     def _keep(self, number: int) -> None:
         """Remove all bars but the outermost ``number``."""
         while len(self._stages) > number:
-            self._stages.pop().bar.close()
+            if (bar := self._stages.pop().bar) is not None:
+                bar.close()
 
 
 class _Stage:
     """A stage that is shown, with the figures behind its bar.
 
     Args:
-        bar: bar of tqdm, or `_Lines`.
+        name: text before the bar.
+        total: batches of the stage; None where unknown.
+        done: batches that a resumed stage has done.
+        shown: False makes a bar that shows nothing.
     """
 
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
+    def __init__(self, name: str, total: int | None, done: int, shown: bool) -> None:
+        self.name, self.total, self.done = name, total, done
+        self.bar = _make_bar(name, total, done, shown)  # None: lines are printed.
         self.loss: float | None = None  # Of the last step, if it is known.
         self.items = 0.0  # Number of examples since the stage began in this process.
         self.logged: Mapping[str, Any] = {}  # Last log record.
-        self._started = time.perf_counter()
+        self._first, self._started = done, time.monotonic()
 
     def add(self, report: StepReport) -> None:
         """Take the loss and the examples of a window that is over."""
@@ -134,12 +157,21 @@ class _Stage:
             if report.loss is not None:
                 self.loss = report.loss
 
+    def line(self, figures: str) -> str:
+        """Return the line that is printed in place of a bar."""
+        line = f"{self.name} {self.done}/{'?' if self.total is None else self.total}"
+        if self.total is not None:
+            pace = (time.monotonic() - self._started) / (self.done - self._first)
+            left = max(self.total - self.done, 0) * pace
+            line += f", {tqdm.format_interval(left)} left"
+        return f"{line}, {figures}" if figures else line
+
     def facts(self, brain: Brain) -> list[str]:
         """Return step, loss, norm, learning rate, items a second and skipped steps as texts."""
-        found = [f"step {brain.optimizer_step}"]
+        found = [f"step {brain.progress.optimizer_step}"]
         logged, rate = self.logged.get("loss"), self.logged.get("examples_per_second")
         if self.loss is not None:
-            logged, rate = self.loss, self.items / max(time.perf_counter() - self._started, 1e-9)
+            logged, rate = self.loss, self.items / max(time.monotonic() - self._started, 1e-9)
         parts = logged if isinstance(logged, Mapping) else {"": logged}
         losses = [f"{name} {each:.4g}".strip() for name, each in parts.items() if each is not None]
         found += [f"loss {' '.join(losses)}"] if losses else []
@@ -155,64 +187,11 @@ class _Stage:
         return [*found, *([f"{skipped} skipped"] if skipped else [])]
 
 
-class _Lines:
-    """A line a minute in place of a bar, with the methods and attributes of tqdm's that are used.
-
-    Args:
-        clock: when the next line of any stage is due.
-        total: batches of the stage; None where unknown.
-        initial: batches that a resumed stage has done.
-        desc: name of the stage.
-    """
-
-    def __init__(self, clock: _Clock, total: int | None, initial: int, desc: str) -> None:
-        self.total, self.n, self.desc, self.disable = total, initial, desc, False
-        self._clock, self._initial, self._started = clock, initial, time.monotonic()
-        clock.start()
-
-    def update(self) -> bool:
-        """Count a batch; return True if a line is due."""
-        self.n += 1
-        return self._clock.is_due()
-
-    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
-        """Print the line, with these figures."""
-        line = f"{self.desc} {self.n}/{'?' if self.total is None else self.total}"
-        if self.total is not None:
-            pace = (time.monotonic() - self._started) / (self.n - self._initial)
-            left = max(self.total - self.n, 0) * pace
-            line += f", {tqdm.format_interval(left)} left"
-        print(f"{line}, {text}" if text else line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Do nothing: lines stay."""
-
-
-class _Clock:
-    """Time of the next line, which all stages share."""
-
-    def __init__(self) -> None:
-        self._due = math.inf
-
-    def start(self) -> None:
-        """Begin the first minute."""
-        if self._due == math.inf:
-            self._due = time.monotonic() + LINE_SECONDS
-
-    def is_due(self) -> bool:
-        """Return True once a minute."""
-        now = time.monotonic()
-        if now < self._due:
-            return False
-        self._due = now + LINE_SECONDS
-        return True
-
-
-def _make_bar(clock: _Clock, shown: bool, total: int | None, initial: int, desc: str) -> Any:
-    """Return a bar for the terminal or the notebook, or lines in place of one."""
+def _make_bar(desc: str, total: int | None, initial: int, shown: bool) -> Any:
+    """Return a bar for the terminal or the notebook; None where lines are printed instead."""
     kind = _notebook_bar() if shown else None
     if kind is None and shown and not sys.stderr.isatty():
-        return _Lines(clock, total, initial, desc)
+        return None
     return (kind or tqdm)(
         total=total,
         initial=initial,
@@ -233,3 +212,44 @@ def _notebook_bar() -> Any:
         warnings.simplefilter("ignore")  # tqdm.auto is experimental; ipywidgets is missing.
         from tqdm import auto, notebook
     return auto.tqdm if issubclass(auto.tqdm, notebook.tqdm_notebook) else None
+
+
+def start_lines(brain: Brain, batches: int | None) -> list[str]:
+    """Return the lines: device and precision, parameters, ranks, batches, run folder.
+
+    Args:
+        brain: the Brain, about to train.
+        batches: batches of an epoch on this rank; None where unknown.
+    """
+    options, ranks = brain.options, distributed.world_size()
+    known = "an unknown number of" if batches is None else f"{batches:,}"
+    accumulated = options.grad_accumulation_factor
+    folder = "none" if options.debug else options.output_folder or "none"
+    return [
+        f"device: {brain.device}, precision {options.precision}"
+        + (f", evaluation {options.eval_precision}" if options.eval_precision else ""),
+        _trainable(brain),
+        f"ranks: {ranks}",
+        f"epoch: {known} batches"
+        + (" on each rank" if ranks > 1 else "")
+        + (f", an optimizer step every {accumulated}" if accumulated > 1 else ""),
+        f"run folder: {folder}",
+    ]
+
+
+def _trainable(brain: Brain) -> str:
+    """Return the line with the numbers of trainable and of all parameters, also by module."""
+    owned = {p for update in brain.updates.values() for p in update.all_params if p.requires_grad}
+
+    def counted(module: nn.Module) -> tuple[int, int]:
+        params = list(module.parameters())
+        return sum(p.numel() for p in params if p in owned), sum(p.numel() for p in params)
+
+    count, total = counted(brain.modules)
+    text = f"trainable: {count:,} of {total:,} parameters ({100 * count / max(total, 1):.2f} %)"
+    parts = {name: counted(module) for name, module in brain.modules.named_children()}
+    if len(parts) > 1:
+        text += ": " + ", ".join(
+            f"{name} {own:,} of {all_:,}" for name, (own, all_) in parts.items()
+        )
+    return text

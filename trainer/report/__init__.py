@@ -10,21 +10,13 @@ shows what `Brain.show` was given, `page` and `comparison` compose pages from th
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from trainer.loggers.files import replace_file
-from trainer.loggers.protocol import Logger
+from trainer.loggers.files import ReportLogger, replace_file
 from trainer.report.page import render
-from trainer.samples import Samples
 
 __all__ = ["ReportLogger", "compare", "render", "write_html"]
-
-logger = logging.getLogger("trainer")
 
 
 def write_html(folder: Path | str) -> Path:
@@ -67,55 +59,3 @@ def compare(folders: Iterable[Path | str], out: Path | str) -> Path:
     page = render_comparison(list(dict.fromkeys(Path(folder) for folder in folders)))
     replace_file(Path(out), [page.encode(errors="backslashreplace")], "comparison")
     return Path(out)
-
-
-class ReportLogger(Logger):
-    """Keep `report.html` up to date, at about 1 % of the run's time.
-
-    Reading a long log takes seconds, and a stage may be short. So the report is written after a
-    stage only if a hundred times the duration of the last writing has passed since, and again when
-    the logger is closed. It reads the file of the `JsonlLogger`, and must come after it in the list
-    of loggers. The first failure to write it is a warning.
-
-    Args:
-        folder: run folder.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._stale = self._warned = False
-        self._written, self._duration = -math.inf, 0.0
-
-    def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        """Write the report after a stage if that is cheap."""
-        if kind == "stage":
-            self._refresh()
-
-    def artifact(self, name: str, path: Path) -> None:
-        """Write the report if that is cheap: it lists the reports of skipped steps."""
-        self._refresh()
-
-    def samples(self, samples: Samples) -> None:
-        """Write the report before the logger is closed."""
-        self._stale = True
-
-    def close(self) -> None:
-        """Write the report unless it is up to date."""
-        if not self._stale:
-            return
-        started = time.perf_counter()
-        try:
-            write_html(self.folder)
-        except Exception as error:  # A failed report must not end the run.
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "the report of the run is not up to date (%s: %s)", type(error).__name__, error
-                )
-        self._written = time.perf_counter()
-        self._duration, self._stale = self._written - started, False
-
-    def _refresh(self) -> None:
-        self._stale = True
-        if time.perf_counter() - self._written >= 100 * self._duration:
-            self.close()

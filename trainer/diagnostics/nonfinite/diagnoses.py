@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from trainer.diagnostics.health import first_names
+from trainer.diagnostics.layer_monitor import first_names
 from trainer.diagnostics.nonfinite.probe import Finding, Origin
 from trainer.diagnostics.nonfinite.serialize import batch_fields, data_and_lengths
 
@@ -46,11 +46,16 @@ def diagnose(
     found = [*_in_batch(batch, ids), *_in_ctc(finding, ids), *_in_padding(finding, batch, ids)]
     origin = finding.first
     if finite_in_fp32:
-        found.append(_fp16_overflow(origin))
+        what = "a value" if origin is None else f"the result of {origin.operation}"
+        found.append(
+            f"fp16 overflow: {what} is above 65504, the largest number of half precision; the same "
+            "batch is finite in fp32. Use precision bf16, or compute that part within "
+            "torch.autocast(…, enabled=False)"
+        )
     elif origin is not None and origin.phase == "forward" and not found:
         found += _in_operation(origin)
     elif not found:
-        function = origin.operation if origin is not None else finding.backward or ""
+        function = origin.operation if origin is not None else ""
         found += [text for names, text in BACKWARD if re.search(names, function)][:1]
     if finding.kind is not None:
         found += _in_lengths(batch, ids)
@@ -63,6 +68,12 @@ def _names(rows: Sequence[int], ids: Sequence[str]) -> str:
     return first_names([ids[row] if known else f"example {row}" for row in rows], MAX_NAMED)
 
 
+def _true(flags: Tensor) -> list[int]:
+    """Return the indices of what is True in a vector."""
+    found: list[int] = flags.nonzero().flatten().tolist()
+    return found
+
+
 def _in_batch(batch: Any, ids: Sequence[str]) -> list[str]:
     """Find NaN and infinities in the batch itself."""
     found = []
@@ -72,11 +83,7 @@ def _in_batch(batch: Any, ids: Sequence[str]) -> list[str]:
                 continue
             bad = ~torch.isfinite(tensor)
             if bool(bad.any()):
-                rows = (
-                    torch.nonzero(bad.reshape(len(bad), -1).any(1)).flatten().tolist()
-                    if tensor.dim()
-                    else [0]
-                )
+                rows = _true(bad.reshape(len(bad), -1).any(1)) if tensor.dim() else [0]
                 found.append(
                     f"the batch itself is not finite: {int(bad.sum())} of {bad.numel()} values of "
                     f"{name!r} ({_names(rows, ids)}). Look at that file, and at what prepares it"
@@ -90,12 +97,8 @@ def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
     if finding.first is not None and "ctc" not in finding.first.operation.lower():
         return found  # The CTC loss was finite.
     for frames, lengths, repeats in finding.ctc:
-        long = [
-            row
-            for row, (has, length, twice) in enumerate(zip(frames, lengths, repeats, strict=True))
-            if length + twice > has
-        ]
-        if long:
+        rows = range(len(frames))
+        if long := [row for row in rows if lengths[row] + repeats[row] > frames[row]]:
             row = long[0]
             found.append(
                 f"a CTC target is longer than its input: {_names(long, ids)} (the first has "
@@ -103,8 +106,7 @@ def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
                 "repeat needs a blank between). Leave such utterances out, subsample less, or pass "
                 "zero_infinity=True to the loss"
             )
-        empty = [row for row, length in enumerate(lengths) if length == 0]
-        if empty:
+        if empty := [row for row in rows if lengths[row] == 0]:
             found.append(
                 f"an empty target: that of {_names(empty, ids)} has no token. Leave it out: a loss "
                 "divided by the length of this target is 0/0"
@@ -115,8 +117,9 @@ def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
 def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
     """Find a softmax over masked positions alone."""
     first = finding.first
-    attends = first is not None and re.search("softmax|attention", first.operation)
-    if not attends or first is None or not (first.minus_infinity or "attention" in first.operation):
+    if first is None or not (
+        "attention" in first.operation or ("softmax" in first.operation and first.minus_infinity)
+    ):
         return []
     rows = [
         row
@@ -130,16 +133,6 @@ def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
         f"an all-padding row: every position that a softmax looks at is masked{names}, so that it "
         "divides 0 by 0. Leave one position unmasked, or drop empty examples"
     ]
-
-
-def _fp16_overflow(origin: Origin | None) -> str:
-    """Return the cause of a batch that is finite in fp32 and not in fp16."""
-    what = "a value" if origin is None else f"the result of {origin.operation}"
-    return (
-        f"fp16 overflow: {what} is above 65504, the largest number of half precision; the same "
-        "batch is finite in fp32. Use precision bf16, or compute that part within "
-        "torch.autocast(…, enabled=False)"
-    )
 
 
 def _in_operation(origin: Origin) -> list[str]:
@@ -177,8 +170,8 @@ def _in_lengths(batch: Any, ids: Sequence[str]) -> list[str]:
         padded = data_and_lengths(value)
         if padded is not None:
             data, lengths = padded
-            empty = torch.nonzero(lengths == 0).flatten().tolist()
-            silent = torch.nonzero((data.reshape(len(data), -1) == 0).all(1)).flatten().tolist()
+            empty = _true(lengths == 0)
+            silent = _true((data.reshape(len(data), -1) == 0).all(1))
             if empty:
                 found.append(f"{name!r} is empty in {_names(empty, ids)}")
             elif silent and data.is_floating_point():

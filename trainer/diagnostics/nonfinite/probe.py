@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import linecache
 import math
+import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,7 @@ INTENDED = re.compile(
 # Operations of which only the first result counts: the others are for the backward pass.
 FIRST_RESULT = re.compile(r"_ctc_loss|attention|rnn|lstm|gru")
 # Folders whose lines are not the user's: torch's and this package's.
-TORCH, HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+NOT_OWN = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
 TRACEBACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -73,8 +73,6 @@ class Finding:
     parameters: list[str] = field(default_factory=list)  # Those with a gradient not finite.
     first: Origin | None = None  # Operation that it came from, if that is known.
     module: str | None = None  # First module whose output was not finite.
-    backward: str | None = None  # Function whose derivative autograd found to be NaN.
-    backward_line: str | None = None  # Line of the user's code that called this function.
     # For each CTC loss: numbers of frames, target lengths and repeats, by example.
     ctc: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
@@ -110,12 +108,12 @@ class Probe(TorchDispatchMode):
                 stack.callback(handle.remove)
             if "torch._dynamo" in sys.modules:  # Otherwise nothing is compiled.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # On a GPU, too, backward runs in this thread, whose operations the mode sees.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             # Records the line of each function; NaN is detected by this mode.
             stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
             stack.enter_context(self)
             yield
-
-    # ------------------------------------------------------------------------------- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note whether its result is the first that is not finite."""
@@ -130,7 +128,7 @@ class Probe(TorchDispatchMode):
         facts = _facts(args, kwargs) if func._schema.is_mutable else None
         out = func(*args, **kwargs)
         if "_ctc_loss" in name and "backward" not in name:
-            self._note_ctc(args)
+            self.finding.ctc.append(_ctc_lengths(*args[1:4]))
         first_only = FIRST_RESULT.search(name) and isinstance(out, tuple)
         results = _floats(out[0] if first_only else out)
         bad = [_nonfinite(t) for t in results]
@@ -146,10 +144,7 @@ class Probe(TorchDispatchMode):
         return out
 
     def _origin(self, tensors: list[Tensor]) -> Origin | None:
-        """Return the origin of what is not finite in tensors, if an operation was seen to make it.
-
-        Tensors that are finite have none.
-        """
+        """Return where what is not finite in tensors is from; None if they are finite."""
         known = (self._origins.get(_address(t)) for t in tensors) if self._origins else ()
         return next((origin for origin in known if origin is not None), None)
 
@@ -159,20 +154,10 @@ class Probe(TorchDispatchMode):
         if node is not None:  # The function that is differentiated, and the line that called it.
             name = node.name()
             line = _last_own_line("".join(node.metadata.get("traceback_", ())))
-        return Origin(name, module, line or _calling_line(), self._phase, **facts)
-
-    def _note_ctc(self, args: Any) -> None:
-        """Add the lengths of a CTC loss, from the arguments of the operation, to the finding."""
-        _, targets, frames, lengths = args[:4]
-        frames, lengths = _as_list(frames), _as_list(lengths)
-        rows = targets if targets.dim() == 2 else targets.split(lengths)
-        repeats = [
-            int((row[1:n] == row[: n - 1]).sum()) if n > 1 else 0
-            for row, n in zip(rows, lengths, strict=True)
-        ]
-        self.finding.ctc.append((frames, lengths, repeats))
-
-    # ---------------------------------------------------------------------------------- modules
+        if line is None:
+            stack = traceback.walk_stack(sys._getframe(1))
+            line = _own_line((frame.f_code.co_filename, number) for frame, number in stack)
+        return Origin(name, module, line, self._phase, **facts)
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
         name = self._modules.get(id(module), "")
@@ -185,8 +170,6 @@ class Probe(TorchDispatchMode):
         ):
             self.finding.module = name
 
-    # ------------------------------------------------------------------------- losses, gradients
-
     def optimize(
         self,
         losses: list[tuple[list[Update], Tensor]],
@@ -196,31 +179,21 @@ class Probe(TorchDispatchMode):
     ) -> StepReport:
         """Check losses and their gradients in place of an optimizer step; no weight changes.
 
-        Args:
-            losses: each with the optimizers that it is for.
-            weight: number of examples of the batch; with 0 no gradient is computed.
-            retain_graph: not used; the graph is always kept.
-            last: not used.
-
-        Returns:
-            The report of an accumulated loss.
+        Of a batch of ``weight`` 0 no gradient is computed.
 
         Raises:
             NonFiniteFound: if a loss or gradient is not finite.
         """
         value = math.nan
         for updates, loss in losses:
-            name, value = updates[0].name, float(loss.detach())
+            value = float(loss.detach())
             if not math.isfinite(value):
-                self.finding.kind, self.finding.optimizer = "loss", name
-                self.finding.loss = value
-                self.finding.first = self._origin([loss.detach()])
-                raise NonFiniteFound
+                self._found("loss", updates[0].name, value, self._origin([loss.detach()]))
             if weight and loss.requires_grad:
-                self._check_gradients(updates, loss)
+                self._check_gradients(updates, loss, value)
         return StepReport(losses[0][0][0].name, "accumulated", value, weight)
 
-    def _check_gradients(self, updates: list[Update], loss: Tensor) -> None:
+    def _check_gradients(self, updates: list[Update], loss: Tensor, value: float) -> None:
         name, scaler = updates[0].name, updates[0].scaler
         params = [p for update in updates for p in update.params]
         scaled = loss * scaler.get_scale() if scaler.is_enabled() else loss
@@ -232,28 +205,14 @@ class Probe(TorchDispatchMode):
             if grad is not None and not bool(torch.isfinite(_values(grad)).all())
         ]
         if bad:
-            if loss.is_cpu:  # Elsewhere, backward runs in a thread that the mode does not see.
-                self.finding.first = self._origin([grad for _, grad in bad])
-            self.finding.kind, self.finding.optimizer = "gradient", name
-            self.finding.loss = float(loss.detach())
             self.finding.parameters = [each for each, _ in bad]
-            self._detect_anomaly(scaled, params)
-            raise NonFiniteFound
+            self._found("gradient", name, value, self._origin([grad for _, grad in bad]))
         self._phase = "forward"
 
-    def _detect_anomaly(self, loss: Tensor, params: list[Tensor]) -> None:
-        """Find the function whose derivative is NaN, by autograd's anomaly detection."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                with torch.autograd.set_detect_anomaly(True):
-                    torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                match = re.search(r"Function '(\w+)' returned nan", str(error))
-                self.finding.backward = match[1] if match else str(error)
-        for warning in caught:
-            if "forward call that caused the error" in str(warning.message):
-                self.finding.backward_line = _last_own_line(str(warning.message))
+    def _found(self, kind: str, optimizer: str, loss: float, first: Origin | None) -> None:
+        finding = self.finding
+        finding.kind, finding.optimizer, finding.loss, finding.first = kind, optimizer, loss, first
+        raise NonFiniteFound
 
 
 def _floats(value: Any) -> list[Tensor]:
@@ -296,32 +255,32 @@ def _facts(args: Any, kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _as_list(value: Any) -> list[int]:
-    return value.tolist() if isinstance(value, Tensor) else list(value)
+def _ctc_lengths(
+    targets: Tensor, input_lengths: Any, target_lengths: Any
+) -> tuple[list[int], list[int], list[int]]:
+    """Return frames, target lengths and repeats of a CTC loss, by example."""
+    frames, lengths = (
+        each.tolist() if isinstance(each, Tensor) else list(each)
+        for each in (input_lengths, target_lengths)
+    )
+    rows = targets if targets.dim() == 2 else targets.split(lengths)
+    repeats = [
+        int((row[1:n] == row[: max(n - 1, 0)]).sum()) for row, n in zip(rows, lengths, strict=True)
+    ]
+    return frames, lengths, repeats
 
 
-def _calling_line() -> str | None:
-    """Return the innermost line on the stack that is neither torch's nor this package's."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((TORCH, HERE, "<")):
-            return _format_line(file, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
+def _last_own_line(text: str) -> str | None:
+    """Return the innermost line of a formatted traceback that is of the user's code."""
+    lines = reversed(TRACEBACK_LINE.findall(text))
+    return _own_line((file, int(number)) for file, number in lines)
+
+
+def _own_line(lines: Iterable[tuple[str, int]]) -> str | None:
+    """Return the first line, of a file and a number each, that is of the user's code."""
+    for file, number in lines:
+        if not file.startswith(NOT_OWN):
+            text, here = linecache.getline(file, number).strip(), os.path.join(os.getcwd(), "")
+            place = f"{file.removeprefix(here)}:{number}"
+            return f"{place}: {text}" if text else place
     return None
-
-
-def _last_own_line(traceback: str) -> str | None:
-    """Return the innermost line of a formatted traceback that is not torch's or this package's."""
-    lines = TRACEBACK_LINE.findall(traceback)
-    own = [line for line in lines if not line[0].startswith((TORCH, HERE, "<"))]
-    return _format_line(own[-1][0], int(own[-1][1])) if own else None
-
-
-def _format_line(file: str, number: int) -> str:
-    text = linecache.getline(file, number).strip()
-    try:
-        file = str(Path(file).relative_to(Path.cwd()))
-    except ValueError:
-        file = str(Path(file))
-    return f"{file}:{number}: {text}" if text else f"{file}:{number}"

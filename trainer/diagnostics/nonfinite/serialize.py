@@ -7,12 +7,14 @@ import os
 import re
 import sys
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.data.batch import Batch
+from trainer.tree import is_container, parts_of
 
 SCALARS = (int, float, str, bool, type(None))
 MAX_DEPTH = 12
@@ -30,37 +32,30 @@ def serialize_batch(value: Any, depth: int = 0) -> Any:
             dataclasses, nested up to `MAX_DEPTH` deep. Of anything else only the repr is kept.
         depth: number of containers around the value.
     """
-    kind = type(value)
-    if kind in SCALARS:
+    made = type(value)
+    if made in SCALARS:
         return {"kind": "plain", "value": value}
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
         return {"kind": "tensor", "value": value.detach().cpu().clone().contiguous()}
     numbers = hasattr(value, "tolist") and not isinstance(value, Tensor)
     if numbers and ARRAY.fullmatch(str(getattr(value, "dtype", ""))):
         return {"kind": "array", "dtype": str(value.dtype), "value": value.tolist()}
-    if depth < MAX_DEPTH:
-        if isinstance(value, Batch):
-            fields = {n: serialize_batch(part, depth + 1) for n, part in dict(value).items()}
-            return {"kind": "batch", "fields": fields, "size": len(value)}
-        if isinstance(value, Mapping):
-            names = [serialize_batch(name, depth + 1) for name in value]
-            parts = [serialize_batch(value[name], depth + 1) for name in value]
-            return _typed("mapping", value, [names, parts])
-        if isinstance(value, (list, tuple)):
-            return _typed("row", value, [serialize_batch(each, depth + 1) for each in value])
-        if hasattr(value, "__dict__") and _is_record(kind):
-            attributes = vars(value).items()
-            return _typed(
-                "object",
-                value,
-                {name: serialize_batch(each, depth + 1) for name, each in attributes},
-            )
+    if depth == MAX_DEPTH:
+        return {"kind": "lost", "value": repr(value)[:MAX_REPR]}
+    each = partial(serialize_batch, depth=depth + 1)
+    named = {"class": f"{made.__module__}:{made.__qualname__}"}
+    if isinstance(value, Batch):
+        fields = {name: each(part) for name, part in dict(value).items()}
+        return {"kind": "batch", "fields": fields, "size": len(value)}
+    if isinstance(value, Mapping):
+        parts = [list(map(each, value)), [each(value[name]) for name in value]]
+        return {"kind": "mapping", **named, "parts": parts}
+    if isinstance(value, (list, tuple)):
+        return {"kind": "row", **named, "parts": list(map(each, value))}
+    if hasattr(value, "__dict__") and _is_record(made):
+        attributes = {name: each(part) for name, part in vars(value).items()}
+        return {"kind": "object", **named, "parts": attributes}
     return {"kind": "lost", "value": repr(value)[:MAX_REPR]}
-
-
-def _typed(kind: str, value: Any, parts: Any) -> dict[str, Any]:
-    made = type(value)
-    return {"kind": kind, "class": f"{made.__module__}:{made.__qualname__}", "parts": parts}
 
 
 def _is_record(kind: type) -> bool:
@@ -137,27 +132,31 @@ def _read(kept: Any, own: Collection[str], depth: int) -> Any:
     if kind == "batch" and type(kept["size"]) is int and kept["size"] >= 0:
         return Batch(_fields(kept["fields"], own, depth), kept["size"])
     if kind == "mapping":
-        names, values = ([_read(each, own, depth + 1) for each in part] for part in kept["parts"])
+        names, values = (_row(part, own, depth) for part in kept["parts"])
         return dict(zip(names, values, strict=True))
-    if kind == "row":
-        return _make_row(kept["class"], [_read(each, own, depth + 1) for each in kept["parts"]])
-    if kind == "object":
-        return _make_object(kept["class"], _fields(kept["parts"], own, depth), own)
+    if kind in ("row", "object"):
+        return _make(kind, kept["class"], kept["parts"], own, depth)
     raise ValueError(f"the kept batch is damaged: a part of it is no {str(kind)[:80]!r}")
 
 
-def _make_row(name: Any, row: list[Any]) -> Any:
-    """Return a list, tuple or named tuple by the name of its class."""
+def _make(kind: str, name: Any, parts: Any, own: Collection[str], depth: int) -> Any:
+    """Return a list, tuple, named tuple or dataclass by its class, of which nothing is called."""
     made = _imported_class(name)
-    if made is not None and issubclass(made, list):
-        return row
-    if made is not None and issubclass(made, tuple):
+    if made is not None and kind == "object" and made.__module__ in own and _is_record(made):
+        new: Any = object.__new__(made)
+        vars(new).update(_fields(parts, own, depth))
+        return new
+    if made is not None and kind == "row" and issubclass(made, (list, tuple)):
+        row = _row(parts, own, depth)
         fields = getattr(made, "_fields", None)
-        if fields is None:
-            return tuple(row)
+        if issubclass(made, list) or fields is None:
+            return row if issubclass(made, list) else tuple(row)
         if type(fields) is tuple and len(fields) == len(row) and _is_named_tuple(made):
             return tuple.__new__(made, row)
-    raise _unknown(name)
+    raise ValueError(
+        f"the batch holds a {str(name)[:80]}, which this recipe does not know: allowed are named "
+        "tuples, and dataclasses of the recipe's own modules"
+    )
 
 
 def _is_named_tuple(made: type) -> bool:
@@ -173,21 +172,8 @@ def _is_named_tuple(made: type) -> bool:
     )
 
 
-def _make_object(name: Any, attributes: dict[str, Any], own: Collection[str]) -> Any:
-    """Return a dataclass of the program with these attributes; its constructor is not called."""
-    made = _imported_class(name)
-    if made is None or made.__module__ not in own or not _is_record(made):
-        raise _unknown(name)
-    new: Any = object.__new__(made)
-    vars(new).update(attributes)
-    return new
-
-
-def _unknown(name: Any) -> ValueError:
-    return ValueError(
-        f"the batch holds a {str(name)[:80]}, which this recipe does not know: allowed are named "
-        "tuples, and dataclasses of the recipe's own modules"
-    )
+def _row(parts: Any, own: Collection[str], depth: int) -> list[Any]:
+    return [_read(each, own, depth + 1) for each in parts]
 
 
 def _fields(parts: Any, own: Collection[str], depth: int) -> dict[str, Any]:
@@ -225,12 +211,9 @@ def batch_fields(batch: Any) -> dict[str, Any]:
     These are the items of a mapping or `Batch`, the attributes of an object, the numbered entries
     of a list or tuple, or the batch itself.
     """
-    if isinstance(batch, (Batch, Mapping)):
-        return {str(name): value for name, value in dict(batch).items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return dict(zip(batch._fields, batch, strict=True))
-    if isinstance(batch, (list, tuple)):
-        return {str(number): value for number, value in enumerate(batch)}
+    batch = dict(batch) if isinstance(batch, Batch) else batch
+    if is_container(batch):
+        return {str(name): value for name, value in parts_of(batch).items()}
     if not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
         return {name: value for name, value in vars(batch).items() if not name.startswith("_")}
     return {"batch": batch}
