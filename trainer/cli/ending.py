@@ -89,6 +89,6 @@ def _python() -> str:
 def from_here(path: Path) -> str:
     """Return a path relative to the current folder where it is in it, else as it is."""
     try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
+        return str(Path(os.path.abspath(path)).relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
