@@ -158,14 +158,8 @@ def average(
     """Write a run folder whose checkpoint has the mean weights of checkpoints; return these.
 
     For a run with ``ema_decay`` it is the mean of the moving averages. The new folder is for
-    `trainer.load` and for tests; a training cannot resume from it.
-
-    Args:
-        run: the run folder.
-        output: the new folder.
-        number: number of checkpoints; None for all.
-        min_key: take those with the lowest values of this metric, in place of the newest.
-        max_key: take those with the highest values of this metric.
+    `trainer.load` and for tests; a training cannot resume from it. ``number`` is that of the
+    newest checkpoints, or of the best by a metric; None for all.
     """
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")

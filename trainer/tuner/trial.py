@@ -127,14 +127,10 @@ class TrialRunner:
         before_batch: Callable[[int], None] = lambda step: None,
         reference: Sequence[float] = (),
     ) -> TrialResult:
-        """Train within a `trial`. Collective.
+        """Train for a number of steps of an optimizer, within a `trial`. Collective.
 
-        Args:
-            name: the optimizer whose steps count.
-            steps: its number of steps.
-            before_batch: called before each batch with its number of steps so far.
-            reference: losses of the same steps where nothing is learned. The trial ends early once
-                its loss is far above them.
+        ``before_batch`` is called with the number of steps so far. The trial ends early once its
+        loss is far above ``reference``, the losses of the same steps where nothing is learned.
         """
         result, update = TrialResult(), self.brain.updates[name]
 
