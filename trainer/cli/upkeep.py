@@ -60,15 +60,14 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
                 except storage.BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(path):
                         notes.append(f"{printable(str(error))}: it is left alone")
-        kept = _kept(checkpoints, run)
-        for each in sorted(checkpoints, key=lambda each: each.number):
+        for each in sorted({*checkpoints} - _kept(checkpoints, run), key=lambda each: each.number):
             others = {*os.listdir(each.path)} - {*each.files, storage.MANIFEST}
             if not each.complete:  # A killed process has left them.
                 others = {name for name in others if not storage.FILE_NAME.fullmatch(name)}
-            if each not in kept and others:
+            if others:
                 strange = printable(min(others))
                 notes.append(f"{each.path} is left alone: no save has written {strange!r} in it")
-            elif each not in kept:
+            else:
                 why = "neither the newest nor the best checkpoint"
                 found.append(Removable(run, each.path, bytes_on_disk(each.path), why))
     return found, notes

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +110,9 @@ class TrialRunner:
         """Return the names of the optimizers that `Brain.optimize` is called for."""
         names: set[str] = set()
         with self.trial():
-            for number, _ in enumerate(self._train_batches(), 1):
+            for _ in islice(self._train_batches(), MAX_PROBED):
                 names |= {report.name for report in self._reports}
-                if len(names) == len(self.brain.updates) or number == MAX_PROBED:
+                if len(names) == len(self.brain.updates):
                     break
         if not names:
             raise ValueError(
