@@ -21,11 +21,11 @@ from torch import Tensor
 
 from trainer import distributed
 from trainer.callbacks import Callback
+from trainer.checks import by_name
 from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
-from trainer.options import by_name
 from trainer.progress import Stage
 
 if TYPE_CHECKING:
@@ -285,12 +285,7 @@ class _Meter:
         return torch.cat([norms(before), norms(after)])
 
     def layers(self, values: Sequence[float], grads: Mapping[int, float]) -> LayerNorms:
-        """Return the norms of each layer.
-
-        Args:
-            values: what `measure` returned, as numbers.
-            grads: norms of gradients, by id of the parameter.
-        """
+        """Return the norms of each layer, from those of `measure` and of gradients by id."""
         found: dict[str, list[tuple[float | None, float, float]]] = {}
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):
@@ -322,7 +317,6 @@ class LayerMonitor(Callback):
         self._idle: str | None = None  # Warning that the first record carries.
 
     def on_fit_start(self, brain: Brain) -> None:
-        """Find the optimizers and the loggers."""
         loggers = (each for each in brain.callbacks if isinstance(each, LoggerCallback))
         self._loggers, self._brain = next(loggers, None), brain
         if self._meters:
@@ -345,7 +339,6 @@ class LayerMonitor(Callback):
             )
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
-        """Hook into the next step if there is something to measure in it."""
         for meter in self._meters.values():
             due, update = meter.always or len(meter.steps) + 1 >= self.every, meter.update
             if due and not meter.hooked:
@@ -387,7 +380,6 @@ class LayerMonitor(Callback):
             update.read_later(torch.cat(vectors), take)
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Write the pending record at the end of training."""
         if report.stage == Stage.TRAIN.value:
             for meter in self._meters.values():
                 meter.update.read_now()
@@ -404,7 +396,7 @@ class LayerMonitor(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; optimizers that were not monitored then start anew."""
         for name, meter in self._meters.items():
-            meter.update.take_deferred()
+            meter.update.deferred.clear()
             meter.copies = []
             if name in state:
                 meter.steps[:] = unpack(name, state[name]["steps"])
