@@ -332,11 +332,11 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
 
 
 def wav_bytes(signal: Tensor, rate: int) -> bytes:
-    """Return the bytes of a 16-bit WAV file.
+    """Return a 16-bit WAV file.
 
     Args:
-        signal: samples (T,), clipped to [-1, 1].
-        rate: sampling rate in Hz.
+        signal: samples (T,); values beyond [-1, 1] are clipped.
+        rate: sample rate in Hz.
     """
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
