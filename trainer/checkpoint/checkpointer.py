@@ -200,8 +200,9 @@ class Checkpointer:
         checkpoints_dir: str | Path | None = None,
         allow_partial_load: bool = False,
     ) -> None:
-        listed = isinstance(keep_last, Mapping) and all(map(_is_recoverable, keep_last.values()))
-        if listed and isinstance(keep_last, Mapping):  # SpeechBrain's second argument.
+        if isinstance(keep_last, Mapping) and not any(
+            user_state.as_stateful(obj) is None for obj in keep_last.values()
+        ):  # SpeechBrain's second argument.
             recoverables, keep_last = keep_last, 1
         if (folder is None) == (checkpoints_dir is None):
             raise ValueError("a Checkpointer needs a folder (also called checkpoints_dir), once")
@@ -254,13 +255,13 @@ class Checkpointer:
         if custom_load_hook is not None or custom_save_hook is not None:
             save, load = custom_save_hook or _save, custom_load_hook or _load
             obj = user_state.FileState(obj, partial(save, obj), partial(load, obj))
-        obj = user_state.as_stateful(obj) or obj
-        if not user_state.is_stateful(obj):
+        part = user_state.as_stateful(obj)
+        if part is None:
             raise ValueError(
                 f"the recoverable {name!r} is a {type(obj).__name__}, which has no state_dict and "
                 "load_state_dict"
             )
-        self.recoverables[name] = obj
+        self.recoverables[name] = part
         for names, belongs in ((self._optional, optional_load), (self._modules, is_module)):
             names.discard(name)
             names.update([name] if belongs else [])
@@ -952,10 +953,6 @@ class Checkpointer:
             f"every checkpoint in {self.folder} that could be used is broken: "
             f"{'; '.join(self._broken.values())}; move them away to start over"
         )
-
-
-def _is_recoverable(obj: Any) -> bool:
-    return user_state.is_stateful(user_state.as_stateful(obj) or obj)
 
 
 def _save(obj: Any, path: Path) -> None:

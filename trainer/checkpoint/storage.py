@@ -300,24 +300,20 @@ def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
             contents[f"{name}.{key}.pt"] = part
             state = {k: v for k, v in state.items() if k != key}
     contents[f"{name}.pt"] = state
-    return {file: _write(folder / file, content) for file, content in contents.items()}
+    return {file: write_file(folder / file, partial(torch.save, x)) for file, x in contents.items()}
 
 
 def write_local(folder: Path, rank: int, states: dict[str, Any]) -> dict[str, FileEntry]:
     """Write the local states of a rank, by name."""
     states = writable(states, f"the local state of rank {rank}")
     file = f"rank-{rank}.pt"
-    return {file: _write(folder / file, states)} if states else {}
+    return {file: write_file(folder / file, partial(torch.save, states))} if states else {}
 
 
 def _has_tensor(state: Any) -> bool:
     if isinstance(state, (dict, list, tuple)):
         return any(map(_has_tensor, state.values() if isinstance(state, dict) else state))
     return isinstance(state, Tensor)
-
-
-def _write(path: Path, content: Any) -> FileEntry:
-    return write_file(path, partial(torch.save, content))
 
 
 def recoverable_names(checkpoint: Checkpoint) -> list[str]:
@@ -331,7 +327,7 @@ def load_state(checkpoint: Checkpoint, name: str) -> Any:
     state = _load_whole(checkpoint, name)
     if isinstance(state, Mapping):
         _check_base(checkpoint, state.get("modules"))
-    if _is_old(checkpoint, name):
+    if checkpoint.format < FORMAT and name == "brain":
         state = _migrate(checkpoint, state, load_plain(checkpoint, "rank-0").get(name, {}))[0]
     return state
 
@@ -377,14 +373,10 @@ def load_local(checkpoint: Checkpoint, rank: int, ranks: int) -> dict[str, Any]:
             local = _load_dict(checkpoint, file)
     if checkpoint.processes != ranks:
         return {}
-    for name in local:
-        if _is_old(checkpoint, name):
-            local[name] = _migrate(checkpoint, _load_whole(checkpoint, name), local[name])[1]
+    if checkpoint.format < FORMAT and "brain" in local:
+        shared = _load_whole(checkpoint, "brain")
+        local["brain"] = _migrate(checkpoint, shared, local["brain"])[1]
     return local
-
-
-def _is_old(checkpoint: Checkpoint, name: str) -> bool:
-    return name == "brain" and checkpoint.format < FORMAT
 
 
 def _migrate(checkpoint: Checkpoint, shared: Any, local: Any) -> tuple[Any, Any]:

@@ -73,9 +73,9 @@ def find_stateful(
     tensors = {id(t) for t in (*modules.parameters(), *modules.buffers())}
     found = {}
     for name, value in _flat(named):
-        part = as_stateful(value) or seed.as_stateful(value) or value
-        elsewhere = isinstance(value, (type, Sampler, DataLoader)) or id(value) in seen
-        if elsewhere or not is_stateful(part):
+        part = as_stateful(value)
+        part = seed.as_stateful(value) if part is None else part
+        if part is None or isinstance(value, (type, Sampler, DataLoader)) or id(value) in seen:
             continue
         if isinstance(part, nn.Module):
             own = part.state_dict(keep_vars=True).values()
@@ -84,11 +84,6 @@ def find_stateful(
         seen.add(id(value))
         found[name] = part
     return found
-
-
-def is_stateful(obj: Any) -> bool:
-    """Return True if an object has ``state_dict`` and ``load_state_dict``."""
-    return hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
 
 
 def _flat(named: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -318,19 +313,19 @@ class FileState:
                 self._load(path, True)
 
 
-def as_stateful(obj: Any) -> FileState | None:
-    """Return the state of an object with marked methods, or None for any other object.
+def as_stateful(obj: Any) -> Any:
+    """Return a `FileState` for an object with marked methods, another stateful one itself, or None.
 
-    Data loaders are left out: `Progress` has their position.
+    The marked methods of a data loader are not used: `Progress` has its position.
     """
     kind: type = type(obj)
     save, load = _marked(kind)
-    if not save or isinstance(obj, type) or (isinstance(obj, Iterator) and isinstance(obj, Sized)):
-        return None
-    if load:
+    is_loader = isinstance(obj, Iterator) and isinstance(obj, Sized)
+    if save and load and not is_loader:
         return FileState(obj, getattr(obj, save), getattr(obj, load))
-    _warn_of_no_loader(kind)
-    return None
+    if save and not is_loader:
+        _warn_of_no_loader(kind)
+    return obj if hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict") else None
 
 
 @functools.cache
@@ -364,7 +359,7 @@ def keep_in_state_dict(modules: nn.Module) -> None:
     def parts(owner: nn.Module, prefix: str) -> Iterator[tuple[str, FileState]]:
         for name, module in owner.named_modules():
             part = as_stateful(module)
-            if part is not None:
+            if isinstance(part, FileState):
                 yield f"{prefix}{name}{'.' if name else ''}{KEY}", part
 
     def add(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
