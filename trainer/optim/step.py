@@ -178,6 +178,11 @@ class Update:
         """All parameters of the optimizer, frozen ones included."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def named(self) -> dict[Tensor, str]:
+        """Return all parameters with their names; those that no module has are numbered."""
+        every = enumerate(self.all_params)
+        return {p: self.names.get(p, f"{self.name}.{number}") for number, p in every}
+
     @property
     def lr(self) -> float | None:
         """The learning rate of the leading group; None where the optimizer has none."""
