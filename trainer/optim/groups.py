@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 SHOWN = ("weight_decay", "lr_factor", "max_grad_norm")
 # Settings beside those of the optimizer.
 OWN = ("layer_decay", "lr_factor", "max_grad_norm", "freeze_until", "eval")
-# Settings of torch's groups that belong to the optimizer as a whole.
-WHOLE = ("capturable", "differentiable", "foreach", "fused")
+# Keys of torch's groups that are no setting, or one of the optimizer as a whole.
+WHOLE = ("params", "param_names", "capturable", "differentiable", "foreach", "fused")
 # Parts of names that torch.compile and peft put in.
 WRAPPED = re.compile(r"(^|\.)(?:_orig_mod|base_model\.model|base_layer)(?=\.|$)")
 # Layers as transformers, torch and torchaudio name them, without convolutional front ends. Where a
@@ -276,13 +276,8 @@ def _match(
 ) -> dict[Tensor, str]:
     """Return the parameters that a pattern matches, by the first name that does.
 
-    With ``eval`` as its only key, it may match only parameters that no optimizer has.
-
-    Args:
-        pattern: the pattern.
-        keys: its keys.
-        names: names of all parameters but those of other optimizers.
-        owned: parameters of the pattern's optimizers.
+    With ``eval`` as its only key, it may match only parameters that no optimizer has; others need
+    one that is ``owned`` by the pattern's optimizers.
     """
     parts = str(pattern).split("|")
     found: dict[Tensor, str] = {}
@@ -326,8 +321,6 @@ def _choose(
     chosen: Chosen = {p: {} for p in _params(optimizer)}
     first, defaults = optimizer.param_groups[0], getattr(optimizer, "defaults", {})
     known = {k: v for k, v in {**first, **defaults}.items() if k not in WHOLE}
-    for key in ("params", "param_names"):
-        known.pop(key, None)
     for pattern, keys in patterns.items():
         mine = [p for p in matched[pattern] if p in chosen]
         for key, value in keys.items() if mine else ():

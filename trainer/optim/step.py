@@ -226,6 +226,8 @@ class Update:
 
     def take_untrained(self, kept: Sequence[Tensor | None]) -> None:
         """Put back the ``kept`` gradients of what no optimizer has; warn once if there are new."""
+        if not self.untrained:
+            return
         reached = [name for name, p in self.untrained.items() if p.grad is not None]
         owned: set[Tensor] = set()
         if reached:  # An optimizer may have got a group of parameters since.
