@@ -168,11 +168,7 @@ class BadItemPolicy:
         self.unjudged = False
 
     def handle(self, reports: Iterable[tuple[str, str]], items: int = 0) -> None:
-        """Log and count bad items; each path is logged once.
-
-        Args:
-            reports: paths and reasons.
-            items: number of items among which they were.
+        """Log and count bad items, by path and reason, of a number of items; log each path once.
 
         Raises:
             BadItem: for the first of them, where ``on_bad`` is "raise".
@@ -427,20 +423,10 @@ class DealtItems(IterableDataset[Any]):
     `knows_ranks` finds that it asks for its rank. Its attributes ``splits_by_worker`` and
     ``splits_by_rank``, True or False, come before what it reads. The global generators are seeded
     for each item that is dealt, so that a dataset that shuffles by them gives all processes the
-    same order.
+    same order. In training the last items are left out where there are fewer of them than ranks.
 
-    Args:
-        dataset: the dataset.
-        train: True to leave out the last items where there are fewer of them than ranks.
-        rank: rank of this process.
-        world_size: number of processes.
-        batch_size: items of a batch, which one worker loads: with workers the batches are those of
-            a process without; None where an item is a batch.
-
-    Attributes:
-        equal: True if all ranks get equally many items in training.
-        resumable: True if the dataset has a state of its own.
-        ended: True if all items were read, also while the last of them wait for their batch.
+    One worker loads all items of a batch, so that the batches are those of a process without
+    workers; ``batch_size`` is None where an item is a batch.
     """
 
     def __init__(
@@ -448,6 +434,7 @@ class DealtItems(IterableDataset[Any]):
     ) -> None:
         self.dataset, self.train = dataset, train
         self._batch_size = batch_size or 1
+        # True if all ranks get equally many items in training.
         self.equal = world_size == 1 or not knows_ranks(dataset)
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
@@ -455,7 +442,7 @@ class DealtItems(IterableDataset[Any]):
         self._asked: set[str] = set()  # What the dataset has read of `get_worker_info`.
         self._position = 0  # Number of items that were read.
         self._start = 0  # Position at which the next iteration starts.
-        self.ended = False
+        self.ended = False  # All items were read, also while the last ones wait for their batch.
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         if rank or world_size == 1 or hasattr(dataset, "splits_by_rank"):
             return

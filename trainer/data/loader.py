@@ -310,8 +310,7 @@ class BatchSource:
     def _begin(self, start: int) -> tuple[_WatchedIterator, Callable[[], Any]]:
         """Begin an epoch; return its iterator, and a function that loads its next batch.
 
-        The function counts bad items, and returns None for a batch that is left out, and `_END`
-        after the last.
+        The function returns None for a batch that is left out, and `_END` after the last.
         """
         raise NotImplementedError
 
@@ -615,11 +614,7 @@ def _init_worker(
     worker_init_fn: Callable[[int], None] | None,
     worker: int,
 ) -> None:
-    """Prepare a worker for signals and the end of its main process; see `serve`.
-
-    A worker that died of Ctrl-C, or of torchrun's SIGTERM, would break the main process in the
-    middle of the step after which it saves.
-    """
+    """Prepare a worker for signals and the end of its main process; see `serve`."""
     serve(lambda: bool(closing.item()))
     _end_if_unsent()
     begin_loading(seed, epoch)
