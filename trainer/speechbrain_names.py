@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,9 @@ from trainer.optim.precision import Precision
 from trainer.optim.step import Update
 from trainer.options import RunOptions
 from trainer.progress import Progress, Stage
+
+if TYPE_CHECKING:
+    from trainer.brain import Brain
 
 logger = logging.getLogger("trainer")
 
@@ -131,31 +134,21 @@ class SpeechBrainNames:
                 logger.warning("the gradient of %s is not finite and is left out", name)
 
 
-def _average(brain: Any) -> float:
+def _average(brain: Brain) -> float:
     """Return the average of this rank's training losses of the epoch so far."""
     return float(brain.stateful()["metrics"].part.average.value() or 0.0)
 
 
-def _scaler(brain: Any) -> torch.amp.GradScaler:
+def _scaler(brain: Brain) -> torch.amp.GradScaler:
     """Return the loss scaler of the first optimizer, which is disabled except for fp16."""
     first = next(iter(brain.updates.values()), None)
     return first.scaler if first else Precision(brain.options.precision, brain.device).scaler()
 
 
-def _autocast(stage: Stage) -> Any:
-    """Return a function of a Brain that returns its autocast context of a stage."""
-
-    def context(brain: Any) -> AbstractContextManager[object]:
-        found: AbstractContextManager[object] = brain.autocast(stage)
-        return found
-
-    return context
-
-
 # Attributes that are computed when they are read, as functions of the Brain.
-READ: dict[str, Any] = {
-    "training_ctx": _autocast(Stage.TRAIN),
-    "evaluation_ctx": _autocast(Stage.VALID),
+READ: dict[str, Callable[[Brain], Any]] = {
+    "training_ctx": lambda brain: brain.autocast(Stage.TRAIN),
+    "evaluation_ctx": lambda brain: brain.autocast(Stage.VALID),
     "scaler": _scaler,
     "avg_train_loss": _average,
     "noprogressbar": lambda brain: not brain.options.progressbar,

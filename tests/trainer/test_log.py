@@ -416,9 +416,7 @@ def callback(folder: Path | None, *factories: Any, **options: Any) -> tuple[Logg
     """A callback, and a Brain as far as it needs one."""
     run = RunOptions(output_folder=None if folder is None else str(folder), **options)
     updates = {"main": SimpleNamespace(lr=0.001), "other": SimpleNamespace(lr=0.25)}
-    brain: Any = SimpleNamespace(
-        options=run, updates=updates, step=0, progress=Progress()
-    )
+    brain: Any = SimpleNamespace(options=run, updates=updates, step=0, progress=Progress())
     usual = [JsonlLogger, TensorBoardLogger] if run.tensorboard else [JsonlLogger]
     return LoggerCallback(run, factories or usual), brain
 
