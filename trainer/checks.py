@@ -30,13 +30,7 @@ def whole(owner: str, name: str, value: float, low: int) -> int:
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
     """Return a number from the interval between ``low`` and ``high`` as a float.
 
-    Args:
-        owner: the class that takes the value.
-        name: name of the value.
-        value: the value.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        ends: brackets of the interval: "[" and "]" include an end, "(" and ")" exclude it.
+    The brackets "[" and "]" in ``ends`` include an end of the interval, "(" and ")" exclude it.
 
     Raises:
         ValueError: if the value is no number, or outside of the interval.
@@ -94,12 +88,9 @@ class Stateful:
     """Base class of objects whose state is the value of some of their attributes.
 
     Hyperparameters are not among them: a resumed run uses those that it is given.
-
-    Attributes:
-        saved: names of these attributes.
     """
 
-    saved: ClassVar[tuple[str, ...]] = ()
+    saved: ClassVar[tuple[str, ...]] = ()  # names of these attributes
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as plain values that later changes leave alone."""

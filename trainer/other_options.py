@@ -32,10 +32,7 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "jit_module_keys": (None, "modules are not scripted; --compile_modules names those to compile"),
     "local_rank": (None, "torchrun tells each process its rank"),
     "log_config": (None, "messages go to the terminal and to train.log in the run folder"),
-    "tqdm_barcolor": (
-        {"train": "GREEN", "valid": "MAGENTA", "test": "CYAN"},
-        "bars are plain",
-    ),
+    "tqdm_barcolor": ({"train": "GREEN", "valid": "MAGENTA", "test": "CYAN"}, "bars are plain"),
     "tqdm_colored_bar": (False, "progress bars are plain"),
 }
 
@@ -64,26 +61,21 @@ FLAGS = {name for name, default in DEFAULTS.items() if default is False}
 # Names in Lightning, Hugging Face's Trainer and elsewhere: a hint, since a recipe may have keys of
 # its own with these names.
 SIMILAR = {
-    "accelerator": "device",
-    "accumulate_grad_batches": "grad_accumulation_factor",
-    "amp": "precision",
-    "bf16": "precision",
-    "default_root_dir": "output_folder",
-    "disable_tqdm": "progressbar",
-    "enable_progress_bar": "progressbar",
-    "fast_dev_run": "debug",
-    "fp16": "precision",
-    "grad_clip": "max_grad_norm",
-    "gradient_accumulation_steps": "grad_accumulation_factor",
-    "gradient_clip_val": "max_grad_norm",
-    "gradient_clipping": "max_grad_norm",
-    "log_every_n_steps": "log_interval",
-    "logging_steps": "log_interval",
-    "max_steps": "optimizer_step_limit",
-    "max_time": "max_hours",
-    "mixed_precision": "precision",
-    "output_dir": "output_folder",
-    "overwrite_output_dir": "overwrite",
-    "save_steps": "checkpoint_every_steps",
-    "torch_compile": "compile",
+    name: option
+    for option, names in {
+        "checkpoint_every_steps": "save_steps",
+        "compile": "torch_compile",
+        "debug": "fast_dev_run",
+        "device": "accelerator",
+        "grad_accumulation_factor": "accumulate_grad_batches gradient_accumulation_steps",
+        "log_interval": "log_every_n_steps logging_steps",
+        "max_grad_norm": "grad_clip gradient_clip_val gradient_clipping",
+        "max_hours": "max_time",
+        "optimizer_step_limit": "max_steps",
+        "output_folder": "default_root_dir output_dir",
+        "overwrite": "overwrite_output_dir",
+        "precision": "amp bf16 fp16 mixed_precision",
+        "progressbar": "disable_tqdm enable_progress_bar",
+    }.items()
+    for name in names.split()
 }

@@ -25,20 +25,15 @@ _limit = threading.RLock()  # The memory limit is the process's: one thread at a
 
 
 def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
-    """Check that a path, with links followed, lies in a folder.
+    """Return a path as it was given, if it lies in a folder with links followed.
 
-    Args:
-        folder: the folder.
-        path: the path; there may be nothing at it.
-
-    Returns:
-        The path as it was given.
+    There may be nothing at it.
 
     Raises:
         ValueError: it leads outside, or to something that is neither a file nor a folder.
     """
     real = os.path.realpath(path)
-    if not _is_below(real, os.path.realpath(folder)):
+    if not _is_in(real, os.path.realpath(folder)):
         raise ValueError(f"{str(path)!r} lies outside of {folder}")
     if os.path.lexists(real):
         mode = os.lstat(real).st_mode
@@ -47,17 +42,13 @@ def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _is_below(path: str, folder: str) -> bool:
+def _is_in(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
 
 
 @contextmanager
 def sources_confined() -> Iterator[set[str]]:
-    """Context manager in which `check_source` refuses sources that are not in a set.
-
-    Yields:
-        The set, empty at first.
-    """
+    """Context manager in which `check_source` refuses sources not in the set that it yields."""
     named: set[str] = set()
     token = _named.set(named)
     try:
@@ -67,11 +58,7 @@ def sources_confined() -> Iterator[set[str]]:
 
 
 def check_source(source: str) -> None:
-    """Check that a source of weights may be read: a folder, or a name on the hub.
-
-    Raises:
-        ValueError: a run folder is being read, and the source was named by it alone.
-    """
+    """Raise ValueError for a source of weights that only the run folder being read has named."""
     named = _named.get()
     if named is not None and source not in named:
         raise ValueError(
@@ -82,11 +69,6 @@ def check_source(source: str) -> None:
 
 def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:
     """Return the text of a file in a folder.
-
-    Args:
-        folder: the folder.
-        name: name of the file, relative to the folder.
-        at_most: largest size of the file in bytes.
 
     Raises:
         ValueError: it lies elsewhere, is not UTF-8, or has more than ``at_most`` bytes.
@@ -156,11 +138,7 @@ def _free_bytes() -> int:
 
 
 class _Finder:
-    """Import hook that looks for a module everywhere on Python's path but in some entries.
-
-    Args:
-        holds: returns True for an entry of the path that is left out for the name of a module.
-    """
+    """Import hook that passes over the entries of Python's path that hold the name of a module."""
 
     def __init__(self, holds: Callable[[str, str], bool]) -> None:
         self.holds = holds
@@ -192,13 +170,13 @@ def no_modules_from(folder: str | Path) -> Iterator[None]:
 
     def inside(entry: str) -> bool:
         real = os.path.realpath(entry or os.curdir)
-        return _is_below(real, root) and not any(_is_below(real, each) for each in installed)
+        return _is_in(real, root) and not any(_is_in(real, each) for each in installed)
 
     def holds(entry: str, name: str) -> bool:
         place = os.path.realpath(entry or os.curdir)
         own = os.path.realpath(Path(__file__).parents[1])
         package = os.path.realpath(os.path.join(place, name))
-        return place not in (*installed, own) and _is_below(root, package)
+        return place not in (*installed, own) and _is_in(root, package)
 
     finder = _Finder(holds)
     hidden = [(place, entry) for place, entry in enumerate(sys.path) if inside(entry)]

@@ -85,8 +85,7 @@ def resolve(root: MappingNode, registry: Registry) -> MappingNode:
     """Return a copy of a tree in which every reference is replaced by its value.
 
     Raises:
-        ValueError: a placeholder has no value (all of them are listed), or a reference is unknown,
-            circular or too large.
+        ValueError: placeholders have no value, or a reference is unknown, circular or too large.
     """
     missing = {path: node for path, node in paths(root) if tag(node) == "!PLACEHOLDER"}
     if missing:
@@ -114,7 +113,7 @@ class _Resolver:
         self.done: dict[Node, Node] = {}
         self.texts: dict[Node, Node] = {}  # the reference that each text with references became
         self.active: list[Node] = []
-        self.copied = 0
+        self.copied = 0  # nodes
 
     def fill(self, node: Node) -> Node:
         """Return the replacement of a node, with everything below it resolved."""
@@ -192,7 +191,16 @@ class _Resolver:
                 branch = self.fill(branch)
             below = dict(items(branch))
             if before == "." and (tag(branch) not in PLAIN or isinstance(branch, ScalarNode)):
-                return _attribute_node(self.fill(branch), [each for _, each in steps[count:]], node)
+                names = [each for _, each in steps[count:]]
+                text = ".".join(names)
+                if any(not each.isidentifier() or each.startswith("_") for each in names):
+                    raise ValueError(
+                        f"{location(node)}: {text!r} is not a public attribute; references may not "
+                        "read others"
+                    )
+                values = [self.fill(branch), ScalarNode(STR, text)]
+                marks = node.start_mark, node.end_mark
+                return SequenceNode(ATTRIBUTE, values, *marks, flow_style=True)
             if step not in below:
                 raise ValueError(
                     f"{location(node)}: the reference <{name}> leads nowhere: there is no {step!r}"
@@ -209,16 +217,6 @@ class _Resolver:
         """Return True for a text with references to other keys, and none like `<unk>`."""
         first = [STEP.findall(each)[0][1].strip() for each in REFERENCE.findall(node.value)]
         return bool(first) and all(get(self.root, each) not in (None, node) for each in first)
-
-
-def _attribute_node(owner: Node, names: list[str], node: Node) -> Node:
-    name = ".".join(names)
-    if any(not each.isidentifier() or each.startswith("_") for each in names):
-        raise ValueError(
-            f"{location(node)}: {name!r} is not a public attribute; references may not read others"
-        )
-    values = [owner, ScalarNode(tag=STR, value=name)]
-    return SequenceNode(ATTRIBUTE, values, node.start_mark, node.end_mark, flow_style=True)
 
 
 def _is_no_number(node: Node) -> bool:
@@ -477,14 +475,13 @@ def arguments(node: Node, target: Any) -> Iterator[tuple[str, inspect.Parameter,
 
 def _as_text(node: Node) -> Node:
     """Convert numbers and dates, also in a list, to the texts that they are in the YAML: 007."""
-    if isinstance(node, SequenceNode) and tag(node) == SEQ:
-        values = [_as_text(each) for each in node.value]
-        if values == node.value:
-            return node
-        return SequenceNode(SEQ, values, node.start_mark, node.end_mark, flow_style=True)
+    marks = node.start_mark, node.end_mark
     if tag(node) in (INT, FLOAT, TIMESTAMP):
-        return ScalarNode(STR, node.value, node.start_mark, node.end_mark, style="'")
-    return node
+        return ScalarNode(STR, node.value, *marks, style="'")
+    if tag(node) != SEQ:
+        return node
+    values = [_as_text(each) for each in node.value]
+    return node if values == node.value else SequenceNode(SEQ, values, *marks, flow_style=True)
 
 
 def signature(target: Any) -> inspect.Signature | None:

@@ -94,10 +94,6 @@ class Settings:
         resolved: the tree with references filled in.
         written: nodes as they are written, by key.
         values: plain values and tags of objects in force, by key.
-
-    Raises:
-        ValueError: a reference leads nowhere, or `resumable_keys` or `neutral_keys` is no list of
-            keys.
     """
 
     def __init__(self, root: MappingNode, registry: Registry) -> None:

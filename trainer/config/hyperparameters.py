@@ -138,10 +138,7 @@ def describe(path: str | os.PathLike[str]) -> list[Key]:
 
 
 class Configuration:
-    """A YAML file that is read and not yet built: its keys can be listed and changed.
-
-    The arguments are those of `load_hparams`.
-    """
+    """A YAML file that is read and not yet built; the arguments are those of `load_hparams`."""
 
     def __init__(
         self,
@@ -218,12 +215,9 @@ class Configuration:
         return HINTS.get(name) is bool if node is None else tag(node) == BOOL
 
     def override(self, changes: Mapping[str, Any]) -> None:
-        """Change keys.
+        """Set new values by key; a mapping, or a dotted name, changes keys below a key.
 
-        Args:
-            changes: new values by key. A mapping, or a dotted name, changes keys below a key. New
-                keys may be run options, `BRAIN_KEYS`, and arguments that the class of an object
-                takes.
+        New keys may be run options, `BRAIN_KEYS`, and arguments that the class of an object takes.
 
         Raises:
             ValueError: a key is unknown, or a value has another type than the default.
@@ -311,11 +305,7 @@ class Configuration:
             raise ValueError(f"{problem}{nearest_key(name, known, dotted) or hint}")
 
     def options(self) -> dict[str, Any]:
-        """Return the run options among the keys, checked; objects are left out.
-
-        Raises:
-            ValueError: a value is not allowed; names file and line.
-        """
+        """Return the run options among the keys, checked; objects are left out."""
         values: dict[str, Any] = {}
         for name, node in items(self._resolved()):
             takes_object = Any in typing.get_args(HINTS.get(name))
@@ -335,13 +325,10 @@ class Configuration:
         return building.build(self.checked(), self.registry)
 
     def checked(self) -> MappingNode:
-        """Check the references, and in a run folder the objects, whose modules are imported.
-
-        Returns:
-            A copy of the tree without references and without what only training needs.
+        """Return a copy of the tree without references and without what only training needs.
 
         Raises:
-            ValueError: a reference is wrong, or an object is not allowed.
+            ValueError: a reference is wrong, or a run folder has an object that is not allowed.
         """
         root = self._resolved()
         for key, value in list(root.value):

@@ -114,15 +114,14 @@ class _Reader:
 
         _include(root, (), read_other)
         base = get(root, "base")
-        texts = base.value if isinstance(base, SequenceNode) else [base] if base else []
+        several = base.value if isinstance(base, SequenceNode) else [base] if base else []
+        texts = [str(each.value) for each in several if tag(each) == STR]
         if not any(
-            Path(each.value).suffix in YAML_SUFFIXES
-            or os.path.isfile(path.parent / at_home(each.value))
+            Path(each).suffix in YAML_SUFFIXES or os.path.isfile(path.parent / at_home(each))
             for each in texts
-            if tag(each) == STR
         ):
             return root  # A key of that name may be the file's own.
-        if tag(base) != STR or Path(base.value).suffix not in YAML_SUFFIXES:
+        if not isinstance(base, ScalarNode) or Path(base.value).suffix not in YAML_SUFFIXES:
             raise ValueError(
                 f"{location(base)}: base must be the path of one YAML file, ending in .yaml; a key "
                 "of your own that holds the path of a file needs another name"

@@ -13,15 +13,10 @@ ends at `os`), and the object found is
 
 A name that the user allows in full, such as `os.path.join`, passes without any of these checks.
 
-The trainer and each recipe list names of their own::
-
-    # recipes/asr/__init__.py
-    RUN_NAMES = ("model.ConformerCTC",)  # what the hyperparams.yaml of a run folder may build
-    YAML_NAMES = (*RUN_NAMES, "data.librispeech")  # what a YAML may build from recipes.asr
-
-Recipes are found by the entry-point group `cortex.recipes` of their distribution
-(`asr = "recipes.asr"`). Such a package must import nothing: it is imported before any of its names
-is checked.
+The trainer and each recipe list names of their own, relative to their package: in `RUN_NAMES` what
+the hyperparams.yaml of a run folder may build, and in `YAML_NAMES` what any YAML may. Recipes are
+found by the entry-point group `cortex.recipes` of their distribution. Such a package must import
+nothing: it is imported before any of its names is checked.
 """
 
 from __future__ import annotations
@@ -160,9 +155,6 @@ class Registry:
     Args:
         allow: packages, modules or single objects by dotted name, in addition to the names that
             the trainer and the recipes list. A package with `YAML_NAMES` is opened by these alone.
-
-    Raises:
-        ValueError: `allow` holds something else than names.
     """
 
     source, attribute = "a YAML", "YAML_NAMES"  # what is read, and where packages list its names
@@ -240,9 +232,9 @@ class Registry:
         """
         classes = (*type(owner).__mro__, *(owner.__mro__ if inspect.isclass(owner) else ()))
         code = {name, "__getattr__", "__getattribute__"}
-        foreign = (each for each in classes if code & {*vars(each)} and not self._is_readable(each))
+        foreign = [each for each in classes if code & {*vars(each)} and not self._is_readable(each)]
         what = f"{name!r} of a {type(owner).__name__} is not allowed"
-        if inspect.ismodule(owner) or any(foreign):
+        if inspect.ismodule(owner) or foreign:
             raise ValueError(
                 f"{what}: a reference reads attributes of networks, tensors, and objects of "
                 "allowed packages"
@@ -273,14 +265,13 @@ class Registry:
 
     def _step(self, owner: Any, path: str, part: str, name: str) -> Any:
         """Return the module `path`, imported if it is related, or else the attribute `part`."""
-        related = self._is_related(path)
-        inside = inspect.ismodule(owner)
+        related, inside = self._is_related(path), inspect.ismodule(owner)
         is_module = (owner is None or inside) and _is_module(path)
+        if owner is None and not related:
+            raise self._refusal(name)
         if related and is_module:
             found = _import(path, name)
         elif owner is None:
-            if not related:
-                raise self._refusal(name)
             raise ValueError(f"{name} does not exist: no module is called {path!r}")
         else:
             # A module's `__getattr__` may import a submodule, so that `hasattr` would run code.
@@ -330,7 +321,7 @@ class Registry:
         """Return True if properties of a class may be read."""
         module = str(kind.__module__)
         roots = READABLE | {each.partition(".")[0] for each in (*CLASSES, *self.packages)}
-        return module.partition(".")[0] in roots or self._rule(module) == "open"
+        return module.partition(".")[0] in roots or self.is_own(module)
 
     def _is_value(self, value: Any) -> bool:
         """Return True for a value or a network, or a container of these."""
@@ -383,7 +374,7 @@ class Registry:
 def recipe_packages() -> tuple[str, ...]:
     """Return the packages of all recipes: those installed, and those of this checkout.
 
-    In a checkout that is not installed the entry points are read from its pyproject.toml.
+    The entry points of a checkout that is not installed are read from its pyproject.toml.
     """
     found = {each.value for each in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     project = Path(__file__).parents[2] / "pyproject.toml"
@@ -488,10 +479,7 @@ def _description(owner: Any, found: Any) -> str:
 
 def _origin(found: Any) -> str:
     """Return the module in which an object, or else its class, is defined."""
-    if inspect.ismodule(found):
-        return found.__name__
-    origin = getattr(found, "__module__", None)
-    return str(origin or type(found).__module__)
+    return str(getattr(found, "__module__", None) or type(found).__module__)
 
 
 def _public(owner: Any) -> list[str]:

@@ -51,11 +51,7 @@ TRAINING_ONLY = (
 
 
 class RunFolderRegistry(Registry):
-    """Resolves the names in the YAML of a run folder.
-
-    Args:
-        allow: packages, modules or single objects by dotted name that may be built as well.
-    """
+    """Resolves the names in the YAML of a run folder, and those in what the caller allows."""
 
     source, attribute = "a run folder", "RUN_NAMES"
 
@@ -66,11 +62,7 @@ class RunFolderRegistry(Registry):
         self.training = every - self.listed
 
     def locate(self, name: str) -> Any:
-        """Return the class, or the listed function, with a dotted name.
-
-        Raises:
-            ValueError: the name is not allowed, or there is no such object.
-        """
+        """Return the class, or the listed function, with a dotted name."""
         if name == "len":
             return len
         if name in self.listed or name in CLASSES or is_below(name, self.allowed):
@@ -102,47 +94,39 @@ class RunFolderRegistry(Registry):
 
 
 def check_tags(root: Node) -> None:
-    """Refuse `!applyref:`, which would be called while references are resolved.
-
-    Raises:
-        ValueError: the tree has such a tag; names file and line.
-    """
+    """Raise ValueError for `!applyref:`, which would be called while references are resolved."""
     for node in nodes(root):
         if tag(node).startswith("!applyref:"):
             raise ValueError(f"{location(node)}: {tag(node)} is not allowed in a run folder")
 
 
 def check_objects(root: MappingNode, registry: RunFolderRegistry, folder: Path) -> None:
-    """Check the objects of a resolved tree, and the paths among their arguments.
-
-    Args:
-        root: the tree.
-        registry: the allow-list.
-        folder: the run folder, in which the paths must lie.
+    """Check the objects of a resolved tree, and that their paths lie in the run folder.
 
     Raises:
         ValueError: something is not allowed; names file and line.
     """
     for node in nodes(root):
-        name = object_name(node)
         try:
             if tag(node) == ATTRIBUTE:
                 attribute = str(node.value[1].value)
                 raise ValueError(
                     f"{attribute!r} is an attribute of an object, which a run folder may not read"
                 )
-            if name:
-                _check_object(node, name, registry, folder)
+            if object_name(node):
+                _check_object(node, registry, folder)
         except ValueError as error:
             raise ValueError(f"{location(node)}: {error}") from error
 
 
-def _check_object(node: Node, name: str, registry: RunFolderRegistry, folder: Path) -> None:
+def _check_object(node: Node, registry: RunFolderRegistry, folder: Path) -> None:
+    name = object_name(node)
     kind, target = tag(node).removesuffix(name), registry.locate(name)
-    called = kind == "!apply:" and (name == "len" or name in registry.listed)
-    if not (called and not inspect.isclass(target)) and not (
-        kind in ("!new:", "!name:") and inspect.isclass(target)
-    ):
+    if inspect.isclass(target):
+        allowed = kind in ("!new:", "!name:")
+    else:
+        allowed = kind == "!apply:" and (name == "len" or name in registry.listed)
+    if not allowed:
         raise ValueError(
             f"{tag(node)} is not allowed in a run folder: it builds classes by !new: and !name:, "
             "and calls only functions that recipes list in RUN_NAMES"
