@@ -243,14 +243,11 @@ def _layer(name: str) -> str:
 class _Meter:
     """Measurements of one optimizer."""
 
-    def __init__(self, update: Update, names: Mapping[int, str], clip_rate: float) -> None:
+    def __init__(self, update: Update, clip_rate: float) -> None:
         self.update, self.health = update, Health(update.name, clip_rate)
         self.steps: list[StepReport] = []  # Since the last record.
         update.history = self.steps
-        self.names = {
-            id(p): names.get(id(p), f"{update.name}.{number}")
-            for number, p in enumerate(update.all_params)
-        }
+        self.names = update.named()
         # Of the step that is measured: its parameters, copies of them from before it, and names
         # and values of its histograms. There are no copies while no step is measured.
         self.params: list[Tensor] = []
@@ -266,7 +263,7 @@ class _Meter:
         self.params, self.samples = self.update.params, []
         self.copies = [p.detach().clone() for p in self.params]
         for p in self.params if histograms else ():
-            name = self.names.get(id(p), self.update.name)
+            name = self.names.get(p, self.update.name)
             self.samples.append((f"weights/{name}", _sample(p)))
             if p.grad is not None and not p.grad.is_sparse:
                 self.samples.append((f"gradients/{name}", _sample(p.grad)))
@@ -284,13 +281,13 @@ class _Meter:
         torch._foreach_sub_(before, after)
         return torch.cat([norms(before), norms(after)])
 
-    def layers(self, values: Sequence[float], grads: Mapping[int, float]) -> LayerNorms:
-        """Return the norms of each layer, from those of `measure` and of gradients by id."""
+    def layers(self, values: Sequence[float], grads: Mapping[Tensor, float]) -> LayerNorms:
+        """Return the norms of each layer, from those of `measure` and of gradients."""
         found: dict[str, list[tuple[float | None, float, float]]] = {}
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):
-            name = self.names.get(id(p), self.update.name)
-            found.setdefault(_layer(name), []).append((grads.get(id(p)), weight, update))
+            name = self.names.get(p, self.update.name)
+            found.setdefault(_layer(name), []).append((grads.get(p), weight, update))
         return {layer: _join(parts) for layer, parts in found.items()}
 
 
@@ -321,18 +318,13 @@ class LayerMonitor(Callback):
         self._loggers, self._brain = next(loggers, None), brain
         if self._meters:
             return
-        params = dict(brain.modules.named_parameters())
-        names = {id(p): name for name, p in params.items()}
         rate, known = brain.options.expected_clip_rate, list(brain.updates)
         self._meters = {
-            name: _Meter(
-                each, names, by_name(rate, name, known, "expected_clip_rate", USUAL_CLIP_RATE)
-            )
+            name: _Meter(each, by_name(rate, name, known, "expected_clip_rate", USUAL_CLIP_RATE))
             for name, each in brain.updates.items()
         }
-        owned = {id(p) for update in brain.updates.values() for p in update.all_params}
-        idle = [name for name, p in params.items() if p.requires_grad and id(p) not in owned]
-        if idle:
+        untrained = (name for update in brain.updates.values() for name in update.untrained)
+        if idle := list(dict.fromkeys(untrained)):
             self._idle = (
                 f"no optimizer has {first_names(idle)}: they never move. Give them to an "
                 "optimizer, or call requires_grad_(False), which saves computing their gradients"
@@ -363,7 +355,7 @@ class LayerMonitor(Callback):
             return
         # The step of this batch is counted at its end.
         place = {"step": brain.optimizer_step + 1, "epoch": brain.progress.epoch}
-        grads = {id(p): norm for p, norm in zip(*update.measured, strict=True)}
+        grads = dict(zip(*update.measured, strict=True))
         unknown = gradients.tensors if gradients.norm_after is None else []
         vectors = [norms(unknown)] if unknown else []
         if measured := bool(meter.copies):

@@ -36,8 +36,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """Return the sum of the words of 8 bytes of a tensor, each times an odd number of its position.
 
     Modulo 2^64 a change of any one word changes the sum for certain; changes of several words, also
-    such as cancel in a plain sum, do with a probability of about 1 - 2^-60. The tensor is dense,
-    and the result is a scalar of dtype int64 on its device.
+    such as cancel in a plain sum, do with a probability of about 1 - 2^-60. The result is a scalar
+    of dtype int64, on the device of the tensor, which is dense.
     """
     values = tensor.detach().resolve_conj().resolve_neg()
     values = torch.view_as_real(values) if values.is_complex() else values
@@ -200,11 +200,10 @@ class ReplicaCheck(Callback):
 
 def optimizer_state(brain: Brain) -> dict[str, Tensor]:
     """Return the tensors that the optimizers keep, by name."""
-    names = {id(p): name for name, p in brain.modules.named_parameters()}
     return {
-        f"{update.name}: {names.get(id(p), number)} {key}": value
+        f"{update.name}: {name} {key}": value
         for update in brain.updates.values()
-        for number, p in enumerate(update.all_params)
+        for p, name in update.named().items()
         for key, value in update.optimizer.state.get(p, {}).items()
         if isinstance(value, Tensor) and value.layout is torch.strided
     }

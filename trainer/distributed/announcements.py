@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +47,7 @@ class Announcements:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
         self._joint: list[str] = []
-        self._sent: tuple[Any, ...] = ()
-        self._template = self._answer = torch.zeros(0)
+        self._answer = torch.zeros(0)
         self._message: Any = None
 
     def send(self, windows: Windows | None, stop: bool = False, save: bool = False) -> None:
@@ -67,10 +67,7 @@ class Announcements:
         digest = _digest(windows or ())
         numbers = (-LIMIT,) * 4 if windows is None else (code, digest, -code, -digest)
         sent = (*numbers, stop, save, windows is None)
-        if sent != self._sent:  # The usual one is not brought to the device again.
-            self._sent = sent
-            self._template = torch.tensor(sent, dtype=torch.int64, device=distributed.device())
-        self._answer = self._template.clone()
+        self._answer = on_device(sent, torch.int64, distributed.device()).clone()
         self._message = distributed.begin_max(self._answer)
 
     def confirm(self) -> None:
@@ -144,3 +141,9 @@ class Announcements:
 def _digest(windows: Windows) -> int:
     """Return a number that stands for the names of all windows, also of those that are joint."""
     return zlib.crc32(repr([list(names) for names in windows]).encode())
+
+
+@lru_cache(maxsize=16)
+def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a vector of numbers, not to be written to; usual ones are not brought there again."""
+    return torch.tensor(numbers, dtype=dtype, device=device)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.distributed.announcements import NO_VOTES, Announcements, Votes, Windows
+from trainer.distributed.announcements import NO_VOTES, Announcements, Votes, Windows, on_device
 from trainer.distributed.buckets import GradientBuckets
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -177,7 +177,6 @@ class Replicate(Strategy):
         self._open: list[list[str]] = []  # Announced windows that are not closed yet.
         self._flushed = 0  # Number of these whose gradients are on their way.
         self._confirmed = True  # True if all ranks are known to have announced these.
-        self._sent_flags: tuple[Sequence[float], Tensor] = [], torch.zeros(0)
 
     def prepare(self, modules: nn.Module) -> None:
         described = {n: _describe(t) for n, t in modules.state_dict(keep_vars=True).items()}
@@ -283,10 +282,8 @@ class Replicate(Strategy):
         agreed = self._close_late(names, weighed, reference)
         early = [each for buckets in trained for each in buckets.early_gradients()]
         total = (loss.detach().double() * reference).reshape(1)
-        flags = self._on_device(
-            [known, *self.ballot(), gave_up, *(had for _, had in early)], loss.device
-        )
-        numbers = torch.cat([total, flags])
+        flags = (known, *self.ballot(), gave_up, *(had for _, had in early))
+        numbers = torch.cat([total, on_device(flags, torch.float64, loss.device)])
         if isinstance(weight, Tensor):
             numbers[1] += weight
         message = distributed.begin_sum(numbers)
@@ -403,12 +400,6 @@ class Replicate(Strategy):
                     stacklevel=2,
                 )
         return agreed
-
-    def _on_device(self, flags: Sequence[float], device: torch.device) -> Tensor:
-        """Return numbers as a tensor; where they are those of the last step, the same one."""
-        if self._sent_flags[0] != flags or self._sent_flags[1].device != device:
-            self._sent_flags = flags, torch.tensor(flags, dtype=torch.float64, device=device)
-        return self._sent_flags[1]
 
 
 def make_strategy() -> Strategy:

@@ -90,7 +90,6 @@ class Probe(TorchDispatchMode):
     def __init__(self, brain: Brain) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.finding = Finding()
-        self._names = {id(p): name for name, p in brain.modules.named_parameters()}
         self._modules = {id(m): name for name, m in brain.modules.named_modules() if name}
         self._stack: list[str] = []
         self._phase = "forward"
@@ -195,12 +194,13 @@ class Probe(TorchDispatchMode):
 
     def _check_gradients(self, updates: list[Update], loss: Tensor, value: float) -> None:
         name, scaler = updates[0].name, updates[0].scaler
-        params = [p for update in updates for p in update.params]
+        names = {p: n for update in updates for p, n in update.named().items() if p.requires_grad}
+        params = list(names)
         scaled = loss * scaler.get_scale() if scaler.is_enabled() else loss
         self._phase = "backward"
         grads = torch.autograd.grad(scaled, params, retain_graph=True, allow_unused=True)
         bad = [
-            (self._names.get(id(p), f"{name}: {tuple(p.shape)}"), _values(grad))
+            (names[p], _values(grad))
             for p, grad in zip(params, grads, strict=True)
             if grad is not None and not bool(torch.isfinite(_values(grad)).all())
         ]

@@ -97,11 +97,8 @@ class NonFiniteReport:
             folder: the run's ``nonfinite/``, or None.
         """
         update = brain.updates[step_report.name]
-        names = {id(p): name for name, p in brain.modules.named_parameters()}
-        gradients = {
-            names.get(id(p), f"{update.name}.{number}"): norm
-            for number, (p, norm) in enumerate(zip(*update.measured, strict=True))
-        }
+        names = update.named()
+        gradients = {names[p]: norm for p, norm in zip(*update.measured, strict=True)}
         tally = brain.stateful()["metrics"].part.tallies.get(update.name)
         facts = {
             "epoch": brain.progress.epoch,
