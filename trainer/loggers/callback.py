@@ -113,7 +113,7 @@ class LoggerCallback(Callback):
         self._depth += 1
         self._opened()
         progress = brain.progress
-        begins = progress.fits == 1 and not progress.epoch and not brain.progress.optimizer_step
+        begins = progress.fits == 1 and not progress.epoch and not progress.optimizer_step
         if begins and (distributed.restarts() or self._follows_a_killed_start(brain)):
             self._resume(0, 0)
 
