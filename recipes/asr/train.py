@@ -18,7 +18,8 @@ from recipes.asr.data import datasets
 from recipes.asr.decoding import known_words, make_decoder
 from recipes.asr.model import ctc_loss
 from recipes.asr.scoring import Scores
-from recipes.common.loading import DurationBatches, Speech
+from recipes.common.loading import loader_options
+from recipes.common.training import fit_and_test
 from trainer import Brain, Stage, distributed
 
 
@@ -92,29 +93,8 @@ def train(run: trainer.Run) -> dict[str, float]:
     brain = Recogniser(
         hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
     )
-    loading = {split: _loading(each, split, hparams) for split, each in sets.items()}
-    brain.fit(
-        hparams["epoch_counter"],
-        sets["train"],
-        sets["valid"],
-        train_loader_kwargs=loading["train"],
-        valid_loader_kwargs=loading["valid"],
-    )
-    brain.evaluate(sets["test"], test_loader_kwargs=loading["test"], **brain.best_checkpoint)
-    return brain.test_metrics
-
-
-def _loading(dataset: Speech, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the loader's options: batches by seconds; a test utterance may be longer than one."""
-    training = split == "train"
-    most = hparams["batch_seconds"]
-    batches = DurationBatches(
-        dataset.durations,
-        most if training else max(most, *dataset.durations),
-        seed=hparams["seed"],
-        shuffle=training,
-    )
-    return {"batch_sampler": batches, "num_workers": hparams["num_workers"]}
+    loading = {split: loader_options(each, split, hparams) for split, each in sets.items()}
+    return fit_and_test(brain, hparams["epoch_counter"], sets, loading)
 
 
 if __name__ == "__main__":

@@ -331,3 +331,26 @@ class DurationBatches:
             rng.shuffle(whole)
         yield from whole
         yield last  # At the end, since it may hold fewer items than there are processes.
+
+
+def loader_options(
+    dataset: Speech, split: str, hparams: Mapping[str, Any], max_padding: float = 1.0
+) -> dict[str, Any]:
+    """Return the options of a loader whose batches last ``batch_seconds`` with their padding.
+
+    Args:
+        dataset: the utterances.
+        split: "train" is shuffled; in the others an utterance may be longer than a batch.
+        hparams: ``batch_seconds``, ``seed`` and ``num_workers``.
+        max_padding: largest share of padding behind an utterance.
+    """
+    training = split == "train"
+    most = hparams["batch_seconds"]
+    batches = DurationBatches(
+        dataset.durations,
+        most if training else max(most, *dataset.durations),
+        seed=hparams["seed"],
+        shuffle=training,
+        max_padding=max_padding,
+    )
+    return {"batch_sampler": batches, "num_workers": hparams["num_workers"]}

@@ -6,14 +6,14 @@ folders of its layout, connected digits, and the embedded speech.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recipes.asr.data import Corpus
-from recipes.common.loading import DurationBatches, Speech, filter_by_duration, transcript
+from recipes.common.loading import Speech, filter_by_duration, transcript
 from recipes.finetune.model import PretrainedEncoder
 from recipes.finetune.whisper import Whisper
 
@@ -54,29 +54,6 @@ def check_durations(
             f"which takes {1000 * shortest / rate:g} ms at least{most}: the first is {bad[0].id} "
             f"of {bad[0].duration:.3f} s; leave them out or cut them"
         )
-
-
-def loader_options(
-    dataset: Speech, split: str, hparams: Mapping[str, Any], max_padding: float = 1.0
-) -> dict[str, Any]:
-    """Return the options of a loader whose batches last ``batch_seconds`` with their padding.
-
-    Args:
-        dataset: the utterances.
-        split: "train" is shuffled; in the others an utterance may be longer than a batch.
-        hparams: ``batch_seconds``, ``seed`` and ``num_workers``.
-        max_padding: largest share of padding behind an utterance.
-    """
-    training = split == "train"
-    most = hparams["batch_seconds"]
-    batches = DurationBatches(
-        dataset.durations,
-        most if training else max(most, *dataset.durations),
-        seed=hparams["seed"],
-        shuffle=training,
-        max_padding=max_padding,
-    )
-    return {"batch_sampler": batches, "num_workers": hparams["num_workers"]}
 
 
 def padding_limit(given: float | None, encoder: PretrainedEncoder) -> float:

@@ -21,13 +21,13 @@ from recipes.asr.data import datasets
 from recipes.asr.model import padding_mask
 from recipes.asr.train import Recogniser as CTCRecogniser
 from recipes.asr.train import TextBrain
-from recipes.common.loading import Speech, filter_by_duration
+from recipes.common.loading import Speech, filter_by_duration, loader_options
+from recipes.common.training import fit_and_test
 from recipes.finetune import demo, train_classifier
 from recipes.finetune.ctc import CTC
 from recipes.finetune.data import (
     check_durations,
     check_rate,
-    loader_options,
     padding_limit,
     whisper_datasets,
 )
@@ -217,21 +217,12 @@ def fit(
     hparams: Mapping[str, Any],
     max_padding: float,
 ) -> dict[str, float]:
-    """Fit and test."""
+    """Fit, and test where ``tested`` says so."""
+    sets = {name: each for name, each in sets.items() if name != "test" or hparams["tested"]}
     loading = {
         name: loader_options(each, name, hparams, max_padding) for name, each in sets.items()
     }
-    brain.fit(
-        hparams["epoch_counter"],
-        sets["train"],
-        sets["valid"],
-        train_loader_kwargs=loading["train"],
-        valid_loader_kwargs=loading["valid"],
-    )
-    if not hparams["tested"]:
-        return {}
-    brain.evaluate(sets["test"], test_loader_kwargs=loading["test"], **brain.best_checkpoint)
-    return brain.test_metrics
+    return fit_and_test(brain, hparams["epoch_counter"], sets, loading)
 
 
 if __name__ == "__main__":

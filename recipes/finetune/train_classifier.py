@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 import trainer
 from recipes.common.loading import DurationBatches
+from recipes.common.training import fit_and_test
 from recipes.finetune.classify import Labels
 from recipes.finetune.labelled import Corpus, Labelled, Recording
 from recipes.finetune.trials import (
@@ -395,15 +396,7 @@ def train(run: trainer.Run) -> dict[str, float]:
     hparams = run.hparams
     brain, sets = prepare(run)
     loading = {split: loader_options(each, split, hparams) for split, each in sets.items()}
-    brain.fit(
-        hparams["epoch_counter"],
-        sets["train"],
-        sets["valid"],
-        train_loader_kwargs=loading["train"],
-        valid_loader_kwargs=loading["valid"],
-    )
-    brain.evaluate(sets["test"], test_loader_kwargs=loading["test"], **brain.best_checkpoint)
-    return brain.test_metrics
+    return fit_and_test(brain, hparams["epoch_counter"], sets, loading)
 
 
 def prepare(run: trainer.Run) -> tuple[Classifier, dict[str, Labelled]]:

@@ -19,6 +19,7 @@ from torch.nn.functional import l1_loss, pad
 import trainer
 from recipes.common.griffin_lim import GriffinLim
 from recipes.common.judges import Judges
+from recipes.common.training import fit_and_test
 from recipes.common.vocoder import check_front_end
 from recipes.hifigan.data import datasets
 from recipes.hifigan.model import adversarial_loss, discriminator_loss, feature_loss
@@ -148,15 +149,8 @@ def train(run: trainer.Run) -> dict[str, float]:
         )
         workers = {"num_workers": hparams["num_workers"]}
         training = {**workers, "batch_size": hparams["batch_size"], "drop_last": True}
-        brain.fit(
-            hparams["epoch_counter"],
-            sets["train"],
-            sets["valid"],
-            train_loader_kwargs=training,
-            valid_loader_kwargs=workers,
-        )
-        brain.evaluate(sets["test"], test_loader_kwargs=workers, **brain.best_checkpoint)
-    return brain.test_metrics
+        loading = {"train": training, "valid": workers, "test": workers}
+        return fit_and_test(brain, hparams["epoch_counter"], sets, loading)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from recipes.common.pairs import Pairs
 from recipes.common.quality import require
 from recipes.common.scoreboard import Scoreboard
 from recipes.common.streaming import enhance_signal
+from recipes.common.training import fit_and_test
 from recipes.segan.model import (
     adversarial_loss,
     discriminator_loss,
@@ -142,15 +143,9 @@ def train(run: trainer.Run) -> dict[str, float]:
         )
         brain.board = Scoreboard(judges, hparams["output_folder"])
         whole = {"batch_size": 1, "num_workers": hparams["num_workers"]}
-        brain.fit(
-            hparams["epoch_counter"],
-            sets["train"],
-            sets["valid"],
-            train_loader_kwargs={**whole, "batch_size": hparams["batch_size"], "drop_last": True},
-            valid_loader_kwargs=whole,
-        )
-        brain.evaluate(sets["test"], test_loader_kwargs=whole, **brain.best_checkpoint)
-    return brain.test_metrics
+        training = {**whole, "batch_size": hparams["batch_size"], "drop_last": True}
+        loading = {"train": training, "valid": whole, "test": whole}
+        return fit_and_test(brain, hparams["epoch_counter"], sets, loading)
 
 
 def datasets(

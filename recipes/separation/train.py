@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import trainer
+from recipes.common.training import fit_and_test
 from recipes.separation.objectives import best_order, keep, pairwise_si_snr
 from recipes.separation.scoring import Scores
 from trainer import Brain, Stage, StepReport, distributed
@@ -95,19 +96,13 @@ def train(run: trainer.Run) -> dict[str, float]:
     brain = Separator(
         hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
     )
-    training = {"batch_size": hparams["batch_size"], "num_workers": hparams["num_workers"]}
+    workers = {"num_workers": hparams["num_workers"]}
     # Mixtures of unlike lengths are separated one by one: padding reaches the layers that
     # normalise over time, and would change what they find.
-    testing = {"batch_size": hparams["test_batch_size"], "num_workers": hparams["num_workers"]}
-    brain.fit(
-        hparams["epoch_counter"],
-        sets["train"],
-        sets["valid"],
-        train_loader_kwargs=training | {"drop_last": True},
-        valid_loader_kwargs=testing,
-    )
-    brain.evaluate(sets["test"], test_loader_kwargs=testing, **brain.best_checkpoint)
-    return brain.test_metrics
+    testing = {**workers, "batch_size": hparams["test_batch_size"]}
+    training = {**workers, "batch_size": hparams["batch_size"], "drop_last": True}
+    loading = {"train": training, "valid": testing, "test": testing}
+    return fit_and_test(brain, hparams["epoch_counter"], sets, loading)
 
 
 if __name__ == "__main__":

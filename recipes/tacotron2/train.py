@@ -17,6 +17,7 @@ from torch import Tensor
 
 import trainer
 from recipes.common.loading import DurationBatches
+from recipes.common.training import fit_and_test
 from recipes.tacotron2.data import Mels, datasets
 from recipes.tacotron2.losses import usual_durations
 from recipes.tacotron2.model import Predictions, Spoken
@@ -138,15 +139,7 @@ def train(run: trainer.Run) -> dict[str, float]:
         hparams["modules"], hparams["opt_class"], hparams, run.options, hparams["checkpointer"]
     )
     loading = {split: _loading(each, split, hparams) for split, each in sets.items()}
-    brain.fit(
-        hparams["epoch_counter"],
-        sets["train"],
-        sets["valid"],
-        train_loader_kwargs=loading["train"],
-        valid_loader_kwargs=loading["valid"],
-    )
-    brain.evaluate(sets["test"], test_loader_kwargs=loading["test"], **brain.best_checkpoint)
-    return brain.test_metrics
+    return fit_and_test(brain, hparams["epoch_counter"], sets, loading)
 
 
 def _loading(dataset: Mels, split: str, hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from trainer import distributed
 from trainer.callbacks import Callback
+from trainer.checks import by_name
 from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
-from trainer.options import by_name
 from trainer.progress import Stage
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ class LayerMonitor(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; optimizers that were not monitored then start anew."""
         for name, meter in self._meters.items():
-            meter.update.take_deferred()
+            meter.update.deferred.clear()
             meter.copies = []
             if name in state:
                 meter.steps[:] = unpack(name, state[name]["steps"])

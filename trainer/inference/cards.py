@@ -12,8 +12,9 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from ruamel.yaml.nodes import ScalarNode
 
 from trainer import json_files
 from trainer.config.building import resolve
-from trainer.config.reading import items, object_name, tag
+from trainer.config.reading import items, object_name, paths, tag
 from trainer.config.run_folder import TRAINING_ONLY
 from trainer.tree import number
 from trainer.untrusted import confined, printable, read_text
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from trainer.inference.loading import Origin
     from trainer.inference.model import Model
 
-HYPERPARAMS_HEADER = "# The hyperparameters of an exported model, for trainer.load."
 # Methods of models: the hub's name of the task, and an example of a call.
 USES = {
     "transcribe": ("automatic-speech-recognition", 'print(model.transcribe("x.wav").text)'),
@@ -60,6 +60,17 @@ MAX_COMMANDS = 5
 NOT_KNOWN = "Not known: the model was not loaded from a run folder."
 
 
+@dataclass
+class _Metric:
+    """Value of a metric in the run, and texts of its spread over items and over seeds."""
+
+    name: str
+    shown: str  # with its unit
+    value: float
+    over_items: str
+    over_seeds: str
+
+
 def write_card(
     folder: Path,
     model: Model | Brain,
@@ -81,30 +92,40 @@ def write_card(
     Raises:
         ValueError: a folder of ``seeds`` is no run, or differs in more than its seed.
     """
-    run = None if origin is None else origin.run.folder
+    if origin is None and seeds:
+        raise ValueError("seeds are for a model that trainer.load made from a run folder")
     package = _package(model, origin)
-    name = package.__name__.rpartition(".")[2] if package is not None else type(model).__name__
-    title = _title(package, model)
-    results = _results(run, seeds)
-    answers = _tasks(model)
-    units = _units(model, origin)
+    kind = type(model).__name__
+    title = str(getattr(package, "__doc__", None) or kind).strip().partition("\n")[0].rstrip(".")
+    name = package.__name__.rpartition(".")[2] if package else kind
+    tags = [printable(name), described["format"]]
+    tasks: list[str] = getattr(type(model), "tasks", list)()
+    stage, corpora, data, training = "", [], NOT_KNOWN, NOT_KNOWN
+    metrics: list[_Metric] = []
+    samples = "The run has no sounds to show."
+    if origin is not None:
+        run = origin.run.folder
+        stage, metrics = _metrics(run, seeds, _units(model, origin))
+        corpora = _corpora(origin)
+        data, training = _data(corpora, run), _training(run)
+        samples = _samples(run, folder) or samples
+    sections = {
+        "How to use it": _use_of_network(described, code) if code else _use_of_model(tasks),
+        "Data": data,
+        "Results": _results(stage, metrics),
+        "Training": training,
+        "Samples": samples,
+        "Known limits": str(getattr(package, "LIMITS", "")).strip() or "None are stated.",
+        "Licence": "To be filled in by the author, here and as `license:` above: that of the data "
+        "and of a pretrained model may bind these weights.",
+    }
     parts = [
-        _front_matter(name, title, answers, described["format"], origin, results, units),
+        _front_matter(title, tags, tasks, corpora[0][1] if corpora else "unknown", stage, metrics),
         f"# {escaped(title)}",
         _about(model, origin, described),
-        _section("How to use it", _use(answers, described, code)),
-        _section("Data", _data(origin)),
-        _section("Results", _metrics(results, units)),
-        _section("Training", _training(run)),
-        _section("Samples", _samples(run, folder)),
-        _section("Known limits", str(getattr(package, "LIMITS", "")).strip() or "None are stated."),
-        _section(
-            "Licence",
-            "To be filled in by the author, here and as `license:` above: that of the data and of "
-            "a pretrained model may bind these weights.",
-        ),
+        *(f"## {name}\n\n{text}" for name, text in sections.items()),
     ]
-    (folder / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- texts
@@ -140,10 +161,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _section(title: str, text: str) -> str:
-    return f"## {title}\n\n{text}"
-
-
 # ---------------------------------------------------------------------------------- the beginning
 
 
@@ -151,49 +168,34 @@ def _package(model: Model | Brain, origin: Origin | None) -> Any:
     """Return the package of the recipe, or None."""
     found = [] if origin is None else origin.run.recipes()
     own = type(model).__module__.rpartition(".")[0]
-    name = own if own in found else found[0] if len(found) == 1 else ""
-    return sys.modules.get(name)
-
-
-def _title(package: Any, model: Model | Brain) -> str:
-    line = str(getattr(package, "__doc__", None) or type(model).__name__).strip().partition("\n")[0]
-    return line.rstrip(".")
-
-
-def _tasks(model: Model | Brain) -> list[str]:
-    tasks: Callable[[], list[str]] = getattr(type(model), "tasks", list)
-    return tasks()
+    return sys.modules.get(own if own in found else found[0] if len(found) == 1 else "")
 
 
 def _front_matter(
-    name: str,
     title: str,
-    answers: Sequence[str],
-    to: str,
-    origin: Origin | None,
-    results: Mapping[str, Any],
-    units: Mapping[str, str],
+    tags: Sequence[str],
+    tasks: Sequence[str],
+    corpus: str,
+    stage: str,
+    metrics: Sequence[_Metric],
 ) -> str:
     """Return the metadata that the hub reads, in YAML."""
-    task = next((USES[each][0] for each in answers if each in USES), None)
-    told: dict[str, Any] = {"library_name": "cortex-speech"}
-    told["tags"] = ["speech", printable(name), to]
+    told: dict[str, Any] = {"library_name": "cortex-speech", "tags": ["speech", *tags]}
+    measured = [
+        {
+            "type": printable(each.name),
+            "name": printable(each.shown),
+            "value": float(f"{each.value:.6g}"),
+        }
+        for each in metrics
+        if each.name != "loss"
+    ]
+    task = next((USES[each][0] for each in tasks if each in USES), None)
     if task is not None:
         told["pipeline_tag"] = task
-    metrics = [
-        {
-            "type": printable(key),
-            "name": printable(_with_unit(key, units)),
-            "value": float(f"{value:.6g}"),
-        }
-        for key, value in results["metrics"].items()
-        if key != "loss"
-    ]
-    corpora = _corpora(origin)
-    if metrics and task is not None:
-        data = printable(corpora[0][1]) if corpora else "unknown"
-        dataset = {"type": data, "name": data, "split": results["stage"]}
-        result = {"task": {"type": task}, "dataset": dataset, "metrics": metrics}
+    if task is not None and measured:
+        dataset = {"type": printable(corpus), "name": printable(corpus), "split": stage}
+        result = {"task": {"type": task}, "dataset": dataset, "metrics": measured}
         told["model-index"] = [{"name": printable(title), "results": [result]}]
     text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100)
     return f"---\n# license: to be filled in by the author\n{text}---"
@@ -203,37 +205,34 @@ def _about(model: Model | Brain, origin: Origin | None, described: Mapping[str, 
     count = sum(each.numel() for each in model.modules.parameters())
     text = f"`{type(model).__name__}`, {count:,} parameters"
     if origin is not None:
-        run = escaped(os.path.basename(os.path.abspath(origin.run.folder)))
-        chosen = (
-            f", of the checkpoint with the best {escaped(origin.max_key or origin.min_key)}"
-            if origin.max_key or origin.min_key
-            else ""
-        )
-        text += f", from the run {run}{chosen}"
+        text += f", from the run {escaped(os.path.basename(os.path.abspath(origin.run.folder)))}"
+        if key := origin.max_key or origin.min_key:
+            text += f", of the checkpoint with the best {escaped(key)}"
     return f"{text}. {described.get('about', '')}".strip()
 
 
-def _use(answers: Sequence[str], described: Mapping[str, Any], code: str) -> str:
-    if code:
-        ports = [
-            [f"`{each['name']}`", kind, ", ".join(map(str, each["axes"])), escaped(each["meaning"])]
-            for kind, found in (("input", "inputs"), ("output", "outputs"))
-            for each in described[found]
-        ]
-        checked = described["checked"]
-        return "\n\n".join([
-            _fenced(code, "python"),
-            _table(("name", "", "axes", "meaning"), ports),
-            f"What else a program needs to know, such as sample rate and mels, is in `settings` of "
-            f"`export.json`. The file was compared to torch on inputs of batch sizes and lengths "
-            f"{', '.join(str(tuple(each)) for each in checked['batch_sizes_and_lengths'])}: the "
-            f"largest difference was {checked['largest_difference']:.1e}.",
-        ])  # fmt: skip
+def _use_of_network(described: Mapping[str, Any], code: str) -> str:
+    ports = [
+        [f"`{each['name']}`", kind, ", ".join(map(str, each["axes"])), escaped(each["meaning"])]
+        for kind in ("input", "output")
+        for each in described[f"{kind}s"]
+    ]
+    checked = described["checked"]
+    return "\n\n".join([
+        _fenced(code, "python"),
+        _table(("name", "", "axes", "meaning"), ports),
+        f"What else a program needs to know, such as sample rate and mels, is in `settings` of "
+        f"`export.json`. The file was compared to torch on inputs of batch sizes and lengths "
+        f"{', '.join(str(tuple(each)) for each in checked['batch_sizes_and_lengths'])}: the "
+        f"largest difference was {checked['largest_difference']:.1e}.",
+    ])  # fmt: skip
+
+
+def _use_of_model(tasks: Sequence[str]) -> str:
     first = 'import trainer\n\nmodel = trainer.load(".")  # the path of this folder'
-    lines = [first, *(USES[each][1] for each in answers if each in USES)]
     return "\n\n".join([
         _fenced("pip install 'cortex-speech[recipes,hf]'", "sh"),
-        _fenced("\n".join(lines), "python"),
+        _fenced("\n".join([first, *(USES[each][1] for each in tasks if each in USES)]), "python"),
         "From the hub, `huggingface_hub.snapshot_download(\"NAME\")` gives the path.",
     ])  # fmt: skip
 
@@ -241,31 +240,17 @@ def _use(answers: Sequence[str], described: Mapping[str, Any], code: str) -> str
 # ----------------------------------------------------------------------------- facts of the run
 
 
-def _corpora(origin: Origin | None) -> list[tuple[str, str, str]]:
+def _corpora(origin: Origin) -> list[tuple[str, str, str]]:
     """Return the data of a training: key, name and plain arguments of each object it builds."""
-    if origin is None:
-        return []
     configuration = origin.run.configuration
-    try:
-        root = resolve(configuration.root, configuration.registry)
-    except ValueError:  # Of a YAML that refers to what is gone.
-        root = configuration.root
+    root = configuration.root
+    with suppress(ValueError):  # Of a YAML that refers to what is gone.
+        root = resolve(root, configuration.registry)
     found = []
     for key, node in items(root):
         name = object_name(node)
-        if not name or name in TRAINING_ONLY:
-            continue
-        if configuration.registry.is_for_training_only(name):
-            given = [f"{k}: {_short(v)}" for k, v in items(node) if isinstance(v, ScalarNode)]
-            given += [
-                f"{k}.{inner}: {_short(v)}"
-                if isinstance(v, ScalarNode)
-                else f"{k}.{inner}: "
-                + ", ".join(_short(each) for _, each in items(v) if isinstance(each, ScalarNode))
-                for k, above in items(node)
-                if not isinstance(above, ScalarNode) and not object_name(above)
-                for inner, v in items(above)
-            ]
+        if name not in TRAINING_ONLY and configuration.registry.is_for_training_only(name):
+            given = [f"{at}: {_short(e)}" for at, e in paths(node) if isinstance(e, ScalarNode)]
             found.append((key, name, "; ".join(given)))
     return found
 
@@ -276,16 +261,13 @@ def _short(node: ScalarNode) -> str:
     return os.path.basename(text.rstrip(os.sep)) if os.path.isabs(text) else text
 
 
-def _data(origin: Origin | None) -> str:
-    if origin is None:
-        return NOT_KNOWN
-    found = [[escaped(name), escaped(key), escaped(given, 400)]
-             for key, name, given in _corpora(origin)]  # fmt: skip
-    table = _table(("made by", "key of the YAML", "arguments"), found) if found else ""
-    counts = _examples(origin.run.folder)
-    told = ", ".join(f"{escaped(stage)} {count:,}" for stage, count in counts.items())
-    note = f"Items of a pass through each stage: {told}." if told else ""
-    return "\n\n".join(filter(None, [table, note])) or "The YAML of the run names no data."
+def _data(corpora: Sequence[tuple[str, str, str]], run: Path) -> str:
+    rows = [(escaped(name), escaped(key), escaped(given, 400)) for key, name, given in corpora]
+    parts = [_table(("made by", "key of the YAML", "arguments"), rows)] if rows else []
+    if counts := _examples(run):
+        told = ", ".join(f"{escaped(stage)} {count:,}" for stage, count in counts.items())
+        parts.append(f"Items of a pass through each stage: {told}.")
+    return "\n\n".join(parts) or "The YAML of the run names no data."
 
 
 def _examples(run: Path) -> dict[str, int]:
@@ -294,43 +276,40 @@ def _examples(run: Path) -> dict[str, int]:
 
     counts: dict[str, int] = {}
     with suppress(OSError, ValueError):
-        if os.path.lexists(run / "metrics.jsonl"):
-            history = read_history(confined(run, run / "metrics.jsonl"))
-            for record in history.stages:
-                count = record.get("examples")
-                if isinstance(count, (int, float)) and 0 < count < 1e15:
-                    stage = str(record["stage"])
-                    counts[stage] = max(int(count), counts.get(stage, 0))
+        for record in read_history(confined(run, run / "metrics.jsonl")).stages:
+            count = record.get("examples")
+            if isinstance(count, (int, float)) and 0 < count < 1e15:
+                stage = str(record["stage"])
+                counts[stage] = max(int(count), counts.get(stage, 0))
     return counts
 
 
-def _results(run: Path | None, seeds: Sequence[str | Path]) -> dict[str, Any]:
-    """Return stage, metrics, their spread over items, and their mean and spread over seeds.
-
-    Returns:
-        ``stage``, "test" or "valid"; ``metrics`` by name; ``items``, by name standard deviation and
-        number of items; ``seeds``, by name mean, standard deviation and number of runs.
+def _metrics(
+    run: Path, seeds: Sequence[str | Path], units: Mapping[str, str]
+) -> tuple[str, list[_Metric]]:
+    """Return the stage, "test" or "valid", and its metrics.
 
     Raises:
         ValueError: a run of ``seeds`` is none, or differs in more than its seed.
     """
-    if run is None:
-        if seeds:
-            raise ValueError("seeds are for a model that trainer.load made from a run folder")
-        return {"stage": "", "metrics": {}, "items": {}, "seeds": {}}
     from trainer.cli import runs
 
     facts = runs.read_run(run)
-    metrics = {k: v for k, v in facts.metrics.items() if math.isfinite(v)}
-    others = [runs.read_run(each) for each in _siblings(run, seeds)]
-    over: dict[str, tuple[float, float, int]] = {}
-    for name in metrics if others else ():
-        values = [each.metrics.get(name, math.nan) for each in (facts, *others)]
-        known = [each for each in values if math.isfinite(each)]
-        if len(known) > 1:
-            over[name] = statistics.fmean(known), statistics.stdev(known), len(known)
-    spread = _over_items(run, facts.stage, metrics)
-    return {"stage": facts.stage, "metrics": metrics, "items": spread, "seeds": over}
+    others = [runs.read_run(each).metrics for each in _siblings(run, seeds)]
+    measured = {name: value for name, value in facts.metrics.items() if math.isfinite(value)}
+    over_items = _over_items(run, facts.stage, measured)
+    found = []
+    for name, value in measured.items():
+        each = [v for v in (value, *(o.get(name, math.nan) for o in others)) if math.isfinite(v)]
+        over_seeds = (
+            f"{number(statistics.fmean(each))} ± {number(statistics.stdev(each))} "
+            f"over {len(each)} seeds"
+            if len(each) > 1
+            else "–"
+        )
+        shown = f"{name} ({units[name]})" if name in units else name
+        found.append(_Metric(name, shown, value, over_items.get(name, "–"), over_seeds))
+    return facts.stage, found
 
 
 def _siblings(run: Path, seeds: Sequence[str | Path]) -> list[Path]:
@@ -343,123 +322,107 @@ def _siblings(run: Path, seeds: Sequence[str | Path]) -> list[Path]:
     own = runs.settings(run) if folders else {}
     for each in folders:
         other = runs.settings(each)
-        keys = [k for k in {**own, **other} if k != "seed" and own.get(k) != other.get(k)]
-        if keys:
-            raise ValueError(
-                f"{each} differs from {run} in {keys[0]}, and not in its seed alone: "
-                "name runs of the same hyperparameters"
-            )
+        for key in {**own, **other}:
+            if key != "seed" and own.get(key) != other.get(key):
+                raise ValueError(
+                    f"{each} differs from {run} in {key}, and not in its seed alone: "
+                    "name runs of the same hyperparameters"
+                )
     return [each for each in folders if each.resolve() != run.resolve()]
 
 
-def _over_items(
-    run: Path, stage: str, metrics: Mapping[str, float]
-) -> dict[str, tuple[float, int]]:
-    """Return standard deviation and number of items of the metrics that a table has by item.
+def _over_items(run: Path, stage: str, metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return the standard deviation over items of the metrics that a table has by item.
 
     Such a table is a CSV file in the run folder; its column has the metric as its mean.
     """
-    found: dict[str, tuple[float, int]] = {}
+    found: dict[str, str] = {}
     for path in sorted(run.glob(f"*_{stage}.csv")) if stage else ():
         with suppress(OSError, ValueError, csv.Error):
             rows = list(csv.DictReader(read_text(run, path.name, 4 << 20).splitlines()))
             for name, mean in metrics.items():  # The last row may be the mean.
                 values = [float(r[name]) for r in rows if r.get(name) and r.get("id") != "mean"]
-                near = len(values) > 1 and math.isclose(
+                if len(values) > 1 and math.isclose(
                     statistics.fmean(values), mean, rel_tol=0.01, abs_tol=0.001
-                )
-                if near:
-                    found[name] = statistics.stdev(values), len(values)
+                ):
+                    deviation = number(statistics.stdev(values))
+                    found[name] = f"{deviation} over {len(values)} items"
     return found
 
 
-def _units(model: Model | Brain, origin: Origin | None) -> Mapping[str, str]:
+def _units(model: Model | Brain, origin: Origin) -> Mapping[str, str]:
     """Return units of metrics by name: those of the model, for a Brain of its recipe's model."""
     kind: type = type(model)
-    if not hasattr(kind, "units") and origin is not None:
+    if not hasattr(kind, "units"):
         with suppress(ValueError, ImportError):  # It is of no recipe that has a model.
             kind = origin.run.model_class()
     units: Mapping[str, str] = getattr(kind, "units", {})
     return units
 
 
-def _with_unit(metric: str, units: Mapping[str, str]) -> str:
-    """Return the name of a metric with its unit, such as "wer (%)"."""
-    return f"{metric} ({units[metric]})" if metric in units else metric
-
-
-def _metrics(results: Mapping[str, Any], units: Mapping[str, str]) -> str:
-    if not results["metrics"]:
+def _results(stage: str, metrics: Sequence[_Metric]) -> str:
+    if not metrics:
         return "The run has no record of a test or a validation."
-    rows = []
-    for name, value in results["metrics"].items():
-        items_, seeds = results["items"].get(name), results["seeds"].get(name)
-        over_items = f"{number(items_[0])} over {items_[1]} items" if items_ else "–"
-        over = f"{number(seeds[0])} ± {number(seeds[1])} over {seeds[2]} seeds" if seeds else "–"
-        rows.append([escaped(_with_unit(name, units)), number(value), over_items, over])
-    stage = "test" if results["stage"] == "test" else "validation: the run was not tested"
-    heads = ("metric", "this run", "standard deviation", "mean ± standard deviation")
-    known = [i for i in range(len(heads)) if i < 2 or any(row[i] != "–" for row in rows)]
-    shown = _table([heads[i] for i in known], [[row[i] for i in known] for row in rows])
-    return f"Of the {stage}.\n\n{shown}"
+    columns = {
+        "metric": [escaped(each.shown) for each in metrics],
+        "this run": [number(each.value) for each in metrics],
+        "standard deviation": [each.over_items for each in metrics],
+        "mean ± standard deviation": [each.over_seeds for each in metrics],
+    }
+    known = {head: cells for head, cells in columns.items() if {*cells} != {"–"}}
+    of = "test" if stage == "test" else "validation: the run was not tested"
+    return f"Of the {of}.\n\n{_table([*known], zip(*known.values(), strict=True))}"
 
 
-def _training(run: Path | None) -> str:
-    if run is None:
-        return NOT_KNOWN
+def _training(run: Path) -> str:
     text = ""
     with suppress(OSError, ValueError):
         text = read_text(run, "command.txt")
     lines = [line for line in text.splitlines() if line.strip()]
-    commands = [_command(line) for line in lines if not line.startswith("#")]
-    changes = [line[1:].strip() for line in lines if line.startswith("#")]
-    parts = []
+    commands = [_command(line) for line in lines if not line.startswith("#")][-MAX_COMMANDS:]
+    changes = [line[1:].strip() for line in lines if line.startswith("#")][-MAX_COMMANDS:]
+    parts = ["The run has no record of its command."]
     if commands:
-        parts += ["The commands of the run:", _fenced("\n".join(commands[-MAX_COMMANDS:]), "sh")]
-    options = _options(commands[-1]) if commands else []
-    parts.append(
-        f"Other than in the YAML: {', '.join(f'`{each}`' for each in options)}."
-        if options
-        else "All values are those of the YAML."
-        if commands
-        else "The run has no record of its command."
-    )
-    parts += [f"- {escaped(each)}" for each in changes[-MAX_COMMANDS:]]
-    parts.append(_environment(run))
-    return "\n\n".join(filter(None, parts))
+        options = ", ".join(f"`{each}`" for each in _options(commands[-1]))
+        parts = [
+            "The commands of the run:",
+            _fenced("\n".join(commands), "sh"),
+            f"Other than in the YAML: {options}."
+            if options
+            else "All values are those of the YAML.",
+        ]
+    parts += [f"- {escaped(each)}" for each in changes]
+    return "\n\n".join(filter(None, [*parts, _environment(run)]))
 
 
 def _command(line: str) -> str:
     """Return a recorded command without its time, and of absolute paths only the last parts."""
-    words = line.split(" ")[2:] if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) else [line]
+    line = re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line)
     try:
-        given = shlex.split(" ".join(words))
+        words = shlex.split(line)
     except ValueError:  # Cut within quotes.
-        given = words
-    if given and os.path.isabs(given[0]):
-        given[0] = os.path.basename(given[0])
-    for place, word in enumerate(given):
+        words = line.split(" ")
+    for place, word in enumerate(words):
         if os.path.isabs(word):
-            below = re.search(r"(recipes|hparams)/.*", word)
-            given[place] = below[0] if below else os.path.basename(word.rstrip("/"))
-    return shlex.join(given)
+            below = re.search(r"(recipes|hparams)/.*", word) if place else None
+            words[place] = below[0] if below else os.path.basename(word.rstrip("/"))
+    return shlex.join(words)
 
 
 def _options(command: str) -> list[str]:
     """Return the options of a command, except those for its output and its progress bar."""
-    given, found = shlex.split(command), []
-    place = 0
-    while place < len(given):
-        word, place = given[place], place + 1
+    given: list[list[str]] = []
+    for word in shlex.split(command):
         if word.startswith("--"):
-            values = []
-            while place < len(given) and not given[place].startswith("--"):
-                values.append(given[place])
-                place += 1
-            name = word[2:].partition("=")[0]
-            if name not in ("output_folder", "no-progressbar", "progressbar", "overwrite"):
-                found.append(printable(" ".join([word[2:], *values])).replace("`", "'"))
-    return found
+            given.append([word[2:]])
+        elif given:
+            given[-1].append(word)
+    left_out = ("output_folder", "no-progressbar", "progressbar", "overwrite")
+    return [
+        printable(" ".join(words)).replace("`", "'")
+        for words in given
+        if words[0].partition("=")[0] not in left_out
+    ]
 
 
 def _environment(run: Path) -> str:
@@ -468,13 +431,12 @@ def _environment(run: Path) -> str:
     with suppress(OSError, ValueError):
         found = json_files.read(confined(run, run / "environment.json"))
     found = found if isinstance(found, dict) else {}
-    git, packages = found.get("git"), found.get("packages")
+    git, packages, gpus = found.get("git"), found.get("packages"), found.get("gpus")
     rows = []
     if isinstance(git, dict) and git.get("revision"):
         changed = " with changes that were not committed" if git.get("dirty") else ""
         rows.append(["revision of the recipe", f"{escaped(git['revision'])}{changed}"])
-    rows += [[escaped(key), escaped(found[key])] for key in ("python", "cuda") if found.get(key)]
-    gpus = found.get("gpus")
+    rows += [[key, escaped(found[key])] for key in ("python", "cuda") if found.get(key)]
     if isinstance(gpus, list) and gpus:
         rows.append(["GPUs", escaped(", ".join(map(str, gpus)))])
     if isinstance(packages, dict):
@@ -485,62 +447,56 @@ def _environment(run: Path) -> str:
 # ------------------------------------------------------------------------------------------ samples
 
 
-def _samples(run: Path | None, folder: Path) -> str:
-    """Copy some sounds of the run, those of the test first; return their table."""
+def _samples(run: Path, folder: Path) -> str:
+    """Copy some sounds of the run, those of the test first; return their table, if any."""
     from trainer.report.samples import read_tables
 
-    left = MAX_BYTES
-    for table in [] if run is None else read_tables(run):
-        names = [name for row in table.rows for name, cell in row.items()]
-        names = list(dict.fromkeys(names))
-        rows = []
-        for row in table.rows[:MAX_SAMPLES]:
-            cells, sounds = [], False
-            for name in names:
-                text, cost = _cell(row.get(name, {}), table.folder, folder, left)
-                left -= cost
-                sounds |= cost > 0
-                cells.append(text)
-            if sounds:
-                rows.append(cells)
-        if rows:
+    for table in read_tables(run):
+        names = list(dict.fromkeys(name for row in table.rows for name in row))
+        rows = [
+            [_cell(row.get(name, {}), table.folder, folder / "samples") for name in names]
+            for row in table.rows[:MAX_SAMPLES]
+        ]
+        heard = [row for row in rows if any(cell.startswith("<audio") for cell in row)]
+        if heard:
             note = escaped(f"Of the {table.title}. {table.facts}", 400)
-            return f"{note}\n\n{_table([escaped(each) for each in names], rows)}"
-    return "The run has no sounds to show."
+            return f"{note}\n\n{_table([escaped(each) for each in names], heard)}"
+    return ""
 
 
-def _cell(cell: Any, source: Path, folder: Path, left: int) -> tuple[str, int]:
-    """Return a cell of the table, and the bytes that were copied for it."""
-    kind = cell.get("kind") if isinstance(cell, dict) else None
+def _cell(cell: Mapping[str, Any], source: Path, target: Path) -> str:
+    """Return a cell of the table; copy the file of a sound."""
+    kind = cell.get("kind")
     if kind == "number" and isinstance(cell.get("value"), (int, float)):
-        return number(cell["value"]), 0
+        return number(cell["value"])
     if kind == "text":
-        return escaped(cell.get("text", "")), 0
+        return escaped(cell.get("text", ""))
     if kind == "aligned" and isinstance(cell.get("pairs"), list):
         pairs = [each for each in cell["pairs"] if isinstance(each, list) and len(each) == 2]
         said, heard = (" ".join(str(p[n]) for p in pairs if p[n] is not None) for n in (0, 1))
-        return f"{escaped(said)}<br>{escaped(heard)}", 0
-    if kind == "audio":
-        content = _sound(source, str(cell.get("file")), left)
-        if content is not None:
-            name = re.sub(r"[^\w.-]", "_", os.path.basename(str(cell["file"])))
-            (folder / "samples").mkdir(exist_ok=True)
-            (folder / "samples" / name).write_bytes(content)
-            player = f'<audio controls src="samples/{name}"></audio>'
-            return f"{player} [{escaped(name)}](samples/{name})", len(content)
-    return "", 0
+        return f"{escaped(said)}<br>{escaped(heard)}"
+    name = re.sub(r"[^\w.-]", "_", os.path.basename(str(cell.get("file"))))
+    if kind == "audio" and _copy_sound(source / str(cell.get("file")), source, target / name):
+        player = f'<audio controls src="samples/{name}"></audio>'
+        return f"{player} [{escaped(name)}](samples/{name})"
+    return ""
 
 
-def _sound(source: Path, name: str, left: int) -> bytes | None:
+def _copy_sound(path: Path, source: Path, target: Path) -> bool:
+    """Copy a sound that lies in a folder; return False for another file, or without room left."""
     from trainer.report.samples import MARKS
 
-    path = source / name
     mark = MARKS.get(path.suffix)
+    left = MAX_BYTES - sum(each.stat().st_size for each in target.parent.glob("*"))
     if path.suffix == ".png" or mark is None:
-        return None
+        return False
     try:
         with confined(source, path).open("rb") as file:
             content = file.read(left + 1)
     except (OSError, ValueError):
-        return None
-    return content if content.startswith(mark) and len(content) <= left else None
+        return False
+    if not content.startswith(mark) or len(content) > left:
+        return False
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(content)
+    return True

@@ -19,18 +19,10 @@ from torch import Tensor, nn
 
 from trainer.adapters import merge_adapters, plain_name
 from trainer.config import reading
-from trainer.config.reading import (
-    items,
-    nodes,
-    object_name,
-    pop,
-    put,
-    replace_children,
-    tag,
-)
+from trainer.config.reading import items, nodes, object_name, pop, put, replace_children, tag
 from trainer.config.registry import recipe_packages
 from trainer.config.run_folder import KINDS
-from trainer.inference.cards import HYPERPARAMS_HEADER, write_card
+from trainer.inference.cards import write_card
 from trainer.inference.graphs import FILES, example_code, write_graph
 from trainer.inference.initialise import HYPERPARAMS, WEIGHTS
 from trainer.inference.loading import CHECKPOINTS, RECIPE, Origin, origin_of
@@ -43,6 +35,7 @@ if TYPE_CHECKING:
     from trainer.inference.graphs import Graph
 
 DESCRIPTION = "export.json"
+HEADER = "# The hyperparameters of an exported model, for trainer.load."
 FORMATS = ("safetensors", *FILES)
 # Run options that an exported YAML keeps. Its weights are averaged already.
 KEPT = ("seed", "precision", "eval_precision", "threads", "output_folder")
@@ -127,7 +120,7 @@ def _new(target: Path) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be written.
     """
-    made = [each for each in target.parents if not each.exists()]  # The innermost first.
+    made = [each for each in target.parents if not each.exists()]  # innermost first
     partial = target.parent / f".{target.name}-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
@@ -182,7 +175,7 @@ def _write_weights(merged: nn.Module, origin: Origin | None, folder: Path) -> No
             f"an export needs safetensors ({error}): pip install 'cortex-speech[export]'"
         ) from error
     state: Mapping[str, Any] = merged.state_dict()
-    if origin is not None and not _adapted(origin):
+    if origin is not None and all(plain_name(name) == name for name in origin.weights):
         state = origin.weights  # `Model.prepare` may have changed names.
     seen: set[int] = set()
     weights: dict[str, Tensor] = {}
@@ -196,26 +189,18 @@ def _write_weights(merged: nn.Module, origin: Origin | None, folder: Path) -> No
     path = folder / WEIGHTS
     save_file(weights, path, {"format": "pt", **texts})
     os.chmod(path, folder.stat().st_mode & 0o666)  # safetensors makes it for its owner alone.
-    for name, part in _of_transformers(merged):
+    for name, part in _of_transformers(merged).items():
         part.save_pretrained(folder / name)
 
 
-def _adapted(origin: Origin) -> bool:
-    return any(plain_name(name) != name for name in origin.weights)
-
-
-def _of_transformers(modules: nn.Module) -> list[tuple[str, Any]]:
+def _of_transformers(modules: nn.Module) -> dict[str, Any]:
     """Return the models of transformers by name, without those within another one."""
-    library = sys.modules.get("transformers")
-    if library is None:
-        return []
-    found: dict[str, nn.Module] = {}
-    for name, module in modules.named_modules():
-        if isinstance(module, library.PreTrainedModel) and not any(
-            name.startswith(f"{each}.") for each in found
-        ):
+    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    found: dict[str, Any] = {}
+    for name, module in modules.named_modules() if kind else ():
+        if isinstance(module, kind) and not name.startswith(tuple(f"{each}." for each in found)):
             found[name] = module
-    return list(found.items())
+    return found
 
 
 def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
@@ -230,11 +215,11 @@ def _write_parts(merged: nn.Module, origin: Origin, folder: Path) -> None:
             place = os.path.relpath(os.path.abspath(kept), source)
             module.kept = folder / place  # Of a copy.
             module.keep()
-            for each in _of_transformers(module):
-                _add_files(folder / place, folder / f"{name}.{each[0]}".strip("."))
+            for part in _of_transformers(module):
+                _add_files(folder / place, folder / f"{name}.{part}".strip("."))
     for place in _trim(root, source, run.recipes()):
         _copy(run.folder, place, folder)
-    text = f"{HYPERPARAMS_HEADER}\n{reading.dump(root)}"
+    text = f"{HEADER}\n{reading.dump(root)}"
     (folder / HYPERPARAMS).write_text(text, encoding="utf-8")
 
 

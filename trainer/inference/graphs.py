@@ -117,8 +117,9 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
                 )
                 run = _session(path, graph)
     except Exception as error:  # Of any of the libraries.
+        reason = printable(str(error).strip().partition("\n")[0][:300])
         raise ValueError(
-            f"the network cannot be exported to {to}: {type(error).__name__}: {_first(error)}"
+            f"the network cannot be exported to {to}: {type(error).__name__}: {reason}"
         ) from error
     sizes = list(dict.fromkeys(itertools.product(BATCHES, graph.lengths)))
     reference = graph.reference or module
@@ -128,9 +129,10 @@ def write_graph(graph: Graph, to: str, folder: Path) -> dict[str, Any]:
         "file": FILES[to],
         "about": graph.about,
         "inputs": [
-            _described(port, value) for port, value in zip(graph.inputs, inputs, strict=True)
+            vars(port) | {"type": str(value.dtype).removeprefix("torch.")}
+            for port, value in zip(graph.inputs, inputs, strict=True)
         ],
-        "outputs": [{"name": p.name, "axes": p.axes, "meaning": p.meaning} for p in graph.outputs],
+        "outputs": [vars(port) for port in graph.outputs],
         "settings": dict(graph.settings),
         "checked": {
             "largest_difference": worst,
@@ -197,16 +199,6 @@ def _tuple(found: Any) -> tuple[Tensor, ...]:
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
-def _described(port: Port, value: Tensor) -> dict[str, Any]:
-    kind = str(value.dtype).removeprefix("torch.")
-    return {"name": port.name, "type": kind, "axes": port.axes, "meaning": port.meaning}
-
-
-def _first(error: BaseException) -> str:
-    """Return the beginning of an error's first line."""
-    return printable(str(error).strip().partition("\n")[0][:300])
-
-
 def _import_onnx() -> Any:
     try:
         import onnx  # noqa: F401
@@ -246,32 +238,38 @@ def _quiet() -> Iterator[None]:
 def example_code(described: Mapping[str, Any], graph: Graph) -> str:
     """Return a program that runs the file beside it, for the README of an export."""
     length, sizes = graph.lengths[0], {"batch": 1}
-    lines = []
+    onnx = described["format"] == "onnx"
+    made = []
     for port, told in zip(graph.inputs, described["inputs"], strict=True):
-        shape = [sizes.get(axis, length) if isinstance(axis, str) else axis for axis in port.axes]
+        shape = tuple(sizes.get(axis, length) if isinstance(axis, str) else axis
+                      for axis in port.axes)  # fmt: skip
+        value = f"generator.standard_normal({shape}, numpy.float32)"
         if told["type"].startswith("int"):
-            value = f"numpy.full({tuple(shape)}, {length})"
-        else:
-            value = f"generator.standard_normal({tuple(shape)}, numpy.float32)"
-        lines.append(f"{port.name} = {value}  # {port.meaning}")
-    outputs = [port.name for port in graph.outputs]
-    if described["format"] == "onnx":
-        first = ["import numpy", "import onnxruntime", "",
-                 f'session = onnxruntime.InferenceSession("{described["file"]}")']  # fmt: skip
-        given = ", ".join(f'"{port.name}": {port.name}' for port in graph.inputs)
-        call = f"{', '.join(outputs)} = session.run(None, {{{given}}})"
-        if len(outputs) == 1:
-            call = f"[{outputs[0]}] = session.run(None, {{{given}}})"
+            value = f"numpy.full({shape}, {length})"
+        made.append(f"{port.name} = {value}  # {port.meaning}")
+    inputs = [each.name for each in graph.inputs]
+    outputs = ", ".join(each.name for each in graph.outputs)
+    if onnx:
+        given = ", ".join(f'"{name}": {name}' for name in inputs)
+        load = f'session = onnxruntime.InferenceSession("{described["file"]}")'
+        call = f"[{outputs}] = session.run(None, {{{given}}})"
     else:
-        first = ["import numpy", "import torch", "",
-                 f'network = torch.export.load("{described["file"]}").module()']  # fmt: skip
-        given = ", ".join(f"torch.from_numpy({port.name})" for port in graph.inputs)
-        call = f"{', '.join(outputs)} = network({given})"
-    shown = [f"print({name}.shape)  # {', '.join(map(str, port.axes))}"
-             for name, port in zip(outputs, graph.outputs, strict=True)]  # fmt: skip
-    after = graph.after.strip().splitlines()
+        given = ", ".join(f"torch.from_numpy({name})" for name in inputs)
+        load = f'network = torch.export.load("{described["file"]}").module()'
+        call = f"{outputs} = network({given})"
+    shown = [f"print({each.name}.shape)  # {', '.join(map(str, each.axes))}"
+             for each in graph.outputs]  # fmt: skip
+    after = [line for line in graph.after.strip().splitlines() if line]
     imports = [line for line in after if line.startswith("import ")]
-    after = [line for line in after if line and line not in imports]
-    return "\n".join(
-        [*imports, *first, "generator = numpy.random.default_rng(0)", *lines, call, *shown, *after]
-    )
+    return "\n".join([
+        *imports,
+        "import numpy",
+        f"import {'onnxruntime' if onnx else 'torch'}",
+        "",
+        load,
+        "generator = numpy.random.default_rng(0)",
+        *made,
+        call,
+        *shown,
+        *(line for line in after if line not in imports),
+    ])  # fmt: skip

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainer import distributed, json_files
 from trainer.adapters import derive_adapters, is_replaced, plain_name
-from trainer.checkpoint.frozen import BASE, base_name, check_base, described
+from trainer.checkpoint.frozen import BASE, base_of
 from trainer.checkpoint.run_state import misfit
 from trainer.checkpoint.user_state import KEY
 from trainer.options import nearest
@@ -70,7 +70,7 @@ def initialise(
     for name in sorted(found, key=is_replaced, reverse=True):
         given[plain_name(name)] = found[name]
     own = modules.state_dict()
-    targets = _targets({plain_name(name): 0 for name in own}, given, names or {}, source)
+    targets = _targets(list(dict.fromkeys(map(plain_name, own))), given, names or {}, source)
     taken = {
         name: given[target]
         for name, value in own.items()
@@ -83,23 +83,19 @@ def initialise(
             f"this model {_some(targets)}{_suggestion(modules, given)}"
         )
     if base is not None:
-        name, tensors = described(base)
-        present = {each: own[each] for each in tensors if each in own}
-        check_base(name, tensors, base_name(modules), present)
-    other = [
-        f"{name} has shape {list(taken[name].shape)} there and {list(tensor.shape)} here"
-        for name, tensor in own.items()
-        if isinstance(tensor, Tensor) and name in taken and taken[name].shape != tensor.shape
-    ]
+        base_of(base, modules)
+    tensors = {name: value for name, value in taken.items() if isinstance(value, Tensor)}
+    other = [name for name, value in tensors.items() if value.shape != own[name].shape]
     if other:
+        shapes = f"{list(tensors[other[0]].shape)} there and {list(own[other[0]].shape)} here"
         more = f" (and {len(other) - 1} more)" if other[1:] else ""
-        name = plain_name(other[0].split()[0])
         raise ValueError(
-            f"init_from {source}: {other[0]}{more}; leave it new by a pattern with null, such as "
-            f"init_map: {{{name}: null}}, or choose a model of the same size"
+            f"init_from {source}: {other[0]} has shape {shapes}{more}; leave it new by a pattern "
+            f"with null, such as init_map: {{{plain_name(other[0])}: null}}, or choose a model of "
+            "the same size"
         )
-    for name, value in taken.items():
-        if isinstance(value, Tensor) and (reason := misfit(value, own[name])):
+    for name, value in tensors.items():
+        if reason := misfit(value, own[name]):
             raise ValueError(
                 f"init_from {source}: {name} is {reason} there, and {own[name].dtype} here"
             )
@@ -117,7 +113,7 @@ def initialise(
 
 
 def _targets(
-    own: Iterable[str], given: Weights, names: Mapping[str, str | None], source: str
+    own: Sequence[str], given: Weights, names: Mapping[str, str | None], source: str
 ) -> dict[str, str | None]:
     """Return the name in the source of each name of the model; None for what stays new.
 
@@ -126,7 +122,6 @@ def _targets(
             of ``*`` than its value.
     """
     targets: dict[str, str | None] = {}
-    open_names = list(own)
     for pattern, target in names.items():
         if target is not None and target.count("*") != pattern.count("*"):
             raise ValueError(
@@ -139,22 +134,18 @@ def _targets(
                 f"init_map has {pattern!r}, which matches no name of this model"
                 f"{nearest(pattern, own)}; it has {_some(own)}"
             )
-        mapped = {name: _filled(target, match.groups()) for name, match in matches.items()}
+        form = (target or "").replace("{", "{{").replace("}", "}}").replace("*", "{}")
+        mapped = {
+            name: None if target is None else form.format(*match.groups())
+            for name, match in matches.items()
+        }
         if target is not None and not any(each in given for each in mapped.values()):
             raise ValueError(
                 f"init_map maps {pattern!r} to {target!r}, and {source} has no such name"
                 f"{nearest(target, given)}; it has {_some(given)}"
             )
         targets = mapped | targets
-    return {name: name for name in open_names} | targets
-
-
-def _filled(target: str | None, parts: Iterable[str]) -> str | None:
-    """Return a name with the parts in place of its ``*``."""
-    if target is None:
-        return None
-    filled = iter(parts)
-    return re.sub(r"\*", lambda _: next(filled), target)
+    return {name: name for name in own} | targets
 
 
 def _some(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -163,7 +163,7 @@ class OpenRun:
 
         Modules that the objects need are imported before, since imports may take any memory.
         """
-        self.configuration.check()
+        self.configuration.checked()
         if get(self.configuration.root, "adapters") is not None:
             import_peft()
         base = next((each.base for each in self.checkpointer.find() if each.base), {})
@@ -186,24 +186,14 @@ class OpenRun:
         if named is not None and named.value in recipe_packages():
             return [str(named.value)]
         names = self.names()
-        brains = {each: getattr(sys.modules[each], "BRAIN", None) for each in recipe_packages()}
         only_trains = self.configuration.registry.is_for_training_only
-
-        def having(names: Collection[str]) -> list[str]:
-            return [
-                package
-                for package, brain in brains.items()
-                if brain is not None and any(name.startswith(f"{package}.") for name in names)
-            ]
-
-        found = having({name for name in names if not only_trains(name)}) or having(names)
+        found = _recipes_of({n for n in names if not only_trains(n)}) or _recipes_of(names)
         mapped = [
             package
-            for package in found
-            if isinstance(classes := brains[package], Mapping)
-            and any(f"{package}.{each}" in names for each in classes)
+            for package, brain in found.items()
+            if isinstance(brain, Mapping) and any(f"{package}.{each}" in names for each in brain)
         ]
-        return mapped or found
+        return mapped or [*found]
 
     def check_class(self, kind: type[Brain] | type[Model]) -> None:
         """Raise ValueError for a class of an installed recipe other than that of the run."""
@@ -234,7 +224,7 @@ class OpenRun:
         found = getattr(kind, "best_checkpoint", {})
         if not isinstance(found, property):
             return dict(found)
-        self.configuration.check()
+        self.configuration.checked()
         own = kind.__new__(kind)
         own.hparams = SimpleNamespace()
         for key, node in self.configuration.root.value:
@@ -302,6 +292,16 @@ _origins: WeakKeyDictionary[Model | Brain, Origin] = WeakKeyDictionary()
 def origin_of(model: Model | Brain) -> Origin | None:
     """Return what `load` made a model from; None for one that was made otherwise."""
     return _origins.get(model)
+
+
+def _recipes_of(names: Collection[str]) -> dict[str, Any]:
+    """Return ``BRAIN`` of the installed recipes, by package, of which objects are named."""
+    return {
+        package: brain
+        for package in recipe_packages()
+        if (brain := getattr(sys.modules[package], "BRAIN", None)) is not None
+        and any(name.startswith(f"{package}.") for name in names)
+    }
 
 
 def _texts(value: Any) -> set[str]:
@@ -383,43 +383,30 @@ def open_run(
             raise ValueError(f"{folder} cannot be used: {reason}") from error
 
 
+class _Given(TypedDict, total=False):
+    """Further arguments of `load`."""
+
+    modules: Mapping[str, nn.Module] | None
+    overrides: Mapping[str, Any] | None
+    allow: Sequence[str]
+    max_key: str | None
+    min_key: str | None
+
+
 @overload
 def load(
-    run: str | Path,
-    device: str = "auto",
-    *,
-    brain: type[B],
-    modules: Mapping[str, nn.Module] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    allow: Sequence[str] = (),
-    max_key: str | None = None,
-    min_key: str | None = None,
+    run: str | Path, device: str = "auto", *, brain: type[B], **given: Unpack[_Given]
 ) -> B: ...
 
 
 @overload
 def load(
-    run: str | Path,
-    device: str = "auto",
-    *,
-    model: type[M],
-    modules: Mapping[str, nn.Module] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    allow: Sequence[str] = (),
-    max_key: str | None = None,
-    min_key: str | None = None,
+    run: str | Path, device: str = "auto", *, model: type[M], **given: Unpack[_Given]
 ) -> M: ...
 
 
 @overload
-def load(
-    run: str | Path,
-    device: str = "auto",
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    max_key: str | None = None,
-    min_key: str | None = None,
-) -> Model: ...
+def load(run: str | Path, device: str = "auto", **given: Unpack[_Given]) -> Model: ...
 
 
 def load(
@@ -543,15 +530,14 @@ def put_weights(
         source, found = run, read_export(run)
     else:
         found = load_weights(checkpointer, options, max_key, min_key, complete)
-    if found is None and not checkpointer.folder.exists():
+    if found is None and not source.exists():
         raise ValueError(f"{run} has no weights: neither checkpoints/ nor, as an export, {WEIGHTS}")
     if found is None:
-        key = max_key or min_key
-        some = key and checkpointer.find(n=None)
-        of_metric = f" with {key!r}, the metric that chooses one" if some else ""
-        raise ValueError(f"{checkpointer.folder} has no sound checkpoint{of_metric}")
+        some = (max_key or min_key) and checkpointer.find(n=None)
+        of = f" with {max_key or min_key!r}, the metric that chooses one" if some else ""
+        raise ValueError(f"{source} has no sound checkpoint{of}")
     if not isinstance(found, Mapping):
-        raise ValueError(f"{checkpointer.folder} has weights that are no mapping of names")
+        raise ValueError(f"{source} has weights that are no mapping of names")
     keep_in_state_dict(modules)
     found = {
         name.removeprefix(prefix): value

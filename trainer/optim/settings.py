@@ -7,7 +7,6 @@ the present ratio to the old one, as a schedule has made it, and anything else i
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,13 +31,6 @@ CLOSED = (
 logger = logging.getLogger("trainer")
 
 
-def built_settings(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
-    """Return the settings of an optimizer's groups, and of its schedule, that are plain values."""
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    state = schedule.state_dict() if hasattr(schedule, "state_dict") else {}
-    return {"groups": [_plain(group) for group in groups], "schedule": _plain(state)}
-
-
 def with_new_settings(
     state: Mapping[str, Any], now: Mapping[str, Any], name: str
 ) -> Mapping[str, Any]:
@@ -46,7 +38,7 @@ def with_new_settings(
 
     Args:
         state: the saved state; it is not changed.
-        now: the `built_settings` of this run.
+        now: the settings that this run builds.
         name: name of the optimizer, for messages.
 
     Returns:
@@ -84,24 +76,6 @@ def set_rates_anew(schedule: Any) -> None:
         with warnings.catch_warnings(), suppress(ValueError):  # It may be past its new end.
             warnings.simplefilter("ignore", UserWarning)  # torch prefers steps without a number.
             schedule.step(schedule.last_epoch)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of the values that consist of numbers and texts."""
-    numbers = {k: v.item() if _is_number(v) else v for k, v in values.items()}
-    return {key: copy.deepcopy(value) for key, value in numbers.items() if _is_plain(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
