@@ -84,16 +84,7 @@ def import_peft() -> Any:
 
 
 def _inject(name: str, module: nn.Module, given: Any) -> None:
-    """Put an adapter into a module, in place.
-
-    Args:
-        name: name of the module.
-        module: the module.
-        given: arguments of `peft.LoraConfig`, or a configuration of peft.
-
-    Raises:
-        ValueError: the module has other adapters already, or the configuration does not fit it.
-    """
+    """Put an adapter into a module, in place."""
     peft, where = import_peft(), f"adapters.{name}"
     config = _config(peft, where, given)
     asked = config.to_dict()
@@ -125,39 +116,29 @@ def _inject(name: str, module: nn.Module, given: Any) -> None:
 
 
 def _mend_layers(module: nn.Module) -> None:
-    """Correct adapted layers, and layers of torch that would not call them.
-
-    An adapter gets the dilation of its convolution, an attention restores its frozen weights after
-    each call, and encoder layers leave out torch's fast path.
-    """
-    adapted: list[Any] = [layer for layer in module.modules() if _is_adapted(layer)]
-    for layer in adapted:
-        base = layer.get_base_layer()
-        for part in getattr(layer, "lora_A", {}).values() if hasattr(base, "dilation") else ():
-            part.dilation = base.dilation  # peft does not copy it.
-        if type(layer).__name__ == "MultiheadAttention":
-            layer.register_forward_pre_hook(_keep_weights)
-            layer.register_forward_hook(_put_weights_back, always_call=True)
-    for layer in module.modules():
-        # In evaluation torch's fast path uses the weights of the parts and calls none of them, so
-        # that adapters would have no effect; it is not taken where a part has a forward hook.
-        if isinstance(layer, nn.TransformerEncoderLayer) and any(map(_is_adapted, layer.modules())):
-            layer.norm1.register_forward_hook(_do_nothing)
-        if isinstance(layer, nn.TransformerEncoder) and any(map(_is_adapted, layer.modules())):
-            layer.use_nested_tensor = False
+    """Correct adapted layers, and layers of torch that would not call them."""
+    layers: list[Any] = [*module.modules()]
+    for layer in layers:
+        if _is_adapted(layer):
+            base = layer.get_base_layer()
+            for part in getattr(layer, "lora_A", {}).values() if hasattr(base, "dilation") else ():
+                part.dilation = base.dilation  # peft does not copy it.
+            if type(layer).__name__ == "MultiheadAttention":
+                layer.register_forward_pre_hook(_keep_weights)
+                layer.register_forward_hook(_put_weights_back, always_call=True)
+        elif isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+            map(_is_adapted, layer.modules())
+        ):
+            # In evaluation torch's fast path uses the weights of the parts and calls none of them,
+            # so that adapters would have no effect; no part with a forward hook is left out.
+            if isinstance(layer, nn.TransformerEncoder):
+                layer.use_nested_tensor = False
+            else:
+                layer.norm1.register_forward_hook(_do_nothing)
 
 
 def _config(peft: Any, where: str, given: Any) -> Any:
-    """Return the configuration of an adapter.
-
-    Args:
-        peft: the package.
-        where: key of the adapter, for messages.
-        given: arguments of `peft.LoraConfig`, or a configuration of peft, which is copied.
-
-    Raises:
-        ValueError: an argument is unknown or not allowed, or the kind of adapter is.
-    """
+    """Return the configuration of an adapter, or a copy of the one that is given."""
     if isinstance(given, Mapping):
         from trainer.config.pretrained import BOUND  # Programs without a YAML start faster.
 
@@ -188,11 +169,7 @@ def _config(peft: Any, where: str, given: Any) -> Any:
 
 
 def _check_effort(where: str, key: str, patterns: Any, module: nn.Module) -> None:
-    """Refuse a regular expression that may take very long; a run folder may come from elsewhere.
-
-    Raises:
-        ValueError: a pattern may take too long; the message names it.
-    """
+    """Refuse a regular expression that may take very long; a run folder may come from elsewhere."""
     names = [name for name, _ in module.named_modules()]
     for each in (patterns,) if isinstance(patterns, str) else patterns or ():
         # peft matches a text of a list at the end of a name.
@@ -217,19 +194,15 @@ def _effort(pattern: str, length: int) -> float:
 
 
 def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[nn.Module]:
-    """Return the layers that a configuration names.
-
-    Raises:
-        ValueError: a name matches no layer, or its adapter would be wrong or have no effect.
-    """
+    """Return the layers that a configuration names; refuse those that it cannot adapt."""
     layers = {name: layer for name, layer in module.named_modules() if name}
-    parents = {name: layers.get(name.rpartition(".")[0], module) for name in layers}
-    by_regex = isinstance(wanted, str)
-    if by_regex and key == "modules_to_save":  # peft would take its letters one by one.
+    found: set[str] = set()
+    missing: list[str] = []
+    if isinstance(wanted, str) and key == "modules_to_save":  # peft would take it by letters.
         raise ValueError(f"{where}: {key} is {wanted!r}; allowed: a list of names of layers")
     if wanted is None or wanted == "all-linear":
-        found, missing = set(), []
-    elif by_regex:
+        pass
+    elif isinstance(wanted, str):
         try:
             found = {name for name in layers if re.fullmatch(wanted, name)}
         except re.error as error:
@@ -238,9 +211,10 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
             ) from None
         missing = [] if found else [wanted]
     else:
-        matches = {each: _ending(layers, str(each)) for each in sorted(wanted, key=str)}
-        found = {name for names in matches.values() for name in names}
-        missing = [str(each) for each, names in matches.items() if not names]
+        for end in sorted(map(str, wanted)):
+            matches = {name for name in layers if f".{name}".endswith(f".{end}")}
+            found |= matches
+            missing += [] if matches else [end]
     if missing:
         ends = list(dict.fromkeys(
             name.rpartition(".")[2] for name, layer in layers.items()
@@ -258,8 +232,8 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
                 f"{where}: {key} has {name!r}, whose padding is {mode}, and adapters of peft pad "
                 "with zeros: name other layers"
             )
-        if isinstance(parents[name], nn.MultiheadAttention):
-            parent = name.rpartition(".")[0]
+        parent = name.rpartition(".")[0]
+        if isinstance(layers.get(parent, module), nn.MultiheadAttention):
             raise ValueError(
                 f"{where}: {key} has {name!r}, whose adapter would have no effect, since "
                 f"torch.nn.MultiheadAttention does not call it: name {parent!r}"
@@ -274,14 +248,16 @@ def _plain_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
     peft makes layers of the class of a convolution, and a parametrized layer has a class of its own
     that it cannot make.
     """
-    computed: list[Any] = [layer for layer in layers if is_parametrized(layer, "weight")]
-    before = [_computation(layer) for layer in computed]
-    for layer in computed:
-        _remove_computation(layer)
+    removed: list[tuple[Any, list[nn.Module], list[Tensor]]] = []
+    for layer in cast(Iterable[Any], layers):
+        if is_parametrized(layer, "weight"):
+            behind = layer.parametrizations["weight"].parameters(recurse=False)
+            tensors = [p.detach().clone() for p in behind]
+            removed.append((layer, _remove_computation(layer), tensors))
     try:
         yield
     finally:
-        for layer, (steps, tensors) in zip(computed, before, strict=True):
+        for layer, steps, tensors in removed:
             for step in steps:
                 register_parametrization(layer, "weight", step)
             owned = layer.parametrizations["weight"].parameters(recurse=False)
@@ -289,23 +265,13 @@ def _plain_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
                 own.data.copy_(tensor)
 
 
-def _computation(layer: Any) -> tuple[list[nn.Module], list[Tensor]]:
-    """Return the parametrizations of a layer's weight, and copies of the tensors behind it."""
+def _remove_computation(layer: Any) -> list[nn.Module]:
+    """Make a plain parameter of a parametrized weight; return its parametrizations."""
     steps = layer.parametrizations["weight"]
-    return list(steps), [p.detach().clone() for p in steps.parameters(recurse=False)]
-
-
-def _remove_computation(layer: Any) -> None:
-    """Replace the parametrized weight of a layer by a plain parameter of the same value."""
-    # Without gradients torch would make a buffer of it.
-    layer.parametrizations["weight"].requires_grad_(True)
+    steps.requires_grad_(True)  # Without gradients torch would make a buffer of it.
     with torch.enable_grad():
         remove_parametrizations(layer, "weight")
-
-
-def _ending(names: Iterable[str], end: str) -> list[str]:
-    """Return the dotted names that end in a dotted name."""
-    return [name for name in names if f".{name}".endswith(f".{end}")]
+    return list(steps)
 
 
 def _is_adapted(layer: nn.Module) -> bool:
@@ -313,12 +279,12 @@ def _is_adapted(layer: nn.Module) -> bool:
     return hasattr(type(layer), "get_base_layer")
 
 
-# peft adds the adapter to the weights of torch's attention for a call and subtracts it afterwards.
-# Rounding would change the frozen weights with every batch, so that hooks restore them.
-
-
 def _keep_weights(layer: Any, _: Any) -> None:
-    """Forward pre-hook that keeps the weights of an attention."""
+    """Forward pre-hook that keeps the weights of an attention.
+
+    peft adds the adapter to them for a call and subtracts it afterwards: rounding would change the
+    frozen weights with every batch.
+    """
     base = layer.get_base_layer()
     vars(layer)["own_weights"] = [
         (owner, name, getattr(owner, name))
@@ -397,20 +363,18 @@ def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
         modules: all modules of a Brain, which no optimizer has yet.
         loaded: names of the tensors that were loaded.
     """
-    configs: dict[str, Any] = {
-        name: vars(module)["peft_config"]["default"]
-        for name, module in modules.named_modules()
-        if "peft_config" in vars(module)
-    }
     based, adapted, scaled = (
         {name.rpartition(part)[0] for name in loaded}
         for part in (".base_layer.", ".lora_", ".lora_magnitude_vector.")
     )
+    configs: dict[str, Any] = {}
     for name, layer in list(modules.named_modules()):
+        if "peft_config" in vars(layer):
+            configs[f"{name}."] = vars(layer)["peft_config"]["default"]
         if name not in based or not hasattr(layer, "lora_variant"):
             continue
-        above = [name[:end] for end, letter in enumerate(name) if letter == "."] + [name]
-        config = next(configs[each] for each in reversed(above) if each in configs)
+        # The last module that was met above: adapters are not nested.
+        config = next(configs[each] for each in reversed(configs) if f"{name}.".startswith(each))
         if str(config.init_lora_weights).startswith(DERIVED):
             if name not in adapted:
                 r, alpha = layer.r["default"], layer.lora_alpha["default"]
@@ -454,9 +418,8 @@ def merge_adapters(modules: nn.Module) -> None:
 def _merged(layer: Any) -> nn.Module:
     """Return the plain layer of an adapted one, with the adapter merged into its weight."""
     plain = layer.get_base_layer()
-    computed = _computation(plain)[0] if is_parametrized(plain, "weight") else []
-    if computed:  # peft would add to the computed weight, which the next call computes anew.
-        _remove_computation(plain)
+    # peft would add to a computed weight, which the next call computes anew.
+    computed = _remove_computation(plain) if is_parametrized(plain, "weight") else []
     layer.merge(safe_merge=True)
     weight = plain.get_parameter("weight").detach().clone()
     for each in computed:

@@ -22,19 +22,13 @@ import torch
 
 from recipes.asr.text import Codec, check_texts
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import cut_of, sounds
+from recipes.common.cuts import CutSet, MixedCut, MixTrack, MonoCut, MultiCut, cut_of, sounds
 from recipes.common.librispeech import read_parts
 from recipes.common.loading import Speech, filter_by_duration, transcript
 from recipes.common.paths import inside
 from recipes.common.speech import embedded_speech, to_cuts
 from recipes.common.tables import TableError, named, read_rows
 from trainer.seed import derive
-
-try:
-    from lhotse import CutSet, MonoCut, MultiCut
-    from lhotse.cut import MixedCut, MixTrack
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 logger = logging.getLogger(__name__)
 

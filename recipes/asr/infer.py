@@ -13,21 +13,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import trainer
 from recipes.asr.transcriber import Transcriber
-from recipes.common.command import each_of, file_path, told
+from recipes.common.command import arguments, each_of, told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run, such as results/asr/demo/1234")
-    parser.add_argument(
-        "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser = arguments(__doc__ or "", "asr")
     parser.add_argument("--decoder", choices=("greedy", "beam"), help="default: the run's")
     given = parser.parse_args(argv)
     return told(lambda: run(given))

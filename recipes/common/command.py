@@ -1,7 +1,8 @@
-"""Errors and exit codes of the command lines of all ``infer.py``."""
+"""Arguments, errors and exit codes of the command lines of all ``infer.py``."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -22,6 +23,27 @@ def file_path(text: str) -> str:
 def local_path(text: str) -> Path:
     """Return a path of the command line as `file_path` does, as a `Path`."""
     return Path(file_path(text))
+
+
+def arguments(
+    about: str, task: str, files: str = "sound files of any kind", output: str = ""
+) -> argparse.ArgumentParser:
+    """Return a parser of ``RUN FILE... -o OUTPUT --device DEVICE``.
+
+    Args:
+        about: text whose first line says what the command is for.
+        task: name of the recipe.
+        files: help of the files, whose names are texts; empty for none.
+        output: help of the place of the results, a `Path`; empty for none.
+    """
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
+    parser.add_argument("run", type=Path, help=f"folder of a run: results/{task}/demo/1234")
+    if files:
+        parser.add_argument("files", nargs="+", type=file_path, metavar="FILE", help=files)
+    if output:
+        parser.add_argument("-o", "--output", type=local_path, required=True, help=output)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    return parser
 
 
 def told(work: Callable[[], int]) -> int:

@@ -10,10 +10,12 @@ from unicodedata import normalize
 from recipes.common.audio import Header
 from recipes.common.paths import inside
 
+# Other modules take lhotse's classes from here, where its lack is told.
 try:
-    from lhotse import MonoCut, Recording, SupervisionSegment
+    from lhotse import CutSet, MonoCut, MultiCut, Recording, SupervisionSegment  # noqa: F401
     from lhotse.audio import AudioSource
-    from lhotse.cut import Cut
+    from lhotse.audio.mixer import AudioMixer  # noqa: F401
+    from lhotse.cut import Cut, MixedCut, MixTrack  # noqa: F401
 except ImportError as error:
     raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 

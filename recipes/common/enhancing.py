@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 import trainer
 from recipes.common.audio import BLOCK, check_made
-from recipes.common.command import file_path, told
+from recipes.common.command import arguments, told
 from recipes.common.hearing import (
     Given,
     One,
@@ -213,15 +211,8 @@ def main(argv: Sequence[str] | None, about: str, kind: type[EnhancementModel]) -
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run: results/<task>/demo/1234")
-    parser.add_argument(
-        "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
-    )
-    parser.add_argument(
-        "-o", "--output", type=file_path, required=True, metavar="FOLDER", help="for the results"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    task = kind.__module__.split(".")[-2]
+    parser = arguments(about, task, output="folder for the results")
     given = parser.parse_args(argv)
 
     def run() -> int:

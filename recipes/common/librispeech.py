@@ -7,13 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import cut_of, files_below, sound_of, sounds
+from recipes.common.cuts import MonoCut, cut_of, files_below, sound_of, sounds
 from recipes.common.tables import TableError, check_unique, named, read_lines
-
-try:
-    from lhotse import MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 
 def read_parts(

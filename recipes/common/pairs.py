@@ -22,16 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.cuts import path_of
+from recipes.common.cuts import AudioMixer, MonoCut, path_of
 from recipes.common.loading import load
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
-
-try:
-    from lhotse.audio.mixer import AudioMixer
-    from lhotse.cut import MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 logger = logging.getLogger(__name__)
 

@@ -17,19 +17,14 @@ from pathlib import Path
 
 import trainer
 from recipes.asr.transcriber import PieceTranscriber
-from recipes.common.command import each_of, file_path, told
+from recipes.common.command import arguments, each_of, told
 from recipes.finetune.classify import SoundClassifier
 from recipes.finetune.embedder import Embedder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument(
-        "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser = arguments(__doc__ or "", "finetune")
     parser.add_argument("--source", help="pretrained model of a run with save: trainable")
     given = parser.parse_args(argv)
     return told(lambda: run(given))

@@ -21,16 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import SOUNDS, count_files, cut_of, path_of, sounds
+from recipes.common.cuts import SOUNDS, CutSet, MonoCut, count_files, cut_of, path_of, sounds
 from recipes.common.loading import filter_by_duration, load
 from recipes.common.speech import embedded_speech, to_cuts
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
-
-try:
-    from lhotse import CutSet, MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 logger = logging.getLogger(__name__)
 

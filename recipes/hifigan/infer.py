@@ -12,7 +12,6 @@ on stderr and the others are still made; the exit code is then 2.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 import trainer
 from recipes.common.audio import check_made
-from recipes.common.command import each_of, file_path, local_path, told
+from recipes.common.command import arguments, each_of, told
 from recipes.common.streaming import convert_file, targets
 from recipes.common.writing import kind_for, written
 from recipes.hifigan.vocoder import MELS, Vocoder
@@ -29,15 +28,8 @@ from recipes.hifigan.vocoder import MELS, Vocoder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run, such as results/hifigan/demo/1234")
-    parser.add_argument(
-        "files", nargs="+", type=file_path, metavar="FILE", help="sound files, or mels (.npy, .pt)"
-    )
-    parser.add_argument(
-        "-o", "--output", type=local_path, required=True, help="folder for the results"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    files = "sound files, or mels (.npy, .pt)"
+    parser = arguments(__doc__ or "", "hifigan", files, output="folder for the results")
     given = parser.parse_args(argv)
 
     def run() -> int:

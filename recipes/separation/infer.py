@@ -15,7 +15,6 @@ who says nothing in the whole of an overlap may change tracks there.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import soundfile
 
 import trainer
 from recipes.common.audio import check_made, read_header
-from recipes.common.command import each_of, file_path, local_path, told
+from recipes.common.command import arguments, each_of, told
 from recipes.common.hearing import Source
 from recipes.common.writing import check_outputs, kind_for, name_for, put, written
 from recipes.separation.separator import Separate, SpeechSeparator, joined
@@ -34,15 +33,7 @@ from recipes.separation.separator import Separate, SpeechSeparator, joined
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run: results/separation/demo/1234")
-    parser.add_argument(
-        "files", nargs="+", type=file_path, metavar="FILE", help="sound files of any kind"
-    )
-    parser.add_argument(
-        "-o", "--output", type=local_path, required=True, help="folder for the tracks"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser = arguments(__doc__ or "", "separation", output="folder for the tracks")
     given = parser.parse_args(argv)
 
     def run() -> int:

@@ -16,16 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.common.cuts import count_files, path_of
+from recipes.common.cuts import Cut, CutSet, count_files, path_of
 from recipes.common.loading import load
 from trainer.data import BadItem, item_seed
 from trainer.seed import derive
-
-try:
-    from lhotse import CutSet
-    from lhotse.cut import Cut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 LEVEL = 0.05  # root mean square of a source before its gain: -26 dB of full scale
 PEAK = 0.95  # a louder mixture is turned down, with its sources

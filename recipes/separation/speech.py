@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from recipes.common.audio import Header, check_recordings
-from recipes.common.cuts import cut_of, sound_of, sounds
+from recipes.common.cuts import CutSet, MonoCut, cut_of, sound_of, sounds
 from recipes.common.librispeech import read_parts
 from recipes.common.loading import load
 from recipes.common.noise import coloured_noise
@@ -28,11 +28,6 @@ from recipes.common.speech import embedded_speech, to_cuts
 from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
 from recipes.separation.mixing import fitted
 from trainer.seed import derive
-
-try:
-    from lhotse import CutSet, MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import count_files, cut_of, sound_of, sounds
+from recipes.common.cuts import CutSet, MonoCut, count_files, cut_of, sound_of, sounds
 from recipes.common.loading import filter_by_duration, load, transcript
 from recipes.common.mel import LogMel
 from recipes.common.speech import one_voice_reading, to_cuts
@@ -31,11 +31,6 @@ from recipes.common.tables import TableError, check_unique, named, read_lines
 from recipes.tacotron2.text import Front, check_texts, plain, spell_out
 from trainer.data import BadItemPolicy
 from trainer.seed import derive
-
-try:
-    from lhotse import CutSet, MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 logger = logging.getLogger(__name__)
 

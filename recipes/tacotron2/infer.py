@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import trainer
-from recipes.common.command import each_of, local_path, told
+from recipes.common.command import arguments, each_of, local_path, told
 from recipes.common.tables import read_text
 from recipes.common.writing import check_outputs, kind_for
 from recipes.tacotron2.sound import Sounding, write_sound
@@ -41,20 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run: results/tacotron2/demo/1234")
+    output = "a sound file; for --file a folder"
+    parser = arguments(__doc__ or "", "tacotron2", files="", output=output)
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", help="what to say")
     texts.add_argument("--file", type=local_path, help="a file with a text a line")
-    parser.add_argument(
-        "-o", "--output", type=local_path, required=True, help="a sound file; for --file a folder"
-    )
     parser.add_argument(
         "--vocoder",
         type=local_path,
         help="run folder of a HiFi-GAN; default: the run's, or Griffin and Lim's algorithm",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     return parser.parse_args(argv)
 
 

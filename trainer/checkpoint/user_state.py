@@ -74,17 +74,13 @@ def find_stateful(
     found = {}
     for name, value in _flat(named):
         part = as_stateful(value) or seed.as_stateful(value) or value
-        if not is_stateful(part) or isinstance(value, (type, Sampler, DataLoader)):
+        elsewhere = isinstance(value, (type, Sampler, DataLoader)) or id(value) in seen
+        if elsewhere or not is_stateful(part):
             continue
-        if id(value) in seen or (
-            isinstance(part, nn.Module)
-            and all(
-                id(t) in tensors
-                for t in part.state_dict(keep_vars=True).values()
-                if isinstance(t, Tensor)
-            )
-        ):
-            continue
+        if isinstance(part, nn.Module):
+            own = part.state_dict(keep_vars=True).values()
+            if {id(t) for t in own if isinstance(t, Tensor)} <= tensors:
+                continue
         seen.add(id(value))
         found[name] = part
     return found
@@ -282,8 +278,7 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
     if type(a).__module__ == "numpy":
-        same = a.dtype == b.dtype and a.shape == b.shape
-        return bool(same and (a.view("u1") == b.view("u1")).all())
+        return a.dtype == b.dtype and a.shape == b.shape and bool(a.tobytes() == b.tobytes())
     return bool(a == b)
 
 

@@ -103,9 +103,8 @@ class RunFolder:
     def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
         """Make the folder if there is none, lock it, and delete what killed processes left.
 
-        Args:
-            overwrite: delete what an earlier run left.
-            patience: seconds to wait for a process that is about to release the folder.
+        What an earlier run left is deleted with ``overwrite``. A process that is about to release
+        the folder is waited for, ``patience`` seconds.
 
         Raises:
             ValueError: another command is using the folder, or it is not a run folder.

@@ -60,15 +60,14 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
                 except storage.BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(path):
                         notes.append(f"{printable(str(error))}: it is left alone")
-        kept = _kept(checkpoints, run)
-        for each in sorted(checkpoints, key=lambda each: each.number):
+        for each in sorted({*checkpoints} - _kept(checkpoints, run), key=lambda each: each.number):
             others = {*os.listdir(each.path)} - {*each.files, storage.MANIFEST}
             if not each.complete:  # A killed process has left them.
                 others = {name for name in others if not storage.FILE_NAME.fullmatch(name)}
-            if each not in kept and others:
+            if others:
                 strange = printable(min(others))
                 notes.append(f"{each.path} is left alone: no save has written {strange!r} in it")
-            elif each not in kept:
+            else:
                 why = "neither the newest nor the best checkpoint"
                 found.append(Removable(run, each.path, bytes_on_disk(each.path), why))
     return found, notes
@@ -158,14 +157,8 @@ def average(
     """Write a run folder whose checkpoint has the mean weights of checkpoints; return these.
 
     For a run with ``ema_decay`` it is the mean of the moving averages. The new folder is for
-    `trainer.load` and for tests; a training cannot resume from it.
-
-    Args:
-        run: the run folder.
-        output: the new folder.
-        number: number of checkpoints; None for all.
-        min_key: take those with the lowest values of this metric, in place of the newest.
-        max_key: take those with the highest values of this metric.
+    `trainer.load` and for tests; a training cannot resume from it. ``number`` is that of the
+    newest checkpoints, or of the best by a metric; None for all.
     """
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")

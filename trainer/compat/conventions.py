@@ -25,7 +25,8 @@ class SpeechBrainConventions(Conventions):
     def __init__(self, kind: type) -> None:
         self.whole = self.measures = toolkit.written_for_it(kind)
         toolkit.check_lengths()
-        toolkit.warn_of_uncalled(kind)
+        if self.whole:
+            toolkit.warn_of_uncalled(kind)
 
     def checkpointer(self, checkpointer: Any, hparams: SimpleNamespace) -> Any:
         """Return a `Checkpointer` of this package in place of one of SpeechBrain's."""

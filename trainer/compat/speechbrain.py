@@ -228,41 +228,31 @@ def create_experiment_directory(
 
 
 def _begin_program(folder: Path) -> None:
-    """Set up messages, signals and the hook for errors, until the process ends."""
+    """Set up messages, signals and the hook for errors, until the process ends.
+
+    An error is written to train.log and sent to the other ranks.
+    """
     session.end_with_launcher()
     log = TextLog(folder if distributed.is_main() else None)
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            with session.logged_exceptions(log, folder / "train.log"), session.failing_as_one():
+                raise error.with_traceback(trace)
+        except BaseException as final:
+            session.tell_launcher(f"{type(final).__name__}: {final}")
+            before(type(final), final, final.__traceback__)
+
     _program.callback(log.close)
     _program.enter_context(session.tolerant_output())
     _program.enter_context(session.messages(log, ["__main__", PACKAGE, *recipe_packages()]))
     _program.enter_context(session.signals_at_safe_points())
-    _program.callback(setattr, sys, "excepthook", sys.excepthook)
-    sys.excepthook = _log_error(log, folder / "train.log", sys.excepthook)
+    _program.callback(setattr, sys, "excepthook", before)
+    sys.excepthook = hook
     atexit.register(close)
 
 
 def close() -> None:
     """Release the folder, and undo what `create_experiment_directory` set up in this process."""
     _program.close()
-
-
-ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
-
-
-def _log_error(log: TextLog, path: Path, before: ExceptHook) -> ExceptHook:
-    """Return an excepthook that writes the error to train.log and sends it to the other ranks.
-
-    Args:
-        log: train.log on the main rank.
-        path: the file train.log.
-        before: hook to call afterwards.
-    """
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        try:
-            with session.logged_exceptions(log, path), session.failing_as_one():
-                raise error.with_traceback(trace)
-        except BaseException as final:
-            session.tell_launcher(f"{type(final).__name__}: {final}")
-            before(type(final), final, final.__traceback__)
-
-    return hook

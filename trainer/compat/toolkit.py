@@ -60,9 +60,8 @@ def _in_package(module: Any) -> bool:
 
 
 def warn_of_uncalled(kind: type) -> None:
-    """Warn of methods of a recipe's class that override parts of SpeechBrain's loop."""
-    found = [name for name in UNCALLED if hasattr(kind, name)]
-    if found and written_for_it(kind):
+    """Warn of methods of a SpeechBrain recipe's class that override parts of its loop."""
+    if found := [name for name in UNCALLED if hasattr(kind, name)]:
         warn_once(
             f"{kind.__name__} has {', '.join(found)}, which overrides a part of SpeechBrain's loop "
             "and is never called here: use the hooks on_fit_start, on_stage_start and on_stage_end"

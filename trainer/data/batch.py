@@ -385,6 +385,8 @@ def _first_size(batch: Any) -> int | None:
         return None
     if isinstance(batch, (list, tuple)):
         parts: Iterable[Any] = batch
+    elif isinstance(batch, Mapping):
+        parts = batch.values()
     elif is_container(batch):
         parts = parts_of(batch).values()
     else:

@@ -25,7 +25,12 @@ logger = logging.getLogger("trainer.data")
 
 @dataclass(eq=False)
 class DataFeed:
-    """Batches of a stage, epoch by epoch."""
+    """Batches of a stage, epoch by epoch.
+
+    Attributes:
+        stateful: loader whose own state resumes an epoch; None where batches are skipped instead.
+        sources: objects whose position in an epoch is saved by the feed.
+    """
 
     source: Loader | Stream | list[Any] | tuple[Any, ...]  # The batches, or their loader.
     device: torch.device  # Device that the batches are moved to.
@@ -41,8 +46,12 @@ class DataFeed:
         self._saved: Mapping[str, Any] = {}
         # A list is the same in every epoch, and needs no loader.
         self._loader = None if isinstance(self.source, (list, tuple)) else self.source
+        self.stateful: Any = None
+        self.sources: list[Any] = []
         if self._loader is not None:
             self._loader.alone = False  # Bad items are judged in `judge_bad`, for all ranks.
+            self.stateful = None if self.repeat else self._loader.stateful
+            self.sources = self._loader.sources
 
     def length(self) -> int | None:
         """Return the number of batches in an epoch on this rank; None where it is unknown."""
@@ -71,16 +80,6 @@ class DataFeed:
         """Restore random generators to before the batch that is being loaded drew from them."""
         assert self._loader is not None
         self._loader.undo_draws()
-
-    @property
-    def stateful(self) -> Any:
-        """The loader whose own state resumes an epoch; None where batches are skipped instead."""
-        return None if self._loader is None or self.repeat else self._loader.stateful
-
-    @property
-    def sources(self) -> list[Any]:
-        """Objects whose position in an epoch is saved by the feed."""
-        return [] if self._loader is None else self._loader.sources
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the source; empty if it has none that a resumed run can use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,13 +35,10 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, folder: Path) -> None:
         try:
-            from torch.utils import tensorboard
-            from torch.utils.tensorboard import summary
+            self._package: Any = importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
             raise missing("tensorboard", "log") from error
         self.folder = folder / "tensorboard"
-        self._package: Any = tensorboard
-        self._messages: Any = summary
         self._writer: Any = None
         self._purge_step: int | None = None
 
@@ -72,7 +70,7 @@ class TensorBoardLogger(Logger):
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Write a picture."""
         # SummaryWriter.add_image takes pixels, and needs pillow to make a PNG file of them again.
-        Summary = self._messages.Summary
+        Summary = self._package.summary.Summary
         width, height, _, kind = struct.unpack(">IIBB", png[16:26])
         image = Summary.Image(
             height=height, width=width, colorspace=CHANNELS[kind], encoded_image_string=png

@@ -97,10 +97,6 @@ class ParameterGroups:
             optimizers: by name.
             modules: all modules, for the names of parameters.
             kept: names of optimizers that are divided already.
-
-        Raises:
-            ValueError: for an unknown optimizer, a pattern that matches nothing, and a key or value
-                that cannot be used.
         """
         self._modules, self._frozen, self._evaluated = modules, [], {}
         names = _names(optimizers, modules)
@@ -159,12 +155,8 @@ class ParameterGroups:
     def begin_window(self, updates: Mapping[str, Update], step: int) -> bool:
         """Freeze and unfreeze parameters of optimizers whose accumulation window is empty.
 
-        Args:
-            updates: the optimizers.
-            step: number of optimizer steps so far.
-
         Returns:
-            True if more of them train than before.
+            True if more of them train than before, after so many optimizer steps.
         """
         unfrozen = 0
         for name, until, params in self._frozen:
@@ -221,13 +213,7 @@ class ParameterGroups:
 
 
 def check_schedule(name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
-    """Refuse a schedule that replaces the different learning rates of groups by one.
-
-    Args:
-        name: name of the optimizer.
-        optimizer: the optimizer, with its schedule.
-        before: its learning rates without the schedule.
-    """
+    """Refuse a schedule that has replaced the different learning rates ``before`` it by one."""
     rates = {float(group.get("lr") or 0.0) for group in optimizer.param_groups}
     if len(set(before)) > 1 and len(rates) == 1 and rates != {0.0}:
         raise ValueError(

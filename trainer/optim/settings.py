@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -46,7 +46,7 @@ def with_new_settings(
     """
     saved, then = state["optimizer"]["param_groups"], state.get("built")
     if then is None:
-        _warn_of_other_settings(saved, now["groups"], name)
+        _warn_of_other_settings(saved[0], now["groups"][0], name)
     if then is None or then == now:
         return state
     built = list(zip(then["groups"], now["groups"], strict=True))
@@ -79,13 +79,9 @@ def set_rates_anew(schedule: Any) -> None:
 
 
 def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
-    """Return a saved value with the settings that are built otherwise now.
+    """Return a saved value with the settings that are built otherwise ``now``.
 
-    Args:
-        saved: the value in the checkpoint.
-        then: the value that the run which saved it built.
-        now: the value that this run builds.
-        is_rate: True for a learning rate, which keeps its ratio to ``then``.
+    A learning rate keeps its ratio to the value that the run which saved it built ``then``.
     """
     if then == now:
         return saved
@@ -108,13 +104,10 @@ def _merged_group(
     return kept | {k: v for k, v in now.items() if k not in then}
 
 
-def _warn_of_other_settings(
-    saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], name: str
-) -> None:
+def _warn_of_other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
     """Warn of settings of a checkpoint without the values that they were built with."""
-    rate = "initial_lr" if "initial_lr" in saved[0] else "lr"
-    for key in (rate, "weight_decay"):
-        old, new = saved[0].get(key), now[0].get(key)
+    for key in ("initial_lr" if "initial_lr" in saved else "lr", "weight_decay"):
+        old, new = saved.get(key), now.get(key)
         if old is not None and new is not None and old != new:
             logger.warning(
                 "the optimizer %r goes on with the %s %s of its checkpoint, which an earlier "

@@ -810,30 +810,24 @@ def _names(updates: Sequence[Update]) -> str:
 
 def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
     """Check what was given to `optimize`; the value of a tensor is not read."""
+    on_device, problem = isinstance(weight, Tensor), ""
     if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"optimize({name!r}) got a {type(loss).__name__} as its loss; allowed: a scalar tensor"
+        problem = f"a {type(loss).__name__} as its loss; allowed: a scalar tensor"
+    elif loss.numel() != 1:
+        problem = f"a loss of shape {tuple(loss.shape)}; allowed: a scalar (use loss.mean())"
+    elif isinstance(weight, Tensor) and weight.numel() != 1:
+        shape = tuple(weight.shape)
+        problem = f"a weight of shape {shape}; allowed: a number or a scalar tensor"
+    elif not loss.requires_grad and (on_device or weight):
+        problem = (
+            "a loss without a graph: no parameter that requires a gradient led to it. Was it "
+            "detached, computed under torch.no_grad() or reentrant checkpointing of the whole "
+            "network (use_reentrant=False does), or is every module frozen?"
         )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"optimize({name!r}) got a loss of shape {tuple(loss.shape)}; allowed: a scalar "
-            "(use loss.mean())"
-        )
-    if isinstance(weight, Tensor) and weight.numel() != 1:
-        raise ValueError(
-            f"optimize({name!r}) got a weight of shape {tuple(weight.shape)}; allowed: a number or "
-            "a scalar tensor"
-        )
-    if not loss.requires_grad and (isinstance(weight, Tensor) or weight):
-        raise ValueError(
-            f"optimize({name!r}) got a loss without a graph: no parameter that requires a gradient "
-            "led to it. Was it detached, computed under torch.no_grad() or reentrant checkpointing "
-            "of the whole network (use_reentrant=False does), or is every module frozen?"
-        )
-    if not isinstance(weight, Tensor) and not 0.0 <= weight < math.inf:
-        raise ValueError(
-            f"optimize({name!r}) got the weight {weight!r}; allowed: a finite number, 0 or more"
-        )
+    elif not on_device and not 0.0 <= weight < math.inf:
+        problem = f"the weight {weight!r}; allowed: a finite number, 0 or more"
+    if problem:
+        raise ValueError(f"optimize({name!r}) got {problem}")
 
 
 def _leading_group(groups: Sequence[Mapping[str, Any]]) -> int:

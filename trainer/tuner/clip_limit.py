@@ -82,14 +82,8 @@ def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> lis
 
     If the best limit so far is the lowest that was tried, the next one is a fourth of it; if it is
     the highest, four times it, unless it is above all gradients already. Otherwise the next one is
-    the geometric middle of the wider gap between the best limit and its neighbours.
-
-    Args:
-        trial: runs a trial with a limit; infinity for none.
-        max_trials: largest number of trials, 4 or more.
-
-    Returns:
-        The results in the order in which they were made.
+    the geometric middle of the wider gap between the best limit and its neighbours. Trials are at
+    most ``max_trials``, which is 4 or more.
     """
     tried: dict[float, TrialResult] = {}
 
@@ -132,12 +126,7 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
 
     Where clipping does not help, this is the largest limit that does no harm: it changes the fewest
     steps, and guards against spikes. Where clipping helps, it is the middle of the limits that do
-    best, since training fails above them.
-
-    Args:
-        kind: class of the clipper, a key of `MEASURES`.
-        trials: the trials, one of which is without clipping.
-        rate: learning rate of the trials.
+    best, since training fails above them. One of the trials is without clipping.
     """
     trials = sorted(trials, key=attrgetter("limit"))
     free, best = trials[-1], min(trials, key=attrgetter("rank"))

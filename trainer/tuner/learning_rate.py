@@ -126,14 +126,9 @@ def suggest_rate(
 ) -> RateSuggestion:
     """Suggest the rate at which the loss falls most steeply, before its minimum.
 
-    The loss has diverged where it is as far above the reference as it was below it at its lowest.
-
-    Args:
-        rates: learning rate of each step, ascending.
-        reference: loss of each step with all rates at 0.
-        result: the trial with these rates, which may have ended early.
-        own: the recipe's learning rate.
-        limit: the recipe's clip limit.
+    ``reference`` has the loss of each step with all rates at 0. The loss has diverged where it is
+    as far above the reference as it was below it at its lowest. ``own`` and ``limit`` are the
+    recipe's learning rate and clip limit.
     """
     losses = result.losses
     change = [loss - rest for loss, rest in zip(losses, reference, strict=False)]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +110,9 @@ class TrialRunner:
         """Return the names of the optimizers that `Brain.optimize` is called for."""
         names: set[str] = set()
         with self.trial():
-            for number, _ in enumerate(self._train_batches(), 1):
+            for _ in islice(self._train_batches(), MAX_PROBED):
                 names |= {report.name for report in self._reports}
-                if len(names) == len(self.brain.updates) or number == MAX_PROBED:
+                if len(names) == len(self.brain.updates):
                     break
         if not names:
             raise ValueError(
@@ -127,14 +128,10 @@ class TrialRunner:
         before_batch: Callable[[int], None] = lambda step: None,
         reference: Sequence[float] = (),
     ) -> TrialResult:
-        """Train within a `trial`. Collective.
+        """Train for a number of steps of an optimizer, within a `trial`. Collective.
 
-        Args:
-            name: the optimizer whose steps count.
-            steps: its number of steps.
-            before_batch: called before each batch with its number of steps so far.
-            reference: losses of the same steps where nothing is learned. The trial ends early once
-                its loss is far above them.
+        ``before_batch`` is called with the number of steps so far. The trial ends early once its
+        loss is far above ``reference``, the losses of the same steps where nothing is learned.
         """
         result, update = TrialResult(), self.brain.updates[name]
 

@@ -7,13 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.common.audio import Header
-from recipes.common.cuts import cut_of
+from recipes.common.cuts import MonoCut, cut_of
 from recipes.common.pairs import Corpus, Source
-
-try:
-    from lhotse import MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 SPLITS = ("train", "valid", "test")
 

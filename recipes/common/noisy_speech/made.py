@@ -7,16 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from recipes.common.cuts import MonoCut
 from recipes.common.loading import load
 from recipes.common.noise import babble, coloured_noise
 from recipes.common.noisy_speech.clips import SPLITS, snr_range
 from recipes.common.pairs import Corpus, Mixed, Source
 from recipes.common.speech import embedded_speech, to_cuts
-
-try:
-    from lhotse import MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 
 def embedded(

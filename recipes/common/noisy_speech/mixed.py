@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recipes.common.audio import check_recordings
-from recipes.common.cuts import cut_of, path_of, sounds
+from recipes.common.cuts import MonoCut, cut_of, path_of, sounds
 from recipes.common.librispeech import utterance_id
 from recipes.common.loading import load
 from recipes.common.noisy_speech.clips import (
@@ -27,11 +27,6 @@ from recipes.common.noisy_speech.clips import (
 )
 from recipes.common.pairs import Corpus, Mixed, Noise, Source, check_heard
 from trainer.seed import derive
-
-try:
-    from lhotse import MonoCut
-except ImportError as error:
-    raise ImportError("speech data need lhotse: pip install 'cortex-speech[recipes]'") from error
 
 logger = logging.getLogger(__name__)
 
