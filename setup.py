@@ -6,5 +6,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["trainer*", "recipes*"]), "recipes.hparams"],
     package_dir={"recipes.hparams": "hparams"},
-    package_data={"trainer": ["py.typed", "report/script.js"], "recipes.hparams": ["**/*.yaml"]},
+    package_data={
+        "trainer": ["py.typed", "report/script.js", "report/style.css"],
+        "recipes.hparams": ["**/*.yaml"],
+    },
 )

@@ -71,11 +71,22 @@ from trainer.evaluation import (
 )
 from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
 from trainer.optim import ema, epoch_end, step
-from trainer.optim.build import connect, find_optimizers, make_updates
+from trainer.optim.build import (
+    check_early_stopping,
+    connect,
+    find_optimizers,
+    make_updates,
+    warn_of_totals,
+)
 from trainer.optim.ema import WeightAverage
 from trainer.optim.groups import ParameterGroups
-from trainer.optim.guard import NonFiniteGuard, Tracer
-from trainer.optim.memory import ADVICE, MemoryGuard, is_out_of_memory
+from trainer.optim.guard import (
+    MEMORY_ADVICE,
+    MemoryGuard,
+    NonFiniteGuard,
+    Tracer,
+    is_out_of_memory,
+)
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
@@ -375,8 +386,8 @@ class Brain(SpeechBrainNames):
         self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__initialised = False
-        self.__groups = ParameterGroups(None)
-        self.__modes = TrainingModes(self.modules, self.__groups.rest)
+        self.__groups: ParameterGroups | None = None
+        self.__modes = TrainingModes(self.modules)
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
@@ -550,7 +561,7 @@ class Brain(SpeechBrainNames):
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
-                    epoch_end.warn_of_totals(
+                    warn_of_totals(
                         self.updates.values(), self.__epochs_to_do, total,
                         self.options.optimizer_step_limit,
                     )  # fmt: skip
@@ -598,7 +609,8 @@ class Brain(SpeechBrainNames):
                 an optimizer has stepped in this batch already.
         """
         progress, guard = self.progress, self.__guard
-        if self.__groups.begin_window(self.updates, progress.optimizer_step):
+        groups = self.__groups
+        if groups is not None and groups.begin_window(self.updates, progress.optimizer_step):
             self.__modes.unfreeze(self.__trained_parameters())
         if not self.__in_window():
             guard.begin_window()
@@ -1252,8 +1264,8 @@ class Brain(SpeechBrainNames):
         try:
             yield
         except BaseException as error:
-            if is_out_of_memory(error) and ADVICE not in str(error):
-                error.add_note(ADVICE)
+            if is_out_of_memory(error) and MEMORY_ADVICE not in str(error):
+                error.add_note(MEMORY_ADVICE)
             self.callbacks.call_every("on_exception", error, self, error)
             raise
 
@@ -1315,11 +1327,13 @@ class Brain(SpeechBrainNames):
         optimizers, adapters = self.__optimizers(), getattr(self.hparams, "adapters", None)
         if adapters:
             drop_base(optimizers.values(), modules, adapters)
-        self.__groups = ParameterGroups(getattr(self.hparams, "param_groups", None))
-        epoch_end.check_early_stopping(getattr(self.hparams, "early_stopping", None))
-        self.__modes = TrainingModes(modules, self.__groups.rest)
+        check_early_stopping(getattr(self.hparams, "early_stopping", None))
+        patterns = getattr(self.hparams, "param_groups", None)
+        groups = self.__groups = None if patterns is None else ParameterGroups(patterns)
+        self.__modes = TrainingModes(modules, groups.rest if groups else None)
         self.__make_updates(optimizers)
-        self.__groups.begin_window(self.updates, self.progress.optimizer_step)
+        if groups is not None:
+            groups.begin_window(self.updates, self.progress.optimizer_step)
         warn_of_modes(modules, self.__trained_parameters())
         if options.ema_decay is not None:
             base = base_parameters(modules, adapters or {})
@@ -1525,7 +1539,7 @@ class Brain(SpeechBrainNames):
         if why:
             raise torch.OutOfMemoryError(
                 f"memory ran out in epoch {self.progress.epoch}, batch {self.progress.step} "
-                f"({what}), {why}. The run ends; its last checkpoint is sound. {ADVICE}"
+                f"({what}), {why}. The run ends; its last checkpoint is sound. {MEMORY_ADVICE}"
             ) from error
         return what
 

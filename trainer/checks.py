@@ -7,7 +7,7 @@ the name of the value. Its error, a ValueError, names both, and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -54,6 +54,30 @@ def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be {' or '.join(allowed)}; got {value!r}")
     return value
+
+
+def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
+    """Return the value of a setting for one optimizer.
+
+    Args:
+        setting: a value for all optimizers, or a mapping from their names to values.
+        name: the name of the optimizer.
+        known: the names of all optimizers.
+        key: the name of the setting, for messages.
+        default: the value of an optimizer that a mapping leaves out.
+
+    Raises:
+        ValueError: a mapping names an optimizer that does not exist.
+    """
+    if not isinstance(setting, Mapping):
+        return setting
+    for each in setting:
+        if each not in known:
+            raise ValueError(
+                f"{key} names the optimizer {each!r}, which does not exist; "
+                f"this Brain has {', '.join(map(repr, known))}"
+            )
+    return setting.get(name, default)
 
 
 def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> None:

@@ -67,11 +67,11 @@ class TrainingModes:
 
     Args:
         modules: modules of the Brain.
-        rest: function that puts further parts into evaluation mode.
+        rest: function that puts further parts into evaluation mode; None for none.
     """
 
-    def __init__(self, modules: nn.Module, rest: Callable[[], None]) -> None:
-        self._modules, self._rest = modules, rest
+    def __init__(self, modules: nn.Module, rest: Callable[[], None] | None = None) -> None:
+        self._modules, self._rest = modules, rest or (lambda: None)
         self._begun: list[tuple[nn.Module, bool]] = []  # Modes at the start of the stage.
 
     def begin(self, trained: Collection[Tensor]) -> None:

@@ -94,15 +94,9 @@ def _float(text: str) -> float:
     return value
 
 
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            part
-            for each in level
-            for part in (each.values() if isinstance(each, dict) else each)
-            if isinstance(part, (dict, list))
-        ]
-        if not level:
-            return
-    raise BadJson(f"it is nested more than {MAX_DEPTH} deep")
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if isinstance(value, (dict, list)):
+        if depth == MAX_DEPTH:
+            raise BadJson(f"it is nested more than {MAX_DEPTH} deep")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_depth(part, depth + 1)

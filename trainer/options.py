@@ -513,27 +513,3 @@ def _words(name: str) -> set[str]:
         name = name.replace(long, short)
     fillers = {"", "max", "n", "num", "number", "of", "total"}
     return {each.rstrip("s") for each in re.split(r"[._-]", name.lower())} - fillers
-
-
-def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: Any = None) -> Any:
-    """Return the value of a setting for one optimizer.
-
-    Args:
-        setting: a value for all optimizers, or a mapping from their names to values.
-        name: the name of the optimizer.
-        known: the names of all optimizers.
-        key: the name of the setting, for messages.
-        default: the value of an optimizer that a mapping leaves out.
-
-    Raises:
-        ValueError: a mapping names an optimizer that does not exist.
-    """
-    if not isinstance(setting, Mapping):
-        return setting
-    for each in setting:
-        if each not in known:
-            raise ValueError(
-                f"{key} names the optimizer {each!r}, which does not exist; "
-                f"this Brain has {', '.join(map(repr, known))}"
-            )
-    return setting.get(name, default)

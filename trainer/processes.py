@@ -14,11 +14,7 @@ GRACE = 30.0  # Seconds that a worker goes on after SIGTERM, as torchrun gives r
 
 
 def call_when_orphaned(function: Callable[[], None]) -> None:
-    """Call a function in a thread when the process that started this one has ended.
-
-    Args:
-        function: called once, at most `POLL_SECONDS` later.
-    """
+    """Call a function in a thread, once, when the process that started this one has ended."""
     parent, process = os.getppid(), multiprocessing.parent_process()
 
     def watch() -> None:

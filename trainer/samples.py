@@ -332,7 +332,12 @@ def encode(signal: Tensor, rate: int) -> tuple[str, bytes]:
 
 
 def wav_bytes(signal: Tensor, rate: int) -> bytes:
-    """Return a signal (T,) at a rate in Hz as a 16-bit WAV file, clipped to [-1, 1]."""
+    """Return a 16-bit WAV file.
+
+    Args:
+        signal: samples (T,); values beyond [-1, 1] are clipped.
+        rate: sample rate in Hz.
+    """
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setparams((1, 2, rate, 0, "NONE", ""))

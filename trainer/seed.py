@@ -48,8 +48,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 def reseed(value: int) -> None:
     """Seed the generators of Python, NumPy (if it is imported) and torch's CPU, not CUDA's.
 
-    Args:
-        value: seed between 0 and 2**63 - 1; NumPy takes its lowest 32 bits.
+    NumPy takes the lowest 32 bits of a value between 0 and 2**63 - 1.
     """
     torch.default_generator.manual_seed(value)
     random.seed(value)
@@ -59,20 +58,14 @@ def reseed(value: int) -> None:
 
 def is_generator(value: Any) -> bool:
     """Return True for a generator object of Python, NumPy or torch, which can be seeded."""
-    numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
-    if numpy is not None:
+    if (numpy := sys.modules.get("numpy")) is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
     return isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
 
 
 def seed_generator(generator: Any, value: int) -> None:
-    """Seed a generator object of Python, NumPy or torch.
-
-    Args:
-        generator: what `is_generator` accepts.
-        value: seed between 0 and 2**63 - 1; NumPy's RandomState takes its lowest 32 bits.
-    """
+    """Seed a generator that `is_generator` accepts by a value between 0 and 2**63 - 1."""
     if isinstance(generator, torch.Generator):
         generator.manual_seed(value)
     elif hasattr(generator, "bit_generator"):
@@ -85,9 +78,8 @@ def seed_generator(generator: Any, value: int) -> None:
 def rng_state() -> dict[str, Any]:
     """Return the states of all generators that a step may draw from.
 
-    Returns:
-        Tensors and plain values under "torch", "python", "cuda" (if there are GPUs) and "numpy" (if
-        it is imported), which `torch.load` reads with ``weights_only=True``.
+    They are tensors and plain values under "torch", "python", "cuda" (if there are GPUs) and
+    "numpy" (if it is imported), which `torch.load` reads with ``weights_only=True``.
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -104,11 +96,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the states of all generators.
-
-    Args:
-        state: a result of `rng_state`. Generators absent from it keep their state.
-    """
+    """Restore what `rng_state` returned; generators that are absent from it keep their state."""
     torch.set_rng_state(state["torch"])
     random.setstate(_unpack_python_state(state["python"]))
     if "cuda" in state and torch.cuda.is_available():
@@ -118,6 +106,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if "numpy" in state and "numpy" in sys.modules:
         name, keys, *rest = state["numpy"]
         sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    _read.clear()
 
 
 def _pack_python_state(state: tuple[Any, ...]) -> list[Any]:
@@ -136,49 +125,37 @@ class RngState:
     """The random generators of this process, as a part of a run's state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every generator."""
         return rng_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
         set_rng_state(state)
 
 
 class _StatefulGenerator:
     """A random generator with ``state_dict`` and ``load_state_dict``."""
 
-    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
-        self._get, self._put = get, put
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+        self._packs = isinstance(generator, random.Random)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"state": self._get()}
+        state = _state(self._generator)
+        return {"state": _pack_python_state(state) if self._packs else state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self._put(saved["state"])
+        state = saved["state"]
+        _set_state(self._generator, _unpack_python_state(state) if self._packs else state)
 
 
 def as_stateful(value: Any) -> Any:
     """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
-    Args:
-        value: any object.
-
-    Returns:
-        The wrapped generator, for a `torch.Generator`, a `random.Random` and a
-        `numpy.random.Generator` of the kind PCG64; None for anything else. A
-        `random.SystemRandom` has no state, and that of NumPy's other kinds is made of arrays.
+    It is a `torch.Generator`, a `random.Random` or a `numpy.random.Generator` of the kind PCG64;
+    None is returned for anything else. The state of NumPy's other kinds is made of arrays.
     """
-    if isinstance(value, torch.Generator):
-        return _StatefulGenerator(value.get_state, value.set_state)
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return _StatefulGenerator(
-            lambda: _pack_python_state(value.getstate()),
-            lambda state: value.setstate(_unpack_python_state(state)),
-        )
-    bits = getattr(value, "bit_generator", None)  # NumPy's Generator; PCG64 unless chosen.
-    if bits is not None and type(bits).__name__.startswith("PCG64"):
-        return _StatefulGenerator(lambda: bits.state, lambda state: setattr(bits, "state", state))
-    return None
+    bits = type(getattr(value, "bit_generator", None)).__name__
+    plain = isinstance(value, (torch.Generator, random.Random)) or bits.startswith("PCG64")
+    return _StatefulGenerator(value) if plain and is_generator(value) else None
 
 
 class fork_rng:
@@ -215,49 +192,19 @@ class fork_rng:
 
 
 class DrawsUndone:
-    """States of the CPU generators of Python, NumPy and torch, noted in about 2 µs, to return to.
-
-    Python and NumPy take 7 and 24 µs to return their states. They are asked only if the memory of
-    the generator differs from that of the last time.
-    """
+    """States of the CPU generators of Python, NumPy and torch, noted in some 2 µs, to return to."""
 
     def __init__(self) -> None:
         self._states: tuple[Any, ...] | None = None
-        # By library: memory of the generator and its state, as they were read last.
-        self._read: dict[str, tuple[bytes, Any]] = {}
 
     def remember(self) -> None:
         """Note the generators as they are now."""
-        self._states = self._python(), self._numpy(), [torch.default_generator.get_state()]
-
-    def _python(self) -> Any:
-        # A normal number that is kept for the next draw is not in this memory.
-        if _PYTHON_ADDRESS is None or random._inst.gauss_next is not None:  # type: ignore[attr-defined]
-            return random.getstate()
-        return self._state("python", _PYTHON_ADDRESS, 625 * 4, random.getstate)
-
-    def _numpy(self) -> Any:
-        if (numpy := sys.modules.get("numpy")) is None:
-            return None
-        read, bits = partial(numpy.random.get_state, legacy=False), numpy.random.get_bit_generator()
-        if type(bits).__name__ != "MT19937":  # NumPy's default; another one has another memory.
-            return read()
-        state = self._state("numpy", bits.ctypes.state_address, 625 * 4, read)
-        return read() if state["has_gauss"] else state  # As for Python.
-
-    def _state(self, name: str, address: int, size: int, read: Callable[[], Any]) -> Any:
-        memory = ctypes.string_at(address, size)
-        seen, state = self._read.get(name, (b"", None))
-        if memory != seen:
-            state = read()
-            self._read[name] = memory, state
-        return state
+        self._states = _cpu_states([torch.default_generator])
 
     def undo(self) -> None:
         """Restore the generators as they were when they were noted."""
         if self._states is not None:
             _set_cpu_states([torch.default_generator], self._states)
-            self._read.clear()
 
 
 def _address_of_python() -> int | None:
@@ -269,15 +216,34 @@ def _address_of_python() -> int | None:
 
 
 _PYTHON_ADDRESS = _address_of_python()
+_read: dict[int, tuple[bytes, Any]] = {}  # Memory and state of generators by address, as read last.
 
 
 def _cpu_states(generators: Sequence[Any]) -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    return (
-        random.getstate(),
-        numpy.random.get_state(legacy=False) if numpy else None,
-        [_state(generator) for generator in generators],
-    )
+    # A normal number that is kept for the next draw is not in the memory.
+    kept = random._inst.gauss_next is not None  # type: ignore[attr-defined]
+    python = _read_if_changed(None if kept else _PYTHON_ADDRESS, random.getstate)
+    state = None
+    if (numpy := sys.modules.get("numpy")) is not None:
+        read = partial(numpy.random.get_state, legacy=False)
+        bits = numpy.random.get_bit_generator()
+        default = type(bits).__name__ == "MT19937"  # Another kind has another memory.
+        state = _read_if_changed(bits.ctypes.state_address if default else None, read)
+        if state.get("has_gauss"):
+            state = read()
+    return python, state, [_state(generator) for generator in generators]
+
+
+def _read_if_changed(address: int | None, read: Callable[[], Any]) -> Any:
+    """Return what `read` returns, which takes 7 µs for Python and 24 µs for NumPy."""
+    if address is None:
+        return read()
+    memory = ctypes.string_at(address, 625 * 4)
+    seen, state = _read.get(address, (b"", None))
+    if memory != seen:
+        state = read()
+        _read[address] = memory, state
+    return state
 
 
 def _set_cpu_states(generators: Sequence[Any], states: tuple[Any, ...]) -> None:
@@ -285,6 +251,7 @@ def _set_cpu_states(generators: Sequence[Any], states: tuple[Any, ...]) -> None:
     random.setstate(python)
     if numpy is not None:  # None if it was not imported when the states were read.
         sys.modules["numpy"].random.set_state(numpy)
+    _read.clear()
     for generator, state in zip(generators, held, strict=True):
         _set_state(generator, state)
 
@@ -298,7 +265,6 @@ def _state(generator: Any) -> Any:
 def _set_state(generator: Any, state: Any) -> None:
     if hasattr(generator, "bit_generator"):
         generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
+        return
+    python = isinstance(generator, random.Random)
+    (generator.setstate if python else generator.set_state)(state)

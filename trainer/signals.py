@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 from trainer import distributed
@@ -27,8 +27,6 @@ ALWAYS = (signal.SIGTERM, signal.SIGINT)
 # A closed terminal, and warnings of schedulers: handled where the process would die of them.
 UNLESS_IN_USE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 0  # In place of a signal's number: the run option max_hours.
-EXIT_CODES = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
-OTHER_EXIT_CODE = 75  # Of every other request: "try again later" in sysexits.h.
 PATIENCE = 3.0  # Seconds that a wait for data may last after a request.
 RESCUE = 6.0  # Seconds after a request at which a wait that no exception ends is given up.
 
@@ -61,13 +59,13 @@ class KeyboardInterrupted(KeyboardInterrupt, SystemExit):
     """Ctrl-C for programs and notebooks: an uncaught one ends the process with exit code 130."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.code = exit_code(signal.SIGINT)
 
 
 def exit_code(number: int) -> int:
     """Return the exit code after a request: 143 for SIGTERM, 130 for SIGINT and 75 for others."""
-    return EXIT_CODES.get(number, OTHER_EXIT_CODE)
+    # 75 means "try again later" in sysexits.h.
+    return 128 + number if number in ALWAYS else 75
 
 
 def name_of(number: int) -> str:
@@ -102,16 +100,13 @@ class waiting:
 
     def __init__(self, describe: Callable[[], str], rescue: Callable[[int], None]) -> None:
         self.describe, self.rescue = describe, rescue
-        self.over = False
 
     def __enter__(self) -> None:
         global _wait
         self.over = False
         _wait = self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         global _wait
         self.over = True  # From here on no handler raises.
         with _leaving:
@@ -120,15 +115,22 @@ class waiting:
             logger.warning("asked to stop (%s) while %s", error.signal, self.describe())
 
 
-def _handle(number: int, _frame: FrameType | None) -> None:
-    global _received, _received_at, _stopping
-    again = _received == signal.SIGINT == number
+def _receive(number: int) -> int:
+    """Keep the first request, and when it came; return it."""
+    global _received, _received_at
     if _received is None:
         _received, _received_at = number, time.monotonic()
+    return _received
+
+
+def _handle(number: int, _frame: FrameType | None) -> None:
+    global _stopping
+    again = _received == signal.SIGINT == number
+    first = _receive(number)
     waits = _wait is not None and not _wait.over
     if waits and time.monotonic() - _received_at >= PATIENCE:
         _stopping = True  # Raised at each further signal: a dataset may swallow exceptions.
-        raise Interrupted(_received)
+        raise Interrupted(first)
     if _stopping and number != signal.SIGINT:
         return  # The run is ending already.
     if not _deferring:
@@ -139,18 +141,13 @@ def _handle(number: int, _frame: FrameType | None) -> None:
 
 
 def install() -> dict[int, Any]:
-    """Install the handler of SIGTERM and SIGINT, and of others that would end the process.
-
-    Returns:
-        The former handlers.
-    """
+    """Handle SIGTERM, SIGINT and others that would end the process; return the former handlers."""
     # SIG_IGN stays, as under nohup, and so does a handler of the program.
     unused = [n for n in UNLESS_IN_USE if signal.getsignal(n) in (signal.SIG_DFL, _end)]
     return {number: signal.signal(number, _handle) for number in (*ALWAYS, *unused)}
 
 
-def _hold_term(how: int) -> None:
-    """Block SIGTERM in this thread during a fork, or let it through again."""
+def _mask_term(how: int) -> None:
     if installed():
         signal.pthread_sigmask(how, [signal.SIGTERM])
 
@@ -163,9 +160,10 @@ def _leave_parent() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
+# A fork that SIGTERM meets before it has left its parent would handle it as the parent does.
 os.register_at_fork(
-    before=lambda: _hold_term(signal.SIG_BLOCK),
-    after_in_parent=lambda: _hold_term(signal.SIG_UNBLOCK),
+    before=lambda: _mask_term(signal.SIG_BLOCK),
+    after_in_parent=lambda: _mask_term(signal.SIG_UNBLOCK),
     after_in_child=_leave_parent,
 )
 
@@ -212,11 +210,7 @@ def installed() -> bool:
 
 
 def set_limit(hours: float | None) -> None:
-    """Request a stop once this process is old enough.
-
-    Args:
-        hours: age of the process in hours; None for no limit.
-    """
+    """Request a stop once this process has an age in hours; None for no limit."""
     global _deadline
     _deadline = None if hours is None else time.monotonic() - _age() + 3600 * hours
 
@@ -230,9 +224,8 @@ def _age() -> float:
 
 def requested() -> int | None:
     """Return the request to stop: the number of a signal, or `TIME_LIMIT`; None without one."""
-    global _received, _received_at
     if _received is None and _deadline is not None and time.monotonic() >= _deadline:
-        _received, _received_at = TIME_LIMIT, time.monotonic()
+        return _receive(TIME_LIMIT)
     return _received
 
 
@@ -241,9 +234,8 @@ def raise_agreed() -> NoReturn:
 
     All ranks end with one exit code: that of the first rank with a request.
     """
-    global _stopping
     requests = distributed.all_gather_json(requested())
-    _stopping = True
+    keep_error()
     raise Interrupted(next(number for number in requests if number is not None))
 
 
@@ -286,8 +278,7 @@ def hung_waits_left() -> Iterator[None]:
 def _watch(reader: int, done: threading.Event) -> None:
     """Watch the waits of the main thread until ``done`` is set."""
     number: int | None = None
-    since = 0.0
-    main = threading.main_thread().ident
+    since, main = 0.0, threading.main_thread().ident
     assert main is not None
     while True:
         ready, _, _ = select.select([reader], [], [], 1.0)
@@ -313,13 +304,12 @@ def _watch(reader: int, done: threading.Event) -> None:
 
 def _asked_elsewhere() -> int | None:
     """Take over the request of another rank, which may wait in a collective for this one."""
-    global _received, _received_at
     try:
         number = distributed.asked()
     except RuntimeError:  # The launcher is gone: this process learns of that by itself.
         return None
-    if number is not None and _received is None:
-        _received, _received_at = number, time.monotonic()
+    if number is not None:
+        _receive(number)
     return number
 
 

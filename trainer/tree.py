@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -35,16 +36,12 @@ def map_leaves(
         is_leaf: returns True for a container that is passed to ``function`` as a whole.
 
     Returns:
-        New containers of the same types with the results in place of the leaves. A mapping that
-        cannot be changed becomes a dict.
+        New containers with the results in place of the leaves; see `rebuilt`.
     """
-
-    def walk(value: Any) -> Any:
-        if is_leaf(value) or not is_container(value):
-            return function(value)
-        return rebuilt(value, {key: walk(part) for key, part in parts_of(value).items()})
-
-    return walk(value)
+    if is_leaf(value) or not is_container(value):
+        return function(value)
+    parts = parts_of(value).items()
+    return rebuilt(value, {key: map_leaves(function, part, is_leaf) for key, part in parts})
 
 
 def is_container(value: Any) -> bool:
@@ -57,20 +54,16 @@ def is_container(value: Any) -> bool:
 def parts_of(container: Any) -> Mapping[Any, Any]:
     """Return the parts of a container by key, index or name of a field."""
     if isinstance(container, (list, tuple)):
-        return dict(
-            zip(getattr(container, "_fields", range(len(container))), container, strict=True)
-        )
+        return dict(zip(getattr(container, "_fields", count()), container, strict=False))
     if isinstance(container, Mapping):
         return container
     return {each.name: getattr(container, each.name) for each in dataclasses.fields(container)}
 
 
 def rebuilt(container: Any, parts: Mapping[Any, Any]) -> Any:
-    """Return a new container of the same type with other parts.
+    """Return a new container of the same type with other parts, by the names of `parts_of`.
 
-    Args:
-        container: the container. A mapping that cannot be changed becomes a dict.
-        parts: the new parts, by the names that `parts_of` gives.
+    A mapping that cannot be changed becomes a dict.
     """
     if isinstance(container, Mapping):
         if type(container) is dict or not isinstance(container, MutableMapping):

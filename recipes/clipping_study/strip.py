@@ -44,7 +44,7 @@ def draw_strips(plot: Plot) -> str:
     parts = [_frame(axis, plot, floor)]
     for place, row in enumerate(plot.rows):
         parts.append(_row(row, axis, TOP + HIGH * (place + 0.5)))
-    label = escape(f"{plot.title}. {'; '.join(_said(row) for row in plot.rows)}", quote=True)
+    label = escape(f"{plot.title}. {'; '.join(_said(row) for row in plot.rows)}")
     note = f"<p>{escape(plot.note)}</p>" if plot.note else ""
     return (
         f"<figure><figcaption><h3>{escape(plot.title)}</h3>{note}</figcaption>"

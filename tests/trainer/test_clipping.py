@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from trainer.checks import by_name
 from trainer.clipping import AdaGC, Gradients, NormClip, ValueClip, norms
 from trainer.clipping.gradients import limit_of
-from trainer.options import by_name
 
 HALF = {torch.float16: 65504.0, torch.bfloat16: 3e38, torch.float32: 3e38}
 SCALES = [1e-30, 1e-22, 1e-15, 1e-8, 1e-3, 1.0, 1e3, 1e4, 1e15, 1e19, 1e30]

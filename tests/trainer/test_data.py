@@ -655,7 +655,7 @@ def test_an_epoch_may_be_left_though_a_worker_died_with_a_lock_in_its_hands() ->
     iterator: Any = iter(make_loader(Items(), train=True, seed=3, num_workers=2))
     next(iterator)
     watched = iterator.gi_frame.f_locals["watched"]
-    lock = watched._iterator._workers_done_event._cond
+    lock = watched.iterator._workers_done_event._cond
     lock.acquire()  # As a killed one may have.
     rescue = threading.Timer(60, lock.release)
     rescue.start()

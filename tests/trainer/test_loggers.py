@@ -24,8 +24,7 @@ from trainer import Checkpointer, RunOptions, StageReport
 from trainer.cli.arguments import configure
 from trainer.config.hyperparameters import Configuration
 from trainer.loggers import CsvLogger, JsonlLogger, Logger, LoggerCallback, loggers_of
-from trainer.loggers.choice import chosen_loggers
-from trainer.loggers.description import configuration, name_of
+from trainer.loggers.choice import chosen_loggers, configuration, name_of
 from trainer.loggers.marks import StepMarks
 from trainer.loggers.protocol import series
 from trainer.loggers.tensorboard import TensorBoardLogger

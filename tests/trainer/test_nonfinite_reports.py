@@ -39,13 +39,12 @@ from trainer.checkpoint import Checkpointer
 from trainer.cli.replay import command, replay
 from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.data.batch import Batch, Padded
-from trainer.diagnostics.nonfinite.report import NonFiniteReport
 from trainer.diagnostics.nonfinite.serialize import (
     deserialize_batch,
     own_modules,
     serialize_batch,
 )
-from trainer.diagnostics.nonfinite.tracer import NonFiniteTracer
+from trainer.diagnostics.nonfinite.tracer import NonFiniteReport, NonFiniteTracer
 from trainer.diagnostics.replay import Replayed, load, nearest
 from trainer.report import render
 

@@ -102,6 +102,8 @@ def test_a_model_of_ones_own_is_loaded_like_its_parent(write: Write, folder: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(".")
         later = load_hparams(write(text), allow=["ownmodel"])["x"]
+        other = write(text.replace("model}", "model, use_safetensors: false}"))
+        assert load_hparams(other, allow=["ownmodel"])["x"].keywords["use_safetensors"] is True
     assert later.keywords["use_safetensors"] is True
     assert isinstance(later(), transformers.BertModel)
 

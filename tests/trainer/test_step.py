@@ -152,7 +152,7 @@ def test_a_short_last_window_steps_with_what_is_in_it(filled: int) -> None:
     for number in range(filled):
         reports = optimize([short], model(x[number]).square().mean(), 5)
         assert reports[0].outcome == "accumulated"
-    report = step.close([short])[0]
+    report = step.close([short], step.settle([short]))[0]
     assert (report.outcome, report.weight) == ("stepped", 5.0 * filled)
     assert expected.weight.grad is not None
     torch.testing.assert_close(short.clip.seen[0][0], expected.weight.grad, rtol=1e-6, atol=1e-6)
@@ -310,7 +310,7 @@ class Two:
             name: update(each, name=name, precision="fp16", window=window)
             for name, each in self.nets.items()
         }
-        connect(list(self.updates.values()))
+        connect(list(self.updates.values()), {})
 
     def losses(self, x: Tensor, nets: dict[str, nn.Linear]) -> dict[str, Tensor]:
         """Each network learns, and "b" is judged by "a"."""
@@ -486,7 +486,7 @@ def test_a_loss_that_reaches_none_of_the_optimizers_parameters_is_refused() -> N
     model, other = net(0), net(1)
     for window in (1, 4):
         one = update(model, window=window)
-        connect([one, update(other, name="other")])
+        connect([one, update(other, name="other")], {})
         for _ in range(window - 1):
             optimize([one], other(torch.ones(2, 4)).mean())
         refused("reaches none of this optimizer's parameters", other(torch.ones(2, 4)).mean(), one)
@@ -516,7 +516,7 @@ def test_optimizers_step_together_only_with_one_window() -> None:
 def test_optimizers_that_share_a_parameter_do_not_step_together() -> None:
     model, other = net(0), net(1)
     both = [update(model, name="a"), update(model, other, name="b")]
-    connect(both)
+    connect(both, {})
     with pytest.raises(
         ValueError, match="'a', 'b' step together, and 'a' and 'b' share a parameter"
     ):
@@ -526,7 +526,7 @@ def test_optimizers_that_share_a_parameter_do_not_step_together() -> None:
 def test_an_optimizer_whose_parameters_are_all_frozen_is_refused() -> None:
     model, other = net(0), net(1)
     one = update(model)
-    connect([one, update(other, name="other")])
+    connect([one, update(other, name="other")], {})
     model.requires_grad_(False)
     refused(
         "no parameter of this optimizer requires a gradient", other(torch.ones(1, 4)).mean(), one
@@ -550,7 +550,7 @@ def test_weights_that_moved_under_a_loss_are_named() -> None:
 def test_a_loss_leaves_gradients_in_its_own_optimizer_alone() -> None:
     first, second = net(0), net(1)
     one = update(first, window=2)
-    connect([one, update(second, name="two")])
+    connect([one, update(second, name="two")], {})
     loss = (first(torch.ones(2, 4)) * second(torch.ones(2, 4))).mean()
     assert optimize([one], loss, retain_graph=True)[0].outcome == "accumulated"
     assert all(p.grad is None for p in second.parameters())
@@ -581,7 +581,7 @@ def test_a_checkpointed_player_trains_and_reaches_no_other(reentrant: bool) -> N
     """Of both kinds of torch's checkpointing, with the other player's loss through it."""
     nets = {"g": net(0), "d": nn.Linear(3, 1)}
     updates = {name: update(each, name=name) for name, each in nets.items()}
-    connect(list(updates.values()))
+    connect(list(updates.values()), {})
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     fake = checkpoint(nets["g"], x, use_reentrant=reentrant)
     judged = nets["d"](fake).square().mean()
@@ -597,7 +597,7 @@ def test_a_checkpointed_player_trains_and_reaches_no_other(reentrant: bool) -> N
 def test_a_checkpointed_judge_is_frozen_or_refused_in_words() -> None:
     nets = {"g": net(0), "d": nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))}
     updates = {name: update(each, name=name) for name, each in nets.items()}
-    connect(list(updates.values()))
+    connect(list(updates.values()), {})
 
     def loss() -> Tensor:
         return checkpoint(nets["d"], nets["g"](torch.ones(5, 4)), use_reentrant=False).mean()

@@ -44,14 +44,9 @@ MAX_RETRIES = 100  # of looking for checkpoints that another process replaces at
 
 
 class Best(NamedTuple):
-    """Rule that keeps the best checkpoints by a metric.
+    """Rule that keeps the ``n`` best checkpoints by a metric, as ``keep_best`` describes it.
 
-    Args:
-        metric: name of the metric in ``meta``.
-        mode: "min" if lower is better, "max" if higher is.
-        n: number of checkpoints to keep.
-        weights_only: keep their weights alone.
-        every_epoch: False for a metric that only some epochs give.
+    ``every_epoch`` is False for a metric that only some epochs give.
     """
 
     metric: str
@@ -68,27 +63,20 @@ class Retention:
     Args:
         last: number of the newest ones that stay.
         best: rules for the best ones by metrics.
-        keys: pairs of a function of a checkpoint, and a number: so many with the largest value of
-            the function stay.
-        predicate: returns True for checkpoints that may be deleted; None for all.
+        keys: pairs of a function of a checkpoint, and of the number of those with the largest value
+            of it that stay.
+        predicate: returns True for checkpoints that may be deleted.
     """
 
     last: int
     best: tuple[Best, ...] = ()
     keys: tuple[tuple[Key, int], ...] = ()
-    predicate: Predicate | None = None
-
-    @property
-    def max_kept(self) -> int:
-        """Largest number of checkpoints that ``last`` and ``best`` keep."""
-        return self.last + sum(rule.n for rule in self.best)
+    predicate: Predicate = lambda _: True
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> tuple[set[Checkpoint], set[Checkpoint]]:
-        """Select those of ``checkpoints``, newest first, that stay.
+        """Return those of ``checkpoints``, newest first, that stay, and those to cut to weights.
 
-        Returns:
-            Those that stay as they are, and those that are cut to their weights. The first set has
-            at least one complete checkpoint, if there is any.
+        The first set has at least one complete checkpoint, if there is any.
         """
         complete = [each for each in checkpoints if each.complete]
         kept = set(complete[: self.last])
@@ -104,7 +92,7 @@ class Retention:
 
 
 def _best_rules(keep_best: Any) -> tuple[Best, ...]:
-    """Return the rules that the argument ``keep_best`` asks for; raise ValueError for others."""
+    """Return the rules that the argument ``keep_best`` asks for, or raise ValueError."""
     if not isinstance(keep_best, Mapping):
         raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
     allowed: dict[str, Callable[[Any], bool]] = {
@@ -267,7 +255,7 @@ class Checkpointer:
             save, load = custom_save_hook or _save, custom_load_hook or _load
             obj = user_state.FileState(obj, partial(save, obj), partial(load, obj))
         obj = user_state.as_stateful(obj) or obj
-        if not _is_recoverable(obj):
+        if not user_state.is_stateful(obj):
             raise ValueError(
                 f"the recoverable {name!r} is a {type(obj).__name__}, which has no state_dict and "
                 "load_state_dict"
@@ -286,7 +274,7 @@ class Checkpointer:
         """Return the files of a checkpoint with weights: of modules, and those of a Brain."""
         names = {f"{name}.pt" for name in self._modules}
         for name, obj in self.recoverables.items():
-            for key in _weight_keys(obj):
+            for key in getattr(obj, "weight_keys", ()):
                 names |= {f"{name}.pt", f"{name}.{key}.pt"}
         return [file for file in checkpoint.files if file in names]
 
@@ -374,9 +362,11 @@ class Checkpointer:
         rules = _rules_by_keys(num_to_keep, min_keys, max_keys)
         last = max(self.retention.last, num_to_keep) if keep_recent else 0
         keys = tuple((key, num_to_keep) for key in importance_keys)
-        retention = Retention(last, (*self.retention.best, *rules), keys, ckpt_predicate)
+        may_go = ckpt_predicate or Retention.predicate
+        retention = Retention(last, (*self.retention.best, *rules), keys, may_go)
         alone = [rule.metric for rule in retention.best if rule.weights_only]
-        if alone and not self._modules and not any(map(_weight_keys, self.recoverables.values())):
+        have_keys = any(hasattr(obj, "weight_keys") for obj in self.recoverables.values())
+        if alone and not self._modules and not have_keys:
             raise ValueError(
                 f"keep_best is to keep weights alone by {alone[0]!r}, and none of the recoverables "
                 f"({', '.join(self.recoverables) or 'none'}) is a module"
@@ -415,25 +405,17 @@ class Checkpointer:
         return waiting
 
     def prepare(self) -> None:
-        """Make the folder and remove what killed processes left in it. Every rank must call it.
+        """Make the folder, remove what killed processes left in it, and check the states.
 
-        Every save does this first. Call it before training to learn of a bad folder in time.
-
-        Raises:
-            ValueError: the folder cannot be made or is not writable, or another process saves in
-                it.
-        """
-        run_on_main(self._prepare)
-
-    def check_states(self) -> None:
-        """Check that every state can be saved, before there is anything to lose.
-
+        Every save does this first. Call it before training, when there is nothing to lose yet.
         Every rank must call it.
 
         Raises:
-            ValueError: a state holds something that cannot be saved.
+            ValueError: the folder cannot be made or is not writable, another process saves in it,
+                or a state holds something that cannot be saved.
             RuntimeError: another rank failed.
         """
+        run_on_main(self._prepare)
         run_on_all(self._check_states)
 
     def _check_states(self) -> None:
@@ -525,8 +507,8 @@ class Checkpointer:
         try:
             by_rank = distributed.all_gather_json(run_on_all(self._write_states, temporary))
             entries = {n: FileEntry(*entry) for files in by_rank for n, entry in files.items()}
-            base = run_on_main(self._base)
-            saved = replace(planned, files=entries, base=base)
+            base = getattr(self.recoverables.get("brain"), "base_of_save", lambda: None)
+            saved = replace(planned, files=entries, base=run_on_main(base))
             run_on_main(storage.publish, temporary, saved)
         except BaseException:
             if distributed.is_main():
@@ -543,16 +525,8 @@ class Checkpointer:
             written |= storage.write_state(folder, name, obj.state_dict())
         return written | storage.write_local(folder, rank, self._local_states())
 
-    def _base(self) -> dict[str, Any] | None:
-        """Return what the states that were written last are relative to, if anything."""
-        found = (getattr(obj, "base_of_save", None) for obj in self.recoverables.values())
-        return next((base for each in found if each and (base := each()) is not None), None)
-
     def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
-        """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind.
-
-        Of what a rule keeps the weights of, the rest is deleted.
-        """
+        """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""
         others = [each for each in self.list_checkpoints() if each.name != saved.name]
         unwanted = {each for each in others if saved.label and each.label == saved.label}
         if retention is not None:
@@ -561,13 +535,11 @@ class Checkpointer:
                 for each in (saved, *others)
                 if each.end_of_epoch == saved.end_of_epoch and not each.pinned
             ]
-            may_go = retention.predicate or (lambda _: True)
             kept, weights = retention.select([e for e in kind if e not in unwanted])
-            for each in weights:
-                files = self._weights_of(each)
-                if each.complete and each.format == FORMAT and files and may_go(each):
+            for each in filter(retention.predicate, weights):
+                if each.complete and each.format == FORMAT and (files := self._weights_of(each)):
                     storage.cut_to_weights(each, files)
-            unwanted |= {e for e in kind if e not in kept and e not in weights and may_go(e)}
+            unwanted.update(filter(retention.predicate, {*kind} - kept - weights))
         for checkpoint in unwanted:
             storage.delete(checkpoint.path)
 
@@ -706,9 +678,6 @@ class Checkpointer:
 
         Returns:
             The checkpoint, or None if there is none.
-
-        Raises:
-            ValueError: both ``max_key`` and ``min_key`` are given.
         """
         found = self.find_checkpoints(max_key, min_key, 1, importance_key, ckpt_predicate)
         return next(iter(found), None)
@@ -853,14 +822,27 @@ class Checkpointer:
             ValueError: there is nothing at ``path``, or the tensors have other shapes.
             RuntimeError: another rank failed.
         """
-        newest_first = sorted(checkpoints, key=lambda each: each.number, reverse=True)
-        parts = (
-            (each, complete(part)) for each, part in self._load_parts(newest_first, name, path)
-        )
-        _, newest = next(parts, (None, None))
-        if newest is None:
+        newest, totals, count = None, dict[str, Tensor](), 0
+        for each in sorted(checkpoints, key=lambda each: each.number, reverse=True):
+            load, place = storage.load_part, (each, name, path)
+            try:
+                part = complete(self._read_on_all(each.path, each.complete, load, *place))
+            except MissingCheckpoint:
+                raise
+            except BrokenCheckpoint as error:
+                self._mark_broken(each.name, error)
+                continue
+            tensors = {key: leaf for key, leaf in tree.leaves(part) if isinstance(leaf, Tensor)}
+            if count:
+                _add(totals, tensors, each)
+            else:
+                newest, totals = part, _in_double(tensors)
+            count += 1
+        if not count:
             raise BrokenCheckpoint(f"no checkpoint to average in {self.folder} is sound")
-        _average_into(newest, parts)
+        for key, leaf in tree.leaves(newest):
+            if key in totals:
+                leaf.copy_(totals[key] / count)
         return newest
 
     def _clean(self) -> None:
@@ -927,10 +909,8 @@ class Checkpointer:
     ) -> None:
         """Raise ValueError if a checkpoint has other recoverables than this run."""
         divided = {n for n, o in self.recoverables.items() if hasattr(o, "load_local_state_dict")}
-        needed = set(self.recoverables)
-        if self.allow_partial_load:
-            needed &= set(states)
-        needed -= self._optional - set(states)
+        optional = self.recoverables if self.allow_partial_load else self._optional
+        needed = {n for n in self.recoverables if n in states or n not in optional}
         _check_names(checkpoint, "states", set(states), needed)
         if checkpoint.processes == distributed.world_size():
             _check_names(checkpoint, "local states", set(local), divided)
@@ -962,20 +942,6 @@ class Checkpointer:
                     f"{why}"
                 ) from error
 
-    def _load_parts(
-        self, checkpoints: Iterable[Checkpoint], name: str, path: Sequence[str]
-    ) -> Iterator[tuple[Checkpoint, Any]]:
-        """Load a part of each state, leaving out broken checkpoints."""
-        load = storage.load_part
-        for checkpoint in checkpoints:
-            try:
-                at, complete = checkpoint.path, checkpoint.complete
-                yield checkpoint, self._read_on_all(at, complete, load, checkpoint, name, path)
-            except MissingCheckpoint:
-                raise
-            except BrokenCheckpoint as error:
-                self._mark_broken(checkpoint.name, error)
-
     def _mark_broken(self, name: str, error: BrokenCheckpoint) -> None:
         self._broken[name] = str(error)
         if distributed.is_main():
@@ -989,13 +955,7 @@ class Checkpointer:
 
 
 def _is_recoverable(obj: Any) -> bool:
-    stateful = hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
-    return stateful or user_state.as_stateful(obj) is not None
-
-
-def _weight_keys(obj: Any) -> tuple[str, ...]:
-    keys: tuple[str, ...] = getattr(obj, "weight_keys", ())
-    return keys
+    return user_state.is_stateful(user_state.as_stateful(obj) or obj)
 
 
 def _save(obj: Any, path: Path) -> None:
@@ -1028,10 +988,9 @@ def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[st
 
 
 def _readable(meta: Mapping[str, Any]) -> Any:
-    """Return the meta of a checkpoint as it is read back from its manifest.
+    """Return the meta of a checkpoint as it is read back from its manifest, or raise ValueError.
 
-    Raises:
-        ValueError: it could not be read back, which would make the whole checkpoint a broken one.
+    Meta that cannot be read back would make the whole checkpoint a broken one.
     """
     try:
         found = _to_json(meta)
@@ -1052,7 +1011,6 @@ def _to_json(value: Any, where: str = "meta") -> Any:
     Raises:
         ValueError: ``value`` holds something that JSON cannot; names its place.
     """
-    value = tree.plain_number(value)
     if isinstance(value, Mapping):
         if len({str(key) for key in value}) < len(value):
             raise ValueError(
@@ -1062,43 +1020,32 @@ def _to_json(value: Any, where: str = "meta") -> Any:
     if isinstance(value, (list, tuple)):
         return [_to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, float):
-        return value if value - value == 0.0 else None
+        return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
+    if (number := tree.plain_number(value)) is not value:
+        return _to_json(number, where)
     raise ValueError(
         f"{where} of a checkpoint is a {type(value).__name__}; it can hold numbers, strings, "
         "booleans, None, and lists and mappings of these"
     )
 
 
-def _average_into(newest: Any, older: Iterator[tuple[Checkpoint, Any]]) -> None:
-    """Replace the float tensors of ``newest`` by their mean over all states, taken in float64.
-
-    Integer and boolean tensors (counters, masks) have no mean and stay those of ``newest``.
-
-    Raises:
-        ValueError: a tensor of the newest state is missing in another one, or has another shape.
-    """
-    targets = {
-        place: leaf
-        for place, leaf in tree.leaves(newest)
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def _in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in float64; integer and boolean tensors (counters, masks) have no mean."""
+    return {
+        key: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() or tensor.is_complex()
     }
-    totals = {
-        place: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
-        for place, tensor in targets.items()
-    }
-    count = 1
-    for checkpoint, state in older:
-        count += 1
-        given = {place: leaf for place, leaf in tree.leaves(state) if isinstance(leaf, Tensor)}
-        for place, total in totals.items():
-            if place not in given or given[place].shape != total.shape:
-                raise ValueError(
-                    f"{place} has shape {list(total.shape)} in the newest checkpoint and "
-                    f"{list(given[place].shape) if place in given else 'does not exist'} in "
-                    f"{checkpoint.path}; only checkpoints of one model can be averaged"
-                )
-            total += given[place]
-    for place, tensor in targets.items():
-        tensor.copy_(totals[place] / count)
+
+
+def _add(totals: dict[str, Tensor], tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    for key, total in totals.items():
+        if key not in tensors or tensors[key].shape != total.shape:
+            raise ValueError(
+                f"{key} has shape {list(total.shape)} in the newest checkpoint and "
+                f"{list(tensors[key].shape) if key in tensors else 'does not exist'} in "
+                f"{checkpoint.path}; only checkpoints of one model can be averaged"
+            )
+        total += tensors[key]

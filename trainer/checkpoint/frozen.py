@@ -29,9 +29,6 @@ class FrozenBase:
     A parameter is left out while it requires no gradient and has the value that it had when this
     object was made. One that was trained for a while, or changed by hand, is saved.
 
-    Args:
-        modules: all modules, with the weights that every start builds.
-
     Attributes:
         summary: name, SHA-256 and size of what was left out last.
     """
@@ -56,18 +53,14 @@ class FrozenBase:
         left = {name: each for name, each in found.items() if each == self._start[name]}
         size = sum(frozen[name].nbytes for name in left)
         self.summary = {"name": self._name, "sha256": sha256_of(left), "bytes": size}
-        state = dict(state)
-        for key in (key for key in WEIGHTS if key in state):
-            state[key] = self._without(state[key], left)
+        small = {key: self._without(state[key], left) for key in WEIGHTS if key in state}
         if "ema" in state:
-            state["ema"] = {**state["ema"], "average": self._without(state["ema"]["average"], left)}
-        return state
+            small["ema"] = {**state["ema"], "average": self._without(state["ema"]["average"], left)}
+        return {**state, **small}
 
     def _without(self, weights: Any, left: Mapping[str, str]) -> Any:
         kept = copy.copy(weights)  # Keeps the attribute `_metadata`.
-        gone = {name: each for name, each in left.items() if name in kept}
-        for name in gone:
-            del kept[name]
+        gone = {name: each for name, each in left.items() if kept.pop(name, None) is not None}
         kept[BASE] = {"name": self._name, "tensors": gone}
         return kept
 
@@ -82,18 +75,13 @@ def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
 
     Raises:
         OtherBase: the modules have other weights than those that were left out.
-        ValueError: the description of what was left out is invalid.
     """
     if not isinstance(weights, Mapping) or BASE not in weights:
         return weights
     full: Any = copy.copy(weights)
-    name, tensors = described(full.pop(BASE))
-    tensors = {n: each for n, each in tensors.items() if n.startswith(prefix)}
-    own = modules.state_dict()
-    present = {n: own[n.removeprefix(prefix)] for n in tensors if n.removeprefix(prefix) in own}
-    check_base(name, tensors, base_name(modules), present)
+    left_out = base_of(full.pop(BASE), modules, prefix)
     # Copies: an average over checkpoints is taken in place.
-    full.update({n: each.to("cpu", copy=True) for n, each in present.items()})
+    full.update({name: each.to("cpu", copy=True) for name, each in left_out.items()})
     return full
 
 
@@ -109,43 +97,33 @@ def base_name(modules: nn.Module) -> str:
     return ", ".join(dict.fromkeys(sources or (type(m).__name__ for m in modules.children())))
 
 
-def check_base(
-    name: str, tensors: Mapping[str, str], own_name: str, present: Mapping[str, Tensor]
-) -> None:
-    """Check that tensors have the digests of those that a checkpoint left out.
+def base_of(base: Any, modules: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of modules that the entry `BASE` names, or raise OtherBase.
 
-    Args:
-        name: name of the base that was left out.
-        tensors: digests of the tensors that were left out, by name.
-        own_name: name of the base that the model has.
-        present: tensors of the model, by name.
-
-    Raises:
-        OtherBase: a tensor is missing or differs.
+    The saved names begin with ``prefix``, which those in ``modules`` lack.
     """
+    name, tensors = described(base)
+    tensors = {n: each for n, each in tensors.items() if n.startswith(prefix)}
+    own = modules.state_dict()
+    present = {n: own[n.removeprefix(prefix)] for n in tensors if n.removeprefix(prefix) in own}
     found = digests(present)
     other = [each for each in tensors if found.get(each) != tensors[each]]
     if other:
         raise OtherBase(
             f"the checkpoint has no frozen weights: it is relative to {printable(name)!r} (SHA-256 "
-            f"{sha256_of(tensors)[:12]}), and the base here is {own_name!r} (SHA-256 "
+            f"{sha256_of(tensors)[:12]}), and the base here is {base_name(modules)!r} (SHA-256 "
             f"{sha256_of(found)[:12]}): {len(other)} of {len(tensors)} tensors differ, such as "
             f"{printable(other[0])}; give the base that the run was trained on"
         )
+    return present
 
 
 def described(base: Any) -> tuple[str, dict[str, str]]:
-    """Check the entry `BASE` of saved weights, and return its name and its digests by tensor.
-
-    Raises:
-        ValueError: the entry is not made of these.
-    """
+    """Return the name and the digests in the entry `BASE` of saved weights, or raise ValueError."""
     if isinstance(base, Mapping) and isinstance(base.get("tensors"), Mapping):
         name, tensors = base.get("name"), dict(base["tensors"])
-        if isinstance(name, str) and all(
-            isinstance(x, str) for pair in tensors.items() for x in pair
-        ):
-            return name, tensors
+        if all(isinstance(text, str) for text in (name, *tensors, *tensors.values())):
+            return str(name), tensors
     raise ValueError("the checkpoint does not say what it has left out")
 
 

@@ -1,13 +1,9 @@
-"""Layouts of earlier checkpoint formats, and of SpeechBrain: no other code knows them."""
+"""Layouts of earlier checkpoint formats: no other code knows them."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-logger = logging.getLogger("trainer")
 
 
 def migrate(
@@ -15,18 +11,12 @@ def migrate(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert the state "brain" of a checkpoint to the layout of format 2.
 
-    Args:
-        version: format of the checkpoint.
-        shared: state that all ranks share.
-        local: state of one rank. Format 1 has values there that format 2 shares, so that it must be
-            rank 0's where the returned shared state is used.
+    Format 1 has values in the local state that format 2 shares, so that it must be rank 0's where
+    the returned shared state is used. Errors of Python's say that the states are not of the format.
 
     Returns:
         The shared and the local state; as they were for format 2, and for an object that is called
         "brain" and is no Brain.
-
-    Raises:
-        KeyError, TypeError, AttributeError: the states are not of that format.
     """
     if version > 1 or not isinstance(shared, dict) or "position" not in shared:
         return shared, local
@@ -78,15 +68,3 @@ def _local_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str
     state |= {f"windows.{name}": window for name, window in local["windows"].items()}
     state |= {f"objects.{name}": each for name, each in local.get("objects", {}).items()}
     return state
-
-
-def warn_of_others(folder: Path) -> None:
-    """Warn of checkpoints of SpeechBrain in a folder in which a run is about to begin anew."""
-    others = sorted(path.parent.name for path in folder.glob("CKPT+*/CKPT.yaml"))
-    if others:
-        logger.warning(
-            "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is read: "
-            "this run begins anew. Its weights are read by "
-            "module.load_state_dict(torch.load('%s/model.ckpt', weights_only=True)) before fit",
-            folder, len(others), others[-1], folder / others[-1],
-        )  # fmt: skip

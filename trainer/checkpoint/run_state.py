@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
 from trainer.checkpoint.frozen import FrozenBase, completed
-from trainer.checkpoint.migrate import warn_of_others
 from trainer.checkpoint.storage import Checkpoint
 from trainer.checkpoint.user_state import KEY
 from trainer.distributed import run_on_main
@@ -77,12 +76,9 @@ def copied(state: Any) -> Any:
 
 
 class Snapshot:
-    """Copy of the state of a run, to return to any number of times.
+    """Copy of the state of a run, or of what belongs to one `fit`, to return to at any time.
 
-    Args:
-        progress: progress of the run.
-        stateful: returns the entries by name; called anew at each restore.
-        of_fit: copy only what belongs to one `fit`.
+    The function ``stateful`` returns the entries by name, and is called anew at each restore.
     """
 
     def __init__(
@@ -118,10 +114,9 @@ class RunState:
     """The state of a run as the `Checkpointer` saves it and a resumed run restores it.
 
     A checkpoint is restored in three steps, since a resumed run calls hooks once more. When it is
-    loaded, everything that ranks share and that exists by then is restored: weights, optimizers,
-    objects. After `on_fit_start`, which may change weights and optimizers, their state is kept.
-    When the stage's hook has run as well, or at once if the run stopped between stages, everything
-    is restored.
+    loaded, everything that ranks share and that exists by then is restored. After `on_fit_start`,
+    which may change weights and optimizers, their state is kept. When the stage's hook has run as
+    well, or at once if the run stopped between stages, everything is restored.
 
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
@@ -166,8 +161,7 @@ class RunState:
     def load_state_dict(self, shared: Mapping[str, Any]) -> None:
         """Restore weights, optimizers, progress and the objects that exist by now.
 
-        Raises:
-            ValueError: if the state is another model's; nothing is changed then.
+        A state of another model is a ValueError, and changes nothing.
         """
         entries = self._stateful()
         modules = entries["modules"].part
@@ -203,11 +197,7 @@ class RunState:
     # Resuming
 
     def load_optimizers(self) -> None:
-        """Restore the optimizers of the `fit` that resumes, if it is not the first one.
-
-        Raises:
-            ValueError: if the checkpoint has others.
-        """
+        """Restore the optimizers of the `fit` that resumes, if it is not the first one."""
         if self._shared is not None and self.resumed_fit > 1:
             entries = self._stateful()
             _check_optimizers(self._shared, entries)
@@ -229,13 +219,11 @@ class RunState:
     def training_started(self) -> bool:
         """Restore the rest after the stage's hook has run; return True if there was any.
 
-        Raises:
-            ValueError: if an object that was saved does not exist by now.
+        An object that was saved and does not exist by now is a ValueError.
         """
         if self._shared is None:
             return False
-        entries = self._stateful()
-        saved = self._shared
+        entries, saved = self._stateful(), self._shared
         _check_names("stateful objects", "objects.", saved, [n for n in entries if n in saved])
         for name, state in self._trained.items():
             entries[name].part.load_state_dict(state)
@@ -300,20 +288,12 @@ class Saver:
     """Saves a run when its state is complete.
 
     Saves that hooks ask for wait for such a moment: after a batch, after a stage, at the end of an
-    epoch. Every checkpoint is given to ``on_saved``. Without a checkpointer nothing is saved.
+    epoch. Every checkpoint is given to ``on_saved``, on every rank. Without a checkpointer nothing
+    is saved. The state is added to it as the recoverable "brain".
 
     A save that the disk does not take is an error in the log, and the run goes on. The third
     failure in a row ends the run. When a run ends, the saves that failed last are tried once more,
     and a failure then is raised, too.
-
-    Args:
-        checkpointer: the user's; None saves nothing.
-        state: the state of the run, which is added as the recoverable "brain".
-        options: run options.
-        on_saved: called with every checkpoint, on every rank.
-
-    Raises:
-        ValueError: ``checkpointer`` is something else.
     """
 
     def __init__(
@@ -339,27 +319,28 @@ class Saver:
         self._unsaved: list[SaveRequest] = []  # Saves that failed when they were tried last.
 
     def recover(self) -> Checkpoint | None:
-        """Load the newest sound checkpoint, if there is one. Collective.
-
-        Returns:
-            The checkpoint; None without one, and where nothing is saved.
-        """
+        """Load the newest sound checkpoint, if there is one, and return it. Collective."""
         if not self._checkpointer.enabled:
             return None
         self._checkpointer.prepare()
-        self._checkpointer.check_states()
-        kept, wanted = self._checkpointer.retention.max_kept, self._options.average_checkpoints
+        retention, wanted = self._checkpointer.retention, self._options.average_checkpoints
+        kept = retention.last + sum(rule.n for rule in retention.best)
         if wanted > kept:
             logger.warning(
                 "average_checkpoints is %d, but the checkpointer keeps %d at most (keep_last is "
                 "%d): the average is of fewer, unless the recipe keeps more by its own saves; "
-                "allowed: keep_last=%d", wanted, kept, self._checkpointer.retention.last, wanted,
+                "allowed: keep_last=%d", wanted, kept, retention.last, wanted,
             )  # fmt: skip
-        found = self._checkpointer.recover_if_possible()
+        found, folder = self._checkpointer.recover_if_possible(), self._checkpointer.folder
         if found is not None:
             self._saved_step = self._progress.optimizer_step
-        else:
-            warn_of_others(self._checkpointer.folder)
+        elif others := sorted(path.parent for path in folder.glob("CKPT+*/CKPT.yaml")):
+            logger.warning(
+                "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is "
+                "read: this run begins anew. Its weights are read by module.load_state_dict("
+                "torch.load('%s/model.ckpt', weights_only=True)) before fit",
+                folder, len(others), others[-1].name, others[-1],
+            )  # fmt: skip
         return found
 
     def is_fresh(self) -> bool:
@@ -388,11 +369,7 @@ class Saver:
         self.release()
 
     def release(self) -> bool:
-        """Do the saves that waited; return True if there were any. Collective.
-
-        Raises:
-            OSError: the disk did not take a save, for the third time in a row.
-        """
+        """Do the saves that waited; return True if there were any. Collective."""
         requests = self._checkpointer.release()
         self._checkpointer.hold()
         if requests:
@@ -424,7 +401,7 @@ class Saver:
     def _failure_of_a_disk(self, error: Exception) -> OSError:
         """Return the error of a save that a disk did not take on some rank, or raise it.
 
-        Collective. It is an OSError on every rank, so that all of them go on or end alike.
+        It is an OSError on every rank, so that all of them go on or end alike. Collective.
         """
         disk, elsewhere = isinstance(error, OSError), distributed.failed_elsewhere(error)
         on_a_disk, otherwise = distributed.any_rank(disk, not (disk or elsewhere))
@@ -457,12 +434,11 @@ class Saver:
         """Save a run that was asked to stop, if its state is complete. Collective."""
         if not self._checkpointer.enabled:
             return
+        said = "stopping (%s) without a new checkpoint; the same command goes on from the last"
         if stop.saves:
             self.save({}, end_of_epoch=False)
             self._save_finally()
             said = "saved and stopping (%s); the same command goes on from here"
-        else:
-            said = "stopping (%s) without a new checkpoint; the same command goes on from the last"
         logger.info(said, stop.signal)
 
     @contextmanager
@@ -492,10 +468,7 @@ class Saver:
 
 
 class BufferState:
-    """The buffers of the modules, also those that are not persistent.
-
-    Each rank has its own until an epoch ends.
-    """
+    """The buffers of the modules, also those that are not persistent."""
 
     def __init__(self, modules: nn.Module) -> None:
         self._modules = modules
@@ -552,19 +525,10 @@ class TrainableState:
 
 
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
-    """Check that saved weights fit modules.
-
-    Args:
-        modules: the modules.
-        state: saved weights by name.
-
-    Raises:
-        ValueError: for a name that is missing or unexpected, for another shape, and for numbers of
-            another kind.
-    """
-    own = modules.state_dict()
-    for name in [name for name in own if name.endswith(KEY) and name not in state]:
-        del own[name]  # Earlier checkpoints, and averages, have weights alone.
+    """Raise ValueError where saved weights have other names, shapes or kinds of numbers."""
+    # Earlier checkpoints, and averages, lack what modules save by marked methods.
+    given = modules.state_dict().items()
+    own = {name: each for name, each in given if name in state or not name.endswith(KEY)}
     checks.same_keys("the modules of this Brain", state, own)
     for name, tensor in own.items():
         saved = state[name]
@@ -587,12 +551,7 @@ def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
 def misfit(value: Tensor, own: Tensor) -> str:
     """Return why a saved tensor cannot be copied into one of a model, or an empty text.
 
-    Args:
-        value: the saved tensor.
-        own: the tensor of the model.
-
-    Returns:
-        A description of ``value`` that follows "is", such as "without content" or "torch.int64".
+    The text is a description of ``value`` that follows "is", such as "without content".
     """
     if value.is_meta:
         return "without content"

@@ -1,13 +1,12 @@
 """Checkpoint folders on disk: states as files that run no code, each verified by a manifest.
 
 A checkpoint is written to a temporary folder, hashed on the way, synced, and renamed when it is
-complete. The name of a temporary folder begins with a dot and has the process and the machine that
-work on it, for the user to see. A process that saves holds the lock of the folder: temporary
-folders that it finds were left by killed processes, and it removes them. Readers change nothing.
+complete. A process that saves holds the lock of the folder: temporary folders that it finds were
+left by killed processes, and it removes them. Readers change nothing.
 
 The manifest lists every file with its size and hash. It contains a hash of itself and must be, byte
-for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Nothing in
-it is used unchecked: file names must stay inside the folder, sizes and hashes must match.
+for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Functions
+that load raise `BrokenCheckpoint` for a file that is damaged or unsafe.
 """
 
 from __future__ import annotations
@@ -222,10 +221,7 @@ def _check_fields(checkpoint: Checkpoint) -> None:
 
 
 def still_there(path: Path, complete: bool) -> bool:
-    """Return True if there is a checkpoint at ``path``, and a complete one if ``complete`` is True.
-
-    A broken checkpoint counts as there.
-    """
+    """Return True if there is a checkpoint, a complete one if asked for, or a broken one."""
     with suppress(BrokenCheckpoint):
         return read_manifest(path).complete or not complete
     return os.path.lexists(path)
@@ -247,8 +243,7 @@ def looks_like_checkpoint(path: Path) -> bool:
 def writable(state: Any, where: str) -> Any:
     """Return a state as it is written: NumPy's numbers as Python's, its arrays as marked tensors.
 
-    Raises:
-        ValueError: for something that could not be loaded safely; names it.
+    What could not be loaded safely is a ValueError that names its place.
     """
     kind = type(state)  # Not isinstance: NumPy's float64 is a float, and torch would pickle it.
     if kind in MAPPINGS:
@@ -298,17 +293,13 @@ def write_state(folder: Path, name: str, state: Any) -> dict[str, FileEntry]:
     """Write a state: a file for each top-level key with tensors in it, and one for the rest."""
     state = writable(state, name)
     # A module's state is never split: it is an OrderedDict that carries versions as an attribute.
-    parts = state if type(state) is dict else {}
-    large = {
-        key: part
-        for key, part in parts.items()
-        if type(key) is str
-        and KEY.fullmatch(key)
-        and not isinstance(part, Tensor)
-        and _has_tensor(part)
-    }
-    rest = {k: v for k, v in state.items() if k not in large} if large else state
-    contents = {**{f"{name}.{key}.pt": part for key, part in large.items()}, f"{name}.pt": rest}
+    contents = {}
+    for key, part in list(state.items()) if type(state) is dict else ():
+        names_file = type(key) is str and KEY.fullmatch(key)
+        if names_file and not isinstance(part, Tensor) and _has_tensor(part):
+            contents[f"{name}.{key}.pt"] = part
+            state = {k: v for k, v in state.items() if k != key}
+    contents[f"{name}.pt"] = state
     return {file: _write(folder / file, content) for file, content in contents.items()}
 
 
@@ -336,45 +327,26 @@ def recoverable_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def load_state(checkpoint: Checkpoint, name: str) -> Any:
-    """Load the state of the recoverable ``name``, verified and on the CPU.
-
-    Raises:
-        BrokenCheckpoint: a file of it is damaged or unsafe.
-        ValueError: the checkpoint has no such recoverable.
-    """
+    """Load the state of the recoverable ``name``, verified and on the CPU."""
     state = _load_whole(checkpoint, name)
     if isinstance(state, Mapping):
         _check_base(checkpoint, state.get("modules"))
-    if not _is_old(checkpoint, name):
-        return state
-    local = _load_dict(checkpoint, "rank-0.pt") if "rank-0.pt" in checkpoint.files else {}
-    return _migrate(checkpoint, state, local.get(name, {}))[0]
+    if _is_old(checkpoint, name):
+        state = _migrate(checkpoint, state, load_plain(checkpoint, "rank-0").get(name, {}))[0]
+    return state
 
 
 def load_plain(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """Load the top-level values without tensors of the state of ``name``, and no others.
-
-    Returns:
-        The values by key; an empty dict if the checkpoint has no such recoverable.
-
-    Raises:
-        BrokenCheckpoint: the file is damaged or unsafe.
-    """
+    """Load the top-level values without tensors of a state; an empty dict if there is none."""
     return _load_dict(checkpoint, f"{name}.pt") if f"{name}.pt" in checkpoint.files else {}
 
 
 def load_part(checkpoint: Checkpoint, name: str, path: Sequence[str]) -> Any:
-    """Load the value at ``path`` in the state of ``name``, from as few files as possible.
-
-    Raises:
-        BrokenCheckpoint: a file of it is damaged or unsafe.
-        ValueError: there is no such value.
-    """
-    if path and f"{name}.{path[0]}.pt" in checkpoint.files:
-        part, rest = _load_file(checkpoint, f"{name}.{path[0]}.pt"), path[1:]
-    else:
-        part, rest = load_state(checkpoint, name), path
-    for key in rest:
+    """Load the value at ``path`` in the state of ``name``, from as few files as possible."""
+    file = f"{name}.{path[0]}.pt" if path else ""
+    own = file in checkpoint.files
+    part = _load_file(checkpoint, file) if own else load_state(checkpoint, name)
+    for key in path[own:]:
         if not isinstance(part, Mapping) or key not in part:
             raise ValueError(f"{checkpoint.path} has no {'.'.join((name, *path))} (no {key!r})")
         part = part[key]
@@ -387,23 +359,16 @@ def _check_base(checkpoint: Checkpoint, weights: Any) -> None:
     """Raise BrokenCheckpoint unless the manifest names the base that the weights were saved for."""
     if isinstance(weights, Mapping) and BASE in weights:
         try:
-            sha256 = sha256_of(described(weights[BASE])[1])
+            if sha256_of(described(weights[BASE])[1]) != (checkpoint.base or {}).get("sha256"):
+                raise ValueError("its weights are relative to another base than its manifest says")
         except ValueError as error:
             raise BrokenCheckpoint(f"{checkpoint.path} is refused: {error}") from None
-        if sha256 != (checkpoint.base or {}).get("sha256"):
-            raise BrokenCheckpoint(
-                f"{checkpoint.path} is refused: its weights are relative to another base than its "
-                "manifest says"
-            )
 
 
 def load_local(checkpoint: Checkpoint, rank: int, ranks: int) -> dict[str, Any]:
     """Load the local states of a rank, by name; none if another number of ranks saved them.
 
     Each rank verifies its share of all local files, so that together the ranks verify them all.
-
-    Raises:
-        BrokenCheckpoint: one of the files is damaged or unsafe.
     """
     local: dict[str, Any] = {}
     for file in checkpoint.files:
@@ -437,9 +402,7 @@ def _load_whole(checkpoint: Checkpoint, name: str) -> Any:
         known = ", ".join(recoverable_names(checkpoint)) or "nothing"
         raise ValueError(f"{checkpoint.path} holds no {name}.pt; it holds {known}")
     parts = [f for f in checkpoint.files if f.startswith(f"{name}.") and f != f"{name}.pt"]
-    if not parts:
-        return _load_file(checkpoint, f"{name}.pt")
-    whole = _load_dict(checkpoint, f"{name}.pt")
+    whole = (_load_dict if parts else _load_file)(checkpoint, f"{name}.pt")
     for file in parts:
         whole[file[len(name) + 1 : -len(".pt")]] = _load_file(checkpoint, file)
     return whole
@@ -598,10 +561,6 @@ def cut_to_weights(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
     No file of weights is written again, so that it takes no more space. A process that is killed
     meanwhile leaves the whole checkpoint, or the smaller one with files to remove.
-
-    Args:
-        checkpoint: the checkpoint.
-        names: names of the files to keep.
     """
     files = {name: checkpoint.files[name] for name in names}
     smaller = replace(checkpoint, files=files, contents=WEIGHTS)
@@ -616,10 +575,7 @@ def cut_to_weights(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 
 def remove_unlisted(checkpoint: Checkpoint) -> None:
-    """Remove files that the manifest of a cut checkpoint no longer lists.
-
-    Only the holder of the folder's lock may do so.
-    """
+    """Remove files that the manifest of a cut checkpoint lists no longer; the lock is needed."""
     for name in os.listdir(checkpoint.path):
         if FILE_NAME.fullmatch(name) and name not in checkpoint.files:
             os.unlink(checkpoint.path / name)
@@ -669,7 +625,7 @@ def _temporary(path: Path, verb: str) -> Path:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove temporary folders. Only the holder of the folder's lock may do so."""
+    """Remove temporary folders; the lock of the folder is needed."""
     for entry in list(os.scandir(folder)):
         if TEMPORARY_NAME.fullmatch(entry.name):
             try:
@@ -686,12 +642,9 @@ class FolderLock:
     It leaves no file, and it ends with the process, also a killed one. A forked process has the
     lock of its parent and may save, too, but does not keep the lock when its parent ends. On a file
     system without locks every process gets it.
-
-    Attributes:
-        held: locks of this process, by device and inode of the folder.
-        forget: closes the handle without releasing the lock that other processes share.
     """
 
+    # Those of this process, by device and inode of the folder.
     held: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()
 
     def __init__(self, handle: int) -> None:

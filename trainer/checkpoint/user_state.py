@@ -64,8 +64,7 @@ def find_stateful(
     Args:
         named: attributes by name.
         known: ``id`` of each object that is saved elsewhere.
-        modules: modules that are saved elsewhere; a module all of whose tensors are in them is left
-            out.
+        modules: modules that are saved elsewhere, also under another module's name.
 
     Returns:
         The objects by dotted name, such as "metrics.b.0"; wrapped if they lack ``state_dict``.
@@ -75,17 +74,13 @@ def find_stateful(
     found = {}
     for name, value in _flat(named):
         part = as_stateful(value) or seed.as_stateful(value) or value
-        if not is_stateful(part) or isinstance(value, (type, Sampler, DataLoader)):
+        elsewhere = isinstance(value, (type, Sampler, DataLoader)) or id(value) in seen
+        if elsewhere or not is_stateful(part):
             continue
-        if id(value) in seen or (
-            isinstance(part, nn.Module)
-            and all(
-                id(t) in tensors
-                for t in part.state_dict(keep_vars=True).values()
-                if isinstance(t, Tensor)
-            )
-        ):
-            continue
+        if isinstance(part, nn.Module):
+            own = part.state_dict(keep_vars=True).values()
+            if {id(t) for t in own if isinstance(t, Tensor)} <= tensors:
+                continue
         seen.add(id(value))
         found[name] = part
     return found
@@ -250,11 +245,7 @@ def _filled(container: Any, entries: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """Return a value as a checkpoint holds it, with tensors of its own.
-
-    Raises:
-        TypeError: for what a checkpoint cannot hold.
-    """
+    """Return a value as a checkpoint holds it, with tensors of its own, or raise TypeError."""
     kind = type(value)
     if kind in SCALARS:
         return value
@@ -287,8 +278,7 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
     if type(a).__module__ == "numpy":
-        same = a.dtype == b.dtype and a.shape == b.shape
-        return bool(same and (a.view("u1") == b.view("u1")).all())
+        return a.dtype == b.dtype and a.shape == b.shape and bool(a.tobytes() == b.tobytes())
     return bool(a == b)
 
 
@@ -296,12 +286,9 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 class FileState:
-    """State of an object with marked methods, as what they write to a file.
+    """State of an object as what ``save`` writes to the file of a path, and ``load`` reads there.
 
-    Args:
-        obj: the object.
-        save: writes its state to the file of a path.
-        load: restores it from the file of a path; called with the path and ``end_of_epoch``.
+    ``load`` is called with the path and SpeechBrain's ``end_of_epoch``.
     """
 
     def __init__(
@@ -372,9 +359,6 @@ def keep_in_state_dict(modules: nn.Module) -> None:
 
     A normaliser that has neither parameters nor buffers is then saved, evaluated and loaded with
     the weights. The ``state_dict`` of each module itself stays as it is.
-
-    Args:
-        modules: a module, with whatever modules are in it.
     """
 
     def parts(owner: nn.Module, prefix: str) -> Iterator[tuple[str, FileState]]:
@@ -399,14 +383,9 @@ def keep_in_state_dict(modules: nn.Module) -> None:
 def no_unpickling(what: str) -> Iterator[None]:
     """Context manager in which this thread unpickles no objects and runs no command.
 
-    Numbers, texts and containers of them are no objects in this sense, and torch's loader with
-    ``weights_only=True`` reads tensors by other means.
-
-    Args:
-        what: name of what is read, for the message.
-
-    Raises:
-        ValueError: on the first name that a pickle looks up, and on a command.
+    The first name that a pickle looks up, or a command, is a ValueError, which names ``what`` is
+    read. Numbers, texts and containers of them are no objects in this sense, and torch's loader
+    with ``weights_only=True`` reads tensors by other means.
     """
     _watch()
     outer = getattr(_loading, "what", None)  # A method that loads may load further objects.

@@ -60,18 +60,14 @@ EXAMPLES = (
 )
 
 
-def yaml_path(argv: Sequence[str]) -> str:
-    """Return the first argument, which must be the YAML file.
-
-    Raises:
-        ValueError: there is none, or it is an option.
-    """
+def _split(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """Return the first argument, the YAML, and the others as `split_allowed` does."""
     if not argv or argv[0].startswith("-"):
         given = f", not {argv[0]!r}" if argv else ""
         raise ValueError(
             f"the first argument must be the YAML file{given}; --help lists the others"
         )
-    return argv[0]
+    return argv[0], *split_allowed(argv[1:])
 
 
 def configure(
@@ -81,21 +77,13 @@ def configure(
 
     `seed` and `output_folder` are added to a YAML that lacks them. The default folder is
     results/<task>/<name>/<seed>; changes of the training on the command line are appended to its
-    name, as in results/asr/demo/1234-lr=0.1, also where the YAML spells out the default.
-
-    Args:
-        argv: the arguments after the program's name.
-        allow: names that the YAML may build in addition, as for `load_hparams`.
-        apart: append the changes to an output_folder of the YAML's own choice, too.
+    name, as in results/asr/demo/1234-lr=0.1, also where the YAML spells out the default and, with
+    ``apart``, to a folder of its own choice. ``allow`` is as for `load_hparams`.
 
     Returns:
         The YAML with the overrides, not built yet, and the run options.
-
-    Raises:
-        ValueError: an argument or the YAML is wrong.
     """
-    path = yaml_path(argv)
-    allowed, others = split_allowed(argv[1:])
+    path, allowed, others = _split(argv)
     if allowed and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # A recipe's own program lies elsewhere.
     configuration = Configuration(path, [*allow, *allowed])
@@ -107,14 +95,14 @@ def configure(
         if name in TRANSIENT_OPTIONS and old is None:
             transient[name] = plain(option_node(name, value))
         else:
-            overridden.setdefault(name, ABSENT if is_null(old) else old.value)
+            overridden.setdefault(name, ABSENT if _is_null(old) else old.value)
             configuration.override({name: value})
     root, file = configuration.root, Path(path).resolve()
     if get(root, "seed") is None:
         configuration.override({"seed": RunOptions().seed})
     default = ScalarNode("!ref", f"results/{file.parent.name}/{file.stem}/<seed>")
     folder = get(root, "output_folder")
-    if is_null(folder):
+    if _is_null(folder):
         configuration.override({"output_folder": default})
         folder = default
     is_default = (tag(folder), folder.value) == (tag(default), default.value)
@@ -135,17 +123,13 @@ def configure(
     return configuration, options
 
 
-def is_null(node: Any) -> bool:
+def _is_null(node: Any) -> bool:
     """Return True for the node of a key that does not exist (None) or is null."""
     return node is None or tag(node) == NULL
 
 
 def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the names that `--allow name[,name]…` allows a YAML to build from other arguments.
-
-    Raises:
-        ValueError: `--allow` is given without names.
-    """
+    """Return the names that `--allow name[,name]…` lets a YAML build, and the other arguments."""
     names: list[str] = []
     others: list[str] = []
     rest = list(argv)
@@ -168,24 +152,20 @@ def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, Any]]:
-    """Parse the arguments after the file.
-
-    Args:
-        argv: arguments such as "--model.width", "256" or "--no-shuffle".
-        configuration: the YAML, whose keys and flags may be named.
-
-    Returns:
-        Names and new values in the order of the arguments, such as ("model.width", Text("256")).
-
-    Raises:
-        ValueError: a name is unknown (the message names the closest ones), a value is missing, or
-            an argument is neither a name nor the value of one.
-    """
+    """Return names and values that the arguments give, such as ("model.width", Text("256"))."""
     dotted = [key.name for key in configuration.described()]
     keys = {name.partition(".")[0] for name in dotted}
     known = {*keys, *RunOptions.names(), *BRAIN_KEYS, *ALIASES}
     spellings = {name.replace("_", "-"): name for name in NAMES}  # as --local-rank of launchers
-    changes: list[tuple[str, Any]] = []
+    found: list[tuple[str, Any]] = []
+
+    def add(name: str, value: Any) -> None:
+        if name in NAMES - known:  # of another toolkit
+            typed = plain(compose(value, f"--{name}")) if isinstance(value, Text) else value
+            found.extend(translate(name, typed).items())
+        else:
+            found.append((current_name(name), value))
+
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -201,7 +181,7 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
         if head not in known and head.startswith("no-") and head[3:] in known and not equals:
             if not configuration.is_flag(name[3:]):
                 raise ValueError(f"--{name}: {name[3:]} is not a key that is true or false")
-            changes.append((name[3:], False))
+            add(name[3:], False)
         elif head not in known and configuration.is_flag(positive := re.sub("^no[_-]?", "", head)):
             raise ValueError(
                 f"there is no key or run option {head!r}; did you mean --no-{positive}?"
@@ -212,24 +192,17 @@ def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, 
             hint = hint or nearest_key(name.rpartition(".")[2], known - ALIASES.keys(), dotted)
             raise ValueError(f"there is no key or run option {head!r}{hint}")
         elif is_flag and not equals and (not rest or rest[0].lower() not in ("true", "false")):
-            changes.append((name, True))
+            add(name, True)
         elif not equals and (not rest or rest[0].startswith("--")):
             raise ValueError(
                 f"--{name} needs a value; one that begins with -- is given as --{name}=…"
             )
         elif text := value if equals else rest.pop(0):
-            changes.append((name, Text(text)))
+            add(name, Text(text))
         else:
             raise ValueError(
                 f"--{name} needs a value; null is written null, and an empty text in quotes: '\"\"'"
             )
-    found: list[tuple[str, Any]] = []
-    for name, value in changes:
-        if name in NAMES - known:  # of another toolkit
-            typed = plain(compose(value, f"--{name}")) if isinstance(value, Text) else value
-            found += translate(name, typed).items()
-        else:
-            found.append((current_name(name), value))
     return found
 
 
@@ -248,9 +221,7 @@ def parse_arguments(
     Raises:
         ValueError: an argument or the YAML is wrong.
     """
-    given = list(sys.argv[1:] if arg_list is None else arg_list)
-    path = yaml_path(given)
-    allowed, others = split_allowed(given[1:])
+    path, allowed, others = _split(sys.argv[1:] if arg_list is None else arg_list)
     if allowed:
         raise ValueError(
             f"{ALLOW} is an option of programs that end in trainer.main(train); here, give "
@@ -307,25 +278,23 @@ def help_text(
     rows = list(keys)
     mine = {key.name for key in rows}
     usage = USAGE.format(program, file if by_name else "FILE")
-    lines = [usage, *textwrap.wrap(EXIT_CODES, 100), ""]
-    lines += [*_row(ALLOW[2:], "NAME", ALLOW_HELP)]
+    lines = [usage, *textwrap.wrap(EXIT_CODES, 100), "", *_row(ALLOW[2:], "NAME", ALLOW_HELP)]
     lines += ["", "Run options (default < YAML < command line)"]
     section = ""
     for name, default in vars(RunOptions()).items():
         section = METADATA[name].section or section
         if name not in mine:
-            if section:
-                lines += ["", f"{section}:"]
-                section = ""
+            lines += ["", f"{section}:"] if section else []
+            section = ""
             lines += _row(name, summary(represent(default)), _about(name))
-    if file is not None:
+    if file is None:
+        lines += ["", f"{program} FILE --help lists the keys of a YAML too."]
+    else:
         lines += ["", f"Keys of {file}:"]
         for key in rows:
             lines += _row(key.name, key.default, key.comment or _about(key.name))
         others = [name for name in BRAIN_KEYS if name not in mine]
         lines += textwrap.wrap(f"Keys that it may have in addition: {', '.join(others)}", 100)
-    else:
-        lines += ["", f"{program} FILE --help lists the keys of a YAML too."]
     lines += ["", "Examples:"]
     for each in EXAMPLES:
         called = "-m trainer run" if by_name and each.startswith("torchrun") else program
@@ -343,11 +312,8 @@ def _about(name: str) -> str:
 
 def _row(name: str, default: str, about: str) -> list[str]:
     """Format one entry of the help, wrapped to the terminal."""
-    width = min(shutil.get_terminal_size().columns, 120)
-    left = f"  --{name} {default}".rstrip()
-    if not about:
-        return [left]
-    column = 40
+    width, column = min(shutil.get_terminal_size().columns, 120), 40
     lines = textwrap.wrap(about, max(width - column, 30), break_on_hyphens=False)
-    head = [left] if len(left) > column - 2 else [left.ljust(column) + lines.pop(0)]
-    return head + [" " * column + line for line in lines]
+    left = f"  --{name} {default}".rstrip()
+    first = lines.pop(0) if lines and len(left) <= column - 2 else ""
+    return [f"{left.ljust(column)}{first}".rstrip(), *(" " * column + line for line in lines)]

@@ -40,10 +40,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name.
-
-    Args:
-        argv: arguments after the program's name; None: those of the process.
+    """Run the command that the arguments name, by default those of the process.
 
     Returns:
         The exit code: 0 on success; 2 for an error that the user can correct, with one sentence on
@@ -61,12 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return NO_RUN
+    command = COMMANDS[name]
     # After the name of a recipe, --help asks for the help of that recipe.
     if any(each in HELP for each in (rest[:1] if name == "run" else rest)):
-        print(_help(name, COMMANDS[name]))
+        summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+        more = f"{command.more}\n\n" if command.more else ""
+        print(f"usage: cortex {name} {command.usage}\n\n{summary}\n\n{more}Examples:")
+        for example in command.examples:
+            print(f"  cortex {name} {example}".rstrip())
         return 0
     try:
-        return COMMANDS[name].work(rest)
+        return command.work(rest)
     except BrokenPipeError:  # The reader, such as head, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -75,14 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_RUN
     except KeyboardInterrupt:
         return 130
-
-
-def _help(name: str, command: Command) -> str:
-    examples = [f"  cortex {name} {each}".rstrip() for each in command.examples]
-    more = ["", command.more] if command.more else []
-    usage = f"usage: cortex {name} {command.usage}"
-    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
-    return "\n".join([usage, "", summary, *more, "", "Examples:", *examples])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,9 +89,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; usage: cortex {self.prog} {COMMANDS[self.prog].usage}")
 
 
-def _say(lines: Sequence[str]) -> None:
+def _folder(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
+def _say(lines: Sequence[str]) -> int:
+    """Write lines about problems to stderr; return the exit code."""
     for line in lines:
         print(line, file=sys.stderr)
+    return NO_RUN if lines else 0
 
 
 # -------------------------------------------------------------------------------------- commands
@@ -116,11 +116,10 @@ def _run(argv: list[str]) -> int:
 def _ls(argv: list[str]) -> int:
     parser = _Parser("ls")
     default = "results" if Path("results").is_dir() else "."
-    parser.add_argument("runs", nargs="*", default=[default])
+    parser.add_argument("runs", nargs="*", type=_folder, default=[Path(default)])
     parser.add_argument("--sort")
     given = parser.parse_args(argv)
-    roots = [Path(os.path.expanduser(each)) for each in given.runs]
-    found = [runs.read_run(each) for each in dict.fromkeys(runs.find_runs(roots))]
+    found = [runs.read_run(each) for each in dict.fromkeys(runs.find_runs(given.runs))]
     if given.sort is not None:
         if not any(given.sort in each.metrics for each in found):
             known = sorted({name for each in found for name in each.metrics})
@@ -130,7 +129,7 @@ def _ls(argv: list[str]) -> int:
             )
         found.sort(key=lambda each: each.metrics.get(given.sort, float("inf")))
     if not found:
-        _say([f"there are no runs in {', '.join(map(str, roots))}"])
+        _say([f"there are no runs in {', '.join(map(str, given.runs))}"])
         return 0
     print("\n".join(runs.list_lines(found)))
     return 0
@@ -142,8 +141,7 @@ def _compare(argv: list[str]) -> int:
     folders, problems = runs.run_folders(parser.parse_args(argv).runs)
     if folders:
         print("\n".join(runs.compare_lines([runs.read_run(each) for each in folders])))
-    _say(problems)
-    return NO_RUN if problems else 0
+    return _say(problems)
 
 
 def _report(argv: list[str]) -> int:
@@ -158,8 +156,7 @@ def _report(argv: list[str]) -> int:
         page = given.output or Path("compare.html")
         report.compare(folders, page)
         print(page)
-    _say(problems)
-    return NO_RUN if problems else 0
+    return _say(problems)
 
 
 def _average(argv: list[str]) -> int:
@@ -189,12 +186,11 @@ def _average(argv: list[str]) -> int:
 
 def _clean(argv: list[str]) -> int:
     parser = _Parser("clean")
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("runs", nargs="+", type=_folder)
     parser.add_argument("--yes", "-y", action="store_true")
     given = parser.parse_args(argv)
     found = []
-    asked = [Path(os.path.expanduser(each)) for each in given.runs]
-    for run in dict.fromkeys(runs.find_runs(asked)):
+    for run in dict.fromkeys(runs.find_runs(given.runs)):
         if runs.is_locked(run):
             _say([f"{printable(str(run))} is going on: nothing of it is deleted"])
             continue
@@ -207,21 +203,18 @@ def _clean(argv: list[str]) -> int:
     rows = [(runs.size(each.bytes).rjust(8), str(each.path), each.why) for each in found]
     print("\n".join(runs.table(rows)))
     total = runs.size(sum(each.bytes for each in found))
-    if not given.yes and not _agrees(f"Delete these {len(found)} folders, {total}? [y/N] "):
+    try:
+        question = f"Delete these {len(found)} folders, {total}? [y/N] "
+        agreed = given.yes or input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        agreed = False
+        print()
+    if not agreed:
         print("nothing was deleted")
         return 0
     freed, problems = upkeep.remove(found)
     print(f"deleted {runs.size(freed)}")
-    _say(problems)
-    return NO_RUN if problems else 0
-
-
-def _agrees(question: str) -> bool:
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
+    return _say(problems)
 
 
 def _sweep(argv: list[str]) -> int:
@@ -256,14 +249,14 @@ def _sweep(argv: list[str]) -> int:
 
 def _export(argv: list[str]) -> int:
     parser = _Parser("export")
-    parser.add_argument("run")
+    parser.add_argument("run", type=_folder)
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--to", default=FORMATS[0])
     parser.add_argument("--seeds", nargs="+", default=[])
     for name in ("max_key", "min_key", *WEIGHTS):
         parser.add_argument(f"--{name}")
     given = parser.parse_args(argv)
-    run = Path(os.path.expanduser(given.run))
+    run = given.run
     # Inside of a run by default, so that a pattern such as NAME/* matches runs alone.
     inside = run / "export" / given.to
     out = given.out or (runs.beside(run, given.to) if is_export(run) else inside)

@@ -14,7 +14,7 @@ from trainer import distributed
 from trainer.checkpoint.checkpointer import Checkpointer, ranked
 from trainer.cli.arguments import ALLOW, split_allowed
 from trainer.cli.folder import HYPERPARAMS
-from trainer.config.registry import recipe_packages
+from trainer.config.registry import recipe_of
 
 
 def end_lines(
@@ -22,11 +22,7 @@ def end_lines(
 ) -> list[str]:
     """Return the lines after a run: best checkpoint, report, and commands to go on, test and use.
 
-    Args:
-        folder: the run folder.
-        checkpointer: that of the run; anything else than a `Checkpointer` is left out.
-        source: file of the program's `train`.
-        argv: arguments of the command line; None for a run by `launch`.
+    ``source`` is the file of the program's `train`; ``argv`` is None for a run by `launch`.
     """
     lines = _checkpoint(checkpointer) if isinstance(checkpointer, Checkpointer) else []
     usable = bool(lines) and argv is not None
@@ -38,7 +34,9 @@ def end_lines(
             lines.append(f"{line.replace('to go on', 'to test', 1)} --test_only")
     if usable and source is not None and (infer := source.with_name("infer.py")).is_file():
         words = shlex.join([_python(), from_here(infer), str(folder)])
-        lines.append(f"to use it: {words} {_arguments(infer.parent)}")
+        package = recipe_of(source)
+        takes = "FILE" if package is None else getattr(sys.modules[package], "INFER", "FILE")
+        lines.append(f"to use it: {words} {takes}")
     return lines
 
 
@@ -68,15 +66,6 @@ def _checkpoint(checkpointer: Checkpointer) -> list[str]:
     return [f"newest checkpoint: {each.path}" for each in found[:1]]
 
 
-def _arguments(folder: Path) -> str:
-    """Return what a recipe's infer.py takes after the run folder."""
-    for package in recipe_packages():
-        module = sys.modules[package]
-        if Path(module.__path__[0]).resolve() == folder.resolve():
-            return str(getattr(module, "INFER", "FILE"))
-    return "FILE"
-
-
 def _python() -> str:
     """Return the shortest name by which a shell finds this Python."""
     found, this = shutil.which("python"), Path(os.path.abspath(sys.executable))
@@ -89,6 +78,6 @@ def _python() -> str:
 def from_here(path: Path) -> str:
     """Return a path relative to the current folder where it is in it, else as it is."""
     try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
+        return str(Path(os.path.abspath(path)).relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)

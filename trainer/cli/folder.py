@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -104,9 +103,8 @@ class RunFolder:
     def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
         """Make the folder if there is none, lock it, and delete what killed processes left.
 
-        Args:
-            overwrite: delete what an earlier run left.
-            patience: seconds to wait for a process that is about to release the folder.
+        What an earlier run left is deleted with ``overwrite``. A process that is about to release
+        the folder is waited for, ``patience`` seconds.
 
         Raises:
             ValueError: another command is using the folder, or it is not a run folder.
@@ -195,11 +193,7 @@ class RunFolder:
             self._lock = None
 
     def changes(self, now: Settings) -> list[Change]:
-        """Return what differs from the hyperparameters of the last start that has trained.
-
-        Raises:
-            ValueError: the hyperparameters of the last start cannot be read.
-        """
+        """Return what differs from the hyperparameters of the last start that has trained."""
         path = next((each for each in self._records() if not self._is_blank(each.name)), None)
         if path is None or self.trained() == NOTHING:
             return []
@@ -311,10 +305,6 @@ class RunFolder:
     def _write(self, name: str, content: bytes, what: str = "") -> None:
         replace_file(self.path / name, [content], what or name)
 
-    def has_record(self) -> bool:
-        """Return True if a run has been started here before."""
-        return (self.path / HYPERPARAMS).exists()
-
     def add_command(self, command: Sequence[str]) -> None:
         """Add a command to command.txt."""
         self._add_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}")
@@ -335,9 +325,9 @@ def _ends_before(change: Change, step: int, epoch: float) -> bool:
     key, old, new = change.key, change.old, change.new
     if change.kind != "extending" or not isinstance(new, (int, float)):
         return False
-    if "patience" in key or "bad" in key or (isinstance(old, (int, float)) and new >= old):
+    if re.search("patience|bad", key) or (isinstance(old, (int, float)) and new >= old):
         return False
-    return new < (step if "step" in key else epoch if re.search("epoch|limit", key) else -math.inf)
+    return new < step if "step" in key else bool(re.search("epoch|limit", key)) and new < epoch
 
 
 def _remove(path: Path) -> None:

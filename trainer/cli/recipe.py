@@ -69,9 +69,6 @@ def find_recipe(name: str) -> Recipe:
 
     A YAML that is none of a recipe's is run by the train.py beside it or, in a folder called like
     a recipe, by that recipe's.
-
-    Raises:
-        ValueError: there is none; the message has the nearest names.
     """
     known = recipes()
     if name in known:
@@ -114,10 +111,6 @@ def run_recipe(name: str, argv: Sequence[str]) -> int:
 
     Returns:
         The exit code.
-
-    Raises:
-        ValueError: there is no such recipe.
-        SystemExit: as `trainer.main`.
     """
     recipe = find_recipe(name)
     if any(each in HELP for each in argv):

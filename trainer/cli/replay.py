@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.brain import Brain, FitArguments
 from trainer.cli import session
@@ -37,42 +37,28 @@ STEP = re.compile(r"\d{1,18}(-\d{1,9})?(/rank\d{1,6})?", re.ASCII)
 MAX_SHOWN = 500  # characters of a recorded command in a message
 
 
-class _Given(NamedTuple):
-    run: Path
-    case: Path  # The folder of the step.
-    script: Path | None
-    more: list[str]  # Arguments of the recipe.
-
-
 def replay(argv: Sequence[str]) -> int:
-    """Replay a step, and return the exit code.
-
-    Raises:
-        ValueError: there is no such run or step, or it cannot be replayed.
-    """
-    given = _parse(argv)
-    if given.script is None:
-        return _replay_recipe(given)
+    """Replay a step, and return the exit code."""
+    run, case, script, more = _parse(argv)
+    if script is None:
+        _replay_recipe(run, case, more)
+        return 0
     made = command(argv)
     print(shlex.join(made), file=sys.stderr, flush=True)
     return subprocess.run(made, env=session.environment_of_children()).returncode
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """Return the command by which the script that `--script` names replays a step.
-
-    Raises:
-        ValueError: the folder has no such step, or there is no such script.
-    """
-    given = _parse(argv)
-    if given.script is None or not given.script.is_file():
-        raise ValueError(f"there is no {given.script}: name the run's train.py with --script")
-    settings = [str(given.run / HYPERPARAMS), "--output_folder", str(given.run)]
-    case = ["--replay", str(given.case)]
-    return [sys.executable, str(given.script), *settings, *case, *given.more]
+    """Return the command by which the script that `--script` names replays a step."""
+    run, case, script, more = _parse(argv)
+    if script is None or not Path(script).is_file():
+        raise ValueError(f"there is no {script}: name the run's train.py with --script")
+    settings = [str(run / HYPERPARAMS), "--output_folder", str(run)]
+    return [sys.executable, script, *settings, "--replay", str(case), *more]
 
 
-def _parse(argv: Sequence[str]) -> _Given:
+def _parse(argv: Sequence[str]) -> tuple[Path, Path, str | None, list[str]]:
+    """Return run, folder of the step, script, and arguments of the recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--script", nargs="?")
     given, rest = parser.parse_known_args(argv)
@@ -93,19 +79,18 @@ def _parse(argv: Sequence[str]) -> _Given:
         names = ", ".join(sorted(filter(STEP.fullmatch, found)))
         kept = f"there are {names}" if names else "no skipped step was kept"
         raise ValueError(f"{run} has no skipped step {printable(step)}: {kept}")
-    script = None if given.script is None else Path(given.script)
-    return _Given(folder, cases / step, script, more)
+    return folder, cases / step, given.script, more
 
 
-def _replay_recipe(given: _Given) -> int:
+def _replay_recipe(run: Path, case: Path, more: Sequence[str]) -> None:
     """Replay a step of an installed recipe, in this process and without its data."""
-    package, kept = _recipe(given.run), replaying.load(given.case)
+    package, kept = _recipe(run), replaying.load(case)
     with session.messages(TextLog(None), [package]):
-        brain = _build(given, package)
+        brain = _build(run, case, more, package)
         try:
-            replaying.replay(brain, FitArguments([kept["epoch"]], [None]), given.case, kept)
+            replaying.replay(brain, FitArguments([kept["epoch"]], [None]), case, kept)
         except replaying.Replayed:
-            return 0
+            pass
         except ValueError:
             raise
         except Exception as error:  # What the recipe's train() sets up may be missing.
@@ -115,18 +100,18 @@ def _replay_recipe(given: _Given) -> int:
             ) from error
 
 
-def _build(given: _Given, package: str) -> Brain:
+def _build(run: Path, case: Path, more: Sequence[str], package: str) -> Brain:
     """Build the Brain of a recipe as for a training."""
     used, device = (*OF_THE_MODEL, *OF_THE_TRAINING), "auto"
-    with open_run(given.run) as opened:
-        for name, value in parse(given.more, opened.configuration):
+    with open_run(run) as opened:
+        for name, value in parse(more, opened.configuration):
             if name == "device":
                 device = plain(option_node(name, value))
             elif name in RunOptions.names() and name not in used:
                 raise ValueError(f"--{name} has no effect on a replay")
             else:
                 opened.override({name: value})
-        options = opened.options(*used, device=device, replay=str(given.case))
+        options = opened.options(*used, device=device, replay=str(case))
         kind = recipe_class(package, "BRAIN", opened.names())
         with opened.limited():
             seed_everything(options.seed)
@@ -137,11 +122,7 @@ def _build(given: _Given, package: str) -> Brain:
 
 
 def _recipe(folder: Path) -> str:
-    """Return the package of the installed recipe whose train.py the last command names.
-
-    Raises:
-        ValueError: the last command is unknown, or is that of another script.
-    """
+    """Return the package of the installed recipe whose train.py the last command names."""
     try:
         last = read_text(folder, "command.txt").splitlines()[-1]
         started = shlex.split(last)[2:]  # date, time, python, script

@@ -1,11 +1,5 @@
 """Runs: `main` at the end of a train.py, and `launch` in a script or a notebook.
 
-    def train(run: trainer.Run) -> dict[str, float]: ...
-
-    if __name__ == "__main__":
-        trainer.main(train)                              # a YAML and the command line
-        trainer.launch(train, {"lr": 1e-3}, "runs/x")    # objects and values in Python
-
 Both join the processes of torchrun, seed, open the run folder, redirect messages and signals, call
 `train`, and report the test metrics that it returns.
 """
@@ -42,7 +36,6 @@ from trainer.cli import arguments, session
 from trainer.cli.ending import end_lines, go_on
 from trainer.cli.environment import environment
 from trainer.cli.folder import HEADER, HYPERPARAMS, RunFolder
-from trainer.cli.output import tolerant_output
 from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
@@ -56,6 +49,7 @@ from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
+from trainer.tree import number
 
 # Errors that users may have made themselves; `session.is_user_error` decides.
 USER_ERRORS = (
@@ -343,16 +337,12 @@ def _run(
         distributed.start(str(pick_device(options.device)), timeout)
         stack.enter_context(session.signals_at_safe_points())
         seed_everything(options.seed, distributed.rank())
-        command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
-        header = LAUNCH_HEADER if argv is None else HEADER
         source = _source(train)
-        folder, notes = stack.enter_context(
-            _run_folder(hyperparameters, options, source, command, header)
-        )
+        folder, notes = stack.enter_context(_run_folder(hyperparameters, options, source, argv))
         log = TextLog(folder if distributed.is_main() and not options.replay else None)
         stack.callback(log.close)
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
-        stack.enter_context(tolerant_output())
+        stack.enter_context(session.tolerant_output())
         stack.enter_context(session.messages(log, names))
         kept = not (options.debug or options.replay)
         path = folder / "train.log" if kept else None
@@ -387,15 +377,11 @@ def _run_folder(
     hyperparameters: Hyperparameters,
     options: RunOptions,
     source: Path | None,
-    command: list[str],
-    header: str,
+    argv: list[str] | None,
 ) -> Iterator[tuple[Path, list[str]]]:
     """Context manager that opens and records the run folder on rank 0, and closes it at its end.
 
     With ``debug`` it is a temporary one. Yields the folder, and notes on changed hyperparameters.
-
-    Raises:
-        ValueError: the folder cannot be used; on every rank.
     """
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
@@ -413,7 +399,7 @@ def _run_folder(
     problem, notes = None, []
     if distributed.is_main():
         try:
-            notes = _record_start(folder, hyperparameters, options, command, header, where)
+            notes = _record_start(folder, hyperparameters, options, where, argv)
         except (ValueError, OSError) as error:
             problem = session.message(error)
     problem = distributed.broadcast_json(problem)
@@ -431,16 +417,17 @@ def _record_start(
     folder: RunFolder,
     hyperparameters: Hyperparameters,
     options: RunOptions,
-    command: list[str],
-    header: str,
     where: dict[str, Any],
+    argv: list[str] | None,
 ) -> list[str]:
     """Open the run folder and record a start in it; return notes for the log."""
+    command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
     # A restarted run resumes, and its former process may still be ending.
     restarted = distributed.restarts() > 0
     overwrite = options.overwrite and not options.searching and not restarted
     folder.open(overwrite, patience=LOCK_SECONDS if restarted else 0.0)
-    if options.searching and folder.has_record():
+    has_record = (folder.path / HYPERPARAMS).exists()
+    if options.searching and has_record:
         folder.add_command(command)  # The record of the earlier run stays.
         return []
     now, notes = Settings(hyperparameters.root, hyperparameters.registry), []
@@ -448,11 +435,11 @@ def _record_start(
         changes = folder.changes(now)
     except ValueError as error:
         changes, notes = [], [f"cannot compare with the last start: {error}"]
-    _check_changes(changes, options, folder.path, "--" if header is HEADER else "")
+    _check_changes(changes, options, folder.path, "" if argv is None else "--")
     if changes:
         told = "; ".join(map(str, changes))
         notes.append(f"other hyperparameters than at the last start: {told}")
-    if options.test_only and folder.has_record():
+    if options.test_only and has_record:
         folder.add_command(command)
         return notes
     if folder.was_edited():
@@ -460,6 +447,7 @@ def _record_start(
             f"{folder.path / HYPERPARAMS} was edited by hand: it is written anew, with the values "
             "in force"
         )
+    header = LAUNCH_HEADER if argv is None else HEADER
     folder.record(hyperparameters.dump(), command, where, header, changes)
     return notes
 
@@ -503,40 +491,32 @@ def _own_modules(train: Train) -> list[str]:
 
 
 def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the metrics that `train` returned as plain numbers by name.
-
-    Raises:
-        ValueError: they are no mapping, or a value is no number.
-    """
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
+    """Return the metrics that `train` returned as plain numbers by name, or raise ValueError."""
+    if not isinstance(metrics, Mapping | None):
         raise ValueError(
             f"train must return test metrics by name, as in {{'wer': 3.2}}, not {metrics!r}"
         )
-    values = {
-        name: value.item() if isinstance(value, Tensor) else value
-        for name, value in metrics.items()
-    }
-    for name, value in values.items():
+    values = {}
+    for name, value in (metrics or {}).items():
+        values[name] = value = value.item() if isinstance(value, Tensor) else value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"the test metric {name!r} must be a number, not {value!r}")
     return values
 
 
 def _report(metrics: dict[str, Any], folder: Path) -> None:
-    """Print the test metrics, and write them as the last line of metrics.jsonl."""
-    print("test:", *(f"{name}={_formatted(value)}" for name, value in metrics.items()), flush=True)
+    """Print the test metrics, and write them as the last line of metrics.jsonl.
+
+    They have two decimals on the screen, or four digits for a number below a tenth.
+    """
+    shown = []
+    for name, value in metrics.items():
+        small = isinstance(value, int) or 0 < abs(value) < 0.1
+        shown.append(f"{name}={number(value) if small else f'{value:.2f}'}")
+    print("test:", *shown, flush=True)
     try:
         log = JsonlLogger(folder)
         log.write({"kind": "stage", "stage": "test", **metrics})
         log.close()
     except OSError as error:  # The run is complete, and its metrics are printed.
         logger.warning("metrics.jsonl lacks the test metrics: %s", error)
-
-
-def _formatted(value: float) -> str:
-    """Format with two decimals, or four digits for a number below a tenth."""
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4g}"

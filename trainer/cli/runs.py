@@ -52,11 +52,7 @@ class RunFacts:
 
 
 def find_runs(roots: Iterable[Path]) -> Iterator[Path]:
-    """Yield the run folders in and below folders, sorted; links are not followed.
-
-    Raises:
-        ValueError: for a root that is no folder.
-    """
+    """Yield the run folders in and below folders, sorted; links are not followed."""
     for root in roots:
         if not root.is_dir():
             raise ValueError(f"{printable(str(root))} is no folder")
@@ -237,9 +233,6 @@ def settings(folder: Path) -> dict[str, Any]:
     """Return the hyperparameters of a run by key, without references and neutral keys.
 
     Paths in the run folder are relative to it.
-
-    Raises:
-        ValueError: hyperparams.yaml cannot be read.
     """
     configuration = Configuration(folder / HYPERPARAMS, run_folder=True)
     check_tags(configuration.root)

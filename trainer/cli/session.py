@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -87,6 +88,46 @@ def signals_at_safe_points() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signals.reset()
+
+
+class _TolerantStream:
+    """The stream of `sys` of a name, which drops text that cannot be written, with one warning."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._stream, self._warned = name, getattr(sys, name), False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True  # Before the warning, which comes back here.
+                why = error.strerror or error
+                logger.warning("%s lacks text from here on: %s", self._name, why)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Context manager in which a full disk or a closed pipe behind the output ends no run."""
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    own = {name: _TolerantStream(name) for name in before}
+    vars(sys).update(own)
+    try:
+        yield
+    finally:
+        for name, stream in own.items():
+            if getattr(sys, name) is stream:  # Nobody, such as a notebook, has redirected it.
+                setattr(sys, name, before[name])
 
 
 def end_with_launcher() -> None:

@@ -42,9 +42,6 @@ def parse_values(given: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Return keys and their values from texts such as "lr=1e-3,3e-4".
 
     Commas within brackets and quotes belong to a value.
-
-    Raises:
-        ValueError: a text is not of this form, or names a key or a value twice.
     """
     found: list[tuple[str, list[str]]] = []
     for text in given:
@@ -80,9 +77,6 @@ def trials(recipe: Recipe, given: Sequence[str], more: Sequence[str]) -> list[Tr
     """Return the runs of a sweep over values such as "lr=1e-3,3e-4".
 
     Every run has the arguments ``more`` as well.
-
-    Raises:
-        ValueError: an argument is wrong, or two runs have the same folder.
     """
     allow = recipe.own_modules()
     choices = [[f"--{key}={each}" for each in values] for key, values in parse_values(given)]

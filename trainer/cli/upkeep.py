@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from ruamel.yaml.nodes import MappingNode
 
@@ -60,15 +60,14 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
                 except storage.BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(path):
                         notes.append(f"{printable(str(error))}: it is left alone")
-        kept = _kept(checkpoints, run)
-        for each in sorted(checkpoints, key=lambda each: each.number):
+        for each in sorted({*checkpoints} - _kept(checkpoints, run), key=lambda each: each.number):
             others = {*os.listdir(each.path)} - {*each.files, storage.MANIFEST}
             if not each.complete:  # A killed process has left them.
                 others = {name for name in others if not storage.FILE_NAME.fullmatch(name)}
-            if each not in kept and others:
+            if others:
                 strange = printable(min(others))
                 notes.append(f"{each.path} is left alone: no save has written {strange!r} in it")
-            elif each not in kept:
+            else:
                 why = "neither the newest nor the best checkpoint"
                 found.append(Removable(run, each.path, bytes_on_disk(each.path), why))
     return found, notes
@@ -124,8 +123,8 @@ def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
     rules, number = _rules(run)
     known = {rule.metric for rule in rules}
     others = {name for each in newest for name in each.meta if name not in (*known, *PLACES)}
-    rules += [Best("loss", "min")] if "loss" in others else []
-    rules += [Best(name, mode) for name in others - {"loss"} for mode in ("min", "max")]
+    rules += [Best(name, "min") for name in others]
+    rules += [Best(name, "max") for name in others if name != "loss"]
     for rule in rules:
         kept.update(ranked(newest, rule.metric, rule.mode)[: max(rule.n, number)])
     return kept
@@ -148,19 +147,6 @@ def _rules(run: Path) -> tuple[list[Best], int]:
 # ------------------------------------------------------------------------------------- averaging
 
 
-@dataclass
-class _Weights:
-    """State of a Brain with its weights alone, for a checkpoint to use and not to resume from."""
-
-    modules: Any
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"modules": self.modules}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.modules = state["modules"]
-
-
 def average(
     run: Path,
     output: Path,
@@ -171,18 +157,8 @@ def average(
     """Write a run folder whose checkpoint has the mean weights of checkpoints; return these.
 
     For a run with ``ema_decay`` it is the mean of the moving averages. The new folder is for
-    `trainer.load` and for tests; a training cannot resume from it.
-
-    Args:
-        run: the run folder.
-        output: the new folder.
-        number: number of checkpoints; None for all.
-        min_key: take those with the lowest values of this metric, in place of the newest.
-        max_key: take those with the highest values of this metric.
-
-    Raises:
-        ValueError: both keys are given, there are too few sound checkpoints, or ``output`` exists.
-        OSError: a file cannot be written.
+    `trainer.load` and for tests; a training cannot resume from it. ``number`` is that of the
+    newest checkpoints, or of the best by a metric; None for all.
     """
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")
@@ -218,7 +194,9 @@ def average(
     shutil.rmtree(new, ignore_errors=True)
     try:
         meta = {**chosen[0].meta, "average_of": [each.name for each in chosen]}
-        saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": _Weights(weights)})
+        # The state of a Brain with its weights alone, to use and not to resume from.
+        brain = SimpleNamespace(state_dict=lambda: {"modules": weights}, load_state_dict=None)
+        saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": brain})
         if saved := saver.save_checkpoint(meta):
             storage.cut_to_weights(saved, saved.files)
         with (run / HYPERPARAMS).open(encoding="utf-8") as file:

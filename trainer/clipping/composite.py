@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trainer import checks
 from trainer.clipping.fixed import NormClip, PatternClip, ValueClip
-from trainer.clipping.gradients import Clip, Gradients, limit_of, measured
+from trainer.clipping.gradients import Clip, Gradients, Names, limit_of, measured
 
 
 class GradualClip(checks.Stateful, Clip):
@@ -126,9 +126,7 @@ class MixedClip(Clip):
         self.limit = self.clips[0].limit
         self._slices: list[tuple[int, int]] = []  # Of `extra`, for each kind.
 
-    def bind(
-        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def bind(self, owner: str, names: Names, optimizer: Optimizer) -> None:
         for clip in self.clips:
             clip.bind(owner, names, optimizer)
 
@@ -140,16 +138,18 @@ class MixedClip(Clip):
 
     def __call__(self, gradients: Gradients) -> bool:
         self.limit, clipped = self.clips[0].limit, False
-        base, stale, factors = gradients, False, [1.0] * len(gradients.tensors)
+        base, stale = gradients, False
         for i, clip in enumerate(self.clips):
             if stale or (clipped and not clip.scales):
                 base, stale = measured(gradients.groups, self), False  # A second sync.
-                factors = [1.0] * len(base.tensors)
-            stage = base.stage(*self._slices[i], factors)
+            stage = base.stage(*self._slices[i])
             if clip(stage):
                 clipped, self.limit = True, clip.limit
-                stale = stage.factors is None  # It changed more than the scale.
-                factors = [f * g for f, g in zip(factors, stage.factors or factors, strict=True)]
+                if stage.factors is None:
+                    stale = True  # It changed more than the scale.
+                else:
+                    old = base.factors or [1.0] * len(base.tensors)
+                    base.factors = [f * g for f, g in zip(old, stage.factors, strict=True)]
             gradients.norm_after = stage.norm_after
         return clipped
 

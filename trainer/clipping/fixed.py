@@ -8,15 +8,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trainer import checks
 from trainer.clipping.gradients import (
     Clip,
     Gradients,
+    Names,
     is_reliable,
     joint,
     limit_of,
-    match_patterns,
     norms,
     safe_norms,
 )
@@ -60,14 +61,14 @@ class NormClip(Clip):
             return gradients.extra[0]
         return safe_norms(gradients.tensors, self.p)  # Syncs, but is rare.
 
-    def __call__(self, gradients: Gradients) -> bool:
-        return self._clip_parts(gradients, gradients.parts(self.limit))
+    def _parts(self, gradients: Gradients) -> list[tuple[float, list[int]]]:
+        """Return a limit and the indices of its tensors, for each part that is clipped alone."""
+        return gradients.parts(self.limit)
 
-    def _clip_parts(self, gradients: Gradients, parts: list[tuple[float, list[int]]]) -> bool:
-        """Clip the joint norm of each part, a limit and indices of tensors, alone."""
+    def __call__(self, gradients: Gradients) -> bool:
         each = self.p_norms(gradients)
         coefficients = [1.0] * len(each)
-        for limit, members in parts:
+        for limit, members in self._parts(gradients):
             norm = joint([each[i] for i in members], self.p)
             if norm > limit:
                 for i in members:
@@ -94,10 +95,9 @@ class LayerClip(NormClip):
     def __init__(self, limit: float | None = 1.0, p: float = 2.0) -> None:
         super().__init__(limit, p)
 
-    def __call__(self, gradients: Gradients) -> bool:
-        parts = gradients.parts(self.limit)
-        alone = [(limit, [i]) for limit, members in parts for i in members]
-        return self._clip_parts(gradients, alone)
+    def _parts(self, gradients: Gradients) -> list[tuple[float, list[int]]]:
+        parts = super()._parts(gradients)
+        return [(limit, [i]) for limit, members in parts for i in members]
 
 
 class PatternClip(NormClip):
@@ -131,26 +131,23 @@ class PatternClip(NormClip):
         self.limit = joint(list(self.limits.values()), self.p)
         self._pattern: dict[Tensor, str] | None = None
 
-    def bind(
-        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def bind(self, owner: str, names: Names, optimizer: Optimizer) -> None:
         super().bind(owner, names, optimizer)
-        self._pattern = match_patterns(owner, "PatternClip: the pattern", list(self.limits), names)
+        self._pattern = self.match_patterns(owner, "PatternClip: the pattern", list(self.limits))
         found = list(self._pattern.values())
         parts = [f"{k} {v:g} ({found.count(k)} parameters)" for k, v in self.limits.items()]
         if len(found) < len(names):
             parts.append(f"no limit for {len(names) - len(found)} others")
         logger.info("clipping of the optimizer %r: %s", owner, ", ".join(parts))
 
-    def __call__(self, gradients: Gradients) -> bool:
+    def _parts(self, gradients: Gradients) -> list[tuple[float, list[int]]]:
         if self._pattern is None:
             raise ValueError("PatternClip does not know the names of the parameters: call bind")
         found = [self._pattern.get(param) for param in gradients.params]
-        parts = [
+        return [
             (limit, [i for i, each in enumerate(found) if each == pattern])
             for pattern, limit in self.limits.items()
         ]
-        return self._clip_parts(gradients, parts)
 
 
 class ValueClip(Clip):

@@ -19,6 +19,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+Names = Mapping[Tensor, str]  # Names of parameters, such as "encoder.0.weight".
 
 # The smallest sum of p-th powers that float32 holds with all its digits.
 SMALLEST_POWER = 1e-30
@@ -188,22 +191,22 @@ class Gradients:
             return self.norms
         return [norm * factor for norm, factor in zip(self.norms, self.factors, strict=True)]
 
-    def stage(self, start: int, stop: int, factors: Sequence[float]) -> Gradients:
+    def stage(self, start: int, stop: int) -> Gradients:
         """Return these gradients for one of several clippers, as if measured after scaling.
 
         Args:
             start: index of the first vector of ``extra`` that this clipper measured.
             stop: index after its last one.
-            factors: the factor of each tensor, by which earlier clippers have scaled it.
         """
         found = copy.copy(self)
-        found.factors = None
-        if any(factor != 1.0 for factor in factors):
-            found.norms = [n * f for n, f in zip(self.norms, factors, strict=True)]
+        found.extra = self.extra[start:stop]
+        if self.factors is not None:
+            found.norms = self.norms_after()
             found.norm = joint(found.norms)
-        found.extra = [
-            [n * f for n, f in zip(each, factors, strict=True)] for each in self.extra[start:stop]
-        ]
+            found.extra = [
+                [n * f for n, f in zip(each, self.factors, strict=True)] for each in found.extra
+            ]
+            found.factors = None
         found.norm_after = found.norm
         return found
 
@@ -359,13 +362,11 @@ class Clip:
     """
 
     limit: float = math.inf
-    names: Mapping[Tensor, str] = MappingProxyType({})
+    names: Names = MappingProxyType({})
     by_group: ClassVar[bool] = False
     scales: ClassVar[bool] = True
 
-    def bind(
-        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def bind(self, owner: str, names: Names, optimizer: Optimizer) -> None:
         """Attach the clipper to an optimizer, before the first step.
 
         Args:
@@ -424,35 +425,31 @@ class Clip:
                     "kind that needs norms alone, or an embedding with sparse=False"
                 )
 
+    def match_patterns(self, owner: str, key: str, patterns: Sequence[str]) -> dict[Tensor, str]:
+        """Return the first pattern that each name matches, by parameters of any shape.
 
-def match_patterns(
-    owner: str, key: str, patterns: Sequence[str], names: Mapping[Tensor, str]
-) -> dict[Tensor, str]:
-    """Return the first pattern that each parameter's name matches, for those that match any.
+        Args:
+            owner: name of the optimizer, for messages.
+            key: name of the setting, for messages.
+            patterns: patterns with ``*``, ``?`` and ``[…]`` as in file names, in order.
 
-    Args:
-        owner: name of the optimizer, for messages.
-        key: name of the setting, for messages.
-        patterns: patterns with ``*``, ``?`` and ``[…]`` as in file names, in order.
-        names: names of the optimizer's parameters.
-
-    Raises:
-        ValueError: if no parameter is left for a pattern.
-    """
-    found: dict[Tensor, str] = {}
-    for pattern in patterns:
-        matched = [p for p, name in names.items() if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
-            near = difflib.get_close_matches(pattern, names.values(), n=3, cutoff=0.0)
-            raise ValueError(
-                f"{key} {pattern!r} matches no parameter of the optimizer {owner!r}; "
-                f"the nearest names are {', '.join(near)}"
-            )
-        left = [p for p in matched if p not in found]
-        if not left:
-            raise ValueError(
-                f"{key} {pattern!r} comes too late: earlier patterns take every parameter of the "
-                f"optimizer {owner!r} that it matches, such as {names[matched[0]]}"
-            )
-        found.update(dict.fromkeys(left, pattern))
-    return found
+        Raises:
+            ValueError: if no parameter is left for a pattern.
+        """
+        found: dict[Tensor, str] = {}
+        for pattern in patterns:
+            matched = [p for p, name in self.names.items() if fnmatch.fnmatchcase(name, pattern)]
+            if not matched:
+                near = difflib.get_close_matches(pattern, self.names.values(), n=3, cutoff=0.0)
+                raise ValueError(
+                    f"{key} {pattern!r} matches no parameter of the optimizer {owner!r}; "
+                    f"the nearest names are {', '.join(near)}"
+                )
+            left = [p for p in matched if p not in found]
+            if not left:
+                raise ValueError(
+                    f"{key} {pattern!r} comes too late: earlier patterns take every parameter of "
+                    f"the optimizer {owner!r} that it matches, such as {self.names[matched[0]]}"
+                )
+            found.update(dict.fromkeys(left, pattern))
+        return found

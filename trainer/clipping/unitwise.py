@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trainer import checks
-from trainer.clipping.gradients import Clip, Gradients, is_reliable, joint, match_patterns, norms
+from trainer.clipping.gradients import Clip, Gradients, Names, is_reliable, joint, norms
 
 # Names of the running mean of squares in the states of torch.optim.
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -52,11 +53,9 @@ class AGC(Clip):
         self._excluded: set[Tensor] = set()
         self._shares: dict[Tensor, Tensor] = {}
 
-    def bind(
-        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def bind(self, owner: str, names: Names, optimizer: Optimizer) -> None:
         super().bind(owner, names, optimizer)
-        self._excluded = set(match_patterns(owner, "AGC: exclude", self.exclude, names))
+        self._excluded = set(self.match_patterns(owner, "AGC: exclude", self.exclude))
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
         self.refuse_sparse(gradients)
@@ -118,12 +117,10 @@ class SPAM(checks.Stateful, Clip):
         self.theta = checks.within("SPAM", "theta", theta, 0.0, math.inf, "()")
         self.warmup_steps = checks.whole("SPAM", "warmup_steps", warmup_steps, 0)
         self.steps = 0
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: Optimizer | None = None
         self._bounds: dict[Tensor, Tensor] = {}
 
-    def bind(
-        self, owner: str, names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def bind(self, owner: str, names: Names, optimizer: Optimizer) -> None:
         super().bind(owner, names, optimizer)
         known = type(optimizer).__module__.startswith("torch.optim")
         if known and not isinstance(optimizer, WITH_MOMENTS):
@@ -209,7 +206,7 @@ def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([each.to(found[0].device) for each in found])
 
 
-def _no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
+def _no_moments(optimizer: Optimizer) -> ValueError:
     """Return the error of SPAM for an optimizer without second moments."""
     return ValueError(
         f"SPAM needs the running mean of squares that Adam, AdamW, NAdam, RAdam, RMSprop and "

@@ -35,7 +35,6 @@ from trainer.cli import session
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.environment import environment
 from trainer.cli.folder import RunFolder
-from trainer.cli.output import tolerant_output
 from trainer.compat.toolkit import PACKAGE
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
@@ -246,7 +245,7 @@ def _begin_program(folder: Path) -> None:
             before(type(final), final, final.__traceback__)
 
     _program.callback(log.close)
-    _program.enter_context(tolerant_output())
+    _program.enter_context(session.tolerant_output())
     _program.enter_context(session.messages(log, ["__main__", PACKAGE, *recipe_packages()]))
     _program.enter_context(session.signals_at_safe_points())
     _program.callback(setattr, sys, "excepthook", before)

@@ -8,28 +8,23 @@ them filled in where it is referred to. In addition, references may point forwar
 other in any order; `~/` at the beginning of a text is the home folder; and dates and texts that
 look like sums ("555-1234") are not calculated.
 
-`build` checks every name in the tree with the registry, and then lets HyperPyYAML's constructors
-build from it, in a safe YAML loader (without Python's own tags). Errors name key, file and line.
+`build` checks every name in the tree with the registry before it builds anything from what these
+stand for. Errors name key, file and line.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
 import functools
 import inspect
 import operator
-import pydoc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import ruamel.yaml
-import yaml
-from hyperpyyaml import load_hyperpyyaml
-from ruamel.yaml.loader import SafeLoader
+from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from torch.utils.data import DataLoader
 
@@ -63,15 +58,15 @@ from trainer.config.reading import (
     represent,
     tag,
 )
-from trainer.config.registry import Registry
+from trainer.config.registry import Registry, is_maker
 from trainer.options import at_home, nearest
 
-# Tags that only this module makes; they are refused in a YAML.
-ATTRIBUTE = "!attribute"  # [object, "name.of.attribute"], for `!ref <object.name>`
-PARENTHESES = "!parentheses"  # text that is built as a tuple, such as "(3, 4)"
+# Tag of [object, "name.of.attribute"], for `!ref <object.name>`; it is refused in a YAML.
+ATTRIBUTE = "!attribute"
 STEP = re.compile(r"(^|\.|\[)([^.\[\]]*)")  # the steps of "a[b].c" are "a", "[b" and ".c"
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
+NO_ARITHMETIC = (SyntaxError, TypeError, RecursionError, MemoryError)  # of a path, for example
 # Words of the annotations of parameters that take texts and nothing else.
 TEXT_TYPES = {
     *("class", "str", "None", "NoneType", "typing", "Optional", "Union", "pathlib", "Path", "os"),
@@ -130,56 +125,55 @@ class _Resolver:
             why = "circular" if node in self.active else f"nested more than {MAX_DEPTH} deep"
             raise ValueError(f"{location(node)}: the reference is {why}: {lines}")
         self.active.append(node)
-        result = self._replace(node)
+        result = node
+        if isinstance(node, ScalarNode):
+            if tag(node) in REFERENCES:
+                result = self._reference(node)
+        else:
+            replace_children(node, lambda _, child: self.fill(child))
+            if tag(node).startswith("!applyref:"):
+                result = represent(_apply(node, self.registry), node)
         self.active.pop()
         self.done[node] = self.done[result] = result
         return result
 
-    def _replace(self, node: Node) -> Node:
-        if isinstance(node, ScalarNode):
-            return self._reference(node) if tag(node) in REFERENCES else node
-        replace_children(node, lambda _, child: self.fill(child))
-        if tag(node).startswith("!applyref:"):
-            value = _apply(tag(node).partition(":")[2], node, self.registry)
-            return represent(value, node)
-        return node
-
     def _reference(self, node: ScalarNode) -> Node:
+        """Return what a reference stands for: another node, a text, or the result of a sum."""
         text = str(node.value)
-        whole = REFERENCE.fullmatch(text)
-        if whole:
-            target = self._target(whole[1], node)
-            return self._copy(target) if tag(node) == "!copy" else target
-        if not REFERENCE.search(text):
+        names = REFERENCE.findall(text)
+        if not names:
             return represent(text, node)
-        result = at_home(REFERENCE.sub(lambda match: self._text(match[1], node), text))
+        targets = {name: self._target(name, node) for name in names}
+        if REFERENCE.fullmatch(text):
+            (target,) = targets.values()
+            return self._copy(target) if tag(node) == "!copy" else target
+        values: dict[str, str] = {}
+        for name, target in targets.items():
+            if tag(target) not in PLAIN:
+                read = tag(target) == ATTRIBUTE
+                what = "read from an object" if read else f"an object ({tag(target)})"
+                raise ValueError(
+                    f"{location(node)}: <{name}> is {what}, which cannot be part of a text or of a "
+                    "sum"
+                )
+            values[name] = str(plain(target))
+        result = at_home(REFERENCE.sub(lambda match: values[match[1]], text))
         if len(result) > MAX_TEXT:
             raise ValueError(
                 f"{location(node)}: with its references filled in, the text is longer than "
                 f"{MAX_TEXT} characters"
             )
-        if any(_is_no_number(self._target(name, node)) for name in REFERENCE.findall(text)):
+        if any(map(_is_no_number, targets.values())):
             return represent(result, node)
+        # In parentheses, since -2 ** 2 is -4: a power of <x> is one of its whole value.
+        power = re.sub(rf"(?<![\w.])({REFERENCE.pattern})(?=\s*\*\*)", r"(\1)", text)
         try:
-            # In parentheses, since -2 ** 2 is -4: a power of <x> is one of its whole value.
-            power = re.sub(rf"(?<![\w.])({REFERENCE.pattern})(?=\s*\*\*)", r"(\1)", text)
-            exact = REFERENCE.sub(lambda match: self._text(match[1], node), power)
+            exact = REFERENCE.sub(lambda match: values[match[1]], power)
             return represent(arithmetic(exact), node)
-        except (SyntaxError, TypeError, RecursionError, MemoryError):
-            return represent(result, node)  # not arithmetic: a path, for example
+        except NO_ARITHMETIC:
+            return represent(result, node)
         except (ArithmeticError, ValueError) as error:
             raise ValueError(f"{location(node)}: {result} cannot be evaluated: {error}") from None
-
-    def _text(self, name: str, node: Node) -> str:
-        target = self._target(name, node)
-        if tag(target) not in PLAIN:
-            what = (
-                "read from an object" if tag(target) == ATTRIBUTE else f"an object ({tag(target)})"
-            )
-            raise ValueError(
-                f"{location(node)}: <{name}> is {what}, which cannot be part of a text or of a sum"
-            )
-        return str(plain(target))
 
     def _copy(self, target: Node) -> Node:
         self.copied += expanded_size(target)
@@ -198,8 +192,7 @@ class _Resolver:
                 branch = self.fill(branch)
             below = dict(items(branch))
             if before == "." and (tag(branch) not in PLAIN or isinstance(branch, ScalarNode)):
-                attribute = ".".join(each for _, each in steps[count:])
-                return _attribute_node(self.fill(branch), attribute, node)
+                return _attribute_node(self.fill(branch), [each for _, each in steps[count:]], node)
             if step not in below:
                 raise ValueError(
                     f"{location(node)}: the reference <{name}> leads nowhere: there is no {step!r}"
@@ -218,8 +211,9 @@ class _Resolver:
         return bool(first) and all(get(self.root, each) not in (None, node) for each in first)
 
 
-def _attribute_node(owner: Node, name: str, node: Node) -> Node:
-    if any(not part.isidentifier() or part.startswith("_") for part in name.split(".")):
+def _attribute_node(owner: Node, names: list[str], node: Node) -> Node:
+    name = ".".join(names)
+    if any(not each.isidentifier() or each.startswith("_") for each in names):
         raise ValueError(
             f"{location(node)}: {name!r} is not a public attribute; references may not read others"
         )
@@ -233,7 +227,7 @@ def _is_no_number(node: Node) -> bool:
         return tag(node) == TIMESTAMP
     try:
         return isinstance(arithmetic(node.value), (int, float))
-    except (SyntaxError, TypeError, RecursionError, MemoryError):
+    except NO_ARITHMETIC:
         return False
     except (ArithmeticError, ValueError):
         return True
@@ -268,48 +262,37 @@ def _evaluate(node: ast.AST) -> Any:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = _evaluate(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        left, right = _evaluate(node.left), _evaluate(node.right)
-        if isinstance(node.op, ast.Pow) and abs(right) > MAX_POWER:
-            raise OverflowError(f"an exponent may be at most {MAX_POWER}")
-        if isinstance(left, str) or isinstance(right, str):
-            _check_text(node.op, left, right)
-        result = _BINARY[type(node.op)](left, right)
-        if isinstance(result, int) and result.bit_length() > MAX_BITS:
-            raise OverflowError(f"the number has more than {MAX_BITS} bits")
-        return result
-    raise TypeError(type(node).__name__)
-
-
-def _check_text(operation: ast.AST, left: Any, right: Any) -> None:
-    """Raise OverflowError for a repetition or a format that would make a huge text."""
+    if not isinstance(node, ast.BinOp) or type(node.op) not in _BINARY:
+        raise TypeError(type(node).__name__)
+    left, right = _evaluate(node.left), _evaluate(node.right)
+    if isinstance(node.op, ast.Pow) and abs(right) > MAX_POWER:
+        raise OverflowError(f"an exponent may be at most {MAX_POWER}")
     text, other = (left, right) if isinstance(left, str) else (right, left)
-    long = (
-        isinstance(operation, ast.Mult) and isinstance(other, int) and len(text) * other > MAX_TEXT
-    )
-    if long or (isinstance(operation, ast.Mod) and re.search(r"%[^%a-zA-Z]*\d{4}", text)):
-        raise OverflowError(f"the text is too long; allowed are {MAX_TEXT} characters")
+    if isinstance(text, str):
+        repeated = isinstance(node.op, ast.Mult) and isinstance(other, int)
+        wide = isinstance(node.op, ast.Mod) and re.search(r"%[^%a-zA-Z]*\d{4}", text)
+        if (repeated and len(text) * other > MAX_TEXT) or wide:
+            raise OverflowError(f"the text is too long; allowed are {MAX_TEXT} characters")
+    result = _BINARY[type(node.op)](left, right)
+    if isinstance(result, int) and result.bit_length() > MAX_BITS:
+        raise OverflowError(f"the number has more than {MAX_BITS} bits")
+    return result
 
 
-def _apply(name: str, node: Node, registry: Registry) -> Any:
-    """Call the function of an `!applyref:name` with the plain arguments in its node.
-
-    Raises:
-        BuildError: the name is not allowed, makes an object, or the call fails.
-    """
+def _apply(node: Node, registry: Registry) -> Any:
+    """Call the function of an `!applyref:name` with the plain arguments in its node."""
+    name = object_name(node)
     kind, plain_tag = (MappingNode, MAP) if isinstance(node, MappingNode) else (SequenceNode, SEQ)
     try:
         function, values = registry.locate(name), plain(kind(plain_tag, node.value))
-        if pretrained.is_maker(function):
+        if is_maker(function):
             raise ValueError(f"{name} makes an object, which !apply:{name} is for")
     except ValueError as error:
         raise BuildError(f"{location(node)}: {error}") from error
+    both = isinstance(values, dict) and set(values) == {"_args", "_kwargs"}
+    args, kwargs = (values["_args"], values["_kwargs"]) if both else (values, {})
     try:
-        if isinstance(values, list):
-            return function(*values)
-        if set(values) == {"_args", "_kwargs"}:
-            return function(*values["_args"], **values["_kwargs"])
-        return function(**values)
+        return function(*args, **kwargs) if isinstance(args, list) else function(**args)
     except Exception as error:
         raise BuildError(f"{location(node)}: {name} failed: {error}") from error
 
@@ -318,126 +301,141 @@ def _apply(name: str, node: Node, registry: Registry) -> Any:
 
 
 def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
-    """Build the values of a resolved tree, once every name in it is checked.
+    """Build the values of a resolved tree by key, once every name in it is checked.
 
-    Args:
-        root: the tree, as `resolve` returns it; its nodes are changed.
-        registry: the allow-list.
-
-    Returns:
-        The values by key.
+    Values of keys that begin with ``__`` are built and left out.
 
     Raises:
-        ValueError: a name is not allowed or does not exist, or arguments do not fit; the message
-            names key, file and line.
+        ValueError: a name is not allowed or does not exist, or arguments do not fit.
     """
-    # The first key and the location of each node, for messages.
-    places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
-    targets: dict[Node, Any] = {}
-    makers: dict[str, Callable[..., Any]] = {}
-    for node in nodes(root):
+    builder = _Builder(root, registry)
+    values = {key.value: builder.value(node) for key, node in root.value}
+    return {key: value for key, value in values.items() if not key.startswith("__")}
+
+
+class _Builder:
+    """Builds each node of a tree once; errors name key, file and line."""
+
+    def __init__(self, root: Node, registry: Registry) -> None:
+        self.registry = registry
+        self.scalar = YAML(typ="safe", pure=True).constructor.construct_document
+        # The first key and the location of each node, for messages.
+        self.places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
+        self.targets: dict[Node, Any] = {}
+        self.makers: dict[Node, Callable[..., Any]] = {}  # to call in place of targets
+        self.built: dict[Node, Any] = {}
+        for node in nodes(root):
+            if object_name(node):
+                try:
+                    self.targets[node] = target = _check_object(node, registry)
+                    if is_maker(target):
+                        self.makers[node] = pretrained.maker(node, target, registry.downloads)
+                except ValueError as error:
+                    raise BuildError(f"{self.places[node]}: {error}") from error
+        for node in self.targets:
+            if not registry.is_own(object_name(node)) and self._takes_loader(node):
+                raise BuildError(
+                    f"{self.places[node]}: {object_name(node).removeprefix('builtins.')} takes no "
+                    "DataLoader, whose worker processes it could start; give the dataset and the "
+                    "arguments of its loader instead"
+                )
+
+    def _takes_loader(self, node: Node) -> bool:
+        """Return True for an object with a DataLoader among its arguments, or within one."""
+        return any(
+            (inspect.isclass(kind := self.targets.get(each)) and issubclass(kind, DataLoader))
+            or (tag(each) != ATTRIBUTE and self._takes_loader(each))
+            for each in children(node)
+        )
+
+    def value(self, node: Node) -> Any:
+        """Return the value of a node, built with everything below it."""
+        if node in self.built:
+            return self.built[node]
+        try:
+            self.built[node] = self._make(node)
+        except BuildError:
+            raise
+        except Exception as error:
+            known = isinstance(error, (TypeError, ValueError))
+            reason = error if known else f"{type(error).__name__}: {error}"
+            what = object_name(node).removeprefix("builtins.") or tag(node)
+            raise BuildError(f"{self.places[node]}: {what} could not be built: {reason}") from error
+        return self.built[node]
+
+    def _make(self, node: Node) -> Any:
         if is_tuple(node):
-            node.tag = PARENTHESES
-        elif object_name(node):
+            return _tuple(node.value, self.places[node])
+        if isinstance(node, ScalarNode):
+            return self.scalar(node)
+        args: list[Any] = []
+        kwargs: dict[Any, Any] = {}
+        is_mapping = isinstance(node, MappingNode)
+        if is_mapping:
+            kwargs = {self.scalar(key): self.value(each) for key, each in node.value}
+        else:
+            args = [self.value(each) for each in node.value]
+        if tag(node) == ATTRIBUTE:
+            owner, attribute = args
+            return self._attribute(owner, attribute, self.places[node])
+        if tag(node) == (MAP if is_mapping else SEQ):
+            return kwargs if is_mapping else args
+        if node not in self.targets:
+            raise ValueError(f"the tag {tag(node)} is not allowed here")
+        target = self.makers.get(node, self.targets[node])
+        if node in self.makers or tag(node).startswith(("!new:", "!apply:")):
+            return target(*args, **kwargs)
+        return functools.partial(target, *args, **kwargs) if args or kwargs else target
+
+    def _attribute(self, value: Any, name: str, place: str) -> Any:
+        """Read the attribute of a built object that a `!ref <object.attribute>` names."""
+        for part in name.split("."):
             try:
-                targets[node] = _check_object(node, registry)
-                make = pretrained.maker(node, targets[node], registry.downloads)
-                makers |= {} if make is None else {tag(node): make}
+                value = self.registry.read(value, part)
+            except AttributeError:
+                known = [each for each in dir(value) if not each.startswith("_")]
+                raise BuildError(
+                    f"{place}: {type(value).__name__} has no attribute {part!r}"
+                    f"{nearest(part, known)}"
+                ) from None
             except ValueError as error:
-                raise BuildError(f"{places[node]}: {error}") from error
-    for node in targets:
-        if not registry.is_own(object_name(node)) and _takes_loader(node, targets):
-            raise BuildError(
-                f"{places[node]}: {object_name(node).removeprefix('builtins.')} takes no "
-                "DataLoader, whose worker processes it could start; give the dataset and the "
-                "arguments of its loader instead"
-            )
-    try:
-        loader = _loader(root, places, registry)
-        for name, make in makers.items():
-            loader.add_constructor(name, functools.partial(_construct, make))
-        values: dict[str, Any] = load_hyperpyyaml("{}", loader=loader)
-    finally:
-        # HyperPyYAML changes this default while it loads; an error would leave it changed.
-        for library in (yaml, ruamel.yaml):
-            library.constructor.BaseConstructor.construct_object.__defaults__ = (False,)
-    return values
-
-
-def _loader(root: Node, places: dict[Node, str], registry: Registry) -> type[SafeLoader]:
-    """Make a loader class for one tree, so that nothing is registered for other YAML files."""
-
-    class Loader(SafeLoader):
-        def get_single_node(self) -> Any:
-            """Return the tree; the text is ignored."""
-            return root
-
-        def construct_object(self, node: Any, deep: bool = True) -> Any:
-            """Construct a value with everything below it; errors name key, file and line."""
-            try:
-                return super().construct_object(node, deep=True)
-            except BuildError:
-                raise
-            except Exception as error:
-                # HyperPyYAML puts a sentence of its own before the message of a TypeError.
-                reason = error.args[-1] if error.args else error
-                if not isinstance(error, (TypeError, ValueError)):
-                    reason = f"{type(error).__name__}: {error}"
-                what = object_name(node).removeprefix("builtins.") or tag(node)
-                raise BuildError(f"{places[node]}: {what} could not be built: {reason}") from error
-
-        @classmethod
-        def add_implicit_resolver(cls, tag: Any, regexp: Any, first: Any) -> None:
-            """Ignore HyperPyYAML's rule for tuples: it would hold for all YAML of this process."""
-
-    def attribute(loader: Any, node: Node) -> Any:
-        owner, name = loader.construct_sequence(node, deep=True)
-        return _attribute(owner, name, places[node], registry)
-
-    Loader.add_constructor(ATTRIBUTE, attribute)
-    Loader.add_constructor(PARENTHESES, lambda _, node: _tuple(node.value, places[node]))
-    return Loader
-
-
-def _construct(make: Callable[..., Any], loader: Any, node: Node) -> Any:
-    """Call a function with the arguments of a node."""
-    if isinstance(node, SequenceNode):
-        return make(*loader.construct_sequence(node, deep=True))
-    return make(**loader.construct_mapping(node, deep=True))
-
-
-def _takes_loader(node: Node, targets: dict[Node, Any]) -> bool:
-    """Return True for an object with a DataLoader among its arguments, or within one."""
-    return any(
-        (inspect.isclass(targets.get(each)) and issubclass(targets[each], DataLoader))
-        or (tag(each) != ATTRIBUTE and _takes_loader(each, targets))
-        for each in children(node)
-    )
+                raise BuildError(f"{place}: {error}") from error
+            except Exception as error:  # of a property
+                kind = f"{type(value).__name__} failed: {type(error).__name__}"
+                raise BuildError(f"{place}: reading {part!r} of a {kind}: {error}") from error
+        return value
 
 
 def _check_object(node: Node, registry: Registry) -> Any:
     """Check that a node may be built from its arguments, and return the object that it names.
 
     Numbers in place of texts become the texts that they are in the YAML.
-
-    Raises:
-        ValueError: the name is not allowed, or the arguments do not fit.
     """
     name = object_name(node)
     prefix = tag(node).removesuffix(name)
     target = registry.locate(name)
-    # A bare built-in name would import a file of that name.
-    full = f"builtins.{name}" if target is getattr(builtins, name, None) else name
-    again = pydoc.locate(full)  # HyperPyYAML is going to look it up like this.
-    if again is not target and not (inspect.isroutine(target) and again == target):
-        raise ValueError(f"{name} is both a module and something else; give its full name")
-    node.tag = f"{prefix}{full}"
-    if inspect.isclass(target) and prefix == "!apply:":
-        raise ValueError(f"{name} is a class, which !new:{name} builds; !apply: calls a function")
-    if inspect.isroutine(target) and prefix == "!new:":
-        raise ValueError(f"{name} is a function, which !apply:{name} calls; !new: builds a class")
+    is_class, is_function = inspect.isclass(target), inspect.isroutine(target)
+    fits = {
+        "!new:": is_class,
+        "!apply:": is_function,
+        "!name:": is_class or is_function or not node.value,
+        "!module:": inspect.ismodule(target) and not node.value,
+    }
+    if not fits[prefix]:
+        what = f"{target!r:.200}, for which {prefix} is not made"
+        if is_class:
+            what = f"a class, which !new:{name} builds; !apply: calls a function"
+        elif is_function:
+            what = f"a function, which !apply:{name} calls; !new: builds a class"
+        raise ValueError(f"{name} is {what}")
+    below = {key for each in nodes(node) for key, _ in items(each)}
+    if name.startswith(pretrained.PACKAGES) or "trust_remote_code" in below:
+        pretrained.check_arguments(node)
     known = signature(target)
-    if known is None or prefix == "!module:" or pretrained.takes_any_keyword(target):
+    # A configuration class keeps any keyword, and the signature of `from_config` lacks some.
+    bases = getattr(target, "__mro__", ())
+    takes_any = is_maker(target) or "pretrainedconfig" in {each.__name__.lower() for each in bases}
+    if known is None or prefix == "!module:" or takes_any:
         return target
     keys = dict(items(node)) if isinstance(node, MappingNode) else {}
     bind = known.bind_partial if prefix == "!name:" else known.bind
@@ -495,24 +493,6 @@ def signature(target: Any) -> inspect.Signature | None:
         return inspect.signature(target)
     except (TypeError, ValueError):  # Some compiled callables have none.
         return None
-
-
-def _attribute(value: Any, name: str, place: str, registry: Registry) -> Any:
-    """Read the attribute of a built object that a `!ref <object.attribute>` names."""
-    for part in name.split("."):
-        try:
-            value = registry.read(value, part)
-        except AttributeError:
-            known = [each for each in dir(value) if not each.startswith("_")]
-            raise BuildError(
-                f"{place}: {type(value).__name__} has no attribute {part!r}{nearest(part, known)}"
-            ) from None
-        except ValueError as error:
-            raise BuildError(f"{place}: {error}") from error
-        except Exception as error:  # of a property
-            kind = f"{type(value).__name__} failed: {type(error).__name__}"
-            raise BuildError(f"{place}: reading {part!r} of a {kind}: {error}") from error
-    return value
 
 
 def _tuple(text: str, place: str) -> tuple[Any, ...]:

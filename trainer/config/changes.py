@@ -64,21 +64,13 @@ MAX_SUFFIX = 80  # characters
 
 @dataclass(frozen=True)
 class Change:
-    """Key whose value differs from that of an earlier start.
-
-    Args:
-        key: the key, dotted.
-        old: the former value; "absent" if there was none.
-        new: the present value; "absent" if there is none.
-        kind: effect on the run: see this module.
-        note: text that messages add.
-    """
+    """Key whose value differs from that of an earlier start."""
 
     key: str
-    old: Any
-    new: Any
+    old: Any  # "absent" if there was none
+    new: Any  # "absent" if there is none
     kind: Kind
-    note: str = ""
+    note: str = ""  # which messages add
 
     def __str__(self) -> str:
         old, new = self.old, self.new
@@ -99,7 +91,6 @@ class Settings:
         registry: resolves the names of `!applyref:`.
 
     Attributes:
-        registry: as given.
         resolved: the tree with references filled in.
         written: nodes as they are written, by key.
         values: plain values and tags of objects in force, by key.
@@ -118,35 +109,28 @@ class Settings:
         meant = translated({name: found[name] for name in RENAMED if name in found})
         found = {k: v for k, v in (meant | found).items() if k.partition(".")[0] not in NAMES}
         given = {key.partition(".")[0] for key in found}
-        defaults = vars(RunOptions()).items()
-        self.values = {k: v for k, v in defaults if k not in given} | found
-        self._listed = dict(self._read_lists())
-        self._extended = self._find_extended()
-
-    def _read_lists(self) -> Iterator[tuple[str, Kind]]:
+        self.values = {k: v for k, v in vars(RunOptions()).items() if k not in given} | found
+        self._listed: dict[str, Kind] = {}
         for name, kind in LISTS.items():
             node = get(self.resolved, name)
-            names = plain(node) if node is not None and tag(node) in PLAIN else node
-            if names is not None and not (
-                isinstance(names, list) and all(isinstance(each, str) for each in names)
-            ):
+            keys = plain(node) if node is not None and tag(node) in PLAIN else node
+            if keys is None:
+                continue
+            if not isinstance(keys, list) or not all(isinstance(each, str) for each in keys):
                 raise ValueError(f"{name} must be a list of keys, such as [epochs]")
-            for each in names or ():
+            for each in keys:
                 if each not in self.written and each not in METADATA:
                     hint = nearest(each, self.written)
                     raise ValueError(f"{name} names {each!r}, which is no key of the YAML{hint}")
-                yield each, kind
-
-    def _find_extended(self) -> set[str]:
-        """Return the keys to which extending keys refer, as far as each refers to one key only."""
-        found: set[str] = set()
+                self._listed[each] = kind
+        # Keys to which extending keys refer, as far as each refers to one key only.
+        self._extended: set[str] = set()
         waiting = [key for key in self.written if self._kind_by_place(key) == "extending"]
         while waiting:
             names = _referred(self.written.get(waiting.pop()))
-            new = {self.origin(name) for name in names[:1] if len(names) == 1} - found
-            found |= new
-            waiting += new
-        return found
+            if len(names) == 1 and (origin := self.origin(names[0])) not in self._extended:
+                self._extended.add(origin)
+                waiting.append(origin)
 
     def origin(self, key: str) -> str:
         """Return the key that a key is a mere reference to, else the key itself."""
@@ -158,35 +142,28 @@ class Settings:
         return key
 
     def kind(self, key: str, old: Any = "") -> Kind:
-        """Return the kind of a key by its name and its place.
-
-        Args:
-            key: the key, dotted.
-            old: the former value. A path is neutral only if it was one before: a path in place of
-                null may switch on a part of the training.
-        """
-        by_place = self._kind_by_place(key)
-        if by_place is not None:
+        """Return the kind of a key by its name, its place and its former value."""
+        if (by_place := self._kind_by_place(key)) is not None:
             return by_place
         if key in self._extended:
             return "extending"
         name = next((each for each in reversed(key.split(".")) if not each.isdigit()), "")
-        texts = isinstance(old, str) and isinstance(self.values.get(key, ""), str)
-        if PATH.fullmatch(name) and not (texts and old != ABSENT):
-            return "training"
-        return "neutral" if is_place(name) or EVALUATION.fullmatch(key) else "training"
+        if PATH.fullmatch(name):  # One in place of null may switch on a part of the training.
+            texts = isinstance(old, str) and isinstance(self.values.get(key, ""), str)
+            return "neutral" if texts and old != ABSENT else "training"
+        return "neutral" if PLACE.fullmatch(name) or EVALUATION.fullmatch(key) else "training"
 
     def _kind_by_place(self, key: str) -> Kind | None:
         """Return the kind that a list of keys, a run option or an object gives a key."""
-        head = key.partition(".")[0]
         for prefix in _prefixes(key):
             if prefix in self._listed:
                 return self._listed[prefix]
+        head = key.partition(".")[0]
         head = RENAMED[head][0] if head in RENAMED else head
-        if head in LISTS or head in NAMES or (head in METADATA and METADATA[head].transient):
-            return "neutral"
         if head in METADATA:
-            return METADATA[head].kind
+            return "neutral" if METADATA[head].transient else METADATA[head].kind
+        if head in LISTS or head in NAMES:
+            return "neutral"
         for prefix in _prefixes(key):
             name = object_name(self.written[prefix]) if prefix in self.written else ""
             if RECORDING.search(name):
@@ -198,12 +175,8 @@ class Settings:
     def suffix(self, overridden: Mapping[str, Any]) -> str:
         """Return the end of a folder's name that tells runs apart, such as "-lr=0.1-width=64".
 
-        Args:
-            overridden: the former value of each key that was changed. Only training keys become
-                part of the name.
-
-        Returns:
-            Keys and values; a hash of them if they have more than `MAX_SUFFIX` characters.
+        It has the training keys of `overridden`, former values by key, or a hash if it is longer
+        than `MAX_SUFFIX` characters.
         """
         text = "".join(
             f"-{quote(key)}={quote(self._text(key), safe=',+')}"
@@ -227,11 +200,11 @@ class Settings:
         A key that merely refers to a changed one, or is computed from a training key that has
         changed, is left out.
         """
-        pairs = {
-            key: (before.values.get(key, ABSENT), self.values.get(key, ABSENT))
-            for key in sorted({*before.values, *self.values})
-        }
-        changed = {key: pair for key, pair in pairs.items() if not _same(*pair)}
+        changed: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*before.values, *self.values}):
+            pair = before.values.get(key, ABSENT), self.values.get(key, ABSENT)
+            if not _same(*pair):
+                changed[key] = pair
 
         def follows(key: str) -> bool:
             """Return True for a key at or below a reference that is written as before."""

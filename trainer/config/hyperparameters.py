@@ -33,6 +33,7 @@ from trainer.config.reading import (
     SEQ,
     STR,
     TIMESTAMP,
+    Keys,
     children,
     expanded_size,
     find,
@@ -123,12 +124,10 @@ def load_hparams(
         ValueError: the file or an override is wrong; the message names key, file and line.
         FileNotFoundError: there is no such file.
     """
+    if not isinstance(overrides, Mapping | None):
+        raise ValueError(f"overrides must be a mapping, such as {{'lr': 0.1}}, not {overrides!r}")
     with no_modules_from(Path(path).parent) if run_folder else nullcontext():
         configuration = Configuration(path, allow, run_folder=run_folder)
-        if not isinstance(overrides, Mapping | None):
-            raise ValueError(
-                f"overrides must be a mapping, such as {{'lr': 0.1}}, not {overrides!r}"
-            )
         configuration.override(overrides or {})
         return configuration.build()
 
@@ -156,14 +155,14 @@ class Configuration:
         if run_folder:
             confined(self.folder, path)
         self.root, self.comments = reading.read(path, alone=run_folder)
-        torn = reading.torn_tuple(self.root)
-        if torn is not None:
+        if (torn := reading.torn_tuple(self.root)) is not None:
             logger.warning("%s: %r is a text: %s", location(torn), torn.value, TORN)
         for key, node in items(self.root):
             if object_name(node) in SEEDING and not run_folder:
                 self._seed(key, node)
         for name, value in items(self.root):
-            if _takes_text(name) and tag(value) in (INT, FLOAT, TIMESTAMP):  # such as 007
+            is_text = HINTS.get(name) in (str, str | None)
+            if is_text and tag(value) in (INT, FLOAT, TIMESTAMP):  # such as 007
                 put(self.root, name, represent(value.value, value))
 
     def _seed(self, key: str, node: Node) -> None:
@@ -173,7 +172,7 @@ class Configuration:
         """
         arguments = dict(items(node))
         given = arguments.get("0") or arguments.get("seed")
-        if given is None or not str(node.tag).startswith("!apply:"):
+        if given is None or not tag(node).startswith("!apply:"):
             return  # Refused as any other function.
         own = get(self.root, "seed")
         value = summary(self._followed(given))
@@ -207,14 +206,14 @@ class Configuration:
         return list(self._described(self.root, ()))
 
     def _described(self, node: MappingNode, at: tuple[str, ...]) -> Iterable[Key]:
-        for key, value in node.value:
-            path = (*at, str(key.value))
+        for key, value in items(node):
+            path = (*at, key)
             yield Key(".".join(path), summary(value), self.comments.get(path, ""))
             if isinstance(value, MappingNode):
                 yield from self._described(value, path)
 
     def is_flag(self, name: str) -> bool:
-        """Return True if `name`, dotted, is a boolean run option or a boolean key of the YAML."""
+        """Return True if a dotted name is a boolean run option or a boolean key of the YAML."""
         node = find(self.root, name)
         return HINTS.get(name) is bool if node is None else tag(node) == BOOL
 
@@ -231,37 +230,48 @@ class Configuration:
         """
         for key, value in changes.items():
             name = current_name(str(key))
-            whole = get(self.root, name) is not None
-            self._override(self.root, {name: value} if whole else _nested(name, value), ())
+            if get(self.root, name) is None:
+                name, *below = name.split(".")
+                for each in reversed(below):
+                    value = {each: value}
+            self._override(self.root, {name: value}, ())
         expanded_size(self.root)
 
     def _override(
-        self,
-        node: MappingNode,
-        changes: Mapping[str, Any],
-        at: tuple[str, ...],
-        copied: bool = False,
+        self, node: MappingNode, changes: Mapping[str, Any], at: Keys, copied: bool = False
     ) -> None:
         for key, value in changes.items():
             path = (*at, str(key))
-            old = get(node, str(key))
+            name, old = ".".join(path), get(node, path[-1])
             if old is None:
                 self._check_new(node, path)
-            if isinstance(value, Mapping) and isinstance(old, MappingNode):
-                own = self._own(old, path)
-                if own is not old and not copied:
-                    self._warn_of_aliases(old, path)
-                put(node, str(key), own)
-                self._override(own, value, path, copied or own is not old)
-                continue
-            if not copied:
-                self._warn_of_aliases(old, path)
-            if len(path) == 1 and key in HINTS:
-                put(node, str(key), option_node(str(key), value))
+            uses = self._uses(old)
+            below = isinstance(value, Mapping) and isinstance(old, MappingNode)
+            shared = below and len(uses) > 1
+            if shared and object_name(old):  # It stays one object, changed where it is defined.
+                if name != uses[0]:
+                    raise ValueError(
+                        f"{name} is {uses[0]} ({location(old)}), of which it is an alias: change "
+                        f"that, or {name} as a whole"
+                    )
+                shared = False
+            elif len(uses) > 1 and uses[0] == name and not copied:
+                logger.warning(
+                    f"{name} alone is changed: its aliases ({', '.join(uses[1:])}) keep the YAML's "
+                    f"value; !ref <{name}> follows"
+                )
+            if shared:
+                old = copy.copy(old)
+                old.value = [(copy.copy(each), child) for each, child in old.value]
+                put(node, path[-1], old)
+            if below:
+                self._override(old, value, path, copied or shared)
+            elif name in HINTS:
+                put(node, name, option_node(name, value))
             else:
-                put(node, str(key), _converted(old, value, ".".join(path)))
+                put(node, path[-1], _converted(old, value, name))
 
-    def _uses(self, node: Node) -> list[str]:
+    def _uses(self, node: Node | None) -> list[str]:
         """Return the keys of a node: several if it has an alias or is merged in elsewhere."""
         found: dict[tuple[Node, str], str] = {}
         for name, parent in paths(self.root):
@@ -271,41 +281,11 @@ class Configuration:
         names = {*found.values()}  # in the order of the file, so that the anchor comes first
         return [name for name, each in paths(self.root) if each is node and name in names]
 
-    def _own(self, node: MappingNode, path: tuple[str, ...]) -> MappingNode:
-        """Return a mapping that may be changed below the key `path` and is not changed elsewhere.
-
-        An object with an alias stays one object, which is changed where it is defined.
-        """
-        uses, name = self._uses(node), ".".join(path)
-        if len(uses) == 1:
-            return node
-        if object_name(node):
-            if name == uses[0]:
-                return node
-            raise ValueError(
-                f"{name} is {uses[0]} ({location(node)}), of which it is an alias: change that, or "
-                f"{name} as a whole"
-            )
-        own = copy.copy(node)
-        own.value = [(copy.copy(key), value) for key, value in node.value]
-        return own
-
-    def _warn_of_aliases(self, node: Node | None, path: tuple[str, ...]) -> None:
-        """Warn that aliases keep the value of a key that is changed."""
-        name = ".".join(path)
-        uses = [] if node is None else self._uses(node)
-        if len(uses) > 1 and uses[0] == name:
-            logger.warning(
-                "%s alone is changed: its aliases (%s) keep the YAML's value; !ref <%s> follows",
-                name, ", ".join(uses[1:]), name,
-            )  # fmt: skip
-
-    def _check_new(self, node: MappingNode, path: tuple[str, ...]) -> None:
+    def _check_new(self, node: MappingNode, path: Keys) -> None:
         """Raise ValueError unless a key that the YAML does not have may be added."""
         *above, key = path
         name, parent = ".".join(path), ".".join(above)
         known = [each for each, _ in items(node)]
-        dotted = [each.name for each in self.described()]
         target = object_name(node)
         hint = ""
         if not above:
@@ -327,6 +307,7 @@ class Configuration:
         else:
             problem = f"there is no key {name!r} below {parent} ({location(node)})"
         if key not in known:
+            dotted = [each.name for each in self.described()]
             raise ValueError(f"{problem}{nearest_key(name, known, dotted) or hint}")
 
     def options(self) -> dict[str, Any]:
@@ -337,10 +318,9 @@ class Configuration:
         """
         values: dict[str, Any] = {}
         for name, node in items(self._resolved()):
+            takes_object = Any in typing.get_args(HINTS.get(name))
             try:
-                if name in HINTS and not (
-                    Any in typing.get_args(HINTS[name]) and _holds_object(node)
-                ):
+                if name in HINTS and not (takes_object and _holds_object(node)):
                     values[name] = checked(name, plain(node))
                 elif name in NAMES and not _holds_object(node):
                     values[name] = plain(node)
@@ -351,33 +331,24 @@ class Configuration:
         return translated(values)
 
     def build(self) -> dict[str, Any]:
-        """Build the objects.
-
-        Returns:
-            The values by key.
-
-        Raises:
-            ValueError: as `load_hparams` does.
-        """
+        """Build the objects, and return the values by key; errors are those of `load_hparams`."""
         return building.build(self.checked(), self.registry)
 
-    def check(self) -> None:
+    def checked(self) -> MappingNode:
         """Check the references, and in a run folder the objects, whose modules are imported.
+
+        Returns:
+            A copy of the tree without references and without what only training needs.
 
         Raises:
             ValueError: a reference is wrong, or an object is not allowed.
         """
-        self.checked()
-
-    def checked(self) -> MappingNode:
-        """Return a copy of the tree without references and without what only training needs."""
         root = self._resolved()
-        if isinstance(self.registry, RunFolderRegistry):
-            pop(root, "logger")  # Nothing is recorded in a run folder that is only opened.
         for key, value in list(root.value):
             if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)
         if isinstance(self.registry, RunFolderRegistry):
+            pop(root, "logger")  # Nothing is recorded in a run folder that is only opened.
             check_objects(root, self.registry, self.folder)
         return root
 
@@ -396,18 +367,6 @@ class Configuration:
         for name in ("overwrite", "change_hparams"):
             pop(root, name)
         return reading.dump(root)
-
-
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    """Return the nested mapping of a dotted name: {"a": {"b": 1}} for "a.b" and 1."""
-    head, _, rest = name.partition(".")
-    return {head: _nested(rest, value) if rest else value}
-
-
-def _takes_text(name: str) -> bool:
-    """Return True for the name of a run option that is a text."""
-    hint = HINTS.get(name)
-    return {*(typing.get_args(hint) or [hint])} <= {str, type(None)}
 
 
 def option_node(name: str, value: Any) -> Node:
@@ -433,24 +392,22 @@ def _holds_object(node: Node) -> bool:
 def _converted(old: Node | None, value: Any, name: str) -> Node:
     """Convert the new value of a key to a node, which must have the type of the default `old`."""
     kind = NULL if old is None else SEQ if is_tuple(old) else tag(old)
+    style = getattr(old, "style", None)
     if kind == STR and isinstance(value, Text) and not value.startswith("!"):
         text = _typed_text(value, name)
-        style = getattr(old, "style", None)
         return represent(None) if text is None else ScalarNode(STR, text, style=style)
     new = _to_node(value, name)
-    if kind == STR and is_tuple(new) and getattr(old, "style", None):
-        new = ScalarNode(STR, new.value, style='"')  # a text in quotes stays one
+    if kind == STR and is_tuple(new) and style:
+        return ScalarNode(STR, new.value, style='"')  # a text in quotes stays one
     if kind in (INT, FLOAT) and new.value in ("inf", "-inf"):
         return represent(float(new.value))
     words, fitting = KINDS.get(kind, ("", ()))
     fits = tag(new) in fitting or (kind == SEQ and is_tuple(new))
-    if fitting and tag(new) in PLAIN and not fits:
-        assert old is not None  # NULL has no fitting tags.
-        words = "a tuple" if is_tuple(old) else words
+    if old is not None and fitting and tag(new) in PLAIN and not fits:
         given = repr(summary(new)) if tag(new) == STR else summary(new) or "a mapping"
         raise ValueError(
-            f"{name} must be {words}, as its default {summary(old) or '{…}'} is ({location(old)}), "
-            f"not {given}"
+            f"{name} must be {'a tuple' if is_tuple(old) else words}, as its default "
+            f"{summary(old) or '{…}'} is ({location(old)}), not {given}"
         )
     if isinstance(old, ScalarNode) and tag(old) in ("!ref", "!copy") and tag(new) == MAP:
         raise ValueError(
@@ -472,19 +429,19 @@ def _typed_text(value: Text, name: str, null: bool = True) -> str | None:
 
 def _to_node(value: Any, name: str) -> Node:
     """Convert any value to a node: `Text` is read as YAML, mappings key by key."""
-    if isinstance(value, Text):
-        if value == "None":
-            return represent(_typed_text(value, name))
-        node = reading.compose(value, f"--{name}")
-        if reading.torn_tuple(node) is not None:
-            raise ValueError(f"--{name}: {TORN}")
-        return node
     if isinstance(value, Mapping):
-        node = mapping()
+        below = mapping()
         for key, each in value.items():
-            put(node, str(key), _to_node(each, f"{name}.{key}"))
-        return node
-    return represent(value)
+            put(below, str(key), _to_node(each, f"{name}.{key}"))
+        return below
+    if not isinstance(value, Text):
+        return represent(value)
+    if value == "None":
+        return represent(_typed_text(value, name))
+    node = reading.compose(value, f"--{name}")
+    if reading.torn_tuple(node) is not None:
+        raise ValueError(f"--{name}: {TORN}")
+    return node
 
 
 def summary(node: Node) -> str:

@@ -9,7 +9,6 @@ files when it builds its objects, after it has opened its folder. `load_hparams`
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,6 @@ from torch.nn import Module
 from trainer.config.reading import PLAIN, items, location, nodes, object_name, plain, represent, tag
 
 PACKAGES = ("transformers.", "peft.")
-MAKERS = ("from_pretrained", "from_config")
 # Arguments by which a model brings code, or files that are no safetensors: the values allowed.
 BOUND: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
@@ -39,55 +37,37 @@ BOUND: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def is_maker(target: Any) -> bool:
-    """Return True for a class method of transformers that makes a model or a tokenizer.
-
-    It may be that of a subclass elsewhere, which inherits it.
-    """
-    own = inspect.isclass(getattr(target, "__self__", None)) and target.__name__ in MAKERS
-    return own and str(target.__module__).startswith("transformers.")
-
-
-def takes_any_keyword(target: Any) -> bool:
-    """Return True for a callable whose signature lacks arguments that it takes.
-
-    A configuration class keeps any keyword. The signature that transformers gives `from_config` of
-    its Auto classes is without `config`.
-    """
-    return is_maker(target) or (
-        inspect.isclass(target)
-        and any(each.__name__.lower() == "pretrainedconfig" for each in target.__mro__)
-    )
-
-
-def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None:
-    """Check the arguments of an object.
+def check_arguments(node: Node) -> None:
+    """Raise ValueError for an argument by which a model brings code, or other files of weights.
 
     Args:
-        node: an object whose name is allowed.
-        target: what its name stands for.
-        downloads: files that are missing may be downloaded while the object is built.
-
-    Returns:
-        The function to call in place of `from_pretrained` or `from_config`; None for others.
-
-    Raises:
-        ValueError: an argument lets a model bring code, or files other than safetensors.
+        node: an object whose name is allowed. Packages other than `PACKAGES` pass
+            ``trust_remote_code`` on.
     """
     theirs = object_name(node).startswith(PACKAGES)
     for each in nodes(node):
         for key, value in items(each):
-            if theirs or key == "trust_remote_code":  # Other packages pass this one on.
+            if theirs or key == "trust_remote_code":
                 _check(key.lstrip("_"), value)
-    if not is_maker(target):
-        return None
-    kind, later = target.__self__, tag(node).startswith("!name:")
+
+
+def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any]:
+    """Return a function that loads safetensors alone and no code, or for `!name:` one that will.
+
+    Args:
+        node: the object to make.
+        target: `from_pretrained` or `from_config` of a class.
+        downloads: files that are missing may be downloaded.
+    """
+    kind = target.__self__
     bound = {"trust_remote_code": False} if kind.__name__.startswith("Auto") else {}
-    if target.__name__ == "from_pretrained":
-        if issubclass(kind, Module) or kind.__name__.startswith(("AutoModel", "AutoBackbone")):
-            bound["use_safetensors"] = True
-        if not later and not downloads:
-            bound["local_files_only"] = True
+    if target.__name__ == "from_pretrained" and (
+        issubclass(kind, Module) or kind.__name__.startswith(("AutoModel", "AutoBackbone"))
+    ):
+        bound["use_safetensors"] = True
+    later = tag(node).startswith("!name:")
+    if target.__name__ == "from_pretrained" and not (later or downloads):
+        bound["local_files_only"] = True
 
     def make(*args: Any, **kwargs: Any) -> Any:
         if later:
@@ -95,14 +75,15 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any] | None
         try:
             return target(*args, **kwargs | bound)
         except OSError as error:
-            hint = (
-                " (nothing is downloaded while a YAML is read: a run by trainer.main downloads, "
-                "and !name: leaves the call to the program)"
-            )
-            hint = hint if "local_files_only" in bound else ""
             source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+            hint = ""
             if os.path.isdir(source):
                 hint = " (weights must be in safetensors)" if "use_safetensors" in bound else ""
+            elif "local_files_only" in bound:
+                hint = (
+                    " (nothing is downloaded while a YAML is read: a run by trainer.main "
+                    "downloads, and !name: leaves the call to the program)"
+                )
             raise ValueError(f"{' '.join(str(error).split())}{hint}") from error
 
     return make

@@ -63,11 +63,7 @@ Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
 
 def read(path: str | os.PathLike[str], alone: bool = False) -> tuple[MappingNode, dict[Keys, str]]:
-    """Read a YAML file and merge it over its base.
-
-    Args:
-        path: the file.
-        alone: refuse a file that names others.
+    """Read a YAML file, and merge it over its base unless it has to stand alone.
 
     Returns:
         The tree, and the comments of its keys.
@@ -118,7 +114,13 @@ class _Reader:
 
         _include(root, (), read_other)
         base = get(root, "base")
-        if base is None or not _names_file(base, path.parent):
+        texts = base.value if isinstance(base, SequenceNode) else [base] if base else []
+        if not any(
+            Path(each.value).suffix in YAML_SUFFIXES
+            or os.path.isfile(path.parent / at_home(each.value))
+            for each in texts
+            if tag(each) == STR
+        ):
             return root  # A key of that name may be the file's own.
         if tag(base) != STR or Path(base.value).suffix not in YAML_SUFFIXES:
             raise ValueError(
@@ -127,16 +129,6 @@ class _Reader:
             )
         pop(root, "base")
         return merge(read_other(base, base.value, ()), root)
-
-
-def _names_file(base: Node, folder: Path) -> bool:
-    """Return True for a text, or a list of texts, that names a YAML file or a file that exists."""
-    names = [base, *base.value] if isinstance(base, SequenceNode) else [base]
-    texts = [str(each.value) for each in names if tag(each) == STR]
-    return any(
-        Path(each).suffix in YAML_SUFFIXES or os.path.isfile(folder / at_home(each))
-        for each in texts
-    )
 
 
 def _read_text(path: Path) -> str:
@@ -163,15 +155,14 @@ def _root_mapping(root: Node) -> MappingNode:
 
 def _rename_options(root: MappingNode) -> None:
     """Replace former names of run options, as keys and in references, by their current names."""
-    names = {key.value for key, _ in root.value}
     for key, _ in root.value:
-        if key.value in ALIASES:
-            if ALIASES[key.value] in names:
-                raise ValueError(
-                    f"{location(key)}: {key.value} is the former name of {ALIASES[key.value]}, "
-                    "which is given too; remove one"
-                )
-            key.value = current_name(key.value)
+        new = ALIASES.get(key.value)
+        if new is not None and get(root, new) is not None:
+            raise ValueError(
+                f"{location(key)}: {key.value} is the former name of {new}, which is given too; "
+                "remove one"
+            )
+        key.value = current_name(key.value)
     _rewrite_references(root, lambda key: ALIASES.get(key, key))
 
 
@@ -223,14 +214,10 @@ def merge(base: MappingNode, changes: MappingNode) -> MappingNode:
 
 
 def compose(text: str, name: str) -> Node:
-    """Parse a YAML text into a tree of nodes.
+    """Parse the text of one YAML document into a tree of nodes.
 
     Aliases become shared nodes; merge keys (`<<`) are merged in; `!new:x` is read as `!new:x {}`.
-    The root of an empty text is null.
-
-    Args:
-        text: one YAML document.
-        name: origin of the text for error messages: a path, or an option such as "--width".
+    The root of an empty text is null. Messages have `name`, such as a path or "--width".
 
     Raises:
         ValueError: the text is not valid YAML, exceeds a limit, or uses a tag that is not allowed.
@@ -274,8 +261,7 @@ class _Composer(Composer):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node:
         """Compose a node and what is below it."""
-        event = self.parser.peek_event()
-        place = _location_of(event.start_mark)
+        place = _location_of(self.parser.peek_event().start_mark)
         self.count += 1
         self.depth += 1
         if self.count > MAX_NODES:
@@ -289,7 +275,7 @@ class _Composer(Composer):
             raise ValueError(
                 f"{location(node)}: {name} takes a text; quote what begins with [ or {{"
             )
-        known = name in PLAIN or name in TAGS or name.startswith((*NAMING, INCLUDE))
+        known = name in (*PLAIN, *TAGS) or name.startswith((*NAMING, INCLUDE))
         if not known and not (name == MERGE and index is None):
             raise ValueError(
                 f"{location(node)}: the tag {name.replace(CORE, '!!')} is not allowed; allowed are "
@@ -300,26 +286,26 @@ class _Composer(Composer):
     def compose_scalar_node(self, anchor: str | None) -> Node:
         """Compose a scalar; `!new:x` becomes a mapping, so that arguments can be added to it."""
         node: ScalarNode = super().compose_scalar_node(anchor)
-        name = tag(node)
+        name, text = tag(node), str(node.value)
+        shown = repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…")
         if name == TUPLE:
             node.tag, node.style = STR, None  # "(3, 4)" is text until it is built.
         if name in PLAIN - {STR}:
             try:
                 plain(node)
             except Exception:  # of many kinds: `!!int x`, `!!bool x`, 2001-99-99
+                kind = name.removeprefix(CORE)
                 raise ValueError(
-                    f"{location(node)}: {_shortened(node.value)} is no {name.removeprefix(CORE)}; "
-                    "quote it if it is text"
+                    f"{location(node)}: {shown} is no {kind}; quote it if it is text"
                 ) from None
         if not name.startswith((*NAMING, INCLUDE)):
             return node
-        if node.value:
+        if text:
             raise ValueError(
                 f"{location(node)}: the arguments of {name} must be a mapping or a list, "
-                f"not {_shortened(node.value)}"
+                f"not {shown}"
             )
-        new = mapping(name)
-        new.start_mark, new.end_mark = node.start_mark, node.end_mark
+        new = mapping(name, node)
         if anchor is not None:
             self.anchors[anchor] = new
         return new
@@ -354,9 +340,7 @@ def _comments(root: Node, lines: list[str], at: Keys = ()) -> Iterator[tuple[Key
     A comment belongs to the key on its line; comment lines belong to the key directly below, if
     they are indented like it.
     """
-    if not isinstance(root, MappingNode):
-        return
-    for key, value in root.value:
+    for key, value in root.value if isinstance(root, MappingNode) else ():
         path = (*at, str(key.value))
         comment = _trailing_comment(key, value, lines) or _preceding_comment(key, lines)
         if comment:
@@ -378,18 +362,13 @@ def _trailing_comment(key: Node, value: Node, lines: list[str]) -> str:
 
 def _preceding_comment(key: Node, lines: list[str]) -> str:
     """Return the comment lines directly above a key, unless they open the file."""
-    found: list[str] = []
-    indent = key.start_mark.column
-    for number in range(key.start_mark.line - 1, -1, -1):
-        line = lines[number]
-        if not re.match(rf" {{{indent}}}#", line):
-            break
-        if number == 0:
-            return ""  # A comment that opens the file is about the file.
-        text = line.strip("# \t")
-        if re.search(r"\w", text) and not text.startswith("----"):  # Rulers are left out.
-            found.append(text)
-    return " ".join(reversed(found))
+    end = key.start_mark.line
+    start = end
+    while start and re.match(rf" {{{key.start_mark.column}}}#", lines[start - 1]):
+        start -= 1
+    # A comment that opens the file is about the file; rulers are left out.
+    texts = [line.strip("# \t") for line in lines[start:end]] if start else []
+    return " ".join(t for t in texts if re.search(r"\w", t) and not t.startswith("----"))
 
 
 # ---------------------------------------------------------------- nodes
@@ -474,9 +453,10 @@ def paths(root: Node, at: str = "") -> list[tuple[str, Node]]:
     return found
 
 
-def mapping(type_: str = MAP) -> MappingNode:
-    """Make an empty mapping node."""
-    return MappingNode(tag=type_, value=[], flow_style=True)
+def mapping(type_: str = MAP, near: Node | None = None) -> MappingNode:
+    """Make an empty mapping node, with the file and line of another one."""
+    start, end = (None, None) if near is None else (near.start_mark, near.end_mark)
+    return MappingNode(type_, [], start, end, flow_style=True)
 
 
 def get(node: MappingNode, key: str) -> Any:
@@ -493,11 +473,9 @@ def find(root: Node, name: str) -> Any:
 
 def put(node: MappingNode, key: str, value: Node) -> None:
     """Set `key`: in its place where it exists, else at the end."""
-    for slot, (each, _) in enumerate(node.value):
-        if each.value == key:
-            node.value[slot] = (each, value)
-            return
-    node.value.append((represent(key), value))
+    if get(node, key) is None:
+        node.value.append((represent(key), value))
+    node.value = [(each, value if each.value == key else old) for each, old in node.value]
 
 
 def pop(node: MappingNode, key: str) -> Any:
@@ -555,13 +533,11 @@ def represent(value: Any, near: Node | None = None) -> Node:
     elif isinstance(value, bool):
         node = ScalarNode(BOOL, str(value).lower())
     elif isinstance(value, numbers.Integral):  # NumPy's too
-        whole = int(value)
-        if whole.bit_length() > MAX_BITS:
+        if (bits := int(value).bit_length()) > MAX_BITS:
             raise ValueError(
-                f"{place}the number is too large: it has {whole.bit_length()} bits, more than "
-                f"{MAX_BITS}"
+                f"{place}the number is too large: it has {bits} bits, more than {MAX_BITS}"
             )
-        node = ScalarNode(INT, repr(whole))
+        node = ScalarNode(INT, repr(int(value)))
     elif isinstance(value, numbers.Real):
         text = repr(float(value)).replace("inf", ".inf").replace("nan", ".nan")
         node = ScalarNode(FLOAT, text)
@@ -594,11 +570,6 @@ def plain(node: Node) -> Any:
         if tag(each) not in PLAIN:
             raise ValueError(f"{location(each)}: {tag(each)} is not a plain value")
     return YAML(typ="safe", pure=True).constructor.construct_document(node)
-
-
-def _shortened(text: str) -> str:
-    """Return a text in quotes for a message, with its beginning only if it is long."""
-    return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…")
 
 
 class _Resolver(VersionedResolver):

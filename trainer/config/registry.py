@@ -54,7 +54,6 @@ from torch.utils.data import Dataset, Sampler
 
 from trainer.compat import toolkit
 from trainer.compat.old_paths import OLD_PATHS, current_path
-from trainer.config.pretrained import is_maker
 from trainer.options import nearest
 
 ENTRY_POINTS = "cortex.recipes"
@@ -140,6 +139,7 @@ CLOSED = """
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")
 NAME_IN_FULL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
+MAKERS = ("from_pretrained", "from_config")  # class methods of transformers
 PLAIN = (bool, int, float, str, list, tuple, dict, set, frozenset, type(None))
 
 # Attributes that `!ref <object.attribute>` reads: these, and containers of these.
@@ -160,33 +160,28 @@ class Registry:
     Args:
         allow: packages, modules or single objects by dotted name, in addition to the names that
             the trainer and the recipes list. A package with `YAML_NAMES` is opened by these alone.
-        run_folder: the YAML is the hyperparams.yaml of a run folder, which may come from elsewhere:
-            of recipes only `RUN_NAMES` are allowed.
 
     Raises:
         ValueError: `allow` holds something else than names.
     """
 
-    def __init__(self, allow: Iterable[str] = (), *, run_folder: bool = False) -> None:
-        self.attribute = "RUN_NAMES" if run_folder else "YAML_NAMES"
+    source, attribute = "a YAML", "YAML_NAMES"  # what is read, and where packages list its names
+
+    def __init__(self, allow: Iterable[str] = ()) -> None:
         self.downloads = False  # Objects may download files while they are built.
         self.packages = {"trainer", *recipe_packages()}
-        allowed = [allow] if isinstance(allow, str) else list(allow)
-        if toolkit.PACKAGE in sys.modules and not run_folder:
-            allowed.append(toolkit.PACKAGE)
+        allowed = [allow] if isinstance(allow, str) else [*allow]
         for name in allowed:
             if not isinstance(name, str) or not NAME_IN_FULL.fullmatch(name):
                 raise ValueError(f"allow must hold names such as 'mypackage', not {name!r}")
             if hasattr(sys.modules.get(name), "YAML_NAMES"):
                 self.packages.add(name)
+        if toolkit.PACKAGE in sys.modules and self.attribute == "YAML_NAMES":
+            allowed.append(toolkit.PACKAGE)
         self.allowed = {*allowed} - self.packages
         self.listed = {*NAMES.split()}
-        self.training: set[str] = set()  # listed for YAML files and not for run folders
         for package in self.packages:
-            names = listed_names(package, self.attribute)
-            self.listed |= {*names}
-            if run_folder:
-                self.training |= {*listed_names(package, "YAML_NAMES")} - {*names}
+            self.listed |= {*listed_names(package, self.attribute)}
         # The longest prefix of a name decides.
         self.rules: dict[str, Rule] = dict.fromkeys(
             [*CLOSED.split(), *toolkit.CLOSED, *self.packages], "closed"
@@ -204,7 +199,7 @@ class Registry:
         """
         full = f"builtins.{name}" if hasattr(builtins, name) else name
         if full in self.allowed:
-            return _locate_in_full(full)
+            return _located(full)
         if not NAME.fullmatch(name):
             raise ValueError(
                 f"{name!a} is not a public name: parts of ASCII letters, digits and '_', joined by "
@@ -212,8 +207,7 @@ class Registry:
             )
         if full.removeprefix("builtins.") in BUILTINS.split():
             return getattr(builtins, full.removeprefix("builtins."))
-        owner: Any = None
-        found: Any = None
+        owner = found = None
         path = ""
         is_old = ".".join(name.split(".")[:2]) in OLD_PATHS
         for part in (current_path(name) if is_old else name).split("."):
@@ -228,8 +222,8 @@ class Registry:
         return found
 
     def is_for_training_only(self, name: str) -> bool:
-        """Return True for a name that recipes list for YAML files, but not for run folders."""
-        return any(f"{name}.".startswith(f"{each}.") for each in self.training)
+        """Return True for a name that using a trained model does not need."""
+        return False
 
     def is_own(self, name: str) -> bool:
         """Return True for a name that the user allows, or that lies in a package of the user."""
@@ -242,8 +236,7 @@ class Registry:
 
         Raises:
             AttributeError: there is no such attribute.
-            ValueError: the class of the object is not allowed, or the attribute is something else
-                than a value or a network.
+            ValueError: the class is not allowed, or the attribute is no value and no network.
         """
         classes = (*type(owner).__mro__, *(owner.__mro__ if inspect.isclass(owner) else ()))
         code = {name, "__getattr__", "__getattribute__"}
@@ -255,25 +248,23 @@ class Registry:
                 "allowed packages"
             )
         value = getattr(owner, name)
-        if not self._is_value(value):
-            instead = (
-                "; a function is given by !name:module.function, and a method is taken from its "
-                "object in train.py"
-            )
-            raise ValueError(
-                f"{what}: it is a {type(value).__name__}, and a reference reads numbers, texts, "
-                "tensors, networks, paths, and lists or mappings of these"
-                f"{instead if callable(value) else ''}"
-            )
-        return value
+        if self._is_value(value):
+            return value
+        instead = (
+            "; a function is given by !name:module.function, and a method is taken from its "
+            "object in train.py"
+        )
+        raise ValueError(
+            f"{what}: it is a {type(value).__name__}, and a reference reads numbers, texts, "
+            "tensors, networks, paths, and lists or mappings of these"
+            f"{instead if callable(value) else ''}"
+        )
 
     def _rule(self, name: str) -> Rule | None:
         """Return the rule of the longest prefix of `name`, None if there is none."""
-        while name:
-            if name in self.rules:
-                return self.rules[name]
+        while name and name not in self.rules:
             name = name.rpartition(".")[0]
-        return None
+        return self.rules.get(name)
 
     def _is_related(self, module: str) -> bool:
         """Return True for a module that is allowed, or that contains an allowed name."""
@@ -352,30 +343,26 @@ class Registry:
                 continue
             if isinstance(each, CONTAINERS) and (kind in CONTAINERS or hasattr(kind, "_fields")):
                 seen.add(id(each))
-                waiting += [*each, *each.values()] if isinstance(each, dict) else [*each]
-            elif (
-                inspect.isclass(each)
-                or self._rule(f"{kind.__module__}.{kind.__qualname__}") != "open"
-            ):
+                waiting += [*each, *each.values()] if isinstance(each, dict) else each
+            elif inspect.isclass(each) or not self.is_own(f"{kind.__module__}.{kind.__qualname__}"):
                 return False
         return True
 
     def _way_to_allow(self, name: str) -> str:
         """Return how a user allows a name in full, as the end of a sentence."""
-        if self.attribute == "RUN_NAMES" or not NAME_IN_FULL.fullmatch(name):
+        if not NAME_IN_FULL.fullmatch(name):
             return ""
         return f"; allow it by --allow {name} on the command line, or allow=['{name}'] in Python"
 
     def _refusal(self, name: str, why: str = "") -> ValueError:
-        package = next((each for each in self.packages if name.startswith(f"{each}.")), None)
         allow = self._way_to_allow(name)
-        if package is not None:
-            place = f"{package.replace('.', '/')}/__init__.py"
-            return ValueError(
-                f"{name} is not allowed: {package} does not list it; a name that "
-                f"{'a run folder' if self.attribute == 'RUN_NAMES' else 'a YAML'} may build is "
-                f"listed in {self.attribute} of {place}{allow}"
-            )
+        for package in self.packages:
+            if name.startswith(f"{package}."):
+                return ValueError(
+                    f"{name} is not allowed: {package} does not list it; a name that {self.source} "
+                    f"may build is listed in {self.attribute} of "
+                    f"{package.replace('.', '/')}/__init__.py{allow}"
+                )
         head = name.partition(".")[0]
         heads = sorted({each.partition(".")[0] for each in self.good})
         hint = "" if head in heads else nearest(head, heads)
@@ -422,11 +409,7 @@ def recipe_of(script: Path) -> str | None:
 
 
 def listed_names(package: str, attribute: str) -> list[str]:
-    """Return the full names that a recipe's package lists in `attribute`.
-
-    Raises:
-        ValueError: the package lists something else than dotted names.
-    """
+    """Return the full names that a recipe's package lists; ValueError if they are no names."""
     names = getattr(sys.modules[package], attribute, ())
     for name in names:
         if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -439,7 +422,21 @@ def listed_names(package: str, attribute: str) -> list[str]:
 # ---------------------------------------------------------------- modules
 
 
-def _locate_in_full(name: str) -> Any:
+def is_below(name: str, packages: Iterable[str]) -> bool:
+    """Return True for a name that is one of some packages, or lies in one."""
+    return any(f"{name}.".startswith(f"{each}.") for each in packages)
+
+
+def is_maker(target: Any) -> bool:
+    """Return True for a class method of transformers that makes a model or a tokenizer.
+
+    It may be that of a subclass elsewhere, which inherits it.
+    """
+    own = inspect.isclass(getattr(target, "__self__", None)) and target.__name__ in MAKERS
+    return own and str(target.__module__).startswith("transformers.")
+
+
+def _located(name: str) -> Any:
     """Return the object with a name that the user allows in full."""
     try:
         found = pydoc.locate(name)
@@ -459,13 +456,9 @@ def _is_operation(found: Any) -> bool:
 def _is_of_kind(found: Any, origin: str) -> bool:
     """Return True for a class or a function that CLASSES or FUNCTIONS has for its module."""
     if not inspect.isclass(found):
-        return inspect.isroutine(found) and _is_below(origin, FUNCTIONS.split())
+        return inspect.isroutine(found) and is_below(origin, FUNCTIONS.split())
     bases = {*found.__mro__, *(each.__name__ for each in found.__mro__)}
-    return any(_is_below(origin, [each]) and bases & {*CLASSES[each]} for each in CLASSES)
-
-
-def _is_below(module: str, packages: Iterable[str]) -> bool:
-    return any(f"{module}.".startswith(f"{each}.") for each in packages)
+    return any(is_below(origin, [each]) and bases & {*CLASSES[each]} for each in CLASSES)
 
 
 def _is_inherited(found: Any) -> bool:
@@ -520,13 +513,12 @@ def _import(path: str, name: str) -> Any:
     try:
         return importlib.import_module(path)
     except Exception as error:
-        extra = ""
+        why = (
+            f"{name} needs the module {path}, whose import failed: {type(error).__name__}: {error}"
+        )
         if isinstance(error, ModuleNotFoundError):
-            extra = (
+            why += (
                 " (packages that a recipe needs are extras of its distribution, as in "
                 "pip install 'cortex-speech[recipes]')"
             )
-        raise ValueError(
-            f"{name} needs the module {path}, whose import failed: "
-            f"{type(error).__name__}: {error}{extra}"
-        ) from error
+        raise ValueError(why) from error

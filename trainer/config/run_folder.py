@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from trainer.config.building import ATTRIBUTE, arguments
 from trainer.config.reading import location, nodes, object_name, plain, tag
-from trainer.config.registry import NAME, Registry, listed_names
+from trainer.config.registry import NAME, NAMES, Registry, is_below, listed_names
 from trainer.untrusted import confined
 
 LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
@@ -57,11 +57,13 @@ class RunFolderRegistry(Registry):
         allow: packages, modules or single objects by dotted name that may be built as well.
     """
 
+    source, attribute = "a run folder", "RUN_NAMES"
+
     def __init__(self, allow: Iterable[str] = ()) -> None:
-        self.own = [allow] if isinstance(allow, str) else list(allow)
-        super().__init__(self.own, run_folder=True)
-        listed = [listed_names(package, "RUN_NAMES") for package in self.packages]
-        self.listed = {name for names in listed for name in names}
+        super().__init__(allow)
+        self.listed -= {*NAMES.split()}
+        every = {each for name in self.packages for each in listed_names(name, "YAML_NAMES")}
+        self.training = every - self.listed
 
     def locate(self, name: str) -> Any:
         """Return the class, or the listed function, with a dotted name.
@@ -71,21 +73,23 @@ class RunFolderRegistry(Registry):
         """
         if name == "len":
             return len
-        within = any(f"{name}.".startswith(f"{each}.") for each in self.own)
-        if within or name in self.listed or name in CLASSES:
+        if name in self.listed or name in CLASSES or is_below(name, self.allowed):
             return super().locate(name)
         module, _, last = name.rpartition(".")
         if module in KINDS and NAME.fullmatch(name):
             base, home = KINDS[module]
             found = vars(importlib.import_module(module)).get(last)
-            inside = f"{getattr(found, '__module__', '')}.".startswith(f"{home}.")
+            inside = is_below(getattr(found, "__module__", ""), [home])
             if inside and inspect.isclass(found) and issubclass(found, base):
                 return found
         raise self._refusal(name)
 
     def is_for_training_only(self, name: str) -> bool:
         """Return True for a name that using a trained model does not need."""
-        return name in TRAINING_ONLY or super().is_for_training_only(name)
+        return name in TRAINING_ONLY or is_below(name, self.training)
+
+    def _way_to_allow(self, name: str) -> str:
+        return ""
 
     def _refusal(self, name: str, why: str = "") -> ValueError:
         if any(name.startswith(f"{each}.") for each in self.packages):

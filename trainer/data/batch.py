@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import reduce
@@ -209,15 +209,12 @@ def collate(items: Sequence[Any]) -> Any:
 
 
 def _join_fields(items: Sequence[Any]) -> dict[Any, Any]:
-    if not is_container(items[0]):
-        raise ValueError(
-            f"an example of a batch is of type {type(items[0]).__name__}; allowed: a mapping or "
-            "dataclass"
-        )
     for item in items:
         if not is_container(item):
-            kinds = f"{type(items[0]).__name__} and {type(item).__name__}"
-            raise ValueError(f"examples of a batch differ in their types: {kinds}")
+            kind = type(item).__name__
+            raise ValueError(
+                f"an example of a batch is of type {kind}; allowed: a mapping or dataclass"
+            )
     joined, rows = {}, [parts_of(item) for item in items]
     _check_fields(rows)
     for name in rows[0]:
@@ -230,9 +227,7 @@ def _join_fields(items: Sequence[Any]) -> dict[Any, Any]:
 
 def _check_fields(rows: Sequence[Any]) -> None:
     """Raise ValueError for mappings with different keys."""
-    if not all(isinstance(row, Mapping) for row in rows):
-        return
-    for row in rows:
+    for row in rows if all(isinstance(row, Mapping) for row in rows) else ():
         if row.keys() != rows[0].keys():
             raise ValueError(
                 f"examples of a batch differ in their fields: {list(rows[0])} and {list(row)}"
@@ -292,12 +287,6 @@ def is_array(value: Any) -> bool:
 
 def collate_plain(items: list[Any]) -> Any:
     """Join examples as torch's `default_collate` does; values that it refuses become a list.
-
-    Args:
-        items: B examples of any type.
-
-    Returns:
-        A batch of the type that `default_collate` returns; a list of length B of what it refuses.
 
     Raises:
         ValueError: mappings differ in their keys, of which torch would drop some.
@@ -376,14 +365,14 @@ def count_examples(batch: Any) -> int:
         return 1
     if not isinstance(batch, Mapping) and hasattr(type(batch), "__len__"):
         return len(batch)
-    fields = tuple((parts_of(batch) if is_container(batch) else _attributes(batch)).values())
+    fields = tuple(_fields(batch).values())
     if (size := _first_size(fields)) is not None:
         return size
     return next((len(part) for part in fields if isinstance(part, (list, tuple))), 1)
 
 
-def _attributes(value: Any) -> Mapping[str, Any]:
-    return getattr(value, "__dict__", {})
+def _fields(batch: Any) -> Mapping[Any, Any]:
+    return parts_of(batch) if is_container(batch) else getattr(batch, "__dict__", {})
 
 
 def _first_size(batch: Any) -> int | None:
@@ -392,22 +381,31 @@ def _first_size(batch: Any) -> int | None:
         return batch.shape[0] if batch.ndim else None
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
-    if not is_container(batch):
+    if isinstance(batch, list) and _holds_examples(batch):
+        return None
+    if isinstance(batch, (list, tuple)):
+        parts: Iterable[Any] = batch
+    elif isinstance(batch, Mapping):
+        parts = batch.values()
+    elif is_container(batch):
+        parts = parts_of(batch).values()
+    else:
         return len(batch) if isinstance(batch, Batch) else None
-    # Tensors are tested first, since isinstance of an abstract class such as Mapping is slow.
-    if isinstance(batch, list) and any(
-        not isinstance(part, Tensor) and (isinstance(part, Mapping) or is_dataclass(part))
-        for part in batch
-    ):
-        return None  # A list of mappings holds examples that were not collated.
-    if isinstance(batch, list) and all(type(p) is tuple for p in batch) and _is_ragged(batch):
-        return None  # So does a list of tuples.
-    for part in parts_of(batch).values():
+    for part in parts:
         if isinstance(part, (list, tuple)) and _is_ragged(part):
             return len(part)
         if (size := _first_size(part)) is not None:
             return size
     return None
+
+
+def _holds_examples(parts: list[Any]) -> bool:
+    """Return True for a list of mappings, dataclasses or ragged tuples, which were not collated."""
+    # Tensors are tested first, since isinstance of an abstract class such as Mapping is slow.
+    return any(
+        not isinstance(part, Tensor) and (isinstance(part, Mapping) or is_dataclass(part))
+        for part in parts
+    ) or (all(type(part) is tuple for part in parts) and _is_ragged(parts))
 
 
 def _is_ragged(parts: Sequence[Any]) -> bool:
@@ -438,9 +436,8 @@ def batch_sizes(batch: Any) -> str:
         return str(tuple(batch.shape))
     if isinstance(batch, Batch):
         batch = dict(batch)
-    parts = parts_of(batch) if is_container(batch) else _attributes(batch)
     found = []
-    for name, part in parts.items():
+    for name, part in _fields(batch).items():
         padded = isinstance(part, tuple) and len(part) == 2
         data, lengths = part if padded else (part, None)
         if isinstance(data, Tensor):
@@ -451,32 +448,22 @@ def batch_sizes(batch: Any) -> str:
 
 
 def add_advice(error: BaseException, batch: Any) -> None:
-    """Add a note to an error of a recipe that has used a `Padded` of a batch as a tensor.
-
-    Args:
-        error: the error, as it was caught.
-        batch: the batch.
-    """
+    """Add a note to an error of a recipe that has used a `Padded` of a batch as a tensor."""
     if "Padded" not in str(error):
         return
-    field, access = _padded_field(error, batch)
+    name, access = "data", "padded"
+    if isinstance(batch, (Batch, Mapping)):
+        fields = dict(batch).items()
+        names = {id(value): str(name) for name, value in fields if isinstance(value, Padded)}
+        name, trace = next(iter(names.values()), name), error.__traceback__
+        while trace is not None:  # The innermost function that has one of them.
+            for value in trace.tb_frame.f_locals.values():
+                name = names.get(id(value), name)
+            trace = trace.tb_next
+        access = f"batch.{name}" if isinstance(batch, Batch) else f"batch[{name!r}]"
     note = (
         f"{access} is a Padded, a tensor and the lengths of its examples: write "
-        f"`{field}, lengths = {access}`, and use `{field}`"
+        f"`{name}, lengths = {access}`, and use `{name}`"
     )
     if note not in getattr(error, "__notes__", ()):  # The batch may be of a `fit` in a hook.
         error.add_note(note)
-
-
-def _padded_field(error: BaseException, batch: Any) -> tuple[str, str]:
-    """Return the name of the `Padded` that an error is about, and the expression that reads it."""
-    if not isinstance(batch, (Batch, Mapping)):
-        return "data", "padded"
-    fields = dict(batch).items()
-    names = {id(value): str(name) for name, value in fields if isinstance(value, Padded)}
-    name, trace = next(iter(names.values()), "data"), error.__traceback__
-    while trace is not None:  # The innermost function that has one of them.
-        for value in trace.tb_frame.f_locals.values():
-            name = names.get(id(value), name)
-        trace = trace.tb_next
-    return name, f"batch.{name}" if isinstance(batch, Batch) else f"batch[{name!r}]"

@@ -8,6 +8,7 @@ that skipping to the middle of an epoch costs next to nothing.
 from __future__ import annotations
 
 import dis
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, cycle, islice
@@ -51,12 +52,9 @@ def knows_ranks(source: Any) -> bool:
     parts = components(source)
     for part in parts:  # The loop also visits what it appends.
         if isinstance(part, IterableDataset):
-            held = getattr(part, "__dict__", {}).values()
-            parts += [
-                each
-                for each in held
-                if isinstance(each, IterableDataset) and not any(each is other for other in parts)
-            ]
+            for held in getattr(part, "__dict__", {}).values():
+                if isinstance(held, IterableDataset) and not any(held is each for each in parts):
+                    parts.append(held)
     declared = [bool(part.splits_by_rank) for part in parts if hasattr(part, "splits_by_rank")]
     return declared[0] if declared else any(_knows_ranks(part) for part in parts)
 
@@ -76,37 +74,31 @@ def _knows_ranks(part: Any) -> bool:
 def asks_for(part: Any, names: frozenset[str], elsewhere: str = "") -> bool:
     """Return True if the code of an object's class, or a function that it calls, has a name.
 
-    Args:
-        part: the object.
-        names: names of functions, attributes, variables of the environment, or arguments of the
-            class.
-        elsewhere: a part of the paths of files that do not count; empty for none.
+    Names are those of functions, attributes, variables of the environment, and arguments of the
+    class. Files with ``elsewhere`` in their paths do not count.
     """
-    methods = [method for kind in type(part).__mro__ for method in vars(kind).values()]
-    functions = [
-        method
+
+    def counts(function: Any) -> bool:
+        if not isinstance(function, FunctionType) or str(function.__module__).startswith(
+            "trainer."
+        ):
+            return False
+        return not (elsewhere and elsewhere in function.__code__.co_filename)
+
+    methods = [each for kind in type(part).__mro__ for each in vars(kind).values() if counts(each)]
+    called = [
+        method.__globals__.get(each.argval)
         for method in methods
-        if isinstance(method, FunctionType)
-        and not (elsewhere and elsewhere in method.__code__.co_filename)
+        for each in dis.get_instructions(method)
+        if each.opname == "LOAD_GLOBAL"
     ]
-    codes = [method.__code__ for method in functions]
-    arguments = {name for code in codes for name in code.co_varnames[: code.co_argcount]}
-    for method in functions:
-        called = [
-            method.__globals__.get(each.argval)
-            for each in dis.get_instructions(method)
-            if each.opname == "LOAD_GLOBAL"
-        ]
-        codes += [
-            each.__code__
-            for each in called
-            if isinstance(each, FunctionType) and not each.__module__.startswith("trainer.")
-        ]
-    codes = [code for code in codes if not elsewhere or elsewhere not in code.co_filename]
+    codes = [function.__code__ for function in (*methods, *filter(counts, called))]
+    found = {name for each in methods for name in inspect.signature(each).parameters}
     # The loop also visits what it appends: comprehensions and functions within are constants.
     for code in codes:
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return any(names & {*code.co_names, *code.co_consts, *arguments} for code in codes)
+        found.update(code.co_names, (each for each in code.co_consts if isinstance(each, str)))
+    return not names.isdisjoint(found)
 
 
 def set_epoch(source: Any, epoch: int) -> None:
@@ -118,12 +110,10 @@ def set_epoch(source: Any, epoch: int) -> None:
 
 def generators(source: Any) -> list[Any]:
     """Return the generators of Python, NumPy and torch that components of the data hold."""
-    held = [value for part in components(source) for value in _attributes(part)]
+    held: list[Any] = []
+    for part in components(source):
+        held += [getattr(part, "generator", None), *getattr(part, "__dict__", {}).values()]
     return list({id(each): each for each in held if is_generator(each)}.values())
-
-
-def _attributes(part: Any) -> list[Any]:
-    return [getattr(part, "generator", None), *getattr(part, "__dict__", {}).values()]
 
 
 class ShuffledSampler:
@@ -145,19 +135,12 @@ class ShuffledSampler:
 
 
 class BatchIndex(NamedTuple):
-    """Items of one batch, as a worker receives them.
-
-    Args:
-        epoch: number of the epoch.
-        number: number of the batch in the epoch, counted over all ranks.
-        indices: indices of its items.
-        fallback_indices: items to try in this order if none of the batch is good.
-    """
+    """Items of one batch, as a worker receives them."""
 
     epoch: int
-    number: int
+    number: int  # Of the batch in the epoch, counted over all ranks.
     indices: Sequence[Any]
-    fallback_indices: Sequence[Any]
+    fallback_indices: Sequence[Any]  # Items to try in this order if none of the batch is good.
 
 
 class DistributedBatchSampler:
@@ -175,10 +158,7 @@ class DistributedBatchSampler:
         batch_size: items of a batch on one rank.
         batched: True for a sampler of whole batches.
         drop_last: leave out an incomplete batch.
-        train: True for training, False for evaluation.
-        seed: random seed of the run.
-        rank: rank of this process.
-        world_size: number of processes.
+        train, seed, rank, world_size: as those of `make_loader`.
 
     Attributes:
         start: batch at which the next iteration starts; then 0 again.
@@ -207,8 +187,8 @@ class DistributedBatchSampler:
         self.ranks = _ranks_of(sampler, world_size)
         self._ranks = 1 if self.ranks == world_size else world_size
         self.epoch, self.start = 0, 0
-        # Number of an epoch, its items of all ranks, and this rank's batches.
-        self._cached: tuple[int, list[Any], list[Sequence[Any]]] | None = None
+        self._cached: tuple[list[Any], list[Sequence[Any]]] = [], []
+        self._cached_epoch: int | None = None
         self._warned = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -223,14 +203,14 @@ class DistributedBatchSampler:
             TypeError: the sampler has no length.
         """
         len(self.sampler)  # type: ignore[arg-type]  # Raises where the sampler has no length.
-        return len(self._epoch_batches())
+        return len(self._order_and_batches()[1])
 
     def __iter__(self) -> Iterator[BatchIndex]:
         start, self.start = self.start, 0
         batches: Iterable[Sequence[Any]] = self._rounds()
         ahead: list[Any] = []  # All items in order, then the first ones again, for fallbacks.
         if hasattr(self.sampler, "__len__"):
-            batches = self._epoch_batches()
+            _, batches = self._order_and_batches()
             if start > len(batches):
                 raise ValueError(
                     f"epoch {self.epoch} has {len(batches)} batches, so that it cannot start at "
@@ -253,24 +233,23 @@ class DistributedBatchSampler:
         """
         if not hasattr(self.sampler, "__len__"):
             return None
-        self._epoch_batches()
-        assert self._cached is not None
-        order = self._cached[1]
+        order, _ = self._order_and_batches()
         return list(chain.from_iterable(order)) if self.batched else order
 
-    def _epoch_batches(self) -> list[Sequence[Any]]:
-        """Return this rank's batches of the whole epoch."""
-        if self._cached is None or self._cached[0] != self.epoch:
+    def _order_and_batches(self) -> tuple[list[Any], list[Sequence[Any]]]:
+        """Return the epoch's items of all ranks, and this rank's batches."""
+        if self._cached_epoch != self.epoch:
             with self._fork_rng():
                 order = list(self.sampler)
-            self._cached = self.epoch, order, list(self._split(order))
-            if self.train and not self._cached[2]:
-                raise ValueError(
-                    f"{len(order)} {'batches' if self.batch_size is None else 'items'} are too few "
-                    f"to train {self.world_size} processes (batch_size={self.batch_size}, "
-                    f"drop_last={self.drop_last})"
-                )
-        return self._cached[2]
+            self._cached, self._cached_epoch = (order, self._split(order)), self.epoch
+        order, batches = self._cached
+        if self.train and not batches:
+            raise ValueError(
+                f"{len(order)} {'batches' if self.batch_size is None else 'items'} are too few "
+                f"to train {self.world_size} processes (batch_size={self.batch_size}, "
+                f"drop_last={self.drop_last})"
+            )
+        return order, batches
 
     def _rounds(self) -> Iterator[Sequence[Any]]:
         """Yield this rank's batches of a sampler without a length, which may never end."""
@@ -290,34 +269,30 @@ class DistributedBatchSampler:
     def _fork_rng(self) -> fork_rng:
         return fork_rng(derive(self.seed, "sampler", self.epoch), generators(self.sampler))
 
-    def _split(self, order: list[Any]) -> Iterator[Sequence[Any]]:
-        """Yield this rank's batches out of all ranks' items."""
-        world, size = self._ranks, self.batch_size
+    def _split(self, order: list[Any]) -> list[Sequence[Any]]:
+        """Return this rank's batches out of all ranks' items."""
+        world, size = self._ranks, self.batch_size or 1
         rank = self.rank if world > 1 else 0
-        if size is not None:
-            full = len(order) // size * size
-            batches = [order[i : i + size] for i in range(0, full, size)]
-            rest = [] if self.drop_last else order[full:]
-        else:
-            batches, rest = order if self.batched else [[index] for index in order], []
+        batches = order
+        if not self.batched:
+            batches = [order[i : i + size] for i in range(0, len(order), size)]
+        full = len(order) // size  # Batches that are not short.
+        if self.drop_last:
+            batches = batches[:full]
         if not self.train:
-            yield from [*batches, rest][rank::world] if rest else batches[rank::world]
-            return
-        whole = len(batches) // world * world
-        yield from batches[rank:whole:world]
-        yield from self._share(list(chain(*batches[whole:], rest)), rank, world)
-
-    def _share(self, rest: list[Any], rank: int, world: int) -> Iterator[Sequence[Any]]:
-        """Yield this rank's share of the last, incomplete round."""
+            return batches[rank::world]
+        whole = full // world * world
+        own, rest = batches[rank:whole:world], list(chain(*batches[whole:]))
         divisible = self.batched or self.batch_size is not None
         if divisible and not self.drop_last and len(rest) >= world:
-            yield rest[rank * len(rest) // world : (rank + 1) * len(rest) // world]
+            own.append(rest[rank * len(rest) // world : (rank + 1) * len(rest) // world])
         elif rest and not self._warned:
             self._warned = True
             what = "items" if divisible else "batches"
             logger.info(
                 "each epoch leaves out its last %d %s: too few for all ranks", len(rest), what
             )
+        return own
 
 
 def _ranks_of(sampler: Any, world_size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,83 +23,70 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainer.data")
 
 
+@dataclass(eq=False)
 class DataFeed:
     """Batches of a stage, epoch by epoch.
 
-    Args:
-        source: a list of batches, or their loader.
-        device: device that the batches are moved to.
-        train: True if ranks must get equally many batches.
-        limit: maximum number of batches in an epoch; 0 for all.
-        repeat: number of batches, the first of epoch 1, that make up every epoch; 0 for all.
-        split: True to give each rank its share of the batches here, for a source that gives every
-            rank the same.
-        seed: random seed of the run.
+    Attributes:
+        stateful: loader whose own state resumes an epoch; None where batches are skipped instead.
+        sources: objects whose position in an epoch is saved by the feed.
     """
 
-    def __init__(
-        self,
-        source: Loader | Stream | list[Any] | tuple[Any, ...],
-        device: torch.device,
-        train: bool,
-        limit: int = 0,
-        repeat: int = 0,
-        split: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self._source, self._device, self._train, self._seed = source, device, train, seed
-        self._limit, self._repeat, self._split = limit, repeat, split
+    source: Loader | Stream | list[Any] | tuple[Any, ...]  # The batches, or their loader.
+    device: torch.device  # Device that the batches are moved to.
+    train: bool  # Ranks must get equally many batches.
+    limit: int = 0  # Maximum number of batches in an epoch; 0 for all.
+    repeat: int = 0  # Number of batches, the first of epoch 1, that make up every epoch; 0 for all.
+    split: bool = False  # The source gives every rank the same batches, to be dealt here.
+    seed: int = 0  # Random seed of the run.
+
+    def __post_init__(self) -> None:
         self._repeated: list[Any] | None = None
         self._at: dict[str, Any] | None = None  # The last epoch, and its last batch if it runs.
         self._saved: Mapping[str, Any] = {}
-        if not isinstance(source, (list, tuple)):
-            source.alone = False  # Bad items are judged in `judge_bad`, for all ranks.
+        # A list is the same in every epoch, and needs no loader.
+        self._loader = None if isinstance(self.source, (list, tuple)) else self.source
+        self.stateful: Any = None
+        self.sources: list[Any] = []
+        if self._loader is not None:
+            self._loader.alone = False  # Bad items are judged in `judge_bad`, for all ranks.
+            self.stateful = None if self.repeat else self._loader.stateful
+            self.sources = self._loader.sources
 
     def length(self) -> int | None:
         """Return the number of batches in an epoch on this rank; None where it is unknown."""
         try:
-            size = len(self._source if self._repeated is None else self._repeated)
+            size = len(self.source if self._repeated is None else self._repeated)
         except TypeError:
             return None
-        if self._split and self._repeated is None:
+        if self.split and self._repeated is None:
             rank, world = distributed.rank(), distributed.world_size()
-            size = size // world if self._train else len(range(rank, size, world))
-        for limit in (self._limit, self._repeat):
+            size = size // world if self.train else len(range(rank, size, world))
+        for limit in (self.limit, self.repeat):
             size = min(size, limit) if limit else size
         return size
 
     @property
     def may_hang(self) -> bool:
         """True if the batches are not all in memory."""
-        return not isinstance(self._source, (list, tuple)) and self._repeated is None
+        return self._loader is not None and self._repeated is None
 
     def describe_wait(self) -> str:
         """Return what an iteration waits for, such as "waiting for batch 3 of epoch 1"."""
-        assert isinstance(self._source, Loader | Stream)
-        return self._source.describe_wait()
+        assert self._loader is not None
+        return self._loader.describe_wait()
 
     def undo_draws(self) -> None:
         """Restore random generators to before the batch that is being loaded drew from them."""
-        assert isinstance(self._source, Loader | Stream)
-        self._source.undo_draws()
-
-    @property
-    def stateful(self) -> Any:
-        """The loader whose own state resumes an epoch; None where batches are skipped instead."""
-        streams = isinstance(self._source, Stream) and not self._repeat
-        return self._source.stateful if streams else None  # type: ignore[union-attr]
-
-    @property
-    def sources(self) -> list[Any]:
-        """Objects whose position in an epoch is saved by the feed."""
-        return self._source.sources if isinstance(self._source, Stream) else []
+        assert self._loader is not None
+        self._loader.undo_draws()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the source; empty if it has none that a resumed run can use."""
         if self._at is None or self.stateful is None:
             return {}
-        assert isinstance(self._source, Stream)
-        position = self._source.position(running=self._at["batch"] is not None)
+        assert isinstance(self._loader, Stream)
+        position = self._loader.position(running=self._at["batch"] is not None)
         return {} if position is None else {**self._at, "position": position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -107,8 +95,8 @@ class DataFeed:
 
     def begin(self, epoch: int) -> int | None:
         """Prepare an epoch, and return its number of batches; None where it is unknown."""
-        if not isinstance(self._source, (list, tuple)):  # These are the same in every epoch.
-            self._source.set_epoch(epoch)
+        if self._loader is not None:
+            self._loader.set_epoch(epoch)
         return self.length()
 
     def from_batch(self, epoch: int, start: int) -> Iterator[tuple[Any, bool]]:
@@ -121,28 +109,26 @@ class DataFeed:
         Yields:
             A batch, and True if it is known to be the last of the epoch.
         """
-        if self._repeat and self._repeated is None:
+        if self.repeat and self._repeated is None:
             self.begin(1)
-            with fork_rng(derive(self._seed, "repeated")):  # A resumed run draws the same ones.
-                self._repeated = list(islice(self._batches(0), self._repeat))
+            with fork_rng(derive(self.seed, "repeated")):  # A resumed run draws the same ones.
+                self._repeated = list(islice(self._batches(0), self.repeat))
         size, number = self.begin(epoch), start
         saved, self._saved = self._saved, {}
-        saved_epoch, saved_batch = saved.get("epoch"), saved.get("batch")
-        between_epochs = start == 0 and saved_batch is None
-        fits = (saved_epoch, saved_batch) == (epoch, start) or between_epochs
-        position = saved.get("position") if fits else None
+        at = saved.get("batch")  # None between two epochs.
+        fits = (saved.get("epoch"), at) == (epoch, start) or (at is None and start == 0)
         batches: Iterable[Any]
         if self._repeated:
             batches = islice(self._repeated, start, None)
         else:
-            batches = self._batches(start, position)
-        on_host = self._device.type == "cpu"
+            batches = self._batches(start, saved.get("position") if fits else None)
+        on_host = self.device.type == "cpu"
         try:
             for batch in batches:
                 number += 1
                 self._at = {"epoch": epoch, "batch": number}
-                yield (batch if on_host else to_device(batch, self._device)), number == size
-                if number == self._limit:
+                yield (batch if on_host else to_device(batch, self.device)), number == size
+                if number == self.limit:
                     return
         finally:
             self._at = {"epoch": epoch, "batch": None}
@@ -159,34 +145,30 @@ class DataFeed:
         Raises:
             ValueError: too large a share is bad; the same error on all ranks.
         """
-        if isinstance(self._source, (list, tuple)):
+        if self._loader is None:
             return 0
-        policy = self._source.policy
+        policy = self._loader.policy
         (unjudged,) = distributed.any_rank(policy.unjudged)
         if unjudged:
-            reports = distributed.all_gather_json(self._source.report_bad())
-            policy.judge(reports, shared=self._split, at_end=at_end)
+            reports = distributed.all_gather_json(self._loader.report_bad())
+            policy.judge(reports, shared=self.split, at_end=at_end)
         return len(policy.all_skipped)
 
     def _batches(self, start: int, position: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """Yield this rank's batches of the source."""
-        world = distributed.world_size() if self._split else 1
-        iterator: Iterator[Any]
-        if isinstance(self._source, (list, tuple)):
-            iterator = islice(self._source, start * world, None)
-        elif isinstance(self._source, Stream):
-            self._source.skip(start * world, position)
-            iterator = iter(self._source)
-            if self._train and not (self._split or self._source.equal):
-                iterator = _end_together(iterator)
+        world = distributed.world_size() if self.split else 1
+        if self._loader is None:
+            iterator: Iterator[Any] = islice(self.source, start * world, None)
         else:
-            self._source.skip(start * world)
-            iterator = iter(self._source)
+            self._loader.skip(start * world, position)
+            iterator = iter(self._loader)
+            if self.train and not (self.split or self._loader.equal):
+                iterator = _end_together(iterator)
         if world == 1:
             yield from iterator
             return
         while batches := list(islice(iterator, world)):
-            if len(batches) == world or (not self._train and distributed.rank() < len(batches)):
+            if len(batches) == world or (not self.train and distributed.rank() < len(batches)):
                 yield batches[distributed.rank()]
 
 
@@ -194,27 +176,15 @@ def make_feed(
     source: Any,
     *,
     train: bool,
-    name: str,
+    name: str,  # Of the stage in error messages, such as "valid".
     device: torch.device,
     options: RunOptions,
-    make_loader: Callable[..., Any],
-    loader_kwargs: Mapping[str, Any],
-    makes_datasets: bool = False,
-    whole: bool = False,
+    make_loader: Callable[..., Any],  # Makes a DataLoader, or an iterable of batches, of a dataset.
+    loader_kwargs: Mapping[str, Any],  # Allowed for a dataset only.
+    makes_datasets: bool = False,  # `make_loader` may make a dataset of a mapping.
+    whole: bool = False,  # Every rank gets all batches.
 ) -> DataFeed:
     """Make a data feed from a dataset, a DataLoader or any iterable of batches.
-
-    Args:
-        source: the data.
-        train: True for training, False for evaluation.
-        name: name of the stage in error messages, such as "valid".
-        device: device that the batches are moved to.
-        options: run options, of which seed, debug, debug_batches and overfit_batches are used.
-        make_loader: called as ``make_loader(dataset, **loader_kwargs)`` for a dataset; returns a
-            DataLoader or an iterable of batches.
-        loader_kwargs: loader options, allowed for a dataset only.
-        makes_datasets: ``make_loader`` may make a dataset of a mapping.
-        whole: give every rank all batches.
 
     Raises:
         ValueError: ``source`` is none of the above, or is no dataset and there are loader options;
@@ -246,7 +216,8 @@ def make_feed(
             f"the {name} set is a {type(source).__name__}; allowed: a Dataset, a DataLoader "
             "or any iterable of batches"
         )
-    if not isinstance(loader, (list, tuple)):
+    listed = isinstance(loader, (list, tuple))
+    if not listed:
         loader = resumable(
             loader,
             seed=options.seed,
@@ -257,9 +228,7 @@ def make_feed(
             max_bad=options.max_bad_item,
             timeout=options.item_timeout,
         )
-    dealt = isinstance(loader, Loader) or getattr(loader, "dealt", None) is not None
-    split = not (dealt or whole)
-    split = split and (isinstance(loader, (list, tuple)) or not knows_ranks(source))
+    split = not whole and (listed or not (loader.dealt or knows_ranks(source)))
     limit = options.debug_batches if options.debug else 0
     repeat = options.overfit_batches if train else 0
     return DataFeed(loader, device, train, limit, repeat, split, options.seed)

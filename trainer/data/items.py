@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -40,22 +40,15 @@ class BadItem(ValueError):
         self.path, self.reason = str(path), reason
 
 
-@dataclass
-class _Loading:
-    """The batch that this process is loading: a worker, or the main process without workers.
+class _Loading(NamedTuple):
+    """The batch that this process loads: a worker, or the main process without workers."""
 
-    Args:
-        seed: random seed of its loader.
-        epoch: its epoch.
-        bad: path and reason of each bad item so far.
-    """
-
-    seed: int = 0
-    epoch: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    seed: int  # Of the run.
+    epoch: int
+    bad: list[tuple[str, str]]  # Path and reason of each bad item so far.
 
 
-_loading = _Loading()
+_loading = _Loading(0, 0, [])
 _END = object()  # Follows the last item.
 # The caller that set the epoch last, by the id of a dataset with ``set_epoch``: loaders may share
 # a dataset.
@@ -63,23 +56,25 @@ _epoch_set_by: WeakValueDictionary[int, BatchDataset] = WeakValueDictionary()
 
 
 def begin_loading(seed: int, epoch: int) -> None:
-    """Note the seed and epoch of the batch that this process loads now."""
-    _loading.seed, _loading.epoch, _loading.bad = seed, epoch, []
+    """Note the seed and epoch of the batches that this worker loads."""
+    global _loading
+    _loading = _Loading(seed, epoch, [])
 
 
 @contextmanager
-def loading(seed: int, epoch: int) -> Iterator[list[tuple[str, str]]]:
+def loading(
+    seed: int, epoch: int, bad: list[tuple[str, str]] | None = None
+) -> Iterator[list[tuple[str, str]]]:
     """Context manager around the loading of a batch; an item may load batches of another loader.
 
-    Yields:
-        The list to which the bad files are added, as (path, reason).
+    It yields the list to which bad files are added, as (path, reason): ``bad``, or a new one.
     """
-    outer = _loading.seed, _loading.epoch, _loading.bad
-    begin_loading(seed, epoch)
+    global _loading
+    outer, _loading = _loading, _Loading(seed, epoch, [] if bad is None else bad)
     try:
         yield _loading.bad
     finally:
-        _loading.seed, _loading.epoch, _loading.bad = outer
+        _loading = outer
 
 
 def item_seed(item: int | str) -> int:
@@ -121,12 +116,8 @@ def in_epoch(epoch: int, seed: int | None = None) -> Iterator[None]:
         epoch: number of the epoch.
         seed: random seed of the run; None keeps that of the loader.
     """
-    before = _loading.seed, _loading.epoch
-    _loading.seed, _loading.epoch = _loading.seed if seed is None else seed, epoch
-    try:
+    with loading(_loading.seed if seed is None else seed, epoch, _loading.bad):
         yield
-    finally:
-        _loading.seed, _loading.epoch = before
 
 
 def report_bad(path: str | os.PathLike[str], reason: str) -> None:
@@ -257,27 +248,15 @@ class BadItemPolicy:
 
 
 class LoadedBatch(NamedTuple):
-    """A batch as the process that loaded it hands it on.
+    """A batch as the process that loaded it hands it on."""
 
-    Args:
-        batch: the batch; None if it has no good item.
-        items: number of items that were asked for.
-        reports: paths and reasons of bad files.
-    """
-
-    batch: Any
-    items: int
-    reports: list[tuple[str, str]]
+    batch: Any  # None if it has no good item.
+    items: int  # Number of items that were asked for.
+    reports: list[tuple[str, str]]  # Paths and reasons of bad files.
 
 
 class ReportingCollate:
-    """Function that joins items to a batch, and adds what was reported while they were loaded.
-
-    It brings the reports of an `IterableDataset` out of a worker.
-
-    Args:
-        collate_fn: joins the items.
-    """
+    """Function that joins items, and brings the reports of an `IterableDataset` out of a worker."""
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self.collate_fn = collate_fn
@@ -289,37 +268,28 @@ class ReportingCollate:
         return LoadedBatch(batch, count_examples(batch) + len(reports), reports)
 
 
+@dataclass(eq=False)
 class BatchDataset(Dataset[Any]):
-    """Dataset of batches over a dataset of items; copied to every worker.
+    """Dataset of batches over a dataset of items; copied to every worker."""
 
-    Args:
-        dataset: dataset of items.
-        collate_fn: joins a list of items to a batch; with ``single``, converts one item.
-        seed: random seed of the run.
-        train: True to replace a batch without a good item by its first good fallback item.
-        single: True where an index stands for a whole batch.
-        workers: number of worker processes.
-    """
+    dataset: Any
+    collate_fn: Callable[[Any], Any]  # Joins a list of items; with ``single``, converts one item.
+    seed: int  # Random seed of the run.
+    train: bool  # A batch without a good item becomes its first good fallback item.
+    single: bool  # An index stands for a whole batch.
+    workers: int  # Number of worker processes.
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate_fn: Callable[[Any], Any],
-        seed: int,
-        train: bool,
-        single: bool,
-        workers: int,
-    ) -> None:
-        self.dataset, self.collate_fn = dataset, collate_fn
-        self.seed, self.train, self.single = seed, train, single
-        self._current = torch.full((workers,), -1).share_memory_()  # Index that each worker loads.
-        self._own: Any = None  # Index that the process without workers loads.
+    def __post_init__(self) -> None:
+        # Index that each worker loads, or -1; and the one that the process without workers loads.
+        self._current = torch.full((self.workers,), -1).share_memory_()
+        self._own: Any = None
         self._epoch: int | None = None
         self._setters: list[Any] = []  # Parts of the dataset that have ``set_epoch``.
         self._held: list[Any] = []  # Random generators that the dataset holds.
+        dataset = self.dataset
         while isinstance(dataset, Subset):  # It has `__getitems__` whether its dataset does or not.
             dataset = dataset.dataset
-        self._together = not single and getattr(dataset, "__getitems__", None) is not None
+        self._together = not self.single and getattr(dataset, "__getitems__", None) is not None
 
     def __getitem__(self, index: BatchIndex) -> LoadedBatch:
         """Load a batch."""
@@ -346,20 +316,18 @@ class BatchDataset(Dataset[Any]):
 
     def _set_epoch(self, epoch: int) -> None:
         """Tell the dataset the epoch; at each batch, since a worker may outlive the epoch."""
-        if epoch != self._epoch:
-            self._setters = [
-                part for part in components(self.dataset) if hasattr(part, "set_epoch")
-            ]
+        begins, self._epoch = epoch != self._epoch, epoch
+        if begins:
+            parts = components(self.dataset)
+            self._setters = [part for part in parts if hasattr(part, "set_epoch")]
             self._held = generators(self.dataset)
         for part in self._setters:
-            if epoch != self._epoch or _epoch_set_by.get(id(part)) is not self:
+            if begins or _epoch_set_by.get(id(part)) is not self:
                 part.set_epoch(epoch)
                 _epoch_set_by[id(part)] = self
-        self._epoch = epoch
 
     def _load_batch(self, index: BatchIndex) -> Any:
-        worker = get_worker_info()
-        if worker is not None:  # The main process draws from its own generators, as in torch.
+        if get_worker_info() is not None:  # The main process draws from its own, as in torch.
             reseed(derive(self.seed, "batch", index.epoch, index.number))
         for generator in self._held:
             seed_generator(generator, derive(self.seed, "held", index.epoch, index.number))
@@ -370,10 +338,7 @@ class BatchDataset(Dataset[Any]):
             items = self._load_fallback(index)
         if not items:
             return None
-        if worker is not None:
-            self._current[worker.id] = -1
-        else:
-            self._own = None
+        self._note(None)
         try:
             return self.collate_fn(items[0] if self.single else items)
         except Exception as error:
@@ -486,23 +451,25 @@ class DealtItems(IterableDataset[Any]):
         self.equal = world_size == 1 or not knows_ranks(dataset)
         self._rank, self._world = (rank, world_size) if self.equal else (0, 1)
         self._by_worker: bool | None = getattr(dataset, "splits_by_worker", None)
-        self._workers, self._asked, self._asked_id = 1, False, False
+        self._workers = 1
+        self._asked: set[str] = set()  # What the dataset has read of `get_worker_info`.
         self._position = 0  # Number of items that were read.
         self._start = 0  # Position at which the next iteration starts.
         self.ended = False
         self.resumable = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
-        declared = hasattr(dataset, "splits_by_rank")
-        if rank == 0 and not self.equal and not declared:
-            logger.info(
-                "%s gives each of %d ranks items of its own, since it asks for its rank; with the "
-                "attribute splits_by_rank = False its items are dealt among them",
-                type(dataset).__name__, world_size,
-            )  # fmt: skip
-        if rank == 0 and self._world > 1 and not declared:
+        if rank or world_size == 1 or hasattr(dataset, "splits_by_rank"):
+            return
+        if self.equal:
             logger.warning(
                 "each of %d ranks reads all items of %s and keeps its share; a dataset with the "
                 "attribute splits_by_rank = True gives each rank items of its own",
                 world_size, type(dataset).__name__,
+            )  # fmt: skip
+        else:
+            logger.info(
+                "%s gives each of %d ranks items of its own, since it asks for its rank; with the "
+                "attribute splits_by_rank = False its items are dealt among them",
+                type(dataset).__name__, world_size,
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -520,7 +487,7 @@ class DealtItems(IterableDataset[Any]):
         position, self._start, self.ended = self._start, 0, False
         last = self._world - 1 if self.train else self._rank  # Yield once that rank's item is read.
         self._seed(position, number)
-        self._asked_id = False
+        self._asked.discard("id")
         items, own = iter(self.dataset), None
         while True:
             self._seed(position, number)
@@ -534,8 +501,6 @@ class DealtItems(IterableDataset[Any]):
             elif item is None:
                 report_bad(f"item {position} of {type(self.dataset).__name__}", "it is None")
             if item is _END:
-                self._position, self.ended = 0, True
-                self._warn_of_id(number)
                 break
             if item is None:
                 continue
@@ -543,22 +508,21 @@ class DealtItems(IterableDataset[Any]):
             own = item if place == self._rank else own
             if keeps and place == last:
                 yield own
-        if self.train and position % self._world and self._rank == 0 == number:
-            left = position % self._world
-            logger.info("the epoch leaves out its last %d items: too few for all ranks", left)
-
-    def _warn_of_id(self, worker: int) -> None:
-        if self._asked_id and worker == 0 and not self._asked and self._by_worker is None:
+        self._position, self.ended = 0, True
+        asked_id = "id" in self._asked and "num_workers" not in self._asked
+        if number == 0 and asked_id and self._by_worker is None:
             logger.warning(
                 "%s asks for the id of its worker, and not for the number of workers: its items "
                 "are dealt among the workers, as with the attribute splits_by_worker = False. If "
                 "each worker reads items of its own, most are lost so: set it to True",
                 type(self.dataset).__name__,
             )
+        if self.train and (left := position % self._world) and self._rank == 0 == number:
+            logger.info("the epoch leaves out its last %d items: too few for all ranks", left)
 
     @property
     def _splits_by_worker(self) -> bool:
-        return self._asked if self._by_worker is None else self._by_worker
+        return "num_workers" in self._asked if self._by_worker is None else self._by_worker
 
     def _seed(self, position: int, worker: int) -> None:
         """Seed the global generators for an item, equally in all processes that read it."""
@@ -567,27 +531,17 @@ class DealtItems(IterableDataset[Any]):
             reseed(derive(_loading.seed, "stream", _loading.epoch, position, own))
 
     def watch_worker(self) -> None:
-        """Notice in this worker if the dataset asks for the number of workers."""
+        """Notice in this worker what the dataset reads of `get_worker_info`."""
         info = get_worker_info()
         assert info is not None
-        dealt, self._workers, own_id = self, info.num_workers, info.id
+        dealt, self._workers = self, info.num_workers
 
         class Watched(type(info)):  # type: ignore[misc]
             __slots__ = ()
 
-            @property
-            def num_workers(self) -> int:
-                dealt._asked = True
-                return dealt._workers
-
-            @property
-            def id(self) -> int:
-                dealt._asked_id = True
-                return own_id
-
-            @property
-            def dataset(self) -> Any:
-                return dealt.dataset
+            def __getattribute__(self, name: str) -> Any:
+                dealt._asked.add(name)
+                return dealt.dataset if name == "dataset" else super().__getattribute__(name)
 
         object.__setattr__(info, "__class__", Watched)
 

@@ -20,6 +20,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from multiprocessing import connection, queues
@@ -221,17 +222,13 @@ def _identity(loaded: Any) -> Any:
 class BatchSource:
     """Batches of a source by epoch: bad items are counted, and hangs noticed.
 
-    Args:
-        source: a DataLoader, or any iterable of batches.
-        policy: counts the bad items.
-        seed: random seed of the run.
-        train: False for evaluation, in which every epoch is alike.
-        timeout: seconds without a batch after which the workers of a DataLoader are given up, and
-            any other source is warned of; 0 for never.
-        world_size: number of processes.
-
     Attributes:
+        policy: counts the bad items.
         alone: True if it judges bad items by itself, since nobody does so for all ranks.
+        dealt: True if each rank gets batches of its own, from workers of no other loader.
+        equal: True if all ranks get equally many batches in training.
+        stateful: object whose state resumes an epoch, or None.
+        sources: objects whose states are places in an epoch.
     """
 
     def __init__(
@@ -247,9 +244,12 @@ class BatchSource:
         self._source, self.policy, self.alone = source, policy, world_size == 1
         self._seed, self._train, self._timeout = seed, train, timeout
         self._epoch = self._start = 0
+        self._resumed: Mapping[str, Any] | None = None
         self._number = 0  # Number of the batch that is waited for.
         self._draws: DrawsUndone | fork_rng = DrawsUndone()
-        self._owns_workers = True
+        self.dealt = self.equal = True
+        self.stateful: Any = None
+        self.sources: list[Any] = []
         # Persistent workers between two epochs. They end with this object: torch waits 5 s for each
         # where it is in a reference cycle, since the queues to tell them are closed by then.
         self._idle: list[BaseProcess] = []
@@ -261,9 +261,14 @@ class BatchSource:
         """Use the batches of this epoch in later iterations; in evaluation all epochs are alike."""
         self._epoch = epoch if self._train else 0
 
-    def skip(self, batches: int) -> None:
-        """Start the next iteration after this number of batches."""
-        self._start = batches
+    def skip(self, batches: int, position: Mapping[str, Any] | None = None) -> None:
+        """Start the next iteration in the middle of the epoch.
+
+        Args:
+            batches: number of batches to leave out. A `Loader` does not load them; a `Stream` does.
+            position: what `Stream.position` returned after them; nothing is loaded then.
+        """
+        self._start, self._resumed = batches, position
 
     @property
     def bad(self) -> dict[str, str]:
@@ -293,7 +298,7 @@ class BatchSource:
             while (batch := load()) is not _END:
                 if batch is not None:
                     yield batch
-            self._idle[:] = watched.workers if self._owns_workers else []
+            self._idle[:] = watched.workers if self.dealt else []
         except BaseException:  # GeneratorExit too: the epoch was left early.
             if watched.workers:
                 watched.end_workers()
@@ -398,51 +403,30 @@ class Stream(BatchSource):
 
     In a resumed run, a source with ``state_dict`` and ``load_state_dict`` continues from its saved
     state; any other source loads the earlier batches again.
-
-    Attributes:
-        dealt: the items of an `IterableDataset`, if it deals them among ranks and workers.
-        equal: True if all ranks get equally many batches in training.
-        stateful: object whose state resumes an epoch, or None.
     """
 
     def __init__(self, source: Any, policy: BadItemPolicy, **run: Any) -> None:
         super().__init__(source, policy, **run)
-        self._resumed: Mapping[str, Any] | None = None
         self._waiting = self._ended = False
         dataset = getattr(source, "dataset", None)
-        self.dealt = dataset if isinstance(dataset, DealtItems) else None
-        self._owns_workers = self.dealt is not None  # Otherwise the DataLoader is the user's own.
-        self.equal = self.alone or (self.dealt is not None and self.dealt.equal)
-        self.stateful: Any = None
-        self._buffered = _has_shuffle_buffer(source)
-        if self._buffered:
-            return
+        self._items = dataset if isinstance(dataset, DealtItems) else None
+        self.dealt = self._items is not None
+        self.equal = self.alone or (self._items is not None and self._items.equal)
+        buffered = _has_shuffle_buffer(source)
         if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
             self.stateful = source
-        elif self.dealt is not None and self.dealt.resumable and not source.num_workers:
-            self.stateful = self.dealt
+        elif self._items is not None and self._items.resumable and not source.num_workers:
+            self.stateful = self._items
+        if buffered or self.stateful is not None:
+            parts = components(source)
+            self.sources = [source, *(each for each in parts if isinstance(each, IterableDataset))]
+        if buffered:
+            self.stateful = None
 
     def set_epoch(self, epoch: int) -> None:
         """Use the batches of this epoch in later iterations, and tell sampler and dataset."""
         super().set_epoch(epoch)
         set_epoch(self._source, self._epoch)
-
-    @property
-    def sources(self) -> list[Any]:
-        """The source and its datasets, where their states are places in an epoch."""
-        if self.stateful is None and not self._buffered:
-            return []
-        nested = [part for part in components(self._source) if isinstance(part, IterableDataset)]
-        return [self._source, *nested]
-
-    def skip(self, batches: int, position: Mapping[str, Any] | None = None) -> None:
-        """Start the next iteration at this batch.
-
-        Args:
-            batches: number of the batches before it, which are loaded and discarded.
-            position: what `position` returned after them; nothing is loaded then.
-        """
-        self._start, self._resumed = batches, position
 
     def position(self, running: bool) -> dict[str, Any] | None:
         """Return the state of the source after the last batch; None if there is none to rely on.
@@ -454,7 +438,7 @@ class Stream(BatchSource):
             return None
         if not running:
             return {"source": self.stateful.state_dict()}
-        if self.dealt is not None and self.dealt.ended:  # The state may be that of a new epoch.
+        if self._items is not None and self._items.ended:  # The state may be that of a new epoch.
             return None
         with self._draws if isinstance(self._draws, fork_rng) else nullcontext():
             random = rng_state()
@@ -467,7 +451,7 @@ class Stream(BatchSource):
         Raises:
             TypeError: it is unknown.
         """
-        if self.dealt is not None and self._source.num_workers > 1:
+        if self.dealt and self._source.num_workers > 1:
             raise TypeError("the number of batches is unknown where workers join their own items")
         return len(self._source)
 
@@ -646,31 +630,26 @@ def _init_worker(
         worker_init_fn(worker)
 
 
+@dataclass(eq=False)
 class _WatchedIterator:
     """Iterator of batches that notices at once when workers of a DataLoader die or hang.
 
     torch notices a death at once, or after 5 s when the signal comes just before it starts to wait.
     Without workers, a thread warns once of each batch that takes too long.
-
-    Args:
-        iterator: an iterator of batches; if it is a DataLoader's, its workers are watched.
-        timeout: seconds without a batch after which workers are given up, or a warning is logged; 0
-            for never.
-        closing: flag in shared memory, set before workers are ended.
-        describe_wait: returns what is waited for.
     """
 
-    def __init__(
-        self, iterator: Any, timeout: float, closing: Tensor, describe_wait: Callable[[], str]
-    ) -> None:
-        self._iterator, self._timeout, self._closing = iterator, timeout, closing
-        self._describe_wait = describe_wait
+    iterator: Any  # If it is a DataLoader's, its workers are watched.
+    timeout: float  # Seconds without a batch until workers are given up, or it warns; 0 for never.
+    closing: Tensor  # Flag in shared memory, set before workers are ended.
+    describe_wait: Callable[[], str]
+
+    def __post_init__(self) -> None:
         self._since: float | None = None  # Start of the wait for a batch.
         self._closed = threading.Event()
-        self.workers: list[BaseProcess] = list(getattr(iterator, "_workers", []))
+        self.workers: list[BaseProcess] = list(getattr(self.iterator, "_workers", []))
         if self.workers:  # Set here: DataLoader's own option would limit its start of an epoch too.
-            iterator._timeout = POLL_SECONDS
-        elif timeout:
+            self.iterator._timeout = POLL_SECONDS
+        elif self.timeout:
             threading.Thread(target=self._warn, daemon=True, name="loader").start()
 
     def next(self) -> Any:
@@ -683,7 +662,7 @@ class _WatchedIterator:
         """
         self._since = time.monotonic()
         try:
-            return self._from_workers() if self.workers else next(self._iterator, _END)
+            return self._from_workers() if self.workers else next(self.iterator, _END)
         finally:
             self._since = None
 
@@ -693,23 +672,23 @@ class _WatchedIterator:
 
     def _warn(self) -> None:
         warned: float | None = None
-        while not self._closed.wait(min(self._timeout, 1.0)):
+        while not self._closed.wait(min(self.timeout, 1.0)):
             since = self._since
-            if since is None or since == warned or time.monotonic() - since < self._timeout:
+            if since is None or since == warned or time.monotonic() - since < self.timeout:
                 continue
             warned = since
             logger.warning(
                 "no batch for %g s, %s (the loader option timeout and the run option item_timeout "
-                "set this limit)", self._timeout, self._describe_wait(),
+                "set this limit)", self.timeout, self.describe_wait(),
             )  # fmt: skip
 
     def _from_workers(self) -> Any:
         cause: str | None = ""
         while not cause:
             try:
-                result = next(self._iterator, _END)
+                result = next(self.iterator, _END)
                 if result is _END:
-                    self._iterator._timeout = 0  # Persistent workers are about to be restarted.
+                    self.iterator._timeout = 0  # Persistent workers are about to be restarted.
                 return result
             except Exception as error:
                 cause = self._explain(error)
@@ -720,8 +699,8 @@ class _WatchedIterator:
         if (number := signals.requested()) is not None:
             raise signals.Interrupted(number)  # It may have met a worker that just began.
         if cause.endswith(FULL):
-            raise OSError(errno.ENOSPC, f"{self._describe_wait()}: {cause}")
-        raise RuntimeError(f"{cause}, {self._describe_wait()}")
+            raise OSError(errno.ENOSPC, f"{self.describe_wait()}: {cause}")
+        raise RuntimeError(f"{cause}, {self.describe_wait()}")
 
     def _explain(self, error: Exception) -> str | None:
         """Return the cause of torch's error; None if it is not about workers, "" to wait on."""
@@ -729,10 +708,10 @@ class _WatchedIterator:
             return FULL
         if str(error).startswith("DataLoader timed out"):
             waited = time.monotonic() - (self._since or 0.0)
-            if not self._timeout or waited < self._timeout:
+            if not self.timeout or waited < self.timeout:
                 return ""
             return (
-                f"the loader's workers gave no batch within {self._timeout:g} s (one hangs, or the "
+                f"the loader's workers gave no batch within {self.timeout:g} s (one hangs, or the "
                 "loader option timeout, by default the run option item_timeout, is too small)"
             )
         # torch begins the errors of a dataset in a worker by "Caught".
@@ -740,7 +719,7 @@ class _WatchedIterator:
 
     def end_workers(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
-        self._closing.fill_(True)
+        self.closing.fill_(True)
         try:
             self._end_workers()
         except RuntimeError:
@@ -749,8 +728,8 @@ class _WatchedIterator:
             self._end_workers()
         # A worker may have ended while it held the lock of torch's event, and torch, which sets
         # that event before it drops the iterator, would wait forever. No worker reads it now.
-        self._iterator._workers_done_event = threading.Event()
-        self._iterator = None  # A traceback may keep this object, and must not keep the workers.
+        self.iterator._workers_done_event = threading.Event()
+        self.iterator = None  # A traceback may keep this object, and must not keep the workers.
 
     def _end_workers(self) -> None:
         for worker in self.workers:
@@ -772,14 +751,16 @@ def _describe_exit(workers: list[BaseProcess]) -> str | None:
             if worker.sentinel in ended:
                 worker.join(timeout=POLL_SECONDS)
     for worker in workers:
-        if (code := worker.exitcode) in (-signal.SIGBUS, NO_SHARED_MEMORY):
-            return f"a worker of the loader (pid {worker.pid}) died: {FULL}"
-        if code == UNSENT:
-            return f"a worker of the loader (pid {worker.pid}) could not send a batch (see above)"
-        if code:
-            how = (
-                f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-            )
+        if not (code := worker.exitcode):
+            continue
+        if code in (-signal.SIGBUS, NO_SHARED_MEMORY):
+            how = f"died: {FULL}"
+        elif code == UNSENT:
+            how = "could not send a batch (see above)"
+        elif code > 0:
+            how = f"exited with code {code}"
+        else:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            return f"a worker of the loader (pid {worker.pid}) {how}{hint}"
+            how = f"died of {signal.Signals(-code).name}{hint}"
+        return f"a worker of the loader (pid {worker.pid}) {how}"
     return None

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from trainer import distributed
 from trainer.callbacks import Callback
+from trainer.checks import by_name
 from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
-from trainer.options import by_name
 from trainer.progress import Stage
 
 if TYPE_CHECKING:
@@ -243,14 +243,11 @@ def _layer(name: str) -> str:
 class _Meter:
     """Measurements of one optimizer."""
 
-    def __init__(self, update: Update, names: Mapping[int, str], clip_rate: float) -> None:
+    def __init__(self, update: Update, clip_rate: float) -> None:
         self.update, self.health = update, Health(update.name, clip_rate)
         self.steps: list[StepReport] = []  # Since the last record.
         update.history = self.steps
-        self.names = {
-            id(p): names.get(id(p), f"{update.name}.{number}")
-            for number, p in enumerate(update.all_params)
-        }
+        self.names = update.named()
         # Of the step that is measured: its parameters, copies of them from before it, and names
         # and values of its histograms. There are no copies while no step is measured.
         self.params: list[Tensor] = []
@@ -266,7 +263,7 @@ class _Meter:
         self.params, self.samples = self.update.params, []
         self.copies = [p.detach().clone() for p in self.params]
         for p in self.params if histograms else ():
-            name = self.names.get(id(p), self.update.name)
+            name = self.names.get(p, self.update.name)
             self.samples.append((f"weights/{name}", _sample(p)))
             if p.grad is not None and not p.grad.is_sparse:
                 self.samples.append((f"gradients/{name}", _sample(p.grad)))
@@ -284,18 +281,13 @@ class _Meter:
         torch._foreach_sub_(before, after)
         return torch.cat([norms(before), norms(after)])
 
-    def layers(self, values: Sequence[float], grads: Mapping[int, float]) -> LayerNorms:
-        """Return the norms of each layer.
-
-        Args:
-            values: what `measure` returned, as numbers.
-            grads: norms of gradients, by id of the parameter.
-        """
+    def layers(self, values: Sequence[float], grads: Mapping[Tensor, float]) -> LayerNorms:
+        """Return the norms of each layer, from those of `measure` and of gradients."""
         found: dict[str, list[tuple[float | None, float, float]]] = {}
         number = len(self.params)
         for p, update, weight in zip(self.params, values[:number], values[number:], strict=True):
-            name = self.names.get(id(p), self.update.name)
-            found.setdefault(_layer(name), []).append((grads.get(id(p)), weight, update))
+            name = self.names.get(p, self.update.name)
+            found.setdefault(_layer(name), []).append((grads.get(p), weight, update))
         return {layer: _join(parts) for layer, parts in found.items()}
 
 
@@ -322,30 +314,23 @@ class LayerMonitor(Callback):
         self._idle: str | None = None  # Warning that the first record carries.
 
     def on_fit_start(self, brain: Brain) -> None:
-        """Find the optimizers and the loggers."""
         loggers = (each for each in brain.callbacks if isinstance(each, LoggerCallback))
         self._loggers, self._brain = next(loggers, None), brain
         if self._meters:
             return
-        params = dict(brain.modules.named_parameters())
-        names = {id(p): name for name, p in params.items()}
         rate, known = brain.options.expected_clip_rate, list(brain.updates)
         self._meters = {
-            name: _Meter(
-                each, names, by_name(rate, name, known, "expected_clip_rate", USUAL_CLIP_RATE)
-            )
+            name: _Meter(each, by_name(rate, name, known, "expected_clip_rate", USUAL_CLIP_RATE))
             for name, each in brain.updates.items()
         }
-        owned = {id(p) for update in brain.updates.values() for p in update.all_params}
-        idle = [name for name, p in params.items() if p.requires_grad and id(p) not in owned]
-        if idle:
+        untrained = (name for update in brain.updates.values() for name in update.untrained)
+        if idle := list(dict.fromkeys(untrained)):
             self._idle = (
                 f"no optimizer has {first_names(idle)}: they never move. Give them to an "
                 "optimizer, or call requires_grad_(False), which saves computing their gradients"
             )
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
-        """Hook into the next step if there is something to measure in it."""
         for meter in self._meters.values():
             due, update = meter.always or len(meter.steps) + 1 >= self.every, meter.update
             if due and not meter.hooked:
@@ -370,7 +355,7 @@ class LayerMonitor(Callback):
             return
         # The step of this batch is counted at its end.
         place = {"step": brain.optimizer_step + 1, "epoch": brain.progress.epoch}
-        grads = {id(p): norm for p, norm in zip(*update.measured, strict=True)}
+        grads = dict(zip(*update.measured, strict=True))
         unknown = gradients.tensors if gradients.norm_after is None else []
         vectors = [norms(unknown)] if unknown else []
         if measured := bool(meter.copies):
@@ -387,7 +372,6 @@ class LayerMonitor(Callback):
             update.read_later(torch.cat(vectors), take)
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Write the pending record at the end of training."""
         if report.stage == Stage.TRAIN.value:
             for meter in self._meters.values():
                 meter.update.read_now()
@@ -404,7 +388,7 @@ class LayerMonitor(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state; optimizers that were not monitored then start anew."""
         for name, meter in self._meters.items():
-            meter.update.take_deferred()
+            meter.update.deferred.clear()
             meter.copies = []
             if name in state:
                 meter.steps[:] = unpack(name, state[name]["steps"])

@@ -41,19 +41,13 @@ class Profiler(Callback):
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
-        """Start the profiler in a training stage, until there is a trace."""
         if stage is not Stage.TRAIN or self._done or self._profile is not None:
             return
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        kinds, options = torch.profiler.ProfilerActivity, self._options
         self._profile = torch.profiler.profile(
-            activities=activities,
+            activities=[kinds.CPU, *([kinds.CUDA] if torch.cuda.is_available() else [])],
             schedule=torch.profiler.schedule(
-                wait=0,
-                warmup=self._options.profile_warmup,
-                active=self._options.profile_steps,
-                repeat=1,
+                wait=0, warmup=options.profile_warmup, active=options.profile_steps, repeat=1
             ),
             on_trace_ready=self._write,
             record_shapes=True,
@@ -61,12 +55,10 @@ class Profiler(Callback):
         self._profile.start()
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
-        """Count a training batch."""
         if self._profile is not None and stage is Stage.TRAIN:
             self._profile.step()
 
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
-        """Write the trace, and warn if nothing was traced."""
         if self._profile is None or report.stage != Stage.TRAIN.value:
             return
         self._stop()
@@ -79,8 +71,7 @@ class Profiler(Callback):
             )
 
     def on_fit_end(self, brain: Brain) -> None:
-        """Stop the profiler after an exception."""
-        self._stop()
+        self._stop()  # After an exception.
 
     def _stop(self) -> None:
         profile, self._profile = self._profile, None

@@ -22,9 +22,8 @@ from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.checkpoint.checkpointer import retry_missing
 from trainer.data.batch import to_device
 from trainer.defaults import Driver, DriverFinished
-from trainer.diagnostics.nonfinite.report import FORMAT, KeptBatch, NonFiniteReport
 from trainer.diagnostics.nonfinite.serialize import deserialize_batch, own_modules
-from trainer.diagnostics.nonfinite.tracer import investigate
+from trainer.diagnostics.nonfinite.tracer import FORMAT, KeptBatch, NonFiniteReport, investigate
 from trainer.evaluation import rng_kept
 from trainer.metrics import StepReport
 from trainer.untrusted import confined, memory_in_proportion, printable
@@ -93,11 +92,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def checked_generators(kept: dict[str, Any]) -> dict[str, Any]:
-    """Return the states of random generators in a kept batch.
-
-    Raises:
-        ValueError: if they cannot be restored.
-    """
+    """Return the states of random generators in a kept batch; ValueError if they are none."""
     generators: dict[str, Any] = kept["generators"]
     try:
         with rng_kept():
@@ -126,13 +121,13 @@ def load_nearest(checkpointer: Checkpointer, step: int) -> None:
 
 
 def replay(brain: Brain, arguments: FitArguments, folder: Path, kept: dict[str, Any]) -> NoReturn:
-    """Rerun a kept batch, and log what is not finite.
+    """Rerun a kept batch, as `load` returned it, and log what is not finite.
 
     Args:
         brain: the Brain, before its training.
         arguments: the arguments of `fit`.
-        folder: folder of the report.
-        kept: its batch, as `load` returned it.
+        folder: folder of the report, for messages.
+        kept: the batch.
 
     Raises:
         Replayed: when done.

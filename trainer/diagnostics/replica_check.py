@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trainer.brain import Brain
 
 ROW = 4096  # Words of 8 bytes in a row: each row is summed, and then the sums of all rows.
-BLOCK = 256 * ROW  # Words that are multiplied at once, which bounds the memory.
+BLOCK = 256  # Rows that are multiplied at once, which bounds the memory.
 
 
 class DriftError(RuntimeError):
@@ -33,16 +33,11 @@ class DriftError(RuntimeError):
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Sum the bits of a tensor, as words of 8 bytes, each times an odd number of its position.
+    """Return the sum of the words of 8 bytes of a tensor, each times an odd number of its position.
 
     Modulo 2^64 a change of any one word changes the sum for certain; changes of several words, also
-    such as cancel in a plain sum, do with a probability of about 1 - 2^-60.
-
-    Args:
-        tensor: of any shape and dtype, in dense layout.
-
-    Returns:
-        A scalar of dtype int64, on the device of the tensor.
+    such as cancel in a plain sum, do with a probability of about 1 - 2^-60. The result is a scalar
+    of dtype int64, on the device of the tensor, which is dense.
     """
     values = tensor.detach().resolve_conj().resolve_neg()
     values = torch.view_as_real(values) if values.is_complex() else values
@@ -50,17 +45,14 @@ def fingerprint(tensor: Tensor) -> Tensor:
     if values.storage_offset() * values.itemsize % 8:
         values = values.clone()
     data = values.view(torch.uint8)
-    whole = len(data) // 8 * 8
-    words, rest = data[:whole].view(torch.int64), data[whole:]
-    rest = torch.cat([rest, rest.new_zeros(8 - len(rest))]).view(torch.int64)
-    ends = len(words) // ROW * ROW
+    whole = len(data) // (8 * ROW) * 8 * ROW
+    tail = torch.cat([data[whole:], data.new_zeros(-len(data) % 8)]).view(torch.int64)
     columns = _weights(ROW, 1, data.device)
-    sums = [(block.view(-1, ROW) * columns).sum(1) for block in words[:ends].split(BLOCK)]
-    last = torch.cat([words[ends:], rest])
-    sums.append((last * _weights(2 * ROW, 2, data.device)[: len(last)]).sum().reshape(1))
-    rows = torch.cat(sums)
+    blocks = data[:whole].view(torch.int64).view(-1, ROW).split(BLOCK)
+    sums = [(block * columns).sum(1) for block in blocks]
+    rows = torch.cat([*sums, (tail * columns[: len(tail)]).sum().reshape(1)])
     size = 1 << len(rows).bit_length()  # Few sizes, of which the cache keeps some.
-    return (rows * _weights(size, 3, data.device)[: len(rows)]).sum()
+    return (rows * _weights(size, 2, data.device)[: len(rows)]).sum()
 
 
 @functools.lru_cache(maxsize=32)
@@ -73,16 +65,10 @@ def _weights(number: int, key: int, device: torch.device) -> Tensor:
 
 
 def find_differing(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Find the tensors that differ between ranks. Every rank must call it.
-
-    Args:
-        tensors: the same names and order on all ranks.
-
-    Returns:
-        Their names; none in a run of one process.
+    """Return the names of the tensors that differ between ranks. Collective.
 
     Raises:
-        DriftError: ranks have tensors of other names.
+        DriftError: ranks have tensors of other names, or in another order.
     """
     if distributed.world_size() == 1:
         return []
@@ -111,7 +97,7 @@ def _agree(numbers: Tensor) -> Tensor:
 def check_replicas_in_sync(
     tensors: Mapping[str, Tensor], where: str, what: str = "weights"
 ) -> None:
-    """Check that tensors are equal on all ranks, to the bit. Every rank must call it.
+    """Check that tensors are equal on all ranks, to the bit. Collective.
 
     Args:
         tensors: the same names and order on all ranks.
@@ -133,48 +119,6 @@ def check_replicas_in_sync(
     )
 
 
-class ConstantBuffers:
-    """The buffers of modules that no forward pass changes, and that have to be equal on all ranks.
-
-    Left out are running statistics of batch norms, which differ between ranks until an epoch ends,
-    buffers that have changed on every rank between two checks, and buffers that grow.
-    """
-
-    def __init__(self, modules: nn.Module) -> None:
-        self._modules = modules
-        self._left_out = {
-            f"{path}.{name}".lstrip(".")
-            for path, module in modules.named_modules()
-            if isinstance(module, _NormBase)
-            for name, _ in module.named_buffers(recurse=False)
-        }
-
-    def note(self) -> dict[str, Tensor]:
-        """Note the contents, from which changes are counted; return the buffers by name."""
-        buffers = {
-            name: buffer
-            for name, buffer in self._modules.named_buffers()
-            if name not in self._left_out and buffer.layout is torch.strided
-        }
-        self._noted = {n: (b.shape, int(fingerprint(b))) for n, b in buffers.items()}
-        return buffers
-
-    def find(self) -> dict[str, Tensor]:
-        """Return the buffers that must be equal on all ranks, by name. Every rank must call it."""
-        before = self._noted
-        buffers = self.note()
-        names = [name for name in before if name in buffers]
-        pairs = [(*before[name], *self._noted[name]) for name in names]
-        flags = distributed.any_rank(
-            *(shape != new_shape for shape, _, new_shape, _ in pairs),
-            *(bits == new_bits for _, bits, _, new_bits in pairs),
-        )
-        grown, still = flags[: len(names)], flags[len(names) :]
-        constant = [n for n, g, s in zip(names, grown, still, strict=True) if s and not g]
-        self._left_out |= set(names) - set(constant)
-        return {name: buffers[name] for name in constant}
-
-
 class ReplicaCheck(Callback):
     """Compare all ranks after the first and each ``every``-th training batch.
 
@@ -188,24 +132,25 @@ class ReplicaCheck(Callback):
 
     def __init__(self, every: int) -> None:
         self._every, self._batches, self._turn = every, 0, 0
-        self._buffers: ConstantBuffers | None = None
+        # Names of buffers that may differ: running statistics of batch norms, which do until an
+        # epoch ends, buffers that have changed on every rank between two checks, and such as grow.
+        self._free: set[str] = set()
+        self._noted: dict[str, tuple[torch.Size, int]] = {}  # Shape and contents of the others.
 
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
-        """Reset the count."""
         if stage is Stage.TRAIN:
             self._batches = 0
-            if self._buffers is None:
-                self._buffers = ConstantBuffers(brain.modules)
-            self._buffers.note()
+            self._free |= {
+                f"{path}.{name}".lstrip(".")
+                for path, module in brain.modules.named_modules()
+                if isinstance(module, _NormBase)
+                for name, _ in module.named_buffers(recurse=False)
+            }
+            self._note_buffers(brain.modules)
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
-        """Compare the ranks if that is due. Collective.
-
-        Raises:
-            DriftError: if something is not the same on all ranks.
-        """
         if stage is not Stage.TRAIN:
             return
         self._batches += 1
@@ -213,19 +158,37 @@ class ReplicaCheck(Callback):
             where = f"epoch {brain.progress.epoch}, batch {brain.progress.step}:"
             weights = dict(brain.modules.named_parameters())
             check_replicas_in_sync(weights, where)
-            if self._buffers is not None:
-                check_replicas_in_sync(self._buffers.find(), where, "buffers")
-            state = optimizer_state(brain)
+            check_replicas_in_sync(self._constant_buffers(brain.modules), where, "buffers")
             size = sum(p.numel() for p in weights.values()) // 2
-            check_replicas_in_sync(self._part(state, size), where, "optimizer states")
+            state = self._part(optimizer_state(brain), size)
+            check_replicas_in_sync(state, where, "optimizer states")
+
+    def _note_buffers(self, modules: nn.Module) -> dict[str, Tensor]:
+        """Note the contents of the buffers that may not differ, and return them by name."""
+        buffers = {
+            name: buffer
+            for name, buffer in modules.named_buffers()
+            if name not in self._free and buffer.layout is torch.strided
+        }
+        self._noted = {n: (b.shape, int(fingerprint(b))) for n, b in buffers.items()}
+        return buffers
+
+    def _constant_buffers(self, modules: nn.Module) -> dict[str, Tensor]:
+        """Return the buffers that must be equal on all ranks, by name. Collective."""
+        before, buffers = self._noted, self._note_buffers(modules)
+        names = [name for name in before if name in buffers]
+        pairs = [(*before[name], *self._noted[name]) for name in names]
+        flags = distributed.any_rank(
+            *(shape != new_shape for shape, _, new_shape, _ in pairs),
+            *(bits == new_bits for _, bits, _, new_bits in pairs),
+        )
+        grown, still = flags[: len(names)], flags[len(names) :]
+        constant = [n for n, g, s in zip(names, grown, still, strict=True) if s and not g]
+        self._free |= set(names) - set(constant)
+        return {name: buffers[name] for name in constant}
 
     def _part(self, state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-        """Return the tensors whose turn it is.
-
-        Args:
-            state: all tensors by name.
-            size: number of elements that they have together at least, as far as there are so many.
-        """
+        """Return the tensors whose turn it is, of more than ``size`` elements together or all."""
         names, chosen, total = list(state), dict[str, Tensor](), 0
         while len(chosen) < len(names) and total <= size:
             name = names[self._turn % len(names)]
@@ -237,11 +200,10 @@ class ReplicaCheck(Callback):
 
 def optimizer_state(brain: Brain) -> dict[str, Tensor]:
     """Return the tensors that the optimizers keep, by name."""
-    names = {id(p): name for name, p in brain.modules.named_parameters()}
     return {
-        f"{update.name}: {names.get(id(p), number)} {key}": value
+        f"{update.name}: {name} {key}": value
         for update in brain.updates.values()
-        for number, p in enumerate(update.all_params)
+        for p, name in update.named().items()
         for key, value in update.optimizer.state.get(p, {}).items()
         if isinstance(value, Tensor) and value.layout is torch.strided
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -30,15 +29,16 @@ if TYPE_CHECKING:
 class StepTimes(Callback):
     """Add the seconds of a step to log records, as ``times``, ``padding`` and ``memory``.
 
-    Measured are the batches up to the first step after a record. ``times`` has, in seconds, the
-    wait for data ("data"), forward pass and loss ("forward"), the backward pass ("backward"), the
-    step itself ("step"), and the checkpoints since the last record ("save"). ``padding`` is the
-    share of padding, from 0 to 1, in the largest padded field of the batch. ``memory`` is the peak
-    of the memory of tensors on the GPU, or of the process on a CPU, in bytes.
+    Measured are the batches up to the first step after a record, from the second batch of a
+    training stage on. ``times`` has, in seconds, the wait for data ("data"), forward pass and loss
+    ("forward"), the backward pass ("backward"), the step itself ("step"), and the checkpoints since
+    the last record ("save"). ``padding`` is the share of padding, from 0 to 1, in the largest
+    padded field of the batch. ``memory`` is the peak of the memory of tensors on the GPU, or of the
+    process on a CPU, in bytes.
     """
 
     def __init__(self) -> None:
-        self._marks: list[tuple[str, Any]] = []  # Each part with the time (or event) of its end.
+        self._watch = step.Stopwatch(on_gpu=False)
         self._padding: float | None = None
         self._saving = 0.0
         self._listens = False  # True while batches are watched.
@@ -47,16 +47,15 @@ class StepTimes(Callback):
     def on_stage_start(
         self, brain: Brain, stage: Stage, epoch: int | None, total: int | None
     ) -> None:
-        """Measure from the second batch of a training stage on."""
         if stage is Stage.TRAIN:
             self._begin(brain)
 
     def on_log(self, brain: Brain, record: dict[str, Any]) -> None:
-        """Add the last measurement to a record, and begin the next one."""
-        if self._stepped() and (times := self._times()):
-            record["times"] = times
+        times = self._times() if self._stepped() else {}
         if self._saving:
-            record.setdefault("times", {})["save"] = round(self._saving, 6)
+            times["save"] = round(self._saving, 6)
+        if times:
+            record["times"] = times
         if self._padding is not None:
             record["padding"] = round(self._padding, 4)
         record["memory"] = _memory(brain.device)
@@ -64,24 +63,20 @@ class StepTimes(Callback):
         self._begin(brain)
 
     def on_checkpoint(self, brain: Brain, checkpoint: Checkpoint) -> None:
-        """Add the time that a checkpoint took; the wait for data begins after it."""
-        self._saving += (
-            datetime.now(UTC) - datetime.fromisoformat(checkpoint.time)
-        ).total_seconds()
-        if self._marks and self._listens:
-            self._mark("save")
+        begun = datetime.fromisoformat(checkpoint.time)
+        self._saving += (datetime.now(UTC) - begun).total_seconds()
+        if self._watch.marks and self._listens:
+            self._watch.mark("save")  # The wait for data begins after it.
 
     def on_fit_end(self, brain: Brain) -> None:
-        """Stop measuring."""
         self._end(brain)
 
     def _begin(self, brain: Brain) -> None:
         self._end(brain)
-        self._marks, self._padding, self._counts = [], None, False
-        self._events = brain.device.type == "cuda"
+        self._watch = step.Stopwatch(brain.device.type == "cuda")
+        self._padding, self._counts, self._listens = None, False, True
         brain.callbacks.listen("on_batch_start", self._batch_start)
         brain.callbacks.listen("on_batch_end", self._batch_end)
-        self._listens = True
 
     def _end(self, brain: Brain) -> None:
         if self._listens:
@@ -91,45 +86,32 @@ class StepTimes(Callback):
             self._listens = False
 
     def _batch_start(self, brain: Brain, batch: Any) -> None:
-        if not self._counts:
-            return
-        self._mark("data")
-        self._padding = _padding(batch)
-        step.stopwatch = self._mark
+        if self._counts:
+            self._watch.mark("data")
+            self._padding = _padding(batch)
+            step.stopwatch = self._watch
 
     def _batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
         if stage is not Stage.TRAIN:
             return
-        self._mark("rest")
+        self._watch.mark("rest")
         step.stopwatch = None
         if self._stepped():
             self._end(brain)
         elif not self._counts:  # A measurement begins with a window.
-            del self._marks[:-1]
+            del self._watch.marks[:-1]
             self._counts = not any(update.window.count for update in brain.updates.values())
 
     def _stepped(self) -> bool:
-        return any(part == "step" for part, _ in self._marks)
-
-    def _mark(self, part: str) -> None:
-        if self._events:
-            event: Any = torch.cuda.Event(enable_timing=True)
-            event.record()
-        else:
-            event = time.perf_counter()
-        self._marks.append((part, event))
+        return any(part == "step" for part, _ in self._watch.marks)
 
     def _times(self) -> dict[str, float]:
-        """Return the seconds of each part of the measured step; nothing without one."""
-        if len(self._marks) < 2 or (self._events and not self._marks[-1][1].query()):
-            return {}
+        """Return the seconds of each part of the measured step; nothing if they are not known."""
         times: dict[str, float] = {}
-        before = self._marks[0][1]
-        for part, at in self._marks[1:]:
-            spent = before.elapsed_time(at) / 1000 if self._events else at - before
-            before, known = at, {"rest": "step", "save": ""}.get(part, part)
+        for part, seconds in self._watch.read():
+            known = {"rest": "step", "save": ""}.get(part, part)
             if known:
-                times[known] = round(times.get(known, 0.0) + spent, 6)
+                times[known] = round(times.get(known, 0.0) + seconds, 6)
         return times
 
 
@@ -149,11 +131,15 @@ def _memory(device: torch.device) -> int:
 def _padding(batch: Any) -> float | None:
     """Return the share of padding in the largest padded field whose lengths are on the host."""
     batch = dict(batch.on_host) if isinstance(batch, Batch) else batch
-    largest, share = 0, None
-    for field in batch.values() if isinstance(batch, Mapping) else ():
-        if isinstance(field, Padded) and isinstance(field.lengths, Tensor):
-            data, lengths = field.data, field.lengths
-            if lengths.device.type == "cpu" and data.numel() > largest:
-                largest = data.numel()
-                share = 1 - float(lengths.sum()) / (data.shape[0] * data.shape[1])
-    return share
+    fields = [
+        each
+        for each in (batch.values() if isinstance(batch, Mapping) else ())
+        if isinstance(each, Padded)
+        and isinstance(each.lengths, Tensor)
+        and each.lengths.device.type == "cpu"
+        and each.data.numel()
+    ]
+    if not fields:
+        return None
+    data, lengths = max(fields, key=lambda each: each.data.numel())
+    return 1 - float(lengths.sum()) / (data.shape[0] * data.shape[1])

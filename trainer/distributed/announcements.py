@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,7 @@ LIMIT = 2**62  # Numbers that stand for windows are smaller.
 class Votes(NamedTuple):
     """Questions that are True for all ranks if they are for any.
 
-    Args:
-        stop: the run was asked to stop.
-        save: it is time to save a checkpoint.
-        gave_up: a rank has given up this batch.
+    The run was asked to stop, it is time to save, and a rank has given up this batch.
     """
 
     stop: bool
@@ -49,21 +47,17 @@ class Announcements:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
         self._joint: list[str] = []
-        self._sent: tuple[Any, ...] = ()
-        self._template = self._answer = torch.zeros(0)
+        self._answer = torch.zeros(0)
         self._message: Any = None
 
     def send(self, windows: Windows | None, stop: bool = False, save: bool = False) -> None:
-        """Announce the windows that this rank closes now.
+        """Announce the windows that this rank closes now, and its votes.
 
         Args:
             windows: the windows, in the order in which they are closed; empty if the batch closes
                 no more; None if this rank has given up the batch.
             stop: this rank's vote to stop.
             save: this rank's vote to save.
-
-        Raises:
-            ValueError: if there are too many windows.
         """
         for names in windows or ():
             if len(names) > 1:
@@ -73,18 +67,11 @@ class Announcements:
         digest = _digest(windows or ())
         numbers = (-LIMIT,) * 4 if windows is None else (code, digest, -code, -digest)
         sent = (*numbers, stop, save, windows is None)
-        if sent != self._sent:  # The usual one is not brought to the device again.
-            self._sent = sent
-            self._template = torch.tensor(sent, dtype=torch.int64, device=distributed.device())
-        self._answer = self._template.clone()
+        self._answer = on_device(sent, torch.int64, distributed.device()).clone()
         self._message = distributed.begin_max(self._answer)
 
     def confirm(self) -> None:
-        """Wait for the announcements of all ranks, before the messages that they announce.
-
-        Raises:
-            ValueError: if ranks have announced different windows.
-        """
+        """Wait for the announcements of all ranks, before the messages that they announce."""
         self.check(self.disagreement().tolist())
 
     def disagreement(self) -> Tensor:
@@ -93,16 +80,10 @@ class Announcements:
         return (self._answer[:2] + self._answer[2:4]).double()
 
     def read(self, joint: Callable[[], Sequence[str]]) -> tuple[list[list[str]], Votes]:
-        """Wait for the announcements of all ranks.
+        """Return the windows that the other ranks close, and what any rank voted for.
 
         Args:
             joint: returns the names of the optimizers that step together.
-
-        Returns:
-            The windows that the other ranks close, and what any rank voted for.
-
-        Raises:
-            ValueError: if ranks have announced different windows.
         """
         self._message.wait()
         most, digest, least, opposite, *flags = self._answer.tolist()
@@ -116,14 +97,7 @@ class Announcements:
         return windows, Votes(*map(bool, flags))
 
     def check(self, disagreement: Sequence[float]) -> None:
-        """Check the vector of `disagreement`, once it is read.
-
-        Args:
-            disagreement: its two numbers.
-
-        Raises:
-            ValueError: if ranks have announced different windows.
-        """
+        """Raise ValueError if the vector of `disagreement`, once it is read, is not 0."""
         if not any(disagreement):
             return
         if not disagreement[0]:
@@ -167,3 +141,9 @@ class Announcements:
 def _digest(windows: Windows) -> int:
     """Return a number that stands for the names of all windows, also of those that are joint."""
     return zlib.crc32(repr([list(names) for names in windows]).encode())
+
+
+@lru_cache(maxsize=16)
+def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a vector of numbers, not to be written to; usual ones are not brought there again."""
+    return torch.tensor(numbers, dtype=dtype, device=device)

@@ -24,10 +24,8 @@ BUCKET_BYTES = 25 * 2**20
 class Bucket:
     """Flat tensor that holds the gradients of some parameters, one after another.
 
-    Args:
-        params: parameters of one dtype and device.
-
     Attributes:
+        params: the parameters, of one dtype and device.
         slots: for each parameter a view of the flat tensor, of its shape and strides.
         had_gradient: for each parameter, True if this rank has a gradient of it; known once the
             bucket is filled.
@@ -66,6 +64,10 @@ class GradientBuckets:
         params: name and parameter, for all parameters of the optimizer.
         sparse: those whose gradients may be in sparse layout; they are always late.
         before_send: called before each message.
+
+    Attributes:
+        learned: True once a window in this process showed which hooks fire twice.
+        fired_twice: indices of parameters whose hook fired twice in a backward pass since then.
     """
 
     def __init__(
@@ -76,17 +78,17 @@ class GradientBuckets:
     ) -> None:
         self._before_send = before_send
         self.names, self.params = zip(*params, strict=True)
-        self._sparse = [p in sparse for p in self.params]
+        self._rows = {i for i, p in enumerate(self.params) if p in sparse}
+        self.learned = False
+        self.fired_twice: set[int] = set()
         self._early: set[int] = set()
         self._fires_twice: set[int] = set()
         self._buckets: list[Bucket] = []
-        self._place: list[tuple[int, Tensor] | None] = [None] * len(self.params)
+        self._place: dict[int, tuple[int, Tensor]] = {}  # Bucket and slot of a parameter.
         self._stale = False
-        self.learned = False  # True once a window in this process showed which hooks fire twice.
         self._listening = self._sending = False
         self._fired: set[int] = set()
-        self._twice: set[int] = set()
-        self._left: list[int] = []
+        self._left: list[int] = []  # Parameters that each bucket waits for.
         self._sent = 0
         self._after: GradientBuckets | None = None
         self._messages: list[Any] = []
@@ -96,8 +98,7 @@ class GradientBuckets:
             p.requires_grad_(True)  # torch registers no hook on a frozen parameter.
             hook = partial(self._take_gradient, i)
             self._hooks.append(p.register_post_accumulate_grad_hook(hook))
-            if frozen:
-                p.requires_grad_(False)
+            p.requires_grad_(not frozen)
 
     def remove_hooks(self) -> None:
         """Remove the hooks from the parameters, which other buckets take over."""
@@ -120,8 +121,8 @@ class GradientBuckets:
         """Take the gradients of the backward pass that follows.
 
         Args:
-            send: send each bucket as soon as it is full.
-            after: buckets that have to be sent before these.
+            send: send each bucket as soon as it is full, and all of ``after`` before these.
+            after: other buckets.
         """
         self._listening, self._sending = True, send and self.learned
         self._after = after
@@ -142,24 +143,12 @@ class GradientBuckets:
 
     def late(self) -> list[int]:
         """Return the indices of the late parameters."""
-        return [i for i, place in enumerate(self._place) if place is None]
-
-    def fired_twice(self) -> set[int]:
-        """Return the indices of parameters whose hook fired twice in a backward pass so far."""
-        return self._twice
+        return [i for i in range(len(self.params)) if i not in self._place]
 
     def send_late(self, indices: Iterable[int], factor: float) -> None:
-        """Send late parameters that some rank has a gradient of, those in sparse layout last.
-
-        Args:
-            indices: indices of these parameters, the same on all ranks.
-            factor: number by which this rank's gradients are multiplied.
-
-        Raises:
-            ValueError: a gradient is in sparse layout that may not be.
-        """
+        """Send late parameters that some rank has a gradient of, those in sparse layout last."""
         chosen = set(indices)
-        dense = [i for i in reversed(range(len(self.params))) if i in chosen - self._rows()]
+        dense = sorted(chosen - self._rows, reverse=True)
         for i in dense:
             grad = self.params[i].grad
             if grad is not None and grad.is_sparse:
@@ -170,7 +159,7 @@ class GradientBuckets:
                 )
         for group in self._group_neighbours(dense):
             self._send(Bucket([self.params[i] for i in group]), factor)
-        for i in sorted(chosen & self._rows()):
+        for i in sorted(chosen & self._rows):
             self._sum_rows(self.params[i], factor)
 
     def wait(self) -> None:
@@ -181,18 +170,16 @@ class GradientBuckets:
         self._sent = 0
 
     def learn(self, have: Iterable[int], twice: Iterable[int]) -> None:
-        """Give places to parameters, by what all ranks have told each other.
+        """Give places to late parameters that have a gradient on some rank.
 
-        Args:
-            have: indices of late parameters that have a gradient on some rank.
-            twice: indices of parameters whose hook fires twice on some rank.
+        ``twice`` are parameters whose hook fires twice on some rank.
         """
         before = self._early.copy()
         self._fires_twice |= set(twice)
         self._early |= set(have)
-        self._early -= self._fires_twice | self._rows()
+        self._early -= self._fires_twice | self._rows
         self._stale |= self._early != before
-        self._twice.clear()
+        self.fired_twice.clear()
         self.learned = True
 
     def early_gradients(self) -> Iterator[tuple[Tensor, bool]]:
@@ -210,14 +197,9 @@ class GradientBuckets:
         self.learned = False
         self._lay_out()  # Now: a window may be open, which has been restored, too.
 
-    def _rows(self) -> set[int]:
-        return {i for i, sparse in enumerate(self._sparse) if sparse}
-
     def _lay_out(self) -> None:
         """Make the buckets anew, in reverse order, which is about that of the backward pass."""
-        self._stale = False
-        self._place = [None] * len(self.params)
-        self._buckets = []
+        self._stale, self._place, self._buckets = False, {}, []
         for group in self._group_neighbours(sorted(self._early, reverse=True)):
             bucket = Bucket([self.params[i] for i in group])
             for i, slot in zip(group, bucket.slots, strict=True):
@@ -243,19 +225,18 @@ class GradientBuckets:
         if not self._listening or p.grad is None:
             return
         if i in self._fired:
-            if self._sending and self._place[i] is not None:
+            if self._sending and i in self._place:
                 raise ValueError(
                     f"the parameter {self.names[i]!r} got its gradient in two parts, unlike in the "
                     "first step of this process, and the first part is on its way to the others. "
                     "torch.utils.checkpoint with use_reentrant=True does so to weights that are "
                     "used twice; allowed: use_reentrant=False, or the same use in every step"
                 )
-            self._twice.add(i)
+            self.fired_twice.add(i)
         self._fired.add(i)
-        place = self._place[i]
-        if place is None:
+        if i not in self._place:
             return
-        number, slot = place
+        number, slot = self._place[i]
         if p.grad is not slot:
             slot.copy_(p.grad)
             p.grad = slot

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.distributed.announcements import NO_VOTES, Announcements, Votes, Windows
+from trainer.distributed.announcements import NO_VOTES, Announcements, Votes, Windows, on_device
 from trainer.distributed.buckets import GradientBuckets
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -57,9 +57,11 @@ class BatchGivenUp(BaseException):
 
 
 class Strategy:
-    """Base class of strategies, and the strategy of a single process: nothing is communicated.
+    """Strategy of a single process, and base class: nothing is communicated.
 
-    A strategy stands between the optimizers and the process group.
+    A strategy stands between the optimizers, known by their names, and the process group. Every
+    rank calls its methods in the same order and with the same names, but for `give_up_batch`.
+    Gradients are sums of w/reference · g over batches of weight w; each rank has a reference.
 
     Attributes:
         communicates: True if there are other processes.
@@ -72,7 +74,7 @@ class Strategy:
     votes: Votes | None = None
 
     def prepare(self, modules: nn.Module) -> None:
-        """Make the weights of all ranks equal, before optimizers are built. Collective."""
+        """Make the weights of all ranks equal, before optimizers are built."""
 
     def register(
         self,
@@ -80,22 +82,13 @@ class Strategy:
         names: Mapping[Tensor, str],
         sparse: set[Tensor],
     ) -> None:
-        """Take the optimizers of the run. Collective.
+        """Take the parameters of each optimizer, and check that they are the same on all ranks.
 
-        Args:
-            optimizers: parameters by optimizer, the same on all ranks.
-            names: names of the parameters, for messages.
-            sparse: parameters whose gradients may be in sparse layout.
-
-        Raises:
-            ValueError: ranks have different optimizers or parameters.
+        ``names`` are for messages; gradients of ``sparse`` may be in sparse layout.
         """
 
     def reference(self, name: str) -> float | None:
-        """Return the weight that gradients of this optimizer are relative to; None if not known.
-
-        Gradients are sums of w/reference · g over batches of weight w.
-        """
+        """Return the reference that all ranks have agreed on; None if there is none yet."""
         return None
 
     def begin_batch(self) -> None:
@@ -103,28 +96,20 @@ class Strategy:
         self.votes = None
 
     def announce(self, windows: Windows) -> None:
-        """Tell the other ranks which windows the call of `optimize` that follows closes.
-
-        Args:
-            windows: names of the optimizers of each window, in the order of their losses.
-        """
+        """Tell the other ranks which windows the call of `optimize` that follows closes."""
 
     def vote(self) -> Votes:
-        """Return the votes at the end of a batch that closed no window. Collective."""
+        """Return the votes at the end of a batch that closed no window."""
         stop, save = self.ballot()
         return Votes(stop, save) if stop or save else NO_VOTES
 
     def give_up_batch(
         self, joint: Callable[[], Sequence[str]], params: Callable[[str], Sequence[Tensor]]
     ) -> None:
-        """Leave a batch that this rank cannot train on.
+        """Leave a batch that this rank cannot train on; then ``votes`` are known.
 
-        It answers the messages of the others with nothing until they know; then ``votes`` are
-        known, and the batch is over on all ranks.
-
-        Args:
-            joint: returns the names of the optimizers that step together.
-            params: returns the parameters of an optimizer by its name.
+        It answers the messages of the others with nothing until they know. ``joint`` returns the
+        names of the optimizers that step together, ``params`` the parameters of an optimizer.
         """
         self.votes = Votes(*self.ballot(), gave_up=True)
 
@@ -134,51 +119,35 @@ class Strategy:
     def backward(
         self, names: Sequence[str], reference: float, last: bool
     ) -> AbstractContextManager[None]:
-        """Return the context manager for a backward pass. Every rank must enter it.
+        """Return the context manager for the backward pass of a loss of these optimizers.
 
-        Args:
-            names: optimizers that the loss trains; the same on all ranks.
-            reference: weight that this rank's gradients are relative to.
-            last: True if the window closes after this backward pass; the same on all ranks.
+        ``last``: the window closes after it.
         """
         return _NOTHING
 
     def end_window(
         self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
     ) -> WindowSums | None:
-        """Sum the gradients of a window over ranks. Every rank must close its windows in one order.
+        """Sum the gradients of a window over ranks, of optimizers that step together.
 
         A parameter without a gradient on this rank counts as zeros and receives the sum.
 
         Args:
-            names: optimizers that step together, the same on all ranks.
+            names: the optimizers.
             loss: weighted sum of the window's losses over ``reference``, a scalar.
             weight: number of examples in the window on this rank, a number or a scalar.
-            reference: weight that this rank's gradients are relative to.
+            reference: this rank's reference.
 
         Returns:
             The sums, on the device of ``loss``, without waiting for it; None for a single process.
-
-        Raises:
-            ValueError: a gradient is in sparse layout that may not be.
         """
         return None
 
     def average(self, name: str) -> None:
-        """Replace gradients of an optimizer by their mean over ranks, before a step by hand.
-
-        Every rank must call it.
-
-        Args:
-            name: name of the optimizer.
-
-        Raises:
-            BatchGivenUp: another rank has given up this batch.
-            ValueError: ranks call it for different optimizers.
-        """
+        """Replace gradients of an optimizer by their mean over ranks, before a step by hand."""
 
     def share_buffers(self, modules: nn.Module) -> None:
-        """Make the buffers of all ranks equal, at the end of an epoch. Collective."""
+        """Make the buffers of all ranks equal, at the end of an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, equal on all ranks."""
@@ -208,7 +177,6 @@ class Replicate(Strategy):
         self._open: list[list[str]] = []  # Announced windows that are not closed yet.
         self._flushed = 0  # Number of these whose gradients are on their way.
         self._confirmed = True  # True if all ranks are known to have announced these.
-        self._sent_flags: tuple[Sequence[float], Tensor] = [], torch.zeros(0)
 
     def prepare(self, modules: nn.Module) -> None:
         described = {n: _describe(t) for n, t in modules.state_dict(keep_vars=True).items()}
@@ -265,7 +233,7 @@ class Replicate(Strategy):
         names = self._open[0]
         reference = self._references.get(names[0], 1.0)
         nothing = torch.zeros((), device=params(names[0])[0].device)
-        numbers = self._close(names, nothing, 0.0, reference, gave_up=True).numbers.tolist()
+        numbers = self.end_window(names, nothing, 0.0, reference, gave_up=True).numbers.tolist()
         self.votes = Votes(*(number > 0 for number in numbers[2:5]))
 
     def prepare_backward(self, name: str, params: Sequence[Tensor]) -> None:
@@ -298,11 +266,6 @@ class Replicate(Strategy):
                 self._flushed += 1
 
     def end_window(
-        self, names: Sequence[str], loss: Tensor, weight: float | Tensor, reference: float
-    ) -> WindowSums:
-        return self._close(names, loss, weight, reference)
-
-    def _close(
         self,
         names: Sequence[str],
         loss: Tensor,
@@ -319,10 +282,8 @@ class Replicate(Strategy):
         agreed = self._close_late(names, weighed, reference)
         early = [each for buckets in trained for each in buckets.early_gradients()]
         total = (loss.detach().double() * reference).reshape(1)
-        flags = self._on_device(
-            [known, *self.ballot(), gave_up, *(had for _, had in early)], loss.device
-        )
-        numbers = torch.cat([total, flags])
+        flags = (known, *self.ballot(), gave_up, *(had for _, had in early))
+        numbers = torch.cat([total, on_device(flags, torch.float64, loss.device)])
         if isinstance(weight, Tensor):
             numbers[1] += weight
         message = distributed.begin_sum(numbers)
@@ -338,9 +299,10 @@ class Replicate(Strategy):
         return WindowSums(numbers, [p for p, _ in early], agreed, check)
 
     def average(self, name: str) -> None:
+        params = self._buckets[name].params
         self.announce([[name]])
-        self.prepare_backward(name, self._buckets[name].params)
-        nothing = torch.zeros((), device=self._buckets[name].params[0].device)
+        self.prepare_backward(name, params)
+        nothing = torch.zeros((), device=params[0].device)
         sums = self.end_window([name], nothing, 1.0, 1.0)
         ranks = sums.numbers[1:].tolist()
         self.votes = Votes(*(number > 0 for number in ranks[1:4]))
@@ -351,7 +313,7 @@ class Replicate(Strategy):
             check(disagreement.tolist())
         for p, had in zip(sums.params, ranks[4:], strict=True):
             p.grad = p.grad if had else None  # As with one process, it does not move at all.
-        for p in self._buckets[name].params:
+        for p in params:
             if p.grad is not None:
                 p.grad.mul_(sums.reference / ranks[0])
 
@@ -392,12 +354,7 @@ class Replicate(Strategy):
 
         Every rank asks the others in the first window of the process, and where there are late
         parameters. The reference weight is the sum over ranks: gradients of equal weights need no
-        factor then.
-
-        Args:
-            names: optimizers that step together.
-            weighed: ``reference``; 0 if this rank's window has no examples.
-            reference: weight that this rank's gradients are relative to.
+        factor then. ``weighed`` is ``reference``, or 0 if this rank's window has no examples.
 
         Returns:
             The weight that the summed gradients are relative to.
@@ -410,7 +367,7 @@ class Replicate(Strategy):
         if not late and not first and agreed is not None:
             return agreed
         had = [float(buckets.params[i].grad is not None) for buckets, i in late]
-        twice = [float(i in buckets.fired_twice()) for buckets, i in every]
+        twice = [float(i in buckets.fired_twice) for buckets, i in every]
         question = torch.tensor([weighed, *had, *twice], dtype=torch.float64)
         question = question.to(distributed.device())
         distributed.begin_sum(question).wait()
@@ -443,12 +400,6 @@ class Replicate(Strategy):
                     stacklevel=2,
                 )
         return agreed
-
-    def _on_device(self, flags: Sequence[float], device: torch.device) -> Tensor:
-        """Return numbers as a tensor; where they are those of the last step, the same one."""
-        if self._sent_flags[0] != flags or self._sent_flags[1].device != device:
-            self._sent_flags = flags, torch.tensor(flags, dtype=torch.float64, device=device)
-        return self._sent_flags[1]
 
 
 def make_strategy() -> Strategy:

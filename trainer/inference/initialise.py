@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainer import distributed, json_files
 from trainer.adapters import derive_adapters, is_replaced, plain_name
-from trainer.checkpoint.frozen import BASE, base_name, check_base, described
+from trainer.checkpoint.frozen import BASE, base_of
 from trainer.checkpoint.run_state import misfit
 from trainer.checkpoint.user_state import KEY
 from trainer.options import nearest
@@ -83,9 +83,7 @@ def initialise(
             f"this model {_some(targets)}{_suggestion(modules, given)}"
         )
     if base is not None:
-        name, frozen = described(base)
-        present = {each: own[each] for each in frozen if each in own}
-        check_base(name, frozen, base_name(modules), present)
+        base_of(base, modules)
     tensors = {name: value for name, value in taken.items() if isinstance(value, Tensor)}
     other = [name for name, value in tensors.items() if value.shape != own[name].shape]
     if other:

@@ -163,7 +163,7 @@ class OpenRun:
 
         Modules that the objects need are imported before, since imports may take any memory.
         """
-        self.configuration.check()
+        self.configuration.checked()
         if get(self.configuration.root, "adapters") is not None:
             import_peft()
         base = next((each.base for each in self.checkpointer.find() if each.base), {})
@@ -218,7 +218,7 @@ class OpenRun:
         found = getattr(kind, "best_checkpoint", {})
         if not isinstance(found, property):
             return dict(found)
-        self.configuration.check()
+        self.configuration.checked()
         own = kind.__new__(kind)
         own.hparams = SimpleNamespace()
         for key, node in self.configuration.root.value:

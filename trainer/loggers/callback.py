@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer import distributed, json_files
 from trainer.callbacks import Callback
 from trainer.checkpoint.storage import MANIFEST
-from trainer.loggers.description import best_checkpoint, configuration, name_of
+from trainer.loggers.choice import LoggerFactory, best_checkpoint, configuration, name_of
 from trainer.loggers.files import METRICS, JsonlLogger, run_folder
 from trainer.loggers.marks import Places, StepMarks
 from trainer.loggers.progress_bar import announce
@@ -34,7 +34,6 @@ logger = logging.getLogger("trainer")
 # Rows of samples whose cells are given to every logger one by one; services keep them for ever.
 MAX_LOGGED_ROWS = 4
 FOLDER = "loggers"  # Folder in the run folder with the progress of its loggers.
-LoggerFactory = Callable[[Path], Logger]
 
 
 @dataclass(eq=False)
@@ -100,7 +99,6 @@ class LoggerCallback(Callback):
         self._depth = 0  # Number of nested calls: a hook of a `fit` may call `fit` or `evaluate`.
         # Exception that a program was handling already when it called `fit`: no error of this run.
         self._handled: BaseException | None = None
-        self._has_recorded = False
 
     # ------------------------------------------------------------------------------------- events
 
@@ -245,7 +243,7 @@ class LoggerCallback(Callback):
         to be kept.
         """
         folder = self.folder
-        if folder is None or brain.checkpointer is None or self._has_recorded:
+        if folder is None or brain.checkpointer is None or self._places.last:
             return False
         return folder.absolute() not in self._complete and not any(folder.rglob(MANIFEST))
 
@@ -266,9 +264,7 @@ class LoggerCallback(Callback):
     def _resume(self, step: int, lines: int | None) -> None:
         """Remove the records of later steps from every logger, or skip them when they come again.
 
-        Args:
-            step: optimizer steps at the checkpoint.
-            lines: number of records in `metrics.jsonl` at the checkpoint; None where unknown.
+        At the checkpoint `metrics.jsonl` had as many lines; None where unknown.
         """
         for slot in self._opened():
             with self._guarded(slot):
@@ -284,7 +280,7 @@ class LoggerCallback(Callback):
                         marks.cut(step)
                     slot.held = Places(marks.places.last if found is None else found)
                     if marks.taken and self.folder is not None:
-                        catch_up(each, slot.held, marks, self.folder)
+                        _catch_up(each, slot.held, marks, self.folder)
 
     # ------------------------------------------------------------------------------------ loggers
 
@@ -321,7 +317,6 @@ class LoggerCallback(Callback):
 
     def _record(self, name: str, step: int, method: str, *arguments: Any) -> None:
         """Call a method of every logger that has it and lacks this record."""
-        self._has_recorded = True
         place = self._places.add(name, step)
         for slot in self._opened():
             if _overrides(slot.logger, method) and not slot.held.has(name, place):
@@ -382,16 +377,10 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     return next(found, Logger())
 
 
-def catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
-    """Give a logger the numbers of `metrics.jsonl` that it lacks, and note them.
+def _catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
+    """Give a logger the numbers of `metrics.jsonl` that it does not hold, and note them.
 
     A backend may have lost them when the process was killed, or failed for a while.
-
-    Args:
-        each: the logger.
-        held: last record of each series that the backend holds.
-        marks: progress of the logger, which is updated.
-        folder: run folder.
     """
     found = Places()
     with (folder / METRICS).open("rb") as file:

@@ -1,10 +1,15 @@
-"""The loggers that a user has chosen by the run option `logger`."""
+"""Loggers that a user has chosen by the run option `logger`, and what they are told of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from trainer.checkpoint.checkpointer import Checkpointer, ranked
 from trainer.loggers.mlflow import MlflowLogger
 from trainer.loggers.protocol import Logger, require
 from trainer.loggers.tables import CsvLogger
@@ -18,6 +23,9 @@ ALLOWED = (
     f"{', '.join(NAMES)}, objects of a class that derives from trainer.loggers.Logger, and a list "
     "of these"
 )
+MAX_ITEMS = 100  # of a list, and of a mapping within another
+MAX_TEXT = 1000  # characters
+Plain = bool | int | float | str | None
 
 
 def chosen_loggers(options: RunOptions) -> list[LoggerFactory]:
@@ -59,3 +67,63 @@ def _constant(made: object) -> LoggerFactory:
         raise ValueError(f"logger holds {repr(made)[:80]}, which is no logger; allowed: {ALLOWED}")
     logger = made
     return lambda folder: logger
+
+
+def name_of(folder: Path) -> str:
+    """Return the name of the run of a folder: that of the folder.
+
+    If the folder is named by its seed, the name of its parent comes first: results/asr/demo/1234
+    is "demo-1234".
+    """
+    folder = folder.resolve()
+    seed = re.fullmatch(r"\d+(-.*)?", folder.name)
+    return f"{folder.parent.name}-{folder.name}" if seed else folder.name
+
+
+def configuration(
+    folder: Path, hparams: Mapping[str, Any], options: RunOptions
+) -> dict[str, Plain]:
+    """Return the configuration of a run by dotted key.
+
+    It is that of hyperparams.yaml with its references resolved and the defaults of run options;
+    objects are given by their tags and arguments. Without such a file, and where it cannot be
+    resolved here, it is the plain values among `hparams`, and the options. Environment variables
+    are not read.
+    """
+    from trainer.config.changes import Settings
+    from trainer.config.reading import read
+    from trainer.config.registry import Registry
+
+    values: Mapping[str, Any] = {**hparams, **vars(options)}
+    if (path := folder / "hyperparams.yaml").exists():
+        with contextlib.suppress(ValueError):  # It calls functions that only its program allows.
+            values = Settings(read(path, alone=True)[0], Registry()).values
+    return dict(_flat(values))
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Plain]]:
+    """Yield plain values by dotted key; objects are left out."""
+    if isinstance(values, Mapping):
+        most = MAX_ITEMS if prefix else None  # A longer one is data, such as a vocabulary.
+        for key, value in islice(values.items(), most):
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, (list, tuple)):
+        for number, value in enumerate(values[:MAX_ITEMS]):
+            yield from _flat(value, f"{prefix}.{number}")
+    elif values is None or isinstance(values, (bool, int, float, str)):
+        yield prefix, values[:MAX_TEXT] if isinstance(values, str) else values
+    elif isinstance(values, Path):
+        yield prefix, str(values)
+
+
+def best_checkpoint(checkpointer: Checkpointer | None) -> Path | None:
+    """Return the folder of the best checkpoint, by the first metric it keeps the best by.
+
+    Without such a metric it is the newest; None without a checkpoint.
+    """
+    if checkpointer is None:
+        return None
+    rules = checkpointer.retention.best
+    found = checkpointer.find(n=None)
+    best = ranked(found, rules[0].metric, rules[0].mode) if rules else []
+    return next((each.path for each in [*best, *found]), None)

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,11 +48,9 @@ def run_folder(options: RunOptions) -> Path | None:
 
 @contextlib.contextmanager
 def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
-    """Context manager that adds to an OSError the file and what to do.
+    """Context manager that adds to an OSError the path that is written, and what to do.
 
-    Args:
-        path: the file or folder that is written.
-        what: word for it in the message, such as "log" or "report".
+    In the message it is called ``what``, such as "log" or "report".
     """
     try:
         yield
@@ -62,6 +61,15 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
             "free some space or choose another output_folder",
             str(path),
         ) from error
+
+
+@contextlib.contextmanager
+def file_with(content: bytes, name: str) -> Iterator[str]:
+    """Context manager with the path of a temporary file of a name, with a content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        yield str(path)
 
 
 def temporary(path: Path) -> Path:
@@ -190,11 +198,7 @@ class TextLog:
 
 
 class JsonlLogger(LineFile, Logger):
-    """Write records as lines of `metrics.jsonl`; histograms, pictures and sounds are left out.
-
-    Args:
-        folder: run folder.
-    """
+    """Write numbers as lines of `metrics.jsonl` in a run folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / METRICS)
@@ -204,11 +208,7 @@ class JsonlLogger(LineFile, Logger):
         self.write({"kind": kind, **values, "step": step})
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record as it is.
-
-        Args:
-            record: values by name; what JSON does not know is converted by `as_json`.
-        """
+        """Write a record, whose values are converted by `as_json`."""
         self.append(json.dumps(as_json(record), ensure_ascii=False, allow_nan=False))
 
     def resume(self, step: int, lines: int | None = None) -> None:
@@ -231,15 +231,10 @@ class JsonlLogger(LineFile, Logger):
 
 
 def as_json(value: Any) -> Any:
-    """Convert a value to what strict JSON can hold.
+    """Convert a value to dicts and lists of numbers, texts, booleans and None.
 
-    Args:
-        value: mappings, lists and tuples, nested in any way, of numbers, texts, tensors and NumPy
-            arrays. Reading a tensor on a GPU waits for the device.
-
-    Returns:
-        Dicts and lists of numbers, texts, booleans and None: None for NaN and infinities, a number
-        or lists of numbers for a tensor, the text of anything else.
+    NaN and infinities become None, a tensor or an array a number or lists of numbers (a tensor on a
+    GPU waits for the device), and anything that JSON cannot hold its text.
     """
     if isinstance(value, Mapping):
         return {str(key): as_json(part) for key, part in value.items()}

@@ -46,21 +46,14 @@ class StepMarks:
 
     A line is `[number of records so far, series, step, number of records at this step]`.
 
-    Args:
-        path: the file; it and its folder are created where they are missing.
-
-    Attributes:
-        taken: number of records.
-        places: last step by series, with the number of records.
-
     Raises:
         OSError: if the file cannot be read or written (all methods).
     """
 
     def __init__(self, path: Path) -> None:
         self._file = LineFile(path)
-        self.taken = 0
-        self.places = Places()
+        self.taken = 0  # Number of records.
+        self.places = Places()  # Those of the last step of each series.
         lines: dict[str, bytes] = {}
         with path.open("rb") as file:
             for line in json_files.lines(file):

@@ -9,7 +9,6 @@ import os
 import re
 import sqlite3
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.loggers.files import finite
+from trainer.loggers.files import file_with, finite
 from trainer.loggers.protocol import Logger, RunInfo, require, series
 from trainer.samples import wav_bytes
 
-MAX_METRICS, MAX_PARAMS = 1000, 100  # that MLflow takes in one call
+MAX_ITEMS = 100  # MLflow takes as many parameters in one call.
 MAX_VALUE, MAX_NAME = 500, 250  # characters
 # Give up an unreachable server after seconds; MLflow's own limits are minutes.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -83,20 +82,18 @@ class MlflowLogger(Logger):
             self._client = importlib.import_module("mlflow").MlflowClient(
                 uri or f"sqlite:///{database}"
             )
-        known = run.memory.read_text().strip() if run.memory.exists() else ""
-        self._lacks_all = False
-        if known and self._has(known):
-            self._id = known
-            self._client.update_run(known, status="RUNNING", name=run.name)
-        else:
-            self._lacks_all = run.taken > 0
+        self._id = run.memory.read_text().strip() if run.memory.exists() else ""
+        is_new = not (self._id and self._has(self._id))
+        self._lacks_all = is_new and run.taken > 0
+        if is_new:
             place = None if uri else (run.folder.resolve() / "mlartifacts").as_uri()
             tags = {name: str(value) for name, value in self.tags.items()}
-            created = self._client.create_run(
-                self._experiment_id(place), tags=tags, run_name=run.name
-            )
+            experiment = self._experiment_id(place)
+            created = self._client.create_run(experiment, tags=tags, run_name=run.name)
             self._id = created.info.run_id
             run.memory.write_text(f"{self._id}\n")
+        else:
+            self._client.update_run(self._id, status="RUNNING", name=run.name)
         self._configure(run.config)
 
     def _has(self, id: str) -> bool:
@@ -121,8 +118,7 @@ class MlflowLogger(Logger):
         had = self._client.get_run(self._id).data.params
         values = {_name(key): str(value)[:MAX_VALUE] for key, value in config.items()}
         new = [self._entities.Param(key, value) for key, value in values.items() if key not in had]
-        for start in range(0, len(new), MAX_PARAMS):
-            self._client.log_batch(self._id, params=new[start : start + MAX_PARAMS])
+        self._log("params", new)
         for key, value in values.items():
             if had.get(key, value) != value:  # A parameter of MLflow cannot be changed.
                 self._client.set_tag(self._id, f"resumed.{key}", value)
@@ -134,8 +130,7 @@ class MlflowLogger(Logger):
             self._entities.Metric(_name(f"{group}/{name}"), value, now, step)
             for name, value in finite(kind, values)
         ]
-        for start in range(0, len(metrics), MAX_METRICS):
-            self._client.log_batch(self._id, metrics=metrics[start : start + MAX_METRICS])
+        self._log("metrics", metrics)
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Record a picture, as the artifact figures/NAME/STEP.png."""
@@ -168,21 +163,18 @@ class MlflowLogger(Logger):
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
         self._client.set_terminated(self._id, "FINISHED" if error is None else failed)
 
+    def _log(self, kind: str, items: list[Any]) -> None:
+        for start in range(0, len(items), MAX_ITEMS):
+            self._client.log_batch(self._id, **{kind: items[start : start + MAX_ITEMS]})
+
     def _file(self, folder: str, name: str, content: bytes) -> None:
         """Record a file as an artifact."""
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place, name)
-            path.write_bytes(content)
-            self._client.log_artifact(self._id, str(path), _name(folder))
+        with file_with(content, name) as path:
+            self._client.log_artifact(self._id, path, _name(folder))
 
 
 def _move(database: Path, artifacts: str) -> None:
-    """Update the location of artifacts in the database of a run folder that was moved.
-
-    Args:
-        database: path of the database.
-        artifacts: present location, as a URI.
-    """
+    """Update the location of artifacts, a URI, in the database of a run folder that was moved."""
     with contextlib.closing(sqlite3.connect(database)) as base, base:
         places = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
         for (old,) in base.execute(places, ["%/mlartifacts"]).fetchall():

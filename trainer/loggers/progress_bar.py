@@ -123,7 +123,7 @@ class ProgressBar(Callback):
 
     def figures(self, brain: Brain) -> str:
         """Return what is shown of a training, such as "step 7, loss 1.2, norm 3, lr 0.001"."""
-        return ", ".join(self._stages[-1].facts(brain))
+        return self._stages[-1].figures(brain)
 
     def _keep(self, number: int) -> None:
         """Remove all bars but the outermost ``number``."""
@@ -166,25 +166,25 @@ class _Stage:
             line += f", {tqdm.format_interval(left)} left"
         return f"{line}, {figures}" if figures else line
 
-    def facts(self, brain: Brain) -> list[str]:
-        """Return step, loss, norm, learning rate, items a second and skipped steps as texts."""
-        found = [f"step {brain.progress.optimizer_step}"]
-        logged, rate = self.logged.get("loss"), self.logged.get("examples_per_second")
+    def figures(self, brain: Brain) -> str:
+        """Return step, loss, norm, learning rate, items a second and skipped steps as a text."""
+        loss, rate = self.logged.get("loss"), self.logged.get("examples_per_second")
         if self.loss is not None:
-            logged, rate = self.loss, self.items / max(time.monotonic() - self._started, 1e-9)
-        parts = logged if isinstance(logged, Mapping) else {"": logged}
-        losses = [f"{name} {each:.4g}".strip() for name, each in parts.items() if each is not None]
-        found += [f"loss {' '.join(losses)}"] if losses else []
+            loss, rate = self.loss, self.items / max(time.monotonic() - self._started, 1e-9)
+        parts = loss if isinstance(loss, Mapping) else {"": loss}
+        losses = (f"{name} {each:.4g}".strip() for name, each in parts.items() if each is not None)
         updates = list(brain.updates.values())[:MAX_OPTIMIZERS]
-        for label, values in (
-            ("norm", [each.last_norm for each in updates]),
-            ("lr", [each.lr for each in updates]),
-        ):
-            known = " ".join(f"{each:.3g}" for each in values if each is not None)
-            found += [f"{label} {known}"] if known else []
-        found += [f"{rate:.4g} items/s"] if rate else []
+        norms, rates = [each.last_norm for each in updates], [each.lr for each in updates]
         skipped = brain.progress.nonfinite_count
-        return [*found, *([f"{skipped} skipped"] if skipped else [])]
+        found = {
+            "step": str(brain.progress.optimizer_step),
+            "loss": " ".join(losses),
+            "norm": " ".join(f"{each:.3g}" for each in norms if each is not None),
+            "lr": " ".join(f"{each:.3g}" for each in rates if each is not None),
+        }
+        texts = [f"{label} {text}" for label, text in found.items() if text]
+        texts += [f"{rate:.4g} items/s"] if rate else []
+        return ", ".join(texts + ([f"{skipped} skipped"] if skipped else []))
 
 
 def _make_bar(desc: str, total: int | None, initial: int, shown: bool) -> Any:

@@ -166,7 +166,12 @@ def require(package: str, extra: str) -> None:
         ValueError: if it is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        raise ValueError(
-            f"{package} was asked for and is not installed; "
-            f"pip install 'cortex-speech[{extra}]', or leave it out of logger"
-        )
+        raise missing(package, extra)
+
+
+def missing(package: str, extra: str) -> ValueError:
+    """Return the error for a package that is not installed, and is in an extra of this project."""
+    return ValueError(
+        f"{package} was asked for and is not installed; "
+        f"pip install 'cortex-speech[{extra}]', or leave it out of logger"
+    )

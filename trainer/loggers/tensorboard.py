@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trainer.loggers.files import finite, readable_errors
-from trainer.loggers.protocol import Logger
+from trainer.loggers.protocol import Logger, missing
 
 # Colour channels by the colour type in the header of a PNG file.
 CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
@@ -33,67 +35,60 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, folder: Path) -> None:
         try:
-            from torch.utils import tensorboard
-            from torch.utils.tensorboard import summary
+            self._package: Any = importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
-            raise ValueError(
-                "tensorboard was asked for and is not installed; "
-                "pip install 'cortex-speech[log]', or leave it out of logger"
-            ) from error
+            raise missing("tensorboard", "log") from error
         self.folder = folder / "tensorboard"
-        self._package: Any = tensorboard
-        self._messages: Any = summary
         self._writer: Any = None
         self._purge_step: int | None = None
 
-    def _opened(self) -> Any:
+    @contextmanager
+    def _recording(self) -> Iterator[Any]:
+        """Context manager with the writer of the event file, which it flushes at its end."""
         if self._writer is None:
             with readable_errors(self.folder):
                 self._writer = self._package.SummaryWriter(
                     str(self.folder), purge_step=self._purge_step
                 )
-        return self._writer
+        yield self._writer
+        self._writer.flush()
 
     def scalars(self, kind: str, values: Mapping[str, Any], step: int) -> None:
         """Write the finite numbers, under names such as "train_step/optimizers.main.lr"."""
         group = f"{values.get('stage', 'train')}_{kind}"
-        for name, value in finite(kind, values):
-            self._opened().add_scalar(f"{group}/{name}", value, step)
-        self._flush()
+        with self._recording() as writer:
+            for name, value in finite(kind, values):
+                writer.add_scalar(f"{group}/{name}", value, step)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values."""
         known = values[values.isfinite()].float()
         if len(known):
-            self._opened().add_histogram(name, known, step)
-        self._flush()
+            with self._recording() as writer:
+                writer.add_histogram(name, known, step)
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Write a picture."""
         # SummaryWriter.add_image takes pixels, and needs pillow to make a PNG file of them again.
-        Summary = self._messages.Summary
+        Summary = self._package.summary.Summary
         width, height, _, kind = struct.unpack(">IIBB", png[16:26])
         image = Summary.Image(
             height=height, width=width, colorspace=CHANNELS[kind], encoded_image_string=png
         )
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._opened().file_writer.add_summary(summary, step)
-        self._flush()
+        with self._recording() as writer:
+            writer.file_writer.add_summary(summary, step)
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Write a sound; samples beyond [-1, 1] are clipped."""
         if samples.numel():
-            self._opened().add_audio(name, samples.detach().float().clamp(-1, 1), step, rate)
-        self._flush()
+            with self._recording() as writer:
+                writer.add_audio(name, samples.detach().float().clamp(-1, 1), step, rate)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Write a text."""
-        self._opened().add_text(name, text, step)
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        with self._recording() as writer:
+            writer.add_text(name, text, step)
 
     def resume(self, step: int) -> None:
         """Make TensorBoard ignore the records of later steps."""

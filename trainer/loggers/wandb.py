@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import struct
-import tempfile
 import urllib.error
 import urllib.request
 import weakref
@@ -24,7 +23,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from trainer.loggers.files import finite
+from trainer.loggers.files import file_with, finite
 from trainer.loggers.marks import Place, Places
 from trainer.loggers.protocol import Logger, RunInfo, require, series
 from trainer.samples import wav_bytes
@@ -139,8 +138,7 @@ class WandbLogger(Logger):
                     "W&B's files of this run cannot be read (%s: %s): records of the last second "
                     "before it was killed may be missing", type(error).__name__, error,
                 )  # fmt: skip
-            session = _Session(self._init(run, id), rows)
-            self._sessions[id] = self._session = session
+            self._sessions[id] = self._session = _Session(self._init(run, id), rows)
             self._ids.add(id)
         self._session = self._sessions[id]
         self._session.run.config.update(dict(run.config), allow_val_change=True)
@@ -207,12 +205,12 @@ class WandbLogger(Logger):
 
     def figure(self, name: str, png: bytes, step: int) -> None:
         """Record a picture."""
-        with _File(png, "picture.png") as path:
+        with file_with(png, "picture.png") as path:
             self._log({f"figures/{name}": self._package.Image(path)}, step)
 
     def audio(self, name: str, samples: Tensor, rate: int, step: int) -> None:
         """Record a sound."""
-        with _File(wav_bytes(samples, rate), "sound.wav") as path:
+        with file_with(wav_bytes(samples, rate), "sound.wav") as path:
             self._log({f"audio/{name}": self._package.Audio(path, sample_rate=rate)}, step)
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -253,31 +251,16 @@ def _reach(address: str) -> None:
 
 def _has_credentials(settings: Any) -> bool:
     """Return True if W&B finds a key without asking for one."""
-    if os.environ.get("WANDB_API_KEY") or getattr(settings, "api_key", None):
-        return True
-    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    given = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if getattr(settings, "api_key", None) or any(os.environ.get(name) for name in given):
         return True
     host = urlsplit(settings.base_url).hostname or ""
     names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for path in map(os.path.expanduser, names):
-        try:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
             if netrc.netrc(path).authenticators(host):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False
-
-
-class _File(tempfile.TemporaryDirectory[str]):
-    """Context manager with the path of a file of its own, which has the given content."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__()
-        self.path = Path(self.name, name)
-        self.path.write_bytes(content)
-
-    def __enter__(self) -> str:
-        return str(self.path)
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:

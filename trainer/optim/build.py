@@ -7,22 +7,26 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from trainer.checks import Stateful, by_name
 from trainer.clipping import Clipper, NormClip, ValueClip
 from trainer.clipping.gradients import limit_of
 from trainer.distributed.strategy import Strategy
-from trainer.optim.groups import ParameterGroups, rates_of
+from trainer.optim.groups import ParameterGroups, check_schedule
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update
-from trainer.options import RunOptions, by_name
+from trainer.options import RunOptions
 
 CLIP_KINDS = {"norm": NormClip, "value": ValueClip}
+# Attributes of torch's schedules that hold their length, in steps of the schedule.
+LENGTHS = ("total_steps", "T_max", "total_iters", "total_size", "T_0", "step_size")
 
 logger = logging.getLogger("trainer")
 
@@ -35,7 +39,7 @@ def make_updates(
     schedules: Any,
     strategy: Strategy,
     on_hand_step: Callable[[Update], None],
-    groups: ParameterGroups,
+    groups: ParameterGroups | None,
     kept: Mapping[str, Update] = {},
 ) -> dict[str, Update]:
     """Build an `Update` for every optimizer.
@@ -48,7 +52,7 @@ def make_updates(
         schedules: a factory that takes an optimizer, a mapping of these by optimizer, or None.
         strategy: how gradients travel between processes.
         on_hand_step: called before a step that a recipe takes past `Brain.optimize`.
-        groups: divides the optimizers.
+        groups: divides the optimizers, if given.
         kept: those that exist already, by name.
 
     Returns:
@@ -58,7 +62,8 @@ def make_updates(
         ValueError: for a setting of clipping, schedules or groups that cannot be used.
     """
     names = list(optimizers)
-    groups.regroup(optimizers, modules, kept)
+    if groups is not None:
+        groups.regroup(optimizers, modules, kept)
     parameters: dict[Tensor, str] = {p: name for name, p in modules.named_parameters()}
     sparse: set[Tensor] = {
         p
@@ -72,40 +77,29 @@ def make_updates(
         if name in kept:
             updates[name] = kept[name]
             continue
-        rates = rates_of(optimizer)
+        rates = [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
         schedule = _schedule(by_name(schedules, name, names, "schedule"), optimizer, options)
-        groups.check_schedule(name, optimizer, rates)
+        if groups is not None:
+            check_schedule(name, optimizer, rates)
         updates[name] = Update(
-            name,
-            optimizer,
-            precision.scaler(),
-            clips[name],
-            schedule,
-            options.grad_accumulation_factor,
-            options.skip_nonfinite_grads,
-            strategy=strategy,
-        )
+            name, optimizer, precision.scaler(), clips[name], schedule,
+            options.grad_accumulation_factor, options.skip_nonfinite_grads, strategy,
+        )  # fmt: skip
         updates[name].watch(on_hand_step)
     connect(list(updates.values()), parameters)
     strategy.register({n: u.all_params for n, u in updates.items()}, parameters, sparse)
     return updates
 
 
-def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str] | None = None) -> None:
-    """Set the ``others``, ``sharing``, ``untrained`` and ``names`` of optimizers.
-
-    Args:
-        updates: all optimizers of a Brain.
-        parameters: names of all parameters of its modules.
-    """
+def connect(updates: Sequence[Update], parameters: Mapping[Tensor, str]) -> None:
+    """Set the ``others``, ``sharing``, ``untrained`` and ``names`` of all optimizers of a Brain."""
     owned = [set(update.all_params) for update in updates]
     trained = set().union(*owned)
-    named = (parameters or {}).items()
-    untrained = {name: p for p, name in named if p not in trained and p.requires_grad}
+    untrained = {name: p for p, name in parameters.items() if p not in trained and p.requires_grad}
     for update, own in zip(updates, owned, strict=True):
         update.others = [other for other in updates if other is not update]
         update.sharing = [other for other in update.others if not own.isdisjoint(other.all_params)]
-        update.untrained, update.names = untrained, parameters or {}
+        update.untrained, update.names = untrained, parameters
 
 
 def _make_clippers(
@@ -166,16 +160,12 @@ def _make_clipper(setting: Any, limit: float) -> Clipper:
 def find_optimizers(
     optimizers_dict: Any, attributes: Mapping[str, Any], precision: Precision
 ) -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers that ``init_optimizers`` made, by name.
+    """Return the optimizers that ``init_optimizers`` made, by name, if they can train here.
 
     Args:
         optimizers_dict: the Brain's ``optimizers_dict``, or None.
         attributes: the Brain's attributes, among which optimizers are looked for otherwise.
         precision: training precision.
-
-    Raises:
-        ValueError: for something that is no optimizer or needs a closure, for one that has two
-            names, for a clip limit that is none, and for float16 weights under fp16.
     """
     found = optimizers_dict
     if not isinstance(found, (Mapping, NoneType)):
@@ -241,7 +231,7 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
             f"schedule has made a {type(schedule).__name__}; allowed: a schedule, such as one of "
             "torch.optim.lr_scheduler, which the run option schedule_every moves by step or epoch"
         )
-    by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    by_metric = isinstance(schedule, ReduceLROnPlateau)
     if not hasattr(schedule, "every"):  # One of torch's own.
         schedule.every = "epoch" if by_metric else options.schedule_every
     if by_metric and not hasattr(schedule, "metric"):
@@ -252,3 +242,46 @@ def _schedule(factory: Any, optimizer: torch.optim.Optimizer, options: RunOption
                 "rate while the loss falls; name another one by the run option schedule_metric"
             )
     return schedule
+
+
+def warn_of_totals(
+    updates: Iterable[Update], epochs: int | None, batches: int | None, limit: int | None = None
+) -> None:
+    """Warn of torch schedules, not yet advanced, whose length does not fit the run.
+
+    Args:
+        updates: the optimizers with their schedules.
+        epochs: number of epochs; None where unknown.
+        batches: number of batches in an epoch; None where unknown.
+        limit: number of steps after which the run ends; None for no limit.
+    """
+    for update in updates:
+        schedule, every = update.schedule, getattr(update.schedule, "every", None)
+        key = next((key for key in LENGTHS if hasattr(schedule, key)), None)
+        if key is None or not isinstance(schedule, LRScheduler) or isinstance(schedule, Stateful):
+            continue
+        by_epoch, total = every == "epoch", getattr(schedule, key)
+        if schedule.last_epoch or not epochs or (batches is None and not by_epoch):
+            continue
+        moves = epochs if by_epoch else epochs * math.ceil((batches or 0) / update.size)
+        if limit is not None and not by_epoch:
+            moves = min(moves, limit)
+        ends = isinstance(schedule, OneCycleLR) and total < moves
+        if ends or (by_epoch and total > moves):
+            logger.warning(
+                "%s of the optimizer %r has %s=%g, and moves once %s, of which this fit has %d%s: "
+                "see the run option schedule_every (now %s)", type(schedule).__name__, update.name,
+                key, total, "an epoch" if by_epoch else "a step", moves,
+                ", the last ones at the last rate" if ends else "", every,
+            )  # fmt: skip
+
+
+def check_early_stopping(early_stopping: Any) -> None:
+    """Raise ValueError for a hyperparameter that cannot stop early, such as the text "None"."""
+    if early_stopping is not None and not (
+        callable(getattr(early_stopping, "update", None)) and hasattr(early_stopping, "metric")
+    ):
+        raise ValueError(
+            f"early_stopping is {early_stopping!r}; allowed: null, or an object such as "
+            "!new:trainer.schedules.EarlyStopping {metric: loss, patience: 3}"
+        )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer import checks
-from trainer.options import by_name
 
 if TYPE_CHECKING:
     from trainer.optim.step import Update
@@ -47,17 +46,24 @@ class WeightAverage:
         constant: Collection[str] = (),
     ) -> None:
         names = {name for name, _ in modules.named_parameters()}
-        each = decay if isinstance(decay, Mapping) else dict.fromkeys(sorted(names), decay)
+        each = decay if isinstance(decay, Mapping) else dict.fromkeys(names, decay)
         self._groups: dict[float, set[str]] = {}  # Names by decay.
         for name, value in each.items():
             d = checks.within("WeightAverage", "decay", value, 0.0, 1.0, "()")
             self._groups.setdefault(d, set()).add(name)
         self._constant = frozenset(constant) | (names - set(each))
         self.count = 0
-        tensors = self._tensors(modules)
-        self._average = {n: t.detach().to(_kept_as(t), copy=True) for n, t in tensors.items()}
-        self._moving = [n for n, t in tensors.items() if _moves(t)]
-        self._copied = [n for n, t in tensors.items() if not _moves(t)]
+        self._moving: list[str] = []  # Names of parameters of real or complex numbers.
+        self._copied: list[str] = []
+        self._average: dict[str, Tensor] = {}
+        for name, tensor in self._tensors(modules).items():
+            moves = isinstance(tensor, nn.Parameter) and (
+                tensor.is_floating_point() or tensor.is_complex()
+            )
+            (self._moving if moves else self._copied).append(name)
+            half = moves and tensor.dtype in (torch.float16, torch.bfloat16)
+            kept_as = torch.float32 if half else tensor.dtype
+            self._average[name] = tensor.detach().to(kept_as, copy=True)
 
     @torch.no_grad()
     def update(self, modules: nn.Module, still: Collection[str] = ()) -> None:
@@ -161,7 +167,7 @@ def decays(
         return setting
     found: dict[str, float] = {}
     for owner, update in updates.items():
-        decay = by_name(setting, owner, list(updates), "ema_decay")
+        decay = checks.by_name(setting, owner, list(updates), "ema_decay")
         for name in () if decay is None else _names(update):
             if found.setdefault(name, decay) != decay:
                 raise ValueError(
@@ -172,12 +178,7 @@ def decays(
 
 
 def still(updates: Mapping[str, Update], stepped: Collection[str]) -> set[str]:
-    """Return the names of the parameters that no optimizer has just moved.
-
-    Args:
-        updates: all optimizers by name.
-        stepped: names of those that have stepped.
-    """
+    """Return the names of the parameters that none of the optimizers that ``stepped`` has moved."""
     if len(stepped) == len(updates):
         return set()
     moved = {name for owner in stepped for name in _names(updates[owner])}
@@ -188,21 +189,9 @@ def _names(update: Update) -> list[str]:
     return [update.names[p] for p in update.all_params if p in update.names]
 
 
-def _moves(tensor: Tensor) -> bool:
-    """Return True for what is averaged: parameters of real or complex numbers."""
-    numbers = tensor.is_floating_point() or tensor.is_complex()
-    return isinstance(tensor, nn.Parameter) and numbers
-
-
-def _kept_as(tensor: Tensor) -> torch.dtype:
-    half = _moves(tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half else tensor.dtype
-
-
 @torch.no_grad()
 def _overwrite(
     targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], names: Iterable[str]
 ) -> None:
-    pairs = [(targets[name], sources[name]) for name in names]
-    if pairs:
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+    if names := list(names):
+        torch._foreach_copy_([targets[name] for name in names], [sources[name] for name in names])

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainer import distributed
-from trainer.checks import Stateful
 from trainer.metrics import StageReport
 from trainer.optim.step import Update
 from trainer.tree import leaves, map_leaves, plain_number
-
-# Attributes of torch's schedules that hold their length, in steps of the schedule.
-LENGTHS = ("total_steps", "T_max", "total_iters", "total_size", "T_0", "step_size")
 
 logger = logging.getLogger("trainer")
 
@@ -27,11 +22,7 @@ logger = logging.getLogger("trainer")
 def agree_on_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return rank 0's metrics on every rank, so that all ranks decide by the same numbers.
 
-    Collective. Tensors and arrays of one element become numbers. Warns where another rank has other
-    values.
-
-    Raises:
-        ValueError: for a tensor or array of several elements, and for a name that is no text.
+    Collective. Tensors and arrays of one element become numbers; others are refused.
     """
     if odd := [name for name in metrics if not isinstance(name, str)]:
         raise ValueError(f"on_stage_end returned a metric named {odd[0]!r}; allowed: a text")
@@ -64,15 +55,7 @@ def all_metrics(report: StageReport) -> dict[str, Any]:
 
 
 def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> None:
-    """Advance the schedules that count epochs.
-
-    Args:
-        updates: the optimizers with their schedules.
-        metrics: losses and metrics of the epoch, for schedules that watch one.
-
-    Raises:
-        ValueError: if a schedule watches a metric that the stage did not give.
-    """
+    """Advance the schedules that count epochs, by the losses and metrics of the epoch."""
     for update in updates:
         schedule = update.schedule
         if schedule is None or schedule.every != "epoch":
@@ -88,64 +71,8 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
                 update.advance_schedule()
 
 
-def warn_of_totals(
-    updates: Iterable[Update], epochs: int | None, batches: int | None, limit: int | None = None
-) -> None:
-    """Warn of torch schedules, not yet advanced, whose length does not fit the run.
-
-    Args:
-        updates: the optimizers with their schedules.
-        epochs: number of epochs; None where unknown.
-        batches: number of batches in an epoch; None where unknown.
-        limit: number of steps after which the run ends; None for no limit.
-    """
-    for update in updates:
-        schedule, every = update.schedule, getattr(update.schedule, "every", None)
-        key = next((key for key in LENGTHS if hasattr(schedule, key)), None)
-        if key is None or not isinstance(schedule, LRScheduler) or isinstance(schedule, Stateful):
-            continue
-        if schedule.last_epoch or not epochs:
-            continue
-        by_epoch, total = every == "epoch", getattr(schedule, key)
-        if by_epoch:
-            moves = epochs
-        elif batches is not None:
-            moves = epochs * math.ceil(batches / update.size)
-            moves = moves if limit is None else min(moves, limit)
-        else:
-            continue
-        ends = isinstance(schedule, OneCycleLR) and total < moves
-        if ends or (by_epoch and total > moves):
-            logger.warning(
-                "%s of the optimizer %r has %s=%g, and moves once %s, of which this fit has %d%s: "
-                "see the run option schedule_every (now %s)", type(schedule).__name__, update.name,
-                key, total, "an epoch" if by_epoch else "a step", moves,
-                ", the last ones at the last rate" if ends else "", every,
-            )  # fmt: skip
-
-
-def check_early_stopping(early_stopping: Any) -> None:
-    """Raise ValueError for a hyperparameter that cannot stop early, such as the text "None"."""
-    if early_stopping is not None and not (
-        callable(getattr(early_stopping, "update", None)) and hasattr(early_stopping, "metric")
-    ):
-        raise ValueError(
-            f"early_stopping is {early_stopping!r}; allowed: null, or an object such as "
-            "!new:trainer.schedules.EarlyStopping {metric: loss, patience: 3}"
-        )
-
-
-def should_stop(early_stopping: Any, metrics: Mapping[str, Any], epoch: int | None = None) -> bool:
-    """Return True if early stopping ends the training.
-
-    Args:
-        early_stopping: a `trainer.schedules.EarlyStopping`, or None.
-        metrics: losses and metrics of the epoch.
-        epoch: number of the epoch, for the message.
-
-    Raises:
-        ValueError: if it watches a metric that the stage did not give.
-    """
+def should_stop(early_stopping: Any, metrics: Mapping[str, Any], epoch: int | None) -> bool:
+    """Return True if a `trainer.schedules.EarlyStopping`, or None, ends the training now."""
     if early_stopping is None:
         return False
     stopped = bool(early_stopping.update(_pick(metrics, early_stopping.metric, "early_stopping")))

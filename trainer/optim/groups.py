@@ -76,8 +76,8 @@ class ParameterGroups:
     - ``eval``: True if modules stay in evaluation mode while none of their parameters trains.
 
     Args:
-        setting: keys by pattern of parameter names, or these by optimizer; None for none. Patterns
-            have ``*``, ``?`` and ``[…]`` as in file names, and ``|`` between alternatives.
+        setting: keys by pattern of parameter names, or these by optimizer. Patterns have
+            ``*``, ``?`` and ``[…]`` as in file names, and ``|`` between alternatives.
     """
 
     def __init__(self, setting: Any) -> None:
@@ -85,7 +85,8 @@ class ParameterGroups:
         self._until: dict[Tensor, float] = {}  # Steps for which a parameter is frozen.
         # Name of the optimizer, number of steps, and the parameters frozen for so long.
         self._frozen: list[tuple[str, float, list[Tensor]]] = []
-        self._evaluated: list[nn.Module] = []  # Largest parts of which all parameters have `eval`.
+        self._modules = nn.Module()
+        self._evaluated: dict[Tensor, str] = {}  # Parameters with `eval`, and its pattern.
 
     def regroup(
         self, optimizers: Mapping[str, Optimizer], modules: nn.Module, kept: Iterable[str] = ()
@@ -96,15 +97,9 @@ class ParameterGroups:
             optimizers: by name.
             modules: all modules, for the names of parameters.
             kept: names of optimizers that are divided already.
-
-        Raises:
-            ValueError: for an unknown optimizer, a pattern that matches nothing, and a key or value
-                that cannot be used.
         """
-        if self._setting is None:
-            return
-        names, evaluated = _names(optimizers, modules), dict[Tensor, str]()
-        self._frozen = []
+        self._modules, self._frozen, self._evaluated = modules, [], {}
+        names = _names(optimizers, modules)
         for patterns, divided in _scopes(self._setting, optimizers):
             owned = {p for optimizer in divided.values() for p in _params(optimizer)}
             others = {p for each in optimizers.values() for p in _params(each)} - owned
@@ -113,7 +108,7 @@ class ParameterGroups:
                 pattern: _match(pattern, keys, names_here, owned)
                 for pattern, keys in patterns.items()
             }
-            evaluated |= _evaluated(patterns, matched)
+            self._evaluated |= _evaluated(patterns, matched)
             used: set[tuple[str, str]] = set()
             for name, optimizer in divided.items():
                 chosen = _choose(name, optimizer, patterns, matched)
@@ -123,15 +118,19 @@ class ParameterGroups:
                     _divide(name, optimizer, chosen, matched)
                     if distributed.is_main():
                         self._log(name, optimizer)
-            _warn_of_unused(patterns, used)
-        self._evaluated = list(_largest_parts(modules, evaluated.__contains__))
+            for pattern, keys in patterns.items():
+                late = [key for key in keys if (pattern, key) not in used and key != "eval"]
+                if late and pattern != "*":  # Which stands for the rest.
+                    logger.warning(
+                        "param_groups: %r comes too late for %s, which earlier patterns set for "
+                        "every parameter that it matches", pattern, ", ".join(late),
+                    )  # fmt: skip
         resting = {
-            evaluated[p]
-            for chosen in self._evaluated
-            for part in _largest_parts(chosen, lambda p: p in self._until or not p.requires_grad)
+            self._evaluated[p]
+            for part in self._resting(lambda p: p in self._until or not p.requires_grad)
             for p in part.parameters()
         }
-        for pattern in dict.fromkeys(evaluated.values()):
+        for pattern in dict.fromkeys(self._evaluated.values()):
             if pattern not in resting:
                 logger.warning(
                     "param_groups: eval of %r has no effect, since no module has all of its "
@@ -143,8 +142,7 @@ class ParameterGroups:
         trained = [p for p in chosen if p.requires_grad or p in self._until]
         steps: dict[float, list[Tensor]] = {}
         for p in trained:
-            _, until = chosen[p].get("freeze_until", ("", 0))
-            if until:
+            if "freeze_until" in chosen[p] and (until := chosen[p]["freeze_until"][1]):
                 self._until[p] = until
                 steps.setdefault(until, []).append(p)
         if trained and sum(map(len, steps.values())) == len(trained):
@@ -157,12 +155,8 @@ class ParameterGroups:
     def begin_window(self, updates: Mapping[str, Update], step: int) -> bool:
         """Freeze and unfreeze parameters of optimizers whose accumulation window is empty.
 
-        Args:
-            updates: the optimizers.
-            step: number of optimizer steps so far.
-
         Returns:
-            True if more of them train than before.
+            True if more of them train than before, after so many optimizer steps.
         """
         unfrozen = 0
         for name, until, params in self._frozen:
@@ -177,25 +171,18 @@ class ParameterGroups:
 
     def rest(self) -> None:
         """Put modules with ``eval`` of which nothing trains into evaluation mode."""
-        for chosen in self._evaluated:
-            for part in _largest_parts(chosen, lambda p: not p.requires_grad):
-                part.eval()
+        for part in self._resting(lambda p: not p.requires_grad):
+            part.eval()
 
-    def check_schedule(self, name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
-        """Refuse a schedule that replaces the different learning rates of groups by one.
-
-        Args:
-            name: name of the optimizer.
-            optimizer: the optimizer, with its schedule.
-            before: its `rates_of` without the schedule.
-        """
-        several = self._setting is not None and len(set(before)) > 1
-        if several and len(rates := set(rates_of(optimizer))) == 1 and rates != {0.0}:
-            raise ValueError(
-                f"param_groups gives the optimizer {name!r} several learning rates, and its "
-                "schedule sets one for all, as OneCycleLR and CyclicLR do: use lr_factor in place "
-                "of lr and layer_decay, or give the schedule a list of rates"
-            )
+    def _resting(self, frozen: Callable[[Tensor], bool]) -> Iterator[nn.Module]:
+        """Yield the largest modules of which all parameters have ``eval`` and are frozen."""
+        modules = [self._modules]
+        for module in modules:  # Which grows meanwhile.
+            params = list(module.parameters())
+            if params and all(p in self._evaluated and frozen(p) for p in params):
+                yield module
+            else:
+                modules += module.children()
 
     def _log(self, name: str, optimizer: Optimizer) -> None:
         """Log the groups of an optimizer with their sizes, in aligned lines."""
@@ -225,22 +212,15 @@ class ParameterGroups:
             logger.info("  %s", "  ".join(cells).rstrip())
 
 
-def leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
-    """Return the index of the group whose learning rate stands for all of them.
-
-    That is the first one of the recipe's own groups, and the one with the largest rate if patterns
-    have divided them.
-    """
-    if "patterns" not in groups[0]:
-        return 0
-    peaks = [group.get("initial_lr", group.get("lr")) for group in groups]
-    rates = [float(p or 0.0) * g.get("lr_factor", 1.0) for p, g in zip(peaks, groups, strict=True)]
-    return rates.index(max(rates))
-
-
-def rates_of(optimizer: Optimizer) -> list[float]:
-    """Return the learning rate of each group, 0 where it has none."""
-    return [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
+def check_schedule(name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
+    """Refuse a schedule that has replaced the different learning rates ``before`` it by one."""
+    rates = {float(group.get("lr") or 0.0) for group in optimizer.param_groups}
+    if len(set(before)) > 1 and len(rates) == 1 and rates != {0.0}:
+        raise ValueError(
+            f"param_groups gives the optimizer {name!r} several learning rates, and its "
+            "schedule sets one for all, as OneCycleLR and CyclicLR do: use lr_factor in place "
+            "of lr and layer_decay, or give the schedule a list of rates"
+        )
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
@@ -284,9 +264,11 @@ def _scopes(
             f"param_groups names the optimizer {unknown[0]!r}, which does not exist; this Brain "
             f"has {', '.join(map(repr, optimizers))}{nearest(str(unknown[0]), optimizers)}"
         )
-    for name, patterns in setting.items():
-        _scopes(patterns, {name: optimizers[name]})  # Checks them.
-    return [(patterns, {name: optimizers[name]}) for name, patterns in setting.items()]
+    return [
+        scope
+        for name, patterns in setting.items()
+        for scope in _scopes(patterns, {name: optimizers[name]})
+    ]
 
 
 def _match(
@@ -294,14 +276,13 @@ def _match(
 ) -> dict[Tensor, str]:
     """Return the parameters that a pattern matches, by the first name that does.
 
+    With ``eval`` as its only key, it may match only parameters that no optimizer has.
+
     Args:
         pattern: the pattern.
-        keys: its keys; with ``eval`` alone, it may match only parameters that no optimizer has.
+        keys: its keys.
         names: names of all parameters but those of other optimizers.
         owned: parameters of the pattern's optimizers.
-
-    Raises:
-        ValueError: if there are none.
     """
     parts = str(pattern).split("|")
     found: dict[Tensor, str] = {}
@@ -341,11 +322,7 @@ def _choose(
     name: str, optimizer: Optimizer, patterns: Patterns,
     matched: Mapping[str, Mapping[Tensor, str]],
 ) -> Chosen:  # fmt: skip
-    """Return the settings that patterns give each parameter of an optimizer.
-
-    Raises:
-        ValueError: for a key that the optimizer does not have, and a value that it cannot use.
-    """
+    """Return the settings that patterns give each parameter of an optimizer."""
     chosen: Chosen = {p: {} for p in _params(optimizer)}
     first, defaults = optimizer.param_groups[0], getattr(optimizer, "defaults", {})
     known = {k: v for k, v in {**first, **defaults}.items() if k not in WHOLE}
@@ -372,11 +349,7 @@ def _choose(
 
 
 def _checked(pattern: str, key: str, value: Any, known: Mapping[str, Any]) -> Any:
-    """Return the value of a key in the type that the optimizer takes.
-
-    Raises:
-        ValueError: for a value of another type or out of range.
-    """
+    """Return the value of a key in the type that the optimizer takes."""
     owner, default = f"param_groups: {pattern!r}", known.get(key)
     if key == "max_grad_norm":
         return limit_of(value, f"{owner}: max_grad_norm")
@@ -384,37 +357,25 @@ def _checked(pattern: str, key: str, value: Any, known: Mapping[str, Any]) -> An
         return value if value == math.inf else checks.whole(owner, key, value, 0)
     if key == "layer_decay":
         return checks.within(owner, key, value, 0.0, 1.0, "(]")
-    if key == "eval" or isinstance(default, bool):
-        return _alike(owner, key, value, isinstance(value, bool), "true or false")
-    if isinstance(default, (tuple, list)):
-        fits = isinstance(value, (tuple, list)) and len(value) == len(default)
-        _alike(owner, key, value, fits, f"{len(default)} numbers, such as {list(default)}")
-        high = 1.0 if key == "betas" else math.inf
-        return tuple(checks.within(owner, key, each, 0.0, high, "[)") for each in value)
-    if isinstance(default, str):
-        return _alike(owner, key, value, isinstance(value, str), f"a text, such as {default!r}")
     if value is None and key in known and default is None:
         return None
-    if isinstance(default, (int, float)) and default < 0:
+    allowed = ""
+    if key == "eval" or isinstance(default, bool):
+        allowed = "" if isinstance(value, bool) else "true or false"
+    elif isinstance(default, str):
+        allowed = "" if isinstance(value, str) else f"a text, such as {default!r}"
+    elif isinstance(default, (tuple, list)):
+        if isinstance(value, (tuple, list)) and len(value) == len(default):
+            high = 1.0 if key == "betas" else math.inf
+            return tuple(checks.within(owner, key, each, 0.0, high, "[)") for each in value)
+        allowed = f"{len(default)} numbers, such as {list(default)}"
+    elif isinstance(default, (int, float)) and default < 0:
         return checks.within(owner, key, value, -math.inf, 0.0, "(]")
-    return checks.within(owner, key, value, 0.0, math.inf, "[)")
-
-
-def _alike(owner: str, key: str, value: Any, fits: bool, allowed: str) -> Any:
-    if not fits:
+    else:
+        return checks.within(owner, key, value, 0.0, math.inf, "[)")
+    if allowed:
         raise ValueError(f"{owner}: {key} must be {allowed}; got {value!r}")
     return value
-
-
-def _warn_of_unused(patterns: Patterns, used: set[tuple[str, str]]) -> None:
-    """Warn of keys that earlier patterns set for every parameter; not of `*`, which is the rest."""
-    for pattern, keys in patterns.items():
-        late = [key for key in keys if (pattern, key) not in used and key != "eval"]
-        if late and pattern != "*":
-            logger.warning(
-                "param_groups: %r comes too late for %s, which earlier patterns set for every "
-                "parameter that it matches", pattern, ", ".join(late),
-            )  # fmt: skip
 
 
 def _divide(
@@ -429,11 +390,11 @@ def _divide(
                 f"param_groups cannot divide the optimizer {name!r}, which has a schedule already: "
                 "give the schedule as the hyperparameter schedule, which makes it later"
             )
-        parts: dict[str, dict[str, Any]] = {}
         if not source["params"]:
             made.append(source)
+        parts: dict[str, dict[str, Any]] = {}
         for place, p in enumerate(source["params"]):
-            label, depth = " + ".join(_setters(chosen[p])), 0
+            label, depth = " + ".join(dict.fromkeys(each[0] for each in chosen[p].values())), 0
             if "layer_decay" in chosen[p]:
                 pattern, _ = chosen[p]["layer_decay"]
                 if pattern not in depths:
@@ -450,11 +411,6 @@ def _divide(
     optimizer.param_groups[:] = made
     if any("lr_factor" in group for group in made):
         _scale_rates(optimizer)
-
-
-def _setters(own: Mapping[str, tuple[str, Any]]) -> list[str]:
-    """Return the patterns that set anything, each once."""
-    return list(dict.fromkeys(pattern for pattern, _ in own.values()))
 
 
 def _group(
@@ -521,13 +477,3 @@ def _scale_rates(optimizer: Optimizer) -> None:
             f"param_groups sets lr_factor, and {type(optimizer).__name__} has no step hooks, since "
             "its constructor leaves out torch's: use lr"
         ) from None
-
-
-def _largest_parts(module: nn.Module, fits: Callable[[Tensor], bool]) -> Iterator[nn.Module]:
-    """Yield the largest parts of a module that have parameters, all of which fit."""
-    params = list(module.parameters())
-    if params and all(map(fits, params)):
-        yield module
-        return
-    for child in module.children():
-        yield from _largest_parts(child, fits)

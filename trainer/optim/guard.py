@@ -1,4 +1,4 @@
-"""Non-finite guard: counts skipped steps, and rolls back module buffers after one."""
+"""Guards against steps that are not finite, and against batches for which memory runs out."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ from trainer.progress import Progress
 logger = logging.getLogger("trainer")
 
 ADVICE = "To find the operation, run that batch under torch.autograd.detect_anomaly()"
+MEMORY_ADVICE = (
+    "Allowed: a smaller batch_size (with grad_accumulation_factor, for the same batch per step), "
+    "batches or items of bounded length, precision bf16 or fp16, or a device with more memory"
+)
+
+# Parts of the messages of torch's allocators, drivers and libraries (cuBLAS, cuDNN, cuFFT and the
+# like) that raise a plain RuntimeError.
+MEMORY_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "error: out of memory",
+    "_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
 
 
 class NonFiniteError(RuntimeError):
@@ -63,25 +77,15 @@ class Tracer:
 
 @dataclass(slots=True)
 class _Buffer:
-    """A buffer of a module, and its value at the start of the accumulation window.
-
-    Args:
-        name: full name.
-        owner: buffers of its module.
-        key: name in the module.
-        unversioned: True if it may change without a new tensor version, as in torch's own norms.
-        tensor: the buffer at the start of the window; None where the module had none.
-        version: tensor version then.
-        kept: copy of its value then.
-    """
+    """A buffer of a module, and its value at the start of the accumulation window."""
 
     name: str
-    owner: dict[str, Tensor | None]
+    owner: dict[str, Tensor | None]  # The buffers of its module.
     key: str
-    unversioned: bool
-    tensor: Tensor | None
+    unversioned: bool  # It may change without a new tensor version, as in torch's own norms.
+    tensor: Tensor | None  # None where the module had none.
     version: int
-    kept: Tensor | None
+    kept: Tensor | None  # Copy of its value.
 
     def changed(self) -> bool:
         """Return True if the buffer was changed in place or exchanged."""
@@ -108,9 +112,8 @@ class NonFiniteGuard:
     def __init__(
         self, modules: nn.Module, patience: int, progress: Progress, in_window: Callable[[], bool]
     ) -> None:
-        self.patience = patience
+        self.patience, self._modules = patience, modules
         self._progress, self._in_window = progress, in_window
-        self._modules = modules
         self._losses: dict[str, list[tuple[list[str], Tensor]]] = {}
         self._skipped = self._counted = False
         self.begin_stage()
@@ -130,37 +133,25 @@ class NonFiniteGuard:
 
     def begin_window(self) -> None:
         """Keep the buffers as they are now; only those that changed are copied."""
-        copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for each in self._buffers:
-            if not each.changed():
-                continue
+        copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for each in self._changed():
             now, kept = each.owner.get(each.key), each.kept
             each.tensor = now
-            if now is None:
-                each.kept = None
-                continue
-            each.version = now._version
-            if kept is not None and (now.shape, now.dtype) == (kept.shape, kept.dtype):
-                targets, sources = copies.setdefault(now.dtype, ([], []))
-                targets.append(kept)
-                sources.append(now.detach())
+            if now is not None:
+                each.version = now._version
+            if now is None or kept is None or (now.shape, now.dtype) != (kept.shape, kept.dtype):
+                each.kept = None if now is None else now.detach().clone()
             else:
-                each.kept = now.detach().clone()
-        for targets, sources in copies.values():  # On a GPU, one kernel for many buffers.
-            torch._foreach_copy_(targets, sources)
+                copies.setdefault(now.dtype, []).append((kept, now.detach()))
+        for pairs in copies.values():  # On a GPU, one kernel for many buffers.
+            torch._foreach_copy_([kept for kept, _ in pairs], [now for _, now in pairs])
 
     def begin_batch(self) -> None:
         """Begin a batch, of which at most one skipped step counts."""
         self._counted = False
 
     def add_loss(self, name: str, ids: list[str], loss: Tensor) -> None:
-        """Remember a batch of an open window, to name it if the window is skipped.
-
-        Args:
-            name: name of the optimizer.
-            ids: names of the examples in the batch.
-            loss: its loss, a scalar.
-        """
+        """Remember a batch of an optimizer's open window, to name it if the window is skipped."""
         self._losses.setdefault(name, []).append((ids, loss.detach()))
 
     def skip(
@@ -184,18 +175,16 @@ class NonFiniteGuard:
         self._skipped = True
         if report.weight <= 0:
             return
-        bad = self._bad_ids(report.name, ids)
+        progress, what = self._progress, "loss" if report.loss is None else "gradients"
+        named = ", ".join(self._bad_ids(report.name, ids)) or "without ids"
         logger.warning(
             "epoch %d, batch %d: %s of %r not finite, step skipped (batch %s)",
-            self._progress.epoch, self._progress.step,
-            "loss" if report.loss is None else "gradients", report.name,
-            ", ".join(bad) or "without ids",
+            progress.epoch, progress.step, what, report.name, named,
         )  # fmt: skip
         hint = trace()
         if self._counted:
             return
         self._counted = True
-        progress = self._progress
         progress.nonfinite_count += 1
         if progress.nonfinite_count > self.patience:
             self.roll_back()
@@ -205,18 +194,14 @@ class NonFiniteGuard:
             raise NonFiniteError(
                 f"Loss or gradients were not finite {progress.nonfinite_count} times in epoch "
                 f"{progress.epoch} (nonfinite_patience is {self.patience}); the last time in batch "
-                f"{progress.step}, optimizer {report.name!r} ({', '.join(bad) or 'without ids'}); "
-                f"{norm}. None of these steps touched the weights, which are finite. "
-                f"{hint or ADVICE}. Where no cause is found there, a lower learning rate, a lower "
-                "max_grad_norm or precision fp32 are the usual cures."
+                f"{progress.step}, optimizer {report.name!r} ({named}); {norm}. None of these "
+                f"steps touched the weights, which are finite. {hint or ADVICE}. Where no cause is "
+                "found there, a lower learning rate, a lower max_grad_norm or precision fp32 are "
+                "the usual cures."
             )
 
     def close_window(self, name: str) -> None:
-        """Forget the batches of an optimizer's window, which is closed.
-
-        Args:
-            name: name of the optimizer.
-        """
+        """Forget the batches of an optimizer's window, which is closed."""
         self._losses.pop(name, None)
 
     def settle(self) -> None:
@@ -273,3 +258,52 @@ class NonFiniteGuard:
 
     def _changed(self) -> list[_Buffer]:
         return [each for each in self._buffers if each.changed()]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for the errors by which torch says that memory has run out."""
+    # C++ code in which an allocation of the host fails raises MemoryError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in MEMORY_MESSAGES)
+    )
+
+
+class MemoryGuard:
+    """Counts the batches in a row for which memory ran out.
+
+    Args:
+        patience: number of them that is tolerated.
+        progress: holds the count (``out_of_memory_count``).
+    """
+
+    def __init__(self, patience: int, progress: Progress) -> None:
+        self.patience, self._progress = patience, progress
+
+    def skip(self, reason: str | None) -> None:
+        """Count a batch that all ranks have given up. Collective.
+
+        Args:
+            reason: names the batch and the error on a rank that ran out of memory; None elsewhere.
+
+        Raises:
+            torch.OutOfMemoryError: at ``patience`` + 1 batches in a row.
+        """
+        progress = self._progress
+        reasons = enumerate(distributed.all_gather_json(reason))
+        found = [f"rank {rank}: {each}" for rank, each in reasons if each is not None]
+        if distributed.world_size() == 1:
+            found = [str(reason)]
+        if distributed.is_main():
+            logger.warning(
+                "epoch %d, batch %d: out of memory, batch and open accumulation windows skipped "
+                "(%s)",
+                progress.epoch, progress.step, "; ".join(found),
+            )  # fmt: skip
+        progress.out_of_memory_count += 1
+        if progress.out_of_memory_count > self.patience:
+            raise torch.OutOfMemoryError(
+                f"memory ran out in {progress.out_of_memory_count} batches in a row (oom_patience "
+                f"is {self.patience}); the last was batch {progress.step} of epoch "
+                f"{progress.epoch} ({'; '.join(found)}). None of them touched the weights. "
+                f"{MEMORY_ADVICE}"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
@@ -20,6 +21,9 @@ class Precision:
         name: "fp32", "fp16" or "bf16".
         device: device of the run.
 
+    Attributes:
+        scaler: makes a loss scaler, enabled for fp16 (CUDA and CPU).
+
     Raises:
         ValueError: for an unknown name, and for a device that does not support it.
     """
@@ -29,6 +33,7 @@ class Precision:
             raise ValueError(f"precision is {name!r}; allowed: {', '.join(DTYPES)}")
         self.name, self.dtype, self.device = name, DTYPES[name], device
         self.mixed = name != "fp32"
+        self.scaler = partial(torch.amp.GradScaler, device.type, enabled=name == "fp16")
         if self.mixed and not _supported(device, self.dtype):
             raise ValueError(
                 f"precision {name!r} is not supported on the device {str(device)!r} "
@@ -38,10 +43,6 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context manager in which a forward pass runs."""
         return torch.autocast(self.device.type, self.dtype) if self.mixed else _FULL
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """Return a new loss scaler, enabled for fp16 (CUDA and CPU)."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def _supported(device: torch.device, dtype: torch.dtype) -> bool:

@@ -7,10 +7,9 @@ the present ratio to the old one, as a schedule has made it, and anything else i
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -32,13 +31,6 @@ CLOSED = (
 logger = logging.getLogger("trainer")
 
 
-def built_settings(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
-    """Return the settings of an optimizer's groups, and of its schedule, that are plain values."""
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    state = schedule.state_dict() if hasattr(schedule, "state_dict") else {}
-    return {"groups": [_plain(group) for group in groups], "schedule": _plain(state)}
-
-
 def with_new_settings(
     state: Mapping[str, Any], now: Mapping[str, Any], name: str
 ) -> Mapping[str, Any]:
@@ -46,7 +38,7 @@ def with_new_settings(
 
     Args:
         state: the saved state; it is not changed.
-        now: the `built_settings` of this run.
+        now: the settings that this run builds.
         name: name of the optimizer, for messages.
 
     Returns:
@@ -54,7 +46,7 @@ def with_new_settings(
     """
     saved, then = state["optimizer"]["param_groups"], state.get("built")
     if then is None:
-        _warn_of_other_settings(saved, now["groups"], name)
+        _warn_of_other_settings(saved[0], now["groups"][0], name)
     if then is None or then == now:
         return state
     built = list(zip(then["groups"], now["groups"], strict=True))
@@ -86,32 +78,10 @@ def set_rates_anew(schedule: Any) -> None:
             schedule.step(schedule.last_epoch)
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies of the values that consist of numbers and texts."""
-    numbers = {k: v.item() if _is_number(v) else v for k, v in values.items()}
-    return {key: copy.deepcopy(value) for key, value in numbers.items() if _is_plain(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
 def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
-    """Return a saved value with the settings that are built otherwise now.
+    """Return a saved value with the settings that are built otherwise ``now``.
 
-    Args:
-        saved: the value in the checkpoint.
-        then: the value that the run which saved it built.
-        now: the value that this run builds.
-        is_rate: True for a learning rate, which keeps its ratio to ``then``.
+    A learning rate keeps its ratio to the value that the run which saved it built ``then``.
     """
     if then == now:
         return saved
@@ -134,13 +104,10 @@ def _merged_group(
     return kept | {k: v for k, v in now.items() if k not in then}
 
 
-def _warn_of_other_settings(
-    saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], name: str
-) -> None:
+def _warn_of_other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
     """Warn of settings of a checkpoint without the values that they were built with."""
-    rate = "initial_lr" if "initial_lr" in saved[0] else "lr"
-    for key in (rate, "weight_decay"):
-        old, new = saved[0].get(key), now[0].get(key)
+    for key in ("initial_lr" if "initial_lr" in saved else "lr", "weight_decay"):
+        old, new = saved.get(key), now.get(key)
         if old is not None and new is not None and old != new:
             logger.warning(
                 "the optimizer %r goes on with the %s %s of its checkpoint, which an earlier "

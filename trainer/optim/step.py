@@ -11,11 +11,14 @@ Nothing moves before everything about the step is known, on every rank.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -28,17 +31,44 @@ from trainer.clipping import Clipper, Gradients
 from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
-from trainer.optim.groups import leading_group
-from trainer.optim.settings import built_settings, set_rates_anew, with_new_settings
+from trainer.optim.settings import set_rates_anew, with_new_settings
+from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
 
 # A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
 LOWEST_SCALE = 1.0
 
-# Called at the end of each part of a step, with "forward", "backward" or "step"; None except in the
-# batch that a diagnostic measures.
-stopwatch: Callable[[str], None] | None = None
+
+class Stopwatch:
+    """Times of the parts of a step: "forward", "backward" and "step".
+
+    Attributes:
+        marks: each part with the time of its end, a CUDA event if ``on_gpu``.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, part: str) -> None:
+        """Note the end of a part, without waiting for a device."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.marks.append((part, event if self._on_gpu else time.perf_counter()))
+
+    def read(self) -> list[tuple[str, float]]:
+        """Return the seconds of each part after the first mark; nothing before a GPU is done."""
+        if self._on_gpu and not (self.marks and self.marks[-1][1].query()):
+            return []
+        return [
+            (part, before.elapsed_time(at) / 1000 if self._on_gpu else at - before)
+            for (_, before), (part, at) in pairwise(self.marks)
+        ]
+
+
+stopwatch: Stopwatch | None = None  # In a batch that a diagnostic measures.
 
 StepHook = Callable[["Update", Gradients], None]
 Take = Callable[[list[float]], None]
@@ -96,6 +126,7 @@ class Update:
         leading: index of the parameter group whose learning rate is reported.
         measured: parameters and the norms of their gradients, as last measured.
         last_norm: norm before clipping of the last step that was taken; None before the first.
+        deferred: what `read_later` was given, and the next step reads.
     """
 
     def __init__(
@@ -132,11 +163,10 @@ class Update:
         self.history: list[StepReport] | None = None
         self._stepping = False
         self._hook: Any = None  # Handle of the hook that `watch` registers.
-        self._deferred: list[tuple[Tensor, Take]] = []
-        self._warned_of_dropped = self._warned_of_untrained = False
-        self._warned_of_nothing = self._warned_of_end = False
-        self._built = built_settings(optimizer, schedule)
-        self.leading = leading_group(optimizer.param_groups)
+        self.deferred: list[tuple[Tensor, Take]] = []
+        self._warned: set[str] = set()
+        self._built = _settings(optimizer, schedule)
+        self.leading = _leading_group(optimizer.param_groups)
 
     @property
     def params(self) -> list[Tensor]:
@@ -148,6 +178,11 @@ class Update:
         """All parameters of the optimizer, frozen ones included."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def named(self) -> dict[Tensor, str]:
+        """Return all parameters with their names; those that no module has are numbered."""
+        every = enumerate(self.all_params)
+        return {p: self.names.get(p, f"{self.name}.{number}") for number, p in every}
+
     @property
     def lr(self) -> float | None:
         """The learning rate of the leading group; None where the optimizer has none."""
@@ -158,11 +193,7 @@ class Update:
         return None if rate is None else float(rate)
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
-        """Have a function called before steps of the optimizer that `optimize` does not take.
-
-        Args:
-            on_hand_step: called with this object.
-        """
+        """Have a function called before steps of the optimizer that `optimize` does not take."""
         # An optimizer whose constructor leaves out torch's, such as a wrapper of another one, has
         # no hooks: steps that a recipe takes with it by hand are then not noticed.
         with contextlib.suppress(AttributeError):
@@ -176,42 +207,36 @@ class Update:
             self._hook.remove()
 
     def read_later(self, values: Tensor, take: Take) -> None:
-        """Bring numbers to the host together with those of the next step, at no extra sync.
+        """Bring a vector (N,) to the host with the numbers of the next step, at no extra sync.
 
-        Args:
-            values: vector (N,) on any device.
-            take: called with the N numbers once they are on the host.
+        ``take`` is called with the N numbers then.
         """
-        self._deferred.append((values, take))
+        self.deferred.append((values, take))
 
     def read_now(self) -> None:
         """Bring the numbers of `read_later` to the host now; one host-device sync."""
-        _fetch(self.take_deferred())
+        deferred, self.deferred = self.deferred, []
+        _fetch(deferred)
 
-    def take_deferred(self) -> list[tuple[Tensor, Take]]:
-        """Return what `read_later` was given, and forget it."""
-        deferred, self._deferred = self._deferred, []
-        return deferred
+    def is_first(self, event: str) -> bool:
+        """Return True if an event, of which one warning is enough, has not happened before."""
+        first = event not in self._warned
+        self._warned.add(event)
+        return first
 
     def take_untrained(self, kept: Sequence[Tensor | None]) -> None:
-        """Put back gradients of parameters that no optimizer has, and warn once if there are new.
-
-        Args:
-            kept: their gradients before the backward pass.
-        """
-        if not self.untrained:
-            return
-        found = [name for name, p in self.untrained.items() if p.grad is not None]
-        if found:  # An optimizer may have got a group of parameters since.
+        """Put back the ``kept`` gradients of what no optimizer has; warn once if there are new."""
+        reached = [name for name, p in self.untrained.items() if p.grad is not None]
+        owned: set[Tensor] = set()
+        if reached:  # An optimizer may have got a group of parameters since.
             owned = {p for update in (self, *self.others) for p in update.all_params}
-            found = [name for name in found if self.untrained[name] not in owned]
         for (name, p), grad in zip(tuple(self.untrained.items()), kept, strict=True):
-            if p.grad is not None and name not in found:
+            if p.grad is not None and p in owned:
                 del self.untrained[name]
             else:
                 p.grad = grad
-        if found and not self._warned_of_untrained:
-            self._warned_of_untrained = True
+        found = [name for name in reached if name in self.untrained]
+        if found and self.is_first("untrained"):
             warnings.warn(
                 f"the loss given to optimize({self.name!r}) reaches {len(found)} parameters that "
                 f"no optimizer has ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): they "
@@ -220,23 +245,11 @@ class Update:
                 stacklevel=5,
             )
 
-    def warn_of_nothing(self) -> None:
-        """Warn once that a loss of several optimizers has given this one no gradient."""
-        if not self._warned_of_nothing:
-            self._warned_of_nothing = True
-            logger.warning(
-                "a loss for several optimizers gives %r no gradient, so that it does not train: is "
-                "it unused, detached, or under reentrant checkpointing with inputs that require no "
-                "gradient (use_reentrant=False does without)?", self.name,
-            )  # fmt: skip
-
     def open_window(self) -> None:
         """Open an accumulation window if none is open.
 
-        Gradients that anything but `optimize` left are dropped, with a warning.
-
-        Raises:
-            ValueError: if an optimizer that shares a parameter has an open window.
+        Gradients that anything but `optimize` left are dropped, with a warning. Another open window
+        of a shared parameter is an error.
         """
         begun = self.window.count
         other = next(filter(attrgetter("window.count"), self.sharing), None)
@@ -251,8 +264,7 @@ class Update:
         left = [] if begun else [p for p in self.all_params if p.grad is not None]
         for p in left:
             p.grad = None
-        if left and not self._warned_of_dropped:
-            self._warned_of_dropped = True
+        if left and self.is_first("dropped"):
             warnings.warn(
                 f"the parameters of the optimizer {self.name!r} had gradients that no optimize() "
                 "made (a backward() by hand, perhaps of another player's loss): they are dropped",
@@ -286,19 +298,13 @@ class Update:
     def step(self, gradients: Gradients, loss: float, weight: float, scale: float) -> StepReport:
         """Clip finite gradients, step, and advance a schedule that counts steps.
 
-        Args:
-            gradients: measured and finite.
-            loss: mean loss of the window.
-            weight: number of examples in the window.
-            scale: the fp16 loss scale that was used, for the report.
+        Loss and weight of the window, and the fp16 loss scale that was used, are for the report.
         """
         for before in self.before_step:
             before(self, gradients)
         clipped = bool(gradients.tensors) and self.clip(gradients)
         lr = self.lr
-        self._stepping = True
-        self.optimizer.step()
-        self._stepping = False
+        self.move()
         for after in self.after_step:
             after(self, gradients)
         if getattr(self.schedule, "every", None) == "step":
@@ -315,14 +321,19 @@ class Update:
             self.history.append(report)
         return report
 
+    def move(self) -> None:
+        """Step the optimizer with the present gradients, without the function of `watch`."""
+        self._stepping = True
+        self.optimizer.step()
+        self._stepping = False
+
     def advance_schedule(self, *metric: float) -> None:
         """Step the schedule; one that has done all of its steps leaves the rate as it is."""
         schedule = self.schedule
         # Torch's own raises its rate again after its last step, and then an error.
         if isinstance(schedule, OneCycleLR) and schedule.last_epoch >= schedule.total_steps - 1:
             ended, schedule.last_epoch = schedule.last_epoch, schedule.total_steps
-            if ended >= schedule.total_steps and not self._warned_of_end:
-                self._warned_of_end = True
+            if ended >= schedule.total_steps and self.is_first("end"):
                 logger.warning(
                     "%s of the optimizer %r has done its total_steps, %d: the learning rate stays",
                     type(schedule).__name__, self.name, schedule.total_steps,
@@ -346,11 +357,7 @@ class Update:
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that a saved state fits, before anything is changed.
-
-        Raises:
-            ValueError: if it is the state of another optimizer, schedule or clipper.
-        """
+        """Refuse the state of another optimizer, schedule or clipper before anything is changed."""
         kinds = {name: type(part).__name__ for name, part in self._parts().items()}
         for name in ("optimizer", "schedule", "clip"):
             saved, own = state["kinds"].get(name, "none"), kinds.get(name, "none")
@@ -359,16 +366,14 @@ class Update:
                     f"the saved {name} of the optimizer {self.name!r} is {saved}, this Brain's is "
                     f"{own}: the checkpoint was made with other settings"
                 )
-        groups, saved_groups = self.optimizer.param_groups, state["optimizer"]["param_groups"]
-        names, saved_names = (
-            [group.get("patterns", "") for group in each] for each in (groups, saved_groups)
-        )
+        both = self.optimizer.param_groups, state["optimizer"]["param_groups"]
+        names, saved_names = ([group.get("patterns", "") for group in each] for each in both)
         if names != saved_names and any(names + saved_names) and len(names + saved_names) > 2:
             raise ValueError(
                 f"the saved optimizer {self.name!r} has the param_groups {_listed(saved_names)}, "
                 f"this Brain's has {_listed(names)}: a run resumes with those it was started with"
             )
-        sizes, saved_sizes = ([len(g["params"]) for g in each] for each in (groups, saved_groups))
+        sizes, saved_sizes = ([len(group["params"]) for group in each] for each in both)
         if sizes != saved_sizes:
             raise ValueError(
                 f"the saved optimizer {self.name!r} has groups of {saved_sizes} parameters, this "
@@ -461,22 +466,20 @@ def accumulate(
             this loss together.
     """
     if stopwatch is not None:
-        stopwatch("forward")
+        stopwatch.mark("forward")
     lead = updates[0]
     _check(loss, weight, lead.name)
     _check_windows(updates)
     for update in updates:
         update.open_window()
-    window, on_device = lead.window, isinstance(weight, Tensor)
-    begun = isinstance(window.weight, Tensor) or window.weight > 0
-    counts = on_device or weight > 0  # A weight on the device is not read here.
-    if begun:
-        reference = window.reference
-    else:
-        agreed = lead.strategy.reference(lead.name)
-        reference = agreed or (1.0 if isinstance(weight, Tensor) else weight or 1.0)
+    window = lead.window
+    counts = isinstance(weight, Tensor) or weight > 0  # A weight on the device is not read here.
+    reference = window.reference
+    if not isinstance(window.weight, Tensor) and window.weight == 0:
+        own = 1.0 if isinstance(weight, Tensor) else weight
+        reference = lead.strategy.reference(lead.name) or own or 1.0
     share = weight / reference
-    whole = not on_device and share == 1.0
+    whole = not isinstance(share, Tensor) and share == 1.0
     last = closes(updates, last)
     try:
         with lead.strategy.backward([update.name for update in updates], reference, last):
@@ -494,8 +497,7 @@ def accumulate(
         total = total.float()  # Sums of losses are not kept in half precision.
     if not whole:
         total = total * share
-    if begun:
-        assert window.loss is not None
+    if window.loss is not None:
         total = window.loss + total
     count, weight = window.count + 1, window.weight + weight
     for update in updates:
@@ -510,21 +512,18 @@ def closes(updates: Sequence[Update], last: bool = False) -> bool:
 def finish(
     updates: Sequence[Update], weight: float | Tensor, last: bool = False
 ) -> list[StepReport]:
-    """Step if the window is full.
+    """Step if the window is full or ``last``; return a report for each optimizer.
 
     Args:
         updates: the optimizers of the last loss that `accumulate` took.
         weight: its weight, for the report.
         last: step with a window that is not full, too.
-
-    Returns:
-        A report for each optimizer.
     """
     lead = updates[0]
     if lead.window.count < lead.size and not last:
         weight = math.nan if isinstance(weight, Tensor) else weight
         return [update.report("accumulated", weight=weight) for update in updates]
-    return close(updates)
+    return close(updates, settle(updates))
 
 
 class Settled(NamedTuple):
@@ -546,9 +545,6 @@ class Settled(NamedTuple):
 def settle(updates: Sequence[Update]) -> Settled:
     """Sum the gradients of a full window over ranks, and measure them. One host-device sync.
 
-    Args:
-        updates: the optimizers whose window it is.
-
     Raises:
         BatchGivenUp: another rank has given up this batch; the window is dropped.
         ValueError: ranks have closed different windows.
@@ -569,21 +565,17 @@ def settle(updates: Sequence[Update]) -> Settled:
     return Settled(gradients, loss, weight, scale)
 
 
-def close(updates: Sequence[Update], settled: Settled | None = None) -> list[StepReport]:
+def close(updates: Sequence[Update], settled: Settled) -> list[StepReport]:
     """End a window with a step: check that loss and gradients are finite, clip, and step.
-
-    Args:
-        updates: the optimizers whose window it is.
-        settled: what `settle` returned, if it was called already.
 
     Returns:
         A report for each optimizer: all have stepped, or none has.
 
     Raises:
-        NoGradientError: no parameter has a gradient; and what `settle` raises.
+        NoGradientError: no parameter has a gradient.
     """
     lead, scaler = updates[0], updates[0].scaler
-    gradients, loss, weight, scale = settled or settle(updates)
+    gradients, loss, weight, scale = settled
     if not math.isfinite(loss) or weight <= 0:
         return _refuse(updates, "skipped", weight=weight, scale=scale)
     if not any(map(attrgetter("tensors"), gradients)):
@@ -592,8 +584,12 @@ def close(updates: Sequence[Update], settled: Settled | None = None) -> list[Ste
             "parameters: is it another optimizer's loss, or was something detached?"
         )
     for update, grads in zip(updates, gradients, strict=True):
-        if not grads.tensors:
-            update.warn_of_nothing()
+        if not grads.tensors and update.is_first("nothing"):
+            logger.warning(
+                "a loss for several optimizers gives %r no gradient, so that it does not train: is "
+                "it unused, detached, or under reentrant checkpointing with inputs that require no "
+                "gradient (use_reentrant=False does without)?", update.name,
+            )  # fmt: skip
         if update.skip_nonfinite_grads and not grads.finite:
             grads.keep([math.isfinite(norm) for norm in grads.norms])
     some = any(map(attrgetter("tensors"), gradients))
@@ -605,15 +601,12 @@ def close(updates: Sequence[Update], settled: Settled | None = None) -> list[Ste
     if scaler.is_enabled():
         scaler.update()
     if stopwatch is not None:
-        stopwatch("step")
+        stopwatch.mark("step")
     return reports
 
 
 def step_by_gradients(updates: Sequence[Update]) -> bool:
     """Clip and step with the gradients of a recipe's own backward passes, and drop them.
-
-    Args:
-        updates: the optimizers.
 
     Returns:
         False if a gradient is not finite, so that nothing has moved.
@@ -623,19 +616,16 @@ def step_by_gradients(updates: Sequence[Update]) -> bool:
         if scaler.is_enabled():
             scaler.unscale_(update.optimizer)
     gradients = [Gradients(u.optimizer.param_groups, u.clip) for u in updates]
-    _fetch([(grads.measure(1.0), grads.take) for grads in gradients])
+    _fetch([(grads.measure(), grads.take) for grads in gradients])
     finite = all(grads.finite for grads in gradients)
     for update, grads in zip(updates, gradients, strict=True):
         if finite and grads.tensors:
             update.clip(grads)
-            update._stepping = True
-            update.optimizer.step()
-            update._stepping = False
+            update.move()
     if scaler.is_enabled():
         scaler.update()
-    for update in updates:
-        for p in update.all_params:
-            p.grad = None
+    for p in (p for update in updates for p in update.all_params):
+        p.grad = None
     return finite
 
 
@@ -699,7 +689,7 @@ def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> 
             p.requires_grad_(True)
         updates[0].take_untrained(kept)
         if stopwatch is not None:
-            stopwatch("backward")
+            stopwatch.mark("backward")
 
 
 def _unscale(updates: Sequence[Update], device: torch.device) -> list[Tensor]:
@@ -736,7 +726,8 @@ def _read(
     ]
     for update, grads in zip(updates, gradients, strict=True):
         measured = grads.measure(factor if sums is None else sums.reference / sums.numbers[1])
-        requests += [(measured, grads.take), *update.take_deferred()]
+        requests += [(measured, grads.take), *update.deferred]
+        update.deferred = []
     if sums is not None:
         requests += [(sums.numbers, facts.extend), *([sums.check] if sums.check else [])]
     _fetch(requests)
@@ -779,10 +770,7 @@ def _fetch(requests: Sequence[tuple[Tensor, Take]]) -> None:
 def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
     """Drop the window without a step; an overflow lowers the fp16 scale.
 
-    Args:
-        updates: the optimizers.
-        outcome: "overflowed" or "skipped".
-        **facts: further fields of the `StepReport`, with ``scale`` among them.
+    Further fields of the `StepReport`, with ``scale`` among them, are the ``facts``.
     """
     scaler = updates[0].scaler
     if scaler.is_enabled():
@@ -821,33 +809,56 @@ def _names(updates: Sequence[Update]) -> str:
 
 
 def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
-    """Check what was given to `optimize`.
-
-    Raises:
-        ValueError: for anything but a scalar tensor with a graph, and for a weight that is no
-            scalar, negative or not finite. The value of a tensor is not read.
-    """
+    """Check what was given to `optimize`; the value of a tensor is not read."""
+    on_device, problem = isinstance(weight, Tensor), ""
     if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"optimize({name!r}) got a {type(loss).__name__} as its loss; allowed: a scalar tensor"
+        problem = f"a {type(loss).__name__} as its loss; allowed: a scalar tensor"
+    elif loss.numel() != 1:
+        problem = f"a loss of shape {tuple(loss.shape)}; allowed: a scalar (use loss.mean())"
+    elif isinstance(weight, Tensor) and weight.numel() != 1:
+        shape = tuple(weight.shape)
+        problem = f"a weight of shape {shape}; allowed: a number or a scalar tensor"
+    elif not loss.requires_grad and (on_device or weight):
+        problem = (
+            "a loss without a graph: no parameter that requires a gradient led to it. Was it "
+            "detached, computed under torch.no_grad() or reentrant checkpointing of the whole "
+            "network (use_reentrant=False does), or is every module frozen?"
         )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"optimize({name!r}) got a loss of shape {tuple(loss.shape)}; allowed: a scalar "
-            "(use loss.mean())"
-        )
-    if isinstance(weight, Tensor) and weight.numel() != 1:
-        raise ValueError(
-            f"optimize({name!r}) got a weight of shape {tuple(weight.shape)}; allowed: a number or "
-            "a scalar tensor"
-        )
-    if not loss.requires_grad and (isinstance(weight, Tensor) or weight):
-        raise ValueError(
-            f"optimize({name!r}) got a loss without a graph: no parameter that requires a gradient "
-            "led to it. Was it detached, computed under torch.no_grad() or reentrant checkpointing "
-            "of the whole network (use_reentrant=False does), or is every module frozen?"
-        )
-    if not isinstance(weight, Tensor) and not 0.0 <= weight < math.inf:
-        raise ValueError(
-            f"optimize({name!r}) got the weight {weight!r}; allowed: a finite number, 0 or more"
-        )
+    elif not on_device and not 0.0 <= weight < math.inf:
+        problem = f"the weight {weight!r}; allowed: a finite number, 0 or more"
+    if problem:
+        raise ValueError(f"optimize({name!r}) got {problem}")
+
+
+def _leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
+    """Return the index of the group whose learning rate stands for all of them.
+
+    That is the first one of the recipe's own groups, and the one with the largest rate if patterns
+    have divided them.
+    """
+    if "patterns" not in groups[0]:
+        return 0
+    peaks = [group.get("initial_lr", group.get("lr")) for group in groups]
+    rates = [float(p or 0.0) * g.get("lr_factor", 1.0) for p, g in zip(peaks, groups, strict=True)]
+    return rates.index(max(rates))
+
+
+def _settings(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
+    """Return the settings of an optimizer's groups, and of its schedule, that are plain values."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = schedule.state_dict() if hasattr(schedule, "state_dict") else {}
+    return {"groups": [_plain(group) for group in groups], "schedule": _plain(state)}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of the values that consist of numbers and texts."""
+    numbers = {key: plain_number(value) for key, value in values.items()}
+    return {key: copy.deepcopy(value) for key, value in numbers.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -106,30 +106,26 @@ def draw(chart: Chart) -> str:
     places = [end for each in chart.series for end in (*each.xs[:1], *each.xs[-1:])]
     x = Axis([*places, *chart.marks.values()], (LEFT, WIDTH - RIGHT), whole=chart.counts)
     y = Axis(values, (HEIGHT - BOTTOM, TOP), from_zero=chart.from_zero)
-    lines = "".join(
-        f'<g class="series" data-clock="{each.clock}">{_line(each, x, y, chart.x_label)}</g>'
-        for each in chart.series
-    )
+    parts = [(each.clock, _line(each, x, y, chart.x_label)) for each in chart.series]
     for name, place in chart.marks.items():
         path = f"M{x.at(place):.1f} {TOP:g}V{HEIGHT - BOTTOM:g}"
-        lines += (
-            f'<g class="series" data-clock="0"><path class="line limit" d="{path}">'
-            f"<title>{escape(name)}</title></path></g>"
-        )
-    lines += "".join(_event(each, x) for each in chart.events)
+        title = f"<title>{escape(name)}</title>"
+        parts.append((0, f'<path class="line limit" d="{path}">{title}</path>'))
+    parts += [(0, _event(each, x)) for each in chart.events]
+    lines = "".join(
+        f'<g class="series" data-clock="{clock}">{part}</g>' for clock, part in parts if part
+    )
     facts = []  # For screen readers.
     for each in chart.series:
-        if known := _known(each):
-            low, high = (number(find(known, key=VALUE)[1]) for find in (min, max))
-            facts.append(f"{each.name} from {low} to {high}, last {_last(each)}")
-        else:
-            facts.append(f"{each.name} has no value")
+        ends = " to ".join(number(y) for _, y in _ends(each))
+        known = f"from {ends}, last {_last(each)}" if ends else "has no value"
+        facts.append(f"{each.name} {known}")
     label = f"{chart.title}. {chart.y_label} by {chart.x_label}. {'; '.join(facts)}"
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
     return (
         f"<figure><figcaption><h3>{escape(chart.title)}</h3>{note}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" {_scales(x, y, chart)}'
-        f'aria-label="{escape(label, quote=True)}">'
+        f'aria-label="{escape(label)}">'
         f"{_frame(x, y, chart)}{lines}</svg>{_legend(chart)}</figure>"
     )
 
@@ -143,9 +139,8 @@ def _event(event: Event, x: Axis) -> str:
         f'<path class="line event {event.kind}" d="M{at:.1f} {HEIGHT - BOTTOM - 2:.1f}v-12">'
         f"<title>{escape(event.text)}</title></path>"
     )
-    label = escape(f"report: {event.text}", quote=True)
-    mark = f'<a href="{event.link}" aria-label="{label}">{mark}</a>' if event.link else mark
-    return f'<g class="series" data-clock="0">{mark}</g>'
+    label = escape(f"report: {event.text}")
+    return f'<a href="{event.link}" aria-label="{label}">{mark}</a>' if event.link else mark
 
 
 def _scales(x: Axis, y: Axis, chart: Chart) -> str:
@@ -157,8 +152,11 @@ def _scales(x: Axis, y: Axis, chart: Chart) -> str:
     return f'data-scales="{ends} {int(x.log)} {int(y.log)}" {timed}'
 
 
-def _known(series: Series) -> list[Point]:
-    return [(x, y) for x, y in zip(series.xs, series.ys, strict=True) if math.isfinite(y)]
+def _ends(series: Series) -> list[Point]:
+    """Return the lowest and the highest point; none of a series that has no value."""
+    points = zip(series.xs, series.ys, strict=True)
+    known = [point for point in points if math.isfinite(point[1])]
+    return [find(known, key=VALUE) for find in (min, max)] if known else []
 
 
 def _last(series: Series) -> str:
@@ -179,18 +177,9 @@ def _frame(x: Axis, y: Axis, chart: Chart) -> str:
         parts.append(f'<path class="axis" d="M{at:.1f} {floor:g}v5"/>')
         parts.append(f'<text class="tick mid" x="{at:.1f}" y="{floor + 18:g}">{text}</text>')
     parts.append("</g>")
-    for axis, text, place in (
-        (
-            x,
-            chart.x_label,
-            f'class="mid across" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"',
-        ),
-        (
-            y,
-            chart.y_label,
-            f'class="mid up" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"',
-        ),
-    ):
+    across = f'class="mid across" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 6:g}"'
+    up = f'class="mid up" transform="translate(14 {(TOP + floor) / 2:g}) rotate(-90)"'
+    for axis, text, place in ((x, chart.x_label, across), (y, chart.y_label, up)):
         scale = ", log scale" if axis.log else ""
         parts.append(f"<text {place}>{escape(text + scale)}</text>")
     return "".join(parts)
@@ -244,12 +233,12 @@ def _legend(chart: Chart) -> str:
     """Return the names of the lines with their last, lowest and highest values."""
     heads, rows = ["last"] * chart.valued, []
     for each in chart.series:
-        known = _known(each)
-        cells = [_last(each) if known else "–"] * chart.valued
+        ends = _ends(each)
+        cells = [_last(each) if ends else "–"] * chart.valued
         # The last value of a constant is enough.
-        if chart.valued and len({y for _, y in known}) > 1:
+        if chart.valued and ends and ends[0][1] < ends[1][1]:
             heads = ["last", "lowest", "highest"]
-            for x, y in (min(known, key=VALUE), max(known, key=VALUE)):
+            for x, y in ends:
                 place = count(x) if chart.counts else number(x)
                 cells.append(f"{number(y)} <small>at {place}</small>")
         rows.append((each.name, _style(each), "M2 6H26", cells))
@@ -263,7 +252,5 @@ def _legend(chart: Chart) -> str:
         values = "".join(f"<td>{cell}</td>" for cell in cells)
         body += f'<tr><th scope="row">{swatch}{escape(name)}</th>{values}</tr>'
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    return (
-        f'<table class="legend"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
-    )
+    head = f"<thead><tr><td></td>{head}</tr></thead>"
+    return f'<table class="legend">{head}<tbody>{body}</tbody></table>'

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import json_files
 from trainer.config.changes import is_place
 from trainer.config.reading import PLAIN, paths, plain, read, tag
 from trainer.report.axis import count, number
@@ -18,39 +17,30 @@ from trainer.report.chart import Chart, Series
 from trainer.report.history import Curve, History, measures_of, read_history
 from trainer.report.html import document, escape, section, table
 from trainer.report.page import (
-    ENVIRONMENT,
     chart_sections,
     clocks,
     duration,
+    environment,
     last_lines,
     warning_list,
-    words,
 )
-from trainer.report.plots import STEP, display_name
+from trainer.report.plots import STEP, display_name, is_loss
 from trainer.report.samples import read_tables, render_tables
 
 MAX_RUNS = 24
 MAX_VALUE = 200  # characters of a setting
-SEEDS = ("seed",)  # Settings that tell repetitions of a run apart.
 
 
 @dataclass
 class Compared:
-    """A run that is compared.
+    """A run that is compared."""
 
-    Args:
-        name: path of its folder, relative to the folder that all runs have in common.
-        folder: run folder.
-        history: its records.
-        settings: values of its hyperparams.yaml by dotted key, as they are written.
-        problem: why the settings are not known; empty where they are.
-    """
-
-    name: str
+    name: str  # Path of its folder, relative to the folder that all runs have in common.
     folder: Path
     history: History
+    # Values of its hyperparams.yaml by dotted key, as they are written.
     settings: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
+    problem: str = ""  # Why the settings are not known.
 
     def results(self) -> dict[str, float]:
         """Return the results of the test, or of the last validation where there was none."""
@@ -61,19 +51,9 @@ class Compared:
                 return {f"{stage} {display_name(n)}": v for n, v in found if v is not None}
         return {}
 
-    def group(self) -> tuple[tuple[str, str], ...]:
-        """Return the settings but for seeds, paths and the like: equal for repetitions of a run."""
-        return tuple(
-            (key, value) for key, value in sorted(self.settings.items()) if not _is_neutral(key)
-        )
-
 
 def render_comparison(folders: Sequence[Path]) -> str:
-    """Return the page that compares runs.
-
-    Raises:
-        ValueError: if there is no folder, one of them is none, or there are too many.
-    """
+    """Return the page that compares runs; see `trainer.report.compare`."""
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     every = [run.history for run in runs]
     problems = "".join(
@@ -91,19 +71,15 @@ def render_comparison(folders: Sequence[Path]) -> str:
         f"Written {time.strftime('%Y-%m-%d %H:%M')}.</p>",
         f"{section('Results', _results(runs))}{section('Over seeds', _spread(runs))}"
         f"{section('Ended with an error', ended)}"
-        f"{section('Hyperparameters', _differences(runs, 'Hyperparameters', _setting))}"
+        f"{_differences(runs, 'Hyperparameters', [run.settings for run in runs])}"
         f"{section('Not read', warning_list(problems))}"
         f"{samples}{chart_sections(_charts(runs))}{clocks(every)}"
-        f"{section('Environment', _differences(runs, 'Environment', _environment))}",
+        f"{_differences(runs, 'Environment', [environment(run.folder) for run in runs])}",
     )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Check the folders, and return their paths relative to the folder that they share.
-
-    Raises:
-        ValueError: if there is no folder, one of them is none, or there are too many.
-    """
+    """Check the folders, and return their paths relative to the folder that they share."""
     if not folders:
         raise ValueError("there is nothing to compare: give folders of runs, such as results/asr/*")
     if len(folders) > MAX_RUNS:
@@ -137,7 +113,7 @@ def _read(folder: Path, name: str) -> Compared:
 
 def _is_neutral(key: str) -> bool:
     """Return True for a setting that repetitions of a run may differ in."""
-    return key in SEEDS or is_place(key.rpartition(".")[2])
+    return key == "seed" or is_place(key.rpartition(".")[2])
 
 
 def _results(runs: Sequence[Compared]) -> str:
@@ -157,14 +133,15 @@ def _spread(runs: Sequence[Compared]) -> str:
     """Return a table with mean and standard deviation over runs that differ in their seed alone."""
     groups: dict[Any, list[Compared]] = {}
     for run in runs:
-        groups.setdefault(run.group() if run.settings else run.name, []).append(run)
+        kept = frozenset((k, v) for k, v in run.settings.items() if not _is_neutral(k))
+        groups.setdefault(kept if run.settings else run.name, []).append(run)
     if all(len(each) < 2 for each in groups.values()):
         return ""
-    differing = {key for key, _ in _differing(runs, _setting)}
+    differing = _differing([run.settings for run in runs])
+    keys = sorted(key for key, _ in differing if not _is_neutral(key))
     names = list(dict.fromkeys(name for run in runs for name in run.results()))
     rows = []
     for group in groups.values():
-        keys = (key for key in sorted(differing) if not _is_neutral(key))
         title = ", ".join(f"{key}={group[0].settings.get(key, '–')}" for key in keys)
         cells = []
         for name in names:
@@ -183,42 +160,28 @@ def _deviation(values: Sequence[float]) -> float:
         return float("inf")
 
 
-Facts = Callable[[Compared], Mapping[str, str]]
+Facts = Sequence[Mapping[str, str]]  # of each run
 
 
-def _setting(run: Compared) -> Mapping[str, str]:
-    return run.settings
-
-
-def _environment(run: Compared) -> Mapping[str, str]:
-    try:
-        known = json_files.read(run.folder / "environment.json")
-    except (OSError, json_files.BadJson):
-        return {}
-    known = known if isinstance(known, dict) else {}
-    return {name: words(known[name]) for name in ENVIRONMENT if name in known}
-
-
-def _differing(runs: Sequence[Compared], facts: Facts) -> list[tuple[str, list[str | None]]]:
+def _differing(facts: Facts) -> list[tuple[str, list[str | None]]]:
     """Return the facts that are not equal in all runs that have any."""
-    found = [facts(run) for run in runs]
-    keys = dict.fromkeys(key for each in found for key in each)
-    values = {key: [each.get(key) for each in found] for key in keys}
+    keys = dict.fromkeys(key for each in facts for key in each)
     return [
-        (key, row)
-        for key, row in values.items()
-        if len({value for value, known in zip(row, found, strict=True) if known}) > 1
+        (key, [each.get(key) for each in facts])
+        for key in keys
+        if len({each.get(key) for each in facts if each}) > 1
     ]
 
 
 def _differences(runs: Sequence[Compared], title: str, facts: Facts) -> str:
-    """Return a table of the facts that differ, with a column for each run."""
+    """Return a section with the facts that differ, with a column for each run."""
     rows = [
         [escape(key), *(escape("–" if each is None else each[:MAX_VALUE]) for each in row)]
-        for key, row in _differing(runs, facts)
+        for key, row in _differing(facts)
         if key != "output_folder"  # It is the name.
     ]
-    return table(title, ["", *(run.name for run in runs)], rows, "words tall") if rows else ""
+    names = ["", *(run.name for run in runs)]
+    return section(title, table(title, names, rows, "words tall") if rows else "")
 
 
 def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
@@ -227,38 +190,33 @@ def _charts(runs: Sequence[Compared]) -> list[tuple[str, list[Chart]]]:
 
     def over_steps(title: str, label: str, key: str, from_zero: bool = False) -> Chart:
         chart = Chart(title, STEP, label, from_zero=from_zero, timed=True)
-        return _overlay(chart, runs, [each.steps.get(key, Curve()) for each in every])
+        return overlaid(chart, [each.of_step(key) for each in every])
 
-    losses = dict.fromkeys(key for each in every for key in each.steps if key[:4] == "loss")
+    def overlaid(chart: Chart, curves: Sequence[Curve]) -> Chart:
+        for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+            if curve.known():
+                line = Series(run.name, curve.xs, curve.ys, place, noisy=True, clock=place)
+                chart.series.append(line)
+        return chart
+
+    losses = dict.fromkeys(key for each in every for key in each.steps if is_loss(key))
     measures = dict.fromkeys(name for each in every for name in each.measures())
     optimizers = dict.fromkeys(name for each in every for name in each.optimizers())
     steps = [over_steps(f"Training {display_name(key)}", "loss", key) for key in losses]
     epochs = []
     for name in measures:
-        title = display_name(name)
-        chart = Chart(f"{title} of validation by epoch", "epoch", title)
-        epochs.append(_overlay(chart, runs, [each.by_epoch("valid", name) for each in every]))
-    optimization = [
-        over_steps(f"{title} of {name}" if len(optimizers) > 1 else title, label, f"{at}.{key}")
-        for name in optimizers
-        for at in (f"optimizers.{name}",)
-        for title, label, key in (
-            ("Learning rate", "learning rate", "lr"),
-            ("Gradient norm", "L2 norm before clipping", "norm"),
-        )
-    ]
+        chart = Chart(f"{display_name(name)} of validation by epoch", "epoch", display_name(name))
+        epochs.append(overlaid(chart, [each.by_epoch("valid", name) for each in every]))
+    optimization = []
+    for name in optimizers:
+        of, at = f" of {name}" if len(optimizers) > 1 else "", f"optimizers.{name}"
+        optimization += [
+            over_steps(f"Learning rate{of}", "learning rate", f"{at}.lr"),
+            over_steps(f"Gradient norm{of}", "L2 norm before clipping", f"{at}.norm"),
+        ]
     speed = over_steps("Throughput", "examples per second", "examples_per_second", from_zero=True)
     return [
         ("Losses and metrics", steps + epochs),
         ("Optimization", optimization),
         ("Speed", [speed]),
     ]
-
-
-def _overlay(chart: Chart, runs: Sequence[Compared], curves: Sequence[Curve]) -> Chart:
-    """Add the curve of each run to a chart, and return it."""
-    for place, (run, curve) in enumerate(zip(runs, curves, strict=True)):
-        if curve.known():
-            line = Series(run.name, curve.xs, curve.ys, place, noisy=True, clock=place)
-            chart.series.append(line)
-    return chart

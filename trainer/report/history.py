@@ -40,6 +40,10 @@ class Curve:
         """Return the points without the gaps."""
         return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if math.isfinite(y)]
 
+    def last(self) -> float:
+        """Return the last known value; NaN where there is none."""
+        return ([math.nan] + [y for _, y in self.known()])[-1]
+
     def sum(self) -> float:
         """Return the sum of the known values."""
         return math.fsum(y for _, y in self.known())
@@ -80,9 +84,13 @@ class History:
         names = [key.split(".") for key in self.steps if key.startswith("optimizers.")]
         return list(dict.fromkeys(".".join(parts[1:-1]) for parts in names))
 
+    def of_step(self, name: str) -> Curve:
+        """Return a curve of the step records, empty where it was not logged."""
+        return self.steps.get(name, Curve())
+
     def of_optimizer(self, optimizer: str, key: str) -> Curve:
         """Return a curve of one optimizer, empty where it was not logged."""
-        return self.steps.get(f"optimizers.{optimizer}.{key}", Curve())
+        return self.of_step(f"optimizers.{optimizer}.{key}")
 
     def stage_names(self) -> list[str]:
         """Return the names of the stages, in the order of the file."""
@@ -90,10 +98,8 @@ class History:
 
     def measures(self) -> list[str]:
         """Return the dotted names of losses and metrics of the stage records."""
-        known: dict[str, None] = {}
-        for record in self.stages:
-            known |= dict.fromkeys(name for name, _ in measures_of(record))
-        return list(known)
+        names = (name for record in self.stages for name, _ in measures_of(record))
+        return list(dict.fromkeys(names))
 
     def by_epoch(self, stage: str, measure: str) -> Curve:
         """Return a loss or metric of a stage over the epochs."""

@@ -9,6 +9,9 @@ import re
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import dropwhile, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from trainer.report.axis import Axis, count, number
 from trainer.report.chart import Chart, draw
 from trainer.report.history import Curve, History, measures_of, read_history
 from trainer.report.html import document, escape, section, table, tiles
-from trainer.report.plots import PARTS, display_name, lost_steps, sections
+from trainer.report.plots import PARTS, display_name, is_loss, lost_steps, sections
 from trainer.report.samples import read_tables, render_tables
 
 MAX_STAGES = 30  # Rows of the table of stages.
@@ -47,18 +50,18 @@ FILES = (
 def render(folder: Path) -> str:
     """Return the page of a run folder as text."""
     history = read_history(folder / "metrics.jsonl")
-    warnings = (
+    warnings = "".join(
         f"<li><strong>Step {count(step)}</strong>: {escape(text)}.</li>"
         for step, text in history.warnings
     )
     reports = _nonfinite_reports(folder)
-    lost = lost_steps(history, [step for step, _ in reports])
+    lost = lost_steps(history, reports)
     return document(
         " / ".join(folder.resolve().parts[-3:]).lstrip("/ "),
         f"<p>{escape(_status(folder, history))}</p>{_tiles(history)}",
         f"{section('The run has ended with an error', last_lines(folder))}"
-        f"{section('Not finite', warning_list(''.join(item for _, item in reports)))}"
-        f"{section('Warnings', warning_list(''.join(warnings)))}"
+        f"{section('Not finite', warning_list(''.join(reports.values())))}"
+        f"{section('Warnings', warning_list(warnings))}"
         f"{render_tables({'': read_tables(folder)})}"
         f"{chart_sections(sections(history, lost))}{clocks([history])}{_time(history)}"
         f"{_layers(history)}"
@@ -80,7 +83,7 @@ def clocks(histories: Iterable[History]) -> str:
     """Return the training time by step of each run, for the script: [[steps], [seconds]] …."""
     found = []
     for history in histories:
-        known = history.steps.get("seconds", Curve()).known()
+        known = history.of_step("seconds").known()
         known = known[:: max(1, len(known) // MAX_TIMES)] + known[-1:]
         times: dict[float, float] = {}
         for step, seconds in known:
@@ -93,10 +96,9 @@ def _time(history: History) -> str:
     """Return bars and tables of the time that the parts of a step, and the stages, take."""
     step = {}
     for part in PARTS:
-        known = [y for _, y in history.steps.get(f"times.{part}", Curve()).known()]
-        if known:  # A save is of all steps since the last record, and the others of one step.
-            steps = history.last_step if part == "save" else len(known)
-            step[part] = 1000 * math.fsum(known) / max(1, steps)
+        curve = history.of_step(f"times.{part}")
+        if known := len(curve.known()):  # A save is of all steps since the last record.
+            step[part] = 1000 * curve.sum() / max(1, history.last_step if part == "save" else known)
     stages: dict[str, float] = {}
     for record in history.stages:
         seconds = record.get("seconds")
@@ -107,18 +109,12 @@ def _time(history: History) -> str:
         total = math.fsum(parts.values())
         if len(parts) < 2 or not 0 < total < 1e300:
             continue
-        bar = "".join(
-            f'<span class="b{place % 6}" style="width: {100 * each / total:.2f}%"></span>'
-            for place, each in enumerate(parts.values())
-        )
-        rows = [
-            [
-                f'<span class="key b{place % 6}"></span>{escape(part)}',
-                f"{number(each)} {unit}",
-                f"{100 * each / total:.1f} %",
-            ]
-            for place, (part, each) in enumerate(parts.items())
-        ]
+        bar, rows = "", []
+        for place, (part, each) in enumerate(parts.items()):
+            colour, share = f"b{place % 6}", 100 * each / total
+            bar += f'<span class="{colour}" style="width: {share:.2f}%"></span>'
+            key = f'<span class="key {colour}"></span>{escape(part)}'
+            rows.append([key, f"{number(each)} {unit}", f"{share:.1f} %"])
         text += f'<div class="bar" aria-hidden="true">{bar}</div>'
         text += table(name, (name, "time", "share"), rows)
     return section("Where the time goes", text)
@@ -148,14 +144,11 @@ def tail(path: Path, most: int) -> list[str]:
 def _status(folder: Path, history: History) -> str:
     """Return the progress of the run and the time of writing, as sentences."""
     epochs = [r["epoch"] for r in history.stages if isinstance(r.get("epoch"), int)]
-    facts = [f"{count(history.last_step)} optimizer steps"]
-    if epochs:
-        facts.insert(0, f"{count(max(epochs))} epoch{'s' * (max(epochs) != 1)}")
-    if history.seconds:
-        facts.append(duration(history.seconds))
-    if not history.stages and not history.steps:
-        text = "Nothing has been logged yet."
-    else:
+    facts = [f"{count(max(epochs))} epoch{'s' * (max(epochs) != 1)}"] if epochs else []
+    facts.append(f"{count(history.last_step)} optimizer steps")
+    facts += [duration(history.seconds)] if history.seconds else []
+    text = "Nothing has been logged yet."
+    if history.stages or history.steps:
         tested = "test" in history.stage_names()
         text = f"{'Trained and tested' if tested else 'Not tested yet'}: {', '.join(facts)}."
     if history.unreadable:
@@ -180,13 +173,16 @@ def _tiles(history: History) -> str:
     facts = []
     for record in history.stages:
         if record["stage"] == "test":
-            results = [(name, value) for name, value in measures_of(record) if value is not None]
-            results.sort(key=lambda result: result[0].split(".")[0] == "loss")  # Metrics first.
-            facts += [(f"test {display_name(name)}", number(value), "") for name, value in results]
+            results = sorted(measures_of(record), key=lambda each: is_loss(each[0]))
+            facts += [
+                (f"test {display_name(name)}", number(value), "")
+                for name, value in results
+                if value is not None
+            ]
     for name in history.measures():
         known = history.by_epoch("valid", name).known()
-        if name.split(".")[0] == "loss" and known:
-            epoch, value = min(known, key=lambda point: point[1])
+        if is_loss(name) and known:
+            epoch, value = min(known, key=itemgetter(1))
             title = f"lowest valid {display_name(name)}"
             facts.append((title, number(value), f"epoch {number(epoch)}"))
     for kind in ("skipped", "overflowed"):
@@ -205,58 +201,45 @@ def warning_list(items: str) -> str:
     return f'<ul class="warnings">{items}</ul>' if items else ""
 
 
-def _nonfinite_reports(folder: Path) -> list[tuple[int, str]]:
-    """Return the skipped steps that were investigated, each with its cause as a list item.
+def _nonfinite_reports(folder: Path) -> dict[int, str]:
+    """Return the skipped steps that were investigated, with their causes as list items.
 
     A step has one report, or one for each process whose own batch was bad. Those that cannot be
     read are left out.
     """
     found = []
     for path in sorted(folder.glob("nonfinite/**/report.json")):
-        try:
+        with suppress(OSError, json_files.BadJson):
             record = json_files.read(path)
-        except (OSError, json_files.BadJson):
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            found.append((path, record))
-    found.sort(key=lambda each: each[1]["step"])
-    items = []
-    for place, (path, record) in enumerate(found[:MAX_SKIPPED]):
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                found.append((record["step"], path, record))
+    items: dict[int, str] = {}
+    for step, path, record in sorted(found, key=itemgetter(0))[:MAX_SKIPPED]:
         causes = record.get("causes")
         cause = f"; {causes[0]}" if isinstance(causes, list) and causes else ""
-        first = place == 0 or found[place - 1][1]["step"] != record["step"]
-        anchor = f' id="step-{record["step"]}"' * first
-        items.append((record["step"], (
-            f"<li{anchor}><strong>Step {record['step']:,}</strong>: first not finite was "
+        anchor = "" if step in items else f' id="step-{step}"'
+        items[step] = items.get(step, "") + (
+            f"<li{anchor}><strong>Step {step:,}</strong>: first not finite was "
             f"{escape(str(record.get('first')))}{escape(cause)}. "
             f"<small>{escape(str(path.parent.relative_to(folder)))}</small></li>"
-        )))  # fmt: skip
+        )
     return items
 
 
 def _layers(history: History) -> str:
     """Return a table with a row for each layer: the last values and their history."""
     rows = []
-    for name in list(history.layers)[:MAX_LAYERS]:
-        grad, weight, ratio = (
-            history.layers[name].get(key, Curve()) for key in ("grad", "weight", "ratio")
-        )
-        grads, weights, ratios = ([y for _, y in each.known()] for each in (grad, weight, ratio))
+    for name, curves in islice(history.layers.items(), MAX_LAYERS):
+        grad, weight, ratio = (curves.get(key, Curve()) for key in ("grad", "weight", "ratio"))
+        ratios = [y for _, y in ratio.known()] or [math.nan]
         rows.append([
-            escape(name), _of(grads, -1), _spark(grad, f"gradient of {name}"), _of(weights, -1),
-            _of(ratios, -1), _spark(ratio, f"update of {name}"), _of(sorted(ratios), 0),
-            _of(sorted(ratios), -1),
+            escape(name), number(grad.last()), _spark(grad, f"gradient of {name}"),
+            number(weight.last()), number(ratio.last()), _spark(ratio, f"update of {name}"),
+            number(min(ratios)), number(max(ratios)),
         ])  # fmt: skip
-    if not rows:
-        return ""
     more = len(history.layers) - MAX_LAYERS
     note = f"<p>{count(more)} more layers are in metrics.jsonl.</p>" if more > 0 else ""
-    return section("Layers", table("Layers", LAYER_HEADS, rows, "tall") + note)
-
-
-def _of(values: list[float], place: int) -> str:
-    """Return the value at a place as text; a dash without values."""
-    return number(values[place]) if values else "–"
+    return section("Layers", table("Layers", LAYER_HEADS, rows, "tall") + note if rows else "")
 
 
 def _spark(curve: Curve, name: str) -> str:
@@ -271,30 +254,26 @@ def _spark(curve: Curve, name: str) -> str:
     path = "L".join(f"{a:.0f} {b:.1f}" for a, b in points if not math.isnan(b))
     return (
         f'<svg class="spark" viewBox="0 0 {SPARK_WIDTH:g} {SPARK_HEIGHT:g}" role="img" '
-        f'aria-label="{escape(name, quote=True)}"><path class="line c0" d="M{path}"/></svg>'
+        f'aria-label="{escape(name)}"><path class="line c0" d="M{path}"/></svg>'
     )
 
 
 def _stages(history: History) -> str:
     """Return a table of the last stages, the newest first."""
-    if not history.stages:
-        return ""
-    measures = history.measures()
-    rows = []
+    measures, rows = history.measures(), []
     for record in reversed(history.stages[-MAX_STAGES:]):
         values = {**record, **dict(measures_of(record))}
         epoch = "" if record.get("epoch") is None else str(record["epoch"])
-        cells = [_cell(values, name) for name in (*measures, *COUNTS)]
+        cells = [_cell(values.get(name, "")) for name in (*measures, *COUNTS)]
         rows.append([escape(str(record["stage"])), escape(epoch), *cells])
     heads = ["stage", "epoch", *map(display_name, measures), *COUNTS]
     many = len(history.stages) > MAX_STAGES
     title = f"The last {MAX_STAGES} stages" if many else "Stages"
-    return section(title, table(title, heads, rows))
+    return section(title, table(title, heads, rows) if rows else "")
 
 
-def _cell(values: Mapping[str, Any], name: str) -> str:
+def _cell(value: Any) -> str:
     """Return a value of a stage as HTML; "lost" for one that was not finite."""
-    value = values.get(name, "")
     if isinstance(value, (int, float)):
         return count(value)
     if isinstance(value, Mapping):  # Several losses, which have columns of their own.
@@ -304,22 +283,20 @@ def _cell(values: Mapping[str, Any], name: str) -> str:
 
 def _settings(folder: Path) -> str:
     """Return the options of each start on the command line, and changes between two starts."""
-    lines = tail(folder / "command.txt", MAX_COMMANDS)
     rows: list[list[str]] = []
     changes = ""
-    for line in lines:
+    for line in tail(folder / "command.txt", MAX_COMMANDS):
         if line.startswith("#"):
             changes += f"<li>{escape(line[1:].strip())}</li>"
             continue
-        started, arguments = " ".join(line.split(" ")[:2]), line.split(" ")[2:]
+        date, clock, arguments = (line.split(" ", 2) + ["", ""])[:3]
         try:
-            given = shlex.split(" ".join(arguments))
+            given = shlex.split(arguments)
         except ValueError:  # Cut within quotes.
             given = []
-        while given and not given[0].startswith("--"):
-            del given[0]
+        given = [*dropwhile(lambda each: not each.startswith("--"), given)]
         if given or not rows:
-            rows.append([escape(started), escape(" ".join(given)) or "–"])
+            rows.append([escape(f"{date} {clock}"), escape(" ".join(given)) or "–"])
     if not rows and not changes:
         return ""
     found = table("Options of each start", ("start", "other than in the YAML"), rows, "words")
@@ -329,25 +306,26 @@ def _settings(folder: Path) -> str:
 
 def _environment(folder: Path) -> str:
     """Return a table of versions and machine."""
-    try:
-        known = json_files.read(folder / "environment.json")
-    except (OSError, json_files.BadJson):
-        return ""
-    known = known if isinstance(known, dict) else {}
-    rows = [
-        [name, escape(words(known[name]))]
-        for name in ENVIRONMENT
-        if known.get(name) not in (None, [], {})
-    ]
+    facts = environment(folder).items()
+    rows = [[name, escape(value)] for name, value in facts if value not in ("", "None")]
     found = table("Environment", ("fact", "value"), rows, "words")
     return section("Environment", found if rows else "")
 
 
-def words(value: Any) -> str:
-    """Return a value of a JSON file as words."""
+def environment(folder: Path) -> dict[str, str]:
+    """Return versions and machine of a run as words; empty where they cannot be read."""
+    try:
+        known = json_files.read(folder / "environment.json")
+    except (OSError, json_files.BadJson):
+        return {}
+    known = known if isinstance(known, dict) else {}
+    return {name: _words(known[name]) for name in ENVIRONMENT if name in known}
+
+
+def _words(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {words(each)}" for name, each in value.items())
-    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
+    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
 
 
 def _files(folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from trainer.report.axis import count
 from trainer.report.chart import Chart, Event, Series
@@ -19,14 +19,12 @@ REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
 
 
 def sections(history: History, lost: Sequence[Event] = ()) -> list[tuple[str, list[Chart]]]:
-    """Return the charts by heading, also those without a line, which the page leaves out.
+    """Return the charts by heading; those over steps mark the steps that were not taken.
 
-    Args:
-        history: records of the run.
-        lost: steps that were not taken, which charts over steps mark.
+    There are also charts without a line, which the page leaves out.
     """
     found = [
-        ("Losses and metrics", [training_loss(history), *_by_epoch(history)]),
+        ("Losses and metrics", [_training_loss(history), *_by_epoch(history)]),
         ("Optimization", _optimization(history)),
         ("Speed", _speed(history)),
     ]
@@ -38,12 +36,10 @@ def sections(history: History, lost: Sequence[Event] = ()) -> list[tuple[str, li
     return found
 
 
-def lost_steps(history: History, reported: Sequence[int]) -> list[Event]:
+def lost_steps(history: History, reported: Iterable[int]) -> list[Event]:
     """Return the skipped and overflowed steps, each at the end of its log interval.
 
-    Args:
-        history: records of the run.
-        reported: steps that have a report, which the page has under "step-N".
+    Those that are ``reported`` have a report, which the page has under "step-N".
     """
     found = []
     for kind in ("skipped", "overflowed"):
@@ -59,6 +55,11 @@ def lost_steps(history: History, reported: Sequence[int]) -> list[Event]:
     return found[:MAX_EVENTS]
 
 
+def is_loss(measure: str) -> bool:
+    """Return True for the dotted name of a loss, among those of losses and metrics."""
+    return measure.split(".")[0] == "loss"
+
+
 def display_name(measure: str) -> str:
     """Return a dotted name for people: "loss of generator" for "loss.generator"."""
     return measure.replace("loss.", "loss of ", 1) if measure.startswith("loss.") else measure
@@ -66,10 +67,10 @@ def display_name(measure: str) -> str:
 
 def _add(
     chart: Chart, name: str, curve: Curve, colour: int = 0, style: str = "solid",
-    noisy: bool = False,
+    noisy: bool = False, zeros: bool = True,
 ) -> None:  # fmt: skip
-    """Add a curve to a chart, unless none of its values is known."""
-    if curve.known():
+    """Add a curve to a chart if a value is known and, without ``zeros``, one is above 0."""
+    if any(zeros or y > 0 for _, y in curve.known()):
         chart.series.append(Series(name, curve.xs, curve.ys, colour, style, noisy))
 
 
@@ -80,11 +81,11 @@ def _colours(history: History) -> dict[str, int]:
     return {name: colour for colour, name in enumerate(names)}
 
 
-def training_loss(history: History) -> Chart:
+def _training_loss(history: History) -> Chart:
     """Return the losses of the training by step."""
     chart, colours = Chart("Training loss", STEP, "loss"), _colours(history)
     for key, curve in history.steps.items():
-        if key.split(".")[0] == "loss":
+        if is_loss(key):
             _add(chart, key[5:] or "loss", curve, colours.get(key[5:], 0), noisy=True)
     return chart
 
@@ -110,22 +111,19 @@ def _optimization(history: History) -> list[Chart]:
     names, colours = history.optimizers(), _colours(history)
     for name in names:
         _add(rates, name, history.of_optimizer(name, "lr"), colours[name])
-        share = history.of_optimizer(name, "clipped")
-        if any(y > 0 for y in share.ys):
-            _add(shares, name, share.scaled(100), colours[name], noisy=True)
+        share = history.of_optimizer(name, "clipped").scaled(100)
+        _add(shares, name, share, colours[name], noisy=True, zeros=False)
         scale = history.of_optimizer(name, "scale")
         if len({y for _, y in scale.known()}) > 1:
             _add(scales, name, scale, colours[name])
     for name, curves in history.norms.items():
-        share = curves.get("clipped_share", Curve())
-        if any(y > 0 for y in share.ys):
-            _add(windows, name, share.scaled(100), colours.get(name, 0))
+        share = curves.get("clipped_share", Curve()).scaled(100)
+        _add(windows, name, share, colours.get(name, 0), zeros=False)
     for shift, kind in enumerate(("skipped", "overflowed")):
         for name in names:
             total = history.of_optimizer(name, kind).total()
-            if any(y > 0 for y in total.ys):
-                line = f"{name} {kind}" if len(names) > 1 else kind
-                _add(lost, line, total, len(names) * shift + colours[name])
+            line = f"{name} {kind}" if len(names) > 1 else kind
+            _add(lost, line, total, len(names) * shift + colours[name], zeros=False)
     norms = [_norms(history, name, colours[name]) for name in names]
     every = [_every_step(history, name) for name in history.norms]
     return [rates, *norms, *every, shares, windows, lost, scales, *_by_layer(history)]
@@ -176,24 +174,21 @@ def _by_layer(history: History) -> list[Chart]:
                 by_step.setdefault(step, []).append(value)
         steps, chart = sorted(by_step), Chart(title, STEP, label)
         for colour, (name, reduce) in enumerate(REDUCTIONS.items()):
-            if len(history.layers) > 1:
-                values = [reduce(by_step[step]) for step in steps]
-                chart.series.append(Series(name, steps, values, colour))
+            values = [reduce(by_step[step]) for step in steps]
+            chart.series.append(Series(name, steps, values, colour))
         charts.append(chart)
-    return charts
+    return charts if len(history.layers) > 1 else []
 
 
 def _speed(history: History) -> list[Chart]:
     rate = Chart("Throughput", STEP, "examples per second", from_zero=True)
-    _add(rate, "all ranks", history.steps.get("examples_per_second", Curve()), noisy=True)
+    _add(rate, "all ranks", history.of_step("examples_per_second"), noisy=True)
     times = Chart("Time of a step", STEP, "milliseconds", from_zero=True)
     for colour, part in enumerate(PARTS[:-1]):
-        curve = history.steps.get(f"times.{part}", Curve())
-        _add(times, part, curve.scaled(1000), colour, noisy=True)
+        _add(times, part, history.of_step(f"times.{part}").scaled(1000), colour, noisy=True)
     memory = Chart("Memory, at most so far", STEP, "GB", from_zero=True)
-    _add(memory, "main rank", history.steps.get("memory", Curve()).scaled(1e-9))
+    _add(memory, "main rank", history.of_step("memory").scaled(1e-9))
     padding = Chart("Padding", STEP, "% of a batch", from_zero=True)
-    share = history.steps.get("padding", Curve())
-    if any(y > 0 for y in share.ys):
-        _add(padding, "largest field", share.scaled(100), noisy=True)
+    share = history.of_step("padding").scaled(100)
+    _add(padding, "largest field", share, noisy=True, zeros=False)
     return [rate, times, memory, padding]

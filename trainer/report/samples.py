@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ MARKS = {".flac": b"fLaC", ".wav": b"RIFF", ".png": b"\x89PNG"}  # First bytes o
 ERRORS = {"S": "substituted", "D": "deleted", "I": "inserted"}
 
 Row = dict[str, Any]
+Uri = Callable[[object], str | None]  # Returns a file as a data: URI; see `Embedder.uri`.
 
 
 @dataclass
@@ -49,13 +52,10 @@ class Embedder:
 
     def uri(self, folder: Path, name: object) -> str | None:
         """Return a file as a data: URI; None if it is no such file, or the page has no room."""
-        path = folder / str(name)  # The name may be anything: it comes from a file.
-        try:
-            confined(folder, path)
-            with path.open("rb") as file:
-                content = file.read(self.left + 1)
-        except (OSError, ValueError):  # ValueError: it leads elsewhere, or has a NUL in its name.
-            return None
+        path, content = folder / str(name), b""  # The name may be anything: it comes from a file.
+        # ValueError: it leads elsewhere, or has a NUL in its name.
+        with suppress(OSError, ValueError), confined(folder, path).open("rb") as file:
+            content = file.read(self.left + 1)
         if path.suffix not in TYPES or not content.startswith(MARKS[path.suffix]):
             return None
         if len(content) > self.left:
@@ -69,33 +69,30 @@ def read_tables(folder: Path) -> list[Table]:
     """Return the samples of a run folder, those of the test first."""
     found = []
     for path in sorted((folder / SAMPLES).glob(f"*/{TABLE}"))[: 2 * MAX_SETS]:
-        try:
+        table: Any = None
+        with suppress(OSError, ValueError):  # BadJson, and a path that leads elsewhere.
             table = json_files.read(confined(folder, path))
-        except (OSError, ValueError):  # BadJson, and a path that leads elsewhere.
-            continue
-        table = table if isinstance(table, dict) else {}
-        rows = table.get("rows")
+        rows = table.get("rows") if isinstance(table, dict) else None
         if not isinstance(rows, list) or not rows:
             continue
-        facts = [str(table[name]) for name in ("note",) if table.get(name)]
+        facts = [str(table["note"])] if table.get("note") else []
         if isinstance(table.get("epoch"), int):
             facts.append(f"Epoch {count(table['epoch'])}.")
         if isinstance(table.get("left_out"), int) and table["left_out"] > 0:
             facts.append(f"{count(table['left_out'])} more are left out.")
-        cells = [_cells(row) for row in rows[:MAX_ROWS] if isinstance(row, dict)]
+        cells = [
+            {name: cell for name, cell in row.items() if isinstance(cell, dict)}
+            for row in rows[:MAX_ROWS]
+            if isinstance(row, dict)
+        ]
         found.append(Table(path.parent, str(table.get("title")), " ".join(facts), cells))
     return sorted(found, key=lambda each: each.title != "test")
 
 
-def _cells(row: Mapping[str, Any]) -> Row:
-    return {name: cell for name, cell in row.items() if isinstance(cell, dict)}
-
-
 def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
-    """Return a section for each title, with the rows of equal ids of all runs together.
+    """Return a section for each title, with the rows of equal ids of all runs, by their names.
 
-    Args:
-        runs: tables of each run by its name; the name of a single one is not shown.
+    The name of a single run is not shown.
     """
     embedder, text = Embedder(), ""
     titles = dict.fromkeys(table.title for tables in runs.values() for table in tables)
@@ -114,7 +111,7 @@ def render_tables(runs: Mapping[str, Sequence[Table]]) -> str:
             parts = ""
             for run, table in tables.items():
                 if (row := _by_id(table).get(id)) is not None:
-                    shown = _row(row, table.folder, embedder, id)
+                    shown = _row(row, partial(embedder.uri, table.folder), id)
                     heading = f"<h4>{escape(run)}</h4>" if len(runs) > 1 else ""
                     parts += f'<div class="run">{heading}{shown}</div>'
             parts = f'<div class="runs">{parts}</div>' if len(runs) > 1 else parts
@@ -148,16 +145,15 @@ def _by_id(table: Table) -> dict[str, Row]:
     return found
 
 
-def _row(row: Row, folder: Path, embedder: Embedder, id: str) -> str:
+def _row(row: Row, uri: Uri, id: str) -> str:
     """Return the cells of a row: numbers and short texts first, then all others."""
     facts = cells = ""
     for name, cell in row.items():
-        if name == "id":
-            continue
-        if (shown := _fact(cell)) is not None:
+        shown = _fact(cell)
+        if name != "id" and shown is not None:
             facts += f"<div><dt>{escape(_text(name))}</dt><dd>{shown}</dd></div>"
-        else:
-            cells += _cell(_text(name), cell, folder, embedder, id)
+        elif name != "id":
+            cells += _cell(_text(name), cell, uri, id)
     facts = f'<dl class="facts">{facts}</dl>' if facts else ""
     return f'{facts}<div class="cells">{cells}</div>' if cells else facts
 
@@ -173,25 +169,26 @@ def _fact(cell: Row) -> str | None:
     return escape(text) if len(text) <= MAX_FACT and "\n" not in text else None
 
 
-def _cell(name: str, cell: Row, folder: Path, embedder: Embedder, id: str) -> str:
-    kind, label, wide = cell.get("kind"), escape(name, quote=True), ""
+def _cell(name: str, cell: Row, uri: Uri, id: str) -> str:
+    kind, label, note = cell.get("kind"), escape(name), ""
+    wide = "" if kind in ("audio", "image") else " wide-cell"
     try:
         if kind == "audio":
-            return _audio(label, cell, folder, embedder, id)
-        if kind == "image":
-            note = f" <small>{escape(_text(cell['note']))}</small>" if cell.get("note") else ""
-            label, body = label + note, _image(cell.get("file"), label, folder, embedder)
+            note, body = _audio(label, cell, uri, id)
+        elif kind == "image":
+            note, body = escape(_text(cell.get("note") or "")), _image(cell.get("file"), label, uri)
         elif kind == "aligned":
-            body, wide = _aligned(cell["pairs"]), " wide-cell"
+            body = _aligned(cell["pairs"])
         elif kind == "matrix":
-            body, wide = _matrix(cell), " wide-cell"
+            body = _matrix(cell)
         elif kind == "histogram":
-            return _histogram(name, cell)
+            return f'<div class="cell wide-cell">{_histogram(name, cell)}</div>'
         else:
-            body, wide = f"<p>{escape(_text(cell.get('text', '')))}</p>", " wide-cell"
+            body = f"<p>{escape(_text(cell.get('text', '')))}</p>"
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
-        body = "<p>cannot be read</p>"  # Of another version, or from elsewhere.
-    return f'<div class="cell{wide}"><strong>{label}</strong>{body}</div>'
+        body, wide = "<p>cannot be read</p>", ""  # Of another version, or from elsewhere.
+    note = f" <small>{note}</small>" if note else ""
+    return f'<div class="cell{wide}"><strong>{label}</strong>{note}{body}</div>'
 
 
 def _text(value: object) -> str:
@@ -199,27 +196,27 @@ def _text(value: object) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
 
 
-def _audio(label: str, cell: Row, folder: Path, embedder: Embedder, id: str) -> str:
+def _audio(label: str, cell: Row, uri: Uri, id: str) -> tuple[str, str]:
+    """Return the length of a sound, and its spectrogram and player as HTML."""
     seconds, shown = float(cell["seconds"]), float(cell["shown"])
     note = f"{number(seconds)} s"
     if shown < seconds:
         note = f"the first {number(shown)} s of {note}"
     if cell.get("not_finite"):
         note += f", {count(float(cell['not_finite']))} samples not finite"
-    sound = embedder.uri(folder, cell["file"])
-    body = (
-        f'<audio controls preload="metadata" src="{sound}" '
-        f'aria-label="{label}, {escape(id, quote=True)}"></audio>'
-        if sound
-        else "<p>not in this page</p>"
-    )
+    body, sound = "<p>not in this page</p>", uri(cell["file"])
+    if sound:
+        body = (
+            f'<audio controls preload="metadata" src="{sound}" '
+            f'aria-label="{label}, {escape(id)}"></audio>'
+        )
     if "picture" in cell:
-        body = _image(cell["picture"], f"spectrogram of {label}", folder, embedder) + body
-    return f'<div class="cell"><strong>{label}</strong> <small>{note}</small>{body}</div>'
+        body = _image(cell["picture"], f"spectrogram of {label}", uri) + body
+    return note, body
 
 
-def _image(name: object, label: str, folder: Path, embedder: Embedder) -> str:
-    picture = embedder.uri(folder, name)
+def _image(name: object, label: str, uri: Uri) -> str:
+    picture = uri(name)
     return f'<img src="{picture}" alt="{label}">' if picture else "<p>not in this page</p>"
 
 
@@ -229,13 +226,9 @@ def _aligned(pairs: Sequence[Sequence[str | None]]) -> str:
     for said, heard in pairs:
         error = "" if said == heard else "I" if said is None else "D" if heard is None else "S"
         top, low = (escape(_text(each)) if each is not None else "–" for each in (said, heard))
-        if not error:
-            items += f"<li><span>{top}</span></li>"
-        else:
-            items += (
-                f'<li class="error"><span>{top}</span><span>{low}</span>'
-                f'<abbr title="{ERRORS[error]}">{error}</abbr></li>'
-            )
+        mark = f'<span>{low}</span><abbr title="{ERRORS[error]}">{error}</abbr>' if error else ""
+        kind = ' class="error"' if error else ""
+        items += f"<li{kind}><span>{top}</span>{mark}</li>"
     return f'<ol class="aligned">{items}</ol>'
 
 
@@ -266,4 +259,4 @@ def _histogram(name: str, cell: Row) -> str:
         series.append(Series(_text(group), xs, ys, colour, "steps"))
     chart = Chart(name, _text(cell.get("label")), "% of the group", series, from_zero=True)
     chart.counts = chart.valued = False
-    return f'<div class="cell wide-cell">{draw(chart)}</div>'
+    return draw(chart)

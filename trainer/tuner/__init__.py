@@ -6,9 +6,6 @@
 Any recipe can be searched, without a line in it. The first `fit` runs short trials on the recipe's
 own data, each from the state of a new run, and ends the program with a recommendation for each
 optimizer, and a page and a JSON file in the run folder. Nothing of the trials is kept.
-
-`trial` runs trials, `learning_rate` and `clip_limit` choose what is tried and recommended, `report`
-writes the results.
 """
 
 from __future__ import annotations
@@ -45,11 +42,7 @@ INTERACTION = (
 
 
 class SearchOver(DriverFinished):
-    """Raised at the end of a search.
-
-    Args:
-        findings: suggestions by option ("find_clip", "find_lr") and optimizer.
-    """
+    """End of a search, with its suggestions by option ("find_clip", "find_lr") and optimizer."""
 
     def __init__(self, findings: dict[str, Suggestions]) -> None:
         super().__init__()
@@ -59,11 +52,8 @@ class SearchOver(DriverFinished):
 def search(brain: Brain, arguments: FitArguments) -> NoReturn:
     """Run the searches that the options ask for, print the results and write them. Collective.
 
-    This is the driver of `Brain.fit` under ``--find_lr`` and ``--find_clip``.
-
-    Args:
-        brain: the Brain, which is as before afterwards.
-        arguments: the arguments of its `fit`.
+    This is the driver of `Brain.fit` under ``--find_lr`` and ``--find_clip``. The Brain is as
+    before afterwards.
 
     Raises:
         SearchOver: when done.

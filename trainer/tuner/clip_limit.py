@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 from trainer.clipping import LayerClip, NormClip, ValueClip, percentile
 from trainer.tuner.learning_rate import base_rates, scale_rates
-from trainer.tuner.trial import TrialResult, TrialRunner, mean, replaced
+from trainer.tuner.trial import MEASURES, TrialResult, TrialRunner, mean, replaced
 
 logger = logging.getLogger("trainer")
 
@@ -25,12 +25,6 @@ PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)  # Reported of the gradient sizes
 # steps earlier, or worse by at most `MAX_SHORTFALL` of the best one's progress: smaller differences
 # are chance in so few steps.
 MAX_LAG, MAX_SHORTFALL = 0.1, 0.01
-# What a clipper of each kind compares with its limit.
-MEASURES = {
-    "NormClip": "norm of the gradient",
-    "LayerClip": "largest norm of a layer",
-    "ValueClip": "largest element",
-}
 
 
 @dataclass
@@ -63,10 +57,7 @@ class ClipSuggestion:
 def find_limit(runner: TrialRunner, name: str, ratios: Mapping[str, float]) -> ClipSuggestion:
     """Search for the clip limit of an optimizer; the others are clipped as usual. Collective.
 
-    Args:
-        runner: runs the trials.
-        name: name of the optimizer.
-        ratios: factors of learning rates, by name of the optimizer.
+    The learning rates are multiplied by ``ratios``, by name of the optimizer.
     """
     brain = runner.brain
     update, options = brain.updates[name], brain.options
@@ -91,21 +82,14 @@ def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> lis
 
     If the best limit so far is the lowest that was tried, the next one is a fourth of it; if it is
     the highest, four times it, unless it is above all gradients already. Otherwise the next one is
-    the geometric middle of the wider gap between the best limit and its neighbours.
-
-    Args:
-        trial: runs a trial with a limit; infinity for none.
-        max_trials: largest number of trials, 4 or more.
-
-    Returns:
-        The results in the order in which they were made.
+    the geometric middle of the wider gap between the best limit and its neighbours. Trials are at
+    most ``max_trials``, which is 4 or more.
     """
     tried: dict[float, TrialResult] = {}
 
     def run(limit: float) -> None:
-        if limit not in tried and len(tried) < max_trials:
-            tried[limit] = trial(limit)
-            tried[limit].limit = limit
+        tried[limit] = trial(limit)
+        tried[limit].limit = limit
 
     run(math.inf)
     sizes = sorted(tried[math.inf].norms)
@@ -115,14 +99,14 @@ def search_limits(trial: Callable[[float], TrialResult], max_trials: int) -> lis
         if limit > 0 and all(max(limit / each, each / limit) >= MIN_GAP for each in tried):
             run(limit)
     while len(tried) < max_trials:
-        following = _next_limit(list(tried.values()), sizes[-1] if sizes else math.inf)
+        following = _next_limit(tried.values(), sizes[-1] if sizes else math.inf)
         if following is None or following in tried:
             break
         run(following)
     return list(tried.values())
 
 
-def _next_limit(trials: Sequence[TrialResult], largest: float) -> float | None:
+def _next_limit(trials: Iterable[TrialResult], largest: float) -> float | None:
     """Return the limit to try next; None where the best is known closely enough."""
     limited = sorted((each for each in trials if each.limit < math.inf), key=attrgetter("limit"))
     place = min(range(len(limited)), key=lambda i: limited[i].rank)
@@ -142,65 +126,52 @@ def suggest_limit(kind: str, trials: Sequence[TrialResult], rate: float) -> Clip
 
     Where clipping does not help, this is the largest limit that does no harm: it changes the fewest
     steps, and guards against spikes. Where clipping helps, it is the middle of the limits that do
-    best, since training fails above them.
-
-    Args:
-        kind: class of the clipper, a key of `MEASURES`.
-        trials: the trials, one of which is without clipping.
-        rate: learning rate of the trials.
+    best, since training fails above them. One of the trials is without clipping.
     """
-    free = next(each for each in trials if each.limit == math.inf)
-    best = min(trials, key=attrgetter("rank"))
+    trials = sorted(trials, key=attrgetter("limit"))
+    free, best = trials[-1], min(trials, key=attrgetter("rank"))
     sizes = sorted(free.norms)
-    suggestion = ClipSuggestion(
-        kind, None, "", rate, trials=sorted(trials, key=attrgetter("limit"))
-    )
-    suggestion.percentiles = {p: percentile(sizes, p) for p in PERCENTILES}
+    percentiles = {p: percentile(sizes, p) for p in PERCENTILES}
+    found = ClipSuggestion(kind, None, "", rate, percentiles=percentiles, trials=trials)
     progress = best.start_loss - best.end_loss
     if not progress > 0:
-        suggestion.reason = (
+        found.reason = (
             f"no trial of {best.steps} steps lowered the loss, so that none is better; allow more "
             "steps (--find_steps), or search the learning rate first (--find_lr)"
         )
         if sizes:
-            guard = _round(suggestion.percentiles[99], up=True)
-            suggestion.reason += f"; {guard:g} would clip spikes alone"
-        return suggestion
+            found.reason += f"; {_round(percentiles[99], up=True):g} would clip spikes alone"
+        return found
     late = len(best.losses) - max(1, round(MAX_LAG * len(best.losses)))
     earlier = mean(best.losses[late - max(1, len(best.losses) // 4) : late])
     bound = max(earlier, best.end_loss + MAX_SHORTFALL * progress)
-    good = [
-        each
-        for each in suggestion.trials
-        if each.skipped <= best.skipped and each.end_loss <= bound
-    ]
-    suggestion.needed = free not in good
+    good = [each for each in trials if each.skipped <= best.skipped and each.end_loss <= bound]
     limited = [each for each in good if each is not free]
-    suggestion.as_good = [each.limit for each in limited]
+    found.needed, found.as_good = free not in good, [each.limit for each in limited]
     if not limited:
-        suggestion.limit = _round(sizes[-1], up=True)
-        suggestion.reason = (
+        found.limit = _round(sizes[-1], up=True)
+        found.reason = (
             "every limit that clipped made it worse; this one is above all gradients of the trial"
         )
-        return suggestion
-    low, high = limited[0].limit, limited[-1].limit
+        return found
+    low, high = found.as_good[0], found.as_good[-1]
     limits = f"a limit of {low:g}" if low == high else f"limits from {low:g} to {high:g}"
-    if suggestion.needed:
+    if found.needed:
         middle = math.sqrt(low * high)
         chosen = min(limited, key=lambda each: abs(math.log(each.limit / middle)))
         failed = "failed" if free.end_loss == math.inf else "did worse"
-        suggestion.reason = f"training without clipping {failed}, and {limits} did best"
+        found.reason = f"training without clipping {failed}, and {limits} did best"
     else:
         chosen = ([each for each in limited if each.limit <= sizes[-1]] or limited)[-1]
-        suggestion.reason = (
+        found.reason = (
             f"{limits} did as well as no clipping; this is the largest of them that clips any "
             "step, as a guard against spikes"
         )
-    suggestion.limit, suggestion.clipped = chosen.limit, chosen.clipped_share
-    suggestion.reason += f"; it clipped {100 * chosen.clipped_share:.0f} % of the steps"
-    if chosen.clipped_share > 0.9:
-        suggestion.reason += ", so that it sets the step size, as a learning rate does"
-    return suggestion
+    found.limit, found.clipped = chosen.limit, chosen.clipped_share
+    found.reason += f"; it clipped {100 * found.clipped:.0f} % of the steps"
+    if found.clipped > 0.9:
+        found.reason += ", so that it sets the step size, as a learning rate does"
+    return found
 
 
 def _round(value: float, up: bool = False) -> float:

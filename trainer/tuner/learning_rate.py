@@ -67,21 +67,18 @@ def range_test(runner: TrialRunner, name: str) -> RateSuggestion:
     """Run the range test of an optimizer. Collective.
 
     All other optimizers have a learning rate of 0, so that the loss shows the effect of this one.
-
-    Raises:
-        ValueError: for an optimizer without a learning rate, and if an epoch has too few batches.
     """
     updates = runner.brain.updates
     update = updates[name]
     steps = 2 * runner.brain.options.find_steps
     base, rates = base_rates(update), exponential_rates(steps)
     own = base[update.leading]
-    logger.info("find_lr: %s from %.3g to %.3g", name, rates[0], rates[-1])
+    logger.info("find_lr: %s from %.3g to %.3g", name, MIN_RATE, MAX_RATE)
 
     def set_rate(rate: float) -> None:  # Other groups keep their ratio to the leading one.
         set_rates(update.optimizer, [rate * each / own if own else rate for each in base])
 
-    def run(rates: Sequence[float], reference: Sequence[float] | None = None) -> TrialResult:
+    def run(rates: Sequence[float], reference: Sequence[float] = ()) -> TrialResult:
         with runner.trial(), ExitStack() as stack:
             for each in updates.values():
                 stack.enter_context(replaced(each, "schedule", None))
@@ -98,11 +95,7 @@ def exponential_rates(steps: int) -> list[float]:
 
 
 def base_rates(update: Update) -> list[float]:
-    """Return the learning rate of each parameter group, before its schedule changes it.
-
-    Raises:
-        ValueError: for an optimizer without a learning rate.
-    """
+    """Return the learning rate of each parameter group, before its schedule changes it."""
     if update.lr is None:
         raise ValueError(
             f"the optimizer {update.name!r} has no learning rate (lr is None), which a search "
@@ -112,12 +105,7 @@ def base_rates(update: Update) -> list[float]:
 
 
 def scale_rates(brain: Brain, ratios: Mapping[str, float]) -> None:
-    """Multiply the learning rates of optimizers, and the base rates of their schedules.
-
-    Args:
-        brain: the Brain.
-        ratios: factors by name of the optimizer.
-    """
+    """Multiply the learning rates of optimizers, by name, and the base rates of their schedules."""
     for name, ratio in ratios.items():
         update = brain.updates[name]
         groups = update.optimizer.param_groups
@@ -138,18 +126,15 @@ def suggest_rate(
 ) -> RateSuggestion:
     """Suggest the rate at which the loss falls most steeply, before its minimum.
 
-    The loss has diverged where it is as far above the reference as it was below it at its lowest.
-
-    Args:
-        rates: learning rate of each step, ascending.
-        reference: loss of each step with all rates at 0.
-        result: the trial with these rates, which may have ended early.
-        own: the recipe's learning rate.
-        limit: the recipe's clip limit.
+    ``reference`` has the loss of each step with all rates at 0. The loss has diverged where it is
+    as far above the reference as it was below it at its lowest. ``own`` and ``limit`` are the
+    recipe's learning rate and clip limit.
     """
     losses = result.losses
-    change = _smooth([loss - rest for loss, rest in zip(losses, reference, strict=False)])
+    change = [loss - rest for loss, rest in zip(losses, reference, strict=False)]
     number = len(change)
+    reach = max(1, number // 40)  # Neighbours on each side to average over: without a lag.
+    change = [mean(change[max(0, i - reach) : i + reach + 1]) for i in range(number)]
     size = mean([abs(loss) for loss in reference[:number]])
     end, best = number, 0.0
     for place, value in enumerate(change):
@@ -169,7 +154,7 @@ def suggest_rate(
         return found
     found.lowest = rates[lowest]
     slopes = _slopes(change[: lowest + 1])
-    steepest = rates[min(range(len(slopes)), key=slopes.__getitem__)]
+    steepest = rates[slopes.index(min(slopes))]
     found.lr = float(f"{min(steepest, found.lowest / MARGIN):.2g}")
     over = f"it diverges at {found.diverged:.2g}" if found.diverged else "it never diverged"
     found.reason = (
@@ -179,23 +164,8 @@ def suggest_rate(
     return found
 
 
-def _reach(number: int) -> int:
-    """Return the number of neighbours on each side to average over."""
-    return max(1, number // 40)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Return centred running means, which do not lag behind."""
-    reach = _reach(len(values))
-    return [mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-
-
 def _slopes(values: Sequence[float]) -> list[float]:
     """Return the slope of the regression line around each of at least two values."""
-    reach = 2 * _reach(len(values)) + 1
-    slopes = []
-    for i in range(len(values)):
-        start = max(0, i - reach)
-        around = values[start : i + reach + 1]
-        slopes.append(linear_regression(range(len(around)), around).slope)
-    return slopes
+    reach = 2 * max(1, len(values) // 40) + 1
+    around = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [linear_regression(range(len(each)), each).slope for each in around]

@@ -14,9 +14,9 @@ from trainer.loggers.files import as_json, replace_file
 from trainer.report.axis import number
 from trainer.report.chart import Chart, Series, draw
 from trainer.report.html import document, section, table, tiles
-from trainer.tuner.clip_limit import MEASURES, ClipSuggestion
+from trainer.tuner.clip_limit import ClipSuggestion
 from trainer.tuner.learning_rate import RateSuggestion
-from trainer.tuner.trial import TrialResult
+from trainer.tuner.trial import MEASURES
 
 Suggestions = Mapping[str, ClipSuggestion] | Mapping[str, RateSuggestion]
 
@@ -28,25 +28,21 @@ def write_findings(
 ) -> list[Path]:
     """Write ``find_clip.html``/``.json`` and ``find_lr.html``/``.json``; return their paths.
 
-    Args:
-        folder: the run folder.
-        findings: suggestions by option ("find_clip", "find_lr") and optimizer.
-        notes: sentences on how to read the suggestions.
-        steps: the run option ``find_steps``.
+    ``findings`` are suggestions by option and optimizer; ``notes`` say how to read them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, found in findings.items():
         records = {name: each.record() for name, each in found.items()}
         text = json.dumps(as_json({"steps": steps, "optimizers": records}), allow_nan=False)
-        for suffix, content in (("json", text), ("html", render(folder, kind, found, notes))):
+        for suffix, content in (("json", text), ("html", _page(folder, kind, found, notes))):
             path = folder / f"{kind}.{suffix}"
             replace_file(path, [content.encode(errors="backslashreplace")], path.name)
             written.append(path)
     return written
 
 
-def render(folder: Path, kind: str, found: Suggestions, notes: Sequence[str]) -> str:
+def _page(folder: Path, kind: str, found: Suggestions, notes: Sequence[str]) -> str:
     """Return the page of one search as text."""
     facts, sections = [], ""
     for name, each in found.items():
@@ -66,7 +62,6 @@ def render(folder: Path, kind: str, found: Suggestions, notes: Sequence[str]) ->
 
 
 def _rate_charts(found: RateSuggestion) -> list[Chart]:
-    """Return charts of the loss over the learning rate."""
     marks = {"suggested": found.lr, "lowest": found.lowest, "diverged": found.diverged}
     return [
         Chart(
@@ -95,38 +90,32 @@ def _cut(values: Sequence[float]) -> list[float]:
 
 def _clip_charts(found: ClipSuggestion) -> list[Chart]:
     """Return charts of the last losses over the limits, of some trials, and of the gradients."""
-    limited = [each for each in found.trials if each.limit < math.inf]
-    free = next(each for each in found.trials if each.limit == math.inf)
+    *limited, free = found.trials
     limits = [each.limit for each in limited]
-    losses = [each.end_loss if each.end_loss < math.inf else math.nan for each in limited]
-    ends = Chart(
+    ends = [each.end_loss if each.end_loss < math.inf else math.nan for each in limited]
+    last = Chart(
         "Loss at the end of a trial", "clip limit", "mean loss of the last quarter",
-        [Series("clipped", limits, losses)], counts=False,
-        note="A trial that failed is a gap." if any(map(math.isnan, losses)) else "",
+        [Series("clipped", limits, ends)], counts=False,
+        note="A trial that failed is a gap." if any(map(math.isnan, ends)) else "",
         marks={} if found.limit is None else {"recommended": found.limit},
     )  # fmt: skip
     if math.isfinite(free.end_loss):
         level = [free.end_loss] * 2
-        ends.series.append(Series("no clipping", [limits[0], limits[-1]], level, style="limit"))
+        last.series.append(Series("no clipping", [limits[0], limits[-1]], level, style="limit"))
     norms = Chart("Gradients without clipping", "step of the trial", MEASURES[found.kind])
     norms.series = [Series("as they are", range(1, len(free.norms) + 1), free.norms, noisy=True)]
     if found.limit is not None and free.norms:
         level = [found.limit] * 2
         norms.series.append(Series("recommended", [1, len(free.norms)], level, style="limit"))
+    losses = Chart("Losses of some trials", "step of the trial", "loss")
     best = min(limited, key=attrgetter("rank"))
-    chosen = [each for each in limited if each.limit == found.limit]
-    return [ends, _loss_chart([limited[0], best, limited[-1], free, *chosen]), norms]
-
-
-def _loss_chart(trials: Sequence[TrialResult]) -> Chart:
-    """Return a chart of the losses of some trials."""
-    chart = Chart("Losses of some trials", "step of the trial", "loss")
-    for limit, trial in sorted({each.limit: each for each in trials}.items()):
-        free = math.isinf(limit)
-        name, colour = ("no clipping", 6) if free else (f"limit {limit:g}", len(chart.series))
-        steps = range(1, len(trial.losses) + 1)
-        chart.series.append(Series(name, steps, _cut(trial.losses), colour, noisy=True))
-    return chart
+    for each in found.trials:
+        if each in (limited[0], best, limited[-1], free) or each.limit == found.limit:
+            name, colour = f"limit {each.limit:g}", len(losses.series)
+            name, colour = ("no clipping", 6) if each is free else (name, colour)
+            steps = range(1, len(each.losses) + 1)
+            losses.series.append(Series(name, steps, _cut(each.losses), colour, noisy=True))
+    return [last, losses, norms]
 
 
 def _trials(found: ClipSuggestion) -> str:

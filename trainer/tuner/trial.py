@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,15 @@ MIN_STEPS = 10  # Fewest steps of a meaningful trial.
 MAX_PROBED = 100  # Batches within which every optimizer must be used once.
 # A trial ends where its loss exceeds that of the model at rest by this multiple of the latter.
 DIVERGED = 3.0
+# What a clipper of each kind compares with its limit.
+MEASURES = {
+    "NormClip": "norm of the gradient",
+    "LayerClip": "largest norm of a layer",
+    "ValueClip": "largest element",
+}
 
 
-@dataclass(slots=True)
+@dataclass
 class TrialResult:
     """Steps of one optimizer in a trial."""
 
@@ -41,15 +48,6 @@ class TrialResult:
     clipped: int = 0  # Number of steps that were clipped.
     skipped: int = 0  # Steps in which something was not finite.
     failed: bool = False  # Ended early: too many steps were skipped, or it diverged.
-
-    def add(self, reports: Iterable[StepReport], name: str) -> None:
-        """Count the outcomes of the losses of an optimizer."""
-        for report in reports:
-            if report.name == name:
-                self.skipped += report.outcome == "skipped"
-                if report.stepped and report.loss is not None:
-                    self.losses.append(report.loss)
-                    self.clipped += report.clipped
 
     @property
     def steps(self) -> int:
@@ -90,11 +88,8 @@ class TrialResult:
 class TrialRunner:
     """Runs trials, each of which begins with the first batch of a new run.
 
-    Args:
-        brain: the Brain, in a `Brain.sandbox` and brought to its first batch by
-            `Brain.start_training`.
-        feed: the data.
-        reports: list to which the sandbox appends the report of every loss.
+    The Brain is in a `Brain.sandbox`, which appends the report of every loss to ``reports``, and
+    brought to its first batch by `Brain.start_training`.
     """
 
     def __init__(self, brain: Brain, feed: DataFeed, reports: list[StepReport]) -> None:
@@ -112,16 +107,12 @@ class TrialRunner:
                 self._snapshot.restore()
 
     def optimizers(self) -> list[str]:
-        """Return the names of the optimizers that `Brain.optimize` is called for.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """Return the names of the optimizers that `Brain.optimize` is called for."""
         names: set[str] = set()
         with self.trial():
-            for number, _ in enumerate(self._train_batches(), 1):
+            for _ in islice(self._train_batches(), MAX_PROBED):
                 names |= {report.name for report in self._reports}
-                if len(names) == len(self.brain.updates) or number == MAX_PROBED:
+                if len(names) == len(self.brain.updates):
                     break
         if not names:
             raise ValueError(
@@ -135,35 +126,35 @@ class TrialRunner:
         name: str,
         steps: int,
         before_batch: Callable[[int], None] = lambda step: None,
-        reference: Sequence[float] | None = None,
+        reference: Sequence[float] = (),
     ) -> TrialResult:
-        """Train within a `trial`. Collective.
+        """Train for a number of steps of an optimizer, within a `trial`. Collective.
 
-        Args:
-            name: the optimizer whose steps count.
-            steps: its number of steps.
-            before_batch: called before each batch with its number of steps so far.
-            reference: losses of the same steps where nothing is learned. The trial ends early once
-                its loss is far above them.
-
-        Raises:
-            ValueError: if the epoch has fewer than `MIN_STEPS` steps.
+        ``before_batch`` is called with the number of steps so far. The trial ends early once its
+        loss is far above ``reference``, the losses of the same steps where nothing is learned.
         """
         result, update = TrialResult(), self.brain.updates[name]
 
         def measure(update: Update, gradients: Gradients) -> None:
             result.norms.append(gradient_size(update.clip, gradients))
 
+        def count() -> None:
+            for report in self._reports:
+                if report.name == name:
+                    result.skipped += report.outcome == "skipped"
+                    if report.stepped and report.loss is not None:
+                        result.losses.append(report.loss)
+                        result.clipped += report.clipped
+
         update.before_step.append(measure)
         try:
             for _ in self._train_batches(lambda: before_batch(result.steps)):
-                result.add(self._reports, name)
-                if reference is not None and _diverged(result.losses, reference):
-                    result.failed = True
+                count()
+                result.failed = _diverged(result.losses, reference)
                 if result.failed or result.steps >= steps:
                     break
         except NonFiniteError:
-            result.add(self._reports, name)
+            count()
             result.failed = True
         finally:
             update.before_step.remove(measure)
@@ -190,11 +181,7 @@ class TrialRunner:
 
 
 def gradient_size(clip: Any, gradients: Gradients) -> float:
-    """Return the size that a clipper compares with its limit, of gradients not yet clipped.
-
-    It is the largest element for `ValueClip`, the largest norm of a tensor for `LayerClip`, and
-    the joint norm for all others.
-    """
+    """Return the size of gradients that a clipper compares with its limit: see `MEASURES`."""
     if isinstance(clip, ValueClip):
         return max(gradients.extra[0])
     if isinstance(clip, LayerClip):

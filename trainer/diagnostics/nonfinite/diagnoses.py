@@ -55,7 +55,7 @@ def diagnose(
     elif origin is not None and origin.phase == "forward" and not found:
         found += _in_operation(origin)
     elif not found:
-        function = origin.operation if origin is not None else finding.backward or ""
+        function = origin.operation if origin is not None else ""
         found += [text for names, text in BACKWARD if re.search(names, function)][:1]
     if finding.kind is not None:
         found += _in_lengths(batch, ids)

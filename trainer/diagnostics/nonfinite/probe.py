@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -74,8 +73,6 @@ class Finding:
     parameters: list[str] = field(default_factory=list)  # Those with a gradient not finite.
     first: Origin | None = None  # Operation that it came from, if that is known.
     module: str | None = None  # First module whose output was not finite.
-    backward: str | None = None  # Function whose derivative autograd found to be NaN.
-    backward_line: str | None = None  # Line of the user's code that called this function.
     # For each CTC loss: numbers of frames, target lengths and repeats, by example.
     ctc: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
@@ -93,7 +90,6 @@ class Probe(TorchDispatchMode):
     def __init__(self, brain: Brain) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.finding = Finding()
-        self._names = {id(p): name for name, p in brain.modules.named_parameters()}
         self._modules = {id(m): name for name, m in brain.modules.named_modules() if name}
         self._stack: list[str] = []
         self._phase = "forward"
@@ -111,6 +107,8 @@ class Probe(TorchDispatchMode):
                 stack.callback(handle.remove)
             if "torch._dynamo" in sys.modules:  # Otherwise nothing is compiled.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # On a GPU, too, backward runs in this thread, whose operations the mode sees.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             # Records the line of each function; NaN is detected by this mode.
             stack.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
             stack.enter_context(self)
@@ -180,14 +178,7 @@ class Probe(TorchDispatchMode):
     ) -> StepReport:
         """Check losses and their gradients in place of an optimizer step; no weight changes.
 
-        Args:
-            losses: each with the optimizers that it is for.
-            weight: number of examples of the batch; with 0 no gradient is computed.
-            retain_graph: not used; the graph is always kept.
-            last: not used.
-
-        Returns:
-            The report of an accumulated loss.
+        Of a batch of ``weight`` 0 no gradient is computed.
 
         Raises:
             NonFiniteFound: if a loss or gradient is not finite.
@@ -203,41 +194,25 @@ class Probe(TorchDispatchMode):
 
     def _check_gradients(self, updates: list[Update], loss: Tensor, value: float) -> None:
         name, scaler = updates[0].name, updates[0].scaler
-        params = [p for update in updates for p in update.params]
+        names = {p: n for update in updates for p, n in update.named().items() if p.requires_grad}
+        params = list(names)
         scaled = loss * scaler.get_scale() if scaler.is_enabled() else loss
         self._phase = "backward"
         grads = torch.autograd.grad(scaled, params, retain_graph=True, allow_unused=True)
         bad = [
-            (self._names.get(id(p), f"{name}: {tuple(p.shape)}"), _values(grad))
+            (names[p], _values(grad))
             for p, grad in zip(params, grads, strict=True)
             if grad is not None and not bool(torch.isfinite(_values(grad)).all())
         ]
         if bad:
             self.finding.parameters = [each for each, _ in bad]
-            # Elsewhere, backward runs in a thread that the mode does not see.
-            first = self._origin([grad for _, grad in bad]) if loss.is_cpu else None
-            self._detect_anomaly(scaled, params)
-            self._found("gradient", name, value, first)
+            self._found("gradient", name, value, self._origin([grad for _, grad in bad]))
         self._phase = "forward"
 
     def _found(self, kind: str, optimizer: str, loss: float, first: Origin | None) -> None:
         finding = self.finding
         finding.kind, finding.optimizer, finding.loss, finding.first = kind, optimizer, loss, first
         raise NonFiniteFound
-
-    def _detect_anomaly(self, loss: Tensor, params: list[Tensor]) -> None:
-        """Find the function whose derivative is NaN, by autograd's anomaly detection."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                with torch.autograd.set_detect_anomaly(True):
-                    torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                match = re.search(r"Function '(\w+)' returned nan", str(error))
-                self.finding.backward = match[1] if match else str(error)
-        for warning in caught:
-            if "forward call that caused the error" in str(warning.message):
-                self.finding.backward_line = _last_own_line(str(warning.message))
 
 
 def _floats(value: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import Batch
+from trainer.tree import is_container, parts_of
 
 SCALARS = (int, float, str, bool, type(None))
 MAX_DEPTH = 12
@@ -210,12 +211,9 @@ def batch_fields(batch: Any) -> dict[str, Any]:
     These are the items of a mapping or `Batch`, the attributes of an object, the numbered entries
     of a list or tuple, or the batch itself.
     """
-    if isinstance(batch, (Batch, Mapping)):
-        return {str(name): value for name, value in dict(batch).items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return dict(zip(batch._fields, batch, strict=True))
-    if isinstance(batch, (list, tuple)):
-        return {str(number): value for number, value in enumerate(batch)}
+    batch = dict(batch) if isinstance(batch, Batch) else batch
+    if is_container(batch):
+        return {str(name): value for name, value in parts_of(batch).items()}
     if not isinstance(batch, Tensor) and hasattr(batch, "__dict__"):
         return {name: value for name, value in vars(batch).items() if not name.startswith("_")}
     return {"batch": batch}
