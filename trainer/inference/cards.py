@@ -79,7 +79,7 @@ def write_card(
     code: str,
     seeds: Sequence[str | Path],
 ) -> None:
-    """Write README.md and the samples that it shows.
+    """Write README.md and the samples that it shows into an export.
 
     Args:
         folder: the export.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -200,18 +200,12 @@ class OpenRun:
         own = kind.__module__.rpartition(".")[0]
         found = self.recipes()
         if found and own in recipe_packages() and own not in found:
-            raise ValueError(
-                f"{self.folder} is a run of {' and '.join(found)}, not of {own}{self._tasks(found)}"
-            )
-
-    def _tasks(self, packages: Sequence[str]) -> str:
-        """Return the end of a message that lists the methods of recipes' models, or nothing."""
-        found: list[str] = []
-        for package in packages:
-            with suppress(ValueError, ImportError):
-                kind = recipe_class(package, "MODEL", self.names())
-                found += kind.tasks()
-        return f": its model can {' and '.join(found)}" if found else ""
+            tasks: list[str] = []
+            for package in found:
+                with suppress(ValueError, ImportError):
+                    tasks += recipe_class(package, "MODEL", self.names()).tasks()
+            able = f": its model can {' and '.join(tasks)}" if tasks else ""
+            raise ValueError(f"{self.folder} is a run of {' and '.join(found)}, not of {own}{able}")
 
     def best_checkpoint(self, kind: type[Brain] | type[Model]) -> Mapping[str, str | None]:
         """Return the attribute ``best_checkpoint`` of a class, before it is built.
@@ -231,8 +225,7 @@ class OpenRun:
             with suppress(ValueError):  # It is an object.
                 setattr(own.hparams, str(key.value), plain(node))
         try:
-            best: Mapping[str, str | None] = own.best_checkpoint  # type: ignore[union-attr]
-            return dict(best)
+            return dict(own.best_checkpoint)  # type: ignore[union-attr]
         except AttributeError as error:
             raise ValueError(
                 f"{self.folder} does not say in plain values which checkpoint it is tested with: "
@@ -245,8 +238,7 @@ class OpenRun:
         Raises:
             ValueError: there is none, or more than one.
         """
-        kind: type[Brain] = self._class("BRAIN")
-        return kind
+        return cast("type[Brain]", self._class("BRAIN"))
 
     def model_class(self) -> type[Model]:
         """Return the `Model` of the installed recipe whose objects the YAML builds.
@@ -254,8 +246,7 @@ class OpenRun:
         Raises:
             ValueError: there is none, or more than one.
         """
-        kind: type[Model] = self._class("MODEL")
-        return kind
+        return cast(type[Model], self._class("MODEL"))
 
     def _class(self, attribute: str) -> Any:
         found = self.recipes()
@@ -270,19 +261,12 @@ class OpenRun:
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of a loaded model, which its export needs.
-
-    Attributes:
-        run: the folder, as it was read.
-        max_key: metric that chose the checkpoint by its largest value, or None.
-        min_key: metric that chose it by its smallest value, or None.
-        weights: weights by their names in the run, before the model was prepared for use.
-    """
+    """Source of a loaded model, which its export needs."""
 
     run: OpenRun
-    max_key: str | None
+    max_key: str | None  # metric that chose the checkpoint
     min_key: str | None
-    weights: Mapping[str, Any]
+    weights: Mapping[str, Any]  # by their names in the run, before the model was prepared for use
 
 
 # Sources of the models that `load` has made.
