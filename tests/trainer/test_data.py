@@ -738,6 +738,10 @@ def _timed(loader: Any) -> tuple[BaseException, float]:
     raise AssertionError("the epoch ended well")
 
 
+# torch's handler of SIGCHLD raises wherever Python is, which may be in a finalizer.
+a_worker_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 class TroubleInSeveral(Trouble):
     """The same, for whole batches."""
 
@@ -756,6 +760,7 @@ def test_an_error_in_a_dataset_keeps_its_type_and_names_the_item(kind: Any, work
     assert "while loading item 5 (take5.wav)" in told
 
 
+@a_worker_dies
 def test_a_killed_worker_is_an_error_within_a_second_that_names_its_item() -> None:
     loader = make_loader(
         Trouble(lambda: os.kill(os.getpid(), signal.SIGKILL)), train=True, num_workers=2
@@ -767,6 +772,7 @@ def test_a_killed_worker_is_an_error_within_a_second_that_names_its_item() -> No
         assert "5 (take5.wav)" in str(error)
 
 
+@a_worker_dies
 def test_a_worker_that_leaves_is_an_error() -> None:
     loader = make_loader(Trouble(lambda: os._exit(3)), train=True, num_workers=2)
     error, seconds = _timed(loader)
@@ -800,6 +806,7 @@ def test_full_shared_memory_is_a_sentence_that_says_what_to_do(options: dict[str
     assert waited < 10
 
 
+@a_worker_dies
 def test_a_worker_that_dies_of_a_bus_error_is_told_as_full_shared_memory() -> None:
     loader = make_loader(
         Trouble(lambda: os.kill(os.getpid(), signal.SIGBUS)), train=True, num_workers=1

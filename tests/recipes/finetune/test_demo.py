@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -105,9 +106,11 @@ class World:
     def __init__(self, folder: Path, deaths: int = 0) -> None:
         self.folder, self.deaths = folder, deaths
         self.started: list[Part] = []
+        self.threads: list[threading.Thread] = []
 
     def start(self, part: Part, folder: Path) -> None:
         self.started.append(part)
+        self.threads.append(threading.current_thread())
         if len(self.started) == self.deaths:
             raise KeyboardInterrupt
         folder.mkdir(exist_ok=True)
@@ -164,6 +167,8 @@ def test_a_demo_that_is_killed_goes_on_and_a_second_one_finds_the_encoder(
     killed = World(tmp_path / "a", deaths)
     with pytest.raises(KeyboardInterrupt):
         killed.work()
+    for thread in killed.threads:  # A part runs in a process that ends with the demo.
+        thread.join()
     again = World(tmp_path / "a")
     found = again.work()
     assert len(again.started) <= 13 - (deaths - 2)  # Two are done at a time.
