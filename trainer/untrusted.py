@@ -25,9 +25,11 @@ _limit = threading.RLock()  # The memory limit is the process's: one thread at a
 
 
 def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
-    """Return a path as it was given, if it lies in a folder with links followed.
+    """Check that a path lies in a folder once links are followed, and return it unchanged.
 
-    There may be nothing at it.
+    Args:
+        folder: the folder.
+        path: the path; it need not exist.
 
     Raises:
         ValueError: it leads outside, or to something that is neither a file nor a folder.

@@ -145,5 +145,5 @@ def _digest(windows: Windows) -> int:
 
 @lru_cache(maxsize=16)
 def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a vector of numbers, not to be written to; usual ones are not brought there again."""
+    """Return numbers as a vector on the device, cached by value; it must not be written to."""
     return torch.tensor(numbers, dtype=dtype, device=device)

@@ -106,10 +106,13 @@ class Strategy:
     def give_up_batch(
         self, joint: Callable[[], Sequence[str]], params: Callable[[str], Sequence[Tensor]]
     ) -> None:
-        """Leave a batch that this rank cannot train on; then ``votes`` are known.
+        """Give up a batch that this rank cannot train on, and set ``votes``.
 
-        It answers the messages of the others with nothing until they know. ``joint`` returns the
-        names of the optimizers that step together, ``params`` the parameters of an optimizer.
+        Until the other ranks know, this one takes part in their messages, whose sums are dropped.
+
+        Args:
+            joint: returns the names of the optimizers that step together.
+            params: returns the parameters of an optimizer by its name.
         """
         self.votes = Votes(*self.ballot(), gave_up=True)
 

@@ -65,7 +65,7 @@ def readable_errors(path: Path, what: str = "log") -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_with(content: bytes, name: str) -> Iterator[str]:
-    """Context manager with the path of a temporary file of a name, with a content."""
+    """Context manager with the path of a temporary file that has this name and content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)

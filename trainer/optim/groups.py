@@ -213,7 +213,16 @@ class ParameterGroups:
 
 
 def check_schedule(name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
-    """Refuse a schedule that has replaced the different learning rates ``before`` it by one."""
+    """Check that a schedule keeps the learning rates of groups apart.
+
+    Args:
+        name: name of the optimizer, for messages.
+        optimizer: the optimizer, with its schedule.
+        before: learning rates of its groups before it had the schedule.
+
+    Raises:
+        ValueError: the rates differed, and the schedule has set one for all groups.
+    """
     rates = {float(group.get("lr") or 0.0) for group in optimizer.param_groups}
     if len(set(before)) > 1 and len(rates) == 1 and rates != {0.0}:
         raise ValueError(

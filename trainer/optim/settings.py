@@ -79,9 +79,13 @@ def set_rates_anew(schedule: Any) -> None:
 
 
 def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
-    """Return a saved value with the settings that are built otherwise ``now``.
+    """Return a saved value, in which settings that the user has changed since have their new value.
 
-    A learning rate keeps its ratio to the value that the run which saved it built ``then``.
+    Args:
+        saved: value at the time of saving, which schedules may have changed.
+        then: value with which the saving run had built the optimizer.
+        now: value with which this run has built it.
+        is_rate: True for a learning rate, which keeps its ratio to the value it was built with.
     """
     if then == now:
         return saved

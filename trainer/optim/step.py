@@ -219,13 +219,19 @@ class Update:
         _fetch(deferred)
 
     def is_first(self, event: str) -> bool:
-        """Return True if an event, of which one warning is enough, has not happened before."""
+        """Return True at the first call for an event, which is to be warned of once."""
         first = event not in self._warned
         self._warned.add(event)
         return first
 
     def take_untrained(self, kept: Sequence[Tensor | None]) -> None:
-        """Put back the ``kept`` gradients of what no optimizer has; warn once if there are new."""
+        """Restore the gradients of parameters without an optimizer after a backward pass.
+
+        A warning is given once if the pass has reached such parameters.
+
+        Args:
+            kept: their gradients before the pass, in the order of ``untrained``.
+        """
         if not self.untrained:
             return
         reached = [name for name, p in self.untrained.items() if p.grad is not None]
