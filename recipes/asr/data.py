@@ -29,6 +29,7 @@ from recipes.common.paths import inside
 from recipes.common.speech import embedded_speech, to_cuts
 from recipes.common.tables import TableError, named, read_rows
 from trainer.seed import derive
+from trainer.texts import first_names
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +343,6 @@ def _possible(
             "frames than tokens; use a smaller hop or fewer halvings of the frames"
         )
     if bad:
-        names = ", ".join(cut.id for cut in bad[:5]) + (" …" if len(bad) > 5 else "")
+        names = first_names([cut.id for cut in bad], 5)
         logger.info("%d utterances have more tokens than frames, left out: %s", len(bad), names)
     return CutSet.from_cuts(good)

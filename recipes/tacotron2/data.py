@@ -31,6 +31,7 @@ from recipes.common.tables import TableError, check_unique, named, read_lines
 from recipes.tacotron2.text import Front, check_texts, plain, spell_out
 from trainer.data import BadItemPolicy
 from trainer.seed import derive
+from trainer.texts import first_names
 
 logger = logging.getLogger(__name__)
 
@@ -311,8 +312,8 @@ def _alignable(
             f"all {len(long)} texts have more than longest_text={longest_text} symbols"
         )
     if long:
-        names = ", ".join(long[:5]) + (" …" if long[5:] else "")
         logger.info(
-            "%d texts have more than %d symbols, left out: %s", len(long), longest_text, names
-        )
+            "%d texts have more than %d symbols, left out: %s",
+            len(long), longest_text, first_names(long, 5),
+        )  # fmt: skip
     return good

@@ -385,6 +385,19 @@ def test_compare_shows_what_differs_and_the_spread_over_seeds(
     ]
 
 
+def test_metrics_of_any_size_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers near the largest float have no mean that is one."""
+    for seed, wer in ((1, 1.7e308), (2, 1.6e308)):
+        record = {"kind": "stage", "stage": "test", "wer": wer}
+        made_run(tmp_path / str(seed), records=[record], yaml=f"seed: {seed}\n")
+    runs = [str(tmp_path / each) for each in "12"]
+    assert main(["compare", *runs]) == 0
+    assert "too large" in capsys.readouterr().out
+    assert main(["report", *runs, "-o", str(tmp_path / "page.html")]) == 0
+
+
 def test_a_report_is_of_one_run_or_of_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

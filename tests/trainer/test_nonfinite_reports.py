@@ -666,6 +666,11 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
         with pytest.raises(ValueError, match="not started by an installed recipe, but by .*--scri"):
             replay(["run", "7"])
     assert not (tmp_path / "ran").exists()
+    # Changes of hyperparameters stand behind the command that made them.
+    with recorded.open("a") as file:
+        file.write("# from optimizer step 5 on: lr: 0.1 -> 0.2\n\n")
+    with pytest.raises(ValueError, match=r"but by python \S+train\.sh toy\.yaml: name the script"):
+        replay(["run", "7"])
     elsewhere.unlink()
     named = command(["run", "7", "--script", str(tmp_path / "run" / "train.py"), "--seed", "2"])
     assert named[1:2] == [str(tmp_path / "run" / "train.py")]

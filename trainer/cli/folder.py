@@ -38,6 +38,7 @@ from trainer.config.reading import read
 from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.loggers.files import readable_errors, replace_file, temporary
 from trainer.signals import Interrupted
+from trainer.texts import cause
 
 logger = logging.getLogger("trainer")
 
@@ -75,7 +76,6 @@ HEADER = "# The resolved hyperparameters of a run; this file runs alone."
 MARK = "a run folder"  # Last line of the lock file in a folder that was accepted.
 NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # `trained` before a training
 MAX_LOCK = 1000  # bytes of the lock file
-MAX_ERROR = 500  # characters of an error in state.json
 HEADERS = (HEADER, LAUNCH_HEADER)
 
 
@@ -292,8 +292,7 @@ class RunFolder:
             elif isinstance(error, SystemExit) and not error.code:
                 record("finished")
             else:
-                text = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_ERROR]
-                record("crashed", error=text)
+                record("crashed", error=cause(error))
             if self._before and self.trained() == self._trained:
                 first, *_ = self._before.values()
                 for name in RECORDS:

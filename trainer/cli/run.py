@@ -49,7 +49,7 @@ from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
-from trainer.tree import number
+from trainer.texts import first_names, number
 
 # Errors that users may have made themselves; `session.is_user_error` decides.
 USER_ERRORS = (
@@ -458,10 +458,10 @@ def _check_changes(
     """Raise ValueError for changes of what a run has been trained with, unless they are wanted."""
     refused = [str(change) for change in changes if change.kind == "training"]
     if refused and not options.change_hparams:
-        more = f"; and {len(refused) - MAX_CHANGES} more" if len(refused) > MAX_CHANGES else ""
+        told = first_names(refused, MAX_CHANGES, "; ")
         raise ValueError(
             f"the run in {folder} has been trained with other hyperparameters "
-            f"({'; '.join(refused[:MAX_CHANGES])}{more}): give another {prefix}output_folder, "
+            f"({told}): give another {prefix}output_folder, "
             f"{prefix}overwrite to start anew, or {prefix}change_hparams to go on with the new "
             "values (a key that only extends a run is listed under resumable_keys)"
         )

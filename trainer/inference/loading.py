@@ -46,6 +46,7 @@ from trainer.inference.initialise import (
 from trainer.inference.model import Model
 from trainer.options import RunOptions
 from trainer.seed import seed_everything
+from trainer.texts import cause
 from trainer.untrusted import (
     confined,
     memory_in_proportion,
@@ -359,7 +360,7 @@ def open_run(
             reason = (
                 "it needs far more memory than its checkpoints account for"
                 if memory
-                else f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
+                else cause(error)
             )
             nulls = [key for key, node in items(configuration.root) if tag(node) == NULL]
             if "NoneType" in reason and nulls:

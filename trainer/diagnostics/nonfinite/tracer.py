@@ -31,7 +31,6 @@ import torch
 from trainer import distributed, seed
 from trainer.config.registry import recipe_of
 from trainer.config.run_folder import LAUNCH_HEADER
-from trainer.diagnostics.layer_monitor import first_names
 from trainer.diagnostics.nonfinite.diagnoses import diagnose
 from trainer.diagnostics.nonfinite.probe import CollectiveCalled, Finding, NonFiniteFound, Probe
 from trainer.diagnostics.nonfinite.serialize import describe_batch, serialize_batch
@@ -39,6 +38,7 @@ from trainer.loggers.callback import loggers_of
 from trainer.loggers.files import as_json, run_folder, temporary
 from trainer.metrics import StepReport
 from trainer.optim.guard import NonFiniteError, Tracer
+from trainer.texts import first_names
 from trainer.untrusted import read_text
 
 if TYPE_CHECKING:
