@@ -37,7 +37,6 @@ from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, defaults, seed
 from trainer.checkpoint import Checkpointer
 from trainer.cli.replay import command, replay
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.data.batch import Batch, Padded
 from trainer.diagnostics.nonfinite.serialize import (
     deserialize_batch,
@@ -47,6 +46,7 @@ from trainer.diagnostics.nonfinite.serialize import (
 from trainer.diagnostics.nonfinite.tracer import NonFiniteReport, NonFiniteTracer
 from trainer.diagnostics.replay import Replayed, load, nearest
 from trainer.report import render
+from trainer.run_files import LAUNCH_HEADER
 
 KINDS = [Regressor, Players]
 

@@ -17,13 +17,14 @@ from typing import Any
 
 from trainer import json_files
 from trainer.cli import session
-from trainer.cli.folder import HYPERPARAMS, LOCK, STATE, RunFolder, is_run
+from trainer.cli.folder import LOCK, STATE, RunFolder
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get
 from trainer.config.run_folder import check_tags
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
+from trainer.run_files import HYPERPARAMS, is_run
 from trainer.texts import number, spread
 from trainer.untrusted import confined, printable
 

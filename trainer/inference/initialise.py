@@ -26,13 +26,13 @@ from trainer.checkpoint.frozen import BASE, base_of
 from trainer.checkpoint.run_state import misfit
 from trainer.checkpoint.user_state import KEY
 from trainer.options import nearest
+from trainer.run_files import CHECKPOINTS, HYPERPARAMS
 from trainer.texts import first_line, first_names
 from trainer.untrusted import confined, printable
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-HYPERPARAMS = "hyperparams.yaml"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ENDING = ".safetensors"
@@ -192,7 +192,7 @@ def read_weights(source: str) -> Weights:
 
 def is_export(folder: Path) -> bool:
     """Return True for a folder with the weights of an export, and no checkpoints."""
-    return (folder / WEIGHTS).is_file() and not (folder / "checkpoints").exists()
+    return (folder / WEIGHTS).is_file() and not (folder / CHECKPOINTS).exists()
 
 
 def read_export(folder: Path) -> Weights:
