@@ -462,7 +462,10 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
 
 
 def given_options(run_opts: Any) -> Any:
-    """Return the explicitly given options of an object that lists them, as SpeechBrain's does."""
+    """Return the explicitly given options of an object that lists them, as SpeechBrain's does.
+
+    Anything else is returned as it is.
+    """
     names = getattr(run_opts, "overridden_args", None)
     return run_opts if names is None else {name: run_opts[name] for name in names}
 
