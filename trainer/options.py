@@ -273,11 +273,11 @@ class RunOptions:
 
     find_clip: bool = _transient(
         False,
-        "search for the clipping limit of each optimizer, in place of training",
+        "search for the clipping limit of each optimizer, instead of training",
         section="Tuning",
     )
     find_lr: bool = _transient(
-        False, "search for the learning rate of each optimizer, in place of training"
+        False, "search for the learning rate of each optimizer, instead of training"
     )
     find_steps: int = _transient(
         60, "optimizer steps per trial (find_lr: twice as many)", at_least=10
@@ -294,7 +294,7 @@ class RunOptions:
     )
     replay: str | None = _transient(
         None,
-        "folder of a skipped step (RUN/nonfinite/STEP) to replay in place of training; see "
+        "folder of a skipped step (RUN/nonfinite/STEP) to replay instead of training; see "
         "cortex replay",
     )
     profile_training: bool = _transient(False, "torch.profiler trace of a few training steps")
