@@ -424,8 +424,8 @@ def load(
             read from outside of the folder.
         allow: packages, modules or objects by dotted name that the YAML may build, in addition to
             what installed recipes list: those of your own program.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value. Without either, the
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better. Without either, the
             attribute ``best_checkpoint`` of the class decides, such as ``{"min_key": "wer"}``;
             without one, the newest checkpoint is taken.
 
@@ -500,8 +500,8 @@ def put_weights(
         modules: modules of the run.
         checkpointer: its checkpoints.
         options: ``average_checkpoints`` and ``ema_decay``.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value.
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better.
         prefix: name of the modules among those of the run, such as "generator.".
         uses: names of the modules of the run to give weights to; empty for all.
 
