@@ -69,7 +69,7 @@ from trainer.evaluation import (
     modes_kept,
     warn_of_modes,
 )
-from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
+from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics, as_weight
 from trainer.optim import ema, epoch_end, step
 from trainer.optim.build import (
     check_early_stopping,
@@ -501,7 +501,8 @@ class Brain(SpeechBrainNames):
 
         A `fit` may be called within a hook of another one: it trains the same weights, and the
         outer one then goes on exactly where it was, its open accumulation window included. A
-        request to stop waits for the outer one's next batch, after which it can resume.
+        request to stop waits for the outer one's next batch, after which it can resume. Where a
+        resumed run calls a hook once more, a `fit` within it does nothing.
 
         Args:
             epoch_counter: numbers of the epochs, such as ``range(1, 11)`` or an `EpochCounter`.
@@ -514,7 +515,8 @@ class Brain(SpeechBrainNames):
 
         Raises:
             ValueError: for arguments that cannot be used.
-            ValueError: if it is called in an evaluation with other weights than those of training.
+            ValueError: in an evaluation with other weights than those of training, and within an
+                optimizer step.
             NonFiniteError: after more skipped steps in an epoch than ``nonfinite_patience``.
         """
         if self.options.test_only:
@@ -529,8 +531,13 @@ class Brain(SpeechBrainNames):
         if self.driver is not None and not self.__depth:
             self.driver(self, arguments)
             return
-        train, valid = self.__feeds(arguments)
+        if self.__depth and self.__state.restoring:
+            logger.info("a fit of a hook was over before the checkpoint: nothing to do")
+            return
         with self.__fitting() as stack:
+            train, valid = self.__feeds(arguments)
+            if self.__depth == 1:
+                self.__data = train
             self.__prepare(epoch_counter, self.__saver.recover)
             if self.__depth == 1:
                 self.__epochs_to_do = _length(epoch_counter)
@@ -708,9 +715,7 @@ class Brain(SpeechBrainNames):
                     ids = self.batch_ids(self.__batch.batch)
                     self.__guard.add_loss(updates[0].name, ids, part)
             for (each, _), (updates, _) in zip(losses, parts, strict=True):
-                self.__batch.stepping = True
                 reports = self.__finish(updates, weight, last)
-                self.__batch.stepping = False
                 if each is None and reports[0].outcome != "accumulated":
                     self.progress.joint = None
                 self.__take_reports(reports)
@@ -750,7 +755,9 @@ class Brain(SpeechBrainNames):
         """Step if the window is full or ``last``, through `optimizers_step` if overridden."""
         if updates[0].window.count < updates[0].size and not last:
             return step.finish(updates, weight)
-        batch, settled = self.__batch, step.settle(updates)
+        batch = self.__batch
+        batch.stepping = True
+        settled = step.settle(updates)
         if not self.__own_step:
             try:
                 return step.close(updates, settled)
@@ -796,13 +803,14 @@ class Brain(SpeechBrainNames):
         """
         self.__configure_callbacks()
         self.__initialise()
-        feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
-        self.__show_progress(progressbar)
         tested = None
         with ExitStack() as stack:
-            own = stack.enter_context(self.__weights_of_run_kept())
             if not self.__depth:
                 stack.enter_context(self.__reporting_exceptions())
+            feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
+            self.__show_progress(progressbar)
+            own = stack.enter_context(self.__weights_of_run_kept())
+            if not self.__depth:
                 stack.enter_context(self.__saver.testing(self.__trained))
                 signals.set_limit(self.options.max_hours)
                 if distributed.world_size() > 1:  # All ranks stop after the same batch.
@@ -848,7 +856,7 @@ class Brain(SpeechBrainNames):
                 before = Snapshot(self.progress, self.__hook_state)
                 stack.enter_context(before.restored_after(signals.Interrupted))
             stack.enter_context(evaluation_mode(self.modules))
-            self.__metrics.begin_logging(stage.value)
+            stack.enter_context(self.__metrics.evaluation_logged(stage.value))
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
                 stack.enter_context(self.__weights_replaced(True))
@@ -869,7 +877,7 @@ class Brain(SpeechBrainNames):
                     add_advice(error, batch)
                     raise
                 if loss is not None:
-                    weight = self.count_examples(batch) / shares
+                    weight = self.__weigh(batch) / shares
                     examples += weight
                     mean.update(loss, weight)
                 self.callbacks.call("on_batch_end", self, stage, loss)
@@ -1191,8 +1199,6 @@ class Brain(SpeechBrainNames):
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
-        if not self.__depth:
-            self.__data = train
         valid = None
         if arguments.valid_set is not None:
             overfit = self.options.overfit_batches > 0
@@ -1228,6 +1234,11 @@ class Brain(SpeechBrainNames):
                 "fit was called while the modules have the weights of an evaluation, such as "
                 "averages: what it trained would be lost. Allowed: anywhere else, such as in "
                 "on_stage_end of a training"
+            )
+        if self.__batch.stepping:
+            raise ValueError(
+                "fit was called within the step of an optimizer, whose gradients it would replace. "
+                "Allowed: after it, such as in on_fit_batch_end"
             )
         with ExitStack() as stack:
             if self.__depth or self.__in_a_stage:
@@ -1433,7 +1444,8 @@ class Brain(SpeechBrainNames):
             self.progress.nonfinite_count = 0
             # Hooks may have added layers or loaded weights.
             connect(list(self.updates.values()), self.__named_parameters())
-            if self.__ema is not None and not self.__ema.count:
+            # A batch around a nested `fit` may have taken a step that is not yet in the average.
+            if self.__ema is not None and not (self.__ema.count or self.__batch.moved()):
                 self.__ema.restart(self.modules)
         resumed = self.__depth <= 1 and self.__state.training_started()
         if resumed:
@@ -1460,16 +1472,7 @@ class Brain(SpeechBrainNames):
 
     def __weigh(self, batch: Any) -> float:
         """Return what `count_examples` gives for a batch."""
-        count = self.count_examples(batch)
-        try:
-            weight = float(count)
-        except (TypeError, ValueError):
-            weight = math.nan
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(
-                f"count_examples returned {count!r}; allowed: a finite number, 0 or more"
-            )
-        return weight
+        return as_weight(self.count_examples(batch), "count_examples returned")
 
     def __fit_or_give_up(self, batch: Any) -> Any:
         """Call `fit_batch` and learn the votes of all ranks; give the batch up if one has to."""
@@ -1549,6 +1552,7 @@ class Brain(SpeechBrainNames):
         """Count the outcome of a loss, and tell callbacks and the guard."""
         if not self.__optimized:
             self.__optimized = True
+        self.__batch.stepping = False
         self.__batch.reports += reports
         for report in reports:
             self.__metrics.add_report(report)

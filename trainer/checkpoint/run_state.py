@@ -197,6 +197,11 @@ class RunState:
 
     # Resuming
 
+    @property
+    def restoring(self) -> bool:
+        """True from loading a checkpoint until everything is restored."""
+        return self._shared is not None
+
     def load_optimizers(self) -> None:
         """Restore the optimizers of the resumed `fit`, if it is not the first one."""
         if self._shared is not None and self.resumed_fit > 1:
