@@ -1075,7 +1075,8 @@ class Brain(SpeechBrainNames):
                 part, "shared" if networks else "both", of_fit=name == "hparams.early_stopping"
             )
         entries["trainable"] = StateEntry(self.__trainable, "shared")
-        entries["strategy"] = StateEntry(self.__strategy, "shared")
+        if self.__strategy.communicates:
+            entries["strategy"] = StateEntry(self.__strategy, "shared")
         entries["buffers"] = StateEntry(
             BufferState(self.modules),
             "memory" if distributed.is_main() else "rank",  # Rank 0's are saved with the modules.
@@ -1240,7 +1241,6 @@ class Brain(SpeechBrainNames):
                 if self.progress.outer_epoch is None:
                     self.progress.outer_epoch = self.progress.epoch
                 stack.enter_context(gradients_kept(self.modules))
-                stack.enter_context(self.__tracer)
                 stack.callback(setattr, self.__strategy, "votes", self.__strategy.votes)
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
@@ -1249,7 +1249,7 @@ class Brain(SpeechBrainNames):
                 signals.set_limit(self.options.max_hours)
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
-                stack.enter_context(self.__tracer)
+            stack.enter_context(self.__tracer)
             stack.enter_context(self.__outside_stages())
             self.__ticked = time.perf_counter()
             self.__depth += 1
