@@ -333,8 +333,9 @@ class LayerMonitor(Callback):
             )
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
-        meters = self._meters.values()
-        due = any(each.always or len(each.steps) + 1 >= self.every for each in meters)
+        due = False
+        for meter in self._meters.values():
+            due = due or meter.always or len(meter.steps) + 1 >= self.every
         if due is not self._listens:
             self._listens = due
             change = brain.callbacks.listen if due else brain.callbacks.unlisten
