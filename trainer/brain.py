@@ -550,14 +550,10 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            self.__modes.begin(self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
-            self.on_stage_start(Stage.TRAIN, epoch)
-            resumed = self.__begin_training()
+            resumed, total = self.__begin_training(feed)
             data_epoch = self.__data_epoch
-            # The data may be chosen by objects that were just restored.
-            total = feed.begin(data_epoch)
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
@@ -1164,10 +1160,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        self.__modes.begin(self.__trained_parameters())
-        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
-        self.__begin_training()
-        train.begin(self.__data_epoch)
+        self.__begin_training(train)
         return train
 
     # ---------------------------------------------------- parts of the loop, in their order of use
@@ -1417,8 +1410,14 @@ class Brain(SpeechBrainNames):
             if self.options.debug and number >= self.options.debug_epochs:
                 return
 
-    def __begin_training(self) -> bool:
-        """Prepare for the first batch, once the stage's hook has run; True if a run resumes."""
+    def __begin_training(self, feed: DataFeed) -> tuple[bool, int | None]:
+        """Run the stage's hook, and prepare for the first batch.
+
+        Returns:
+            True if a run resumes here, and the number of batches of the epoch, if it is known.
+        """
+        self.__modes.begin(self.__trained_parameters())
+        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__guard.begin_stage()
         if self.progress.step == 0:
             if not self.__trains_with(self.__optimizers()):
@@ -1436,7 +1435,8 @@ class Brain(SpeechBrainNames):
         resumed = self.__depth <= 1 and self.__state.training_started()
         if resumed:
             self.callbacks.call("on_resume", self)
-        return resumed
+        # The data may be chosen by objects that were just restored.
+        return resumed, feed.begin(self.__data_epoch)
 
     def __updates_for(self, name: str | None) -> list[Update]:
         """Return the optimizer of this name, or those that step together in this window."""
