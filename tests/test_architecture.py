@@ -160,6 +160,19 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     assert unheld == []
 
 
+def test_the_walks_through_the_code_are_as_short_as_the_docs_say() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.walks"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    walked = {name: int(files) for name, files, *_ in map(str.split, done.stdout.splitlines())}
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    stated = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE)
+    assert {name for name, _ in stated} == set(walked) == {"step", "fit", "save", "command"}
+    for name, files in stated:
+        assert walked[name] <= int(files), f"{name}: {walked[name]} files, and the docs say {files}"
+
+
 def test_documents_name_files_and_modules_that_exist() -> None:
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*/README.md")]
     assert len(documents) >= 20

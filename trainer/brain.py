@@ -557,14 +557,10 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            self.__modes.begin(self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
-            self.on_stage_start(Stage.TRAIN, epoch)
-            resumed = self.__begin_training()
+            resumed, total = self.__begin_training(feed)
             data_epoch = self.__data_epoch
-            # The data may be chosen by objects that were just restored.
-            total = feed.begin(data_epoch)
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
@@ -1084,7 +1080,8 @@ class Brain(SpeechBrainNames):
                 part, "shared" if networks else "both", of_fit=name == "hparams.early_stopping"
             )
         entries["trainable"] = StateEntry(self.__trainable, "shared")
-        entries["strategy"] = StateEntry(self.__strategy, "shared")
+        if self.__strategy.communicates:
+            entries["strategy"] = StateEntry(self.__strategy, "shared")
         entries["buffers"] = StateEntry(
             BufferState(self.modules),
             "memory" if distributed.is_main() else "rank",  # Rank 0's are saved with the modules.
@@ -1173,10 +1170,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        self.__modes.begin(self.__trained_parameters())
-        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
-        self.__begin_training()
-        train.begin(self.__data_epoch)
+        self.__begin_training(train)
         return train
 
     # ---------------------------------------------------- parts of the loop, in their order of use
@@ -1253,7 +1247,6 @@ class Brain(SpeechBrainNames):
                 if self.progress.outer_epoch is None:
                     self.progress.outer_epoch = self.progress.epoch
                 stack.enter_context(gradients_kept(self.modules))
-                stack.enter_context(self.__tracer)
                 stack.callback(setattr, self.__strategy, "votes", self.__strategy.votes)
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
@@ -1262,7 +1255,7 @@ class Brain(SpeechBrainNames):
                 signals.set_limit(self.options.max_hours)
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
-                stack.enter_context(self.__tracer)
+            stack.enter_context(self.__tracer)
             stack.enter_context(self.__outside_stages())
             self.__ticked = time.perf_counter()
             self.__depth += 1
@@ -1430,8 +1423,14 @@ class Brain(SpeechBrainNames):
             if self.options.debug and number >= self.options.debug_epochs:
                 return
 
-    def __begin_training(self) -> bool:
-        """Prepare for the first batch, after the stage's hook; return True if a run resumes."""
+    def __begin_training(self, feed: DataFeed) -> tuple[bool, int | None]:
+        """Run the stage's hook, and prepare for the first batch.
+
+        Returns:
+            True if a run resumes here, and the number of batches of the epoch, if it is known.
+        """
+        self.__modes.begin(self.__trained_parameters())
+        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__guard.begin_stage()
         if self.progress.step == 0:
             if not self.__trains_with(self.__optimizers()):
@@ -1450,7 +1449,8 @@ class Brain(SpeechBrainNames):
         resumed = self.__depth <= 1 and self.__state.training_started()
         if resumed:
             self.callbacks.call("on_resume", self)
-        return resumed
+        # The data may be chosen by objects that were just restored.
+        return resumed, feed.begin(self.__data_epoch)
 
     def __updates_for(self, name: str | None) -> list[Update]:
         """Return the optimizer of this name, or those that step together in this window."""
