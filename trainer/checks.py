@@ -9,11 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
+from trainer.tree import plain_number
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+def as_number(value: object) -> int | float | None:
+    """Return a number of Python, of NumPy or in a tensor as an int or a float; None for others.
+
+    True and False are no numbers.
+    """
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def whole(owner: str, name: str, value: float, low: int) -> int:
@@ -22,9 +32,10 @@ def whole(owner: str, name: str, value: float, low: int) -> int:
     Raises:
         ValueError: if the value is no whole number, or below ``low``.
     """
-    if not _is_number(value) or not math.isfinite(value) or value != int(value) or value < low:
+    found = as_number(value)
+    if found is None or not math.isfinite(found) or found != int(found) or found < low:
         raise ValueError(f"{owner}: {name} must be a whole number, {low} or more; got {value!r}")
-    return int(value)
+    return int(found)
 
 
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
@@ -35,12 +46,14 @@ def within(owner: str, name: str, value: float, low: float, high: float, ends: s
     Raises:
         ValueError: if the value is no number, or outside of the interval.
     """
-    above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
-    below = _is_number(value) and (value <= high if ends[1] == "]" else value < high)
-    if not (above and below):
+    found = as_number(value)
+    if found is None or not (
+        (found >= low if ends[0] == "[" else found > low)
+        and (found <= high if ends[1] == "]" else found < high)
+    ):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
         raise ValueError(f"{owner}: {name} must be a number in {interval}; got {value!r}")
-    return float(value)
+    return float(found)
 
 
 def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
