@@ -999,9 +999,16 @@ def test_a_list_of_optimizers_is_refused() -> None:
         make(Listed).fit([1], batches(1))
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "mps", "xpu", "hpu"])
+@pytest.mark.parametrize("name", ["cuda:99", "mps", "xpu", "hpu", "meta", "vulkan", "xla"])
 def test_an_absent_device_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"device '{name}'.*use --device cpu"):
+    with pytest.raises(ValueError, match=rf"device '{name}'.*use --device cpu") as caught:
+        pick_device(name)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:3", "CPU", "cuda:", "cuda:-1", "cuda:0,1", "0", ""])
+def test_a_device_that_no_machine_has_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device is '{name}'; allowed: auto, cpu, cuda, cuda:0"):
         pick_device(name)
 
 
