@@ -6,13 +6,19 @@ the name of the value. Its error, a ValueError, names both, and what is allowed.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from trainer.tree import plain_number
+
+logger = logging.getLogger("trainer")
 
 
 def as_number(value: object) -> int | float | None:
@@ -95,6 +101,34 @@ def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> 
             f"the saved state does not fit {owner}: missing {sorted(missing) or 'nothing'}, "
             f"unexpected {sorted(unexpected) or 'nothing'}"
         )
+
+
+def warn_of_nonfinite(source: object, weights: Mapping[str, Any]) -> None:
+    """Warn of weights that were read and are not finite, as those of a run that went astray are.
+
+    Tensors in which -inf alone is not finite are masks.
+
+    Args:
+        source: the file, folder or name that they were read from.
+        weights: tensors by name; other values are left out.
+    """
+    bad = [name for name, each in weights.items() if isinstance(each, Tensor) and _is_bad(each)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        logger.warning(
+            "%s: the weights %s%s are not finite (nan or inf), and nor is what is computed with "
+            "them: use another checkpoint or file", source, bad[0], more,
+        )  # fmt: skip
+
+
+def _is_bad(tensor: Tensor) -> bool:
+    floats = tensor.is_floating_point() and tensor.itemsize > 1 or tensor.is_complex()
+    if not floats or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    # The sum tells it of almost all tensors in one pass; it may be beyond the range by itself.
+    if tensor.detach().sum().isfinite():
+        return False
+    return not (tensor.isfinite() | (tensor == -math.inf)).all().item()
 
 
 class Stateful:

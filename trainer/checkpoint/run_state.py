@@ -148,6 +148,11 @@ class RunState:
         state = {"progress": dict(vars(self.progress)), **shared}
         return state if self.base is None else self.base.leave_out(state)
 
+    def weights(self) -> Mapping[str, Any]:
+        """Return the present weights of the modules, by name."""
+        weights: Mapping[str, Any] = self._stateful()["modules"].part.state_dict()
+        return weights
+
     def base_of_save(self) -> dict[str, Any] | None:
         """Return what the last `state_dict` is relative to, for the manifest."""
         return None if self.base is None else self.base.summary
@@ -314,6 +319,7 @@ class Saver:
             self._checkpointer.enabled = False
         self._checkpointer.add_recoverable("brain", state)
         self._progress, self._options, self._on_saved = state.progress, options, on_saved
+        self._weights = state.weights
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._failures = 0  # Calls of `release` in a row in which the disk did not take a save.
         self._unsaved: list[SaveRequest] = []  # Saves that failed when they were tried last.
@@ -334,6 +340,8 @@ class Saver:
         found, folder = self._checkpointer.recover_if_possible(), self._checkpointer.folder
         if found is not None:
             self._saved_step = self._progress.optimizer_step
+            if distributed.is_main():
+                checks.warn_of_nonfinite(found.path, self._weights())
         elif others := sorted(path.parent for path in folder.glob("CKPT+*/CKPT.yaml")):
             logger.warning(
                 "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is "
