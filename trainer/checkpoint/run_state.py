@@ -26,6 +26,7 @@ from trainer.checkpoint.user_state import KEY
 from trainer.distributed import run_on_main
 from trainer.options import RunOptions
 from trainer.progress import Progress
+from trainer.seed import StatefulGenerator
 from trainer.tree import map_leaves
 
 NUMBER = "number"  # Key beside names of parameters, which have a dot.
@@ -184,7 +185,9 @@ class RunState:
                 raise
             # A later `fit` was saved, before which the recipe exchanges them: `load_optimizers`.
             fitting = False
-        _check_names("stateful objects", "objects.", [n for n in shared if n in entries], entries)
+        # Earlier versions did not save all kinds of generators.
+        needed = [n for n, e in entries.items() if n in shared or not _is_generator(e)]
+        _check_names("stateful objects", "objects.", [n for n in shared if n in entries], needed)
         for name, entry in entries.items():
             if name not in shared and entry.restart is not None:
                 entry.restart()
@@ -287,6 +290,10 @@ def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str
         for names in (saved, own)
     )
     checks.same_keys(f"the {kind} of this Brain", has, needs)
+
+
+def _is_generator(entry: StateEntry) -> bool:
+    return isinstance(entry.part, StatefulGenerator)
 
 
 class Saver:
