@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainer import checks
+
 Names = Mapping[Tensor, str]  # Names of parameters, such as "encoder.0.weight".
 
 # The smallest sum of p-th powers that float32 holds with all its digits.
@@ -325,11 +327,12 @@ def limit_of(value: float | None, name: str = "max_grad_norm") -> float:
     """
     if value is None:
         return math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    found = checks.as_number(value)
+    if found is None or math.isnan(found):
         raise ValueError(
             f"{name} is {value!r}; allowed: a number; null, inf, 0 or below mean no clipping"
         )
-    return float(value) if value > 0 else math.inf
+    return float(found) if found > 0 else math.inf
 
 
 class Clipper(Protocol):
