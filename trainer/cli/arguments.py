@@ -77,7 +77,7 @@ def configure(
 
     `seed` and `output_folder` are added to a YAML that lacks them. The default folder is
     results/<task>/<name>/<seed>; changes of the training on the command line are appended to its
-    name, as in results/asr/demo/1234-lr=0.1, also where the YAML spells out the default and, with
+    name, as in results/kws/demo/1234-lr=0.1, also where the YAML spells out the default and, with
     ``apart``, to a folder of its own choice. ``allow`` is as for `load_hparams`.
 
     Returns:
