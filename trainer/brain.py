@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, takewhile
 from numbers import Real
 from operator import attrgetter
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -418,17 +419,14 @@ class Brain(SpeechBrainNames):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        for name, value in vars(cls).items():
-            described = isinstance(value, (property, staticmethod, classmethod))
-            if isinstance(value, property) and value.fset is None and name in OWN:
+        for kind in takewhile(lambda kind: kind is not Brain, cls.__mro__):  # Mixins, too.
+            if private := ", ".join(sorted(_names_of_ours(kind))):
                 raise AttributeInUse(
-                    f"{cls.__name__}.{name} is a property without a setter, and Brain sets this "
-                    "attribute itself: choose another name for the property"
+                    f"{kind.__name__} uses {private}: in a class of this name Python takes these "
+                    "for names of trainer.Brain; rename the class, or give one underscore"
                 )
-            if name in FIXED and not described:
-                raise AttributeInUse(f"{cls.__name__}.{name} cannot be set: {FIXED[name]}")
-            if name in METHODS and not (described or callable(value)):
-                raise AttributeInUse(_replaces_method(cls, name, value))
+            for name, value in vars(kind).items():
+                _check_class_attribute(cls, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_Brain__"):  # Set several times a step; `super` would be too slow.
@@ -439,7 +437,11 @@ class Brain(SpeechBrainNames):
             if name == "device" and ready and _is_same_device(value, self.device):
                 return
             raise AttributeInUse(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
-        if name in SETTINGS and ready:
+        if name in OWN and ready is None:
+            raise AttributeInUse(
+                f"{type(self).__name__}.{name} is set by super().__init__(): set it afterwards"
+            )
+        if ready and isinstance(value, SETTINGS.get(name, ())):
             raise AttributeInUse(
                 f"{type(self).__name__}.{name} cannot be set: it is a run option, which takes "
                 "effect where the Brain is made: give it in run_opts or hparams"
@@ -1873,6 +1875,28 @@ def _is_same_device(value: Any, device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return other.type == device.type and other.index in (None, device.index)
+
+
+def _names_of_ours(kind: type) -> set[str]:
+    """Return the names of a class that Python makes private to `Brain`, since it is called so."""
+    functions = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+    used = chain(vars(kind), *(function.__code__.co_names for function in functions))
+    return {f"__{name.removeprefix('_Brain__')}" for name in used if name.startswith("_Brain__")}
+
+
+def _check_class_attribute(kind: type, name: str, value: Any) -> None:
+    """Raise AttributeInUse for an attribute of a class that would break `Brain` or do nothing."""
+    described = isinstance(value, (property, staticmethod, classmethod))
+    if name in METHODS and not (described or callable(value)):
+        raise AttributeInUse(_replaces_method(kind, name, value))
+    if name in OWN and isinstance(value, property) and value.fset is None:
+        raise AttributeInUse(
+            f"{kind.__name__}.{name} is a property without a setter, and Brain sets this "
+            "attribute itself: choose another name for the property"
+        )
+    if name in OWN | FIXED.keys() and not isinstance(value, property):
+        instead = FIXED.get(name, f"super().__init__() sets it; set self.{name} afterwards")
+        raise AttributeInUse(f"{kind.__name__}.{name} cannot be set in a class: {instead}")
 
 
 def _replaces_method(kind: type, name: str, value: Any) -> str:
