@@ -94,14 +94,6 @@ def test_the_trainer_knows_no_recipe_and_a_recipe_no_other() -> None:
                     assert parts[1] in known, f"{path} imports {name}"
 
 
-def test_the_trainer_needs_torch_hyperpyyaml_and_tqdm_alone() -> None:
-    allowed = {"trainer", "torch", "hyperpyyaml", "ruamel", "yaml", "tqdm", "__future__"}
-    allowed |= {"huggingface_hub", "peft", "safetensors", "soundfile"}
-    allowed |= {"onnx", "onnxruntime", "onnxscript"}  # Where a run asks for them.
-    found = {name.split(".")[0] for path in sources(TRAINER) for name in imports_of(path)}
-    assert found - set(sys.stdlib_module_names) <= allowed
-
-
 def test_the_trainer_names_no_recipe_in_a_string() -> None:
     """Nor in a docstring; `common` and `separation` are words of English, too."""
     tasks = {path.parent.name for path in (ROOT / "recipes").glob("*/__init__.py")}
