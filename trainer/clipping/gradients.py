@@ -73,6 +73,8 @@ class Gradients:
             if grad.is_sparse:  # Coalescing adds up repeated rows.
                 param.grad = grad.coalesce()
                 self.tensors[i] = param.grad.values()
+            elif grad.is_conj():  # A lazy view, which foreach calls and optimizers refuse.
+                self.tensors[i] = param.grad = grad.resolve_conj()
         self.norms: list[float] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan

@@ -22,7 +22,17 @@ from torch import Tensor
 from trainer import distributed
 from trainer.callbacks import Callback
 from trainer.checks import by_name
-from trainer.clipping import AGC, AdaGC, AutoClip, Gradients, NormClip, ZClip, joint, norms
+from trainer.clipping import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    Gradients,
+    NormClip,
+    ZClip,
+    joint,
+    norms,
+    percentile,
+)
 from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
@@ -143,7 +153,7 @@ class Health:
                 f"{clipped} of the last {WINDOW} steps of {self.name!r} were clipped (limit "
                 f"{window[-1].limit:g}, median norm {middle:.3g}): the limit, and not the "
                 "gradient, decides how far a step goes. Raise max_grad_norm to about "
-                f"{norms[int(0.9 * WINDOW)]:.2g}, the 90th percentile of these norms, or "
+                f"{percentile(norms, 90):.2g}, the 90th percentile of these norms, or "
                 "lower the learning rate if the loss jumps; if the limit is meant to be reached so "
                 "often, set the run option expected_clip_rate to 1.0"
             )
