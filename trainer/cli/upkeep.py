@@ -1,4 +1,4 @@
-"""Upkeep of run folders: delete what is not needed, and average checkpoints."""
+"""Upkeep of run folders: delete unneeded checkpoints, and average checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLACES = ("epoch", "optimizer_step", "step")  # in the meta of a checkpoint; not
 
 @dataclass(frozen=True)
 class Removable:
-    """Folder of a run that is not needed and may be deleted."""
+    """Folder in a run that may be deleted."""
 
     run: Path
     path: Path
@@ -37,7 +37,7 @@ class Removable:
 
 
 def removable(run: Path) -> tuple[list[Removable], list[str]]:
-    """Return the folders of a run that may be deleted, and sentences about those left alone.
+    """Return the folders in a run that may be deleted, and sentences about others.
 
     These are the remains of killed saves, and checkpoints that are neither the newest, nor the
     newest of an epoch's end, nor among the best by a metric, nor named by the program.
@@ -61,7 +61,7 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
                         notes.append(f"{printable(str(error))}: it is left alone")
         for each in sorted({*checkpoints} - _kept(checkpoints, run), key=lambda each: each.number):
             others = {*os.listdir(each.path)} - {*each.files, storage.MANIFEST}
-            if not each.complete:  # A killed process has left them.
+            if not each.complete:  # Files that a killed process left.
                 others = {name for name in others if not storage.FILE_NAME.fullmatch(name)}
             if others:
                 strange = printable(min(others))
@@ -73,9 +73,9 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
 
 
 def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
-    """Delete folders that `removable` has listed and that are still not needed.
+    """Delete folders of `removable` that are still unneeded; lock each run meanwhile.
 
-    Each run is locked meanwhile. Returns the bytes that were freed, and sentences on problems.
+    Returns the freed bytes, and sentences about problems.
     """
     freed, problems = 0, []
     for run in dict.fromkeys(each.run for each in items):
@@ -102,7 +102,7 @@ def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
 def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
     """Return the checkpoints of a folder that must stay.
 
-    For a metric without a rule in the run's YAML, these are the lowest and the highest.
+    For a metric without a rule in the run's YAML, those with its lowest and highest value stay.
     """
     newest = sorted(checkpoints, key=lambda each: each.number, reverse=True)
     kept = {each for each in newest if each.pinned or each.label}
@@ -142,11 +142,11 @@ def average(
     min_key: str | None = None,
     max_key: str | None = None,
 ) -> list[Checkpoint]:
-    """Write a run folder whose checkpoint has the mean weights of checkpoints; return these.
+    """Write a run folder whose checkpoint has the mean weights of others; return those.
 
-    For a run with ``ema_decay`` it is the mean of the moving averages. The new folder is for
-    `trainer.load` and for tests; a training cannot resume from it. ``number`` is that of the
-    newest checkpoints, or of the best by a metric; None for all.
+    For a run with ``ema_decay`` the moving averages are averaged. The new folder is for
+    `trainer.load` and for tests; training cannot resume from it. ``number`` limits it to the newest
+    checkpoints, or to the best by a metric; None for all.
     """
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")
@@ -182,7 +182,7 @@ def average(
     shutil.rmtree(new, ignore_errors=True)
     try:
         meta = {**chosen[0].meta, "average_of": [each.name for each in chosen]}
-        # The state of a Brain with its weights alone, to use and not to resume from.
+        # The state of a Brain, only with weights.
         brain = SimpleNamespace(state_dict=lambda: {"modules": weights}, load_state_dict=None)
         saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": brain})
         if saved := saver.save_checkpoint(meta):

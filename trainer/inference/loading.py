@@ -1,6 +1,6 @@
 """Trained models from run folders.
 
-    model = trainer.load("results/asr/demo/1234")
+    model = trainer.load("results/kws/demo/1234")
     model.transcribe("x.wav")
 
 What is found in a run folder is data: it builds only what installed recipes list for it (see
@@ -314,7 +314,10 @@ def recipe_class(package: str, attribute: str, names: Collection[str]) -> Any:
             raise ValueError(f"a run of {package} builds one of {', '.join(named)}")
         (named,) = classes
     if named is None:
-        raise ValueError(f"a run of {package} has no {attribute.lower()}")
+        raise ValueError(
+            f"{package} names no {attribute}: give a class as {attribute.lower()}=… to "
+            f"trainer.load, or name it in {package.replace('.', '/')}/__init__.py"
+        )
     module, _, name = str(named).rpartition(".")
     return getattr(importlib.import_module(f"{package}.{module}"), name)
 
@@ -424,8 +427,8 @@ def load(
             read from outside of the folder.
         allow: packages, modules or objects by dotted name that the YAML may build, in addition to
             what installed recipes list: those of your own program.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value. Without either, the
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better. Without either, the
             attribute ``best_checkpoint`` of the class decides, such as ``{"min_key": "wer"}``;
             without one, the newest checkpoint is taken.
 
@@ -439,7 +442,7 @@ def load(
 
     Example::
 
-        model = trainer.load("results/asr/demo/1234")
+        model = trainer.load("results/kws/demo/1234")
         print(model.transcribe("x.wav").text)
     """
     if model is not None and brain is not None:
@@ -500,8 +503,8 @@ def put_weights(
         modules: modules of the run.
         checkpointer: its checkpoints.
         options: ``average_checkpoints`` and ``ema_decay``.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value.
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better.
         prefix: name of the modules among those of the run, such as "generator.".
         uses: names of the modules of the run to give weights to; empty for all.
 
