@@ -94,6 +94,7 @@ from trainer.options import RunOptions, given_options, warn_of_similar_names
 from trainer.progress import Progress, Stage
 from trainer.samples import Cell, Samples
 from trainer.speechbrain_names import SETTINGS, SpeechBrainNames
+from trainer.texts import first_line
 from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
@@ -1530,9 +1531,7 @@ class Brain(SpeechBrainNames):
         """Return the batch and error for the log; raise if the batch cannot be given up."""
         known, batch = self.__batch, self.__batch.batch
         ids = ", ".join(self.batch_ids(batch)) or "without ids"
-        what = (
-            f"{ids}; {batch_sizes(batch)}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        )
+        what = f"{ids}; {batch_sizes(batch)}: {first_line(error)}"
         moved = next((report.name for report in known.reports if report.stepped), None)
         why = ""
         if known.stepping:
@@ -1879,7 +1878,8 @@ def _is_same_device(value: Any, device: torch.device) -> bool:
 
 def _names_of_ours(kind: type) -> set[str]:
     """Return the names of a class that Python makes private to `Brain`, since it is called so."""
-    functions = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+    own = [each for each in vars(kind).values() if isinstance(each, FunctionType)]
+    functions = [each for each in own if each.__module__ != __name__]  # Not `Brain.fit_batch`.
     used = chain(vars(kind), *(function.__code__.co_names for function in functions))
     return {f"__{name.removeprefix('_Brain__')}" for name in used if name.startswith("_Brain__")}
 
