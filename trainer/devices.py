@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from trainer import distributed
 from trainer.checkpoint.user_state import keep_in_state_dict
 from trainer.options import RunOptions, nearest
+from trainer.texts import first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,7 +45,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=device).item()  # A meta tensor can be made, and not read.
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # A list of backends may follow.
+        reason = first_line(error).partition(". ")[0]  # A list of backends may follow.
         raise ValueError(
             f"device {name!r} cannot be used on this machine ({reason}); use --device cpu or auto"
         ) from None

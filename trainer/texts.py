@@ -34,10 +34,12 @@ def first_names(names: Iterable[str], most: int = 3, between: str = ", ") -> str
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; libraries add pages about their insides."""
-    return printable(str(error).strip().partition("\n")[0][:MAX_LINE])
+    """Return the first line of an error's message, or its kind; libraries add pages."""
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return printable(line[:MAX_LINE])
 
 
 def cause(error: BaseException) -> str:
     """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {first_line(error)}"
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f"{kind}: {line}"

@@ -98,9 +98,7 @@ class SoundClassifier(Embedder):
         for pieces in self.piece_vectors(sources):
             with torch.inference_mode(), self.autocast():
                 logits = self.modules.head(pieces.to(self.device))
-            probabilities = logits.float().softmax(1).mean(0).tolist()
-            scores = sorted(zip(names, probabilities, strict=True), key=lambda each: -each[1])
-            found.append(Classification(*scores[0], dict(scores)))
+            found.append(Classification.ranked(names, logits.float().softmax(1).mean(0)))
         return found if several else found[0]
 
     def vectors(self, wavs: Tensor, lengths: Tensor) -> Tensor:

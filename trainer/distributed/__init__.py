@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from trainer.distributed import hang_watch
+from trainer.texts import first_line
 
 T = TypeVar("T")
 
@@ -105,7 +106,7 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> None:
         raise ValueError(
             f"the processes of this run did not come together within {RENDEZVOUS.seconds} s "
             f"({place}): start all of them, as torchrun does, or unset RANK and WORLD_SIZE for a "
-            f"run of one process ({str(error).partition(chr(10))[0]})"
+            f"run of one process ({first_line(error)})"
         ) from error
     shared.set_timeout(RENDEZVOUS)
     # torchrun's store outlives the processes: what those of an earlier start wrote, such as the
