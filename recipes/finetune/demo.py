@@ -24,6 +24,7 @@ import trainer
 from recipes.common import speech_cache
 from trainer import json_files
 from trainer.loggers.files import replace_file
+from trainer.report.history import measures_of, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,16 @@ class Parts:
     Args:
         folder: folder of the demo.
         start: does a part in a folder, for as long as it takes.
+        anew: do all parts again.
     """
 
-    def __init__(self, folder: Path, start: Callable[[Part, Path], None]) -> None:
+    def __init__(
+        self, folder: Path, start: Callable[[Part, Path], None], anew: bool = False
+    ) -> None:
         self.folder, self.start = folder, start
         self.path = folder / "parts.json"
         self.done: dict[str, Metrics] = {}
-        if self.path.exists():
+        if self.path.exists() and not anew:
             self.done = json_files.read(self.path)
 
     def do(self, part: Part) -> Metrics:
@@ -78,16 +82,12 @@ class Parts:
 def last_metrics(path: Path) -> Metrics:
     """Return the best metrics of valid and the last of test, by a run's metrics.jsonl."""
     found: Metrics = {}
-    with path.open("rb") as file:
-        for line in json_files.lines(file):
-            row = json_files.parse(line, allow_nan=True)
-            if row.get("kind") != "stage" or row.get("stage") not in ("valid", "test"):
-                continue
-            values = {name: float(row[name]) for name in (*MEASURES, "accuracy") if name in row}
-            known = found.get(row["stage"])
-            better = known is None or values.get("cer", 0) <= known.get("cer", 0)
-            if better or row["stage"] == "test":
-                found[row["stage"]] = values
+    for record in read_history(path).stages:
+        stage, measured = record["stage"], measures_of(record)
+        values = {n: v for n, v in measured if n in (*MEASURES, "accuracy") and v is not None}
+        better = values.get("cer", 0) <= found.get(stage, values).get("cer", 0)
+        if stage == "test" or (stage == "valid" and better):
+            found[stage] = values
     return found
 
 
@@ -95,7 +95,14 @@ def run(given: trainer.Run) -> dict[str, float]:
     """Do the parts that are not done, print the table, and return the errors of test."""
     hparams, folder = given.hparams, given.folder
     processes: list[subprocess.Popen[bytes]] = []
-    parts = Parts(folder, lambda part, place: _start(part, place, processes))
+    anew = given.options.overwrite
+
+    def start(part: Part, place: Path) -> None:
+        trains = anew and not part.values.get("test_only")
+        values = {**part.values, "overwrite": True} if trains else part.values
+        _start(part._replace(values=values), place, processes)
+
+    parts = Parts(folder, start, anew)
     study = Study(hparams, folder)
     try:
         work(parts, study, hparams["workers"])

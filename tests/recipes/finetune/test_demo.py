@@ -178,6 +178,32 @@ def test_a_demo_that_is_killed_goes_on_and_a_second_one_finds_the_encoder(
     assert not any(each.yaml == "pretrain.yaml" for each in whole.started)  # It is cached.
 
 
+def test_a_part_gives_the_best_valid_and_the_last_test_and_overwrite_does_it_anew(
+    tmp_path: Path,
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"stage": "valid", "epoch": n, "wer": 9.0, "cer": cer}
+        for n, cer in enumerate([5.0, 2.0, 2.0])
+    ]
+    rows[2]["wer"] = 7.0  # The later one of equals.
+    tests = [{"stage": "test", "epoch": None, "wer": wer, "loss": 1.0} for wer in (4.0, 3.0)]
+    lines = [json.dumps({"kind": "stage", **row}) for row in rows + tests]
+    started: list[str] = []
+
+    def start(part: Part, folder: Path) -> None:
+        started.append(part.name)
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    part = Part("one", "x.yaml", {})
+    for anew, starts in ((False, 1), (False, 1), (True, 2)):
+        parts = Parts(tmp_path, start, anew)
+        found = parts.do(part)
+        assert found == {"valid": {"wer": 7.0, "cer": 2.0}, "test": {"wer": 3.0}}
+        parts.keep(part, found)
+        assert len(started) == starts
+
+
 def test_a_broken_encoder_in_the_cache_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     made, cached = tmp_path / "made", tmp_path / "cache" / "encoder"
     export(PretrainedEncoder(network()), made)
