@@ -45,7 +45,7 @@ def checkpoint_folders(run: Path, links: bool = False) -> Iterator[Path]:
         holds = [
             each
             for each in folders
-            if TEMPORARY_NAME.fullmatch(each) or (here / each / MANIFEST).is_file()
+            if TEMPORARY_NAME.fullmatch(each) or os.path.isfile(here / each / MANIFEST)
         ]
         if holds:
             yield here
