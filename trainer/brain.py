@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, takewhile
 from numbers import Real
 from operator import attrgetter
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ from trainer.evaluation import (
     modes_kept,
     warn_of_modes,
 )
-from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
+from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics, as_weight
 from trainer.optim import ema, epoch_end, step
 from trainer.optim.build import (
     check_early_stopping,
@@ -418,17 +419,14 @@ class Brain(SpeechBrainNames):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        for name, value in vars(cls).items():
-            described = isinstance(value, (property, staticmethod, classmethod))
-            if isinstance(value, property) and value.fset is None and name in OWN:
+        for kind in takewhile(lambda kind: kind is not Brain, cls.__mro__):  # Mixins, too.
+            if private := ", ".join(sorted(_names_of_ours(kind))):
                 raise AttributeInUse(
-                    f"{cls.__name__}.{name} is a property without a setter, and Brain sets this "
-                    "attribute itself: choose another name for the property"
+                    f"{kind.__name__} uses {private}: in a class of this name Python takes these "
+                    "for names of trainer.Brain; rename the class, or give one underscore"
                 )
-            if name in FIXED and not described:
-                raise AttributeInUse(f"{cls.__name__}.{name} cannot be set: {FIXED[name]}")
-            if name in METHODS and not (described or callable(value)):
-                raise AttributeInUse(_replaces_method(cls, name, value))
+            for name, value in vars(kind).items():
+                _check_class_attribute(cls, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_Brain__"):  # Set several times a step; `super` would be too slow.
@@ -439,7 +437,11 @@ class Brain(SpeechBrainNames):
             if name == "device" and ready and _is_same_device(value, self.device):
                 return
             raise AttributeInUse(f"{type(self).__name__}.{name} cannot be set: {FIXED[name]}")
-        if name in SETTINGS and ready:
+        if name in OWN and ready is None:
+            raise AttributeInUse(
+                f"{type(self).__name__}.{name} is set by super().__init__(): set it afterwards"
+            )
+        if ready and isinstance(value, SETTINGS.get(name, ())):
             raise AttributeInUse(
                 f"{type(self).__name__}.{name} cannot be set: it is a run option, which takes "
                 "effect where the Brain is made: give it in run_opts or hparams"
@@ -501,7 +503,8 @@ class Brain(SpeechBrainNames):
 
         A `fit` may be called within a hook of another one: it trains the same weights, and the
         outer one then goes on exactly where it was, its open accumulation window included. A
-        request to stop waits for the outer one's next batch, after which it can resume.
+        request to stop waits for the outer one's next batch, after which it can resume. Where a
+        resumed run calls a hook once more, a `fit` within it does nothing.
 
         Args:
             epoch_counter: numbers of the epochs, such as ``range(1, 11)`` or an `EpochCounter`.
@@ -514,7 +517,8 @@ class Brain(SpeechBrainNames):
 
         Raises:
             ValueError: for arguments that cannot be used.
-            ValueError: if it is called in an evaluation with other weights than those of training.
+            ValueError: in an evaluation with other weights than those of training, and within an
+                optimizer step.
             NonFiniteError: after more skipped steps in an epoch than ``nonfinite_patience``.
         """
         if self.options.test_only:
@@ -529,8 +533,13 @@ class Brain(SpeechBrainNames):
         if self.driver is not None and not self.__depth:
             self.driver(self, arguments)
             return
-        train, valid = self.__feeds(arguments)
+        if self.__depth and self.__state.restoring:
+            logger.info("a fit of a hook was over before the checkpoint: nothing to do")
+            return
         with self.__fitting() as stack:
+            train, valid = self.__feeds(arguments)
+            if self.__depth == 1:
+                self.__data = train
             self.__prepare(epoch_counter, self.__saver.recover)
             if self.__depth == 1:
                 self.__epochs_to_do = _length(epoch_counter)
@@ -550,14 +559,10 @@ class Brain(SpeechBrainNames):
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            self.__modes.begin(self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
-            self.on_stage_start(Stage.TRAIN, epoch)
-            resumed = self.__begin_training()
+            resumed, total = self.__begin_training(feed)
             data_epoch = self.__data_epoch
-            # The data may be chosen by objects that were just restored.
-            total = feed.begin(data_epoch)
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
@@ -708,9 +713,7 @@ class Brain(SpeechBrainNames):
                     ids = self.batch_ids(self.__batch.batch)
                     self.__guard.add_loss(updates[0].name, ids, part)
             for (each, _), (updates, _) in zip(losses, parts, strict=True):
-                self.__batch.stepping = True
                 reports = self.__finish(updates, weight, last)
-                self.__batch.stepping = False
                 if each is None and reports[0].outcome != "accumulated":
                     self.progress.joint = None
                 self.__take_reports(reports)
@@ -750,7 +753,9 @@ class Brain(SpeechBrainNames):
         """Step if the window is full or ``last``, through `optimizers_step` if overridden."""
         if updates[0].window.count < updates[0].size and not last:
             return step.finish(updates, weight)
-        batch, settled = self.__batch, step.settle(updates)
+        batch = self.__batch
+        batch.stepping = True
+        settled = step.settle(updates)
         if not self.__own_step:
             try:
                 return step.close(updates, settled)
@@ -796,13 +801,14 @@ class Brain(SpeechBrainNames):
         """
         self.__configure_callbacks()
         self.__initialise()
-        feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
-        self.__show_progress(progressbar)
         tested = None
         with ExitStack() as stack:
-            own = stack.enter_context(self.__weights_of_run_kept())
             if not self.__depth:
                 stack.enter_context(self.__reporting_exceptions())
+            feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
+            self.__show_progress(progressbar)
+            own = stack.enter_context(self.__weights_of_run_kept())
+            if not self.__depth:
                 stack.enter_context(self.__saver.testing(self.__trained))
                 signals.set_limit(self.options.max_hours)
                 if distributed.world_size() > 1:  # All ranks stop after the same batch.
@@ -848,7 +854,7 @@ class Brain(SpeechBrainNames):
                 before = Snapshot(self.progress, self.__hook_state)
                 stack.enter_context(before.restored_after(signals.Interrupted))
             stack.enter_context(evaluation_mode(self.modules))
-            self.__metrics.begin_logging(stage.value)
+            stack.enter_context(self.__metrics.evaluation_logged(stage.value))
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
                 stack.enter_context(self.__weights_replaced(True))
@@ -869,7 +875,7 @@ class Brain(SpeechBrainNames):
                     add_advice(error, batch)
                     raise
                 if loss is not None:
-                    weight = self.count_examples(batch) / shares
+                    weight = self.__weigh(batch) / shares
                     examples += weight
                     mean.update(loss, weight)
                 self.callbacks.call("on_batch_end", self, stage, loss)
@@ -1076,7 +1082,8 @@ class Brain(SpeechBrainNames):
                 part, "shared" if networks else "both", of_fit=name == "hparams.early_stopping"
             )
         entries["trainable"] = StateEntry(self.__trainable, "shared")
-        entries["strategy"] = StateEntry(self.__strategy, "shared")
+        if self.__strategy.communicates:
+            entries["strategy"] = StateEntry(self.__strategy, "shared")
         entries["buffers"] = StateEntry(
             BufferState(self.modules),
             "memory" if distributed.is_main() else "rank",  # Rank 0's are saved with the modules.
@@ -1165,10 +1172,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        self.__modes.begin(self.__trained_parameters())
-        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
-        self.__begin_training()
-        train.begin(self.__data_epoch)
+        self.__begin_training(train)
         return train
 
     # ---------------------------------------------------- parts of the loop, in their order of use
@@ -1191,8 +1195,6 @@ class Brain(SpeechBrainNames):
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
-        if not self.__depth:
-            self.__data = train
         valid = None
         if arguments.valid_set is not None:
             overfit = self.options.overfit_batches > 0
@@ -1229,6 +1231,11 @@ class Brain(SpeechBrainNames):
                 "averages: what it trained would be lost. Allowed: anywhere else, such as in "
                 "on_stage_end of a training"
             )
+        if self.__batch.stepping:
+            raise ValueError(
+                "fit was called within the step of an optimizer, whose gradients it would replace. "
+                "Allowed: after it, such as in on_fit_batch_end"
+            )
         with ExitStack() as stack:
             if self.__depth or self.__in_a_stage:
                 stack.enter_context(modes_kept(self.modules))
@@ -1242,7 +1249,6 @@ class Brain(SpeechBrainNames):
                 if self.progress.outer_epoch is None:
                     self.progress.outer_epoch = self.progress.epoch
                 stack.enter_context(gradients_kept(self.modules))
-                stack.enter_context(self.__tracer)
                 stack.callback(setattr, self.__strategy, "votes", self.__strategy.votes)
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
@@ -1251,7 +1257,7 @@ class Brain(SpeechBrainNames):
                 signals.set_limit(self.options.max_hours)
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
-                stack.enter_context(self.__tracer)
+            stack.enter_context(self.__tracer)
             stack.enter_context(self.__outside_stages())
             self.__ticked = time.perf_counter()
             self.__depth += 1
@@ -1419,8 +1425,14 @@ class Brain(SpeechBrainNames):
             if self.options.debug and number >= self.options.debug_epochs:
                 return
 
-    def __begin_training(self) -> bool:
-        """Prepare for the first batch, after the stage's hook; return True if a run resumes."""
+    def __begin_training(self, feed: DataFeed) -> tuple[bool, int | None]:
+        """Run the stage's hook, and prepare for the first batch.
+
+        Returns:
+            True if a run resumes here, and the number of batches of the epoch, if it is known.
+        """
+        self.__modes.begin(self.__trained_parameters())
+        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__guard.begin_stage()
         if self.progress.step == 0:
             if not self.__trains_with(self.__optimizers()):
@@ -1433,12 +1445,14 @@ class Brain(SpeechBrainNames):
             self.progress.nonfinite_count = 0
             # Hooks may have added layers or loaded weights.
             connect(list(self.updates.values()), self.__named_parameters())
-            if self.__ema is not None and not self.__ema.count:
+            # A batch around a nested `fit` may have taken a step that is not yet in the average.
+            if self.__ema is not None and not (self.__ema.count or self.__batch.moved()):
                 self.__ema.restart(self.modules)
         resumed = self.__depth <= 1 and self.__state.training_started()
         if resumed:
             self.callbacks.call("on_resume", self)
-        return resumed
+        # The data may be chosen by objects that were just restored.
+        return resumed, feed.begin(self.__data_epoch)
 
     def __updates_for(self, name: str | None) -> list[Update]:
         """Return the optimizer of this name, or those that step together in this window."""
@@ -1460,16 +1474,7 @@ class Brain(SpeechBrainNames):
 
     def __weigh(self, batch: Any) -> float:
         """Return what `count_examples` gives for a batch."""
-        count = self.count_examples(batch)
-        try:
-            weight = float(count)
-        except (TypeError, ValueError):
-            weight = math.nan
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(
-                f"count_examples returned {count!r}; allowed: a finite number, 0 or more"
-            )
-        return weight
+        return as_weight(self.count_examples(batch), "count_examples returned")
 
     def __fit_or_give_up(self, batch: Any) -> Any:
         """Call `fit_batch` and learn the votes of all ranks; give the batch up if one has to."""
@@ -1549,6 +1554,7 @@ class Brain(SpeechBrainNames):
         """Count the outcome of a loss, and tell callbacks and the guard."""
         if not self.__optimized:
             self.__optimized = True
+        self.__batch.stepping = False
         self.__batch.reports += reports
         for report in reports:
             self.__metrics.add_report(report)
@@ -1869,6 +1875,28 @@ def _is_same_device(value: Any, device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return other.type == device.type and other.index in (None, device.index)
+
+
+def _names_of_ours(kind: type) -> set[str]:
+    """Return the names of a class that Python makes private to `Brain`, since it is called so."""
+    functions = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+    used = chain(vars(kind), *(function.__code__.co_names for function in functions))
+    return {f"__{name.removeprefix('_Brain__')}" for name in used if name.startswith("_Brain__")}
+
+
+def _check_class_attribute(kind: type, name: str, value: Any) -> None:
+    """Raise AttributeInUse for an attribute of a class that would break `Brain` or do nothing."""
+    described = isinstance(value, (property, staticmethod, classmethod))
+    if name in METHODS and not (described or callable(value)):
+        raise AttributeInUse(_replaces_method(kind, name, value))
+    if name in OWN and isinstance(value, property) and value.fset is None:
+        raise AttributeInUse(
+            f"{kind.__name__}.{name} is a property without a setter, and Brain sets this "
+            "attribute itself: choose another name for the property"
+        )
+    if name in OWN | FIXED.keys() and not isinstance(value, property):
+        instead = FIXED.get(name, f"super().__init__() sets it; set self.{name} afterwards")
+        raise AttributeInUse(f"{kind.__name__}.{name} cannot be set in a class: {instead}")
 
 
 def _replaces_method(kind: type, name: str, value: Any) -> str:

@@ -96,7 +96,7 @@ class Callback:
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Called after a pass, with its average loss and metrics, which are equal on all ranks.
 
-        Runs on every rank; may call a collective.
+        Runs on every rank; may call a collective. What it gives to `Brain.log` is of the next pass.
 
         Args:
             brain: the Brain that runs.
@@ -240,6 +240,12 @@ class CallbackList:
                 f"callbacks holds a {type(callback).__name__}; allowed: objects of a class that "
                 "derives from trainer.Callback"
             )
+        one = [name for name in ("state_dict", "load_state_dict") if hasattr(callback, name)]
+        if len(one) == 1:
+            logger.warning(
+                "the callback %s has %s alone, so that it is not saved: it needs state_dict and "
+                "load_state_dict", type(callback).__name__, one[0],
+            )  # fmt: skip
         self._callbacks.append(callback)
         for name in EVENTS:
             if getattr(type(callback), name) is not getattr(Callback, name):
@@ -280,7 +286,7 @@ class CallbackList:
             try:
                 method(*arguments)
             except Exception as error:
-                error.add_note(f"raised by the callback {method.__qualname__}")
+                error.add_note(f"raised by the callback {_name(method)}")
                 raise
 
     def call_every(self, event: str, error: BaseException | None, *arguments: Any) -> None:
@@ -301,15 +307,20 @@ class CallbackList:
                 method(*arguments)
             except Exception as failure:
                 if error is None and first is None:
-                    failure.add_note(f"raised by the callback {method.__qualname__}")
+                    failure.add_note(f"raised by the callback {_name(method)}")
                     first = failure
                 else:
                     logger.warning(
                         "the callback %s failed (%s: %s)",
-                        method.__qualname__, type(failure).__name__, failure,
+                        _name(method), type(failure).__name__, failure,
                     )  # fmt: skip
         if first is not None:
             raise first
 
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._callbacks)
+
+
+def _name(method: Callable[..., None]) -> str:
+    """Return the name of a method, which may also be any other object that can be called."""
+    return getattr(method, "__qualname__", repr(method))

@@ -6,14 +6,30 @@ the name of the value. It raises a ValueError that names both, and what is allow
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+from trainer.tree import plain_number
+
+logger = logging.getLogger("trainer")
+
+
+def as_number(value: object) -> int | float | None:
+    """Return a number of Python, of NumPy or in a tensor as an int or a float; None for others.
+
+    True and False are no numbers.
+    """
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def whole(owner: str, name: str, value: float, low: int) -> int:
@@ -22,9 +38,10 @@ def whole(owner: str, name: str, value: float, low: int) -> int:
     Raises:
         ValueError: if the value is no whole number, or below ``low``.
     """
-    if not _is_number(value) or not math.isfinite(value) or value != int(value) or value < low:
+    found = as_number(value)
+    if found is None or not math.isfinite(found) or found != int(found) or found < low:
         raise ValueError(f"{owner}: {name} must be a whole number, {low} or more; got {value!r}")
-    return int(value)
+    return int(found)
 
 
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
@@ -35,12 +52,14 @@ def within(owner: str, name: str, value: float, low: float, high: float, ends: s
     Raises:
         ValueError: if the value is no number, or outside of the interval.
     """
-    above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
-    below = _is_number(value) and (value <= high if ends[1] == "]" else value < high)
-    if not (above and below):
+    found = as_number(value)
+    if found is None or not (
+        (found >= low if ends[0] == "[" else found > low)
+        and (found <= high if ends[1] == "]" else found < high)
+    ):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
         raise ValueError(f"{owner}: {name} must be a number in {interval}; got {value!r}")
-    return float(value)
+    return float(found)
 
 
 def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
@@ -82,6 +101,34 @@ def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> 
             f"the saved state does not fit {owner}: missing {sorted(missing) or 'nothing'}, "
             f"unexpected {sorted(unexpected) or 'nothing'}"
         )
+
+
+def warn_of_nonfinite(source: object, weights: Mapping[str, Any]) -> None:
+    """Warn of weights that were read and are not finite, as those of a run that went astray are.
+
+    Tensors in which -inf alone is not finite are masks.
+
+    Args:
+        source: the file, folder or name that they were read from.
+        weights: tensors by name; other values are left out.
+    """
+    bad = [name for name, each in weights.items() if isinstance(each, Tensor) and _is_bad(each)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        logger.warning(
+            "%s: the weights %s%s are not finite (nan or inf), and nor is what is computed with "
+            "them: use another checkpoint or file", source, bad[0], more,
+        )  # fmt: skip
+
+
+def _is_bad(tensor: Tensor) -> bool:
+    floats = tensor.is_floating_point() and tensor.itemsize > 1 or tensor.is_complex()
+    if not floats or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    # The sum tells it of almost all tensors in one pass; it may be beyond the range by itself.
+    if tensor.detach().sum().isfinite():
+        return False
+    return not (tensor.isfinite() | (tensor == -math.inf)).all().item()
 
 
 class Stateful:

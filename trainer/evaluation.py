@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import seed
+from trainer import checks, distributed, seed
 from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
 from trainer.checkpoint.frozen import OtherBase, completed
 from trainer.checkpoint.run_state import check_weights
@@ -342,6 +342,8 @@ def _load_weights(
                 "average_checkpoints is %d, and there are %d: %s", number, len(chosen), names
             )
         logger.info("testing with the weights of %s", names)
+        if distributed.is_main():
+            checks.warn_of_nonfinite(checkpointer.folder / names, weights)
         return weights
     return None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from numbers import Real
@@ -167,8 +168,8 @@ class Mean:
             ValueError: for a weight that is negative or not finite, a value that is no scalar, and
                 a mapping after plain values or the reverse.
         """
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(f"the weight of a value must be finite, 0 or more; got {weight!r}")
+        if type(weight) is not float or not 0.0 <= weight < math.inf:
+            weight = as_weight(weight, "an average got the weight")
         if type(value) is float and self._named is False and not self._pending:
             _add(self._sums[""], value, weight)  # The usual case, in half the time.
             return
@@ -188,9 +189,10 @@ class Mean:
         if not isinstance(value, Tensor):
             value = plain_number(value)
         if isinstance(value, Tensor):
-            if value.numel() != 1:
+            if value.numel() != 1 or value.is_complex():
                 raise ValueError(
-                    f"an average is of scalars; got a tensor{of} of shape {list(value.shape)}"
+                    f"an average is of scalars; got a tensor{of} of shape {list(value.shape)} and "
+                    f"type {value.dtype}"
                 )
             # A copy, since the caller may go on computing in place.
             value = value.detach().clone()
@@ -259,6 +261,25 @@ class Mean:
         checks.same_keys("Mean", state, ("named", "sums"))
         self._named, self._pending = state["named"], []
         self._sums = {name: list(pair) for name, pair in state["sums"].items()}
+
+
+def as_weight(value: Any, what: str) -> float:
+    """Return a number of examples as a float.
+
+    Args:
+        value: a number, or a tensor or array of one element; a tensor is read.
+        what: begins the message of an error, such as "count_examples returned".
+
+    Raises:
+        ValueError: if it is negative, not finite, or no number.
+    """
+    try:
+        weight = float(plain_number(value))
+    except (TypeError, ValueError, RuntimeError):
+        weight = math.nan
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(f"{what} {value!r}; allowed: a finite number, 0 or more")
+    return weight
 
 
 def _add(total: list[float], value: float, weight: float) -> None:
@@ -393,10 +414,15 @@ class TrainingMetrics:
         self.interval.update(loss, weight)
 
     def log(self, stage: str, name: str, value: float | Tensor, weight: float) -> None:
-        """Add a value of `Brain.log` to the average of its name in a stage."""
-        mean = self.logged.setdefault(stage, {}).setdefault(name, Mean())
+        """Add a value of `Brain.log` to the average of its name.
+
+        Outside of a stage, and once its averages were taken, the value is of the next one.
+        """
+        means = self.logged.setdefault(stage if stage in self.logged else "", {})
         try:
-            mean.update(value, weight)
+            if isinstance(value, Mapping):
+                raise ValueError(f"an average is of scalars; got a {type(value).__name__}")
+            means.setdefault(name, Mean()).update(value, weight)
         except ValueError as error:
             raise ValueError(f"self.log({name!r}, …): {error}") from None
 
@@ -406,6 +432,17 @@ class TrainingMetrics:
         Values of an earlier stage of that name that an exception ended are dropped.
         """
         self.logged[stage] = self.logged.pop("", {})
+
+    @contextmanager
+    def evaluation_logged(self, stage: str) -> Iterator[None]:
+        """Context manager around an evaluation, which a hook of another one may have called."""
+        outer = self.logged.get(stage)
+        self.begin_logging(stage)
+        try:
+            yield
+        finally:
+            if outer is not None:
+                self.logged[stage] = outer
 
     def end_stage(self, stage: str) -> dict[str, Any]:
         """Return the averages over ranks of what was logged in a stage, and forget them.

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from trainer.checks import as_number
 from trainer.other_options import IGNORED, NAMES, REFUSED, RENAMED, SIMILAR, UNSET
+from trainer.tree import plain_number
 
 # Former names of options, accepted in a YAML, on the command line and as attributes.
 ALIASES = {"on_bad_audio": "on_bad_item", "max_bad_audio": "max_bad_item"}
@@ -417,6 +419,7 @@ def at_home(text: str) -> str:
 
 def _fit(value: Any, hint: Any) -> Any:
     """Return `value` as an instance of the type `hint`, or raise TypeError."""
+    value = plain_number(value)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for each in inner:
@@ -426,9 +429,10 @@ def _fit(value: Any, hint: Any) -> Any:
         return {_fit(key, inner[0]): _fit(each, inner[1]) for key, each in value.items()}
     elif origin is list and isinstance(value, (list, tuple)):
         return [_fit(each, inner[0]) for each in value]
-    elif hint is float and not isinstance(value, bool):
-        if value in ("inf", "-inf") or (isinstance(value, (int, float)) and not math.isnan(value)):
-            return float(value)
+    elif hint is float:
+        number = float(value) if str(value) in ("inf", "-inf") else as_number(value)
+        if number is not None and not math.isnan(number):
+            return float(number)
     elif hint is Any or type(value) is hint:  # not isinstance: True would pass as an int
         return value
     raise TypeError

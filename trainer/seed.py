@@ -131,7 +131,7 @@ class RngState:
         set_rng_state(state)
 
 
-class _StatefulGenerator:
+class StatefulGenerator:
     """A random generator with ``state_dict`` and ``load_state_dict``."""
 
     def __init__(self, generator: Any) -> None:
@@ -150,12 +150,10 @@ class _StatefulGenerator:
 def as_stateful(value: Any) -> Any:
     """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
-    Accepts a `torch.Generator`, a `random.Random` and a `numpy.random.Generator` with PCG64;
-    returns None for anything else. Other bit generators of NumPy have arrays as their state.
+    Accepts what `is_generator` accepts; returns None for anything else. The state of most of
+    NumPy's kinds is made of arrays.
     """
-    bits = type(getattr(value, "bit_generator", None)).__name__
-    plain = isinstance(value, (torch.Generator, random.Random)) or bits.startswith("PCG64")
-    return _StatefulGenerator(value) if plain and is_generator(value) else None
+    return StatefulGenerator(value) if is_generator(value) else None
 
 
 class fork_rng:
@@ -262,7 +260,10 @@ def _set_cpu_states(generators: Sequence[Any], states: tuple[Any, ...]) -> None:
 def _state(generator: Any) -> Any:
     if hasattr(generator, "bit_generator"):
         return generator.bit_generator.state
-    return (generator.getstate if isinstance(generator, random.Random) else generator.get_state)()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    numpy = not isinstance(generator, torch.Generator)
+    return generator.get_state(legacy=False) if numpy else generator.get_state()
 
 
 def _set_state(generator: Any, state: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,11 +29,15 @@ OPTIONS = (
     "optimizer_step_limit", "test_only", "profile_training",
 )  # fmt: skip
 
-# Options that a recipe cannot set as attributes: they take effect when a Brain is made.
-SETTINGS = (
-    "precision", "max_grad_norm", "grad_accumulation_factor", "nonfinite_patience",
-    "skip_nonfinite_grads",
-)  # fmt: skip
+# Those that take effect when a Brain is made, with the types of values that a recipe cannot set
+# as attributes later, since they may be meant so. Another value, such as a metric, is its own.
+SETTINGS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("max_grad_norm", "grad_accumulation_factor", "nonfinite_patience", "skip_nonfinite_grads"),
+        (str, Real, type(None)),
+    ),
+    "precision": (str,),
+}
 
 
 class SpeechBrainNames:
@@ -47,6 +52,7 @@ class SpeechBrainNames:
     progress: Progress
     updates: dict[str, Update]
     optimizers_dict: Any = None
+    __added_steps = (0, 0)  # An epoch, and what a recipe has added in it.
 
     if not TYPE_CHECKING:  # mypy is to refuse these names
 
@@ -78,12 +84,12 @@ class SpeechBrainNames:
     @property
     def step(self) -> int:
         """Number of batches of the current epoch so far, plus what a recipe has added to it."""
-        epoch, added = vars(self).get("_added_steps", (0, 0))
+        epoch, added = self.__added_steps
         return self.progress.step + (added if epoch == self.progress.epoch else 0)
 
     @step.setter
     def step(self, value: int) -> None:
-        self._added_steps = self.progress.epoch, value - self.progress.step
+        self.__added_steps = self.progress.epoch, value - self.progress.step
 
     @property
     def optimizer_step(self) -> int:
@@ -134,9 +140,12 @@ class SpeechBrainNames:
                 logger.warning("the gradient of %s is not finite and is left out", name)
 
 
-def _average(brain: Brain) -> float:
-    """Return the average of this rank's training losses of the epoch so far."""
-    return float(brain.stateful()["metrics"].part.average.value() or 0.0)
+def _average(brain: Brain) -> Any:
+    """Return the average of this rank's training losses of the epoch so far, by name if they are.
+
+    It is 0.0 before the first.
+    """
+    return brain.stateful()["metrics"].part.average.value() or 0.0
 
 
 def _scaler(brain: Brain) -> torch.amp.GradScaler:

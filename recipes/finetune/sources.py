@@ -15,6 +15,7 @@ from torch import nn
 
 import trainer
 from trainer import distributed, json_files
+from trainer.checks import warn_of_nonfinite
 from trainer.loggers.files import replace_file
 from trainer.options import nearest
 from trainer.untrusted import check_source, confined
@@ -220,6 +221,7 @@ def loaded(
             f"source {source} lacks {len(lacking)} weights of {type(model).__name__}: "
             f"{_listed(lacking)}"
         )
+    warn_of_nonfinite(source, model.state_dict())
     return model, missing
 
 

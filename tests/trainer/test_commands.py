@@ -29,6 +29,7 @@ from trainer.cli.ending import end_lines
 from trainer.cli.folder import HEADER, RunFolder
 from trainer.cli.runs import read_run
 from trainer.cli.sweep import parse_values
+from trainer.config import registry
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """\
@@ -227,6 +228,33 @@ def test_a_recipe_of_another_distribution_brings_its_yamls(
         monkeypatch.setitem(sys.modules, "a_package", module)
         monkeypatch.setattr(recipe, "recipe_packages", lambda: ["a_package"])
         assert list(recipe.recipes()) == ["spotter/small"], place
+
+
+def test_an_installed_recipe_that_cannot_be_imported_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = {
+        "sound_one.task": "", "with_extra": "", "syntax": "x = (", "raises": "1 / 0",
+        "needs_more": "import a_package_that_is_not_installed", "lacks": "from os import nothing",
+    }  # fmt: skip
+    for name, source in sources.items():
+        package = tmp_path.joinpath(*name.split("."))
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(source)
+    (tmp_path / "a_module.py").write_text("")
+    values = [*sources, "a_module", "not_there.task"]
+    values[values.index("with_extra")] = "with_extra:attribute [extra]"
+    info = tmp_path / "pack-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pack\nVersion: 1\n")
+    lines = (f"{number} = {value}\n" for number, value in enumerate(values))
+    (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\n{''.join(lines)}")
+    before = registry.recipe_packages()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = registry.recipe_packages.__wrapped__()
+    assert set(found) - set(before) == {"sound_one.task", "with_extra"}
+    told = re.findall(r"the recipe (\w+) is left out, since its import fails: ", caplog.text)
+    assert sorted(told) == ["a_module", "lacks", "needs_more", "raises", "syntax"]
 
 
 def test_run_does_what_the_program_does_with_the_yaml(

@@ -97,7 +97,7 @@ def _best_rules(keep_best: Any) -> tuple[Best, ...]:
         raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
     allowed: dict[str, Callable[[Any], bool]] = {
         "mode": lambda value: value in ("min", "max"),
-        "n": lambda value: type(value) is int and value >= 1,
+        "n": lambda value: type(tree.plain_number(value)) is int and value >= 1,
         "weights_only": lambda value: type(value) is bool,
     }
     rules = []
@@ -209,6 +209,7 @@ class Checkpointer:
         self.folder = Path(os.path.expanduser(str(checkpoints_dir if folder is None else folder)))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
+        keep_last = tree.plain_number(keep_last)
         if type(keep_last) is not int or keep_last < 1:
             raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
         self.retention = Retention(keep_last, _best_rules({} if keep_best is None else keep_best))

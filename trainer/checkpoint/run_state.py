@@ -26,6 +26,7 @@ from trainer.checkpoint.user_state import KEY
 from trainer.distributed import run_on_main
 from trainer.options import RunOptions
 from trainer.progress import Progress
+from trainer.seed import StatefulGenerator
 from trainer.tree import map_leaves
 
 NUMBER = "number"  # Key among names of parameters, which have a dot.
@@ -148,6 +149,11 @@ class RunState:
         state = {"progress": dict(vars(self.progress)), **shared}
         return state if self.base is None else self.base.leave_out(state)
 
+    def weights(self) -> Mapping[str, Any]:
+        """Return the present weights of the modules, by name."""
+        weights: Mapping[str, Any] = self._stateful()["modules"].part.state_dict()
+        return weights
+
     def base_of_save(self) -> dict[str, Any] | None:
         """Return the base of the last `state_dict`, for the manifest."""
         return None if self.base is None else self.base.summary
@@ -180,7 +186,9 @@ class RunState:
             # Saved in a later `fit`, before which the recipe replaces optimizers: see
             # `load_optimizers`.
             fitting = False
-        _check_names("stateful objects", "objects.", [n for n in shared if n in entries], entries)
+        # Earlier versions did not save all kinds of generators.
+        needed = [n for n, e in entries.items() if n in shared or not _is_generator(e)]
+        _check_names("stateful objects", "objects.", [n for n in shared if n in entries], needed)
         for name, entry in entries.items():
             if name not in shared and entry.restart is not None:
                 entry.restart()
@@ -196,6 +204,11 @@ class RunState:
         self._local = local
 
     # Resuming
+
+    @property
+    def restoring(self) -> bool:
+        """True from loading a checkpoint until everything is restored."""
+        return self._shared is not None
 
     def load_optimizers(self) -> None:
         """Restore the optimizers of the resumed `fit`, if it is not the first one."""
@@ -285,6 +298,10 @@ def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str
     checks.same_keys(f"the {kind} of this Brain", has, needs)
 
 
+def _is_generator(entry: StateEntry) -> bool:
+    return isinstance(entry.part, StatefulGenerator)
+
+
 class Saver:
     """Saves a run when its state is complete.
 
@@ -315,6 +332,7 @@ class Saver:
             self._checkpointer.enabled = False
         self._checkpointer.add_recoverable("brain", state)
         self._progress, self._options, self._on_saved = state.progress, options, on_saved
+        self._weights = state.weights
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._failures = 0  # Calls of `release` in a row in which a save failed.
         self._unsaved: list[SaveRequest] = []  # Saves whose last try failed.
@@ -335,6 +353,8 @@ class Saver:
         found, folder = self._checkpointer.recover_if_possible(), self._checkpointer.folder
         if found is not None:
             self._saved_step = self._progress.optimizer_step
+            if distributed.is_main():
+                checks.warn_of_nonfinite(found.path, self._weights())
         elif others := sorted(path.parent for path in folder.glob("CKPT+*/CKPT.yaml")):
             logger.warning(
                 "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is "

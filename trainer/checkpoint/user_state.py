@@ -182,7 +182,7 @@ class UserAttributes:
                 value = map_leaves(self._to_device, value)
             owner = self._owner.hparams if name.startswith(HPARAMS) else self._owner
             name = name.removeprefix(HPARAMS)
-            current = getattr(owner, name, None)
+            current = inspect.getattr_static(owner, name, None)
             kind = dict if isinstance(current, MutableMapping) else list
             if _is_refilled(current) and isinstance(value, kind):
                 value = _filled(current, value)

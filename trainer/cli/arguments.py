@@ -77,7 +77,7 @@ def configure(
 
     `seed` and `output_folder` are added to a YAML that lacks them. The default folder is
     results/<task>/<name>/<seed>. Changes of the training on the command line are appended to it, as
-    in results/asr/demo/1234-lr=0.1, even if the YAML names that folder itself; with ``apart``, to
+    in results/kws/demo/1234-lr=0.1, even if the YAML names that folder itself; with ``apart``, to
     any folder that the YAML names. ``allow`` is as for `load_hparams`.
 
     Returns:

@@ -1,6 +1,6 @@
 """Run folders: the record of a run, used by one command at a time.
 
-    results/asr/demo/1234/
+    results/kws/demo/1234/
         hyperparams.yaml    the YAML with base and overrides merged in; it runs alone
         command.txt         each command that ran here, with its time and its changes
         environment.json    versions, git revision and machine of the last start

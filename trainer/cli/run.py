@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from trainer import distributed, signals
+from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.ending import end_lines, go_on
@@ -499,9 +499,9 @@ def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     values = {}
     for name, value in (metrics or {}).items():
-        values[name] = value = value.item() if isinstance(value, Tensor) else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if (found := checks.as_number(value)) is None:
             raise ValueError(f"the test metric {name!r} must be a number, not {value!r}")
+        values[name] = found
     return values
 
 

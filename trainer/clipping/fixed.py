@@ -36,7 +36,7 @@ class NormClip(Clip):
 
     Args:
         limit: largest norm c; None, inf, 0 or below for no clipping. The default, 5, is usual in
-            recognition and separation of speech; 1 is usual for Transformers and Tacotron 2.
+            recognition and separation of speech; 1 is usual for Transformers and synthesis.
         p: order of the norm, above 0; inf for the largest absolute value.
 
     Raises:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainer import checks
+
 Names = Mapping[Tensor, str]  # Names of parameters, such as "encoder.0.weight".
 
 # The smallest sum of p-th powers that float32 holds with all its digits.
@@ -71,6 +73,8 @@ class Gradients:
             if grad.is_sparse:  # Coalescing adds up repeated rows.
                 param.grad = grad.coalesce()
                 self.tensors[i] = param.grad.values()
+            elif grad.is_conj():  # A lazy view, which foreach calls and optimizers refuse.
+                self.tensors[i] = param.grad = grad.resolve_conj()
         self.norms: list[float] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan
@@ -325,11 +329,12 @@ def limit_of(value: float | None, name: str = "max_grad_norm") -> float:
     """
     if value is None:
         return math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    found = checks.as_number(value)
+    if found is None or math.isnan(found):
         raise ValueError(
             f"{name} is {value!r}; allowed: a number; null, inf, 0 or below mean no clipping"
         )
-    return float(value) if value > 0 else math.inf
+    return float(found) if found > 0 else math.inf
 
 
 class Clipper(Protocol):

@@ -1,6 +1,6 @@
 """Hyperparameters: a YAML file, overrides from the command line, and the built objects.
 
-    hparams = load_hparams("hparams/asr/demo.yaml", {"model": {"width": 256}})
+    hparams = load_hparams("hparams/kws/demo.yaml", {"model": {"width": 256}})
 
 The language is HyperPyYAML's (`!new:`, `!name:`, `!apply:`, `!ref`, `!copy`, `!include:` …), with
 limits and an allow-list. The list guards against typos and obvious mischief; it is no sandbox: see

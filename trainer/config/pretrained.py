@@ -16,6 +16,7 @@ from typing import Any
 from ruamel.yaml.nodes import Node
 from torch.nn import Module
 
+from trainer import checks
 from trainer.config.reading import PLAIN, items, location, nodes, object_name, plain, represent, tag
 
 PACKAGES = ("transformers.", "peft.")
@@ -72,10 +73,10 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         if later:
             return functools.partial(target, *args, **kwargs | bound)
+        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         try:
-            return target(*args, **kwargs | bound)
+            made = target(*args, **kwargs | bound)
         except OSError as error:
-            source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
             hint = ""
             if os.path.isdir(source):
                 hint = " (weights must be in safetensors)" if "use_safetensors" in bound else ""
@@ -85,6 +86,9 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any]:
                     "downloads, and !name: leaves the call to the program)"
                 )
             raise ValueError(f"{' '.join(str(error).split())}{hint}") from error
+        if isinstance(made, Module):
+            checks.warn_of_nonfinite(source, made.state_dict())
+        return made
 
     return make
 

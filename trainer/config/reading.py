@@ -384,7 +384,7 @@ def object_name(node: Node) -> str:
 
 
 def location(node: Node) -> str:
-    """Return the origin of a node: "hparams/asr/demo.yaml, line 12", or the name of an option."""
+    """Return the origin of a node: "hparams/kws/demo.yaml, line 12", or the name of an option."""
     return "overrides" if node.start_mark is None else _location_of(node.start_mark)
 
 

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import builtins
 import collections
-import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import numbers
 import pathlib
 import pkgutil
@@ -50,6 +50,8 @@ from torch.utils.data import Dataset, Sampler
 from trainer.compat import toolkit
 from trainer.compat.old_paths import OLD_PATHS, current_path
 from trainer.options import nearest
+
+logger = logging.getLogger("trainer")
 
 ENTRY_POINTS = "cortex.recipes"
 
@@ -380,17 +382,24 @@ def recipe_packages() -> tuple[str, ...]:
 
     The entry points of a checkout that is not installed are read from its pyproject.toml.
     """
-    found = {each.value for each in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    found = {each.module for each in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     project = Path(__file__).parents[2] / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
         found |= set(table.get("entry-points", {}).get(ENTRY_POINTS, {}).values())
     packages = []
     for name in sorted(found):
-        # A distribution may declare recipes that are not installed.
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(name)
+        try:
+            if not hasattr(importlib.import_module(name), "__path__"):
+                raise ImportError("it is a module, and a recipe is a package")
             packages.append(name)
+        except Exception as error:  # It may be another author's, and breaks no other recipe.
+            # A distribution may declare recipes that it was installed without.
+            if not (isinstance(error, ModuleNotFoundError) and is_below(name, [str(error.name)])):
+                logger.warning(
+                    "the recipe %s is left out, since its import fails: %s: %s",
+                    name, type(error).__name__, error,
+                )  # fmt: skip
     return tuple(packages)
 
 

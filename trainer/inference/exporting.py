@@ -82,7 +82,7 @@ def export(
 
     Example::
 
-        trainer.export(trainer.load("results/asr/demo/1234"), "exported")
+        trainer.export(trainer.load("results/kws/demo/1234"), "exported")
     """
     if to not in FORMATS:
         raise ValueError(

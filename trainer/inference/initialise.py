@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainer import distributed, json_files
+from trainer import checks, distributed, json_files
 from trainer.adapters import derive_adapters, is_replaced, plain_name
 from trainer.checkpoint.frozen import BASE, base_of
 from trainer.checkpoint.run_state import misfit
@@ -268,7 +268,14 @@ def _of_file(path: Path) -> Weights:
             f"init_from {path}: it cannot be read as weights "
             f"({printable(str(error).partition(chr(10))[0][:200])})"
         ) from error
-    return _tensors(content, path)
+    found = _tensors(content, path)
+    _warn(path, found)
+    return found
+
+
+def _warn(path: Path, found: Weights) -> None:
+    if distributed.is_main():
+        checks.warn_of_nonfinite(path, found)
 
 
 def _of_safetensors(path: Path, option: str = "init_from ") -> Weights:
@@ -283,6 +290,7 @@ def _of_safetensors(path: Path, option: str = "init_from ") -> Weights:
         found: Weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{option}{path}: it is no file of safetensors ({error})") from error
+    _warn(path, found)
     return found
 
 

@@ -1,6 +1,6 @@
 """Trained models from run folders.
 
-    model = trainer.load("results/asr/demo/1234")
+    model = trainer.load("results/kws/demo/1234")
     model.transcribe("x.wav")
 
 A run folder is treated as data: it builds only what installed recipes list for it (see
@@ -313,7 +313,10 @@ def recipe_class(package: str, attribute: str, names: Collection[str]) -> Any:
             raise ValueError(f"a run of {package} builds one of {', '.join(named)}")
         (named,) = classes
     if named is None:
-        raise ValueError(f"a run of {package} has no {attribute.lower()}")
+        raise ValueError(
+            f"{package} names no {attribute}: give a class as {attribute.lower()}=… to "
+            f"trainer.load, or name it in {package.replace('.', '/')}/__init__.py"
+        )
     module, _, name = str(named).rpartition(".")
     return getattr(importlib.import_module(f"{package}.{module}"), name)
 
@@ -438,7 +441,7 @@ def load(
 
     Example::
 
-        model = trainer.load("results/asr/demo/1234")
+        model = trainer.load("results/kws/demo/1234")
         print(model.transcribe("x.wav").text)
     """
     if model is not None and brain is not None:

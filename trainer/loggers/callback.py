@@ -18,7 +18,7 @@ from trainer import distributed, json_files
 from trainer.callbacks import Callback
 from trainer.checkpoint.storage import MANIFEST
 from trainer.loggers.choice import LoggerFactory, best_checkpoint, configuration, name_of
-from trainer.loggers.files import METRICS, JsonlLogger, run_folder
+from trainer.loggers.files import JsonlLogger, run_folder
 from trainer.loggers.marks import Places, StepMarks
 from trainer.loggers.progress_bar import announce
 from trainer.loggers.protocol import Logger, RunInfo, series
@@ -265,11 +265,13 @@ class LoggerCallback(Callback):
 
         ``lines`` is the number of lines of `metrics.jsonl` at the checkpoint; None if unknown.
         """
+        numbers: Path | None = None
         for slot in self._opened():
             with self._guarded(slot):
                 each, marks = slot.logger, slot.marks
                 if isinstance(each, JsonlLogger):
                     each.resume(step, lines)
+                    numbers = each.path
                 elif each is not None and marks is None and _overrides(each, "resume"):
                     each.resume(step)
                 elif each is not None and marks is not None:
@@ -278,8 +280,8 @@ class LoggerCallback(Callback):
                     if _overrides(each, "resume"):
                         marks.cut(step)
                     slot.held = Places(marks.places.last if found is None else found)
-                    if marks.taken and self.folder is not None:
-                        _catch_up(each, slot.held, marks, self.folder)
+                    if marks.taken and numbers is not None:
+                        _catch_up(each, slot.held, marks, numbers)
 
     # ------------------------------------------------------------------------------------ loggers
 
@@ -376,13 +378,13 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     return next(found, Logger())
 
 
-def _catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
-    """Send a logger the numbers of `metrics.jsonl` that it lacks, and record its progress.
+def _catch_up(each: Logger, held: Places, marks: StepMarks, numbers: Path) -> None:
+    """Send a logger the ``numbers`` of `metrics.jsonl` that it lacks, and record its progress.
 
     A backend may have lost them when the process was killed, or failed for a while.
     """
     found = Places()
-    with (folder / METRICS).open("rb") as file:
+    with numbers.open("rb") as file:
         for line in json_files.lines(file):
             record = json_files.parse(line)
             kind, step = record.pop("kind", None), record.get("step")

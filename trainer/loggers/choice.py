@@ -72,7 +72,7 @@ def _constant(made: object) -> LoggerFactory:
 def name_of(folder: Path) -> str:
     """Return the name of a run, from its folder.
 
-    If the folder is named by its seed, the name of its parent comes first: results/asr/demo/1234
+    If the folder is named by its seed, the name of its parent comes first: results/kws/demo/1234
     is "demo-1234".
     """
     folder = folder.resolve()

@@ -81,7 +81,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
 def _names(folders: Sequence[Path]) -> list[str]:
     """Check the folders, and return their paths relative to their common folder."""
     if not folders:
-        raise ValueError("there is nothing to compare: give folders of runs, such as results/asr/*")
+        raise ValueError("there is nothing to compare: give folders of runs, such as results/kws/*")
     if len(folders) > MAX_RUNS:
         raise ValueError(f"{len(folders)} runs are too many for a page; allowed: up to {MAX_RUNS}")
     for folder in folders:
