@@ -1,5 +1,6 @@
 """The command `cortex`: run, ls, compare, average, clean and sweep, on runs in any state."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -144,6 +145,29 @@ def test_the_help_of_every_command_has_examples(
     assert max(map(len, text.splitlines())) <= 100
     main([])
     assert f"  {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sweep", "ls", "report", "average", "export", "replay", "clean"])
+def test_the_help_of_a_command_lists_its_options(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options: list[str] = []
+    add = argparse.ArgumentParser.add_argument
+
+    def record(self: argparse.ArgumentParser, *names: str, **more: Any) -> argparse.Action:
+        options.extend(each for each in names if each.startswith("--"))
+        return add(self, *names, **more)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", record)
+    monkeypatch.chdir(tmp_path)
+    main([name])  # Builds the parser; most commands then refuse to run without arguments.
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert options
+    assert [each for each in options if each not in text.partition("Examples:")[0]] == []
 
 
 def test_the_help_of_a_recipe_shows_its_keys_and_calls_that_work(

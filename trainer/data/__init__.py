@@ -54,7 +54,7 @@ __all__ = [
     "to_device",
 ]
 
-# Imported on first use: a trained model needs bad items, and no loader.
+# Imported on first use: a trained model needs no loader.
 _MODULES = {
     "DataFeed": "feed",
     "Loader": "loader",
