@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
 from trainer.checkpoint.frozen import FrozenBase, completed
+from trainer.checkpoint.migrate import complete
 from trainer.checkpoint.storage import Checkpoint
 from trainer.checkpoint.user_state import KEY
 from trainer.distributed import run_on_main
@@ -192,7 +193,7 @@ class RunState:
 
     def load_local_state_dict(self, local: Mapping[str, Any]) -> None:
         """Keep this rank's own part until the hooks have run."""
-        self._local = local
+        self._local = complete(local)
 
     # Resuming
 
@@ -531,7 +532,7 @@ class TrainableState:
 
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise ValueError where saved weights have other names, shapes or kinds of numbers."""
-    # Earlier checkpoints, and averages, lack what modules save by marked methods.
+    # Averages lack what modules save by marked methods.
     given = modules.state_dict().items()
     own = {name: each for name, each in given if name in state or not name.endswith(KEY)}
     checks.same_keys("the modules of this Brain", state, own)
