@@ -30,20 +30,20 @@ logger = logging.getLogger("trainer")
 
 
 class Callback:
-    """Base class of what watches a run. Every method does nothing by default.
+    """Base class of callbacks. Every method does nothing by default.
 
     A callback reads; it must not change weights, gradients or the loss. Each method says on which
     ranks it runs, and whether it may call a collective, such as
     `trainer.distributed.all_gather_json`, which every rank must then call.
 
     Only methods that a subclass overrides are called, so that the others cost nothing. An exception
-    in a callback ends the run, and its message names the callback. One in `on_fit_end`,
-    `on_evaluate_end` or `on_exception` keeps no other callback from its call; where an exception
-    ends the run already, it is logged.
+    in a callback ends the run, and its message names the callback. After one in `on_fit_end`,
+    `on_evaluate_end` or `on_exception`, the other callbacks are still called; if an exception ends
+    the run already, that of the callback is only logged.
 
     A callback that has ``state_dict`` and ``load_state_dict`` is saved with every checkpoint, as
-    a rank's own state. When the run resumes, events up to the place of the checkpoint come once
-    more, and then the state is restored.
+    a rank's own state. A resumed run calls `on_fit_start`, and within an epoch `on_stage_start`,
+    before it restores this state.
     """
 
     def on_fit_start(self, brain: Brain) -> None:
@@ -53,9 +53,9 @@ class Callback:
         """
 
     def on_resume(self, brain: Brain) -> None:
-        """Called once a checkpoint is restored and everything is as it was saved.
+        """Called once a checkpoint is completely restored.
 
-        In a run that goes on within an epoch this is after `on_fit_start`, before the next batch.
+        A run that resumes within an epoch calls it after `on_fit_start`, before the next batch.
         Runs on every rank; may call a collective.
         """
 
@@ -87,7 +87,7 @@ class Callback:
 
         Args:
             brain: the Brain that runs.
-            stage: what the pass is for.
+            stage: TRAIN, VALID or TEST.
             epoch: current epoch; None in a test.
             total: batches of the pass on this rank; None where unknown. A resumed pass has done
                 ``brain.progress.step`` of them.
@@ -121,7 +121,7 @@ class Callback:
 
         Args:
             brain: the Brain that runs.
-            stage: what the pass is for.
+            stage: TRAIN, VALID or TEST.
             loss: what `Brain.fit_batch` or `Brain.evaluate_batch` returned.
         """
 
@@ -169,7 +169,7 @@ class Callback:
         """
 
     def on_samples(self, brain: Brain, samples: Samples) -> None:
-        """Called with what `Brain.show` is given.
+        """Called by `Brain.show`.
 
         Runs on the ranks that call it; must not call a collective.
 
@@ -252,11 +252,11 @@ class CallbackList:
                 self._methods[name].append(getattr(callback, name))
 
     def listen(self, event: str, method: Callable[..., None]) -> None:
-        """Call one more function at an event, as a callback does that watches single steps.
+        """Call a function at an event until `unlisten`; for callbacks that watch single steps.
 
         Args:
             event: name of a method of `Callback`, such as "on_loss".
-            method: the function, which is given the arguments of that method.
+            method: the function, called with the arguments of that method.
         """
         self._methods[event] = [*self._methods[event], method]
 
@@ -265,7 +265,7 @@ class CallbackList:
 
         Args:
             event: name of the event.
-            method: the function that `listen` was given.
+            method: the function to remove.
         """
         self._methods[event] = [each for each in self._methods[event] if each != method]
 
@@ -274,7 +274,7 @@ class CallbackList:
 
         Args:
             event: name of the method, such as "on_loss".
-            *arguments: what the method is given.
+            *arguments: arguments of the method.
 
         Raises:
             Exception: whatever a callback raises, with a note that names it.
@@ -290,13 +290,13 @@ class CallbackList:
                 raise
 
     def call_every(self, event: str, error: BaseException | None, *arguments: Any) -> None:
-        """Call a method of every callback at the end of something, whatever any of them raises.
+        """Call a method of every callback, even if one of them raises.
 
         Args:
             event: name of the method, such as "on_fit_end".
-            error: the exception that ends it, which matters more than one of a callback: that is
-                logged then.
-            *arguments: what the method is given.
+            error: the exception that is being raised, if any; one of a callback is then only
+                logged.
+            *arguments: arguments of the method.
 
         Raises:
             Exception: the first one that a callback raises, with a note that names it.

@@ -139,10 +139,10 @@ class StageReport:
 class Mean:
     """Average of a loss, or of several named losses, weighted by examples.
 
-    Values are floats, scalar tensors, or mappings from names to these. A value that is not finite
-    does not enter, nor does one of weight 0. Tensors are not read when they come, so that nothing
-    waits for a device: `read` (which `value`, `weight`, `reduce` and `state_dict` call) fetches all
-    of them at once and adds them in float64 in the order in which they came.
+    Values are floats, scalar tensors, or mappings from names to these. Values that are not finite
+    or have weight 0 are left out. Tensors are not read when they are added, so that nothing waits
+    for a device: `read` (which `value`, `weight`, `reduce` and `state_dict` call) fetches all of
+    them at once and sums them in order, in float64.
 
         loss = Mean()
         loss.update(batch_loss, weight=len(batch))
@@ -229,7 +229,7 @@ class Mean:
         return means if self._named else means.get("")
 
     def weight(self) -> float:
-        """Return the number of examples that entered; of several names, the largest."""
+        """Return the number of examples in the average; with several names, the largest."""
         self.read()
         return max((weight for _, weight in self._sums.values()), default=0.0)
 
@@ -358,7 +358,7 @@ class TrainingMetrics:
         self.counts = dict.fromkeys(LOST, 0)
         self.tallies: dict[str, Tally] = {}
         self.logged: dict[str, dict[str, Mean]] = {}
-        # Optimizers whose windows are open, loss and weight of each batch that waits for them.
+        # For each waiting batch: the optimizers whose windows are open, loss and weight.
         self._waiting: list[tuple[list[str], Any, float]] = []
         self._recorded, self._spent = time.perf_counter(), 0.0
 
@@ -396,7 +396,7 @@ class TrainingMetrics:
                 self.add_loss(loss, weight, [each for each in names if each != name])
 
     def forget_windows(self) -> None:
-        """Drop the losses that wait for windows, since these were dropped."""
+        """Drop the losses that wait for windows, which were dropped."""
         self._waiting = []
 
     def add_loss(self, loss: Any, weight: float, windows: Sequence[str] = ()) -> None:
@@ -503,7 +503,7 @@ class TrainingMetrics:
         self.interval = _restored(Mean(), state["interval"])
         self.counts = dict.fromkeys(LOST, 0)
         self.counts.update(state["counts"])
-        # The time that the examples before have taken is not known here.
+        # The time taken by earlier examples is unknown here.
         self.examples, self._spent, self._recorded = 0.0, 0.0, time.perf_counter()
         self.tallies = {name: Tally(**deepcopy(saved)) for name, saved in state["tallies"].items()}
         self.logged = {
