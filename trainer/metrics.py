@@ -510,8 +510,7 @@ class TrainingMetrics:
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}
             for stage, means in state["logged"].items()
         }
-        # Checkpoints of earlier versions have no waiting losses.
-        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state.get("waiting", ())]
+        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state["waiting"]]
 
 
 def _detached(loss: Any) -> Any:

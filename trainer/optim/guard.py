@@ -246,7 +246,7 @@ class NonFiniteGuard:
             if each.kept is not None and each.name in state["buffers"]:
                 each.kept.copy_(state["buffers"][each.name])
                 each.version = -1
-        self._skipped, self._counted = state.get("spoilt", False), state.get("counted", False)
+        self._skipped, self._counted = state["spoilt"], state["counted"]
         self._losses = {name: list(window) for name, window in state.get("losses", {}).items()}
 
     def _bad_ids(self, name: str, ids: Callable[[], list[str]]) -> list[str]:
