@@ -72,7 +72,7 @@ class AutoClip(checks.Stateful, Clip):
 
     @property
     def recent(self) -> dict[str, list[float]]:
-        """The remembered norms, oldest first; a longer list than ``history`` keeps its last ones."""
+        """The norms, oldest first; of a list longer than ``history`` the last ones count."""
         return {"norms": list(self._norms)}
 
     @recent.setter
