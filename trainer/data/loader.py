@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -64,6 +64,8 @@ from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer.data")
 
+HUNG = "the loader's workers gave no batch"
+ADVICE = "fewer num_workers need less memory, and with 0 an error is seen where it happens"
 POLL_SECONDS = 0.5  # Interval at which workers are checked.
 CLOSING_SECONDS = 1.0  # Time in which workers end after SIGTERM, before they are killed.
 TIMEOUT = 300.0  # Seconds after which a wait for a batch is an error.
@@ -631,7 +633,6 @@ def _init_worker(
 class _WatchedIterator:
     """Iterator of batches that notices at once when workers of a DataLoader die or hang.
 
-    torch notices a death at once, or after 5 s when the signal comes just before it starts to wait.
     Without workers, a thread warns once of each batch that takes too long.
     """
 
@@ -646,6 +647,11 @@ class _WatchedIterator:
         self.workers: list[BaseProcess] = list(getattr(self.iterator, "_workers", []))
         if self.workers:  # Set here: DataLoader's own option would limit its start of an epoch too.
             self.iterator._timeout = POLL_SECONDS
+            # torch's handler of SIGCHLD raises wherever Python is, which may be in a forward pass
+            # or a finalizer. A death is noticed by the next wait for a batch.
+            if getattr(self.iterator, "_worker_pids_set", False):
+                torch._C._remove_worker_pids(id(self.iterator))
+                self.iterator._worker_pids_set = False
         elif self.timeout:
             threading.Thread(target=self._warn, daemon=True, name="loader").start()
 
@@ -697,7 +703,8 @@ class _WatchedIterator:
             raise signals.Interrupted(number)  # It may have met a worker that just began.
         if cause.endswith(FULL):
             raise OSError(errno.ENOSPC, f"{self.describe_wait()}: {cause}")
-        raise RuntimeError(f"{cause}, {self.describe_wait()}")
+        advice = "" if cause.startswith(HUNG) else f"; {ADVICE}"
+        raise RuntimeError(f"{cause}, {self.describe_wait()}{advice}")
 
     def _explain(self, error: Exception) -> str | None:
         """Return the cause of torch's error; None if it is not about workers, "" to wait on."""
@@ -708,7 +715,7 @@ class _WatchedIterator:
             if not self.timeout or waited < self.timeout:
                 return ""
             return (
-                f"the loader's workers gave no batch within {self.timeout:g} s (one hangs, or the "
+                f"{HUNG} within {self.timeout:g} s (one hangs, or the "
                 "loader option timeout, by default the run option item_timeout, is too small)"
             )
         # torch begins the errors of a dataset in a worker by "Caught".
@@ -717,18 +724,6 @@ class _WatchedIterator:
     def end_workers(self) -> None:
         """End the workers at once; torch would wait for what they are loading."""
         self.closing.fill_(True)
-        try:
-            self._end_workers()
-        except RuntimeError:
-            # torch's handler of SIGCHLD raises once, for a worker that SIGTERM has ended before it
-            # could handle it.
-            self._end_workers()
-        # A worker may have ended while it held the lock of torch's event, and torch, which sets
-        # that event before it drops the iterator, would wait forever. No worker reads it now.
-        self.iterator._workers_done_event = threading.Event()
-        self.iterator = None  # A traceback may keep this object, and must not keep the workers.
-
-    def _end_workers(self) -> None:
         for worker in self.workers:
             worker.terminate()
         end = time.monotonic() + CLOSING_SECONDS
@@ -736,17 +731,19 @@ class _WatchedIterator:
             worker.join(max(0.0, end - time.monotonic()))
             if worker.exitcode is None:  # It is in a call that handles no signal.
                 worker.kill()
+        # A worker may have ended while it held the lock of torch's event, and torch, which sets
+        # that event before it drops the iterator, would wait forever. No worker reads it now.
+        self.iterator._workers_done_event = threading.Event()
+        self.iterator = None  # A traceback may keep this object, and must not keep the workers.
 
 
 def _describe_exit(workers: list[BaseProcess]) -> str | None:
     """Return a sentence about a worker that died; None if none did."""
-    # A broken connection to a worker may be noticed just before its end; and torch's own handler
-    # may notice that end, and raise, while we wait for it.
-    with suppress(RuntimeError):
-        ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
-        for worker in workers:
-            if worker.sentinel in ended:
-                worker.join(timeout=POLL_SECONDS)
+    # A broken connection to a worker may be noticed just before its end.
+    ended = connection.wait([worker.sentinel for worker in workers], timeout=POLL_SECONDS)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(timeout=POLL_SECONDS)
     for worker in workers:
         if not (code := worker.exitcode):
             continue
