@@ -1,7 +1,7 @@
 """Hyperparameters and saved states: checks, and a base class of objects that have a state.
 
-Each check is given an owner (the class that takes the value, or the object that a state is for) and
-the name of the value. Its error, a ValueError, names both, and what is allowed.
+Each check takes an owner (the class that takes the value, or the object that a state is for) and
+the name of the value. It raises a ValueError that names both, and what is allowed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: An
         name: the name of the optimizer.
         known: the names of all optimizers.
         key: the name of the setting, for messages.
-        default: the value of an optimizer that a mapping leaves out.
+        default: the value for an optimizer that is not in the mapping.
 
     Raises:
         ValueError: a mapping names an optimizer that does not exist.
@@ -132,22 +132,22 @@ def _is_bad(tensor: Tensor) -> bool:
 
 
 class Stateful:
-    """Base class of objects whose state is the value of some of their attributes.
+    """Base class of objects whose state is some of their attributes.
 
-    Hyperparameters are not among them: a resumed run uses those that it is given.
+    Hyperparameters are not saved: a resumed run uses its own.
     """
 
     saved: ClassVar[tuple[str, ...]] = ()  # names of these attributes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, as plain values that later changes leave alone."""
+        """Return a copy of the state, as plain values."""
         return {name: copy(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned.
 
         Raises:
-            ValueError: if it is the state of something else.
+            ValueError: if it is the state of another class.
         """
         same_keys(type(self).__name__, state_dict, self.saved)
         for name in self.saved:

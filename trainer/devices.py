@@ -62,8 +62,8 @@ def prepare_modules(
         device: device that the modules are moved to.
 
     Raises:
-        ValueError: for something that is no mapping of modules, for lazy modules without shapes,
-            and for an unknown name in compile_modules.
+        ValueError: if ``modules`` is no mapping of modules or has lazy modules without shapes, or
+            if compile_modules has an unknown name.
     """
     if not isinstance(modules, (Mapping, nn.ModuleDict)):
         raise ValueError(
@@ -79,7 +79,7 @@ def prepare_modules(
         if unknown := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise ValueError(
                 f"the shape of {unknown[0]}, of a lazy module, is not known yet: run a "
-                "batch through the network, under torch.no_grad(), before it is given to the Brain"
+                "batch through the network, under torch.no_grad(), before you make the Brain"
             )
     chosen = options.compile_modules
     for name in chosen or ():

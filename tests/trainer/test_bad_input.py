@@ -111,7 +111,9 @@ def test_no_optimizer_at_all() -> None:
 def test_an_optimizer_in_the_place_of_its_class() -> None:
     built = torch.optim.SGD(net().parameters())
     brain = Regressor({"net": net()}, built, {}, {"device": "cpu", "progressbar": False})
-    refused("opt_class is a SGD; allowed: what makes an optimizer from parameters", brain)
+    refused(
+        "opt_class is a SGD; allowed: a callable that makes an optimizer from parameters", brain
+    )
 
 
 def test_one_module_in_the_place_of_a_mapping() -> None:
