@@ -327,9 +327,31 @@ def test_the_last_lines_name_the_best_checkpoint_and_infer(
 # ------------------------------------------------------------------------------------- the state
 
 
+def test_a_run_that_looks_at_its_own_folder_keeps_its_lock(tmp_path: Path) -> None:
+    folder, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(folder)
+
+    def locked() -> bool:
+        code = "import sys; from trainer.cli.runs import *; print(is_locked(Path(sys.argv[1])))"
+        told = subprocess.check_output([sys.executable, "-c", code, str(folder)], text=True)
+        return told == "True\n"
+
+    def train(run: Any) -> None:
+        for place in (folder, link):
+            assert read_run(place).state == "running"
+            with pytest.raises(ValueError, match="is in use by this process"):
+                launch(lambda run: None, {}, place)
+        main(["clean", "-y", str(folder)])
+        assert locked()
+
+    launch(train, {}, folder)
+    assert not locked()
+    launch(lambda run: None, {}, folder)
+
+
 def ends(how: str) -> Callable[[Any], None]:
     def train(run: Any) -> None:
-        assert read_run(run.folder).state == "crashed"  # Running, for all but this process.
+        assert read_run(run.folder).state == "running"
         if how == "crashed":
             raise RuntimeError("out\nof luck \x1b[2J")
         if how == "stopped":
