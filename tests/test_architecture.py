@@ -152,6 +152,14 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     assert unheld == []
 
 
+def test_the_design_has_every_module() -> None:
+    named = re.findall(r"`trainer\.(\w+)`", (ROOT / "docs" / "design.md").read_text())
+    modules = {each.stem for each in TRAINER.iterdir() if (each / "__init__.py").is_file()}
+    modules |= {each.stem for each in TRAINER.glob("*.py") if not each.stem.startswith("__")}
+    assert len(modules) > 30
+    assert modules <= {*named}
+
+
 def test_documents_name_files_and_modules_that_exist() -> None:
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*/README.md")]
     assert len(documents) >= 20
