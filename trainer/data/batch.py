@@ -242,7 +242,7 @@ def _join(values: list[Any]) -> Any:
             return torch.tensor(values)
     tensors: list[Tensor] = []
     for value in values:
-        tensor = _as_tensor(value)
+        tensor = as_tensor(value)
         if tensor is None:
             break
         tensors.append(tensor)
@@ -262,7 +262,7 @@ def _join(values: list[Any]) -> Any:
     return values
 
 
-def _as_tensor(value: Any) -> Tensor | None:
+def as_tensor(value: Any) -> Tensor | None:
     """Convert a tensor, number, or array of numbers to a tensor; return None for anything else."""
     if isinstance(value, Tensor):
         return value

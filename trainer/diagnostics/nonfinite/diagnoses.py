@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from trainer.diagnostics.layer_monitor import first_names
+from trainer.data.batch import as_tensor, count_examples
 from trainer.diagnostics.nonfinite.probe import Finding, Origin
 from trainer.diagnostics.nonfinite.serialize import batch_fields, data_and_lengths
+from trainer.texts import first_names
+from trainer.tree import leaves
 
 MAX_NAMED = 5  # Examples that a sentence names.
+LARGE = 1e9  # A power of a larger number overflows.
 # Names of fields that hold targets.
 TARGETS = re.compile(r"tok|target|label|char|phn|phon|text|word|trans|y$")
 # Autograd functions, and why their derivative is not finite.
@@ -76,19 +78,33 @@ def _true(flags: Tensor) -> list[int]:
 
 def _in_batch(batch: Any, ids: Sequence[str]) -> list[str]:
     """Find NaN and infinities in the batch itself."""
-    found = []
+    found, size = [], count_examples(batch)
     for name, value in batch_fields(batch).items():
-        for tensor in tree_leaves(value):
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        number, total, rows = 0, 0, set[int]()
+        for path, leaf in leaves(value):
+            bad = _bad_values(leaf)
+            if bad is None or not bad.any():
                 continue
-            bad = ~torch.isfinite(tensor)
-            if bool(bad.any()):
-                rows = _true(bad.reshape(len(bad), -1).any(1)) if tensor.dim() else [0]
-                found.append(
-                    f"the batch itself is not finite: {int(bad.sum())} of {bad.numel()} values of "
-                    f"{name!r} ({_names(rows, ids)}). Look at that file, and at what prepares it"
-                )
+            number, total = number + int(bad.sum()), total + bad.numel()
+            if bad.dim() and len(bad) == size:
+                rows.update(_true(bad.reshape(size, -1).any(1)))
+            elif isinstance(value, list) and len(value) == size:  # One entry for each example.
+                rows.add(int(path.partition(".")[0]))
+        if number:
+            names = f" ({_names(sorted(rows), ids)})" if rows else ""
+            found.append(
+                f"the batch itself is not finite: {number} of {total} values of {name!r}{names}. "
+                "Look at that file, and at what prepares it"
+            )
     return found
+
+
+def _bad_values(leaf: Any) -> Tensor | None:
+    """Return True for each value of a leaf that is NaN or infinite; None if none can be."""
+    tensor = None if isinstance(leaf, int) else as_tensor(leaf)  # An int may exceed 64 bits.
+    if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    return ~torch.isfinite(tensor) if tensor.layout is torch.strided else None
 
 
 def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
@@ -156,10 +172,15 @@ def _in_operation(origin: Origin) -> list[str]:
         ]
     if re.match(r"(mean|var|std|var_mean|median|nanmean)", name) and not origin.elements:
         return [f"the {name} of an empty tensor: check for an empty mask or target"]
-    if re.match(r"r?sqrt_?$|pow", name) and low is not None and low <= 0.0:
+    if low is None or origin.highest is None:
+        return []
+    largest = max(low, origin.highest, key=abs)
+    if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) or (
+        name.startswith("pow") and abs(largest) > LARGE
+    ):
+        return [f"{name} of {largest:.3g} overflows: bound its argument"]
+    if re.match(r"r?sqrt_?$|pow", name) and low <= 0.0:
         return [f"{name} of {low:.3g}: clamp its argument, or add a small number to it"]
-    if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) and origin.highest is not None:
-        return [f"{name} of {origin.highest:.3g} overflows: bound its argument"]
     return []
 
 

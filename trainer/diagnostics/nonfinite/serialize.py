@@ -247,7 +247,7 @@ def _describe(value: Any) -> dict[str, Any]:
         return {"shape": list(padded[0].shape), "lengths": padded[1].tolist()}
     if isinstance(value, Tensor):
         found: dict[str, Any] = {"shape": list(value.shape)}
-        if value.dim() <= 1 and value.numel() <= 64:
+        if value.layout is torch.strided and value.dim() <= 1 and value.numel() <= 64:
             found["values"] = value.tolist()
         return found
     if isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value):
