@@ -790,3 +790,31 @@ def test_the_commands_that_a_run_ends_with_work_when_pasted(program: Path) -> No
         assert "other hyperparameters" not in again.stderr
     longer = run(f"{command.removesuffix(' --test_only')} --epochs 3")
     assert "epoch 3 train" in longer.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import not_installed.part", "No module named 'not_installed' (packages that a recipe"),
+        ("raise ImportError('sounds need x: pip install x')", "sounds need x: pip install x"),
+    ],
+)
+def test_a_recipe_whose_packages_are_missing_is_a_sentence(
+    program: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    (program / "train.py").write_text(f"{line}\n{PROGRAM}")
+    assert main(["run", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: mine.yaml cannot be run: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["ls", "--help"], ["run"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
