@@ -33,7 +33,7 @@ from trainer.schedules import EarlyStopping
 from ..processes import TwoRanks
 from . import resuming
 from .clipping_kinds import KINDS
-from .small import ema_of, poison, same
+from .small import ema_of, poison, same, state_of, update_state
 from .two_processes import (
     ROUNDS,
     ByHand,
@@ -329,8 +329,8 @@ def picture(brain: Any) -> Found:
         {
             "modules": dict(brain.modules.state_dict()),
             "trainable": {name: p.requires_grad for name, p in brain.modules.named_parameters()},
-            "updates": {name: resuming.update_state(u) for name, u in brain.updates.items()},
-            "average": ema_of(brain).state_dict(),
+            "updates": {name: update_state(u) for name, u in brain.updates.items()},
+            "average": state_of(ema_of(brain)),
             "step": brain.optimizer_step,
         }
     )
@@ -810,24 +810,8 @@ RESUMED = {
 }  # fmt: skip
 
 
-def differences(straight: resuming.Learner, resumed: resuming.Learner, stop: int) -> list[str]:
-    """Return where a run resumed after ``stop`` batches differs, on this rank."""
-    found = resuming.differences(straight.test.trace[stop:], resumed.test.trace)
-    ends = resuming.final_state(straight), resuming.final_state(resumed)
-    return [*found, *resuming.differences(*ends)]
-
-
 def straight_and_resumed(folder: str, name: str) -> Found:
-    setting, stops = RESUMED[name]
-    straight = resuming.run(setting, Path(folder), stops, resuming.Setting.fit)
-    found = {}
-    for stop in stops:
-        into = Path(folder, f"after-{stop}")
-        if distributed.is_main():
-            resuming.stopped(Path(folder), f"stop-{stop}", into)
-        distributed.barrier()
-        resumed = setting.fit(setting.make(into, seed=50 + distributed.rank()))
-        found[stop] = differences(straight, resumed, stop)
+    straight, found = resuming.on_all_ranks(RESUMED[name][0], Path(folder), RESUMED[name][1])
     return {"found": found, "weights": weights(straight), "trace": straight.test.trace}
 
 
@@ -865,7 +849,7 @@ def interrupt(folder: str, moment: str) -> Found:
     signals.reset()
     saved = brain.checkpointer.list_checkpoints()
     resumed = setting.fit(setting.make(Path(folder, "stopped"), seed=50 + distributed.rank()))
-    found = differences(straight, resumed, seen)
+    found = resuming.differing(straight, resumed, seen)
     return {"code": code, "found": found, "saved": len(saved), "seen": seen}
 
 
