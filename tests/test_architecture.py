@@ -94,17 +94,41 @@ def test_the_trainer_knows_no_recipe_and_a_recipe_no_other() -> None:
                     assert parts[1] in known, f"{path} imports {name}"
 
 
-def test_the_trainer_needs_torch_hyperpyyaml_and_tqdm_alone() -> None:
-    allowed = {"trainer", "torch", "hyperpyyaml", "ruamel", "yaml", "tqdm", "__future__"}
-    allowed |= {"huggingface_hub", "peft", "safetensors", "soundfile"}
-    allowed |= {"onnx", "onnxruntime", "onnxscript"}  # Where a run asks for them.
-    found = {name.split(".")[0] for path in sources(TRAINER) for name in imports_of(path)}
-    assert found - set(sys.stdlib_module_names) <= allowed
-
-
 def test_the_trainer_names_no_recipe_in_a_string() -> None:
+    """Nor in a docstring; `common` and `separation` are words of English, too."""
+    tasks = {path.parent.name for path in (ROOT / "recipes").glob("*/__init__.py")}
+    names = "|".join({*tasks, "tacotron"} - {"common", "separation"})
+    assert len(tasks) >= 9
     for path in sources(TRAINER):
-        assert not re.search(r"\brecipes[./]\w", code_of(path)), path
+        text = path.read_text().lower().replace("torchaudio.models.tacotron2", "")
+        found = re.search(rf"{names}|\b(common|separation)/|\brecipes[./]\w", text)
+        assert not found, f"{path}: {found[0]}"
+
+
+def test_no_private_attribute_of_an_object_is_read_in_another_file() -> None:
+    own: dict[Path, set[str]] = {}
+    read: list[tuple[Path, str, str]] = []
+    for path in sources(TRAINER):
+        own[path] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                own[path] |= {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+            elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("trainer"):
+                read += [(path, str(node.module), each.name) for each in node.names]
+            elif isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value)
+                if owner in ("self", "cls"):
+                    own[path].add(node.attr)
+                elif owner != "super()":
+                    read.append((path, owner, node.attr))
+    ours = set().union(*own.values())
+    private = [each for each in read if re.match(r"_[a-z]", each[2])]
+    assert len(private) > 20
+    for path, owner, name in private:
+        # torch and Python have private names of their own.
+        assert name in own[path] or (name not in ours and not owner.startswith("trainer")), (
+            f"{path} reads {owner}.{name}"
+        )
 
 
 @pytest.mark.parametrize("pattern", OWNERS)
@@ -158,6 +182,19 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     assert promises == [*(f"R{n}" for n in range(1, 25)), *(f"S{n}" for n in range(1, 26))]
     unheld = re.findall(r"^\| ([RS]\d+) \|.*\| no test yet \|", text, re.MULTILINE)
     assert unheld == []
+
+
+def test_the_walks_through_the_code_are_as_short_as_the_docs_say() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.walks"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    walked = {name: int(files) for name, files, *_ in map(str.split, done.stdout.splitlines())}
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    stated = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE)
+    assert {name for name, _ in stated} == set(walked) == {"step", "fit", "save", "command"}
+    for name, files in stated:
+        assert walked[name] <= int(files), f"{name}: {walked[name]} files, and the docs say {files}"
 
 
 def test_documents_name_files_and_modules_that_exist() -> None:

@@ -74,7 +74,7 @@ RUN_NAMES = (
     "epochs.EpochCounter", "metrics.Mean", "optim.ema.WeightAverage", "schedules.EarlyStopping",
     "schedules.NewBob", "schedules.Noam", "schedules.Plateau", "schedules.WarmupDecay",
 )  # fmt: skip
-# Names that a YAML may build, and the hyperparams.yaml of a run folder may not: these seed and log.
+# Names that a YAML may build, but not the hyperparams.yaml of a run folder: they seed and log.
 YAML_NAMES = (
     *RUN_NAMES, "compat.toolkit.set_seed", "loggers.MlflowLogger", "loggers.WandbLogger",
     "loggers.mlflow.MlflowLogger", "loggers.wandb.WandbLogger",
@@ -109,7 +109,7 @@ _MODULES = {
 
 
 def _initialise(*arguments: Any) -> None:
-    """Load the weights of ``init_from``; its module is imported when it is first needed."""
+    """Load the weights of ``init_from``; import its module on first use."""
     from trainer.inference.initialise import initialise
 
     initialise(*arguments)

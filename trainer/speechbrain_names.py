@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,17 +29,21 @@ OPTIONS = (
     "optimizer_step_limit", "test_only", "profile_training",
 )  # fmt: skip
 
-# Those that a recipe cannot set as attributes: they take effect when a Brain is made.
-SETTINGS = (
-    "precision", "max_grad_norm", "grad_accumulation_factor", "nonfinite_patience",
-    "skip_nonfinite_grads",
-)  # fmt: skip
+# Those that take effect when a Brain is made, with the types of values that a recipe cannot set
+# as attributes later, since they may be meant so. Another value, such as a metric, is its own.
+SETTINGS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("max_grad_norm", "grad_accumulation_factor", "nonfinite_patience", "skip_nonfinite_grads"),
+        (str, Real, type(None)),
+    ),
+    "precision": (str,),
+}
 
 
 class SpeechBrainNames:
     """Mixin of `Brain`: counters, options and helpers under SpeechBrain's names.
 
-    A recipe may set attributes of most of these names; they are then its own.
+    A recipe may set most of these names; they are then attributes of its own.
     """
 
     device: torch.device
@@ -47,11 +52,12 @@ class SpeechBrainNames:
     progress: Progress
     updates: dict[str, Update]
     optimizers_dict: Any = None
+    __added_steps = (0, 0)  # An epoch, and what a recipe has added in it.
 
     if not TYPE_CHECKING:  # mypy is to refuse these names
 
         def __getattr__(self, name: str) -> Any:
-            """Return what a name of SpeechBrain's stands for; called for what is not set."""
+            """Return the value of a SpeechBrain name; called for attributes that are not set."""
             if name == "last_batch":
                 return self.is_last_batch
             if "options" in vars(self):  # Not before the constructor has run.
@@ -78,12 +84,12 @@ class SpeechBrainNames:
     @property
     def step(self) -> int:
         """Number of batches of the current epoch so far, plus what a recipe has added to it."""
-        epoch, added = vars(self).get("_added_steps", (0, 0))
+        epoch, added = self.__added_steps
         return self.progress.step + (added if epoch == self.progress.epoch else 0)
 
     @step.setter
     def step(self, value: int) -> None:
-        self._added_steps = self.progress.epoch, value - self.progress.step
+        self.__added_steps = self.progress.epoch, value - self.progress.step
 
     @property
     def optimizer_step(self) -> int:
@@ -112,10 +118,10 @@ class SpeechBrainNames:
         """Count a loss that is not finite, for a `fit_batch` that steps by hand.
 
         Args:
-            loss: a tensor of any shape, whose elements are all to be finite.
+            loss: a tensor of any shape; every element must be finite.
 
         Raises:
-            ValueError: after more of them in an epoch than ``nonfinite_patience``.
+            ValueError: after more such losses in an epoch than ``nonfinite_patience``.
         """
         if not bool(torch.isfinite(loss).all()):
             self.nonfinite_count += 1
@@ -134,9 +140,12 @@ class SpeechBrainNames:
                 logger.warning("the gradient of %s is not finite and is left out", name)
 
 
-def _average(brain: Brain) -> float:
-    """Return the average of this rank's training losses of the epoch so far."""
-    return float(brain.stateful()["metrics"].part.average.value() or 0.0)
+def _average(brain: Brain) -> Any:
+    """Return the average of this rank's training losses of the epoch so far, by name if they are.
+
+    It is 0.0 before the first.
+    """
+    return brain.stateful()["metrics"].part.average.value() or 0.0
 
 
 def _scaler(brain: Brain) -> torch.amp.GradScaler:

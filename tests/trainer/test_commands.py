@@ -22,13 +22,15 @@ from torch import nn
 import trainer
 from tests.trainer.small import Regressor
 from trainer import Checkpointer, report
-from trainer.cli import launch, recipe, sweep
+from trainer.cli import launch, recipe, sweep, upkeep
 from trainer.cli.arguments import configure
 from trainer.cli.commands import COMMANDS, main
 from trainer.cli.ending import end_lines
-from trainer.cli.folder import HEADER, RunFolder
+from trainer.cli.folder import RunFolder
 from trainer.cli.runs import read_run
 from trainer.cli.sweep import parse_values
+from trainer.config import registry
+from trainer.run_files import HEADER
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """\
@@ -229,6 +231,33 @@ def test_a_recipe_of_another_distribution_brings_its_yamls(
         assert list(recipe.recipes()) == ["spotter/small"], place
 
 
+def test_an_installed_recipe_that_cannot_be_imported_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = {
+        "sound_one.task": "", "with_extra": "", "syntax": "x = (", "raises": "1 / 0",
+        "needs_more": "import a_package_that_is_not_installed", "lacks": "from os import nothing",
+    }  # fmt: skip
+    for name, source in sources.items():
+        package = tmp_path.joinpath(*name.split("."))
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(source)
+    (tmp_path / "a_module.py").write_text("")
+    values = [*sources, "a_module", "not_there.task"]
+    values[values.index("with_extra")] = "with_extra:attribute [extra]"
+    info = tmp_path / "pack-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pack\nVersion: 1\n")
+    lines = (f"{number} = {value}\n" for number, value in enumerate(values))
+    (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\n{''.join(lines)}")
+    before = registry.recipe_packages()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = registry.recipe_packages.__wrapped__()
+    assert set(found) - set(before) == {"sound_one.task", "with_extra"}
+    told = re.findall(r"the recipe (\w+) is left out, since its import fails: ", caplog.text)
+    assert sorted(told) == ["a_module", "lacks", "needs_more", "raises", "syntax"]
+
+
 def test_run_does_what_the_program_does_with_the_yaml(
     program: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,6 +414,19 @@ def test_compare_shows_what_differs_and_the_spread_over_seeds(
     ]
 
 
+def test_metrics_of_any_size_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers near the largest float have no mean that is one."""
+    for seed, wer in ((1, 1.7e308), (2, 1.6e308)):
+        record = {"kind": "stage", "stage": "test", "wer": wer}
+        made_run(tmp_path / str(seed), records=[record], yaml=f"seed: {seed}\n")
+    runs = [str(tmp_path / each) for each in "12"]
+    assert main(["compare", *runs]) == 0
+    assert "too large" in capsys.readouterr().out
+    assert main(["report", *runs, "-o", str(tmp_path / "page.html")]) == 0
+
+
 def test_a_report_is_of_one_run_or_of_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -480,6 +522,27 @@ def test_clean_asks_first_and_leaves_what_is_not_its_own(
     capsys.readouterr()
     assert main(["clean", str(run)]) == 0
     assert capsys.readouterr().out == "there is nothing to delete\n"
+
+
+def test_a_run_below_another_keeps_its_checkpoints_to_itself(tmp_path: Path) -> None:
+    """Neither --overwrite nor `clean` of the outer run deletes them, and they are no progress."""
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "task" / "inner"
+    saved(outer, [{"sdr": 1.0}, {"sdr": 2.0}])
+    metas = [{"wer": 9.0 - n, "sdr": 5.0} for n in range(5)]
+    own = saved(inner, metas)
+    before = [each.name for each in own.list_checkpoints()]
+    assert RunFolder(outer).progress() == (1, 1)
+    assert RunFolder(inner).progress() == (4, 4)
+    beside = Checkpointer(outer / "models" / "a" / "b" / "save").save_checkpoint({"epoch": 1})
+    assert beside is not None
+    assert not [each for each in upkeep.removable(outer)[0] if inner in each.path.parents]
+    assert len(upkeep.removable(inner)[0]) == 4
+    folder = RunFolder(outer)
+    folder.open(overwrite=True)
+    folder.close()
+    assert not (outer / "checkpoints").exists()
+    assert not beside.path.exists()
+    assert [each.name for each in own.list_checkpoints()] == before
 
 
 def test_an_average_is_a_run_that_can_be_loaded(

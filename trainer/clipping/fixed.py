@@ -36,7 +36,7 @@ class NormClip(Clip):
 
     Args:
         limit: largest norm c; None, inf, 0 or below for no clipping. The default, 5, is usual in
-            recognition and separation of speech; 1 is usual for Transformers and Tacotron 2.
+            recognition and separation of speech; 1 is usual for Transformers and synthesis.
         p: order of the norm, above 0; inf for the largest absolute value.
 
     Raises:
@@ -62,7 +62,7 @@ class NormClip(Clip):
         return safe_norms(gradients.tensors, self.p)  # Syncs, but is rare.
 
     def _parts(self, gradients: Gradients) -> list[tuple[float, list[int]]]:
-        """Return a limit and the indices of its tensors, for each part that is clipped alone."""
+        """Return the limit and the tensor indices of each part that is clipped by itself."""
         return gradients.parts(self.limit)
 
     def __call__(self, gradients: Gradients) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import checks
 from trainer.seed import reseed
 
 PACKAGE = "speechbrain"
@@ -131,8 +132,7 @@ def set_seed(seed: int = 0, verbose: bool = True, deterministic: bool = False) -
     Raises:
         ValueError: the seed is no whole number of 0 or more.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"a seed must be a whole number of 0 or more, not {seed!r}")
+    seed = checks.whole("set_seed", "seed", seed, 0)
     reseed(seed)
     torch.manual_seed(seed)
     if deterministic:

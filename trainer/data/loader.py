@@ -25,7 +25,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from torch.utils.data import (
 )
 
 from trainer import signals
+from trainer.checks import as_number
 from trainer.data.batch import collate, collate_plain, count_examples
 from trainer.data.batch_sampler import (
     DistributedBatchSampler,
@@ -59,6 +60,7 @@ from trainer.data.items import (
 )
 from trainer.processes import serve
 from trainer.seed import DrawsUndone, derive, fork_rng, rng_state, set_rng_state
+from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer.data")
 
@@ -174,7 +176,7 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a whole number, {least} or more{none}; got {value!r}")
         options[name] = int(value)
     for name in ("shuffle", "drop_last", "pin_memory", "persistent_workers"):
-        value = options.get(name)
+        value = plain_number(options.get(name))
         if not (value is None or isinstance(value, int) and value in (0, 1)):  # A text is true.
             raise ValueError(f"{name} must be true or false; got {value!r}")
     for name in ("collate_fn", "worker_init_fn"):
@@ -186,8 +188,8 @@ def _check_options(options: dict[str, Any]) -> None:
         if value is not None and (not listed or isinstance(value, (str, bytes))):
             raise ValueError(f"{name} must be an iterable, such as a torch Sampler; got {value!r}")
     value = options.get("timeout")
-    seconds = isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0
-    if value is not None and not seconds:
+    seconds = as_number(value)
+    if value is not None and (seconds is None or not seconds >= 0):
         raise ValueError(
             f"timeout must be a number of seconds, 0 or more (0: never); got {value!r}"
         )

@@ -37,6 +37,7 @@ from trainer.loggers.callback import LoggerCallback
 from trainer.metrics import StageReport, StepReport
 from trainer.optim.step import Update
 from trainer.progress import Stage
+from trainer.texts import first_names
 
 if TYPE_CHECKING:
     from trainer.brain import Brain
@@ -57,7 +58,6 @@ USUAL_CLIP_RATE = 0.95  # Adaptive clippers with a percentile of 10 clip 90 %.
 TINY = 1e-6  # A vanishing norm, or share of the largest layer's norm.
 PATIENCE = 3  # Records in a row before a layer is warned of.
 GROWTH, BLOCKS = 4.0, 5  # Warn if so many medians in a row rise, by this factor in all.
-MAX_NAMED = 3  # Layers or parameters that a sentence names.
 
 # By layer: its norms "grad", "weight" and "update", and "ratio", which is update / weight. None: it
 # has no gradient, or its weight is 0.
@@ -238,12 +238,6 @@ def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def first_names(names: Sequence[str], most: int = MAX_NAMED) -> str:
-    """Return the first ``most`` names and the number of the others, such as "a, b and 3 more"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _layer(name: str) -> str:
     """Return the name of the layer that a parameter is a part of."""
     layer, parametrized, _ = name.partition(".parametrizations.")
@@ -265,7 +259,6 @@ class _Meter:
         self.samples: list[tuple[str, Tensor]] = []
         # True if every step is measured, for the norm after clipping.
         self.always = not isinstance(update.clip, KINDS_WITH_NORM_AFTER)
-        self.hooked = False  # True if the hooks of the monitor are called at the next step.
 
     @torch.no_grad()
     def begin(self, histograms: bool) -> None:
@@ -319,18 +312,21 @@ class LayerMonitor(Callback):
     def __init__(self, every: int) -> None:
         self.every = every
         self._meters: dict[str, _Meter] = {}
-        self._brain: Brain | None = None
         self._loggers: LoggerCallback | None = None
         self._idle: str | None = None  # Warning that the first record carries.
+        self._listens = False  # True while steps are watched.
 
     def on_fit_start(self, brain: Brain) -> None:
         loggers = (each for each in brain.callbacks if isinstance(each, LoggerCallback))
-        self._loggers, self._brain = next(loggers, None), brain
-        if self._meters:
+        self._loggers = next(loggers, None)
+        if [meter.update for meter in self._meters.values()] == list(brain.updates.values()):
             return
+        # A recipe may exchange its optimizers between two calls of `fit`.
+        kept = {meter.update: meter for meter in self._meters.values()}
         rate, known = brain.options.expected_clip_rate, list(brain.updates)
         self._meters = {
-            name: _Meter(each, by_name(rate, name, known, "expected_clip_rate", USUAL_CLIP_RATE))
+            name: kept.get(each)
+            or _Meter(each, by_name(rate, name, known, "expected_clip_rate", USUAL_CLIP_RATE))
             for name, each in brain.updates.items()
         }
         untrained = (name for update in brain.updates.values() for name in update.untrained)
@@ -341,28 +337,24 @@ class LayerMonitor(Callback):
             )
 
     def on_batch_start(self, brain: Brain, batch: Any) -> None:
+        due = False
         for meter in self._meters.values():
-            due, update = meter.always or len(meter.steps) + 1 >= self.every, meter.update
-            if due and not meter.hooked:
-                update.before_step.append(self._before_step)
-                update.after_step.append(self._after_step)
-            elif meter.hooked and not due:
-                update.before_step.remove(self._before_step)
-                update.after_step.remove(self._after_step)
-            meter.hooked = due
+            due = due or meter.always or len(meter.steps) + 1 >= self.every
+        if due is not self._listens:
+            self._listens = due
+            change = brain.callbacks.listen if due else brain.callbacks.unlisten
+            change("before_optimizer_step", self._before_step)
+            change("after_optimizer_step", self._after_step)
 
-    def _before_step(self, update: Update, gradients: Gradients) -> None:
+    def _before_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
         """Copy the weights if this step is measured."""
         meter = self._meters[update.name]
         if len(meter.steps) + 1 >= self.every:
             meter.begin(self._loggers is not None and self._loggers.wants_histograms)
 
-    def _after_step(self, update: Update, gradients: Gradients) -> None:
+    def _after_step(self, brain: Brain, update: Update, gradients: Gradients) -> None:
         """Measure what the step did, without waiting for the device."""
-        meter, brain = self._meters[update.name], self._brain
-        if brain is None or brain.callbacks.muted:
-            meter.copies = []
-            return
+        meter = self._meters[update.name]
         # The step of this batch is counted at its end.
         place = {"step": brain.optimizer_step + 1, "epoch": brain.progress.epoch}
         grads = dict(zip(*update.measured, strict=True))

@@ -1,6 +1,6 @@
 """Process group: ranks, collectives, and work that succeeds or fails on all ranks as one.
 
-``torchrun --nproc_per_node=N recipes/<task>/train.py …`` launches the processes. In a run of one
+``torchrun --nproc_per_node=N train.py …`` launches the processes. In a run of one
 process, no function of this module communicates.
 """
 

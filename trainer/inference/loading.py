@@ -1,6 +1,6 @@
 """Trained models from run folders.
 
-    model = trainer.load("results/asr/demo/1234")
+    model = trainer.load("results/kws/demo/1234")
     model.transcribe("x.wav")
 
 What is found in a run folder is data: it builds only what installed recipes list for it (see
@@ -37,7 +37,6 @@ from trainer.config.registry import recipe_packages
 from trainer.devices import pick_device
 from trainer.evaluation import load_weights, rng_kept_alone
 from trainer.inference.initialise import (
-    HYPERPARAMS,
     WEIGHTS,
     initialise,
     is_export,
@@ -45,7 +44,9 @@ from trainer.inference.initialise import (
 )
 from trainer.inference.model import Model
 from trainer.options import RunOptions
+from trainer.run_files import CHECKPOINTS, HYPERPARAMS
 from trainer.seed import seed_everything
+from trainer.texts import cause
 from trainer.untrusted import (
     confined,
     memory_in_proportion,
@@ -57,7 +58,6 @@ from trainer.untrusted import (
 if TYPE_CHECKING:
     from trainer.brain import Brain
 
-CHECKPOINTS = "checkpoints"
 RECIPE = "recipe"  # Key of an exported YAML: package of the recipe.
 
 # Run options that are taken from a run folder to use its model, and also to replay its steps.
@@ -314,7 +314,10 @@ def recipe_class(package: str, attribute: str, names: Collection[str]) -> Any:
             raise ValueError(f"a run of {package} builds one of {', '.join(named)}")
         (named,) = classes
     if named is None:
-        raise ValueError(f"a run of {package} has no {attribute.lower()}")
+        raise ValueError(
+            f"{package} names no {attribute}: give a class as {attribute.lower()}=… to "
+            f"trainer.load, or name it in {package.replace('.', '/')}/__init__.py"
+        )
     module, _, name = str(named).rpartition(".")
     return getattr(importlib.import_module(f"{package}.{module}"), name)
 
@@ -359,7 +362,7 @@ def open_run(
             reason = (
                 "it needs far more memory than its checkpoints account for"
                 if memory
-                else f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
+                else cause(error)
             )
             nulls = [key for key, node in items(configuration.root) if tag(node) == NULL]
             if "NoneType" in reason and nulls:
@@ -424,8 +427,8 @@ def load(
             read from outside of the folder.
         allow: packages, modules or objects by dotted name that the YAML may build, in addition to
             what installed recipes list: those of your own program.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value. Without either, the
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better. Without either, the
             attribute ``best_checkpoint`` of the class decides, such as ``{"min_key": "wer"}``;
             without one, the newest checkpoint is taken.
 
@@ -439,7 +442,7 @@ def load(
 
     Example::
 
-        model = trainer.load("results/asr/demo/1234")
+        model = trainer.load("results/kws/demo/1234")
         print(model.transcribe("x.wav").text)
     """
     if model is not None and brain is not None:
@@ -500,8 +503,8 @@ def put_weights(
         modules: modules of the run.
         checkpointer: its checkpoints.
         options: ``average_checkpoints`` and ``ema_decay``.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value.
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better.
         prefix: name of the modules among those of the run, such as "generator.".
         uses: names of the modules of the run to give weights to; empty for all.
 

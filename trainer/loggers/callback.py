@@ -16,14 +16,14 @@ from torch import Tensor
 
 from trainer import distributed, json_files
 from trainer.callbacks import Callback
-from trainer.checkpoint.storage import MANIFEST
 from trainer.loggers.choice import LoggerFactory, best_checkpoint, configuration, name_of
-from trainer.loggers.files import METRICS, JsonlLogger, run_folder
+from trainer.loggers.files import JsonlLogger, run_folder
 from trainer.loggers.marks import Places, StepMarks
 from trainer.loggers.progress_bar import announce
 from trainer.loggers.protocol import Logger, RunInfo, series
 from trainer.metrics import RESERVED, SHOWN, StageReport
 from trainer.options import RunOptions
+from trainer.run_files import HYPERPARAMS, manifests
 from trainer.samples import Aligned, Audio, Histogram, Image, Matrix, Samples
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class LoggerCallback(Callback):
             return
         for slot in [each for each in self._slots if not each.chosen]:
             self._close(slot)  # The report is written.
-        files = {name: self.folder / name for name in ("hyperparams.yaml", "report.html")}
+        files = {name: self.folder / name for name in (HYPERPARAMS, "report.html")}
         best = best_checkpoint(brain.checkpointer)
         files |= {"checkpoint": best} if best else {}
         for name, path in files.items():
@@ -245,7 +245,7 @@ class LoggerCallback(Callback):
         folder = self.folder
         if folder is None or brain.checkpointer is None or self._places.last:
             return False
-        return folder.absolute() not in self._complete and not any(folder.rglob(MANIFEST))
+        return folder.absolute() not in self._complete and not manifests(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of records in `metrics.jsonl`, None where there is no such file.
@@ -266,11 +266,13 @@ class LoggerCallback(Callback):
 
         At the checkpoint `metrics.jsonl` had as many lines; None where unknown.
         """
+        numbers: Path | None = None
         for slot in self._opened():
             with self._guarded(slot):
                 each, marks = slot.logger, slot.marks
                 if isinstance(each, JsonlLogger):
                     each.resume(step, lines)
+                    numbers = each.path
                 elif each is not None and marks is None and _overrides(each, "resume"):
                     each.resume(step)
                 elif each is not None and marks is not None:
@@ -279,8 +281,8 @@ class LoggerCallback(Callback):
                     if _overrides(each, "resume"):
                         marks.cut(step)
                     slot.held = Places(marks.places.last if found is None else found)
-                    if marks.taken and self.folder is not None:
-                        _catch_up(each, slot.held, marks, self.folder)
+                    if marks.taken and numbers is not None:
+                        _catch_up(each, slot.held, marks, numbers)
 
     # ------------------------------------------------------------------------------------ loggers
 
@@ -377,13 +379,13 @@ def loggers_of(brain: Brain) -> LoggerCallback | Logger:
     return next(found, Logger())
 
 
-def _catch_up(each: Logger, held: Places, marks: StepMarks, folder: Path) -> None:
-    """Give a logger the numbers of `metrics.jsonl` that it does not hold, and note them.
+def _catch_up(each: Logger, held: Places, marks: StepMarks, numbers: Path) -> None:
+    """Give a logger the ``numbers`` of `metrics.jsonl` that it does not hold, and note them.
 
     A backend may have lost them when the process was killed, or failed for a while.
     """
     found = Places()
-    with (folder / METRICS).open("rb") as file:
+    with numbers.open("rb") as file:
         for line in json_files.lines(file):
             record = json_files.parse(line)
             kind, step = record.pop("kind", None), record.get("step")

@@ -16,6 +16,7 @@ from trainer.loggers.tables import CsvLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb import WandbLogger
 from trainer.options import RunOptions, nearest
+from trainer.run_files import HYPERPARAMS
 
 LoggerFactory = Callable[[Path], Logger]
 NAMES = ("tensorboard", "wandb", "mlflow", "csv")
@@ -72,7 +73,7 @@ def _constant(made: object) -> LoggerFactory:
 def name_of(folder: Path) -> str:
     """Return the name of the run of a folder: that of the folder.
 
-    If the folder is named by its seed, the name of its parent comes first: results/asr/demo/1234
+    If the folder is named by its seed, the name of its parent comes first: results/kws/demo/1234
     is "demo-1234".
     """
     folder = folder.resolve()
@@ -95,7 +96,7 @@ def configuration(
     from trainer.config.registry import Registry
 
     values: Mapping[str, Any] = {**hparams, **vars(options)}
-    if (path := folder / "hyperparams.yaml").exists():
+    if (path := folder / HYPERPARAMS).exists():
         with contextlib.suppress(ValueError):  # It calls functions that only its program allows.
             values = Settings(read(path, alone=True)[0], Registry()).values
     return dict(_flat(values))

@@ -272,11 +272,8 @@ def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _step_of(line: bytes) -> float:
     """Return the step of a line: -inf where it has none, inf where it cannot be read."""
-    try:
-        record = json_files.parse(line)
-    except json_files.BadJson:
-        return math.inf
-    step = record.get("step") if isinstance(record, dict) else math.inf
+    record = json_files.mapping(line)
+    step = record.get("step") if record else math.inf
     return step if isinstance(step, (int, float)) else -math.inf
 
 
@@ -327,10 +324,9 @@ class SampleLogger(Logger):
     def resume(self, step: int) -> None:
         """Delete what was shown at later steps, since it will come again."""
         for path in self._tables():
-            with contextlib.suppress(OSError, json_files.BadJson):
-                table = json_files.read(path)
-                shown = table.get("step") if isinstance(table, dict) else None
-                if isinstance(shown, int) and shown > step:
+            shown = json_files.read_mapping(self.folder, path).get("step")
+            if isinstance(shown, int) and shown > step:
+                with contextlib.suppress(OSError):
                     self._remove(path)
 
     def _tables(self) -> list[Path]:

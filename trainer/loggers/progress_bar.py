@@ -82,7 +82,8 @@ class ProgressBar(Callback):
         name = stage.value if epoch is None else f"epoch {epoch} {stage.value}"
         done = brain.progress.step if stage is Stage.TRAIN else 0
         shown = self.progressbar_shown and distributed.is_main()
-        self._stages.append(_Stage(name, total, done, shown))
+        end = _last_batch(brain, total) if stage is Stage.TRAIN else total
+        self._stages.append(_Stage(name, end, done, shown))
         self._due = min(self._due, time.monotonic() + LINE_SECONDS)
 
     def on_batch_end(self, brain: Brain, stage: Stage, loss: Any) -> None:
@@ -212,6 +213,24 @@ def _notebook_bar() -> Any:
         warnings.simplefilter("ignore")  # tqdm.auto is experimental; ipywidgets is missing.
         from tqdm import auto, notebook
     return auto.tqdm if issubclass(auto.tqdm, notebook.tqdm_notebook) else None
+
+
+def _last_batch(brain: Brain, total: int | None) -> int | None:
+    """Return the batch at which an epoch ends, by itself or by ``optimizer_step_limit``.
+
+    A step that is skipped puts the end off; the bar then goes beyond.
+
+    Args:
+        brain: the Brain, about to train.
+        total: batches of the epoch; None where unknown.
+    """
+    if (limit := brain.options.optimizer_step_limit) is None:
+        return total
+    progress, updates = brain.progress, brain.updates.values()
+    waiting = max((update.window.count for update in updates), default=0)
+    steps = max(limit - progress.optimizer_step, 0)
+    last = progress.step + max(steps * brain.options.grad_accumulation_factor - waiting, 0)
+    return last if total is None else min(total, last)
 
 
 def start_lines(brain: Brain, batches: int | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Searches for the clip limit and the learning rate of each optimizer, in place of a training.
 
-    python recipes/asr/train.py hparams/asr/demo.yaml --find_clip
-    python recipes/asr/train.py hparams/asr/demo.yaml --find_lr --find_clip
+    python train.py demo.yaml --find_clip
+    python train.py demo.yaml --find_lr --find_clip
 
 Any recipe can be searched, without a line in it. The first `fit` runs short trials on the recipe's
 own data, each from the state of a new run, and ends the program with a recommendation for each
