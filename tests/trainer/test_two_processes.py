@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,28 +96,7 @@ def call_every_collective() -> Found:
         "rows": distributed.all_gather_rows(torch.full((3 * rank, 2), float(rank))),
         "no_rows": distributed.all_gather_rows(torch.zeros(0, 2)),
         "on_main": distributed.run_on_main(lambda: {"from": distributed.rank()}),
-        "failures": {
-            "one": failure({1: OSError("disk")}),
-            "shared": failure({1: ValueError("lost")}, ValueError),
-            "both": failure({0: ValueError("a"), 1: ValueError("b")}, ValueError),
-            "worse": failure({0: ValueError("a"), 1: OSError("disk")}, ValueError),
-            "none": failure({}, ValueError),
-        },
     }
-
-
-def failure(errors: Mapping[int, Exception], shared: type[Exception] | None = None) -> str:
-    """Fail with some error on each of these ranks; return what `run_on_all` raises here."""
-
-    def work() -> str:
-        if (error := errors.get(distributed.rank())) is not None:
-            raise error
-        return "none"
-
-    try:
-        return distributed.run_on_all(work, shared=shared)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def test_collective_functions_give_every_rank_the_same(two_ranks: TwoRanks) -> None:
@@ -134,13 +113,40 @@ def test_collective_functions_give_every_rank_the_same(two_ranks: TwoRanks) -> N
         assert found["rows"].tolist() == [[1.0, 1.0]] * 3
         assert found["no_rows"].shape == (0, 2)
         assert found["on_main"] == {"from": 0}
-        assert found["failures"] == {
-            "one": ("RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk")[rank],
-            "shared": ("ValueError: on rank 1: ValueError: lost", "ValueError: lost")[rank],
-            "both": ("ValueError: a", "ValueError: b")[rank],
-            "worse": ("RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk")[rank],
-            "none": "none",
-        }
+
+
+DISK = ["RuntimeError: rank 1 failed (OSError: disk)", "OSError: disk"]
+# Errors of rank 0 and of rank 1, the kind that may be shared, and what is raised on each.
+FAILURES: dict[str, tuple[tuple[Exception | None, ...], list[type[Exception]], list[str]]] = {
+    "one": ((None, OSError("disk")), [], DISK),
+    "shared": (
+        (None, ValueError("lost")), [ValueError],
+        ["ValueError: on rank 1: ValueError: lost", "ValueError: lost"],
+    ),
+    "both": ((ValueError("a"), ValueError("b")), [ValueError], ["ValueError: a", "ValueError: b"]),
+    "worse": ((ValueError("a"), OSError("disk")), [ValueError], DISK),
+    "none": ((None, None), [ValueError], ["none", "none"]),
+}  # fmt: skip
+
+
+def failure(name: str) -> str:
+    """Return what `run_on_all` raises on this rank."""
+    errors, shared, _ = FAILURES[name]
+
+    def work() -> str:
+        if (error := errors[distributed.rank()]) is not None:
+            raise error
+        return "none"
+
+    try:
+        return distributed.run_on_all(work, shared=next(iter(shared), None))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_error_of_one_rank_is_one_of_all(two_ranks: TwoRanks, name: str) -> None:
+    assert two_ranks(failure, name) == FAILURES[name][2]
 
 
 # --- the same as one process ---------------------------------------------------------------------
