@@ -1880,7 +1880,8 @@ def _is_same_device(value: Any, device: torch.device) -> bool:
 def _names_of_ours(kind: type) -> set[str]:
     """Return the names of a class that Python makes private to `Brain`, since it is called so."""
     functions = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
-    used = chain(vars(kind), *(function.__code__.co_names for function in functions))
+    own = [each for each in functions if each.__module__ != __name__]  # `fit = Brain.fit` is ours.
+    used = chain(vars(kind), *(function.__code__.co_names for function in own))
     return {f"__{name.removeprefix('_Brain__')}" for name in used if name.startswith("_Brain__")}
 
 
