@@ -494,7 +494,9 @@ class TrainingMetrics:
                 stage: {name: mean.state_dict() for name, mean in means.items()}
                 for stage, means in self.logged.items()
             },
-            "waiting": [[names, map_leaves(float, loss), w] for names, loss, w in self._waiting],
+            "waiting": [
+                [names, map_leaves(float, loss), weight] for names, loss, weight in self._waiting
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -510,8 +512,7 @@ class TrainingMetrics:
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}
             for stage, means in state["logged"].items()
         }
-        # Checkpoints of earlier versions have no waiting losses.
-        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state.get("waiting", ())]
+        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state["waiting"]]
 
 
 def _detached(loss: Any) -> Any:

@@ -36,7 +36,7 @@ __all__ = [
     "resumable", "to_device",
 ]  # fmt: skip
 
-# Imported on first use: a trained model needs bad items, and no loader.
+# Imported on first use: a trained model needs no loader.
 _MODULES = {
     "DataFeed": "feed",
     "Loader": "loader",

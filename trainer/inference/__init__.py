@@ -1,4 +1,4 @@
-"""Using trained models: `trainer.load` makes one from its run folder, `export` writes it."""
+"""Trained models: `trainer.load` makes one from its run folder, `export` writes it."""
 
 from trainer.inference.exporting import export
 from trainer.inference.graphs import Graph, Port
