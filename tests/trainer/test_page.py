@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from trainer import RunOptions, StageReport, distributed
 from trainer.loggers import JsonlLogger, LoggerCallback
 from trainer.progress import Progress
-from trainer.report import ReportLogger, render, write_html
+from trainer.report import ReportLogger, compare, render, write_html
 from trainer.report.axis import Axis, count, number
 from trainer.report.chart import BUCKETS, Chart, Series, decimate, draw, running_mean
 from trainer.report.history import read_history
@@ -505,3 +505,28 @@ def test_a_running_mean_is_the_mean_around_and_leaves_gaps() -> None:
     assert math.isnan(mean[500][1])
     assert all(abs(y - 0.5) < 0.06 for x, y in mean if x != 500)
     assert [x for x, _ in mean] == [x for x, _ in points]
+
+
+LINKED = ("command.txt", "hyperparams.yaml", "environment.json", "train.log")
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_file_elsewhere_that_a_run_folder_links_is_not_shown(tmp_path: Path, name: str) -> None:
+    secret = tmp_path / "elsewhere.txt"
+    secret.write_text('{"revision": "s3cr3t"}\nTraceback (most recent call last):\nkey: s3cr3t\n')
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        run.mkdir()
+        (run / name).symlink_to(secret)
+    page = render(runs[0])
+    assert "s3cr3t" not in page
+    assert ("lies outside of" in page) == (name != "train.log")
+    assert "s3cr3t" not in compare(runs, tmp_path / "page.html").read_text()
+
+
+def test_records_elsewhere_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(ValueError, match=r"metrics.jsonl' lies outside of"):
+        render(tmp_path / "run")

@@ -26,6 +26,7 @@ from trainer.report.page import (
 from trainer.report.plots import STEP, display_name, is_loss
 from trainer.report.samples import read_tables, render_tables
 from trainer.texts import spread
+from trainer.untrusted import confined
 
 MAX_RUNS = 24
 MAX_VALUE = 200  # characters of a setting
@@ -98,7 +99,7 @@ def _read(folder: Path, name: str) -> Compared:
     """Read the records and settings of a run."""
     run = Compared(name, folder, read_history(folder / "metrics.jsonl"))
     try:
-        root, _ = read(folder / "hyperparams.yaml", alone=True)
+        root, _ = read(confined(folder, folder / "hyperparams.yaml"), alone=True)
     except (OSError, ValueError) as error:
         run.problem = f"its settings cannot be read: {error}"
         return run

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from trainer import json_files
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
+from trainer.untrusted import confined
 
 
 class Curve:
@@ -116,12 +117,16 @@ def measures_of(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 
 def read_history(path: Path) -> History:
-    """Read a `metrics.jsonl`; a missing one gives an empty history."""
+    """Read a `metrics.jsonl`; a missing one gives an empty history.
+
+    Raises:
+        ValueError: it is a link to a file in another folder.
+    """
     history = History()
     stages: dict[tuple[str, Any], dict[str, Any]] = {}
     if not path.exists():
         return history
-    with path.open("rb") as file:
+    with confined(path.parent, path).open("rb") as file:
         for line in json_files.lines(file):
             record = json_files.mapping(line)
             kind, step = record.get("kind"), record.get("step")

@@ -20,6 +20,7 @@ from trainer.report.history import Curve, History, commands_of, measures_of, rea
 from trainer.report.html import document, escape, section, table, tiles
 from trainer.report.plots import PARTS, display_name, is_loss, lost_steps, sections
 from trainer.report.samples import read_tables, render_tables
+from trainer.untrusted import confined
 
 MAX_STAGES = 30  # Rows of the table of stages.
 MAX_LAYERS = 300  # Rows of the table of layers.
@@ -129,13 +130,13 @@ def last_lines(folder: Path) -> str:
 
 
 def tail(path: Path, most: int) -> list[str]:
-    """Return the last lines of a text file; empty if it cannot be read."""
+    """Return the last lines of a text file; empty if it cannot be read, or lies elsewhere."""
     try:
-        with path.open("rb") as file:
+        with confined(path.parent, path).open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - MAX_CHARACTERS))
             return file.read().decode(errors="replace").splitlines()[-most:]
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -318,8 +319,11 @@ def _files(folder: Path) -> str:
     for title, name in FILES:
         path = folder / name
         if path.is_file():
-            with path.open(encoding="utf-8", errors="replace") as file:
-                text = file.read(MAX_CHARACTERS)
+            try:
+                with confined(folder, path).open(encoding="utf-8", errors="replace") as file:
+                    text = file.read(MAX_CHARACTERS)
+            except (OSError, ValueError) as error:  # Such as a link to a file elsewhere.
+                text = f"not shown: {error}"
             parts += (
                 f"<details><summary>{title} <small>{name}</small></summary>"
                 f'<pre tabindex="0">{escape(text)}</pre></details>'
