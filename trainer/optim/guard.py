@@ -47,10 +47,7 @@ class Tracer:
     `trainer.defaults.tracers`.
     """
 
-    def begin_window(self) -> None:
-        """Called before the first batch of an accumulation window."""
-
-    def begin_batch(self, batch: Any, is_last: bool) -> None:
+    def begin_batch(self, batch: Any, is_last: bool, opens_window: bool) -> None:
         """Called before training on a batch; ``is_last`` is True for the last one of an epoch."""
 
     def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
