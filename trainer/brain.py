@@ -637,8 +637,11 @@ class Brain(SpeechBrainNames):
                 self.__account(loss, self.__batch)
             self.__tracer.end_batch()
             self.callbacks.call("on_batch_end", self, Stage.TRAIN, loss)
-        except (TypeError, AttributeError) as error:
-            add_advice(error, batch)
+        except BaseException as error:
+            if isinstance(error, (TypeError, AttributeError)):
+                add_advice(error, batch)
+            if not self.__batch.moved():
+                guard.roll_back()  # The batch may have put NaN into buffers.
             raise
         finally:
             self.__batch = outer

@@ -59,7 +59,6 @@ def test_the_local_state_has_flat_keys(old: Checkpoint) -> None:
         "interval": saved["journal"]["mean"],
         "counts": {"skipped": 0, "overflowed": 0},
         "tallies": saved["journal"]["tallies"],
-        "examples": 0.0,
         "logged": {"train": {}},
     }
     assert state["attributes"] == saved["attributes"]

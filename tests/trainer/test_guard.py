@@ -19,7 +19,7 @@ from tests.trainer.small import (
     same,
     spoilt,
 )
-from trainer import Brain, NonFiniteError
+from trainer import Brain, Callback, NonFiniteError, Stage
 from trainer.checkpoint import Checkpointer
 from trainer.clipping import Gradients, NormClip
 
@@ -252,6 +252,33 @@ def test_without_ids_and_before_any_norm_the_message_says_so() -> None:
         NonFiniteError, match=r"\(without ids\); no gradient norm was finite before"
     ):
         make(nonfinite_patience=0).fit([1], data)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("place", ["recipe", "callback"])
+def test_an_exception_in_a_bad_batch_leaves_no_nan_in_buffers(place: str, window: int) -> None:
+    class Raising(Regressor):
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Any:
+            if place == "recipe" and not predictions.isfinite().all():
+                raise RuntimeError("bad")
+            return super().compute_objectives(predictions, batch, stage)
+
+    class Watching(Callback):
+        def on_loss(self, brain: Any, report: Any) -> None:
+            if report.outcome == "skipped":
+                raise RuntimeError("bad")
+
+    data = batches(4)
+    brain = make(Raising, norm=True, grad_accumulation_factor=window, nonfinite_reports=0)
+    brain.callbacks.append(Watching())
+    with pytest.raises(RuntimeError, match="bad"):
+        brain.fit([1], [*data, spoilt(data[0], "input")])
+    assert brain.optimizer_step == 4 // window
+    statistics = brain.modules.net[1].running_mean
+    assert statistics.isfinite().all()
+    assert statistics.any()  # Those of the steps that were taken are kept.
+    brain.fit([2], data)
+    assert statistics.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -70,7 +70,6 @@ def _local_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str
             "interval": journal["mean"],
             "counts": journal["counts"],
             "tallies": journal["tallies"],
-            "examples": 0.0,
             "logged": {"train": {}},
         },
         "attributes": local["attributes"],
