@@ -617,9 +617,9 @@ class Brain(SpeechBrainNames):
         groups = self.__groups
         if groups is not None and groups.begin_window(self.updates, progress.optimizer_step):
             self.__modes.unfreeze(self.__trained_parameters())
-        if not self.__in_window():
+        opens_window = not self.__in_window()
+        if opens_window:
             guard.begin_window()
-            self.__tracer.begin_window()
             progress.joint = None
         weight = self.__weigh(batch)
         progress.step += 1
@@ -627,7 +627,7 @@ class Brain(SpeechBrainNames):
         outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
         try:
             guard.begin_batch()
-            self.__tracer.begin_batch(batch, is_last)
+            self.__tracer.begin_batch(batch, is_last, opens_window)
             self.callbacks.call("on_batch_start", self, batch)
             loss = self.__fit_or_give_up(batch)
             if not self.__votes.gave_up:
