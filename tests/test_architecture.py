@@ -17,7 +17,7 @@ TRAINER = ROOT / "trainer"
 # Calls that have one owner: the folder it is in, and in how many files it may stand.
 OWNERS = {
     r"\.backward\(": ("trainer/optim", 1),
-    r"optimizer\.step\(": ("trainer/optim", 1),
+    r"(?<!schedule)(?<!_profile)\.step\(": ("trainer/optim", 1),
     r"clip_grad": ("", 0),
     r"GradScaler\(": ("trainer/optim", 1),
     r"\bdist\.(all_|broadcast|barrier|reduce|gather|scatter|init_)\w*\(": (
@@ -145,6 +145,7 @@ def test_process_groups_are_spoken_to_in_one_package() -> None:
     for path in [*sources(TRAINER), *sources(ROOT / "recipes")]:
         if TRAINER / "distributed" not in path.parents:
             assert not any(name.startswith("torch.distributed") for name in imports_of(path)), path
+            assert not re.search(r"torch\.distributed\.(?!DistError)", code_of(path)), path
 
 
 def test_nothing_that_is_read_can_run_code() -> None:

@@ -64,17 +64,20 @@ class Gradients:
     def __init__(self, groups: Sequence[Mapping[str, Any]], clip: object = None) -> None:
         self.groups = groups
         self._measure_extra = getattr(clip, "measure", None)
-        found: list[tuple[Tensor, Tensor]] = [
-            (p, grad) for group in groups for p in group["params"] if (grad := p.grad) is not None
-        ]
-        self.params = [param for param, _ in found]
-        self.tensors = [grad for _, grad in found]
-        for i, (param, grad) in enumerate(found):
-            if grad.is_sparse:  # Coalescing adds up repeated rows.
-                param.grad = grad.coalesce()
-                self.tensors[i] = param.grad.values()
-            elif grad.is_conj():  # A lazy view, which foreach calls and optimizers refuse.
-                self.tensors[i] = param.grad = grad.resolve_conj()
+        self.params: list[Tensor] = []
+        self.tensors: list[Tensor] = []
+        for group in groups:
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.is_sparse:
+                    param.grad = grad.coalesce()  # Coalescing adds up repeated rows.
+                    grad = param.grad.values()
+                elif grad.is_conj():  # A lazy view, which foreach calls and optimizers refuse.
+                    param.grad = grad = grad.resolve_conj()
+                self.params.append(param)
+                self.tensors.append(grad)
         self.norms: list[float] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan
