@@ -1,5 +1,6 @@
 """The command `cortex`: run, ls, compare, average, clean and sweep, on runs in any state."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -144,6 +145,29 @@ def test_the_help_of_every_command_has_examples(
     assert max(map(len, text.splitlines())) <= 100
     main([])
     assert f"  {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sweep", "ls", "report", "average", "export", "replay", "clean"])
+def test_the_help_of_a_command_lists_its_options(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options: list[str] = []
+    add = argparse.ArgumentParser.add_argument
+
+    def record(self: argparse.ArgumentParser, *names: str, **more: Any) -> argparse.Action:
+        options.extend(each for each in names if each.startswith("--"))
+        return add(self, *names, **more)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", record)
+    monkeypatch.chdir(tmp_path)
+    main([name])  # Builds the parser; most commands then refuse to run without arguments.
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert options
+    assert [each for each in options if each not in text.partition("Examples:")[0]] == []
 
 
 def test_the_help_of_a_recipe_shows_its_keys_and_calls_that_work(
@@ -766,3 +790,31 @@ def test_the_commands_that_a_run_ends_with_work_when_pasted(program: Path) -> No
         assert "other hyperparameters" not in again.stderr
     longer = run(f"{command.removesuffix(' --test_only')} --epochs 3")
     assert "epoch 3 train" in longer.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import not_installed.part", "No module named 'not_installed' (packages that a recipe"),
+        ("raise ImportError('sounds need x: pip install x')", "sounds need x: pip install x"),
+    ],
+)
+def test_a_recipe_whose_packages_are_missing_is_a_sentence(
+    program: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    (program / "train.py").write_text(f"{line}\n{PROGRAM}")
+    assert main(["run", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: mine.yaml cannot be run: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["ls", "--help"], ["run"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -47,30 +47,11 @@ RECORDS = (AS_STARTED, HYPERPARAMS)
 LOCK = ".lock"
 STATE = "state.json"
 RUN_FILES = (
-    HYPERPARAMS,
-    AS_STARTED,
-    "command.txt",
-    "environment.json",
-    STATE,
-    "train.log",
-    "metrics.jsonl",
-    "report.html",
-    "find_clip.html",
-    "find_clip.json",
-    "find_lr.html",
-    "find_lr.json",
-    "nonfinite",
-    "checkpoints",
-    "prepared",
-    "tensorboard",
-    "csv",
-    "wandb",
-    "mlflow.db",
-    "mlartifacts",
-    "loggers",
-    "profile",
-    "samples",
-)
+    HYPERPARAMS, AS_STARTED, "command.txt", "environment.json", STATE, "train.log", "metrics.jsonl",
+    "report.html", "find_clip.html", "find_clip.json", "find_lr.html", "find_lr.json", "nonfinite",
+    "checkpoints", "prepared", "tensorboard", "csv", "wandb", "mlflow.db", "mlartifacts", "loggers",
+    "profile", "samples",
+)  # fmt: skip
 MARK = "a run folder"  # Last line of the lock file of an accepted folder.
 NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # `trained` before a training
 MAX_LOCK = 1000  # bytes of the lock file
