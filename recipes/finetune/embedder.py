@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 from recipes.common.audio import check_length, check_made
 from recipes.common.hearing import Given, One, Piece, Several, Source, batched, given_sounds
+from recipes.common.resampling import resampled
 from trainer.inference.model import Model
 from trainer.inference.results import Embedding
 
@@ -113,7 +114,7 @@ def equal_pieces(
     """Yield the mean of the channels of sounds in order, each in equal pieces of so many seconds.
 
     Args:
-        sources: the sounds; one after the other is read.
+        sources: the sounds; one after the other is read, piece by piece.
         rate: wanted rate, in Hz.
         seconds: length of a piece, at most.
         shortest: samples that a sound needs.
@@ -122,9 +123,16 @@ def equal_pieces(
         BadItem: a file cannot be used, or is too short.
     """
     for number, source in enumerate(sources):
-        signal = source.read(rate)
-        check_length(source.name, len(signal), rate, shortest)
-        count = math.ceil(len(signal) / (seconds * rate))
-        size = len(signal) // count
-        for place, piece in enumerate(signal.split(size)[:count]):
-            yield Piece(number, place * size / rate, piece)
+        own = source.header.sample_rate
+        length = math.ceil(source.header.samples * rate / own)
+        check_length(source.name, length, rate, shortest)
+        count = math.ceil(length / (seconds * rate))
+        size, given, waiting = length // count, 0, torch.zeros(0)
+        for block in resampled((each.mean(0)[None] for each in source.blocks()), own, rate):
+            waiting = torch.cat([waiting, block[0]])
+            for piece in waiting.split(size)[: min(len(waiting) // size, count - given)]:
+                yield Piece(number, given * size / rate, piece)
+                given += 1
+            waiting = waiting[len(waiting) // size * size :] if given < count else waiting[:0]
+        if given < count and len(waiting) >= shortest:  # An MP3 may lack a frame of its length.
+            yield Piece(number, given * size / rate, waiting)

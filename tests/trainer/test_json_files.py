@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import warnings
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from trainer.checkpoint import Checkpointer, storage
 from trainer.json_files import BadJson
 from trainer.loggers import JsonlLogger
 from trainer.report import render
+from trainer.report.history import Curve
 
 from .checkpoint_torture import Uniform, two_checkpoints
 
@@ -64,6 +67,38 @@ LINES = st.lists(
 MANY = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@given(
+    st.sampled_from(["", "-"]), st.sampled_from([1, 50, 199, 200, 250, 299, 300, 301, 309]),
+    st.sampled_from(["", ".5"]), st.sampled_from(["", "e", "E", "e+", "E+", "e-"]),
+    st.sampled_from(["8", "08", "59", "99", "100", "0100", "308", "309", "999999"]),
+    st.sampled_from(["%s", '{"1e9": [%s, 2]}', '[0.25,%s]']),
+)  # fmt: skip
+def test_no_number_that_a_float_cannot_hold_is_read(
+    sign: str, digits: int, fraction: str, exponent: str, power: str, around: str
+) -> None:
+    text = sign + "7" * digits + fraction + (exponent and exponent + power)
+    whole = not fraction and not exponent
+    allowed = digits <= 300 if whole else math.isfinite(float(text))
+    data = (around % text).encode()
+    if allowed:
+        assert json_files.parse(data) == json.loads(data)
+    else:
+        with pytest.raises(BadJson, match="too large|digits, more than"):
+            json_files.parse(data)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.lists(st.floats(-9, 9), max_size=9)), max_size=9))
+def test_steps_that_are_added_together_are_as_if_one_by_one(
+    runs: list[tuple[int, list[float]]],
+) -> None:
+    together, single = Curve(), Curve()
+    for first, values in runs:
+        together.extend(first, array("d", values))
+        for number, value in enumerate(values, first):
+            single.add(number, value)
+        assert (together.xs, together.ys) == (single.xs, single.ys)
 
 
 @pytest.mark.parametrize("data", HOSTILE, ids=lambda data: repr(data[:20]))

@@ -251,10 +251,10 @@ def as_json(value: Any) -> Any:
 def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
     """Yield numbers and nulls of a nested record by dotted name; lists are left out."""
     for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from numbers(value, f"{prefix}{key}.")
-        elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):  # Asked last: it takes long.
+            yield from numbers(value, f"{prefix}{key}.")
 
 
 def finite(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -29,12 +29,24 @@ class Curve:
 
     def add(self, x: float, y: float | None) -> None:
         """Append a point; one at or before an earlier x replaces all points from there on."""
+        if self.xs and self.xs[-1] >= x:
+            self._cut(x)
+        self.xs.append(x)
+        self.ys.append(math.nan if y is None else y)
+
+    def extend(self, first: int, ys: array[float]) -> None:
+        """Append the points of consecutive steps, as `add` does one."""
+        if not ys:
+            return
+        self._cut(first)
+        self.ys.extend(ys)
+        self.xs.extend(array("d", range(first, first + len(ys))))
+
+    def _cut(self, x: float) -> None:
         xs = self.xs
         while xs and xs[-1] >= x:
             xs.pop()
             self.ys.pop()
-        xs.append(x)
-        self.ys.append(math.nan if y is None else y)
 
     def known(self) -> list[tuple[float, float]]:
         """Return the points without the gaps."""
@@ -166,9 +178,14 @@ def commands_of(lines: Iterable[str]) -> tuple[list[tuple[str, list[str]]], list
     return commands, changes
 
 
-def _add(curves: Curves, step: float, record: Mapping[str, Any]) -> None:
-    for name, value in _numbers(record):
-        curves[name].add(step, value)
+def _add(curves: Curves, step: float, record: dict[str, Any], prefix: str = "") -> None:
+    # Not by `numbers`, which is for any mapping: a file may have a hundred million values.
+    for key, value in record.items():
+        kind = type(value)
+        if kind is float or kind is int or value is None:
+            curves[prefix + key].add(step, _shown(value))
+        elif kind is dict:
+            _add(curves, step, value, f"{prefix}{key}.")
 
 
 def _add_monitor(history: History, step: float, record: Mapping[str, Any]) -> None:
@@ -178,8 +195,8 @@ def _add_monitor(history: History, step: float, record: Mapping[str, Any]) -> No
         for key in ("norms", "norms_after", "limits"):
             values = facts.get(key)
             if isinstance(values, list):
-                for number, value in enumerate(values, int(step) - len(values) + 1):
-                    curves[key].add(number, float(value) if _is_number(value) else None)
+                found = array("d", [each if _is_number(each) else math.nan for each in values])
+                curves[key].extend(int(step) - len(values) + 1, found)
         _add(curves, step, facts)
     for name, facts in _parts(record.get("layers")).items():
         _add(history.layers.setdefault(name, Curves(Curve)), step, facts)
@@ -196,14 +213,17 @@ def _parts(value: Any) -> dict[str, dict[str, Any]]:
 
 def _is_number(value: object) -> TypeGuard[float]:
     """Return True if a value can be a step or an epoch."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+    return type(value) in (int, float) and -1e15 < value < 1e15  # type: ignore[operator]
 
 
 def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     """Yield the numbers of a record with their dotted names; None for unknown ones."""
     for name, value in numbers(record):
-        # Beyond 1e300 distances overflow, and no chart can show the numbers.
-        if value is None or not abs(value) < 1e300:
-            yield name, None
-        else:
-            yield name, float(value) if abs(value) > 1e-300 else 0.0
+        yield name, _shown(value)
+
+
+def _shown(value: float | None) -> float | None:
+    # Beyond 1e300 distances overflow, and no chart can show the numbers.
+    if value is None or not -1e300 < value < 1e300:
+        return None
+    return 0.0 if -1e-300 <= value <= 1e-300 else float(value)
