@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
 python3.11 -m venv "$scratch/venv"
 export PATH="$scratch/venv/bin:$PATH"
-pip install --quiet "torch~=$version.0" -e . pytest pytest-xdist hypothesis numpy tensorboard
+pip install --quiet "torch~=$version.0" "torchaudio~=$version.0" -e '.[recipes,demo,tts,test]'
 
 python -c 'import torch; print("torch", torch.__version__)'
 python -m pytest -q -p no:cacheprovider tests/trainer

@@ -94,14 +94,6 @@ def test_the_trainer_knows_no_recipe_and_a_recipe_no_other() -> None:
                     assert parts[1] in known, f"{path} imports {name}"
 
 
-def test_the_trainer_needs_torch_hyperpyyaml_and_tqdm_alone() -> None:
-    allowed = {"trainer", "torch", "hyperpyyaml", "ruamel", "yaml", "tqdm", "__future__"}
-    allowed |= {"huggingface_hub", "peft", "safetensors", "soundfile"}
-    allowed |= {"onnx", "onnxruntime", "onnxscript"}  # Where a run asks for them.
-    found = {name.split(".")[0] for path in sources(TRAINER) for name in imports_of(path)}
-    assert found - set(sys.stdlib_module_names) <= allowed
-
-
 def test_the_trainer_names_no_recipe_in_a_string() -> None:
     """Nor in a docstring; `common` and `separation` are words of English, too."""
     tasks = {path.parent.name for path in (ROOT / "recipes").glob("*/__init__.py")}
@@ -190,6 +182,27 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     assert promises == [*(f"R{n}" for n in range(1, 25)), *(f"S{n}" for n in range(1, 26))]
     unheld = re.findall(r"^\| ([RS]\d+) \|.*\| no test yet \|", text, re.MULTILINE)
     assert unheld == []
+
+
+def test_the_design_has_every_module() -> None:
+    named = re.findall(r"`trainer\.(\w+)`", (ROOT / "docs" / "design.md").read_text())
+    modules = {each.stem for each in TRAINER.iterdir() if (each / "__init__.py").is_file()}
+    modules |= {each.stem for each in TRAINER.glob("*.py") if not each.stem.startswith("__")}
+    assert len(modules) > 30
+    assert modules <= {*named}
+
+
+def test_the_walks_through_the_code_are_as_short_as_the_docs_say() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.walks"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    walked = {name: int(files) for name, files, *_ in map(str.split, done.stdout.splitlines())}
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    stated = re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.MULTILINE)
+    assert {name for name, _ in stated} == set(walked) == {"step", "fit", "save", "command"}
+    for name, files in stated:
+        assert walked[name] <= int(files), f"{name}: {walked[name]} files, and the docs say {files}"
 
 
 def test_documents_name_files_and_modules_that_exist() -> None:

@@ -30,6 +30,7 @@ from torch.nn.utils.parametrize import (
 
 from trainer.optim.groups import clean_name
 from trainer.options import nearest
+from trainer.texts import first_names
 
 KINDS = ("HRA", "IA3", "LOHA", "LOKR", "LORA")  # kinds that share no weights among layers
 # Values of init_lora_weights that compute an adapter from the weights of its layer.
@@ -129,8 +130,8 @@ def _mend_layers(module: nn.Module) -> None:
         elif isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
             map(_is_adapted, layer.modules())
         ):
-            # In evaluation torch's fast path uses the weights of the parts and calls none of them,
-            # so that adapters would have no effect; no part with a forward hook is left out.
+            # In evaluation torch's fast path reads the weights of the parts without calling them,
+            # so that adapters would have no effect. A part with a forward hook is called.
             if isinstance(layer, nn.TransformerEncoder):
                 layer.use_nested_tensor = False
             else:
@@ -138,7 +139,7 @@ def _mend_layers(module: nn.Module) -> None:
 
 
 def _config(peft: Any, where: str, given: Any) -> Any:
-    """Return the configuration of an adapter, or a copy of the one that is given."""
+    """Return the configuration of an adapter: built from arguments, or a copy of the given one."""
     if isinstance(given, Mapping):
         from trainer.config.pretrained import BOUND  # Programs without a YAML start faster.
 
@@ -186,7 +187,7 @@ def _effort(pattern: str, length: int) -> float:
     """Return log2 of an upper bound of the ways in which a regular expression may match a text."""
     plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", pattern, flags=re.DOTALL)
     plain = re.sub(r"\(\?[:=!]", "(", plain)
-    if re.search(r"\)[*+{]|\(\?", plain):  # A group is repeated, or it is one of a rare kind.
+    if re.search(r"\)[*+{]|\(\?", plain):  # A repeated group, or one of a rare kind.
         return math.inf
     parts, repeats = plain.count("(") + 1, len(re.findall("[*+{]", plain))
     alternatives = parts * math.log2(plain.count("|") / parts + 1)
@@ -223,8 +224,7 @@ def _check_layers(where: str, key: str, wanted: Any, module: nn.Module) -> list[
         raise ValueError(
             f"{where}: {key} has {missing[0]!r}, which matches no layer of the "
             f"{type(module).__name__}{nearest(missing[0], [*ends, *layers])}; its layers end in "
-            f"{', '.join(ends[:MAX_SHOWN]) or 'nothing: it is one layer'}"
-            f"{', …' if len(ends) > MAX_SHOWN else ''}"
+            f"{first_names(ends, MAX_SHOWN) or 'nothing: it is one layer'}"
         )
     for name in sorted(found) if key == "target_modules" else ():
         if (mode := getattr(layers[name], "padding_mode", "zeros")) != "zeros":
@@ -354,13 +354,13 @@ def drop_base(
 
 
 def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
-    """Recompute adapters that depend on the weights of their layers, once these are loaded.
+    """Recompute adapters that depend on the weights of their layers, after these were loaded.
 
-    These are magnitudes of DoRA, and initial values such as PiSSA's. Adapters that were loaded
-    themselves stay as they are.
+    These are magnitudes of DoRA, and initial values such as PiSSA's. Loaded adapters stay as they
+    are.
 
     Args:
-        modules: all modules of a Brain, which no optimizer has yet.
+        modules: all modules of a Brain, before optimizers are built.
         loaded: names of the tensors that were loaded.
     """
     based, adapted, scaled = (
@@ -373,7 +373,7 @@ def derive_adapters(modules: nn.Module, loaded: Collection[str]) -> None:
             configs[f"{name}."] = vars(layer)["peft_config"]["default"]
         if name not in based or not hasattr(layer, "lora_variant"):
             continue
-        # The last module that was met above: adapters are not nested.
+        # The last match: adapters are not nested.
         config = next(configs[each] for each in reversed(configs) if f"{name}.".startswith(each))
         if str(config.init_lora_weights).startswith(DERIVED):
             if name not in adapted:
@@ -424,7 +424,7 @@ def _merged(layer: Any) -> nn.Module:
     weight = plain.get_parameter("weight").detach().clone()
     for each in computed:
         register_parametrization(plain, "weight", each)
-    # Weight norm can represent any weight; spectral norm cannot, and is removed then.
+    # Weight norm can represent any weight; spectral norm cannot, and is then removed.
     if computed and not torch.allclose(plain.weight, weight, 1e-5, 1e-7):
         _remove_computation(plain)
         plain.get_parameter("weight").data = weight

@@ -70,7 +70,7 @@ from trainer.evaluation import (
     modes_kept,
     warn_of_modes,
 )
-from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics
+from trainer.metrics import RESERVED, Mean, StageReport, StepReport, TrainingMetrics, as_weight
 from trainer.optim import ema, epoch_end, step
 from trainer.optim.build import (
     check_early_stopping,
@@ -102,13 +102,13 @@ logger = logging.getLogger("trainer")
 Losses = list[tuple[list[Update], Tensor]]
 Optimize = Callable[[Losses, float, bool, bool], StepReport]
 
-# Public attributes of an object; all others belong to users and are saved as their state.
+# Public attributes of a Brain; all others belong to the user and are saved as state.
 ATTRIBUTES = frozenset({
     "callbacks", "checkpointer", "device", "driver", "hparams", "modules", "opt_class", "optimizer",
     "optimizers_dict", "options", "progress", "test_metrics", "updates",
 })  # fmt: skip
 
-# Those that Brain sets itself.
+# Attributes that Brain sets itself.
 OWN = ATTRIBUTES - {"optimizer", "optimizers_dict"}
 
 # Public names that may not be set once a Brain is made, and what to do instead.
@@ -143,7 +143,7 @@ class FitArguments:
 
 @dataclass
 class _Batch:
-    """The batch that is trained on."""
+    """The current training batch."""
 
     batch: Any = None
     weight: float = 1.0
@@ -151,9 +151,9 @@ class _Batch:
     reports: list[StepReport] = field(default_factory=list)
     stepped_by_hand: bool = False
     stepping: bool = False  # An optimizer may be moving weights.
-    # While an override of `optimizers_step` is called: of what, and what their window holds.
+    # During an override of `optimizers_step`: the optimizers, and the contents of their window.
     closing: tuple[list[Update], step.Settled] | None = None
-    closed: list[StepReport] | None = None  # By it.
+    closed: list[StepReport] | None = None  # Reports of that call.
 
     def moved(self) -> bool:
         """Return True if an optimizer has stepped."""
@@ -171,7 +171,7 @@ class Brain(SpeechBrainNames):
             ``early_stopping`` and ``callbacks``; the first two and ``clip`` may be mappings by
             optimizer.
         run_opts: run options, which win over ``hparams``: a mapping or a complete `RunOptions`.
-        checkpointer: where and which checkpoints are kept; None keeps none.
+        checkpointer: storage and retention of checkpoints; None saves none.
         callbacks: objects that watch the run, called after those that every Brain has.
 
     Attributes:
@@ -197,8 +197,8 @@ class Brain(SpeechBrainNames):
         """Return predictions for a batch; called under autocast where precision is mixed.
 
         Args:
-            batch: what the loader gives, on the run's device.
-            stage: what the pass is for.
+            batch: a batch of the loader, on the run's device.
+            stage: TRAIN, VALID or TEST.
 
         Returns:
             Anything that `compute_objectives` takes.
@@ -213,8 +213,8 @@ class Brain(SpeechBrainNames):
 
         Args:
             predictions: what `compute_forward` returned.
-            batch: the batch that they are of.
-            stage: what the pass is for; where it is not TRAIN, also the place to update metrics.
+            batch: the batch of these predictions.
+            stage: TRAIN, VALID or TEST; in VALID and TEST also the place to update metrics.
 
         Returns:
             The loss, a scalar tensor; in training with its graph.
@@ -227,7 +227,7 @@ class Brain(SpeechBrainNames):
     def init_optimizers(self) -> None:
         """Make the optimizers: by default ``opt_class`` over all parameters of ``modules``.
 
-        What adapters have frozen is taken out of any optimizer afterwards.
+        Parameters that adapters have frozen are removed from every optimizer afterwards.
 
         An override sets ``self.optimizer``, or ``self.optimizers_dict`` with a name for each.
 
@@ -237,8 +237,8 @@ class Brain(SpeechBrainNames):
         if self.opt_class is not None:
             if not callable(self.opt_class):
                 raise ValueError(
-                    f"opt_class is a {type(self.opt_class).__name__}; allowed: what makes an "
-                    "optimizer from parameters, such as partial(torch.optim.Adam, lr=1e-3)"
+                    f"opt_class is a {type(self.opt_class).__name__}; allowed: a callable that "
+                    "makes an optimizer from parameters, such as partial(torch.optim.Adam, lr=1e-3)"
                 )
             self.optimizer = self.opt_class(self.modules.parameters())
             if not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -256,8 +256,8 @@ class Brain(SpeechBrainNames):
             optimizers: all of them by name.
 
         Returns:
-            Those that step together at the end of the window. The parameters of the others
-            collect no gradients within it.
+            The optimizers that step at the end of the window. Parameters of the others collect no
+            gradients in it.
         """
         return optimizers
 
@@ -268,16 +268,16 @@ class Brain(SpeechBrainNames):
     def on_fit_start(self) -> None:
         """Called before the first epoch, after the last checkpoint was restored.
 
-        A resumed run restores the saved numbers and stateful objects once more after this hook:
-        what it does to them is undone. What it does to weights and optimizers stays.
+        A resumed run restores the saved numbers and stateful objects again after this hook, which
+        undoes its changes to them. Its changes to weights and optimizers stay.
         """
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
-        """Called before each pass over data; the place to make metrics anew.
+        """Called before each pass over data; the place to create metrics.
 
-        A run that resumes in the middle of a pass calls it again, and then restores the saved
-        state: what it does is not done twice. An object whose state is to outlive the pass is made
-        earlier, in the constructor or in `on_fit_start`.
+        A run that resumes within a pass calls it again and then restores the saved state, so that
+        its changes do not apply twice. Create objects whose state outlives the pass earlier, in the
+        constructor or in `on_fit_start`.
 
         Args:
             stage: what the pass is for.
@@ -290,13 +290,13 @@ class Brain(SpeechBrainNames):
         """Called after each pass, on every rank.
 
         Args:
-            stage: what the pass was for.
+            stage: TRAIN, VALID or TEST.
             stage_loss: average loss over examples: a float, or a dict if `fit_batch` returns dicts.
             epoch: current epoch; None in a test.
 
         Returns:
-            Metrics by name, such as ``{"wer": 3.2}``, or None. They are logged, choose checkpoints,
-            drive schedules and stop early.
+            Metrics by name, such as ``{"wer": 3.2}``, or None. They are logged, and decide
+            about checkpoints, schedules and early stopping.
         """
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
@@ -318,15 +318,15 @@ class Brain(SpeechBrainNames):
         """
 
     def on_evaluate_start(self, max_key: str | None = None, min_key: str | None = None) -> None:
-        """Called before `evaluate`, with the weights that it uses in place.
+        """Called when `evaluate` begins, after the weights to evaluate were loaded.
 
         Args:
-            max_key: metric of which the best checkpoint has the largest value, or None.
-            min_key: metric of which the best checkpoint has the smallest value, or None.
+            max_key: metric to choose the best checkpoint by; larger is better. None for none.
+            min_key: metric to choose the best checkpoint by; smaller is better. None for none.
         """
 
     def count_examples(self, batch: Any) -> float:
-        """Return the weight of a batch in averages and windows: what its loss is a mean over.
+        """Return the weight of a batch in averages and windows: the count its loss is a mean over.
 
         By default its number of examples: the first dimension of the first tensor in a tensor,
         list, tuple or mapping; the length of a list of mappings, and of anything else.
@@ -379,12 +379,12 @@ class Brain(SpeechBrainNames):
             self.options.eval_precision or self.options.precision, self.device
         )
         self.__stage, self.__batch = Stage.TRAIN, _Batch()
-        self.__replaced = False  # The modules have weights of an evaluation.
+        self.__replaced = False  # The modules have evaluation weights.
         self.__depth = 0  # A hook of one `fit` may call another.
         self.__in_a_stage = False
-        self.__nested_fits = 0  # Number of calls of that kind.
-        self.__data: DataFeed | None = None  # Of the training.
-        self.__data_epoch = 0  # Of a nested `fit`, that of the outer one first, then the next ones.
+        self.__nested_fits = 0  # Number of nested fits so far.
+        self.__data: DataFeed | None = None  # Training data.
+        self.__data_epoch = 0  # A nested `fit` counts from the outer one's.
         self.__trained = self.__optimized = self.__stepped_by_hand = self.__configured = False
         self.__initialised = False
         self.__groups: ParameterGroups | None = None
@@ -392,7 +392,7 @@ class Brain(SpeechBrainNames):
         self.__measuring = False  # A recipe without an optimizer, where that is allowed.
         self.__own_step = type(self).optimizers_step is not Brain.optimizers_step
         self.__made_by: tuple[Any, Any] = None, None  # What made the present optimizers.
-        self.__epochs_to_do: int | None = None  # In this `fit`, from its beginning.
+        self.__epochs_to_do: int | None = None  # Of this `fit`, when it began.
         self.__ticked = time.perf_counter()
         self.__intercept: Optimize | None = None
         self.__on_loss: Callable[[StepReport], None] | None = None
@@ -429,7 +429,7 @@ class Brain(SpeechBrainNames):
                 _check_class_attribute(cls, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_Brain__"):  # Set several times a step, so that `super` is too slow.
+        if name.startswith("_Brain__"):  # Set several times a step; `super` would be too slow.
             object.__setattr__(self, name, value)
             return
         ready = vars(self).get("_Brain__ready")  # None before the constructor, False within.
@@ -471,7 +471,7 @@ class Brain(SpeechBrainNames):
         super().__setattr__(name, value)
 
     def __exchange(self, name: str, value: Any) -> Any:
-        """Return other modules or another checkpointer, ready for use, before the first `fit`."""
+        """Prepare modules or a checkpointer that are set before the first `fit`."""
         if self.updates:
             raise AttributeInUse(
                 f"{type(self).__name__}.{name} cannot be set once fit has begun: set it before"
@@ -499,11 +499,12 @@ class Brain(SpeechBrainNames):
         train_loader_kwargs: Mapping[str, Any] | None = None,
         valid_loader_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Train for some epochs, with a validation at the end of each; resumes by itself.
+        """Train for some epochs, each with a validation at its end; resume by itself.
 
         A `fit` may be called within a hook of another one: it trains the same weights, and the
         outer one then goes on exactly where it was, its open accumulation window included. A
-        request to stop waits for the outer one's next batch, after which it can resume.
+        request to stop waits for the outer one's next batch, after which it can resume. Where a
+        resumed run calls a hook once more, a `fit` within it does nothing.
 
         Args:
             epoch_counter: numbers of the epochs, such as ``range(1, 11)`` or an `EpochCounter`.
@@ -516,7 +517,8 @@ class Brain(SpeechBrainNames):
 
         Raises:
             ValueError: for arguments that cannot be used.
-            ValueError: within an evaluation whose weights are not those of the training.
+            ValueError: in an evaluation with other weights than those of training, and within an
+                optimizer step.
             NonFiniteError: after more skipped steps in an epoch than ``nonfinite_patience``.
         """
         if self.options.test_only:
@@ -531,8 +533,13 @@ class Brain(SpeechBrainNames):
         if self.driver is not None and not self.__depth:
             self.driver(self, arguments)
             return
-        train, valid = self.__feeds(arguments)
+        if self.__depth and self.__state.restoring:
+            logger.info("a fit of a hook was over before the checkpoint: nothing to do")
+            return
         with self.__fitting() as stack:
+            train, valid = self.__feeds(arguments)
+            if self.__depth == 1:
+                self.__data = train
             self.__prepare(epoch_counter, self.__saver.recover)
             if self.__depth == 1:
                 self.__epochs_to_do = _length(epoch_counter)
@@ -546,20 +553,16 @@ class Brain(SpeechBrainNames):
                 if self.__end_epoch(report):
                     break
             if self.__depth == 1 and any(distributed.any_rank(signals.requested() is not None)):
-                signals.raise_agreed()  # What follows may not ask for a long time.
+                signals.raise_agreed()  # The next check may be a long time away.
 
     def __train(self, feed: DataFeed, epoch: int, then: Any) -> StageReport:
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
-            self.__modes.begin(self.__trained_parameters())
             if progress.step == 0:
                 self.__metrics.begin_logging(Stage.TRAIN.value)
-            self.on_stage_start(Stage.TRAIN, epoch)
-            resumed = self.__begin_training()
+            resumed, total = self.__begin_training(feed)
             data_epoch = self.__data_epoch
-            # The data may be chosen by objects that were just restored.
-            total = feed.begin(data_epoch)
             if self.__depth == 1:
                 self.__state.enter_epoch(epoch, total)
                 if not self.options.debug:
@@ -596,8 +599,8 @@ class Brain(SpeechBrainNames):
     def train_batch(self, batch: Any, is_last: bool = False) -> Any:
         """Train on one batch as `fit` does: `fit_batch`, averages, counters and callbacks.
 
-        A batch for which memory runs out on any rank is given up on all of them, with the open
-        accumulation windows.
+        If memory runs out on any rank, all ranks give up the batch and drop the open accumulation
+        windows.
 
         Args:
             batch: a batch on the run's device.
@@ -614,9 +617,9 @@ class Brain(SpeechBrainNames):
         groups = self.__groups
         if groups is not None and groups.begin_window(self.updates, progress.optimizer_step):
             self.__modes.unfreeze(self.__trained_parameters())
-        if not self.__in_window():
+        opens_window = not self.__in_window()
+        if opens_window:
             guard.begin_window()
-            self.__tracer.begin_window()
             progress.joint = None
         weight = self.__weigh(batch)
         progress.step += 1
@@ -624,7 +627,7 @@ class Brain(SpeechBrainNames):
         outer, self.__batch = self.__batch, _Batch(batch, weight, is_last)
         try:
             guard.begin_batch()
-            self.__tracer.begin_batch(batch, is_last)
+            self.__tracer.begin_batch(batch, is_last, opens_window)
             self.callbacks.call("on_batch_start", self, batch)
             loss = self.__fit_or_give_up(batch)
             if not self.__votes.gave_up:
@@ -641,10 +644,10 @@ class Brain(SpeechBrainNames):
         return loss
 
     def fit_batch(self, batch: Any) -> Any:
-        """Train on one batch: forward, loss, and `optimize`. Override it for other orders.
+        """Train on one batch: forward, loss and `optimize`. Override it for several optimizers.
 
         Returns:
-            What is averaged over the epoch: a `StepReport`, a scalar, or a dict of scalars.
+            The value to average over the epoch: a `StepReport`, a scalar, or a dict of scalars.
         """
         last = self.is_last_batch
         should_step = last or self.closes_window()
@@ -667,18 +670,18 @@ class Brain(SpeechBrainNames):
         retain_graph: bool = False,
         last: bool = False,
     ) -> StepReport:
-        """Take a loss to a step; the only way in which weights move.
+        """Backpropagate a loss and step its optimizer; the only method that moves weights.
 
-        The loss is scaled and goes backward. Where the accumulation window is full, gradients are
+        The loss is scaled and backpropagated. When the accumulation window is full, gradients are
         unscaled, measured, guarded and clipped, and the optimizer steps.
 
         Args:
-            loss: a scalar with a graph, the mean over ``weight`` examples; or one for each of
-                several optimizers by name, all of which go backward before any of them steps.
+            loss: a scalar with a graph, the mean over ``weight`` examples; or a mapping from names
+                of optimizers to such scalars, all backpropagated before any optimizer steps.
             name: name of the optimizer; None for all that `freeze_optimizers` leaves, together.
-            weight: number of examples that the loss is a mean over; by default the batch's. Where
-                only the device knows it, give a scalar tensor, which nothing waits for; where that
-                is 0, the loss must be finite.
+            weight: number of examples that the loss is a mean over; by default the batch's. A
+                scalar tensor on the device is not waited for; where it is 0, the loss must be
+                finite.
             retain_graph: keep the graph for another loss that shares it.
             last: close the accumulation window even if it is not full.
 
@@ -710,9 +713,7 @@ class Brain(SpeechBrainNames):
                     ids = self.batch_ids(self.__batch.batch)
                     self.__guard.add_loss(updates[0].name, ids, part)
             for (each, _), (updates, _) in zip(losses, parts, strict=True):
-                self.__batch.stepping = True
                 reports = self.__finish(updates, weight, last)
-                self.__batch.stepping = False
                 if each is None and reports[0].outcome != "accumulated":
                     self.progress.joint = None
                 self.__take_reports(reports)
@@ -720,13 +721,13 @@ class Brain(SpeechBrainNames):
         except (RuntimeError, MemoryError) as error:
             if self.__batch.batch is None or not is_out_of_memory(error):
                 raise
-            # What a recipe does about errors of its own must not go on with this one: other ranks
-            # wait for an answer, and weights may have moved in part.
+            # A recipe's own handling of errors must not catch this one: other ranks wait for an
+            # answer, and some weights may have moved.
             raise BatchGivenUp from error
         return found[0]
 
     def optimizers_step(self) -> None:
-        """Step the optimizers that `freeze_optimizers` leaves; `optimize` calls it, too.
+        """Step the optimizers that `freeze_optimizers` returned; `optimize` calls this, too.
 
         An override decides about the step where an accumulation window closes: it may do something
         before and after ``super().optimizers_step()``, or step otherwise. The gradients are means
@@ -749,10 +750,12 @@ class Brain(SpeechBrainNames):
     def __finish(
         self, updates: list[Update], weight: float | Tensor, last: bool
     ) -> list[StepReport]:
-        """Step if the window is full or ``last``, by an override of `optimizers_step` if any."""
+        """Step if the window is full or ``last``, through `optimizers_step` if overridden."""
         if updates[0].window.count < updates[0].size and not last:
             return step.finish(updates, weight)
-        batch, settled = self.__batch, step.settle(updates)
+        batch = self.__batch
+        batch.stepping = True
+        settled = step.settle(updates)
         if not self.__own_step:
             try:
                 return step.close(updates, settled)
@@ -775,18 +778,19 @@ class Brain(SpeechBrainNames):
         test_loader_kwargs: Mapping[str, Any] | None = None,
         keep_weights: bool = False,
     ) -> Any:
-        """Return the average loss over data, by the best checkpoint; changes nothing.
+        """Return the average loss of the best checkpoint over data; leave the Brain as it was.
 
         Without a key the weights are the present ones, or those of the newest checkpoint if this
-        Brain has not trained. With ``average_checkpoints`` above 1 the mean of so many is used.
+        Brain has not trained. With ``average_checkpoints`` above 1, the mean of that many
+        checkpoints is used.
 
         Args:
             test_set: a Dataset, a DataLoader, or any iterable of batches.
-            max_key: metric of which the best checkpoint has the largest value.
-            min_key: metric of which the best checkpoint has the smallest value.
+            max_key: metric to choose the best checkpoint by; larger is better.
+            min_key: metric to choose the best checkpoint by; smaller is better.
             progressbar: show a bar; None for the run option.
             test_loader_kwargs: arguments of `make_dataloader` for a Dataset.
-            keep_weights: leave the weights that were tested in the modules, as SpeechBrain does;
+            keep_weights: leave the tested weights in the modules, as SpeechBrain does;
                 later training goes on with them.
 
         Returns:
@@ -797,16 +801,17 @@ class Brain(SpeechBrainNames):
         """
         self.__configure_callbacks()
         self.__initialise()
-        feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
-        self.__show_progress(progressbar)
         tested = None
         with ExitStack() as stack:
-            own = stack.enter_context(self.__weights_of_run_kept())
             if not self.__depth:
                 stack.enter_context(self.__reporting_exceptions())
+            feed = self.__feed(test_set, Stage.TEST, test_loader_kwargs)
+            self.__show_progress(progressbar)
+            own = stack.enter_context(self.__weights_of_run_kept())
+            if not self.__depth:
                 stack.enter_context(self.__saver.testing(self.__trained))
                 signals.set_limit(self.options.max_hours)
-                if distributed.world_size() > 1:  # They stop as one, after a batch.
+                if distributed.world_size() > 1:  # All ranks stop after the same batch.
                     stack.enter_context(signals.at_safe_points())
             stack.enter_context(self.best_weights(max_key, min_key))
             stack.enter_context(self.__outside_stages())
@@ -816,7 +821,7 @@ class Brain(SpeechBrainNames):
             self.on_evaluate_start(max_key=max_key, min_key=min_key)
             report = self.__evaluate(feed, Stage.TEST, None)
             if own is not None and not self.__depth and not has_weights(self.modules, placed):
-                self.__state.weights_of_run = own  # What is saved are weights of the recipe's.
+                self.__state.weights_of_run = own  # A waiting save must not get the tested weights.
                 self.__saver.release()
                 self.__state.weights_of_run = None
             if keep_weights:
@@ -828,7 +833,7 @@ class Brain(SpeechBrainNames):
 
     @contextmanager
     def __weights_of_run_kept(self) -> Iterator[dict[str, Any] | None]:
-        """Context manager for a test whose hook may load other weights; yields those of the run."""
+        """Context manager that undoes a test hook's changes of weights; yields the run's own."""
         if not self.__trained or type(self).on_evaluate_start is Brain.on_evaluate_start:
             yield None
             return
@@ -849,7 +854,7 @@ class Brain(SpeechBrainNames):
                 before = Snapshot(self.progress, self.__hook_state)
                 stack.enter_context(before.restored_after(signals.Interrupted))
             stack.enter_context(evaluation_mode(self.modules))
-            self.__metrics.begin_logging(stage.value)
+            stack.enter_context(self.__metrics.evaluation_logged(stage.value))
             if self.__ema is not None and stage is Stage.VALID:
                 stack.enter_context(self.__ema.applied(self.modules))
                 stack.enter_context(self.__weights_replaced(True))
@@ -857,8 +862,8 @@ class Brain(SpeechBrainNames):
             self.callbacks.call("on_stage_start", self, stage, epoch, feed.length())
 
             def may_stop() -> bool:
-                # An evaluation by a hook of a `fit` comes to its end, since the hook could not go
-                # on later, and so does one whose hooks have moved weights.
+                # An evaluation in a hook of `fit` runs to its end, since the hook cannot be
+                # resumed, and so does one whose hooks have moved weights.
                 return not self.__depth or (outermost and fits == self.__nested_fits)
 
             batches = self.__awaited(feed, feed.from_batch(epoch or 0, 0), may_stop())
@@ -892,7 +897,7 @@ class Brain(SpeechBrainNames):
             stage: VALID or TEST.
 
         Returns:
-            What is averaged over the pass: a scalar, or a dict of scalars; None counts for nothing.
+            The value to average over the pass: a scalar or a dict of scalars; None is left out.
         """
         with self.autocast():
             outputs = self.compute_forward(batch, stage)
@@ -903,10 +908,10 @@ class Brain(SpeechBrainNames):
     def log(self, name: str, value: float | Tensor, weight: float = 1.0) -> None:
         """Log a value; may be called in any hook.
 
-        The values of a stage are averaged by weight over the stage and over ranks; what is logged
-        between two stages is of the second one. The average is among the metrics of the stage: in
-        its line, in the loggers, and for ``keep_best``. A value counts whatever becomes of the step
-        of its batch, also where that is skipped.
+        The values of a stage are averaged by weight over the stage and over ranks; a value logged
+        between two stages belongs to the second. The average is among the metrics of the stage: in
+        its line, in the loggers, and for ``keep_best``. A value counts even if the step of its
+        batch is skipped.
 
         Args:
             name: name of the metric.
@@ -925,14 +930,14 @@ class Brain(SpeechBrainNames):
         self.__metrics.log(stage, name, value, weight)
 
     def show(self, title: str, rows: Sequence[Mapping[str, Cell]], note: str = "") -> None:
-        """Show people samples: in the report of the run, and in the loggers.
+        """Show samples in the report of the run and in the loggers.
 
-        The run folder keeps the latest rows of each title, at most 20. Rank 0 records; what other
-        ranks show is left out. Without a run folder nothing is recorded.
+        The run folder keeps the latest rows of each title, at most 20. Only rank 0 records samples.
+        Without a run folder nothing is recorded.
 
         Args:
             title: name of the set, such as "test" or "valid".
-            rows: a mapping from names to cells for each: texts, numbers, and the classes of
+            rows: for each row a mapping from names to cells: texts, numbers, and the classes of
                 `trainer.samples` (sounds, pictures, aligned words, matrices, histograms). The cell
                 "id" is the heading of its row.
             note: a sentence above the rows.
@@ -942,7 +947,7 @@ class Brain(SpeechBrainNames):
         self.callbacks.call("on_samples", self, Samples(title, rows, step, epoch, note=note))
 
     def autocast(self, stage: Stage | None = None) -> AbstractContextManager[object]:
-        """Return the context manager for a forward pass.
+        """Return the autocast context manager for a forward pass.
 
         Args:
             stage: TRAIN for the precision of training, anything else for that of evaluation; None
@@ -966,8 +971,8 @@ class Brain(SpeechBrainNames):
     def frozen(self, *names: str) -> Iterator[None]:
         """Context manager in which the parameters of these optimizers require no gradient.
 
-        Gradients still flow through them to what comes before. Where nothing trains, as in a test
-        alone, there are no optimizers, and nothing to do.
+        Gradients still flow through them to earlier layers. Without optimizers, as in a test alone,
+        it does nothing.
         """
         trained = names if self.updates else ()
         params = [p for name in trained for p in self.__updates_for(name)[0].params]
@@ -986,8 +991,8 @@ class Brain(SpeechBrainNames):
         """Context manager in which the modules have the weights that `evaluate` uses.
 
         Args:
-            max_key: metric of which the best checkpoint has the largest value.
-            min_key: metric of which the best checkpoint has the smallest value.
+            max_key: metric to choose the best checkpoint by; larger is better.
+            min_key: metric to choose the best checkpoint by; smaller is better.
 
         Raises:
             ValueError: if this Brain has not trained and there is no sound checkpoint.
@@ -1009,7 +1014,7 @@ class Brain(SpeechBrainNames):
         return lead.window.count + 1 >= lead.size
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients and open windows. `optimize` needs no call of it."""
+        """Drop all gradients and open windows; `optimize` never needs it."""
         for update in self.updates.values():
             update.drop_window()
         self.__metrics.forget_windows()
@@ -1037,8 +1042,8 @@ class Brain(SpeechBrainNames):
 
         Args:
             dataset: the dataset.
-            stage: what the batches are for.
-            ckpt_prefix: not used: a checkpoint says which batch comes next.
+            stage: TRAIN, VALID or TEST.
+            ckpt_prefix: ignored; checkpoints store the position in the data themselves.
             **loader_kwargs: arguments of `make_loader`.
 
         Returns:
@@ -1060,7 +1065,7 @@ class Brain(SpeechBrainNames):
     # ---------------------------------------------------------------------------------- the state
 
     def stateful(self) -> dict[str, StateEntry]:
-        """Return everything that has state, beside ``progress``.
+        """Return everything that has state, besides ``progress``.
 
         An override may add entries to those of ``super().stateful()``. Checkpoints, nested fits,
         the tuner and replays carry them all. Entries are restored in this order.
@@ -1077,7 +1082,8 @@ class Brain(SpeechBrainNames):
                 part, "shared" if networks else "both", of_fit=name == "hparams.early_stopping"
             )
         entries["trainable"] = StateEntry(self.__trainable, "shared")
-        entries["strategy"] = StateEntry(self.__strategy, "shared")
+        if self.__strategy.communicates:
+            entries["strategy"] = StateEntry(self.__strategy, "shared")
         entries["buffers"] = StateEntry(
             BufferState(self.modules),
             "memory" if distributed.is_main() else "rank",  # Rank 0's are saved with the modules.
@@ -1107,15 +1113,15 @@ class Brain(SpeechBrainNames):
         on_loss: Callable[[StepReport], None] | None = None,
         precision: str | None = None,
     ) -> Iterator[None]:
-        """Context manager that undoes on exit what was done in it; for drivers and diagnostics.
+        """Context manager that restores the run's state on exit; for drivers and diagnostics.
 
-        Within it nothing is saved, and no callback is called. On exit the state is what it was:
-        progress, everything in `stateful`, training modes and gradients.
+        Within it nothing is saved, and no callback is called. It restores progress, everything in
+        `stateful`, training modes and gradients.
 
         Args:
             optimize: called in place of the step with losses, weight, ``retain_graph`` and
                 ``last``; None lets optimizers step as usual.
-            on_loss: called with the report of each loss, as `Callback.on_loss` outside of it.
+            on_loss: called with the report of each loss, in place of `Callback.on_loss`.
             precision: precision of forward passes in training; None for that of the run.
         """
         snapshot = Snapshot(self.progress, self.stateful)
@@ -1152,7 +1158,8 @@ class Brain(SpeechBrainNames):
 
         Args:
             arguments: the arguments of `fit`.
-            recover: loads a checkpoint and returns it, or None; by default the newest is loaded.
+            recover: function that loads and returns a checkpoint, or returns None; by default the
+                newest is loaded.
 
         Returns:
             The training data, whose `DataFeed.from_batch` gives the batches.
@@ -1165,10 +1172,7 @@ class Brain(SpeechBrainNames):
         self.__start()
         if next(iter(self.__epochs(arguments.epoch_counter, False)), None) is None:
             raise ValueError("there is nothing to train: the epoch_counter has no epoch")
-        self.__modes.begin(self.__trained_parameters())
-        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
-        self.__begin_training()
-        train.begin(self.__data_epoch)
+        self.__begin_training(train)
         return train
 
     # ---------------------------------------------------- parts of the loop, in their order of use
@@ -1191,8 +1195,6 @@ class Brain(SpeechBrainNames):
 
     def __feeds(self, arguments: FitArguments) -> tuple[DataFeed, DataFeed | None]:
         train = self.__feed(arguments.train_set, Stage.TRAIN, arguments.train_loader_kwargs)
-        if not self.__depth:
-            self.__data = train
         valid = None
         if arguments.valid_set is not None:
             overfit = self.options.overfit_batches > 0
@@ -1229,11 +1231,16 @@ class Brain(SpeechBrainNames):
                 "averages: what it trained would be lost. Allowed: anywhere else, such as in "
                 "on_stage_end of a training"
             )
+        if self.__batch.stepping:
+            raise ValueError(
+                "fit was called within the step of an optimizer, whose gradients it would replace. "
+                "Allowed: after it, such as in on_fit_batch_end"
+            )
         with ExitStack() as stack:
             if self.__depth or self.__in_a_stage:
                 stack.enter_context(modes_kept(self.modules))
                 stack.enter_context(torch.enable_grad())
-            if self.__depth:  # After it, everything but what is trained is as before.
+            if self.__depth:  # On exit, everything but the trained weights is restored.
                 self.__nested_fits += 1
                 self.__guard.settle()
                 snapshot = Snapshot(self.progress, self.stateful, of_fit=True)
@@ -1242,7 +1249,6 @@ class Brain(SpeechBrainNames):
                 if self.progress.outer_epoch is None:
                     self.progress.outer_epoch = self.progress.epoch
                 stack.enter_context(gradients_kept(self.modules))
-                stack.enter_context(self.__tracer)
                 stack.callback(setattr, self.__strategy, "votes", self.__strategy.votes)
                 self.__metrics.load_state_dict(TrainingMetrics().state_dict())
                 self.__tick()
@@ -1251,7 +1257,7 @@ class Brain(SpeechBrainNames):
                 signals.set_limit(self.options.max_hours)
                 stack.enter_context(signals.at_safe_points())
                 stack.enter_context(self.__saver.holding())
-                stack.enter_context(self.__tracer)
+            stack.enter_context(self.__tracer)
             stack.enter_context(self.__outside_stages())
             self.__ticked = time.perf_counter()
             self.__depth += 1
@@ -1305,11 +1311,11 @@ class Brain(SpeechBrainNames):
                 early_stopping = getattr(self.hparams, "early_stopping", None)
                 progress.stopped &= epoch_end.still_stopped(early_stopping)
                 if progress.stopped:
-                    logger.info("early stopping has ended the training: more patience goes on")
+                    logger.info("early stopping has ended the training; more patience resumes it")
             self.__trained = True
 
     def __start(self) -> None:
-        """Run the hooks of the start."""
+        """Run the hooks and callbacks that precede the first epoch."""
         progress, outermost = self.progress, self.__depth <= 1
         self.callbacks.call("on_fit_start", self)
         self.on_fit_start()
@@ -1391,11 +1397,11 @@ class Brain(SpeechBrainNames):
         )
 
     def __epochs(self, counter: Iterable[int], has_valid: bool) -> Iterator[int]:
-        """Yield the epochs that are still to do, each entered where it was left."""
+        """Yield the epochs still to do; the first may have been begun before."""
         progress, resumed, nested = self.progress, False, self.__depth > 1
         if not nested:
             if progress.fits < self.__state.resumed_fit:
-                logger.info("fit number %d was over before: nothing to do", progress.fits)
+                logger.info("fit number %d has ended already: nothing to do", progress.fits)
                 return
             resumed = progress.fits == self.__state.resumed_fit
         if progress.phase == "valid" and not has_valid:
@@ -1419,8 +1425,14 @@ class Brain(SpeechBrainNames):
             if self.options.debug and number >= self.options.debug_epochs:
                 return
 
-    def __begin_training(self) -> bool:
-        """Prepare for the first batch, once the stage's hook has run; True if a run resumes."""
+    def __begin_training(self, feed: DataFeed) -> tuple[bool, int | None]:
+        """Run the stage's hook, and prepare for the first batch.
+
+        Returns:
+            True if a run resumes here, and the number of batches of the epoch, if it is known.
+        """
+        self.__modes.begin(self.__trained_parameters())
+        self.on_stage_start(Stage.TRAIN, self.progress.epoch)
         self.__guard.begin_stage()
         if self.progress.step == 0:
             if not self.__trains_with(self.__optimizers()):
@@ -1431,14 +1443,16 @@ class Brain(SpeechBrainNames):
             self.zero_grad()  # Gradients that an error in an earlier epoch, or the user, left.
             self.__metrics.begin_epoch()
             self.progress.nonfinite_count = 0
-            # Hooks may have put in layers, or loaded weights.
+            # Hooks may have added layers or loaded weights.
             connect(list(self.updates.values()), self.__named_parameters())
-            if self.__ema is not None and not self.__ema.count:
+            # A batch around a nested `fit` may have taken a step that is not yet in the average.
+            if self.__ema is not None and not (self.__ema.count or self.__batch.moved()):
                 self.__ema.restart(self.modules)
         resumed = self.__depth <= 1 and self.__state.training_started()
         if resumed:
             self.callbacks.call("on_resume", self)
-        return resumed
+        # The data may be chosen by objects that were just restored.
+        return resumed, feed.begin(self.__data_epoch)
 
     def __updates_for(self, name: str | None) -> list[Update]:
         """Return the optimizer of this name, or those that step together in this window."""
@@ -1460,20 +1474,11 @@ class Brain(SpeechBrainNames):
 
     def __weigh(self, batch: Any) -> float:
         """Return what `count_examples` gives for a batch."""
-        count = self.count_examples(batch)
-        try:
-            weight = float(count)
-        except (TypeError, ValueError):
-            weight = math.nan
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(
-                f"count_examples returned {count!r}; allowed: a finite number, 0 or more"
-            )
-        return weight
+        return as_weight(self.count_examples(batch), "count_examples returned")
 
     def __fit_or_give_up(self, batch: Any) -> Any:
         """Call `fit_batch` and learn the votes of all ranks; give the batch up if one has to."""
-        if self.__intercept is not None:  # A rank runs this alone.
+        if self.__intercept is not None:  # One rank alone runs this.
             return self.fit_batch(batch)
         strategy, known, loss, reason = self.__strategy, self.__batch, None, None
         strategy.begin_batch()
@@ -1489,14 +1494,14 @@ class Brain(SpeechBrainNames):
         except ValueError as error:
             self.__explain(error)
             raise
-        # Outside of the handler: its traceback holds what the batch had in memory.
+        # Outside the handler, whose traceback keeps the tensors of the batch alive.
         if reason is not None:
             strategy.give_up_batch(
                 lambda: [update.name for update in self.__updates_for(None)],
                 lambda name: self.updates[name].all_params,
             )
         votes = strategy.votes
-        # Until an optimizer has moved, a rank may give up, also after a step that was skipped.
+        # A rank may give up until an optimizer has stepped; a skipped step does not count.
         if votes is None or not (votes.gave_up or known.moved()):
             votes = strategy.vote()
         if votes is not self.__votes:
@@ -1512,7 +1517,7 @@ class Brain(SpeechBrainNames):
         return None
 
     def __explain(self, error: ValueError) -> None:
-        """Raise the error of a batch norm that is given one example as a sentence."""
+        """Explain the error of a batch norm that gets one value per channel."""
         if "Expected more than 1 value per channel" in str(error):
             ids = ", ".join(self.batch_ids(self.__batch.batch)) or "without ids"
             raise ValueError(
@@ -1549,6 +1554,7 @@ class Brain(SpeechBrainNames):
         """Count the outcome of a loss, and tell callbacks and the guard."""
         if not self.__optimized:
             self.__optimized = True
+        self.__batch.stepping = False
         self.__batch.reports += reports
         for report in reports:
             self.__metrics.add_report(report)
@@ -1631,7 +1637,7 @@ class Brain(SpeechBrainNames):
         self.__guard.begin_batch()
         for updates in groups:
             if any(update.window.count for update in updates):
-                if self.__limit_reached():  # No step more, not even a short one.
+                if self.__limit_reached():  # No further step, not even of a short window.
                     for update in updates:
                         update.drop_window()
                 else:
@@ -1666,7 +1672,7 @@ class Brain(SpeechBrainNames):
     def __awaited(self, feed: DataFeed, batches: Iterable[Any], may_stop: bool) -> Iterator[Any]:
         """Return batches; if ``may_stop``, a request to stop ends the wait for one that hangs.
 
-        The state is then the one after the last batch. Several ranks save it if all of them wait.
+        The state is then that after the last batch; several ranks save it only if all of them wait.
         """
         if not may_stop or not feed.may_hang:
             return iter(batches)
@@ -1699,9 +1705,9 @@ class Brain(SpeechBrainNames):
     def __until_stopped(
         self, batches: Iterable[Any], may_stop: Callable[[], bool]
     ) -> Iterator[Any]:
-        """Yield the batches of an evaluation, of which ranks may have different numbers.
+        """Yield the batches of an evaluation, whose number may differ between ranks.
 
-        After each, all ranks ask each other whether to stop, also those that have no more.
+        After each batch all ranks vote on stopping, also those without further batches.
         """
 
         def vote(working: bool) -> bool:
@@ -1719,7 +1725,7 @@ class Brain(SpeechBrainNames):
     def __end_stage(
         self, stage: Stage, mean: Mean, epoch: int | None, steps: int, started: float, bad: int
     ) -> StageReport:
-        """Report a stage, on all ranks: its average, its metrics, and saves that waited."""
+        """Report average and metrics of a stage over all ranks, and do the saves that waited."""
         average = mean.reduce().value()
         loss = math.nan if average is None else average
         metrics = self.on_stage_end(stage, loss, epoch)
@@ -1742,7 +1748,7 @@ class Brain(SpeechBrainNames):
         return report
 
     def __end_epoch(self, report: StageReport) -> bool:
-        """Decide by the metrics of an epoch, and save; return True if the training is over."""
+        """Advance schedules and early stopping, and save; return True if the training is over."""
         progress = self.progress
         metrics = epoch_end.all_metrics(report)
         epoch_end.advance_schedules(self.updates.values(), metrics)
@@ -1757,7 +1763,7 @@ class Brain(SpeechBrainNames):
 
     @contextmanager
     def __weights_replaced(self, replaced: bool) -> Iterator[None]:
-        """Context manager in which the modules have weights that do not last, if ``replaced``."""
+        """Context manager in which the modules have temporary weights, if ``replaced``."""
         outer, self.__replaced = self.__replaced, self.__replaced or replaced
         try:
             yield
@@ -1818,7 +1824,7 @@ class Brain(SpeechBrainNames):
         return find_stateful({**named, **self.__user_attributes()}, known, self.modules)
 
     def __hook_state(self) -> dict[str, StateEntry]:
-        """Return what the hooks of a validation may change: all but networks and the like."""
+        """Return the state that validation hooks may change: not networks and optimizers."""
         return {
             name: entry
             for name, entry in self.stateful().items()
@@ -1835,7 +1841,7 @@ class Brain(SpeechBrainNames):
         self.callbacks.call("on_checkpoint", self, checkpoint)
 
     def __on_hand_step(self, update: Update) -> None:
-        """Called when a recipe steps an optimizer itself: unprotected, and ranks stay equal."""
+        """Warn that a recipe steps an optimizer itself, and average its gradients over ranks."""
         self.__batch.stepped_by_hand = True
         own = self.__batch.closing is not None
         if not self.__stepped_by_hand:
@@ -1851,12 +1857,12 @@ class Brain(SpeechBrainNames):
                 "has all of them",
                 stacklevel=4,
             )
-        if not own:  # The gradients of a window that closes are those of all ranks already.
+        if not own:  # Gradients of a closing window are summed over ranks already.
             self.__strategy.average(update.name)
 
 
 def _length(counter: Iterable[int]) -> int | None:
-    """Return how many epochs a counter has to give; None where that is unknown."""
+    """Return the number of epochs of a counter; None if unknown."""
     if isinstance(counter, Sized):
         return len(counter)
     limit, current = getattr(counter, "limit", None), getattr(counter, "current", 0)
@@ -1874,7 +1880,8 @@ def _is_same_device(value: Any, device: torch.device) -> bool:
 def _names_of_ours(kind: type) -> set[str]:
     """Return the names of a class that Python makes private to `Brain`, since it is called so."""
     functions = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
-    used = chain(vars(kind), *(function.__code__.co_names for function in functions))
+    own = [each for each in functions if each.__module__ != __name__]  # `fit = Brain.fit` is ours.
+    used = chain(vars(kind), *(function.__code__.co_names for function in own))
     return {f"__{name.removeprefix('_Brain__')}" for name in used if name.startswith("_Brain__")}
 
 

@@ -30,20 +30,20 @@ logger = logging.getLogger("trainer")
 
 
 class Callback:
-    """Base class of what watches a run. Every method does nothing by default.
+    """Base class of callbacks. Every method does nothing by default.
 
     A callback reads; it must not change weights, gradients or the loss. Each method says on which
     ranks it runs, and whether it may call a collective, such as
     `trainer.distributed.all_gather_json`, which every rank must then call.
 
     Only methods that a subclass overrides are called, so that the others cost nothing. An exception
-    in a callback ends the run, and its message names the callback. One in `on_fit_end`,
-    `on_evaluate_end` or `on_exception` keeps no other callback from its call; where an exception
-    ends the run already, it is logged.
+    in a callback ends the run, and its message names the callback. After one in `on_fit_end`,
+    `on_evaluate_end` or `on_exception`, the other callbacks are still called; if an exception ends
+    the run already, that of the callback is only logged.
 
     A callback that has ``state_dict`` and ``load_state_dict`` is saved with every checkpoint, as
-    a rank's own state. When the run resumes, events up to the place of the checkpoint come once
-    more, and then the state is restored.
+    a rank's own state. A resumed run calls `on_fit_start`, and within an epoch `on_stage_start`,
+    before it restores this state.
     """
 
     def on_fit_start(self, brain: Brain) -> None:
@@ -53,9 +53,9 @@ class Callback:
         """
 
     def on_resume(self, brain: Brain) -> None:
-        """Called once a checkpoint is restored and everything is as it was saved.
+        """Called once a checkpoint is completely restored.
 
-        In a run that goes on within an epoch this is after `on_fit_start`, before the next batch.
+        A run that resumes within an epoch calls it after `on_fit_start`, before the next batch.
         Runs on every rank; may call a collective.
         """
 
@@ -87,7 +87,7 @@ class Callback:
 
         Args:
             brain: the Brain that runs.
-            stage: what the pass is for.
+            stage: TRAIN, VALID or TEST.
             epoch: current epoch; None in a test.
             total: batches of the pass on this rank; None where unknown. A resumed pass has done
                 ``brain.progress.step`` of them.
@@ -96,7 +96,7 @@ class Callback:
     def on_stage_end(self, brain: Brain, report: StageReport) -> None:
         """Called after a pass, with its average loss and metrics, which are equal on all ranks.
 
-        Runs on every rank; may call a collective.
+        Runs on every rank; may call a collective. What it gives to `Brain.log` is of the next pass.
 
         Args:
             brain: the Brain that runs.
@@ -121,7 +121,7 @@ class Callback:
 
         Args:
             brain: the Brain that runs.
-            stage: what the pass is for.
+            stage: TRAIN, VALID or TEST.
             loss: what `Brain.fit_batch` or `Brain.evaluate_batch` returned.
         """
 
@@ -169,7 +169,7 @@ class Callback:
         """
 
     def on_samples(self, brain: Brain, samples: Samples) -> None:
-        """Called with what `Brain.show` is given.
+        """Called by `Brain.show`.
 
         Runs on the ranks that call it; must not call a collective.
 
@@ -240,17 +240,23 @@ class CallbackList:
                 f"callbacks holds a {type(callback).__name__}; allowed: objects of a class that "
                 "derives from trainer.Callback"
             )
+        one = [name for name in ("state_dict", "load_state_dict") if hasattr(callback, name)]
+        if len(one) == 1:
+            logger.warning(
+                "the callback %s has %s alone, so that it is not saved: it needs state_dict and "
+                "load_state_dict", type(callback).__name__, one[0],
+            )  # fmt: skip
         self._callbacks.append(callback)
         for name in EVENTS:
             if getattr(type(callback), name) is not getattr(Callback, name):
                 self._methods[name].append(getattr(callback, name))
 
     def listen(self, event: str, method: Callable[..., None]) -> None:
-        """Call one more function at an event, as a callback does that watches single steps.
+        """Call a function at an event until `unlisten`; for callbacks that watch single steps.
 
         Args:
             event: name of a method of `Callback`, such as "on_loss".
-            method: the function, which is given the arguments of that method.
+            method: the function, called with the arguments of that method.
         """
         self._methods[event] = [*self._methods[event], method]
 
@@ -259,7 +265,7 @@ class CallbackList:
 
         Args:
             event: name of the event.
-            method: the function that `listen` was given.
+            method: the function to remove.
         """
         self._methods[event] = [each for each in self._methods[event] if each != method]
 
@@ -268,7 +274,7 @@ class CallbackList:
 
         Args:
             event: name of the method, such as "on_loss".
-            *arguments: what the method is given.
+            *arguments: arguments of the method.
 
         Raises:
             Exception: whatever a callback raises, with a note that names it.
@@ -280,17 +286,17 @@ class CallbackList:
             try:
                 method(*arguments)
             except Exception as error:
-                error.add_note(f"raised by the callback {method.__qualname__}")
+                error.add_note(f"raised by the callback {_name(method)}")
                 raise
 
     def call_every(self, event: str, error: BaseException | None, *arguments: Any) -> None:
-        """Call a method of every callback at the end of something, whatever any of them raises.
+        """Call a method of every callback, even if one of them raises.
 
         Args:
             event: name of the method, such as "on_fit_end".
-            error: the exception that ends it, which matters more than one of a callback: that is
-                logged then.
-            *arguments: what the method is given.
+            error: the exception that is being raised, if any; one of a callback is then only
+                logged.
+            *arguments: arguments of the method.
 
         Raises:
             Exception: the first one that a callback raises, with a note that names it.
@@ -301,15 +307,20 @@ class CallbackList:
                 method(*arguments)
             except Exception as failure:
                 if error is None and first is None:
-                    failure.add_note(f"raised by the callback {method.__qualname__}")
+                    failure.add_note(f"raised by the callback {_name(method)}")
                     first = failure
                 else:
                     logger.warning(
                         "the callback %s failed (%s: %s)",
-                        method.__qualname__, type(failure).__name__, failure,
+                        _name(method), type(failure).__name__, failure,
                     )  # fmt: skip
         if first is not None:
             raise first
 
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._callbacks)
+
+
+def _name(method: Callable[..., None]) -> str:
+    """Return the name of a method, which may also be any other object that can be called."""
+    return getattr(method, "__qualname__", repr(method))

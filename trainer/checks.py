@@ -1,19 +1,35 @@
 """Hyperparameters and saved states: checks, and a base class of objects that have a state.
 
-Each check is given an owner (the class that takes the value, or the object that a state is for) and
-the name of the value. Its error, a ValueError, names both, and what is allowed.
+Each check takes an owner (the class that takes the value, or the object that a state is for) and
+the name of the value. It raises a ValueError that names both, and what is allowed.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+from trainer.tree import plain_number
+
+logger = logging.getLogger("trainer")
+
+
+def as_number(value: object) -> int | float | None:
+    """Return a number of Python, of NumPy or in a tensor as an int or a float; None for others.
+
+    True and False are no numbers.
+    """
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def whole(owner: str, name: str, value: float, low: int) -> int:
@@ -22,9 +38,10 @@ def whole(owner: str, name: str, value: float, low: int) -> int:
     Raises:
         ValueError: if the value is no whole number, or below ``low``.
     """
-    if not _is_number(value) or not math.isfinite(value) or value != int(value) or value < low:
+    found = as_number(value)
+    if found is None or not math.isfinite(found) or found != int(found) or found < low:
         raise ValueError(f"{owner}: {name} must be a whole number, {low} or more; got {value!r}")
-    return int(value)
+    return int(found)
 
 
 def within(owner: str, name: str, value: float, low: float, high: float, ends: str = "[]") -> float:
@@ -35,12 +52,14 @@ def within(owner: str, name: str, value: float, low: float, high: float, ends: s
     Raises:
         ValueError: if the value is no number, or outside of the interval.
     """
-    above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
-    below = _is_number(value) and (value <= high if ends[1] == "]" else value < high)
-    if not (above and below):
+    found = as_number(value)
+    if found is None or not (
+        (found >= low if ends[0] == "[" else found > low)
+        and (found <= high if ends[1] == "]" else found < high)
+    ):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
         raise ValueError(f"{owner}: {name} must be a number in {interval}; got {value!r}")
-    return float(value)
+    return float(found)
 
 
 def one_of(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
@@ -58,7 +77,7 @@ def by_name(setting: Any, name: str, known: Sequence[str], key: str, default: An
         name: the name of the optimizer.
         known: the names of all optimizers.
         key: the name of the setting, for messages.
-        default: the value of an optimizer that a mapping leaves out.
+        default: the value for an optimizer that is not in the mapping.
 
     Raises:
         ValueError: a mapping names an optimizer that does not exist.
@@ -84,23 +103,51 @@ def same_keys(owner: str, state: Mapping[str, Any], expected: Iterable[str]) -> 
         )
 
 
-class Stateful:
-    """Base class of objects whose state is the value of some of their attributes.
+def warn_of_nonfinite(source: object, weights: Mapping[str, Any]) -> None:
+    """Warn of weights that were read and are not finite, as those of a run that went astray are.
 
-    Hyperparameters are not among them: a resumed run uses those that it is given.
+    Tensors in which -inf alone is not finite are masks.
+
+    Args:
+        source: the file, folder or name that they were read from.
+        weights: tensors by name; other values are left out.
+    """
+    bad = [name for name, each in weights.items() if isinstance(each, Tensor) and _is_bad(each)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        logger.warning(
+            "%s: the weights %s%s are not finite (nan or inf), and nor is what is computed with "
+            "them: use another checkpoint or file", source, bad[0], more,
+        )  # fmt: skip
+
+
+def _is_bad(tensor: Tensor) -> bool:
+    floats = tensor.is_floating_point() and tensor.itemsize > 1 or tensor.is_complex()
+    if not floats or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    # The sum tells it of almost all tensors in one pass; it may be beyond the range by itself.
+    if tensor.detach().sum().isfinite():
+        return False
+    return not (tensor.isfinite() | (tensor == -math.inf)).all().item()
+
+
+class Stateful:
+    """Base class of objects whose state is some of their attributes.
+
+    Hyperparameters are not saved: a resumed run uses its own.
     """
 
     saved: ClassVar[tuple[str, ...]] = ()  # names of these attributes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, as plain values that later changes leave alone."""
+        """Return a copy of the state, as plain values."""
         return {name: copy(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a state that `state_dict` returned.
 
         Raises:
-            ValueError: if it is the state of something else.
+            ValueError: if it is the state of another class.
         """
         same_keys(type(self).__name__, state_dict, self.saved)
         for name in self.saved:

@@ -14,8 +14,7 @@ class Conventions:
 
     Attributes:
         whole: every rank evaluates all data, since the recipe's metrics are not gathered.
-        measures: a Brain without an optimizer takes no steps in `fit`, as for k-means, in place of
-            an error.
+        measures: `fit` accepts a Brain without an optimizer, as for k-means, and takes no steps.
     """
 
     whole = False
@@ -26,7 +25,7 @@ class Conventions:
 
         Args:
             checkpointer: the checkpointer that the Brain was given.
-            hparams: hyperparameters, which may have it too.
+            hparams: hyperparameters, which may have one, too.
         """
         return checkpointer
 

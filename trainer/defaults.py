@@ -36,7 +36,7 @@ DriverFactory = Callable[["Brain"], "Driver | None"]
 Initialiser = Callable[["Module", str, "Mapping[str, str | None] | None"], None]
 ConventionsFactory = Callable[["Brain"], Conventions]
 
-# The constructor of a Brain calls these; None is for a Brain that has no such object.
+# The constructor of a Brain calls these; they return None for a Brain without such an object.
 callbacks: list[CallbackFactory] = []
 tracers: list[TracerFactory] = []
 drivers: list[DriverFactory] = []

@@ -28,7 +28,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:0, mps …") from None
+        device = None
+    if device is None or (device.type == "cpu" and device.index):
+        raise ValueError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:0, mps …")
     if device.type == "cuda":
         found = torch.cuda.device_count()
         index = device.index if device.index is not None else distributed.local_rank()
@@ -40,11 +42,11 @@ def pick_device(name: str) -> torch.device:
             )
         return torch.device("cuda", index)
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # A meta tensor can be made, and not read.
     except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # A list of backends may follow.
         raise ValueError(
-            f"device {name!r} is not available on this machine "
-            f"({str(error).partition(chr(10))[0]}); use --device cpu or auto"
+            f"device {name!r} cannot be used on this machine ({reason}); use --device cpu or auto"
         ) from None
     return device
 
@@ -60,8 +62,8 @@ def prepare_modules(
         device: device that the modules are moved to.
 
     Raises:
-        ValueError: for something that is no mapping of modules, for lazy modules without shapes,
-            and for an unknown name in compile_modules.
+        ValueError: if ``modules`` is no mapping of modules or has lazy modules without shapes, or
+            if compile_modules has an unknown name.
     """
     if not isinstance(modules, (Mapping, nn.ModuleDict)):
         raise ValueError(
@@ -77,7 +79,7 @@ def prepare_modules(
         if unknown := [name for name, tensor in tensors if is_lazy(tensor)]:
             raise ValueError(
                 f"the shape of {unknown[0]}, of a lazy module, is not known yet: run a "
-                "batch through the network, under torch.no_grad(), before it is given to the Brain"
+                "batch through the network, under torch.no_grad(), before you make the Brain"
             )
     chosen = options.compile_modules
     for name in chosen or ():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from trainer import checks
+
 
 class EpochCounter:
     """Iterator over the epochs of a run, from the one after ``current`` to ``limit``.
@@ -23,11 +25,7 @@ class EpochCounter:
     """
 
     def __init__(self, limit: int) -> None:
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-            raise ValueError(
-                f"EpochCounter: limit must be a whole number of 0 or more, not {limit!r}"
-            )
-        self.limit = limit
+        self.limit = checks.whole("EpochCounter", "limit", limit, 0)
         self.current = 0
 
     def __iter__(self) -> Iterator[int]:

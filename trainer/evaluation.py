@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import seed
+from trainer import checks, distributed, seed
 from trainer.checkpoint.checkpointer import Checkpointer, retry_missing
 from trainer.checkpoint.frozen import OtherBase, completed
 from trainer.checkpoint.run_state import check_weights
 from trainer.checkpoint.storage import BrokenCheckpoint, MissingCheckpoint, load_plain
 from trainer.optim.ema import WeightAverage
 from trainer.options import RunOptions
+from trainer.texts import first_names
 
 logger = logging.getLogger("trainer")
 
@@ -43,7 +44,7 @@ def modes_kept(modules: nn.Module) -> Iterator[None]:
 
 
 def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
-    """Put modules into training mode, but for parts that are frozen and in evaluation mode.
+    """Put modules into training mode, except frozen parts in evaluation mode.
 
     A part in evaluation mode of which no parameter is trained stays there, such as a pretrained
     encoder whose running statistics are not to change.
@@ -61,9 +62,9 @@ def training_mode(modules: nn.Module, trained: Collection[Tensor]) -> None:
 class TrainingModes:
     """Training modes of modules, parts of which may be unfrozen within a stage.
 
-    Once a part is unfrozen, it is in the mode that it would have if the stage began now, as in a
-    run that resumes there: a part that was in evaluation mode because it was frozen is put into
-    training mode. Modes that a hook has set of other parts are left as they are.
+    A part that is unfrozen gets the mode that it would have if the stage began now, as in a run
+    that resumes there: a part that was in evaluation mode because it was frozen is put into
+    training mode. Modes that a hook has set for other parts stay.
 
     Args:
         modules: modules of the Brain.
@@ -85,7 +86,7 @@ class TrainingModes:
         self._begun = [(module, module.training) for module in self._modules.modules()]
 
     def unfreeze(self, trained: Collection[Tensor]) -> None:
-        """Set the modes again, since other parameters train now.
+        """Update the modes after parameters were unfrozen.
 
         Args:
             trained: parameters that require gradients and that an optimizer has.
@@ -101,7 +102,7 @@ class TrainingModes:
 
 
 def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
-    """Warn of trained parts in evaluation mode within modules in training mode, as `fit` undoes."""
+    """Warn of trained parts in evaluation mode that `fit` will put into training mode."""
     kept = {part for root in _frozen(modules, trained) for part in root.modules()}
     names = [
         f"{name}.{child}"
@@ -112,7 +113,7 @@ def warn_of_modes(modules: nn.Module, trained: Collection[Tensor]) -> None:
     if names:
         logger.warning(
             "fit puts %s into training mode, since it trains; to leave it in evaluation mode, call "
-            "its eval() in on_stage_start", ", ".join(names[:5]),
+            "its eval() in on_stage_start", first_names(names, 5),
         )  # fmt: skip
 
 
@@ -191,7 +192,7 @@ def evaluation_weights(
 
     These are the weights of the best checkpoint by a metric; without a metric the present ones, or
     those of the newest checkpoint if this process has not trained; the mean of several checkpoints
-    with ``average_checkpoints``; exponential averages where there are some. It yields False if they
+    with ``average_checkpoints``; exponential averages where there are some. Yields False if these
     are the present weights. On exit weights and random generators are as before.
 
     Args:
@@ -200,8 +201,8 @@ def evaluation_weights(
         checkpointer: checkpoints of the run, or None.
         options: ``average_checkpoints`` and ``ema_decay``.
         trained: True if this process has trained.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value.
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better.
 
     Raises:
         ValueError: if there is nothing to test.
@@ -258,8 +259,8 @@ def counters_as_saved(
     Args:
         checkpointer: checkpoints of the run, or None.
         objects: any objects; those with ``current`` and ``limit`` are epoch counters.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value.
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better.
     """
     counters = [each for each in objects if hasattr(each, "current") and hasattr(each, "limit")]
     own = [(counter, counter.current) for counter in counters]
@@ -291,8 +292,8 @@ def load_weights(
     Args:
         checkpointer: checkpoints of the run.
         options: ``average_checkpoints`` and ``ema_decay``.
-        max_key: metric of which the best checkpoint has the largest value.
-        min_key: metric of which the best checkpoint has the smallest value.
+        max_key: metric to choose the best checkpoint by; larger is better.
+        min_key: metric to choose the best checkpoint by; smaller is better.
         complete: `completed` for the modules that the weights are for; by default, frozen weights
             that checkpoints have left out are left out.
 
@@ -342,15 +343,16 @@ def _load_weights(
                 "average_checkpoints is %d, and there are %d: %s", number, len(chosen), names
             )
         logger.info("testing with the weights of %s", names)
+        if distributed.is_main():
+            checks.warn_of_nonfinite(checkpointer.folder / names, weights)
         return weights
     return None
 
 
 def _with_averages(weights: Any, averages: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return weights in which averages replace the parameters that they are of.
+    """Return weights with parameters replaced by their averages.
 
-    A tied parameter has several names, under which its tensor has the same memory; its average has
-    one.
+    A tied parameter has several names for the same memory; its average has one.
     """
     tied = {_memory(value): averages[name] for name, value in weights.items() if name in averages}
     return {

@@ -1,4 +1,4 @@
-"""Frames of a traceback: which are of users' own code."""
+"""Frames of a traceback: tell users' code from that of libraries."""
 
 from __future__ import annotations
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from trainer.untrusted import confined
 
 MAX_DEPTH = 50  # of nested lists and mappings
 MAX_DIGITS = 300  # of a whole number; the largest float has 309
@@ -19,7 +22,7 @@ MAX_LINE = 4 << 20  # bytes of a line; one of a monitored network with 1,000 lay
 
 
 class BadJson(ValueError):
-    """Error for content that is not JSON as this module reads it; says what is wrong."""
+    """Error for content that is not JSON as this module reads it."""
 
 
 def parse(data: bytes, allow_nan: bool = False) -> Any:
@@ -30,8 +33,8 @@ def parse(data: bytes, allow_nan: bool = False) -> Any:
         allow_nan: take NaN and infinities, too, as Python writes them.
 
     Raises:
-        BadJson: the text is anything else, such as bytes that are not UTF-8; or it is too large, is
-            nested too deeply, or holds too large a number.
+        BadJson: the text is not strict JSON in UTF-8, is too large or too deeply nested, or holds
+            too large a number.
     """
     if len(data) > MAX_BYTES:
         raise BadJson(f"it has {len(data)} bytes, more than {MAX_BYTES}")
@@ -55,7 +58,7 @@ def read(path: Path) -> Any:
     """Return the value of a JSON file, which may not hold NaN or infinities.
 
     Raises:
-        BadJson: the content is anything else; names the path.
+        BadJson: the content is not such JSON; names the path.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -66,8 +69,24 @@ def read(path: Path) -> Any:
         raise BadJson(f"{path}: it is not JSON ({error})") from None
 
 
+def mapping(data: bytes) -> dict[str, Any]:
+    """Return the mapping of a JSON text; an empty one for anything else."""
+    with suppress(BadJson):
+        value = parse(data)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def read_mapping(folder: Path, path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file that lies in a folder; an empty one for anything else."""
+    with suppress(OSError, ValueError):
+        value = read(confined(folder, path))
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
 def lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file; an empty one in place of one of more than `MAX_LINE` bytes."""
+    """Yield the lines of a file; a line of more than `MAX_LINE` bytes becomes an empty one."""
     while line := file.readline(MAX_LINE):
         if line.endswith(b"\n") or len(line) < MAX_LINE:
             yield line

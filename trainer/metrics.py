@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from numbers import Real
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer import checks, distributed
-from trainer.tree import plain_number
+from trainer.tree import map_leaves, plain_number
 
 Outcome = Literal["stepped", "accumulated", "overflowed", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("stepped", "accumulated", "overflowed", "skipped")
@@ -138,10 +139,10 @@ class StageReport:
 class Mean:
     """Average of a loss, or of several named losses, weighted by examples.
 
-    Values are floats, scalar tensors, or mappings from names to these. A value that is not finite
-    does not enter, nor does one of weight 0. Tensors are not read when they come, so that nothing
-    waits for a device: `read` (which `value`, `weight`, `reduce` and `state_dict` call) fetches all
-    of them at once and adds them in float64 in the order in which they came.
+    Values are floats, scalar tensors, or mappings from names to these. Values that are not finite
+    or have weight 0 are left out. Tensors are not read when they are added, so that nothing waits
+    for a device: `read` (which `value`, `weight`, `reduce` and `state_dict` call) fetches all of
+    them at once and sums them in order, in float64.
 
         loss = Mean()
         loss.update(batch_loss, weight=len(batch))
@@ -167,8 +168,8 @@ class Mean:
             ValueError: for a weight that is negative or not finite, a value that is no scalar, and
                 a mapping after plain values or the reverse.
         """
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(f"the weight of a value must be finite, 0 or more; got {weight!r}")
+        if type(weight) is not float or not 0.0 <= weight < math.inf:
+            weight = as_weight(weight, "an average got the weight")
         if type(value) is float and self._named is False and not self._pending:
             _add(self._sums[""], value, weight)  # The usual case, in half the time.
             return
@@ -188,9 +189,10 @@ class Mean:
         if not isinstance(value, Tensor):
             value = plain_number(value)
         if isinstance(value, Tensor):
-            if value.numel() != 1:
+            if value.numel() != 1 or value.is_complex():
                 raise ValueError(
-                    f"an average is of scalars; got a tensor{of} of shape {list(value.shape)}"
+                    f"an average is of scalars; got a tensor{of} of shape {list(value.shape)} and "
+                    f"type {value.dtype}"
                 )
             # A copy, since the caller may go on computing in place.
             value = value.detach().clone()
@@ -227,7 +229,7 @@ class Mean:
         return means if self._named else means.get("")
 
     def weight(self) -> float:
-        """Return the number of examples that entered; of several names, the largest."""
+        """Return the number of examples in the average; with several names, the largest."""
         self.read()
         return max((weight for _, weight in self._sums.values()), default=0.0)
 
@@ -259,6 +261,25 @@ class Mean:
         checks.same_keys("Mean", state, ("named", "sums"))
         self._named, self._pending = state["named"], []
         self._sums = {name: list(pair) for name, pair in state["sums"].items()}
+
+
+def as_weight(value: Any, what: str) -> float:
+    """Return a number of examples as a float.
+
+    Args:
+        value: a number, or a tensor or array of one element; a tensor is read.
+        what: begins the message of an error, such as "count_examples returned".
+
+    Raises:
+        ValueError: if it is negative, not finite, or no number.
+    """
+    try:
+        weight = float(plain_number(value))
+    except (TypeError, ValueError, RuntimeError):
+        weight = math.nan
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(f"{what} {value!r}; allowed: a finite number, 0 or more")
+    return weight
 
 
 def _add(total: list[float], value: float, weight: float) -> None:
@@ -337,7 +358,7 @@ class TrainingMetrics:
         self.counts = dict.fromkeys(LOST, 0)
         self.tallies: dict[str, Tally] = {}
         self.logged: dict[str, dict[str, Mean]] = {}
-        # Optimizers whose windows are open, loss and weight of each batch that waits for them.
+        # For each waiting batch: the optimizers whose windows are open, loss and weight.
         self._waiting: list[tuple[list[str], Any, float]] = []
         self._recorded, self._spent = time.perf_counter(), 0.0
 
@@ -375,7 +396,7 @@ class TrainingMetrics:
                 self.add_loss(loss, weight, [each for each in names if each != name])
 
     def forget_windows(self) -> None:
-        """Drop the losses that wait for windows, since these were dropped."""
+        """Drop the losses that wait for windows, which were dropped."""
         self._waiting = []
 
     def add_loss(self, loss: Any, weight: float, windows: Sequence[str] = ()) -> None:
@@ -393,10 +414,15 @@ class TrainingMetrics:
         self.interval.update(loss, weight)
 
     def log(self, stage: str, name: str, value: float | Tensor, weight: float) -> None:
-        """Add a value of `Brain.log` to the average of its name in a stage."""
-        mean = self.logged.setdefault(stage, {}).setdefault(name, Mean())
+        """Add a value of `Brain.log` to the average of its name.
+
+        Outside of a stage, and once its averages were taken, the value is of the next one.
+        """
+        means = self.logged.setdefault(stage if stage in self.logged else "", {})
         try:
-            mean.update(value, weight)
+            if isinstance(value, Mapping):
+                raise ValueError(f"an average is of scalars; got a {type(value).__name__}")
+            means.setdefault(name, Mean()).update(value, weight)
         except ValueError as error:
             raise ValueError(f"self.log({name!r}, …): {error}") from None
 
@@ -406,6 +432,17 @@ class TrainingMetrics:
         Values of an earlier stage of that name that an exception ended are dropped.
         """
         self.logged[stage] = self.logged.pop("", {})
+
+    @contextmanager
+    def evaluation_logged(self, stage: str) -> Iterator[None]:
+        """Context manager around an evaluation, which a hook of another one may have called."""
+        outer = self.logged.get(stage)
+        self.begin_logging(stage)
+        try:
+            yield
+        finally:
+            if outer is not None:
+                self.logged[stage] = outer
 
     def end_stage(self, stage: str) -> dict[str, Any]:
         """Return the averages over ranks of what was logged in a stage, and forget them.
@@ -457,7 +494,9 @@ class TrainingMetrics:
                 stage: {name: mean.state_dict() for name, mean in means.items()}
                 for stage, means in self.logged.items()
             },
-            "waiting": [[names, _plain(loss), weight] for names, loss, weight in self._waiting],
+            "waiting": [
+                [names, map_leaves(float, loss), weight] for names, loss, weight in self._waiting
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -466,15 +505,14 @@ class TrainingMetrics:
         self.interval = _restored(Mean(), state["interval"])
         self.counts = dict.fromkeys(LOST, 0)
         self.counts.update(state["counts"])
-        # The time that the examples before have taken is not known here.
+        # The time taken by earlier examples is unknown here.
         self.examples, self._spent, self._recorded = 0.0, 0.0, time.perf_counter()
         self.tallies = {name: Tally(**deepcopy(saved)) for name, saved in state["tallies"].items()}
         self.logged = {
             stage: {name: _restored(Mean(), saved) for name, saved in means.items()}
             for stage, means in state["logged"].items()
         }
-        # Checkpoints of earlier versions have no waiting losses.
-        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state.get("waiting", ())]
+        self._waiting = [(list(n), deepcopy(loss), w) for n, loss, w in state["waiting"]]
 
 
 def _detached(loss: Any) -> Any:
@@ -482,13 +520,6 @@ def _detached(loss: Any) -> Any:
     if isinstance(loss, Mapping):
         return {name: _detached(part) for name, part in loss.items()}
     return loss.detach().clone() if isinstance(loss, Tensor) else loss
-
-
-def _plain(loss: Any) -> Any:
-    """Return a loss as numbers, for a checkpoint."""
-    if isinstance(loss, Mapping):
-        return {name: _plain(part) for name, part in loss.items()}
-    return float(loss)
 
 
 def _restored(part: Any, state: Mapping[str, Any]) -> Any:

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from trainer.checks import as_number
 from trainer.other_options import IGNORED, NAMES, REFUSED, RENAMED, SIMILAR, UNSET
+from trainer.tree import plain_number
 
 # Former names of options, accepted in a YAML, on the command line and as attributes.
 ALIASES = {"on_bad_audio": "on_bad_item", "max_bad_audio": "max_bad_item"}
@@ -51,10 +53,10 @@ def _note(text: str) -> None:
 
 
 def translate(name: str, value: Any) -> dict[str, Any]:
-    """Return an option of another toolkit and its typed value as the option and value here.
+    """Translate an option of another toolkit, with its typed value, to the option and value here.
 
-    The mapping is empty for an option that is ignored, with a warning if its value is not the
-    default, and for any other name. An option that would change the run raises ValueError.
+    The mapping is empty for an ignored option, with a warning if its value is not the default, and
+    for any other name. An option that would change the run raises ValueError.
     """
     if name in REFUSED and value not in (REFUSED[name][0], None):
         raise ValueError(f"there is no option {name} here: {REFUSED[name][1]}")
@@ -136,9 +138,7 @@ class RunOptions:
         None, "run folder (null: results/<task>/<name>/<seed> in the current folder)"
     )
     overwrite: bool = _transient(False, "restart in a run folder that is not empty")
-    change_hparams: bool = _transient(
-        False, "resuming with other hyperparameters than the run has had"
-    )
+    change_hparams: bool = _transient(False, "resuming with changed hyperparameters")
     test_only: bool = _transient(False, "test of the best checkpoint without training")
     grad_accumulation_factor: int = _option(1, "batches per optimizer step", at_least=1)
     optimizer_step_limit: int | None = _extending(
@@ -146,8 +146,8 @@ class RunOptions:
     )
     max_hours: float | None = _transient(
         None,
-        "age of the process in hours at which the run saves and ends with exit code 75, before a "
-        "scheduler ends it (null: no limit)",
+        "hours since the process started after which the run saves and ends with exit code 75, "
+        "before a scheduler kills it (null: no limit)",
         at_least=0,
     )
     schedule_every: str = _option(
@@ -173,8 +173,8 @@ class RunOptions:
     )
     hang_timeout: float = _neutral(
         600.0,
-        "seconds without progress in training after which a rank counts as hung, and all end "
-        "(0: never)",
+        "seconds without progress in training after which a rank counts as hung and all ranks "
+        "end (0: never)",
         at_least=0,
     )
     drift_check_every: int = _neutral(
@@ -214,7 +214,7 @@ class RunOptions:
     expected_clip_rate: float | dict[str, float] = _neutral(
         0.95,
         "fraction of steps, or one per optimizer name, that clipping may change before a warning "
-        "(1: all; the limit is meant to be always reached)",
+        "(1: no warning, for a limit that is meant to be always reached)",
         at_least=0,
         at_most=1,
     )
@@ -225,10 +225,10 @@ class RunOptions:
         5, "skipped steps per run that are diagnosed and kept for replay", at_least=0
     )
     oom_patience: int = _extending(
-        10, "batches in a row that are skipped because memory ran out", at_least=0
+        10, "batches in a row that may be skipped for lack of memory", at_least=0
     )
     skip_nonfinite_grads: bool = _option(
-        False, "exclusion of only the parameters with non-finite gradients from a step"
+        False, "steps that leave out only the parameters with non-finite gradients"
     )
 
     checkpoint_every_steps: int | None = _neutral(
@@ -242,12 +242,12 @@ class RunOptions:
     )
     save: str = _neutral(
         "all",
-        "content of checkpoints: all, or trainable, which leaves out frozen parameters; these are "
-        "verified against those that the next start builds",
+        "content of checkpoints: all, or trainable, which leaves out frozen parameters and "
+        "verifies them when the run resumes",
         choices=("all", "trainable"),
     )
     average_checkpoints: int = _neutral(
-        1, "number of checkpoints whose average is tested", at_least=1
+        1, "number of checkpoints to average for the test", at_least=1
     )
 
     log_interval: int = _neutral(
@@ -262,7 +262,7 @@ class RunOptions:
     run_name: str | None = _neutral(
         None, "name of the run in its loggers (null: from the run folder)"
     )
-    tensorboard: bool = _neutral(False, "the same as tensorboard in logger")
+    tensorboard: bool = _neutral(False, "same as tensorboard in logger")
     monitor_every: int = _neutral(
         50, "optimizer steps between two measurements of the layers (0: never)", at_least=0
     )
@@ -276,18 +276,18 @@ class RunOptions:
 
     item_timeout: float = _neutral(
         300.0,
-        "seconds after which a wait for data is an error that names item and worker; without "
-        "workers it is a warning (0: never)",
+        "seconds to wait for data before an error that names item and worker (a warning without "
+        "workers; 0: no limit)",
         at_least=0,
     )
 
     find_clip: bool = _transient(
         False,
-        "search for the clipping limit of each optimizer, in place of training",
+        "search for the clipping limit of each optimizer, instead of training",
         section="Tuning",
     )
     find_lr: bool = _transient(
-        False, "search for the learning rate of each optimizer, in place of training"
+        False, "search for the learning rate of each optimizer, instead of training"
     )
     find_steps: int = _transient(
         60, "optimizer steps per trial (find_lr: twice as many)", at_least=10
@@ -300,11 +300,11 @@ class RunOptions:
     debug_batches: int = _neutral(2, "batches per stage with --debug", at_least=1)
     debug_epochs: int = _neutral(2, "epochs with --debug", at_least=1)
     overfit_batches: int = _option(
-        0, "number of first batches to which training is limited (0: all)", at_least=0
+        0, "number of batches to train on, always the same first ones (0: all)", at_least=0
     )
     replay: str | None = _transient(
         None,
-        "folder of a skipped step (RUN/nonfinite/STEP) to replay in place of training; see "
+        "folder of a skipped step (RUN/nonfinite/STEP) to replay instead of training; see "
         "cortex replay",
     )
     profile_training: bool = _transient(False, "torch.profiler trace of a few training steps")
@@ -324,7 +324,7 @@ class RunOptions:
     if not TYPE_CHECKING:  # mypy is to refuse former names
 
         def __getattr__(self, name: str) -> Any:
-            """Return the option that `name` is the former name of."""
+            """Return the option with the former name `name`."""
             if name in ALIASES:
                 return getattr(self, ALIASES[name])
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -429,6 +429,7 @@ def at_home(text: str) -> str:
 
 def _fit(value: Any, hint: Any) -> Any:
     """Return `value` as an instance of the type `hint`, or raise TypeError."""
+    value = plain_number(value)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for each in inner:
@@ -438,9 +439,10 @@ def _fit(value: Any, hint: Any) -> Any:
         return {_fit(key, inner[0]): _fit(each, inner[1]) for key, each in value.items()}
     elif origin is list and isinstance(value, (list, tuple)):
         return [_fit(each, inner[0]) for each in value]
-    elif hint is float and not isinstance(value, bool):
-        if value in ("inf", "-inf") or (isinstance(value, (int, float)) and not math.isnan(value)):
-            return float(value)
+    elif hint is float:
+        number = float(value) if str(value) in ("inf", "-inf") else as_number(value)
+        if number is not None and not math.isnan(number):
+            return float(number)
     elif hint is Any or type(value) is hint:  # not isinstance: True would pass as an int
         return value
     raise TypeError
@@ -462,7 +464,7 @@ def allowed(name: str) -> str:
 
 
 def warn_of_similar_names(hparams: Iterable[str]) -> None:
-    """Warn of hyperparameters that have no effect and whose names are almost those of options."""
+    """Warn of hyperparameters without effect whose names resemble those of options."""
     known = [*RunOptions.names(), "adapters", "param_groups"]
     for name in sorted({*hparams} - {*known, *ALIASES, *NAMES}):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
@@ -474,9 +476,9 @@ def warn_of_similar_names(hparams: Iterable[str]) -> None:
 
 
 def given_options(run_opts: Any) -> Any:
-    """Return those options that were given, of an object that has a list of them.
+    """Return the explicitly given options of an object that lists them, as SpeechBrain's does.
 
-    SpeechBrain's options are such an object; anything else is returned as it is.
+    Anything else is returned as it is.
     """
     names = getattr(run_opts, "overridden_args", None)
     return run_opts if names is None else {name: run_opts[name] for name in names}

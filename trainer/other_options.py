@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Name: option here, default there, and values here by values there; other values are the same. The
-# value UNSET leaves the option as it is.
+# Name: our option, their default, and our values by theirs where they differ. UNSET leaves the
+# option as it is.
 UNSET = object()
 RENAMED: dict[str, tuple[str, Any, dict[Any, Any]]] = {
     "auto_mix_prec": ("precision", False, {True: "fp16", False: UNSET}),
@@ -20,7 +20,7 @@ RENAMED: dict[str, tuple[str, Any, dict[Any, Any]]] = {
     "noprogressbar": ("progressbar", False, {True: False, False: True}),
 }
 
-# Name: default there, and why it is not needed here.
+# Name: their default, and the reason why it is not needed here.
 IGNORED: dict[str, tuple[Any, str]] = {
     "compile_using_dynamic_shape_tracing": (False, "torch.compile detects dynamic shapes itself"),
     "compile_using_fullgraph": (False, "graphs may break; nothing but speed depends on it"),
@@ -36,7 +36,7 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "tqdm_colored_bar": (False, "progress bars are plain"),
 }
 
-# Name: default there, and what to do instead. Ignoring these would change the run.
+# Name: their default, and what to do instead. Ignoring these would change the run.
 REFUSED: dict[str, tuple[Any, str]] = {
     "data_parallel_backend": (
         False, "start one process for each GPU: torchrun --standalone --nproc_per_node=2 train.py …"

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them: workers of loaders and pools, and ranks."""
+"""Processes that end with their parent: workers of loaders and pools, and ranks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import threading
 import time
 from collections.abc import Callable
 
-POLL_SECONDS = 1.0  # Interval at which a process looks for the one that started it.
-GRACE = 30.0  # Seconds that a worker goes on after SIGTERM, as torchrun gives ranks.
+POLL_SECONDS = 1.0  # Interval at which a process looks for its parent.
+GRACE = 30.0  # Seconds that a worker goes on after SIGTERM, the same that torchrun gives ranks.
 
 
 def call_when_orphaned(function: Callable[[], None]) -> None:
-    """Call a function in a thread, once, when the process that started this one has ended."""
+    """Call a function once, in a thread, when the parent of this process has ended."""
     parent, process = os.getppid(), multiprocessing.parent_process()
 
     def watch() -> None:
-        # getppid misses a parent that ended before it was called; parent_process does not.
+        # getppid misses a parent that ended before the first call; parent_process does not.
         while os.getppid() == parent and (process is None or process.is_alive()):
             time.sleep(POLL_SECONDS)
         function()
@@ -27,16 +27,15 @@ def call_when_orphaned(function: Callable[[], None]) -> None:
 
 
 def serve(closing: Callable[[], bool] = lambda: False) -> None:
-    """Prepare a process that works for the one that started it.
+    """Prepare a worker process, which ends soon after its parent.
 
-    It ends soon after that process, in the middle of its work. It ignores the signals that ask a
-    run to stop, since the main process may need it up to its next safe point; but `GRACE` seconds
-    after SIGTERM it ends.
+    It ignores the signals that ask a run to stop, since the main process may need it up to the next
+    safe point; but it ends `GRACE` seconds after SIGTERM.
 
         ProcessPoolExecutor(2, get_context("spawn"), initializer=serve)
 
     Args:
-        closing: returns True once the main process needs this one no more; SIGTERM then ends it
+        closing: returns True once the main process no longer needs the worker; SIGTERM then ends it
             at once.
     """
     call_when_orphaned(lambda: os._exit(1))

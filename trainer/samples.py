@@ -40,7 +40,7 @@ Write = Callable[[str, bytes], str]  # Takes suffix and content of a file, retur
 
 
 def _check_tensor(owner: str, name: str, value: object) -> None:
-    """Raise ValueError for values that are no tensor, such as an array of NumPy."""
+    """Raise ValueError for a value that is no tensor, such as a NumPy array."""
     if not isinstance(value, Tensor):
         raise ValueError(
             f"{owner} has {name} of type {type(value).__name__}; allowed: a tensor, as from "
@@ -80,7 +80,7 @@ class Audio:
         return first.float().cpu().nan_to_num(0.0, 1.0, -1.0).clamp(-1, 1)
 
     def record(self, write: Write) -> dict[str, Any]:
-        """Return the cell as JSON, its files written."""
+        """Return the cell as JSON."""
         signal, length = self.signal(), self.samples.numel()
         lost = length - int(self.samples.detach().isfinite().sum())
         found: dict[str, Any] = {
@@ -143,7 +143,7 @@ class Aligned:
 
     Args:
         said: the reference; a text is split at blanks, a list is taken token by token.
-        heard: what was recognised, likewise.
+        heard: the recognised text, likewise.
     """
 
     said: str | Sequence[str]
@@ -173,7 +173,7 @@ class Matrix:
 
     Args:
         values: counts (N, N), as a tensor or lists.
-        labels: names of the N rows, which are those of the columns, too.
+        labels: names of the N rows, and of the N columns.
         rows: meaning of the rows.
         columns: meaning of the columns.
 
@@ -218,7 +218,7 @@ class Histogram:
     """Distributions over one axis, such as the scores of two classes.
 
     Args:
-        groups: values (N,) of each group, by its name; what is not finite is left out.
+        groups: values (N,) of each group, by its name; non-finite values are left out.
         label: meaning of the values.
     """
 
@@ -269,7 +269,7 @@ def record_of(cell: Any, write: Write) -> dict[str, Any]:
 
     Args:
         cell: a text, a number, None, or one of the classes of this module.
-        write: writes a file, as `Write` says.
+        write: function that writes a file; see `Write`.
     """
     if isinstance(cell, CELLS):
         return cell.record(write)
@@ -285,7 +285,7 @@ def align(said: Sequence[str], heard: Sequence[str]) -> list[tuple[str | None, s
 
     Args:
         said: tokens of the reference.
-        heard: tokens of what was recognised.
+        heard: recognised tokens.
 
     Returns:
         Pairs of tokens; None where one of the sequences has none.
@@ -346,7 +346,7 @@ def wav_bytes(signal: Tensor, rate: int) -> bytes:
 
 
 def _pcm(signal: Tensor) -> Tensor:
-    """Return 16-bit samples (T,), which are exactly those of the 16-bit file a signal is from."""
+    """Return 16-bit samples (T,); a signal read from a 16-bit file gets its exact samples back."""
     whole = (signal.detach().cpu().float() * 32768).round()
     return whole.clamp(-32768, 32767).to(torch.int16)
 

@@ -1,14 +1,14 @@
 """Learning-rate schedules and early stopping.
 
-Every schedule is a `torch.optim.lr_scheduler.LRScheduler` and is stepped like torch's own. Two
-class attributes say how: `every` is "step" (after each optimizer step) or "epoch", and
-`needs_metric` is True if `step` takes the value of `metric`.
+Every schedule is a `torch.optim.lr_scheduler.LRScheduler` and is stepped like torch's own. Its
+class attribute `every` is "step" (after each optimizer step) or "epoch", and `needs_metric` is True
+if `step` takes the value of `metric`.
 
     schedule: !name:trainer.schedules.Noam {warmup_steps: 4000}
     schedule: !name:trainer.schedules.NewBob {factor: 0.5, metric: wer}
 
-Progress is saved and hyperparameters are not, so that a resumed run uses those of its YAML. Several
-parameter groups keep the ratios of their learning rates.
+Checkpoints hold the progress of a schedule, not its hyperparameters: a resumed run uses those of
+its YAML. Parameter groups keep the ratios of their learning rates.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
 
     Args:
         optimizer: the optimizer.
-        rates: a number or scalar tensor for each group. A rate that is a tensor in the optimizer,
-            as for compiled steps, is filled in place.
+        rates: a number or scalar tensor for each group. If the optimizer has a tensor, as for
+            compiled steps, it is filled in place.
     """
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
@@ -50,8 +50,8 @@ def set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
 class Schedule(checks.Stateful, LRScheduler):
     """Base class of the schedules, whose state consists of plain numbers.
 
-    torch's constructor is not called: it wraps `optimizer.step` to warn if the first optimizer step
-    was not taken, which is normal in fp16 (the first scales overflow).
+    torch's constructor is not called: it would warn if the first optimizer step was not taken,
+    which is normal in fp16 (the first scales overflow).
 
     Args:
         optimizer: the optimizer whose learning rates are set.
@@ -87,7 +87,7 @@ class Schedule(checks.Stateful, LRScheduler):
 
 
 class StepSchedule(Schedule):
-    """Base class of schedules in which the learning rate depends on the optimizer step alone.
+    """Base class of schedules whose learning rate depends on the optimizer step alone.
 
     The optimizer's own learning rates are the peak; step n = 1, 2, … runs at ``peak * share(n)``.
 
@@ -206,7 +206,7 @@ class MetricSchedule(Schedule):
     """Base class of schedules that lower the learning rate when a metric stops improving.
 
         good epoch:    r - v > threshold · |r|  ("min"),    v - r > threshold · |r|  ("max")
-        after more than ``patience`` epochs in a row that were not good:    lr ← factor · lr
+        after more than ``patience`` bad epochs in a row: lr ← factor · lr
 
     v is the metric of the epoch, r a reference that the subclass takes from earlier epochs. The
     first epoch is good.
@@ -259,7 +259,7 @@ class MetricSchedule(Schedule):
         raise NotImplementedError
 
     def step(self, metric: float) -> None:  # type: ignore[override]
-        """Take the metric of an epoch, and lower the learning rate if that is due.
+        """Take the metric of an epoch, and lower the learning rate if patience has run out.
 
         Args:
             metric: value of the metric; one that is not finite is ignored with a warning.
@@ -283,7 +283,7 @@ class MetricSchedule(Schedule):
 
     def _lower(self) -> None:
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        # A rate that is below the floor already is not raised to it.
+        # A rate below the floor is not raised.
         self._set_rates([max(rate * self.factor, min(self.min_lr, rate)) for rate in rates])
 
 

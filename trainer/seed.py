@@ -78,8 +78,8 @@ def seed_generator(generator: Any, value: int) -> None:
 def rng_state() -> dict[str, Any]:
     """Return the states of all generators that a step may draw from.
 
-    They are tensors and plain values under "torch", "python", "cuda" (if there are GPUs) and
-    "numpy" (if it is imported), which `torch.load` reads with ``weights_only=True``.
+    The keys are "torch", "python", "cuda" (if there are GPUs) and "numpy" (if it is imported);
+    `torch.load` reads the values with ``weights_only=True``.
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -96,11 +96,11 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned; generators that are absent from it keep their state."""
+    """Restore the result of `rng_state`; generators that are not in it keep their state."""
     torch.set_rng_state(state["torch"])
     random.setstate(_unpack_python_state(state["python"]))
     if "cuda" in state and torch.cuda.is_available():
-        # A machine with fewer GPUs than the one that saved restores those it has.
+        # This machine may have fewer GPUs than the one that saved.
         for device in range(min(len(state["cuda"]), torch.cuda.device_count())):
             torch.cuda.set_rng_state(state["cuda"][device], device)
     if "numpy" in state and "numpy" in sys.modules:
@@ -131,7 +131,7 @@ class RngState:
         set_rng_state(state)
 
 
-class _StatefulGenerator:
+class StatefulGenerator:
     """A random generator with ``state_dict`` and ``load_state_dict``."""
 
     def __init__(self, generator: Any) -> None:
@@ -150,23 +150,21 @@ class _StatefulGenerator:
 def as_stateful(value: Any) -> Any:
     """Wrap a random generator so that it has ``state_dict`` and ``load_state_dict``.
 
-    It is a `torch.Generator`, a `random.Random` or a `numpy.random.Generator` of the kind PCG64;
-    None is returned for anything else. The state of NumPy's other kinds is made of arrays.
+    Accepts what `is_generator` accepts; returns None for anything else. The state of most of
+    NumPy's kinds is made of arrays.
     """
-    bits = type(getattr(value, "bit_generator", None)).__name__
-    plain = isinstance(value, (torch.Generator, random.Random)) or bits.startswith("PCG64")
-    return _StatefulGenerator(value) if plain and is_generator(value) else None
+    return StatefulGenerator(value) if is_generator(value) else None
 
 
 class fork_rng:
     """Context manager that seeds the CPU generators of Python, NumPy and torch, and restores them.
 
-    The same object may be entered again: the block's random numbers then continue from where they
-    were left. Entering and leaving it takes about 0.2 ms.
+    The same object may be entered again: its random numbers then continue. Entering and leaving it
+    takes about 0.2 ms.
 
     Args:
         seed: seed of the generators within the block.
-        generators: further generators to treat alike; see `is_generator`.
+        generators: further generators to seed and restore; see `is_generator`.
     """
 
     def __init__(self, seed: int, generators: Iterable[Any] = ()) -> None:
@@ -187,28 +185,28 @@ class fork_rng:
         self.undo()
 
     def undo(self) -> None:
-        """Restore the generators as they were when the block was entered last."""
+        """Restore the generators to their states at the last entry."""
         _set_cpu_states(self._generators, self._outer)
 
 
 class DrawsUndone:
-    """States of the CPU generators of Python, NumPy and torch, noted in some 2 µs, to return to."""
+    """Snapshot of the CPU generators of Python, NumPy and torch; taking it costs some 2 µs."""
 
     def __init__(self) -> None:
         self._states: tuple[Any, ...] | None = None
 
     def remember(self) -> None:
-        """Note the generators as they are now."""
+        """Take the snapshot."""
         self._states = _cpu_states([torch.default_generator])
 
     def undo(self) -> None:
-        """Restore the generators as they were when they were noted."""
+        """Restore the snapshot."""
         if self._states is not None:
             _set_cpu_states([torch.default_generator], self._states)
 
 
 def _address_of_python() -> int | None:
-    """Return where CPython keeps the state of Python's generator, 625 words; None if unknown."""
+    """Return the address of the 625 words of Python's generator; None if unknown."""
     kind, head = random.Random.__base__, object.__basicsize__
     known = sys.implementation.name == "cpython" and kind is not None
     fits = known and 0 <= kind.__basicsize__ - head - 625 * 4 < 8  # type: ignore[union-attr]
@@ -216,11 +214,11 @@ def _address_of_python() -> int | None:
 
 
 _PYTHON_ADDRESS = _address_of_python()
-_read: dict[int, tuple[bytes, Any]] = {}  # Memory and state of generators by address, as read last.
+_read: dict[int, tuple[bytes, Any]] = {}  # Last memory and state of generators by address.
 
 
 def _cpu_states(generators: Sequence[Any]) -> tuple[Any, ...]:
-    # A normal number that is kept for the next draw is not in the memory.
+    # A normal number kept for the next draw is not in that memory.
     kept = random._inst.gauss_next is not None  # type: ignore[attr-defined]
     python = _read_if_changed(None if kept else _PYTHON_ADDRESS, random.getstate)
     state = None
@@ -262,7 +260,10 @@ def _set_cpu_states(generators: Sequence[Any], states: tuple[Any, ...]) -> None:
 def _state(generator: Any) -> Any:
     if hasattr(generator, "bit_generator"):
         return generator.bit_generator.state
-    return (generator.getstate if isinstance(generator, random.Random) else generator.get_state)()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    numpy = not isinstance(generator, torch.Generator)
+    return generator.get_state(legacy=False) if numpy else generator.get_state()
 
 
 def _set_state(generator: Any, state: Any) -> None:

@@ -1,7 +1,7 @@
 """Requests to stop: signals and a time limit end a run at its next safe point, after a checkpoint.
 
 The loop calls `requested` after each batch. A wait for data is a safe point as well, since no step
-is half-done in it: a wait that lasts too long after a request is ended, too; see `waiting`.
+is half-done; a wait that lasts too long after a request is ended; see `waiting`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from trainer import distributed
 logger = logging.getLogger("trainer")
 
 ALWAYS = (signal.SIGTERM, signal.SIGINT)
-# A closed terminal, and warnings of schedulers: handled where the process would die of them.
+# Signals of a closed terminal and of schedulers, handled where they would kill the process.
 UNLESS_IN_USE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = 0  # In place of a signal's number: the run option max_hours.
 PATIENCE = 3.0  # Seconds that a wait for data may last after a request.
-RESCUE = 6.0  # Seconds after a request at which a wait that no exception ends is given up.
+RESCUE = 6.0  # Seconds after a request at which a wait that ignores exceptions is given up.
 
 _received: int | None = None
 _received_at = 0.0
@@ -46,7 +46,7 @@ class Interrupted(SystemExit):
     Args:
         number: number of the signal, or `TIME_LIMIT`. The exit code is 143 for SIGTERM, 130 for
             SIGINT and 75 for all else.
-        saves: False if the state is not that of a safe point: the last checkpoint is the newest.
+        saves: False if the state is not that of a safe point, and must not be saved.
     """
 
     def __init__(self, number: int, saves: bool = True) -> None:
@@ -75,7 +75,7 @@ def name_of(number: int) -> str:
 
 @contextmanager
 def at_safe_points() -> Iterator[None]:
-    """Context manager in which requests only set what `requested` returns.
+    """Context manager in which requests wait for a safe point: they only set `requested`.
 
     Outside of it a request raises at once: KeyboardInterrupt for SIGINT, `Interrupted` for others.
     """
@@ -90,12 +90,12 @@ def at_safe_points() -> Iterator[None]:
 class waiting:
     """Context manager around a wait for data, in which the state of the run is complete.
 
-    A request that is older than `PATIENCE` seconds raises `Interrupted` in it: the data hang.
+    A request older than `PATIENCE` seconds raises `Interrupted` in it, since the data hang.
 
     Args:
-        describe: returns what is waited for, such as "waiting for batch 3 of epoch 1".
-        rescue: called in another thread with the number of the request, before the process ends,
-            where the main thread is in a call that no exception ends.
+        describe: returns a description of the wait, such as "waiting for batch 3 of epoch 1".
+        rescue: called in another thread with the number of the request, before the process ends, if
+            the main thread is in a call that no exception interrupts.
     """
 
     def __init__(self, describe: Callable[[], str], rescue: Callable[[int], None]) -> None:
@@ -116,7 +116,7 @@ class waiting:
 
 
 def _receive(number: int) -> int:
-    """Keep the first request, and when it came; return it."""
+    """Record a request and its time, unless there is one; return the recorded one."""
     global _received, _received_at
     if _received is None:
         _received, _received_at = number, time.monotonic()
@@ -129,7 +129,7 @@ def _handle(number: int, _frame: FrameType | None) -> None:
     first = _receive(number)
     waits = _wait is not None and not _wait.over
     if waits and time.monotonic() - _received_at >= PATIENCE:
-        _stopping = True  # Raised at each further signal: a dataset may swallow exceptions.
+        _stopping = True  # Raised again at each further signal: a dataset may swallow it.
         raise Interrupted(first)
     if _stopping and number != signal.SIGINT:
         return  # The run is ending already.
@@ -153,14 +153,14 @@ def _mask_term(how: int) -> None:
 
 
 def _leave_parent() -> None:
-    """Let SIGTERM end a forked process, and do not tell its parent of its signals."""
+    """Let SIGTERM end a forked process, and keep its signals from its parent."""
     if installed():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
-# A fork that SIGTERM meets before it has left its parent would handle it as the parent does.
+# Until `_leave_parent` has run, a forked process would handle SIGTERM as its parent does.
 os.register_at_fork(
     before=lambda: _mask_term(signal.SIG_BLOCK),
     after_in_parent=lambda: _mask_term(signal.SIG_UNBLOCK),
@@ -169,13 +169,13 @@ os.register_at_fork(
 
 
 def end_with(code: int) -> None:
-    """Keep the exit code of a process that is about to end, whatever signals come.
+    """Keep the exit code of a process that is about to end, despite further signals.
 
-    torchrun sends SIGTERM to ranks that end already. A second one ends the process at once.
+    torchrun sends SIGTERM to ranks that are ending. A second SIGTERM ends the process at once.
     """
     global _last_code, _asked_again
     if threading.current_thread() is not threading.main_thread():
-        return  # Its end is not that of the process.
+        return  # The end of another thread is not that of the process.
     _last_code, _asked_again = code, False
     for number in (signal.SIGTERM, *UNLESS_IN_USE):
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -184,13 +184,13 @@ def end_with(code: int) -> None:
 
 @atexit.register
 def _end_at_exit() -> None:
-    """End a process as `end_with` has it, where Python handles no signal any more."""
+    """End the process with the code of `end_with`, after Python has stopped handling signals."""
     for number in (signal.SIGTERM, *UNLESS_IN_USE):
         if signal.getsignal(number) is _end:
             signal.signal(number, signal.SIG_IGN)
     if _last_code and distributed.launched():
-        # Threads of process groups abort one in ten processes ("terminate called without an active
-        # exception") that end while other ranks do; their exit code would be lost.
+        # If ranks end at the same time, threads of process groups abort one in ten of them
+        # ("terminate called without an active exception"), which would lose the exit code.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -210,7 +210,7 @@ def installed() -> bool:
 
 
 def set_limit(hours: float | None) -> None:
-    """Request a stop once this process has an age in hours; None for no limit."""
+    """Request a stop once this process is some hours old; None for no limit."""
     global _deadline
     _deadline = None if hours is None else time.monotonic() - _age() + 3600 * hours
 
@@ -230,9 +230,9 @@ def requested() -> int | None:
 
 
 def raise_agreed() -> NoReturn:
-    """Raise `Interrupted` for the request of any rank. Every rank must call it.
+    """Raise `Interrupted` if any rank has a request. Every rank must call it.
 
-    All ranks end with one exit code: that of the first rank with a request.
+    All ranks end with the exit code of the first rank with a request.
     """
     requests = distributed.all_gather_json(requested())
     keep_error()
@@ -240,7 +240,7 @@ def raise_agreed() -> NoReturn:
 
 
 def keep_error() -> None:
-    """Ignore further signals except SIGINT, so that the error that ends the run is kept."""
+    """Ignore further signals except SIGINT, so that the error that ends the run is reported."""
     global _stopping
     _stopping = True
 
@@ -253,7 +253,7 @@ def reset() -> None:
 
 @contextmanager
 def hung_waits_left() -> Iterator[None]:
-    """Context manager in which a thread ends waits for data that hang after a request.
+    """Context manager in which a thread ends hanging waits for data after a request.
 
     It learns of signals through `signal.set_wakeup_fd`, which works even while the main thread is
     in a call that runs no Python handlers.
@@ -286,7 +286,7 @@ def _watch(reader: int, done: threading.Event) -> None:
         if done.is_set():
             return
         if number is None:
-            # The pipe has the numbers of all signals with a handler, also of the program's own.
+            # The pipe holds the numbers of all signals with a handler, also those of the program.
             heard = [each for each in told if each and signal.getsignal(each) is _handle]
             number, since = heard[0] if heard else requested(), time.monotonic()
             if number is not None:
@@ -303,7 +303,7 @@ def _watch(reader: int, done: threading.Event) -> None:
 
 
 def _asked_elsewhere() -> int | None:
-    """Take over the request of another rank, which may wait in a collective for this one."""
+    """Take over the request of another rank, which may be waiting for this one in a collective."""
     try:
         number = distributed.asked()
     except RuntimeError:  # The launcher is gone: this process learns of that by itself.

@@ -43,7 +43,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 class SpeechBrainNames:
     """Mixin of `Brain`: counters, options and helpers under SpeechBrain's names.
 
-    A recipe may set attributes of most of these names; they are then its own.
+    A recipe may set most of these names; they are then attributes of its own.
     """
 
     device: torch.device
@@ -57,7 +57,7 @@ class SpeechBrainNames:
     if not TYPE_CHECKING:  # mypy is to refuse these names
 
         def __getattr__(self, name: str) -> Any:
-            """Return what a name of SpeechBrain's stands for; called for what is not set."""
+            """Return the value of a SpeechBrain name; called for attributes that are not set."""
             if name == "last_batch":
                 return self.is_last_batch
             if "options" in vars(self):  # Not before the constructor has run.
@@ -118,10 +118,10 @@ class SpeechBrainNames:
         """Count a loss that is not finite, for a `fit_batch` that steps by hand.
 
         Args:
-            loss: a tensor of any shape, whose elements are all to be finite.
+            loss: a tensor of any shape; every element must be finite.
 
         Raises:
-            ValueError: after more of them in an epoch than ``nonfinite_patience``.
+            ValueError: after more such losses in an epoch than ``nonfinite_patience``.
         """
         if not bool(torch.isfinite(loss).all()):
             self.nonfinite_count += 1

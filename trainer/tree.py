@@ -31,7 +31,7 @@ def map_leaves(
     """Apply a function to every leaf of nested containers.
 
     Args:
-        function: called with each leaf, that is with anything but a container.
+        function: called with each leaf, which is anything but a container.
         value: mappings, lists, tuples, named tuples and dataclasses, nested in any way.
         is_leaf: returns True for a container that is passed to ``function`` as a whole.
 
@@ -61,15 +61,15 @@ def parts_of(container: Any) -> Mapping[Any, Any]:
 
 
 def rebuilt(container: Any, parts: Mapping[Any, Any]) -> Any:
-    """Return a new container of the same type with other parts, by the names of `parts_of`.
+    """Return a new container of the same type with other parts, keyed as in `parts_of`.
 
-    A mapping that cannot be changed becomes a dict.
+    An immutable mapping becomes a dict.
     """
     if isinstance(container, Mapping):
         if type(container) is dict or not isinstance(container, MutableMapping):
             return dict(parts)
         mapping = copy.copy(container)
-        for key, part in parts.items():  # Not `update`, which adds to the counts of a Counter.
+        for key, part in parts.items():  # Not `update`, which would add to the counts of a Counter.
             mapping[key] = part
         return mapping
     if isinstance(container, tuple) and hasattr(container, "_fields"):
@@ -93,8 +93,3 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     row = isinstance(value, (list, tuple))
     for key, part in enumerate(value) if row else parts_of(value).items():
         yield from leaves(part, f"{path}.{key}" if path else str(key))
-
-
-def number(value: float) -> str:
-    """Return a number with four significant digits, and an integer as it is."""
-    return str(value) if isinstance(value, int) else f"{value:.4g}"

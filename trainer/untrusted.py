@@ -15,13 +15,13 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-SPARE_BYTES = 1 << 29  # memory beside what the files of a folder account for
+SPARE_BYTES = 1 << 29  # memory allowed beyond that for the files of a folder
 BYTES_PER_CORE = 1 << 25  # for the stacks of torch's threads, which may start at any time
-MEMORY_PER_BYTE = 8  # weights in the model, as read, as loaded, and twice in float64 for a mean
+MEMORY_PER_BYTE = 8  # copies of the weights: model, file, state dict, and two in float64 for a mean
 
-# Sources that the reader of a run folder has named; None while no run folder is read.
+# Sources that the user has named for the run folder being read; None while none is read.
 _named: ContextVar[set[str] | None] = ContextVar("_named", default=None)
-_limit = threading.RLock()  # The memory limit is the process's: one thread at a time sets it.
+_limit = threading.RLock()  # One thread at a time sets the memory limit of the process.
 
 
 def confined(folder: str | Path, path: str | os.PathLike[str]) -> Path:
@@ -50,7 +50,7 @@ def _is_in(path: str, folder: str) -> bool:
 
 @contextmanager
 def sources_confined() -> Iterator[set[str]]:
-    """Context manager in which `check_source` refuses sources not in the set that it yields."""
+    """Context manager in which `check_source` accepts only sources in the set that it yields."""
     named: set[str] = set()
     token = _named.set(named)
     try:
@@ -60,7 +60,7 @@ def sources_confined() -> Iterator[set[str]]:
 
 
 def check_source(source: str) -> None:
-    """Raise ValueError for a source of weights that only the run folder being read has named."""
+    """Raise ValueError for a source of weights that the run folder names and its user does not."""
     named = _named.get()
     if named is not None and source not in named:
         raise ValueError(
@@ -88,12 +88,12 @@ def read_text(folder: str | Path, name: str, at_most: int = 1 << 20) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text with control characters, which a terminal would obey, replaced."""
+    """Return a text without control characters, which a terminal would interpret."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def bytes_on_disk(folder: str | Path) -> int:
-    """Return the bytes that the files below a folder take on the disk, without holes in files."""
+    """Return the bytes that the files below a folder take on the disk, without holes."""
     found = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -108,13 +108,12 @@ def memory_in_proportion(folder: str | Path, more: int = 0) -> Iterator[None]:
     """Context manager that limits the memory of this process in proportion to a folder's files.
 
     Memory beyond the limit raises MemoryError, or torch's RuntimeError, so that a false size in a
-    file does not get the process killed. Other threads are under the limit, too. There is a limit
-    on Linux only.
+    file does not get the process killed. The limit holds for all threads, on Linux only.
 
     Args:
         folder: the folder.
-        more: size in bytes of weights that the folder needs from elsewhere, according to itself;
-            they raise the limit by half of the free memory at most.
+        more: bytes of weights from elsewhere that the folder claims to need; they raise the limit
+            by half of the free memory at most.
     """
     status = Path("/proc/self/status")
     if not status.exists():
@@ -140,13 +139,13 @@ def _free_bytes() -> int:
 
 
 class _Finder:
-    """Import hook that passes over the entries of Python's path that hold the name of a module."""
+    """Import hook that skips entries of Python's path for which ``holds`` returns True."""
 
     def __init__(self, holds: Callable[[str, str], bool]) -> None:
         self.holds = holds
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find a module; return None where no entry is left out, so that Python finds it itself."""
+        """Find a module; return None if no entry is skipped, so that Python finds it itself."""
         own = [each for each in sys.meta_path if isinstance(each, _Finder)]
         others = [each for each in sys.path if not any(one.holds(each, name) for one in own)]
         if path is not None or len(others) == len(sys.path):
@@ -163,7 +162,7 @@ class _Finder:
 def no_modules_from(folder: str | Path) -> Iterator[None]:
     """Context manager in which no module is imported from a folder or below it.
 
-    A package that is the folder, or contains it, is not imported either, since the folder may have
+    A package that is the folder or contains it is not imported either, since the folder may have
     the name of a library. Python's own and installed packages are imported wherever they are.
     """
     root = os.path.realpath(folder)

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from torch.utils.data import Dataset
 
 from recipes.common.audio import check_length, check_recordings, read_audio
 from recipes.common.cuts import sound_of, sounds
-from recipes.common.paths import inside
+from recipes.common.paths import existing, inside
 from recipes.common.tables import TableError, check_unique, named, read_lines, read_rows
 from recipes.finetune.trials import check_names, read_trials
 from trainer.data import item_seed
@@ -112,7 +113,7 @@ def folders(
         ValueError: the folder is missing, holds no recordings that fit, or has splits that share
             what they must not.
     """
-    folder = _existing(data_folder)
+    folder = existing(data_folder, "a folder of recordings")
     found = sounds(folder)
     if not found:
         raise ValueError(f"{folder} holds no recordings; expected was a folder for each class")
@@ -180,7 +181,7 @@ def table(
         ValueError: the folder or table is missing, a row does not fit, or splits share what they
             must not.
     """
-    folder = _existing(data_folder)
+    folder = existing(data_folder, "a folder of recordings")
     names = {name: name for name in ("path", "label", "split", "speaker")}
     if unknown := sorted(set(columns or {}) - set(names)):
         raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(names)}")
@@ -210,13 +211,6 @@ def table(
     )
     shares = {"valid": valid, "test": test}
     return _corpus(found, folder, classes, shares, unseen, trials, on_bad, max_bad)
-
-
-def _existing(data_folder: str) -> Path:
-    folder = Path(data_folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"data_folder {folder} is not there; expected was a folder of recordings")
-    return folder
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -275,9 +269,10 @@ def _corpus(
     every = [each.recording for each in found]
     contents = _contents(every)
     keys = _groups(every, contents, unseen)
+    least = 2 if unseen else 1  # groups of a split: pairs are of two speakers
     splits = {each.split for each in found}
     if splits == {None}:
-        corpus = deal(every, keys, {"train": 1 - sum(shares.values()), **shares})
+        corpus = deal(every, keys, {"train": 1 - sum(shares.values()), **shares}, least)
     elif None in splits:
         lacking = next(each.recording.id for each in found if each.split is None)
         raise ValueError(
@@ -287,7 +282,7 @@ def _corpus(
         corpus = {split: [e.recording for e in found if e.split == split] for split in SPLITS}
         if not corpus["valid"] and shares["valid"]:
             share = {"train": 1 - shares["valid"], "valid": shares["valid"]}
-            corpus |= deal(corpus["train"], keys, share)
+            corpus |= deal(corpus["train"], keys, share, least)
     _check_disjoint(corpus, unseen)
     paths = [each.path for each in every]
     good = check_recordings(paths, channels=None, on_bad=on_bad, max_bad=max_bad)
@@ -304,7 +299,8 @@ def _corpus(
             f"{folder} has no usable recording for {', '.join(without)}: "
             f"{len(every)} recordings in {len(set(keys.values()))} groups that must stay together "
             "(of one speaker, or one recording under several names), dealt by the shares valid "
-            f"{shares['valid']:g} and test {shares['test']:g}: larger shares may help"
+            f"{shares['valid']:g} and test {shares['test']:g}: needed are shares above 0 "
+            f"and {3 * least} groups or more"
         )
     return _without_copies(corpus, contents)
 
@@ -381,7 +377,10 @@ def _digest(path: Path) -> str:
 
 
 def deal(
-    recordings: Iterable[Recording], keys: Mapping[str, Hashable], shares: Mapping[str, float]
+    recordings: Iterable[Recording],
+    keys: Mapping[str, Hashable],
+    shares: Mapping[str, float],
+    least: int = 1,
 ) -> dict[str, list[Recording]]:
     """Deal recordings to splits, the same in every run: each group to where its labels lack most.
 
@@ -390,6 +389,7 @@ def deal(
         keys: group of each recording, by its id; groups stay whole.
         shares: share of each split, of every label. Where each label is a group, as speakers are
             whose recordings stay together, of all recordings.
+        least: number of groups that each split gets in spite of its share, if there are as many.
     """
     groups: dict[Hashable, list[Recording]] = {}
     for each in sorted(recordings, key=lambda each: each.id):
@@ -402,7 +402,7 @@ def deal(
 
     totals = sum(map(counted, groups.values()), Counter())
     held: dict[str, Counter[str]] = {split: Counter() for split in shares if shares[split]}
-    dealt: dict[str, list[Recording]] = {split: [] for split in shares}
+    dealt: dict[str, list[list[Recording]]] = {split: [] for split in shares}
     order = list(groups.values())
     random.Random(derive(0, "splits")).shuffle(order)
     for group in order:
@@ -414,9 +414,24 @@ def deal(
             for split, have in held.items()
         }
         split = max(lacking, key=lambda split: lacking[split])
-        dealt[split] += group
+        dealt[split].append(group)
         held[split] += counts
-    return {split: sorted(group) for split, group in dealt.items()}
+    while True:
+        few, many = (pick(held, key=lambda split: len(dealt[split])) for pick in (min, max))
+        if len(dealt[few]) >= least or len(dealt[many]) < len(dealt[few]) + 2:
+            break
+
+        def cost(group: Sequence[Recording], giver: str = many) -> tuple[int, int]:
+            """Return how many labels the giver would have no more, and the size."""
+            lost = [name for name, n in counted(group).items() if held[giver][name] == n]
+            return len(lost), len(group)
+
+        group = min(dealt[many], key=cost)
+        dealt[many].remove(group)
+        held[many] -= counted(group)
+        dealt[few].append(group)
+        held[few] += counted(group)
+    return {split: sorted(chain(*given)) for split, given in dealt.items()}
 
 
 def _check_disjoint(corpus: Corpus, unseen: bool) -> None:

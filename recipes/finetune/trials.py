@@ -147,8 +147,9 @@ def make_trials(
     ]
     if len(groups) < 2:
         raise ValueError(
-            f"{what} has recordings of {len(groups)} speaker, and pairs need two speakers or more: "
-            "give it a larger share (corpus.valid, corpus.test)"
+            f"{what} has recordings of {len(groups)} speaker, and pairs need two: give train, "
+            "valid and test two each that no other has; to tell apart speakers that are known, "
+            "use hparams/finetune/classify.yaml"
         )
     check_both([trial.target for trial in trials], f"{what}, with {len(groups)} speakers,")
     return trials

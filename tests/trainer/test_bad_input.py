@@ -1,18 +1,22 @@
 """Settings that cannot work are refused: what was wrong, where, and what is allowed."""
 
 import math
+import operator
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.trainer.small import Players, Regressor, batches, make, net
-from trainer import Brain, Stage, clipping
+from trainer import Brain, EpochCounter, RunOptions, Stage, clipping
 from trainer.checkpoint import Checkpointer
 from trainer.clipping import AutoClip, NormClip
+from trainer.schedules import EarlyStopping, Plateau, WarmupDecay
 
 
 def refused(sentence: str, brain: Brain, **fit: Any) -> None:
@@ -107,7 +111,9 @@ def test_no_optimizer_at_all() -> None:
 def test_an_optimizer_in_the_place_of_its_class() -> None:
     built = torch.optim.SGD(net().parameters())
     brain = Regressor({"net": net()}, built, {}, {"device": "cpu", "progressbar": False})
-    refused("opt_class is a SGD; allowed: what makes an optimizer from parameters", brain)
+    refused(
+        "opt_class is a SGD; allowed: a callable that makes an optimizer from parameters", brain
+    )
 
 
 def test_one_module_in_the_place_of_a_mapping() -> None:
@@ -275,6 +281,49 @@ def test_limits_that_are_no_numbers(bad: Any) -> None:
         ValueError, match="max_grad_norm must be a number, a mapping of names to num"
     ):
         make(max_grad_norm=bad)
+
+
+def rates() -> torch.optim.Optimizer:
+    return torch.optim.SGD(net().parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("made", "read"),
+    [
+        (lambda n: AutoClip(history=n), "_norms.maxlen"),
+        (lambda n: AutoClip(n), "percentile"),
+        (lambda n: NormClip(n), "limit"),
+        (lambda n: EpochCounter(n), "limit"),
+        (lambda n: EarlyStopping(patience=n), "patience"),
+        (lambda n: WarmupDecay(rates(), n, 9), "warmup_steps"),
+        (lambda n: Plateau(rates(), min_lr=n), "min_lr"),
+        (lambda n: RunOptions(seed=n), "seed"),
+        (lambda n: RunOptions(max_grad_norm=n), "max_grad_norm"),
+        (lambda n: RunOptions.build({"log_interval": n}), "log_interval"),
+        (
+            lambda n: Checkpointer(Path("no such"), n, {"a": {"mode": "min", "n": n}}),
+            "retention.last",
+        ),
+    ],
+)
+def test_a_number_may_be_of_numpy_or_in_a_tensor_and_no_bool(made: Any, read: str) -> None:
+    def value(number: Any) -> Any:
+        return operator.attrgetter(read)(made(number))
+
+    for kind in (np.int64, np.uint8, np.array, torch.tensor):
+        found = value(kind(2))
+        assert found == value(2)
+        assert type(found) is type(value(2))
+    for odd in (True, np.bool_(True), torch.tensor(True), np.array([2, 2]), "2", 2j):
+        with pytest.raises(ValueError, match="allowed|must be"):
+            made(odd)
+
+
+def test_fractions_and_results_may_be_of_numpy_or_in_a_tensor() -> None:
+    for half in (np.float32(0.5), np.float16(0.5), torch.tensor(0.5), Fraction(1, 2)):
+        assert RunOptions(max_bad_item=half).max_bad_item == 0.5
+        assert Plateau(rates(), factor=half).factor == WarmupDecay(rates(), 1, 9, half).final == 0.5
+        assert math.isinf(AutoClip(half).limit)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import TwoRanks
 from tests.trainer.small import Players, Regressor, batches, everything, make, same, spoilt
-from trainer import Brain, Stage, signals
+from trainer import Brain, Stage, distributed, signals
 from trainer.callbacks import EVENTS, Callback, CallbackList
 from trainer.checkpoint import Checkpointer
 
@@ -71,6 +72,15 @@ def test_a_checkpoint_and_a_resume_are_told(tmp_path: Path) -> None:
     resumed = with_callbacks(Regressor, second, checkpointer=Checkpointer(tmp_path))
     resumed.fit([1, 2], batches(2))
     assert second.seen[:2] == ["on_fit_start", "on_resume"]
+
+
+@pytest.mark.parametrize("stage", ["fit", "evaluate"])
+def test_an_exception_of_the_data_is_told(stage: str) -> None:
+    recorder = Recorder()
+    brain = with_callbacks(Regressor, recorder)
+    with pytest.raises(ValueError, match="set"):
+        brain.fit([1], 3) if stage == "fit" else brain.evaluate(3)
+    assert recorder.seen == ["on_exception"]
 
 
 def test_an_exception_is_told_and_goes_on() -> None:
@@ -294,6 +304,37 @@ def test_a_callback_with_state_is_saved_and_restored(tmp_path: Path) -> None:
     assert two.batches == 4  # The second of its class is new.
 
 
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
+def test_an_error_in_the_state_of_a_callback_names_it(method: str, tmp_path: Path) -> None:
+    class Kept(Callback):
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    def fail(*_: Any) -> None:
+        raise KeyError("best")
+
+    with_callbacks(Regressor, Kept(), checkpointer=Checkpointer(tmp_path)).fit([1], batches(1))
+    failing = type("Failing", (Kept,), {method: fail})
+    failing.__name__ = "Kept"
+    brain = with_callbacks(Regressor, failing(), checkpointer=Checkpointer(tmp_path))
+    with pytest.raises(KeyError) as caught:
+        brain.fit([1, 2], batches(1))
+    assert "raised by the state 'callbacks.Kept'" in caught.value.__notes__
+
+
+def test_a_callback_that_can_only_save_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Half(Callback):
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+    make(hparams={"callbacks": [Half()]})
+    (warning,) = caplog.messages
+    assert warning.startswith("the callback Half has state_dict alone, so that it is not saved")
+
+
 def test_watching_changes_nothing() -> None:
     plain, watched = make(Players), with_callbacks(Players, Recorder())
     for brain in (plain, watched):
@@ -449,5 +490,75 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_what_is_no_scalar_cannot_be_logged() -> None:
     brain = make()
-    with pytest.raises(ValueError, match="an average is of scalars; got a tensor of shape"):
-        brain.log("x", torch.ones(2))
+    for value in (torch.ones(2), torch.tensor(1j), {"a": 1.0}):
+        with pytest.raises(
+            ValueError, match=r"self.log\('x', …\): an average is of scalars; got a"
+        ):
+            brain.log("x", value)
+    for weight in (torch.ones(2), "a", None, -1):
+        with pytest.raises(
+            ValueError, match="got the weight .*; allowed: a finite number, 0 or mo"
+        ):
+            brain.log("x", 1.0, weight)
+
+
+def test_what_a_callback_logs_at_the_end_of_a_stage_is_of_the_next_one() -> None:
+    class Late(Callback):
+        def on_stage_end(self, brain: Brain, report: Any) -> None:
+            brain.log("late", ["train", "valid", "test"].index(report.stage))
+
+    reports = Reports()
+    brain = with_callbacks(Regressor, Late(), reports)
+    brain.fit([1, 2], batches(2), batches(1))
+    brain.evaluate(batches(1))
+    assert reports.metrics == [
+        ("train", {}), ("valid", {"late": 0.0}), ("train", {"late": 1.0}),
+        ("valid", {"late": 0.0}), ("test", {"late": 1.0}),
+    ]  # fmt: skip
+
+
+def test_an_evaluation_within_another_one_keeps_what_that_has_logged() -> None:
+    class Twice(Regressor):
+        inner = False
+
+        def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
+            self.log("inner", self.inner)
+            if not self.inner:
+                self.inner = True
+                self.evaluate(batches(1))
+                self.inner = False
+            return super().evaluate_batch(batch, stage)
+
+    reports = Reports()
+    with_callbacks(Twice, reports).evaluate(batches(2))
+    test = [("test", {"inner": 1.0})]
+    assert reports.metrics == [*test, *test, ("test", {"inner": 0.0})]
+
+
+def logged_on_a_rank() -> list[Any]:
+    rank = distributed.rank()
+
+    class Uneven(Regressor):
+        def count_examples(self, batch: Any) -> Any:
+            return torch.tensor(len(batch["x"]))  # A tensor, as a sum of lengths is.
+
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Any:
+            self.log("size", len(batch["x"]), weight=self.count_examples(batch))
+            self.log(f"rank {rank}", np.float32(rank), weight=np.float32(2))
+            return super().compute_objectives(predictions, batch, stage)
+
+    reports = Reports()
+    brain = with_callbacks(Uneven, reports)
+    data = [batches(1, size=1 + rank)[0]] * 4  # Each rank takes every second one.
+    brain.fit([1], data, data)
+    loss = brain.evaluate(data)
+    return [reports.metrics, loss, type(loss).__name__]
+
+
+def test_names_and_weights_may_differ_between_ranks(two_ranks: TwoRanks) -> None:
+    first, second = two_ranks(logged_on_a_rank)
+    assert first == second
+    stages, _, kind = first
+    assert kind == "float"
+    expected = {"size": (2 * 1 + 4 * 2) / 6, "rank 0": 0.0, "rank 1": 1.0}
+    assert stages == [("train", expected), ("valid", expected), ("test", expected)]

@@ -138,6 +138,21 @@ def test_gradients_of_any_layout_are_measured() -> None:
             assert found == pytest.approx([expected] * number, rel=1e-5), name
 
 
+def test_a_gradient_that_autograd_gives_as_a_conjugate_view_is_clipped_and_stepped_with() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+    (weight.mH @ torch.randn(4, 4, dtype=torch.complex64)).abs().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.is_conj()
+    expected = nn.Parameter(weight.detach().clone())
+    expected.grad = weight.grad.resolve_conj()
+    nn.utils.clip_grad_norm_([expected], 0.1)
+    assert NormClip(0.1)(take(Gradients([{"params": [weight]}])))
+    for each in (weight, expected):
+        torch.optim.Adam([each]).step()
+    torch.testing.assert_close(weight, expected)
+
+
 def test_zero_is_zero_and_what_is_not_finite_is_not_finite() -> None:
     assert measured(torch.zeros(5), torch.zeros(70_000)).norm == 0.0
     assert measured().norm == 0.0

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.benchmarks.clipping_cost import KINDS as BENCHMARKED
+from tests.benchmarks.clipping_cost import Bench
 from trainer import clipping
 from trainer.clipping import Gradients
 from trainer.config.hyperparameters import Configuration, Text
@@ -29,6 +31,18 @@ def test_every_kind_is_in_the_list() -> None:
     kinds -= {"Clip", "Clipper", "Gradients"}
     assert {type(make_one()).__name__ for make_one in KINDS.values()} == kinds
     assert (len(kinds), len(KINDS)) == (12, 18)
+
+
+@pytest.mark.parametrize("kind", BENCHMARKED)
+def test_the_benchmark_clips_with_its_tight_limits_alone(kind: str) -> None:
+    tight, wide = BENCHMARKED[kind]
+    bench = Bench([torch.Size([6, 4]), torch.Size([6])])
+    before = [p.grad.clone() for p in bench.params]
+    for clip, changes in ((wide(), False), (tight(), True)):
+        bench.restore()
+        assert bench.ours(clip)() > 0
+        after = [p.grad for p in bench.params]
+        assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True)) == changes
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:

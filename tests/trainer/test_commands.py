@@ -1,5 +1,6 @@
 """The command `cortex`: run, ls, compare, average, clean and sweep, on runs in any state."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -22,14 +23,15 @@ from torch import nn
 import trainer
 from tests.trainer.small import Regressor
 from trainer import Checkpointer, report
-from trainer.cli import launch, recipe, sweep
+from trainer.cli import launch, recipe, sweep, upkeep
 from trainer.cli.arguments import configure
 from trainer.cli.commands import COMMANDS, main
 from trainer.cli.ending import end_lines
-from trainer.cli.folder import HEADER, RunFolder
+from trainer.cli.folder import RunFolder
 from trainer.cli.runs import read_run
 from trainer.cli.sweep import parse_values
 from trainer.config import registry
+from trainer.run_files import HEADER
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """\
@@ -143,6 +145,29 @@ def test_the_help_of_every_command_has_examples(
     assert max(map(len, text.splitlines())) <= 100
     main([])
     assert f"  {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sweep", "ls", "report", "average", "export", "replay", "clean"])
+def test_the_help_of_a_command_lists_its_options(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options: list[str] = []
+    add = argparse.ArgumentParser.add_argument
+
+    def record(self: argparse.ArgumentParser, *names: str, **more: Any) -> argparse.Action:
+        options.extend(each for each in names if each.startswith("--"))
+        return add(self, *names, **more)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", record)
+    monkeypatch.chdir(tmp_path)
+    main([name])  # Builds the parser; most commands then refuse to run without arguments.
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert options
+    assert [each for each in options if each not in text.partition("Examples:")[0]] == []
 
 
 def test_the_help_of_a_recipe_shows_its_keys_and_calls_that_work(
@@ -302,9 +327,31 @@ def test_the_last_lines_name_the_best_checkpoint_and_infer(
 # ------------------------------------------------------------------------------------- the state
 
 
+def test_a_run_that_looks_at_its_own_folder_keeps_its_lock(tmp_path: Path) -> None:
+    folder, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(folder)
+
+    def locked() -> bool:
+        code = "import sys; from trainer.cli.runs import *; print(is_locked(Path(sys.argv[1])))"
+        told = subprocess.check_output([sys.executable, "-c", code, str(folder)], text=True)
+        return told == "True\n"
+
+    def train(run: Any) -> None:
+        for place in (folder, link):
+            assert read_run(place).state == "running"
+            with pytest.raises(ValueError, match="is in use by this process"):
+                launch(lambda run: None, {}, place)
+        main(["clean", "-y", str(folder)])
+        assert locked()
+
+    launch(train, {}, folder)
+    assert not locked()
+    launch(lambda run: None, {}, folder)
+
+
 def ends(how: str) -> Callable[[Any], None]:
     def train(run: Any) -> None:
-        assert read_run(run.folder).state == "crashed"  # Running, for all but this process.
+        assert read_run(run.folder).state == "running"
         if how == "crashed":
             raise RuntimeError("out\nof luck \x1b[2J")
         if how == "stopped":
@@ -413,6 +460,19 @@ def test_compare_shows_what_differs_and_the_spread_over_seeds(
     ]
 
 
+def test_metrics_of_any_size_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers near the largest float have no mean that is one."""
+    for seed, wer in ((1, 1.7e308), (2, 1.6e308)):
+        record = {"kind": "stage", "stage": "test", "wer": wer}
+        made_run(tmp_path / str(seed), records=[record], yaml=f"seed: {seed}\n")
+    runs = [str(tmp_path / each) for each in "12"]
+    assert main(["compare", *runs]) == 0
+    assert "too large" in capsys.readouterr().out
+    assert main(["report", *runs, "-o", str(tmp_path / "page.html")]) == 0
+
+
 def test_a_report_is_of_one_run_or_of_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -508,6 +568,27 @@ def test_clean_asks_first_and_leaves_what_is_not_its_own(
     capsys.readouterr()
     assert main(["clean", str(run)]) == 0
     assert capsys.readouterr().out == "there is nothing to delete\n"
+
+
+def test_a_run_below_another_keeps_its_checkpoints_to_itself(tmp_path: Path) -> None:
+    """Neither --overwrite nor `clean` of the outer run deletes them, and they are no progress."""
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "task" / "inner"
+    saved(outer, [{"sdr": 1.0}, {"sdr": 2.0}])
+    metas = [{"wer": 9.0 - n, "sdr": 5.0} for n in range(5)]
+    own = saved(inner, metas)
+    before = [each.name for each in own.list_checkpoints()]
+    assert RunFolder(outer).progress() == (1, 1)
+    assert RunFolder(inner).progress() == (4, 4)
+    beside = Checkpointer(outer / "models" / "a" / "b" / "save").save_checkpoint({"epoch": 1})
+    assert beside is not None
+    assert not [each for each in upkeep.removable(outer)[0] if inner in each.path.parents]
+    assert len(upkeep.removable(inner)[0]) == 4
+    folder = RunFolder(outer)
+    folder.open(overwrite=True)
+    folder.close()
+    assert not (outer / "checkpoints").exists()
+    assert not beside.path.exists()
+    assert [each.name for each in own.list_checkpoints()] == before
 
 
 def test_an_average_is_a_run_that_can_be_loaded(
@@ -709,3 +790,31 @@ def test_the_commands_that_a_run_ends_with_work_when_pasted(program: Path) -> No
         assert "other hyperparameters" not in again.stderr
     longer = run(f"{command.removesuffix(' --test_only')} --epochs 3")
     assert "epoch 3 train" in longer.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import not_installed.part", "No module named 'not_installed' (packages that a recipe"),
+        ("raise ImportError('sounds need x: pip install x')", "sounds need x: pip install x"),
+    ],
+)
+def test_a_recipe_whose_packages_are_missing_is_a_sentence(
+    program: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    (program / "train.py").write_text(f"{line}\n{PROGRAM}")
+    assert main(["run", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: mine.yaml cannot be run: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["ls", "--help"], ["run"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

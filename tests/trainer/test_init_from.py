@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 import shutil
 from functools import partial
@@ -360,7 +361,9 @@ def test_a_file_of_anything_but_tensors_is_refused_and_runs_nothing(
 
 def test_a_folder_with_weights_in_pickle_alone_is_refused(tmp_path: Path) -> None:
     torch.save(expected(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="are pickled alone .pytorch_model.bin.*safetensors"):
+    with pytest.raises(
+        ValueError, match="has only pickled weights .pytorch_model.bin.*safetensors"
+    ):
         started(tmp_path)
 
 
@@ -538,3 +541,45 @@ def test_modules_that_are_new_after_a_shape_was_left_out_are_loaded_once(state: 
     brain.evaluate(batches(1))
     assert not brain.modules.net[0].weight.any()
     assert isinstance(brain.modules.net, nn.Sequential)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["net.0.weight", "net.1.running_var"])
+def test_weights_that_are_not_finite_are_named_with_their_file(
+    tmp_path: Path, value: float, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def masked() -> nn.ModuleDict:
+        module = net(norm=True)
+        module.register_buffer("mask", torch.full((3,), -math.inf))
+        return nn.ModuleDict({"net": module})
+
+    def brain() -> Any:
+        options = {"device": "cpu", "progressbar": False}
+        optimizer = partial(torch.optim.SGD, lr=0.1)
+        return Regressor(masked(), optimizer, {}, options, Checkpointer(tmp_path / "checkpoints"))
+
+    def read(source: Path) -> list[str]:
+        caplog.clear()
+        if source.is_dir():
+            brain().fit([1], batches(2))
+            brain().evaluate(batches(1))
+        else:
+            initialise(masked(), str(source))
+        return [
+            each.getMessage() for each in caplog.records if "are not finite" in each.getMessage()
+        ]
+
+    trained = brain()
+    trained.fit([1], batches(2))
+    folder = trained.checkpointer.find()[0].path
+    assert read(folder) == []
+    state = trained.modules.state_dict()
+    state[name].view(-1)[1] = value
+    folder = trained.checkpointer.save_checkpoint(end_of_epoch=True).path
+    torch.save(state, tmp_path / "weights.pt")
+    pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "weights.safetensors")
+    for source, times in ((folder, 2), (tmp_path / "weights.pt", 1)):
+        said = read(source)
+        assert len(said) == times
+        assert all(each.startswith(f"{source}: the weights {name} are not finite") for each in said)
+    assert read(tmp_path / "weights.safetensors")

@@ -799,6 +799,28 @@ def test_where_there_is_no_terminal_a_line_is_printed_once_a_minute(
         assert valid == ["epoch 1 valid 1/?"]
 
 
+@pytest.mark.parametrize("source", [list, iter])  # An iterator has no length.
+@pytest.mark.parametrize(
+    ("limit", "ends"), [(1, [2]), (3, [6]), (4, [7]), (5, [7, 2]), (None, [7, 7])]
+)
+def test_a_bar_ends_where_the_limit_of_steps_ends_the_training(
+    terminal: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int | None,
+    ends: list[int],
+    source: Any,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    brain = make(progressbar=True, optimizer_step_limit=limit, grad_accumulation_factor=2)
+    epochs = len(ends) if source is list else 1
+    brain.fit(range(epochs), source(batches(7)))
+    steps = limit and limit * 2  # of the first epoch, if it were that long
+    totals = ends if source is list else [steps]
+    assert [bar.total for bar in terminal] == totals
+    if steps is None or steps <= 7:
+        assert [bar.n for bar in terminal] == ends[:epochs]
+
+
 def test_colours_are_left_out_where_they_are_not_wanted(
     terminal: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,8 +283,24 @@ def test_a_chosen_logger_that_fails_is_one_warning(
         run(tmp_path, [failing, other])
     warnings = [each.message for each in caplog.records if each.levelno >= logging.WARNING]
     assert [each for each in warnings if "Failing" in each and "no network" in each] == warnings
-    assert len(warnings) == 2 if method != "recorded" else 1  # One for each Brain.
+    assert len(warnings) == 2  # One for each Brain.
     assert sorted(each[1:] for each in other.disk if each[0] == "scalars") == records(tmp_path)
+
+
+def test_a_chosen_logger_goes_on_where_the_file_of_numbers_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    own = Kept([])
+    for epochs in ([1], [1, 2]):
+        options = {"logger": own, "output_folder": str(tmp_path)}
+        make(checkpointer=Checkpointer(tmp_path / "saved"), **options).fit(epochs, batches(2))
+    assert [each for each in own.disk if each[0] == "scalars"] == [
+        ("scalars", "train", 2), ("scalars", "train", 4),
+    ]  # fmt: skip
+    found = [each.message for each in caplog.records if each.levelno >= logging.WARNING]
+    assert [each.partition(" failed")[0] for each in found][::2] == ["JsonlLogger"] * 2
+    assert all("the report of the run is not up to date" in each for each in found[1::2])
 
 
 def test_without_a_run_folder_a_chosen_logger_is_warned_of_and_recipes_may_record(
@@ -365,15 +381,17 @@ def process(
     return start, saved
 
 
+class Killed(BaseException):
+    """Raised in place of an end of the process."""
+
+
+def kill(*_: Any) -> None:
+    raise Killed
+
+
 def test_a_brain_that_resumes_gives_its_loggers_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: Any) -> None:
-        raise Killed
-
     disk: list[Any] = []
     monkeypatch.setattr("os.kill", kill)
     for place in ("step:14", "valid:20", "test:30"):
@@ -401,12 +419,6 @@ def test_a_brain_that_resumes_gives_its_loggers_each_step_once(
 def test_a_start_killed_before_its_first_checkpoint_is_recorded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: Any) -> None:
-        raise Killed
-
     disks: list[list[Any]] = [[], []]
     chosen = ["csv", Kept(disks[0]), Cut(disks[1])]
     monkeypatch.setattr("os.kill", kill)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -813,6 +815,77 @@ class Statistics:
         self.total, self.most, self.rows = state["total"], state["most"], state["rows"]
 
 
+GENERATORS: dict[str, Any] = {
+    "torch": lambda: torch.Generator().manual_seed(3),
+    "python": lambda: random.Random(3),
+    "RandomState": lambda: np.random.RandomState(3),
+    **{
+        kind: partial(lambda kind: np.random.Generator(getattr(np.random, kind)(3)), kind)
+        for kind in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+    },
+}
+
+
+class Drawing(Plain):
+    """Draws from generators that it has as attributes, hyperparameters and in containers."""
+
+    def on_fit_batch_start(self, *given: Any) -> None:
+        if self.optimizer_step == self.hparams.stop:
+            raise Stop
+        for each in (self.dice, self.hparams.dice, self.more["some"][0]):
+            if isinstance(each, torch.Generator):
+                self.hparams.drawn.append(torch.randn((), generator=each).item())
+            elif isinstance(each, random.Random):
+                self.hparams.drawn.append(each.gauss(0, 1))
+            else:  # NumPy keeps the other half of a draw for the next one.
+                self.hparams.drawn += [
+                    each.normal(),
+                    float(
+                        each.integers(9, dtype=np.int32)
+                        if hasattr(each, "integers")
+                        else each.randint(9)
+                    ),
+                ]
+
+
+@pytest.mark.parametrize("make_generator", GENERATORS.values(), ids=GENERATORS)
+def test_a_generator_of_any_kind_goes_on_in_a_resumed_run(
+    make_generator: Any, tmp_path: Path
+) -> None:
+    def draw(folder: Path, stop: int | None = None) -> list[float]:
+        drawn: list[float] = []
+        brain = make(
+            Drawing,
+            checkpointer=Checkpointer(folder),
+            hparams={"drawn": drawn, "dice": make_generator(), "stop": stop},
+            checkpoint_every_steps=1,
+        )
+        brain.dice, brain.more = make_generator(), {"some": [make_generator()]}
+        with nullcontext() if stop is None else pytest.raises(Stop):
+            brain.fit(range(3), batches(3))
+        return drawn
+
+    whole = draw(tmp_path / "whole")
+    assert len(set(whole)) >= 9
+    assert draw(tmp_path / "parts", 4) + draw(tmp_path / "parts") == whole
+
+
+def test_a_checkpoint_of_a_version_that_saved_fewer_generators_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import seed
+
+    with monkeypatch.context() as before:
+        before.setattr(seed, "as_stateful", lambda value: None)
+        brain = make(Plain, checkpointer=Checkpointer(tmp_path))
+        brain.dice = np.random.RandomState(3)
+        brain.fit([1], batches(2))
+    brain = make(Plain, checkpointer=Checkpointer(tmp_path))
+    brain.dice = np.random.RandomState(3)
+    brain.fit([1, 2], batches(2))
+    assert brain.optimizer_step == 4
+
+
 class Normalised(Plain):
     """Changes a user's object and attributes of NumPy's."""
 
@@ -999,9 +1072,16 @@ def test_a_list_of_optimizers_is_refused() -> None:
         make(Listed).fit([1], batches(1))
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "mps", "xpu", "hpu"])
+@pytest.mark.parametrize("name", ["cuda:99", "mps", "xpu", "hpu", "meta", "vulkan", "xla"])
 def test_an_absent_device_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"device '{name}'.*use --device cpu"):
+    with pytest.raises(ValueError, match=rf"device '{name}'.*use --device cpu") as caught:
+        pick_device(name)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:3", "CPU", "cuda:", "cuda:-1", "cuda:0,1", "0", ""])
+def test_a_device_that_no_machine_has_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device is '{name}'; allowed: auto, cpu, cuda, cuda:0"):
         pick_device(name)
 
 

@@ -147,17 +147,49 @@ def test_a_record_waits_for_nothing_that_a_step_does_not_wait_for() -> None:
     assert on == off == 24
 
 
-def test_a_step_between_records_calls_nothing_of_the_monitor(tmp_path: Path) -> None:
-    class Watched(Regressor):
-        def on_fit_batch_start(self, *_: Any) -> None:
-            update = self.updates["main"]
-            hooked.append(len(update.before_step))
+def test_a_step_between_records_calls_nothing_of_the_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(method: Any) -> Any:
+        def call(self: LayerMonitor, brain: Brain, *arguments: Any) -> None:
+            calls.append(brain.progress.step)
+            method(self, brain, *arguments)
 
-    hooked: list[int] = []
-    make(Watched, monitor_every=4, output_folder=str(tmp_path)).fit([1], batches(9))
-    # Two in the step that is measured, and in the next one, which brings its numbers.
-    assert hooked == [1, 1, 1, 2, 2, 1, 1, 2, 2]
+        return call
+
+    calls: list[int] = []
+    for name in ("_before_step", "_after_step"):
+        monkeypatch.setattr(LayerMonitor, name, counted(getattr(LayerMonitor, name)))
+    brain = make(monitor_every=4, output_folder=str(tmp_path))
+    brain.fit([1], batches(9))
+    # In the step that is measured, and in the next one, which brings its numbers.
+    assert calls == [4, 4, 5, 5, 8, 8, 9, 9]
     assert [line["step"] for line in lines(tmp_path)] == [4, 8]
+    with brain.sandbox():
+        for batch in batches(5):
+            brain.train_batch(batch)
+    assert len(calls) == 8
+    brain.fit([2], batches(4))
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizers_that_are_exchanged_between_two_fits_are_measured(
+    kind: type[Brain], tmp_path: Path
+) -> None:
+    brain = make(kind, monitor_every=2, output_folder=str(tmp_path))
+    brain.fit([1], batches(5))
+    first, *others = brain.updates
+    made = torch.optim.SGD(brain.updates[first].params, lr=0.1)
+    if kind is Players:
+        brain.optimizers_dict = {**brain.optimizers_dict, first: made}
+    else:
+        brain.optimizer = made
+    brain.fit([2], batches(5))
+    # The new one counts from its first step on.
+    for name, steps in {first: [2, 4, 7, 9], **dict.fromkeys(others, [2, 4, 6, 8, 10])}.items():
+        found = [line["step"] for line in lines(tmp_path) if name in line["optimizers"]]
+        assert found == steps
 
 
 def test_an_optimizer_that_steps_twice_in_a_batch_is_measured(tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ from tests.trainer.test_page import read
 from trainer import Brain, NonFiniteError, Stage, defaults, seed
 from trainer.checkpoint import Checkpointer
 from trainer.cli.replay import command, replay
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.data.batch import Batch, Padded
 from trainer.diagnostics.nonfinite.serialize import (
     deserialize_batch,
@@ -47,6 +46,7 @@ from trainer.diagnostics.nonfinite.serialize import (
 from trainer.diagnostics.nonfinite.tracer import NonFiniteReport, NonFiniteTracer
 from trainer.diagnostics.replay import Replayed, load, nearest
 from trainer.report import render
+from trainer.run_files import LAUNCH_HEADER
 
 KINDS = [Regressor, Players]
 
@@ -264,6 +264,7 @@ CAUSES: dict[str, tuple[Loss, Batch, str, str]] = {
     "negative log": (lambda y, _: y.log().mean(), FINE, "the logarithm of a negative", "loss"),
     "division": (lambda y, _: (y / (y - y)).mean(), FINE, "a division by zero (48 of", "loss"),
     "exp": (lambda y, _: (y * 1e4).exp().mean(), FINE, "overflows: bound its argument", "loss"),
+    "square": (lambda y, _: -(y * 1e30).square().mean(), FINE, " overflows: bound", "loss"),
     "mean": (lambda y, _: y[:0].mean(), FINE, "the mean of an empty tensor", "loss"),
     "sqrt": (lambda y, _: (y.sum() * 0).sqrt() + y.mean(), FINE, "the derivative of a square root",
              "gradient"),
@@ -304,6 +305,36 @@ def test_known_causes_are_said_in_words(
     assert found["ids"] == ["utt0", "utt1"]
     assert found["batch_fields"]["sig"]["lengths"] == batch.sig.lengths.tolist()
     assert found["batch_fields"]["text"] == {"texts": batch.text}
+
+
+@dataclass
+class Recording:
+    signal: Any
+
+
+NAN = math.nan
+NESTED: dict[str, tuple[Any, str]] = {
+    "dataclass": (Recording(torch.tensor([[1.0], [NAN]])), "1 of 2 values of 'x' (b)"),
+    "array": ({"deep": np.array([[NAN, NAN], [1.0, 2.0]])}, "2 of 4 values of 'x' (a)"),
+    "ragged": ([torch.zeros(3), torch.tensor([1, 2, 3, NAN])], "1 of 4 values of 'x' (b)"),
+    "numbers": ([NAN, math.inf], "2 of 2 values of 'x' (a, b)"),
+    "complex": (torch.tensor([1j, complex(0, NAN)]), "1 of 2 values of 'x' (b)"),
+    "of no example": (torch.tensor(NAN), "1 of 1 values of 'x'. Look"),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_bad_values_are_found_in_fields_of_any_kind_and_of_the_right_example(
+    name: str, tmp_path: Path
+) -> None:
+    value, words = NESTED[name]
+    options = {"device": "cpu", "progressbar": False, "output_folder": str(tmp_path)}
+    hparams = {"loss": lambda y, _: y.mean() * math.nan}
+    brain = Recogniser({"net": nn.Linear(3, 4)}, torch.optim.SGD, hparams, options)
+    sparse = torch.eye(2).to_sparse()
+    brain.fit([1], [Batch({"id": ["a", "b"], "sig": torch.ones(2, 3), "x": value, "s": sparse}, 2)])
+    (cause,) = report(tmp_path, "1")["causes"]
+    assert words in cause
 
 
 def test_an_overflow_of_half_precision_is_told_from_what_fails_in_any(tmp_path: Path) -> None:
@@ -666,6 +697,11 @@ def test_a_folder_from_elsewhere_cannot_choose_what_runs(
         with pytest.raises(ValueError, match="not started by an installed recipe, but by .*--scri"):
             replay(["run", "7"])
     assert not (tmp_path / "ran").exists()
+    # Changes of hyperparameters stand behind the command that made them.
+    with recorded.open("a") as file:
+        file.write("# from optimizer step 5 on: lr: 0.1 -> 0.2\n\n")
+    with pytest.raises(ValueError, match=r"but by python \S+train\.sh toy\.yaml: name the script"):
+        replay(["run", "7"])
     elsewhere.unlink()
     named = command(["run", "7", "--script", str(tmp_path / "run" / "train.py"), "--seed", "2"])
     assert named[1:2] == [str(tmp_path / "run" / "train.py")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from collections import UserDict, defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import trainer.brain
 from tests.trainer.small import Players, Regressor, batches, everything, make, same, spoilt
-from trainer import Brain, Stage
+from trainer import Brain, Callback, Stage
 from trainer.brain import FitArguments
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint.run_state import Snapshot, StateEntry
@@ -404,6 +405,98 @@ def test_a_nested_fit_is_exact_within_an_accumulation_window(
     assert losses[0] == losses[1]
     assert plain.progress.epoch == nested.progress.epoch == 2
     assert plain.progress.optimizer_step == nested.progress.optimizer_step
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_fit_start", "on_stage_start", "on_stage_end", "freeze_optimizers", "count_examples",
+        "on_fit_batch_start", "on_fit_batch_end", "on_batch_start", "on_loss", "on_batch_end",
+        "on_log",
+    ],
+)  # fmt: skip
+def test_a_nested_fit_of_any_hook_leaves_the_outer_one_as_it_was(
+    hook: str, ema_decay: float | None
+) -> None:
+    of_brain = hasattr(Brain, hook)
+
+    def call(owner: Any, *arguments: Any) -> Any:
+        brain = owner if of_brain else arguments[0]
+        calls[0] += 1
+        if calls[0] == at and not brain.nested:
+            brain.nested = 1
+            brain.fit([5, 6], batches(3, seed=8), batches(2))
+            brain.fit([7], batches(2, seed=9))
+            brain.nested = 0
+        kind: Any = Weightless if of_brain else Callback
+        return getattr(kind, hook)(owner, *arguments)
+
+    class Weightless(Regressor):
+        nested = 0
+
+        def count_examples(self, batch: Any) -> float:
+            return 0.0 if self.nested else super().count_examples(batch)
+
+    def ends() -> list[Any]:
+        kind = type("Nesting", (Weightless,), {hook: call} if of_brain else {})
+        options = {"grad_accumulation_factor": 3, "max_grad_norm": 0.01, "log_interval": 1}
+        brain = make(kind, ema_decay=ema_decay, **options)
+        if not of_brain:
+            brain.callbacks.append(type("Calling", (Callback,), {hook: call})())
+        brain.fit([1, 2], batches(5))
+        progress = {name: v for name, v in vars(brain.progress).items() if name != "seconds"}
+        return [everything(brain), progress]
+
+    calls, at = [0], -1
+    plain = ends()
+    for at in range(1, min(calls[0], 4) + 1):
+        calls[0] = 0
+        assert same(ends(), plain), at
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("hook", ["optimizers_step", "before_optimizer_step"])
+def test_a_fit_within_a_step_is_refused(hook: str, precision: str) -> None:
+    def call(owner: Any, *arguments: Any) -> None:
+        brain = arguments[0] if arguments else owner
+        brain.fit([9], batches(2))
+
+    of_brain = hasattr(Brain, hook)
+    kind = type("Nesting", (Regressor,), {hook: call} if of_brain else {})
+    brain = make(kind, precision=precision, grad_accumulation_factor=2)
+    if not of_brain:
+        brain.callbacks.append(type("Calling", (Callback,), {hook: call})())
+    # A full window after any overflow, and one that the epoch's end closes.
+    for data in (batches(20), batches(1)):
+        with pytest.raises(ValueError, match="fit was called within the step of an optimizer"):
+            brain.fit([1], data)
+
+
+def test_a_fit_before_the_first_epoch_is_not_done_again_by_a_resumed_run(tmp_path: Path) -> None:
+    class Pretrained(Regressor):
+        nested = False
+
+        def on_fit_start(self) -> None:
+            if not self.nested:
+                self.nested = True
+                self.fit([1], batches(4, seed=8))
+                self.nested = False
+
+        def on_fit_batch_end(self, *args: Any) -> None:
+            if saver.folder == tmp_path and not self.nested:
+                saver.save_checkpoint(name=f"{self.epoch}-{self.step}")
+
+    saver = Checkpointer(tmp_path, keep_last=9)
+    whole = make(Pretrained, checkpointer=saver)
+    whole.fit([1, 2], batches(2))
+    for name in ("1-1", "1-2", "2-1"):
+        saver = Checkpointer(tmp_path / "resumed" / name)
+        shutil.copytree(tmp_path / name, saver.folder / name)
+        resumed = make(Pretrained, checkpointer=saver)
+        resumed.fit([1, 2], batches(2))
+        assert same(everything(resumed), everything(whole))
+        assert resumed.optimizer_step == whole.optimizer_step == 8
 
 
 def test_the_window_that_surrounds_a_nested_fit_steps_with_all_of_its_weight() -> None:

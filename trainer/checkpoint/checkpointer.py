@@ -39,8 +39,8 @@ Predicate = Callable[[Checkpoint], bool]
 
 logger = logging.getLogger("trainer")
 
-LOCK_SECONDS = 2.0  # of waiting for a process that ends, or only looks for remains
-MAX_RETRIES = 100  # of looking for checkpoints that another process replaces at the same time
+LOCK_SECONDS = 2.0  # of waiting for a process that is ending, or cleaning up
+MAX_RETRIES = 100  # of a search while another process replaces checkpoints
 
 
 class Best(NamedTuple):
@@ -61,10 +61,10 @@ class Retention:
     """Rules for which checkpoints stay.
 
     Args:
-        last: number of the newest ones that stay.
+        last: number of the newest checkpoints that stay.
         best: rules for the best ones by metrics.
-        keys: pairs of a function of a checkpoint, and of the number of those with the largest value
-            of it that stay.
+        keys: pairs of a function of a checkpoint and a number; so many checkpoints with the largest
+            values stay.
         predicate: returns True for checkpoints that may be deleted.
     """
 
@@ -74,7 +74,7 @@ class Retention:
     predicate: Predicate = lambda _: True
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> tuple[set[Checkpoint], set[Checkpoint]]:
-        """Return those of ``checkpoints``, newest first, that stay, and those to cut to weights.
+        """Return the checkpoints that stay, and those to cut to weights; given newest first.
 
         The first set has at least one complete checkpoint, if there is any.
         """
@@ -92,12 +92,12 @@ class Retention:
 
 
 def _best_rules(keep_best: Any) -> tuple[Best, ...]:
-    """Return the rules that the argument ``keep_best`` asks for, or raise ValueError."""
+    """Return the rules in the argument ``keep_best``, or raise ValueError."""
     if not isinstance(keep_best, Mapping):
         raise ValueError(f"keep_best is {keep_best!r}; it must map metrics to min or max")
     allowed: dict[str, Callable[[Any], bool]] = {
         "mode": lambda value: value in ("min", "max"),
-        "n": lambda value: type(value) is int and value >= 1,
+        "n": lambda value: type(tree.plain_number(value)) is int and value >= 1,
         "weights_only": lambda value: type(value) is bool,
     }
     rules = []
@@ -142,7 +142,7 @@ class SaveRequest:
 
 
 def retry_missing(work: Callable[[], T]) -> T:
-    """Call a function that finds and reads checkpoints; retry where one is deleted in between."""
+    """Call a function that finds and reads checkpoints; retry if one is deleted meanwhile."""
     for _ in range(MAX_RETRIES):
         with contextlib.suppress(MissingCheckpoint):
             return work()
@@ -155,29 +155,29 @@ class Checkpointer:
     Saves are atomic: a process that is killed at any moment leaves the previous checkpoints intact.
     Every file is verified when it is loaded, and loading runs no code.
 
-    One process saves in a folder: from its first save on, others that try to are refused while this
-    object lives. Any number may read there at the same time.
+    Only one process may save in a folder: from its first save on, others are refused while this
+    object lives. Any number of processes may read there at the same time.
 
-    Checkpoints at the end of an epoch and those within epochs are counted apart, so that neither
-    kind pushes out the other.
+    Checkpoints at the end of an epoch and those within epochs are counted separately, so that
+    neither kind displaces the other.
 
     Args:
         folder: folder of the checkpoints; made at the first save.
         keep_last: number of the newest checkpoints that `save_and_keep_only` keeps, at least 1. A
-            mapping of objects is taken for ``recoverables``, which come second in SpeechBrain.
-        keep_best: metrics by which it also keeps the best ones: names in ``meta``, mapped to "min"
-            or "max", or to ``{mode: min, n: 3, weights_only: true}``: ``n`` for several, and
-            ``weights_only`` to cut them to their weights once they are not among the newest. A run
-            cannot resume from such a checkpoint; it is for tests and inference.
+            mapping of objects is taken as ``recoverables``, SpeechBrain's second argument.
+        keep_best: metrics by which the best checkpoints are kept, too: names in ``meta``, mapped to
+            "min" or "max", or to ``{mode: min, n: 3, weights_only: true}``. ``n`` is their number;
+            ``weights_only`` cuts them to their weights once they are not among the newest: a run
+            cannot resume from them, but they can be tested and used.
         recoverables: objects to save and restore, by name. Each has ``state_dict`` and
             ``load_state_dict``. One that has ``local_state_dict`` and ``load_local_state_dict`` as
             well has a part of its state that differs between ranks.
         checkpoints_dir: another name for ``folder``.
-        allow_partial_load: restore a checkpoint that lacks some of the recoverables; these stay as
+        allow_partial_load: restore a checkpoint that lacks some of the recoverables, which stay as
             they are.
 
     Attributes:
-        enabled: set it to False and every save does nothing.
+        enabled: False lets every save do nothing.
 
     Raises:
         ValueError: an argument is invalid, or ``folder`` is a file.
@@ -209,6 +209,7 @@ class Checkpointer:
         self.folder = Path(os.path.expanduser(str(checkpoints_dir if folder is None else folder)))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoints cannot be saved in {self.folder}: it is not a folder")
+        keep_last = tree.plain_number(keep_last)
         if type(keep_last) is not int or keep_last < 1:
             raise ValueError(f"keep_last is {keep_last!r}; it must be a whole number of at least 1")
         self.retention = Retention(keep_last, _best_rules({} if keep_best is None else keep_best))
@@ -220,7 +221,7 @@ class Checkpointer:
         self._held = False
         self._waiting: list[SaveRequest] = []
         self._missed: set[str] = set()  # Metrics to keep by that were warned of.
-        self._broken: dict[str, str] = {}  # Reasons by name; these are not read again.
+        self._broken: dict[str, str] = {}  # Broken ones, not read again: reasons by name.
         self._lock: FolderLock | None = None
 
     def add_recoverable(
@@ -241,7 +242,7 @@ class Checkpointer:
                 with the object, the path and True.
             custom_save_hook: writes its state to a file, in place of `state_dict`; called with the
                 object and the path.
-            optional_load: restore a checkpoint that lacks it, too.
+            optional_load: also restore a checkpoint that lacks the object.
 
         Raises:
             ValueError: the name has other characters, or the object has no such methods.
@@ -272,7 +273,7 @@ class Checkpointer:
             self.add_recoverable(name, obj)
 
     def _weights_of(self, checkpoint: Checkpoint) -> list[str]:
-        """Return the files of a checkpoint with weights: of modules, and those of a Brain."""
+        """Return the files of a checkpoint that hold weights, of modules and of a Brain."""
         names = {f"{name}.pt" for name in self._modules}
         for name, obj in self.recoverables.items():
             for key in getattr(obj, "weight_keys", ()):
@@ -284,8 +285,8 @@ class Checkpointer:
 
         Args:
             rules: as ``keep_best`` of the constructor, such as ``{"wer": "min"}``.
-            every_epoch: False for metrics that only some epochs give; an epoch without one of the
-                others is warned of.
+            every_epoch: False for metrics that only some epochs give; otherwise an epoch without
+                one gets a warning.
 
         Raises:
             ValueError: a rule is invalid.
@@ -315,8 +316,9 @@ class Checkpointer:
             The checkpoint, or None while saves are held or disabled.
 
         Raises:
-            ValueError: the name, ``meta`` or a state cannot be saved, or the folder not written.
-            OSError: a file could not be written; nothing of the save is left.
+            ValueError: the name, ``meta`` or a state cannot be saved, or the folder is not
+                writable.
+            OSError: a file could not be written; the save leaves nothing behind.
             RuntimeError: another rank failed.
         """
         return self._request(meta, end_of_epoch, name, None)
@@ -336,19 +338,17 @@ class Checkpointer:
     ) -> Checkpoint | None:
         """Save every recoverable, then delete the checkpoints that no rule keeps.
 
-        The rules are those of the constructor and those of these arguments. Every rank must call
-        it.
+        Rules come from the constructor and from these arguments. Every rank must call it.
 
         Args:
             meta: as in `save_checkpoint`.
             end_of_epoch: as in `save_checkpoint`; only checkpoints of the same kind are deleted.
             name: as in `save_checkpoint`, but the checkpoint can be deleted by later saves.
-            num_to_keep: number to keep of the newest, and of the best by each key; at least 1.
+            num_to_keep: number of checkpoints to keep, newest and best by each key; at least 1.
             keep_recent: False to keep the best ones only.
-            importance_keys: functions of a checkpoint, of which those with the largest values are
-                kept.
-            max_keys: metrics in ``meta`` of which the highest are kept.
-            min_keys: metrics in ``meta`` of which the lowest are kept.
+            importance_keys: functions of a checkpoint; those with the largest values are kept.
+            max_keys: metrics in ``meta`` to keep the highest of.
+            min_keys: metrics in ``meta`` to keep the lowest of.
             ckpt_predicate: True for the checkpoints that may be deleted; None for all.
             verbosity: not used.
 
@@ -375,7 +375,7 @@ class Checkpointer:
         return self._request(meta, end_of_epoch, name, retention)
 
     def _warn_of_missing(self, retention: Retention, meta: Mapping[str, Any]) -> None:
-        """Warn once of each metric to keep by that the save of an epoch does not have."""
+        """Warn, once each, of metrics in a rule that an epoch's save lacks."""
         given = ", ".join(name for name in meta if name not in ("epoch", "optimizer_step"))
         for metric in sorted({rule.metric for rule in retention.best if rule.every_epoch}):
             if metric not in meta and metric not in self._missed:
@@ -406,9 +406,9 @@ class Checkpointer:
         return waiting
 
     def prepare(self) -> None:
-        """Make the folder, remove what killed processes left in it, and check the states.
+        """Make the folder, remove remains of killed processes, and check the states.
 
-        Every save does this first. Call it before training, when there is nothing to lose yet.
+        Every save does this first. Call it before training, while there is nothing to lose.
         Every rank must call it.
 
         Raises:
@@ -464,7 +464,7 @@ class Checkpointer:
         return self.save(request) if self.enabled and not self._held else None
 
     def save(self, request: SaveRequest) -> Checkpoint:
-        """Save as a deferred request asks for. Every rank must call it.
+        """Do a deferred save. Every rank must call it.
 
         Returns:
             The checkpoint.
@@ -513,7 +513,7 @@ class Checkpointer:
             run_on_main(storage.publish, temporary, saved)
         except BaseException:
             if distributed.is_main():
-                # What cannot be removed now is removed by the next start; the error matters more.
+                # The next start removes what is left; the error matters more.
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         return saved
@@ -527,7 +527,7 @@ class Checkpointer:
         return written | storage.write_local(folder, rank, self._local_states())
 
     def _delete_others(self, saved: Checkpoint, retention: Retention | None) -> None:
-        """Delete what ``saved`` replaces by its label, and what no rule keeps of its kind."""
+        """Delete the checkpoint that ``saved`` replaces by label, and those that no rule keeps."""
         others = [each for each in self.list_checkpoints() if each.name != saved.name]
         unwanted = {each for each in others if saved.label and each.label == saved.label}
         if retention is not None:
@@ -558,10 +558,10 @@ class Checkpointer:
 
         Args:
             num_to_keep: number to keep by each criterion; 0 deletes all.
-            min_keys: metrics in ``meta`` of which the lowest are kept.
-            max_keys: metrics of which the highest are kept.
-            importance_keys: functions of a checkpoint; those with the largest values are kept, in
-                place of the newest.
+            min_keys: metrics in ``meta`` to keep the lowest of.
+            max_keys: metrics in ``meta`` to keep the highest of.
+            importance_keys: functions of a checkpoint; those with the largest values are kept,
+                instead of the newest.
             ckpt_predicate: True for the checkpoints that may be deleted; None for all.
             verbosity: not used.
 
@@ -602,8 +602,8 @@ class Checkpointer:
         found: list[Checkpoint] = []
         for _ in range(MAX_RETRIES):
             before, (found, settled) = found, self._scan()
-            # The newest is complete when it is saved. If it has weights alone by now, a newer one
-            # has been saved, which this scan may have missed.
+            # The newest is saved complete. If it is cut to weights by now, this scan may have
+            # missed a newer one.
             if settled and (found == before or all(each.complete for each in found[:1])):
                 break
         return found
@@ -622,7 +622,7 @@ class Checkpointer:
             if fits and entry.is_dir(follow_symlinks=False) and entry.name not in self._broken:
                 try:
                     found.append(storage.read_manifest(Path(entry.path)))
-                except MissingCheckpoint:  # It was deleted for a newer one, maybe missed here.
+                except MissingCheckpoint:  # Deleted for a newer one, maybe missed here.
                     complete = False
                 except BrokenCheckpoint as error:
                     if storage.looks_like_checkpoint(Path(entry.path)):
@@ -727,7 +727,7 @@ class Checkpointer:
 
         Everything is loaded and verified before anything is restored. A broken checkpoint is named
         in a warning, and the next one is used; so is one with weights alone. Another process may
-        save in the folder meanwhile; if none does, what killed ones left there is removed, unless
+        save in the folder meanwhile; if none does, remains of killed processes are removed, unless
         there is nothing to restore.
 
         Args:
@@ -750,10 +750,11 @@ class Checkpointer:
         if self.recoverables:
             run_on_main(self._clean)
         wanted = (max_key, min_key, None, importance_key, ckpt_predicate)
-        return retry_missing(lambda: self._recover(wanted))
+        find = partial(self.find_checkpoints, *wanted)
+        return retry_missing(partial(self._recover, find))
 
-    def _recover(self, wanted: tuple[Any, ...]) -> Checkpoint | None:
-        names = run_on_main(self._candidates, wanted, shared=BrokenCheckpoint)
+    def _recover(self, find: Callable[[], list[Checkpoint]]) -> Checkpoint | None:
+        names = run_on_main(self._candidates, find, shared=BrokenCheckpoint)
         for name in names:
             try:
                 return self._restore(self.folder / name)
@@ -805,15 +806,14 @@ class Checkpointer:
     ) -> Any:
         """Average a part of a state over several checkpoints. Every rank must call it.
 
-        Float tensors are averaged in float64 and cast back; all else is that of the newest one. A
-        broken checkpoint is left out, with a warning that names it.
+        Float tensors are averaged in float64 and cast back; everything else is taken from the
+        newest. A broken checkpoint is left out, with a warning that names it.
 
         Args:
             checkpoints: checkpoints of one model.
             name: name of the recoverable.
             path: keys that lead to the part in its state.
-            complete: called with the part of each checkpoint; returns it with the weights that the
-                checkpoint left out.
+            complete: adds to the part of a checkpoint the weights that the checkpoint left out.
 
         Returns:
             The average, on the CPU.
@@ -847,7 +847,7 @@ class Checkpointer:
         return newest
 
     def _clean(self) -> None:
-        """Remove what killed processes left, if no process saves here."""
+        """Remove remains of killed processes, if no process saves here."""
         if os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             lock = storage.lock_folder(self.folder)
             if lock is not None:
@@ -856,8 +856,8 @@ class Checkpointer:
                     if not each.complete:
                         storage.remove_unlisted(each)
 
-    def _candidates(self, wanted: tuple[Any, ...]) -> list[str]:
-        found = self.find_checkpoints(*wanted)
+    def _candidates(self, find: Callable[[], list[Checkpoint]]) -> list[str]:
+        found = find()
         if self._broken and not found and not self.list_checkpoints():
             raise self._all_broken()
         complete = [each.name for each in found if each.complete]
@@ -886,7 +886,7 @@ class Checkpointer:
     def _read_on_all(self, path: Path, complete: bool, load: Callable[..., T], *args: Any) -> T:
         """Read something of the checkpoint at ``path`` on all ranks, or raise alike on all.
 
-        If it was ``complete`` when it was listed and is not any more, it is missing.
+        One that was listed as ``complete`` and has been cut since counts as missing.
         """
         try:
             return run_on_all(load, *args, shared=BrokenCheckpoint)
@@ -965,7 +965,7 @@ def _load(obj: Any, path: Path, _: bool) -> None:
 
 @contextlib.contextmanager
 def _naming_failure(what: str) -> Iterator[None]:
-    """Context manager that puts ``what`` before the message of an OSError, and advice after it."""
+    """Context manager that adds ``what`` and advice to the message of an OSError."""
     try:
         yield
     except OSError as error:
@@ -985,9 +985,9 @@ def _check_names(checkpoint: Checkpoint, what: str, has: set[str], needs: set[st
 
 
 def _readable(meta: Mapping[str, Any]) -> Any:
-    """Return the meta of a checkpoint as it is read back from its manifest, or raise ValueError.
+    """Return the meta of a checkpoint as its manifest will give it, or raise ValueError.
 
-    Meta that cannot be read back would make the whole checkpoint a broken one.
+    Meta that cannot be read back would break the whole checkpoint.
     """
     try:
         found = _to_json(meta)
@@ -1006,7 +1006,7 @@ def _to_json(value: Any, where: str = "meta") -> Any:
     """Convert tensors and arrays of one element to numbers, and non-finite numbers to None.
 
     Raises:
-        ValueError: ``value`` holds something that JSON cannot; names its place.
+        ValueError: ``value`` holds something that JSON cannot represent; names its place.
     """
     if isinstance(value, Mapping):
         if len({str(key) for key in value}) < len(value):

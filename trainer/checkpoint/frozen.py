@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.untrusted import printable
 
-# Key of the description of the left-out weights, among saved weights, whose names have a dot.
+# Key among saved weights, whose names have a dot, of the description of the omitted ones.
 BASE = "base"
 WEIGHTS = ("modules", "weights_of_run")  # keys of weights in the state of a run
 
@@ -30,7 +30,7 @@ class FrozenBase:
     object was made. One that was trained for a while, or changed by hand, is saved.
 
     Attributes:
-        summary: name, SHA-256 and size of what was left out last.
+        summary: name, SHA-256 and size of the weights that the last save left out.
     """
 
     def __init__(self, modules: nn.Module) -> None:
@@ -66,15 +66,15 @@ class FrozenBase:
 
 
 def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
-    """Return saved weights together with those that were left out, which are taken from modules.
+    """Return saved weights, completed by the omitted ones from modules.
 
     Args:
         weights: saved weights, or averages, by name. Returned as they are if nothing was left out.
-        modules: the modules that they are for.
-        prefix: prefix of the saved names that the names in ``modules`` lack.
+        modules: the modules to load the weights into.
+        prefix: start of the saved names that names in ``modules`` lack.
 
     Raises:
-        OtherBase: the modules have other weights than those that were left out.
+        OtherBase: the modules have other frozen weights than the run had.
     """
     if not isinstance(weights, Mapping) or BASE not in weights:
         return weights
@@ -86,7 +86,7 @@ def completed(weights: Any, modules: nn.Module, prefix: str = "") -> Any:
 
 
 def base_name(modules: nn.Module) -> str:
-    """Return the name of what a model was made from, for messages: its sources, or its classes."""
+    """Return a name of a model's base for messages: its sources, or its classes."""
     given = vars(modules).get("made_from")  # By `initialise`.
     named = [
         getattr(module, name, None)
@@ -100,7 +100,7 @@ def base_name(modules: nn.Module) -> str:
 def base_of(base: Any, modules: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors of modules that the entry `BASE` names, or raise OtherBase.
 
-    The saved names begin with ``prefix``, which those in ``modules`` lack.
+    Saved names begin with ``prefix``; names in ``modules`` lack it.
     """
     name, tensors = described(base)
     tensors = {n: each for n, each in tensors.items() if n.startswith(prefix)}

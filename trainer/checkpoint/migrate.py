@@ -1,4 +1,4 @@
-"""Layouts of earlier checkpoint formats: no other code knows them."""
+"""Migration of earlier checkpoint formats, which no other code knows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,31 @@ def migrate(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert the state "brain" of a checkpoint to the layout of format 2.
 
-    Format 1 has values in the local state that format 2 shares, so that it must be rank 0's where
-    the returned shared state is used. Errors of Python's say that the states are not of the format.
+    Format 2 shares some values of format 1's local state: pass that of rank 0 to use the shared
+    result. States that are not of the format raise errors of Python such as KeyError.
 
     Returns:
-        The shared and the local state; as they were for format 2, and for an object that is called
-        "brain" and is no Brain.
+        The shared and the local state; unchanged for format 2, and for another object that is
+        called "brain".
     """
     if version > 1 or not isinstance(shared, dict) or "position" not in shared:
         return shared, local
     return _shared_of_1(shared, local), _local_of_1(shared, local)
+
+
+def complete(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the local state of a Brain with what format 1 and the first saves of format 2 lack."""
+    lacking: dict[str, dict[str, Any]] = {
+        "guard": {"spoilt": False, "counted": False},
+        "metrics": {"waiting": []},
+        "windows": {"lead": ""},
+    }
+    return {
+        name: {**lacking.get(name.partition(".")[0], {}), **state}
+        if isinstance(state, dict)
+        else state
+        for name, state in local.items()
+    }
 
 
 def _shared_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +71,7 @@ def _local_of_1(shared: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str
             "counts": journal["counts"],
             "tallies": journal["tallies"],
             "examples": 0.0,
-            "logged": {},
+            "logged": {"train": {}},
         },
         "attributes": local["attributes"],
         "callbacks.LoggerCallback": {"jsonl_lines": shared["position"]["log_lines"]},

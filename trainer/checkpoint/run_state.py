@@ -1,4 +1,4 @@
-"""State of a run: what it consists of, snapshots of it, when it is saved, and resuming.
+"""State of a run: its entries, snapshots, saving and resuming.
 
 State has two sources: a `Progress`, and the entries that `Brain.stateful` lists. Checkpoints, a
 `fit` inside a hook of another `fit`, the trials of the tuner and the replay of a batch all iterate
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer, SaveRequest
 from trainer.checkpoint.frozen import FrozenBase, completed
+from trainer.checkpoint.migrate import complete
 from trainer.checkpoint.storage import Checkpoint
 from trainer.checkpoint.user_state import KEY
 from trainer.distributed import run_on_main
 from trainer.options import RunOptions
 from trainer.progress import Progress
+from trainer.seed import StatefulGenerator
 from trainer.tree import map_leaves
 
-NUMBER = "number"  # Key beside names of parameters, which have a dot.
+NUMBER = "number"  # Key among names of parameters, which have a dot.
 MAX_FAILED_SAVES = 3  # failures in a row; the last of them ends the run
 
 logger = logging.getLogger("trainer")
@@ -41,15 +43,15 @@ class StateEntry:
     Args:
         part: the object that holds the state, by ``state_dict`` and ``load_state_dict``.
         scope: "shared": equal on all ranks; rank 0's is saved and every rank loads it. "rank":
-            each rank saves and loads its own. "both": rank 0's is saved as the shared one, and each
-            other rank saves its own, too, which a resume with as many ranks loads. "memory": kept
-            in snapshots alone; no checkpoint holds it.
-        trained: True for weights and optimizers. What `Brain.on_fit_start` of a resumed run does to
-            them stays; what it does to anything else is undone.
-        of_fit: True if it belongs to one `fit`: a nested `fit` leaves it as it was.
+            each rank saves and loads its own. "both": as "shared", but each other rank saves its
+            own, too, and loads it when as many ranks resume. "memory": kept in snapshots alone; no
+            checkpoint holds it.
+        trained: True for weights and optimizers. A resumed run keeps what `Brain.on_fit_start`
+            changes in them, and undoes its changes to everything else.
+        of_fit: True if it belongs to one `fit`, and is restored after a nested `fit`.
         restart: called on loading a checkpoint that lacks the entry; None leaves it as it is.
-        snapshot: returns the state for a `Snapshot`, which may hold more than a checkpoint; None
-            for ``part.state_dict``. The part loads either.
+        snapshot: returns the state for a `Snapshot`, which may hold more than that for a
+            checkpoint; ``part`` loads both. None for ``part.state_dict``.
     """
 
     part: Any
@@ -61,7 +63,7 @@ class StateEntry:
 
 
 Entries = Mapping[str, StateEntry]
-SHARED = ("shared", "both")  # Scopes of which rank 0 saves a state for every rank.
+SHARED = ("shared", "both")  # Scopes that rank 0 saves for every rank.
 
 
 def copied(state: Any) -> Any:
@@ -76,9 +78,9 @@ def copied(state: Any) -> Any:
 
 
 class Snapshot:
-    """Copy of the state of a run, or of what belongs to one `fit`, to return to at any time.
+    """Copy of the state of a run, or of the part that belongs to one `fit`.
 
-    The function ``stateful`` returns the entries by name, and is called anew at each restore.
+    The function ``stateful`` returns the entries by name; it is called again at each restore.
     """
 
     def __init__(
@@ -87,17 +89,17 @@ class Snapshot:
         self._progress, self._stateful, self._of_fit = progress, stateful, of_fit
         self._values = copied(vars(progress))
         self._states = {
-            name: copied((entry.snapshot or entry.part.state_dict)())
+            name: copied(_state(name, entry) if entry.snapshot is None else entry.snapshot())
             for name, entry in stateful().items()
             if entry.of_fit or not of_fit
         }
 
     def restore(self) -> None:
-        """Put everything back; entries that have appeared since stay as they are."""
+        """Restore every entry; entries that are new since stay as they are."""
         for name, entry in self._stateful().items():
             if name in self._states:
                 # A copy, since optimizers take over the tensors that they are given.
-                entry.part.load_state_dict(copied(self._states[name]))
+                _load(name, entry, copied(self._states[name]))
         self._progress.load_state_dict(copied(self._values), of_run=not self._of_fit)
 
     @contextmanager
@@ -113,10 +115,10 @@ class Snapshot:
 class RunState:
     """The state of a run as the `Checkpointer` saves it and a resumed run restores it.
 
-    A checkpoint is restored in three steps, since a resumed run calls hooks once more. When it is
-    loaded, everything that ranks share and that exists by then is restored. After `on_fit_start`,
-    which may change weights and optimizers, their state is kept. When the stage's hook has run as
-    well, or at once if the run stopped between stages, everything is restored.
+    A checkpoint is restored in three steps, since a resumed run calls its hooks again. Loading
+    restores every shared entry that exists by then. `on_fit_start` may then change weights and
+    optimizers, whose state is kept. After the stage's hook, or at once if the run stopped between
+    stages, everything else is restored.
 
     Attributes:
         resumed_fit: number of the `fit` in which the loaded checkpoint was saved; 0 without one.
@@ -140,28 +142,33 @@ class RunState:
     # The Checkpointer's protocol
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what all ranks share."""
+        """Return the state that all ranks share."""
         entries = self._stateful()
-        shared = {n: e.part.state_dict() for n, e in entries.items() if e.scope in SHARED}
+        shared = {n: _state(n, e) for n, e in entries.items() if e.scope in SHARED}
         if self.weights_of_run is not None:
             shared["weights_of_run"] = self.weights_of_run
         state = {"progress": dict(vars(self.progress)), **shared}
         return state if self.base is None else self.base.leave_out(state)
 
+    def weights(self) -> Mapping[str, Any]:
+        """Return the present weights of the modules, by name."""
+        weights: Mapping[str, Any] = self._stateful()["modules"].part.state_dict()
+        return weights
+
     def base_of_save(self) -> dict[str, Any] | None:
-        """Return what the last `state_dict` is relative to, for the manifest."""
+        """Return the base of the last `state_dict`, for the manifest."""
         return None if self.base is None else self.base.summary
 
     def local_state_dict(self) -> dict[str, Any]:
-        """Return this rank's own part."""
+        """Return this rank's own state."""
         scopes = ("rank",) if distributed.is_main() else ("rank", "both")
         entries = self._stateful()
-        return {n: e.part.state_dict() for n, e in entries.items() if e.scope in scopes}
+        return {n: _state(n, e) for n, e in entries.items() if e.scope in scopes}
 
     def load_state_dict(self, shared: Mapping[str, Any]) -> None:
         """Restore weights, optimizers, progress and the objects that exist by now.
 
-        A state of another model is a ValueError, and changes nothing.
+        The state of another model raises ValueError, and changes nothing.
         """
         entries = self._stateful()
         modules = entries["modules"].part
@@ -177,32 +184,40 @@ class RunState:
         except ValueError:
             if shared["progress"].get("fits", 0) <= self.progress.fits:
                 raise
-            # A later `fit` was saved, before which the recipe exchanges them: `load_optimizers`.
+            # Saved in a later `fit`, before which the recipe replaces optimizers: see
+            # `load_optimizers`.
             fitting = False
-        _check_names("stateful objects", "objects.", [n for n in shared if n in entries], entries)
+        # Earlier versions did not save all kinds of generators.
+        needed = [n for n, e in entries.items() if n in shared or not _is_generator(e)]
+        _check_names("stateful objects", "objects.", [n for n in shared if n in entries], needed)
         for name, entry in entries.items():
             if name not in shared and entry.restart is not None:
                 entry.restart()
             elif name in shared and entry.scope in SHARED and (fitting or not _optimizes(name)):
-                # An object may take over what it is given, and is given it again after the hooks.
+                # An object may keep the tensors it loads, and loads them again after the hooks.
                 state = shared[name] if entry.trained else copied(shared[name])
-                entry.part.load_state_dict(state)
+                _load(name, entry, state)
         self._load_progress(shared)
         self._shared, self._local, self._trained = shared, {}, {}
 
     def load_local_state_dict(self, local: Mapping[str, Any]) -> None:
-        """Keep this rank's own part until the hooks have run."""
-        self._local = local
+        """Keep this rank's own state until the hooks have run."""
+        self._local = complete(local)
 
     # Resuming
 
+    @property
+    def restoring(self) -> bool:
+        """True from loading a checkpoint until everything is restored."""
+        return self._shared is not None
+
     def load_optimizers(self) -> None:
-        """Restore the optimizers of the `fit` that resumes, if it is not the first one."""
+        """Restore the optimizers of the resumed `fit`, if it is not the first one."""
         if self._shared is not None and self.resumed_fit > 1:
             entries = self._stateful()
             _check_optimizers(self._shared, entries)
             for name in filter(_optimizes, entries):
-                entries[name].part.load_state_dict(self._shared[name])
+                _load(name, entries[name], self._shared[name])
 
     def fit_started(self) -> bool:
         """Restore more after `on_fit_start` has run; return True if everything is restored now."""
@@ -212,30 +227,30 @@ class RunState:
             self._restore(self._shared)
             return True
         # The hook of the stage runs first.
-        trained = {n: e.part.state_dict() for n, e in self._stateful().items() if e.trained}
+        trained = {n: _state(n, e) for n, e in self._stateful().items() if e.trained}
         self._trained = copied(trained)
         return False
 
     def training_started(self) -> bool:
         """Restore the rest after the stage's hook has run; return True if there was any.
 
-        An object that was saved and does not exist by now is a ValueError.
+        A saved object that does not exist by now raises ValueError.
         """
         if self._shared is None:
             return False
         entries, saved = self._stateful(), self._shared
         _check_names("stateful objects", "objects.", saved, [n for n in entries if n in saved])
         for name, state in self._trained.items():
-            entries[name].part.load_state_dict(state)
+            _load(name, entries[name], state)
         self._load_progress(saved)
         self._restore(saved)
         return True
 
     def enter_epoch(self, epoch: int, length: int | None) -> None:
-        """Note the length of an epoch on this rank, and find the batch where a resumed one goes on.
+        """Record the length of an epoch on this rank, and find the batch from which to resume it.
 
-        With fewer ranks an epoch has more batches on each. Of an epoch that has another number of
-        batches than when it was left, the same share is skipped.
+        With fewer ranks an epoch has more batches on each. If the number of batches has changed,
+        the same share of the epoch is skipped.
         """
         progress, ranks = self.progress, distributed.world_size()
         step, batches, processes = progress.step, progress.epoch_batches, progress.processes
@@ -256,12 +271,32 @@ class RunState:
         self.resumed_fit, self.progress.fits = self.progress.fits, fits
 
     def _restore(self, shared: Mapping[str, Any]) -> None:
-        """Restore everything but what is trained."""
+        """Restore every entry that is not trained."""
         saved = {**shared, **self._local}
         for name, entry in self._stateful().items():
             if not entry.trained and name in saved:
-                entry.part.load_state_dict(saved[name])
+                _load(name, entry, saved[name])
         self._shared, self._local, self._trained = None, {}, {}
+
+
+def _state(name: str, entry: StateEntry) -> Any:
+    with _named(name):
+        return entry.part.state_dict()
+
+
+def _load(name: str, entry: StateEntry, state: Any) -> None:
+    with _named(name):
+        entry.part.load_state_dict(state)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Context manager that names the entry of a user's object that raises."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by the state {name!r}")
+        raise
 
 
 def _optimizes(name: str) -> bool:
@@ -269,14 +304,14 @@ def _optimizes(name: str) -> bool:
 
 
 def _check_optimizers(shared: Mapping[str, Any], entries: Entries) -> None:
-    """Raise ValueError where a checkpoint has other optimizers than this run."""
+    """Raise ValueError if a checkpoint has other optimizers than this run."""
     _check_names("optimizers", "optimizers.", shared, entries)
     for name in filter(_optimizes, entries):
         entries[name].part.check_state_dict(shared[name])
 
 
 def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str]) -> None:
-    """Raise ValueError where the entries whose names begin with ``prefix`` are not those saved."""
+    """Raise ValueError if the names that begin with ``prefix`` are not the saved ones."""
     has, needs = (
         {name.removeprefix(prefix): 0 for name in names if name.startswith(prefix)}
         for names in (saved, own)
@@ -284,16 +319,20 @@ def _check_names(kind: str, prefix: str, saved: Iterable[str], own: Iterable[str
     checks.same_keys(f"the {kind} of this Brain", has, needs)
 
 
+def _is_generator(entry: StateEntry) -> bool:
+    return isinstance(entry.part, StatefulGenerator)
+
+
 class Saver:
     """Saves a run when its state is complete.
 
-    Saves that hooks ask for wait for such a moment: after a batch, after a stage, at the end of an
-    epoch. Every checkpoint is given to ``on_saved``, on every rank. Without a checkpointer nothing
-    is saved. The state is added to it as the recoverable "brain".
+    Saves that hooks ask for wait until then: after a batch, after a stage, at the end of an epoch.
+    Every rank passes each checkpoint to ``on_saved``. Without a checkpointer nothing is saved. The
+    state becomes its recoverable "brain".
 
-    A save that the disk does not take is an error in the log, and the run goes on. The third
-    failure in a row ends the run. When a run ends, the saves that failed last are tried once more,
-    and a failure then is raised, too.
+    A save that fails on the disk is logged as an error, and the run goes on; the third failure in a
+    row ends it. When a run ends, the last failed saves are tried once more; another failure is
+    raised.
     """
 
     def __init__(
@@ -308,15 +347,16 @@ class Saver:
                 f"checkpointer is a {type(checkpointer).__name__}; allowed: a trainer.Checkpointer "
                 "or None"
             )
-        # Without one, a disabled one takes its place, so that no method has to ask.
+        # A disabled checkpointer stands for none, so that no method has to check.
         self._checkpointer = Checkpointer(".") if checkpointer is None else checkpointer
         if checkpointer is None or options.debug:
             self._checkpointer.enabled = False
         self._checkpointer.add_recoverable("brain", state)
         self._progress, self._options, self._on_saved = state.progress, options, on_saved
+        self._weights = state.weights
         self._saved_at, self._saved_step = time.monotonic(), 0
-        self._failures = 0  # Calls of `release` in a row in which the disk did not take a save.
-        self._unsaved: list[SaveRequest] = []  # Saves that failed when they were tried last.
+        self._failures = 0  # Calls of `release` in a row in which a save failed.
+        self._unsaved: list[SaveRequest] = []  # Saves whose last try failed.
 
     def recover(self) -> Checkpoint | None:
         """Load the newest sound checkpoint, if there is one, and return it. Collective."""
@@ -334,6 +374,8 @@ class Saver:
         found, folder = self._checkpointer.recover_if_possible(), self._checkpointer.folder
         if found is not None:
             self._saved_step = self._progress.optimizer_step
+            if distributed.is_main():
+                checks.warn_of_nonfinite(found.path, self._weights())
         elif others := sorted(path.parent for path in folder.glob("CKPT+*/CKPT.yaml")):
             logger.warning(
                 "%s has %d checkpoints of SpeechBrain's (the last is %s), of which nothing is "
@@ -344,7 +386,7 @@ class Saver:
         return found
 
     def is_fresh(self) -> bool:
-        """Return True if there is no checkpoint to go on from. Collective."""
+        """Return True if there is no checkpoint to resume from. Collective."""
         enabled = self._checkpointer.enabled
         return not (enabled and run_on_main(lambda: bool(self._checkpointer.list_checkpoints())))
 
@@ -363,7 +405,7 @@ class Saver:
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, metrics: Mapping[str, Any], end_of_epoch: bool) -> None:
-        """Save the run as it is now, and apply the rules of what to keep. Collective."""
+        """Save the run as it is now, and delete what no rule keeps. Collective."""
         place = {"epoch": self._progress.epoch, "optimizer_step": self._progress.optimizer_step}
         self._checkpointer.save_and_keep_only({**place, **metrics}, end_of_epoch=end_of_epoch)
         self.release()
@@ -386,7 +428,7 @@ class Saver:
         return bool(requests)
 
     def _save_all(self, requests: Iterable[SaveRequest]) -> OSError | None:
-        """Save each; return the last error of the disk, equal in kind on all ranks, if any."""
+        """Do each save; return the last error of a disk, if any, of one kind on all ranks."""
         self._unsaved, failure = [], None
         for request in requests:
             try:
@@ -399,9 +441,9 @@ class Saver:
         return failure
 
     def _failure_of_a_disk(self, error: Exception) -> OSError:
-        """Return the error of a save that a disk did not take on some rank, or raise it.
+        """Return the error of a save if a disk of some rank caused it; raise any other.
 
-        It is an OSError on every rank, so that all of them go on or end alike. Collective.
+        Every rank gets an OSError, so that all go on or all end. Collective.
         """
         disk, elsewhere = isinstance(error, OSError), distributed.failed_elsewhere(error)
         on_a_disk, otherwise = distributed.any_rank(disk, not (disk or elsewhere))
@@ -413,13 +455,13 @@ class Saver:
         return OSError(f"a checkpoint in {folder} could not be saved: {error}; free some space")
 
     def _save_finally(self) -> None:
-        """Try the saves that failed last once more, since no other follows; raise what fails."""
+        """Try the last failed saves once more at the end of the run; raise another failure."""
         if self._unsaved and (failure := self._save_all(self._unsaved)):
             raise failure
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Context manager in which saves wait, and a run that is asked to stop saves itself."""
+        """Context manager in which saves wait, and which saves the run when it is asked to stop."""
         self._checkpointer.hold()
         try:
             yield
@@ -459,7 +501,7 @@ class Saver:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Context manager in which nothing is saved, whoever asks."""
+        """Context manager in which every save does nothing."""
         before, self._checkpointer.enabled = self._checkpointer.enabled, False
         try:
             yield
@@ -483,14 +525,14 @@ class BufferState:
         for name, buffer in self._modules.named_buffers():
             if name in state and buffer.shape == state[name].shape:
                 buffer.copy_(state[name])
-            elif name in state:  # One that grows with its input, such as a table of positions.
+            elif name in state:  # A buffer that grows with its input, such as a table of positions.
                 buffer.data = state[name].to(buffer.device)
 
 
 class TrainableState:
     """Flags ``requires_grad`` that hooks have changed since the first `fit` began.
 
-    The others come from the recipe's settings, which may differ in a resumed run.
+    Unchanged flags come from the recipe's settings, which may differ in a resumed run.
     """
 
     def __init__(self, modules: nn.Module) -> None:
@@ -499,17 +541,17 @@ class TrainableState:
         self._warned = False
 
     def begin(self) -> None:
-        """Take the present flags as those of the beginning."""
+        """Take the present flags as the initial ones."""
         self._start = {n: p.requires_grad for n, p in self._modules.named_parameters()}
 
     def state_dict(self) -> dict[str, bool | int]:
-        """Return the flags that differ from the beginning, by name, and the number that train."""
+        """Return the flags that have changed, by name, and the number that train."""
         flags = {name: p.requires_grad for name, p in self._modules.named_parameters()}
         changed = {name: flag for name, flag in flags.items() if flag != self._start.get(name)}
         return {**changed, NUMBER: sum(flags.values())}
 
     def load_state_dict(self, state: Mapping[str, bool | int]) -> None:
-        """Freeze and unfreeze parameters as saved; warn where others train than did."""
+        """Freeze and unfreeze parameters as saved; warn if other parameters train than before."""
         flags = {**self._start, **state}
         params = dict(self._modules.named_parameters())
         for name, p in params.items():
@@ -525,8 +567,8 @@ class TrainableState:
 
 
 def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise ValueError where saved weights have other names, shapes or kinds of numbers."""
-    # Earlier checkpoints, and averages, lack what modules save by marked methods.
+    """Raise ValueError if saved weights have other names, shapes or kinds of numbers."""
+    # Averages lack the states that modules save by marked methods.
     given = modules.state_dict().items()
     own = {name: each for name, each in given if name in state or not name.endswith(KEY)}
     checks.same_keys("the modules of this Brain", state, own)
@@ -549,15 +591,15 @@ def check_weights(modules: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def misfit(value: Tensor, own: Tensor) -> str:
-    """Return why a saved tensor cannot be copied into one of a model, or an empty text.
+    """Return the reason why a saved tensor cannot be copied into a model's, or an empty text.
 
-    The text is a description of ``value`` that follows "is", such as "without content".
+    The text describes ``value`` and follows "is", such as "without content".
     """
     if value.is_meta:
         return "without content"
     if value.layout != torch.strided:
         return f"of layout {value.layout}"
     kinds = [(each.is_floating_point(), each.is_complex()) for each in (value, own)]
-    # Floats of one byte are quantised: their values need a scale, which is not in the tensor.
+    # Floats of one byte are quantised; the tensor lacks their scale.
     codes = value.is_floating_point() and value.itemsize == 1 and value.dtype != own.dtype
     return str(value.dtype) if codes or kinds[0] != kinds[1] else ""

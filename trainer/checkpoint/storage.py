@@ -1,11 +1,11 @@
 """Checkpoint folders on disk: states as files that run no code, each verified by a manifest.
 
 A checkpoint is written to a temporary folder, hashed on the way, synced, and renamed when it is
-complete. A process that saves holds the lock of the folder: temporary folders that it finds were
-left by killed processes, and it removes them. Readers change nothing.
+complete. A process that saves holds the lock of the folder, and removes temporary folders, which
+killed processes left. Readers change nothing.
 
 The manifest lists every file with its size and hash. It contains a hash of itself and must be, byte
-for byte, what `encode_manifest` writes, so that a flipped bit in it is noticed as well. Functions
+for byte, what `encode_manifest` writes, so that a flipped bit in it is detected, too. Functions
 that load raise `BrokenCheckpoint` for a file that is damaged or unsafe.
 """
 
@@ -57,19 +57,19 @@ RECOVERABLE_NAME = re.compile(r"(?!rank-)[A-Za-z0-9_][A-Za-z0-9_-]{0,79}", re.AS
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", re.ASCII)
 SCALARS = (int, float, str, bool, type(None), torch.Size, torch.dtype, torch.device)
 MAPPINGS = (dict, OrderedDict, Counter)
-ARRAY = "numpy.ndarray"  # Key of a tensor that was NumPy's array, which torch saves by pickle.
+ARRAY = "numpy.ndarray"  # Key of a tensor that was a NumPy array, which torch would pickle.
 
 
 class BrokenCheckpoint(ValueError):
-    """Error for a checkpoint that must not be used; names the file and what is wrong with it."""
+    """Error for a checkpoint that must not be used; names the file and the damage."""
 
 
 class UnwritableFolder(OSError, ValueError):
-    """Error for a folder in which checkpoints cannot be saved; names it and says why."""
+    """Error for a folder in which checkpoints cannot be saved."""
 
 
 class MissingCheckpoint(BrokenCheckpoint):
-    """Error for a checkpoint that the run which saves there has deleted, or cut to its weights."""
+    """Error for a checkpoint that the saving run has deleted, or cut to its weights."""
 
 
 class FileEntry(NamedTuple):
@@ -80,7 +80,7 @@ class FileEntry(NamedTuple):
 
 
 class Meta(dict[str, Any]):
-    """Values that the caller gave to a save.
+    """Values that the caller passed to a save.
 
     The keys "unixtime" and "end-of-epoch", which SpeechBrain's checkpoints have, can be read too.
     """
@@ -104,10 +104,10 @@ class Checkpoint:
     Attributes:
         path: the folder.
         number: running number of the save; the newer of two checkpoints has the higher one,
-            whatever the clocks said.
+            independent of clocks.
         time: time of the save, UTC, ISO 8601.
         step: optimizer step, if ``meta`` has it.
-        label: name that the caller asked for.
+        label: name given by the caller.
         pinned: True if it is kept until it is deleted by hand.
         end_of_epoch: False for a save within an epoch.
         processes: number of processes that saved it.
@@ -116,7 +116,7 @@ class Checkpoint:
         format: format version of the folder.
         contents: "run" for the whole state of a run, "weights" for its weights alone.
         base: name and hash of the model that the weights are relative to, if any.
-        shards: number of parts that the states are divided into, if they are.
+        shards: number of parts of the states, if they are divided.
     """
 
     path: Path
@@ -145,7 +145,7 @@ class Checkpoint:
 
     @property
     def complete(self) -> bool:
-        """True if a training can go on from it; False if it has weights alone."""
+        """True if a run can resume from it; False if it has weights alone."""
         return self.contents == RUN
 
     @property
@@ -174,7 +174,7 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def encode_manifest(content: Mapping[str, Any]) -> bytes:
-    """Encode the content of a manifest as its file, with a hash of the content in it."""
+    """Encode a manifest as bytes that contain a hash of its content."""
     body = {key: value for key, value in content.items() if key != "sha256"}
     plain = json.dumps(body, sort_keys=True, allow_nan=False).encode()
     signed = {**body, "sha256": hashlib.sha256(plain).hexdigest()}
@@ -221,7 +221,7 @@ def _check_fields(checkpoint: Checkpoint) -> None:
 
 
 def still_there(path: Path, complete: bool) -> bool:
-    """Return True if there is a checkpoint, a complete one if asked for, or a broken one."""
+    """Return True if there is a checkpoint, broken or not; a complete one if asked for."""
     with suppress(BrokenCheckpoint):
         return read_manifest(path).complete or not complete
     return os.path.lexists(path)
@@ -233,7 +233,7 @@ def looks_like_checkpoint(path: Path) -> bool:
         return any(name == MANIFEST or name.endswith(".pt") for name in os.listdir(path))
     except FileNotFoundError:
         return False
-    except OSError:  # It is there, and cannot be read.
+    except OSError:  # It exists and cannot be read.
         return True
 
 
@@ -241,9 +241,9 @@ def looks_like_checkpoint(path: Path) -> bool:
 
 
 def writable(state: Any, where: str) -> Any:
-    """Return a state as it is written: NumPy's numbers as Python's, its arrays as marked tensors.
+    """Return a state ready to write: NumPy's numbers as Python's, its arrays as marked tensors.
 
-    What could not be loaded safely is a ValueError that names its place.
+    A value that could not be loaded safely raises ValueError, which names its place.
     """
     kind = type(state)  # Not isinstance: NumPy's float64 is a float, and torch would pickle it.
     if kind in MAPPINGS:
@@ -275,7 +275,7 @@ def writable(state: Any, where: str) -> Any:
 
 
 def _to_numpy(value: Any) -> Any:
-    """Return a loaded value with NumPy's arrays in place of the marked tensors."""
+    """Return a loaded value with marked tensors converted back to NumPy arrays."""
     kind = type(value)
     if kind is dict and value.keys() == {ARRAY} and isinstance(value[ARRAY], Tensor):
         return value[ARRAY].numpy()
@@ -362,9 +362,9 @@ def _check_base(checkpoint: Checkpoint, weights: Any) -> None:
 
 
 def load_local(checkpoint: Checkpoint, rank: int, ranks: int) -> dict[str, Any]:
-    """Load the local states of a rank, by name; none if another number of ranks saved them.
+    """Load the local states of a rank, by name; empty if another number of ranks saved them.
 
-    Each rank verifies its share of all local files, so that together the ranks verify them all.
+    Each rank verifies a share of all local files, so that together they verify every file.
     """
     local: dict[str, Any] = {}
     for file in checkpoint.files:
@@ -465,10 +465,10 @@ def read_verified(checkpoint: Checkpoint, name: str) -> bytes:
 
 
 class HashingFile(io.RawIOBase):
-    """New file that hashes what is written to it, and raises its first error in `entry` only.
+    """New file that hashes its content, and raises its first error only in `entry`.
 
-    torch's zip writer calls `write` from C++, where an exception would come out as another one.
-    After an error the size is still counted, so that the message can say how many bytes are needed.
+    torch's zip writer calls `write` from C++, which would turn an exception into another one. After
+    an error the size is still counted, so that the message can tell the bytes needed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -509,7 +509,7 @@ class HashingFile(io.RawIOBase):
 
 
 def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> FileEntry:
-    """Write a new file by calling ``fill``; an OSError says how many bytes are needed."""
+    """Write a new file by calling ``fill``; an OSError tells the bytes needed."""
     file = HashingFile(path)
     try:
         try:
@@ -551,8 +551,8 @@ def _write_manifest(folder: Path, checkpoint: Checkpoint) -> None:
 def cut_to_weights(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Cut a checkpoint to some of its files: a smaller manifest replaces its own, atomically.
 
-    No file of weights is written again, so that it takes no more space. A process that is killed
-    meanwhile leaves the whole checkpoint, or the smaller one with files to remove.
+    Files of weights are not rewritten, so that no space is needed. A process killed meanwhile
+    leaves the whole checkpoint, or the smaller one with files to remove.
     """
     files = {name: checkpoint.files[name] for name in names}
     smaller = replace(checkpoint, files=files, contents=WEIGHTS)
@@ -560,7 +560,7 @@ def cut_to_weights(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     try:
         _write_manifest(temporary, smaller)
         os.rename(temporary / MANIFEST, checkpoint.path / MANIFEST)
-        _sync_folder(checkpoint.path)  # Before files go that the former manifest lists.
+        _sync_folder(checkpoint.path)  # Before files of the former manifest are deleted.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     remove_unlisted(smaller)
@@ -629,19 +629,21 @@ def remove_stale(folder: Path) -> None:
 
 
 class FolderLock:
-    """Exclusive lock of a folder, which this process has while the object lives.
+    """Exclusive lock of a folder, held by this process while the object lives.
 
-    It leaves no file, and it ends with the process, also a killed one. A forked process has the
-    lock of its parent and may save, too, but does not keep the lock when its parent ends. On a file
-    system without locks every process gets it.
+    It leaves no file, and ends with the process, even a killed one. A forked process shares the
+    lock of its parent and may save, too, but loses it when its parent ends. On a file system
+    without locks every process gets it.
     """
 
-    # Those of this process, by device and inode of the folder.
+    # Locks of this process, by device and inode of the folder.
     held: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
-        self.forget = finalize(self, os.close, handle)  # It ends when the last process closes it.
+        self.forget = finalize(
+            self, os.close, handle
+        )  # Released by the last process that closes it.
         self.forget.atexit = False
 
 
@@ -664,7 +666,7 @@ def lock_folder(folder: Path) -> FolderLock | None:
         fcntl.flock(lock.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
-    except OSError:  # The file system has no locks for folders; run folders have one of their own.
+    except OSError:  # The file system cannot lock folders; a run folder has its own lock.
         pass
     FolderLock.held[info.st_dev, info.st_ino] = lock
     return lock

@@ -1,9 +1,9 @@
-"""State of users' own objects: stateful objects, and plain attributes of a Brain and its hparams.
+"""State of users' objects: stateful objects, and plain attributes of a Brain and its hparams.
 
-An object may also save itself to a file: its class marks one method by SpeechBrain's decorator
-``@mark_as_saver`` and one by ``@mark_as_loader``, which leave an attribute on the methods. What the
-saver writes is kept as a part of the run's state. The loader may not unpickle objects: the first
-class, or other name, that a pickle looks up while it runs is an error.
+An object may also save itself to a file, by methods that its class marks with SpeechBrain's
+decorators ``@mark_as_saver`` and ``@mark_as_loader``. The file becomes a part of the run's state.
+The loader may not unpickle objects: the first class, or other name, that a pickle looks up is an
+error.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from trainer.tree import leaves, map_leaves
 
 logger = logging.getLogger("trainer")
 
-MAX_ENTRIES = 100  # A longer container is data, in which no stateful objects are looked for.
+MAX_ENTRIES = 100  # Longer containers are data, and are not searched for stateful objects.
 HPARAMS = "hparams."
 SCALARS = (int, float, str, bool, type(None))
 DICTS = (dict, OrderedDict, Counter)
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 
 KEY = "saved_by_hooks"  # last part of the names of such states among weights
-# Events of Python's audit hooks that a method which loads a state has no reason for.
+# Events of Python's audit hooks that a loader of a state may not cause.
 COMMANDS = ("os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen")
 _loading = threading.local()
 
@@ -58,8 +58,8 @@ def find_stateful(
     """Find the stateful objects among attributes, also in lists and dicts.
 
     These are objects with ``state_dict`` and ``load_state_dict`` or with methods that save and load
-    a file, and random generators. Left out are samplers and loaders, since `Progress` has their
-    position, and what is saved elsewhere.
+    a file, and random generators. Samplers and loaders are left out, since `Progress` has their
+    position, as are objects that are saved elsewhere.
 
     Args:
         named: attributes by name.
@@ -100,7 +100,7 @@ def _flat(named: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 class Owner(Protocol):
-    """A Brain, as far as its user's attributes go."""
+    """Part of a Brain that `UserAttributes` needs."""
 
     hparams: SimpleNamespace
     device: torch.device
@@ -109,9 +109,9 @@ class Owner(Protocol):
 class UserAttributes:
     """Plain attributes of a Brain as a part of its state.
 
-    Saved are numbers, texts, tensors, arrays and containers of these that have changed since the
-    first `fit` began; of the hparams, numbers and texts. A value that has not changed counts as a
-    setting, and a resumed run may have another one.
+    Numbers, texts, tensors, arrays and containers of these are saved if they have changed since the
+    first `fit` began; of hparams, only numbers and texts. An unchanged value counts as a setting,
+    which a resumed run may change.
 
     Args:
         owner: the Brain.
@@ -121,11 +121,11 @@ class UserAttributes:
     def __init__(self, owner: Owner, own: Callable[[], Mapping[str, Any]]) -> None:
         self._owner, self._own = owner, own
         self._start: dict[str, Any] = {}
-        # Id and length, at the start, of containers that cannot be saved; None once warned of.
+        # Initial id and length of containers that cannot be saved; None after a warning.
         self._unsaved: dict[str, tuple[int, int] | None] = {}
 
     def begin(self) -> None:
-        """Take the present values as those of the beginning."""
+        """Take the present values as the initial ones."""
         self._start, others = self._values()
         self._unsaved = {n: (id(v), len(v)) for n, v in others.items() if isinstance(v, CONTAINERS)}
 
@@ -159,10 +159,10 @@ class UserAttributes:
         return {"values": changed, "on_device": away}
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the state for as long as the process lives.
+        """Return the state for use within this process.
 
-        It also has what a checkpoint cannot hold: the objects, and the entries of containers.
-        Attributes that appear later are removed by loading it.
+        It also has what a checkpoint cannot hold: objects and the entries of containers. Loading it
+        removes attributes that were added later.
         """
         own = self._own()
         kept = {name: _keep(value) for name, value in self._values()[1].items()}
@@ -170,7 +170,7 @@ class UserAttributes:
         return {**self.state_dict(), "kept": kept, "containers": containers, "names": list(own)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Set every attribute as saved, or else as it was in the beginning."""
+        """Set every attribute to its saved or else its initial value."""
         own, kept = self._own(), saved.get("kept", {})
         for name in set(own).difference(saved.get("names", own)):
             delattr(self._owner, name)
@@ -208,7 +208,7 @@ class UserAttributes:
 
 
 def _is_shown(value: Any) -> bool:
-    """Return True for rows of `Brain.show`, which are of one stage and are gathered anew."""
+    """Return True for rows of `Brain.show`, which each stage collects anew."""
     if isinstance(value, CONTAINERS):
         return any(map(_is_shown, value.values() if isinstance(value, Mapping) else value))
     from trainer.samples import CELLS  # A model in use has no need of them.
@@ -217,15 +217,15 @@ def _is_shown(value: Any) -> bool:
 
 
 def _is_refilled(value: Any) -> bool:
-    """Return True for a container that is saved as a dict or a list, which then fill it again."""
+    """Return True for a container that is saved as a dict or list and refilled from it."""
     if isinstance(value, MutableMapping):
         return type(value) not in DICTS
     return isinstance(value, (deque, set))
 
 
 def _keep(value: Any) -> Callable[[], Any]:
-    """Return a function that returns an object, with the entries that it has now."""
-    # A copy of a container that is not Python's own may share its entries.
+    """Return a function that returns an object with its present entries."""
+    # A copy of a container of another library may share its entries.
     if isinstance(value, (list, dict, set, deque)):
         return functools.partial(_filled, value, copy.copy(value))
     return lambda: value
@@ -240,7 +240,7 @@ def _filled(container: Any, entries: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """Return a value as a checkpoint holds it, with tensors of its own, or raise TypeError."""
+    """Return a copy of a value that a checkpoint can hold, or raise TypeError."""
     kind = type(value)
     if kind in SCALARS:
         return value
@@ -292,11 +292,11 @@ class FileState:
         self._obj, self._save, self._load = obj, save, load
 
     def state_dict(self) -> dict[str, str | None]:
-        """Return the bytes of the file, as text of which each character is a byte."""
+        """Return the bytes of the file, as text with a character for each byte."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "state.ckpt")
             self._save(path)
-            # It may have nothing to save.
+            # The object may have nothing to save.
             return {"file": path.read_bytes().decode("latin-1") if path.exists() else None}
 
     def load_state_dict(self, state: dict[str, str | None]) -> None:
@@ -308,13 +308,13 @@ class FileState:
             path = Path(folder, "state.ckpt")
             path.write_bytes(text.encode("latin-1"))
             with no_unpickling(f"the state of a {type(self._obj).__name__}"):
-                # True also within an epoch: some loaders count back an epoch for False, which `fit`
-                # does by itself.
+                # True also within an epoch: for False some loaders go back an epoch, which `fit`
+                # does itself.
                 self._load(path, True)
 
 
 def as_stateful(obj: Any) -> Any:
-    """Return a `FileState` for an object with marked methods, another stateful one itself, or None.
+    """Return a `FileState` for an object with marked methods, a stateful object itself, or None.
 
     The marked methods of a data loader are not used: `Progress` has its position.
     """
@@ -350,10 +350,10 @@ def _marked(kind: type) -> tuple[str, str]:
 
 
 def keep_in_state_dict(modules: nn.Module) -> None:
-    """Have the state of modules with marked methods in the ``state_dict`` of the outermost one.
+    """Add the states of modules with marked methods to the ``state_dict`` of the outermost module.
 
-    A normaliser that has neither parameters nor buffers is then saved, evaluated and loaded with
-    the weights. The ``state_dict`` of each module itself stays as it is.
+    A normaliser without parameters and buffers is then saved and loaded with the weights. The
+    ``state_dict`` of each module itself is unchanged.
     """
 
     def parts(owner: nn.Module, prefix: str) -> Iterator[tuple[str, FileState]]:
@@ -378,12 +378,12 @@ def keep_in_state_dict(modules: nn.Module) -> None:
 def no_unpickling(what: str) -> Iterator[None]:
     """Context manager in which this thread unpickles no objects and runs no command.
 
-    The first name that a pickle looks up, or a command, is a ValueError, which names ``what`` is
-    read. Numbers, texts and containers of them are no objects in this sense, and torch's loader
-    with ``weights_only=True`` reads tensors by other means.
+    The first name that a pickle looks up, or a command, raises ValueError, which names ``what``.
+    Pickled numbers, texts and containers look up no names, and torch's loader with
+    ``weights_only=True`` reads tensors by other means.
     """
     _watch()
-    outer = getattr(_loading, "what", None)  # A method that loads may load further objects.
+    outer = getattr(_loading, "what", None)  # A loader may load further objects.
     _loading.what = what
     try:
         yield

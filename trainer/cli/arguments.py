@@ -1,8 +1,8 @@
 """The command line: `train.py FILE [--key value | --key=value | --flag | --no-flag]…`.
 
-Names are those of the run options and of the YAML's keys, in full, and those of `BRAIN_KEYS`, which
-the YAML may lack; nested keys are dotted. Values are YAML; an empty text is given in quotes.
-`--allow name` is neither: it lets the YAML build names of a package.
+A key is the full name of a run option, of a key of the YAML (nested ones are dotted), or one of
+`BRAIN_KEYS`. A value is YAML; an empty text is given in quotes. `--allow name` is no key: it lets
+the YAML build names of a package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 from ruamel.yaml.nodes import ScalarNode
 
 from trainer import distributed
-from trainer.cli.folder import HYPERPARAMS
 from trainer.config.changes import ABSENT, Settings
 from trainer.config.hyperparameters import Configuration, Key, Text, option_node, summary
 from trainer.config.reading import NULL, compose, find, get, items, plain, represent, tag
@@ -38,6 +37,7 @@ from trainer.options import (
     translate,
 )
 from trainer.other_options import DEFAULTS, FLAGS, NAMES
+from trainer.run_files import HYPERPARAMS
 
 logger = logging.getLogger("trainer")
 
@@ -46,7 +46,7 @@ HELP = ("-h", "--help")
 ALLOW = "--allow"
 ALLOW_HELP = (
     "package or single object that the YAML may name in addition, such as mypackage or "
-    "os.path.join; may be repeated, or hold several names, separated by commas"
+    "os.path.join; several names are separated by commas, or given by repeating the option"
 )
 EXIT_CODES = (
     "Exit codes: 0 done; 1 an error of the program; 2 an error that you can correct, in one "
@@ -61,7 +61,7 @@ EXAMPLES = (
 
 
 def _split(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """Return the first argument, the YAML, and the others as `split_allowed` does."""
+    """Return the first argument, which is the YAML, and split the others as `split_allowed`."""
     if not argv or argv[0].startswith("-"):
         given = f", not {argv[0]!r}" if argv else ""
         raise ValueError(
@@ -76,18 +76,18 @@ def configure(
     """Read the YAML and apply the other arguments: default < YAML < command line.
 
     `seed` and `output_folder` are added to a YAML that lacks them. The default folder is
-    results/<task>/<name>/<seed>; changes of the training on the command line are appended to its
-    name, as in results/kws/demo/1234-lr=0.1, also where the YAML spells out the default and, with
-    ``apart``, to a folder of its own choice. ``allow`` is as for `load_hparams`.
+    results/<task>/<name>/<seed>. Changes of the training on the command line are appended to it, as
+    in results/kws/demo/1234-lr=0.1, even if the YAML names that folder itself; with ``apart``, to
+    any folder that the YAML names. ``allow`` is as for `load_hparams`.
 
     Returns:
         The YAML with the overrides, not built yet, and the run options.
     """
     path, allowed, others = _split(argv)
     if allowed and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # A recipe's own program lies elsewhere.
+        sys.path.append(os.getcwd())  # The program of a recipe lies elsewhere.
     configuration = Configuration(path, [*allow, *allowed])
-    configuration.registry.downloads = True  # The run that builds it may download.
+    configuration.registry.downloads = True  # A run may download while it builds objects.
     transient: dict[str, Any] = {}
     overridden: dict[str, Any] = {}  # Former values by name.
     for name, value in parse(others, configuration):
@@ -129,7 +129,7 @@ def _is_null(node: Any) -> bool:
 
 
 def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the names that `--allow name[,name]…` lets a YAML build, and the other arguments."""
+    """Return the names in `--allow name[,name]…`, and the other arguments."""
     names: list[str] = []
     others: list[str] = []
     rest = list(argv)
@@ -152,7 +152,7 @@ def split_allowed(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(argv: Sequence[str], configuration: Configuration) -> list[tuple[str, Any]]:
-    """Return names and values that the arguments give, such as ("model.width", Text("256"))."""
+    """Return names and values in the arguments, such as ("model.width", Text("256"))."""
     dotted = [key.name for key in configuration.described()]
     keys = {name.partition(".")[0] for name in dotted}
     known = {*keys, *RunOptions.names(), *BRAIN_KEYS, *ALIASES}
@@ -212,7 +212,7 @@ def parse_arguments(
     """Parse a command line into run options and overrides, as SpeechBrain's function does.
 
     Args:
-        arg_list: the YAML file and further arguments; None: those of the process.
+        arg_list: the YAML file and further arguments; None for those of the process.
 
     Returns:
         The path of the YAML, the run options, and the overrides of its keys, both with typed
@@ -252,7 +252,7 @@ def parse_arguments(
 
 
 class _RunOpts(dict[str, Any]):
-    """Mapping of the run options that were given; others are read as their defaults."""
+    """Mapping of the given run options; others read as their defaults."""
 
     def __missing__(self, name: str) -> Any:
         if name == "device":
@@ -270,8 +270,8 @@ def help_text(
     """Return the usage, the run options by section, the keys of a YAML, and examples.
 
     Args:
-        program: the program as it is called, such as "train.py".
-        file: the YAML as it is given; None without one.
+        program: the program as users call it, such as "train.py".
+        file: the YAML as users name it; None without one.
         keys: the keys of the YAML.
         by_name: the program is `cortex run`, and `file` a recipe's name or a YAML.
     """
@@ -303,7 +303,7 @@ def help_text(
 
 
 def _about(name: str) -> str:
-    """Return the help of a run option with its choices, or nothing for other names."""
+    """Return the help of a run option with its choices, or an empty text for other names."""
     if name not in METADATA:
         return ""
     text, choices = METADATA[name].help, METADATA[name].choices
@@ -313,7 +313,9 @@ def _about(name: str) -> str:
 def _row(name: str, default: str, about: str) -> list[str]:
     """Format one entry of the help, wrapped to the terminal."""
     width, column = min(shutil.get_terminal_size().columns, 120), 40
-    lines = textwrap.wrap(about, max(width - column, 30), break_on_hyphens=False)
+    lines = textwrap.wrap(
+        about, max(width - column, 30), break_on_hyphens=False, break_long_words=False
+    )
     left = f"  --{name} {default}".rstrip()
     first = lines.pop(0) if lines and len(left) <= column - 2 else ""
     return [f"{left.ljust(column)}{first}".rstrip(), *(" " * column + line for line in lines)]

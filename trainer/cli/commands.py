@@ -1,4 +1,4 @@
-"""The command `cortex`, also `python -m trainer`: run recipes, and look after their runs."""
+"""The command `cortex`, also `python -m trainer`: run recipes and manage their runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from urllib.parse import quote
 from trainer import report, signals
 from trainer.cli import runs, session, upkeep
 from trainer.cli.arguments import HELP
-from trainer.cli.folder import is_run
 from trainer.cli.recipe import find_recipe, list_recipes, run_recipe
 from trainer.cli.replay import replay
 from trainer.cli.sweep import parse_values, sweep, trials
@@ -22,10 +21,11 @@ from trainer.inference.exporting import FORMATS, export
 from trainer.inference.initialise import is_export
 from trainer.inference.loading import load
 from trainer.options import nearest
+from trainer.run_files import is_run
 from trainer.untrusted import printable
 
 NO_RUN = 2  # Exit code for a folder that could not be used, or a wrong argument.
-WEIGHTS = ("init_from", "source")  # Options of `export` for weights that checkpoints left out.
+WEIGHTS = ("init_from", "source")  # Options of `export` that name weights missing in checkpoints.
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,28 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name, by default those of the process.
+    """Run a command, by default that of the process's arguments.
 
     Returns:
         The exit code: 0 on success; 2 for an error that the user can correct, with one sentence on
-        stderr; 130 after Ctrl-C; and what the command itself returns.
+        stderr; 130 after Ctrl-C; otherwise the code of the command itself.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # The reader, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {session.message(error)}", file=sys.stderr)
+        return NO_RUN
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(given: list[str]) -> int:
+    """Print help, or do the work of a command."""
     if not given or given[0] in (*HELP, "help"):
         width = max(map(len, COMMANDS))
         print("usage: cortex COMMAND …   (also python -m trainer COMMAND …)\n")
@@ -67,20 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for example in command.examples:
             print(f"  cortex {name} {example}".rstrip())
         return 0
-    try:
-        return command.work(rest)
-    except BrokenPipeError:  # The reader, such as head, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {session.message(error)}", file=sys.stderr)
-        return NO_RUN
-    except KeyboardInterrupt:
-        return 130
+    return command.work(rest)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser of a command, whose errors are sentences."""
+    """Parser that raises errors as ValueError."""
 
     def __init__(self, name: str) -> None:
         super().__init__(prog=name, add_help=False, allow_abbrev=False)
@@ -257,7 +263,7 @@ def _export(argv: list[str]) -> int:
         parser.add_argument(f"--{name}")
     given = parser.parse_args(argv)
     run = given.run
-    # Inside of a run by default, so that a pattern such as NAME/* matches runs alone.
+    # Inside the run by default, so that a pattern such as NAME/* matches only runs.
     inside = run / "export" / given.to
     out = given.out or (runs.beside(run, given.to) if is_export(run) else inside)
     if runs.is_locked(run):
@@ -273,18 +279,34 @@ def _export(argv: list[str]) -> int:
 
 COMMANDS = {
     "run": Command(
-        "train by the recipe of a name, or by a YAML; without a name, list the recipes",
+        "train with a recipe or a YAML of yours; without a name, list the recipes",
         "[TASK/NAME | FILE] [--key value]…",
         ("", "TASK/NAME", "TASK/NAME --seed 7 --precision bf16", "TASK/NAME --help", "mine.yaml"),
         _run,
-        "Runs the recipe's train.py with that YAML; a YAML of yours, by the train.py beside it.\n"
-        "torchrun --nproc_per_node=2 -m trainer run TASK/NAME starts two processes.",
+        "A YAML of yours is run by the train.py beside it. TASK/NAME --help lists run options and\n"
+        "keys. torchrun --nproc_per_node=2 -m trainer run TASK/NAME starts two processes.",
+    ),
+    "sweep": Command(
+        "train all combinations of values, each in its default folder, and compare them",
+        "TASK/NAME|FILE KEY=VALUE[,VALUE]… [--page FILE] [--key value]…",
+        (
+            "TASK/NAME 'opt_class.lr=1e-3,3e-4' 'width=128,256'",
+            "TASK/NAME seed=1,2,3 --precision bf16",
+            "TASK/NAME 'betas=[0.9,0.98],[0.8,0.9]'",
+        ),
+        _sweep,
+        "  --page FILE    page that compares the runs (default: sweep-KEYS.html beside them)\n"
+        "  --key value    argument of every run\n\n"
+        "The same command continues a sweep. If a run fails, the others are still trained, and\n"
+        "the exit code is 1.",
     ),
     "ls": Command(
-        "list the runs in folders: state, optimizer steps, last metrics, and time since a change",
+        "list the runs in folders: state, optimizer steps, last metrics, time since a change",
         "[FOLDER…] [--sort METRIC]",
         ("", "results", "results --sort wer"),
         _ls,
+        "  FOLDER           folder to search (default: results, or the current folder)\n"
+        "  --sort METRIC    smallest value first",
     ),
     "compare": Command(
         "compare runs: last metrics, hyperparameters that differ, mean and spread over seeds",
@@ -297,12 +319,17 @@ COMMANDS = {
         "RUN… [-o FILE]",
         ("results/TASK/NAME/1234", "results/TASK/NAME/* -o compare.html"),
         _report,
+        "  -o, --output FILE    page that compares the runs (default: compare.html)",
     ),
-    "replay": Command(
-        "run the batch of a skipped step again",
-        "RUN STEP [--script train.py] [--key value]…",
-        ("results/TASK/NAME/1234 317", "runs/x 317 --script train.py --precision fp32"),
-        replay,
+    "average": Command(
+        "average the weights of a run's checkpoints into a new run folder",
+        "RUN [-n NUMBER] [--min METRIC | --max METRIC] [-o FOLDER]",
+        ("results/TASK/NAME/1234", "results/TASK/NAME/1234 -n 5 --min wer -o averaged"),
+        _average,
+        "  -n, --number NUMBER    number of checkpoints (default: all)\n"
+        "  --min, --max METRIC    take the best by a metric, not the newest\n"
+        "  -o, --output FOLDER    new run folder (default: RUN-average)\n\n"
+        "The new folder is for trainer.load and infer.py; training cannot resume from it.",
     ),
     "export": Command(
         "write the model of a run's best checkpoint to a folder to share",
@@ -313,37 +340,29 @@ COMMANDS = {
             "results/TASK/NAME/1234 exported --min_key wer --seeds results/TASK/NAME/*",
         ),
         _export,
-        "The folder has weights, what they need to be loaded, and a README.md as model card. OUT\n"
-        "is RUN/export/FORMAT by default. FORMAT is safetensors, or onnx or torch: networks for\n"
-        "other programs. --init_from SOURCE and --source SOURCE name frozen weights that the\n"
-        "checkpoints have left out; --seeds are runs of other seeds, whose spread the card shows.",
+        "  OUT                              new folder (default: RUN/export/FORMAT)\n"
+        "  --to {safetensors,onnx,torch}    onnx and torch write networks for other programs\n"
+        "  --min_key, --max_key METRIC      metric to choose the checkpoint by\n"
+        "  --seeds RUN…                     runs of other seeds, whose spread the card shows\n"
+        "  --init_from, --source SOURCE     frozen weights that the checkpoints left out\n\n"
+        "The folder holds the weights, all that is needed to load them, and a model card.",
     ),
-    "average": Command(
-        "average the weights of a run's checkpoints into a new run folder",
-        "RUN [-n NUMBER] [--min METRIC | --max METRIC] [-o FOLDER]",
-        ("results/TASK/NAME/1234", "results/TASK/NAME/1234 -n 5 --min wer -o averaged"),
-        _average,
-        "Averages all checkpoints, or the newest NUMBER, or the best NUMBER by a metric.\n"
-        "The new folder is for trainer.load and infer.py; it does not resume a training.",
+    "replay": Command(
+        "rerun the batch of a skipped step",
+        "RUN STEP [--script train.py] [--key value]…",
+        ("results/TASK/NAME/1234 317", "runs/x 317 --script train.py --precision fp32"),
+        replay,
+        "  --script FILE    program of a run that no installed recipe started\n"
+        "  --key value      option of the run to change",
     ),
     "clean": Command(
-        "delete checkpoints that are neither the best nor the newest, and what killed saves left",
+        "delete checkpoints that are neither the best nor the newest, and remains of killed saves",
         "RUN… [--yes]",
         ("results", "results/TASK/NAME/1234 --yes"),
         _clean,
-        "Lists them with their sizes and asks first; --yes does not ask. Runs that are still\n"
-        "going on and files that no save has written are left alone.",
-    ),
-    "sweep": Command(
-        "train all combinations of values, each in its default folder, and compare them",
-        "TASK/NAME|FILE KEY=VALUE[,VALUE]… [--page FILE] [--key value]…",
-        (
-            "TASK/NAME 'opt_class.lr=1e-3,3e-4' 'width=128,256'",
-            "TASK/NAME seed=1,2,3 --precision bf16",
-            "TASK/NAME 'betas=[0.9,0.98],[0.8,0.9]'",
-        ),
-        _sweep,
-        "Started again, it trains what is not finished. After a run that fails the others are\n"
-        "still trained, and the exit code is 1.",
+        "  RUN          run folder, or folder with runs\n"
+        "  -y, --yes    delete without asking\n\n"
+        "Lists the folders with their sizes and asks first. Runs that are going on, and files\n"
+        "that no save has written, are left alone.",
     ),
 }

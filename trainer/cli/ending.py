@@ -1,4 +1,4 @@
-"""Last lines of a run: its best checkpoint, its report, and the commands that come next."""
+"""Last lines of a run: its best checkpoint, its report and the next commands."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from trainer import distributed
 from trainer.checkpoint.checkpointer import Checkpointer, ranked
 from trainer.cli.arguments import ALLOW, split_allowed
-from trainer.cli.folder import HYPERPARAMS
 from trainer.config.registry import recipe_of
+from trainer.run_files import HYPERPARAMS
 
 
 def end_lines(
     folder: Path, checkpointer: Any, source: Path | None, argv: Sequence[str] | None
 ) -> list[str]:
-    """Return the lines after a run: best checkpoint, report, and commands to go on, test and use.
+    """Return the last lines of a run: best checkpoint, report, commands to resume, test and use.
 
     ``source`` is the file of the program's `train`; ``argv`` is None for a run by `launch`.
     """
@@ -41,14 +41,14 @@ def end_lines(
 
 
 def go_on(folder: Path, argv: Sequence[str] | None) -> list[str]:
-    """Return the line with the command that goes on with a run; none for a notebook."""
+    """Return the line with the command that resumes a run; none in a notebook."""
     program = Path(sys.argv[0])
     if "ipykernel" in sys.modules or program.suffix != ".py" or not program.is_file():
         return []
     start = [_python()]
     if distributed.launched():
         here, every = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-        if here is None or here != every:  # Other machines have their own commands.
+        if here is None or here != every:  # Other machines need commands of their own.
             return []
         start = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
     given = sys.argv[1:]
@@ -69,14 +69,14 @@ def _checkpoint(checkpointer: Checkpointer) -> list[str]:
 def _python() -> str:
     """Return the shortest name by which a shell finds this Python."""
     found, this = shutil.which("python"), Path(os.path.abspath(sys.executable))
-    # Commands are started by bin/python3, which is bin/python of the same environment. Links are
-    # not followed: those of all environments end at the same Python.
+    # Console scripts run bin/python3, which equals bin/python of their environment. Links are not
+    # followed: those of all environments lead to the same Python.
     same = found is not None and Path(os.path.abspath(found)).parent == this.parent
     return "python" if same and os.path.samefile(str(found), this) else sys.executable
 
 
 def from_here(path: Path) -> str:
-    """Return a path relative to the current folder where it is in it, else as it is."""
+    """Return a path relative to the current folder if it lies in it, else unchanged."""
     try:
         return str(Path(os.path.abspath(path)).relative_to(Path.cwd()))
     except (ValueError, OSError):

@@ -17,10 +17,7 @@ from trainer import distributed
 
 
 def environment(code: Path | None = None) -> dict[str, Any]:
-    """Return versions, machines, and the git revision of a file of the recipe, as JSON has them.
-
-    Every rank must call it.
-    """
+    """Return versions, machines and a recipe's git revision. Every rank must call it."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return {
         "python": platform.python_version(),
@@ -41,7 +38,7 @@ def environment(code: Path | None = None) -> dict[str, Any]:
 def git(folder: Path) -> dict[str, Any] | None:
     """Return the git revision of a folder, such as ``{"revision": "1a2b…", "dirty": False}``.
 
-    ``dirty`` is True where tracked files have changes. Without git or a repository it is None.
+    ``dirty`` is True if tracked files have changes. Returns None without git or a repository.
     """
 
     def output(*words: str) -> str:

@@ -2,15 +2,15 @@
 
     results/kws/demo/1234/
         hyperparams.yaml    the YAML with base and overrides merged in; it runs alone
-        command.txt         each command that ran here, with its time, and what it changed
+        command.txt         each command that ran here, with its time and its changes
         environment.json    versions, git revision and machine of the last start
-        state.json          how the last training ended, or that it has begun
+        state.json          end of the last training, or "running"
         train.log           messages; metrics.jsonl: the same for programs
         checkpoints/        states from which the run resumes
         nonfinite/          skipped steps: reports and batches
 
-Nothing is ever deleted unless `overwrite` asks for it, and then only what `RUN_FILES` lists, and
-checkpoints in folders of other names, such as save/.
+Only `overwrite` deletes anything: the files in `RUN_FILES`, and checkpoints in folders of other
+names, such as save/.
 """
 
 from __future__ import annotations
@@ -35,58 +35,41 @@ from typing import Any
 from trainer.checkpoint import storage
 from trainer.config.changes import Change, Settings
 from trainer.config.reading import read
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.loggers.files import readable_errors, replace_file, temporary
+from trainer.run_files import HEADER, HEADERS, HYPERPARAMS, is_run, manifests
 from trainer.signals import Interrupted
+from trainer.texts import cause
 
 logger = logging.getLogger("trainer")
 
-HYPERPARAMS = "hyperparams.yaml"
-AS_STARTED = ".hyperparams.yaml"  # Copy of it, by which edits by hand are recognised.
+AS_STARTED = ".hyperparams.yaml"  # Copy that reveals edits by hand.
 RECORDS = (AS_STARTED, HYPERPARAMS)
 LOCK = ".lock"
 STATE = "state.json"
 RUN_FILES = (
-    HYPERPARAMS,
-    AS_STARTED,
-    "command.txt",
-    "environment.json",
-    STATE,
-    "train.log",
-    "metrics.jsonl",
-    "report.html",
-    "find_clip.html",
-    "find_clip.json",
-    "find_lr.html",
-    "find_lr.json",
-    "nonfinite",
-    "checkpoints",
-    "prepared",
-    "tensorboard",
-    "csv",
-    "wandb",
-    "mlflow.db",
-    "mlartifacts",
-    "loggers",
-    "profile",
-    "samples",
-)
-HEADER = "# The resolved hyperparameters of a run; this file runs alone."
-MARK = "a run folder"  # Last line of the lock file in a folder that was accepted.
+    HYPERPARAMS, AS_STARTED, "command.txt", "environment.json", STATE, "train.log", "metrics.jsonl",
+    "report.html", "find_clip.html", "find_clip.json", "find_lr.html", "find_lr.json", "nonfinite",
+    "checkpoints", "prepared", "tensorboard", "csv", "wandb", "mlflow.db", "mlartifacts", "loggers",
+    "profile", "samples",
+)  # fmt: skip
+MARK = "a run folder"  # Last line of the lock file of an accepted folder.
 NOTHING: tuple[int, list[tuple[str, int]]] = (0, [])  # `trained` before a training
 MAX_LOCK = 1000  # bytes of the lock file
-MAX_ERROR = 500  # characters of an error in state.json
-HEADERS = (HEADER, LAUNCH_HEADER)
 
 
-def is_run(folder: Path) -> bool:
-    """Return True for a folder with the hyperparams.yaml of a run."""
-    path = folder / HYPERPARAMS
+# Process, device and inode of the locks that this process holds. Such a lock ends as soon as the
+# process closes any handle of its file: a file that is locked here must not be opened again.
+_held: set[tuple[int, int, int]] = set()
+
+
+def _identity(info: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), info.st_dev, info.st_ino
+
+
+def holds_lock(folder: Path) -> bool:
+    """Return True if this process holds the lock of a run folder."""
     try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.readline(200).decode(errors="replace").strip() in HEADERS
+        return _identity(os.stat(folder / LOCK)) in _held
     except OSError:
         return False
 
@@ -101,15 +84,17 @@ class RunFolder:
         self._trained = NOTHING
 
     def open(self, overwrite: bool = False, patience: float = 0.0) -> None:
-        """Make the folder if there is none, lock it, and delete what killed processes left.
+        """Make the folder if there is none, lock it, and delete remains of killed processes.
 
-        What an earlier run left is deleted with ``overwrite``. A process that is about to release
-        the folder is waited for, ``patience`` seconds.
+        With ``overwrite`` an earlier run is deleted. Waits ``patience`` seconds for a process that
+        is about to release the folder.
 
         Raises:
             ValueError: another command is using the folder, or it is not a run folder.
             OSError: the folder cannot be written.
         """
+        if holds_lock(self.path):
+            raise self._in_use("this process")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -140,7 +125,7 @@ class RunFolder:
             for name in RUN_FILES:
                 _remove(self.path / name)
             # The new run would resume from checkpoints in other folders.
-            for manifest in list(self.path.rglob(storage.MANIFEST)):
+            for manifest in manifests(self.path):
                 with contextlib.suppress(storage.BrokenCheckpoint):
                     storage.read_manifest(manifest.parent)
                     storage.delete(manifest.parent)
@@ -149,22 +134,26 @@ class RunFolder:
         end = time.monotonic() + patience
         while True:
             try:
-                # Not flock: forked workers would hold that one on after this process is killed.
+                # Not flock, which forked workers would hold after this process is killed.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _held.add(_identity(os.fstat(lock)))
                 return
-            except (BlockingIOError, PermissionError):  # Systems differ in which it is.
+            except (BlockingIOError, PermissionError):  # Depends on the system.
                 if time.monotonic() >= end:
                     break
             time.sleep(0.1)
         said = os.pread(lock, MAX_LOCK, 0).decode(errors="replace").splitlines()
         self.close()
-        raise ValueError(
-            f"the run folder {self.path} is in use by {said[0] if said else 'another run'}; wait "
-            "until it is over, or choose another output_folder"
+        raise self._in_use(said[0] if said else "another run")
+
+    def _in_use(self, user: str) -> ValueError:
+        return ValueError(
+            f"the run folder {self.path} is in use by {user}; wait until it is over, or choose "
+            "another output_folder"
         )
 
     def _was_run(self, lock: int) -> bool:
-        """Return True if a run was started here: its YAML says so, or the lock of an earlier one.
+        """Return True if a run was started here, according to its YAML or an earlier lock file.
 
         The YAML may be missing, empty or cut, as after a power cut.
         """
@@ -173,7 +162,7 @@ class RunFolder:
         return is_run(self.path)
 
     def _is_blank(self, name: str) -> bool:
-        """Return True if a file or folder has nothing in it but what a killed start leaves."""
+        """Return True if a file or folder is empty, or holds only remains of a killed start."""
         path = self.path / name
         if path.is_symlink():
             return False
@@ -182,18 +171,19 @@ class RunFolder:
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            start = file.read(200).strip(b"\0")  # Zeros are what a power cut may leave.
+            start = file.read(200).strip(b"\0")  # A power cut may leave zeros.
         cut = name in RECORDS and any(h.encode().startswith(start) for h in HEADERS)
         return not start or cut
 
     def close(self) -> None:
         """Release the lock; closing twice is harmless."""
         if self._lock is not None:
+            _held.discard(_identity(os.fstat(self._lock)))
             os.close(self._lock)
             self._lock = None
 
     def changes(self, now: Settings) -> list[Change]:
-        """Return what differs from the hyperparameters of the last start that has trained."""
+        """Return the changes since the hyperparameters of the last start that trained."""
         path = next((each for each in self._records() if not self._is_blank(each.name)), None)
         if path is None or self.trained() == NOTHING:
             return []
@@ -208,7 +198,7 @@ class RunFolder:
         ]
 
     def was_edited(self) -> bool:
-        """Return True if hyperparams.yaml is not as the last start has written it."""
+        """Return True if hyperparams.yaml differs from the file that the last start wrote."""
         texts = [each.read_bytes() for each in self._records()]
         return len(texts) == len(RECORDS) and len({*texts}) > 1
 
@@ -221,23 +211,18 @@ class RunFolder:
         It changes with every checkpoint and every line of metrics.jsonl.
         """
         metrics = self.path / "metrics.jsonl"
-        manifests = [(str(each), each.lstat().st_mtime_ns) for each in self._manifests()]
-        return metrics.stat().st_size if metrics.exists() else 0, sorted(manifests)
+        found = [(str(each), each.lstat().st_mtime_ns) for each in manifests(self.path, links=True)]
+        return metrics.stat().st_size if metrics.exists() else 0, sorted(found)
 
     def progress(self) -> tuple[int, float]:
         """Return optimizer step and epoch of the latest checkpoint; 0 without one."""
         places: list[tuple[int, float]] = [(0, 0)]
-        for manifest in self._manifests():
+        for manifest in manifests(self.path, links=True):
             with contextlib.suppress(storage.BrokenCheckpoint):
                 saved = storage.read_manifest(manifest.parent)
                 epoch = saved.meta.get("epoch")
                 places.append((saved.step or 0, epoch if isinstance(epoch, (int, float)) else 0))
         return max(places)
-
-    def _manifests(self) -> list[Path]:
-        """Return the manifests of the checkpoints; a program may keep these in any folder."""
-        above = ("*/", "*/*/", "*/*/*/")
-        return [each for place in above for each in self.path.glob(place + storage.MANIFEST)]
 
     def record(
         self,
@@ -247,9 +232,9 @@ class RunFolder:
         header: str = HEADER,
         changes: Sequence[Change] = (),
     ) -> None:
-        """Record the start of a run: text and first line of its YAML, command, and environment.
+        """Record the start of a run: text and first line of its YAML, command and environment.
 
-        What has changed since the last start goes to command.txt, with the step.
+        Changes since the last start go to command.txt, with the step.
         """
         step, _ = self.progress() if changes else (0, 0)
         self._trained = self.trained()
@@ -264,10 +249,10 @@ class RunFolder:
 
     @contextmanager
     def end_recorded(self, trains: bool) -> Iterator[None]:
-        """Context manager around a run, which keeps its records true.
+        """Context manager that records the end of a run.
 
-        state.json has how a training ends; a process that is killed leaves "running" there, and no
-        lock. A start that fails before it has trained leaves the hyperparameters of the start
+        The end of a training is written to state.json; a killed process leaves "running" there, and
+        no lock. A start that fails before it trains restores the hyperparameters of the start
         before.
 
         Args:
@@ -280,7 +265,7 @@ class RunFolder:
                 try:
                     text = json.dumps({"state": state, "time": now, **facts})
                     self._write(STATE, f"{text}\n".encode())
-                except OSError as error:  # The run itself does not need the record.
+                except OSError as error:  # The run does not need the record.
                     logger.warning("%s", error)
 
         record("running")
@@ -292,8 +277,7 @@ class RunFolder:
             elif isinstance(error, SystemExit) and not error.code:
                 record("finished")
             else:
-                text = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_ERROR]
-                record("crashed", error=text)
+                record("crashed", error=cause(error))
             if self._before and self.trained() == self._trained:
                 first, *_ = self._before.values()
                 for name in RECORDS:
@@ -321,7 +305,7 @@ class RunFolder:
 
 
 def _ends_before(change: Change, step: int, epoch: float) -> bool:
-    """Return True for a new limit of steps or epochs below what a run has trained already."""
+    """Return True for a new limit that the run has passed already."""
     key, old, new = change.key, change.old, change.new
     if change.kind != "extending" or not isinstance(new, (int, float)):
         return False

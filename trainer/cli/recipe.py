@@ -22,7 +22,7 @@ from trainer.cli import session
 from trainer.cli.arguments import HELP, help_text
 from trainer.cli.ending import from_here
 from trainer.config.hyperparameters import describe
-from trainer.config.registry import recipe_packages
+from trainer.config.registry import EXTRAS, recipe_packages
 
 TRAIN = "train.py"
 MAX_HEAD = 12  # lines of a YAML
@@ -36,11 +36,11 @@ class Recipe(NamedTuple):
     program: Path
 
     def command(self) -> list[str]:
-        """Return program and YAML, from the current folder where they are in it."""
+        """Return program and YAML, relative to the current folder if they lie in it."""
         return [from_here(self.program), from_here(self.file)]
 
     def own_modules(self) -> list[str]:
-        """Return the modules beside the program, which the YAML may name."""
+        """Return the modules beside the program; the YAML may name them."""
         names = [each.name for each in pkgutil.iter_modules([str(self.program.parent)])]
         return [name for name in names if name not in sys.stdlib_module_names]
 
@@ -56,7 +56,7 @@ def recipes() -> dict[str, Recipe]:
         places = [folder / "hparams", *(above / "hparams" / task for above in folder.parents[:2])]
         files = next((sorted(each.glob("*.yaml")) for each in places if each.is_dir()), [])
         for file in files:
-            # The comment that a YAML opens with may name another program.
+            # The opening comment of a YAML may name another program.
             named = re.search(rf"(\w+\.py) \S*{re.escape(file.name)}", "".join(_head(file)))
             program = folder / named[1] if named else folder / TRAIN
             program = program if program.is_file() else folder / TRAIN
@@ -67,8 +67,8 @@ def recipes() -> dict[str, Recipe]:
 def find_recipe(name: str) -> Recipe:
     """Return a recipe by its name, or by the path of a YAML.
 
-    A YAML that is none of a recipe's is run by the train.py beside it or, in a folder called like
-    a recipe, by that recipe's.
+    A YAML that belongs to no recipe is run by the train.py beside it, or by that of the recipe
+    whose name its folder has.
     """
     known = recipes()
     if name in known:
@@ -105,9 +105,9 @@ def list_recipes() -> list[str]:
 
 
 def run_recipe(name: str, argv: Sequence[str]) -> int:
-    """Run a recipe in this process, as `python train.py FILE` with these arguments does.
+    """Run a recipe in this process, like `python train.py FILE` with these arguments.
 
-    With --help, options and keys are printed and nothing is run.
+    With --help, print options and keys and run nothing.
 
     Returns:
         The exit code.
@@ -120,7 +120,11 @@ def run_recipe(name: str, argv: Sequence[str]) -> int:
     sys.path.insert(0, str(recipe.program.parent.resolve()))
     try:
         runpy.run_path(str(recipe.program), run_name="__main__")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} cannot be run: {error} ({EXTRAS})") from error
     except Exception as error:  # Without the frames of this command.
+        if isinstance(error, ImportError) and not error.name:  # It says what to install.
+            raise ImportError(f"{name} cannot be run: {error}") from error
         session.trim(error)
         traceback.print_exception(error)
         return 1
@@ -128,7 +132,7 @@ def run_recipe(name: str, argv: Sequence[str]) -> int:
 
 
 def _head(file: Path) -> list[str]:
-    """Return the comment that a YAML opens with, line by line."""
+    """Return the opening comment of a YAML, line by line."""
     with file.open(encoding="utf-8", errors="replace") as text:
         lines = itertools.islice(text, MAX_HEAD)
         return list(itertools.takewhile(lambda line: line.startswith("#"), lines))

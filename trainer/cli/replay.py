@@ -1,8 +1,8 @@
-"""`cortex replay RUN STEP`: run the batch of a skipped step again.
+"""`cortex replay RUN STEP`: rerun the batch of a skipped step.
 
-The Brain of an installed recipe is built from the run folder, as `trainer.load` does it, and reruns
-the batch; no data is needed. The folder may come from elsewhere, and never chooses a program: a run
-of another script is replayed by that script only if `--script` names it.
+The Brain of an installed recipe is built from the run folder, as by `trainer.load`, and reruns the
+batch; no data is needed. A run of another script is replayed by that script if `--script` names it:
+a run folder, which may come from elsewhere, never chooses a program.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from typing import Any
 from trainer.brain import Brain, FitArguments
 from trainer.cli import session
 from trainer.cli.arguments import parse
-from trainer.cli.folder import HYPERPARAMS
 from trainer.config.hyperparameters import option_node
 from trainer.config.reading import plain
 from trainer.config.registry import recipe_of
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.diagnostics import replay as replaying
 from trainer.inference.loading import OF_THE_MODEL, OF_THE_TRAINING, open_run, recipe_class
-from trainer.loggers import TextLog
 from trainer.options import RunOptions
+from trainer.report.history import commands_of
+from trainer.run_files import HYPERPARAMS, LAUNCH_HEADER
 from trainer.seed import seed_everything
 from trainer.untrusted import confined, printable, read_text
 
@@ -49,7 +48,7 @@ def replay(argv: Sequence[str]) -> int:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """Return the command by which the script that `--script` names replays a step."""
+    """Return the command that replays a step by the script that `--script` names."""
     run, case, script, more = _parse(argv)
     if script is None or not Path(script).is_file():
         raise ValueError(f"there is no {script}: name the run's train.py with --script")
@@ -85,7 +84,7 @@ def _parse(argv: Sequence[str]) -> tuple[Path, Path, str | None, list[str]]:
 def _replay_recipe(run: Path, case: Path, more: Sequence[str]) -> None:
     """Replay a step of an installed recipe, in this process and without its data."""
     package, kept = _recipe(run), replaying.load(case)
-    with session.messages(TextLog(None), [package]):
+    with session.recorded(None, [package]):
         brain = _build(run, case, more, package)
         try:
             replaying.replay(brain, FitArguments([kept["epoch"]], [None]), case, kept)
@@ -93,7 +92,7 @@ def _replay_recipe(run: Path, case: Path, more: Sequence[str]) -> None:
             pass
         except ValueError:
             raise
-        except Exception as error:  # What the recipe's train() sets up may be missing.
+        except Exception as error:  # Something that the recipe's train() sets up may be missing.
             raise ValueError(
                 f"the step cannot be replayed without the data of the run ({type(error).__name__}: "
                 f"{error}): name the recipe's train.py with --script"
@@ -101,7 +100,7 @@ def _replay_recipe(run: Path, case: Path, more: Sequence[str]) -> None:
 
 
 def _build(run: Path, case: Path, more: Sequence[str], package: str) -> Brain:
-    """Build the Brain of a recipe as for a training."""
+    """Build the Brain of a recipe, as for training."""
     used, device = (*OF_THE_MODEL, *OF_THE_TRAINING), "auto"
     with open_run(run) as opened:
         for name, value in parse(more, opened.configuration):
@@ -124,9 +123,9 @@ def _build(run: Path, case: Path, more: Sequence[str], package: str) -> Brain:
 def _recipe(folder: Path) -> str:
     """Return the package of the installed recipe whose train.py the last command names."""
     try:
-        last = read_text(folder, "command.txt").splitlines()[-1]
-        started = shlex.split(last)[2:]  # date, time, python, script
-        script = Path(started[1])
+        commands, _ = commands_of(read_text(folder, "command.txt").splitlines())
+        started = commands[-1][1]
+        script = Path(started[1])  # Behind Python.
     except (ValueError, OSError, IndexError):
         raise ValueError(
             f"{folder / 'command.txt'} does not say how the run was started: name the recipe's "

@@ -1,6 +1,6 @@
 """Runs: `main` at the end of a train.py, and `launch` in a script or a notebook.
 
-Both join the processes of torchrun, seed, open the run folder, redirect messages and signals, call
+Both join the processes of torchrun, seed, open the run folder, handle messages and signals, call
 `train`, and report the test metrics that it returns.
 """
 
@@ -30,32 +30,32 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from trainer import distributed, signals
+from trainer import checks, distributed, signals
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.cli import arguments, session
 from trainer.cli.ending import end_lines, go_on
 from trainer.cli.environment import environment
-from trainer.cli.folder import HEADER, HYPERPARAMS, RunFolder
+from trainer.cli.folder import RunFolder
 from trainer.config.changes import EXTENDING, RECORDING, Change, Settings, is_place
 from trainer.config.hyperparameters import Configuration, describe
 from trainer.config.reading import dump, represent
 from trainer.config.registry import NAME, Registry, recipe_packages
-from trainer.config.run_folder import LAUNCH_HEADER
 from trainer.defaults import DriverFinished
 from trainer.devices import pick_device
 from trainer.diagnostics.replica_check import DriftError
-from trainer.loggers import JsonlLogger, TextLog
+from trainer.loggers import JsonlLogger
 from trainer.optim.guard import NonFiniteError
 from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_names
+from trainer.run_files import CHECKPOINTS, HEADER, HYPERPARAMS, LAUNCH_HEADER
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
-from trainer.tree import number
+from trainer.texts import first_names, number
 
-# Errors that users may have made themselves; `session.is_user_error` decides.
+# Errors that users may have caused; `session.is_user_error` decides.
 USER_ERRORS = (
     ValueError, OSError, ImportError, NonFiniteError, DriftError, torch.OutOfMemoryError,
 )  # fmt: skip
-LOCK_SECONDS = 15.0  # Time that torchrun's restart waits for the run folder.
+LOCK_SECONDS = 15.0  # of waiting for the run folder after a restart by torchrun
 MAX_CHANGES = 8  # that an error lists
 MAX_REPR = 500  # characters of an object in hyperparams.yaml
 MAX_LIST, MAX_MAPPING = 2_000, 16_000  # characters of a value of `launch` in hyperparams.yaml
@@ -81,9 +81,9 @@ class Run:
 
     @functools.cached_property
     def checkpointer(self) -> Checkpointer:
-        """Checkpointer of the hyperparameters, else one that keeps the newest checkpoint."""
+        """Checkpointer from the hyperparameters, else one that keeps the newest checkpoint."""
         own: Checkpointer | None = self.hparams.get("checkpointer")
-        return own if own is not None else Checkpointer(self.folder / "checkpoints")
+        return own if own is not None else Checkpointer(self.folder / CHECKPOINTS)
 
 
 Train = Callable[[Run], Mapping[str, Any] | None]
@@ -95,10 +95,11 @@ def main(
     """Run a recipe by its command line: `train.py FILE [--key value]…`.
 
     Args:
-        train: trains, and returns the test metrics by name or None. It is called on every rank.
-        argv: arguments of the command line; None: those of the process.
-        allow: packages and single objects that the YAML may name, in addition to those allowed
-            anyway, the modules beside the file of `train`, and what `--allow` names.
+        train: function that trains, and returns the test metrics by name or None. Every rank calls
+            it.
+        argv: arguments of the command line; None for those of the process.
+        allow: packages and single objects that the YAML may name, in addition to those listed, the
+            modules beside the file of `train`, and the names given by `--allow`.
 
     Returns:
         The test metrics that `train` returned; empty after `--help`, a search or a replay.
@@ -120,7 +121,7 @@ def main(
         allowed = [allow] if isinstance(allow, str) else [*allow]
         hyperparameters, options = arguments.configure(given, [*allowed, *_own_modules(train)])
         return _run(train, hyperparameters, options, given)
-    except BrokenPipeError:  # The reader of the help, such as head, has seen enough.
+    except BrokenPipeError:  # The reader of the help, such as head, has closed the pipe.
         if not asks_help:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -159,19 +160,19 @@ def launch(
     hparams: Mapping[str, Any] | None = None,
     output_folder: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Run a `train` function from a script or a notebook, with everything that `main` does.
+    """Run a `train` function from a script or a notebook, with all guarantees of `main`.
 
     The run folder is locked and keeps hyperparams.yaml, command.txt, environment.json, train.log
-    and metrics.jsonl; a run is resumed by the same call. In a process that torchrun started it
-    joins the others; it starts none itself. Signal handlers are restored afterwards.
+    and metrics.jsonl; the same call resumes a run. A process that torchrun started joins the
+    others; none are started here. Signal handlers are restored afterwards.
 
     Args:
-        train: trains, and returns the test metrics by name or None. It is called on every rank,
-            after seeding: networks that it builds have the same weights in each run.
-        hparams: hyperparameters by key: values, and objects that exist already, which are recorded
-            by their repr. Keys that are run options (`seed`, `precision`, `debug`, …) set these;
-            the command line is not read.
-        output_folder: the run folder; None: that of `hparams`.
+        train: function that trains, and returns the test metrics by name or None. Every rank calls
+            it, after seeding, so that its networks have the same weights in each run.
+        hparams: hyperparameters by key: values, and objects, which are recorded by their repr. Keys
+            that are run options (`seed`, `precision`, `debug`, …) set them; the command line is not
+            read.
+        output_folder: the run folder; None for that of `hparams`.
 
     Returns:
         The test metrics that `train` returned; empty after a search or a replay.
@@ -214,7 +215,7 @@ def launch(
     except KeyboardInterrupt:
         raise KeyboardInterrupted from None
     except Interrupted as stopped:
-        if not stopped.saves:  # Others may wait for this rank: their collectives fail now.
+        if not stopped.saves:  # Collectives of ranks that wait for this one fail now.
             distributed.stop()
         if stopped.signal == "SIGINT":
             raise KeyboardInterrupted from None
@@ -236,9 +237,9 @@ def _warn_of_arguments(values: Mapping[str, Any]) -> None:
 
 
 class _PlainHyperparameters:
-    """Hyperparameters of `launch`: values and objects that exist already, in place of a YAML.
+    """Hyperparameters of `launch`: values and objects instead of a YAML.
 
-    It has the methods of `Configuration` that a run needs.
+    Has the methods of `Configuration` that a run needs.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -269,7 +270,7 @@ Hyperparameters = Configuration | _PlainHyperparameters
 
 
 def _recordable(value: Any) -> Any:
-    """Replace objects in nested values by their repr, and what is too long by its beginning."""
+    """Replace objects in nested values by their repr, and shorten long values."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, (numbers.Integral, numbers.Real)):  # of NumPy
@@ -290,7 +291,7 @@ def _recordable(value: Any) -> Any:
 
 
 def _beginning(text: str) -> str:
-    """Return a text, or the beginning of a long one and the hash of the whole."""
+    """Return a text; of a long one its beginning, and a hash of the whole."""
     if len(text) <= MAX_REPR:
         return text
     return f"{text[:MAX_REPR]}…, {_hash(text.encode())}"
@@ -301,7 +302,7 @@ def _hash(data: bytes) -> str:
 
 
 def _description(value: Any) -> str:
-    """Return the repr of an object, with a hash of its data and arguments that it does not show."""
+    """Return the repr of an object, with the arguments that it lacks and a hash of its data."""
     # Addresses differ from one start to the next.
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(repr(value).split()))
     if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
@@ -317,7 +318,7 @@ def _description(value: Any) -> str:
 def _arguments(value: Any) -> str:
     """Return constructor arguments that an object has as attributes, such as ", width=8".
 
-    The text is empty for a class with a repr of its own, which is taken to show them.
+    The text is empty for a class with a repr of its own, which should show them.
     """
     kind, text = type(value), ""
     name = f"{kind.__module__}.{kind.__qualname__}"
@@ -346,11 +347,9 @@ def _run(
         seed_everything(options.seed, distributed.rank())
         source = _source(train)
         folder, notes = stack.enter_context(_run_folder(hyperparameters, options, source, argv))
-        log = TextLog(folder if distributed.is_main() and not options.replay else None)
-        stack.callback(log.close)
+        writes = folder if distributed.is_main() and not options.replay else None
         names = [str(getattr(train, "__module__", "__main__")), *recipe_packages()]
-        stack.enter_context(session.tolerant_output())
-        stack.enter_context(session.messages(log, names))
+        log = stack.enter_context(session.recorded(writes, names))
         kept = not (options.debug or options.replay)
         path = folder / "train.log" if kept else None
         note = f"(its traceback is in {path})" if kept else ""
@@ -392,7 +391,7 @@ def _run_folder(
     """
     if options.debug:
         with tempfile.TemporaryDirectory(prefix="debug-") as temporary:
-            # All ranks use that of rank 0, which waits for them before it is deleted.
+            # All ranks use the folder of rank 0, which waits for them before it deletes it.
             options.output_folder = str(distributed.broadcast_json(temporary))
             hyperparameters.override({"output_folder": options.output_folder})
             yield Path(options.output_folder), []
@@ -429,7 +428,7 @@ def _record_start(
 ) -> list[str]:
     """Open the run folder and record a start in it; return notes for the log."""
     command = [sys.executable, *(sys.argv if argv is None else [sys.argv[0], *argv])]
-    # A restarted run resumes, and its former process may still be ending.
+    # A restarted run resumes; its former process may still be ending.
     restarted = distributed.restarts() > 0
     overwrite = options.overwrite and not options.searching and not restarted
     folder.open(overwrite, patience=LOCK_SECONDS if restarted else 0.0)
@@ -462,13 +461,13 @@ def _record_start(
 def _check_changes(
     changes: Sequence[Change], options: RunOptions, folder: Path, prefix: str
 ) -> None:
-    """Raise ValueError for changes of what a run has been trained with, unless they are wanted."""
+    """Raise ValueError if settings that the run was trained with have changed unasked."""
     refused = [str(change) for change in changes if change.kind == "training"]
     if refused and not options.change_hparams:
-        more = f"; and {len(refused) - MAX_CHANGES} more" if len(refused) > MAX_CHANGES else ""
+        told = first_names(refused, MAX_CHANGES, "; ")
         raise ValueError(
             f"the run in {folder} has been trained with other hyperparameters "
-            f"({'; '.join(refused[:MAX_CHANGES])}{more}): give another {prefix}output_folder, "
+            f"({told}): give another {prefix}output_folder, "
             f"{prefix}overwrite to start anew, or {prefix}change_hparams to go on with the new "
             "values (a key that only extends a run is listed under resumable_keys)"
         )
@@ -484,7 +483,7 @@ def _source(train: Train) -> Path | None:
 
 
 def _own_modules(train: Train) -> list[str]:
-    """Return the package of `train` and the modules in its folder: they are the user's own."""
+    """Return the package of `train` and the modules in its folder, which are the user's own."""
     own = str(getattr(train, "__globals__", {}).get("__package__") or train.__module__)
     if not hasattr(sys.modules.get(own), "YAML_NAMES"):  # a package that lists no names is open
         own = own.partition(".")[0]
@@ -492,7 +491,7 @@ def _own_modules(train: Train) -> list[str]:
     source = _source(train)
     if source is not None and source.parent == Path(sys.path[0] or ".").resolve():
         names |= {each.name for each in pkgutil.iter_modules([str(source.parent)])}
-    # A file beside train.py may have the name of one of Python's modules.
+    # A file beside train.py may have the name of a standard module.
     others = sys.stdlib_module_names | {"trainer", "torch"}
     return sorted(name for name in names if NAME.fullmatch(name) and name not in others)
 
@@ -505,16 +504,16 @@ def _test_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     values = {}
     for name, value in (metrics or {}).items():
-        values[name] = value = value.item() if isinstance(value, Tensor) else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if (found := checks.as_number(value)) is None:
             raise ValueError(f"the test metric {name!r} must be a number, not {value!r}")
+        values[name] = found
     return values
 
 
 def _report(metrics: dict[str, Any], folder: Path) -> None:
     """Print the test metrics, and write them as the last line of metrics.jsonl.
 
-    They have two decimals on the screen, or four digits for a number below a tenth.
+    The screen shows two decimals, or four digits of a number below a tenth.
     """
     shown = []
     for name, value in metrics.items():

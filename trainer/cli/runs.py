@@ -1,15 +1,13 @@
 """Facts of runs, read from their folders: state, metrics, steps, age; and tables of them.
 
-Only JSON and the manifests of checkpoints are read, and nothing is built or changed: a run may be
-going on, have crashed, or come from elsewhere.
+Only JSON and manifests of checkpoints are read, and nothing is built or changed: a run may be going
+on, have crashed, or come from elsewhere.
 """
 
 from __future__ import annotations
 
 import errno
-import math
 import os
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,14 +17,15 @@ from typing import Any
 
 from trainer import json_files
 from trainer.cli import session
-from trainer.cli.folder import HYPERPARAMS, LOCK, STATE, RunFolder, is_run
+from trainer.cli.folder import LOCK, STATE, RunFolder, holds_lock
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get
 from trainer.config.run_folder import check_tags
 from trainer.loggers.files import numbers
 from trainer.metrics import RESERVED
-from trainer.tree import number
+from trainer.run_files import HYPERPARAMS, is_run
+from trainer.texts import number, spread
 from trainer.untrusted import confined, printable
 
 MAX_TAIL = 1 << 18  # bytes at the end of metrics.jsonl that are read
@@ -43,7 +42,7 @@ class RunFacts:
     folder: Path
     # "running", "finished", "stopped", "crashed", or "unknown" for a run of an earlier version.
     state: str
-    error: str  # The error that it crashed with; empty otherwise.
+    error: str  # Error of a crashed run; empty otherwise.
     step: int | None  # Optimizer steps; None where unknown.
     stage: str  # Stage of the metrics, "test" or "valid".
     metrics: dict[str, float]  # Last metrics of the test, else of the validation.
@@ -66,7 +65,7 @@ def find_runs(roots: Iterable[Path]) -> Iterator[Path]:
 
 
 def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Split paths, in which `~` is the home folder, into run folders and sentences about others."""
+    """Return the run folders among paths, and sentences about others; `~` is the home folder."""
     folders: list[Path] = []
     problems: list[str] = []
     for path in (Path(os.path.expanduser(each)) for each in given):
@@ -79,7 +78,7 @@ def run_folders(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def beside(run: Path, ending: str) -> Path:
-    """Return the path beside a run folder, even ".", that has an ending, as in "1234-average"."""
+    """Return the path of a run folder with an ending, as in "1234-average"; works for ".", too."""
     named = run.resolve() if run.name in ("", "..") else run
     return named.with_name(f"{run.resolve().name}-{ending}")
 
@@ -120,7 +119,9 @@ def read_run(folder: Path) -> RunFacts:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return True if another process holds the lock of a run folder; the lock is not taken."""
+    """Return True if any process holds the lock of a run folder; do not take it."""
+    if holds_lock(folder):
+        return True
     try:
         file = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -137,7 +138,7 @@ def is_locked(folder: Path) -> bool:
 def _last_records(folder: Path) -> tuple[dict[str, dict[str, float]], int | None]:
     """Return the metrics of the last record of each stage, and the last step.
 
-    Lines that are cut, as those of a run that was killed, are left out.
+    Incomplete lines, such as the last one of a killed run, are left out.
     """
     path = folder / "metrics.jsonl"
     if not os.path.lexists(path):
@@ -149,17 +150,14 @@ def _last_records(folder: Path) -> tuple[dict[str, dict[str, float]], int | None
     stages: dict[str, dict[str, float]] = {}
     step = None
     for line in reversed(lines):
-        with suppress(json_files.BadJson):
-            record = json_files.parse(line)
-            if not isinstance(record, dict):
-                continue
-            place = record.get("step")
-            if step is None and isinstance(place, int) and abs(place) < 1e15:
-                step = place
-            stage = record.get("stage")
-            if record.get("kind") == "stage" and isinstance(stage, str) and stage not in stages:
-                found = {k: v for k, v in record.items() if k not in RESERVED or k == "loss"}
-                stages[stage] = {k: v for k, v in numbers(found) if v is not None}
+        record = json_files.mapping(line)
+        place = record.get("step")
+        if step is None and isinstance(place, int) and abs(place) < 1e15:
+            step = place
+        stage = record.get("stage")
+        if record.get("kind") == "stage" and isinstance(stage, str) and stage not in stages:
+            found = {k: v for k, v in record.items() if k not in RESERVED or k == "loss"}
+            stages[stage] = {k: v for k, v in numbers(found) if v is not None}
     return stages, step
 
 
@@ -185,7 +183,7 @@ def _first_cells(run: RunFacts) -> tuple[str, str, str]:
 def _with_sentences(
     lines: list[str], runs: Sequence[RunFacts], unread: Mapping[Path, str]
 ) -> list[str]:
-    """Return the lines of a table, and below it what went wrong in runs and in reading them."""
+    """Return the lines of a table, followed by errors of runs and of reading them."""
     notes = [
         f"{printable(str(run.folder))}: {text}"
         for run in runs
@@ -198,8 +196,8 @@ def _with_sentences(
 def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
     """Return the lines of `cortex compare`: a table, and sentences about the runs.
 
-    The table has a row for each run with its last metrics and the hyperparameters that differ, and
-    for runs that differ in their seeds alone a row with mean and standard deviation.
+    The table has a row for each run, with its last metrics and the hyperparameters that differ, and
+    a row with mean and standard deviation for runs that differ only in their seeds.
     """
     values, unread = {}, {}
     for run in runs:
@@ -224,8 +222,8 @@ def compare_lines(runs: Sequence[RunFacts]) -> list[str]:
             groups.setdefault((run.stage, *alike.values()), []).append((run, cells))
     for (stage, *shared), group in groups.items():
         if len({cells.get("seed") for _, cells in group}) > 1:
-            spread = (_spread([run.metrics.get(name) for run, _ in group]) for name in names)
-            rows.append((f"mean of {len(group)}", "", "", stage, *spread, *shared))
+            means = (spread(run.metrics.get(name) for run, _ in group) for name in names)
+            rows.append((f"mean of {len(group)}", "", "", stage, *means, *shared))
     return _with_sentences(table(rows), runs, unread)
 
 
@@ -252,14 +250,6 @@ def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     text = printable(str(value)) if value is not None else ""
     return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…"
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [each for each in values if each is not None and math.isfinite(each)]
-    if not known:
-        return ""
-    spread = f" ± {number(statistics.stdev(known))}" if len(known) > 1 else ""
-    return f"{number(statistics.fmean(known))}{spread}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

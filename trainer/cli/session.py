@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,23 +24,24 @@ from trainer import distributed, processes, signals
 from trainer.config.registry import recipe_packages
 from trainer.frames import is_library
 from trainer.loggers import TextLog
+from trainer.texts import cause
 
 logger = logging.getLogger("trainer")
 
-ORPHAN_SECONDS = 7.0  # Time that a rank has to save and stop when its launcher has died.
+ORPHAN_SECONDS = 7.0  # Time for a rank to save and stop after its launcher has died.
 FRAME = re.compile(r'^  File "(.+)", line \d+.*\n(?:    .*\n)*', re.MULTILINE)
 _follows_launcher = False
 
 
 class _Handler(logging.Handler):
-    """Handler that writes to train.log, and to stderr; off the main rank only warnings go there."""
+    """Handler that writes to train.log and stderr; only rank 0 writes more than warnings there."""
 
     def __init__(self, log: TextLog) -> None:
         super().__init__(logging.INFO)
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message: each of its lines with the time, and above the progress bar."""
+        """Write a message above the progress bar, each line with the time."""
         text, warning = self.format(record), record.levelno >= logging.WARNING
         for line in text.splitlines():
             self.log.write(line)
@@ -54,7 +55,7 @@ class _Handler(logging.Handler):
 def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
     """Context manager that sends messages and Python's warnings to train.log and the terminal.
 
-    ``names`` are further loggers, beside those of the trainer and of Python's warnings.
+    ``names`` are loggers besides those of the trainer and of Python's warnings.
     """
     handler = _Handler(log)
     loggers = [logging.getLogger(name) for name in {"trainer", "py.warnings", *names}]
@@ -76,9 +77,9 @@ def messages(log: TextLog, names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def signals_at_safe_points() -> Iterator[None]:
-    """Context manager in which requests to stop let the loop save and stop at a safe point."""
+    """Context manager in which requests to stop make the loop save and stop at a safe point."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows signal handlers in the main thread only.
+        yield  # Python sets signal handlers only in the main thread.
         return
     before = signals.install()
     try:
@@ -91,7 +92,7 @@ def signals_at_safe_points() -> Iterator[None]:
 
 
 class _TolerantStream:
-    """The stream of `sys` of a name, which drops text that cannot be written, with one warning."""
+    """Stream of `sys` that drops text that cannot be written, with one warning."""
 
     def __init__(self, name: str) -> None:
         self._name, self._stream, self._warned = name, getattr(sys, name), False
@@ -108,7 +109,7 @@ class _TolerantStream:
             work()
         except OSError as error:
             if not self._warned:
-                self._warned = True  # Before the warning, which comes back here.
+                self._warned = True  # Before the warning, which is written here, too.
                 why = error.strerror or error
                 logger.warning("%s lacks text from here on: %s", self._name, why)
 
@@ -118,7 +119,7 @@ class _TolerantStream:
 
 @contextmanager
 def tolerant_output() -> Iterator[None]:
-    """Context manager in which a full disk or a closed pipe behind the output ends no run."""
+    """Context manager in which a full disk or a closed pipe behind stdout or stderr ends no run."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     own = {name: _TolerantStream(name) for name in before}
     vars(sys).update(own)
@@ -126,12 +127,22 @@ def tolerant_output() -> Iterator[None]:
         yield
     finally:
         for name, stream in own.items():
-            if getattr(sys, name) is stream:  # Nobody, such as a notebook, has redirected it.
+            if getattr(sys, name) is stream:  # Not redirected since, as by a notebook.
                 setattr(sys, name, before[name])
 
 
+@contextmanager
+def recorded(folder: Path | None, names: Iterable[str]) -> Iterator[TextLog]:
+    """Context manager that yields train.log, into which `messages` go; output may fail in it.
+
+    Nothing is written without a folder.
+    """
+    with closing(TextLog(folder)) as log, tolerant_output(), messages(log, names):
+        yield log
+
+
 def end_with_launcher() -> None:
-    """Make a rank stop, as by SIGTERM, once the torchrun that started it has ended."""
+    """Stop a rank, as by SIGTERM, once the torchrun that started it has ended."""
     global _follows_launcher
     if not _follows_launcher and distributed.launched():
         _follows_launcher = True
@@ -148,10 +159,10 @@ def _stop_orphan() -> None:
 
 @contextmanager
 def failing_as_one() -> Iterator[None]:
-    """Context manager around a run of several ranks, of which one may fail while others wait.
+    """Context manager that ends all ranks of a run when one of them fails.
 
-    The error of a rank is sent to the others. A rank whose collective fails because another rank
-    has left or failed raises that rank's request to stop, or one line about its error.
+    A rank sends its error to the others. If a collective fails because another rank has left or
+    failed, that rank's request to stop is raised, or one line about its error.
 
     Raises:
         Interrupted: another rank was asked to stop.
@@ -162,18 +173,18 @@ def failing_as_one() -> Iterator[None]:
     except (Exception, signals.Interrupted) as error:
         several = distributed.world_size() > 1
         if several:
-            signals.keep_error()  # torchrun sends SIGTERM as soon as the first rank has ended.
+            signals.keep_error()  # torchrun sends SIGTERM once the first rank has ended.
         stop = error if isinstance(error, signals.Interrupted) else None
-        # Collectives raise these, and torchrun stops the ranks that are left by a signal. An error
-        # that all ranks raise alike is one of another type.
+        # Collectives raise these types; torchrun stops the remaining ranks by a signal. Errors that
+        # all ranks raise have other types.
         failed = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
-        cause = distributed.departure() if failed or stop is not None else None
-        if cause is not None:
-            if cause["request"] is not None:
-                raise signals.Interrupted(cause["request"], saves=False) from error
-            raise OtherRankFailed(f"rank {cause['rank']} failed: {cause['error']}") from error
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        distributed.depart(request=None if stop is None else stop.number, error=said)
+        first = distributed.departure() if failed or stop is not None else None
+        if first is not None:
+            if first["request"] is not None:
+                raise signals.Interrupted(first["request"], saves=False) from error
+            raise OtherRankFailed(f"rank {first['rank']} failed: {first['error']}") from error
+        number = None if stop is None else stop.number
+        distributed.depart(request=number, error=cause(error))
         if stop is None and several:
             error.add_note(f"(on rank {distributed.rank()})")
         raise
@@ -188,7 +199,7 @@ def logged_exceptions(log: TextLog, path: Path | None, note: str = "") -> Iterat
     """Context manager that writes the traceback of an exception to train.log.
 
     The main rank writes to ``log``, and the others append to its file, at ``path``. ``note`` is
-    added to the exception, for users who see its message alone.
+    added to the exception, for users who see only its message.
     """
     try:
         yield
@@ -218,12 +229,12 @@ def _refresh_report(folder: Path) -> None:
     if (folder / "report.html").exists():
         try:
             write_html(folder)
-        except Exception as failure:  # The error of the run matters more.
+        except Exception as failure:  # The run's own error matters more.
             logger.warning("the report lacks the end of the run: %s", failure)
 
 
 def _append(path: Path, lines: list[str]) -> None:
-    """Append lines of a rank to train.log by one write, so that ranks' lines do not mix."""
+    """Append lines to train.log by one write, so that lines of ranks do not mix."""
     start = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {rank_prefix()}"
     data = "".join(f"{start}{line}\n" for line in lines).encode(errors="backslashreplace")
     try:
@@ -237,8 +248,8 @@ def _append(path: Path, lines: list[str]) -> None:
 def trim(error: BaseException) -> None:
     """Remove frames of Python, of installed packages and of the trainer from tracebacks.
 
-    The last frame stays. Causes and contexts are trimmed too, and the text in which torch reports
-    errors of loader workers.
+    The last frame stays. Causes, contexts and torch's text of errors in loader workers are trimmed,
+    too.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
@@ -274,7 +285,7 @@ def _trimmed_text(text: str) -> str:
 
 
 def say(text: str, delay: int = 0) -> None:
-    """Write the final message of this rank to stderr, and as `tell_launcher` does."""
+    """Write the final message of this rank to stderr and to torchrun."""
     print(f"{rank_prefix()}{text}", file=sys.stderr)
     tell_launcher(text, delay)
 
@@ -282,7 +293,7 @@ def say(text: str, delay: int = 0) -> None:
 def tell_launcher(text: str, delay: int = 0) -> None:
     """Write the cause of this rank's end to torchrun's error file, if torchrun has started it.
 
-    Its report has the earliest error, in whole seconds, as the root cause; ``delay`` seconds are
+    torchrun reports the earliest error, in whole seconds, as the root cause; ``delay`` seconds are
     added to the time of this one.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -290,14 +301,13 @@ def tell_launcher(text: str, delay: int = 0) -> None:
         whole = Path(f"{path}.new")
         with suppress(OSError):  # The terminal shows it, too.
             whole.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
-            os.replace(whole, path)  # torchrun fails on a file that it finds half-written.
+            os.replace(whole, path)  # torchrun fails on a half-written file.
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Return True for an error of the system, and for one that the trainer or a recipe raises.
+    """Return True for an error whose message is enough: of the system, the trainer or a recipe.
 
-    Its message is enough. An error that a library raises, or an import that fails unexpectedly, is
-    a bug and needs its traceback.
+    An error raised by a library, or an import that fails unexpectedly, needs its traceback.
     """
     if isinstance(error, OSError):
         return True
@@ -312,7 +322,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def message(error: BaseException) -> str:
-    """Return the message of an error; that of an OSError without its number, after its file."""
+    """Return the message of an error; for an OSError, its file and reason without the number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -1,8 +1,8 @@
 """Sweeps: `cortex sweep FILE 'lr=1e-3,3e-4' 'width=128,256'` trains every combination of values.
 
-Each is trained in a process and a run folder of its own: its default folder, or the folder that the
-YAML names with the values appended. Finished runs are left out and others are resumed, so that the
-same command continues a sweep that was stopped.
+Each run has a process and a run folder of its own: the default folder, or the folder in the YAML
+with the values appended. Finished runs are left out and others resumed, so that the same command
+continues a stopped sweep.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import NamedTuple
 from trainer import signals
 from trainer.cli import session
 from trainer.cli.arguments import configure
-from trainer.cli.folder import RunFolder, is_run
+from trainer.cli.folder import RunFolder
 from trainer.cli.recipe import Recipe
 from trainer.cli.runs import read_run
 from trainer.config.changes import Settings
 from trainer.config.hyperparameters import Configuration
 from trainer.options import RunOptions
+from trainer.run_files import is_run
 
 OPEN, CLOSE = "[{(", "]})"
 
@@ -35,11 +36,11 @@ class Trial(NamedTuple):
 
     arguments: tuple[str, ...]  # After the YAML.
     folder: Path
-    finished: bool  # The run is finished, with the same hyperparameters.
+    finished: bool  # True for a finished run with the same hyperparameters.
 
 
 def parse_values(given: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return keys and their values from texts such as "lr=1e-3,3e-4".
+    """Split texts such as "lr=1e-3,3e-4" into keys and their values.
 
     Commas within brackets and quotes belong to a value.
     """
@@ -57,7 +58,7 @@ def parse_values(given: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _split(text: str) -> list[str]:
-    """Split a text at the commas that are outside of brackets and quotes."""
+    """Split a text at the commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for each in text:
         if quote or each in "'\"":
@@ -114,12 +115,12 @@ def trials(recipe: Recipe, given: Sequence[str], more: Sequence[str]) -> list[Tr
 
 
 def sweep(recipe: Recipe, runs: Sequence[Trial]) -> dict[Path, int]:
-    """Train what is not finished, one run after the other; return the exit codes by folder.
+    """Train the unfinished runs, one after the other; return the exit codes by folder.
 
-    After a run that fails the next one is trained.
+    If a run fails, the next one is still trained.
 
     Raises:
-        Interrupted: after a signal, once the run that was going on has ended.
+        Interrupted: after a signal, once the current run has ended.
     """
     codes: dict[Path, int] = {}
     with _signals_relayed() as run:
@@ -140,10 +141,10 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _signals_relayed() -> Iterator[Callable[[Sequence[str]], int]]:
-    """Context manager that yields a function, which runs a command and forwards signals to it.
+    """Context manager that yields a function to run a command and forward signals to it.
 
-    The command is in a process group of its own, so that it gets each signal once, also Ctrl-C.
-    After a signal the function raises `Interrupted` once the command has ended, or at once.
+    The command has its own process group, so that it gets each signal once, even Ctrl-C. After a
+    signal the function raises `Interrupted` once the command has ended.
     """
     received: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
@@ -161,7 +162,7 @@ def _signals_relayed() -> Iterator[Callable[[Sequence[str]], int]]:
                 env=session.environment_of_children(),
             )  # fmt: skip
             children[:] = [child]
-            if received:  # It came while the process began.
+            if received:  # It came while the process started.
                 child.send_signal(received[0])
             code = child.wait()
         if received:

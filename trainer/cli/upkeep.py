@@ -1,10 +1,10 @@
-"""Upkeep of run folders: delete what is not needed, and average checkpoints."""
+"""Upkeep of run folders: delete unneeded checkpoints, and average checkpoints."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,22 +14,21 @@ from ruamel.yaml.nodes import MappingNode
 from trainer.checkpoint import storage
 from trainer.checkpoint.checkpointer import Best, Checkpointer, ranked
 from trainer.checkpoint.storage import Checkpoint
-from trainer.cli.folder import HYPERPARAMS, RunFolder
+from trainer.cli.folder import RunFolder
 from trainer.config.hyperparameters import Configuration
 from trainer.config.reading import get, nodes, plain
 from trainer.evaluation import load_weights
 from trainer.loggers.files import replace_file, temporary
 from trainer.options import RunOptions
+from trainer.run_files import CHECKPOINTS, HYPERPARAMS, checkpoint_folders
 from trainer.untrusted import bytes_on_disk, confined, memory_in_proportion, printable
 
-CHECKPOINTS = "checkpoints"
-MAX_LEVELS = 3  # of folders in a run folder, in which a program keeps checkpoints
 PLACES = ("epoch", "optimizer_step", "step")  # in the meta of a checkpoint; not metrics
 
 
 @dataclass(frozen=True)
 class Removable:
-    """Folder of a run that is not needed and may be deleted."""
+    """Folder in a run that may be deleted."""
 
     run: Path
     path: Path
@@ -38,14 +37,14 @@ class Removable:
 
 
 def removable(run: Path) -> tuple[list[Removable], list[str]]:
-    """Return the folders of a run that may be deleted, and sentences about those left alone.
+    """Return the folders in a run that may be deleted, and sentences about others.
 
     These are the remains of killed saves, and checkpoints that are neither the newest, nor the
     newest of an epoch's end, nor among the best by a metric, nor named by the program.
     """
     found: list[Removable] = []
     notes: list[str] = []
-    for folder in _checkpoint_folders(run):
+    for folder in checkpoint_folders(run):
         checkpoints = []
         for entry in sorted(os.scandir(folder), key=lambda each: each.name):
             path = Path(entry.path)
@@ -62,7 +61,7 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
                         notes.append(f"{printable(str(error))}: it is left alone")
         for each in sorted({*checkpoints} - _kept(checkpoints, run), key=lambda each: each.number):
             others = {*os.listdir(each.path)} - {*each.files, storage.MANIFEST}
-            if not each.complete:  # A killed process has left them.
+            if not each.complete:  # Files that a killed process left.
                 others = {name for name in others if not storage.FILE_NAME.fullmatch(name)}
             if others:
                 strange = printable(min(others))
@@ -74,9 +73,9 @@ def removable(run: Path) -> tuple[list[Removable], list[str]]:
 
 
 def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
-    """Delete folders that `removable` has listed and that are still not needed.
+    """Delete folders of `removable` that are still unneeded; lock each run meanwhile.
 
-    Each run is locked meanwhile. Returns the bytes that were freed, and sentences on problems.
+    Returns the freed bytes, and sentences about problems.
     """
     freed, problems = 0, []
     for run in dict.fromkeys(each.run for each in items):
@@ -100,21 +99,10 @@ def remove(items: Sequence[Removable]) -> tuple[int, list[str]]:
     return freed, problems
 
 
-def _checkpoint_folders(run: Path) -> Iterator[Path]:
-    """Yield the folders in a run folder that hold checkpoints, or remains of them."""
-    for place, folders, _ in os.walk(run):  # Links are not followed.
-        if len(Path(place).relative_to(run).parts) >= MAX_LEVELS:
-            folders.clear()
-        holds = [os.path.isfile(os.path.join(place, each, storage.MANIFEST)) for each in folders]
-        if any(holds) or any(map(storage.TEMPORARY_NAME.fullmatch, folders)):
-            yield Path(place)
-            folders.clear()
-
-
 def _kept(checkpoints: Sequence[Checkpoint], run: Path) -> set[Checkpoint]:
     """Return the checkpoints of a folder that must stay.
 
-    For a metric without a rule in the run's YAML, these are the lowest and the highest.
+    For a metric without a rule in the run's YAML, those with its lowest and highest value stay.
     """
     newest = sorted(checkpoints, key=lambda each: each.number, reverse=True)
     kept = {each for each in newest if each.pinned or each.label}
@@ -154,11 +142,11 @@ def average(
     min_key: str | None = None,
     max_key: str | None = None,
 ) -> list[Checkpoint]:
-    """Write a run folder whose checkpoint has the mean weights of checkpoints; return these.
+    """Write a run folder whose checkpoint has the mean weights of others; return those.
 
-    For a run with ``ema_decay`` it is the mean of the moving averages. The new folder is for
-    `trainer.load` and for tests; a training cannot resume from it. ``number`` is that of the
-    newest checkpoints, or of the best by a metric; None for all.
+    For a run with ``ema_decay`` the moving averages are averaged. The new folder is for
+    `trainer.load` and for tests; training cannot resume from it. ``number`` limits it to the newest
+    checkpoints, or to the best by a metric; None for all.
     """
     if os.path.lexists(output):
         raise ValueError(f"{output} exists already: name another folder by --output")
@@ -194,7 +182,7 @@ def average(
     shutil.rmtree(new, ignore_errors=True)
     try:
         meta = {**chosen[0].meta, "average_of": [each.name for each in chosen]}
-        # The state of a Brain with its weights alone, to use and not to resume from.
+        # The state of a Brain, only with weights.
         brain = SimpleNamespace(state_dict=lambda: {"modules": weights}, load_state_dict=None)
         saver = Checkpointer(new / CHECKPOINTS, recoverables={"brain": brain})
         if saved := saver.save_checkpoint(meta):

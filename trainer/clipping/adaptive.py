@@ -1,7 +1,7 @@
 """Clip kinds that set their limit from the norms of earlier steps.
 
-The history is saved with the optimizer. A skipped step never enters it, and neither does a norm of
-0, which would lead to a limit of 0 and so freeze the weights.
+The history is saved with the optimizer. Skipped steps never enter it; nor do norms of 0, which
+would lead to a limit of 0 and so freeze the weights.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class AutoClip(checks.Stateful, Clip):
 
     @property
     def recent(self) -> dict[str, list[float]]:
-        """The remembered norms, oldest first; of those that are set, the last ones are kept."""
+        """The remembered norms, oldest first; a longer list is cut to its last norms."""
         return {"norms": list(self._norms)}
 
     @recent.setter
@@ -112,7 +112,7 @@ class ZClip(checks.Stateful, Clip):
 
     ZClip, Kumar et al. 2025 (arXiv 2504.02507, algorithm 1, reciprocal clipping), with the paper's
     defaults. μ and σ² start as mean and variance of the first ``warmup_steps`` norms. The reported
-    ``limit`` is c in a step that was clipped, else the norm above which it would have been.
+    ``limit`` is c in a step that was clipped, else the norm above which it clips.
 
     Args:
         z: threshold z*, above 0.
@@ -146,7 +146,7 @@ class ZClip(checks.Stateful, Clip):
         norm = gradients.norm
         if not 0.0 < norm < math.inf:
             return False
-        # A run that resumes within the warm-up, with fewer steps of it, has no mean yet.
+        # A run that resumes within the warm-up with fewer warmup_steps has no mean yet.
         if len(self.first) < self.warmup_steps or not self.mean:
             self.limit = self.max_norm
             self.first.append(norm)
@@ -178,7 +178,7 @@ class AdaGC(checks.Stateful, Clip):
     AdaGC, Wang et al. 2025 (arXiv 2502.11034, algorithm 1), with the paper's defaults. During the
     first ``warmup_steps`` steps the joint norm of all tensors is clipped at λ_abs instead, and γ is
     the smallest norm of the tensor after that clipping. A tensor whose gradients have all been 0
-    has no γ and is not clipped. The reported ``limit`` is the joint norm that was allowed: λ_abs,
+    has no γ and is not clipped. The reported ``limit`` is the largest joint norm allowed: λ_abs,
     then the joint norm of all λ_rel·γ.
 
     Args:
@@ -211,7 +211,7 @@ class AdaGC(checks.Stateful, Clip):
     def __call__(self, gradients: Gradients) -> bool:
         if not gradients.finite:
             return False
-        # The joint norm may be reliable where that of a small tensor is not: measure these again.
+        # The joint norm may be reliable while those of small tensors are not: measure these again.
         small = [i for i, norm in enumerate(gradients.norms) if not is_reliable(norm)]
         again = dict(zip(small, safe_norms([gradients.tensors[i] for i in small]), strict=True))
         gradients.norms = [again.get(i, norm) for i, norm in enumerate(gradients.norms)]

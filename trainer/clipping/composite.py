@@ -98,7 +98,7 @@ class MixedClip(Clip):
     The reported ``limit`` is that of the last kind that clipped in this step, else of the first.
     The gradients are measured again, at the cost of a second host-device sync, after a kind that
     changes their direction (`ValueClip`, `AGC`, `SPAM`) has clipped, and before `AGC` or `SPAM` if
-    any kind has.
+    any kind has clipped.
 
     Args:
         clips: the kinds, each a different object; no `MixedClip`.
@@ -124,7 +124,7 @@ class MixedClip(Clip):
             )
         self.clips: list[Clip] = list(clips)
         self.limit = self.clips[0].limit
-        self._slices: list[tuple[int, int]] = []  # Of `extra`, for each kind.
+        self._slices: list[tuple[int, int]] = []  # Slice of `extra` for each kind.
 
     def bind(self, owner: str, names: Names, optimizer: Optimizer) -> None:
         for clip in self.clips:
@@ -146,7 +146,7 @@ class MixedClip(Clip):
             if clip(stage):
                 clipped, self.limit = True, clip.limit
                 if stage.factors is None:
-                    stale = True  # It changed more than the scale.
+                    stale = True  # The kind has changed more than the scale.
                 else:
                     old = base.factors or [1.0] * len(base.tensors)
                     base.factors = [f * g for f, g in zip(old, stage.factors, strict=True)]

@@ -62,7 +62,7 @@ class NormClip(Clip):
         return safe_norms(gradients.tensors, self.p)  # Syncs, but is rare.
 
     def _parts(self, gradients: Gradients) -> list[tuple[float, list[int]]]:
-        """Return a limit and the indices of its tensors, for each part that is clipped alone."""
+        """Return the limit and the tensor indices of each part that is clipped by itself."""
         return gradients.parts(self.limit)
 
     def __call__(self, gradients: Gradients) -> bool:

@@ -1,8 +1,8 @@
 """Gradients of one optimizer and their norms, measured once between ``backward`` and a step.
 
 Norms are measured in float32 by one foreach call, read by the host in the one transfer of the step,
-and joined there in float64. Only where the joint norm is not finite or too small to be reliable are
-the tensors measured again, at any scale.
+and joined there in float64. If the joint norm is not finite or too small to be reliable, the
+tensors are measured again by a form that works at any scale.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainer import checks
+
 Names = Mapping[Tensor, str]  # Names of parameters, such as "encoder.0.weight".
 
 # The smallest sum of p-th powers that float32 holds with all its digits.
 SMALLEST_POWER = 1e-30
-# Smaller coefficients are near the end of float32's range, where they have few digits left.
+# Smaller coefficients are near the end of float32's range and have few digits.
 SMALLEST_COEFFICIENT = 1e-30
 
 COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
@@ -37,8 +39,8 @@ class Gradients:
 
     Norms have the accuracy of torch's float32 foreach norm, for gradients of scale 1e-30 to 1e30
     and of any dtype. A clipper may measure more by ``measure(gradients, factor)``, which returns
-    vectors with one number for each tensor, for the gradients times ``factor``; the values come
-    with the same transfer.
+    vectors with one number for each tensor of the gradients times ``factor``; the same transfer
+    brings them to the host.
 
     Args:
         groups: the optimizer's parameter groups.
@@ -46,7 +48,7 @@ class Gradients:
 
     Attributes:
         params: the parameters that have a gradient.
-        tensors: their gradients; of a sparse gradient, its coalesced values.
+        tensors: their gradients; for a sparse gradient, its coalesced values.
         norms: the L2 norm of each tensor, known after `take`.
         norm: the joint L2 norm of all tensors, known after `take`; NaN before.
         norm_after: the joint norm after clipping; None if it is not known.
@@ -71,6 +73,8 @@ class Gradients:
             if grad.is_sparse:  # Coalescing adds up repeated rows.
                 param.grad = grad.coalesce()
                 self.tensors[i] = param.grad.values()
+            elif grad.is_conj():  # A lazy view, which foreach calls and optimizers refuse.
+                self.tensors[i] = param.grad = grad.resolve_conj()
         self.norms: list[float] = []
         self.extra: list[list[float]] = []
         self.norm = math.nan
@@ -84,7 +88,7 @@ class Gradients:
         return [i for i, p in enumerate(every) if p.grad is not None]
 
     def measure(self, factor: float | Tensor = 1.0) -> Tensor:
-        """Return the norms and what the clipper measures, without waiting for the device.
+        """Return the norms and the clipper's measurements, without waiting for the device.
 
         Args:
             factor: number or scalar tensor by which `rescale` will multiply the gradients.
@@ -108,7 +112,7 @@ class Gradients:
         self.norm = joint(self.norms)
         if not is_reliable(self.norm):  # Syncs, but is rare.
             safe = safe_norms(self.tensors)
-            # Finite gradients have the norms that they would have without the others.
+            # Norms of finite gradients do not depend on the others.
             finite = [n for n, s in zip(self.norms, safe, strict=True) if math.isfinite(s)]
             if is_reliable(joint(finite)):
                 safe = [n if math.isfinite(s) else s for n, s in zip(self.norms, safe, strict=True)]
@@ -141,7 +145,7 @@ class Gradients:
         """Multiply gradients and norms in place, to turn sums into means.
 
         Args:
-            factor: the number that `measure` was given.
+            factor: the number passed to `measure`.
         """
         _multiply(self.tensors, [factor] * len(self.tensors))
         self.norms = [norm * factor for norm in self.norms]
@@ -226,8 +230,8 @@ def measured(groups: Sequence[Mapping[str, Any]], clip: object = None) -> Gradie
 def norms(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     """Return the p-norm of each tensor, without waiting for the device.
 
-    Half precision is measured in float32. A norm is as accurate as torch's foreach norm where
-    `is_reliable` holds for it.
+    Half precision is measured in float32. A norm for which `is_reliable` holds is as accurate as
+    torch's foreach norm.
 
     Args:
         tensors: tensors of any shapes, dtypes and devices; not sparse.
@@ -280,7 +284,7 @@ def is_reliable(norm: float, p: float = 2.0) -> bool:
 
 
 def joint(norms: Sequence[float], p: float = 2.0) -> float:
-    """Return the p-norm of the whole from the p-norms of its parts, in float64.
+    """Return the joint p-norm of parts from their p-norms, in float64.
 
     Args:
         norms: the norms of the parts.
@@ -325,11 +329,12 @@ def limit_of(value: float | None, name: str = "max_grad_norm") -> float:
     """
     if value is None:
         return math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    found = checks.as_number(value)
+    if found is None or math.isnan(found):
         raise ValueError(
             f"{name} is {value!r}; allowed: a number; null, inf, 0 or below mean no clipping"
         )
-    return float(value) if value > 0 else math.inf
+    return float(found) if found > 0 else math.inf
 
 
 class Clipper(Protocol):
@@ -338,7 +343,7 @@ class Clipper(Protocol):
     It may also offer
 
     - ``bind(owner, names, optimizer)``, called once before the first step (see `Clip.bind`),
-    - ``measure(gradients, factor)``, for measurements beside L2 norms (see `Gradients`),
+    - ``measure(gradients, factor)``, for measurements besides L2 norms (see `Gradients`),
     - ``state_dict`` and ``load_state_dict``, if it has a history.
 
     Attributes:
@@ -358,7 +363,7 @@ class Clip:
         limit: the threshold of the last step, inf without clipping.
         names: the names of the optimizer's parameters, known after `bind`.
         by_group: True if a parameter group may have its own ``max_grad_norm``.
-        scales: True if what `measure` returns scales with the gradients.
+        scales: True if the result of `measure` scales with the gradients.
     """
 
     limit: float = math.inf
@@ -375,7 +380,7 @@ class Clip:
             optimizer: the optimizer.
 
         Raises:
-            ValueError: if this kind cannot clip what the optimizer has.
+            ValueError: if this kind cannot clip the gradients of this optimizer.
         """
         self.names = names
         limited = any("max_grad_norm" in group for group in optimizer.param_groups)
@@ -387,14 +392,14 @@ class Clip:
             )
 
     def measure(self, gradients: Gradients, factor: float | Tensor) -> list[Tensor]:
-        """Return what this kind measures beside the L2 norms; its numbers become ``extra``.
+        """Return the measurements of this kind besides L2 norms; they become ``extra``.
 
         Args:
             gradients: the gradients to measure.
             factor: number or scalar tensor by which they will be multiplied.
 
         Returns:
-            Vectors (len(gradients.tensors),), none for a kind that needs no more.
+            Vectors (len(gradients.tensors),); empty for a kind that needs only norms.
         """
         return []
 

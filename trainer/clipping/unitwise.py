@@ -185,7 +185,7 @@ def _clip_where(
     after: Sequence[float],
     clip: Callable[[Tensor, Tensor], None],
 ) -> bool:
-    """Clip the tensors of which something is cut, and set the joint norm; True if there are any."""
+    """Clip the tensors above a bound, and set the joint norm; return True if there are any."""
     clipped = [cut > 0.0 for cut in cuts]
     for param, grad in compress(zip(gradients.params, gradients.tensors, strict=True), clipped):
         clip(param, grad)
@@ -196,7 +196,7 @@ def _clip_where(
 
 
 def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the norms of all units of all tensors, joined to one vector."""
+    """Return the norms of all units of all tensors, as one vector."""
     found = []
     for tensor in tensors:
         wide = torch.promote_types(tensor.dtype, dtype)

@@ -3,13 +3,13 @@
 `resolve` replaces `!ref`, `!copy` and `!applyref:`, and reports `!PLACEHOLDER`. The language is
 HyperPyYAML's: `<key[inner]>` is the value under those keys (in a plain mapping `<key.inner>` too),
 `<object.attribute>` an attribute of a built object; text around references is kept, and arithmetic
-is evaluated, on numbers and on texts in quotes. A text that contains references ("run <seed>") has
-them filled in where it is referred to. In addition, references may point forward and refer to each
-other in any order; `~/` at the beginning of a text is the home folder; and dates and texts that
-look like sums ("555-1234") are not calculated.
+is evaluated, on numbers and on texts in quotes. A reference to a text that contains references
+("run <seed>") fills them in. Beyond HyperPyYAML, references may point forward and to each other in
+any order; `~/` at the beginning of a text is the home folder; and dates and texts that look like
+sums ("555-1234") are not calculated.
 
-`build` checks every name in the tree with the registry before it builds anything from what these
-stand for. Errors name key, file and line.
+`build` checks every name in the tree with the registry before it builds anything. Errors name key,
+file and line.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ STEP = re.compile(r"(^|\.|\[)([^.\[\]]*)")  # the steps of "a[b].c" are "a", "[b
 MAX_TEXT = 16 * 1024  # characters of a text after its references are filled in
 MAX_POWER = 64  # largest exponent in arithmetic
 NO_ARITHMETIC = (SyntaxError, TypeError, RecursionError, MemoryError)  # of a path, for example
-# Words of the annotations of parameters that take texts and nothing else.
+# Words in annotations of parameters that take only texts.
 TEXT_TYPES = {
     *("class", "str", "None", "NoneType", "typing", "Optional", "Union", "pathlib", "Path", "os"),
     *("PathLike", "list", "List", "tuple", "Tuple", "collections", "abc", "Sequence", "Iterable"),
@@ -111,7 +111,7 @@ class _Resolver:
         self.root = root
         self.registry = registry
         self.done: dict[Node, Node] = {}
-        self.texts: dict[Node, Node] = {}  # the reference that each text with references became
+        self.texts: dict[Node, Node] = {}  # references made from texts with references
         self.active: list[Node] = []
         self.copied = 0  # nodes
 
@@ -137,7 +137,7 @@ class _Resolver:
         return result
 
     def _reference(self, node: ScalarNode) -> Node:
-        """Return what a reference stands for: another node, a text, or the result of a sum."""
+        """Return the value of a reference: another node, a text, or the result of a sum."""
         text = str(node.value)
         names = REFERENCE.findall(text)
         if not names:
@@ -164,7 +164,7 @@ class _Resolver:
             )
         if any(map(_is_no_number, targets.values())):
             return represent(result, node)
-        # In parentheses, since -2 ** 2 is -4: a power of <x> is one of its whole value.
+        # A power of <x> is one of its whole value: in parentheses, since -2 ** 2 is -4.
         power = re.sub(rf"(?<![\w.])({REFERENCE.pattern})(?=\s*\*\*)", r"(\1)", text)
         try:
             exact = REFERENCE.sub(lambda match: values[match[1]], power)
@@ -183,7 +183,7 @@ class _Resolver:
         return copy.deepcopy(target)
 
     def _target(self, name: str, node: Node) -> Node:
-        """Return the resolved node that `<name>` refers to, or one that reads an attribute."""
+        """Return the resolved node of `<name>`, or one that reads an attribute."""
         branch: Node = self.root
         steps = [(before, key.strip()) for before, key in STEP.findall(name)]
         for count, (before, step) in enumerate(steps):
@@ -236,7 +236,7 @@ def arithmetic(text: str) -> Any:
 
     Raises:
         SyntaxError: the text is not an expression.
-        TypeError: the text holds something else than these and `+ - * / // % **`.
+        TypeError: the text holds anything but these and `+ - * / // % **`.
         ValueError: a format after `%` is invalid.
         ArithmeticError: there is no result, or it is too large.
     """
@@ -299,7 +299,7 @@ def _apply(node: Node, registry: Registry) -> Any:
 
 
 def build(root: MappingNode, registry: Registry) -> dict[str, Any]:
-    """Build the values of a resolved tree by key, once every name in it is checked.
+    """Check every name in a resolved tree, then build its values by key.
 
     Values of keys that begin with ``__`` are built and left out.
 
@@ -320,7 +320,7 @@ class _Builder:
         # The first key and the location of each node, for messages.
         self.places = {node: f"{path} ({location(node)})" for path, node in reversed(paths(root))}
         self.targets: dict[Node, Any] = {}
-        self.makers: dict[Node, Callable[..., Any]] = {}  # to call in place of targets
+        self.makers: dict[Node, Callable[..., Any]] = {}  # called instead of targets
         self.built: dict[Node, Any] = {}
         for node in nodes(root):
             if object_name(node):
@@ -407,7 +407,7 @@ class _Builder:
 def _check_object(node: Node, registry: Registry) -> Any:
     """Check that a node may be built from its arguments, and return the object that it names.
 
-    Numbers in place of texts become the texts that they are in the YAML.
+    Numbers for parameters that take texts become the texts in the YAML.
     """
     name = object_name(node)
     prefix = tag(node).removesuffix(name)
@@ -430,7 +430,7 @@ def _check_object(node: Node, registry: Registry) -> Any:
     if name.startswith(pretrained.PACKAGES) or "trust_remote_code" in below:
         pretrained.check_arguments(node)
     known = signature(target)
-    # A configuration class keeps any keyword, and the signature of `from_config` lacks some.
+    # Configuration classes take any keyword, and the signature of `from_config` lacks some.
     bases = getattr(target, "__mro__", ())
     takes_any = is_maker(target) or "pretrainedconfig" in {each.__name__.lower() for each in bases}
     if known is None or prefix == "!module:" or takes_any:
@@ -463,7 +463,7 @@ def _check_object(node: Node, registry: Registry) -> Any:
 
 
 def arguments(node: Node, target: Any) -> Iterator[tuple[str, inspect.Parameter, Node]]:
-    """Yield key, parameter and value of an object's arguments, as far as parameters are known."""
+    """Yield key, parameter and value of those arguments whose parameters are known."""
     known = signature(target)
     parameters = {} if known is None else dict(known.parameters)
     names = list(parameters) if isinstance(node, SequenceNode) else []
@@ -474,7 +474,7 @@ def arguments(node: Node, target: Any) -> Iterator[tuple[str, inspect.Parameter,
 
 
 def _as_text(node: Node) -> Node:
-    """Convert numbers and dates, also in a list, to the texts that they are in the YAML: 007."""
+    """Convert numbers and dates, also in a list, to their texts in the YAML, such as 007."""
     marks = node.start_mark, node.end_mark
     if tag(node) in (INT, FLOAT, TIMESTAMP):
         return ScalarNode(STR, node.value, *marks, style="'")
@@ -485,7 +485,7 @@ def _as_text(node: Node) -> Node:
 
 
 def signature(target: Any) -> inspect.Signature | None:
-    """Return the signature of a callable, None if Python cannot tell."""
+    """Return the signature of a callable; None if it has none."""
     try:
         return inspect.signature(target)
     except (TypeError, ValueError):  # Some compiled callables have none.

@@ -1,11 +1,11 @@
 """Comparison of hyperparameters with those of an earlier start of the same run.
 
-Values are compared with references filled in, and with the defaults of run options. A key whose
-value differs is of one of three kinds:
+Values are compared with references filled in, and with the defaults of run options. A changed key
+is of one of three kinds:
 
-- extending: the run goes on with it, and ends elsewhere. These are run options marked so,
+- extending: the run goes on, to another end. These are run options of this kind,
   `EpochCounter.limit`, `EarlyStopping.patience`, keys that one of these refers to, keys that the
-  YAML lists under `resumable_keys`, and whole numbers that are computed from extending keys.
+  YAML lists under `resumable_keys`, and whole numbers computed from extending keys.
 - neutral: device, workers, logging, checkpoints, evaluation batch sizes, paths, keys that the YAML
   lists under `neutral_keys`, and texts that are computed from neutral keys.
 - training: any other key.
@@ -70,7 +70,7 @@ class Change:
     old: Any  # "absent" if there was none
     new: Any  # "absent" if there is none
     kind: Kind
-    note: str = ""  # which messages add
+    note: str = ""  # end of the message
 
     def __str__(self) -> str:
         old, new = self.old, self.new
@@ -101,7 +101,7 @@ class Settings:
         self.written: dict[str, Node] = dict(paths(root))
         self.resolved = resolve(root, registry)
         found = {key: value for key, value in _values(self.resolved) if key}
-        # Options of other toolkits are compared as what they mean here.
+        # Options of other toolkits are compared by their meaning here.
         meant = translated({name: found[name] for name in RENAMED if name in found})
         found = {k: v for k, v in (meant | found).items() if k.partition(".")[0] not in NAMES}
         given = {key.partition(".")[0] for key in found}
@@ -119,7 +119,7 @@ class Settings:
                     hint = nearest(each, self.written)
                     raise ValueError(f"{name} names {each!r}, which is no key of the YAML{hint}")
                 self._listed[each] = kind
-        # Keys to which extending keys refer, as far as each refers to one key only.
+        # Keys that an extending key refers to, if it refers to one key only.
         self._extended: set[str] = set()
         waiting = [key for key in self.written if self._kind_by_place(key) == "extending"]
         while waiting:
@@ -129,7 +129,7 @@ class Settings:
                 waiting.append(origin)
 
     def origin(self, key: str) -> str:
-        """Return the key that a key is a mere reference to, else the key itself."""
+        """Return the key that a mere reference refers to; any other key itself."""
         for prefix in _prefixes(key):
             node = self.written.get(prefix)
             if node is not None and REFERENCE.fullmatch(str(node.value).strip()):
@@ -138,19 +138,19 @@ class Settings:
         return key
 
     def kind(self, key: str, old: Any = "") -> Kind:
-        """Return the kind of a key by its name, its place and its former value."""
+        """Return the kind of a key, from its name, its place and its former value."""
         if (by_place := self._kind_by_place(key)) is not None:
             return by_place
         if key in self._extended:
             return "extending"
         name = next((each for each in reversed(key.split(".")) if not each.isdigit()), "")
-        if PATH.fullmatch(name):  # One in place of null may switch on a part of the training.
+        if PATH.fullmatch(name):  # A path instead of null may switch on a part of the training.
             texts = isinstance(old, str) and isinstance(self.values.get(key, ""), str)
             return "neutral" if texts and old != ABSENT else "training"
         return "neutral" if PLACE.fullmatch(name) or EVALUATION.fullmatch(key) else "training"
 
     def _kind_by_place(self, key: str) -> Kind | None:
-        """Return the kind that a list of keys, a run option or an object gives a key."""
+        """Return the kind of a key in a list of keys, a run option or an object."""
         for prefix in _prefixes(key):
             if prefix in self._listed:
                 return self._listed[prefix]
@@ -169,10 +169,10 @@ class Settings:
         return None
 
     def suffix(self, overridden: Mapping[str, Any]) -> str:
-        """Return the end of a folder's name that tells runs apart, such as "-lr=0.1-width=64".
+        """Return a suffix that tells folders of runs apart, such as "-lr=0.1-width=64".
 
-        It has the training keys of `overridden`, former values by key, or a hash if it is longer
-        than `MAX_SUFFIX` characters.
+        It has the training keys of `overridden`, former values by key, or a hash if it would have
+        more than `MAX_SUFFIX` characters.
         """
         text = "".join(
             f"-{quote(key)}={quote(self._text(key), safe=',+')}"
@@ -184,17 +184,17 @@ class Settings:
         return text
 
     def _text(self, key: str) -> str:
-        """Return a value in force in one line."""
+        """Return the present value of a key in one line."""
         node = find(self.resolved, key)
         if isinstance(node, ScalarNode) and tag(node) in PLAIN:
             return str(represent(_scalar(node)).value)
         return " ".join(dump(node).split())
 
     def changes(self, before: Settings) -> list[Change]:
-        """Return what differs from an earlier start, in the order of the keys.
+        """Return the changes since an earlier start, in the order of the keys.
 
-        A key that merely refers to a changed one, or is computed from a training key that has
-        changed, is left out.
+        A key that merely refers to a changed one, or is computed from a changed training key, is
+        left out.
         """
         changed: dict[str, tuple[Any, Any]] = {}
         for key in sorted({*before.values, *self.values}):
@@ -203,7 +203,7 @@ class Settings:
                 changed[key] = pair
 
         def follows(key: str) -> bool:
-            """Return True for a key at or below a reference that is written as before."""
+            """Return True for a key at or below an unchanged reference."""
             nodes = ((before.written.get(each), self.written.get(each)) for each in _prefixes(key))
             return any(
                 old is not None and new is not None and tag(new) in REFERENCES
@@ -239,7 +239,7 @@ class Settings:
 
 
 def is_place(name: str) -> bool:
-    """Return True for names of keys that say where and how a run is done, and not what it does."""
+    """Return True for names of keys that set the place and manner of a run, not its result."""
     return bool(PATH.fullmatch(name) or PLACE.fullmatch(name))
 
 
@@ -266,7 +266,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _may_be_value(value: Any) -> bool:
-    """Return True for a text that may be taken for a value of another type."""
+    """Return True for a text that looks like a value of another type."""
     return isinstance(value, str) and value != ABSENT and not value.startswith(("!", "repr: "))
 
 

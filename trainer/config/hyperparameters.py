@@ -1,10 +1,10 @@
-"""Hyperparameters: a YAML file, overrides from the command line, and the objects it builds.
+"""Hyperparameters: a YAML file, overrides from the command line, and the built objects.
 
     hparams = load_hparams("hparams/kws/demo.yaml", {"model": {"width": 256}})
 
-The language is HyperPyYAML's (`!new:`, `!name:`, `!apply:`, `!ref`, `!copy`, `!include:` …), read
-within limits and behind an allow-list. The list guards against typos and obvious mischief; it is no
-sandbox: see SECURITY.md. A file may be a variant of another one: see `trainer.config.reading`.
+The language is HyperPyYAML's (`!new:`, `!name:`, `!apply:`, `!ref`, `!copy`, `!include:` …), with
+limits and an allow-list. The list guards against typos and obvious mischief; it is no sandbox: see
+SECURITY.md. A file may be a variant of another: see `trainer.config.reading`.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ from trainer.untrusted import confined, no_modules_from
 
 logger = logging.getLogger("trainer")
 
-# Texts that have to be quoted on a command line, by how they are typed.
+# Texts that must be quoted on a command line, by their spelling there.
 QUOTED = {"''": "", '""': "", "'None'": "None", '"None"': "None"}
 MAX_SUMMARY = 48  # characters of a value in help and messages
 TORN = "a tuple within {…} or […] is written as a list, such as [3, 4]"
 NUMBER = ("a number", (INT, FLOAT, NULL))
-# By the type of a default: words for it, and the types that may take its place.
+# Type of a default: words for it, and the types of values that may replace it.
 KINDS = {
     BOOL: ("true or false", (BOOL, NULL)),
     INT: NUMBER,
@@ -85,7 +85,7 @@ KINDS = {
 
 
 class Text(str):
-    """Value as typed on a command line: kept as text if the default is text, else read as YAML."""
+    """Value typed on a command line: text if the default is text, else read as YAML."""
 
     __slots__ = ()
 
@@ -109,11 +109,11 @@ def load_hparams(
 
     Args:
         path: the YAML file.
-        overrides: new values of keys, nested ones too; run options may be added.
-        allow: packages, modules or objects by dotted name that the YAML may name in addition to
-            those that the trainer and the recipes list.
-        run_folder: the file is the hyperparams.yaml of a run folder, which may come from somebody
-            else. Only the objects that a trained model needs are built (see
+        overrides: new values of keys, also nested; run options may be added.
+        allow: dotted names of packages, modules or objects that the YAML may name, in addition to
+            those listed by the trainer and the recipes.
+        run_folder: True for the hyperparams.yaml of a run folder, which may come from somebody
+            else: only objects that a trained model needs are built (see
             `trainer.config.run_folder`). Keys with Checkpointers, or with objects that a recipe
             lists for YAML files but not for run folders, are left out.
 
@@ -138,7 +138,7 @@ def describe(path: str | os.PathLike[str]) -> list[Key]:
 
 
 class Configuration:
-    """A YAML file that is read and not yet built; the arguments are those of `load_hparams`."""
+    """A YAML file, read and not yet built; takes the arguments of `load_hparams`."""
 
     def __init__(
         self,
@@ -163,14 +163,14 @@ class Configuration:
                 put(self.root, name, represent(value.value, value))
 
     def _seed(self, key: str, node: Node) -> None:
-        """Make the seed of a key such as ``__set_seed: !apply:torch.manual_seed [1]`` the run's.
+        """Use the seed in a key such as ``__set_seed: !apply:torch.manual_seed [1]`` for the run.
 
-        A key that begins with ``__`` seeds where it is built; any other is the seed's number.
+        A key that begins with ``__`` still seeds when it is built; any other becomes a number.
         """
         arguments = dict(items(node))
         given = arguments.get("0") or arguments.get("seed")
         if given is None or not tag(node).startswith("!apply:"):
-            return  # Refused as any other function.
+            return  # Refused like any other function.
         own = get(self.root, "seed")
         value = summary(self._followed(given))
         if not re.fullmatch(r"\d+|!ref.*", value):
@@ -192,7 +192,7 @@ class Configuration:
             put(self.root, key, reference)
 
     def _followed(self, node: Node) -> Node:
-        """Return a node, or the node of the top level that it refers to."""
+        """Return a node, or the top-level node that it refers to."""
         for _ in self.root.value:  # A limit, since references may be circular.
             name = re.fullmatch("<([^<>]+)>", str(node.value)) if node.tag == "!ref" else None
             node = (find(self.root, name[1]) if name else None) or node
@@ -242,7 +242,7 @@ class Configuration:
             uses = self._uses(old)
             below = isinstance(value, Mapping) and isinstance(old, MappingNode)
             shared = below and len(uses) > 1
-            if shared and object_name(old):  # It stays one object, changed where it is defined.
+            if shared and object_name(old):  # A shared object is changed where it is defined.
                 if name != uses[0]:
                     raise ValueError(
                         f"{name} is {uses[0]} ({location(old)}), of which it is an alias: change "
@@ -272,11 +272,11 @@ class Configuration:
             for key, child in items(parent):
                 if child is node:
                     found.setdefault((parent, key), f"{name}.{key}" if name else key)
-        names = {*found.values()}  # in the order of the file, so that the anchor comes first
+        names = {*found.values()}  # in the order of the file, the anchor first
         return [name for name, each in paths(self.root) if each is node and name in names]
 
     def _check_new(self, node: MappingNode, path: Keys) -> None:
-        """Raise ValueError unless a key that the YAML does not have may be added."""
+        """Raise ValueError unless a new key may be added."""
         *above, key = path
         name, parent = ".".join(path), ".".join(above)
         known = [each for each, _ in items(node)]
@@ -321,11 +321,11 @@ class Configuration:
         return translated(values)
 
     def build(self) -> dict[str, Any]:
-        """Build the objects, and return the values by key; errors are those of `load_hparams`."""
+        """Build the objects, and return the values by key; raises the errors of `load_hparams`."""
         return building.build(self.checked(), self.registry)
 
     def checked(self) -> MappingNode:
-        """Return a copy of the tree without references and without what only training needs.
+        """Return a copy of the tree without references and training-only keys.
 
         Raises:
             ValueError: a reference is wrong, or a run folder has an object that is not allowed.
@@ -335,7 +335,7 @@ class Configuration:
             if any(self.registry.is_for_training_only(object_name(each)) for each in nodes(value)):
                 pop(root, key.value)
         if isinstance(self.registry, RunFolderRegistry):
-            pop(root, "logger")  # Nothing is recorded in a run folder that is only opened.
+            pop(root, "logger")  # An opened run folder records nothing.
             check_objects(root, self.registry, self.folder)
         return root
 
@@ -348,7 +348,7 @@ class Configuration:
     def dump(self) -> str:
         """Write one YAML with base, includes and overrides merged in, references kept.
 
-        The options `overwrite` and `change_hparams` are left out: they are for one start of a run.
+        The options `overwrite` and `change_hparams`, which are for one start, are left out.
         """
         root = copy.copy(self.root)
         for name in ("overwrite", "change_hparams"):
@@ -357,7 +357,7 @@ class Configuration:
 
 
 def option_node(name: str, value: Any) -> Node:
-    """Convert the value of a run option to a node; it is checked unless it is a reference."""
+    """Check the value of a run option, unless it is a reference, and convert it to a node."""
     if isinstance(value, Text):
         kinds = (HINTS[name], *typing.get_args(HINTS[name]))
         if str in kinds and not value.startswith("!"):
@@ -372,7 +372,7 @@ def option_node(name: str, value: Any) -> Node:
 
 
 def _holds_object(node: Node) -> bool:
-    """Return True if a value is an object or a reference, or a list or mapping of some."""
+    """Return True for an object or a reference, or a list or mapping with one."""
     return any(tag(each) not in PLAIN for each in [node, *children(node)])
 
 
@@ -404,10 +404,10 @@ def _converted(old: Node | None, value: Any, name: str) -> Node:
 
 
 def _typed_text(value: Text, name: str, null: bool = True) -> str | None:
-    """Return a text as it was typed, None for null; the empty text and None have to be quoted."""
+    """Return a typed text, None for null; the empty text and None must be quoted."""
     if null and value == "null":
         return None
-    if value == "~":  # Unlike in a YAML: a shell leaves that of --data_folder=~ as it is.
+    if value == "~":  # Unlike in a YAML: shells do not expand it in --data_folder=~.
         return os.path.expanduser(value)
     if null and value == "None":
         raise ValueError(f"{name}: null is written null, and the text None in quotes: '\"None\"'")

@@ -1,4 +1,4 @@
-"""Objects of transformers and peft in a YAML: weights in safetensors alone, no code of a model.
+"""Objects of transformers and peft in a YAML: only safetensors weights, no code of a model.
 
 `!apply:transformers.AutoModel.from_pretrained [name or folder]` loads a model from a local folder
 or from the hub; `AutoTokenizer.from_pretrained` and the like do the same. A run downloads missing
@@ -16,10 +16,11 @@ from typing import Any
 from ruamel.yaml.nodes import Node
 from torch.nn import Module
 
+from trainer import checks
 from trainer.config.reading import PLAIN, items, location, nodes, object_name, plain, represent, tag
 
 PACKAGES = ("transformers.", "peft.")
-# Arguments by which a model brings code, or files that are no safetensors: the values allowed.
+# Allowed values of arguments that could bring code, or files other than safetensors.
 BOUND: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
     "use_safetensors": (True,),
@@ -38,10 +39,10 @@ BOUND: dict[str, tuple[Any, ...]] = {
 
 
 def check_arguments(node: Node) -> None:
-    """Raise ValueError for an argument by which a model brings code, or other files of weights.
+    """Raise ValueError for an argument that brings code or weights in other files.
 
     Args:
-        node: an object whose name is allowed. Packages other than `PACKAGES` pass
+        node: an object whose name is allowed. Packages other than `PACKAGES` may pass
             ``trust_remote_code`` on.
     """
     theirs = object_name(node).startswith(PACKAGES)
@@ -52,12 +53,12 @@ def check_arguments(node: Node) -> None:
 
 
 def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any]:
-    """Return a function that loads safetensors alone and no code, or for `!name:` one that will.
+    """Return a function that loads only safetensors and no code; for `!name:`, a partial of it.
 
     Args:
         node: the object to make.
         target: `from_pretrained` or `from_config` of a class.
-        downloads: files that are missing may be downloaded.
+        downloads: True if missing files may be downloaded.
     """
     kind = target.__self__
     bound = {"trust_remote_code": False} if kind.__name__.startswith("Auto") else {}
@@ -72,10 +73,10 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         if later:
             return functools.partial(target, *args, **kwargs | bound)
+        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         try:
-            return target(*args, **kwargs | bound)
+            made = target(*args, **kwargs | bound)
         except OSError as error:
-            source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
             hint = ""
             if os.path.isdir(source):
                 hint = " (weights must be in safetensors)" if "use_safetensors" in bound else ""
@@ -85,6 +86,9 @@ def maker(node: Node, target: Any, downloads: bool) -> Callable[..., Any]:
                     "downloads, and !name: leaves the call to the program)"
                 )
             raise ValueError(f"{' '.join(str(error).split())}{hint}") from error
+        if isinstance(made, Module):
+            checks.warn_of_nonfinite(source, made.state_dict())
+        return made
 
     return make
 

@@ -1,8 +1,8 @@
 """YAML files as trees of nodes: parsed within limits, with base files and includes merged in.
 
-Nothing here builds an object or imports a module. A node is a scalar (its value is text), a mapping
-(pairs of nodes) or a sequence (nodes) with a tag for its type; an alias is the same node in two
-places. Nodes remember their file and line for error messages.
+This module builds no object and imports no module. A node is a scalar (its value is text), a
+mapping (pairs of nodes) or a sequence (nodes) with a tag for its type; an alias is the same node in
+two places. Nodes know their file and line for error messages.
 
 A variant names its base file and lists only the differences::
 
@@ -10,8 +10,8 @@ A variant names its base file and lists only the differences::
     model: {width: 256}      # merged into the base, key by key
 
 An untagged mapping, or one with the same tag as the base's, is merged into the base's mapping;
-anything else (another class, a list, a number) replaces it. A key `base` that names no file is an
-ordinary key.
+anything else (another class, a list, a number) replaces it. A key `base` that names no YAML file is
+an ordinary key.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from ruamel.yaml.tag import Tag
 
 from trainer.options import ALIASES, at_home, current_name
 
-# Far above any real configuration, and low enough to refuse hostile files at once.
+# Far above real configurations, and low enough to refuse hostile files quickly.
 MAX_NODES = 5_000  # shared nodes count once per use
 MAX_DEPTH = 50
 MAX_CHARACTERS = 64 * 1024
 MAX_FILES = 50
-MAX_BITS = 1024  # of an integer; Python writes one of more than 14,000 bits as no text
+MAX_BITS = 1024  # of an integer; Python cannot print one of more than 14,000 bits
 MAX_QUOTED = 60  # characters of a value in a message
 
 CORE = "tag:yaml.org,2002:"
@@ -63,7 +63,7 @@ Keys = tuple[str, ...]  # keys from the root to a value; for lists, the index
 
 
 def read(path: str | os.PathLike[str], alone: bool = False) -> tuple[MappingNode, dict[Keys, str]]:
-    """Read a YAML file, and merge it over its base unless it has to stand alone.
+    """Read a YAML file, and merge it over its base unless it must stand alone.
 
     Returns:
         The tree, and the comments of its keys.
@@ -88,7 +88,7 @@ class _Reader:
         self.alone = alone
 
     def read(self, path: Path, chain: tuple[Path, ...], at: Keys = ()) -> MappingNode:
-        """Read one file; `chain` are the files that include it, `at` the keys of its content."""
+        """Read one file; `chain` has the files that include it, `at` the keys of its content."""
         real = path.resolve()
         if real in chain:
             loop = " -> ".join(str(each) for each in (*chain[chain.index(real) :], real))
@@ -98,7 +98,7 @@ class _Reader:
             raise ValueError(f"{path}: more than {MAX_FILES} YAML files are read for one run")
         text = _read_text(path)
         root = _root_mapping(compose(text, str(path)))
-        if not at:  # Keys of included files are below another key: they are no run options.
+        if not at:  # Keys of included files lie below another key, and are no run options.
             _rename_options(root)
         for place, comment in _comments(root, text.splitlines(), at):
             self.comments.setdefault(place, comment)  # A variant is read before its base.
@@ -120,7 +120,7 @@ class _Reader:
             Path(each).suffix in YAML_SUFFIXES or os.path.isfile(path.parent / at_home(each))
             for each in texts
         ):
-            return root  # A key of that name may be the file's own.
+            return root  # A file may have a key `base` of its own.
         if not isinstance(base, ScalarNode) or Path(base.value).suffix not in YAML_SUFFIXES:
             raise ValueError(
                 f"{location(base)}: base must be the path of one YAML file, ending in .yaml; a key "
@@ -244,14 +244,14 @@ def compose(text: str, name: str) -> Node:
 
 
 class _Composer(Composer):
-    """Composer of ruamel.yaml that refuses what is too large or not allowed while it reads."""
+    """Composer of ruamel.yaml that refuses too large or forbidden content while it reads."""
 
     count = 0
     depth = 0
 
     def compose_document(self) -> Node:
         """Compose the only document."""
-        self.warn_double_anchors = False  # An alias is of the last anchor before it.
+        self.warn_double_anchors = False  # An alias refers to the last anchor before it.
         root: Node = super().compose_document()
         if not self.parser.check_event(StreamEndEvent):
             place = _location_of(self.parser.peek_event().start_mark)
@@ -310,7 +310,7 @@ class _Composer(Composer):
         return new
 
     def compose_mapping_node(self, anchor: str | None) -> MappingNode:
-        """Compose a mapping with unique keys; those that `<<` merges in come first, as defaults."""
+        """Compose a mapping with unique keys; keys merged in by `<<` come first, as defaults."""
         node: MappingNode = super().compose_mapping_node(anchor)
         pairs: dict[str, tuple[Node, Node]] = {}
         for key, value in node.value:
@@ -336,15 +336,15 @@ class _Composer(Composer):
 def _comments(root: Node, lines: list[str], at: Keys = ()) -> Iterator[tuple[Keys, str]]:
     """Yield the path and the comment of each key below `root` that has one.
 
-    A comment belongs to the key on its line; comment lines belong to the key directly below, if
-    they are indented like it.
+    A comment belongs to the key on its line; comment lines belong to the key directly below with
+    the same indentation.
     """
     for key, value in root.value if isinstance(root, MappingNode) else ():
         path = (*at, str(key.value))
         comment = _trailing_comment(key, value, lines) or _preceding_comment(key, lines)
         if comment:
             yield path, comment
-        # An alias is defined elsewhere: its comments are yielded there.
+        # The comments of an alias are yielded where it is defined.
         if value.start_mark.index > key.start_mark.index:
             yield from _comments(value, lines, path)
 
@@ -365,7 +365,7 @@ def _preceding_comment(key: Node, lines: list[str]) -> str:
     start = end
     while start and re.match(rf" {{{key.start_mark.column}}}#", lines[start - 1]):
         start -= 1
-    # A comment that opens the file is about the file; rulers are left out.
+    # The opening comment is about the file; rulers are left out.
     texts = [line.strip("# \t") for line in lines[start:end]] if start else []
     return " ".join(t for t in texts if re.search(r"\w", t) and not t.startswith("----"))
 
@@ -379,7 +379,7 @@ def tag(node: Node) -> str:
 
 
 def object_name(node: Node) -> str:
-    """Return the dotted name of the Python object that a node names, or nothing."""
+    """Return the dotted name of the Python object that a node names, or an empty text."""
     return tag(node).partition(":")[2] if tag(node).startswith(NAMING) else ""
 
 
@@ -389,7 +389,7 @@ def location(node: Node) -> str:
 
 
 def _location_of(mark: Any) -> str:
-    """Return the file and line of a mark; only the name for the value of an option."""
+    """Return the file and line of a mark; for the value of an option, only its name."""
     return mark.name if mark.name.startswith("--") else f"{mark.name}, line {mark.line + 1}"
 
 
@@ -413,7 +413,7 @@ def children(node: Node) -> list[Node]:
 
 
 def torn_tuple(root: Node) -> Node | None:
-    """Return the first part of a tuple within […] or {…}, of which YAML makes texts: "(3"."""
+    """Return the first part, such as "(3", of a tuple that YAML splits within […] or {…}."""
     for node in nodes(root):
         pairs: Any = node.value if isinstance(node, MappingNode) else zip(children(node))
         below = [each for pair in pairs for each in pair if getattr(node, "flow_style", False)]
@@ -425,7 +425,7 @@ def torn_tuple(root: Node) -> Node | None:
 
 
 def replace_children(node: Node, replace: Callable[[str, Node], Node]) -> None:
-    """Replace each value directly below a node by what `replace` returns for its key and itself."""
+    """Replace each value directly below a node by the result of `replace(key, value)`."""
     if isinstance(node, MappingNode):
         node.value = [(key, replace(str(key.value), value)) for key, value in node.value]
     elif isinstance(node, SequenceNode):
@@ -445,7 +445,7 @@ def nodes(root: Node) -> Iterator[Node]:
 
 
 def paths(root: Node, at: str = "") -> list[tuple[str, Node]]:
-    """Return every value with its dotted key, such as "model.width"; shared ones once per use."""
+    """Return every value with its dotted key, such as "model.width"; shared values once per use."""
     found = [(at, root)]
     for key, child in items(root):
         found += paths(child, f"{at}.{key}" if at else key)
@@ -471,7 +471,7 @@ def find(root: Node, name: str) -> Any:
 
 
 def put(node: MappingNode, key: str, value: Node) -> None:
-    """Set `key`: in its place where it exists, else at the end."""
+    """Set `key` in its place if it exists, else at the end."""
     if get(node, key) is None:
         node.value.append((represent(key), value))
     node.value = [(each, value if each.value == key else old) for each, old in node.value]
@@ -540,7 +540,7 @@ def represent(value: Any, near: Node | None = None) -> Node:
     elif isinstance(value, numbers.Real):
         text = repr(float(value)).replace("inf", ".inf").replace("nan", ".nan")
         node = ScalarNode(FLOAT, text)
-    elif isinstance(value, tuple):  # text that is built as a tuple
+    elif isinstance(value, tuple):  # text from which a tuple is built
         nested = any(isinstance(each, (tuple, list)) for each in value)
         node = ScalarNode(STR, str(value) if nested else f"({', '.join(map(_in_tuple, value))})")
     elif isinstance(value, (str, os.PathLike)):

@@ -1,22 +1,22 @@
 """Registry of the names that a YAML may build: an allow-list, checked before every import.
 
 A name resolves only if it is plain ASCII, none of its parts begins with an underscore, every module
-on the way to it holds allowed names and has that name itself (so that `torch.utils.data.os.system`
-ends at `os`), and the object found is
+on the way holds allowed names and has the name that leads to it (so that
+`torch.utils.data.os.system` ends at `os`), and the object found is
 
 1. listed by name: in `NAMES`, by the trainer, or by a recipe; or
-2. of a kind that `CLASSES` or `FUNCTIONS` has for the module in which it is defined, such as a
-   network in torch.nn.modules, or an operation of torch on tensors. These construct or calculate.
-   Methods and modules are of no such kind; or
+2. of a kind that `CLASSES` or `FUNCTIONS` lists for the module that defines it, such as a network
+   in torch.nn.modules, or an operation of torch on tensors. Such objects construct or calculate;
+   methods and modules are excluded; or
 3. public, and defined in a package that the user allows (`--allow`, `allow=[…]`), or that lies
-   beside the user's train.py. Of methods these are only class methods and static ones.
+   beside the user's train.py. Methods must be class or static methods.
 
 A name that the user allows in full, such as `os.path.join`, passes without any of these checks.
 
-The trainer and each recipe list names of their own, relative to their package: in `RUN_NAMES` what
-the hyperparams.yaml of a run folder may build, and in `YAML_NAMES` what any YAML may. Recipes are
-found by the entry-point group `cortex.recipes` of their distribution. Such a package must import
-nothing: it is imported before any of its names is checked.
+The trainer and each recipe list names of their own, relative to their package: `RUN_NAMES` for the
+hyperparams.yaml of a run folder, and `YAML_NAMES` for any YAML. Recipes are found by the
+entry-point group `cortex.recipes` of their distribution. Such a package must import nothing: it is
+imported before its names are checked.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ logger = logging.getLogger("trainer")
 
 ENTRY_POINTS = "cortex.recipes"
 
+# Hint for a package that is not installed.
+EXTRAS = (
+    "packages that a recipe needs are extras of its distribution, as in "
+    "pip install 'cortex-speech[recipes]'"
+)
+
 BUILTINS = """
     abs bool dict float frozenset int len list max min range round set slice sorted str sum tuple
 """
@@ -79,8 +85,8 @@ METRICS = """
     text.perplexity text.squad text.ter text.wer text.wil text.wip wrappers
 """
 
-# Classes that may be named: the base classes, by the module in which a class is defined. Those of
-# packages that are not always installed are given by their names.
+# Base classes of the classes that may be named, by the module that defines a class. Base classes of
+# optional packages are given by their names.
 CLASSES: dict[str, tuple[type | str, ...]] = {
     "torch.distributions": (Distribution, Transform),
     "torch.nn.modules": (Module,),
@@ -139,13 +145,13 @@ NAME_IN_FULL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 MAKERS = ("from_pretrained", "from_config")  # class methods of transformers
 PLAIN = (bool, int, float, str, list, tuple, dict, set, frozenset, type(None))
 
-# Attributes that `!ref <object.attribute>` reads: these, and containers of these.
+# Types of attributes that `!ref <object.attribute>` reads, alone or in containers.
 VALUES = (
     numbers.Number, str, type(None), pathlib.PurePath, torch.Tensor, Module, torch.dtype,
     torch.device,
 )  # fmt: skip
 CONTAINERS = (list, tuple, dict, set, frozenset, torch.Size, collections.OrderedDict)
-# Packages whose properties may be read on the way, in addition to those that are allowed.
+# Packages whose properties may be read on the way, in addition to allowed packages.
 READABLE = {"abc", "builtins", "collections", "enum", "pathlib", "trainer"}
 
 Rule = Literal["open", "kind", "closed"]
@@ -156,13 +162,17 @@ class Registry:
 
     Args:
         allow: packages, modules or single objects by dotted name, in addition to the names that
-            the trainer and the recipes list. A package with `YAML_NAMES` is opened by these alone.
+            the trainer and the recipes list. For a package with `YAML_NAMES` only these are
+            allowed.
     """
 
-    source, attribute = "a YAML", "YAML_NAMES"  # what is read, and where packages list its names
+    source, attribute = (
+        "a YAML",
+        "YAML_NAMES",
+    )  # in messages; list of names in packages
 
     def __init__(self, allow: Iterable[str] = ()) -> None:
-        self.downloads = False  # Objects may download files while they are built.
+        self.downloads = False  # True if objects may download files while they are built.
         self.packages = {"trainer", *recipe_packages()}
         allowed = [allow] if isinstance(allow, str) else [*allow]
         for name in allowed:
@@ -208,7 +218,7 @@ class Registry:
             if owner is not None and not (
                 inspect.ismodule(found) or self._allows(path, owner, found)
             ):
-                break  # The attributes of what is refused are not looked at.
+                break  # Attributes of a refused object are not read.
             path = f"{path}.{part}".removeprefix(".")
             owner, found = found, self._step(found, path, part, full)
         if not self._allows(path, owner, found):
@@ -216,11 +226,11 @@ class Registry:
         return found
 
     def is_for_training_only(self, name: str) -> bool:
-        """Return True for a name that using a trained model does not need."""
+        """Return True for a name that is not needed to use a trained model."""
         return False
 
     def is_own(self, name: str) -> bool:
-        """Return True for a name that the user allows, or that lies in a package of the user."""
+        """Return True for a name that the user allows, or in a package of the user."""
         return self._rule(name) == "open"
 
     def read(self, owner: Any, name: str) -> Any:
@@ -266,7 +276,7 @@ class Registry:
         return ahead or self._rule(module) in ("open", "kind")
 
     def _step(self, owner: Any, path: str, part: str, name: str) -> Any:
-        """Return the module `path`, imported if it is related, or else the attribute `part`."""
+        """Return the module `path`, imported if related, or else the attribute `part`."""
         related, inside = self._is_related(path), inspect.ismodule(owner)
         is_module = (owner is None or inside) and _is_module(path)
         if owner is None and not related:
@@ -295,7 +305,7 @@ class Registry:
         return found
 
     def _allows(self, name: str, owner: Any, found: Any) -> bool:
-        """Return True if `found`, which is `name` and was read from `owner`, may be named."""
+        """Return True if the object `found`, read from `owner` by `name`, may be named."""
         if name in self.listed or isinstance(found, torch.dtype):
             return True
         if inspect.ismodule(found) or isinstance(found, PLAIN):
@@ -303,7 +313,7 @@ class Registry:
         if inspect.isbuiltin(found) and _is_operation(found):
             return True
         if is_maker(found) and inspect.isclass(owner):
-            return self._rule(name) != "closed"  # The class is allowed: it was looked into.
+            return self._rule(name) != "closed"  # The class is allowed already.
         if _needs_object(owner, name.rpartition(".")[2], found):
             return False
         if self._rule(name) == "open" and _is_inherited(found):
@@ -342,7 +352,7 @@ class Registry:
         return True
 
     def _way_to_allow(self, name: str) -> str:
-        """Return how a user allows a name in full, as the end of a sentence."""
+        """Return advice on allowing a name, as the end of a sentence."""
         if not NAME_IN_FULL.fullmatch(name):
             return ""
         return f"; allow it by --allow {name} on the command line, or allow=['{name}'] in Python"
@@ -423,21 +433,21 @@ def listed_names(package: str, attribute: str) -> list[str]:
 
 
 def is_below(name: str, packages: Iterable[str]) -> bool:
-    """Return True for a name that is one of some packages, or lies in one."""
+    """Return True for a name that is one of the packages, or lies in one."""
     return any(f"{name}.".startswith(f"{each}.") for each in packages)
 
 
 def is_maker(target: Any) -> bool:
     """Return True for a class method of transformers that makes a model or a tokenizer.
 
-    It may be that of a subclass elsewhere, which inherits it.
+    A subclass elsewhere may inherit it.
     """
     own = inspect.isclass(getattr(target, "__self__", None)) and target.__name__ in MAKERS
     return own and str(target.__module__).startswith("transformers.")
 
 
 def _located(name: str) -> Any:
-    """Return the object with a name that the user allows in full."""
+    """Return the object with a name that the user allows."""
     try:
         found = pydoc.locate(name)
     except pydoc.ErrorDuringImport as error:
@@ -454,7 +464,7 @@ def _is_operation(found: Any) -> bool:
 
 
 def _is_of_kind(found: Any, origin: str) -> bool:
-    """Return True for a class or a function that CLASSES or FUNCTIONS has for its module."""
+    """Return True for a class or function that CLASSES or FUNCTIONS allows in its module."""
     if not inspect.isclass(found):
         return inspect.isroutine(found) and is_below(origin, FUNCTIONS.split())
     bases = {*found.__mro__, *(each.__name__ for each in found.__mro__)}
@@ -462,7 +472,7 @@ def _is_of_kind(found: Any, origin: str) -> bool:
 
 
 def _is_inherited(found: Any) -> bool:
-    """Return True for a class method that is in `NAMES`, as that of a subclass."""
+    """Return True for a class method in `NAMES` that a subclass inherits."""
     label = f".{getattr(found, '__name__', '')}"
     twins = [pydoc.locate(each) for each in NAMES.split() if each.endswith(label)]
     function = getattr(found, "__func__", None)
@@ -470,7 +480,7 @@ def _is_inherited(found: Any) -> bool:
 
 
 def _needs_object(owner: Any, name: str, found: Any) -> bool:
-    """Return True for a method that is called on an object, as `save` is, and makes none."""
+    """Return True for a method that needs an object, such as `save`, and makes none."""
     if not inspect.isroutine(found) or inspect.ismodule(owner):
         return False
     defined = inspect.getattr_static(owner, name, None)
@@ -478,7 +488,7 @@ def _needs_object(owner: Any, name: str, found: Any) -> bool:
 
 
 def _description(owner: Any, found: Any) -> str:
-    """Return what a refused object is, for a message."""
+    """Describe a refused object for a message."""
     if inspect.ismodule(found):
         return "it is a module"
     if inspect.isclass(owner) or (inspect.isroutine(found) and not inspect.ismodule(owner)):
@@ -487,7 +497,7 @@ def _description(owner: Any, found: Any) -> str:
 
 
 def _origin(found: Any) -> str:
-    """Return the module in which an object, or else its class, is defined."""
+    """Return the module that defines an object, or else its class."""
     return str(getattr(found, "__module__", None) or type(found).__module__)
 
 
@@ -498,7 +508,7 @@ def _public(owner: Any) -> list[str]:
 
 
 def _is_module(path: str) -> bool:
-    """Return True if there is a module of this name; its parents are imported already."""
+    """Return True if a module of this name exists; its parents are imported already."""
     try:
         return importlib.util.find_spec(path) is not None
     except (ImportError, ValueError):  # The parent is no package, or has no spec.
@@ -514,8 +524,5 @@ def _import(path: str, name: str) -> Any:
             f"{name} needs the module {path}, whose import failed: {type(error).__name__}: {error}"
         )
         if isinstance(error, ModuleNotFoundError):
-            why += (
-                " (packages that a recipe needs are extras of its distribution, as in "
-                "pip install 'cortex-speech[recipes]')"
-            )
+            why += f" ({EXTRAS})"
         raise ValueError(why) from error

@@ -1,9 +1,9 @@
-"""The YAML of a run folder, which may come from elsewhere: it may build listed classes only.
+"""The YAML of a run folder, which may come from elsewhere: it may build only listed classes.
 
-Allowed are the names that recipes list in `RUN_NAMES`, the classes of torch, torchaudio and the
-trainer that are listed here, and names in packages that the caller allows. Classes are built by
-`!new:` and `!name:`; `!apply:` calls `len` and the listed functions. Refused are `!applyref:`,
-`!module:`, `!include:`, `base`, attributes of objects, and paths that lead out of the run folder.
+It may name what recipes list in `RUN_NAMES`, the classes of torch, torchaudio and the trainer that
+are listed here, and names in packages that the caller allows. `!new:` and `!name:` build classes;
+`!apply:` calls `len` and the listed functions. `!applyref:`, `!module:`, `!include:`, `base`,
+attributes of objects, and paths that lead out of the run folder are refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from trainer.config.reading import location, nodes, object_name, plain, tag
 from trainer.config.registry import NAME, NAMES, Registry, is_below, listed_names
 from trainer.untrusted import confined
 
-LAUNCH_HEADER = '# The hyperparameters of a run by trainer.launch; "repr: …" stands for an object.'
-# Module of the name: base class, and the module (or the package) in which the class is defined.
+# Module of the name: base class, and the module or package that defines the class.
 KINDS: dict[str, tuple[type, str]] = {
     "torch.nn": (nn.Module, "torch.nn.modules"),
     "torch.optim": (Optimizer, "torch.optim"),
@@ -42,7 +41,7 @@ CLASSES = (
     "torchaudio.transforms.SpecAugment",
     *(f"peft.{each}Config" for each in ("HRA", "IA3", "LoHa", "LoKr", "Lora")),
 )
-# `trainer.load` and other readers of a run folder make a Checkpointer of their own.
+# Readers of a run folder, such as `trainer.load`, make a Checkpointer of their own.
 TRAINING_ONLY = (
     "trainer.Checkpointer",
     "trainer.checkpoint.Checkpointer",
@@ -51,7 +50,7 @@ TRAINING_ONLY = (
 
 
 class RunFolderRegistry(Registry):
-    """Resolves the names in the YAML of a run folder, and those in what the caller allows."""
+    """Resolves the names in the YAML of a run folder, and in packages that the caller allows."""
 
     source, attribute = "a run folder", "RUN_NAMES"
 
@@ -94,7 +93,7 @@ class RunFolderRegistry(Registry):
 
 
 def check_tags(root: Node) -> None:
-    """Raise ValueError for `!applyref:`, which would be called while references are resolved."""
+    """Raise ValueError for `!applyref:`, which would run while references are resolved."""
     for node in nodes(root):
         if tag(node).startswith("!applyref:"):
             raise ValueError(f"{location(node)}: {tag(node)} is not allowed in a run folder")

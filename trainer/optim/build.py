@@ -49,11 +49,12 @@ def make_updates(
         modules: all modules, for names of parameters and sparse embeddings.
         options: clipping, accumulation and guard.
         precision: gives each optimizer its loss scaler.
-        schedules: a factory that takes an optimizer, a mapping of these by optimizer, or None.
-        strategy: how gradients travel between processes.
-        on_hand_step: called before a step that a recipe takes past `Brain.optimize`.
-        groups: divides the optimizers, if given.
-        kept: those that exist already, by name.
+        schedules: a function from an optimizer to a schedule, a mapping of these by optimizer, or
+            None.
+        strategy: communication of gradients between processes.
+        on_hand_step: called before a step that a recipe takes without `Brain.optimize`.
+        groups: divides the optimizers into parameter groups, if given.
+        kept: updates that exist already, by name.
 
     Returns:
         The updates by name, in the order of ``optimizers``.
@@ -124,7 +125,7 @@ def _make_clippers(
                 stacklevel=2,
             )
         found[name] = copy.deepcopy(clip) if any(clip is each for each in found.values()) else clip
-    for name, optimizer in optimizers.items():  # Once copied: a bound clipper holds parameters.
+    for name, optimizer in optimizers.items():  # After copying: a bound clipper holds parameters.
         clip = found[name]
         if hasattr(clip, "bind"):
             own_names = {
@@ -160,11 +161,11 @@ def _make_clipper(setting: Any, limit: float) -> Clipper:
 def find_optimizers(
     optimizers_dict: Any, attributes: Mapping[str, Any], precision: Precision
 ) -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers that ``init_optimizers`` made, by name, if they can train here.
+    """Return the optimizers of ``init_optimizers`` by name; refuse those that cannot train here.
 
     Args:
         optimizers_dict: the Brain's ``optimizers_dict``, or None.
-        attributes: the Brain's attributes, among which optimizers are looked for otherwise.
+        attributes: the Brain's attributes, which are searched if ``optimizers_dict`` is None.
         precision: training precision.
     """
     found = optimizers_dict
@@ -175,7 +176,7 @@ def find_optimizers(
         )
     if found is None:
         found = {}
-        for name, value in attributes.items():  # Several attributes may hold the same one.
+        for name, value in attributes.items():  # Several attributes may hold one optimizer.
             if isinstance(value, torch.optim.Optimizer) and value not in found.values():
                 found[name] = value
         if list(found) == ["optimizer"]:
@@ -277,7 +278,7 @@ def warn_of_totals(
 
 
 def check_early_stopping(early_stopping: Any) -> None:
-    """Raise ValueError for a hyperparameter that cannot stop early, such as the text "None"."""
+    """Raise ValueError for an ``early_stopping`` that cannot stop, such as the text "None"."""
     if early_stopping is not None and not (
         callable(getattr(early_stopping, "update", None)) and hasattr(early_stopping, "metric")
     ):

@@ -26,14 +26,13 @@ class WeightAverage:
 
         average <- average + (1 - d) * (weights - average)
 
-    Parameters in half precision are averaged in float32, where a step of 1 - d is not rounded
-    away. Buffers, and what is not floating point, are copied.
+    Parameters in half precision are averaged in float32, where a step of 1 - d is not rounded away.
+    Buffers and integer tensors are copied.
 
     Args:
         modules: the modules whose weights are averaged.
-        decay: d, in (0, 1), or d of each parameter by its name. No average is kept of parameters
-            that a mapping leaves out.
-        constant: names of parameters that never change, of which no average is kept.
+        decay: d, in (0, 1), or a mapping from names of parameters to d; others have no average.
+        constant: names of parameters that never change and need no average.
 
     Attributes:
         count: number of updates.
@@ -71,7 +70,7 @@ class WeightAverage:
 
         Args:
             modules: the modules, with their present weights.
-            still: names of parameters whose average stays, since their optimizer has not stepped.
+            still: names of parameters whose optimizer has not stepped, and whose average stays.
         """
         tensors, averages = self._tensors(modules), self._average
         checks.same_keys("WeightAverage", tensors, averages)
@@ -86,7 +85,7 @@ class WeightAverage:
         self.count += 1
 
     def copy_buffers(self, modules: nn.Module) -> None:
-        """Copy what is not averaged, such as buffers.
+        """Copy tensors that are not averaged, such as buffers.
 
         Args:
             modules: the modules, with their present buffers.
@@ -106,8 +105,8 @@ class WeightAverage:
     def applied(self, modules: nn.Module) -> Iterator[None]:
         """Context manager in which the modules have the averaged weights.
 
-        On exit their own weights are restored, bit for bit; changes of weights within are lost. A
-        copy of the weights is held meanwhile.
+        On exit their own weights are restored, bit for bit; changes of weights within the context
+        are lost. It holds a copy of the weights.
 
         Args:
             modules: the modules, with the same parameters and buffers.
@@ -122,7 +121,7 @@ class WeightAverage:
             _overwrite(tensors, own, tensors)
 
     def _tensors(self, modules: nn.Module) -> dict[str, Tensor]:
-        """Return parameters and buffers by name; a shared one has one name."""
+        """Return parameters and buffers by name, each once."""
         tensors = {**dict(modules.named_parameters()), **dict(modules.named_buffers())}
         for name in self._constant:
             del tensors[name]
@@ -154,10 +153,11 @@ class WeightAverage:
 def decays(
     setting: float | Mapping[str, float | None], updates: Mapping[str, Update]
 ) -> float | dict[str, float]:
-    """Return the run option `ema_decay` as `WeightAverage` takes it.
+    """Convert the run option `ema_decay` to the argument of `WeightAverage`.
 
     Args:
-        setting: a decay for all weights, or one by optimizer; None, or left out: no average.
+        setting: a decay for all weights, or a mapping from optimizers to decays, where None or no
+            entry means no average.
         updates: the optimizers by name.
 
     Raises:
@@ -178,7 +178,7 @@ def decays(
 
 
 def still(updates: Mapping[str, Update], stepped: Collection[str]) -> set[str]:
-    """Return the names of the parameters that none of the optimizers that ``stepped`` has moved."""
+    """Return the names of the parameters that no optimizer in ``stepped`` has."""
     if len(stepped) == len(updates):
         return set()
     moved = {name for owner in stepped for name in _names(updates[owner])}

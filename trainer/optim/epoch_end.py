@@ -64,8 +64,8 @@ def advance_schedules(updates: Iterable[Update], metrics: Mapping[str, Any]) -> 
             update.advance_schedule(_pick(metrics, getattr(schedule, "metric", "loss"), "schedule"))
         else:
             with warnings.catch_warnings():
-                # torch warns if the optimizer has not stepped in this process: right after a resume
-                # it has not, nor where fp16 overflowed for a whole epoch.
+                # torch warns if the optimizer has not stepped in this process, which is normal
+                # right after a resume, or if fp16 overflowed for a whole epoch.
                 message = "Detected call of `lr_scheduler.step"
                 warnings.filterwarnings("ignore", message, UserWarning)
                 update.advance_schedule()
@@ -82,7 +82,7 @@ def should_stop(early_stopping: Any, metrics: Mapping[str, Any], epoch: int | No
 
 
 def _describe_stop(early_stopping: Any, epoch: int | None) -> str:
-    """Return the metric with its best value and epoch, as far as the object knows them."""
+    """Describe the metric with its best value and epoch, if the object knows them."""
     text = f"{early_stopping.metric} has not improved"
     best, waited = getattr(early_stopping, "best", None), getattr(early_stopping, "waited", None)
     if not isinstance(waited, int):  # An object of another class.
@@ -91,12 +91,12 @@ def _describe_stop(early_stopping: Any, epoch: int | None) -> str:
     if best is None:
         return f"{text}: it has never been finite"
     text += f": the best is {best:.4g}"
-    # Otherwise the best is of an earlier call of `fit`, which counted its own epochs.
+    # Otherwise an earlier `fit`, with its own count of epochs, had the best.
     return f"{text}, of epoch {epoch - waited}" if epoch is not None and epoch > waited else text
 
 
 def still_stopped(early_stopping: Any) -> bool:
-    """Return True if a run that early stopping has ended stays ended with the present patience."""
+    """Return True if early stopping still ends a stopped run with the present patience."""
     return early_stopping is not None and bool(getattr(early_stopping, "is_exhausted", True))
 
 

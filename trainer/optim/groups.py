@@ -5,8 +5,8 @@
       "*.bias|*norm*": {weight_decay: 0}
       "*": {lr: 1e-3}
 
-Every pattern that matches a parameter applies to it, and for each key the first pattern that sets
-it wins: biases of the encoder have its rate and no weight decay.
+Every pattern that matches a parameter applies to it; for each key the first pattern that sets it
+wins: biases of the encoder have its rate and no weight decay.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 # Settings that are logged at the start of a run.
 SHOWN = ("weight_decay", "lr_factor", "max_grad_norm")
-# Settings beside those of the optimizer.
+# Settings besides those of the optimizer.
 OWN = ("layer_decay", "lr_factor", "max_grad_norm", "freeze_until", "eval")
-# Keys of torch's groups that are no setting, or one of the optimizer as a whole.
+# Keys of torch's groups that are no settings, or belong to the optimizer as a whole.
 WHOLE = ("params", "param_names", "capturable", "differentiable", "foreach", "fused")
-# Parts of names that torch.compile and peft put in.
+# Parts of names that torch.compile and peft insert.
 WRAPPED = re.compile(r"(^|\.)(?:_orig_mod|base_model\.model|base_layer)(?=\.|$)")
-# Layers as transformers, torch and torchaudio name them, without convolutional front ends. Where a
-# network has none of these, any number in a name is that of a layer.
+# Names of layers in transformers, torch and torchaudio, without convolutional front ends. If a
+# network has none of these, any number in a name counts as that of a layer.
 LAYER = re.compile(r"(?:^|\.)(?:(?!conv_)\w*(?:layers?|blocks?)|h)\.\d+(?=\.|$)")
 NUMBER = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 
@@ -61,29 +61,30 @@ def clean_name(name: str) -> str:
 class ParameterGroups:
     """The hyperparameter ``param_groups``: divides optimizers, and freezes parameters for a time.
 
-    Parameters keep the settings of the group in which the recipe has put them, but for those that
-    patterns set. These are settings of the optimizer (``lr``, ``weight_decay``, ``betas`` …), and:
+    Parameters keep the settings of the group that the recipe made, except those that patterns set:
+    settings of the optimizer (``lr``, ``weight_decay``, ``betas`` …), and:
 
     - ``layer_decay``: multiplies ``lr`` by layer_decay^d, where d is the number of layers between
       the parameter and the top of what the pattern matches. Layers are counted in the order of the
-      modules; a parameter without a number belongs to the layer before it, and before the first
-      layer to one below that. Clark et al. 2020 (ELECTRA, arXiv 2003.10555) and Bao et al. 2022
-      (BEiT, arXiv 2106.08254); there, the head is a layer above the top one.
+      modules; a parameter without a number belongs to the layer before it, or to a layer below the
+      first one. Clark et al. 2020 (ELECTRA, arXiv 2003.10555) and Bao et al. 2022 (BEiT, arXiv
+      2106.08254), who count the head as one more layer.
     - ``lr_factor``: multiplies the learning rate that the schedule gives, in each step.
     - ``max_grad_norm``: clip limit of all gradients of the pattern together.
-    - ``freeze_until``: number of optimizer steps before which the parameters do not train. Those
-      that require no gradient anyway stay as they are.
+    - ``freeze_until``: number of optimizer steps after which the parameters train. Parameters that
+      the recipe has frozen stay frozen.
     - ``eval``: True if modules stay in evaluation mode while none of their parameters trains.
 
     Args:
-        setting: keys by pattern of parameter names, or these by optimizer. Patterns have
-            ``*``, ``?`` and ``[…]`` as in file names, and ``|`` between alternatives.
+        setting: a mapping from patterns of parameter names to keys and values, or these by
+            optimizer. Patterns have ``*``, ``?`` and ``[…]`` as in file names, and ``|`` between
+            alternatives.
     """
 
     def __init__(self, setting: Any) -> None:
         self._setting = setting
-        self._until: dict[Tensor, float] = {}  # Steps for which a parameter is frozen.
-        # Name of the optimizer, number of steps, and the parameters frozen for so long.
+        self._until: dict[Tensor, float] = {}  # Number of steps that a parameter is frozen for.
+        # Name of the optimizer, number of steps, and parameters frozen for these.
         self._frozen: list[tuple[str, float, list[Tensor]]] = []
         self._modules = nn.Module()
         self._evaluated: dict[Tensor, str] = {}  # Parameters with `eval`, and its pattern.
@@ -120,7 +121,7 @@ class ParameterGroups:
                         self._log(name, optimizer)
             for pattern, keys in patterns.items():
                 late = [key for key in keys if (pattern, key) not in used and key != "eval"]
-                if late and pattern != "*":  # Which stands for the rest.
+                if late and pattern != "*":  # "*" stands for the rest.
                     logger.warning(
                         "param_groups: %r comes too late for %s, which earlier patterns set for "
                         "every parameter that it matches", pattern, ", ".join(late),
@@ -138,7 +139,7 @@ class ParameterGroups:
                 )  # fmt: skip
 
     def _freeze(self, name: str, chosen: Chosen) -> None:
-        """Note which parameters of an optimizer are frozen for how many steps."""
+        """Record the number of steps for which parameters of an optimizer are frozen."""
         trained = [p for p in chosen if p.requires_grad or p in self._until]
         steps: dict[float, list[Tensor]] = {}
         for p in trained:
@@ -156,7 +157,7 @@ class ParameterGroups:
         """Freeze and unfreeze parameters of optimizers whose accumulation window is empty.
 
         Returns:
-            True if more of them train than before, after so many optimizer steps.
+            True if more parameters train than before, after ``step`` optimizer steps.
         """
         unfrozen = 0
         for name, until, params in self._frozen:
@@ -170,14 +171,14 @@ class ParameterGroups:
         return unfrozen > 0
 
     def rest(self) -> None:
-        """Put modules with ``eval`` of which nothing trains into evaluation mode."""
+        """Put modules with ``eval`` into evaluation mode if none of their parameters trains."""
         for part in self._resting(lambda p: not p.requires_grad):
             part.eval()
 
     def _resting(self, frozen: Callable[[Tensor], bool]) -> Iterator[nn.Module]:
-        """Yield the largest modules of which all parameters have ``eval`` and are frozen."""
+        """Yield the largest modules whose parameters all have ``eval`` and are frozen."""
         modules = [self._modules]
-        for module in modules:  # Which grows meanwhile.
+        for module in modules:  # The list grows in the loop.
             params = list(module.parameters())
             if params and all(p in self._evaluated and frozen(p) for p in params):
                 yield module
@@ -213,12 +214,12 @@ class ParameterGroups:
 
 
 def check_schedule(name: str, optimizer: Optimizer, before: Sequence[float]) -> None:
-    """Check that a schedule keeps the learning rates of groups apart.
+    """Check that a schedule keeps the different learning rates of groups.
 
     Args:
         name: name of the optimizer, for messages.
         optimizer: the optimizer, with its schedule.
-        before: learning rates of its groups before it had the schedule.
+        before: learning rates of its groups before the schedule was made.
 
     Raises:
         ValueError: the rates differed, and the schedule has set one for all groups.
@@ -237,7 +238,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _names(optimizers: Mapping[str, Optimizer], modules: nn.Module) -> dict[Tensor, list[str]]:
-    """Return the names of all parameters; those that are shared have several."""
+    """Return the names of all parameters; a shared parameter has several."""
     names: dict[Tensor, list[str]] = {}
     for name, param in modules.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(clean_name(name))
@@ -250,7 +251,7 @@ def _names(optimizers: Mapping[str, Optimizer], modules: nn.Module) -> dict[Tens
 def _scopes(
     setting: Any, optimizers: Mapping[str, Optimizer]
 ) -> list[tuple[Patterns, Mapping[str, Optimizer]]]:
-    """Return patterns, each with the optimizers that they are for."""
+    """Return pairs of patterns and the optimizers that they apply to."""
     if not isinstance(setting, Mapping) or not setting:
         raise ValueError(
             f"param_groups is {setting!r}; allowed: a mapping from patterns of parameter names to "
@@ -283,10 +284,10 @@ def _scopes(
 def _match(
     pattern: str, keys: Mapping[str, Any], names: Mapping[Tensor, Sequence[str]], owned: set[Tensor]
 ) -> dict[Tensor, str]:
-    """Return the parameters that a pattern matches, by the first name that does.
+    """Return the parameters that a pattern matches, each with its first name that does.
 
-    With ``eval`` as its only key, it may match only parameters that no optimizer has; others need
-    one that is ``owned`` by the pattern's optimizers.
+    A pattern whose only key is ``eval`` may match parameters that no optimizer has; any other must
+    match one that is ``owned`` by its optimizers.
     """
     parts = str(pattern).split("|")
     found: dict[Tensor, str] = {}
@@ -312,7 +313,7 @@ def _match(
 def _evaluated(
     patterns: Patterns, matched: Mapping[str, Mapping[Tensor, str]]
 ) -> dict[Tensor, str]:
-    """Return the parameters for which the first pattern with ``eval`` says True, with it."""
+    """Return the parameters whose first pattern with ``eval`` has True, with the pattern."""
     found: dict[Tensor, str] = {}
     for pattern, keys in patterns.items():
         if "eval" in keys:
@@ -326,7 +327,7 @@ def _choose(
     name: str, optimizer: Optimizer, patterns: Patterns,
     matched: Mapping[str, Mapping[Tensor, str]],
 ) -> Chosen:  # fmt: skip
-    """Return the settings that patterns give each parameter of an optimizer."""
+    """Return the settings from patterns for each parameter of an optimizer."""
     chosen: Chosen = {p: {} for p in _params(optimizer)}
     first, defaults = optimizer.param_groups[0], getattr(optimizer, "defaults", {})
     known = {k: v for k, v in {**first, **defaults}.items() if k not in WHOLE}
@@ -351,7 +352,7 @@ def _choose(
 
 
 def _checked(pattern: str, key: str, value: Any, known: Mapping[str, Any]) -> Any:
-    """Return the value of a key in the type that the optimizer takes."""
+    """Return the value of a key, converted to the type that the optimizer takes."""
     owner, default = f"param_groups: {pattern!r}", known.get(key)
     if key == "max_grad_norm":
         return limit_of(value, f"{owner}: max_grad_norm")
@@ -419,7 +420,7 @@ def _group(
     number: int, source: Mapping[str, Any], label: str, own: Mapping[str, tuple[str, Any]],
     depth: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return a group without parameters: the recipe's own, with what patterns set."""
+    """Return a group without parameters: the recipe's own with the settings from patterns."""
     values = {key: value for key, (_, value) in own.items() if key != "eval"}
     group = {k: v.clone() if isinstance(v, Tensor) else v for k, v in source.items()}
     for key, value in values.items():
@@ -429,7 +430,7 @@ def _group(
             group[key] = value
     if "layer_decay" in values:
         group["lr"] = group["lr"] * values["layer_decay"] ** depth
-    if "max_grad_norm" in group:  # Groups limited by one pattern are clipped by their joint norm.
+    if "max_grad_norm" in group:  # Groups of one pattern are clipped by their joint norm.
         pattern, _ = own.get("max_grad_norm", (f"group {number}", None))
         group["clipped_with"] = pattern
     group["params"], group["patterns"] = [], label
@@ -456,7 +457,7 @@ def _depths(pattern: str, matched: Mapping[Tensor, str]) -> dict[Tensor, int]:
 
 
 def _scale_rates(optimizer: Optimizer) -> None:
-    """Multiply learning rates by `lr_factor` within each step only, so that no schedule sees it."""
+    """Multiply learning rates by `lr_factor`, only within a step, so that no schedule sees it."""
     own: list[tuple[dict[str, Any], Any]] = []
 
     def put_back(*_: object) -> None:
@@ -465,7 +466,7 @@ def _scale_rates(optimizer: Optimizer) -> None:
             group["lr"] = rate
 
     def scale(*_: object) -> None:
-        put_back()  # An error may have left the last step.
+        put_back()  # An error may have interrupted the last step.
         for group in optimizer.param_groups:
             if "lr_factor" in group:
                 own.append((group, group["lr"]))

@@ -1,4 +1,4 @@
-"""Guards against steps that are not finite, and against batches for which memory runs out."""
+"""Guards against non-finite steps, and against batches for which memory runs out."""
 
 from __future__ import annotations
 
@@ -43,36 +43,33 @@ class NonFiniteError(RuntimeError):
 class Tracer:
     """Base class of tracers, which examine skipped steps; it does nothing.
 
-    A tracer is a context manager around each `fit`, also around one within a hook of another. A
-    subclass is registered in `trainer.defaults.tracers`.
+    A tracer is a context manager around each `fit`, also a nested one. Subclasses are registered in
+    `trainer.defaults.tracers`.
     """
 
-    def begin_window(self) -> None:
-        """Called before the first batch of an accumulation window."""
-
-    def begin_batch(self, batch: Any, is_last: bool) -> None:
-        """Called before a batch is trained on; ``is_last`` if it is the last of its epoch."""
+    def begin_batch(self, batch: Any, is_last: bool, opens_window: bool) -> None:
+        """Called before training on a batch; ``is_last`` is True for the last one of an epoch."""
 
     def skipped(self, report: StepReport, reports: Sequence[StepReport]) -> str:
         """Called when a step was skipped.
 
         Args:
             report: the outcome.
-            reports: all outcomes of the batch; those of later losses are added to it.
+            reports: all outcomes of the batch; later losses add theirs to it.
 
         Returns:
-            Where more about it can be found, or an empty text.
+            A pointer to more about the step for the message, or an empty text.
         """
         return ""
 
     def end_batch(self) -> None:
-        """Called when the batch is over, and with it what the recipe's `fit_batch` computed."""
+        """Called when the batch is over and the tensors of `fit_batch` are released."""
 
     def __enter__(self) -> Tracer:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Finish what the batch left open, also after a `NonFiniteError` within it."""
+        """Finish an examination that the batch left open, also after a `NonFiniteError`."""
 
 
 @dataclass(slots=True)
@@ -82,13 +79,13 @@ class _Buffer:
     name: str
     owner: dict[str, Tensor | None]  # The buffers of its module.
     key: str
-    unversioned: bool  # It may change without a new tensor version, as in torch's own norms.
-    tensor: Tensor | None  # None where the module had none.
+    unversioned: bool  # True if it changes without a new tensor version, as in torch's norms.
+    tensor: Tensor | None  # None if the module had none.
     version: int
     kept: Tensor | None  # Copy of its value.
 
     def changed(self) -> bool:
-        """Return True if the buffer was changed in place or exchanged."""
+        """Return True if the buffer was changed in place or replaced."""
         now = self.owner.get(self.key)
         return now is not self.tensor or (
             now is not None and (self.unversioned or now._version != self.version)
@@ -98,9 +95,9 @@ class _Buffer:
 class NonFiniteGuard:
     """Counts the skipped steps of an epoch, and restores the buffers after each.
 
-    A NaN in an input enters the running statistics of a batch norm in the forward pass, and never
-    leaves them. The guard copies the buffers at the start of each accumulation window and restores
-    them after a skipped step, which does not move the weights.
+    A NaN in an input enters the running statistics of a batch norm in the forward pass, and stays.
+    The guard copies the buffers at the start of each accumulation window and restores them after a
+    skipped step, which does not move the weights.
 
     Args:
         modules: modules whose buffers are kept.
@@ -119,7 +116,7 @@ class NonFiniteGuard:
         self.begin_stage()
 
     def begin_stage(self) -> None:
-        """Find the buffers (modules may have been exchanged), and keep them."""
+        """Find the buffers (modules may have been replaced), and keep them."""
         self._skipped = False  # An error that ended the last stage may have left it True.
         self._buffers = [
             _Buffer(
@@ -132,7 +129,7 @@ class NonFiniteGuard:
         ]  # fmt: skip
 
     def begin_window(self) -> None:
-        """Keep the buffers as they are now; only those that changed are copied."""
+        """Keep the present buffers; only changed ones are copied."""
         copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         for each in self._changed():
             now, kept = each.owner.get(each.key), each.kept
@@ -147,11 +144,11 @@ class NonFiniteGuard:
             torch._foreach_copy_([kept for kept, _ in pairs], [now for _, now in pairs])
 
     def begin_batch(self) -> None:
-        """Begin a batch, of which at most one skipped step counts."""
+        """Begin a batch, in which at most one skipped step counts."""
         self._counted = False
 
     def add_loss(self, name: str, ids: list[str], loss: Tensor) -> None:
-        """Remember a batch of an optimizer's open window, to name it if the window is skipped."""
+        """Record a batch of an optimizer's open window, to name it if the window is skipped."""
         self._losses.setdefault(name, []).append((ids, loss.detach()))
 
     def skip(
@@ -161,13 +158,13 @@ class NonFiniteGuard:
         last_norm: float | None,
         trace: Callable[[], str],
     ) -> None:
-        """Count a skipped step, which all ranks agree on. Collective.
+        """Count a skipped step. Collective.
 
         Args:
-            report: the outcome. One of weight 0 had no examples, and counts for nothing.
+            report: the outcome; one of weight 0 had no examples and does not count.
             ids: returns the names of the examples in the present batch.
             last_norm: last finite gradient norm of the optimizer.
-            trace: called before it is counted; returns where more about it can be found.
+            trace: called before the step is counted; returns a pointer to more about it.
 
         Raises:
             NonFiniteError: at ``patience`` + 1 skipped steps in an epoch.
@@ -213,7 +210,7 @@ class NonFiniteGuard:
             self.roll_back()
 
     def roll_back(self) -> None:
-        """Put the buffers back as they were at the start of the window."""
+        """Restore the buffers to their values at the start of the window."""
         self._skipped = False
         for each in self._changed():
             each.owner[each.key] = each.tensor
@@ -222,7 +219,7 @@ class NonFiniteGuard:
                 each.version = each.tensor._version
 
     def forget(self) -> None:
-        """Forget the batches of open windows, which were dropped."""
+        """Forget the batches of open windows, after these were dropped."""
         self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,7 +232,7 @@ class NonFiniteGuard:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the state with the losses of open windows, to be restored in this process only."""
+        """Return the state with the losses of open windows, for use within this process."""
         losses = {name: list(window) for name, window in self._losses.items()}
         return {**self.state_dict(), "losses": losses}
 
@@ -246,11 +243,11 @@ class NonFiniteGuard:
             if each.kept is not None and each.name in state["buffers"]:
                 each.kept.copy_(state["buffers"][each.name])
                 each.version = -1
-        self._skipped, self._counted = state.get("spoilt", False), state.get("counted", False)
+        self._skipped, self._counted = state["spoilt"], state["counted"]
         self._losses = {name: list(window) for name, window in state.get("losses", {}).items()}
 
     def _bad_ids(self, name: str, ids: Callable[[], list[str]]) -> list[str]:
-        """Return the ids, of all ranks, of the batches whose loss is not finite, or of all."""
+        """Return the ids, on all ranks, of batches with a non-finite loss; without one, all ids."""
         window = self._losses.get(name) or [(ids(), torch.zeros(()))]
         bad = [each for each, loss in window if not math.isfinite(loss.item())]  # Rare; syncs.
         own = list(chain(*(bad or [each for each, _ in window])))
@@ -261,8 +258,8 @@ class NonFiniteGuard:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True for the errors by which torch says that memory has run out."""
-    # C++ code in which an allocation of the host fails raises MemoryError.
+    """Return True for the errors that torch raises when memory runs out."""
+    # C++ code raises MemoryError if an allocation on the host fails.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(part in str(error) for part in MEMORY_MESSAGES)
     )
@@ -272,7 +269,7 @@ class MemoryGuard:
     """Counts the batches in a row for which memory ran out.
 
     Args:
-        patience: number of them that is tolerated.
+        patience: number of such batches that is tolerated.
         progress: holds the count (``out_of_memory_count``).
     """
 
@@ -280,7 +277,7 @@ class MemoryGuard:
         self.patience, self._progress = patience, progress
 
     def skip(self, reason: str | None) -> None:
-        """Count a batch that all ranks have given up. Collective.
+        """Count a batch that all ranks gave up. Collective.
 
         Args:
             reason: names the batch and the error on a rank that ran out of memory; None elsewhere.

@@ -14,8 +14,7 @@ _FULL: AbstractContextManager[None] = nullcontext()
 class Precision:
     """Autocast and loss scaling for a precision on a device.
 
-    fp32 is the precision that does nothing: its autocast is an empty context and its scaler is
-    disabled.
+    fp32 does nothing: its autocast is an empty context and its scaler is disabled.
 
     Args:
         name: "fp32", "fp16" or "bf16".
@@ -41,7 +40,7 @@ class Precision:
             )
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context manager in which a forward pass runs."""
+        """Return the context manager for a forward pass."""
         return torch.autocast(self.device.type, self.dtype) if self.mixed else _FULL
 
 

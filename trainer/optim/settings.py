@@ -1,8 +1,8 @@
-"""Settings of optimizers and schedules in a run that resumes with other ones.
+"""Changed settings of optimizers and schedules in a resumed run.
 
-A checkpoint holds the present value of each setting and the value that it was built with. Where a
-resumed run builds a setting with another value, that is used: a learning rate is the new one times
-the present ratio to the old one, as a schedule has made it, and anything else is replaced.
+A checkpoint holds the present and the initial value of each setting. If a resumed run builds a
+setting with another initial value, it uses that: a learning rate keeps its ratio to the initial
+one, which a schedule has set, and other settings are replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler
 from trainer import distributed
 
 RATES = ("lr", "_last_lr", "base_lrs")
-# Schedules of torch whose rates depend on the number of steps alone.
+# Schedules of torch whose rates depend only on the number of steps.
 CLOSED = (
     lr_scheduler.ConstantLR, lr_scheduler.CosineAnnealingLR, lr_scheduler.CyclicLR,
     lr_scheduler.CosineAnnealingWarmRestarts, lr_scheduler.ExponentialLR, lr_scheduler.LambdaLR,
@@ -34,7 +34,7 @@ logger = logging.getLogger("trainer")
 def with_new_settings(
     state: Mapping[str, Any], now: Mapping[str, Any], name: str
 ) -> Mapping[str, Any]:
-    """Return a saved state of an `Update` with the settings that this run builds otherwise.
+    """Return a saved state of an `Update`, with the settings that this run has changed.
 
     Args:
         state: the saved state; it is not changed.
@@ -71,21 +71,24 @@ def with_new_settings(
 
 
 def set_rates_anew(schedule: Any) -> None:
-    """Recompute the learning rates by a schedule of torch's whose settings have changed."""
+    """Recompute the learning rates of a torch schedule whose settings have changed."""
     if isinstance(schedule, CLOSED):
-        with warnings.catch_warnings(), suppress(ValueError):  # It may be past its new end.
-            warnings.simplefilter("ignore", UserWarning)  # torch prefers steps without a number.
+        with (
+            warnings.catch_warnings(),
+            suppress(ValueError),
+        ):  # It may be past its new end.
+            warnings.simplefilter("ignore", UserWarning)  # torch deprecates steps with a number.
             schedule.step(schedule.last_epoch)
 
 
 def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
-    """Return a saved value, in which settings that the user has changed since have their new value.
+    """Return a saved value, with settings that the user has changed since at their new value.
 
     Args:
         saved: value at the time of saving, which schedules may have changed.
-        then: value with which the saving run had built the optimizer.
-        now: value with which this run has built it.
-        is_rate: True for a learning rate, which keeps its ratio to the value it was built with.
+        then: initial value in the saving run.
+        now: initial value in this run.
+        is_rate: True for a learning rate, which keeps its ratio to the initial value.
     """
     if then == now:
         return saved
@@ -103,13 +106,13 @@ def _merged(saved: Any, then: Any, now: Any, is_rate: bool = False) -> Any:
 def _merged_group(
     saved: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a saved group with the settings that are built otherwise now, new or removed."""
+    """Return a saved group with the settings that were changed, added or removed since."""
     kept = {k: v for k, v in _merged(saved, then, now).items() if k in now or k not in then}
     return kept | {k: v for k, v in now.items() if k not in then}
 
 
 def _warn_of_other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
-    """Warn of settings of a checkpoint without the values that they were built with."""
+    """Warn of changed settings, for a checkpoint without initial values."""
     for key in ("initial_lr" if "initial_lr" in saved else "lr", "weight_decay"):
         old, new = saved.get(key), now.get(key)
         if old is not None and new is not None and old != new:

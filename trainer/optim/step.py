@@ -3,9 +3,9 @@
     scale → backward → (window full?) → unscale → measure → guard → clip → step → scaler update
     → schedule → zero → StepReport
 
-This module is the only place that moves weights. Gradients are measured before they are clipped:
-clipping first would turn one infinity into zeros everywhere and one NaN into NaN everywhere.
-Nothing moves before everything about the step is known, on every rank.
+Only this module moves weights. Gradients are measured before they are clipped: clipping first would
+turn one infinity into zeros everywhere and one NaN into NaN everywhere. Nothing moves before every
+rank knows the outcome of the step.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from trainer.distributed.announcements import Votes
 from trainer.distributed.strategy import BatchGivenUp, Strategy, WindowSums
 from trainer.metrics import Outcome, StepReport
 from trainer.optim.settings import set_rates_anew, with_new_settings
+from trainer.texts import first_names
 from trainer.tree import plain_number
 
 logger = logging.getLogger("trainer")
 
-# A gradient that overflows at an fp16 scale this low does not overflow because of the scale.
+# At an fp16 scale this low, the scale is not the cause of an overflow.
 LOWEST_SCALE = 1.0
 
 
@@ -52,14 +53,14 @@ class Stopwatch:
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
-        """Note the end of a part, without waiting for a device."""
+        """Record the end of a part, without waiting for a device."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
         self.marks.append((part, event if self._on_gpu else time.perf_counter()))
 
     def read(self) -> list[tuple[str, float]]:
-        """Return the seconds of each part after the first mark; nothing before a GPU is done."""
+        """Return the seconds of each part after the first mark; empty until a GPU is done."""
         if self._on_gpu and not (self.marks and self.marks[-1][1].query()):
             return []
         return [
@@ -68,7 +69,7 @@ class Stopwatch:
         ]
 
 
-stopwatch: Stopwatch | None = None  # In a batch that a diagnostic measures.
+stopwatch: Stopwatch | None = None  # Set while a diagnostic measures a batch.
 
 StepHook = Callable[["Update", Gradients], None]
 Take = Callable[[list[float]], None]
@@ -76,10 +77,10 @@ Take = Callable[[list[float]], None]
 
 @dataclass(slots=True)
 class Window:
-    """Accumulation window: what its backward passes have added up in the gradients.
+    """Accumulation window: counts and sums of its backward passes.
 
     Gradients and loss are sums of w_i/w_1 · (·)_i over the batches i of weight w_i, so that the
-    first batch enters as it is and half precision stays in its usual range.
+    first batch is not scaled and half precision stays in its usual range.
 
     Args:
         count: batches so far.
@@ -104,29 +105,29 @@ class Update:
     """One optimizer with its loss scaler, clipper, schedule and accumulation window.
 
     Args:
-        name: name by which `Brain.optimize` finds it.
+        name: name of the optimizer for `Brain.optimize`.
         optimizer: any torch optimizer.
         scaler: loss scaler of this optimizer, disabled except for fp16.
         clip: called with the measured `Gradients` of every finite step.
         schedule: a torch LRScheduler, or None for a constant learning rate.
-        window: number of batches that make a step (gradient accumulation); the attribute ``size``.
+        window: number of batches per step (gradient accumulation); the attribute ``size``.
         skip_nonfinite_grads: freeze, for one step, the parameters whose gradient is not finite
             instead of skipping the step. Ignored with a warning under an enabled scaler.
-        strategy: how gradients travel between processes.
+        strategy: communication of gradients between processes.
 
     Attributes:
         window: the open `Window`; one of count 0 if none is open.
         others: all other optimizers of the Brain.
-        sharing: those of them that have a parameter of this one, too.
+        sharing: the others that share a parameter with this one.
         untrained: parameters of the modules that no optimizer has, by name.
         names: names of all parameters of the modules.
         before_step: called with measured, unclipped gradients before a step that will be taken.
         after_step: called when the optimizer has stepped.
-        history: reports of the steps that were taken, if a callback has set a list; it empties it.
+        history: list of reports of taken steps, if a callback has set one; the callback empties it.
         leading: index of the parameter group whose learning rate is reported.
-        measured: parameters and the norms of their gradients, as last measured.
-        last_norm: norm before clipping of the last step that was taken; None before the first.
-        deferred: what `read_later` was given, and the next step reads.
+        measured: parameters and the last measured norms of their gradients.
+        last_norm: norm before clipping of the last taken step; None before the first.
+        deferred: arguments of `read_later`, for the next step to read.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class Update:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def named(self) -> dict[Tensor, str]:
-        """Return all parameters with their names; those that no module has are numbered."""
+        """Return all parameters with their names; parameters of no module are numbered."""
         every = enumerate(self.all_params)
         return {p: self.names.get(p, f"{self.name}.{number}") for number, p in every}
 
@@ -193,23 +194,23 @@ class Update:
         return None if rate is None else float(rate)
 
     def watch(self, on_hand_step: Callable[[Update], None]) -> None:
-        """Have a function called before steps of the optimizer that `optimize` does not take."""
-        # An optimizer whose constructor leaves out torch's, such as a wrapper of another one, has
-        # no hooks: steps that a recipe takes with it by hand are then not noticed.
+        """Call a function before each step of the optimizer that `optimize` does not take."""
+        # An optimizer whose constructor does not call torch's, such as a wrapper, has no hooks:
+        # steps that a recipe takes with it by hand are not noticed.
         with contextlib.suppress(AttributeError):
             self._hook = self.optimizer.register_step_pre_hook(
                 lambda *_: None if self._stepping else on_hand_step(self)
             )
 
     def unwatch(self) -> None:
-        """Undo `watch`: the optimizer is not of this run any more."""
+        """Undo `watch`, since the run no longer uses the optimizer."""
         if self._hook is not None:
             self._hook.remove()
 
     def read_later(self, values: Tensor, take: Take) -> None:
-        """Bring a vector (N,) to the host with the numbers of the next step, at no extra sync.
+        """Bring a vector (N,) to the host with the numbers of the next step, without an extra sync.
 
-        ``take`` is called with the N numbers then.
+        ``take`` is then called with the N numbers.
         """
         self.deferred.append((values, take))
 
@@ -219,7 +220,7 @@ class Update:
         _fetch(deferred)
 
     def is_first(self, event: str) -> bool:
-        """Return True at the first call for an event, which is to be warned of once."""
+        """Return True at the first call for an event, for warnings that are given once."""
         first = event not in self._warned
         self._warned.add(event)
         return first
@@ -236,7 +237,7 @@ class Update:
             return
         reached = [name for name, p in self.untrained.items() if p.grad is not None]
         owned: set[Tensor] = set()
-        if reached:  # An optimizer may have got a group of parameters since.
+        if reached:  # A group of parameters may have been added to an optimizer since.
             owned = {p for update in (self, *self.others) for p in update.all_params}
         for (name, p), grad in zip(tuple(self.untrained.items()), kept, strict=True):
             if p.grad is not None and p in owned:
@@ -247,17 +248,17 @@ class Update:
         if found and self.is_first("untrained"):
             warnings.warn(
                 f"the loss given to optimize({self.name!r}) reaches {len(found)} parameters that "
-                f"no optimizer has ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): they "
-                "do not train, and their gradients cost time. Give them to an optimizer, or call "
-                "requires_grad_(False) on their module",
+                f"no optimizer has ({first_names(found)}): they do not train, and their gradients "
+                "cost time. Give them to an optimizer, or call requires_grad_(False) on their "
+                "module",
                 stacklevel=5,
             )
 
     def open_window(self) -> None:
         """Open an accumulation window if none is open.
 
-        Gradients that anything but `optimize` left are dropped, with a warning. Another open window
-        of a shared parameter is an error.
+        Gradients that do not come from `optimize` are dropped, with a warning. An open window of
+        another optimizer that shares a parameter is an error.
         """
         begun = self.window.count
         other = next(filter(attrgetter("window.count"), self.sharing), None)
@@ -279,17 +280,16 @@ class Update:
                 stacklevel=4,
             )
         if self.strategy.communicates:
-            # In an open window, too: a group of parameters may have been added since.
+            # Also in an open window: a group of parameters may have been added since.
             self.strategy.prepare_backward(self.name, self.all_params)
 
     def shared_with(self, other: Update) -> str:
-        """Return the names of some parameters that another optimizer has, too."""
+        """Return names of parameters shared with another optimizer, for messages."""
         theirs = set(other.all_params)
         found = [self.names[p] for p in self.all_params if p in theirs and p in self.names]
         if not found:
             return "a parameter"
-        more = f" and {len(found) - 3} more" if found[3:] else ""
-        return f"the parameter{'s' if found[1:] else ''} {', '.join(found[:3])}{more}"
+        return f"the parameter{'s' if found[1:] else ''} {first_names(found)}"
 
     def drop_window(self) -> None:
         """Discard the window and its gradients."""
@@ -298,15 +298,15 @@ class Update:
             p.grad = None
         self.window = Window()
         if self.scaler.is_enabled():
-            # An error may have left unscaled gradients; naming a scale makes the scaler forget.
-            # A scaler that has not scaled anything yet has no scale either.
+            # An error may have left unscaled gradients; setting the scale makes the scaler forget.
+            # A scaler has no scale before its first use.
             self.scaler.scale(torch.ones((), device=params[0].device))
             self.scaler.update(self.scaler.get_scale())
 
     def step(self, gradients: Gradients, loss: float, weight: float, scale: float) -> StepReport:
         """Clip finite gradients, step, and advance a schedule that counts steps.
 
-        Loss and weight of the window, and the fp16 loss scale that was used, are for the report.
+        Loss and weight of the window, and the fp16 loss scale, are for the report.
         """
         for before in self.before_step:
             before(self, gradients)
@@ -330,15 +330,15 @@ class Update:
         return report
 
     def move(self) -> None:
-        """Step the optimizer with the present gradients, without the function of `watch`."""
+        """Step the optimizer with the present gradients; do not call the function of `watch`."""
         self._stepping = True
         self.optimizer.step()
         self._stepping = False
 
     def advance_schedule(self, *metric: float) -> None:
-        """Step the schedule; one that has done all of its steps leaves the rate as it is."""
+        """Step the schedule; one that has finished leaves the rate as it is."""
         schedule = self.schedule
-        # Torch's own raises its rate again after its last step, and then an error.
+        # After its last step torch's raises the rate again, then an error.
         if isinstance(schedule, OneCycleLR) and schedule.last_epoch >= schedule.total_steps - 1:
             ended, schedule.last_epoch = schedule.last_epoch, schedule.total_steps
             if ended >= schedule.total_steps and self.is_first("end"):
@@ -365,7 +365,7 @@ class Update:
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse the state of another optimizer, schedule or clipper before anything is changed."""
+        """Refuse the state of another optimizer, schedule or clipper; change nothing."""
         kinds = {name: type(part).__name__ for name, part in self._parts().items()}
         for name in ("optimizer", "schedule", "clip"):
             saved, own = state["kinds"].get(name, "none"), kinds.get(name, "none")
@@ -391,18 +391,18 @@ class Update:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state, but for settings that this run builds with other values."""
+        """Restore a saved state, except settings that this run has changed."""
         saved = with_new_settings(state, self._built, self.name)
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
         if saved is not state:
             set_rates_anew(self.schedule)
-        if state["scaler"]:  # Empty if the run was not in fp16: the scaler starts anew.
+        if state["scaler"]:  # Empty if the run was not in fp16; the scaler then starts anew.
             self.scaler.load_state_dict(state["scaler"])
         self.last_norm = state["last_norm"]
 
     def _parts(self) -> dict[str, Any]:
-        # The optimizer comes first, since loading a schedule sets its learning rate.
+        # The optimizer first: loading a schedule sets its learning rate.
         parts = {"optimizer": self.optimizer, "schedule": self.schedule, "clip": self.clip}
         return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
 
@@ -412,7 +412,7 @@ class WindowState:
 
     Args:
         update: the optimizer.
-        updates: all optimizers by name; in a joint step the scaler of another one is used.
+        updates: all optimizers by name; a joint step uses the scaler of one of them.
     """
 
     def __init__(self, update: Update, updates: Mapping[str, Update]) -> None:
@@ -438,7 +438,7 @@ class WindowState:
         update = self._update
         update.drop_window()
         params = update.all_params
-        lead = state.get("lead", "")  # Earlier versions saved none.
+        lead = state["lead"]
         scaler = self._updates[lead].scaler if lead else update.scaler
         # A scaler has no scale before its first use.
         scaler.scale(torch.ones((), device=params[0].device))
@@ -460,14 +460,12 @@ def accumulate(
     """Run the backward pass of a loss, and add its gradients to those of the window.
 
     Args:
-        updates: the optimizers that this loss trains, usually one. Several step together or not
-            at all.
-        loss: a scalar, the mean over what ``weight`` counts.
-        weight: number of examples that the mean is over. A batch of weight 0 contributes nothing. A
-            scalar tensor is not read before the numbers of the step are; where it is 0, the loss
-            must be finite.
+        updates: the optimizers that this loss trains, usually one; all of them step, or none.
+        loss: a scalar, the mean over ``weight`` examples.
+        weight: number of examples. A batch of weight 0 contributes nothing. A scalar tensor is read
+            with the numbers of the step, not earlier; where it is 0, the loss must be finite.
         retain_graph: keep the graph for a second backward pass.
-        last: the window closes with this loss, even if it is not full.
+        last: close the window with this loss, even if it is not full.
 
     Raises:
         ValueError: for a loss or weight that cannot be used, and for optimizers that cannot take
@@ -481,7 +479,7 @@ def accumulate(
     for update in updates:
         update.open_window()
     window = lead.window
-    counts = isinstance(weight, Tensor) or weight > 0  # A weight on the device is not read here.
+    counts = isinstance(weight, Tensor) or weight > 0  # A tensor is not read here.
     reference = window.reference
     if not isinstance(window.weight, Tensor) and window.weight == 0:
         own = 1.0 if isinstance(weight, Tensor) else weight
@@ -495,7 +493,7 @@ def accumulate(
                 scaled = lead.scaler.scale(loss if whole else loss * share)
                 _backward(updates, scaled, retain_graph)
     except BaseException:
-        for update in updates:  # Its gradients have a part of this loss, on some ranks or all.
+        for update in updates:  # The gradients contain a part of this loss, on some or all ranks.
             update.drop_window()
         raise
     total = loss.detach() if counts else torch.zeros_like(loss)
@@ -525,7 +523,7 @@ def finish(
     Args:
         updates: the optimizers of the last loss that `accumulate` took.
         weight: its weight, for the report.
-        last: step with a window that is not full, too.
+        last: step even if the window is not full.
     """
     lead = updates[0]
     if lead.window.count < lead.size and not last:
@@ -638,7 +636,7 @@ def step_by_gradients(updates: Sequence[Update]) -> bool:
 
 
 def leave(updates: Sequence[Update], settled: Settled) -> list[StepReport]:
-    """Drop a full window after which a recipe does something else than a step; report its loss."""
+    """Drop a full window without a step, since the recipe does not step; report its loss."""
     for update in updates:
         update.drop_window()
     loss = settled.loss if math.isfinite(settled.loss) else None
@@ -646,7 +644,7 @@ def leave(updates: Sequence[Update], settled: Settled) -> list[StepReport]:
 
 
 def _backward(updates: Sequence[Update], scaled: Tensor, retain_graph: bool) -> None:
-    """Run backward into the parameters of these optimizers, and of no other."""
+    """Run backward into the parameters of these optimizers only."""
     name = updates[0].name
     others, untrained = [], updates[0].untrained.values()
     if updates[0].others:
@@ -705,7 +703,7 @@ def _unscale(updates: Sequence[Update], device: torch.device) -> list[Tensor]:
     scaler = updates[0].scaler
     if not scaler.is_enabled():
         return []
-    # A scaler that has not scaled anything yet has no scale either.
+    # A scaler has no scale before its first use.
     scale = scaler.scale(torch.ones((), device=device))
     for update in updates:
         if any(p.grad is not None for p in update.all_params):
@@ -719,13 +717,13 @@ def _read(
     scales: list[Tensor],
     sums: WindowSums | None,
 ) -> tuple[float, float, float]:
-    """Fetch what the host must know in one sync: mean loss, weight of the window, fp16 scale."""
+    """Fetch mean loss, weight of the window and fp16 scale in one sync."""
     window = updates[0].window
     assert window.loss is not None
     weight, unread = window.weight, []
     if isinstance(weight, Tensor):
         factor: float | Tensor = window.reference / weight
-        unread = [weight] if sums is None else []  # The sum over ranks is read.
+        unread = [weight] if sums is None else []  # Else the sum over ranks is read.
     else:
         factor = window.reference / (weight or 1.0)
     facts: list[float] = []
@@ -761,7 +759,7 @@ def _read(
 
 
 def _fetch(requests: Sequence[tuple[Tensor, Take]]) -> None:
-    """Bring vectors to the host in one transfer, and give the numbers of each to its function."""
+    """Bring vectors to the host in one transfer, and pass the numbers of each to its function."""
     if not requests:
         return
     vectors = [vector for vector, _ in requests]
@@ -778,11 +776,11 @@ def _fetch(requests: Sequence[tuple[Tensor, Take]]) -> None:
 def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[StepReport]:
     """Drop the window without a step; an overflow lowers the fp16 scale.
 
-    Further fields of the `StepReport`, with ``scale`` among them, are the ``facts``.
+    ``facts`` are further fields of the `StepReport`, among them ``scale``.
     """
     scaler = updates[0].scaler
     if scaler.is_enabled():
-        # Naming a scale also makes the scaler forget that these gradients were unscaled.
+        # Setting the scale also makes the scaler forget that these gradients were unscaled.
         scaler.update(None if outcome == "overflowed" else facts["scale"])
     for update in updates:
         update.drop_window()
@@ -790,7 +788,7 @@ def _refuse(updates: Sequence[Update], outcome: Outcome, **facts: Any) -> list[S
 
 
 def _check_windows(updates: Sequence[Update]) -> None:
-    """Raise ValueError unless all optimizers have the same losses in their windows."""
+    """Raise ValueError unless the windows of all optimizers hold the same losses."""
     lead = updates[0]
     for update in updates:
         if update.window.count != lead.window.count or update.window.lead not in ("", lead.name):
@@ -817,7 +815,7 @@ def _names(updates: Sequence[Update]) -> str:
 
 
 def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
-    """Check what was given to `optimize`; the value of a tensor is not read."""
+    """Check the arguments of `optimize`; do not read the value of a tensor."""
     on_device, problem = isinstance(weight, Tensor), ""
     if not isinstance(loss, Tensor):
         problem = f"a {type(loss).__name__} as its loss; allowed: a scalar tensor"
@@ -841,8 +839,8 @@ def _check(loss: Tensor, weight: float | Tensor, name: str) -> None:
 def _leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
     """Return the index of the group whose learning rate stands for all of them.
 
-    That is the first one of the recipe's own groups, and the one with the largest rate if patterns
-    have divided them.
+    That is the first of the recipe's own groups, or, if patterns have divided them, the one with
+    the largest rate.
     """
     if "patterns" not in groups[0]:
         return 0
@@ -852,7 +850,7 @@ def _leading_group(groups: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _settings(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
-    """Return the settings of an optimizer's groups, and of its schedule, that are plain values."""
+    """Return the plain settings of an optimizer's groups and of its schedule."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = schedule.state_dict() if hasattr(schedule, "state_dict") else {}
     return {"groups": [_plain(group) for group in groups], "schedule": _plain(state)}

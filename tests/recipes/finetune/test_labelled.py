@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.finetune.labelled import Corpus, Labelled, Recording, deal, folders, table
+from recipes.finetune.trials import make_trials
 from trainer.data import BadItem, in_epoch
 
 SHARES = {"train": 0.6, "valid": 0.2, "test": 0.2}
@@ -55,6 +56,42 @@ def test_groups_stay_whole_and_every_recording_is_dealt_once(
     homes = {(keys[each.id], split) for split, some in dealt.items() for each in some}
     assert len(homes) == len(set(keys.values()))
     assert deal(reversed(recordings), keys, SHARES) == dealt
+
+
+@given(
+    st.lists(st.integers(1, 400), min_size=3, max_size=19),
+    st.sampled_from("abc"),
+    st.sampled_from([(0.1, 0.1), (0.02, 0.3), (0.4, 0.4)]),
+)
+@settings(deadline=None)
+def test_few_groups_of_any_size_reach_every_split(
+    sizes: list[int], label: str, shares: tuple[float, float]
+) -> None:
+    owners = [number for number, size in enumerate(sizes) for _ in range(size)]
+    by_split = {"train": 1 - sum(shares), "valid": shares[0], "test": shares[1]}
+    for least in (1, 2):
+        for labels in (str, lambda _: label):
+            recordings = [
+                Recording(f"{n:05d}", Path(), labels(owner)) for n, owner in enumerate(owners)
+            ]
+            keys = {each.id: owner for each, owner in zip(recordings, owners, strict=True)}
+            dealt = deal(recordings, keys, by_split, least)
+            assert sorted(sum(dealt.values(), [])) == recordings
+            groups = {split: {keys[each.id] for each in some} for split, some in dealt.items()}
+            assert sum(map(len, groups.values())) == len(sizes)
+            assert min(map(len, groups.values())) >= min(least, len(sizes) // 3)
+
+
+@pytest.mark.parametrize("speakers", [3, 4, 6])
+def test_a_few_speakers_are_dealt_with_the_default_shares(tmp_path: Path, speakers: int) -> None:
+    names = [f"{word}/s{who}-{n}.wav" for word in "ab" for who in range(speakers) for n in range(5)]
+    corpus = folders(str(make(tmp_path, *names)), r"(?P<label>\w)/(?P<speaker>s\d)-\d")
+    assert all({each.label for each in some} == {"a", "b"} for some in corpus.values())
+    if speakers == 6:
+        pairs = folders(str(tmp_path), r"\w/(?P<label>s\d)-\d", unseen=True)
+        assert [len({each.label for each in some}) for some in pairs.values()] == [2, 2, 2]
+        for split in ("valid", "test"):
+            make_trials({each.id: each.label for each in pairs[split]})
 
 
 def test_each_class_is_dealt_by_the_shares() -> None:
@@ -172,7 +209,7 @@ def test_the_speakers_of_a_list_of_trials_are_those_of_the_test(tmp_path: Path) 
     corpus = folders(str(tmp_path), unseen=True, trials=str(trials), valid=0.3)
     assert {each.label for each in corpus["test"]} == {"s1", "s4"}
     assert len(corpus["test"]) == 6
-    assert len({each.label for each in corpus["valid"]}) == 1
+    assert len({each.label for each in corpus["valid"]}) == 2  # of whom pairs are made
     trials.write_text("1 x/0.wav x/2.wav\n0 s1/0.wav y/1.wav\n")
     with pytest.raises(ValueError, match="names 3 recordings that are not there, in 2 of 2 trials"):
         folders(str(tmp_path), unseen=True, trials=str(trials))
@@ -225,7 +262,7 @@ def test_speakers_may_be_the_classes(tmp_path: Path) -> None:
     (tmp_path / "utterances.csv").write_text("\n".join(["path,speaker", *rows]))
     corpus = table(str(tmp_path), columns={"label": "speaker"})
     assert {each.label for each in corpus["test"]} == {"a", "b"}
-    with pytest.raises(ValueError, match="no usable recording for valid, test: 20 recordings in 2"):
+    with pytest.raises(ValueError, match="no usable recording for test: 20 recordings in 2"):
         table(str(tmp_path), columns={"label": "speaker"}, unseen=True)
 
 

@@ -1,4 +1,4 @@
-"""Diagnoses: known causes of non-finite losses and gradients, and what to do about each."""
+"""Diagnoses: known causes of non-finite losses and gradients, each with advice."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from trainer.diagnostics.layer_monitor import first_names
+from trainer.data.batch import as_tensor, count_examples
 from trainer.diagnostics.nonfinite.probe import Finding, Origin
 from trainer.diagnostics.nonfinite.serialize import batch_fields, data_and_lengths
+from trainer.texts import first_names
+from trainer.tree import leaves
 
-MAX_NAMED = 5  # Examples that a sentence names.
+MAX_NAMED = 5  # Examples named in a message.
+LARGE = 1e9  # A power of a larger number overflows.
 # Names of fields that hold targets.
 TARGETS = re.compile(r"tok|target|label|char|phn|phon|text|word|trans|y$")
-# Autograd functions, and why their derivative is not finite.
+# Autograd functions, and the reason why their derivative is not finite.
 BACKWARD = (
     (r"Sqrt|Norm|Std|Var|Cdist|Dist", "the derivative of a square root (or norm, or standard "
      "deviation) at 0 is infinite: add a small number under the root, or clamp"),
@@ -35,7 +37,7 @@ BACKWARD = (
 def diagnose(
     finding: Finding, batch: Any, ids: Sequence[str], finite_in_fp32: bool = False
 ) -> list[str]:
-    """Return the known causes that fit, as sentences, the most certain first.
+    """Return the known causes that fit, as sentences, most certain first.
 
     Args:
         finding: result of the rerun.
@@ -63,32 +65,46 @@ def diagnose(
 
 
 def _names(rows: Sequence[int], ids: Sequence[str]) -> str:
-    """Return examples by their ids, or by their numbers."""
+    """Return the ids of examples, or their numbers."""
     known = ids and max(rows) < len(ids)
     return first_names([ids[row] if known else f"example {row}" for row in rows], MAX_NAMED)
 
 
 def _true(flags: Tensor) -> list[int]:
-    """Return the indices of what is True in a vector."""
+    """Return the indices of the True elements of a vector."""
     found: list[int] = flags.nonzero().flatten().tolist()
     return found
 
 
 def _in_batch(batch: Any, ids: Sequence[str]) -> list[str]:
     """Find NaN and infinities in the batch itself."""
-    found = []
+    found, size = [], count_examples(batch)
     for name, value in batch_fields(batch).items():
-        for tensor in tree_leaves(value):
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        number, total, rows = 0, 0, set[int]()
+        for path, leaf in leaves(value):
+            bad = _bad_values(leaf)
+            if bad is None or not bad.any():
                 continue
-            bad = ~torch.isfinite(tensor)
-            if bool(bad.any()):
-                rows = _true(bad.reshape(len(bad), -1).any(1)) if tensor.dim() else [0]
-                found.append(
-                    f"the batch itself is not finite: {int(bad.sum())} of {bad.numel()} values of "
-                    f"{name!r} ({_names(rows, ids)}). Look at that file, and at what prepares it"
-                )
+            number, total = number + int(bad.sum()), total + bad.numel()
+            if bad.dim() and len(bad) == size:
+                rows.update(_true(bad.reshape(size, -1).any(1)))
+            elif isinstance(value, list) and len(value) == size:  # One entry for each example.
+                rows.add(int(path.partition(".")[0]))
+        if number:
+            names = f" ({_names(sorted(rows), ids)})" if rows else ""
+            found.append(
+                f"the batch itself is not finite: {number} of {total} values of {name!r}{names}. "
+                "Look at that file, and at what prepares it"
+            )
     return found
+
+
+def _bad_values(leaf: Any) -> Tensor | None:
+    """Return True for each value of a leaf that is NaN or infinite; None if none can be."""
+    tensor = None if isinstance(leaf, int) else as_tensor(leaf)  # An int may exceed 64 bits.
+    if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    return ~torch.isfinite(tensor) if tensor.layout is torch.strided else None
 
 
 def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
@@ -115,7 +131,7 @@ def _in_ctc(finding: Finding, ids: Sequence[str]) -> list[str]:
 
 
 def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
-    """Find a softmax over masked positions alone."""
+    """Find a softmax over only masked positions."""
     first = finding.first
     if first is None or not (
         "attention" in first.operation or ("softmax" in first.operation and first.minus_infinity)
@@ -136,7 +152,7 @@ def _in_padding(finding: Finding, batch: Any, ids: Sequence[str]) -> list[str]:
 
 
 def _in_operation(origin: Origin) -> list[str]:
-    """Find a function outside of its domain or range."""
+    """Find a function outside its domain or range."""
     name, low = origin.operation, origin.lowest
     if re.match(r"log(2|10|1p)?_?$|xlogy", name) and low is not None:
         edge = -1.0 if "log1p" in name else 0.0
@@ -156,10 +172,15 @@ def _in_operation(origin: Origin) -> list[str]:
         ]
     if re.match(r"(mean|var|std|var_mean|median|nanmean)", name) and not origin.elements:
         return [f"the {name} of an empty tensor: check for an empty mask or target"]
-    if re.match(r"r?sqrt_?$|pow", name) and low is not None and low <= 0.0:
+    if low is None or origin.highest is None:
+        return []
+    largest = max(low, origin.highest, key=abs)
+    if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) or (
+        name.startswith("pow") and abs(largest) > LARGE
+    ):
+        return [f"{name} of {largest:.3g} overflows: bound its argument"]
+    if re.match(r"r?sqrt_?$|pow", name) and low <= 0.0:
         return [f"{name} of {low:.3g}: clamp its argument, or add a small number to it"]
-    if re.match(r"(exp|expm1|exp2|cosh|sinh)_?$", name) and origin.highest is not None:
-        return [f"{name} of {origin.highest:.3g} overflows: bound its argument"]
     return []
 
 
