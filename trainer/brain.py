@@ -47,6 +47,7 @@ from trainer.checkpoint.run_state import (
     TrainableState,
     copied,
 )
+from trainer.checkpoint.storage import Checkpoint
 from trainer.checkpoint.user_state import UserAttributes, find_stateful
 from trainer.data import (
     DataFeed,
@@ -91,7 +92,7 @@ from trainer.optim.guard import (
 from trainer.optim.precision import Precision
 from trainer.optim.step import Update, WindowState
 from trainer.options import RunOptions, given_options, warn_of_similar_names
-from trainer.progress import Progress, Stage
+from trainer.progress import Phase, Progress, Stage
 from trainer.samples import Cell, Samples
 from trainer.speechbrain_names import SETTINGS, SpeechBrainNames
 from trainer.texts import first_line
@@ -556,7 +557,7 @@ class Brain(SpeechBrainNames):
             if self.__depth == 1 and any(distributed.any_rank(signals.requested() is not None)):
                 signals.raise_agreed()  # The next check may be a long time away.
 
-    def __train(self, feed: DataFeed, epoch: int, then: Any) -> StageReport:
+    def __train(self, feed: DataFeed, epoch: int, then: Phase) -> StageReport:
         """Train on the rest of an epoch; ``then`` is the phase that follows."""
         progress, started = self.progress, time.perf_counter()
         with self.__in_stage(Stage.TRAIN):
@@ -1839,7 +1840,7 @@ class Brain(SpeechBrainNames):
         """Return the entries of the callbacks."""
         return {n: e for n, e in self.stateful().items() if n.startswith("callbacks.")}
 
-    def __on_saved(self, checkpoint: Any) -> None:
+    def __on_saved(self, checkpoint: Checkpoint) -> None:
         self.callbacks.call("on_checkpoint", self, checkpoint)
 
     def __on_hand_step(self, update: Update) -> None:

@@ -349,7 +349,7 @@ def _load_weights(
     return None
 
 
-def _with_averages(weights: Any, averages: Mapping[str, Tensor]) -> dict[str, Any]:
+def _with_averages(weights: Mapping[str, Any], averages: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return weights with parameters replaced by their averages.
 
     A tied parameter has several names for the same memory; its average has one.

@@ -38,6 +38,14 @@ def current_name(name: str) -> str:
     return ALIASES.get(name, name)
 
 
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the current names of options; raise ValueError for one under two names."""
+    for old, new in ALIASES.items():
+        if old in values and new in values:
+            raise ValueError(f"{old} is the former name of {new}, which is given too; remove one")
+    return {current_name(name): value for name, value in values.items()}
+
+
 @functools.cache
 def _note(text: str) -> None:
     """Warn, once for each text."""
@@ -67,7 +75,7 @@ def translate(name: str, value: Any) -> dict[str, Any]:
 
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by the current names of options, with options of other toolkits translated."""
-    own = {current_name(name): value for name, value in values.items()}
+    own = current_names(values)
     others: dict[str, Any] = {}
     for name, value in values.items():
         for option, meaning in translate(name, value).items():
@@ -398,6 +406,8 @@ def checked(name: str, value: Any) -> Any:
     value = at_home(value) if isinstance(value, str) else value
     limits = METADATA[name]
     try:
+        if isinstance(value, str) and (not value or "\0" in value):
+            raise TypeError
         value = _fit(value, HINTS[name])
         simple = isinstance(value, (str, int, float))
         numbers = value.values() if isinstance(value, dict) else [value]

@@ -106,7 +106,7 @@ class waiting:
         self.over = False
         _wait = self
 
-    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         global _wait
         self.over = True  # From here on no handler raises.
         with _leaving:

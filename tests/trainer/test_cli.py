@@ -1062,6 +1062,11 @@ def test_control_c_in_a_program_that_launches_is_exit_code_130(tmp_path: Path) -
         ({}, None, "launch needs a run folder"),
         ({"precision": "fp8"}, "x", "precision must be one of fp32, fp16, bf16, not 'fp8'"),
         ({"device": "cuda:99"}, "x", "asks for GPU 99"),
+        ({"on_bad_item": "raise", "on_bad_audio": "skip"}, "x", "on_bad_audio is the former name"),
+        ({"output_folder": 5}, None, "output_folder must be text or null, not 5"),
+        ({"output_folder": b"x"}, None, "output_folder must be text or null, not b'x'"),
+        ({"output_folder": ""}, None, "output_folder must be text or null, not ''"),
+        ({"output_folder": "x\0y"}, None, "output_folder must be text or null, not "),
     ],
 )
 def test_launch_refuses_wrong_options(
@@ -1069,6 +1074,13 @@ def test_launch_refuses_wrong_options(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         launch(regress, hparams, folder and tmp_path / folder)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("train", [None, "train", {}])
+def test_launch_refuses_what_cannot_be_called(tmp_path: Path, train: Any) -> None:
+    with pytest.raises(ValueError, match="train must be a function that takes a Run, not "):
+        launch(train, {}, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

@@ -45,7 +45,7 @@ from trainer.devices import pick_device
 from trainer.diagnostics.replica_check import DriftError
 from trainer.loggers import JsonlLogger
 from trainer.optim.guard import NonFiniteError
-from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_name
+from trainer.options import TRANSIENT_OPTIONS, RunOptions, current_names
 from trainer.run_files import CHECKPOINTS, HEADER, HYPERPARAMS, LAUNCH_HEADER
 from trainer.seed import seed_everything
 from trainer.signals import Interrupted, KeyboardInterrupted
@@ -194,20 +194,17 @@ def launch(
 
         trainer.launch(train, {"lr": 1e-3}, output_folder="runs/digits")
     """
+    if not callable(train):
+        raise ValueError(f"train must be a function that takes a Run, not {train!r}")
     if not isinstance(hparams, Mapping | None):
         raise ValueError(f"hparams must be a mapping of keys to values, not {hparams!r}")
-    values = {current_name(str(key)): value for key, value in (hparams or {}).items()}
+    values = current_names({str(key): value for key, value in (hparams or {}).items()})
     if output_folder is not None:
-        values["output_folder"] = str(output_folder)
+        values["output_folder"] = output_folder
     if values.get("output_folder") is None:
         raise ValueError("launch needs a run folder: launch(train, hparams, output_folder='…')")
     options = RunOptions.build(values)
-    for name in (each[2:].partition("=")[0] for each in sys.argv[1:] if each.startswith("--")):
-        if name in RunOptions.names() and name not in values:
-            logger.warning(
-                "launch reads no command line: --%s has no effect; give {%r: …} in hparams",
-                name, name,
-            )  # fmt: skip
+    _warn_of_arguments(values)
     hyperparameters = _PlainHyperparameters(
         {**values, "seed": options.seed, "output_folder": options.output_folder}
     )
@@ -227,6 +224,16 @@ def launch(
         session.trim(error)
         session.tell_launcher("".join(traceback.format_exception(error)))
         raise
+
+
+def _warn_of_arguments(values: Mapping[str, Any]) -> None:
+    """Warn of run options on a command line that `launch` does not read."""
+    for name in (each[2:].partition("=")[0] for each in sys.argv[1:] if each.startswith("--")):
+        if name in RunOptions.names() and name not in values:
+            logger.warning(
+                "launch reads no command line: --%s has no effect; give {%r: …} in hparams",
+                name, name,
+            )  # fmt: skip
 
 
 class _PlainHyperparameters:

@@ -180,7 +180,7 @@ class TrialRunner:
             yield
 
 
-def gradient_size(clip: Any, gradients: Gradients) -> float:
+def gradient_size(clip: object, gradients: Gradients) -> float:
     """Return the gradient size that a clipper compares with its limit; see `MEASURES`."""
     if isinstance(clip, ValueClip):
         return max(gradients.extra[0])
